@@ -1,0 +1,234 @@
+"""What a run is made of: frozen dataclasses, their checks, and their JSON both ways. Imports no jax.
+
+Every setting is documented once, here: `jaxgpt train RECIPE --help` prints these lines.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class UsageError(ValueError):
+    """Something that was asked for cannot be done as asked: the command line exits with 2 and this message."""
+
+
+class ConfigError(UsageError):
+    """A setting is missing, unknown, of the wrong type or out of range."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What text to learn from, and how it becomes tokens."""
+
+    corpus: str = "python-docs"
+    """A named corpus (python-docs, python-stdlib, shakespeare), a UTF-8 file or folder, or a prepared folder."""
+    tokenizer: str = "char"
+    """char, byte, or a tokens.json whose vocabulary is to be used again."""
+    val_fraction: float = 0.1
+    """The share at the end of the corpus that is kept for validation."""
+    unknown: Literal["error", "skip"] = "error"
+    """What to do with a character outside the vocabulary; skipped ones are counted and reported."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the model, in the words of the notes and of nanoGPT."""
+
+    kind: Literal["gpt", "bigram"] = "gpt"
+    """gpt: causal self-attention; bigram: logits read off a (V, V) table."""
+    vocab_size: int = 0
+    """V, the number of different tokens; 0 takes it from the tokenizer."""
+    block_size: int = 64
+    """T, the longest context that a prediction can look back on."""
+    n_layer: int = 4
+    """L, the number of transformer blocks."""
+    n_head: int = 4
+    """H, the number of attention heads; must divide n_embd."""
+    n_embd: int = 128
+    """C, the number of channels."""
+    dropout: float = 0.0
+    """Probability of dropping an activation in training."""
+    bias: bool = False
+    """Give Dense and LayerNorm layers a bias, as GPT-2 does."""
+    tie_weights: bool = True
+    """Use the token embedding as the output head too."""
+    gelu: Literal["exact", "tanh"] = "exact"
+    """exact, as nanoGPT; tanh is the approximation of GPT-2 (gelu_new)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and clipping."""
+
+    learning_rate: float = 1e-3
+    """The peak learning rate."""
+    min_learning_rate: float = 1e-4
+    """Where the schedule ends."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """The way down from the peak."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up before the peak."""
+    decay_steps: int = 0
+    """Step at which the schedule ends; 0 means the last step."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.99
+    """Decay of Adam's second moment."""
+    eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, applied to kernels and embeddings only."""
+    grad_clip: float = 1.0
+    """Largest global norm of a gradient; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, and how often to look."""
+
+    seed: int = 1337
+    """Fixes the initial parameters, the batches and the dropout."""
+    steps: int = 1000
+    """Optimizer steps in all."""
+    batch_size: int = 12
+    """B, sequences per optimizer step, over all devices and micro-batches."""
+    accumulate: int = 1
+    """Micro-batches that a batch is split into to save memory; must divide batch_size."""
+    sampling: Literal["epoch", "random"] = "epoch"
+    """epoch: every window once per epoch, shuffled; random: with replacement, as nanoGPT."""
+    scan_steps: int = 50
+    """K, steps that run as one compiled program between two looks at the clock."""
+    eval_every: int = 250
+    """Steps between evaluations and saves; a multiple of scan_steps; 0 only evaluates at both ends."""
+    eval_batches: int = 20
+    """Random batches in the nanoGPT-style estimate beside the exact evaluation; 0 leaves it out."""
+    keep: int = 2
+    """How many of the newest checkpoints to keep, beside the best."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run: together with the tokens, it determines every number that the run produces."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def problems(config: Config) -> list[str]:
+    """Everything that is wrong with `config`, one sentence each; an empty list when it can run."""
+    found: list[str] = []
+
+    def require(ok: bool, name: str, value: Any, expected: str) -> None:
+        if not ok:
+            found.append(f"{name} is {value!r}, expected {expected}")
+
+    def at_least(low: int, section: Any, *names: str) -> None:
+        for name in names:
+            value = getattr(section, name)
+            require(low <= value <= 2**31 - 1, name, value, f"a whole number from {low} to 2**31 - 1")
+
+    def within(low: float, high: float, section: Any, *names: str) -> None:
+        for name in names:
+            value = getattr(section, name)
+            ok = math.isfinite(value) and low <= value < high
+            require(ok, name, value, f"a number from {low:g} up to, not including, {high:g}")
+
+    data, model, optimizer, train = config.data, config.model, config.optimizer, config.train
+    require(0 < data.val_fraction < 1, "val_fraction", data.val_fraction, "a fraction between 0 and 1")
+    at_least(0, model, "vocab_size")
+    at_least(1, model, "block_size", "n_layer", "n_head", "n_embd")
+    within(0, 1, model, "dropout")
+    if model.n_head > 0 and model.n_embd % model.n_head:
+        near = model.n_head * max(1, round(model.n_embd / model.n_head))
+        found.append(
+            f"n_embd is {model.n_embd}, which {model.n_head} heads (n_head) do not divide: try --n-embd {near}"
+        )
+    within(0, math.inf, optimizer, "learning_rate", "min_learning_rate", "weight_decay", "grad_clip")
+    within(0, 1, optimizer, "beta1", "beta2")
+    require(optimizer.eps > 0 and math.isfinite(optimizer.eps), "eps", optimizer.eps, "a number above 0")
+    at_least(0, optimizer, "warmup_steps", "decay_steps")
+    end = optimizer.decay_steps or train.steps
+    if optimizer.schedule != "constant" and optimizer.warmup_steps >= end >= 1:
+        found.append(
+            f"warmup_steps is {optimizer.warmup_steps}, expected fewer than the {end} steps of the schedule: "
+            f"try --warmup-steps {end // 10}"
+        )
+    require(0 <= train.seed < 2**32, "seed", train.seed, "a whole number from 0 to 2**32 - 1")
+    at_least(1, train, "steps", "batch_size", "accumulate", "scan_steps", "keep")
+    at_least(0, train, "eval_every", "eval_batches")
+    if train.accumulate > 0 and train.batch_size % train.accumulate:
+        found.append(f"batch_size is {train.batch_size}, which accumulate ({train.accumulate}) does not divide")
+    if train.scan_steps > 0 and train.eval_every % train.scan_steps:
+        near = train.scan_steps * max(1, round(train.eval_every / train.scan_steps))
+        found.append(
+            f"eval_every is {train.eval_every}, expected a multiple of scan_steps ({train.scan_steps}): "
+            f"try --eval-every {near}"
+        )
+    return found
+
+
+def check(config: Config) -> Config:
+    """`config` itself, if it can run.
+
+    Raises:
+      ConfigError: with every problem, one a line.
+    """
+    found = problems(config)
+    if found:
+        raise ConfigError("the configuration cannot run:\n" + "\n".join(f"  {line}" for line in found))
+    return config
+
+
+def to_json(config: Config) -> str:
+    """`config` as indented JSON; `from_json` gives it back equal."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The config that `to_json` wrote.
+
+    Raises:
+      ConfigError: the text is no JSON, or a field is missing, unknown, of the wrong type or out of range.
+    """
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"the config is not JSON: {error}") from error
+    return check(_build(Config, tree, ""))
+
+
+def _build(cls: type[Any], tree: Any, path: str) -> Any:
+    """An instance of the dataclass `cls` from plain JSON values, strict about names and types."""
+    where = path or "the config"
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: expected an object, found {json.dumps(tree)[:40]}")
+    types = typing.get_type_hints(cls)
+    for name in tree:
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1)
+            raise ConfigError(f"{where}: unknown field {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+    missing = [name for name in types if name not in tree]
+    if missing:
+        raise ConfigError(f"{where}: missing {', '.join(missing)}")
+    return cls(**{name: _value(types[name], tree[name], f"{path}.{name}".lstrip(".")) for name in types})
+
+
+def _value(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast("type[Any]", kind), value, path)
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise ConfigError(f"{path}: expected one of {', '.join(choices)}, found {value!r}")
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{path}: expected {kind.__name__}, found {value!r}")
+    return value

@@ -1,0 +1,103 @@
+"""Named runs. Each states its hardware, its wall time and the loss to expect, measured unless it says otherwise."""
+
+import difflib
+from dataclasses import dataclass
+
+from jaxgpt.config import Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A configuration with what is known of it."""
+
+    config: Config
+    about: str
+    hardware: str
+    time: str
+    loss: str
+    """Nats per token over the whole validation split."""
+
+
+RECIPES: dict[str, Recipe] = {
+    "bigram": Recipe(
+        Config(
+            model=ModelConfig(kind="bigram", block_size=256),
+            optimizer=OptimizerConfig(
+                learning_rate=0.1, min_learning_rate=1e-3, warmup_steps=0, weight_decay=0.0, grad_clip=0.0
+            ),
+            train=TrainConfig(steps=1000, batch_size=64, scan_steps=100, eval_every=500),
+        ),
+        about="The bigram table of the notes, trained down to what counting gives.",
+        hardware="2 CPU cores",
+        time="?",
+        loss="?",
+    ),
+    "gpt-demo": Recipe(
+        Config(
+            model=ModelConfig(block_size=64),
+            optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=1e-4),
+            train=TrainConfig(steps=1500, batch_size=16, eval_every=250),
+        ),
+        about="A small GPT on the Python documentation that every Python carries: no download.",
+        hardware="2 CPU cores",
+        time="?",
+        loss="?",
+    ),
+    "shakespeare-cpu": Recipe(
+        Config(
+            data=DataConfig(corpus="shakespeare"),
+            model=ModelConfig(),
+            optimizer=OptimizerConfig(),
+            train=TrainConfig(steps=2000, sampling="random"),
+        ),
+        about="nanoGPT's settings for Tiny Shakespeare on a CPU, exactly.",
+        hardware="2 CPU cores",
+        time="?",
+        loss="?",
+    ),
+    "shakespeare-gpu": Recipe(
+        Config(
+            data=DataConfig(corpus="shakespeare"),
+            model=ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+            optimizer=OptimizerConfig(),
+            train=TrainConfig(steps=5000, batch_size=64, sampling="random", eval_batches=200),
+        ),
+        about="nanoGPT's settings for Tiny Shakespeare on a GPU, exactly.",
+        hardware="one data-centre GPU",
+        time="not measured here; nanoGPT reports 3 minutes on an A100",
+        loss="not measured here; nanoGPT reports 1.47, by random batches",
+    ),
+    "gpt2-124m": Recipe(
+        Config(
+            data=DataConfig(corpus="python-stdlib", tokenizer="byte"),
+            model=ModelConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768),
+            optimizer=OptimizerConfig(learning_rate=6e-4, min_learning_rate=6e-5, warmup_steps=2000, beta2=0.95),
+            train=TrainConfig(
+                steps=600_000,
+                batch_size=480,
+                accumulate=40,
+                sampling="random",
+                scan_steps=10,
+                eval_every=1000,
+                eval_batches=0,
+            ),
+        ),
+        about="GPT-2's shape with nanoGPT's settings; give it a text of your own with --corpus.",
+        hardware="eight data-centre GPUs",
+        time="not measured here; nanoGPT reports 4 days on eight A100",
+        loss="not measured here; nanoGPT reports 2.85 on OpenWebText",
+    ),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+      ConfigError: there is none; the nearest name is suggested.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"no recipe {name!r}; {hint}recipes are {', '.join(RECIPES)}")
+    return RECIPES[name]

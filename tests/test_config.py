@@ -1,0 +1,114 @@
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxgpt import config as configs
+from jaxgpt.config import Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxgpt.recipes import RECIPES, recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_can_run_and_round_trip(name):
+    config = RECIPES[name].config
+    assert configs.problems(config) == []
+    assert configs.from_json(configs.to_json(config)) == config
+
+
+@given(
+    st.builds(
+        Config,
+        data=st.builds(DataConfig, corpus=st.text(), val_fraction=st.floats(0.01, 0.99)),
+        model=st.builds(
+            ModelConfig,
+            kind=st.sampled_from(["gpt", "bigram"]),
+            n_head=st.sampled_from([1, 2, 4]),
+            n_embd=st.sampled_from([4, 64]),
+            dropout=st.floats(0, 0.9),
+            bias=st.booleans(),
+        ),
+        optimizer=st.builds(OptimizerConfig, learning_rate=st.floats(0, 1e3), beta2=st.floats(0, 0.999)),
+        train=st.builds(TrainConfig, seed=st.integers(0, 2**32 - 1), steps=st.integers(101, 10**6)),
+    )
+)
+def test_json_gives_any_config_back(config):
+    assert configs.from_json(configs.to_json(config)) == config
+
+
+def test_every_field_is_documented():
+    source = Path(configs.__file__).read_text("utf-8").splitlines()
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(section.default_factory()):
+            at = next(i for i, line in enumerate(source) if line.startswith(f"    {field.name}: "))
+            assert source[at + 1].startswith('    """'), f"{field.name} has no documentation below it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_embd": 65}, "try --n-embd 64"),
+        ({"n_head": 0}, "n_head is 0"),
+        ({"n_layer": -1}, "n_layer is -1"),
+        ({"block_size": 2**31}, "block_size"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"dropout": math.nan}, "dropout is nan"),
+        ({"learning_rate": math.inf}, "learning_rate is inf"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"beta2": 1.0}, "beta2"),
+        ({"eps": 0.0}, "eps"),
+        ({"val_fraction": 0.0}, "val_fraction"),
+        ({"warmup_steps": 1000}, "fewer than the 1000 steps"),
+        ({"batch_size": 5, "accumulate": 2}, "accumulate (2) does not divide"),
+        ({"eval_every": 70}, "try --eval-every 50"),
+        ({"seed": -1}, "seed is -1"),
+        ({"steps": 0}, "steps is 0"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(change, changes, said):
+    with pytest.raises(ConfigError) as caught:
+        configs.check(change(Config(), **changes))
+    assert said in str(caught.value)
+
+
+def test_all_problems_are_told_at_once(change):
+    found = configs.problems(change(Config(), n_embd=65, steps=0, eval_every=70))
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not JSON"),
+        ("[]", "expected an object"),
+        ("{}", "missing data, model"),
+        (lambda tree: tree["model"].update(n_heads=4), "did you mean 'n_head'"),
+        (lambda tree: tree["model"].update(n_head="4"), "model.n_head: expected int, found '4'"),
+        (lambda tree: tree["model"].update(n_head=True), "model.n_head: expected int, found True"),
+        (lambda tree: tree["model"].update(kind="rnn"), "model.kind: expected one of gpt, bigram"),
+        (lambda tree: tree.update(train=None), "train: expected an object"),
+        (lambda tree: tree["train"].pop("seed"), "train: missing seed"),
+    ],
+)
+def test_damaged_json_is_refused_by_place(text, said):
+    if callable(text):
+        tree = json.loads(configs.to_json(Config()))
+        text(tree)
+        text = json.dumps(tree)
+    with pytest.raises(ConfigError) as caught:
+        configs.from_json(text)
+    assert said in str(caught.value)
+
+
+def test_whole_numbers_are_welcome_as_floats():
+    tree = json.loads(configs.to_json(Config()))
+    tree["optimizer"]["weight_decay"] = 1
+    assert configs.from_json(json.dumps(tree)).optimizer.weight_decay == 1.0
+
+
+def test_a_misspelt_recipe_gets_a_suggestion():
+    with pytest.raises(ConfigError, match="did you mean 'gpt-demo'"):
+        recipe("gpt-dmo")
