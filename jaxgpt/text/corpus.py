@@ -1,0 +1,234 @@
+"""Text to tokens on disk and back: tokens.bin (uint16 or uint32, memory-mapped) beside tokens.json."""
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxgpt.config import UsageError
+from jaxgpt.text import sources, tokenizer
+from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, Ids, Tokenizer
+
+FORMAT = 1
+
+
+class CorpusError(UsageError):
+    """A prepared corpus is missing, damaged, too short or does not fit."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized text: `tokens` (N,) uint16 or uint32, its tokenizer, and what tokens.json says."""
+
+    tokens: NDArray[np.unsignedinteger[Any]]
+    tokenizer: Tokenizer
+    meta: dict[str, Any]
+
+    def split(self, val_fraction: float) -> tuple[Ids, Ids]:
+        """The training tokens and, from the end of the text, the validation tokens: views, not copies."""
+        n_train = int(len(self.tokens) * (1 - val_fraction))
+        return self.tokens[:n_train], self.tokens[n_train:]
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.meta['source']}: {len(self.tokens):,} tokens, vocabulary of {self.tokenizer.vocab_size:,} "
+            f"({self.meta['tokenizer']['kind']}), from {self.meta['origin']}"
+        )
+
+
+def require_windows(corpus: Corpus, block_size: int, val_fraction: float) -> None:
+    """Check that both splits hold a window of `block_size` inputs and their targets.
+
+    Raises:
+      CorpusError: one of them does not.
+    """
+    for name, part in zip(("training", "validation"), corpus.split(val_fraction), strict=True):
+        if len(part) < block_size + 1:
+            raise CorpusError(
+                f"the {name} split of {corpus.meta['source']} has {len(part):,} tokens, expected at least "
+                f"block_size + 1 = {block_size + 1}: give more text, or a smaller --block-size"
+            )
+
+
+def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error") -> Corpus:
+    """Tokenize `source` in memory.
+
+    Args:
+      spec: "char" (the vocabulary of this text), "byte", or the path of a tokens.json whose vocabulary to use.
+      unknown: "skip" leaves out characters outside the vocabulary and counts them in `meta`.
+
+    Raises:
+      UnknownCharacterError: a character is outside the vocabulary and `unknown` is "error".
+      CorpusError: `spec` names no tokenizer.
+    """
+    text, skipped = source.text, 0
+    match spec:
+        case "char":
+            tok: Tokenizer = CharTokenizer.train(text)
+        case "byte":
+            tok = ByteTokenizer()
+        case _:
+            tok = tokenizer_of(Path(spec))
+    if unknown == "skip":
+        known = tok.knows(text)
+        skipped = int(known.size - known.sum())
+        if skipped:
+            text = "".join(char for char, keep in zip(text, known, strict=True) if keep)
+    dtype = np.uint16 if tok.vocab_size <= 2**16 else np.uint32
+    tokens: NDArray[Any] = tok.encode(text).astype(dtype)
+    meta = {
+        "format": FORMAT,
+        "dtype": np.dtype(dtype).name,
+        "count": len(tokens),
+        "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "source": source.name,
+        "origin": source.origin,
+        "source_sha256": source.sha256,
+        "notes": list(source.notes),
+        "skipped_characters": skipped,
+        "tokenizer": tok.to_json(),
+    }
+    return Corpus(tokens, tok, meta)
+
+
+def save(corpus: Corpus, folder: Path) -> None:
+    """Write tokens.bin and tokens.json, each under a temporary name and then renamed, tokens.json last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    little_endian = corpus.tokens.astype(corpus.tokens.dtype.newbyteorder("<"), copy=False)
+    for name, data in (
+        ("tokens.bin", little_endian.tobytes()),
+        ("tokens.json", (json.dumps(corpus.meta, indent=2) + "\n").encode()),
+    ):
+        partial = folder / f"{name}.{os.getpid()}.part"
+        try:
+            partial.write_bytes(data)
+            partial.replace(folder / name)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> Corpus:
+    """Memory-map a prepared corpus, its SHA-256 checked.
+
+    Raises:
+      CorpusError: a file is missing, damaged or of another format.
+    """
+    meta = read_meta(folder / "tokens.json")
+    path, dtype = folder / "tokens.bin", np.dtype(meta["dtype"]).newbyteorder("<")
+    if not path.is_file():
+        raise CorpusError(f"{path} is missing; jaxgpt prepare makes it")
+    size, expected = path.stat().st_size, meta["count"] * dtype.itemsize
+    if size != expected:
+        raise CorpusError(
+            f"{path} has {size:,} bytes, expected {expected:,} ({meta['count']:,} {meta['dtype']}): "
+            "it is damaged; remove the folder and run jaxgpt prepare again"
+        )
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != meta["sha256"]:
+        raise CorpusError(
+            f"{path} has SHA-256 {digest}, expected {meta['sha256']}: "
+            "it is damaged; remove the folder and run jaxgpt prepare again"
+        )
+    return Corpus(np.memmap(path, dtype, mode="r"), tokenizer.from_json(meta["tokenizer"]), meta)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The contents of a tokens.json, checked.
+
+    Raises:
+      CorpusError: it is missing, not JSON, or not what `save` writes.
+    """
+    try:
+        meta = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}; jaxgpt prepare makes it") from error
+    except ValueError as error:
+        raise CorpusError(f"{path} is not JSON: {error}") from error
+    kinds = {"format": int, "dtype": str, "count": int, "sha256": str, "source": str, "origin": str}
+    kinds |= {"source_sha256": str, "tokenizer": dict}
+    for name, kind in kinds.items():
+        if not isinstance(meta, dict) or type(meta.get(name)) is not kind:
+            raise CorpusError(f"{path} has no {name} of type {kind.__name__}; jaxgpt prepare writes it anew")
+    if meta["format"] != FORMAT or meta["dtype"] not in ("uint16", "uint32") or meta["count"] < 1:
+        raise CorpusError(
+            f"{path}: format {meta['format']}, dtype {meta['dtype']}, count {meta['count']}; expected format "
+            f"{FORMAT}, dtype uint16 or uint32 and a count of at least 1"
+        )
+    try:
+        tokenizer.from_json(meta["tokenizer"])
+    except ValueError as error:
+        raise CorpusError(f"{path}: {error}") from error
+    return meta
+
+
+def tokenizer_of(path: Path) -> Tokenizer:
+    """The tokenizer that a tokens.json (or the folder that holds one) describes.
+
+    Raises:
+      CorpusError: there is none.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        path = path / "tokens.json"
+    if not path.is_file():
+        raise CorpusError(f"no tokenizer {str(path)!r}: expected char, byte, or the path of a tokens.json")
+    return tokenizer.from_json(read_meta(path)["tokenizer"])
+
+
+def folder_of(meta: dict[str, Any], data_dir: Path) -> Path:
+    """Where `prepare` puts the corpus that `meta` describes: texts that differ never share a folder."""
+    return data_dir / f"{meta['source']}-{meta['tokenizer']['kind']}-{meta['sha256'][:8]}"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did: the corpus, where it lies, and whether it lay there already."""
+
+    corpus: Corpus
+    folder: Path
+    reused: bool
+    seconds: float
+
+
+def prepare(
+    corpus: str,
+    spec: str = "char",
+    *,
+    unknown: str = "error",
+    data_dir: Path = Path("data"),
+    block_size: int = 1,
+    val_fraction: float = 0.1,
+) -> Prepared:
+    """Tokenize a corpus into a folder of `data_dir`, once; an equal one that lies there is used again.
+
+    Args:
+      corpus: a named corpus, a UTF-8 file or folder, or a folder that `prepare` made.
+      spec, unknown: as in `tokenize`.
+      block_size, val_fraction: both splits must hold a window of this size.
+
+    Raises:
+      SourceError, CorpusError, UnknownCharacterError: before anything is written.
+    """
+    began = time.perf_counter()
+    given = Path(corpus).expanduser()
+    if (given / "tokens.json").is_file():
+        found = load(given)
+        require_windows(found, block_size, val_fraction)
+        return Prepared(found, given, True, time.perf_counter() - began)
+    fresh = tokenize(sources.read(corpus), spec, unknown)
+    require_windows(fresh, block_size, val_fraction)
+    folder = folder_of(fresh.meta, data_dir)
+    if reused := (folder / "tokens.json").is_file():
+        reused = read_meta(folder / "tokens.json") == fresh.meta
+    if not reused:
+        save(fresh, folder)
+    return Prepared(load(folder), folder, reused, time.perf_counter() - began)

@@ -1,0 +1,194 @@
+"""Strings to integers and back. A tokenizer is a value: immutable, and plain JSON on disk."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from jaxgpt.config import UsageError
+
+Ids = NDArray[np.integer[Any]]
+
+
+class UnknownCharacterError(UsageError):
+    """A text holds a character that the vocabulary does not."""
+
+    def __init__(self, character: str, position: int, vocab_size: int):
+        name = unicodedata.name(character, "no name")
+        super().__init__(
+            f"character {character!r} (U+{ord(character):04X}, {name}) at position {position} is not among the "
+            f"{vocab_size} characters of the vocabulary; --unknown skip leaves such characters out"
+        )
+        self.character, self.position, self.vocab_size = character, position, vocab_size
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V: ids run from 0 to V - 1."""
+        ...
+
+    @property
+    def token_bytes(self) -> Sequence[bytes]:
+        """The UTF-8 bytes that each id stands for, V of them."""
+        ...
+
+    def encode(self, text: str) -> Ids:
+        """Integer ids, (N,).
+
+        Raises:
+          UnknownCharacterError: a character is not in the vocabulary.
+        """
+        ...
+
+    def knows(self, text: str) -> NDArray[np.bool_]:
+        """Whether each character of `text` is in the vocabulary, (len(text),)."""
+        ...
+
+    def decode(self, ids: ArrayLike) -> str:
+        """The text of the ids, the inverse of `encode`.
+
+        Raises:
+          ValueError: an id is outside the vocabulary.
+        """
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `from_json` turns back into an equal tokenizer."""
+        ...
+
+
+@dataclass(frozen=True)
+class CharTokenizer:
+    """One id per character, in the order of `chars`, as in the notes.
+
+    >>> tokenizer = CharTokenizer.train("hello")
+    >>> tokenizer.chars
+    'ehlo'
+    >>> tokenizer.encode("hole").tolist()
+    [1, 3, 2, 0]
+    >>> tokenizer.decode([1, 3, 2, 0])
+    'hole'
+    """
+
+    chars: str
+
+    def __post_init__(self) -> None:
+        if len(set(self.chars)) != len(self.chars) or not self.chars:
+            raise ValueError("a character vocabulary needs at least one character, and each of them once")
+
+    @classmethod
+    def train(cls, text: str) -> "CharTokenizer":
+        """The vocabulary of `text`: its different characters, sorted."""
+        codes = _codes(text)
+        seen = np.zeros(int(codes.max(initial=0)) + 1, bool)
+        seen[codes] = True
+        return cls("".join(map(chr, np.flatnonzero(seen))))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.chars)
+
+    @cached_property
+    def token_bytes(self) -> Sequence[bytes]:
+        return [char.encode("utf-8", "surrogatepass") for char in self.chars]
+
+    @cached_property
+    def _id_of_code(self) -> NDArray[np.int32]:
+        codes = _codes(self.chars)
+        table = np.full(int(codes.max()) + 2, -1, np.int32)  # the last entry stands for all codes beyond
+        table[codes] = np.arange(len(codes), dtype=np.int32)
+        return table
+
+    def _ids(self, text: str) -> NDArray[np.int32]:
+        table = self._id_of_code
+        return table[np.minimum(_codes(text), len(table) - 1)]
+
+    def knows(self, text: str) -> NDArray[np.bool_]:
+        return self._ids(text) >= 0
+
+    def encode(self, text: str) -> Ids:
+        ids = self._ids(text)
+        if ids.size and ids.min() < 0:
+            position = int(np.argmin(ids >= 0))
+            raise UnknownCharacterError(text[position], position, self.vocab_size)
+        return ids
+
+    def decode(self, ids: ArrayLike) -> str:
+        checked = _checked(ids, self.vocab_size)
+        return _codes(self.chars)[checked].tobytes().decode("utf-32-le", "surrogatepass")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "char", "chars": self.chars}
+
+
+@dataclass(frozen=True)
+class ByteTokenizer:
+    """One id per UTF-8 byte: 256 ids, and no text that it cannot encode.
+
+    >>> ByteTokenizer().encode("é").tolist()
+    [195, 169]
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        return 256
+
+    @property
+    def token_bytes(self) -> Sequence[bytes]:
+        return [bytes([byte]) for byte in range(256)]
+
+    def knows(self, text: str) -> NDArray[np.bool_]:
+        return np.ones(len(text), bool)
+
+    def encode(self, text: str) -> Ids:
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: ArrayLike) -> str:
+        """As `Tokenizer.decode`; bytes that are no UTF-8, such as a sample's torn end, become U+FFFD."""
+        data = _checked(ids, 256).astype(np.uint8).tobytes()
+        try:
+            return data.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return data.decode("utf-8", "replace")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "byte"}
+
+
+def from_json(tree: Any) -> Tokenizer:
+    """The tokenizer that `to_json` described.
+
+    Raises:
+      ValueError: the description is not one of a tokenizer.
+    """
+    match tree:
+        case {"kind": "char", "chars": str(chars), **rest} if not rest:
+            return CharTokenizer(chars)
+        case {"kind": "byte", **rest} if not rest:
+            return ByteTokenizer()
+    raise ValueError(f"not a tokenizer: {str(tree)[:80]!r}; expected the kind 'char' with its chars, or 'byte'")
+
+
+def _codes(text: str) -> NDArray[np.uint32]:
+    """Unicode code points, (len(text),)."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _checked(ids: ArrayLike, vocab_size: int) -> Ids:
+    array = np.asarray(ids)
+    if array.size == 0:
+        return array.astype(np.int32)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"ids are integers, found {array.dtype}")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= vocab_size:
+        outside = low if low < 0 else high
+        raise ValueError(f"id {outside} is outside the vocabulary, which runs from 0 to {vocab_size - 1}")
+    return array.astype(np.int32)

@@ -1,0 +1,152 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from jaxgpt.text import corpus as corpora
+from jaxgpt.text.corpus import CorpusError
+from jaxgpt.text.sources import Source
+from jaxgpt.text.tokenizer import CharTokenizer, UnknownCharacterError
+
+
+@pytest.fixture
+def prepared(verse, tmp_path):
+    return corpora.prepare(str(verse), data_dir=tmp_path / "data")
+
+
+def test_prepare_writes_tokens_that_load_gives_back(prepared, verse):
+    loaded = corpora.load(prepared.folder)
+    assert isinstance(loaded.tokens, np.memmap)
+    assert loaded.tokens.dtype == np.uint16
+    assert loaded.tokenizer.decode(loaded.tokens) == verse.read_text()
+    meta = json.loads((prepared.folder / "tokens.json").read_text())
+    assert meta["count"] == len(verse.read_text())
+    assert meta["dtype"] == "uint16"
+    assert meta["sha256"] == hashlib.sha256((prepared.folder / "tokens.bin").read_bytes()).hexdigest()
+    assert meta["source_sha256"] == hashlib.sha256(verse.read_bytes()).hexdigest()
+    assert meta["tokenizer"]["chars"] == "\n acehmnost"
+    assert meta["origin"] == str(verse)
+    assert "840 tokens" in prepared.corpus.summary
+    assert sorted(path.name for path in prepared.folder.iterdir()) == ["tokens.bin", "tokens.json"]
+
+
+def test_prepare_again_reuses_and_a_changed_text_gets_a_folder_of_its_own(prepared, verse, tmp_path):
+    again = corpora.prepare(str(verse), data_dir=tmp_path / "data")
+    assert again.reused
+    assert again.folder == prepared.folder
+    verse.write_text(verse.read_text() + "a\n")
+    changed = corpora.prepare(str(verse), data_dir=tmp_path / "data")
+    assert not changed.reused
+    assert changed.folder != prepared.folder
+    assert corpora.load(prepared.folder).meta == prepared.corpus.meta
+
+
+def test_a_prepared_folder_can_be_given(prepared):
+    again = corpora.prepare(str(prepared.folder))
+    assert again.reused
+    assert again.corpus.meta == prepared.corpus.meta
+
+
+def test_split_is_the_notes_ninety_ten(prepared):
+    train, val = prepared.corpus.split(0.1)
+    n = int(0.9 * len(prepared.corpus.tokens))
+    assert (len(train), len(val)) == (n, len(prepared.corpus.tokens) - n)
+    np.testing.assert_array_equal(np.concatenate([train, val]), prepared.corpus.tokens)
+
+
+def test_wide_vocabularies_take_uint32():
+    text = "".join(chr(0x10000 + i) for i in range(2**16 + 1))
+    corpus = corpora.tokenize(Source("wide", text, "here"))
+    assert corpus.tokens.dtype == np.uint32
+    assert corpus.tokenizer.decode(corpus.tokens) == text
+    narrow = corpora.tokenize(Source("narrow", text[:-1], "here"))
+    assert narrow.tokens.dtype == np.uint16
+
+
+def test_another_vocabulary_can_be_used_and_unknown_characters_skipped(prepared, tmp_path):
+    spec = str(prepared.folder / "tokens.json")
+    source = Source("other", "the zebra sat", "here")
+    with pytest.raises(UnknownCharacterError, match="'z'"):
+        corpora.tokenize(source, spec)
+    skipped = corpora.tokenize(source, spec, "skip")
+    assert skipped.tokenizer == prepared.corpus.tokenizer
+    assert skipped.tokenizer.decode(skipped.tokens) == "the ea sat"
+    assert skipped.meta["skipped_characters"] == 3
+    assert corpora.tokenize(source, str(prepared.folder), "skip").meta == skipped.meta
+
+
+def test_bytes_encode_anything():
+    corpus = corpora.tokenize(Source("é", "é\n", "here"), "byte")
+    assert corpus.tokens.tolist() == [0xC3, 0xA9, 10]
+
+
+def test_too_little_text_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefghij" * 4)
+    with pytest.raises(CorpusError, match=r"validation split of a has 4 tokens.*block_size \+ 1 = 9"):
+        corpora.prepare(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=8)
+    with pytest.raises(CorpusError, match="training split"):
+        corpora.prepare(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=8, val_fraction=0.9)
+    assert not (tmp_path / "data").exists()
+
+
+def test_no_such_tokenizer():
+    with pytest.raises(CorpusError, match="expected char, byte, or the path of a tokens.json"):
+        corpora.tokenize(Source("a", "text", "here"), "words")
+
+
+def damage(folder, name, change):
+    path = folder / name
+    if change is None:
+        path.unlink()
+    elif name == "tokens.bin":
+        data = bytearray(path.read_bytes())
+        change(data)
+        path.write_bytes(data)
+    else:
+        meta = json.loads(path.read_text())
+        change(meta)
+        path.write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("tokens.bin", None, "is missing; jaxgpt prepare makes it"),
+        ("tokens.bin", lambda data: data.pop(), "1,679 bytes, expected 1,680"),
+        ("tokens.bin", lambda data: data.__setitem__(5, data[5] ^ 1), "is damaged"),
+        ("tokens.json", None, "cannot be read"),
+        ("tokens.json", lambda meta: meta.pop("sha256"), "no sha256 of type str"),
+        ("tokens.json", lambda meta: meta.update(count="840"), "no count of type int"),
+        ("tokens.json", lambda meta: meta.update(dtype="object"), "dtype object"),
+        ("tokens.json", lambda meta: meta.update(format=99), "format 99"),
+        ("tokens.json", lambda meta: meta.update(tokenizer={"kind": "words"}), "not a tokenizer"),
+    ],
+)
+def test_damage_is_named(prepared, name, change, said):
+    damage(prepared.folder, name, change)
+    with pytest.raises(CorpusError, match=said):
+        corpora.load(prepared.folder)
+
+
+def test_a_tokens_json_that_is_no_json(prepared):
+    (prepared.folder / "tokens.json").write_text("{")
+    with pytest.raises(CorpusError, match="not JSON"):
+        corpora.load(prepared.folder)
+
+
+def test_a_failed_write_leaves_nothing_half_written(prepared, tmp_path, monkeypatch):
+    from pathlib import Path
+
+    def full(self, data):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        corpora.save(prepared.corpus, tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_vocabulary_order_is_the_sorted_characters(prepared):
+    assert prepared.corpus.tokenizer == CharTokenizer("\n acehmnost")

@@ -1,0 +1,166 @@
+import hashlib
+import http.server
+import threading
+
+import pytest
+
+from jaxgpt.text import sources
+from jaxgpt.text.sources import SourceError
+
+
+@pytest.mark.parametrize("name", ["python-docs", "python-stdlib"])
+def test_embedded_corpora_need_no_download(name):
+    source = sources.read(name)
+    assert len(source.text) > 400_000
+    assert "CPython 3." in source.origin
+    assert source == sources.read(name)
+
+
+@pytest.mark.parametrize(
+    ("data", "text", "note"),
+    [
+        (b"plain\n", "plain\n", None),
+        (b"\xef\xbb\xbfmark\n", "mark\n", "byte order mark"),
+        (b"a\r\nb\rc\n", "a\nb\nc\n", "2 CR or CRLF"),
+        ("é\n".encode(), "é\n", None),
+    ],
+)
+def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, note):
+    (tmp_path / "a.txt").write_bytes(data)
+    source = sources.read(str(tmp_path / "a.txt"))
+    assert source.text == text
+    assert source.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert (note is None and source.notes == ()) or note in source.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "holds no text"),
+        (b" \n\t", "holds no text"),
+        (b"caf\xe9 au lait", "byte 0xe9 at offset 3"),
+        ("text".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_the_reason(tmp_path, data, said):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(SourceError, match=said):
+        sources.read(str(tmp_path / "a.txt"))
+
+
+def test_a_folder_is_its_files_in_order_without_the_hidden_ones(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".git").mkdir()
+    for name, text in {"b.txt": "B", "a.txt": "A\r\n", "sub/c.md": "C", ".hidden": "H", ".git/x": "X"}.items():
+        (tmp_path / name).write_text(text, newline="")
+    source = sources.read(str(tmp_path))
+    assert source.text == "A\n\nB\nC"
+    assert source.origin == f"3 files in {tmp_path}"
+    assert source.notes == ("a.txt: turned 1 CR or CRLF line ends into LF",)
+
+
+def test_a_folder_with_a_bad_file_names_the_file(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    with pytest.raises(SourceError, match=r"image\.png is not UTF-8"):
+        sources.read(str(tmp_path))
+
+
+def test_no_such_corpus_names_those_that_exist():
+    with pytest.raises(SourceError, match="python-docs, python-stdlib, shakespeare"):
+        sources.read("no-such-corpus")
+
+
+def test_an_unreadable_file_is_a_clear_error(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(SourceError, match=r"a\.txt cannot be read: Permission denied"):
+        sources.read(str(tmp_path / "a.txt"))
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on this machine that serves tmp_path / 'www'."""
+    (tmp_path / "www").mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path / "www"))
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
+
+
+class TestDownload:
+    DATA = b"To be, or not to be"
+    SHA = hashlib.sha256(DATA).hexdigest()
+
+    def test_a_checked_file_arrives(self, tmp_path, server):
+        (tmp_path / "www" / "a.txt").write_bytes(self.DATA)
+        target = tmp_path / "cache" / "a.txt"
+        assert sources.download(f"{server}/a.txt", target, 100, self.SHA) == target
+        assert target.read_bytes() == self.DATA
+        assert list(target.parent.iterdir()) == [target], "nothing half-written is left"
+
+    @pytest.mark.parametrize(
+        ("data", "limit", "said"), [(DATA + b"x", 100, "SHA-256"), (DATA, 10, "larger than the 10 bytes")]
+    )
+    def test_what_is_not_expected_is_not_kept(self, tmp_path, server, data, limit, said):
+        (tmp_path / "www" / "a.txt").write_bytes(data)
+        with pytest.raises(SourceError, match=said):
+            sources.download(f"{server}/a.txt", tmp_path / "cache" / "a.txt", limit, self.SHA)
+        assert not (tmp_path / "cache").exists()
+
+    def test_without_a_network_it_says_where_to_put_the_file(self, tmp_path):
+        target = tmp_path / "a.txt"
+        with pytest.raises(SourceError) as caught:
+            sources.download("http://127.0.0.1:1/a.txt", target, 100, self.SHA)
+        assert str(target) in str(caught.value)
+        assert self.SHA in str(caught.value)
+
+
+class TestShakespeare:
+    @pytest.fixture(autouse=True)
+    def elsewhere(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.delenv("JAXGPT_DATA", raising=False)
+
+    def test_a_local_copy_is_found_by_file_or_folder(self, shakespeare, monkeypatch):
+        for given in (shakespeare, shakespeare.parent):
+            monkeypatch.setenv("JAXGPT_DATA", str(given))
+            source = sources.read("shakespeare")
+            assert len(source.text) == sources.SHAKESPEARE_BYTES
+            assert len(set(source.text)) == 65
+            assert source.sha256 == sources.SHAKESPEARE_SHA256
+
+    def test_another_file_is_refused(self, tmp_path):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "tinyshakespeare.txt").write_text("To be")
+        with pytest.raises(SourceError, match="not the expected file"):
+            sources.read("shakespeare")
+
+    def test_a_wrong_path_is_refused(self, monkeypatch):
+        monkeypatch.setenv("JAXGPT_DATA", "/no/such/place")
+        with pytest.raises(SourceError, match="JAXGPT_DATA is /no/such/place"):
+            sources.read("shakespeare")
+
+    def test_else_it_is_downloaded_into_the_cache(self, tmp_path, server, monkeypatch):
+        data = b"To be, or not to be"
+        (tmp_path / "www" / "input.txt").write_bytes(data)
+        monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server}/input.txt")
+        monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(data).hexdigest())
+        assert sources.read("shakespeare").text == data.decode()
+        (tmp_path / "www" / "input.txt").unlink()
+        assert sources.read("shakespeare").text == data.decode(), "the second time it comes from the cache"
