@@ -1,0 +1,61 @@
+"""Tokens to logits and loss: the seam that the rest of the package sees, and the only package that knows Flax.
+
+Parameters are plain nested dicts of arrays; the models are pure functions of them.
+"""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.nn.bigram import Bigram
+from jaxgpt.nn.gpt import GPT
+from jaxgpt.nn.loss import cross_entropy, token_losses
+
+__all__ = ["Params", "cross_entropy", "forward", "init_params", "logits_and_loss", "model", "token_losses"]
+
+Params = dict[str, Any]
+
+
+def model(config: ModelConfig) -> GPT | Bigram:
+    """The Flax module of `config.kind`."""
+    return Bigram(config) if config.kind == "bigram" else GPT(config)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Fresh float32 parameters, a pure function of (config, key)."""
+    idx = jnp.zeros((1, config.block_size), jnp.int32)
+    return model(config).init(key, idx)["params"]
+
+
+def forward(config: ModelConfig, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    """Logits of the next token at every position: (B, T) ids -> (B, T, V).
+
+    Args:
+      idx: ids below V, T up to block_size.
+      dropout_key: None for evaluation; a key switches dropout on.
+
+    Raises:
+      ValueError: T is longer than block_size.
+    """
+    if idx.shape[1] > config.block_size:
+        raise ValueError(f"{idx.shape[1]} tokens are longer than block_size, {config.block_size}")
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return cast(jax.Array, model(config).apply({"params": params}, idx, rngs=rngs))
+
+
+def logits_and_loss(
+    config: ModelConfig, params: Params, idx: jax.Array, targets: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The notes' own interface: `(logits, loss)`.
+
+    Without targets: logits (B, T, V) and None. With targets (B, T): logits flattened to (B*T, V), and their mean
+    cross-entropy with the targets flattened to (B*T,), a scalar in nats.
+    """
+    logits = forward(config, params, idx)
+    if targets is None:
+        return logits, None
+    B, T, V = logits.shape
+    logits = logits.reshape(B * T, V)
+    return logits, cross_entropy(logits, targets.reshape(B * T))

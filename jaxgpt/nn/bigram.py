@@ -1,0 +1,19 @@
+"""The bigram model of the notes: each token reads the logits of the next one directly off a table."""
+
+import flax.linen as nn
+import jax
+
+from jaxgpt.config import ModelConfig
+
+
+class Bigram(nn.Module):
+    """An embedding of size (V, V), normal(1) at the start as PyTorch's `nn.Embedding`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, idx: jax.Array) -> jax.Array:
+        """(B, T) ids -> (B, T, V) logits."""
+        V = self.config.vocab_size
+        table = nn.Embed(V, V, embedding_init=nn.initializers.normal(1.0), name="token_embedding_table")
+        return table(idx)
