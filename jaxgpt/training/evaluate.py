@@ -1,0 +1,105 @@
+"""Loss over a whole split: exact, deterministic, the same for every batch size."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxgpt import nn
+from jaxgpt.config import Config, ModelConfig
+from jaxgpt.text.batches import Batch, Ids, Starts, estimate_starts, take
+from jaxgpt.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss over every predicted token of a split."""
+
+    loss: float
+    """Nats per token."""
+    standard_error: float
+    """Of `loss`, over windows; nan for a single window."""
+    bits_per_char: float
+    bits_per_byte: float
+    n_tokens: int
+    """How many tokens were predicted: all but the first."""
+
+
+def evaluate(
+    config: ModelConfig, params: nn.Params, tokens: Ids, tokenizer: Tokenizer, batch_size: int | None = None
+) -> Evaluation:
+    """Loss over the whole of `tokens` (N,) in windows of block_size, each of the N - 1 predictions counted once.
+
+    The last window ends at the last token; what the window before it has counted already is left out.
+
+    Args:
+      batch_size: windows at once; None picks one. The result does not depend on it but for float32 reassociation.
+
+    Raises:
+      ValueError: fewer than block_size + 1 tokens.
+    """
+    T, N = config.block_size, len(tokens)
+    if N < T + 1:
+        raise ValueError(f"{N} tokens hold no window of {T} inputs and a target")
+    starts = np.arange(0, N - 1, T)
+    skip = np.maximum(starts - (N - 1 - T), 0)
+    sums = _loss_sums(config, params, tokens, starts - skip, skip, batch_size)
+    counts, n = T - skip, len(starts)
+    loss = float(sums.sum() / counts.sum())
+    # The loss is a ratio of two sums over windows; this is the standard error of such a ratio.
+    deviations = sums - loss * counts
+    error = math.sqrt((deviations**2).sum() / (n * (n - 1))) / float(counts.mean()) if n > 1 else math.nan
+    n_chars, n_bytes = text_size(tokenizer, tokens[1:])
+    bits = float(sums.sum()) / math.log(2)
+    return Evaluation(loss, error, bits / n_chars, bits / n_bytes, int(counts.sum()))
+
+
+def estimate(config: Config, params: nn.Params, tokens: Ids, step: int) -> float:
+    """Mean loss over `eval_batches` random batches, as nanoGPT's estimate_loss: noisy, for comparison only.
+
+    A pure function of (config, params, tokens, step), with a random stream of its own.
+    """
+    T, n = config.model.block_size, config.train.eval_batches * config.train.batch_size
+    starts = estimate_starts(config.train.seed, step, len(tokens), T, n)
+    return float(_loss_sums(config.model, params, tokens, starts, np.zeros_like(starts)).sum() / (n * T))
+
+
+def text_size(tokenizer: Tokenizer, tokens: Ids) -> tuple[int, int]:
+    """Characters and bytes of the text that `tokens` stand for. A character counts where its first byte is."""
+    counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
+    chars = np.array([sum(byte & 0xC0 != 0x80 for byte in data) for data in tokenizer.token_bytes])
+    sizes = np.array([len(data) for data in tokenizer.token_bytes])
+    return int(counts @ chars), int(counts @ sizes)
+
+
+def _loss_sums(
+    config: ModelConfig,
+    params: nn.Params,
+    tokens: Ids,
+    starts: Starts,
+    skip: Starts,
+    batch_size: int | None = None,
+) -> NDArray[np.float64]:
+    """Summed loss of each window but for its first `skip` predictions, (n_windows,)."""
+    T, n = config.block_size, len(starts)
+    B = batch_size or max(1, min(8192, 2**26 // config.vocab_size) // T)
+    padding = (0, -n % B)  # a last batch of the same shape, so that one program serves
+    sums = [
+        window_losses(config, params, take(tokens, starts, T), skip)
+        for starts, skip in zip(
+            np.pad(starts, padding).reshape(-1, B), np.pad(skip, padding).reshape(-1, B), strict=True
+        )
+    ]
+    return np.concatenate(jax.device_get(sums)).astype(np.float64)[:n]
+
+
+@partial(jax.jit, static_argnums=0)
+def window_losses(config: ModelConfig, params: nn.Params, batch: Batch, skip: jax.Array) -> jax.Array:
+    """Summed loss of each window, (B,) float32, without its first `skip` (B,) predictions and without dropout."""
+    losses = nn.token_losses(nn.forward(config, params, batch.inputs), batch.targets)
+    counted = jnp.arange(losses.shape[1])[None, :] >= skip[:, None]
+    return jnp.where(counted, losses, 0).sum(axis=1)

@@ -1,0 +1,147 @@
+"""What a run writes down and tells while it trains: every step's numbers, evaluations, speed."""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxgpt.config import Config
+from jaxgpt.training.evaluate import Evaluation
+from jaxgpt.training.run import Run
+from jaxgpt.training.step import Metrics
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The whole validation split was scored after `step` steps."""
+
+    step: int
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`step` of `steps` are done."""
+
+    step: int
+    steps: int
+    loss: float
+    """The last step's, in nats per token."""
+    tokens_per_second: float
+    """Over the last chunk; nan for the first one, whose time is mostly compilation."""
+    seconds_left: float
+    """Of training, at that speed; nan for the first chunk."""
+
+
+Event = Evaluated | Progress
+
+
+class Journal:
+    """metrics.jsonl of a run, continued behind the lines of `step`, and the events that `watch` is told.
+
+    metrics.jsonl holds no time, so runs of one config are equal byte for byte. Numbers of a chunk are read when the
+    next chunk has been dispatched: the device never waits for the disk. `sync` goes before every save, so the lines
+    up to a checkpoint are never lost, and lines beyond it are dropped here and written again by the resumed run.
+    """
+
+    def __init__(self, run: Run, step: int, watch: Callable[[Event], None]):
+        self._config, self._watch = run.config, watch
+        self._unread: tuple[int, Metrics] | None = None
+        self._mark: float | None = None
+        self._tokens = self._seconds = 0.0
+        lines = _lines_up_to(run.metrics_file, step)
+        _replace_lines(run.metrics_file, lines)
+        self._file = run.metrics_file.open("a", encoding="utf-8")
+        self.scores = [evaluated for line in lines if (evaluated := _evaluated(json.loads(line)))]
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def trained(self, begin: int, metrics: Metrics) -> None:
+        """Note the steps from `begin` on, whose `metrics` (each (K,)) the device may still be working on."""
+        self.flush()
+        self._unread = begin, metrics
+
+    def evaluated(self, step: int, evaluation: Evaluation, estimates: dict[str, float]) -> None:
+        """Write an evaluation after `step` steps, all of them flushed, and nanoGPT-style estimates beside it."""
+        values = {f"val_{name}": value for name, value in dataclasses.asdict(evaluation).items()}
+        self._write(step=step, **values, **estimates)
+        self.scores.append(Evaluated(step, evaluation))
+        self._watch(self.scores[-1])
+        self._mark = time.perf_counter()  # evaluating is not training
+
+    def flush(self) -> None:
+        """Write the steps noted by `trained`, waiting for the device if need be."""
+        if self._unread is None:
+            return
+        (begin, metrics), self._unread = self._unread, None
+        metrics = jax.device_get(metrics)
+        for i in range(len(metrics.loss)):
+            self._write(step=begin + i + 1, **{name: _shortest(x[i]) for name, x in metrics._asdict().items()})
+        self._watch(self._progress(begin, metrics))
+
+    def sync(self) -> None:
+        """Return once every line so far is on disk."""
+        self.flush()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of training, compilation, evaluation and saving apart; nan before the second chunk."""
+        return self._tokens / self._seconds if self._seconds else float("nan")
+
+    def _progress(self, begin: int, metrics: Metrics) -> Progress:
+        config: Config = self._config
+        now, last, steps = time.perf_counter(), self._mark, len(metrics.loss)
+        speed = float("nan")
+        if last is not None:
+            tokens = steps * config.train.batch_size * config.model.block_size
+            self._tokens, self._seconds = self._tokens + tokens, self._seconds + now - last
+            speed = tokens / (now - last)
+        self._mark = now
+        done, total = begin + steps, config.train.steps
+        left = (total - done) * config.train.batch_size * config.model.block_size / speed
+        return Progress(done, total, float(metrics.loss[-1]), speed, left)
+
+    def _write(self, **values: Any) -> None:
+        self._file.write(json.dumps(values) + "\n")
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    """The whole lines of a metrics file up to `step`; a line torn by a kill is beyond the last save."""
+    lines: list[str] = []
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            lines.append(line)
+    return lines
+
+
+def _replace_lines(path: Path, lines: list[str]) -> None:
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text("".join(lines), "utf-8")
+    partial.replace(path)
+
+
+def _evaluated(line: dict[str, Any]) -> Evaluated | None:
+    """The evaluation that a line of metrics.jsonl holds, if it does."""
+    if "val_loss" not in line:
+        return None
+    names = [field.name for field in dataclasses.fields(Evaluation)]
+    return Evaluated(line["step"], Evaluation(**{name: line[f"val_{name}"] for name in names}))
+
+
+def _shortest(x: Any) -> float:
+    """A float32 as the shortest decimal that gives it back."""
+    return float(str(x))

@@ -1,0 +1,49 @@
+"""The optimizer of a config: schedule, clipping, and AdamW that decays by parameter path."""
+
+import jax
+import optax
+
+from jaxgpt.config import Config
+from jaxgpt.nn import Params
+
+DECAYED = ("kernel", "embedding")
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    """Step (0-based) to learning rate: linear warm-up to the peak, then the way down; constant after its end.
+
+    The warm-up's first step is at learning_rate / (warmup_steps + 1), as in nanoGPT.
+    """
+    opt = config.optimizer
+    peak, low, warmup = opt.learning_rate, opt.min_learning_rate, opt.warmup_steps
+    decay_steps = (opt.decay_steps or config.train.steps) - warmup
+    match opt.schedule:
+        case "cosine":
+            alpha = low / peak if peak else 0.0
+            after = optax.schedules.cosine_decay_schedule(peak, decay_steps, alpha)
+        case "linear":
+            after = optax.schedules.linear_schedule(peak, low, decay_steps)
+        case "constant":
+            after = optax.schedules.constant_schedule(peak)
+    if not warmup:
+        return after
+    before = optax.schedules.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.schedules.join_schedules([before, after], [warmup])
+
+
+def decay_mask(params: Params) -> Params:
+    """True where weight decay applies: every leaf named kernel or embedding, no bias and no norm's scale.
+
+    By name and not by `ndim`, so that stacked layers decay as separate ones do. For nanoGPT's model this is the same
+    choice as its "two or more dimensions".
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW with `learning_rate(config)`."""
+    opt = config.optimizer
+    adamw = optax.adamw(
+        learning_rate(config), opt.beta1, opt.beta2, opt.eps, weight_decay=opt.weight_decay, mask=decay_mask
+    )
+    return optax.chain(optax.clip_by_global_norm(opt.grad_clip), adamw) if opt.grad_clip else adamw

@@ -1,0 +1,101 @@
+"""Loss to weights: one step as a pure function, and K of them as one compiled program."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxgpt import nn
+from jaxgpt.config import Config
+from jaxgpt.text.batches import Batch, take
+from jaxgpt.training.optimizer import learning_rate, make_optimizer
+
+# Streams of random keys, folded into the key of the seed. Batches have a generator of their own.
+INIT, DROPOUT = range(2)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that changes in training."""
+
+    step: jax.Array  # () int32, the optimizer steps done
+    params: nn.Params
+    opt_state: Any  # of make_optimizer(config)
+
+
+class Metrics(NamedTuple):
+    """What a step reports, float32 scalars."""
+
+    loss: jax.Array  # nats per token, of the batch before the update
+    grad_norm: jax.Array  # global, before clipping
+    learning_rate: jax.Array
+
+
+@partial(jax.jit, static_argnums=0)
+def init_state(config: Config) -> TrainState:
+    """The state at step 0, a pure function of the config."""
+    params = nn.init_params(config.model, stream_key(config, INIT))
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+
+
+def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One optimizer step on `batch` ((B, T) inputs and targets), pure and traceable."""
+    dropout_key = None
+    if config.model.dropout:
+        dropout_key = jax.random.fold_in(stream_key(config, DROPOUT), state.step)
+    loss, grads = loss_and_grads(config, state.params, batch, dropout_key)
+    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = Metrics(loss, optax.tree.norm(grads), jnp.float32(learning_rate(config)(state.step)))
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_steps(config: Config, state: TrainState, tokens: jax.Array, starts: jax.Array) -> tuple[TrainState, Metrics]:
+    """K steps as one program; the windows are taken from the tokens on the device. `state` is donated.
+
+    Args:
+      tokens: (N,) ids on the device: the corpus, or the windows of these steps (`batches.pack`).
+      starts: (K, B) int32 window starts, from `batches.chunk_starts`.
+
+    Returns:
+      The state K steps later and the K steps' metrics, each (K,).
+    """
+
+    def body(state: TrainState, starts: jax.Array) -> tuple[TrainState, Metrics]:
+        return train_step(config, state, take(tokens, starts, config.model.block_size))
+
+    return jax.lax.scan(body, state, starts)
+
+
+def loss_and_grads(
+    config: Config, params: nn.Params, batch: Batch, dropout_key: jax.Array | None
+) -> tuple[jax.Array, nn.Params]:
+    """Mean loss over the batch and its gradient, in `accumulate` micro-batches one after another."""
+
+    def loss(params: nn.Params, batch: Batch, key: jax.Array | None) -> jax.Array:
+        logits = nn.forward(config.model, params, batch.inputs, key)
+        return nn.cross_entropy(logits, batch.targets)
+
+    A = config.train.accumulate
+    if A == 1:
+        return jax.value_and_grad(loss)(params, batch, dropout_key)
+
+    def add(total: Any, item: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        micro_batch, i = item
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, micro_batch, key)), None
+
+    micro_batches = jax.tree.map(lambda x: x.reshape(A, -1, *x.shape[1:]), batch)
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zero, (micro_batches, jnp.arange(A)))
+    return jax.tree.map(lambda x: x / A, total)
+
+
+def stream_key(config: Config, stream: int) -> jax.Array:
+    """The key of one purpose (INIT, DROPOUT) for this config's seed."""
+    return jax.random.fold_in(jax.random.key(config.train.seed), stream)
