@@ -1,0 +1,296 @@
+"""`jaxgpt <verb>`: each verb parses, calls, prints. Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from jaxgpt.config import Config, UsageError
+
+DEFAULT_RECIPE = "gpt-demo"
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line `argv` (that of the process by default) and exit."""
+    sys.exit(run_verb(sys.argv[1:] if argv is None else argv))
+
+
+def run_verb(argv: Sequence[str]) -> int:
+    """The exit code of `jaxgpt *argv`; errors that a person can mend are printed without a traceback."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if argv else 2
+    verb, args = argv[0], list(argv[1:])
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        return _complain(f"no verb {verb!r}{hint}\n{overview()}", 2)
+    try:
+        return VERBS[verb](args)
+    except UsageError as error:
+        return _complain(str(error), 2)
+    except BrokenPipeError:  # whoever read the output has gone; let the interpreter's last flush find no fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, RuntimeError) as error:
+        return _complain(str(error), 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+
+
+def overview() -> str:
+    """What `jaxgpt --help` prints."""
+    lines = [f"  {name:<9}{inspect.getdoc(verb).splitlines()[0]}" for name, verb in VERBS.items()]  # type: ignore[union-attr]
+    return "usage: jaxgpt VERB ...\n\n" + "\n".join(lines) + "\n\njaxgpt VERB --help tells the options of a verb."
+
+
+def _parse(kind: type[Any], args: list[str], prog: str, **kwargs: Any) -> Any:
+    import tyro
+
+    return tyro.cli(kind, args=args, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **kwargs)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"jaxgpt: {message}", file=sys.stderr)
+    return code
+
+
+@dataclass(frozen=True)
+class _Folders:
+    runs_dir: Path = Path("runs")
+    """Folder of all runs."""
+    data_dir: Path = Path("data")
+    """Folder of all prepared corpora."""
+
+
+def prepare(args: list[str]) -> int:
+    """Turn a text into tokens.bin and tokens.json."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Prepare:
+        """Turn a text into tokens.bin and tokens.json."""
+
+        corpus: Annotated[str, tyro.conf.Positional]
+        """python-docs, python-stdlib, shakespeare, or a UTF-8 file or folder."""
+        tokenizer: str = "char"
+        """char, byte, or a tokens.json whose vocabulary is to be used again."""
+        unknown: Literal["error", "skip"] = "error"
+        """What to do with a character outside the vocabulary."""
+        data_dir: Path = Path("data")
+        """Folder of all prepared corpora."""
+
+    from jaxgpt.text import corpus as corpora
+
+    given = _parse(Prepare, args, "jaxgpt prepare")
+    done = corpora.prepare(given.corpus, given.tokenizer, unknown=given.unknown, data_dir=given.data_dir)
+    meta = done.corpus.meta
+    print(done.corpus.summary)
+    for note in meta.get("notes", []):
+        print(f"  {note}")
+    if meta.get("skipped_characters"):
+        print(f"  skipped {meta['skipped_characters']:,} characters outside the vocabulary")
+    print(f"{'found in' if done.reused else 'written to'} {done.folder} in {done.seconds:.2f} s")
+    return 0
+
+
+def train(args: list[str]) -> int:
+    """Train a recipe, or resume a run."""
+    from jaxgpt.recipes import recipe
+    from jaxgpt.training.run import Run
+
+    @dataclass(frozen=True)
+    class Train:
+        run: str
+        """Name of the run, a new folder in the runs folder."""
+        config: Config
+        folders: _Folders = _Folders()
+        resume: bool = False
+        """Go on with an existing run: its own settings hold, but for the ones given here."""
+
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--run")
+    peek.add_argument("--resume", action="store_true")
+    peek.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
+    try:
+        peeked = peek.parse_known_args(args)[0]
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from error
+    default = recipe(name).config
+    existing = None
+    if peeked.resume and "--help" not in args and "-h" not in args:
+        existing = Run.open(peeked.runs_dir, peeked.run or name)
+        default = existing.config
+    defaults = Train(run=name, config=default)
+    given = _parse(Train, args, f"jaxgpt train {name}", default=defaults, description=_train_help(name))
+    return _fit(given, existing)
+
+
+def _train_help(name: str) -> str:
+    from jaxgpt.recipes import RECIPES
+
+    known = RECIPES[name]
+    return f"{known.about} ({known.hardware}: {known.time}; loss {known.loss}.) Recipes: {', '.join(RECIPES)}."
+
+
+def _fit(given: Any, existing: Any) -> int:
+    from rich.console import Console
+
+    from jaxgpt.report.terminal import TrainingDisplay, describe, duration
+    from jaxgpt.training.loop import fit
+    from jaxgpt.training.start import resume, start
+
+    folders = given.folders
+    if existing:
+        run, corpus = resume(given.config, existing, folders.data_dir)
+    else:
+        run, corpus = start(given.config, given.run, folders.runs_dir, folders.data_dir)
+    console = Console(highlight=False)
+    console.print(corpus.summary, soft_wrap=True)
+    with TrainingDisplay(console, run.config.train.steps) as display:
+        done = fit(run, corpus, display)
+    again = f"jaxgpt train --run {run.path.name} --resume"
+    if folders.runs_dir != Path("runs"):
+        again += f" --runs-dir {folders.runs_dir}"
+    if done.interrupted_by:
+        console.print(
+            f"interrupted at step {done.step:,} of {done.steps:,}; saved. Go on with: {again}", soft_wrap=True
+        )
+        return 128 + done.interrupted_by
+    first, last, best = done.scores[0], done.scores[-1], done.best
+    console.print(
+        f"{run.path}: step {done.step:,} in {duration(done.seconds)}"
+        + ("" if done.tokens_per_second != done.tokens_per_second else f", {done.tokens_per_second:,.0f} tokens/s")
+    )
+    console.print(f"  before  {describe(first.evaluation)}", soft_wrap=True)
+    console.print(f"  after   {describe(last.evaluation)}", soft_wrap=True)
+    if best.step != last.step:
+        console.print(f"  best    {describe(best.evaluation)}, at step {best.step:,}", soft_wrap=True)
+    console.print(f"Write with it: jaxgpt sample {run.path.name}")
+    return 0
+
+
+def sample(args: list[str]) -> int:
+    """Write text with a trained run."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Sample:
+        """Write text with a trained run."""
+
+        run: Annotated[str, tyro.conf.Positional]
+        """Name of a run, or its folder."""
+        prompt: str = "\n"
+        """What to continue; of a long one the last block_size tokens are seen."""
+        tokens: int = 500
+        """How many tokens to write."""
+        temperature: float = 0.8
+        """Below 1 sharper, above 1 flatter, 0 always the most likely token."""
+        top_k: int = 0
+        """Draw from the k most likely tokens only; 0 from all."""
+        seed: int = 1337
+        """The same seed writes the same text."""
+        samples: int = 1
+        """How many texts to write."""
+        checkpoint: Literal["best", "last"] = "best"
+        """The checkpoint of lowest validation loss, or the newest."""
+        unknown: Literal["error", "skip"] = "error"
+        """What to do with a character of the prompt outside the vocabulary."""
+        runs_dir: Path = Path("runs")
+        """Folder of all runs."""
+
+    given = _parse(Sample, args, "jaxgpt sample")
+    from jaxgpt.sampling.write import write
+    from jaxgpt.training.run import Run
+
+    texts = write(
+        Run.open(given.runs_dir, given.run),
+        given.prompt,
+        given.tokens,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        seed=given.seed,
+        samples=given.samples,
+        checkpoint=given.checkpoint,
+        unknown=given.unknown,
+    )
+    for i, pieces in enumerate(texts):
+        if i:
+            print("-" * 40)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    return 0
+
+
+def evaluate(args: list[str]) -> int:
+    """Score a run on a whole split."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Eval:
+        """Score a run on a whole split."""
+
+        run: Annotated[str, tyro.conf.Positional]
+        """Name of a run, or its folder."""
+        split: Literal["val", "train"] = "val"
+        """Which part of the text to score."""
+        checkpoint: Literal["best", "last"] = "best"
+        """The checkpoint of lowest validation loss, or the newest."""
+        eval_batches: int = 200
+        """Random batches in the nanoGPT-style estimate; 0 leaves it out."""
+        folders: _Folders = _Folders()
+
+    given = _parse(Eval, args, "jaxgpt eval")
+    from jaxgpt.report.terminal import describe
+    from jaxgpt.training.evaluate import estimate
+    from jaxgpt.training.evaluate import evaluate as score
+    from jaxgpt.training.run import Run
+    from jaxgpt.training.start import corpus_of, load_checkpoint
+
+    run = Run.open(given.folders.runs_dir, given.run)
+    corpus = corpus_of(run, given.folders.data_dir)
+    step, params = load_checkpoint(run, given.checkpoint)
+    tokens = corpus.split(run.config.data.val_fraction)[given.split == "val"]
+    result = score(run.config.model, params, tokens, corpus.tokenizer)
+    print(f"{run.path.name}, step {step:,}, {given.split} split, {result.n_tokens:,} tokens predicted")
+    print(f"  {describe(result)}")
+    if given.eval_batches:
+        config = dataclasses.replace(
+            run.config, train=dataclasses.replace(run.config.train, eval_batches=given.eval_batches)
+        )
+        print(f"  estimate by {given.eval_batches} random batches: {estimate(config, params, tokens, step):.4f}")
+    return 0
+
+
+def recipes(args: list[str]) -> int:
+    """List the recipes."""
+
+    @dataclass(frozen=True)
+    class Recipes:
+        """List the recipes."""
+
+    _parse(Recipes, args, "jaxgpt recipes")
+    from jaxgpt.recipes import RECIPES
+
+    for name, known in RECIPES.items():
+        print(f"jaxgpt train {name}")
+        print(f"  {known.about}")
+        print(f"  {known.hardware}: {known.time}; loss {known.loss}")
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "prepare": prepare,
+    "train": train,
+    "sample": sample,
+    "eval": evaluate,
+    "recipes": recipes,
+}

@@ -1,0 +1,76 @@
+"""What a person sees of a training run: a live line on a terminal, plain lines elsewhere."""
+
+import math
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from jaxgpt.training.evaluate import Evaluation
+from jaxgpt.training.journal import Evaluated, Event
+
+PLAIN_SECONDS = 5.0
+"""Where the output is no terminal, progress lines are at least so far apart."""
+
+
+class TrainingDisplay:
+    """Shows the events of `fit`; use it as a context manager and as `fit`'s `watch`."""
+
+    def __init__(self, console: Console, steps: int):
+        self._console, self._printed = console, time.monotonic()
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=steps, numbers="compiling")
+
+    def __enter__(self) -> "TrainingDisplay":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Evaluated):
+            self._print(f"step {event.step:>6,}  validation {describe(event.evaluation)}")
+            return
+        numbers = f"loss {event.loss:.4f}"
+        if not math.isnan(event.tokens_per_second):
+            numbers += f"  {event.tokens_per_second:,.0f} tokens/s  {duration(event.seconds_left)} left"
+        self._bar.update(self._task, completed=event.step, numbers=numbers)
+        if not self._console.is_terminal and time.monotonic() - self._printed > PLAIN_SECONDS:
+            self._print(f"step {event.step:>6,}/{event.steps:,}  {numbers}")
+
+    def _print(self, line: str) -> None:
+        self._printed = time.monotonic()
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def describe(evaluation: Evaluation) -> str:
+    """An evaluation on one line."""
+    return (
+        f"loss {evaluation.loss:.4f} ± {evaluation.standard_error:.4f} nats/token, "
+        f"{evaluation.bits_per_char:.4f} bits/char, {evaluation.bits_per_byte:.4f} bits/byte"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    >>> duration(75), duration(3700)
+    ('1m15s', '1h01m')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02}m"

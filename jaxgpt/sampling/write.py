@@ -1,0 +1,63 @@
+"""A run's own text: its tokenizer, its best weights, and ids turned into characters as they come."""
+
+import codecs
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt.config import ModelConfig, UsageError
+from jaxgpt.sampling.generate import generate, stream
+from jaxgpt.text.tokenizer import Tokenizer
+from jaxgpt.training.run import Run
+from jaxgpt.training.start import load_checkpoint
+
+
+def write(
+    run: Run,
+    prompt: str,
+    n_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    seed: int = 1337,
+    samples: int = 1,
+    checkpoint: str = "best",
+    unknown: str = "error",
+) -> Iterator[Iterator[str]]:
+    """`samples` texts that begin with `prompt`, each as pieces of text; a single one streams while it is made.
+
+    Raises:
+      UsageError: an empty prompt, one with characters outside the vocabulary, or a number out of range.
+    """
+    tokenizer = run.tokenizer
+    if unknown == "skip":
+        prompt = "".join(c for c, known in zip(prompt, tokenizer.knows(prompt), strict=True) if known)
+    if not prompt:
+        raise UsageError("the prompt is empty, expected at least one character of the vocabulary: --prompt TEXT")
+    if n_tokens < 0 or temperature < 0 or top_k < 0 or samples < 1 or not 0 <= seed < 2**32:
+        raise UsageError(
+            "expected tokens, temperature and top-k of at least 0, samples of at least 1, seed below 2**32"
+        )
+    ids = np.tile(tokenizer.encode(prompt), (samples, 1))
+    config: ModelConfig = run.config.model
+    _, params = load_checkpoint(run, checkpoint)
+    given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "n_ids": tokenizer.vocab_size}
+    key = jax.random.key(seed)
+    if samples == 1:
+        pieces = (piece[0] for piece in stream(config, params, ids, n_tokens, key, **given))
+        yield _texts(tokenizer, prompt, pieces)
+    else:
+        for row in np.asarray(generate(config, params, ids, n_tokens, key, **given)):
+            yield _texts(tokenizer, prompt, iter([row]))
+
+
+def _texts(tokenizer: Tokenizer, prompt: str, pieces: Iterator[Any]) -> Iterator[str]:
+    """The prompt, then each piece of ids as text; a character whose bytes are split waits for its last one."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    token_bytes = tokenizer.token_bytes
+    yield prompt
+    for ids in pieces:
+        yield decoder.decode(b"".join(token_bytes[i] for i in ids))
+    yield decoder.decode(b"", final=True)
