@@ -77,7 +77,7 @@ def prepare(args: list[str]) -> int:
     class Prepare:
         """Turn a text into tokens.bin and tokens.json."""
 
-        corpus: Annotated[str, tyro.conf.Positional]
+        corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
         """python-docs, python-stdlib, shakespeare, or a UTF-8 file or folder."""
         tokenizer: str = "char"
         """char, byte, or a tokens.json whose vocabulary is to be used again."""
@@ -185,7 +185,7 @@ def sample(args: list[str]) -> int:
     class Sample:
         """Write text with a trained run."""
 
-        run: Annotated[str, tyro.conf.Positional]
+        run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
         """Name of a run, or its folder."""
         prompt: str = "\n"
         """What to continue; of a long one the last block_size tokens are seen."""
@@ -238,7 +238,7 @@ def evaluate(args: list[str]) -> int:
     class Eval:
         """Score a run on a whole split."""
 
-        run: Annotated[str, tyro.conf.Positional]
+        run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
         """Name of a run, or its folder."""
         split: Literal["val", "train"] = "val"
         """Which part of the text to score."""

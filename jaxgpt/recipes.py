@@ -34,9 +34,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "gpt-demo": Recipe(
         Config(
-            model=ModelConfig(block_size=64),
-            optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=1e-4),
-            train=TrainConfig(steps=1500, batch_size=16, eval_every=250),
+            optimizer=OptimizerConfig(learning_rate=4e-3),
+            train=TrainConfig(steps=1500),
         ),
         about="A small GPT on the Python documentation that every Python carries: no download.",
         hardware="2 CPU cores",

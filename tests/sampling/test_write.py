@@ -1,0 +1,68 @@
+import pytest
+
+from jaxgpt.config import UsageError
+from jaxgpt.sampling.write import write
+from jaxgpt.text.tokenizer import UnknownCharacterError
+from jaxgpt.training.loop import fit
+from jaxgpt.training.start import start
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+    folder = tmp_path_factory.mktemp("write")
+    (folder / "text.txt").write_text("naïve café, déjà vu\n" * 30)
+    config = Config(
+        DataConfig(corpus=str(folder / "text.txt"), tokenizer="byte"),
+        ModelConfig(block_size=16, n_layer=1, n_head=1, n_embd=16, vocab_size=300),
+        OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
+        TrainConfig(steps=10, scan_steps=10, eval_every=10, eval_batches=0),
+    )
+    run, corpus = start(config, "bytes", folder / "runs", folder / "data")
+    return fit(run, corpus).run
+
+
+def texts(run, *args, **kwargs):
+    return ["".join(pieces) for pieces in write(run, *args, **kwargs)]
+
+
+def test_a_text_begins_with_its_prompt_and_repeats_with_its_seed(run):
+    (one,) = texts(run, "café", 40, seed=3)
+    assert one.startswith("café")
+    assert texts(run, "café", 40, seed=3) == [one]
+    assert texts(run, "café", 40, seed=4) != [one]
+
+
+def test_the_first_of_many_is_the_only_one(run):
+    many = texts(run, "na", 40, samples=3)
+    assert len(set(many)) == 3
+    assert texts(run, "na", 40) == many[:1]
+
+
+def test_characters_split_between_pieces_stay_whole(run):
+    """16 tokens a piece and two bytes an é: joined pieces must decode as the whole does."""
+    from jaxgpt.sampling.write import _texts
+
+    ids = run.tokenizer.encode("é" * 20)
+    pieces = [ids[:15], ids[15:16], ids[16:]]
+    assert "".join(_texts(run.tokenizer, "", iter(pieces))) == "é" * 20
+    assert "".join(_texts(run.tokenizer, "", iter([ids[:1]]))) == "�"
+
+
+@pytest.mark.parametrize(
+    "options", [{"n_tokens": -1}, {"temperature": -0.1}, {"top_k": -1}, {"samples": 0}, {"seed": -1}, {"prompt": ""}]
+)
+def test_bad_requests_are_refused(run, options):
+    with pytest.raises(UsageError):
+        texts(run, **{"prompt": "a", "n_tokens": 5, **options})
+
+
+def test_unknown_characters_of_a_prompt_are_an_error_or_skipped(run, tmp_path, tiny, change, verse):
+    config = change(tiny, corpus=str(verse), vocab_size=0, steps=5)
+    chars = fit(*start(config, "chars", tmp_path / "runs", tmp_path / "data")).run
+    with pytest.raises(UnknownCharacterError, match="'Z'"):
+        texts(chars, "the Zoo", 5)
+    assert texts(chars, "the Zoo", 5, unknown="skip")[0].startswith("the oo")
+    with pytest.raises(UsageError, match="prompt is empty"):
+        texts(chars, "ZZZ", 5, unknown="skip")

@@ -1,0 +1,167 @@
+"""The command line as people use it: in process where that is enough, as a process where exits matter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxgpt import cli
+from jaxgpt.recipes import RECIPES
+
+SMALL = ("--block-size", 8, "--n-layer", 1, "--n-embd", 16, "--steps", 20, "--scan-steps", 5, "--eval-every", 10)
+SMALL += ("--batch-size", 4, "--warmup-steps", 2, "--eval-batches", 2)
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run a verb in tmp_path: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args):
+        try:
+            code = cli.run_verb([str(arg) for arg in args])
+        except SystemExit as done:  # tyro's own way out
+            code = done.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_the_main_job_from_text_to_text(call, verse, tmp_path):
+    code, out, _ = call("prepare", verse)
+    assert code == 0
+    assert "840 tokens, vocabulary of 11 (char)" in out
+    assert "written to data/text-char-" in out
+    assert "found in" in call("prepare", verse)[1]
+
+    code, out, _ = call("train", "gpt-demo", "--corpus", verse, "--run", "one", *SMALL)
+    assert code == 0, out
+    assert "step      0  validation loss" in out
+    before, after = (next(line for line in out.splitlines() if line.startswith(f"  {w}")) for w in ("before", "after"))
+    assert float(after.split()[2]) < float(before.split()[2])
+    assert "jaxgpt sample one" in out
+
+    code, out, _ = call("sample", "one", "--prompt", "the ", "--tokens", 50, "--seed", 3)
+    assert code == 0
+    assert out.startswith("the ")
+    assert len(out) == 4 + 50 + 1
+    assert call("sample", "one", "--prompt", "the ", "--tokens", 50, "--seed", 3)[1] == out
+    assert call("sample", "one", "--tokens", 5, "--samples", 2)[1].count("-" * 40) == 1
+
+    code, out, _ = call("eval", "one")
+    assert code == 0
+    assert after.split()[2] in out, "eval prints the loss that training ended with"
+    assert "estimate by 200 random batches" in out
+    assert "train split" in call("eval", "one", "--split", "train", "--eval-batches", 0)[1]
+
+
+def test_a_run_is_never_overwritten_and_resumes_with_its_own_settings(call, verse, tmp_path):
+    assert call("train", "gpt-demo", "--corpus", verse, "--run", "one", *SMALL)[0] == 0
+    metrics = (tmp_path / "runs/one/metrics.jsonl").read_bytes()
+    code, _, err = call("train", "gpt-demo", "--corpus", verse, "--run", "one", *SMALL)
+    assert code == 2
+    assert "--run one --resume continues it" in err
+    code, _, err = call("train", "--run", "one", "--resume", "--n-layer", 2)
+    assert code == 2
+    assert "n_layer: 1 in the run, 2 asked for" in err
+    assert (tmp_path / "runs/one/metrics.jsonl").read_bytes() == metrics
+    code, out, _ = call("train", "--run", "one", "--resume", "--steps", 30)
+    assert code == 0
+    assert "step 30" in out
+    assert (tmp_path / "runs/one/metrics.jsonl").read_bytes().startswith(metrics)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "usage: jaxgpt VERB"),
+        (["trian"], "did you mean 'train'?"),
+        (["train", "gpt-dmo"], "did you mean 'gpt-demo'?"),
+        (["train", "gpt-demo", "--n-embd", "65"], "try --n-embd 64"),
+        (["train", "gpt-demo", "--n-embed", "64"], "n-embed"),
+        (["train", "gpt-demo", "--steps", "many"], "--steps"),
+        (["train", "gpt-demo", "--run", "../x"], "expected letters"),
+        (["train", "gpt-demo", "--run"], "--run"),
+        (["train", "gpt-demo", "--corpus", "nowhere"], "no corpus, file or folder 'nowhere'"),
+        (["train", "--run", "nothing", "--resume"], "no run 'nothing'"),
+        (["sample", "nothing"], "no run 'nothing'"),
+        (["eval", "nothing"], "no run 'nothing'"),
+        (["prepare", "nowhere"], "named corpora are python-docs"),
+        (["prepare"], "CORPUS"),
+    ],
+)
+def test_bad_usage_exits_with_2_and_writes_nothing(call, tmp_path, args, said):
+    code, out, err = call(*args)
+    assert code == 2
+    assert said in out + err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(call, verb):
+    assert verb in call("--help")[1]
+    code, out, _ = call(verb, "--help")
+    assert code == 0
+    assert f"usage: jaxgpt {verb}" in out
+
+
+def test_help_of_a_recipe_shows_its_defaults(call):
+    code, out, _ = call("train", "shakespeare-gpu", "--help")
+    assert code == 0
+    assert "(default: 384)" in out
+    assert "H, the number of attention heads" in out
+
+
+def test_recipes_are_listed(call):
+    _, out, _ = call("recipes")
+    for name in RECIPES:
+        assert f"jaxgpt train {name}\n" in out
+
+
+def test_skipped_characters_and_mended_line_ends_are_reported(call, verse, tmp_path):
+    call("prepare", verse)
+    (tmp_path / "other.txt").write_bytes(b"the zebra\r\nsat on a mat\r\n" * 9)
+    (tokens,) = (tmp_path / "data").glob("*/tokens.json")
+    code, out, _ = call("prepare", "other.txt", "--tokenizer", tokens, "--unknown", "skip")
+    assert code == 0
+    assert "skipped 27 characters" in out
+    assert "18 CR or CRLF" in out
+    assert call("prepare", "other.txt", "--tokenizer", tokens)[0] == 2
+
+
+def test_failures_exit_with_1(call, verse, tmp_path, monkeypatch):
+    assert call("train", "gpt-demo", "--corpus", verse, "--run", "one", *SMALL)[0] == 0
+    (tmp_path / "runs/one/checkpoints/20/state/_METADATA").unlink()
+    code, _, err = call("sample", "one", "--checkpoint", "last")
+    assert code == 1
+    assert "step 20" in err
+
+
+def test_interrupted_before_anything_was_done(call, monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "recipes", interrupt)
+    assert call("recipes")[0] == 130
+
+
+@pytest.mark.smoke
+def test_the_command_is_installed_and_a_closed_pipe_is_no_fault(tmp_path):
+    command = os.path.join(os.path.dirname(sys.executable), "jaxgpt")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    piped = subprocess.run(
+        f"'{command}' train --help | head -1", shell=True, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert piped.stdout.startswith("usage: jaxgpt train")
+    assert piped.stderr == ""
+
+
+def test_main_exits_with_the_code(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["jaxgpt", "nonsense"])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert done.value.code == 2

@@ -1,0 +1,90 @@
+"""The shape of the house: imports run downwards, the core needs no room, and starting costs little."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxgpt
+
+PACKAGE = Path(jaxgpt.__file__).parent
+BELOW = {
+    "config": set(),
+    "recipes": {"config"},
+    "text": {"config"},
+    "nn": {"config"},
+    "training": {"config", "text", "nn"},
+    "sampling": {"config", "text", "nn", "training"},
+    "report": {"config", "text", "nn", "training", "sampling"},
+}
+CORE = ("config", "text", "nn", "training", "sampling")
+
+
+def part(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names if node.module == "jaxgpt")
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downwards(path):
+    if part(path) in ("cli", "__init__", "__main__"):
+        return
+    ours = {name.split(".")[1] for name in imported(path) if name.startswith("jaxgpt.")}
+    assert ours <= BELOW[part(path)] | {part(path)}
+
+
+@pytest.mark.parametrize(("library", "parts"), [("flax", {"nn"}), ("orbax", {"training"}), ("rich", {"report", "cli"})])
+def test_a_library_is_known_to_one_part(library, parts):
+    known = {part(path) for path in FILES if any(name.split(".")[0] == library for name in imported(path))}
+    assert known <= parts
+
+
+def loaded_after(statement, *modules):
+    code = f"import sys; {statement}; print([m for m in {modules!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    return ast.literal_eval(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.smoke
+def test_heavy_imports_wait_for_their_use():
+    heavy = ("jax", "flax", "optax", "orbax", "rich", "tyro", "numpy")
+    assert loaded_after("import jaxgpt", *heavy) == []
+    assert loaded_after("from jaxgpt.cli import run_verb; run_verb(['--help'])", *heavy) == []
+    assert loaded_after("import jaxgpt.text.corpus, jaxgpt.text.batches", *heavy) == ["numpy"]
+    assert "orbax" not in loaded_after("import jaxgpt; jaxgpt.train_steps; jaxgpt.generate", *heavy)
+
+
+@pytest.mark.smoke
+def test_the_public_nouns_exist():
+    for name in jaxgpt.__all__:
+        assert getattr(jaxgpt, name).__doc__, name
+        assert name in dir(jaxgpt)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = jaxgpt.nonsense
+
+
+def test_doctests_of_the_core():
+    import doctest
+    from importlib import import_module
+
+    tried = 0
+    for path in FILES:
+        if ">>>" in path.read_text("utf-8"):
+            name = ".".join(["jaxgpt", *path.relative_to(PACKAGE).with_suffix("").parts])
+            result = doctest.testmod(import_module(name))
+            assert result.failed == 0, name
+            tried += result.attempted
+    assert tried >= 5
