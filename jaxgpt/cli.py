@@ -167,7 +167,7 @@ def _fit(given: Any, existing: Any) -> int:
     first, last, best = done.scores[0], done.scores[-1], done.best
     console.print(
         f"{run.path}: step {done.step:,} in {duration(done.seconds)}"
-        + ("" if done.tokens_per_second != done.tokens_per_second else f", {done.tokens_per_second:,.0f} tokens/s")
+        + (f", {done.tokens_per_second:,.0f} tokens/s" if done.tokens_per_second else "")
     )
     console.print(f"  before  {describe(first.evaluation)}", soft_wrap=True)
     console.print(f"  after   {describe(last.evaluation)}", soft_wrap=True)

@@ -1,6 +1,5 @@
 """What a person sees of a training run: a live line on a terminal, plain lines elsewhere."""
 
-import math
 import time
 from types import TracebackType
 
@@ -43,7 +42,7 @@ class TrainingDisplay:
             self._print(f"step {event.step:>6,}  validation {describe(event.evaluation)}")
             return
         numbers = f"loss {event.loss:.4f}"
-        if not math.isnan(event.tokens_per_second):
+        if event.tokens_per_second and event.seconds_left is not None:
             numbers += f"  {event.tokens_per_second:,.0f} tokens/s  {duration(event.seconds_left)} left"
         self._bar.update(self._task, completed=event.step, numbers=numbers)
         if not self._console.is_terminal and time.monotonic() - self._printed > PLAIN_SECONDS:

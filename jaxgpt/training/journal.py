@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -11,7 +12,6 @@ from typing import Any
 
 import jax
 
-from jaxgpt.config import Config
 from jaxgpt.training.evaluate import Evaluation
 from jaxgpt.training.run import Run
 from jaxgpt.training.step import Metrics
@@ -33,10 +33,10 @@ class Progress:
     steps: int
     loss: float
     """The last step's, in nats per token."""
-    tokens_per_second: float
-    """Over the last chunk; nan for the first one, whose time is mostly compilation."""
-    seconds_left: float
-    """Of training, at that speed; nan for the first chunk."""
+    tokens_per_second: float | None
+    """Over the last chunk; None for the first one, whose time is mostly compilation."""
+    seconds_left: float | None
+    """Of training, at that speed."""
 
 
 Event = Evaluated | Progress
@@ -96,25 +96,26 @@ class Journal:
         os.fsync(self._file.fileno())
 
     @property
-    def tokens_per_second(self) -> float:
-        """Of training, compilation, evaluation and saving apart; nan before the second chunk."""
-        return self._tokens / self._seconds if self._seconds else float("nan")
+    def tokens_per_second(self) -> float | None:
+        """Of training, compilation, evaluation and saving apart; None before the second chunk."""
+        return self._tokens / self._seconds if self._seconds else None
 
     def _progress(self, begin: int, metrics: Metrics) -> Progress:
-        config: Config = self._config
+        train = self._config.train
         now, last, steps = time.perf_counter(), self._mark, len(metrics.loss)
-        speed = float("nan")
+        speed = left = None
         if last is not None:
-            tokens = steps * config.train.batch_size * config.model.block_size
-            self._tokens, self._seconds = self._tokens + tokens, self._seconds + now - last
-            speed = tokens / (now - last)
+            step_tokens = train.batch_size * self._config.model.block_size
+            self._tokens, self._seconds = self._tokens + steps * step_tokens, self._seconds + now - last
+            speed = steps * step_tokens / (now - last)
+            left = (train.steps - begin - steps) * step_tokens / speed
         self._mark = now
-        done, total = begin + steps, config.train.steps
-        left = (total - done) * config.train.batch_size * config.model.block_size / speed
-        return Progress(done, total, float(metrics.loss[-1]), speed, left)
+        return Progress(begin + steps, train.steps, float(metrics.loss[-1]), speed, left)
 
     def _write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        """One line of JSON, which has no word for nan or infinity: null stands for both."""
+        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
@@ -139,7 +140,8 @@ def _evaluated(line: dict[str, Any]) -> Evaluated | None:
     if "val_loss" not in line:
         return None
     names = [field.name for field in dataclasses.fields(Evaluation)]
-    return Evaluated(line["step"], Evaluation(**{name: line[f"val_{name}"] for name in names}))
+    values: dict[str, Any] = {name: math.nan if line[f"val_{name}"] is None else line[f"val_{name}"] for name in names}
+    return Evaluated(line["step"], Evaluation(**values))
 
 
 def _shortest(x: Any) -> float:

@@ -32,7 +32,7 @@ class Summary:
     scores: list[Evaluated]
     """Every evaluation, that of the untrained model first."""
     seconds: float
-    tokens_per_second: float
+    tokens_per_second: float | None
     interrupted_by: int
     """The signal that ended it early, 0 if it ran to its last step."""
 
@@ -69,17 +69,19 @@ def fit(run: Run, corpus: Corpus, watch: Callable[[Event], None] = lambda event:
         run.event("start", step=int(state.step), jax=jax.__version__, backend=jax.default_backend())
         if not journal.scores:
             journal.evaluated(*score(state))
+        stop = 0
         for begin, end in chunks(config, int(state.step)):
             state, metrics = train_steps(config, state, *feed(begin, end))
             journal.trained(begin, metrics)
             if due(config, end):
                 journal.flush()
                 journal.evaluated(*score(state))
-            if due(config, end) or interrupted_by():
+            stop = interrupted_by()
+            if due(config, end) or stop:
                 journal.sync()
                 checkpoints.save(state, journal.scores[-1].evaluation.loss if due(config, end) else None)
                 run.event("save", step=end, tokens_per_second=journal.tokens_per_second)
-            if interrupted_by():
+            if stop:
                 break
         checkpoints.wait()
         run.event("end", step=int(state.step), seconds=time.perf_counter() - began)
@@ -91,7 +93,7 @@ def fit(run: Run, corpus: Corpus, watch: Callable[[Event], None] = lambda event:
         journal.scores,
         seconds,
         journal.tokens_per_second,
-        interrupted_by(),
+        stop,
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from jaxgpt import nn
 from jaxgpt.config import ModelConfig
+from jaxgpt.nn import layers
 
 GPT = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16)
 BIGRAM = ModelConfig(kind="bigram", vocab_size=11, block_size=8)
@@ -126,6 +127,14 @@ def test_dropout_keeps_the_mean():
     dropped = linen.Dropout(0.2, deterministic=False).apply({}, x, rngs={"dropout": KEY})
     assert abs(float(dropped.mean()) - 1) < 0.02
     assert abs(float((dropped == 0).mean()) - 0.2) < 0.02
+
+
+def test_the_norm_is_pytorchs():
+    """(x - mean) / sqrt(var + 1e-5), the variance without Bessel's correction; Flax's own epsilon is 1e-6."""
+    x = jnp.array([[1e-3, -1e-3, 3e-3, 5e-3]])
+    norm = layers.layer_norm(GPT, "ln")
+    got = norm.apply(norm.init(KEY, x), x)
+    np.testing.assert_allclose(got, (x - x.mean()) / np.sqrt(x.var() + 1e-5), rtol=1e-5)
 
 
 def test_gelu_is_a_choice():

@@ -1,6 +1,5 @@
 import doctest
 import io
-import math
 
 import pytest
 from rich.console import Console
@@ -27,7 +26,7 @@ def test_plain_lines_where_the_output_is_no_terminal(monkeypatch):
     out = show(
         False,
         Evaluated(0, RESULT),
-        Progress(50, 100, 2.5, math.nan, math.nan),
+        Progress(50, 100, 2.5, None, None),
         Progress(100, 100, 1.25, 12_345.6, 75.0),
     )
     assert out.splitlines() == [

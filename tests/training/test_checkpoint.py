@@ -109,5 +109,5 @@ def test_a_failed_save_is_told(tmp_path, state, monkeypatch):
             raise OSError(30, "Read-only file system")
 
         monkeypatch.setattr(checkpoints._checkpointer, "save_async", refuse)
-        with pytest.raises(CheckpointError, match="step 5 was not saved.*Read-only"):
+        with pytest.raises(CheckpointError, match=r"step 5 was not saved.*Read-only"):
             checkpoints.save(at(state, 5), None)

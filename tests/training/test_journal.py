@@ -51,7 +51,7 @@ def test_a_chunk_is_read_when_the_next_one_is_under_way(run):
         journal.flush()
         assert [event.step for event in events] == [5, 10]
     assert isinstance(events[0], Progress)
-    assert math.isnan(events[0].tokens_per_second), "the first chunk is mostly compilation"
+    assert events[0].tokens_per_second is None, "the first chunk is mostly compilation"
     assert events[1].tokens_per_second > 0
     assert events[1].seconds_left > 0
     assert math.isclose(events[1].loss, 1.0, rel_tol=1e-6)
@@ -69,11 +69,25 @@ def test_a_resumed_journal_goes_on_behind_the_saved_step(run):
         (run.path / "metrics.jsonl").write_bytes(torn)
         with Journal(run, 5, lambda event: None) as journal:
             assert journal.scores == [Evaluated(0, RESULT)]
+            assert journal.tokens_per_second is None
         assert [line["step"] for line in lines(run)] == [0, 1, 2, 3, 4, 5]
     (run.path / "metrics.jsonl").write_bytes(whole)
     with Journal(run, 10, lambda event: None) as journal:
         assert [scored.step for scored in journal.scores] == [0, 10]
+        assert math.isnan(journal.scores[1].evaluation.standard_error)
     assert (run.path / "metrics.jsonl").read_bytes() == whole
+
+
+def test_every_line_is_json_that_any_program_reads(run):
+    with Journal(run, 0, lambda event: None) as journal:
+        journal.trained(0, Metrics(*(jnp.array([jnp.nan, jnp.inf]) for _ in range(3))))
+        journal.sync()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    for line in (run.path / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=refuse)["loss"] is None
 
 
 def test_numbers_are_the_shortest_that_give_the_float32_back(run):
