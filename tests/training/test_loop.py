@@ -97,6 +97,19 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(tiny, new_run, step):
     assert_same_run(unbroken, broken)
 
 
+def test_lines_are_on_disk_before_the_save_that_follows_them(tiny, new_run, monkeypatch):
+    run, corpus = new_run("one", tiny)
+    save, seen = Checkpoints.save, []
+
+    def look_then_save(checkpoints, state, val_loss):
+        seen.append((int(state.step), run.metrics()[-1]["step"]))
+        save(checkpoints, state, val_loss)
+
+    monkeypatch.setattr(Checkpoints, "save", look_then_save)
+    fit(run, corpus)
+    assert seen == [(10, 10), (20, 20)]
+
+
 def test_a_finished_run_has_nothing_left_to_do(tiny, new_run):
     run, corpus = new_run("one", tiny)
     first = fit(run, corpus)
