@@ -29,8 +29,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         about="The bigram table of the notes, trained down to what counting gives.",
         hardware="2 CPU cores",
-        time="?",
-        loss="?",
+        time="3 s",
+        loss="2.321 ± 0.039 (CPython 3.11.7), 2.492 ± 0.005 on Tiny Shakespeare",
     ),
     "gpt-demo": Recipe(
         Config(
@@ -39,8 +39,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         about="A small GPT on the Python documentation that every Python carries: no download.",
         hardware="2 CPU cores",
-        time="?",
-        loss="?",
+        time="1 min 10 s",
+        loss="1.380 ± 0.020 (CPython 3.11.7)",
     ),
     "shakespeare-cpu": Recipe(
         Config(
@@ -51,8 +51,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         about="nanoGPT's settings for Tiny Shakespeare on a CPU, exactly.",
         hardware="2 CPU cores",
-        time="?",
-        loss="?",
+        time="1 min 45 s",
+        loss="1.907, the mean of seeds 1337, 1338, 1339 (1.916, 1.906, 1.900)",
     ),
     "shakespeare-gpu": Recipe(
         Config(
