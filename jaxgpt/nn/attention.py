@@ -51,23 +51,45 @@ def causal_mask(T: int) -> jax.Array:
     return jnp.tril(jnp.ones((T, T), bool))
 
 
-class CausalSelfAttention(nn.Module):
-    """H heads of attention to the past, side by side, and a projection back to C channels."""
+class Head(nn.Module):
+    """One head, as the notes write it: key, query and value without bias, each C -> head_size."""
+
+    head_size: int
+    scale: float | None = None
+    """As in `attention`; the notes leave it out: 1.0."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        """(B, T, C) -> (B, T, head_size).
+
+        Args:
+          context: (B, S, C), where keys and values come from (cross-attention, to all of it). None: from `x` itself
+            (self-attention, to the past).
+        """
+        source, mask = (x, causal_mask(x.shape[1])[None]) if context is None else (context, None)
+        k = nn.Dense(self.head_size, use_bias=False, name="key")(source)  # (B, S, 16)
+        q = nn.Dense(self.head_size, use_bias=False, name="query")(x)  # (B, T, 16)
+        v = nn.Dense(self.head_size, use_bias=False, name="value")(source)
+        return attention(q, k, v, mask, scale=self.scale)
+
+
+class MultiHeadAttention(nn.Module):
+    """H heads side by side, and a projection back to C channels."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, T, C) -> (B, T, C)."""
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        """(B, T, C) -> (B, T, C), with `context` (B, S, C) as in `Head`."""
         cfg = self.config
         B, T, C = x.shape
         H, D = cfg.n_head, C // cfg.n_head
+        source, mask = (x, causal_mask(T)[None, None]) if context is None else (context, None)
 
-        def heads(name: str) -> jax.Array:
-            y = layers.dense(cfg, C, name)(x)
-            return y.reshape(B, T, H, D).swapaxes(1, 2)  # (B, H, T, D)
+        def heads(name: str, x: jax.Array) -> jax.Array:
+            return layers.dense(cfg, C, name)(x).reshape(B, -1, H, D).swapaxes(1, 2)  # (B, H, T or S, D)
 
-        mask = causal_mask(T)[None, None]
-        out = attention(heads("query"), heads("key"), heads("value"), mask, drop=layers.dropout(self, "drop_weights"))
+        q, k, v = heads("query", x), heads("key", source), heads("value", source)
+        out = attention(q, k, v, mask, drop=layers.dropout(self, "drop_weights"))
         out = out.swapaxes(1, 2).reshape(B, T, C)
         return layers.dropout(self, "drop_out")(layers.dense(cfg, C, "c_proj", residual=True)(out))

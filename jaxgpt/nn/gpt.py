@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.nn import layers, numerics
-from jaxgpt.nn.attention import CausalSelfAttention
+from jaxgpt.nn.attention import MultiHeadAttention
 
 
 class MLP(nn.Module):
@@ -32,7 +32,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, T, C) -> (B, T, C)."""
         cfg = self.config
-        x = x + CausalSelfAttention(cfg, name="attn")(layers.layer_norm(cfg, "ln_1")(x))
+        x = x + MultiHeadAttention(cfg, name="attn")(layers.layer_norm(cfg, "ln_1")(x))
         return x + MLP(cfg, name="mlp")(layers.layer_norm(cfg, "ln_2")(x))
 
 
