@@ -46,7 +46,7 @@ def run_verb(argv: Sequence[str]) -> int:
 
 def overview() -> str:
     """What `jaxgpt --help` prints."""
-    lines = [f"  {name:<9}{inspect.getdoc(verb).splitlines()[0]}" for name, verb in VERBS.items()]  # type: ignore[union-attr]
+    lines = [f"  {name:<13}{inspect.getdoc(verb).splitlines()[0]}" for name, verb in VERBS.items()]  # type: ignore[union-attr]
     return "usage: jaxgpt VERB ...\n\n" + "\n".join(lines) + "\n\njaxgpt VERB --help tells the options of a verb."
 
 
@@ -80,7 +80,7 @@ def prepare(args: list[str]) -> int:
         corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
         """python-docs, python-stdlib, shakespeare, or a UTF-8 file or folder."""
         tokenizer: str = "char"
-        """char, byte, or a tokens.json whose vocabulary is to be used again."""
+        """char, ascii, byte, or a tokens.json whose vocabulary is to be used again."""
         unknown: Literal["error", "skip"] = "error"
         """What to do with a character outside the vocabulary."""
         data_dir: Path = Path("data")
@@ -208,17 +208,18 @@ def sample(args: list[str]) -> int:
 
     given = _parse(Sample, args, "jaxgpt sample")
     from jaxgpt.sampling.write import write
-    from jaxgpt.training.run import Run
 
+    config, params, tokenizer = _load_model(given.run, given.runs_dir, given.checkpoint)
     texts = write(
-        Run.open(given.runs_dir, given.run),
+        config,
+        params,
+        tokenizer,
         given.prompt,
         given.tokens,
         temperature=given.temperature,
         top_k=given.top_k,
         seed=given.seed,
         samples=given.samples,
-        checkpoint=given.checkpoint,
         unknown=given.unknown,
     )
     for i, pieces in enumerate(texts):
@@ -228,6 +229,17 @@ def sample(args: list[str]) -> int:
             print(piece, end="", flush=True)
         print()
     return 0
+
+
+def _load_model(name: str, runs_dir: Path, checkpoint: str) -> Any:
+    """(model config, params, tokenizer) of a run or of an exported folder."""
+    from jaxgpt.interop import folders
+    from jaxgpt.training.run import Run
+    from jaxgpt.training.start import load_model
+
+    if folders.is_export(Path(name)):
+        return folders.load_export(Path(name))
+    return load_model(Run.open(runs_dir, name), checkpoint)
 
 
 def evaluate(args: list[str]) -> int:
@@ -287,10 +299,83 @@ def recipes(args: list[str]) -> int:
     return 0
 
 
+def import_gpt2(args: list[str]) -> int:
+    """Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune."""
+    import tyro
+
+    from jaxgpt.config import DataConfig, OptimizerConfig, TrainConfig
+    from jaxgpt.recipes import FINETUNE
+
+    @dataclass(frozen=True)
+    class ImportGPT2:
+        """Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune with train --resume."""
+
+        folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+        """Folder of config.json and model.safetensors, or a name on the Hugging Face hub, such as gpt2."""
+        run: str
+        """Name of the run, a new folder in the runs folder."""
+        block_size: int = 0
+        """Keep the first positions only; 0 keeps all."""
+        dropout: float = 0.0
+        """Probability of dropping an activation in fine-tuning."""
+        data: DataConfig = FINETUNE.data
+        optimizer: OptimizerConfig = FINETUNE.optimizer
+        train: TrainConfig = FINETUNE.train
+        folders: _Folders = _Folders()
+
+    given = _parse(ImportGPT2, args, "jaxgpt import-gpt2")
+    from jaxgpt.interop import folders
+
+    run = folders.import_run(
+        folders.find(given.folder),
+        Config(given.data, optimizer=given.optimizer, train=given.train),
+        given.run,
+        given.folders.runs_dir,
+        given.folders.data_dir,
+        block_size=given.block_size,
+        dropout=given.dropout,
+    )
+    print(f"{run.path}: {run.config.model}")
+    print(f"Write with it: jaxgpt sample {given.run}")
+    print(f"Fine-tune it: jaxgpt train --run {given.run} --resume")
+    return 0
+
+
+def export(args: list[str]) -> int:
+    """Write a run as a folder that transformers loads."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Export:
+        """Write a run as a folder that transformers loads: weights, config, vocabulary and a model card."""
+
+        run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+        """Name of a run, or its folder."""
+        out: Path
+        """The folder to make."""
+        format: Literal["hf"] = "hf"
+        """hf: Hugging Face's GPT-2."""
+        checkpoint: Literal["best", "last"] = "best"
+        """The checkpoint of lowest validation loss, or the newest."""
+        runs_dir: Path = Path("runs")
+        """Folder of all runs."""
+
+    given = _parse(Export, args, "jaxgpt export")
+    from jaxgpt.interop import folders
+    from jaxgpt.training.run import Run
+
+    step = folders.export_run(Run.open(given.runs_dir, given.run), given.out, given.checkpoint)
+    print(f"step {step:,} of {given.run} written to {given.out}")
+    print(f"Write with it: jaxgpt sample {given.out}")
+    return 0
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "prepare": prepare,
     "train": train,
     "sample": sample,
     "eval": evaluate,
+    "import-gpt2": import_gpt2,
+    "export": export,
     "recipes": recipes,
 }

@@ -27,7 +27,7 @@ class DataConfig:
     corpus: str = "python-docs"
     """A named corpus (python-docs, python-stdlib, shakespeare), a UTF-8 file or folder, or a prepared folder."""
     tokenizer: str = "char"
-    """char, byte, or a tokens.json whose vocabulary is to be used again."""
+    """char, ascii, byte, or a tokens.json whose vocabulary is to be used again."""
     val_fraction: float = 0.1
     """The share at the end of the corpus that is kept for validation."""
     unknown: Literal["error", "skip"] = "error"
@@ -183,6 +183,14 @@ def check(config: Config) -> Config:
     if found:
         raise ConfigError("the configuration cannot run:\n" + "\n".join(f"  {line}" for line in found))
     return config
+
+
+def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+    """(field, value in `a`, value in `b`) of every field in which two configs differ."""
+    sections = [(vars(getattr(a, each.name)), vars(getattr(b, each.name))) for each in dataclasses.fields(a)]
+    return [
+        (name, ours[name], theirs[name]) for ours, theirs in sections for name in ours if ours[name] != theirs[name]
+    ]
 
 
 def to_json(config: Config) -> str:

@@ -1,9 +1,10 @@
 """Named runs. Each states its hardware, its wall time and the loss to expect, measured unless it says otherwise."""
 
 import difflib
+import shlex
 from dataclasses import dataclass
 
-from jaxgpt.config import Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxgpt.config import Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, differences
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,14 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+FINETUNE = Config(
+    data=DataConfig(tokenizer="gpt2"),
+    optimizer=OptimizerConfig(learning_rate=3e-5, schedule="constant", warmup_steps=0),
+    train=TrainConfig(batch_size=8, scan_steps=10, eval_every=100),
+)
+"""Where `jaxgpt import-gpt2` starts from: nanoGPT's learning rate for fine-tuning."""
+
+
 def recipe(name: str) -> Recipe:
     """The recipe of that name.
 
@@ -100,3 +109,13 @@ def recipe(name: str) -> Recipe:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"no recipe {name!r}; {hint}recipes are {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def command(config: Config) -> str:
+    """A `jaxgpt train` command that makes `config`: the recipe nearest to it, and what differs."""
+    name = min(RECIPES, key=lambda name: len(differences(RECIPES[name].config, config)))
+    words = ["jaxgpt", "train", name]
+    for field, _, value in differences(RECIPES[name].config, config):
+        flag = field.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return shlex.join(words)

@@ -17,6 +17,8 @@ BELOW = {
     "nn": {"config"},
     "training": {"config", "text", "nn"},
     "sampling": {"config", "text", "nn", "training"},
+    "interop": {"config", "recipes", "text", "nn", "training"},
+    "lecture": {"config", "text", "nn", "sampling"},
     "report": {"config", "text", "nn", "training", "sampling"},
 }
 CORE = ("config", "text", "nn", "training", "sampling")

@@ -193,7 +193,9 @@ def load(folder: Path, block_size: int = 0) -> tuple[ModelConfig, Params]:
         del tensors["lm_head.weight"]  # some writers store the tied head twice
     params = to_params(config, tensors)
     if block_size > config.block_size:
-        raise InteropError(f"block_size is {block_size}, expected at most the {config.block_size} positions of {folder}")
+        raise InteropError(
+            f"block_size is {block_size}, expected at most the {config.block_size} positions of {folder}"
+        )
     if block_size:
         params["wpe"]["embedding"] = params["wpe"]["embedding"][:block_size]
         config = ModelConfig(**{**vars(config), "block_size": block_size})

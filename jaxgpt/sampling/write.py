@@ -1,4 +1,4 @@
-"""A run's own text: its tokenizer, its best weights, and ids turned into characters as they come."""
+"""Prompts in, text out: ids turned into characters as they come."""
 
 import codecs
 from collections.abc import Iterator
@@ -8,14 +8,15 @@ import jax
 import numpy as np
 
 from jaxgpt.config import ModelConfig, UsageError
+from jaxgpt.nn import Params
 from jaxgpt.sampling.generate import generate, stream
 from jaxgpt.text.tokenizer import Tokenizer
-from jaxgpt.training.run import Run
-from jaxgpt.training.start import load_checkpoint
 
 
 def write(
-    run: Run,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
     prompt: str,
     n_tokens: int,
     *,
@@ -23,7 +24,6 @@ def write(
     top_k: int = 0,
     seed: int = 1337,
     samples: int = 1,
-    checkpoint: str = "best",
     unknown: str = "error",
 ) -> Iterator[Iterator[str]]:
     """`samples` texts that begin with `prompt`, each as pieces of text; a single one streams while it is made.
@@ -31,7 +31,6 @@ def write(
     Raises:
       UsageError: an empty prompt, one with characters outside the vocabulary, or a number out of range.
     """
-    tokenizer = run.tokenizer
     if unknown == "skip":
         prompt = "".join(c for c, known in zip(prompt, tokenizer.knows(prompt), strict=True) if known)
     if not prompt:
@@ -41,8 +40,6 @@ def write(
             "expected tokens, temperature and top-k of at least 0, samples of at least 1, seed below 2**32"
         )
     ids = np.tile(tokenizer.encode(prompt), (samples, 1))
-    config: ModelConfig = run.config.model
-    _, params = load_checkpoint(run, checkpoint)
     given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "n_ids": tokenizer.vocab_size}
     key = jax.random.key(seed)
     if samples == 1:

@@ -62,7 +62,8 @@ def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error")
     """Tokenize `source` in memory.
 
     Args:
-      spec: "char" (the vocabulary of this text), "byte", or the path of a tokens.json whose vocabulary to use.
+      spec: "char" (the vocabulary of this text), "ascii" (line feed and the 95 printable characters), "byte", or the
+        path of a tokens.json whose vocabulary to use.
       unknown: "skip" leaves out characters outside the vocabulary and counts them in `meta`.
 
     Raises:
@@ -73,6 +74,8 @@ def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error")
     match spec:
         case "char":
             tok: Tokenizer = CharTokenizer.train(text)
+        case "ascii":
+            tok = CharTokenizer("\n" + "".join(map(chr, range(32, 127))))
         case "byte":
             tok = ByteTokenizer()
         case _:
@@ -180,7 +183,7 @@ def tokenizer_of(path: Path) -> Tokenizer:
     if path.is_dir():
         path = path / "tokens.json"
     if not path.is_file():
-        raise CorpusError(f"no tokenizer {str(path)!r}: expected char, byte, or the path of a tokens.json")
+        raise CorpusError(f"no tokenizer {str(path)!r}: expected char, ascii, byte, or the path of a tokens.json")
     return tokenizer.from_json(read_meta(path)["tokenizer"])
 
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from jaxgpt import nn
-from jaxgpt.config import Config, check
+from jaxgpt.config import Config, ModelConfig, check, differences
 from jaxgpt.text import corpus as corpora
 from jaxgpt.text.corpus import Corpus, CorpusError
+from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.checkpoint import Checkpoints, abstract, load_params
 from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.step import init_state
@@ -100,18 +100,9 @@ def with_vocabulary(config: Config, corpus: Corpus) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or needed))
 
 
-def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
-    """(field, value in `a`, value in `b`) of every field in which two configs differ."""
-    return [
-        (name, was, now)
-        for section in dataclasses.fields(a)
-        for (name, was), now in zip(
-            dataclasses.asdict(getattr(a, section.name)).items(),
-            dataclasses.asdict(getattr(b, section.name)).values(),
-            strict=True,
-        )
-        if was != now
-    ]
+def load_model(run: Run, which: str = "best") -> tuple[ModelConfig, nn.Params, Tokenizer]:
+    """All that writing needs of a run: its model, the weights of a checkpoint, its tokenizer."""
+    return run.config.model, load_checkpoint(run, which)[1], run.tokenizer
 
 
 def load_checkpoint(run: Run, which: str = "best") -> tuple[int, nn.Params]:

@@ -4,7 +4,7 @@ from jaxgpt.config import UsageError
 from jaxgpt.sampling.write import write
 from jaxgpt.text.tokenizer import UnknownCharacterError
 from jaxgpt.training.loop import fit
-from jaxgpt.training.start import start
+from jaxgpt.training.start import load_model, start
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def run(tmp_path_factory):
 
 
 def texts(run, *args, **kwargs):
-    return ["".join(pieces) for pieces in write(run, *args, **kwargs)]
+    return ["".join(pieces) for pieces in write(*load_model(run), *args, **kwargs)]
 
 
 def test_a_text_begins_with_its_prompt_and_repeats_with_its_seed(run):

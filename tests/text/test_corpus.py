@@ -91,7 +91,7 @@ def test_too_little_text_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_no_such_tokenizer():
-    with pytest.raises(CorpusError, match=r"expected char, byte, or the path of a tokens\.json"):
+    with pytest.raises(CorpusError, match=r"expected char, ascii, byte, or the path of a tokens\.json"):
         corpora.tokenize(Source("a", "text", "here"), "words")
 
 

@@ -1,0 +1,167 @@
+"""Runs from Hugging Face folders, and self-contained folders from runs."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.config import Config, ModelConfig
+from jaxgpt.interop import gpt2
+from jaxgpt.interop.gpt2 import InteropError
+from jaxgpt.nn import Params
+from jaxgpt.recipes import command
+from jaxgpt.text import corpus as corpora
+from jaxgpt.text.tokenizer import Tokenizer
+from jaxgpt.training.checkpoint import Checkpoints
+from jaxgpt.training.optimizer import make_optimizer
+from jaxgpt.training.run import Run
+from jaxgpt.training.start import load_checkpoint, start
+from jaxgpt.training.step import TrainState
+
+FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+
+
+def find(name: str) -> Path:
+    """A local folder, or a model of the Hugging Face hub, fetched into the hub's cache.
+
+    Raises:
+      InteropError: there is no such folder, and the hub cannot be reached or knows no such model.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    by_hand = (
+        f"fetch config.json and model.safetensors from https://huggingface.co/{name} into a folder, "
+        "and give its path: jaxgpt import-gpt2 FOLDER"
+    )
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise InteropError(f"no folder {name!r}")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise InteropError(
+            f"no folder {name!r}; pip install 'jaxgpt[hub]' to fetch models by name, or {by_hand}"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise InteropError(f"{name!r} cannot be fetched ({str(error).splitlines()[0]}); {by_hand}") from error
+
+
+def import_run(
+    source: Path,
+    config: Config,
+    name: str,
+    runs_dir: Path,
+    data_dir: Path,
+    *,
+    block_size: int = 0,
+    dropout: float = 0.0,
+) -> Run:
+    """A run at step 0 whose weights are a GPT-2's, to sample, evaluate, and go on with as with any run.
+
+    Args:
+      config: the data, the optimizer and the training of what follows; its model is taken from the folder.
+      block_size, dropout: as `gpt2.load`, and for what follows.
+
+    Raises:
+      UsageError: the folder holds no GPT-2, or the run cannot start.
+    """
+    model, params = gpt2.load(source, block_size)
+    model = ModelConfig(**{**vars(model), "dropout": dropout})
+    config = Config(config.data, model, config.optimizer, config.train)
+    run, _ = start(config, name, runs_dir, data_dir)
+    params = jax.tree.map(jnp.asarray, params)
+    with Checkpoints(run.checkpoints, config.train.keep) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(0), params, make_optimizer(config).init(params)), None)
+    run.event("import", folder=str(source.resolve()))
+    return run
+
+
+def export_run(run: Run, folder: Path, which: str = "best") -> int:
+    """Write a run's weights, config, vocabulary and a model card into a new folder, whole or not at all; its step.
+
+    Raises:
+      InteropError: the folder exists, or the model is no GPT.
+      RunError: nothing was saved yet.
+    """
+    if folder.exists():
+        raise InteropError(f"{folder} exists; give a folder that does not: --out OTHER-FOLDER")
+    step, params = load_checkpoint(run, which)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    partial.mkdir(parents=True)
+    try:
+        gpt2.save(partial, run.config.model, jax.device_get(params))
+        shutil.copyfile(run.path / "tokens.json", partial / "tokens.json")
+        (partial / "README.md").write_text(card(run, step), "utf-8")
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return step
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is one that `export_run` wrote."""
+    return (folder / "model.safetensors").is_file() and (folder / "tokens.json").is_file()
+
+
+def load_export(folder: Path) -> tuple[ModelConfig, Params, Tokenizer]:
+    """The model, its weights and its tokenizer, of a folder that `export_run` wrote.
+
+    Raises:
+      InteropError, CorpusError: a file is missing or damaged, or the vocabulary is larger than the model's.
+    """
+    config, params = gpt2.load(folder)
+    tokenizer = corpora.tokenizer_of(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InteropError(
+            f"{folder / 'tokens.json'} has {tokenizer.vocab_size} ids, expected at most the model's {config.vocab_size}"
+        )
+    return config, params, tokenizer
+
+
+def card(run: Run, step: int) -> str:
+    """A model card: what it is, what it learnt from, how well, and the command that makes it again."""
+    meta, config = run.corpus_meta, run.config
+    scored = (
+        [line for line in run.metrics() if line["step"] == step and "val_loss" in line]
+        if run.metrics_file.exists()
+        else []
+    )
+    loss = "not evaluated at this step"
+    if scored:
+        line = scored[-1]
+        loss = (
+            f"{line['val_loss']:.4f} nats per token over the whole validation split "
+            f"({line['val_n_tokens']:,} tokens, {line['val_bits_per_byte']:.4f} bits per byte)"
+        )
+    events = [json.loads(line) for line in (run.path / "events.jsonl").read_text("utf-8").splitlines()]
+    origin = [event["folder"] for event in events if event["event"] == "import"]
+    model = config.model
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {run.path.name}
+
+A GPT of {model.n_layer} layers, {model.n_head} heads and {model.n_embd} channels, with a context of
+{model.block_size} tokens and a vocabulary of {model.vocab_size}, in the format of GPT-2. Trained with jaxgpt.
+
+| | |
+| --- | --- |
+| steps | {step:,} |
+| loss | {loss} |
+| text | {meta["source"]}: {meta["count"]:,} tokens, from {meta["origin"]} |
+| SHA-256 of the text | {meta["source_sha256"]} |
+| SHA-256 of the tokens | {meta["sha256"]} |
+| started from | {Path(origin[0]).name if origin else "random weights"} |
+| command | `{command(config)}` |
+
+`tokens.json` holds the vocabulary. Write with it: `jaxgpt sample FOLDER`, or load the weights with
+`transformers.GPT2LMHeadModel.from_pretrained(FOLDER)`.
+"""

@@ -1,0 +1,136 @@
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import nn
+from jaxgpt.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from jaxgpt.interop import folders, gpt2
+from jaxgpt.interop.gpt2 import InteropError
+from jaxgpt.recipes import RECIPES, command
+from jaxgpt.sampling.write import write
+from jaxgpt.training.loop import fit
+from jaxgpt.training.start import load_checkpoint, load_model
+
+TINY = Path(__file__).parents[1] / "goldens" / "hf-gpt2-tiny"
+IDX = jnp.arange(24).reshape(1, 24)
+
+
+@pytest.fixture
+def imported(tmp_path):
+    """The tiny GPT-2 with its 96 ids as line feed and printable ASCII, and one epoch of the embedded corpus ahead."""
+    steps = 465_126 * 9 // 10 // (32 * 64)
+    config = Config(
+        DataConfig(tokenizer="ascii", unknown="skip"),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10),
+        train=TrainConfig(steps=steps, batch_size=64, scan_steps=50, eval_every=0, eval_batches=0),
+    )
+    return folders.import_run(TINY, config, "tiny", tmp_path / "runs", tmp_path / "data")
+
+
+def logits(model):
+    config, params, _ = model
+    return np.asarray(nn.forward(config, params, IDX))
+
+
+@pytest.mark.slow
+def test_in_fine_tuned_out_and_in_again(imported, tmp_path):
+    """Import, sample, an epoch of fine-tuning on the embedded corpus, export, re-import: equal logits throughout."""
+    theirs = nn.forward(*gpt2.load(TINY), IDX)
+    np.testing.assert_array_equal(logits(load_model(imported)), theirs)
+    (text,) = ("".join(pieces) for pieces in write(*load_model(imported), "def ", 20))
+    assert len(text) == 24
+
+    from jaxgpt.training.start import corpus_of
+
+    done = fit(imported, corpus_of(imported, tmp_path / "data"))
+    assert done.scores[-1].evaluation.loss < 2.7 < 4.5 < done.scores[0].evaluation.loss
+    assert folders.export_run(imported, tmp_path / "out") == done.step
+    np.testing.assert_array_equal(logits(folders.load_export(tmp_path / "out")), logits(load_model(imported)))
+    again = folders.import_run(tmp_path / "out", imported.config, "again", tmp_path / "runs", tmp_path / "data")
+    np.testing.assert_array_equal(logits(load_model(again)), logits(load_model(imported)))
+
+
+def test_an_import_is_a_run_at_step_0(imported):
+    assert load_checkpoint(imported)[0] == 0
+    assert imported.config.model.gelu == "tanh"
+    assert imported.config.model.vocab_size == imported.tokenizer.vocab_size == 96
+    assert json.loads((imported.path / "events.jsonl").read_text())["folder"] == str(TINY)
+
+
+def test_an_export_is_whole_and_says_what_it_is(imported, tmp_path):
+    folders.export_run(imported, tmp_path / "out")
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["README.md", "config.json", "model.safetensors", "tokens.json"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in (imported.corpus_meta["sha256"], "hf-gpt2-tiny", "jaxgpt train", "--tokenizer ascii", "not evaluated"):
+        assert said in card
+    assert folders.is_export(tmp_path / "out")
+    assert not folders.is_export(imported.path)
+    with pytest.raises(InteropError, match="exists; give a folder that does not"):
+        folders.export_run(imported, tmp_path / "out")
+
+
+def test_a_failed_export_leaves_nothing(imported, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gpt2, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        folders.export_run(imported, tmp_path / "new" / "out")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(imported, tmp_path):
+    folders.export_run(imported, tmp_path / "out")
+    meta = json.loads((tmp_path / "out" / "tokens.json").read_text())
+    meta["tokenizer"]["chars"] += "é"
+    (tmp_path / "out" / "tokens.json").write_text(json.dumps(meta))
+    with pytest.raises(InteropError, match="97 ids, expected at most the model's 96"):
+        folders.load_export(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "said"), [("no such", "no folder 'no such'"), ("../x/y/z", "no folder")])
+def test_what_is_neither_folder_nor_name(name, said):
+    with pytest.raises(InteropError, match=said):
+        folders.find(name)
+
+
+def test_without_a_network_it_says_what_to_fetch(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InteropError) as caught:
+        folders.find("no-such-owner/no-such-model")
+    assert "fetch config.json and model.safetensors from https://huggingface.co/no-such-owner/no-such-model" in str(
+        caught.value
+    )
+
+
+def test_the_hub_is_asked_for_the_files_that_are_read(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra: pip install 'jaxgpt[hub]'")
+    asked = {}
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda name, **kwargs: asked.update(kwargs, name=name) or str(tmp_path)
+    )
+    assert folders.find("gpt2") == tmp_path
+    assert asked["name"] == "gpt2"
+    assert "model.safetensors" in asked["allow_patterns"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_command_makes_its_config_again(name, change):
+    from jaxgpt import cli
+
+    config = change(RECIPES[name].config, dropout=0.25, bias=True, corpus="a b.txt", seed=7)
+    words = command(config)
+    assert words.startswith(f"jaxgpt train {name} ")
+    import shlex
+
+    given = []
+    original, cli._fit = cli._fit, lambda args, existing: given.append(args) or 0
+    try:
+        cli.run_verb(shlex.split(words)[1:])
+    finally:
+        cli._fit = original
+    assert given[0].config == config

@@ -1,0 +1,71 @@
+"""Live parity with a PyTorch twin over random configurations: logits, loss and every gradient."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxgpt import nn
+from jaxgpt.config import Config, ModelConfig
+from jaxgpt.interop import gpt2
+from jaxgpt.text.batches import Batch
+from jaxgpt.training.step import loss_and_grads
+
+torch = pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
+
+CONFIGS = st.builds(
+    lambda head_size, **kwargs: ModelConfig(n_embd=head_size * kwargs["n_head"], **kwargs),
+    head_size=st.integers(4, 12),
+    vocab_size=st.integers(2, 40),
+    block_size=st.integers(1, 20),
+    n_layer=st.integers(1, 3),
+    n_head=st.integers(1, 4),
+    bias=st.booleans(),
+    tie_weights=st.booleans(),
+    gelu=st.sampled_from(["exact", "tanh"]),
+)
+
+
+def ours_of(twin, what):
+    """The twin's parameters or gradients by GPT-2's names, linear layers (in, out), as float32 arrays."""
+    tensors = {name: what(p).numpy() for name, p in twin.named_parameters()}
+    return {name: x.T if x.ndim == 2 and ".c_" in name else x for name, x in tensors.items()}
+
+
+@partial(jax.jit, static_argnums=0)
+def logits_loss_and_grads(config, params, batch):
+    return nn.forward(config, params, batch.inputs), *loss_and_grads(Config(model=config), params, batch, None)
+
+
+@pytest.mark.slow
+@settings(max_examples=8)
+@given(CONFIGS, st.integers(1, 3), st.integers(0, 100), st.data())
+def test_the_model_is_its_pytorch_twin(config, B, seed, data):
+    from tests.torch_twin import Twin
+
+    torch.manual_seed(seed)
+    T = data.draw(st.integers(1, config.block_size))
+    twin = Twin(config)
+    idx, targets = torch.randint(config.vocab_size, (2, B, T))
+    logits = twin(idx)
+    loss = torch.nn.functional.cross_entropy(logits.reshape(B * T, -1), targets.reshape(B * T))
+    loss.backward()
+
+    params = gpt2.to_params(config, ours_of(twin, lambda p: p.detach()))
+    batch = Batch(jnp.asarray(idx.numpy(), jnp.int32), jnp.asarray(targets.numpy(), jnp.int32))
+    close(nn.forward(config, params, batch.inputs), logits.detach().numpy())
+    our_loss, grads = loss_and_grads(Config(model=config), params, batch, None)
+    close(our_loss, loss.detach().numpy())
+    grads = gpt2.to_tensors(config, jax.device_get(grads))
+    for name, theirs in ours_of(twin, lambda p: p.grad).items():
+        close(grads[name], theirs, name)
+
+
+def close(ours, theirs, name=""):
+    np.testing.assert_allclose(
+        ours, theirs, rtol=1e-4, atol=2e-5 * max(float(np.abs(theirs).max()), 1e-3), err_msg=name
+    )
