@@ -1,0 +1,162 @@
+"""The rungs, and the climb: train each, score it on the whole validation split, let it write."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgpt import nn
+from jaxgpt.lecture import averaging
+from jaxgpt.lecture.model import Params, Rung, forward, init_params
+from jaxgpt.text import batches
+from jaxgpt.text.batches import Ids, take
+from jaxgpt.text.tokenizer import Tokenizer
+
+_HEADS = {"n_head": 4, "feed_forward": 4, "n_layer": 3, "residual": True}
+
+RUNGS = (
+    Rung("uniform", "every character is as likely: ln V", kind="uniform"),
+    Rung("unigram", "how often each character occurs", kind="unigram"),
+    Rung("bigram counts", "how often each follows each: the limit of any bigram", kind="bigram counts"),
+    Rung("bigram", "a (V, V) table, trained", "2.5", kind="bigram", learning_rate=1e-2, steps=3000),
+    Rung("averaging", "the mean of the past by loop, matmul and softmax: one number", kind="averaging"),
+    Rung("one head", "self-attention, 32 channels", "2.4"),
+    Rung("four heads", "of 8 channels each", "2.28", n_head=4),
+    Rung("feed-forward", "each node computes on its own", "2.24-2.27", n_head=4, feed_forward=1),
+    Rung("residual", "three blocks that add to a stream", "2.08", **_HEADS),  # type: ignore[arg-type]
+    Rung("layer norm", "before each layer, and at the end", "2.06", layer_norm=True, **_HEADS),  # type: ignore[arg-type]
+    Rung(
+        "dropout and scale",
+        "4 layers, 128 channels, context 64: what a laptop does in a minute",
+        "1.48 at 6 layers, 384 channels, context 256",
+        n_layer=4,
+        n_head=4,
+        feed_forward=4,
+        residual=True,
+        layer_norm=True,
+        dropout=0.05,
+        channels=128,
+        block_size=64,
+        batch_size=16,
+        learning_rate=2e-3,
+        steps=1500,
+    ),
+)
+
+FULL = replace(
+    RUNGS[-1], about="6 layers, 384 channels, context 256: as in the lecture", lecture="1.48", n_layer=6, n_head=6,
+    channels=384, block_size=256, batch_size=64, learning_rate=3e-4, steps=5000, dropout=0.2,
+)  # fmt: skip
+"""The last rung at the lecture's own size: an hour or more on a GPU-less machine becomes a day; for a GPU."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a rung came to."""
+
+    rung: Rung
+    loss: float | None
+    """Nats per character over the whole validation split, in windows of the rung's block_size; None if it has none."""
+    n_params: int
+    seconds: float
+    sample: str
+
+
+def climb(
+    rungs: tuple[Rung, ...], train: Ids, val: Ids, tokenizer: Tokenizer, seed: int = 1337, sample: int = 100
+) -> Iterator[Result]:
+    """Each rung's result as it comes. `train` and `val` are ids (N,); `sample` characters are written by each."""
+    for rung in rungs:
+        began = time.perf_counter()
+        if rung.kind == "averaging":
+            x = jax.random.normal(jax.random.key(seed), (4, rung.block_size, 2))
+            ways = [np.asarray(way(x)) for way in (averaging.by_loop, averaging.by_matmul, averaging.by_softmax)]
+            apart = max(float(np.abs(way - ways[0]).max()) for way in ways)
+            yield Result(rung, None, 0, time.perf_counter() - began, f"the three ways differ by {apart:.0e} at most")
+            continue
+        params = learn(rung, train, tokenizer.vocab_size, seed)
+        loss = score(rung, params, val)
+        text = tokenizer.decode(write(rung, params, sample, seed))
+        n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+        yield Result(rung, loss, n_params, time.perf_counter() - began, text)
+
+
+def count(kind: str, train: Ids, vocab_size: int) -> Params:
+    """A bigram's table filled by counting, one added to every count so that nothing is impossible."""
+    V = vocab_size
+    if kind == "uniform":
+        return {"table": jnp.zeros((V, V))}
+    if kind == "unigram":
+        counts = np.bincount(train, minlength=V) + 1.0
+        return {"table": jnp.tile(jnp.log(jnp.asarray(counts / counts.sum(), jnp.float32)), (V, 1))}
+    pairs = np.bincount(train[:-1].astype(np.int64) * V + train[1:], minlength=V * V).reshape(V, V) + 1.0
+    return {"table": jnp.log(jnp.asarray(pairs / pairs.sum(axis=1, keepdims=True), jnp.float32))}
+
+
+def learn(rung: Rung, train: Ids, vocab_size: int, seed: int) -> Params:
+    """The rung's parameters: counted, or trained with AdamW at a constant rate as in the lecture."""
+    if rung.kind in ("uniform", "unigram", "bigram counts"):
+        return count(rung.kind, train, vocab_size)
+    params = init_params(rung, vocab_size, jax.random.key(seed))
+    state = params, _adamw(rung).init(params)
+    tokens = jnp.asarray(np.asarray(train))
+    K = 500
+    for begin in range(0, rung.steps, K):
+        end = min(begin + K, rung.steps)
+        starts = batches.chunk_starts(seed, begin, end, len(train), rung.block_size, rung.batch_size, "random")
+        state = _train(rung, state, tokens, jnp.asarray(starts, jnp.int32), jax.random.key(seed + begin))
+    return state[0]
+
+
+def _adamw(rung: Rung) -> optax.GradientTransformation:
+    return optax.adamw(rung.learning_rate, weight_decay=0.01)  # PyTorch's default decay
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _train(rung: Rung, state: Any, tokens: jax.Array, starts: jax.Array, key: jax.Array) -> Any:
+    """A scan over the steps of `starts` (K, B)."""
+
+    def step(state: Any, item: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        (params, opt_state), (starts, key) = state, item
+        batch = take(tokens, starts, rung.block_size)
+        grads = jax.grad(lambda p: nn.cross_entropy(forward(rung, p, batch.inputs, key), batch.targets))(params)
+        updates, opt_state = _adamw(rung).update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    return jax.lax.scan(step, state, (starts, jax.random.split(key, len(starts))))[0]
+
+
+def score(rung: Rung, params: Params, val: Ids, n_windows: int = 256) -> float:
+    """Mean loss over the whole of `val`, but for less than a window at its end."""
+    T = rung.block_size
+    starts = np.arange(0, len(val) - T, T)
+    sums = [
+        _loss_sum(rung, params, take(val, part, T))
+        for part in np.split(starts, range(n_windows, len(starts), n_windows))
+    ]
+    return float(np.sum(jax.device_get(sums), dtype=np.float64) / (len(starts) * T))
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss_sum(rung: Rung, params: Params, batch: batches.Batch) -> jax.Array:
+    return nn.token_losses(forward(rung, params, batch.inputs), batch.targets).sum()
+
+
+def write(rung: Rung, params: Params, n: int, seed: int) -> list[int]:
+    """`n` ids, each drawn from what the last block_size ids say, beginning with id 0 as the lecture does."""
+    ids, T = [0], rung.block_size
+    for key in jax.random.split(jax.random.key(seed), n):
+        seen = ids[-T:]
+        ids.append(int(_draw(rung, params, jnp.array(seen + [0] * (T - len(seen))), len(seen) - 1, key)))
+    return ids[1:]
+
+
+@partial(jax.jit, static_argnums=0)
+def _draw(rung: Rung, params: Params, window: jax.Array, last: int, key: jax.Array) -> jax.Array:
+    return jax.random.categorical(key, forward(rung, params, window[None])[0, last])

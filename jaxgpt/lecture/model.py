@@ -1,0 +1,129 @@
+"""Every model of the ladder as one pure function of its rung: no framework, nothing but arrays."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.nn.attention import attention, causal_mask
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step of the ladder; each differs from the one below in a field or two."""
+
+    name: str
+    about: str
+    lecture: str = ""
+    """The loss that the lecture shows, or third parties report."""
+    kind: Literal["uniform", "unigram", "bigram counts", "averaging", "bigram", "transformer"] = "transformer"
+    n_layer: int = 1
+    n_head: int = 1
+    feed_forward: int = 0
+    """Width of the hidden layer in channels; 0: none; 1: a single layer, as when the lecture first adds it."""
+    residual: bool = False
+    """Add each layer to its input, behind a projection."""
+    layer_norm: bool = False
+    dropout: float = 0.0
+    scale_by: Literal["head size", "channels"] = "head size"
+    """What attention is scaled by the root of: the lecture's code had the channels before a later fix."""
+    init: Literal["torch", "normal"] = "torch"
+    """torch: PyTorch's defaults, as in the video; normal: 0.02, which came after it."""
+    channels: int = 32
+    block_size: int = 8
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    steps: int = 5000
+
+
+def init_params(rung: Rung, vocab_size: int, key: jax.Array) -> Params:
+    """Fresh parameters: a (V, V) table for the bigram, else embeddings, blocks and a head."""
+    keys = iter(jax.random.split(key, 8 + 8 * rung.n_layer))
+    C, V = rung.channels, vocab_size
+
+    def table(rows: int, columns: int) -> jax.Array:
+        return jax.random.normal(next(keys), (rows, columns)) * (0.02 if rung.init == "normal" else 1.0)
+
+    def linear(n_in: int, n_out: int, bias: bool = True) -> Params:
+        if rung.init == "normal":
+            kernel = 0.02 * jax.random.normal(next(keys), (n_in, n_out))
+            return {"kernel": kernel, "bias": jnp.zeros(n_out)} if bias else {"kernel": kernel}
+        bound = n_in**-0.5
+        drawn = jax.random.uniform(next(keys), (n_in + bias, n_out), minval=-bound, maxval=bound)
+        return {"kernel": drawn[:n_in], "bias": drawn[n_in]} if bias else {"kernel": drawn}
+
+    def norm() -> Params:
+        return {"scale": jnp.ones(C), "bias": jnp.zeros(C)}
+
+    def block() -> Params:
+        params: Params = {name: linear(C, C, bias=False) for name in ("key", "query", "value")}
+        if rung.residual:
+            params["proj"] = linear(C, C)
+        if rung.feed_forward:
+            params["up"] = linear(C, rung.feed_forward * C)
+        if rung.feed_forward > 1:
+            params["down"] = linear(rung.feed_forward * C, C)
+        return params | ({"ln_1": norm(), "ln_2": norm()} if rung.layer_norm else {})
+
+    if rung.kind == "bigram":
+        return {"table": table(V, V)}
+    params: Params = {"tokens": table(V, C), "positions": table(rung.block_size, C)}
+    params["blocks"] = [block() for _ in range(rung.n_layer)]
+    if rung.layer_norm:
+        params["ln_f"] = norm()
+    return params | {"head": linear(C, V)}
+
+
+def forward(rung: Rung, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    """Logits of the next token: (B, T) ids -> (B, T, V)."""
+    if "table" in params:
+        return params["table"][idx]
+    keys = None if dropout_key is None else iter(jax.random.split(dropout_key, 3 * rung.n_layer))
+
+    def drop(x: jax.Array) -> jax.Array:
+        if keys is None or not rung.dropout:
+            return x
+        return jnp.where(jax.random.bernoulli(next(keys), 1 - rung.dropout, x.shape), x / (1 - rung.dropout), 0)
+
+    x = params["tokens"][idx] + params["positions"][None, : idx.shape[1]]
+    for block in params["blocks"]:
+        x = _communicate(rung, block, x, drop)
+        x = _compute(rung, block, x, drop)
+    if rung.layer_norm:
+        x = _norm(params["ln_f"], x)
+    return _linear(params["head"], x)
+
+
+def _communicate(rung: Rung, params: Params, x: jax.Array, drop: Any) -> jax.Array:
+    B, T, C = x.shape
+    H = rung.n_head
+    seen = _norm(params["ln_1"], x) if rung.layer_norm else x
+    q, k, v = (
+        _linear(params[name], seen).reshape(B, T, H, C // H).swapaxes(1, 2) for name in ("query", "key", "value")
+    )
+    scale = (C if rung.scale_by == "channels" else C // H) ** -0.5
+    out = attention(q, k, v, causal_mask(T)[None, None], scale=scale, drop=drop).swapaxes(1, 2).reshape(B, T, C)
+    return x + drop(_linear(params["proj"], out)) if rung.residual else out
+
+
+def _compute(rung: Rung, params: Params, x: jax.Array, drop: Any) -> jax.Array:
+    if not rung.feed_forward:
+        return x
+    seen = _norm(params["ln_2"], x) if rung.layer_norm else x
+    out = jax.nn.relu(_linear(params["up"], seen))
+    if "down" in params:
+        out = _linear(params["down"], out)
+    return x + drop(out) if rung.residual else out
+
+
+def _linear(params: Params, x: jax.Array) -> jax.Array:
+    y = x @ params["kernel"]
+    return y + params["bias"].reshape((1,) * (y.ndim - 1) + (-1,)) if "bias" in params else y
+
+
+def _norm(params: Params, x: jax.Array) -> jax.Array:
+    x = (x - x.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+    return x * params["scale"][None, None] + params["bias"][None, None]
