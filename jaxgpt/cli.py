@@ -4,7 +4,10 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import io
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +21,9 @@ DEFAULT_RECIPE = "gpt-demo"
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line `argv` (that of the process by default) and exit."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     sys.exit(run_verb(sys.argv[1:] if argv is None else argv))
 
 
@@ -38,6 +44,8 @@ def run_verb(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # whoever read the output has gone; let the interpreter's last flush find no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except MemoryError as error:
+        return _complain(f"out of memory: {error}; try a smaller --batch-size or a smaller model", 1)
     except (OSError, RuntimeError) as error:
         return _complain(str(error), 1)
     except KeyboardInterrupt:
@@ -114,22 +122,26 @@ def train(args: list[str]) -> int:
         resume: bool = False
         """Go on with an existing run: its own settings hold, but for the ones given here."""
 
+    named = args.pop(0) if args and not args[0].startswith("-") else None
+    args = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), arg) for arg in args]  # as tyro reads them
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--run")
     peek.add_argument("--resume", action="store_true")
     peek.add_argument("--runs-dir", type=Path, default=Path("runs"))
-    name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
     try:
         peeked = peek.parse_known_args(args)[0]
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from error
-    default = recipe(name).config
-    existing = None
-    if peeked.resume and "--help" not in args and "-h" not in args:
+    name, existing = named or DEFAULT_RECIPE, None
+    if peeked.resume and not {"-h", "--help"} & set(args):
+        if named and peeked.run:
+            raise UsageError(f"a resume takes its settings from the run: leave out {named!r}, or leave out --resume")
         existing = Run.open(peeked.runs_dir, peeked.run or name)
-        default = existing.config
-    defaults = Train(run=name, config=default)
-    given = _parse(Train, args, f"jaxgpt train {name}", default=defaults, description=_train_help(name))
+    defaults = Train(run=name, config=existing.config if existing else recipe(name).config)
+    about = "" if existing else _train_help(name)
+    given = _parse(Train, args, f"jaxgpt train {name}", default=defaults, description=about)
+    if given.resume != bool(existing):
+        raise UsageError("--resume and --no-resume were both given")
     return _fit(given, existing)
 
 
@@ -141,40 +153,46 @@ def _train_help(name: str) -> str:
 
 
 def _fit(given: Any, existing: Any) -> int:
-    from rich.console import Console
-
-    from jaxgpt.report.terminal import TrainingDisplay, describe, duration
+    from jaxgpt.report.terminal import RunConsole, TrainingDisplay, describe, duration
     from jaxgpt.training.loop import fit
     from jaxgpt.training.start import resume, start
 
-    folders = given.folders
     if existing:
-        run, corpus = resume(given.config, existing, folders.data_dir)
+        run, corpus = existing, resume(given.config, existing, given.folders.data_dir)
+        config = given.config
     else:
-        run, corpus = start(given.config, given.run, folders.runs_dir, folders.data_dir)
-    console = Console(highlight=False)
-    console.print(corpus.summary, soft_wrap=True)
-    with TrainingDisplay(console, run.config.train.steps) as display:
-        done = fit(run, corpus, display)
-    again = f"jaxgpt train --run {run.path.name} --resume"
-    if folders.runs_dir != Path("runs"):
-        again += f" --runs-dir {folders.runs_dir}"
+        run, corpus = start(given.config, given.run, given.folders.runs_dir, given.folders.data_dir)
+        config = run.config
+    console = RunConsole()
+    console.print(corpus.summary)
+    with TrainingDisplay(console, config.train.steps) as display:
+        done = fit(run, corpus, display, config)
     if done.interrupted_by:
-        console.print(
-            f"interrupted at step {done.step:,} of {done.steps:,}; saved. Go on with: {again}", soft_wrap=True
-        )
+        again = _words("train", run, given.folders, "--resume")
+        console.print(f"interrupted at step {done.step:,} of {done.steps:,}; saved. Go on with: {again}")
         return 128 + done.interrupted_by
     first, last, best = done.scores[0], done.scores[-1], done.best
     console.print(
         f"{run.path}: step {done.step:,} in {duration(done.seconds)}"
         + (f", {done.tokens_per_second:,.0f} tokens/s" if done.tokens_per_second else "")
     )
-    console.print(f"  before  {describe(first.evaluation)}", soft_wrap=True)
-    console.print(f"  after   {describe(last.evaluation)}", soft_wrap=True)
+    console.print(f"  before  {describe(first.evaluation)}")
+    console.print(f"  after   {describe(last.evaluation)}")
     if best.step != last.step:
-        console.print(f"  best    {describe(best.evaluation)}, at step {best.step:,}", soft_wrap=True)
-    console.print(f"Write with it: jaxgpt sample {run.path.name}")
+        console.print(f"  best    {describe(best.evaluation)}, at step {best.step:,}")
+    console.print(f"Write with it: {_words('sample', run, given.folders)}")
     return 0
+
+
+def _words(verb: str, run: Any, folders: _Folders, *flags: str) -> str:
+    """The command line that does `verb` with `run`, to be pasted in the folder where this one was typed."""
+    named = ["--run", run.path.name] if verb == "train" else [run.path.name]
+    words = ["jaxgpt", verb, *named, *flags]
+    if run.path.parent != Path("runs"):
+        words += ["--runs-dir", str(run.path.parent)]
+    if verb == "train" and folders.data_dir != Path("data"):
+        words += ["--data-dir", str(folders.data_dir)]
+    return shlex.join(words)
 
 
 def sample(args: list[str]) -> int:
@@ -187,8 +205,8 @@ def sample(args: list[str]) -> int:
 
         run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
         """Name of a run, or its folder."""
-        prompt: str = "\n"
-        """What to continue; of a long one the last block_size tokens are seen."""
+        prompt: str | None = None
+        """What to continue; of a long one the last block_size tokens are seen. None: a line feed."""
         tokens: int = 500
         """How many tokens to write."""
         temperature: float = 0.8
@@ -267,6 +285,8 @@ def evaluate(args: list[str]) -> int:
     from jaxgpt.training.run import Run
     from jaxgpt.training.start import corpus_of, load_checkpoint
 
+    if given.eval_batches < 0:
+        raise UsageError(f"eval_batches is {given.eval_batches}, expected 0 or more")
     run = Run.open(given.folders.runs_dir, given.run)
     corpus = corpus_of(run, given.folders.data_dir)
     step, params = load_checkpoint(run, given.checkpoint)
@@ -336,8 +356,8 @@ def import_gpt2(args: list[str]) -> int:
         dropout=given.dropout,
     )
     print(f"{run.path}: {run.config.model}")
-    print(f"Write with it: jaxgpt sample {given.run}")
-    print(f"Fine-tune it: jaxgpt train --run {given.run} --resume")
+    print(f"Write with it: {_words('sample', run, given.folders)}")
+    print(f"Fine-tune it: {_words('train', run, given.folders, '--resume')}")
     return 0
 
 

@@ -103,7 +103,7 @@ class TrainConfig:
     scan_steps: int = 50
     """K, steps that run as one compiled program between two looks at the clock."""
     eval_every: int = 250
-    """Steps between evaluations and saves; a multiple of scan_steps; 0 only evaluates at both ends."""
+    """Steps between evaluations and saves; a multiple of scan_steps; 0 evaluates and saves at the ends only."""
     eval_batches: int = 20
     """Random batches in the nanoGPT-style estimate beside the exact evaluation; 0 leaves it out."""
     keep: int = 2
@@ -162,6 +162,10 @@ def problems(config: Config) -> list[str]:
     require(0 <= train.seed < 2**32, "seed", train.seed, "a whole number from 0 to 2**32 - 1")
     at_least(1, train, "steps", "batch_size", "accumulate", "scan_steps", "keep")
     at_least(0, train, "eval_every", "eval_batches")
+    if train.batch_size * model.block_size >= 2**31:
+        found.append(
+            f"batch_size x block_size is {train.batch_size} x {model.block_size}, expected less than 2**31 tokens"
+        )
     if train.accumulate > 0 and train.batch_size % train.accumulate:
         found.append(f"batch_size is {train.batch_size}, which accumulate ({train.accumulate}) does not divide")
     if train.scan_steps > 0 and train.eval_every % train.scan_steps:

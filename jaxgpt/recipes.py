@@ -116,6 +116,8 @@ def command(config: Config) -> str:
     name = min(RECIPES, key=lambda name: len(differences(RECIPES[name].config, config)))
     words = ["jaxgpt", "train", name]
     for field, _, value in differences(RECIPES[name].config, config):
+        if field == "decay_steps" and value == config.train.steps:
+            continue  # what 0 stands for
         flag = field.replace("_", "-")
         words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return shlex.join(words)

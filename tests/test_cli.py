@@ -74,6 +74,31 @@ def test_a_run_is_never_overwritten_and_resumes_with_its_own_settings(call, vers
     assert (tmp_path / "runs/one/metrics.jsonl").read_bytes().startswith(metrics)
 
 
+def test_a_resume_takes_the_run_that_was_named(call, verse, tmp_path):
+    """However the folder of runs is spelt, and wherever the hints lead: they can be pasted."""
+    for folder in ("runs", "else where"):
+        assert call("train", "gpt-demo", "--corpus", verse, "--run", "a", "--runs-dir", folder, *SMALL)[0] == 0
+    before = (tmp_path / "runs/a/config.json").read_bytes()
+    for spelling in (["--runs_dir", "else where"], ["--runs_dir=else where"], ["--runs-dir", "else where"]):
+        steps = ["--steps", str(30)]
+        code, out, _ = call("train", "--run", "a", "--resume", *steps, *spelling)
+        assert code == 0
+        assert "jaxgpt sample a --runs-dir 'else where'" in out
+    assert (tmp_path / "runs/a/config.json").read_bytes() == before
+    assert call("sample", "a", "--runs-dir", "else where", "--tokens", 3)[0] == 0
+    assert call("train", "a", "--resume", "--steps", 25)[0] == 0, "a run's name may stand where a recipe's does"
+    for args in (["bigram", "--run", "a", "--resume"], ["--run", "a", "--resume", "--no-resume"]):
+        assert call("train", *args)[0] == 2
+
+
+def test_a_path_may_look_like_markup(call, tmp_path):
+    (tmp_path / "my[draft]").mkdir()
+    (tmp_path / "my[draft]" / "a[").write_text("the cat sat on the mat\n" * 30)
+    code, out, _ = call("train", "gpt-demo", "--corpus", "my[draft]/a[", "--run", "one", *SMALL)
+    assert code == 0
+    assert "my[draft]/a[" in out
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -89,6 +114,9 @@ def test_a_run_is_never_overwritten_and_resumes_with_its_own_settings(call, vers
         (["train", "--run", "nothing", "--resume"], "no run 'nothing'"),
         (["sample", "nothing"], "no run 'nothing'"),
         (["eval", "nothing"], "no run 'nothing'"),
+        (["eval", "nothing", "--eval-batches", "-1"], "eval_batches is -1"),
+        (["train", "gpt-demo", "--batch-size", "2000000000"], "expected less than 2**31 tokens"),
+        (["prepare", ""], "has no name"),
         (["prepare", "nowhere"], "named corpora are python-docs"),
         (["prepare"], "CORPUS"),
     ],
@@ -138,6 +166,16 @@ def test_failures_exit_with_1(call, verse, tmp_path, monkeypatch):
     code, _, err = call("sample", "one", "--checkpoint", "last")
     assert code == 1
     assert "step 20" in err
+
+
+def test_too_much_memory_is_told(call, monkeypatch):
+    def exhaust(args):
+        raise MemoryError("12 TiB")
+
+    monkeypatch.setitem(cli.VERBS, "recipes", exhaust)
+    code, _, err = call("recipes")
+    assert code == 1
+    assert "out of memory: 12 TiB" in err
 
 
 def test_interrupted_before_anything_was_done(call, monkeypatch):

@@ -54,6 +54,11 @@ def test_a_library_is_known_to_one_part(library, parts):
     assert known <= parts
 
 
+def test_orbax_is_known_to_one_module():
+    known = {path.name for path in FILES if any(name.split(".")[0] == "orbax" for name in imported(path))}
+    assert known == {"checkpoint.py"}
+
+
 def loaded_after(statement, *modules):
     code = f"import sys; {statement}; print([m for m in {modules!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)

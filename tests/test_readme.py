@@ -47,7 +47,8 @@ def test_every_command_line_in_it_is_understood():
         with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as done:
             cli.run_verb([verb, *head, "--help"])
         assert done.value.code == 0, line
-        assert all(option in out.getvalue() for option in options), line
+        known = set(re.findall(r"--[\w-]+", out.getvalue()))
+        assert set(options) <= known, line
         tried += 1
     assert tried >= 6
 
@@ -63,4 +64,4 @@ def test_the_map_of_the_house_names_every_file():
     (plan,) = re.findall(r"```\njaxgpt/\n(.*?)```", README, re.S)
     for path in (ROOT / "jaxgpt").rglob("*.py"):
         if not path.stem.startswith("__"):
-            assert path.stem in plan, f"{path} is missing in the map"
+            assert path.name in plan, f"{path} is missing in the map"

@@ -1,6 +1,5 @@
 """Runs from Hugging Face folders, and self-contained folders from runs."""
 
-import json
 import os
 import re
 import shutil
@@ -140,8 +139,7 @@ def card(run: Run, step: int) -> str:
             f"{line['val_loss']:.4f} nats per token over the whole validation split "
             f"({line['val_n_tokens']:,} tokens, {line['val_bits_per_byte']:.4f} bits per byte)"
         )
-    events = [json.loads(line) for line in (run.path / "events.jsonl").read_text("utf-8").splitlines()]
-    origin = [event["folder"] for event in events if event["event"] == "import"]
+    origin = [event["folder"] for event in run.events() if event["event"] == "import"]
     model = config.model
     return f"""---
 library_name: transformers

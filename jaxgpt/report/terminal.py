@@ -1,7 +1,10 @@
 """What a person sees of a training run: a live line on a terminal, plain lines elsewhere."""
 
+import os
+import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -11,6 +14,18 @@ from jaxgpt.training.journal import Evaluated, Event
 
 PLAIN_SECONDS = 5.0
 """Where the output is no terminal, progress lines are at least so far apart."""
+
+
+class RunConsole(Console):
+    """A console that falls silent when whoever read it has gone: that is no reason to end a run."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(highlight=False, markup=False, soft_wrap=True, **kwargs)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        if self.file is sys.stdout:  # its last flush, at exit, must not find the broken pipe again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class TrainingDisplay:
@@ -50,7 +65,7 @@ class TrainingDisplay:
 
     def _print(self, line: str) -> None:
         self._printed = time.monotonic()
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line)
 
 
 def describe(evaluation: Evaluation) -> str:

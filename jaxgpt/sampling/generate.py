@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxgpt import nn
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.sampling import filters
 
 CHUNK = 16
@@ -56,10 +56,9 @@ def generate(
       n_ids: draw ids below this only, where the model's vocabulary is padded beyond the tokenizer's; 0 for all V.
 
     Raises:
-      ValueError: an empty prompt, a negative temperature, top_k or n_tokens.
+      UsageError: an empty prompt, or a temperature, top_k or n_tokens out of range.
     """
-    state = _start(config, prompt, n_tokens, key, temperature, top_k)
-    draw = Draw(n_ids or config.vocab_size, top_k, greedy=temperature == 0)
+    state, draw = _start(config, prompt, n_tokens, key, temperature, top_k, n_ids)
     return _advance(config, params, state, n_tokens, draw, temperature or 1.0)[1]
 
 
@@ -74,27 +73,29 @@ def stream(
     n_ids: int = 0,
 ) -> Iterator[NDArray[np.int32]]:
     """As `generate`, in pieces (B, up to CHUNK) as they come; joined, they are what `generate` returns."""
-    state = _start(config, prompt, n_tokens, key, temperature, top_k)
-    draw = Draw(n_ids or config.vocab_size, top_k, greedy=temperature == 0)
+    state, draw = _start(config, prompt, n_tokens, key, temperature, top_k, n_ids)
     for left in range(n_tokens, 0, -CHUNK):
         state, tokens = _advance(config, params, state, CHUNK, draw, temperature or 1.0)
         yield np.asarray(tokens)[:, : min(left, CHUNK)]
 
 
 def _start(
-    config: ModelConfig, prompt: ArrayLike, n_tokens: int, key: jax.Array, temperature: float, top_k: int
-) -> Decoding:
+    config: ModelConfig, prompt: ArrayLike, n_tokens: int, key: jax.Array, temperature: float, top_k: int, n_ids: int
+) -> tuple[Decoding, Draw]:
     ids = np.asarray(prompt, np.int32)
     if ids.ndim != 2 or ids.shape[1] == 0:
-        raise ValueError(f"the prompt has shape {ids.shape}, expected (B, P) with at least one token")
-    if n_tokens < 0 or temperature < 0 or top_k < 0:
-        raise ValueError(f"n_tokens {n_tokens}, temperature {temperature}, top_k {top_k}: none may be negative")
+        raise UsageError(f"the prompt has shape {ids.shape}, expected (B, P) with at least one token")
+    if n_tokens < 0 or top_k < 0:
+        raise UsageError(f"tokens is {n_tokens} and top_k is {top_k}, expected 0 or more")
+    if temperature != 0 and not 1e-4 <= temperature < float("inf"):
+        raise UsageError(f"temperature is {temperature}, expected 0 or a number from 1e-4 up")
     B, W = ids.shape[0], config.block_size
     ids = ids[:, -W:]
     window = np.zeros((B, W), np.int32)
     window[:, : ids.shape[1]] = ids
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-    return Decoding(jnp.asarray(window), jnp.int32(ids.shape[1]), jnp.int32(0), keys)
+    state = Decoding(jnp.asarray(window), jnp.int32(ids.shape[1]), jnp.int32(0), keys)
+    return state, Draw(n_ids or config.vocab_size, top_k, greedy=temperature == 0)
 
 
 @partial(jax.jit, static_argnames=("config", "n_tokens", "draw"), donate_argnames="state")

@@ -10,14 +10,14 @@ import numpy as np
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.nn import Params
 from jaxgpt.sampling.generate import generate, stream
-from jaxgpt.text.tokenizer import Tokenizer
+from jaxgpt.text.tokenizer import Tokenizer, without_unknown
 
 
 def write(
     config: ModelConfig,
     params: Params,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | None,
     n_tokens: int,
     *,
     temperature: float = 0.8,
@@ -28,17 +28,20 @@ def write(
 ) -> Iterator[Iterator[str]]:
     """`samples` texts that begin with `prompt`, each as pieces of text; a single one streams while it is made.
 
+    Args:
+      prompt: None for a line feed, or the first character of a vocabulary that has none.
+
     Raises:
       UsageError: an empty prompt, one with characters outside the vocabulary, or a number out of range.
     """
+    if prompt is None:
+        prompt = "\n" if tokenizer.knows("\n").all() else tokenizer.decode([0])
     if unknown == "skip":
-        prompt = "".join(c for c, known in zip(prompt, tokenizer.knows(prompt), strict=True) if known)
+        prompt = without_unknown(tokenizer, prompt)
     if not prompt:
         raise UsageError("the prompt is empty, expected at least one character of the vocabulary: --prompt TEXT")
-    if n_tokens < 0 or temperature < 0 or top_k < 0 or samples < 1 or not 0 <= seed < 2**32:
-        raise UsageError(
-            "expected tokens, temperature and top-k of at least 0, samples of at least 1, seed below 2**32"
-        )
+    if samples < 1 or not 0 <= seed < 2**32:
+        raise UsageError(f"samples is {samples}, expected 1 or more; seed is {seed}, expected 0 to 2**32 - 1")
     ids = np.tile(tokenizer.encode(prompt), (samples, 1))
     given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "n_ids": tokenizer.vocab_size}
     key = jax.random.key(seed)

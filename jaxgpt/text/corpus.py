@@ -16,6 +16,8 @@ from jaxgpt.text import sources, tokenizer
 from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, Ids, Tokenizer
 
 FORMAT = 1
+KINDS = {"char": "char", "ascii": "char", "byte": "byte"}
+"""What --tokenizer can say, and the kind of tokenizer that it gives."""
 
 
 class CorpusError(UsageError):
@@ -44,12 +46,19 @@ class Corpus:
         )
 
 
-def require_windows(corpus: Corpus, block_size: int, val_fraction: float) -> None:
-    """Check that both splits hold a window of `block_size` inputs and their targets.
+def require_fit(corpus: Corpus, block_size: int, val_fraction: float, vocab_size: int = 0) -> None:
+    """Check that a model can learn from it: both splits hold a window of `block_size` inputs and their targets, and
+    the vocabulary is no larger than `vocab_size` (0: any).
 
     Raises:
-      CorpusError: one of them does not.
+      CorpusError: they do not, or it is.
     """
+    needed = corpus.tokenizer.vocab_size
+    if 0 < vocab_size < needed:
+        raise CorpusError(
+            f"vocab_size is {vocab_size}, expected at least the {needed} ids of {corpus.meta['source']}, "
+            "or 0 to take those"
+        )
     for name, part in zip(("training", "validation"), corpus.split(val_fraction), strict=True):
         if len(part) < block_size + 1:
             raise CorpusError(
@@ -81,10 +90,8 @@ def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error")
         case _:
             tok = tokenizer_of(Path(spec))
     if unknown == "skip":
-        known = tok.knows(text)
-        skipped = int(known.size - known.sum())
-        if skipped:
-            text = "".join(char for char, keep in zip(text, known, strict=True) if keep)
+        text = tokenizer.without_unknown(tok, text)
+        skipped = len(source.text) - len(text)
     dtype = np.uint16 if tok.vocab_size <= 2**16 else np.uint32
     tokens: NDArray[Any] = tok.encode(text).astype(dtype)
     meta = {
@@ -210,6 +217,7 @@ def prepare(
     data_dir: Path = Path("data"),
     block_size: int = 1,
     val_fraction: float = 0.1,
+    vocab_size: int = 0,
 ) -> Prepared:
     """Tokenize a corpus into a folder of `data_dir`, once; an equal one that lies there is used again.
 
@@ -217,21 +225,35 @@ def prepare(
       corpus: a named corpus, a UTF-8 file or folder, or a folder that `prepare` made.
       spec, unknown: as in `tokenize`.
       block_size, val_fraction: both splits must hold a window of this size.
+      vocab_size: the vocabulary must not be larger than this; 0 for any size.
 
     Raises:
       SourceError, CorpusError, UnknownCharacterError: before anything is written.
     """
     began = time.perf_counter()
     given = Path(corpus).expanduser()
-    if (given / "tokens.json").is_file():
+    if corpus not in sources.NAMED and (given / "tokens.json").is_file():
         found = load(given)
-        require_windows(found, block_size, val_fraction)
+        _require_tokenizer(found, spec, given)
+        require_fit(found, block_size, val_fraction, vocab_size)
         return Prepared(found, given, True, time.perf_counter() - began)
     fresh = tokenize(sources.read(corpus), spec, unknown)
-    require_windows(fresh, block_size, val_fraction)
+    require_fit(fresh, block_size, val_fraction, vocab_size)
     folder = folder_of(fresh.meta, data_dir)
-    if reused := (folder / "tokens.json").is_file():
-        reused = read_meta(folder / "tokens.json") == fresh.meta
+    try:
+        found = load(folder)
+        reused = found.meta == fresh.meta
+    except CorpusError:  # missing or damaged: what is in hand takes its place
+        reused = False
     if not reused:
         save(fresh, folder)
-    return Prepared(load(folder), folder, reused, time.perf_counter() - began)
+        found = load(folder)
+    return Prepared(found, folder, reused, time.perf_counter() - began)
+
+
+def _require_tokenizer(corpus: Corpus, spec: str, folder: Path) -> None:
+    """Check that a prepared corpus has the tokenizer that was asked for."""
+    kind = corpus.meta["tokenizer"]["kind"]
+    same = kind == KINDS[spec] if spec in KINDS else corpus.tokenizer == tokenizer_of(Path(spec))
+    if not same:
+        raise CorpusError(f"{folder} was prepared with {kind}, but --tokenizer is {spec}: give --tokenizer {kind}")

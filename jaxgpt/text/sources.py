@@ -45,6 +45,8 @@ def read(corpus: str) -> Source:
     Raises:
       SourceError: there is no such corpus, or it is empty, not UTF-8 or out of reach.
     """
+    if not corpus:
+        raise SourceError("the corpus has no name; give a named corpus, a file or a folder")
     if corpus in NAMED:
         source = NAMED[corpus]()
     elif (path := Path(corpus).expanduser()).is_dir():

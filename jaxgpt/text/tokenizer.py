@@ -162,6 +162,12 @@ class ByteTokenizer:
         return {"kind": "byte"}
 
 
+def without_unknown(tokenizer: Tokenizer, text: str) -> str:
+    """`text` without the characters that are outside the vocabulary."""
+    known = tokenizer.knows(text)
+    return text if known.all() else "".join(char for char, keep in zip(text, known, strict=True) if keep)
+
+
 def from_json(tree: Any) -> Tokenizer:
     """The tokenizer that `to_json` described.
 

@@ -1,5 +1,6 @@
 """Training state to disk and back: the only module that knows Orbax."""
 
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,11 +29,13 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         best = policies.BestN(n=1, reverse=True, get_metric_fn=_val_loss, keep_checkpoints_without_metrics=False)
         self.directory = directory
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.resolve(),
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]) if keep else None,
-            cleanup_tmp_directories=keep > 0,
-        )
+        self._checkpointer: Any = None
+        if keep or directory.is_dir():
+            self._checkpointer = ocp.training.Checkpointer(
+                directory.resolve(),
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]) if keep else None,
+                cleanup_tmp_directories=keep > 0,
+            )
         self._pending: Any = None
 
     def __enter__(self) -> "Checkpoints":
@@ -44,7 +47,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            if self._checkpointer:
+                self._checkpointer.close()
 
     def save(self, state: TrainState, val_loss: float | None) -> None:
         """Start to save `state` under its step, unless that step is saved already."""
@@ -52,7 +56,8 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps:
             return
-        metrics = None if val_loss is None else {"val_loss": val_loss}
+        scored = val_loss is not None and math.isfinite(val_loss)  # what is no number is never the best
+        metrics = {"val_loss": val_loss} if scored else None
         try:
             self._pending = self._checkpointer.save_async(step, state, force=True, metrics=metrics)
         except Exception as error:
@@ -72,9 +77,13 @@ class Checkpoints:
                 raise CheckpointError(f"a save in {self.directory} failed: {error}") from error
 
     @property
+    def _infos(self) -> Any:
+        return self._checkpointer.checkpoints if self._checkpointer else []
+
+    @property
     def steps(self) -> list[int]:
         """The saved steps, oldest first."""
-        return sorted(info.step for info in self._checkpointer.checkpoints)
+        return sorted(info.step for info in self._infos)
 
     @property
     def latest(self) -> int | None:
@@ -84,7 +93,7 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """The saved step of lowest validation loss; the newest if none was evaluated."""
-        scored = [(info.metrics["val_loss"], info.step) for info in self._checkpointer.checkpoints if info.metrics]
+        scored = [(info.metrics["val_loss"], info.step) for info in self._infos if info.metrics]
         return min(scored)[1] if scored else self.latest
 
     def restore(self, step: int, like: TrainState) -> TrainState:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxgpt.training.evaluate import Evaluation
-from jaxgpt.training.run import Run
+from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.step import Metrics
 
 
@@ -42,6 +43,10 @@ class Progress:
 Event = Evaluated | Progress
 
 
+class DivergedError(RuntimeError):
+    """A loss or a gradient is no longer a number."""
+
+
 class Journal:
     """metrics.jsonl of a run, continued behind the lines of `step`, and the events that `watch` is told.
 
@@ -56,6 +61,12 @@ class Journal:
         self._mark: float | None = None
         self._tokens = self._seconds = 0.0
         lines = _lines_up_to(run.metrics_file, step)
+        reached = json.loads(lines[-1])["step"] if lines else 0
+        if reached != step:
+            raise RunError(
+                f"{run.metrics_file} ends at step {reached}, but step {step} is saved in {run.checkpoints}: "
+                "put the file back as it was, or start a new run"
+            )
         _replace_lines(run.metrics_file, lines)
         self._file = run.metrics_file.open("a", encoding="utf-8")
         self.scores = [evaluated for line in lines if (evaluated := _evaluated(json.loads(line)))]
@@ -80,13 +91,25 @@ class Journal:
         self._mark = time.perf_counter()  # evaluating is not training
 
     def flush(self) -> None:
-        """Write the steps noted by `trained`, waiting for the device if need be."""
+        """Write the steps noted by `trained`, waiting for the device if need be.
+
+        Raises:
+          DivergedError: one of them came to no number; it goes before every save, so no such state is ever saved.
+        """
         if self._unread is None:
             return
         (begin, metrics), self._unread = self._unread, None
         metrics = jax.device_get(metrics)
         for i in range(len(metrics.loss)):
             self._write(step=begin + i + 1, **{name: _shortest(x[i]) for name, x in metrics._asdict().items()})
+        finite = np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm)
+        if not finite.all():
+            self._file.flush()
+            i = int(finite.argmin())
+            raise DivergedError(
+                f"step {begin + i + 1}: loss {metrics.loss[i]}, gradient norm {metrics.grad_norm[i]}; the run ends at "
+                "its last save. Start another with a smaller --learning-rate or --grad-clip"
+            )
         self._watch(self._progress(begin, metrics))
 
     def sync(self) -> None:
@@ -122,9 +145,12 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
     """The whole lines of a metrics file up to `step`; a line torn by a kill is beyond the last save."""
     lines: list[str] = []
     if path.exists():
-        for line in path.read_text("utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
+        for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), 1):
+            try:
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{path}, line {number} is no line of metrics: {line.strip()[:60]!r}") from error
             lines.append(line)
     return lines
 

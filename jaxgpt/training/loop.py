@@ -41,13 +41,23 @@ class Summary:
         return min(self.scores, key=lambda scored: scored.evaluation.loss)
 
 
-def fit(run: Run, corpus: Corpus, watch: Callable[[Event], None] = lambda event: None) -> Summary:
+def fit(
+    run: Run, corpus: Corpus, watch: Callable[[Event], None] = lambda event: None, config: Config | None = None
+) -> Summary:
     """Train `run` from its newest checkpoint, or from the start, to its last step; log, evaluate and save.
 
     What metrics.jsonl and the checkpoints hold depends on the run's config and the tokens alone: not on how often the
     run was ended and resumed, nor on `watch`, which is told of each event.
+
+    Args:
+      config: takes the place of the run's own, where `start.resume` allowed it to differ.
+
+    Raises:
+      RunError: another process holds the run, or its files do not belong together.
+      DivergedError: a loss is no longer a number; the checkpoints before it stand.
+      CheckpointError: a checkpoint cannot be read or written.
     """
-    config, began = run.config, time.perf_counter()
+    config, began = config or run.config, time.perf_counter()
     train_tokens, val_tokens = corpus.split(config.data.val_fraction)
     feed = feeder(config, train_tokens)
 
@@ -65,6 +75,8 @@ def fit(run: Run, corpus: Corpus, watch: Callable[[Event], None] = lambda event:
         Checkpoints(run.checkpoints, config.train.keep) as checkpoints,
         Journal(run, checkpoints.latest or 0, watch) as journal,
     ):
+        if config != run.config:
+            run = run.with_config(config)
         state = restore_or_init(config, checkpoints)
         run.event("start", step=int(state.step), jax=jax.__version__, backend=jax.default_backend())
         if not journal.scores:
@@ -76,13 +88,16 @@ def fit(run: Run, corpus: Corpus, watch: Callable[[Event], None] = lambda event:
             if due(config, end):
                 journal.flush()
                 journal.evaluated(*score(state))
-            stop = interrupted_by()
+            stop = interrupted_by() if end < config.train.steps else 0
             if due(config, end) or stop:
                 journal.sync()
                 checkpoints.save(state, journal.scores[-1].evaluation.loss if due(config, end) else None)
                 run.event("save", step=end, tokens_per_second=journal.tokens_per_second)
             if stop:
                 break
+        if not stop and journal.scores[-1].step < int(state.step):  # an interrupted run whose last step came nearer
+            journal.evaluated(*score(state))
+            journal.sync()
         checkpoints.wait()
         run.event("end", step=int(state.step), seconds=time.perf_counter() - began)
     seconds = time.perf_counter() - began

@@ -7,9 +7,10 @@ events.jsonl     when things happened: starts, saves, speed
 checkpoints/     training state, by step
 """
 
+import errno
 import json
-import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -47,17 +48,17 @@ class Run:
         Raises:
           RunError: the name is no plain name, or such a run exists.
         """
-        path = runs_dir / _plain(name)
-        partial = runs_dir / f".{name}.{os.getpid()}.part"
+        cls.require_free(runs_dir, name)
+        path, partial = runs_dir / name, runs_dir / f".{name}.{secrets.token_hex(4)}.part"
         (partial / "checkpoints").mkdir(parents=True)
         try:
             (partial / "config.json").write_text(configs.to_json(config), "utf-8")
             (partial / "tokens.json").write_text(json.dumps(corpus_meta, indent=2) + "\n", "utf-8")
-            if path.exists():
-                raise cls._taken(path)
             partial.rename(path)
         except OSError as error:
-            raise cls._taken(path) from error
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process was first
+                raise cls._taken(path) from error
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return cls(path)
@@ -74,6 +75,8 @@ class Run:
 
     @staticmethod
     def _taken(path: Path) -> RunError:
+        if not (path / "config.json").is_file():
+            return RunError(f"{path} exists and is no run: remove it, or take another name: --run OTHER-NAME")
         return RunError(
             f"run {path.name!r} exists in {path.parent}: --run {path.name} --resume continues it, "
             "--run OTHER-NAME starts a new one"
@@ -88,7 +91,7 @@ class Run:
         """
         for path in (runs_dir / name, Path(name).expanduser()):
             if (path / "config.json").is_file():
-                return cls(path)
+                return cls(path if path.name else path.resolve())
         known = sorted(path.parent.name for path in runs_dir.glob("*/config.json"))
         raise RunError(
             f"no run {name!r} in {runs_dir}; "
@@ -100,7 +103,7 @@ class Run:
         """The configuration it was started with."""
         try:
             return configs.from_json((self.path / "config.json").read_text("utf-8"))
-        except configs.ConfigError as error:
+        except (configs.ConfigError, UnicodeDecodeError) as error:
             raise RunError(f"{self.path / 'config.json'}: {error}") from error
 
     @cached_property
@@ -131,6 +134,11 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first."""
         return [json.loads(line) for line in self.metrics_file.read_text("utf-8").splitlines()]
+
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of events.jsonl, oldest first; none if there is no such file yet."""
+        path = self.path / "events.jsonl"
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
     def event(self, name: str, **values: Any) -> None:
         """Add a line with the time of day to events.jsonl."""

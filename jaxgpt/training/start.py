@@ -6,43 +6,37 @@ from pathlib import Path
 import jax
 
 from jaxgpt import nn
-from jaxgpt.config import Config, ModelConfig, check, differences
+from jaxgpt.config import Config, ModelConfig, UsageError, check, differences
 from jaxgpt.text import corpus as corpora
 from jaxgpt.text.corpus import Corpus, CorpusError
+from jaxgpt.text.sources import NAMED
 from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.checkpoint import Checkpoints, abstract, load_params
 from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.step import init_state
 
-MAY_CHANGE = {"steps", "scan_steps", "accumulate", "eval_every", "eval_batches", "keep"}
-"""What a resume may change: how long, how often to look, how to split the work; not what is computed."""
+MAY_CHANGE = {"steps", "scan_steps", "eval_every", "eval_batches", "keep"}
+"""What a resume may change: how long, and how often to look; not what is computed."""
 
 
 def start(config: Config, name: str, runs_dir: Path, data_dir: Path) -> tuple[Run, Corpus]:
     """Check everything, prepare the corpus, and make the folder of a new run.
 
     Raises:
-      UsageError: the config cannot run, the run exists, or the text cannot be had; before the run is made.
+      UsageError: the config cannot run, the run exists, or the text cannot be had; before anything is written.
     """
     check(config)
     Run.require_free(runs_dir, name)
-    corpus = corpora.prepare(
-        config.data.corpus,
-        config.data.tokenizer,
-        unknown=config.data.unknown,
-        data_dir=data_dir,
-        block_size=config.model.block_size,
-        val_fraction=config.data.val_fraction,
-    ).corpus
-    config = with_vocabulary(config, corpus)
+    corpus = _prepare(config, data_dir)
+    config = resolve(config, corpus)
     return Run.create(runs_dir, name, config, corpus.meta), corpus
 
 
-def resume(config: Config, run: Run, data_dir: Path) -> tuple[Run, Corpus]:
-    """The run as it stands, to go on under `config`, which may differ from its own in MAY_CHANGE only.
+def resume(config: Config, run: Run, data_dir: Path) -> Corpus:
+    """The tokens of `run`, to `fit` it with under `config`, which may differ from its own in MAY_CHANGE only.
 
     Raises:
-      RunError: `config` changes what the run computes; each such field is named.
+      RunError: `config` changes what the run computes (each such field is named), or the run's checkpoints are gone.
       CorpusError: the tokens that it learnt from are not to be had.
     """
     check(config)
@@ -57,47 +51,58 @@ def resume(config: Config, run: Run, data_dir: Path) -> tuple[Run, Corpus]:
             f"a resume may change {', '.join(sorted(MAY_CHANGE))}; for the rest start a new run: --run OTHER-NAME"
         )
     with Checkpoints(run.checkpoints) as checkpoints:
-        done = checkpoints.latest or 0
-    if done > config.train.steps:
+        done = checkpoints.latest
+    saves = sum(event["event"] == "save" for event in run.events())
+    if done is None and saves > 1:  # the first may have been under way when the process died
+        raise RunError(f"run {run.path.name!r} was saved {saves} times, but {run.checkpoints} holds no checkpoint")
+    if done and done > config.train.steps:
         raise RunError(f"run {run.path.name!r} is at step {done} already, beyond the {config.train.steps} asked for")
-    corpus = corpus_of(run, data_dir)
-    return (run if config == run.config else run.with_config(config)), corpus
+    return corpus_of(run, data_dir)
 
 
 def corpus_of(run: Run, data_dir: Path) -> Corpus:
     """The tokens that `run` learns from: as prepared then, or prepared anew and found to be the same.
 
     Raises:
-      CorpusError, SourceError: they are not to be had, or are not the same.
+      CorpusError: they are not to be had, or are not the same.
     """
-    folder = corpora.folder_of(run.corpus_meta, data_dir)
+    folder, wanted = corpora.folder_of(run.corpus_meta, data_dir), run.corpus_meta["sha256"]
     if (folder / "tokens.json").is_file():
-        found = corpora.load(folder)
-    else:
-        data = run.config.data
-        found = corpora.prepare(data.corpus, data.tokenizer, unknown=data.unknown, data_dir=data_dir).corpus
-    wanted = run.corpus_meta["sha256"]
+        return corpora.load(folder)
+    was = f"run {run.path.name!r} learns from {run.corpus_meta['origin']} (tokens of SHA-256 {wanted})"
+    by_hand = f"put the tokens.bin and tokens.json of then into {folder}, or name their folder's parent: --data-dir"
+    try:
+        found = _prepare(run.config, data_dir)
+    except UsageError as error:
+        raise CorpusError(f"{was}, which cannot be prepared again: {error}; {by_hand}") from error
     if found.meta["sha256"] != wanted:
-        raise CorpusError(
-            f"run {run.path.name!r} learns from {run.corpus_meta['origin']} (tokens of SHA-256 {wanted}), but "
-            f"{run.config.data.corpus!r} now gives {found.meta['origin']} (SHA-256 {found.meta['sha256']}): "
-            f"put the tokens.bin and tokens.json of then into {folder}"
-        )
+        raise CorpusError(f"{was}, but {run.config.data.corpus!r} now gives SHA-256 {found.meta['sha256']}; {by_hand}")
     return found
 
 
-def with_vocabulary(config: Config, corpus: Corpus) -> Config:
-    """`config` with the vocabulary size of the corpus where it leaves it open (0).
+def resolve(config: Config, corpus: Corpus) -> Config:
+    """`config` with what it leaves open filled in: the vocabulary's size, the schedule's end, the text's full path.
 
-    Raises:
-      CorpusError: the config's vocabulary is smaller than the corpus's.
+    So a run that is later made longer keeps the schedule that it was started with.
     """
-    needed, given = corpus.tokenizer.vocab_size, config.model.vocab_size
-    if given and given < needed:
-        raise CorpusError(
-            f"vocab_size is {given}, expected at least the {needed} ids of {corpus.meta['source']}, or 0 to take those"
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or needed))
+    data, model, optimizer = config.data, config.model, config.optimizer
+    if data.corpus not in NAMED:
+        data = dataclasses.replace(data, corpus=str(Path(data.corpus).expanduser().resolve()))
+    model = dataclasses.replace(model, vocab_size=model.vocab_size or corpus.tokenizer.vocab_size)
+    optimizer = dataclasses.replace(optimizer, decay_steps=optimizer.decay_steps or config.train.steps)
+    return Config(data, model, optimizer, config.train)
+
+
+def _prepare(config: Config, data_dir: Path) -> Corpus:
+    return corpora.prepare(
+        config.data.corpus,
+        config.data.tokenizer,
+        unknown=config.data.unknown,
+        data_dir=data_dir,
+        block_size=config.model.block_size,
+        val_fraction=config.data.val_fraction,
+        vocab_size=config.model.vocab_size,
+    ).corpus
 
 
 def load_model(run: Run, which: str = "best") -> tuple[ModelConfig, nn.Params, Tokenizer]:

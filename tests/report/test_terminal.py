@@ -2,10 +2,9 @@ import doctest
 import io
 
 import pytest
-from rich.console import Console
 
 from jaxgpt.report import terminal
-from jaxgpt.report.terminal import TrainingDisplay, describe, duration
+from jaxgpt.report.terminal import RunConsole, TrainingDisplay, describe, duration
 from jaxgpt.training.evaluate import Evaluation
 from jaxgpt.training.journal import Evaluated, Progress
 
@@ -14,7 +13,7 @@ RESULT = Evaluation(1.5, 0.01, 2.1640, 2.1500, 1000)
 
 def show(is_terminal, *events, monkeypatch=None):
     out = io.StringIO()
-    console = Console(file=out, force_terminal=is_terminal, width=100, color_system=None)
+    console = RunConsole(file=out, force_terminal=is_terminal, width=100, color_system=None)
     with TrainingDisplay(console, 100) as display:
         for event in events:
             display(event)
@@ -39,6 +38,16 @@ def test_plain_lines_where_the_output_is_no_terminal(monkeypatch):
 def test_plain_lines_are_few():
     out = show(False, *(Progress(step, 100, 1.0, 1e3, 1.0) for step in range(50)))
     assert out == ""
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run():
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    with TrainingDisplay(RunConsole(file=Gone()), 100) as display:
+        display(Evaluated(0, RESULT))
+        display(Evaluated(50, RESULT))
 
 
 def test_a_live_line_on_a_terminal():

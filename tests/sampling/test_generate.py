@@ -95,8 +95,10 @@ def test_another_temperature_compiles_nothing(model):
     [
         ([[]], {}, "at least one token"),
         ([1, 2], {}, r"expected \(B, P\)"),
-        ([[1]], {"temperature": -1.0}, "negative"),
-        ([[1]], {"top_k": -1}, "negative"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+        ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+        ([[1]], {"temperature": 1e-40}, "temperature is 1e-40"),
+        ([[1]], {"top_k": -1}, "top_k is -1"),
     ],
 )
 def test_refusals(model, prompt, options, said):

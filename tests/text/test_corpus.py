@@ -46,6 +46,17 @@ def test_a_prepared_folder_can_be_given(prepared):
     again = corpora.prepare(str(prepared.folder))
     assert again.reused
     assert again.corpus.meta == prepared.corpus.meta
+    assert corpora.prepare(str(prepared.folder), str(prepared.folder)).reused
+    with pytest.raises(CorpusError, match="was prepared with char, but --tokenizer is byte: give --tokenizer char"):
+        corpora.prepare(str(prepared.folder), "byte")
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "tokens.json"])
+def test_a_damaged_corpus_is_replaced_by_the_text_in_hand(prepared, verse, tmp_path, name):
+    (prepared.folder / name).write_text("damage")
+    again = corpora.prepare(str(verse), data_dir=tmp_path / "data")
+    assert not again.reused
+    assert corpora.load(prepared.folder).meta == prepared.corpus.meta
 
 
 def test_split_is_the_notes_ninety_ten(prepared):

@@ -31,7 +31,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, state):
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path, state):
-    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.5, 50: None, 60: 4.0}
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: float("nan"), 45: float("-inf"), 50: None, 60: 4.0}
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest is checkpoints.best is None
         for step, loss in losses.items():

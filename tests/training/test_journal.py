@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxgpt.training.evaluate import Evaluation
-from jaxgpt.training.journal import Evaluated, Journal, Progress
-from jaxgpt.training.run import Run
+from jaxgpt.training.journal import DivergedError, Evaluated, Journal, Progress
+from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.step import Metrics
 from tests.training.test_run import META
 
@@ -81,13 +81,42 @@ def test_a_resumed_journal_goes_on_behind_the_saved_step(run):
 def test_every_line_is_json_that_any_program_reads(run):
     with Journal(run, 0, lambda event: None) as journal:
         journal.trained(0, Metrics(*(jnp.array([jnp.nan, jnp.inf]) for _ in range(3))))
-        journal.sync()
+        with pytest.raises(DivergedError):
+            journal.sync()
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
 
     for line in (run.path / "metrics.jsonl").read_text().splitlines():
         assert json.loads(line, parse_constant=refuse)["loss"] is None
+
+
+@pytest.mark.parametrize("which", ["loss", "grad_norm"])
+def test_what_is_no_number_ends_the_run_before_it_is_saved(run, which):
+    bad = chunk(1)._replace(**{which: jnp.array([0.1, 0.2, jnp.nan, 0.4, 0.5])})
+    with Journal(run, 0, lambda event: None) as journal:
+        journal.trained(0, bad)
+        with pytest.raises(DivergedError, match=r"step 3: .*nan"):
+            journal.sync()
+    assert len(lines(run)) == 5, "its lines are kept for those who want to know"
+
+
+def test_lines_that_do_not_reach_the_saved_step_are_refused(run):
+    with Journal(run, 0, lambda event: None) as journal:
+        journal.trained(0, chunk(1))
+        journal.sync()
+    with pytest.raises(RunError, match="ends at step 5, but step 10 is saved"):
+        Journal(run, 10, lambda event: None)
+    run.metrics_file.unlink()
+    with pytest.raises(RunError, match="ends at step 0, but step 5 is saved"):
+        Journal(run, 5, lambda event: None)
+    assert not run.metrics_file.exists()
+
+
+def test_a_damaged_line_is_named(run):
+    run.metrics_file.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2 is no line of metrics: 'nonsense'"):
+        Journal(run, 2, lambda event: None)
 
 
 def test_numbers_are_the_shortest_that_give_the_float32_back(run):

@@ -16,10 +16,10 @@ from jaxgpt.text import corpus as corpora
 from jaxgpt.training import loop
 from jaxgpt.training.checkpoint import Checkpoints, abstract
 from jaxgpt.training.interrupt import interruption
-from jaxgpt.training.journal import Evaluated, Progress
+from jaxgpt.training.journal import DivergedError, Evaluated, Progress
 from jaxgpt.training.loop import fit
-from jaxgpt.training.run import Run
-from jaxgpt.training.start import start, with_vocabulary
+from jaxgpt.training.run import Run, RunError
+from jaxgpt.training.start import resolve, start
 from jaxgpt.training.step import init_state
 
 
@@ -134,7 +134,61 @@ def test_chunks_end_at_multiples_of_scan_steps(tiny, change, step, steps, expect
     assert list(loop.chunks(change(tiny, steps=steps), step)) == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_chunk_finds_the_run_done(tiny, new_run):
+    run, corpus = new_run("one", tiny)
+
+    def late(event):
+        if isinstance(event, Progress) and event.step == 15:  # told when the last chunk is under way
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        done = fit(run, corpus, late)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (done.step, done.interrupted_by) == (20, 0)
+
+
+def test_an_interrupted_run_whose_end_is_moved_to_where_it_stands_is_scored_there(tiny, new_run, change):
+    run, corpus = new_run("one", change(tiny, steps=40, eval_every=20))
+
+    def early(event):
+        if isinstance(event, Progress) and event.step == 5:  # told when the chunk to 10 is under way
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        done = fit(run, corpus, early)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (done.step, done.interrupted_by) == (10, signal.SIGTERM)
+    again = fit(run, corpus, config=change(run.config, steps=10))
+    assert [scored.step for scored in again.scores] == [0, 10]
+
+
+def test_a_run_that_diverges_keeps_its_good_checkpoint(tiny, new_run, change, monkeypatch):
+    run, corpus = new_run("one", tiny)
+    train_steps = loop.train_steps
+
+    def poisoned(config, state, tokens, starts):
+        state, metrics = train_steps(config, state, tokens, starts)
+        return state, metrics if int(state.step) <= 10 else metrics._replace(loss=metrics.loss * float("nan"))
+
+    monkeypatch.setattr(loop, "train_steps", poisoned)
+    with pytest.raises(DivergedError, match="step 11: loss nan"):
+        fit(run, corpus)
+    with Checkpoints(run.checkpoints) as checkpoints:
+        assert checkpoints.steps == [10]
+
+
+def test_a_run_in_use_is_left_as_it_is(tiny, new_run, change):
+    run, corpus = new_run("one", tiny)
+    with run.exclusive(), pytest.raises(RunError, match="in use by another process"):
+        fit(run, corpus, config=change(run.config, steps=40))
+    assert Run(run.path).config == run.config
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_first_signal_is_noted_and_a_second_one_acts(number):
     heard = []
     before = signal.signal(number, lambda *_: heard.append("second"))
@@ -181,7 +235,7 @@ def long(tiny, change):
 
 def write_recipe_run(tmp_path, name, config):
     corpus = corpora.prepare(config.data.corpus, data_dir=tmp_path / "data").corpus
-    return Run.create(tmp_path / "runs", name, with_vocabulary(config, corpus), corpus.meta)
+    return Run.create(tmp_path / "runs", name, resolve(config, corpus), corpus.meta)
 
 
 def resume(tmp_path, name, **kwargs):

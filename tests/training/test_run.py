@@ -30,6 +30,20 @@ def test_an_existing_run_is_never_overwritten(run, tmp_path):
     assert (run.path / "config.json").read_bytes() == before
 
 
+def test_a_folder_that_is_no_run_and_a_full_disk_are_told_apart(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(RunError, match="exists and is no run: remove it"):
+        Run.create(tmp_path, "x", Config(), META)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        Run.create(tmp_path, "y", Config(), META)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/x", ".hidden", "a b", "-x", "a\n", "x" * 101, "é"])
 def test_names_are_plain(tmp_path, name):
     with pytest.raises(RunError, match="expected letters"):
@@ -47,9 +61,10 @@ def test_open_by_name_or_path_and_what_there_is_otherwise(run, tmp_path):
 
 
 def test_a_damaged_config_is_named(run):
-    (run.path / "config.json").write_text("{")
-    with pytest.raises(RunError, match=r"config\.json: the config is not JSON"):
-        _ = run.config
+    for data, said in ((b"{", "the config is not JSON"), (b"\xff{}", "can't decode byte 0xff")):
+        (run.path / "config.json").write_bytes(data)
+        with pytest.raises(RunError, match=rf"config\.json: .*{said}"):
+            _ = Run(run.path).config
 
 
 def test_events_are_lines_with_a_time(run):

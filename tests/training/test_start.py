@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from jaxgpt.config import ConfigError
@@ -30,7 +32,12 @@ def test_the_vocabulary_comes_from_the_text(config, change, folders):
 
 @pytest.mark.parametrize(
     ("changes", "kind"),
-    [({"n_embd": 17}, ConfigError), ({"block_size": 500}, CorpusError), ({"corpus": "no"}, ValueError)],
+    [
+        ({"n_embd": 17}, ConfigError),
+        ({"block_size": 500}, CorpusError),
+        ({"corpus": "no"}, ValueError),
+        ({"vocab_size": 5}, CorpusError),
+    ],
 )
 def test_what_cannot_run_leaves_nothing_behind(config, change, folders, changes, kind):
     with pytest.raises(kind):
@@ -41,13 +48,16 @@ def test_what_cannot_run_leaves_nothing_behind(config, change, folders, changes,
 
 def test_a_resume_may_change_how_long_but_not_what(config, change, folders):
     run, _ = start(config, "one", *folders)
-    longer, _ = resume(change(run.config, steps=20), run, folders[1])
-    assert Run.open(folders[0], "one").config.train.steps == 20
-    assert longer.config.train.steps == 20
+    longer = change(run.config, steps=20)
+    corpus = resume(longer, run, folders[1])
+    assert Run.open(folders[0], "one").config.train.steps == 10, "nothing is written before the run is held"
+    assert fit(run, corpus, config=longer).step == 20
+    assert Run.open(folders[0], "one").config == longer
     with pytest.raises(RunError) as caught:
-        resume(change(longer.config, n_layer=3, seed=5, steps=30), longer, folders[1])
+        resume(change(longer, n_layer=3, seed=5, accumulate=2, steps=30), run, folders[1])
     assert "n_layer: 2 in the run, 3 asked for" in str(caught.value)
     assert "seed: 1337 in the run, 5 asked for" in str(caught.value)
+    assert "accumulate: 1 in the run, 2 asked for" in str(caught.value)
     assert "steps: " not in str(caught.value)
 
 
@@ -82,3 +92,42 @@ def test_best_and_last_checkpoints(config, folders):
     (run.checkpoints / "10" / "state" / "_METADATA").unlink()
     with pytest.raises(CheckpointError, match="step 10"):
         load_checkpoint(run, "last")
+
+
+def test_a_run_made_longer_equals_one_that_was_longer_from_the_start(config, change, folders):
+    """The schedule ends where it was first said to end, so the learning rate does not jump."""
+    run, corpus = start(config, "short", *folders)
+    assert run.config.optimizer.decay_steps == 10
+    fit(run, corpus)
+    longer = change(run.config, steps=20)
+    fit(run, resume(longer, run, folders[1]), config=longer)
+    unbroken, corpus = start(change(config, steps=20, decay_steps=10), "long", *folders)
+    fit(unbroken, corpus)
+    assert run.metrics_file.read_bytes() == unbroken.metrics_file.read_bytes()
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again_from_nothing(config, folders):
+    run, corpus = start(config, "one", *folders)
+    fit(run, corpus)
+    before = run.metrics_file.read_bytes()
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(RunError, match=r"was saved 2 times, but .* holds no checkpoint"):
+        resume(run.config, run, folders[1])
+    assert run.metrics_file.read_bytes() == before
+    with pytest.raises(RunError, match="no checkpoint yet"):
+        load_checkpoint(run)
+    assert not run.checkpoints.exists(), "reading makes nothing"
+
+
+def test_the_texts_path_is_kept_whole(config, change, folders, verse, monkeypatch, tmp_path):
+    monkeypatch.chdir(verse.parent)
+    run, _ = start(change(config, corpus=verse.name), "one", *folders)
+    assert run.config.data.corpus == str(verse)
+
+
+def test_a_padded_vocabulary_and_a_split_of_ones_own_are_found_again(config, change, folders, tmp_path):
+    (tmp_path / "few.txt").write_text("abcdefghij" * 2)
+    own = change(config, corpus=str(tmp_path / "few.txt"), val_fraction=0.5, block_size=8)
+    run, corpus = start(own, "one", *folders)
+    shutil.rmtree(folders[1])
+    assert corpus_of(run, folders[1]).meta == corpus.meta
