@@ -158,7 +158,7 @@ A GPT of {model.n_layer} layers, {model.n_head} heads and {model.n_embd} channel
 | SHA-256 of the text | {meta["source_sha256"]} |
 | SHA-256 of the tokens | {meta["sha256"]} |
 | started from | {Path(origin[0]).name if origin else "random weights"} |
-| command | `{command(config)}` |
+| command | {f"`jaxgpt import-gpt2 {Path(origin[0]).name}`, and the settings of " if origin else ""}`{command(config)}` |
 
 `tokens.json` holds the vocabulary. Write with it: `jaxgpt sample FOLDER`, or load the weights with
 `transformers.GPT2LMHeadModel.from_pretrained(FOLDER)`.

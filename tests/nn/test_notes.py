@@ -12,6 +12,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.nn.attention import Head, attention_weights, causal_mask
 from jaxgpt.text.tokenizer import CharTokenizer
 
+pytestmark = pytest.mark.smoke
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "goldens" / "document_snippets.npz"))
 B, T, C, V = 4, 8, 32, 65
 BIGRAM = ModelConfig(kind="bigram", vocab_size=V, block_size=T)
@@ -82,7 +83,6 @@ def test_the_weights_are_data_dependent_lower_triangular_and_sum_to_one(kind):
     close(wei, GOLDEN[f"head_{kind}_wei"])
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("kind", SCALES)
 def test_the_head_and_its_gradients(kind):
     """The output, and the gradient of the sum of its squares with respect to the input and to each weight."""
