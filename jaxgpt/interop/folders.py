@@ -140,7 +140,9 @@ def card(run: Run, step: int) -> str:
             f"({line['val_n_tokens']:,} tokens, {line['val_bits_per_byte']:.4f} bits per byte)"
         )
     origin = [event["folder"] for event in run.events() if event["event"] == "import"]
-    model = config.model
+    model, made_by = config.model, f"`{command(config)}`"
+    if origin:
+        made_by = f"`jaxgpt import-gpt2 {Path(origin[0]).name}`, with the settings of {made_by}"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -158,7 +160,7 @@ A GPT of {model.n_layer} layers, {model.n_head} heads and {model.n_embd} channel
 | SHA-256 of the text | {meta["source_sha256"]} |
 | SHA-256 of the tokens | {meta["sha256"]} |
 | started from | {Path(origin[0]).name if origin else "random weights"} |
-| command | {f"`jaxgpt import-gpt2 {Path(origin[0]).name}`, and the settings of " if origin else ""}`{command(config)}` |
+| command | {made_by} |
 
 `tokens.json` holds the vocabulary. Write with it: `jaxgpt sample FOLDER`, or load the weights with
 `transformers.GPT2LMHeadModel.from_pretrained(FOLDER)`.
