@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxgpt.config import UsageError
-from jaxgpt.text import sources, tokenizer
-from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, Ids, Tokenizer
+from jaxgpt.text import bpe, gpt2, sources, tokenizer
+from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, Ids, Progress, Tokenizer, unseen
 
 FORMAT = 1
 
@@ -58,16 +59,17 @@ def require_windows(corpus: Corpus, block_size: int, val_fraction: float) -> Non
             )
 
 
-def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error") -> Corpus:
+def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error", progress: Progress = unseen) -> Corpus:
     """Tokenize `source` in memory.
 
     Args:
-      spec: "char" (the vocabulary of this text), "byte", or the path of a tokens.json whose vocabulary to use.
+      spec: "char" (the vocabulary of this text), "byte", "gpt2", "bpe:SIZE" (learnt from this text), or the path of
+        a tokens.json whose vocabulary to use.
       unknown: "skip" leaves out characters outside the vocabulary and counts them in `meta`.
 
     Raises:
       UnknownCharacterError: a character is outside the vocabulary and `unknown` is "error".
-      CorpusError: `spec` names no tokenizer.
+      UsageError: `spec` names no tokenizer, or one that cannot be had.
     """
     text, skipped = source.text, 0
     match spec:
@@ -75,6 +77,10 @@ def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error")
             tok: Tokenizer = CharTokenizer.train(text)
         case "byte":
             tok = ByteTokenizer()
+        case "gpt2":
+            tok = gpt2.load()
+        case _ if re.fullmatch("bpe:[0-9]{1,7}", spec):
+            tok = bpe.train(text, int(spec.removeprefix("bpe:")), progress)
         case _:
             tok = tokenizer_of(Path(spec))
     if unknown == "skip":
@@ -83,7 +89,7 @@ def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error")
         if skipped:
             text = "".join(char for char, keep in zip(text, known, strict=True) if keep)
     dtype = np.uint16 if tok.vocab_size <= 2**16 else np.uint32
-    tokens: NDArray[Any] = tok.encode(text).astype(dtype)
+    tokens: NDArray[Any] = tok.encode(text, progress).astype(dtype)
     meta = {
         "format": FORMAT,
         "dtype": np.dtype(dtype).name,
@@ -180,7 +186,10 @@ def tokenizer_of(path: Path) -> Tokenizer:
     if path.is_dir():
         path = path / "tokens.json"
     if not path.is_file():
-        raise CorpusError(f"no tokenizer {str(path)!r}: expected char, byte, or the path of a tokens.json")
+        raise CorpusError(
+            f"no tokenizer {str(path)!r}: expected char, byte, gpt2, bpe:SIZE such as bpe:4096, "
+            "or the path of a tokens.json"
+        )
     return tokenizer.from_json(read_meta(path)["tokenizer"])
 
 
@@ -207,12 +216,14 @@ def prepare(
     data_dir: Path = Path("data"),
     block_size: int = 1,
     val_fraction: float = 0.1,
+    column: str = "text",
+    progress: Progress = unseen,
 ) -> Prepared:
     """Tokenize a corpus into a folder of `data_dir`, once; an equal one that lies there is used again.
 
     Args:
-      corpus: a named corpus, a UTF-8 file or folder, or a folder that `prepare` made.
-      spec, unknown: as in `tokenize`.
+      corpus, column: as in `sources.read`, or a folder that `prepare` made.
+      spec, unknown, progress: as in `tokenize`.
       block_size, val_fraction: both splits must hold a window of this size.
 
     Raises:
@@ -224,7 +235,7 @@ def prepare(
         found = load(given)
         require_windows(found, block_size, val_fraction)
         return Prepared(found, given, True, time.perf_counter() - began)
-    fresh = tokenize(sources.read(corpus), spec, unknown)
+    fresh = tokenize(sources.read(corpus, column), spec, unknown, progress)
     require_windows(fresh, block_size, val_fraction)
     folder = folder_of(fresh.meta, data_dir)
     if reused := (folder / "tokens.json").is_file():

@@ -33,6 +33,7 @@ def start(config: Config, name: str, runs_dir: Path, data_dir: Path) -> tuple[Ru
         data_dir=data_dir,
         block_size=config.model.block_size,
         val_fraction=config.data.val_fraction,
+        column=config.data.column,
     ).corpus
     config = with_vocabulary(config, corpus)
     return Run.create(runs_dir, name, config, corpus.meta), corpus
@@ -75,7 +76,9 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
         found = corpora.load(folder)
     else:
         data = run.config.data
-        found = corpora.prepare(data.corpus, data.tokenizer, unknown=data.unknown, data_dir=data_dir).corpus
+        found = corpora.prepare(
+            data.corpus, data.tokenizer, unknown=data.unknown, data_dir=data_dir, column=data.column
+        ).corpus
     wanted = run.corpus_meta["sha256"]
     if found.meta["sha256"] != wanted:
         raise CorpusError(
