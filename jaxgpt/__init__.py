@@ -15,6 +15,7 @@ _HOME = {
     "take": "text.batches",
     "window_starts": "text.batches",
     "prepare": "text.corpus",
+    "BPETokenizer": "text.bpe",
     "ByteTokenizer": "text.tokenizer",
     "CharTokenizer": "text.tokenizer",
     "cross_entropy": "nn",

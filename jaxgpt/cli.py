@@ -86,18 +86,32 @@ def prepare(args: list[str]) -> int:
         """Turn a text into tokens.bin and tokens.json."""
 
         corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
-        """python-docs, python-stdlib, shakespeare, or a UTF-8 file or folder."""
+        """python-docs, python-stdlib, shakespeare, or a file or folder of UTF-8, .jsonl or .parquet."""
         tokenizer: str = "char"
-        """char, ascii, byte, or a tokens.json whose vocabulary is to be used again."""
+        """char, ascii, byte, gpt2, bpe:SIZE (learnt from the text, such as bpe:4096), or a tokens.json whose vocabulary
+        is to be used again."""
         unknown: Literal["error", "skip"] = "error"
         """What to do with a character outside the vocabulary."""
+        column: str = "text"
+        """Which column of a .jsonl or .parquet file holds the text."""
         data_dir: Path = Path("data")
         """Folder of all prepared corpora."""
 
+    given = _parse(Prepare, args, "jaxgpt prepare")
+    from rich.console import Console
+
+    from jaxgpt.report.progress import patient_bar
     from jaxgpt.text import corpus as corpora
 
-    given = _parse(Prepare, args, "jaxgpt prepare")
-    done = corpora.prepare(given.corpus, given.tokenizer, unknown=given.unknown, data_dir=given.data_dir)
+    with patient_bar(Console(stderr=True)) as progress:
+        done = corpora.prepare(
+            given.corpus,
+            given.tokenizer,
+            unknown=given.unknown,
+            data_dir=given.data_dir,
+            column=given.column,
+            progress=progress,
+        )
     meta = done.corpus.meta
     print(done.corpus.summary)
     for note in meta.get("notes", []):

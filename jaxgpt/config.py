@@ -16,6 +16,15 @@ class UsageError(ValueError):
     """Something that was asked for cannot be done as asked: the command line exits with 2 and this message."""
 
 
+class MissingExtraError(UsageError):
+    """A library that only a part of the package needs is not installed."""
+
+    def __init__(self, what: str, library: str, extra: str):
+        super().__init__(
+            f"{what} needs {library}, which is not installed: pip install {library} (or 'jaxgpt[{extra}]')"
+        )
+
+
 class ConfigError(UsageError):
     """A setting is missing, unknown, of the wrong type or out of range."""
 
@@ -25,13 +34,17 @@ class DataConfig:
     """What text to learn from, and how it becomes tokens."""
 
     corpus: str = "python-docs"
-    """A named corpus (python-docs, python-stdlib, shakespeare), a UTF-8 file or folder, or a prepared folder."""
+    """A named corpus (python-docs, python-stdlib, shakespeare), a file or folder of UTF-8, .jsonl or .parquet, or a
+    prepared folder."""
     tokenizer: str = "char"
-    """char, ascii, byte, or a tokens.json whose vocabulary is to be used again."""
+    """char, ascii, byte, gpt2, bpe:SIZE (learnt from the text, such as bpe:4096), or a tokens.json whose vocabulary is
+    to be used again."""
     val_fraction: float = 0.1
     """The share at the end of the corpus that is kept for validation."""
     unknown: Literal["error", "skip"] = "error"
     """What to do with a character outside the vocabulary; skipped ones are counted and reported."""
+    column: str = "text"
+    """Which column of a .jsonl or .parquet file holds the text."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "gpt2-124m": Recipe(
         Config(
-            data=DataConfig(corpus="python-stdlib", tokenizer="byte"),
+            data=DataConfig(corpus="python-stdlib", tokenizer="gpt2"),
             model=ModelConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768),
             optimizer=OptimizerConfig(learning_rate=6e-4, min_learning_rate=6e-5, warmup_steps=2000, beta2=0.95),
             train=TrainConfig(

@@ -1,6 +1,8 @@
 """The command line as people use it: in process where that is enough, as a process where exits matter."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -119,6 +121,7 @@ def test_a_path_may_look_like_markup(call, tmp_path):
         (["prepare", ""], "has no name"),
         (["prepare", "nowhere"], "named corpora are python-docs"),
         (["prepare"], "CORPUS"),
+        (["prepare", "python-docs", "--tokenizer", "bpe:12"], "a BPE vocabulary of 12, expected 256 to"),
     ],
 )
 def test_bad_usage_exits_with_2_and_writes_nothing(call, tmp_path, args, said):
@@ -158,6 +161,27 @@ def test_skipped_characters_and_mended_line_ends_are_reported(call, verse, tmp_p
     assert "skipped 27 characters" in out
     assert "18 CR or CRLF" in out
     assert call("prepare", "other.txt", "--tokenizer", tokens)[0] == 2
+
+
+def test_documents_and_a_vocabulary_learnt_from_them(call, verse, tmp_path):
+    lines = verse.read_text().splitlines()
+    (tmp_path / "verse.jsonl").write_text("".join(json.dumps({"line": line}) + "\n" for line in lines))
+    code, _, err = call("prepare", "verse.jsonl")
+    assert code == 2
+    assert "has no column 'text'; it has line" in err
+    documents = ("verse.jsonl", "--column", "line", "--tokenizer", "bpe:260")
+    code, out, err = call("prepare", *documents)
+    assert code == 0
+    assert "vocabulary of 260 (bpe)" in out
+    assert "between 40 documents of column 'line'" in out
+    assert err == "", "a bar is for terminals"
+    code, out, _ = call("train", "gpt-demo", "--run", "one", *SMALL, "--corpus", *documents)
+    assert code == 0, out
+    code, out, _ = call("sample", "one", "--prompt", "the ", "--tokens", 20)
+    assert code == 0
+    assert out.startswith("the ")
+    shutil.rmtree(tmp_path / "data")
+    assert call("eval", "one", "--eval-batches", 0)[0] == 0, "the same tokens are prepared anew"
 
 
 def test_failures_exit_with_1(call, verse, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxgpt.config import UsageError
-from jaxgpt.text import sources, tokenizer
-from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, Ids, Tokenizer
+from jaxgpt.text import bpe, gpt2, sources, tokenizer
+from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, Ids, Progress, Tokenizer, unseen
 
 FORMAT = 1
-KINDS = {"char": "char", "ascii": "char", "byte": "byte"}
-"""What --tokenizer can say, and the kind of tokenizer that it gives."""
+KINDS = {"char": "char", "ascii": "char", "byte": "byte", "gpt2": "bpe", "bpe": "bpe"}
+"""What --tokenizer can say before a colon, and the kind of tokenizer that it gives."""
 
 
 class CorpusError(UsageError):
@@ -67,17 +68,17 @@ def require_fit(corpus: Corpus, block_size: int, val_fraction: float, vocab_size
             )
 
 
-def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error") -> Corpus:
+def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error", progress: Progress = unseen) -> Corpus:
     """Tokenize `source` in memory.
 
     Args:
-      spec: "char" (the vocabulary of this text), "ascii" (line feed and the 95 printable characters), "byte", or the
-        path of a tokens.json whose vocabulary to use.
+      spec: "char" (the vocabulary of this text), "ascii" (line feed and the 95 printable characters), "byte", "gpt2",
+        "bpe:SIZE" (learnt from this text), or the path of a tokens.json whose vocabulary to use.
       unknown: "skip" leaves out characters outside the vocabulary and counts them in `meta`.
 
     Raises:
       UnknownCharacterError: a character is outside the vocabulary and `unknown` is "error".
-      CorpusError: `spec` names no tokenizer.
+      UsageError: `spec` names no tokenizer, or one that cannot be had.
     """
     text, skipped = source.text, 0
     match spec:
@@ -87,13 +88,17 @@ def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error")
             tok = CharTokenizer("\n" + "".join(map(chr, range(32, 127))))
         case "byte":
             tok = ByteTokenizer()
+        case "gpt2":
+            tok = gpt2.load()
+        case _ if re.fullmatch("bpe:[0-9]{1,7}", spec):
+            tok = bpe.train(text, int(spec.removeprefix("bpe:")), progress)
         case _:
             tok = tokenizer_of(Path(spec))
     if unknown == "skip":
         text = tokenizer.without_unknown(tok, text)
         skipped = len(source.text) - len(text)
     dtype = np.uint16 if tok.vocab_size <= 2**16 else np.uint32
-    tokens: NDArray[Any] = tok.encode(text).astype(dtype)
+    tokens: NDArray[Any] = tok.encode(text, progress).astype(dtype)
     meta = {
         "format": FORMAT,
         "dtype": np.dtype(dtype).name,
@@ -190,7 +195,10 @@ def tokenizer_of(path: Path) -> Tokenizer:
     if path.is_dir():
         path = path / "tokens.json"
     if not path.is_file():
-        raise CorpusError(f"no tokenizer {str(path)!r}: expected char, ascii, byte, or the path of a tokens.json")
+        raise CorpusError(
+            f"no tokenizer {str(path)!r}: expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, "
+            "or the path of a tokens.json"
+        )
     return tokenizer.from_json(read_meta(path)["tokenizer"])
 
 
@@ -218,12 +226,14 @@ def prepare(
     block_size: int = 1,
     val_fraction: float = 0.1,
     vocab_size: int = 0,
+    column: str = "text",
+    progress: Progress = unseen,
 ) -> Prepared:
     """Tokenize a corpus into a folder of `data_dir`, once; an equal one that lies there is used again.
 
     Args:
-      corpus: a named corpus, a UTF-8 file or folder, or a folder that `prepare` made.
-      spec, unknown: as in `tokenize`.
+      corpus, column: as in `sources.read`, or a folder that `prepare` made.
+      spec, unknown, progress: as in `tokenize`.
       block_size, val_fraction: both splits must hold a window of this size.
       vocab_size: the vocabulary must not be larger than this; 0 for any size.
 
@@ -237,7 +247,7 @@ def prepare(
         _require_tokenizer(found, spec, given)
         require_fit(found, block_size, val_fraction, vocab_size)
         return Prepared(found, given, True, time.perf_counter() - began)
-    fresh = tokenize(sources.read(corpus), spec, unknown)
+    fresh = tokenize(sources.read(corpus, column), spec, unknown, progress)
     require_fit(fresh, block_size, val_fraction, vocab_size)
     folder = folder_of(fresh.meta, data_dir)
     try:
@@ -253,7 +263,7 @@ def prepare(
 
 def _require_tokenizer(corpus: Corpus, spec: str, folder: Path) -> None:
     """Check that a prepared corpus has the tokenizer that was asked for."""
-    kind = corpus.meta["tokenizer"]["kind"]
-    same = kind == KINDS[spec] if spec in KINDS else corpus.tokenizer == tokenizer_of(Path(spec))
+    kind, named = corpus.meta["tokenizer"]["kind"], spec.split(":")[0]
+    same = kind == KINDS[named] if named in KINDS else corpus.tokenizer == tokenizer_of(Path(spec))
     if not same:
-        raise CorpusError(f"{folder} was prepared with {kind}, but --tokenizer is {spec}: give --tokenizer {kind}")
+        raise CorpusError(f"{folder} was prepared with {kind}, but --tokenizer is {spec}: give --tokenizer {folder}")

@@ -9,15 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxgpt.config import UsageError
+from jaxgpt.text.files import SourceError, decode_utf8, read_text, read_utf8
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
-
-
-class SourceError(UsageError):
-    """A text cannot be had or read."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +33,8 @@ class Source:
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def read(corpus: str) -> Source:
-    """The text of a named corpus, or of a UTF-8 file or folder.
+def read(corpus: str, column: str = "text") -> Source:
+    """The text of a named corpus, or of a file or folder: UTF-8, or documents as in `files.read_text`.
 
     Line ends become LF and a byte order mark is dropped; `notes` says so when it happened.
 
@@ -50,62 +46,28 @@ def read(corpus: str) -> Source:
     if corpus in NAMED:
         source = NAMED[corpus]()
     elif (path := Path(corpus).expanduser()).is_dir():
-        source = _folder(path)
+        source = _folder(path, column)
     elif path.is_file():
-        text, notes = _read_utf8(path)
-        source = Source(path.stem, text, str(path.resolve()), notes)
+        text, notes = read_text(path, column)
+        source = Source(Path(path.name.removesuffix(".gz")).stem, text, str(path.resolve()), notes)
     else:
         raise SourceError(
             f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, "
-            "and any UTF-8 file or folder can be given by its path"
+            "and any file or folder of UTF-8, .jsonl or .parquet can be given by its path"
         )
     if not source.text.strip():
         raise SourceError(f"{source.origin} holds no text")
     return source
 
 
-def _read_utf8(path: Path) -> tuple[str, tuple[str, ...]]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
-    return decode_utf8(data, str(path))
-
-
-def decode_utf8(data: bytes, origin: str) -> tuple[str, tuple[str, ...]]:
-    """The text of UTF-8 `data` with LF line ends and no byte order mark, and notes on what was changed.
-
-    Raises:
-      SourceError: the data is UTF-16 or UTF-32 by its mark, or is not UTF-8; `origin` is named.
-    """
-    if data.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
-        raise SourceError(f"{origin} begins with the mark of UTF-16 or UTF-32; convert it: iconv -t UTF-8")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{origin} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} ({error.reason}); "
-            "convert it: iconv -f LATIN1 -t UTF-8"
-        ) from error
-    notes = []
-    if text.startswith("\ufeff"):
-        text = text.removeprefix("\ufeff")
-        notes.append("dropped a byte order mark")
-    if "\r" in text:
-        count = text.count("\r")
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        notes.append(f"turned {count:,} CR or CRLF line ends into LF")
-    return text, tuple(notes)
-
-
-def _folder(folder: Path) -> Source:
+def _folder(folder: Path, column: str) -> Source:
     """All files below `folder` that are not hidden, in the order of their paths, with LF between them."""
     paths = sorted(
         path
         for path in folder.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-    read = [(path, *_read_utf8(path)) for path in paths]
+    read = [(path, *read_text(path, column)) for path in paths]
     notes = tuple(f"{path.relative_to(folder)}: {note}" for path, _, found in read for note in found)
     return Source(
         folder.resolve().name,
@@ -138,7 +100,7 @@ def _python_stdlib() -> Source:
         "ensurepip",
     }
     paths = sorted(path for path in root.rglob("*.py") if not left_out.intersection(path.relative_to(root).parts))
-    text = "\n".join(_read_utf8(path)[0] for path in paths)
+    text = "\n".join(read_utf8(path)[0] for path in paths)
     origin = f"{len(paths)} modules of the standard library of CPython {platform.python_version()}"
     return Source("python-stdlib", text, origin)
 
@@ -155,7 +117,7 @@ def _shakespeare() -> Source:
     found = next((path for path in candidates if path.is_file()), None)
     path = found or download(SHAKESPEARE_URL, cache, SHAKESPEARE_BYTES, SHAKESPEARE_SHA256)
     data = path.read_bytes()
-    _require_sha256(data, SHAKESPEARE_SHA256, str(path))
+    require_sha256(data, SHAKESPEARE_SHA256, str(path))
     return Source("shakespeare", data.decode(), str(path))
 
 
@@ -173,7 +135,7 @@ def download(url: str, target: Path, size_limit: int, sha256: str) -> Path:
         raise SourceError(f"{url} cannot be fetched ({error}); {by_hand}") from error
     if len(data) > size_limit:
         raise SourceError(f"{url} is larger than the {size_limit:,} bytes expected; {by_hand}")
-    _require_sha256(data, sha256, url)
+    require_sha256(data, sha256, url)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     partial.write_bytes(data)
@@ -186,7 +148,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jaxgpt"
 
 
-def _require_sha256(data: bytes, expected: str, origin: str) -> None:
+def require_sha256(data: bytes, expected: str, origin: str) -> None:
     found = hashlib.sha256(data).hexdigest()
     if found != expected:
         raise SourceError(f"{origin} is not the expected file: SHA-256 {expected} expected, {found} found")

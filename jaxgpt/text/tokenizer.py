@@ -1,7 +1,7 @@
 """Strings to integers and back. A tokenizer is a value: immutable, and plain JSON on disk."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -12,18 +12,24 @@ from numpy.typing import ArrayLike, NDArray
 from jaxgpt.config import UsageError
 
 Ids = NDArray[np.integer[Any]]
+Progress = Callable[[str, float], None]
+"""Is told now and then what is being done, and what share of it is done, from 0 to 1."""
+
+
+def unseen(what: str, share: float) -> None:
+    """A `Progress` that shows nothing."""
 
 
 class UnknownCharacterError(UsageError):
     """A text holds a character that the vocabulary does not."""
 
-    def __init__(self, character: str, position: int, vocab_size: int):
+    def __init__(self, character: str, position: int, known: str):
         name = unicodedata.name(character, "no name")
         super().__init__(
             f"character {character!r} (U+{ord(character):04X}, {name}) at position {position} is not among the "
-            f"{vocab_size} characters of the vocabulary; --unknown skip leaves such characters out"
+            f"{known}; --unknown skip leaves such characters out"
         )
-        self.character, self.position, self.vocab_size = character, position, vocab_size
+        self.character, self.position = character, position
 
 
 class Tokenizer(Protocol):
@@ -39,8 +45,11 @@ class Tokenizer(Protocol):
         """The UTF-8 bytes that each id stands for, V of them."""
         ...
 
-    def encode(self, text: str) -> Ids:
+    def encode(self, text: str, progress: Progress = unseen) -> Ids:
         """Integer ids, (N,).
+
+        Args:
+          progress: told how far it is by a tokenizer that takes its time.
 
         Raises:
           UnknownCharacterError: a character is not in the vocabulary.
@@ -86,7 +95,7 @@ class CharTokenizer:
     @classmethod
     def train(cls, text: str) -> "CharTokenizer":
         """The vocabulary of `text`: its different characters, sorted."""
-        codes = _codes(text)
+        codes = code_points(text)
         seen = np.zeros(int(codes.max(initial=0)) + 1, bool)
         seen[codes] = True
         return cls("".join(map(chr, np.flatnonzero(seen))))
@@ -101,28 +110,28 @@ class CharTokenizer:
 
     @cached_property
     def _id_of_code(self) -> NDArray[np.int32]:
-        codes = _codes(self.chars)
+        codes = code_points(self.chars)
         table = np.full(int(codes.max()) + 2, -1, np.int32)  # the last entry stands for all codes beyond
         table[codes] = np.arange(len(codes), dtype=np.int32)
         return table
 
     def _ids(self, text: str) -> NDArray[np.int32]:
         table = self._id_of_code
-        return table[np.minimum(_codes(text), len(table) - 1)]
+        return table[np.minimum(code_points(text), len(table) - 1)]
 
     def knows(self, text: str) -> NDArray[np.bool_]:
         return self._ids(text) >= 0
 
-    def encode(self, text: str) -> Ids:
+    def encode(self, text: str, progress: Progress = unseen) -> Ids:
         ids = self._ids(text)
         if ids.size and ids.min() < 0:
             position = int(np.argmin(ids >= 0))
-            raise UnknownCharacterError(text[position], position, self.vocab_size)
+            raise UnknownCharacterError(text[position], position, f"{self.vocab_size} characters of the vocabulary")
         return ids
 
     def decode(self, ids: ArrayLike) -> str:
-        checked = _checked(ids, self.vocab_size)
-        return _codes(self.chars)[checked].tobytes().decode("utf-32-le", "surrogatepass")
+        checked = checked_ids(ids, self.vocab_size)
+        return code_points(self.chars)[checked].tobytes().decode("utf-32-le", "surrogatepass")
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "char", "chars": self.chars}
@@ -147,12 +156,12 @@ class ByteTokenizer:
     def knows(self, text: str) -> NDArray[np.bool_]:
         return np.ones(len(text), bool)
 
-    def encode(self, text: str) -> Ids:
+    def encode(self, text: str, progress: Progress = unseen) -> Ids:
         return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int32)
 
     def decode(self, ids: ArrayLike) -> str:
         """As `Tokenizer.decode`; bytes that are no UTF-8, such as a sample's torn end, become U+FFFD."""
-        data = _checked(ids, 256).astype(np.uint8).tobytes()
+        data = checked_ids(ids, 256).astype(np.uint8).tobytes()
         try:
             return data.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
@@ -179,15 +188,29 @@ def from_json(tree: Any) -> Tokenizer:
             return CharTokenizer(chars)
         case {"kind": "byte", **rest} if not rest:
             return ByteTokenizer()
-    raise ValueError(f"not a tokenizer: {str(tree)[:80]!r}; expected the kind 'char' with its chars, or 'byte'")
+        case {"kind": "bpe", "pattern": str(pattern), "tokens": list(tokens), "special": list(special), **rest} if (
+            not rest
+        ):
+            from jaxgpt.text import bpe  # it imports this module
+
+            return bpe.from_plain(pattern, tokens, special)
+    raise ValueError(
+        f"not a tokenizer: {str(tree)[:80]!r}; expected the kind 'char' with its chars, 'byte', or 'bpe' with its "
+        "pattern, tokens and special tokens"
+    )
 
 
-def _codes(text: str) -> NDArray[np.uint32]:
+def code_points(text: str) -> NDArray[np.uint32]:
     """Unicode code points, (len(text),)."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def _checked(ids: ArrayLike, vocab_size: int) -> Ids:
+def checked_ids(ids: ArrayLike, vocab_size: int) -> Ids:
+    """`ids` as int32.
+
+    Raises:
+      ValueError: one is no integer, or outside a vocabulary of `vocab_size`.
+    """
     array = np.asarray(ids)
     if array.size == 0:
         return array.astype(np.int32)

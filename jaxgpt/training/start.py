@@ -102,6 +102,7 @@ def _prepare(config: Config, data_dir: Path) -> Corpus:
         block_size=config.model.block_size,
         val_fraction=config.data.val_fraction,
         vocab_size=config.model.vocab_size,
+        column=config.data.column,
     ).corpus
 
 

@@ -4,10 +4,13 @@ import json
 import numpy as np
 import pytest
 
+from jaxgpt.config import UsageError
 from jaxgpt.text import corpus as corpora
+from jaxgpt.text import gpt2
+from jaxgpt.text.bpe import BPETokenizer
 from jaxgpt.text.corpus import CorpusError
 from jaxgpt.text.sources import Source
-from jaxgpt.text.tokenizer import CharTokenizer, UnknownCharacterError
+from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, UnknownCharacterError
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def test_a_prepared_folder_can_be_given(prepared):
     assert again.reused
     assert again.corpus.meta == prepared.corpus.meta
     assert corpora.prepare(str(prepared.folder), str(prepared.folder)).reused
-    with pytest.raises(CorpusError, match="was prepared with char, but --tokenizer is byte: give --tokenizer char"):
+    with pytest.raises(CorpusError, match="was prepared with char, but --tokenizer is byte: give --tokenizer"):
         corpora.prepare(str(prepared.folder), "byte")
 
 
@@ -102,8 +105,37 @@ def test_too_little_text_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_no_such_tokenizer():
-    with pytest.raises(CorpusError, match=r"expected char, ascii, byte, or the path of a tokens\.json"):
-        corpora.tokenize(Source("a", "text", "here"), "words")
+    for spec in ("words", "bpe", "bpe:", "bpe:many", "bpe:-300", "bpe:4_096", "bpe:99999999"):
+        with pytest.raises(
+            CorpusError, match="expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, or the path"
+        ):
+            corpora.tokenize(Source("a", "text", "here"), spec)
+    with pytest.raises(UsageError, match="vocabulary of 255, expected 256 to"):
+        corpora.tokenize(Source("a", "text", "here"), "bpe:255")
+
+
+def test_a_bpe_is_learnt_saved_and_used_again(verse, tmp_path):
+    done = corpora.prepare(str(verse), "bpe:300", data_dir=tmp_path / "data")
+    assert done.folder.name.startswith("text-bpe-")
+    loaded = corpora.load(done.folder)
+    assert loaded.tokenizer.decode(loaded.tokens) == verse.read_text()
+    assert 256 < loaded.tokenizer.vocab_size <= 300
+    assert len(loaded.tokens) < len(verse.read_text()) / 2
+    assert corpora.prepare(str(verse), "bpe:300", data_dir=tmp_path / "data").reused
+    other = corpora.tokenize(Source("other", "the zebra \ud800 sat", "here"), str(done.folder), "skip")
+    assert other.tokenizer == loaded.tokenizer
+    assert other.tokenizer.decode(other.tokens) == "the zebra  sat"
+    assert other.meta["skipped_characters"] == 1
+    learnt = corpora.tokenize(Source("other", "the zebra \ud800 sat", "here"), "bpe:300", "skip")
+    assert learnt.meta["skipped_characters"] == 1
+
+
+def test_gpt2_is_a_tokenizer_of_that_name(monkeypatch):
+    tok = BPETokenizer(tuple(ByteTokenizer().token_bytes), ("<|endoftext|>",))
+    monkeypatch.setattr(gpt2, "load", lambda: tok)
+    corpus = corpora.tokenize(Source("a", "é<|endoftext|>", "here"), "gpt2")
+    assert corpus.tokens.tolist() == list("é<|endoftext|>".encode())
+    assert corpus.tokenizer.vocab_size == 257
 
 
 def damage(folder, name, change):
