@@ -140,5 +140,5 @@ def test_the_real_one_where_its_files_are_given(monkeypatch, request):
 
 def test_without_tiktoken_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(UsageError, match="GPT-2's vocabulary needs tiktoken.*pip install tiktoken"):
+    with pytest.raises(UsageError, match=r"GPT-2's vocabulary needs tiktoken.*pip install tiktoken"):
         gpt2.load()
