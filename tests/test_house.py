@@ -19,7 +19,7 @@ BELOW = {
     "sampling": {"config", "text", "nn", "training"},
     "interop": {"config", "recipes", "text", "nn", "training"},
     "lecture": {"config", "text", "nn", "sampling"},
-    "report": {"config", "text", "nn", "training", "sampling"},
+    "report": {"config", "text", "nn", "training", "sampling", "lecture"},
 }
 CORE = ("config", "text", "nn", "training", "sampling")
 
@@ -48,7 +48,10 @@ def test_imports_run_downwards(path):
     assert ours <= BELOW[part(path)] | {part(path)}
 
 
-@pytest.mark.parametrize(("library", "parts"), [("flax", {"nn"}), ("orbax", {"training"}), ("rich", {"report", "cli"})])
+@pytest.mark.parametrize(
+    ("library", "parts"),
+    [("flax", {"nn"}), ("orbax", {"training"}), ("rich", {"report", "cli"}), ("matplotlib", {"report"})],
+)
 def test_a_library_is_known_to_one_part(library, parts):
     known = {part(path) for path in FILES if any(name.split(".")[0] == library for name in imported(path))}
     assert known <= parts
@@ -62,7 +65,7 @@ def loaded_after(statement, *modules):
 
 @pytest.mark.smoke
 def test_heavy_imports_wait_for_their_use():
-    heavy = ("jax", "flax", "optax", "orbax", "rich", "tyro", "numpy")
+    heavy = ("jax", "flax", "optax", "orbax", "rich", "tyro", "numpy", "matplotlib")
     assert loaded_after("import jaxgpt", *heavy) == []
     assert loaded_after("from jaxgpt.cli import run_verb; run_verb(['--help'])", *heavy) == []
     assert loaded_after("import jaxgpt.text.corpus, jaxgpt.text.batches", *heavy) == ["numpy"]
