@@ -43,7 +43,7 @@ def ladder(results: Sequence[Result], path: Path) -> None:
     from matplotlib.figure import Figure  # not pyplot: a figure of one's own has no global state, and draws by Agg
 
     shown = [(result.rung, result.loss) for result in results if result.loss is not None]
-    figure = Figure(figsize=(9, 1.2 + 0.44 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.44 * len(shown)), dpi=110, layout="constrained")
     axes = figure.subplots()
     _rows(axes, [rung for rung, _ in shown])
     for y, (rung, loss) in enumerate(shown):
@@ -56,7 +56,7 @@ def ladder(results: Sequence[Result], path: Path) -> None:
     _footnote(axes, [rung.lecture_size for rung, _ in shown if rung.lecture_size])
     partial = path.with_name(f".{path.stem}.{os.getpid()}.part")
     try:
-        figure.savefig(partial, format=path.suffix[1:], dpi=110)
+        figure.savefig(partial, format=path.suffix[1:])
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
