@@ -19,7 +19,7 @@ BELOW = {
     "sampling": {"config", "text", "nn", "training"},
     "interop": {"config", "recipes", "text", "nn", "training"},
     "lecture": {"config", "text", "nn", "sampling"},
-    "report": {"config", "text", "nn", "training", "sampling"},
+    "report": {"config", "text", "nn", "training", "sampling", "lecture"},
 }
 CORE = ("config", "text", "nn", "training", "sampling")
 
@@ -54,6 +54,7 @@ def test_imports_run_downwards(path):
         ("flax", {"nn"}),
         ("orbax", {"training"}),
         ("rich", {"report", "cli"}),
+        ("matplotlib", {"report"}),
         *((library, {"text"}) for library in ("tiktoken", "tokenizers", "pyarrow")),
     ],
 )
@@ -75,7 +76,8 @@ def loaded_after(statement, *modules):
 
 @pytest.mark.smoke
 def test_heavy_imports_wait_for_their_use():
-    heavy = ("jax", "flax", "optax", "orbax", "rich", "tyro", "numpy", "tiktoken", "tokenizers", "pyarrow")
+    heavy = ("jax", "flax", "optax", "orbax", "rich", "tyro", "numpy", "matplotlib")
+    heavy += ("tiktoken", "tokenizers", "pyarrow")
     assert loaded_after("import jaxgpt", *heavy) == []
     assert loaded_after("from jaxgpt.cli import run_verb; run_verb(['--help'])", *heavy) == []
     assert loaded_after("import jaxgpt.text.corpus, jaxgpt.text.batches", *heavy) == ["numpy"]

@@ -1,8 +1,9 @@
 """The rungs, and the climb: train each, score it on the whole validation split, let it write."""
 
+import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,48 +13,64 @@ import numpy as np
 import optax
 
 from jaxgpt import nn
+from jaxgpt.config import UsageError
 from jaxgpt.lecture import averaging
 from jaxgpt.lecture.model import Params, Rung, forward, init_params
 from jaxgpt.text import batches
 from jaxgpt.text.batches import Ids, take
 from jaxgpt.text.tokenizer import Tokenizer
 
-_HEADS = {"n_head": 4, "feed_forward": 4, "n_layer": 3, "residual": True}
+_MORE = Rung(
+    "residual", "three blocks that add to a stream", (2.08,), n_layer=3, n_head=4, feed_forward=4, residual=True
+)
 
 RUNGS = (
     Rung("uniform", "every character is as likely: ln V", kind="uniform"),
     Rung("unigram", "how often each character occurs", kind="unigram"),
-    Rung("bigram counts", "how often each follows each: the limit of any bigram", kind="bigram counts"),
-    Rung("bigram", "a (V, V) table, trained", "2.5", kind="bigram", learning_rate=1e-2, steps=3000),
-    Rung("averaging", "the mean of the past by loop, matmul and softmax: one number", kind="averaging"),
-    Rung("one head", "self-attention, 32 channels", "2.4"),
-    Rung("four heads", "of 8 channels each", "2.28", n_head=4),
-    Rung("feed-forward", "each node computes on its own", "2.24-2.27", n_head=4, feed_forward=1),
-    Rung("residual", "three blocks that add to a stream", "2.08", **_HEADS),  # type: ignore[arg-type]
-    Rung("layer norm", "before each layer, and at the end", "2.06", layer_norm=True, **_HEADS),  # type: ignore[arg-type]
-    Rung(
-        "dropout and scale",
-        "4 layers, 128 channels, context 64: what a laptop does in a minute",
-        "1.48 at 6 layers, 384 channels, context 256",
-        n_layer=4,
-        n_head=4,
-        feed_forward=4,
-        residual=True,
-        layer_norm=True,
-        dropout=0.05,
-        channels=128,
-        block_size=64,
-        batch_size=16,
-        learning_rate=2e-3,
-        steps=1500,
+    Rung("bigram counts", "how often each follows each", kind="bigram counts"),
+    Rung("bigram", "a (V, V) table, trained", (2.5,), kind="bigram", learning_rate=1e-2, steps=3000),
+    Rung("averaging", "the mean of the past by loop, matmul and softmax", kind="averaging"),
+    Rung("one head", "self-attention, 32 channels", (2.4,)),
+    Rung("four heads", "of 8 channels each", (2.28,), n_head=4),
+    Rung("feed-forward", "each node computes on its own", (2.24, 2.27), n_head=4, feed_forward=1),
+    _MORE,
+    replace(
+        _MORE, name="layer norm", about="before each layer, and at the end", lecture=(2.06,), layer_norm=True
     ),
-)
+    replace(
+        _MORE, name="dropout and scale", about="4 layers, 128 channels, context 64", lecture=(1.48,),
+        lecture_size="6 layers, 384 channels, context 256", layer_norm=True, n_layer=4, channels=128, block_size=64,
+        dropout=0.05, batch_size=16, learning_rate=2e-3, steps=1500,
+    ),
+)  # fmt: skip
 
 FULL = replace(
-    RUNGS[-1], about="6 layers, 384 channels, context 256: as in the lecture", lecture="1.48", n_layer=6, n_head=6,
-    channels=384, block_size=256, batch_size=64, learning_rate=3e-4, steps=5000, dropout=0.2,
+    RUNGS[-1], about="6 layers, 384 channels, context 256", lecture_size="", n_layer=6, n_head=6, channels=384,
+    block_size=256, batch_size=64, learning_rate=3e-4, steps=5000, dropout=0.2,
 )  # fmt: skip
-"""The last rung at the lecture's own size: an hour or more on a GPU-less machine becomes a day; for a GPU."""
+"""The last rung at the lecture's own size: for a GPU."""
+
+
+TRAINED = ("bigram", "transformer")
+"""The kinds of rung that learn by gradients."""
+
+
+def configure(
+    rungs: tuple[Rung, ...], scale_by: str = "head-size", init: str = "torch", steps: int = 0
+) -> tuple[Rung, ...]:
+    """`rungs` with the two settings that the lecture's code changed over time, and every training cut to `steps`.
+
+    Args:
+      scale_by, init: as in `Rung`.
+      steps: of every trained rung; 0 leaves each its own.
+
+    Raises:
+      UsageError: steps is negative.
+    """
+    if steps < 0:
+        raise UsageError(f"steps is {steps}, expected 0 (each rung's own) or more")
+    changes: dict[str, Any] = {"scale_by": scale_by, "init": init} | ({"steps": steps} if steps else {})
+    return tuple(replace(rung, **changes) if rung.kind in TRAINED else rung for rung in rungs)
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,11 @@ class Result:
     sample: str
 
 
+def to_json(results: Sequence[Result], **about: Any) -> str:
+    """The results, and what else is given to say about them, as indented JSON."""
+    return json.dumps({**about, "rungs": [asdict(result) for result in results]}, indent=2) + "\n"
+
+
 def climb(
     rungs: tuple[Rung, ...], train: Ids, val: Ids, tokenizer: Tokenizer, seed: int = 1337, sample: int = 100
 ) -> Iterator[Result]:
@@ -75,10 +97,8 @@ def climb(
     for rung in rungs:
         began = time.perf_counter()
         if rung.kind == "averaging":
-            x = jax.random.normal(jax.random.key(seed), (4, rung.block_size, 2))
-            ways = [np.asarray(way(x)) for way in (averaging.by_loop, averaging.by_matmul, averaging.by_softmax)]
-            apart = max(float(np.abs(way - ways[0]).max()) for way in ways)
-            yield Result(rung, None, 0, time.perf_counter() - began, f"the three ways differ by {apart:.0e} at most")
+            said = f"the three ways differ by {_apart(rung, seed):.0e} at most"
+            yield Result(rung, None, 0, time.perf_counter() - began, said)
             continue
         params = learn(rung, train, tokenizer.vocab_size, seed)
         loss = score(rung, params, val)
@@ -87,30 +107,41 @@ def climb(
         yield Result(rung, loss, n_params, time.perf_counter() - began, text)
 
 
+def _apart(rung: Rung, seed: int) -> float:
+    """How far the three ways of averaging are apart, on random numbers: rounding, and nothing else."""
+    x = jax.random.normal(jax.random.key(seed), (4, rung.block_size, 2))
+    ways = [np.asarray(way(x)) for way in (averaging.by_loop, averaging.by_matmul, averaging.by_softmax)]
+    return max(float(np.abs(way - ways[0]).max()) for way in ways)
+
+
 def count(kind: str, train: Ids, vocab_size: int) -> Params:
-    """A bigram's table filled by counting, one added to every count so that nothing is impossible."""
+    """Logits by counting in `train` (N,): a row (V,) of the next character's, or a table (V, V) of them.
+
+    One is added to every count, so that nothing is impossible.
+    """
     V = vocab_size
     if kind == "uniform":
-        return {"table": jnp.zeros((V, V))}
+        return {"row": jnp.zeros(V)}
     if kind == "unigram":
         counts = np.bincount(train, minlength=V) + 1.0
-        return {"table": jnp.tile(jnp.log(jnp.asarray(counts / counts.sum(), jnp.float32)), (V, 1))}
+        return {"row": jnp.log(jnp.asarray(counts / counts.sum(), jnp.float32))}
     pairs = np.bincount(train[:-1].astype(np.int64) * V + train[1:], minlength=V * V).reshape(V, V) + 1.0
     return {"table": jnp.log(jnp.asarray(pairs / pairs.sum(axis=1, keepdims=True), jnp.float32))}
 
 
 def learn(rung: Rung, train: Ids, vocab_size: int, seed: int) -> Params:
     """The rung's parameters: counted, or trained with AdamW at a constant rate as in the lecture."""
-    if rung.kind in ("uniform", "unigram", "bigram counts"):
+    if rung.kind not in TRAINED:
         return count(rung.kind, train, vocab_size)
-    params = init_params(rung, vocab_size, jax.random.key(seed))
+    init_key, dropout_key = jax.random.split(jax.random.key(seed))
+    params = init_params(rung, vocab_size, init_key)
     state = params, _adamw(rung).init(params)
     tokens = jnp.asarray(np.asarray(train))
     K = 500
     for begin in range(0, rung.steps, K):
         end = min(begin + K, rung.steps)
         starts = batches.chunk_starts(seed, begin, end, len(train), rung.block_size, rung.batch_size, "random")
-        state = _train(rung, state, tokens, jnp.asarray(starts, jnp.int32), jax.random.key(seed + begin))
+        state = _train(rung, state, tokens, jnp.asarray(starts, jnp.int32), jax.random.fold_in(dropout_key, begin))
     return state[0]
 
 

@@ -17,8 +17,10 @@ class Rung:
 
     name: str
     about: str
-    lecture: str = ""
-    """The loss that the lecture shows, or third parties report."""
+    lecture: tuple[float, ...] = ()
+    """The loss that the lecture shows, or third parties report: one figure, or the two ends of a range."""
+    lecture_size: str = ""
+    """Where the lecture's model is larger: its size."""
     kind: Literal["uniform", "unigram", "bigram counts", "averaging", "bigram", "transformer"] = "transformer"
     n_layer: int = 1
     n_head: int = 1
@@ -28,7 +30,7 @@ class Rung:
     """Add each layer to its input, behind a projection."""
     layer_norm: bool = False
     dropout: float = 0.0
-    scale_by: Literal["head size", "channels"] = "head size"
+    scale_by: Literal["head-size", "channels"] = "head-size"
     """What attention is scaled by the root of: the lecture's code had the channels before a later fix."""
     init: Literal["torch", "normal"] = "torch"
     """torch: PyTorch's defaults, as in the video; normal: 0.02, which came after it."""
@@ -78,7 +80,9 @@ def init_params(rung: Rung, vocab_size: int, key: jax.Array) -> Params:
 
 
 def forward(rung: Rung, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-    """Logits of the next token: (B, T) ids -> (B, T, V)."""
+    """Logits of the next token: (B, T) ids -> (B, T, V). Dropout is on with a key."""
+    if "row" in params:
+        return jnp.broadcast_to(params["row"], (*idx.shape, len(params["row"])))
     if "table" in params:
         return params["table"][idx]
     keys = None if dropout_key is None else iter(jax.random.split(dropout_key, 3 * rung.n_layer))

@@ -203,8 +203,9 @@ def tokenizer_of(path: Path) -> Tokenizer:
 
 
 def folder_of(meta: dict[str, Any], data_dir: Path) -> Path:
-    """Where `prepare` puts the corpus that `meta` describes: texts that differ never share a folder."""
-    return data_dir / f"{meta['source']}-{meta['tokenizer']['kind']}-{meta['sha256'][:8]}"
+    """Where `prepare` puts the corpus that `meta` describes: what differs in ids or vocabulary shares no folder."""
+    both = hashlib.sha256(json.dumps([meta["sha256"], meta["tokenizer"]]).encode()).hexdigest()
+    return data_dir / f"{meta['source']}-{meta['tokenizer']['kind']}-{both[:8]}"
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,14 @@ def test_a_prepared_folder_can_be_given(prepared):
         corpora.prepare(str(prepared.folder), "byte")
 
 
+def test_texts_of_equal_ids_do_not_share_a_folder(verse, tmp_path):
+    first = corpora.prepare(str(verse), data_dir=tmp_path / "data")
+    verse.write_text(verse.read_text().replace("a", "b"))
+    second = corpora.prepare(str(verse), data_dir=tmp_path / "data")
+    assert first.corpus.meta["sha256"] == second.corpus.meta["sha256"]
+    assert first.folder != second.folder
+
+
 @pytest.mark.parametrize("name", ["tokens.bin", "tokens.json"])
 def test_a_damaged_corpus_is_replaced_by_the_text_in_hand(prepared, verse, tmp_path, name):
     (prepared.folder / name).write_text("damage")

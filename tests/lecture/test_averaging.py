@@ -1,0 +1,32 @@
+"""Three ways of averaging over the past that are one: equal numbers, and the same edges of the graph."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt.lecture import averaging
+
+WAYS = {way.__name__: way for way in (averaging.by_loop, averaging.by_matmul, averaging.by_softmax)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 3), (4, 8, 2)])
+def test_each_position_holds_the_mean_of_its_past_and_itself(way, shape):
+    x = np.asarray(jax.random.normal(jax.random.key(0), shape))
+    plain = np.zeros_like(x)
+    for b in range(shape[0]):
+        for t in range(shape[1]):
+            plain[b, t] = sum(x[b, s] for s in range(t + 1)) / (t + 1)
+    np.testing.assert_allclose(WAYS[way](jax.numpy.asarray(x)), plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradient_flows_along_exactly_the_causal_edges(way):
+    """Node s points to node t where s is not after t, with the weight 1 / (t + 1); channels and texts stay apart."""
+    B, T, C = 2, 6, 3
+    x = jax.random.normal(jax.random.key(0), (B, T, C))
+    jacobian = np.asarray(jax.jacobian(WAYS[way])(x))  # (B, T, C, B, T, C)
+    edges = np.tril(np.ones((T, T))) / np.arange(1, T + 1)[:, None]
+    expected = np.einsum("ab,ts,cd->atcbsd", np.eye(B), edges, np.eye(C))
+    np.testing.assert_array_equal(jacobian != 0, expected != 0)
+    np.testing.assert_allclose(jacobian, expected, rtol=1e-6)

@@ -1,0 +1,288 @@
+"""The rungs as functions, and the climb against plain loops, exact counts and the lecture's own figures."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import cli
+from jaxgpt.config import UsageError
+from jaxgpt.lecture import ladder
+from jaxgpt.lecture.model import forward, init_params
+from jaxgpt.text import sources
+from jaxgpt.text.tokenizer import CharTokenizer
+
+RUNGS = {rung.name: rung for rung in ladder.RUNGS}
+NETWORKS = [rung.name for rung in ladder.RUNGS if rung.kind == "transformer"]
+V = 5
+
+
+def small(name, **changes):
+    """The rung at a size that compiles in a moment."""
+    return replace(
+        RUNGS[name], **{"channels": 8, "block_size": 4, "batch_size": 4, "n_layer": 1, "steps": 40} | changes
+    )
+
+
+def chain(n, seed=0):
+    """Ids (n,) of a Markov chain of V states in which some successors are far likelier than others."""
+    rng = np.random.default_rng(seed)
+    transitions = rng.dirichlet(np.full(V, 0.4), V)
+    ids = [0]
+    for _ in range(n - 1):
+        ids.append(rng.choice(V, p=transitions[ids[-1]]))
+    return np.array(ids, np.uint16)
+
+
+def conditional_entropy(tokens):
+    pairs = np.zeros((V, V))
+    np.add.at(pairs, (tokens[:-1], tokens[1:]), 1)
+    conditional = pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1)
+    return -(pairs[pairs > 0] * np.log(conditional[pairs > 0])).sum() / pairs.sum()
+
+
+def test_counts_against_a_count_by_hand():
+    ids = np.array([0, 1, 0, 1, 2, 0], np.uint16)  # 0 three times, 1 twice, 2 once; one more of each is added
+    np.testing.assert_allclose(np.exp(ladder.count("unigram", ids, 4)["row"]), np.array([4, 3, 2, 1]) / 10, rtol=1e-6)
+    follows = [[1, 3, 1, 1], [2, 1, 2, 1], [2, 1, 1, 1], [1, 1, 1, 1]]
+    expected = np.array(follows) / np.sum(follows, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.exp(ladder.count("bigram counts", ids, 4)["table"]), expected, rtol=1e-6)
+    np.testing.assert_array_equal(ladder.count("uniform", ids, 4)["row"], np.zeros(4))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "unigram", "bigram counts"])
+def test_score_against_a_plain_loop(kind):
+    train, val = chain(300), chain(41, seed=1)
+    rung = replace(RUNGS[kind], block_size=8)
+    params = ladder.count(kind, train, V)
+    logits = np.asarray(params["table"] if "table" in params else np.tile(params["row"], (V, 1)), np.float64)
+    losses = [np.log(np.exp(logits[now]).sum()) - logits[now, after] for now, after in pairwise(val)]
+    assert len(losses) == 40
+    np.testing.assert_allclose(ladder.score(rung, params, val), np.mean(losses), rtol=1e-6)
+    np.testing.assert_allclose(ladder.score(rung, params, val, n_windows=2), np.mean(losses), rtol=1e-6)
+    # Seven more tokens make no window of eight inputs and a target.
+    assert ladder.score(rung, params, np.append(val, val[:7])) == ladder.score(rung, params, val)
+
+
+def test_the_uniform_guess_costs_ln_V():
+    assert ladder.score(RUNGS["uniform"], ladder.count("uniform", chain(9), V), chain(41)) == pytest.approx(np.log(V))
+
+
+def test_the_counted_bigram_has_nearly_the_conditional_entropy_of_what_it_counted():
+    train = chain(20_001)
+    loss, limit = (
+        ladder.score(RUNGS["bigram counts"], ladder.count("bigram counts", train, V), train),
+        conditional_entropy(train),
+    )
+    assert limit - 1e-6 < loss < limit + 1e-3
+
+
+def test_the_trained_bigram_comes_down_to_what_counting_gives():
+    train = chain(4001)
+    limit = conditional_entropy(train)
+    fresh = ladder.learn(replace(RUNGS["bigram"], steps=0), train, V, seed=0)
+    assert ladder.score(RUNGS["bigram"], fresh, train) > limit + 0.3
+    trained = ladder.learn(replace(RUNGS["bigram"], steps=1000), train, V, seed=0)
+    assert limit - 1e-6 < ladder.score(RUNGS["bigram"], trained, train) < limit + 0.02
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_rung_hears_its_past_and_nothing_else(name):
+    rung = small(name)
+    T, params = rung.block_size, init_params(rung, V, jax.random.key(0))
+    idx = jnp.array([[0, 1, 2, 3]])
+
+    def heard(moves):
+        """Logits where each position's token embedding is moved by moves (T, C): its own column of a longer table."""
+        own = params | {"tokens": params["tokens"][idx[0]] + moves}
+        return forward(rung, own, jnp.arange(T)[None])[0]
+
+    jacobian = np.asarray(jax.jacobian(heard)(jnp.zeros((T, rung.channels))))  # (T, V, T, C)
+    np.testing.assert_array_equal(np.abs(jacobian).sum(axis=(1, 3)) > 0, np.tri(T, dtype=bool))
+    assert forward(rung, params, idx).shape == (1, T, V)
+    assert forward(rung, params, idx[:, :2]).shape == (1, 2, V)
+
+
+def test_dropout_is_on_with_a_key_only():
+    rung = small("dropout and scale", dropout=0.5)
+    params, idx = init_params(rung, V, jax.random.key(0)), jnp.array([[0, 1, 2, 3]])
+    plain = forward(rung, params, idx)
+    one, same, other = (forward(rung, params, idx, jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert not np.allclose(one, other)
+    assert not np.allclose(one, plain)
+    np.testing.assert_array_equal(plain, forward(replace(rung, dropout=0.0), params, idx, jax.random.key(1)))
+
+
+def n_params(rung, V):
+    """By hand: what each part of the rung holds."""
+    C, T, F = rung.channels, rung.block_size, rung.feed_forward * rung.channels
+    block = 3 * C * C  # key, query, value
+    block += C * C + C if rung.residual else 0  # the projection
+    block += (C * F + F if F else 0) + (F * C + C if rung.feed_forward > 1 else 0)
+    block += 4 * C if rung.layer_norm else 0
+    return V * C + T * C + rung.n_layer * block + (2 * C if rung.layer_norm else 0) + C * V + V
+
+
+SIZES = {
+    "bigram": 4225,
+    "one head": 7553,
+    "four heads": 7553,
+    "feed-forward": 8609,
+    "residual": 41_921,
+    "layer norm": 42_369,
+    "dropout and scale": 816_705,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_size_of_each_rung(name):
+    shapes = jax.eval_shape(lambda key: init_params(RUNGS[name], 65, key), jax.random.key(0))
+    size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert size == SIZES[name]
+    if name in NETWORKS:
+        assert size == n_params(RUNGS[name], 65)
+
+
+def test_the_full_rung_has_the_lecture_s_ten_million_parameters():
+    shapes = jax.eval_shape(lambda key: init_params(ladder.FULL, 65, key), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == n_params(ladder.FULL, 65) == 10_788_929
+
+
+def test_scale_by_divides_by_the_root_of_the_channels():
+    by_size, by_channels = (
+        ladder.configure((small("layer norm"),)),
+        ladder.configure((small("layer norm"),), "channels"),
+    )
+    params, idx = init_params(by_size[0], V, jax.random.key(0)), jnp.array([[0, 1, 2, 3]])
+    # With four heads the root of the channels is twice that of the head size: the same as halving every query.
+    halved = jax.tree.map_with_path(lambda path, x: x / 2 if "query" in str(path) else x, params)
+    expected = forward(by_size[0], halved, idx)
+    np.testing.assert_allclose(forward(by_channels[0], params, idx), expected, rtol=1e-6)
+    assert not np.allclose(forward(by_size[0], params, idx), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["torch", "normal"])
+def test_init_is_what_it_says(init):
+    (rung,) = ladder.configure((RUNGS["layer norm"],), init=init)
+    params = init_params(rung, 65, jax.random.key(0))
+    block, C = params["blocks"][0], rung.channels
+    assert np.std(params["tokens"]) == pytest.approx({"torch": 1.0, "normal": 0.02}[init], rel=0.05)
+    if init == "normal":
+        assert np.std(block["up"]["kernel"]) == pytest.approx(0.02, rel=0.05)
+        np.testing.assert_array_equal(block["up"]["bias"], np.zeros(4 * C))
+    else:
+        for name, inputs in (("key", C), ("up", C), ("down", 4 * C)):
+            kernel = np.asarray(block[name]["kernel"])
+            assert 0.95 * inputs**-0.5 < np.abs(kernel).max() <= inputs**-0.5
+            assert np.std(kernel) == pytest.approx((3 * inputs) ** -0.5, rel=0.08)
+        assert 0 < np.abs(block["up"]["bias"]).max() <= C**-0.5
+
+
+def test_configure_leaves_what_is_not_trained():
+    before, after = ladder.RUNGS, ladder.configure(ladder.RUNGS, "channels", "normal", steps=7)
+    assert ladder.configure(before) == before
+    for old, new in zip(before, after, strict=True):
+        changed = {"scale_by": "channels", "init": "normal", "steps": 7} if old.kind in ladder.TRAINED else {}
+        assert new == replace(old, **changed)
+    with pytest.raises(UsageError, match="steps is -1"):
+        ladder.configure(before, steps=-1)
+
+
+def climb(*names, seed=3, **changes):
+    ids = chain(600)
+    rungs = [small(name, **changes) for name in names]
+    return list(ladder.climb(rungs, ids[:500], ids[500:], CharTokenizer("abcde"), seed, sample=12))
+
+
+def test_learning_lowers_the_loss_and_depends_on_the_seed_alone():
+    (before,), (after,) = climb("feed-forward", steps=0), climb("feed-forward", steps=600)
+    assert after.loss < before.loss - 0.2
+    (again,), (other,) = climb("feed-forward", steps=600), climb("feed-forward", steps=600, seed=4)
+    assert (again.loss, again.sample) == (after.loss, after.sample)
+    assert other.loss != after.loss
+    assert len(after.sample) == 12
+
+
+def test_the_rung_of_averaging_learns_nothing():
+    (result,) = climb("averaging")
+    assert (result.loss, result.n_params) == (None, 0)
+    apart = float(result.sample.removeprefix("the three ways differ by ").removesuffix(" at most"))
+    assert apart < 1e-6
+
+
+FEW = ("uniform", "bigram counts", "bigram", "averaging", "feed-forward", "dropout and scale")
+
+
+@pytest.fixture
+def lecture(tmp_path, monkeypatch, capsys):
+    """Run the verb on rungs small enough for a test: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(ladder, "RUNGS", tuple(small(name) for name in FEW))
+    monkeypatch.setattr(ladder, "FULL", small("dropout and scale", channels=16, about="in full"))
+
+    def run(*args):
+        code = cli.run_verb(["lecture", *map(str, args)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_verb_climbs_and_draws_and_writes(lecture, verse, tmp_path):
+    code, out, _ = lecture("--corpus", verse, "--steps", 2, "--plot", "lecture.png", "--json", "lecture.json")
+    assert code == 0, out
+    assert all(out.count(name) >= 2 for name in FEW)
+    assert "2.24-2.27" in out
+    assert "* at 6 layers, 384 channels, context 256" in out
+    assert (tmp_path / "lecture.png").read_bytes().startswith(b"\x89PNG")
+    told = json.loads((tmp_path / "lecture.json").read_text("utf-8"))
+    assert [each["rung"]["name"] for each in told["rungs"]] == list(FEW)
+    assert all(each["rung"]["steps"] == 2 for each in told["rungs"] if each["rung"]["kind"] == "transformer")
+    assert told["rungs"][0]["loss"] == pytest.approx(np.log(11), abs=1e-6)
+    assert told["seed"] == 1337
+
+
+def test_the_verb_in_full_writes_nothing_but_the_corpus(lecture, verse, tmp_path):
+    code, out, _ = lecture("--corpus", verse, "--steps", 1, "--full", "--init", "normal", "--scale-by", "channels")
+    assert code == 0
+    assert "in full" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", verse.name]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--steps", "-1"], "steps is -1"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--plot", "no/such/a.png"], "no folder no/such"),
+        (["--json", "no/such/a.json"], "no folder no/such"),
+        (["--plot", "a.jpeg"], "expected one of .png, .svg, .pdf"),
+        (["--corpus", "nowhere"], "no corpus, file or folder 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is(lecture, tmp_path, args, said):
+    code, out, err = lecture(*(["--corpus", "python-docs"] if "--corpus" not in args else []), *args)
+    assert code == 2
+    assert said in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_each_rung_up_to_layer_norm_comes_within_0_05_of_the_lecture(shakespeare):
+    text = shakespeare.read_text("utf-8")
+    tokenizer = CharTokenizer.train(text)
+    assert len(text) == sources.SHAKESPEARE_BYTES
+    ids = tokenizer.encode(text).astype(np.uint16)
+    train, val = np.split(ids, [int(0.9 * len(ids))])
+    rungs = ladder.RUNGS[: list(RUNGS).index("layer norm") + 1]
+    for result in ladder.climb(rungs, train, val, tokenizer):
+        print(result.rung.name, result.loss)
+        if result.rung.lecture:
+            nearest = np.clip(result.loss, min(result.rung.lecture), max(result.rung.lecture))
+            assert abs(result.loss - nearest) <= 0.05, result.rung.name

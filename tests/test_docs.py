@@ -1,0 +1,36 @@
+"""The pages are run, not believed: every Python block in order, and what it prints where the page shows it."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```text\n(.*?)^```\n)?", re.S | re.M)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_page_does_what_it_says(path):
+    page, names = path.read_text("utf-8"), {}
+    for block in BLOCK.finditer(page):
+        code, expected = block.groups()
+        line = page.count("\n", 0, block.start()) + 1
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile("\n" * line + code, path.name, "exec"), names)  # a traceback then shows the page's own line
+        assert expected is None or out.getvalue() == expected, f"{path.name}, line {line}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_what_a_page_links_to_exists(path):
+    for target in re.findall(
+        r"\]\((?!https?:|#)([^)#]+)", re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.S)
+    ):
+        assert (path.parent / target).exists(), target
+
+
+def test_there_is_a_page_to_try():
+    assert BLOCK.findall(PAGES[0].read_text("utf-8"))
