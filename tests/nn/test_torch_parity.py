@@ -42,7 +42,7 @@ def logits_loss_and_grads(config, params, batch):
 
 
 @pytest.mark.slow
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(CONFIGS, st.integers(1, 3), st.integers(0, 100), st.data())
 def test_the_model_is_its_pytorch_twin(config, B, seed, data):
     from tests.torch_twin import Twin

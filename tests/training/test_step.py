@@ -5,7 +5,10 @@ import pytest
 
 from jaxgpt import nn
 from jaxgpt.text import batches
-from jaxgpt.training.step import init_state, loss_and_grads, train_step, train_steps
+from jaxgpt.training import step as steps
+from jaxgpt.training.step import init_state, train_steps
+
+loss_and_grads, train_step = (jax.jit(f, static_argnums=0) for f in (steps.loss_and_grads, steps.train_step))
 
 TOKENS = np.random.default_rng(0).integers(0, 13, 200).astype(np.uint16)
 
@@ -26,9 +29,9 @@ def assert_equal(a, b):
 @pytest.mark.smoke
 def test_a_scan_of_steps_is_the_steps_one_by_one(tiny):
     scanned, metrics = run(tiny, init_state(tiny), 0, 5)
-    state, step = init_state(tiny), jax.jit(train_step, static_argnums=0)
+    state = init_state(tiny)
     for i, row in enumerate(starts(tiny, 0, 5)):
-        state, one = step(tiny, state, batches.take(TOKENS, row, tiny.model.block_size))
+        state, one = train_step(tiny, state, batches.take(TOKENS, row, tiny.model.block_size))
         np.testing.assert_allclose(metrics.loss[i], one.loss, rtol=1e-5)
         np.testing.assert_allclose(metrics.grad_norm[i], one.grad_norm, rtol=1e-4)
     assert int(scanned.step) == int(state.step) == 5
@@ -126,7 +129,7 @@ def test_many_models_train_as_one_program(tiny, change):
     seeds = [init_state(change(config, seed=seed)) for seed in range(3)]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *seeds)
     batch = batches.take(TOKENS, starts(config, 0, 1)[0], 8)
-    together, _ = jax.vmap(lambda state: train_step(config, state, batch))(stacked)
+    together, _ = jax.jit(jax.vmap(lambda state: steps.train_step(config, state, batch)))(stacked)
     alone, _ = train_step(config, seeds[1], batch)
     for a, b in zip(jax.tree.leaves(together.params), jax.tree.leaves(alone.params), strict=True):
         np.testing.assert_allclose(a[1], b, rtol=1e-3, atol=1e-5)
