@@ -45,8 +45,11 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
         def write(self, text):
             raise BrokenPipeError
 
-    with TrainingDisplay(RunConsole(file=Gone()), 100) as display:
+    console = RunConsole(file=Gone())
+    with TrainingDisplay(console, 100) as display:
+        assert not console.quiet
         display(Evaluated(0, RESULT))
+        assert console.quiet
         display(Evaluated(50, RESULT))
 
 
