@@ -212,19 +212,36 @@ def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
 
 def to_json(config: Config) -> str:
     """`config` as indented JSON; `from_json` gives it back equal."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps(to_tree(config), indent=2) + "\n"
 
 
 def from_json(text: str) -> Config:
     """The config that `to_json` wrote.
 
     Raises:
-      ConfigError: the text is no JSON, or a field is missing, unknown, of the wrong type or out of range.
+      ConfigError: the text is no JSON, or as `from_tree`.
     """
     try:
         tree = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"the config is not JSON: {error}") from error
+    return from_tree(tree)
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """`config` as plain dicts, numbers and strings."""
+    return dataclasses.asdict(config)
+
+
+def from_tree(tree: Any) -> Config:
+    """The config that `to_tree` described; a field that is missing has its default.
+
+    So a config of an older version goes on meaning what it meant, as long as a new field's default is what was done
+    before there was one.
+
+    Raises:
+      ConfigError: a field is unknown (as one of a newer version is), of the wrong type or out of range.
+    """
     return check(_build(Config, tree, ""))
 
 
@@ -238,10 +255,7 @@ def _build(cls: type[Any], tree: Any, path: str) -> Any:
         if name not in types:
             near = difflib.get_close_matches(name, types, n=1)
             raise ConfigError(f"{where}: unknown field {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-    missing = [name for name in types if name not in tree]
-    if missing:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}")
-    return cls(**{name: _value(types[name], tree[name], f"{path}.{name}".lstrip(".")) for name in types})
+    return cls(**{name: _value(types[name], value, f"{path}.{name}".lstrip(".")) for name, value in tree.items()})
 
 
 def _value(kind: Any, value: Any, path: str) -> Any:

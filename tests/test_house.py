@@ -12,16 +12,16 @@ import jaxgpt
 PACKAGE = Path(jaxgpt.__file__).parent
 BELOW = {
     "config": set(),
+    "disk": {"config"},
     "recipes": {"config"},
-    "text": {"config"},
+    "text": {"config", "disk"},
     "nn": {"config"},
-    "training": {"config", "text", "nn"},
+    "training": {"config", "disk", "text", "nn"},
     "sampling": {"config", "text", "nn", "training"},
     "interop": {"config", "recipes", "text", "nn", "training"},
     "lecture": {"config", "text", "nn", "sampling"},
     "report": {"config", "text", "nn", "training", "sampling", "lecture"},
 }
-CORE = ("config", "text", "nn", "training", "sampling")
 
 
 def part(path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxgpt import disk
 from jaxgpt.config import UsageError
 from jaxgpt.text import bpe, gpt2, sources, tokenizer
 from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, Ids, Progress, Tokenizer, unseen
@@ -115,19 +115,18 @@ def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error",
 
 
 def save(corpus: Corpus, folder: Path) -> None:
-    """Write tokens.bin and tokens.json, each under a temporary name and then renamed, tokens.json last."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write tokens.bin and tokens.json, each whole or not at all, tokens.json last.
+
+    Raises:
+      CorpusError: the folder cannot be written to.
+    """
     little_endian = corpus.tokens.astype(corpus.tokens.dtype.newbyteorder("<"), copy=False)
-    for name, data in (
-        ("tokens.bin", little_endian.tobytes()),
-        ("tokens.json", (json.dumps(corpus.meta, indent=2) + "\n").encode()),
-    ):
-        partial = folder / f"{name}.{os.getpid()}.part"
-        try:
-            partial.write_bytes(data)
-            partial.replace(folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        disk.write_atomically(folder / "tokens.bin", little_endian.tobytes())
+        disk.write_atomically(folder / "tokens.json", disk.seal(corpus.meta).encode())
+    except OSError as error:
+        raise CorpusError(f"{folder} cannot be written: {error.strerror}; name another folder: --data-dir") from error
 
 
 def load(folder: Path) -> Corpus:
@@ -146,42 +145,53 @@ def load(folder: Path) -> Corpus:
             f"{path} has {size:,} bytes, expected {expected:,} ({meta['count']:,} {meta['dtype']}): "
             "it is damaged; remove the folder and run jaxgpt prepare again"
         )
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = disk.sha256(path)
     if digest != meta["sha256"]:
         raise CorpusError(
             f"{path} has SHA-256 {digest}, expected {meta['sha256']}: "
             "it is damaged; remove the folder and run jaxgpt prepare again"
         )
-    return Corpus(np.memmap(path, dtype, mode="r"), tokenizer.from_json(meta["tokenizer"]), meta)
+    tokens, tok = np.memmap(path, dtype, mode="r"), tokenizer.from_json(meta["tokenizer"])
+    largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
+    if largest >= tok.vocab_size:
+        raise CorpusError(
+            f"{path} holds the id {largest}, expected ids below {tok.vocab_size}, the size of its vocabulary: "
+            "it belongs to another tokens.json; remove the folder and run jaxgpt prepare again"
+        )
+    return Corpus(tokens, tok, meta)
 
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The contents of a tokens.json, checked.
 
     Raises:
-      CorpusError: it is missing, not JSON, or not what `save` writes.
+      CorpusError: it is missing, damaged, edited, or not what `save` writes.
     """
     try:
-        meta = json.loads(path.read_text("utf-8"))
+        return checked_meta(disk.unseal(path.read_bytes()))
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror}; jaxgpt prepare makes it") from error
     except ValueError as error:
-        raise CorpusError(f"{path} is not JSON: {error}") from error
+        raise CorpusError(f"{path}: {error}; jaxgpt prepare writes it anew") from error
+
+
+def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
+    """`meta` itself, if it is what `tokenize` says of a corpus.
+
+    Raises:
+      ValueError: a value is missing or of the wrong kind, or it describes no tokenizer.
+    """
     kinds = {"format": int, "dtype": str, "count": int, "sha256": str, "source": str, "origin": str}
     kinds |= {"source_sha256": str, "tokenizer": dict}
     for name, kind in kinds.items():
-        if not isinstance(meta, dict) or type(meta.get(name)) is not kind:
-            raise CorpusError(f"{path} has no {name} of type {kind.__name__}; jaxgpt prepare writes it anew")
+        if type(meta.get(name)) is not kind:
+            raise ValueError(f"it has no {name} of type {kind.__name__}")
     if meta["format"] != FORMAT or meta["dtype"] not in ("uint16", "uint32") or meta["count"] < 1:
-        raise CorpusError(
-            f"{path}: format {meta['format']}, dtype {meta['dtype']}, count {meta['count']}; expected format "
+        raise ValueError(
+            f"it has format {meta['format']}, dtype {meta['dtype']}, count {meta['count']}; expected format "
             f"{FORMAT}, dtype uint16 or uint32 and a count of at least 1"
         )
-    try:
-        tokenizer.from_json(meta["tokenizer"])
-    except ValueError as error:
-        raise CorpusError(f"{path}: {error}") from error
+    tokenizer.from_json(meta["tokenizer"])
     return meta
 
 

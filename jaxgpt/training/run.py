@@ -1,20 +1,24 @@
 """The folder of a run: what is in it, how it is named, made and locked.
 
-config.json      the whole configuration
-tokens.json      what it learns from: vocabulary, count, source, SHA-256
+config.json      the whole configuration, sealed
+tokens.json      what it learns from: vocabulary, count, source, SHA-256; sealed
 metrics.jsonl    every step's numbers; the same, byte for byte, for the same config and tokens
-events.jsonl     when things happened: starts, saves, speed
+events.jsonl     a diary: starts, saves, speed, what went wrong
 checkpoints/     training state, by step
+holder.json      which process writes here, while one does
 """
 
 import errno
 import json
+import os
+import platform
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +27,7 @@ from typing import Any
 import filelock
 
 from jaxgpt import config as configs
+from jaxgpt import disk
 from jaxgpt.config import Config, UsageError
 from jaxgpt.text import corpus as corpora
 from jaxgpt.text import tokenizer
@@ -46,19 +51,20 @@ class Run:
         """Make the folder of a new run, whole or not at all.
 
         Raises:
-          RunError: the name is no plain name, or such a run exists.
+          RunError: the name is no plain name, such a run exists, or the folder cannot be written.
         """
         cls.require_free(runs_dir, name)
         path, partial = runs_dir / name, runs_dir / f".{name}.{secrets.token_hex(4)}.part"
-        (partial / "checkpoints").mkdir(parents=True)
         try:
-            (partial / "config.json").write_text(configs.to_json(config), "utf-8")
-            (partial / "tokens.json").write_text(json.dumps(corpus_meta, indent=2) + "\n", "utf-8")
+            (partial / "checkpoints").mkdir(parents=True)
+            disk.write_atomically(partial / "config.json", disk.seal(configs.to_tree(config)).encode())
+            disk.write_atomically(partial / "tokens.json", disk.seal(corpus_meta).encode())
             partial.rename(path)
+            disk.sync_folder(runs_dir)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process was first
                 raise cls._taken(path) from error
-            raise
+            raise RunError(f"{path} cannot be made: {error.strerror}; name another folder: --runs-dir") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return cls(path)
@@ -70,7 +76,7 @@ class Run:
         Raises:
           RunError: the name is no plain name, or such a run exists.
         """
-        if (runs_dir / _plain(name)).exists():
+        if os.path.lexists(runs_dir / _plain(name)):
             raise cls._taken(runs_dir / name)
 
     @staticmethod
@@ -87,11 +93,27 @@ class Run:
         """An existing run, by its name in `runs_dir` or by its path.
 
         Raises:
-          RunError: there is no such run.
+          RunError: there is no such run, or its name is a link that leaves `runs_dir`.
         """
-        for path in (runs_dir / name, Path(name).expanduser()):
+        path = Path(name).expanduser()
+        if not NAME.fullmatch(name) or not (runs_dir / name / "config.json").is_file():
             if (path / "config.json").is_file():
                 return cls(path if path.name else path.resolve())
+        return cls.named(runs_dir, name)
+
+    @classmethod
+    def named(cls, runs_dir: Path, name: str) -> "Run":
+        """An existing run, by its name in `runs_dir`.
+
+        Raises:
+          RunError: as `open`, or the name is no plain name.
+        """
+        path = runs_dir / _plain(name)
+        if (path / "config.json").is_file():
+            found, expected = path.resolve(), runs_dir.resolve() / name
+            if found != expected:
+                raise RunError(f"{path} is a link to {found}: name that folder itself, --runs-dir {found.parent}")
+            return cls(path)
         known = sorted(path.parent.name for path in runs_dir.glob("*/config.json"))
         raise RunError(
             f"no run {name!r} in {runs_dir}; "
@@ -102,9 +124,9 @@ class Run:
     def config(self) -> Config:
         """The configuration it was started with."""
         try:
-            return configs.from_json((self.path / "config.json").read_text("utf-8"))
-        except (configs.ConfigError, UnicodeDecodeError) as error:
-            raise RunError(f"{self.path / 'config.json'}: {error}") from error
+            return configs.from_tree(disk.unseal((self.path / "config.json").read_bytes()))
+        except (configs.ConfigError, disk.SealError) as error:
+            raise RunError(f"{self.path / 'config.json'}: {error}; put back the file of the run") from error
 
     @cached_property
     def corpus_meta(self) -> dict[str, Any]:
@@ -124,42 +146,72 @@ class Run:
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
     def with_config(self, config: Config) -> "Run":
         """The run with `config` in place of its configuration, replaced atomically."""
-        partial = self.path / "config.json.part"
-        partial.write_text(configs.to_json(config), "utf-8")
-        partial.replace(self.path / "config.json")
+        disk.write_atomically(self.path / "config.json", disk.seal(configs.to_tree(config)).encode())
         return Run(self.path)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, oldest first."""
-        return [json.loads(line) for line in self.metrics_file.read_text("utf-8").splitlines()]
+        """The lines of metrics.jsonl, oldest first, but for one that is still being written."""
+        return [json.loads(line) for line in self.metrics_file.read_bytes().split(b"\n")[:-1]]
 
     def events(self) -> list[dict[str, Any]]:
-        """The lines of events.jsonl, oldest first; none if there is no such file yet."""
-        path = self.path / "events.jsonl"
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        """The lines of events.jsonl, oldest first, but for any torn by a kill; none if there is no such file yet."""
+        lines = self.events_file.read_bytes().split(b"\n") if self.events_file.exists() else []
+        return [event for line in lines if (event := _event(line))]
 
     def event(self, name: str, **values: Any) -> None:
-        """Add a line with the time of day to events.jsonl."""
+        """Add a line with the time of day to events.jsonl: a diary, so a full disk is no reason to stop."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": name, **values}
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with suppress(OSError), self.events_file.open("ab+", buffering=0) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            torn = file.read(1) not in (b"", b"\n")
+            file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the run: one process may write to it at a time.
+        """Hold the run: one process may write to it at a time. A process that dies lets go of it.
 
         Raises:
-          RunError: another process holds it.
+          RunError: another process holds it, and which; or the folder cannot be written to.
         """
-        lock = filelock.FileLock(self.path / ".lock", timeout=0)
+        lock, holder = filelock.FileLock(self.path / ".lock", timeout=0), self.path / "holder.json"
         try:
             lock.acquire()
         except filelock.Timeout:
-            raise RunError(f"run {self.path.name!r} is in use by another process") from None
+            raise RunError(f"run {self.path.name!r} is in use by {_described(holder)}") from None
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written to: {error.strerror}") from error
         with lock:
-            yield
+            me = {"process": os.getpid(), "host": platform.node(), "command": " ".join(sys.argv)}
+            me["since"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            with suppress(OSError):  # a full disk: the lock holds without it
+                disk.write_atomically(holder, json.dumps(me).encode())
+            try:
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
+
+
+def _described(holder: Path) -> str:
+    """Who holds a run, as far as it said so."""
+    try:
+        said = json.loads(holder.read_bytes())
+        return f"process {said['process']} on {said['host']} since {said['since']} ({said['command']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
 
 
 def _plain(name: str) -> str:

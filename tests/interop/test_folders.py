@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import nn
+from jaxgpt import disk, nn
 from jaxgpt.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from jaxgpt.interop import folders, gpt2
 from jaxgpt.interop.gpt2 import InteropError
@@ -85,9 +85,9 @@ def test_a_failed_export_leaves_nothing(imported, tmp_path, monkeypatch):
 
 def test_a_vocabulary_larger_than_the_model_is_refused(imported, tmp_path):
     folders.export_run(imported, tmp_path / "out")
-    meta = json.loads((tmp_path / "out" / "tokens.json").read_text())
+    meta = disk.unseal((tmp_path / "out" / "tokens.json").read_bytes())
     meta["tokenizer"]["chars"] += "é"
-    (tmp_path / "out" / "tokens.json").write_text(json.dumps(meta))
+    (tmp_path / "out" / "tokens.json").write_text(disk.seal(meta))
     with pytest.raises(InteropError, match="97 ids, expected at most the model's 96"):
         folders.load_export(tmp_path / "out")
 

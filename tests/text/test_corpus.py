@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+from jaxgpt import disk
 from jaxgpt.config import UsageError
 from jaxgpt.text import corpus as corpora
 from jaxgpt.text import gpt2
@@ -155,9 +156,9 @@ def damage(folder, name, change):
         change(data)
         path.write_bytes(data)
     else:
-        meta = json.loads(path.read_text())
+        meta = disk.unseal(path.read_bytes())
         change(meta)
-        path.write_text(json.dumps(meta))
+        path.write_text(disk.seal(meta))
 
 
 @pytest.mark.parametrize(
@@ -187,14 +188,11 @@ def test_a_tokens_json_that_is_no_json(prepared):
 
 
 def test_a_failed_write_leaves_nothing_half_written(prepared, tmp_path, monkeypatch):
-    from pathlib import Path
-
-    def full(self, data):
-        self.touch()
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(CorpusError, match="cannot be written: No space left on device; name another folder"):
         corpora.save(prepared.corpus, tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 

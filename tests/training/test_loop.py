@@ -183,7 +183,7 @@ def test_a_run_that_diverges_keeps_its_good_checkpoint(tiny, new_run, change, mo
 
 def test_a_run_in_use_is_left_as_it_is(tiny, new_run, change):
     run, corpus = new_run("one", tiny)
-    with run.exclusive(), pytest.raises(RunError, match="in use by another process"):
+    with run.exclusive(), pytest.raises(RunError, match="in use by process"):
         fit(run, corpus, config=change(run.config, steps=40))
     assert Run(run.path).config == run.config
 

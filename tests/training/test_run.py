@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 
 import pytest
 
@@ -38,8 +39,8 @@ def test_a_folder_that_is_no_run_and_a_full_disk_are_told_apart(tmp_path, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match="y cannot be made: No space left on device"):
         Run.create(tmp_path, "y", Config(), META)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
@@ -61,7 +62,10 @@ def test_open_by_name_or_path_and_what_there_is_otherwise(run, tmp_path):
 
 
 def test_a_damaged_config_is_named(run):
-    for data, said in ((b"{", "the config is not JSON"), (b"\xff{}", "can't decode byte 0xff")):
+    whole = (run.path / "config.json").read_bytes()
+    edited = whole.replace(b'"n_layer": 4', b'"n_layer": 5')
+    assert edited != whole
+    for data, said in ((b"{", "it is not JSON"), (b"\xff{}", "it is not JSON"), (edited, "does not match its seal")):
         (run.path / "config.json").write_bytes(data)
         with pytest.raises(RunError, match=rf"config\.json: .*{said}"):
             _ = Run(run.path).config
@@ -76,6 +80,40 @@ def test_events_are_lines_with_a_time(run):
     assert lines[0]["time"].endswith("Z")
 
 
+def test_a_torn_line_of_the_diary_is_passed_over(run):
+    run.event("start", step=3)
+    with run.events_file.open("ab") as file:
+        file.write(b'{"time": "2026')
+    run.event("end")
+    assert [event["event"] for event in run.events()] == ["start", "end"]
+
+
+def test_a_link_that_leaves_the_runs_folder_is_no_run_of_it(run, tmp_path):
+    elsewhere = Run.create(tmp_path / "elsewhere", "two", Config(), META)
+    (tmp_path / "runs" / "two").symlink_to(elsewhere.path)
+    (tmp_path / "runs" / "dangling").symlink_to(tmp_path / "nowhere")
+    for find in (Run.open, Run.named):
+        with pytest.raises(RunError, match="is a link to .*elsewhere/two: name that folder itself"):
+            find(tmp_path / "runs", "two")
+    for name in ("two", "dangling"):
+        with pytest.raises(RunError, match="exists"):
+            Run.create(tmp_path / "runs", name, Config(), META)
+    assert Run.open(tmp_path / "runs", str(elsewhere.path)) == elsewhere
+
+
+def test_a_name_is_not_a_path(run, tmp_path):
+    for name in ("../runs/one", str(run.path), ".."):
+        with pytest.raises(RunError, match="expected letters"):
+            Run.named(tmp_path / "runs", name)
+
+
+def test_a_holder_that_died_is_followed_by_the_next(run):
+    (run.path / "holder.json").write_text('{"process": 1, "host": "a", "since": "b", "command": "c"}')
+    with run.exclusive():
+        assert json.loads((run.path / "holder.json").read_text())["process"] == os.getpid()
+    assert not (run.path / "holder.json").exists()
+
+
 def _hold(path, held, release):
     with Run(path).exclusive():
         held.set()
@@ -88,7 +126,7 @@ def test_one_process_holds_a_run(run):
     holder = spawn.Process(target=_hold, args=(run.path, held, release))
     holder.start()
     assert held.wait(30)
-    with pytest.raises(RunError, match="in use by another process"), run.exclusive():
+    with pytest.raises(RunError, match=rf"in use by process {holder.pid} on .* since 20"), run.exclusive():
         pass
     release.set()
     holder.join(30)

@@ -1,0 +1,90 @@
+"""Files that are there whole or not at all, and JSON that shows whether it was changed. Imports no jax."""
+
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import UsageError
+
+
+class SealError(ValueError):
+    """A sealed text is not what was written."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` under a temporary name, then rename it to `path`: also after a kill or a loss of power the old
+    file or the new one is there, whole."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` last through a loss of power, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Check that `folder`, or the one it would be made in, can be written to; nothing stays behind.
+
+    Raises:
+      UsageError: it cannot; `option` is the flag that names another.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".jaxgpt-"):
+            pass
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written to: {error.strerror}; name another folder: {option}") from error
+
+
+def seal(tree: dict[str, Any]) -> str:
+    """`tree` as indented JSON that ends with the SHA-256 of all before it; `unseal` gives it back."""
+    return _text({**tree, "seal": hashlib.sha256(_text(tree).encode()).hexdigest()})
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """What `seal` was given, if not one byte has changed since.
+
+    Raises:
+      SealError: it has; or this was never sealed.
+    """
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SealError(f"it is not JSON: {error}") from error
+    if not isinstance(tree, dict) or "seal" not in tree:
+        raise SealError("it has no seal: jaxgpt did not write it")
+    del tree["seal"]
+    if seal(tree).encode() != data:
+        raise SealError("it does not match its seal: it was damaged, or edited by hand")
+    return tree
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, indent=2) + "\n"
