@@ -121,6 +121,12 @@ class TrainConfig:
     """Random batches in the nanoGPT-style estimate beside the exact evaluation; 0 leaves it out."""
     keep: int = 2
     """How many of the newest checkpoints to keep, beside the best."""
+    keep_every: int = 0
+    """Keep the checkpoints of the multiples of this step too; 0 keeps no more."""
+    max_skipped: int = 5
+    """Steps in a row without a finite loss and gradient, each of them left out, that end the run."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """When a save fails, on a full disk: train on and try again at the next one, or end the run."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +179,8 @@ def problems(config: Config) -> list[str]:
             f"try --warmup-steps {end // 10}"
         )
     require(0 <= train.seed < 2**32, "seed", train.seed, "a whole number from 0 to 2**32 - 1")
-    at_least(1, train, "steps", "batch_size", "accumulate", "scan_steps", "keep")
-    at_least(0, train, "eval_every", "eval_batches")
+    at_least(1, train, "steps", "batch_size", "accumulate", "scan_steps", "keep", "max_skipped")
+    at_least(0, train, "eval_every", "eval_batches", "keep_every")
     if train.batch_size * model.block_size >= 2**31:
         found.append(
             f"batch_size x block_size is {train.batch_size} x {model.block_size}, expected less than 2**31 tokens"

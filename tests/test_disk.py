@@ -57,5 +57,5 @@ def test_a_folder_that_cannot_be_written_to_is_named_and_one_that_can_is_left_em
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file" / "x", tmp_path / "file"):
-        with pytest.raises(UsageError, match="cannot be written to: .*; name another folder: --runs-dir"):
+        with pytest.raises(UsageError, match=r"cannot be written to: .*; name another folder: --runs-dir"):
             disk.require_writable(folder, "--runs-dir")

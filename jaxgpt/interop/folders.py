@@ -17,6 +17,7 @@ from jaxgpt.text import corpus as corpora
 from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.optimizer import make_optimizer
+from jaxgpt.training.recovery import about
 from jaxgpt.training.run import Run
 from jaxgpt.training.start import load_checkpoint, start
 from jaxgpt.training.step import TrainState
@@ -74,10 +75,11 @@ def import_run(
     model, params = gpt2.load(source, block_size)
     model = ModelConfig(**{**vars(model), "dropout": dropout})
     config = Config(config.data, model, config.optimizer, config.train)
-    run, _ = start(config, name, runs_dir, data_dir)
+    run, corpus = start(config, name, runs_dir, data_dir)
     params = jax.tree.map(jnp.asarray, params)
     with Checkpoints(run.checkpoints, config.train.keep) as checkpoints:
-        checkpoints.save(TrainState(jnp.int32(0), params, make_optimizer(config).init(params)), None)
+        state = TrainState(jnp.int32(0), params, make_optimizer(config).init(params))
+        checkpoints.save(state, None, about(run.config, corpus.meta))
     run.event("import", folder=str(source.resolve()))
     return run
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jaxgpt.training.evaluate import Evaluation
-from jaxgpt.training.journal import Evaluated, Event
+from jaxgpt.training.journal import Evaluated, Event, Notice
 
 PLAIN_SECONDS = 5.0
 """Where the output is no terminal, progress lines are at least so far apart."""
@@ -33,6 +33,7 @@ class TrainingDisplay:
 
     def __init__(self, console: Console, steps: int):
         self._console, self._printed = console, time.monotonic()
+        self.notices = 0
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -56,6 +57,10 @@ class TrainingDisplay:
         if isinstance(event, Evaluated):
             self._print(f"step {event.step:>6,}  validation {describe(event.evaluation)}")
             return
+        if isinstance(event, Notice):
+            self.notices += 1
+            self._print(f"WARNING  step {event.step:,}  {event.text}", style="bold yellow")
+            return
         numbers = f"loss {event.loss:.4f}"
         if event.tokens_per_second and event.seconds_left is not None:
             numbers += f"  {event.tokens_per_second:,.0f} tokens/s  {duration(event.seconds_left)} left"
@@ -63,9 +68,9 @@ class TrainingDisplay:
         if not self._console.is_terminal and time.monotonic() - self._printed > PLAIN_SECONDS:
             self._print(f"step {event.step:>6,}/{event.steps:,}  {numbers}")
 
-    def _print(self, line: str) -> None:
+    def _print(self, line: str, **style: str) -> None:
         self._printed = time.monotonic()
-        self._console.print(line)
+        self._console.print(line, **style)  # type: ignore[arg-type]
 
 
 def describe(evaluation: Evaluation) -> str:

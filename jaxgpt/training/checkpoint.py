@@ -1,6 +1,17 @@
-"""Training state to disk and back: the only module that knows Orbax."""
+"""Training state to disk and back, every byte accounted for: the only module that knows Orbax.
+
+checkpoints/250/                 the state after 250 steps, as Orbax writes it
+checkpoints/250/manifest.json    the size and SHA-256 of each of its files, sealed
+checkpoints/250.damaged/         one that was found damaged, set aside
+
+A step is written under a temporary name, hashed, and renamed last: what has a step's name is whole.
+"""
 
 import math
+import secrets
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -8,35 +19,57 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jaxgpt import disk
 from jaxgpt.training.step import TrainState
+
+PROGRAM = "jaxgpt checkpoint 1"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, found or read."""
 
 
+class DamagedError(CheckpointError):
+    """A file of a checkpoint is not what was written."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a saved step consists of."""
+
+    step: int
+    val_loss: float | None
+    """Nats per token; None where it was not evaluated, or is no number."""
+    about: dict[str, Any]
+    """What the run said of itself when it saved."""
+    arrays: dict[str, str]
+    """Path of each array to its dtype and shape."""
+    files: dict[str, list[Any]]
+    """Path of each file to its size in bytes and its SHA-256."""
+    program: str = PROGRAM
+
+
 class Checkpoints:
     """The checkpoints of one run, by step.
+
+    Saving is asynchronous. An error in it surfaces at the next `settle`, `save` or end of the `with` block; the steps
+    saved before stand, and a later save may succeed.
 
     Args:
       keep: how many of the newest to keep, beside the one of lowest validation loss; 0 only reads, and leaves the
         folder as it is, so that a run may be looked at while it trains.
-
-    Saving is asynchronous; an error in it surfaces at the next `save`, `wait` or end of the `with` block.
+      keep_every: keep the multiples of this step too; 0 keeps no more.
     """
 
-    def __init__(self, directory: Path, keep: int = 0):
-        policies = ocp.training.preservation_policies
-        best = policies.BestN(n=1, reverse=True, get_metric_fn=_val_loss, keep_checkpoints_without_metrics=False)
-        self.directory = directory
-        self._checkpointer: Any = None
-        if keep or directory.is_dir():
-            self._checkpointer = ocp.training.Checkpointer(
-                directory.resolve(),
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]) if keep else None,
-                cleanup_tmp_directories=keep > 0,
-            )
-        self._pending: Any = None
+    def __init__(self, directory: Path, keep: int = 0, keep_every: int = 0):
+        self.directory, self._keep, self._keep_every = directory, keep, keep_every
+        self._pending: Future[int] | None = None
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._verified: dict[int, Manifest] = {}
+        if keep:
+            directory.mkdir(parents=True, exist_ok=True)
+            for left_by_a_kill in directory.glob(".*.part*"):
+                shutil.rmtree(left_by_a_kill, ignore_errors=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -45,45 +78,15 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.wait()
+            self.settle(wait=True)
         finally:
-            if self._checkpointer:
-                self._checkpointer.close()
-
-    def save(self, state: TrainState, val_loss: float | None) -> None:
-        """Start to save `state` under its step, unless that step is saved already."""
-        self.wait()
-        step = int(state.step)
-        if step in self.steps:
-            return
-        scored = val_loss is not None and math.isfinite(val_loss)  # what is no number is never the best
-        metrics = {"val_loss": val_loss} if scored else None
-        try:
-            self._pending = self._checkpointer.save_async(step, state, force=True, metrics=metrics)
-        except Exception as error:
-            raise CheckpointError(f"step {step} was not saved in {self.directory}: {error}") from error
-
-    def wait(self) -> None:
-        """Return once the last save is whole on disk.
-
-        Raises:
-          CheckpointError: it failed; the steps saved before it are intact.
-        """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            try:
-                pending.result()
-            except Exception as error:
-                raise CheckpointError(f"a save in {self.directory} failed: {error}") from error
-
-    @property
-    def _infos(self) -> Any:
-        return self._checkpointer.checkpoints if self._checkpointer else []
+            self._worker.shutdown()
 
     @property
     def steps(self) -> list[int]:
         """The saved steps, oldest first."""
-        return sorted(info.step for info in self._infos)
+        names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
+        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
     @property
     def latest(self) -> int | None:
@@ -92,9 +95,82 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The saved step of lowest validation loss; the newest if none was evaluated."""
-        scored = [(info.metrics["val_loss"], info.step) for info in self._infos if info.metrics]
+        """The saved step of lowest validation loss; the newest if none was evaluated.
+
+        Raises:
+          DamagedError: what a step says of its loss cannot be read.
+        """
+        losses = {step: self.manifest(step).val_loss for step in self.steps}
+        scored = [(loss, step) for step, loss in losses.items() if loss is not None]
         return min(scored)[1] if scored else self.latest
+
+    def save(self, state: TrainState, val_loss: float | None = None, about: dict[str, Any] | None = None) -> None:
+        """Start to save `state` under its step, unless that step is saved already; `state` may be donated after."""
+        self.settle(wait=True)
+        step = int(state.step)
+        if step in self.steps:
+            return
+        partial = self.directory / f".{step}.{secrets.token_hex(4)}.part"
+        scored = val_loss is not None and math.isfinite(val_loss)  # what is no number is never the best
+        known = Manifest(step, val_loss if scored else None, about or {}, _arrays(state), {})
+        try:
+            response = ocp.save_async(partial.resolve(), state)
+        except Exception as error:
+            _remove(partial)
+            raise CheckpointError(f"step {step} was not saved in {self.directory}: {error}") from error
+        self._pending = self._worker.submit(self._finish, known, partial, response)
+
+    def settle(self, wait: bool = False) -> int | None:
+        """The step whose save has ended well since the last call, None if none has.
+
+        Args:
+          wait: until the save under way has ended.
+
+        Raises:
+          CheckpointError: it failed.
+        """
+        if self._pending is None or not (wait or self._pending.done()):
+            return None
+        pending, self._pending = self._pending, None
+        return pending.result()
+
+    def manifest(self, step: int) -> Manifest:
+        """What `step` says it consists of.
+
+        Raises:
+          DamagedError: its manifest is missing, damaged, or of another program.
+        """
+        path = self._path(step) / "manifest.json"
+        try:
+            tree = disk.unseal(path.read_bytes())
+        except OSError as error:
+            raise DamagedError(f"{path}: {error.strerror}") from error
+        except disk.SealError as error:
+            raise DamagedError(f"{path}: {error}") from error
+        if tree.get("program") != PROGRAM or tree.get("step") != step:
+            found = f"{tree.get('program')!r}, step {tree.get('step')}"
+            raise DamagedError(f"{path}: expected {PROGRAM!r}, step {step}, found {found}")
+        return Manifest(**tree)
+
+    def verify(self, step: int) -> Manifest:
+        """Its manifest, once every file of `step` was found to be what was written.
+
+        Raises:
+          DamagedError: one is not, and which.
+        """
+        if step in self._verified:
+            return self._verified[step]
+        manifest = self.manifest(step)
+        for name, (size, sha256) in manifest.files.items():
+            path = self._path(step) / name
+            if not path.is_file():
+                raise DamagedError(f"{path} is missing")
+            if path.stat().st_size != size:
+                raise DamagedError(f"{path} has {path.stat().st_size:,} bytes, expected {size:,}")
+            if disk.sha256(path) != sha256:
+                raise DamagedError(f"{path} has another SHA-256 than when it was saved")
+        self._verified[step] = manifest
+        return manifest
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at `step`, in the shapes, dtypes and shardings of `like` (arrays or shape structs).
@@ -102,27 +178,80 @@ class Checkpoints:
         Raises:
           CheckpointError: it is missing, damaged, or of another model.
         """
-        try:
-            return self._checkpointer.load(step, like)
-        except Exception as error:
-            raise CheckpointError(
-                f"step {step} in {self.directory} cannot be read: {error.__cause__ or error}"
-            ) from error
+        return self._load(step, like)
 
+    def restore_params(self, step: int, like: Any) -> Any:
+        """The parameters alone of a saved step, without its optimizer state.
 
-def load_params(directory: Path, step: int, like: Any) -> Any:
-    """The parameters alone of a saved step, without its optimizer state.
-
-    Raises:
-      CheckpointError: as `Checkpoints.restore`.
-    """
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    try:
+        Raises:
+          CheckpointError: as `restore`.
+        """
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
         with context:
-            return ocp.load(directory.resolve() / str(step), {"params": like}, checkpointable_name="state")["params"]
-    except Exception as error:
-        raise CheckpointError(f"step {step} in {directory} cannot be read: {error.__cause__ or error}") from error
+            return self._load(step, {"params": like})["params"]
+
+    def set_aside(self, step: int) -> Path:
+        """Rename a damaged step, so that it stands in nobody's way and is there to be looked at; its new path."""
+        path, n = self._path(step).with_suffix(".damaged"), 1
+        while path.exists():
+            path, n = path.with_suffix(f".damaged{n}"), n + 1
+        self._path(step).rename(path)
+        self._verified.pop(step, None)
+        return path
+
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _load(self, step: int, like: Any) -> Any:
+        if step not in self.steps:
+            raise CheckpointError(f"step {step} is not in {self.directory}; {self.steps} are")
+        found = self.verify(step).arrays
+        wanted = _arrays(like)
+        wrong = [
+            f"  {name}: {found.get(name, 'nothing')} in the checkpoint, {wanted[name]} expected"
+            for name in wanted
+            if found.get(name) != wanted[name]
+        ]
+        if wrong:
+            raise CheckpointError(f"{self._path(step)} is of another model:\n" + "\n".join(wrong[:5]))
+        try:
+            return ocp.load(self._path(step).resolve(), like, checkpointable_name="state")
+        except Exception as error:
+            raise CheckpointError(f"{self._path(step)} cannot be read: {error.__cause__ or error}") from error
+
+    def _finish(self, known: Manifest, partial: Path, response: Any) -> int:
+        """Wait for Orbax, write the manifest, give the step its name; runs beside the training."""
+        try:
+            response.result()
+            for path in sorted(partial.rglob("*")):
+                disk.sync(path)
+                if path.is_file():
+                    known.files[str(path.relative_to(partial))] = [path.stat().st_size, disk.sha256(path)]
+            disk.write_atomically(partial / "manifest.json", disk.seal(asdict(known)).encode())
+            partial.rename(self._path(known.step))
+            disk.sync(self.directory)
+        except Exception as error:
+            _remove(partial)
+            raise CheckpointError(f"step {known.step} was not saved in {self.directory}: {error}") from error
+        self._prune()
+        return known.step
+
+    def _prune(self) -> None:
+        """Remove what need not be kept; a step whose manifest cannot be read is left for a person to look at."""
+        losses = {}
+        for step in self.steps:
+            try:
+                losses[step] = self.manifest(step).val_loss
+            except DamagedError:
+                continue
+        newest = sorted(losses)[-self._keep :]
+        best = min(((loss, step) for step, loss in losses.items() if loss is not None), default=(0.0, -1))[1]
+        for step in losses:
+            if step not in newest and step != best and (not self._keep_every or step % self._keep_every):
+                doomed = self.directory / f".{step}.{secrets.token_hex(4)}.part"
+                self._path(step).rename(doomed)  # first, so that a kill leaves no half of a step under its name
+                _remove(doomed)
 
 
 def abstract(tree: Any) -> Any:
@@ -131,5 +260,13 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def _val_loss(metrics: Any) -> float:
-    return metrics["val_loss"]
+def _arrays(tree: Any) -> dict[str, str]:
+    """Path of each array in `tree` to its dtype and shape."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+
+def _remove(partial: Path) -> None:
+    """Remove what a save left, also under the name that Orbax writes to before it renames."""
+    for path in partial.parent.glob(f"{partial.name}*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -6,19 +6,33 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+import jax
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 @contextmanager
-def interruption() -> Iterator[Callable[[], int]]:
-    """Yield a function that tells which signal asked for the end, 0 if none did.
+def interruption() -> Iterator[Callable[[int], int]]:
+    """Yield a function that tells, after a step, which signal asked for the end, 0 if none did.
 
     The first one is only noted, and answered on stderr; a second one acts as it would have without this. Outside the
     main thread, where Python allows no handlers, nothing is noted.
+
+    With several processes (`jax.distributed`) all must ask after the same steps, and all get the same answer: a
+    SIGTERM to any of them goes through JAX's preemption service, and so does a SIGINT or SIGHUP, as a SIGTERM.
     """
+    several = jax.distributed.is_initialized()
     received = 0
+
+    def asked(step: int) -> int:
+        if several:
+            from jax.experimental import multihost_utils
+
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+        return received
+
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
+        yield asked
         return
 
     def note(number: int, frame: object) -> None:
@@ -28,10 +42,14 @@ def interruption() -> Iterator[Callable[[], int]]:
             os.write(2, b"\njaxgpt: finishing the steps under way, then saving; again to stop at once\n")
         for each, handler in before.items():
             signal.signal(each, handler)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {number: signal.signal(number, note) or signal.SIG_DFL for number in SIGNALS}
+    # A handler of Python's for SIGTERM would hide the signal from the preemption service.
+    noted = [number for number in SIGNALS if not (several and number == signal.SIGTERM)]
+    before = {number: signal.signal(number, note) or signal.SIG_DFL for number in noted}
     try:
-        yield lambda: received
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

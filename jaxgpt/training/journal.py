@@ -1,20 +1,22 @@
-"""What a run writes down and tells while it trains: every step's numbers, evaluations, speed."""
+"""What a run writes down and tells while it trains: every step's numbers, evaluations, speed, what went wrong."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 
+from jaxgpt.text.batches import Starts
 from jaxgpt.training.evaluate import Evaluation
-from jaxgpt.training.run import Run, RunError
+from jaxgpt.training.run import Run
+from jaxgpt.training.spikes import Spikes
 from jaxgpt.training.step import Metrics
 
 
@@ -40,36 +42,55 @@ class Progress:
     """Of training, at that speed."""
 
 
-Event = Evaluated | Progress
+@dataclass(frozen=True)
+class Notice:
+    """Something that a person should know; it stands in events.jsonl too."""
+
+    kind: str
+    """skip, spike, save-failed, damage or version."""
+    step: int
+    text: str
+
+
+Event = Evaluated | Progress | Notice
 
 
 class DivergedError(RuntimeError):
-    """A loss or a gradient is no longer a number."""
+    """Too many steps in a row came to no number."""
+
+
+def notify(run: Run, watch: Callable[[Event], None], kind: str, step: int, text: str) -> None:
+    """Put something that a person should know into the diary, and before whoever watches."""
+    run.event(kind, step=step, text=text)
+    watch(Notice(kind, step, text))
 
 
 class Journal:
-    """metrics.jsonl of a run, continued behind the lines of `step`, and the events that `watch` is told.
+    """metrics.jsonl of a run, continued behind its first `n_bytes`, and the events that `watch` is told.
 
     metrics.jsonl holds no time, so runs of one config are equal byte for byte. Numbers of a chunk are read when the
     next chunk has been dispatched: the device never waits for the disk. `sync` goes before every save, so the lines
-    up to a checkpoint are never lost, and lines beyond it are dropped here and written again by the resumed run.
+    up to a checkpoint are never lost, and what is beyond it is dropped here and written again by the resumed run.
+    What a full disk does not take is kept here, and offered again with the next lines.
+
+    Args:
+      window_starts: step (0-based) to the starts (B,) of its windows, to be written down where it was left out.
     """
 
-    def __init__(self, run: Run, step: int, watch: Callable[[Event], None]):
-        self._config, self._watch = run.config, watch
+    def __init__(self, run: Run, n_bytes: int, window_starts: Callable[[int], Starts], watch: Callable[[Event], None]):
+        self._config, self._watch, self._window_starts = run.config, watch, window_starts
+        self.notice = partial(notify, run, watch)
         self._unread: tuple[int, Metrics] | None = None
         self._mark: float | None = None
         self._tokens = self._seconds = 0.0
-        lines = _lines_up_to(run.metrics_file, step)
-        reached = json.loads(lines[-1])["step"] if lines else 0
-        if reached != step:
-            raise RunError(
-                f"{run.metrics_file} ends at step {reached}, but step {step} is saved in {run.checkpoints}: "
-                "put the file back as it was, or start a new run"
-            )
-        _replace_lines(run.metrics_file, lines)
-        self._file = run.metrics_file.open("a", encoding="utf-8")
-        self.scores = [evaluated for line in lines if (evaluated := _evaluated(json.loads(line)))]
+        self._spikes, self._skipped, self.scores = Spikes(), 0, list[Evaluated]()
+        self._file = run.metrics_file.open("ab+", buffering=0)
+        self._file.seek(0)
+        kept = self._file.read(n_bytes)
+        self._file.truncate(n_bytes)
+        self._unwritten, self._n_bytes, self._hash = b"", n_bytes, hashlib.sha256(kept)
+        for line in map(json.loads, kept.splitlines()):
+            self._remember(line)
 
     def __enter__(self) -> "Journal":
         return self
@@ -86,7 +107,6 @@ class Journal:
         """Write an evaluation after `step` steps, all of them flushed, and nanoGPT-style estimates beside it."""
         values = {f"val_{name}": value for name, value in dataclasses.asdict(evaluation).items()}
         self._write(step=step, **values, **estimates)
-        self.scores.append(Evaluated(step, evaluation))
         self._watch(self.scores[-1])
         self._mark = time.perf_counter()  # evaluating is not training
 
@@ -94,29 +114,33 @@ class Journal:
         """Write the steps noted by `trained`, waiting for the device if need be.
 
         Raises:
-          DivergedError: one of them came to no number; it goes before every save, so no such state is ever saved.
+          DivergedError: with them, max_skipped steps in a row came to no number.
         """
         if self._unread is None:
             return
         (begin, metrics), self._unread = self._unread, None
         metrics = jax.device_get(metrics)
         for i in range(len(metrics.loss)):
-            self._write(step=begin + i + 1, **{name: _shortest(x[i]) for name, x in metrics._asdict().items()})
-        finite = np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm)
-        if not finite.all():
-            self._file.flush()
-            i = int(finite.argmin())
-            raise DivergedError(
-                f"step {begin + i + 1}: loss {metrics.loss[i]}, gradient norm {metrics.grad_norm[i]}; the run ends at "
-                "its last save. Start another with a smaller --learning-rate or --grad-clip"
-            )
+            self._trained(begin + i + 1, *(x[i] for x in metrics))
+        self._drain()
         self._watch(self._progress(begin, metrics))
 
     def sync(self) -> None:
-        """Return once every line so far is on disk."""
+        """Return once every line so far is on disk.
+
+        Raises:
+          OSError: the disk does not take them.
+          DivergedError: as `flush`.
+        """
         self.flush()
-        self._file.flush()
+        if error := self._drain():
+            raise error
         os.fsync(self._file.fileno())
+
+    @property
+    def position(self) -> tuple[int, str]:
+        """Length in bytes and SHA-256 of all that was written."""
+        return self._n_bytes, self._hash.hexdigest()
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -135,30 +159,51 @@ class Journal:
         self._mark = now
         return Progress(begin + steps, train.steps, float(metrics.loss[-1]), speed, left)
 
-    def _write(self, **values: Any) -> None:
-        """One line of JSON, which has no word for nan or infinity: null stands for both."""
+    def _trained(self, step: int, loss: Any, grad_norm: Any, learning_rate: Any, applied: Any) -> None:
+        """Write the line of one step, and tell what is unusual about it."""
+        line: dict[str, Any] = dict(
+            step=step, loss=_shortest(loss), grad_norm=_shortest(grad_norm), learning_rate=_shortest(learning_rate)
+        )
+        numbers = f"loss {loss}, gradient norm {grad_norm}"
+        if not applied:
+            line |= {"skipped": True, "window_starts": self._window_starts(step - 1).tolist()}
+        if (usual := self._write(**line)) is not None:
+            self.notice("spike", step, f"{numbers}; the loss before was about {usual:.4f}")
+        if applied:
+            return
+        self.notice("skip", step, f"{numbers}: this step was left out")
+        if self._skipped >= self._config.train.max_skipped:
+            self._drain()
+            raise DivergedError(
+                f"step {step}: {numbers}; {self._skipped} steps in a row were left out, and the run ends at its last "
+                "save. --resume --debug-nans names the operation; a smaller --learning-rate or --grad-clip may help"
+            )
+
+    def _write(self, **values: Any) -> float | None:
+        """One line of JSON, which has no word for nan or infinity: null stands for both; then as `_remember`."""
         finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        line = json.dumps(finite).encode() + b"\n"
+        self._unwritten += line
+        self._n_bytes += len(line)
+        self._hash.update(line)
+        return self._remember(finite)
 
+    def _remember(self, line: dict[str, Any]) -> float | None:
+        """Keep what later lines are compared with; the usual loss if that of this line leaps out."""
+        if evaluated := _evaluated(line):
+            self.scores.append(evaluated)
+            return None
+        self._skipped = self._skipped + 1 if line.get("skipped") else 0
+        return self._spikes.leap(math.nan if line["loss"] is None else line["loss"])
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    """The whole lines of a metrics file up to `step`; a line torn by a kill is beyond the last save."""
-    lines: list[str] = []
-    if path.exists():
-        for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), 1):
-            try:
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
-                    break
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(f"{path}, line {number} is no line of metrics: {line.strip()[:60]!r}") from error
-            lines.append(line)
-    return lines
-
-
-def _replace_lines(path: Path, lines: list[str]) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text("".join(lines), "utf-8")
-    partial.replace(path)
+    def _drain(self) -> OSError | None:
+        """Hand to the disk what it takes; what it said if that is not all."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            return error
+        return None
 
 
 def _evaluated(line: dict[str, Any]) -> Evaluated | None:

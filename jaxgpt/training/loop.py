@@ -3,19 +3,24 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import Config
 from jaxgpt.text import batches
-from jaxgpt.text.batches import Ids
+from jaxgpt.text.batches import Ids, Starts
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training.checkpoint import Checkpoints, abstract
 from jaxgpt.training.evaluate import Evaluation, estimate, evaluate
 from jaxgpt.training.interrupt import interruption
-from jaxgpt.training.journal import Evaluated, Event, Journal
+from jaxgpt.training.journal import DivergedError, Evaluated, Event, Journal, notify
+from jaxgpt.training.nans import blame
+from jaxgpt.training.recovery import newest_good
 from jaxgpt.training.run import Run
+from jaxgpt.training.saving import Saving
 from jaxgpt.training.step import TrainState, init_state, train_steps
 
 DEVICE_TOKENS = 2**28
@@ -42,7 +47,11 @@ class Summary:
 
 
 def fit(
-    run: Run, corpus: Corpus, watch: Callable[[Event], None] = lambda event: None, config: Config | None = None
+    run: Run,
+    corpus: Corpus,
+    watch: Callable[[Event], None] = lambda event: None,
+    config: Config | None = None,
+    debug_nans: bool = False,
 ) -> Summary:
     """Train `run` from its newest checkpoint, or from the start, to its last step; log, evaluate and save.
 
@@ -51,11 +60,12 @@ def fit(
 
     Args:
       config: takes the place of the run's own, where `start.resume` allowed it to differ.
+      debug_nans: end the run at the first step that comes to no number, and name the operation; slower.
 
     Raises:
-      RunError: another process holds the run, or its files do not belong together.
-      DivergedError: a loss is no longer a number; the checkpoints before it stand.
-      CheckpointError: a checkpoint cannot be read or written.
+      RunError: another process holds the run, its files do not belong together, or none of its steps is whole.
+      DivergedError: too many steps in a row came to no number; the checkpoints before them stand.
+      CheckpointError: the last checkpoint was not written, or any was not where the config says to stop then.
     """
     config, began = config or run.config, time.perf_counter()
     train_tokens, val_tokens = corpus.split(config.data.val_fraction)
@@ -72,34 +82,40 @@ def fit(
     with (
         run.exclusive(),
         interruption() as interrupted_by,
-        Checkpoints(run.checkpoints, config.train.keep) as checkpoints,
-        Journal(run, checkpoints.latest or 0, watch) as journal,
+        Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every) as checkpoints,
     ):
+        tell = partial(notify, run, watch)
+        found = newest_good(run, config, corpus, checkpoints, tell)
+        state = checkpoints.restore(found.step, like(config)) if found else init_state(config)
         if config != run.config:
             run = run.with_config(config)
-        state = restore_or_init(config, checkpoints)
         run.event("start", step=int(state.step), jax=jax.__version__, backend=jax.default_backend())
-        if not journal.scores:
-            journal.evaluated(*score(state))
-        stop = 0
-        for begin, end in chunks(config, int(state.step)):
-            state, metrics = train_steps(config, state, *feed(begin, end))
-            journal.trained(begin, metrics)
-            if due(config, end):
-                journal.flush()
+        n_bytes = found.about["metrics"]["bytes"] if found else 0
+        with Journal(run, n_bytes, partial(window_starts, config, len(train_tokens)), watch) as journal:
+            saving = Saving(run, config, corpus, checkpoints, journal)
+            if not journal.scores:
                 journal.evaluated(*score(state))
-            stop = interrupted_by() if end < config.train.steps else 0
-            if due(config, end) or stop:
+            stop = 0
+            for begin, end in chunks(config, int(state.step)):
+                before = jax.tree.map(jnp.copy, state) if debug_nans else None
+                state, metrics = train_steps(config, state, *(served := feed(begin, end)))
+                if before and not metrics.applied.all():
+                    raise DivergedError(blame(config, before, *served))
+                journal.trained(begin, metrics)
+                saving.look()
+                if due(config, end):
+                    journal.flush()
+                    journal.evaluated(*score(state))
+                stop = interrupted_by(end) if end < config.train.steps else 0
+                if due(config, end) or stop:
+                    saving.save(state, journal.scores[-1].evaluation.loss if due(config, end) else None)
+                if stop:
+                    break
+            if not stop and journal.scores[-1].step < int(state.step):  # interrupted, and its last step came nearer
+                journal.evaluated(*score(state))
                 journal.sync()
-                checkpoints.save(state, journal.scores[-1].evaluation.loss if due(config, end) else None)
-                run.event("save", step=end, tokens_per_second=journal.tokens_per_second)
-            if stop:
-                break
-        if not stop and journal.scores[-1].step < int(state.step):  # an interrupted run whose last step came nearer
-            journal.evaluated(*score(state))
-            journal.sync()
-        checkpoints.wait()
-        run.event("end", step=int(state.step), seconds=time.perf_counter() - began)
+            saving.end()
+            run.event("end", step=int(state.step), seconds=time.perf_counter() - began)
     seconds = time.perf_counter() - began
     return Summary(
         run,
@@ -112,11 +128,15 @@ def fit(
     )
 
 
-def restore_or_init(config: Config, checkpoints: Checkpoints) -> TrainState:
-    """The newest saved state, or the state at step 0 when nothing was saved yet."""
-    if checkpoints.latest is None:
-        return init_state(config)
-    return checkpoints.restore(checkpoints.latest, abstract(jax.eval_shape(init_state, config)))
+def like(config: Config) -> TrainState:
+    """The shapes and dtypes of a state of `config`, to restore one."""
+    return abstract(jax.eval_shape(init_state, config))
+
+
+def window_starts(config: Config, n_tokens: int, step: int) -> Starts:
+    """The starts (B,) of the windows that `step` (0-based) trains on."""
+    train = config.train
+    return batches.window_starts(train.seed, step, n_tokens, config.model.block_size, train.batch_size, train.sampling)
 
 
 def chunks(config: Config, step: int) -> Iterator[tuple[int, int]]:

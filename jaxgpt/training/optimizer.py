@@ -41,9 +41,10 @@ def decay_mask(params: Params) -> Params:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW with `learning_rate(config)`."""
+    """Clipping by global norm, then AdamW for a learning rate of 1: its updates are still to be scaled by
+    -`learning_rate(config)` of the step, so that a step which is left out does not hold the schedule back."""
     opt = config.optimizer
-    adamw = optax.adamw(
-        learning_rate(config), opt.beta1, opt.beta2, opt.eps, weight_decay=opt.weight_decay, mask=decay_mask
+    adamw = optax.chain(
+        optax.scale_by_adam(opt.beta1, opt.beta2, opt.eps), optax.add_decayed_weights(opt.weight_decay, decay_mask)
     )
     return optax.chain(optax.clip_by_global_norm(opt.grad_clip), adamw) if opt.grad_clip else adamw

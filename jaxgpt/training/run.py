@@ -60,7 +60,7 @@ class Run:
             disk.write_atomically(partial / "config.json", disk.seal(configs.to_tree(config)).encode())
             disk.write_atomically(partial / "tokens.json", disk.seal(corpus_meta).encode())
             partial.rename(path)
-            disk.sync_folder(runs_dir)
+            disk.sync(runs_dir)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process was first
                 raise cls._taken(path) from error
@@ -96,9 +96,9 @@ class Run:
           RunError: there is no such run, or its name is a link that leaves `runs_dir`.
         """
         path = Path(name).expanduser()
-        if not NAME.fullmatch(name) or not (runs_dir / name / "config.json").is_file():
-            if (path / "config.json").is_file():
-                return cls(path if path.name else path.resolve())
+        in_runs_dir = NAME.fullmatch(name) and (runs_dir / name / "config.json").is_file()
+        if not in_runs_dir and (path / "config.json").is_file():
+            return cls(path if path.name else path.resolve())
         return cls.named(runs_dir, name)
 
     @classmethod

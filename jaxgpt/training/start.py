@@ -5,18 +5,16 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt import nn
-from jaxgpt.config import Config, ModelConfig, UsageError, check, differences
+from jaxgpt import disk, nn
+from jaxgpt.config import Config, ModelConfig, UsageError, check
 from jaxgpt.text import corpus as corpora
 from jaxgpt.text.corpus import Corpus, CorpusError
 from jaxgpt.text.sources import NAMED
 from jaxgpt.text.tokenizer import Tokenizer
-from jaxgpt.training.checkpoint import Checkpoints, abstract, load_params
+from jaxgpt.training.checkpoint import CheckpointError, Checkpoints, DamagedError, abstract
+from jaxgpt.training.recovery import require_same
 from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.step import init_state
-
-MAY_CHANGE = {"steps", "scan_steps", "eval_every", "eval_batches", "keep"}
-"""What a resume may change: how long, and how often to look; not what is computed."""
 
 
 def start(config: Config, name: str, runs_dir: Path, data_dir: Path) -> tuple[Run, Corpus]:
@@ -27,34 +25,23 @@ def start(config: Config, name: str, runs_dir: Path, data_dir: Path) -> tuple[Ru
     """
     check(config)
     Run.require_free(runs_dir, name)
+    disk.require_writable(runs_dir, "--runs-dir")
     corpus = _prepare(config, data_dir)
     config = resolve(config, corpus)
     return Run.create(runs_dir, name, config, corpus.meta), corpus
 
 
 def resume(config: Config, run: Run, data_dir: Path) -> Corpus:
-    """The tokens of `run`, to `fit` it with under `config`, which may differ from its own in MAY_CHANGE only.
+    """The tokens of `run`, to `fit` it with under `config`, which may differ from its own in what a resume may change.
 
     Raises:
-      RunError: `config` changes what the run computes (each such field is named), or the run's checkpoints are gone.
+      RunError: `config` changes what the run computes (each such field is named), or ends before the run stands.
       CorpusError: the tokens that it learnt from are not to be had.
     """
     check(config)
-    refused = [
-        f"  {name}: {was!r} in the run, {now!r} asked for"
-        for name, was, now in differences(run.config, config)
-        if name not in MAY_CHANGE
-    ]
-    if refused:
-        raise RunError(
-            f"run {run.path.name!r} cannot go on with another\n" + "\n".join(refused) + "\n"
-            f"a resume may change {', '.join(sorted(MAY_CHANGE))}; for the rest start a new run: --run OTHER-NAME"
-        )
+    require_same(run, run.config, config)
     with Checkpoints(run.checkpoints) as checkpoints:
         done = checkpoints.latest
-    saves = sum(event["event"] == "save" for event in run.events())
-    if done is None and saves > 1:  # the first may have been under way when the process died
-        raise RunError(f"run {run.path.name!r} was saved {saves} times, but {run.checkpoints} holds no checkpoint")
     if done and done > config.train.steps:
         raise RunError(f"run {run.path.name!r} is at step {done} already, beyond the {config.train.steps} asked for")
     return corpus_of(run, data_dir)
@@ -118,9 +105,13 @@ def load_checkpoint(run: Run, which: str = "best") -> tuple[int, nn.Params]:
       RunError: nothing was saved yet.
       CheckpointError: the checkpoint is damaged.
     """
-    with Checkpoints(run.checkpoints) as checkpoints:
-        step = checkpoints.best if which == "best" else checkpoints.latest
-    if step is None:
-        raise RunError(f"run {run.path.name!r} has no checkpoint yet: jaxgpt train --run {run.path.name} --resume")
-    like = jax.eval_shape(init_state, run.config).params
-    return step, load_params(run.checkpoints, step, abstract(like))
+    like = abstract(jax.eval_shape(init_state, run.config).params)
+    try:
+        with Checkpoints(run.checkpoints) as checkpoints:
+            step = checkpoints.best if which == "best" else checkpoints.latest
+            if step is not None:
+                return step, checkpoints.restore_params(step, like)
+    except DamagedError as error:
+        other = "last" if which == "best" else "best"
+        raise CheckpointError(f"the {which} checkpoint is damaged: {error}; perhaps --checkpoint {other}") from error
+    raise RunError(f"run {run.path.name!r} has no checkpoint yet: jaxgpt train --run {run.path.name} --resume")

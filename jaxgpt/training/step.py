@@ -28,11 +28,12 @@ class TrainState:
 
 
 class Metrics(NamedTuple):
-    """What a step reports, float32 scalars."""
+    """What a step reports: scalars, float32 but for the last."""
 
     loss: jax.Array  # nats per token, of the batch before the update
     grad_norm: jax.Array  # global, before clipping
     learning_rate: jax.Array
+    applied: jax.Array  # bool: False where the loss, a gradient or an update was no finite number
 
 
 @partial(jax.jit, static_argnums=0)
@@ -43,15 +44,27 @@ def init_state(config: Config) -> TrainState:
 
 
 def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """One optimizer step on `batch` ((B, T) inputs and targets), pure and traceable."""
+    """One optimizer step on `batch` ((B, T) inputs and targets), pure and traceable.
+
+    Where the loss, a gradient or an update is not finite, the step is counted but not applied: parameters and
+    optimizer state stay as they are, bit for bit. So a finite state is followed by finite states only.
+    """
     dropout_key = None
     if config.model.dropout:
         dropout_key = jax.random.fold_in(stream_key(config, DROPOUT), state.step)
     loss, grads = loss_and_grads(config, state.params, batch, dropout_key)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = Metrics(loss, optax.tree.norm(grads), jnp.float32(learning_rate(config)(state.step)))
-    return TrainState(state.step + 1, params, opt_state), metrics
+    rate = jnp.float32(learning_rate(config)(state.step))
+    updates = jax.tree.map(lambda u: -rate * u, updates)
+    # A finite global norm bounds each entry by 2e19, so neither Adam's squares nor the sums below can overflow.
+    grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
+    applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+    params, opt_state = jax.tree.map(
+        partial(jnp.where, applied),
+        (optax.apply_updates(state.params, updates), opt_state),
+        (state.params, state.opt_state),
+    )
+    return TrainState(state.step + 1, params, opt_state), Metrics(loss, grad_norm, rate, applied)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.training.checkpoint import CheckpointError, Checkpoints, abstract, load_params
+from jaxgpt import disk
+from jaxgpt.training.checkpoint import CheckpointError, Checkpoints, DamagedError, abstract
 from jaxgpt.training.step import TrainState, init_state
 
 
@@ -26,7 +27,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, state):
         assert checkpoints.latest == 7
         restored = checkpoints.restore(7, abstract(jax.eval_shape(lambda: state)))
     jax.tree.map(np.testing.assert_array_equal, restored, at(state, 7))
-    params = load_params(tmp_path, 7, abstract(state.params))
+    params = Checkpoints(tmp_path).restore_params(7, abstract(state.params))
     jax.tree.map(np.testing.assert_array_equal, params, restored.params)
 
 
@@ -45,7 +46,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, state):
 def test_a_run_that_was_never_evaluated_has_its_newest_as_best(tmp_path, state):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(at(state, 5), None)
-        checkpoints.wait()
+        checkpoints.settle(wait=True)
         assert checkpoints.best == 5
 
 
@@ -53,7 +54,7 @@ def test_saving_a_step_again_changes_nothing(tmp_path, state):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(at(state, 5), 1.0)
         checkpoints.save(at(state, 5), 2.0)
-        checkpoints.wait()
+        checkpoints.settle(wait=True)
         assert checkpoints.steps == [5]
 
 
@@ -69,45 +70,131 @@ def test_donating_the_state_after_save_does_no_harm(tmp_path, state):
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
 
 
-def test_reading_leaves_an_unfinished_save_of_another_process_alone(tmp_path, state):
+def test_what_a_killed_save_left_is_removed_by_the_next_writer_only(tmp_path, state):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(at(state, 5), None)
-    unfinished = tmp_path / "6.orbax-checkpoint-tmp"
-    shutil.copytree(tmp_path / "5", unfinished)
+        checkpoints.save(at(state, 5))
+    for name in (".6.abcd.part", ".6.abcd.part.orbax-checkpoint-tmp"):
+        shutil.copytree(tmp_path / "5", tmp_path / name)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == [5]
-    assert unfinished.exists()
-
-
-def test_what_cannot_be_read_is_named(tmp_path, state, tiny, change):
+    assert len(list(tmp_path.iterdir())) == 3
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(at(state, 5), None)
-    other = init_state(change(tiny, n_embd=32))
+        assert checkpoints.steps == [5]
+    assert [path.name for path in tmp_path.iterdir()] == ["5"]
+
+
+def test_every_so_manieth_is_kept_too(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1, keep_every=20) as checkpoints:
+        for step in range(10, 80, 10):
+            checkpoints.save(at(state, step))
+    assert Checkpoints(tmp_path).steps == [20, 40, 60, 70]
+
+
+def test_what_does_not_fit_is_named(tmp_path, state, tiny, change):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 5))
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(CheckpointError, match=f"step 9 in {tmp_path} cannot be read"):
+        with pytest.raises(CheckpointError, match=r"step 9 is not in .*; \[5\] are"):
             checkpoints.restore(9, abstract(state))
-        with pytest.raises(CheckpointError, match="step 5"):
-            checkpoints.restore(5, abstract(other))
-    shutil.rmtree(tmp_path / "5" / "state")
-    with pytest.raises(CheckpointError, match="step 5"):
-        load_params(tmp_path, 5, abstract(state.params))
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.restore(5, abstract(init_state(change(tiny, n_embd=32))))
+        assert "params/h_0/attn/c_proj/bias: float32[16] in the checkpoint, float32[32] expected" in str(caught.value)
+        half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), state.params)
+        with pytest.raises(CheckpointError, match=r"float32\[16\] in the checkpoint, bfloat16\[16\] expected"):
+            checkpoints.restore_params(5, half)
 
 
-def test_a_failed_save_is_told(tmp_path, state, monkeypatch):
-    with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
-        class Failed:
-            def result(self):
-                raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoints._checkpointer, "save_async", lambda *_, **__: Failed())
-        checkpoints.save(at(state, 5), None)
-        with pytest.raises(CheckpointError, match="No space left on device"):
-            checkpoints.wait()
+def flip(path):
+    data = bytearray(path.read_bytes())
+    if not data:
+        path.write_bytes(b"x")
+        return
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
-        def refuse(*_, **__):
-            raise OSError(30, "Read-only file system")
 
-        monkeypatch.setattr(checkpoints._checkpointer, "save_async", refuse)
-        with pytest.raises(CheckpointError, match=r"step 5 was not saved.*Read-only"):
-            checkpoints.save(at(state, 5), None)
+def truncate(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] if data else b"x")
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, lambda path: path.unlink()], ids=["flip", "truncate", "delete"])
+def test_harm_to_any_file_is_seen_and_the_file_named(tmp_path, state, harm):
+    with Checkpoints(tmp_path / "whole", keep=1) as checkpoints:
+        checkpoints.save(at(state, 5), 1.0)
+    names = files(tmp_path / "whole" / "5")
+    assert "manifest.json" in names
+    assert len(names) > 5
+    for name in names:
+        copy = tmp_path / "copy"
+        shutil.copytree(tmp_path / "whole", copy)
+        harm(copy / "5" / name)
+        for load in (
+            lambda c=copy: Checkpoints(c).restore(5, abstract(state)),
+            lambda c=copy: Checkpoints(c).restore_params(5, abstract(state.params)),
+        ):
+            with pytest.raises(DamagedError) as caught:
+                load()
+            assert str(copy / "5" / name) in str(caught.value)
+        shutil.rmtree(copy)
+
+
+def test_a_damaged_step_is_set_aside_and_its_number_free_again(tmp_path, state):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for _ in range(2):
+            checkpoints.save(at(state, 5), 1.0)
+            checkpoints.settle(wait=True)
+            checkpoints.set_aside(5)
+        checkpoints.save(at(state, 5), 2.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "5.damaged", "5.damaged1"]
+    assert Checkpoints(tmp_path).best == 5
+
+
+def test_a_damaged_manifest_does_not_stop_later_saves_nor_lose_its_step(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 5))
+        checkpoints.settle(wait=True)
+        flip(tmp_path / "5" / "manifest.json")
+        checkpoints.save(at(state, 6))
+        checkpoints.save(at(state, 7))
+    assert Checkpoints(tmp_path).steps == [5, 7]
+    with pytest.raises(DamagedError):
+        _ = Checkpoints(tmp_path).best
+
+
+def test_a_checkpoint_of_another_program_is_refused(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 5))
+    path = tmp_path / "5" / "manifest.json"
+    tree = disk.unseal(path.read_bytes())
+    path.write_text(disk.seal({**tree, "program": "another"}))
+    with pytest.raises(DamagedError, match="expected 'jaxgpt checkpoint 1', step 5, found 'another'"):
+        Checkpoints(tmp_path).manifest(5)
+    path.write_text(disk.seal(tree))
+    (tmp_path / "5").rename(tmp_path / "6")
+    with pytest.raises(DamagedError, match="step 6, found 'jaxgpt checkpoint 1', step 5"):
+        Checkpoints(tmp_path).manifest(6)
+
+
+def test_a_failed_save_is_told_leaves_nothing_and_does_not_stop_the_next(tmp_path, state, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr("jaxgpt.disk.sync", full)
+            checkpoints.save(at(state, 5))
+            with pytest.raises(CheckpointError, match=r"step 5 was not saved in .*No space left on device"):
+                checkpoints.settle(wait=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("jaxgpt.training.checkpoint.ocp.save_async", lambda *_: full())
+            with pytest.raises(CheckpointError, match=r"step 6 was not saved in .*No space left on device"):
+                checkpoints.save(at(state, 6))
+        assert list(tmp_path.iterdir()) == []
+        checkpoints.save(at(state, 7))
+        assert checkpoints.settle(wait=True) == 7
+        assert checkpoints.settle() is None

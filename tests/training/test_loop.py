@@ -1,22 +1,26 @@
 """The laws of a run: equal runs are equal, ended and resumed ones too, and looking changes nothing."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgpt import config as configs
+from jaxgpt.text import batches
 from jaxgpt.text import corpus as corpora
-from jaxgpt.training import loop
+from jaxgpt.training import loop, nans, step
 from jaxgpt.training.checkpoint import Checkpoints, abstract
 from jaxgpt.training.interrupt import interruption
-from jaxgpt.training.journal import DivergedError, Evaluated, Progress
+from jaxgpt.training.journal import DivergedError, Evaluated, Notice, Progress
 from jaxgpt.training.loop import fit
 from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.start import resolve, start
@@ -101,9 +105,10 @@ def test_lines_are_on_disk_before_the_save_that_follows_them(tiny, new_run, monk
     run, corpus = new_run("one", tiny)
     save, seen = Checkpoints.save, []
 
-    def look_then_save(checkpoints, state, val_loss):
+    def look_then_save(checkpoints, state, val_loss, about):
         seen.append((int(state.step), run.metrics()[-1]["step"]))
-        save(checkpoints, state, val_loss)
+        assert about["metrics"]["bytes"] == run.metrics_file.stat().st_size
+        save(checkpoints, state, val_loss, about)
 
     monkeypatch.setattr(Checkpoints, "save", look_then_save)
     fit(run, corpus)
@@ -166,19 +171,95 @@ def test_an_interrupted_run_whose_end_is_moved_to_where_it_stands_is_scored_ther
     assert [scored.step for scored in again.scores] == [0, 10]
 
 
-def test_a_run_that_diverges_keeps_its_good_checkpoint(tiny, new_run, change, monkeypatch):
+@pytest.fixture
+def poisoned(monkeypatch):
+    """poisoned(steps): from now on, the loss of these steps (from 1) is no number."""
+
+    def poison(*numbers):
+        honest = step.train_step
+
+        def train_step(config, state, batch):
+            with monkeypatch.context() as patch:
+                bad = jnp.isin(state.step + 1, jnp.array(numbers))
+                loss = step.nn.cross_entropy
+                patch.setattr(step.nn, "cross_entropy", lambda *args: loss(*args) + jnp.log(jnp.where(bad, -1.0, 1.0)))
+                return honest(config, state, batch)
+
+        monkeypatch.setattr(step, "train_step", train_step)
+        monkeypatch.setattr(nans, "train_step", train_step)
+
+        @partial(jax.jit, static_argnums=0, donate_argnums=1)
+        def train_steps(config, state, tokens, starts):
+            return step.train_steps.__wrapped__(config, state, tokens, starts)
+
+        monkeypatch.setattr(loop, "train_steps", train_steps)
+
+    return poison
+
+
+def test_a_step_without_a_number_is_left_out_and_written_down(tiny, new_run, poisoned):
+    whole = fit(*new_run("whole", tiny)).run
+    poisoned(13)
+    events = []
+    run = fit(*new_run("one", tiny), events.append).run
+    lines, before = ([line for line in each.metrics() if "loss" in line] for each in (run, whole))
+    assert lines[:12] == before[:12]
+    assert lines[12]["skipped"]
+    assert lines[12]["loss"] is None
+    assert lines[12]["learning_rate"] == before[12]["learning_rate"]
+    assert len(lines[12]["window_starts"]) == tiny.train.batch_size
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert not any("skipped" in line for line in lines[:12] + lines[13:])
+    assert all(math.isfinite(line["loss"]) for line in lines[13:])
+    (notice,) = (event for event in events if isinstance(event, Notice))
+    assert (notice.kind, notice.step) == ("skip", 13)
+    assert "left out" in notice.text
+    assert [event["step"] for event in run.events() if event["event"] == "skip"] == [13]
+
+
+def test_the_windows_of_a_skipped_step_are_those_that_it_saw(tiny, new_run, poisoned):
+    poisoned(3)
     run, corpus = new_run("one", tiny)
-    train_steps = loop.train_steps
+    fit(run, corpus)
+    (line,) = (line for line in run.metrics() if line.get("skipped"))
+    starts = batches.window_starts(
+        tiny.train.seed, 2, len(corpus.split(0.1)[0]), tiny.model.block_size, tiny.train.batch_size
+    )
+    assert line["window_starts"] == starts.tolist()
 
-    def poisoned(config, state, tokens, starts):
-        state, metrics = train_steps(config, state, tokens, starts)
-        return state, metrics if int(state.step) <= 10 else metrics._replace(loss=metrics.loss * float("nan"))
 
-    monkeypatch.setattr(loop, "train_steps", poisoned)
-    with pytest.raises(DivergedError, match="step 11: loss nan"):
+@pytest.mark.parametrize("resumed_after", [None, 10])
+def test_too_many_in_a_row_end_the_run_at_its_last_save(tiny, change, new_run, poisoned, resumed_after):
+    poisoned(6, 9, 10, 11, 12)
+    run, corpus = new_run("one", change(tiny, max_skipped=4))
+    if resumed_after:  # the row is counted across a resume
+        with pytest.raises(Stop):
+            fit(run, corpus, stop_after(resumed_after))
+    with pytest.raises(DivergedError, match=r"step 12: loss nan.* 4 steps in a row were left out"):
         fit(run, corpus)
     with Checkpoints(run.checkpoints) as checkpoints:
         assert checkpoints.steps == [10]
+    for leaf in jax.tree.leaves(last_state(run)):
+        assert np.isfinite(leaf).all()
+    assert run.metrics()[-1]["step"] == 12
+
+
+def test_debugging_names_the_step_and_the_operation(tiny, new_run, poisoned):
+    poisoned(13)
+    run, corpus = new_run("one", tiny)
+    with pytest.raises(DivergedError, match=r"step 13: loss nan.*nan generated by primitive: log"):
+        fit(run, corpus, debug_nans=True)
+    with Checkpoints(run.checkpoints) as checkpoints:
+        assert checkpoints.steps == [10]
+
+
+def test_a_number_that_grows_beyond_float32_is_never_saved(tiny, change, new_run):
+    run, corpus = new_run("one", change(tiny, learning_rate=1e38, warmup_steps=0, schedule="constant"))
+    with pytest.raises(DivergedError, match=r"step 5: .* 5 steps in a row"):
+        fit(run, corpus)
+    assert run.events()[1]["event"] == "skip"
+    with Checkpoints(run.checkpoints) as checkpoints:
+        assert checkpoints.steps == []
 
 
 def test_a_run_in_use_is_left_as_it_is(tiny, new_run, change):
@@ -194,9 +275,9 @@ def test_a_first_signal_is_noted_and_a_second_one_acts(number):
     before = signal.signal(number, lambda *_: heard.append("second"))
     try:
         with interruption() as interrupted_by:
-            assert interrupted_by() == 0
+            assert interrupted_by(1) == 0
             os.kill(os.getpid(), number)
-            assert interrupted_by() == number
+            assert interrupted_by(2) == number
             assert heard == []
             os.kill(os.getpid(), number)
             assert heard == ["second"]
@@ -212,7 +293,7 @@ def test_in_another_thread_nothing_is_noted():
 
     def ask():
         with interruption() as interrupted_by:
-            told.append(interrupted_by())
+            told.append(interrupted_by(1))
 
     thread = threading.Thread(target=ask)
     thread.start()

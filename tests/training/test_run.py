@@ -93,7 +93,7 @@ def test_a_link_that_leaves_the_runs_folder_is_no_run_of_it(run, tmp_path):
     (tmp_path / "runs" / "two").symlink_to(elsewhere.path)
     (tmp_path / "runs" / "dangling").symlink_to(tmp_path / "nowhere")
     for find in (Run.open, Run.named):
-        with pytest.raises(RunError, match="is a link to .*elsewhere/two: name that folder itself"):
+        with pytest.raises(RunError, match=r"is a link to .*elsewhere/two: name that folder itself"):
             find(tmp_path / "runs", "two")
     for name in ("two", "dangling"):
         with pytest.raises(RunError, match="exists"):

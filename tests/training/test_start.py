@@ -90,7 +90,9 @@ def test_best_and_last_checkpoints(config, folders):
     assert load_checkpoint(run, "last")[0] == 10
     assert load_checkpoint(run, "best")[0] == done.best.step
     (run.checkpoints / "10" / "state" / "_METADATA").unlink()
-    with pytest.raises(CheckpointError, match="step 10"):
+    with pytest.raises(
+        CheckpointError, match=r"the last checkpoint is damaged: .*_METADATA is missing; perhaps --checkpoint best"
+    ):
         load_checkpoint(run, "last")
 
 
@@ -104,19 +106,6 @@ def test_a_run_made_longer_equals_one_that_was_longer_from_the_start(config, cha
     unbroken, corpus = start(change(config, steps=20, decay_steps=10), "long", *folders)
     fit(unbroken, corpus)
     assert run.metrics_file.read_bytes() == unbroken.metrics_file.read_bytes()
-
-
-def test_a_run_whose_checkpoints_are_gone_does_not_start_again_from_nothing(config, folders):
-    run, corpus = start(config, "one", *folders)
-    fit(run, corpus)
-    before = run.metrics_file.read_bytes()
-    shutil.rmtree(run.checkpoints)
-    with pytest.raises(RunError, match=r"was saved 2 times, but .* holds no checkpoint"):
-        resume(run.config, run, folders[1])
-    assert run.metrics_file.read_bytes() == before
-    with pytest.raises(RunError, match="no checkpoint yet"):
-        load_checkpoint(run)
-    assert not run.checkpoints.exists(), "reading makes nothing"
 
 
 def test_the_texts_path_is_kept_whole(config, change, folders, verse, monkeypatch, tmp_path):

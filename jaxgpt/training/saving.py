@@ -1,0 +1,72 @@
+"""Saves that are told of: in the diary when they are whole, loudly when they failed."""
+
+from jaxgpt.config import Config
+from jaxgpt.text.corpus import Corpus
+from jaxgpt.training.checkpoint import CheckpointError, Checkpoints
+from jaxgpt.training.journal import Journal
+from jaxgpt.training.recovery import about
+from jaxgpt.training.run import Run
+from jaxgpt.training.step import TrainState
+
+
+class Saving:
+    """The saves of a run in training: first the lines of metrics.jsonl, then the state."""
+
+    def __init__(self, run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, journal: Journal):
+        self._run, self._config, self._corpus = run, config, corpus
+        self._checkpoints, self._journal = checkpoints, journal
+        self._step = 0
+        self._failure: CheckpointError | None = None
+
+    def save(self, state: TrainState, val_loss: float | None) -> None:
+        """Start to save `state`, the last save having ended.
+
+        Raises:
+          CheckpointError: that one or this one failed, and the config says to stop.
+        """
+        self.look(wait=True)
+        self._step = int(state.step)
+        try:
+            try:
+                self._journal.sync()
+            except OSError as error:
+                raise CheckpointError(f"{self._run.metrics_file} takes no more lines: {error.strerror}") from error
+            said = about(self._config, self._corpus.meta, self._journal.position)
+            self._checkpoints.save(state, val_loss, said)
+        except CheckpointError as error:
+            self._failed(error)
+
+    def look(self, wait: bool = False) -> None:
+        """Tell how the last save ended, if it has (or `wait` until then).
+
+        Raises:
+          CheckpointError: as `save`.
+        """
+        try:
+            step = self._checkpoints.settle(wait)
+        except CheckpointError as error:
+            self._failed(error)
+            return
+        if step is not None:
+            self._failure = None
+            self._run.event("save", step=step, tokens_per_second=self._journal.tokens_per_second)
+
+    def end(self) -> None:
+        """Wait for the last save.
+
+        Raises:
+          CheckpointError: it failed: what was learnt since the one before is not on disk.
+        """
+        self.look(wait=True)
+        if self._failure:
+            raise CheckpointError(f"{self._failure}; {self._stands()}: make room, then resume the run")
+
+    def _failed(self, error: CheckpointError) -> None:
+        self._failure = error
+        if self._config.train.on_save_error == "stop":
+            raise CheckpointError(f"{error}; {self._stands()}, and the run ends, as --on-save-error says") from error
+        self._journal.notice("save-failed", self._step, f"{error}; {self._stands()}, and training goes on")
+
+    def _stands(self) -> str:
+        latest = self._checkpoints.latest
+        return "no step is saved yet" if latest is None else f"step {latest} is saved"
