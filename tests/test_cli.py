@@ -196,7 +196,7 @@ def test_too_much_memory_is_told(call, monkeypatch):
     def exhaust(args):
         raise MemoryError("12 TiB")
 
-    monkeypatch.setitem(cli.VERBS, "recipes", exhaust)
+    monkeypatch.setattr("jaxgpt.cli.list_recipes.run", exhaust)
     code, _, err = call("recipes")
     assert code == 1
     assert "out of memory: 12 TiB" in err
@@ -206,7 +206,7 @@ def test_interrupted_before_anything_was_done(call, monkeypatch):
     def interrupt(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "recipes", interrupt)
+    monkeypatch.setattr("jaxgpt.cli.list_recipes.run", interrupt)
     assert call("recipes")[0] == 130
 
 

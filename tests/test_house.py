@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import jaxgpt
+from jaxgpt.cli import VERBS
 
 PACKAGE = Path(jaxgpt.__file__).parent
 BELOW = {
@@ -54,6 +55,7 @@ def test_imports_run_downwards(path):
         ("flax", {"nn"}),
         ("orbax", {"training"}),
         ("rich", {"report", "cli"}),
+        ("tyro", {"cli"}),
         ("matplotlib", {"report"}),
         *((library, {"text"}) for library in ("tiktoken", "tokenizers", "pyarrow")),
     ],
@@ -80,6 +82,8 @@ def test_heavy_imports_wait_for_their_use():
     heavy += ("tiktoken", "tokenizers", "pyarrow")
     assert loaded_after("import jaxgpt", *heavy) == []
     assert loaded_after("from jaxgpt.cli import run_verb; run_verb(['--help'])", *heavy) == []
+    verbs = ", ".join(f"jaxgpt.cli.{module}" for module, _ in VERBS.values())
+    assert "jax" not in loaded_after(f"import {verbs}", *heavy), "a verb's help waits for no JAX"
     assert loaded_after("import jaxgpt.text.corpus, jaxgpt.text.batches", *heavy) == ["numpy"]
     assert loaded_after("import jaxgpt.report.progress", "jax") == []
     assert "orbax" not in loaded_after("import jaxgpt; jaxgpt.train_steps; jaxgpt.generate", *heavy)

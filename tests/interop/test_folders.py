@@ -121,6 +121,7 @@ def test_the_hub_is_asked_for_the_files_that_are_read(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_command_makes_its_config_again(name, change):
     from jaxgpt import cli
+    from jaxgpt.cli import train
 
     config = change(RECIPES[name].config, dropout=0.25, bias=True, corpus="a b.txt", seed=7)
     words = command(config)
@@ -128,9 +129,9 @@ def test_a_command_makes_its_config_again(name, change):
     import shlex
 
     given = []
-    original, cli._fit = cli._fit, lambda args, existing: given.append(args) or 0
+    original, train._fit = train._fit, lambda args, existing: given.append(args) or 0
     try:
         cli.run_verb(shlex.split(words)[1:])
     finally:
-        cli._fit = original
+        train._fit = original
     assert given[0].config == config

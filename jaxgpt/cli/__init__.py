@@ -1,0 +1,71 @@
+"""`jaxgpt <verb>`: each verb parses, calls, prints. Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
+
+Each verb is a module whose `run` takes the words after the verb and gives the exit code. What is slow to import waits:
+the module until its verb is named, JAX until the words are understood.
+"""
+
+import difflib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from jaxgpt.config import UsageError
+
+VERBS = {  # its module, and its line in the overview
+    "prepare": ("prepare", "Turn a text into tokens.bin and tokens.json."),
+    "train": ("train", "Train a recipe, or resume a run."),
+    "sample": ("sample", "Write text with a trained run."),
+    "eval": ("evaluate", "Score a run on a whole split."),
+    "import-gpt2": ("import_gpt2", "Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune."),
+    "export": ("export", "Write a run as a folder that transformers loads."),
+    "lecture": ("lecture", "Climb the lecture's ladder, from a uniform guess to the transformer."),
+    "recipes": ("list_recipes", "List the recipes."),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line `argv` (that of the process by default) and exit."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    sys.exit(run_verb(sys.argv[1:] if argv is None else argv))
+
+
+def run_verb(argv: Sequence[str]) -> int:
+    """The exit code of `jaxgpt *argv`; errors that a person can mend are printed without a traceback."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if argv else 2
+    verb, args = argv[0], list(argv[1:])
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        return _complain(f"no verb {verb!r}{hint}\n{overview()}", 2)
+    module, _ = VERBS[verb]
+    try:
+        return import_module(f"jaxgpt.cli.{module}").run(args)
+    except UsageError as error:
+        return _complain(str(error), 2)
+    except BrokenPipeError:  # whoever read the output has gone; let the interpreter's last flush find no fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError as error:
+        return _complain(f"out of memory: {error}; try a smaller --batch-size or a smaller model", 1)
+    except (OSError, RuntimeError) as error:
+        return _complain(str(error), 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+
+
+def overview() -> str:
+    """What `jaxgpt --help` prints."""
+    lines = [f"  {verb:<13}{line}" for verb, (_, line) in VERBS.items()]
+    return "usage: jaxgpt VERB ...\n\n" + "\n".join(lines) + "\n\njaxgpt VERB --help tells the options of a verb."
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"jaxgpt: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,40 @@
+"""`jaxgpt eval`: a run to its score."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from jaxgpt.cli.options import Checkpoint, Folders, RunName, parse
+from jaxgpt.config import UsageError
+
+
+@dataclass(frozen=True)
+class Eval:
+    run: RunName
+    split: Literal["val", "train"] = "val"
+    """Which part of the text to score."""
+    checkpoint: Checkpoint = "best"
+    eval_batches: int = 200
+    """Random batches in the nanoGPT-style estimate; 0 leaves it out."""
+    folders: Folders = field(default_factory=Folders)
+
+
+def run(args: list[str]) -> int:
+    given = parse(Eval, args, "eval")
+    from jaxgpt.report.terminal import describe
+    from jaxgpt.training.evaluate import estimate, evaluate
+    from jaxgpt.training.run import Run
+    from jaxgpt.training.start import corpus_of, load_checkpoint
+
+    if given.eval_batches < 0:
+        raise UsageError(f"eval_batches is {given.eval_batches}, expected 0 or more")
+    run = Run.open(given.folders.runs_dir, given.run)
+    corpus = corpus_of(run, given.folders.data_dir)
+    step, params = load_checkpoint(run, given.checkpoint)
+    tokens = corpus.split(run.config.data.val_fraction)[given.split == "val"]
+    result = evaluate(run.config.model, params, tokens, corpus.tokenizer)
+    print(f"{run.path.name}, step {step:,}, {given.split} split, {result.n_tokens:,} tokens predicted")
+    print(f"  {describe(result)}")
+    if given.eval_batches:
+        config = replace(run.config, train=replace(run.config.train, eval_batches=given.eval_batches))
+        print(f"  estimate by {given.eval_batches} random batches: {estimate(config, params, tokens, step):.4f}")
+    return 0

@@ -1,0 +1,44 @@
+"""What verbs share: options, how they are read, and the command line to type next."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from jaxgpt.cli import VERBS
+
+RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Name of a run, or its folder.")]
+Checkpoint = Annotated[
+    Literal["best", "last"], tyro.conf.arg(help="The checkpoint of lowest validation loss, or the newest.")
+]
+RunsDir = Annotated[Path, tyro.conf.arg(help="Folder of all runs.")]
+DataDir = Annotated[Path, tyro.conf.arg(help="Folder of all prepared corpora.")]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Folders:
+    runs_dir: RunsDir = Path("runs")
+    data_dir: DataDir = Path("data")
+
+
+def parse(kind: type[T], args: list[str], command: str, about: str | None = None, **kwargs: Any) -> T:
+    """`args`, the options of `jaxgpt COMMAND`, as a `kind`; its help says `about`, by default the verb's line."""
+    if about is None:
+        _, about = VERBS[command]
+    config = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(kind, args=args, prog=f"jaxgpt {command}", description=about, config=config, **kwargs)
+
+
+def words(verb: str, run: Path, folders: Folders, *flags: str) -> str:
+    """The command line that does `verb` with the run in `run`, to be pasted in the folder where this one was typed."""
+    named = ["--run", run.name] if verb == "train" else [run.name]
+    line = ["jaxgpt", verb, *named, *flags]
+    if run.parent != Path("runs"):
+        line += ["--runs-dir", str(run.parent)]
+    if verb == "train" and folders.data_dir != Path("data"):
+        line += ["--data-dir", str(folders.data_dir)]
+    return shlex.join(line)

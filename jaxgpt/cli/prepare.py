@@ -1,0 +1,49 @@
+"""`jaxgpt prepare`: a text to tokens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from jaxgpt.cli.options import DataDir, parse
+
+
+@dataclass(frozen=True)
+class Prepare:
+    corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
+    """python-docs, python-stdlib, shakespeare, or a file or folder of UTF-8, .jsonl or .parquet."""
+    tokenizer: str = "char"
+    """char, ascii, byte, gpt2, bpe:SIZE (learnt from the text, such as bpe:4096), or a tokens.json whose vocabulary
+    is to be used again."""
+    unknown: Literal["error", "skip"] = "error"
+    """What to do with a character outside the vocabulary."""
+    column: str = "text"
+    """Which column of a .jsonl or .parquet file holds the text."""
+    data_dir: DataDir = Path("data")
+
+
+def run(args: list[str]) -> int:
+    given = parse(Prepare, args, "prepare")
+    from rich.console import Console
+
+    from jaxgpt.report.progress import patient_bar
+    from jaxgpt.text import corpus as corpora
+
+    with patient_bar(Console(stderr=True)) as progress:
+        done = corpora.prepare(
+            given.corpus,
+            given.tokenizer,
+            unknown=given.unknown,
+            data_dir=given.data_dir,
+            column=given.column,
+            progress=progress,
+        )
+    meta = done.corpus.meta
+    print(done.corpus.summary)
+    for note in meta.get("notes", []):
+        print(f"  {note}")
+    if meta.get("skipped_characters"):
+        print(f"  skipped {meta['skipped_characters']:,} characters outside the vocabulary")
+    print(f"{'found in' if done.reused else 'written to'} {done.folder} in {done.seconds:.2f} s")
+    return 0

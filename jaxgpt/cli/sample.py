@@ -1,0 +1,65 @@
+"""`jaxgpt sample`: a run to text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxgpt.cli.options import Checkpoint, RunName, RunsDir, parse
+
+
+@dataclass(frozen=True)
+class Sample:
+    run: RunName
+    prompt: str | None = None
+    """What to continue; of a long one the last block_size tokens are seen. None: a line feed."""
+    tokens: int = 500
+    """How many tokens to write."""
+    temperature: float = 0.8
+    """Below 1 sharper, above 1 flatter, 0 always the most likely token."""
+    top_k: int = 0
+    """Draw from the k most likely tokens only; 0 from all."""
+    seed: int = 1337
+    """The same seed writes the same text."""
+    samples: int = 1
+    """How many texts to write."""
+    checkpoint: Checkpoint = "best"
+    unknown: Literal["error", "skip"] = "error"
+    """What to do with a character of the prompt outside the vocabulary."""
+    runs_dir: RunsDir = Path("runs")
+
+
+def run(args: list[str]) -> int:
+    given = parse(Sample, args, "sample")
+    from jaxgpt.sampling.write import write
+
+    config, params, tokenizer = _load_model(given.run, given.runs_dir, given.checkpoint)
+    texts = write(
+        config,
+        params,
+        tokenizer,
+        given.prompt,
+        given.tokens,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        seed=given.seed,
+        samples=given.samples,
+        unknown=given.unknown,
+    )
+    for i, pieces in enumerate(texts):
+        if i:
+            print("-" * 40)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    return 0
+
+
+def _load_model(name: str, runs_dir: Path, checkpoint: str) -> Any:
+    """(model config, params, tokenizer) of a run or of an exported folder."""
+    from jaxgpt.interop import folders
+    from jaxgpt.training.run import Run
+    from jaxgpt.training.start import load_model
+
+    if folders.is_export(Path(name)):
+        return folders.load_export(Path(name))
+    return load_model(Run.open(runs_dir, name), checkpoint)
