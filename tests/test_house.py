@@ -19,6 +19,7 @@ BELOW = {
     "nn": {"config"},
     "training": {"config", "disk", "text", "nn"},
     "sampling": {"config", "text", "nn", "training"},
+    "verify": {"config", "training"},
     "interop": {"config", "recipes", "text", "nn", "training"},
     "lecture": {"config", "text", "nn", "sampling"},
     "report": {"config", "text", "nn", "training", "sampling", "lecture"},

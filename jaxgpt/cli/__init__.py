@@ -19,6 +19,7 @@ VERBS = {  # its module, and its line in the overview
     "train": ("train", "Train a recipe, or resume a run."),
     "sample": ("sample", "Write text with a trained run."),
     "eval": ("evaluate", "Score a run on a whole split."),
+    "verify-resume": ("verify_resume", "Show that a run which is killed and resumed keeps every bit."),
     "import-gpt2": ("import_gpt2", "Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune."),
     "export": ("export", "Write a run as a folder that transformers loads."),
     "lecture": ("lecture", "Climb the lecture's ladder, from a uniform guess to the transformer."),
@@ -62,7 +63,7 @@ def run_verb(argv: Sequence[str]) -> int:
 
 def overview() -> str:
     """What `jaxgpt --help` prints."""
-    lines = [f"  {verb:<13}{line}" for verb, (_, line) in VERBS.items()]
+    lines = [f"  {verb:<15}{line}" for verb, (_, line) in VERBS.items()]
     return "usage: jaxgpt VERB ...\n\n" + "\n".join(lines) + "\n\njaxgpt VERB --help tells the options of a verb."
 
 

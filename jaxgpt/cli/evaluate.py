@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Checkpoint, Folders, RunName, parse
 from jaxgpt.config import UsageError
 
@@ -25,6 +26,7 @@ def run(args: list[str]) -> int:
     from jaxgpt.training.run import Run
     from jaxgpt.training.start import corpus_of, load_checkpoint
 
+    use_compile_cache()
     if given.eval_batches < 0:
         raise UsageError(f"eval_batches is {given.eval_batches}, expected 0 or more")
     run = Run.open(given.folders.runs_dir, given.run)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import DataDir, parse
 from jaxgpt.config import Config, TrainConfig, UsageError, check
 
@@ -39,6 +40,7 @@ def run(args: list[str]) -> int:
     from jaxgpt.report import plots, tables
     from jaxgpt.text.corpus import prepare
 
+    use_compile_cache()
     check(Config(train=TrainConfig(seed=given.seed)))
     rungs = ladder.configure(
         (*ladder.RUNGS[:-1], ladder.FULL) if given.full else ladder.RUNGS, given.scale_by, given.init, given.steps

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Checkpoint, RunName, RunsDir, parse
 
 
@@ -32,6 +33,7 @@ def run(args: list[str]) -> int:
     given = parse(Sample, args, "sample")
     from jaxgpt.sampling.write import write
 
+    use_compile_cache()
     config, params, tokenizer = _load_model(given.run, given.runs_dir, given.checkpoint)
     texts = write(
         config,

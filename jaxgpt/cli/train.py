@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Folders, parse, words
 from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import RECIPES, recipe
@@ -21,6 +22,8 @@ class Train:
     folders: Folders = field(default_factory=Folders)
     resume: bool = False
     """Go on with an existing run: its own settings hold, but for the ones given here."""
+    debug_nans: bool = False
+    """End the run at the first step that comes to no number, and name the operation; slower."""
 
 
 def run(args: list[str]) -> int:
@@ -38,7 +41,7 @@ def run(args: list[str]) -> int:
     if peeked.resume and not {"-h", "--help"} & set(args):
         if named and peeked.run:
             raise UsageError(f"a resume takes its settings from the run: leave out {named!r}, or leave out --resume")
-        existing = Run.open(peeked.runs_dir, peeked.run or name)
+        existing = Run.named(peeked.runs_dir, peeked.run or name)
     defaults = Train(run=name, config=existing.config if existing else recipe(name).config)
     about = "" if existing else _about(name)
     given = parse(Train, args, f"train {name}", about, default=defaults)
@@ -57,6 +60,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     from jaxgpt.training.loop import fit
     from jaxgpt.training.start import resume, start
 
+    use_compile_cache()
     if existing:
         run, corpus = existing, resume(given.config, existing, given.folders.data_dir)
         config = given.config
@@ -66,7 +70,9 @@ def _fit(given: Train, existing: Run | None) -> int:
     console = RunConsole()
     console.print(corpus.summary)
     with TrainingDisplay(console, config.train.steps) as display:
-        done = fit(run, corpus, display, config)
+        done = fit(run, corpus, display, config, given.debug_nans)
+    if display.notices:
+        console.print(f"{display.notices} warnings on the way stand in {run.events_file}", style="bold yellow")
     if done.interrupted_by:
         again = words("train", run.path, given.folders, "--resume")
         console.print(f"interrupted at step {done.step:,} of {done.steps:,}; saved. Go on with: {again}")

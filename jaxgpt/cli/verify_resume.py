@@ -1,0 +1,55 @@
+"""`jaxgpt verify-resume`: that a kill costs nothing, shown."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxgpt.cli.options import DataDir, parse
+from jaxgpt.config import Config, UsageError
+from jaxgpt.recipes import recipe
+
+
+@dataclass(frozen=True)
+class Verify:
+    config: Config
+    kills: int = 5
+    """How often to kill the second run."""
+    kill_seed: int = 0
+    """Fixes the steps at which it is killed; the moments in them are left to chance."""
+    data_dir: DataDir = Path("data")
+
+
+def run(args: list[str]) -> int:
+    from jaxgpt.verify import scaled_down, verify_resume
+
+    if not args or (args[0].startswith("-") and not {"-h", "--help"} & set(args)):
+        raise UsageError("a recipe is missing: jaxgpt verify-resume gpt-demo")
+    name = "gpt-demo" if args[0].startswith("-") else args.pop(0)
+    whole = recipe(name).config
+    every = whole.train.scan_steps
+    default = Verify(scaled_down(whole, min(whole.train.steps, 6 * every), every))
+    about = (
+        f"Train the first steps of {name} twice, once in one process and once in one that is killed (SIGKILL) at "
+        "random moments and resumed, and compare every line and every bit. Any setting of the recipe can be given."
+    )
+    given = parse(Verify, args, f"verify-resume {name}", about, default=default)
+    if given.kills < 0:
+        raise UsageError(f"kills is {given.kills}, expected 0 or more")
+    folder = Path(tempfile.mkdtemp(prefix="jaxgpt-verify-"))
+    try:
+        verdict = verify_resume(given.config, folder, given.data_dir, given.kills, given.kill_seed, print)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    if verdict.difference:
+        print(f"DIFFERENT after {len(verdict.kills)} kills: {verdict.difference}\nthe two runs are in {folder}")
+        return 1
+    shutil.rmtree(folder)
+    saves = sum(kill.saving for kill in verdict.kills)
+    print(
+        f"IDENTICAL after {len(verdict.kills)} kills ({saves} in a save): {verdict.lines:,} lines of metrics, and "
+        f"{verdict.arrays} arrays of parameters and optimizer state at each of {verdict.checkpoints} saved steps, "
+        "bit for bit"
+    )
+    return 0

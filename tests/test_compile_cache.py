@@ -1,0 +1,61 @@
+import os
+import stat
+
+import jax
+import pytest
+
+from jaxgpt.cli.compile_cache import is_private, use_compile_cache
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The user's cache folder, and JAX's setting put back at the end."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    yield tmp_path / "jaxgpt"
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def test_the_cache_is_the_users_alone(cache):
+    use_compile_cache()
+    (folder,) = cache.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(cache, capsys):
+    use_compile_cache()
+    (folder,) = cache.iterdir()
+    jax.config.update("jax_compilation_cache_dir", None)
+    folder.chmod(0o770)
+    use_compile_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    assert "others may write to it, or own it: chmod 700 it" in capsys.readouterr().err
+    folder.rmdir()
+    (cache / "elsewhere").mkdir(mode=0o700)
+    folder.symlink_to(cache / "elsewhere")
+    assert not is_private(folder)
+
+
+def test_a_cache_that_cannot_be_made_is_no_reason_to_stop(cache, capsys):
+    cache.write_text("a file where the folder should be")
+    before = jax.config.jax_compilation_cache_dir
+    use_compile_cache()
+    assert jax.config.jax_compilation_cache_dir == before
+    assert "are not kept" in capsys.readouterr().err
+
+
+def test_a_folder_named_by_the_user_is_left_to_them(cache, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/named")
+    use_compile_cache()
+    assert not cache.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners are a matter of POSIX")
+def test_a_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
+    tmp_path.chmod(0o700)
+    assert is_private(tmp_path)
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    assert not is_private(tmp_path)
