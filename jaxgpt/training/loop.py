@@ -114,7 +114,7 @@ def fit(
             if not stop and journal.scores[-1].step < int(state.step):  # interrupted, and its last step came nearer
                 journal.evaluated(*score(state))
                 journal.sync()
-            saving.end()
+            saving.end(state)
             run.event("end", step=int(state.step), seconds=time.perf_counter() - began)
     seconds = time.perf_counter() - began
     return Summary(

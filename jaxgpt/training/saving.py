@@ -15,7 +15,8 @@ class Saving:
     def __init__(self, run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, journal: Journal):
         self._run, self._config, self._corpus = run, config, corpus
         self._checkpoints, self._journal = checkpoints, journal
-        self._step = 0
+        self._step: int = 0
+        self._val_loss: float | None = None
         self._failure: CheckpointError | None = None
 
     def save(self, state: TrainState, val_loss: float | None) -> None:
@@ -25,7 +26,7 @@ class Saving:
           CheckpointError: that one or this one failed, and the config says to stop.
         """
         self.look(wait=True)
-        self._step = int(state.step)
+        self._step, self._val_loss = int(state.step), val_loss
         try:
             try:
                 self._journal.sync()
@@ -51,13 +52,16 @@ class Saving:
             self._failure = None
             self._run.event("save", step=step, tokens_per_second=self._journal.tokens_per_second)
 
-    def end(self) -> None:
-        """Wait for the last save.
+    def end(self, state: TrainState) -> None:
+        """Wait for the last save, that of `state`, and try once more if it failed.
 
         Raises:
-          CheckpointError: it failed: what was learnt since the one before is not on disk.
+          CheckpointError: it failed again: what was learnt since the one before is not on disk.
         """
         self.look(wait=True)
+        if self._failure:
+            self.save(state, self._val_loss)
+            self.look(wait=True)
         if self._failure:
             raise CheckpointError(f"{self._failure}; {self._stands()}: make room, then resume the run")
 

@@ -1,0 +1,208 @@
+"""The faults of `scripts/faults`, fewer of them, and those that take a process and a signal or a full disk."""
+
+import contextlib
+import io
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxgpt import cli
+from jaxgpt.training.checkpoint import Checkpoints
+from jaxgpt.training.run import Run
+from jaxgpt.verify import compare
+from tests.faults import trials
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_nothing_is_lost_to_kills(tmp_path, seed):
+    count = trials.kills(tmp_path, 25, seed)
+    print(f"seed {seed}: {count.notes}")
+    assert count.failures == []
+    assert count.tried == count.good >= 25
+
+
+def test_no_harm_to_a_file_goes_unseen(tmp_path):
+    count = trials.corruptions(tmp_path, 150, seed=3)
+    assert count.failures == []
+    assert count.tried == count.good >= 150
+
+
+def test_bad_input_is_refused_in_words_and_writes_nothing(tmp_path):
+    def call(words, folder):
+        err = io.StringIO()
+        with contextlib.chdir(folder), contextlib.redirect_stderr(err), contextlib.redirect_stdout(err):
+            try:
+                code = cli.run_verb(words)
+            except SystemExit as done:
+                code = done.code
+        return code, err.getvalue()
+
+    count = trials.inputs(tmp_path, call)
+    assert count.failures == []
+    assert count.tried == count.good > 100
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="memory and open files are counted in /proc")
+def test_a_long_run_does_not_grow(tmp_path):
+    count = trials.soak(tmp_path)
+    assert count.failures == []
+
+
+def test_the_trials_see_what_they_are_to_see(tmp_path):
+    """A run whose newest step has gone, or whose lines have, does not pass."""
+    run = trials.new_run(tmp_path, "one", trials.short(trials.SMALL))
+    trials.spawn(run).join()
+    assert trials.wrong(run, 20) is None
+    assert "step 25 is gone" in trials.wrong(run, 25)
+    whole = run.metrics_file.read_bytes()
+    run.metrics_file.write_bytes(whole[:-5])
+    assert "lines up to step 20 are missing" in trials.wrong(run, 20)
+    run.metrics_file.write_bytes(whole + b'{"step": 20, "loss": 1}\n')
+    assert trials.wrong(run, 20) == "a line is missing or there twice"
+    run.metrics_file.write_bytes(whole)
+    (run.checkpoints / "20" / "state" / "_METADATA").unlink()
+    assert "_METADATA is missing" in trials.wrong(run, 20)
+
+
+# Processes that are asked to stop, crowded out, or stand in each other's way.
+
+
+def command(run, *flags):
+    folder = run.path.parents[1]
+    words = ["train", "--run", run.path.name, "--resume", *map(str, flags)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxgpt", *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    began = time.monotonic()
+    while not condition():
+        assert process.poll() is None, f"it ended early:\n{process.stdout.read()}"
+        assert time.monotonic() - began < seconds, "nothing happened"
+        time.sleep(0.005)
+
+
+def latest(run):
+    return Checkpoints(run.checkpoints).latest or 0
+
+
+LONG = ("--steps", 100_000)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+def test_a_second_signal_stops_at_once_with_the_last_save_intact(tmp_path, number, code):
+    run = trials.new_run(tmp_path, "one")
+    process = command(run, *LONG, "--scan-steps", 20_000, "--eval-every", 20_000)  # a chunk that takes long
+    wait_for(lambda: run.metrics_file.exists() and run.metrics(), process)
+    time.sleep(1)
+    process.send_signal(number)
+    wait_for(lambda: (run.path / "holder.json").exists(), process)
+    time.sleep(0.3)
+    assert process.poll() is None, "the first signal is only noted"
+    process.send_signal(number)
+    began = time.monotonic()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code, out
+    assert time.monotonic() - began < 30
+    assert trials.wrong(run, 0) is None
+    with run.exclusive():  # nothing holds it any more
+        pass
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="a limit of another process is a matter of Linux")
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_disk_that_is_full_for_a_while(tmp_path, policy):
+    """Files may not grow beyond 2 KiB for a while, which no checkpoint fits in; the lines of metrics neither."""
+    run = trials.new_run(tmp_path, "one")
+    process = command(run, *LONG, "--on-save-error", policy)
+    wait_for(lambda: latest(run) >= 10, process)
+    before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+    if policy == "stop":
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 1, out
+        assert "File too large" in out or "too large" in out, out
+        assert "is saved, and the run ends, as --on-save-error says" in out
+    else:
+        wait_for(lambda: any(event["event"] == "save-failed" for event in run.events()), process)
+        full = latest(run)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
+        wait_for(lambda: latest(run) > full, process)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 143, out
+        assert "was not saved" in out or "takes no more lines" in out, out
+        assert "and training goes on" in out
+    assert trials.wrong(run, 10) is None
+    assert not any(run.checkpoints.glob(".*.part*"))
+    whole = trials.new_run(tmp_path, "whole")
+    stop = latest(run)
+    for each in (run, whole):
+        out, _ = command(each, "--steps", stop + 5).communicate(timeout=120)
+        assert f"step {stop + 5:,}" in out, out
+    assert compare(Run(whole.path), Run(run.path)).difference is None
+
+
+def test_two_writers(tmp_path):
+    run = trials.new_run(tmp_path, "one")
+    first = command(run, *LONG)
+    wait_for(lambda: latest(run) >= 5, first)
+    began = time.monotonic()
+    second = command(run, *LONG)
+    out, _ = second.communicate(timeout=60)
+    assert second.returncode == 2, out
+    assert f"run 'one' is in use by process {first.pid} on " in out
+    assert time.monotonic() - began < 30
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    assert (run.path / "holder.json").exists(), "a killed process cannot tidy up"
+    third = command(run, *LONG)
+    reached = latest(run)
+    wait_for(lambda: latest(run) > reached, third)
+    third.terminate()
+    out, _ = third.communicate(timeout=60)
+    assert third.returncode == 143, out
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    """The time of day leaps by days, both ways, every two hundred looks. A leap may fail a save, as Orbax measures its
+    patience by that clock; that is told, and the next save, or the second try at the end, is whole."""
+    straight, jumpy = (trials.new_run(tmp_path, name) for name in ("straight", "jumpy"))
+    command(straight, "--steps", 40).communicate(timeout=120)
+    (tmp_path / "clock").mkdir()
+    (tmp_path / "clock" / "sitecustomize.py").write_text(
+        "import itertools, time\n"
+        "days = itertools.cycle(day for day in (0, -400, 30, 7, -2) for _ in range(200))\n"
+        "honest = time.time\n"
+        "time.time = lambda: honest() + 86400 * next(days)\n"
+        "time.gmtime = lambda s=None, gmtime=time.gmtime: gmtime(time.time() if s is None else s)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "clock"))
+    for steps in (20, 40):
+        out, _ = command(jumpy, "--steps", steps).communicate(timeout=120)
+        assert f"step {steps}" in out, out
+    days = [event["time"][:10] for event in jumpy.events()]
+    assert days != sorted(days), "the clock did jump"
+    assert compare(Run(straight.path), Run(jumpy.path)).difference is None
+
+
+def test_a_run_folder_that_cannot_be_written_to(tmp_path):
+    run = trials.new_run(tmp_path, "one", trials.short(trials.SMALL))
+    trials.spawn(run).join()
+    (run.path / ".lock").unlink()
+    (run.path / ".lock").mkdir()  # as root may write anywhere, something else stands in the way
+    process = command(run, "--steps", 30)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, out
+    assert "cannot be written to" in out
+    assert trials.wrong(run, 20) is None

@@ -1,0 +1,391 @@
+"""Faults done to real runs, and what came of each: `scripts/faults` and the tests count the same things."""
+
+import errno
+import itertools
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxgpt.training.checkpoint import Checkpoints, DamagedError
+from jaxgpt.training.run import Run, RunError
+from jaxgpt.training.start import start
+from jaxgpt.verify import compare
+from tests.faults import child
+
+ROOT = Path(__file__).parents[2]
+
+SMALL = Config(
+    data=DataConfig(corpus="verse.txt"),
+    model=ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1),
+    optimizer=OptimizerConfig(warmup_steps=2),
+    train=TrainConfig(steps=200, batch_size=4, scan_steps=5, eval_every=5, eval_batches=2),
+)
+"""Saves every five steps, which take less time than the save: a save is under way nearly always."""
+
+
+@dataclass
+class Count:
+    """How many faults there were, how many of them were met as promised, and what was not."""
+
+    tried: int = 0
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    good: int = 0
+
+    def expect(self, ok: bool, what: str) -> None:
+        """Count a fault that was met as promised, if `ok`."""
+        self.tried += 1
+        self.good += ok
+        self.require(ok, what)
+
+    def require(self, ok: bool, what: str) -> None:
+        """Note what is no fault, and must be so all the same."""
+        if not ok:
+            self.failures.append(what)
+
+
+def new_run(folder: Path, name: str, config: Config = SMALL) -> Run:
+    """A run that has not begun, of a small text in `folder`."""
+    verse = folder / "verse.txt"
+    if not verse.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        verse.write_text("the cat sat on the mat\nthat cat has a hat\n" * 20)
+    config = Config(DataConfig(corpus=str(verse)), config.model, config.optimizer, config.train)
+    return start(config, name, folder / "runs", folder / "data")[0]
+
+
+def spawn(run: Run, target: object = child.resume) -> multiprocessing.process.BaseProcess:
+    """A process that resumes `run`, forked from one that has only imported what it needs."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faults.child"])
+    process = context.Process(target=target, args=(str(run.path), str(run.path.parents[1] / "data")))
+    process.start()
+    return process
+
+
+# SIGKILL.
+
+
+def kills(folder: Path, trials: int, seed: int) -> Count:
+    """Kill a run at random moments, most of them in a save, until it is done; look at it after each; begin another.
+
+    A trial is met as promised if every step that had been there before the kill and need not have made room is there
+    and whole, what has a step's name is whole, and, when the run has come to its end, it is the unbroken one bit for
+    bit.
+    """
+    count, dice, in_save = Count(), random.Random(seed), 0
+    unbroken = new_run(folder, "unbroken")
+    done = spawn(unbroken)
+    done.join()
+    count.require(done.exitcode == 0, f"the unbroken run ended with {done.exitcode}")
+    for number in itertools.count():
+        run = new_run(folder, f"killed-{number}")
+        while True:
+            process, before = spawn(run), Checkpoints(run.checkpoints).latest or 0
+            while process.is_alive() and (Checkpoints(run.checkpoints).latest or 0) == before:
+                time.sleep(0.002)
+            time.sleep(dice.uniform(0, 0.5))
+            if count.tried >= trials:  # enough: this one may end by itself
+                process.join()
+            newest = Checkpoints(run.checkpoints).latest or 0
+            process.kill()
+            process.join()
+            if process.exitcode == 0:
+                difference = compare(unbroken, run).difference
+                count.require(difference is None, f"{run.path.name}, at its end: {difference}")
+                break
+            in_save += any(run.checkpoints.glob(".*.part*"))
+            problem = f"ended with {process.exitcode} by itself" if process.exitcode != -9 else wrong(run, newest)
+            count.expect(problem is None, f"{run.path.name}, killed after step {newest}: {problem}")
+        if count.tried >= trials:
+            break
+    count.notes.append(f"{in_save} in a save; {number + 1} runs to their ends, each equal to the unbroken one")
+    return count
+
+
+def wrong(run: Run, newest: int) -> str | None:
+    """What a kill has harmed, None if nothing. `newest` was saved before it."""
+    checkpoints = Checkpoints(run.checkpoints)
+    if (checkpoints.latest or 0) < newest:
+        return f"step {newest} is gone, the newest is {checkpoints.latest}"
+    for step in checkpoints.steps:
+        try:
+            n_bytes = checkpoints.verify(step).about["metrics"]["bytes"]
+        except DamagedError as error:
+            return str(error)
+        if run.metrics_file.stat().st_size < n_bytes:
+            return f"lines up to step {step} are missing"
+    steps = [line["step"] for line in run.metrics() if "loss" in line]
+    return None if steps == list(range(1, len(steps) + 1)) else "a line is missing or there twice"
+
+
+# Files that change behind the program's back.
+
+
+def corruptions(folder: Path, trials: int, seed: int) -> Count:
+    """Flip a bit of, shorten, or delete a file of a finished run, each file in turn, then at random; see if it is told.
+
+    A checkpoint's harm must be named and the step before it taken; harm to the run's own files must be refused.
+    """
+    count, dice = Count(), random.Random(seed)
+    run = new_run(folder, "whole", short(SMALL))
+    process = spawn(run)
+    process.join()
+    count.require(process.exitcode == 0, f"the run ended with {process.exitcode}")
+    newest = str(Checkpoints(run.checkpoints).latest)
+    data = next((folder / "data").iterdir())
+    files = [path for path in sorted((run.checkpoints / newest).rglob("*")) if path.is_file()]
+    files += [run.path / name for name in ("config.json", "tokens.json", "metrics.jsonl")]
+    files += [data / name for name in ("tokens.json", "tokens.bin")]
+    plan = list(itertools.product(files, (flip, shorten, lengthen, delete)))
+    plan = [*plan, *((dice.choice(files), flip) for _ in range(max(0, trials - len(plan))))]
+    for path, harm in plan:
+        whole = path.read_bytes()
+        harm(path, dice)
+        said = told(run, folder / "data", int(newest))
+        count.expect(path.name in said, f"{harm.__name__} of {path.relative_to(folder)}: {said or 'nothing was said'}")
+        path.write_bytes(whole)
+    count.require(told(run, folder / "data", int(newest)) == "", "a whole run is not found whole")
+    return count
+
+
+def short(config: Config) -> Config:
+    train = TrainConfig(**{**vars(config.train), "steps": 20, "eval_every": 10})
+    return Config(config.data, config.model, config.optimizer, train)
+
+
+def told(run: Run, data_dir: Path, newest: int) -> str:
+    """What a resume says that is wrong with `run`; it does all but train."""
+    from jaxgpt.training.recovery import newest_good, require_same
+    from jaxgpt.training.start import corpus_of
+
+    run, said = Run(run.path), []
+    aside = run.checkpoints / f"{newest}.damaged"
+    try:
+        require_same(run, run.config, run.config)
+        corpus = corpus_of(run, data_dir)
+        found = newest_good(run, run.config, corpus, Checkpoints(run.checkpoints), lambda *what: said.append(what[2]))
+        back = found is not None and (found.step < newest) == bool(said)
+        if aside.exists():
+            aside.rename(run.checkpoints / str(newest))
+        return "; ".join(said) if back else f"it went on from {found}"
+    except (RunError, ValueError) as error:
+        return str(error)
+
+
+def flip(path: Path, dice: random.Random) -> None:
+    data = bytearray(path.read_bytes() or b"\0")
+    data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+    path.write_bytes(data)
+
+
+def shorten(path: Path, dice: random.Random) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: dice.randrange(len(data))] if data else b"x")
+
+
+def lengthen(path: Path, dice: random.Random) -> None:
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def delete(path: Path, dice: random.Random) -> None:
+    path.unlink()
+
+
+# Input that nobody should give.
+
+
+def in_a_process(words: list[str], folder: Path) -> tuple[int, str]:
+    """Exit code and complaint of `jaxgpt *words`, typed in `folder`."""
+    command = [sys.executable, "-m", "jaxgpt", *words]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return -1, "it was still at it after a minute"
+    return done.returncode, done.stderr
+
+
+def inputs(folder: Path, call: Callable[[list[str], Path], tuple[int, str]] = in_a_process) -> Count:
+    """Give the command line what it must refuse; each must end with 2, one line that names it, and nothing written."""
+    count = Count()
+    run = new_run(folder, "one", short(SMALL))
+    process = spawn(run)
+    process.join()
+    (folder / "file").write_text("x")
+    (folder / "latin").write_bytes("caf\xe9 ".encode("latin-1") * 100)
+    (folder / "empty").write_text("")
+    (folder / "bad.jsonl").write_text('{"text": 3}\n')
+    (folder / "bad.parquet").write_text("PAR1")
+    (folder / "runs" / "link").symlink_to(folder)
+    shutil.copytree(run.path, folder / "runs" / "foreign")
+    (folder / "runs" / "foreign" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2}')
+    damaged = next((folder / "data").iterdir())
+    shutil.copytree(damaged, folder / "prepared")
+    with (folder / "prepared" / "tokens.bin").open("r+b") as file:
+        file.write(b"\xff\xff")
+    train = ["train", "gpt-demo", "--run", "new", "--corpus", "verse.txt"]
+    bad = [
+        *([*train, *flags] for flags in BAD_SETTINGS),
+        *(["train", "gpt-demo", "--corpus", "verse.txt", "--run", name] for name in BAD_NAMES),
+        *(["train", "--resume", "--run", name] for name in [*BAD_NAMES, "link", "foreign", "nothing"]),
+        *(["train", "--resume", "--run", "one", *flags] for flags in BAD_RESUMES),
+        *(["sample", "one", *flags] for flags in BAD_SAMPLES),
+        *([verb, name] for verb in ("sample", "eval") for name in ("nothing", "foreign", "../one", "file", "")),
+        *(["prepare", name] for name in ("nothing", "empty", "latin", "bad.jsonl", "bad.parquet", "/proc/self/mem")),
+        ["prepare", "verse.txt", "--tokenizer", "nonsense"],
+        ["prepare", "verse.txt", "--tokenizer", "prepared/tokens.bin"],
+        ["prepare", "verse.txt", "--data-dir", "file/x"],
+        ["prepare", "verse.txt", "--data-dir", "/proc/x"],
+        ["train", "gpt-demo", "--run", "new", "--corpus", "prepared"],
+        [*train, "--runs-dir", "file/x"],
+        [*train, "--runs-dir", "/proc/x"],
+        [*train, "--data-dir", "/proc/x"],
+        ["train", "gpt-dmo"],
+        ["trian"],
+        ["eval", "one", "--eval-batches", "-1"],
+        ["export", "one", "--out", "file"],
+        ["export", "nothing", "--out", "out"],
+        ["import-gpt2", "runs", "--run", "new"],
+        ["import-gpt2", "nothing at all", "--run", "new"],
+        ["verify-resume", "gpt-dmo"],
+    ]
+    before = content(folder)
+    for words in bad:
+        code, said = call(words, folder)
+        changed = sorted(content(folder).items() ^ before.items())
+        clean = code == 2 and "Traceback" not in said and said.strip() and not changed
+        wrote = f", changed {changed[:3]}" if changed else ""
+        count.expect(bool(clean), f"jaxgpt {' '.join(words)}: exit {code}{wrote}\n{said[-600:]}")
+    return count
+
+
+BAD_SETTINGS = [
+    flags.split()
+    for flags in (
+        "--n-embd 65",
+        "--n-embd -64",
+        "--n-embd 99999999999999999999",
+        "--n-head 0",
+        "--n-layer -1",
+        "--n-layer 1.5",
+        "--n-layer many",
+        "--block-size 100000",
+        "--block-size 0",
+        "--dropout 1",
+        "--dropout nan",
+        "--dropout -0.1",
+        "--learning-rate nan",
+        "--learning-rate inf",
+        "--learning-rate -1",
+        "--beta2 1",
+        "--eps 0",
+        "--weight-decay nan",
+        "--steps 0",
+        "--steps -5",
+        "--batch-size 0",
+        "--batch-size 5 --accumulate 2",
+        "--seed -1",
+        "--seed 4294967296",
+        "--eval-every 7",
+        "--warmup-steps 100000",
+        "--val-fraction 0",
+        "--val-fraction nan",
+        "--vocab-size 3",
+        "--tokenizer ascii --vocab-size 10",
+        "--tokenizer bpe:0",
+        "--tokenizer bpe:many",
+        "--gelu wrong",
+        "--kind rnn",
+        "--sampling never",
+        "--on-save-error pray",
+        "--max-skipped 0",
+        "--n-heads 4",
+        "--no-such-option",
+        # "--n-embd 1000000 --n-layer 1000 --n-head 1",
+    )
+]
+BAD_NAMES = ["..", "../up", "a/b", "/tmp/x", ".hidden", "", "a b", "-", "x" * 101, "~", "a\nb"]
+BAD_RESUMES = [
+    flags.split()
+    for flags in (
+        "--n-layer 2",
+        "--seed 5",
+        "--learning-rate 0.5",
+        "--tokenizer byte",
+        "--corpus file",
+        "--batch-size 8",
+        "--dropout 0.5",
+        "--steps 5",
+        "--steps 0",
+        "--accumulate 2",
+    )
+]
+BAD_SAMPLES = [
+    ["--prompt", ""],
+    ["--prompt", "THE CAT Ω"],
+    ["--tokens", "-1"],
+    ["--temperature", "nan"],
+    ["--temperature", "-1"],
+    ["--top-k", "-3"],
+    ["--samples", "0"],
+    ["--seed", "-1"],
+    ["--checkpoint", "worst"],
+]
+
+
+def content(folder: Path) -> dict[str, float]:
+    """Every file below `folder` and when it was changed; the diary and the lock of a run aside."""
+    return {
+        str(path): path.lstat().st_mtime_ns
+        for path in folder.rglob("*")
+        if not path.is_dir() and path.name not in (".lock",)
+    }
+
+
+# A long run.
+
+
+def soak(folder: Path, steps: int = 2000, every: int = 20) -> Count:
+    """Many steps and saves in one process: its memory and its open files must not grow after the first quarter."""
+    count = Count()
+    train = TrainConfig(**{**vars(SMALL.train), "steps": steps, "scan_steps": every, "eval_every": every})
+    run = new_run(folder, "soak", Config(SMALL.data, SMALL.model, SMALL.optimizer, train))
+    process, seen = spawn(run), []
+    while process.is_alive():
+        if sample := resources(process.pid, Checkpoints(run.checkpoints).latest or 0):
+            seen.append(sample)
+        time.sleep(0.05)
+    process.join()
+    count.expect(process.exitcode == 0, f"it ended with {process.exitcode}")
+    saves = sum(event["event"] == "save" for event in run.events())
+    count.expect(saves == steps // every, f"{saves} saves, expected {steps // every}")
+    quarters = [[s for s in seen if steps * i // 4 < s[0] <= steps * (i + 1) // 4] for i in range(4)]
+    memory = [max(rss for _, rss, _ in quarter) / 2**20 for quarter in quarters]
+    files = [max(n for _, _, n in quarter) for quarter in quarters]
+    grown = memory[3] - memory[1]
+    count.expect(grown < 16, f"resident memory grew by {grown:.1f} MiB between the second and the last quarter")
+    count.expect(files[3] <= files[1] + 2, f"open files by quarter: {files}")
+    by_quarter = ", ".join(f"{x:.0f}" for x in memory)
+    count.notes.append(f"{steps:,} steps, {saves} saves; MiB by quarter {by_quarter}; open files {files}")
+    return count
+
+
+def resources(pid: int | None, step: int) -> tuple[int, int, int] | None:
+    """(step, resident bytes, open files) of a process; None if it has ended."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return step, pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESRCH):
+            return None
+        raise
