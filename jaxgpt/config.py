@@ -275,7 +275,9 @@ def _build(cls: type[Any], tree: Any, path: str) -> Any:
     for name in tree:
         if name not in types:
             near = difflib.get_close_matches(name, types, n=1)
-            raise ConfigError(f"{where}: unknown field {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            raise ConfigError(
+                f"{where}: unknown field {shown(name)}" + (f", did you mean {near[0]!r}?" if near else "")
+            )
     return cls(**{name: _value(types[name], value, f"{path}.{name}".lstrip(".")) for name, value in tree.items()})
 
 
