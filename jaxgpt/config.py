@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import reprlib
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,15 @@ from typing import Any, Literal
 
 class UsageError(ValueError):
     """Something that was asked for cannot be done as asked: the command line exits with 2 and this message."""
+
+
+_short = reprlib.Repr()
+_short.maxstring = 80
+
+
+def shown(value: Any) -> str:
+    """A value from a file as a message shows it: short, however long it is or deep."""
+    return _short.repr(value)
 
 
 class MissingExtraError(UsageError):
@@ -164,7 +174,7 @@ def problems(config: Config) -> list[str]:
     at_least(1, model, "block_size", "n_layer", "n_head", "n_embd")
     within(0, 1, model, "dropout")
     if model.n_head > 0 and model.n_embd % model.n_head:
-        near = model.n_head * max(1, round(model.n_embd / model.n_head))
+        near = _nearest(model.n_embd, model.n_head)
         found.append(
             f"n_embd is {model.n_embd}, which {model.n_head} heads (n_head) do not divide: try --n-embd {near}"
         )
@@ -188,12 +198,17 @@ def problems(config: Config) -> list[str]:
     if train.accumulate > 0 and train.batch_size % train.accumulate:
         found.append(f"batch_size is {train.batch_size}, which accumulate ({train.accumulate}) does not divide")
     if train.scan_steps > 0 and train.eval_every % train.scan_steps:
-        near = train.scan_steps * max(1, round(train.eval_every / train.scan_steps))
+        near = _nearest(train.eval_every, train.scan_steps)
         found.append(
             f"eval_every is {train.eval_every}, expected a multiple of scan_steps ({train.scan_steps}): "
             f"try --eval-every {near}"
         )
     return found
+
+
+def _nearest(value: int, unit: int) -> int:
+    """The multiple of `unit` nearest to `value`, at least one."""
+    return unit * max(1, (2 * value + unit) // (2 * unit))
 
 
 def check(config: Config) -> Config:
@@ -255,12 +270,14 @@ def _build(cls: type[Any], tree: Any, path: str) -> Any:
     """An instance of the dataclass `cls` from plain JSON values, strict about names and types."""
     where = path or "the config"
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: expected an object, found {json.dumps(tree)[:40]}")
+        raise ConfigError(f"{where}: expected an object, found {shown(tree)}")
     types = typing.get_type_hints(cls)
     for name in tree:
         if name not in types:
             near = difflib.get_close_matches(name, types, n=1)
-            raise ConfigError(f"{where}: unknown field {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            raise ConfigError(
+                f"{where}: unknown field {shown(name)}" + (f", did you mean {near[0]!r}?" if near else "")
+            )
     return cls(**{name: _value(types[name], value, f"{path}.{name}".lstrip(".")) for name, value in tree.items()})
 
 
@@ -270,10 +287,12 @@ def _value(kind: Any, value: Any, path: str) -> Any:
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
-            raise ConfigError(f"{path}: expected one of {', '.join(choices)}, found {value!r}")
+            raise ConfigError(f"{path}: expected one of {', '.join(choices)}, found {shown(value)}")
         return value
+    if type(value) is int and abs(value) >= 2**63:
+        raise ConfigError(f"{path}: expected {kind.__name__} of at most 64 bits, found {shown(value)}")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ConfigError(f"{path}: expected {kind.__name__}, found {value!r}")
+        raise ConfigError(f"{path}: expected {kind.__name__}, found {shown(value)}")
     return value

@@ -75,7 +75,11 @@ def unseal(data: bytes) -> dict[str, Any]:
     if not isinstance(tree, dict) or "seal" not in tree:
         raise SealError("it has no seal: jaxgpt did not write it")
     del tree["seal"]
-    if seal(tree).encode() != data:
+    try:
+        same = seal(tree).encode() == data
+    except RecursionError:  # it is nested just so deep that it can be read, but not written
+        same = False
+    if not same:
         raise SealError("it does not match its seal: it was damaged, or edited by hand")
     return tree
 

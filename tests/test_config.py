@@ -90,6 +90,8 @@ def test_all_problems_are_told_at_once(change):
         (lambda tree: tree["model"].update(kind="rnn"), "model.kind: expected one of gpt, bigram"),
         (lambda tree: tree.update(train=None), "train: expected an object"),
         ("[" * 100_000, "not JSON"),
+        (lambda tree: tree["optimizer"].update(eps=10**400), "optimizer.eps: expected float of at most 64 bits"),
+        (lambda tree: tree["model"].update(n_embd=10**400 + 1), "model.n_embd: expected int of at most 64 bits"),
     ],
 )
 def test_damaged_json_is_refused_by_place(text, said):

@@ -71,6 +71,58 @@ def test_orbax_is_known_to_one_module():
     assert known == {"checkpoint.py"}
 
 
+LOADERS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy", "code", "imp"}
+RUNNERS = {"eval", "exec", "compile", "__import__"}
+
+
+def of_package(argument):
+    """Whether an imported name is written out, or begins with `jaxgpt.`, as that of a public noun does."""
+    first = argument.values[0] if isinstance(argument, ast.JoinedStr) else argument
+    return isinstance(first, ast.Constant) and (first is argument or first.value.startswith("jaxgpt."))
+
+
+def dangers(tree):
+    """What could run what a file holds: code, pickles, modules by a name that comes from elsewhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in RUNNERS:
+            yield node.id
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name.split(".")[0] in LOADERS)
+        elif isinstance(node, ast.ImportFrom):
+            if (node.module or "").split(".")[0] in LOADERS:
+                yield node.module
+            yield from (name.name for name in node.names if name.asname and name.name == "import_module")
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if name == "import_module" and not (node.args and of_package(node.args[0])):
+                yield name
+            yield from (each.arg for each in node.keywords if each.arg == "allow_pickle")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_that_is_read_is_run(path):
+    assert list(dangers(ast.parse(path.read_text("utf-8")))) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "import yaml as y",
+        "from dill.settings import x",
+        "eval('1')",
+        "run = exec",
+        "__import__(name)",
+        "import_module(name)",
+        "importlib.import_module(f'{name}.jaxgpt.')",
+        "from importlib import import_module as load",
+        "np.load(path, allow_pickle=True)",
+    ],
+)
+def test_what_would_run_it_is_seen(code):
+    assert list(dangers(ast.parse(code)))
+
+
 def loaded_after(statement, *modules):
     code = f"import sys; {statement}; print([m for m in {modules!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)

@@ -50,7 +50,8 @@ def find(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise InteropError(f"{name!r} cannot be fetched ({str(error).splitlines()[0]}); {by_hand}") from error
+        said = str(error).partition("\n")[0]
+        raise InteropError(f"{name!r} cannot be fetched ({said}); {by_hand}") from error
 
 
 def import_run(

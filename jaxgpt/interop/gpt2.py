@@ -1,11 +1,15 @@
 """GPT-2 in the format of Hugging Face, in and out: one table of names serves both ways.
 
 A folder holds `config.json` and `model.safetensors` (or shards and `model.safetensors.index.json`). Tensors are looked
-up by the names of the table alone; nothing is executed, and no path is made from a tensor's name.
+up by the names of the table alone, and read only once names, shapes and kinds of number are those of the table; nothing
+is executed, and no path is made from a tensor's name.
 """
 
 import json
+import os
 import re
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxgpt.config import ModelConfig, UsageError
+from jaxgpt.config import ModelConfig, UsageError, shown
 from jaxgpt.nn import Params
 
 Tensors = dict[str, NDArray[np.float32]]
+NUMBERS = ("F32", "BF16", "F16")
+"""What a file may hold; each is read as float32."""
 
 
 class InteropError(UsageError):
@@ -67,23 +73,35 @@ def to_params(config: ModelConfig, tensors: Tensors) -> Params:
     Raises:
       InteropError: names are missing or left over, or shapes differ; all of them are told at once.
     """
-    rows, expected = table(config), shapes(config)
-    wanted = {row.theirs: row for row in rows}
-    wrong = [f"  missing   {name}" for name in wanted if name not in tensors]
-    wrong += [f"  not known {name} {tensors[name].shape}" for name in tensors if name not in wanted]
-    wrong += [
-        f"  misshapen {name}: expected {expected[name]}, found {tensors[name].shape}"
-        for name in wanted
-        if name in tensors and tensors[name].shape != expected[name]
-    ]
-    if wrong:
-        raise InteropError("the tensors do not fit the model:\n" + "\n".join(wrong))
+    _require_fit(config, {name: tensor.shape for name, tensor in tensors.items()})
     params: Params = {}
-    for name, row in wanted.items():
-        tensor = tensors[name].T if row.transposed else tensors[name]
+    for row in table(config):
+        tensor = tensors[row.theirs].T if row.transposed else tensors[row.theirs]
         for path, part in zip(row.ours, np.split(tensor, len(row.ours), axis=-1), strict=True):
             _put(params, path.split("/"), np.ascontiguousarray(part, np.float32))
     return params
+
+
+def _require_fit(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Check the names and shapes of tensors, at no cost that a number in a file could raise."""
+    if config.n_layer > len(found):
+        raise InteropError(f"n_layer is {config.n_layer}, expected at most the number of tensors, {len(found)}")
+    expected = shapes(config)
+    wanted = {row.theirs: expected[row.theirs] for row in table(config)}
+    wrong = [f"  missing   {name}" for name in wanted if name not in found]
+    wrong += [f"  not known {_printable(name)} {found[name]}" for name in found if name not in wanted]
+    wrong += [
+        f"  misshapen {name}: expected {wanted[name]}, found {found[name]}"
+        for name in wanted
+        if name in found and found[name] != wanted[name]
+    ]
+    if wrong:
+        more = [f"  and {len(wrong) - 100:,} more"] if len(wrong) > 100 else []
+        raise InteropError("the tensors do not fit the model:\n" + "\n".join(wrong[:100] + more))
+
+
+def _printable(name: str) -> str:
+    return name if re.fullmatch(r"[\w.]{1,80}", name) else shown(name)
 
 
 def to_tensors(config: ModelConfig, params: Params) -> Tensors:
@@ -122,25 +140,27 @@ def read_config(folder: Path) -> ModelConfig:
     """
     tree = _read_json(folder / "config.json")
     if tree.get("model_type") != "gpt2":
-        raise InteropError(f"{folder} holds a model of type {tree.get('model_type')!r}, expected 'gpt2'")
+        raise InteropError(f"{folder} holds a model of type {shown(tree.get('model_type'))}, expected 'gpt2'")
     gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
     wanted = {
         "activation_function": tuple(gelus),
         "layer_norm_epsilon": (1e-5,),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
+        "tie_word_embeddings": (True, False),
         "n_inner": (None, 4 * tree["n_embd"] if isinstance(tree.get("n_embd"), int) else None),
     }
     defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
     for name, allowed in wanted.items():
         value = tree.get(name, defaults.get(name, allowed[0]))
         if value not in allowed:
-            raise InteropError(f"{folder / 'config.json'}: {name} is {value!r}, expected {allowed[0]!r}")
+            raise InteropError(f"{folder / 'config.json'}: {name} is {shown(value)}, expected {allowed[0]!r}")
     sizes = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head"}
     sizes["n_embd"] = "n_embd"
     for name in sizes:
         if type(tree.get(name)) is not int or not 0 < tree[name] < 2**31:
-            raise InteropError(f"{folder / 'config.json'}: {name} is {tree.get(name)!r}, expected a whole number")
+            value = shown(tree.get(name))
+            raise InteropError(f"{folder / 'config.json'}: {name} is {value}, expected a whole number")
     if tree["n_embd"] % tree["n_head"]:
         raise InteropError(f"{folder / 'config.json'}: n_head {tree['n_head']} does not divide n_embd {tree['n_embd']}")
     return ModelConfig(
@@ -151,31 +171,54 @@ def read_config(folder: Path) -> ModelConfig:
     )
 
 
-def read_tensors(folder: Path) -> Tensors:
+def read_tensors(folder: Path, config: ModelConfig) -> Tensors:
     """The tensors of a folder as float32, by their names in the table: without the prefix "transformer." and without
     what is no parameter (the causal masks that older files hold).
 
     Raises:
-      InteropError: a file is missing or damaged, or lies outside the folder.
+      InteropError: a file is missing or damaged, or lies outside the folder; or, before any tensor is read, as
+        `to_params`. A tied head that is stored too is let through.
     """
     from safetensors import SafetensorError, safe_open
 
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    tensors: Tensors = {}
-    for name in names:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)) or not (folder / name).is_file():
-            raise InteropError(f"{folder} has no file {name!r}; a GPT-2 folder holds config.json and model.safetensors")
-        try:
-            with safe_open(folder / name, framework="np") as file:
+    masks = re.compile(r"h\.[0-9]+\.attn\.(masked_)?bias")
+    places: dict[str, tuple[Any, str]] = {}
+    found: dict[str, tuple[int, ...]] = {}
+    with ExitStack() as stack:
+        for path in _files(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="np"))
                 for key in file.keys():  # noqa: SIM118 (it is no dict)
-                    tensors[key.removeprefix("transformer.")] = file.get_tensor(key).astype(np.float32)
-        except (SafetensorError, OSError) as error:
-            raise InteropError(f"{folder / name} cannot be read: {error}") from error
-    masks = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
-    return {name: tensor for name, tensor in tensors.items() if not masks.fullmatch(name)}
+                    name, part = key.removeprefix("transformer."), file.get_slice(key)
+                    if masks.fullmatch(name):
+                        continue
+                    if name in found:
+                        raise InteropError(f"{path} holds {_printable(name)}, which is there already")
+                    if part.get_dtype() not in NUMBERS:
+                        raise InteropError(
+                            f"{path}: {_printable(name)} is {part.get_dtype()}, expected {', '.join(NUMBERS)}"
+                        )
+                    places[name], found[name] = (file, key), tuple(part.get_shape())
+            except (SafetensorError, OSError) as error:
+                raise InteropError(f"{path} cannot be read: {error}") from error
+        tied = config.tie_weights and found.get("lm_head.weight") == (config.vocab_size, config.n_embd)
+        _require_fit(config, {name: shape for name, shape in found.items() if not (tied and name == "lm_head.weight")})
+        return {name: file.get_tensor(key).astype(np.float32) for name, (file, key) in places.items()}
+
+
+def _files(folder: Path) -> list[Path]:
+    """`model.safetensors`, or the shards that the index names; in the folder itself and nowhere else."""
+    index, names = folder / "model.safetensors.index.json", list[Any](["model.safetensors"])
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+    for name in names:
+        known = isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
+        if not known or not os.path.isfile(folder / name):
+            raise InteropError(
+                f"{folder} has no file {shown(name)}; a GPT-2 folder holds config.json and model.safetensors"
+            )
+    return [folder / name for name in sorted(set(names))]
 
 
 def load(folder: Path, block_size: int = 0) -> tuple[ModelConfig, Params]:
@@ -187,7 +230,8 @@ def load(folder: Path, block_size: int = 0) -> tuple[ModelConfig, Params]:
     Raises:
       InteropError: as `read_config`, `read_tensors` and `to_params`; or there are fewer positions than `block_size`.
     """
-    config, tensors = read_config(folder), read_tensors(folder)
+    config = read_config(folder)
+    tensors = read_tensors(folder, config)
     head = tensors.get("lm_head.weight")
     if config.tie_weights and head is not None and np.array_equal(head, tensors.get("wte.weight", ())):
         del tensors["lm_head.weight"]  # some writers store the tied head twice
@@ -245,7 +289,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise InteropError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InteropError(f"{path} is not JSON: {error}") from error
     if not isinstance(tree, dict):
         raise InteropError(f"{path} holds no JSON object")

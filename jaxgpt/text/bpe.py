@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxgpt.config import MissingExtraError, UsageError
+from jaxgpt.config import MissingExtraError, UsageError, shown
 from jaxgpt.text.tokenizer import Ids, Progress, UnknownCharacterError, checked_ids, code_points, unseen
 
 MAX_TOKENS, MAX_TOKEN_BYTES = 2**20, 256
@@ -123,7 +123,7 @@ def from_plain(pattern: str, tokens: list[Any], special: list[Any]) -> BPETokeni
       ValueError: it describes none: all is checked, since the values come from a file.
     """
     if other := [value for value in (*tokens, *special) if not isinstance(value, str)]:
-        raise ValueError(f"not a BPE vocabulary: token {str(other[0])[:40]}, expected a string")
+        raise ValueError(f"not a BPE vocabulary: token {shown(other[0])}, expected a string")
     try:
         "".join(special).encode()
         return BPETokenizer(tuple(token.encode("latin-1") for token in tokens), tuple(special), pattern)

@@ -186,10 +186,10 @@ def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
     for name, kind in kinds.items():
         if type(meta.get(name)) is not kind:
             raise ValueError(f"it has no {name} of type {kind.__name__}")
-    if meta["format"] != FORMAT or meta["dtype"] not in ("uint16", "uint32") or meta["count"] < 1:
+    if meta["format"] != FORMAT or meta["dtype"] not in ("uint16", "uint32") or not 1 <= meta["count"] < 2**63:
         raise ValueError(
             f"it has format {meta['format']}, dtype {meta['dtype']}, count {meta['count']}; expected format "
-            f"{FORMAT}, dtype uint16 or uint32 and a count of at least 1"
+            f"{FORMAT}, dtype uint16 or uint32 and a count from 1 to 2**63 - 1"
         )
     tokenizer.from_json(meta["tokenizer"])
     return meta

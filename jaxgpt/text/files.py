@@ -1,13 +1,18 @@
 """One file to text: UTF-8, JSON Lines or Parquet."""
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import MissingExtraError, UsageError
+from jaxgpt.config import MissingExtraError, UsageError, shown
+
+MAX_GROWTH, ALWAYS_ALLOWED = 100, 2**26
+"""A .gz may unpack to 64 MiB, or to a hundred times its size if that is more: text shrinks to a tenth, a bomb to a
+thousandth."""
 
 
 class SourceError(UsageError):
@@ -75,13 +80,27 @@ def _bytes(path: Path) -> bytes:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def _unpacked(path: Path, data: bytes) -> bytes:
+    limit, parts, size = max(ALWAYS_ALLOWED, MAX_GROWTH * len(data)), [], 0
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            while size <= limit and (part := file.read(2**20)):
+                parts.append(part)
+                size += len(part)
+    except (OSError, EOFError, zlib.error) as error:
+        raise SourceError(f"{path} is not gzip, or is damaged: {error}") from error
+    if size > limit:
+        raise SourceError(
+            f"{path} unpacks to more than {limit:,} bytes, expected at most {MAX_GROWTH} times its {len(data):,}; "
+            "if it is meant to, unpack it first: gunzip"
+        )
+    return b"".join(parts)
+
+
 def _json_lines(path: Path, column: str) -> Iterator[str]:
     data = _bytes(path)
     if path.suffix.lower() == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise SourceError(f"{path} is not gzip, or is damaged: {error}") from error
+        data = _unpacked(path, data)
     # Not splitlines(): a JSON string may hold the other line ends that Python knows, such as U+2028.
     for number, line in enumerate(decode_utf8(data, str(path))[0].split("\n"), 1):
         if not line.strip():
@@ -107,8 +126,10 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         with parquet.ParquetFile(path) as file:
             _require_column(str(path), column, file.schema_arrow.names)
             values = file.read(columns=[column]).column(0).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} is not a Parquet file, or is damaged: {error}") from error
+    except SourceError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # a date may be none that Python has
+        raise SourceError(f"{path} is no Parquet file of strings, or is damaged: {error}") from error
     for number, value in enumerate(values, 1):
         yield _string(value, f"{path}, row {number}", column)
 
@@ -120,5 +141,5 @@ def _require_column(where: str, column: str, names: Iterable[str]) -> None:
 
 def _string(value: Any, where: str, column: str) -> str:
     if not isinstance(value, str):
-        raise SourceError(f"{where}: column {column!r} holds {repr(value)[:40]}, expected a string")
+        raise SourceError(f"{where}: column {column!r} holds {shown(value)}, expected a string")
     return value

@@ -51,18 +51,25 @@ def parse(merges: str, vocabulary: str) -> BPETokenizer:
     """The tokenizer of a vocab.bpe (a line of version, then a merge a line) and an encoder.json (token to id).
 
     Raises:
-      ValueError: the two do not agree.
+      ValueError: they are no such files, or the two do not agree.
     """
     table = byte_of_letter()
 
     def spelled(word: str) -> bytes:
+        if other := set(word) - table.keys():
+            raise ValueError(f"character {min(other)!r} stands for no byte in GPT-2's files")
         return bytes(table[letter] for letter in word)
 
-    ids = json.loads(vocabulary)
+    try:
+        ids = json.loads(vocabulary)
+    except RecursionError as error:
+        raise ValueError(f"the vocabulary is not JSON: {error}") from error
+    if not isinstance(ids, dict) or END_OF_TEXT not in ids or any(type(i) is not int for i in ids.values()):
+        raise ValueError(f"the vocabulary is no JSON object of token to id, {END_OF_TEXT} among them")
     special = ids.pop(END_OF_TEXT)
     tokens = tuple(map(spelled, sorted(ids, key=ids.__getitem__)))
     merged = tuple(spelled(line.replace(" ", "")) for line in merges.splitlines()[1:])
-    if sorted(ids.values()) != list(range(special)) or tokens[256:] != merged:
+    if special != len(ids) or sorted(ids.values()) != list(range(len(ids))) or tokens[256:] != merged:
         raise ValueError("the merges and the vocabulary do not agree: expected 256 bytes, then the merges in order")
     return BPETokenizer(tokens, (END_OF_TEXT,))
 

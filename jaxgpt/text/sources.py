@@ -1,6 +1,7 @@
 """Where text comes from: named corpora, and files and folders of the user's."""
 
 import hashlib
+import http.client
 import os
 import platform
 import sysconfig
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxgpt import disk
 from jaxgpt.text.files import SourceError, decode_utf8, read_text, read_utf8
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -122,24 +124,25 @@ def _shakespeare() -> Source:
 
 
 def download(url: str, target: Path, size_limit: int, sha256: str) -> Path:
-    """Fetch `url` to `target`, whole or not at all: written to a temporary name, checked, then renamed.
+    """Fetch `url` to `target`, checked, and whole or not at all.
 
     Raises:
-      SourceError: no network, more than `size_limit` bytes, or another SHA-256.
+      SourceError: no network, more than `size_limit` bytes, another SHA-256, or `target` cannot be written.
     """
     by_hand = f"fetch it elsewhere and put it at {target} or data/{target.name}, SHA-256 {sha256}"
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             data = response.read(size_limit + 1)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise SourceError(f"{url} cannot be fetched ({error}); {by_hand}") from error
     if len(data) > size_limit:
         raise SourceError(f"{url} is larger than the {size_limit:,} bytes expected; {by_hand}")
     require_sha256(data, sha256, url)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-    partial.write_bytes(data)
-    partial.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        disk.write_atomically(target, data)
+    except OSError as error:
+        raise SourceError(f"{target} cannot be written: {error.strerror}; {by_hand}") from error
     return target
 
 

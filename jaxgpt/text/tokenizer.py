@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxgpt.config import UsageError
+from jaxgpt.config import UsageError, shown
 
 Ids = NDArray[np.integer[Any]]
 Progress = Callable[[str, float], None]
@@ -195,7 +195,7 @@ def from_json(tree: Any) -> Tokenizer:
 
             return bpe.from_plain(pattern, tokens, special)
     raise ValueError(
-        f"not a tokenizer: {str(tree)[:80]!r}; expected the kind 'char' with its chars, 'byte', or 'bpe' with its "
+        f"not a tokenizer: {shown(tree)}; expected the kind 'char' with its chars, 'byte', or 'bpe' with its "
         "pattern, tokens and special tokens"
     )
 

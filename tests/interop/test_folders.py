@@ -118,6 +118,17 @@ def test_the_hub_is_asked_for_the_files_that_are_read(monkeypatch, tmp_path):
     assert "model.safetensors" in asked["allow_patterns"]
 
 
+def test_an_error_of_the_hub_may_have_no_words(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra: pip install 'jaxgpt[hub]'")
+
+    def silent(*args, **kwargs):
+        raise OSError
+
+    monkeypatch.setattr(hub, "snapshot_download", silent)
+    with pytest.raises(InteropError, match="'gpt2' cannot be fetched"):
+        folders.find("gpt2")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_command_makes_its_config_again(name, change):
     from jaxgpt import cli

@@ -91,6 +91,16 @@ def test_damage_is_named(tmp_path, name, damage):
         sources.read(str(path))
 
 
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(2**60, pyarrow.timestamp("ms")), (1, pyarrow.timestamp("ns")), (2**30, pyarrow.date32())],
+)
+def test_a_column_of_dates_that_python_has_not_is_refused(tmp_path, value, kind):
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([value], kind)}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"a\.parquet"):
+        sources.read(str(tmp_path / "a.parquet"))
+
+
 def test_a_folder_may_hold_shards(tmp_path):
     for name, text in (("1.parquet", "A"), ("0.jsonl", "B")):
         write(tmp_path / name, "body", [text, "x"])

@@ -1,5 +1,6 @@
 import hashlib
 import http.server
+import socket
 import threading
 
 import pytest
@@ -121,6 +122,25 @@ class TestDownload:
         with pytest.raises(SourceError, match=said):
             sources.download(f"{server}/a.txt", tmp_path / "cache" / "a.txt", limit, self.SHA)
         assert not (tmp_path / "cache").exists()
+
+    def test_a_server_that_speaks_no_http_is_a_clear_error(self, tmp_path):
+        def answer():
+            with listener.accept()[0] as peer:
+                peer.recv(1000)
+                peer.sendall(b"SSH-2.0-jaxgpt\r\n\r\n")
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=answer)
+            thread.start()
+            with pytest.raises(SourceError, match="cannot be fetched"):
+                sources.download(f"http://127.0.0.1:{listener.getsockname()[1]}/", tmp_path / "a", 100, self.SHA)
+            thread.join()
+
+    def test_a_cache_that_cannot_be_written_is_named(self, tmp_path, server):
+        (tmp_path / "www" / "a.txt").write_bytes(self.DATA)
+        (tmp_path / "cache").touch()
+        with pytest.raises(SourceError, match=r"cache/a\.txt cannot be written: .*fetch it elsewhere"):
+            sources.download(f"{server}/a.txt", tmp_path / "cache" / "a.txt", 100, self.SHA)
 
     def test_without_a_network_it_says_where_to_put_the_file(self, tmp_path):
         target = tmp_path / "a.txt"
