@@ -19,7 +19,6 @@ from jaxgpt.text import batches
 from jaxgpt.text import corpus as corpora
 from jaxgpt.training import loop, nans, step
 from jaxgpt.training.checkpoint import Checkpoints, abstract
-from jaxgpt.training.interrupt import interruption
 from jaxgpt.training.journal import DivergedError, Evaluated, Notice, Progress
 from jaxgpt.training.loop import fit
 from jaxgpt.training.run import Run, RunError
@@ -267,38 +266,6 @@ def test_a_run_in_use_is_left_as_it_is(tiny, new_run, change):
     with run.exclusive(), pytest.raises(RunError, match="in use by process"):
         fit(run, corpus, config=change(run.config, steps=40))
     assert Run(run.path).config == run.config
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_first_signal_is_noted_and_a_second_one_acts(number):
-    heard = []
-    before = signal.signal(number, lambda *_: heard.append("second"))
-    try:
-        with interruption() as interrupted_by:
-            assert interrupted_by(1) == 0
-            os.kill(os.getpid(), number)
-            assert interrupted_by(2) == number
-            assert heard == []
-            os.kill(os.getpid(), number)
-            assert heard == ["second"]
-        assert signal.getsignal(number) is not before
-    finally:
-        signal.signal(number, before)
-
-
-def test_in_another_thread_nothing_is_noted():
-    import threading
-
-    told = []
-
-    def ask():
-        with interruption() as interrupted_by:
-            told.append(interrupted_by(1))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
-    assert told == [0]
 
 
 # With processes that really end.
