@@ -144,3 +144,29 @@ def test_it_learns_a_text_that_repeats(tiny, change):
     assert metrics.loss[-1] < 0.05
     logits = nn.forward(config.model, state.params, jnp.arange(8)[None])
     np.testing.assert_array_equal(logits[0, 1:].argmax(-1), np.arange(2, 9))
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient", "update"])
+def test_a_step_without_a_number_changes_nothing_but_the_count(tiny, change, monkeypatch, bad):
+    config = change(tiny, dropout=0.0, warmup_steps=0, learning_rate=3e38 if bad == "update" else 1e-3)
+    batch = batches.take(TOKENS, starts(config, 0, 1)[0], 8)
+
+    def poisoned(*args):
+        loss, grads = real(*args)
+        if bad == "loss":
+            return loss * jnp.nan, grads
+        if bad == "gradient":
+            grads["wte"]["embedding"] = grads["wte"]["embedding"].at[2, 3].set(jnp.inf)
+        return loss, grads
+
+    real = steps.loss_and_grads
+    before = init_state(config)
+    monkeypatch.setattr(steps, "loss_and_grads", poisoned)
+    after, metrics = jax.jit(lambda s, b: steps.train_step(config, s, b))(before, batch)
+    assert not metrics.applied
+    assert int(after.step) == 1
+    assert_equal((after.params, after.opt_state), (before.params, before.opt_state))
+    monkeypatch.undo()
+    fine, metrics = train_step(change(config, learning_rate=1e-3), after, batch)
+    assert metrics.applied
+    assert (fine.params["wte"]["embedding"] != before.params["wte"]["embedding"]).any()
