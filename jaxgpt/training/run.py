@@ -125,8 +125,9 @@ class Run:
         """The configuration it was started with."""
         try:
             return configs.from_tree(disk.unseal((self.path / "config.json").read_bytes()))
-        except (configs.ConfigError, disk.SealError) as error:
-            raise RunError(f"{self.path / 'config.json'}: {error}; put back the file of the run") from error
+        except (configs.ConfigError, disk.SealError, OSError) as error:
+            what = error.strerror if isinstance(error, OSError) else error
+            raise RunError(f"{self.path / 'config.json'}: {what}; put back the file of the run") from error
 
     @cached_property
     def corpus_meta(self) -> dict[str, Any]:

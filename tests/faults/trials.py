@@ -135,7 +135,8 @@ def wrong(run: Run, newest: int) -> str | None:
 def corruptions(folder: Path, trials: int, seed: int) -> Count:
     """Flip a bit of, shorten, or delete a file of a finished run, each file in turn, then at random; see if it is told.
 
-    A checkpoint's harm must be named and the step before it taken; harm to the run's own files must be refused.
+    A checkpoint's harm must be named and the step before it taken; harm to the run's own files must be refused, and
+    what was prepared from a text refused or prepared again, to the same bytes.
     """
     count, dice = Count(), random.Random(seed)
     run = new_run(folder, "whole", short(SMALL))
@@ -147,12 +148,18 @@ def corruptions(folder: Path, trials: int, seed: int) -> Count:
     files = [path for path in sorted((run.checkpoints / newest).rglob("*")) if path.is_file()]
     files += [run.path / name for name in ("config.json", "tokens.json", "metrics.jsonl")]
     files += [data / name for name in ("tokens.json", "tokens.bin")]
-    plan = list(itertools.product(files, (flip, shorten, lengthen, delete)))
+    plan = [
+        (path, harm)
+        for path, harm in itertools.product(files, (flip, shorten, lengthen, delete))
+        if (path.name, harm) != ("metrics.jsonl", lengthen)  # what is beyond the last save is dropped, and no harm
+    ]
     plan = [*plan, *((dice.choice(files), flip) for _ in range(max(0, trials - len(plan))))]
     for path, harm in plan:
         whole = path.read_bytes()
         harm(path, dice)
         said = told(run, folder / "data", int(newest))
+        if path.exists() and path.read_bytes() == whole:
+            said = f"{path.name} was made again, the same"  # a prepared corpus, of the text it came from
         count.expect(path.name in said, f"{harm.__name__} of {path.relative_to(folder)}: {said or 'nothing was said'}")
         path.write_bytes(whole)
     count.require(told(run, folder / "data", int(newest)) == "", "a whole run is not found whole")
