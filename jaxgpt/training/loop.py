@@ -13,6 +13,7 @@ from jaxgpt.config import Config
 from jaxgpt.text import batches
 from jaxgpt.text.batches import Ids, Starts
 from jaxgpt.text.corpus import Corpus
+from jaxgpt.training import memory
 from jaxgpt.training.checkpoint import Checkpoints, abstract
 from jaxgpt.training.evaluate import Evaluation, estimate, evaluate
 from jaxgpt.training.interrupt import interruption
@@ -63,6 +64,7 @@ def fit(
       debug_nans: end the run at the first step that comes to no number, and name the operation; slower.
 
     Raises:
+      OutOfMemoryError: it does not fit, by a count on paper or by the compiler's.
       RunError: another process holds the run, its files do not belong together, or none of its steps is whole.
       DivergedError: too many steps in a row came to no number; the checkpoints before them stand.
       CheckpointError: the last checkpoint was not written, or any was not where the config says to stop then.
@@ -86,6 +88,7 @@ def fit(
     ):
         tell = partial(notify, run, watch)
         found = newest_good(run, config, corpus, checkpoints, tell)
+        memory.require(config, device_tokens(config, len(train_tokens)), new=found is None)
         state = checkpoints.restore(found.step, like(config)) if found else init_state(config)
         if config != run.config:
             run = run.with_config(config)
@@ -95,10 +98,14 @@ def fit(
             saving = Saving(run, config, corpus, checkpoints, journal)
             if not journal.scores:
                 journal.evaluated(*score(state))
-            stop = 0
+            stop, compiled = 0, None
             for begin, end in chunks(config, int(state.step)):
+                served = feed(begin, end)
+                if not compiled:
+                    compiled = train_steps.lower(config, state, *served).compile()  # and kept for the call below
+                    memory.require_compiled(compiled, config, new=found is None)
                 before = jax.tree.map(jnp.copy, state) if debug_nans else None
-                state, metrics = train_steps(config, state, *(served := feed(begin, end)))
+                state, metrics = train_steps(config, state, *served)
                 if before and not metrics.applied.all():
                     raise DivergedError(blame(config, before, *served))
                 journal.trained(begin, metrics)
@@ -154,10 +161,17 @@ def due(config: Config, step: int) -> bool:
     return step == config.train.steps or bool(every and step % every == 0)
 
 
+def device_tokens(config: Config, n_tokens: int) -> int:
+    """How many tokens lie on the device: the corpus, or the windows of a chunk of a larger one."""
+    windows = config.train.scan_steps * config.train.batch_size * (config.model.block_size + 1)
+    return n_tokens if n_tokens <= DEVICE_TOKENS else windows
+
+
 def feeder(config: Config, tokens: Ids) -> Callable[[int, int], tuple[jax.Array, jax.Array]]:
     """A function from the steps begin..end to the (tokens, starts) that `train_steps` takes."""
     train, T = config.train, config.model.block_size
-    on_device = jax.device_put(np.asarray(tokens)) if len(tokens) <= DEVICE_TOKENS else None
+    whole = device_tokens(config, len(tokens)) == len(tokens)
+    on_device = jax.device_put(np.asarray(tokens)) if whole else None
 
     def feed(begin: int, end: int) -> tuple[jax.Array, jax.Array]:
         starts = batches.chunk_starts(train.seed, begin, end, len(tokens), T, train.batch_size, train.sampling)

@@ -11,6 +11,7 @@ from jaxgpt.text import corpus as corpora
 from jaxgpt.text.corpus import Corpus, CorpusError
 from jaxgpt.text.sources import NAMED
 from jaxgpt.text.tokenizer import Tokenizer
+from jaxgpt.training import memory
 from jaxgpt.training.checkpoint import CheckpointError, Checkpoints, DamagedError, abstract
 from jaxgpt.training.recovery import require_same
 from jaxgpt.training.run import Run, RunError
@@ -21,13 +22,16 @@ def start(config: Config, name: str, runs_dir: Path, data_dir: Path) -> tuple[Ru
     """Check everything, prepare the corpus, and make the folder of a new run.
 
     Raises:
-      UsageError: the config cannot run, the run exists, or the text cannot be had; before anything is written.
+      UsageError: the config cannot run, the run exists, or the text cannot be had; before anything is written. Or the
+        model is too large with the vocabulary of the text, which has been prepared by then.
     """
     check(config)
     Run.require_free(runs_dir, name)
     disk.require_writable(runs_dir, "--runs-dir")
+    memory.require(config, 0)
     corpus = _prepare(config, data_dir)
     config = resolve(config, corpus)
+    memory.require(config, 0)  # the size of the vocabulary is known only now
     return Run.create(runs_dir, name, config, corpus.meta), corpus
 
 

@@ -5,8 +5,10 @@ import pytest
 from jaxgpt.config import ConfigError
 from jaxgpt.text import corpus as corpora
 from jaxgpt.text.corpus import CorpusError
+from jaxgpt.training import memory
 from jaxgpt.training.checkpoint import CheckpointError
 from jaxgpt.training.loop import fit
+from jaxgpt.training.memory import OutOfMemoryError
 from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.start import corpus_of, load_checkpoint, resume, start
 
@@ -120,3 +122,31 @@ def test_a_padded_vocabulary_and_a_split_of_ones_own_are_found_again(config, cha
     run, corpus = start(own, "one", *folders)
     shutil.rmtree(folders[1])
     assert corpus_of(run, folders[1]).meta == corpus.meta
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_cannot_fit_is_refused_before_anything_is_made(config, change, folders, monkeypatch, known):
+    """With a vocabulary that is given, before the text is looked at; else before there is a run."""
+    config = change(config, vocab_size=500 if known else 0, batch_size=256)
+    empty = memory.needed(change(config, vocab_size=0), 0).total
+    monkeypatch.setattr(memory, "available", lambda: empty + 10_000)
+    with pytest.raises(OutOfMemoryError, match=r"at least .* parameters .* MB are free: try --accumulate \d"):
+        start(config, "one", *folders)
+    assert not folders[0].exists()
+    assert folders[1].exists() != known
+
+
+def test_a_run_that_no_longer_fits_is_refused_as_it_is(config, folders, monkeypatch):
+    run, corpus = start(config, "one", *folders)
+    monkeypatch.setattr(memory, "available", lambda: 10_000)
+    with pytest.raises(OutOfMemoryError, match="a run that has begun cannot be made smaller|try"):
+        fit(run, corpus)
+    assert not run.metrics_file.exists()
+
+
+def test_the_compilers_figures_are_looked_at_before_the_first_step(config, folders, monkeypatch):
+    run, corpus = start(config, "one", *folders)
+    monkeypatch.setattr(memory, "compiled_bytes", lambda compiled: (10**6, 10**15))
+    with pytest.raises(OutOfMemoryError, match="the compiled training step needs 1,000,000.0 GB"):
+        fit(run, corpus)
+    assert all(line["step"] == 0 for line in run.metrics())
