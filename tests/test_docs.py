@@ -34,3 +34,11 @@ def test_what_a_page_links_to_exists(path):
 
 def test_there_is_a_page_to_try():
     assert BLOCK.findall(PAGES[0].read_text("utf-8"))
+
+
+def test_the_tests_that_are_said_to_hold_a_promise_exist():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "reliability.md").read_text("utf-8")
+    named = set(re.findall(r"`(?:tests/)?(?:\w+/)*(test_\w+\.py)`", page))
+    assert len(named) > 8
+    assert named <= {path.name for path in (root / "tests").rglob("*.py")}

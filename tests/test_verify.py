@@ -85,6 +85,7 @@ def test_every_recipe_can_be_verified_in_part(name):
     assert part.model == config.model
 
 
+@pytest.mark.smoke
 def test_a_recipe_killed_and_resumed(jaxgpt, verse):
     small = {"n-layer": 1, "n-embd": 16, "n-head": 2, "block-size": 8, "scan-steps": 20, "eval-every": 20, "steps": 300}
     flags = [word for name, value in small.items() for word in (f"--{name}", value)]

@@ -57,6 +57,7 @@ with interruption() as interrupted_by:
 """
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_of_several_processes_all_stop_after_the_same_step(number):
     """A signal to one of two; both are told by JAX's preemption service."""

@@ -196,6 +196,7 @@ def poisoned(monkeypatch):
     return poison
 
 
+@pytest.mark.smoke
 def test_a_step_without_a_number_is_left_out_and_written_down(tiny, new_run, poisoned):
     whole = fit(*new_run("whole", tiny)).run
     poisoned(13)
@@ -243,6 +244,7 @@ def test_too_many_in_a_row_end_the_run_at_its_last_save(tiny, change, new_run, p
     assert run.metrics()[-1]["step"] == 12
 
 
+@pytest.mark.smoke
 def test_debugging_names_the_step_and_the_operation(tiny, new_run, poisoned):
     poisoned(13)
     run, corpus = new_run("one", tiny)

@@ -40,6 +40,7 @@ def content(run):
     return {str(path): path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.smoke
 def test_a_damaged_newest_step_is_named_set_aside_and_trained_again(done):
     run, corpus = done
     before = run.metrics_file.read_bytes()

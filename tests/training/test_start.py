@@ -138,15 +138,17 @@ def test_what_cannot_fit_is_refused_before_anything_is_made(config, change, fold
 
 def test_a_run_that_no_longer_fits_is_refused_as_it_is(config, folders, monkeypatch):
     run, corpus = start(config, "one", *folders)
+    fit(run, corpus)
     monkeypatch.setattr(memory, "available", lambda: 10_000)
-    with pytest.raises(OutOfMemoryError, match="a run that has begun cannot be made smaller|try"):
+    before = run.metrics_file.read_bytes()
+    with pytest.raises(OutOfMemoryError, match="a run that has begun cannot be made smaller"):
         fit(run, corpus)
-    assert not run.metrics_file.exists()
+    assert run.metrics_file.read_bytes() == before
 
 
 def test_the_compilers_figures_are_looked_at_before_the_first_step(config, folders, monkeypatch):
     run, corpus = start(config, "one", *folders)
     monkeypatch.setattr(memory, "compiled_bytes", lambda compiled: (10**6, 10**15))
-    with pytest.raises(OutOfMemoryError, match="the compiled training step needs 1,000,000.0 GB"):
+    with pytest.raises(OutOfMemoryError, match="the compiled training step needs 1,000,000"):
         fit(run, corpus)
     assert all(line["step"] == 0 for line in run.metrics())
