@@ -68,8 +68,7 @@ class Checkpoints:
         self._verified: dict[int, Manifest] = {}
         if keep:
             directory.mkdir(parents=True, exist_ok=True)
-            for left_by_a_kill in directory.glob(".*.part*"):
-                shutil.rmtree(left_by_a_kill, ignore_errors=True)
+            self._sweep()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -81,6 +80,7 @@ class Checkpoints:
             self.settle(wait=True)
         finally:
             self._worker.shutdown()
+            self._sweep()
 
     @property
     def steps(self) -> list[int]:
@@ -107,6 +107,7 @@ class Checkpoints:
     def save(self, state: TrainState, val_loss: float | None = None, about: dict[str, Any] | None = None) -> None:
         """Start to save `state` under its step, unless that step is saved already; `state` may be donated after."""
         self.settle(wait=True)
+        self._sweep()
         step = int(state.step)
         if step in self.steps:
             return
@@ -236,6 +237,12 @@ class Checkpoints:
             raise CheckpointError(f"step {known.step} was not saved in {self.directory}: {error}") from error
         self._prune()
         return known.step
+
+    def _sweep(self) -> None:
+        """Remove what saves have left that were killed, or that failed while Orbax was still writing."""
+        if self._keep and self.directory.is_dir():
+            for left in self.directory.glob(".*.part*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _prune(self) -> None:
         """Remove what need not be kept; a step whose manifest cannot be read is left for a person to look at."""
