@@ -4,8 +4,10 @@ import dataclasses
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -74,7 +76,7 @@ def verify_resume(
     straight, killed = (start(config, name, folder, data_dir)[0] for name in ("straight", "killed"))
     began = time.perf_counter()
     with train(straight, data_dir) as process:
-        finish(process)
+        process.wait()
     chunk_seconds = (time.perf_counter() - began) * config.train.scan_steps / config.train.steps
     tell(f"straight: {config.train.steps:,} steps")
     dice, done = random.Random(seed), list[Kill]()
@@ -84,42 +86,36 @@ def verify_resume(
                 time.sleep(0.002)
             time.sleep(dice.uniform(0, min(1.0, chunk_seconds)))
             process.kill()
-            if process.wait() == 0:  # it was done before
-                break
-            if process.returncode > 0:
-                finish(process)
+            process.wait()
+        if process.returncode == 0:  # it was done before
+            break
         done.append(state_of(killed))
         tell(f"killed at step {done[-1].at:,}{', in a save' * done[-1].saving}; back to step {done[-1].back_to:,}")
     with train(killed, data_dir) as process:
-        finish(process)
+        process.wait()
     return compare(straight, killed, done)
 
 
-def train(run: Run, data_dir: Path) -> "subprocess.Popen[str]":
-    """A process that trains `run` from its newest step to its end."""
-    words = ["-m", "jaxgpt", "train", "--run", run.path.name, "--resume", "--runs-dir", str(run.path.parent)]
-    return subprocess.Popen(
-        [sys.executable, *words, "--data-dir", str(data_dir)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def finish(process: "subprocess.Popen[str]") -> None:
-    """Wait for a process of `train`.
+@contextmanager
+def train(run: Run, data_dir: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that trains `run` from its newest step to its end; it does not outlive the block.
 
     Raises:
-      RuntimeError: it failed; with what it printed.
+      RuntimeError: it failed by itself; with what it printed.
     """
-    try:
-        out, _ = process.communicate()
-    except BaseException:
-        process.kill()
-        raise
-    if process.returncode:
-        raise RuntimeError(f"jaxgpt train ended with {process.returncode} by itself:\n{out}")
+    words = ["-m", "jaxgpt", "train", "--run", run.path.name, "--resume", "--runs-dir", str(run.path.parent)]
+    command = [sys.executable, *words, "--data-dir", str(data_dir)]
+    with tempfile.TemporaryFile() as said:  # not a pipe, which would fill up unread
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode > 0:
+            said.seek(0)
+            out = said.read().decode(errors="replace")
+            raise RuntimeError(f"jaxgpt train ended with {process.returncode} by itself:\n{out}")
 
 
 def last_step(run: Run) -> int:

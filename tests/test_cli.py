@@ -189,7 +189,7 @@ def test_failures_exit_with_1(call, verse, tmp_path, monkeypatch):
     (tmp_path / "runs/one/checkpoints/20/state/_METADATA").unlink()
     code, _, err = call("sample", "one", "--checkpoint", "last")
     assert code == 1
-    assert "the last checkpoint is damaged: runs/one/checkpoints/20/state/_METADATA is missing" in err
+    assert "the last checkpoint cannot be used: runs/one/checkpoints/20/state/_METADATA is missing" in err
 
 
 def test_too_much_memory_is_told(call, monkeypatch):

@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
@@ -32,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    sys.exit(run_verb(sys.argv[1:] if argv is None else argv))
+    code = run_verb(sys.argv[1:] if argv is None else argv)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk, or a reader that has gone: let the interpreter's own last flush find no fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def run_verb(argv: Sequence[str]) -> int:
@@ -56,7 +62,7 @@ def run_verb(argv: Sequence[str]) -> int:
     except MemoryError as error:
         return _complain(f"out of memory: {error}; try a smaller --batch-size or a smaller model", 1)
     except (OSError, RuntimeError) as error:
-        return _complain(str(error), 1)
+        return _complain("\n".join([str(error), *getattr(error, "__notes__", [])]), 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
 
@@ -68,5 +74,6 @@ def overview() -> str:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"jaxgpt: {message}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"jaxgpt: {message}", file=sys.stderr)
     return code

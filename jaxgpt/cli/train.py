@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def _about(name: str) -> str:
 def _fit(given: Train, existing: Run | None) -> int:
     from jaxgpt.report.terminal import RunConsole, TrainingDisplay, describe, duration
     from jaxgpt.training.loop import fit
+    from jaxgpt.training.memory import OutOfMemoryError
     from jaxgpt.training.start import resume, start
 
     use_compile_cache()
@@ -69,8 +71,13 @@ def _fit(given: Train, existing: Run | None) -> int:
         config = run.config
     console = RunConsole()
     console.print(corpus.summary)
-    with TrainingDisplay(console, config.train.steps) as display:
-        done = fit(run, corpus, display, config, given.debug_nans)
+    try:
+        with TrainingDisplay(console, config.train.steps) as display:
+            done = fit(run, corpus, display, config, given.debug_nans)
+    except OutOfMemoryError:
+        if not existing:  # nothing was trained, and another attempt needs the name
+            shutil.rmtree(run.path)
+        raise
     if display.notices:
         console.print(f"{display.notices} warnings on the way stand in {run.events_file}", style="bold yellow")
     if done.interrupted_by:

@@ -1,6 +1,8 @@
 """`jaxgpt verify-resume`: that a kill costs nothing, shown."""
 
 import shutil
+import signal
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ def run(args: list[str]) -> int:
     given = parse(Verify, args, f"verify-resume {name}", about, default=default)
     if given.kills < 0:
         raise UsageError(f"kills is {given.kills}, expected 0 or more")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was begun is cleaned up
     folder = Path(tempfile.mkdtemp(prefix="jaxgpt-verify-"))
     try:
         verdict = verify_resume(given.config, folder, given.data_dir, given.kills, given.kill_seed, print)

@@ -15,12 +15,8 @@ from jaxgpt.nn import Params
 from jaxgpt.recipes import command
 from jaxgpt.text import corpus as corpora
 from jaxgpt.text.tokenizer import Tokenizer
-from jaxgpt.training.checkpoint import Checkpoints
-from jaxgpt.training.optimizer import make_optimizer
-from jaxgpt.training.recovery import about
 from jaxgpt.training.run import Run
 from jaxgpt.training.start import load_checkpoint, start
-from jaxgpt.training.step import TrainState
 
 FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 
@@ -76,13 +72,8 @@ def import_run(
     model, params = gpt2.load(source, block_size)
     model = ModelConfig(**{**vars(model), "dropout": dropout})
     config = Config(config.data, model, config.optimizer, config.train)
-    run, corpus = start(config, name, runs_dir, data_dir)
     params = jax.tree.map(jnp.asarray, params)
-    with Checkpoints(run.checkpoints, config.train.keep) as checkpoints:
-        state = TrainState(jnp.int32(0), params, make_optimizer(config).init(params))
-        checkpoints.save(state, None, about(run.config, corpus.meta))
-    run.event("import", folder=str(source.resolve()))
-    return run
+    return start(config, name, runs_dir, data_dir, params, origin=str(source.resolve()))[0]
 
 
 def export_run(run: Run, folder: Path, which: str = "best") -> int:
@@ -142,7 +133,7 @@ def card(run: Run, step: int) -> str:
             f"{line['val_loss']:.4f} nats per token over the whole validation split "
             f"({line['val_n_tokens']:,} tokens, {line['val_bits_per_byte']:.4f} bits per byte)"
         )
-    origin = [event["folder"] for event in run.events() if event["event"] == "import"]
+    origin = [event["origin"] for event in run.events() if event["event"] == "import"]
     model, made_by = config.model, f"`{command(config)}`"
     if origin:
         made_by = f"`jaxgpt import-gpt2 {Path(origin[0]).name}`, with the settings of {made_by}"

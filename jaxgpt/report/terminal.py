@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -17,10 +18,15 @@ PLAIN_SECONDS = 5.0
 
 
 class RunConsole(Console):
-    """A console that falls silent when whoever read it has gone: that is no reason to end a run."""
+    """A console that falls silent when whoever read it has gone, and loses what a full disk does not take: neither is
+    a reason to end a run."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(highlight=False, markup=False, soft_wrap=True, **kwargs)
+
+    def print(self, *objects: Any, **kwargs: Any) -> None:
+        with suppress(OSError):
+            super().print(*objects, **kwargs)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

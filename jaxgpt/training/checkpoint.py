@@ -8,9 +8,11 @@ A step is written under a temporary name, hashed, and renamed last: what has a s
 """
 
 import math
+import re
 import secrets
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +25,7 @@ from jaxgpt import disk
 from jaxgpt.training.step import TrainState
 
 PROGRAM = "jaxgpt checkpoint 1"
+STEP = re.compile("0|[1-9][0-9]{0,17}")
 
 
 class CheckpointError(RuntimeError):
@@ -66,6 +69,9 @@ class Checkpoints:
         self._pending: Future[int] | None = None
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._verified: dict[int, Manifest] = {}
+        self._spare: set[int] = set()
+        self.not_pruned: OSError | None = None
+        """Why the last save, itself whole, did not make room."""
         if keep:
             directory.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -78,15 +84,22 @@ class Checkpoints:
     ) -> None:
         try:
             self.settle(wait=True)
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            error.add_note(str(failed))  # what ended the block comes first
         finally:
             self._worker.shutdown()
             self._sweep()
+            if self._keep:
+                with suppress(OSError):
+                    self._prune(last=True)
 
     @property
     def steps(self) -> list[int]:
         """The saved steps, oldest first."""
-        names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
-        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+        paths = list(self.directory.iterdir()) if self.directory.is_dir() else []
+        return sorted(int(path.name) for path in paths if STEP.fullmatch(path.name) and path.is_dir())
 
     @property
     def latest(self) -> int | None:
@@ -100,17 +113,27 @@ class Checkpoints:
         Raises:
           DamagedError: what a step says of its loss cannot be read.
         """
-        losses = {step: self.manifest(step).val_loss for step in self.steps}
+        losses = {}
+        for step in self.steps:
+            try:
+                losses[step] = self.manifest(step).val_loss
+            except DamagedError:
+                if step in self.steps:  # else it has just made room
+                    raise
         scored = [(loss, step) for step, loss in losses.items() if loss is not None]
         return min(scored)[1] if scored else self.latest
 
     def save(self, state: TrainState, val_loss: float | None = None, about: dict[str, Any] | None = None) -> None:
-        """Start to save `state` under its step, unless that step is saved already; `state` may be donated after."""
+        """Start to save `state` under its step; `state` may be donated after.
+
+        Raises:
+          CheckpointError: the last save failed, this one cannot begin, or that step is saved already.
+        """
         self.settle(wait=True)
         self._sweep()
         step = int(state.step)
         if step in self.steps:
-            return
+            raise CheckpointError(f"step {step} was not saved in {self.directory}: there is one already")
         partial = self.directory / f".{step}.{secrets.token_hex(4)}.part"
         scored = val_loss is not None and math.isfinite(val_loss)  # what is no number is never the best
         known = Manifest(step, val_loss if scored else None, about or {}, _arrays(state), {})
@@ -193,7 +216,7 @@ class Checkpoints:
             return self._load(step, {"params": like})["params"]
 
     def set_aside(self, step: int) -> Path:
-        """Rename a damaged step, so that it stands in nobody's way and is there to be looked at; its new path."""
+        """Rename a step that is not to be gone on from, so that it stands in nobody's way; its new path."""
         path, n = self._path(step).with_suffix(".damaged"), 1
         while path.exists():
             path, n = path.with_suffix(f".damaged{n}"), n + 1
@@ -235,7 +258,11 @@ class Checkpoints:
         except Exception as error:
             _remove(partial)
             raise CheckpointError(f"step {known.step} was not saved in {self.directory}: {error}") from error
-        self._prune()
+        try:
+            self._prune()
+            self.not_pruned = None
+        except OSError as error:
+            self.not_pruned = error
         return known.step
 
     def _sweep(self) -> None:
@@ -244,8 +271,11 @@ class Checkpoints:
             for left in self.directory.glob(".*.part*"):
                 shutil.rmtree(left, ignore_errors=True)
 
-    def _prune(self) -> None:
-        """Remove what need not be kept; a step whose manifest cannot be read is left for a person to look at."""
+    def _prune(self, last: bool = False) -> None:
+        """Remove what need not be kept; a step whose manifest cannot be read is left for a person to look at.
+
+        Until the `last` time, what can be spared stays for one save longer: somebody may be reading it.
+        """
         losses = {}
         for step in self.steps:
             try:
@@ -254,11 +284,13 @@ class Checkpoints:
                 continue
         newest = sorted(losses)[-self._keep :]
         best = min(((loss, step) for step, loss in losses.items() if loss is not None), default=(0.0, -1))[1]
-        for step in losses:
-            if step not in newest and step != best and (not self._keep_every or step % self._keep_every):
-                doomed = self.directory / f".{step}.{secrets.token_hex(4)}.part"
-                self._path(step).rename(doomed)  # first, so that a kill leaves no half of a step under its name
-                _remove(doomed)
+        every = self._keep_every
+        spare = {step for step in losses if step not in newest and step != best and not (every and step % every == 0)}
+        for step in spare if last else spare & self._spare:
+            doomed = self.directory / f".{step}.{secrets.token_hex(4)}.part"
+            self._path(step).rename(doomed)  # first, so that a kill leaves no half of a step under its name
+            _remove(doomed)
+        self._spare = spare
 
 
 def abstract(tree: Any) -> Any:

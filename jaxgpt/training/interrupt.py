@@ -46,8 +46,14 @@ def interruption() -> Iterator[Callable[[int], int]]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     # A handler of Python's for SIGTERM would hide the signal from the preemption service.
-    noted = [number for number in SIGNALS if not (several and number == signal.SIGTERM)]
-    before = {number: signal.signal(number, note) or signal.SIG_DFL for number in noted}
+    # What is ignored from the start stays so: a run under nohup outlives its terminal.
+    before = {
+        number: handler or signal.SIG_DFL
+        for number in SIGNALS
+        if (handler := signal.getsignal(number)) is not signal.SIG_IGN and not (several and number == signal.SIGTERM)
+    }
+    for number in before:
+        signal.signal(number, note)
     try:
         yield asked
     finally:

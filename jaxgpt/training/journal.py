@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxgpt import disk
 from jaxgpt.text.batches import Starts
 from jaxgpt.training.evaluate import Evaluation
 from jaxgpt.training.run import Run
@@ -88,6 +89,7 @@ class Journal:
         self._file.seek(0)
         kept = self._file.read(n_bytes)
         self._file.truncate(n_bytes)
+        disk.sync(run.path)  # a new file's name must last, too
         self._unwritten, self._n_bytes, self._hash = b"", n_bytes, hashlib.sha256(kept)
         for line in map(json.loads, kept.splitlines()):
             self._remember(line)
@@ -176,7 +178,8 @@ class Journal:
             self._drain()
             raise DivergedError(
                 f"step {step}: {numbers}; {self._skipped} steps in a row were left out, and the run ends at its last "
-                "save. --resume --debug-nans names the operation; a smaller --learning-rate or --grad-clip may help"
+                "save. --resume --debug-nans names the operation, --resume --max-skipped lets more pass; a new run "
+                "with a smaller --learning-rate or --grad-clip may fare better"
             )
 
     def _write(self, **values: Any) -> float | None:

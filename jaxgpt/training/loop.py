@@ -1,5 +1,6 @@
 """fit(): the story of a run."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from jaxgpt.training.evaluate import Evaluation, estimate, evaluate
 from jaxgpt.training.interrupt import interruption
 from jaxgpt.training.journal import DivergedError, Evaluated, Event, Journal, notify
 from jaxgpt.training.nans import blame
-from jaxgpt.training.recovery import newest_good
-from jaxgpt.training.run import Run
+from jaxgpt.training.recovery import newest_good, surroundings
+from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.saving import Saving
 from jaxgpt.training.step import TrainState, init_state, train_steps
 
@@ -44,7 +45,7 @@ class Summary:
 
     @property
     def best(self) -> Evaluated:
-        return min(self.scores, key=lambda scored: scored.evaluation.loss)
+        return min(self.scores, key=lambda scored: (math.isnan(scored.evaluation.loss), scored.evaluation.loss))
 
 
 def fit(
@@ -57,7 +58,8 @@ def fit(
     """Train `run` from its newest checkpoint, or from the start, to its last step; log, evaluate and save.
 
     What metrics.jsonl and the checkpoints hold depends on the run's config and the tokens alone: not on how often the
-    run was ended and resumed, nor on `watch`, which is told of each event.
+    run was ended and resumed, nor on `watch`, which is told of each event. (A run that came to its end and is then made
+    longer was scored at that end, too: a line that a run which was long from the start has only where it is due.)
 
     Args:
       config: takes the place of the run's own, where `start.resume` allowed it to differ.
@@ -88,14 +90,20 @@ def fit(
     ):
         tell = partial(notify, run, watch)
         found = newest_good(run, config, corpus, checkpoints, tell)
+        if found and found.step > config.train.steps:
+            raise RunError(
+                f"run {run.path.name!r} is at step {found.step} already, beyond the {config.train.steps} asked for"
+            )
         memory.require(config, device_tokens(config, len(train_tokens)), new=found is None)
         state = checkpoints.restore(found.step, like(config)) if found else init_state(config)
         if config != run.config:
             run = run.with_config(config)
-        run.event("start", step=int(state.step), jax=jax.__version__, backend=jax.default_backend())
+        run.event("start", step=int(state.step), **surroundings())
         n_bytes = found.about["metrics"]["bytes"] if found else 0
-        with Journal(run, n_bytes, partial(window_starts, config, len(train_tokens)), watch) as journal:
-            saving = Saving(run, config, corpus, checkpoints, journal)
+        with (
+            Journal(run, n_bytes, partial(window_starts, config, len(train_tokens)), watch) as journal,
+            Saving(run, config, corpus, checkpoints, journal) as saving,
+        ):
             if not journal.scores:
                 journal.evaluated(*score(state))
             stop, compiled = 0, None

@@ -64,48 +64,58 @@ def newest_good(
 ) -> Manifest | None:
     """The newest step to go on from, None if nothing was saved yet; nothing is written unless there is one.
 
-    Newer steps that are damaged are set aside, and each is told of, as is another version of jax than before.
+    Newer steps that are damaged, or whose lines of metrics are, are set aside, and each is told of; so is another
+    version of jax than before, or another device.
 
     Raises:
       RunError: all that was saved is damaged or gone, or it is of another config, text or tokenizer.
     """
-    damaged: dict[int, str] = {}
-    doubts: list[str] = []
+    problems: dict[int, str] = {}
     for step in reversed(checkpoints.steps):
         try:
             manifest = checkpoints.verify(step)
         except DamagedError as error:
-            damaged[step] = str(error)
+            problems[step] = str(error)
             continue
-        _require_own(run, config, corpus, manifest)
+        require_own(run, config, corpus.meta, manifest)
         if problem := _metrics_problem(run, manifest):
-            doubts.append(f"step {step}: {problem}")
+            problems[step] = problem
             continue
-        for bad, what in damaged.items():
+        for bad, what in problems.items():
             tell("damage", bad, f"{what}; step {bad} was set aside as {checkpoints.set_aside(bad)}")
-        if damaged or doubts:
-            tell("damage", step, "; ".join([*doubts, f"going back to step {step}, the newest that is whole"]))
-        starts = [event for event in run.events() if event["event"] == "start" and "jax" in event]
-        if starts and starts[-1]["jax"] != jax.__version__:
-            was = starts[-1]["jax"]
-            tell("version", step, f"jax is {jax.__version__} now and was {was}: the bits that follow may differ")
+        if problems:
+            tell("damage", step, f"going back to step {step}, the newest that is whole with its lines of metrics")
+        starts = [event for event in run.events() if event["event"] == "start"]
+        for name, now in surroundings().items():
+            was = starts[-1].get(name, now) if starts else now
+            if was != now:
+                tell("version", step, f"{name} is {now} now and was {was}: the bits that follow may differ")
         return manifest
-    told = [f"step {step}: {what}" for step, what in damaged.items()] + doubts
-    saved = [event["step"] for event in run.events() if event["event"] == "save"]
+    told = [f"step {step}: {what}" for step, what in problems.items()]
+    saved = [event["step"] for event in run.events() if event["event"] in ("save", "import")]
     if not told and saved:
         told = [f"step {max(saved)} was saved, but {checkpoints.directory} holds no checkpoint"]
     if told:
         raise RunError(
-            f"run {run.path.name!r} has no step that is whole, and is not started again from nothing:\n  "
-            + "\n  ".join(told)
-            + "\nput back a copy of those files, or start a new run: --run OTHER-NAME"
+            f"run {run.path.name!r} has no step that is whole with its lines of metrics, and is not started again "
+            "from nothing:\n  " + "\n  ".join(told) + "\nput back a copy of those files, or start a new run: "
+            "--run OTHER-NAME (jaxgpt sample and export ask for the checkpoint alone)"
         )
     return None
 
 
-def _require_own(run: Run, config: Config, corpus: Corpus, manifest: Manifest) -> None:
-    """Check that a whole step belongs to this config, text and tokenizer."""
-    said, now = manifest.about, about(config, corpus.meta)
+def surroundings() -> dict[str, str]:
+    """What besides (config, tokens, seed) the last bits of a run depend on."""
+    return {"jax": jax.__version__, "backend": jax.default_backend(), "device": jax.devices()[0].device_kind}
+
+
+def require_own(run: Run, config: Config, corpus_meta: dict[str, Any], manifest: Manifest) -> None:
+    """Check that a whole step belongs to this config, text and tokenizer.
+
+    Raises:
+      RunError: it does not.
+    """
+    said, now = manifest.about, about(config, corpus_meta)
     if not said.keys() >= now.keys():
         raise RunError(f"step {manifest.step} of {run.path} does not say what it belongs to: it is no step of a run")
     require_same(run, configs.from_tree(said["config"]), config)
@@ -113,7 +123,7 @@ def _require_own(run: Run, config: Config, corpus: Corpus, manifest: Manifest) -
         if said[name] != now[name]:
             raise RunError(
                 f"run {run.path.name!r}: the {name} of step {manifest.step} have SHA-256 {said[name]}, "
-                f"those of {corpus.meta['source']} in hand {now[name]}: name the folder of the right ones, --data-dir"
+                f"those of {corpus_meta['source']} in hand {now[name]}: name the folder of the right ones, --data-dir"
             )
 
 

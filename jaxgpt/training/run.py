@@ -17,7 +17,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,8 +47,18 @@ class Run:
     path: Path
 
     @classmethod
-    def create(cls, runs_dir: Path, name: str, config: Config, corpus_meta: dict[str, Any]) -> "Run":
+    def create(
+        cls,
+        runs_dir: Path,
+        name: str,
+        config: Config,
+        corpus_meta: dict[str, Any],
+        fill: Callable[["Run"], None] = lambda run: None,
+    ) -> "Run":
         """Make the folder of a new run, whole or not at all.
+
+        Args:
+          fill: puts more into it, before it gets its name.
 
         Raises:
           RunError: the name is no plain name, such a run exists, or the folder cannot be written.
@@ -59,6 +69,7 @@ class Run:
             (partial / "checkpoints").mkdir(parents=True)
             disk.write_atomically(partial / "config.json", disk.seal(configs.to_tree(config)).encode())
             disk.write_atomically(partial / "tokens.json", disk.seal(corpus_meta).encode())
+            fill(cls(partial))
             partial.rename(path)
             disk.sync(runs_dir)
         except OSError as error:
@@ -152,8 +163,15 @@ class Run:
         return self.path / "events.jsonl"
 
     def with_config(self, config: Config) -> "Run":
-        """The run with `config` in place of its configuration, replaced atomically."""
-        disk.write_atomically(self.path / "config.json", disk.seal(configs.to_tree(config)).encode())
+        """The run with `config` in place of its configuration, replaced atomically.
+
+        Raises:
+          RunError: it cannot be written.
+        """
+        try:
+            disk.write_atomically(self.path / "config.json", disk.seal(configs.to_tree(config)).encode())
+        except OSError as error:
+            raise RunError(f"{self.path / 'config.json'} cannot be written: {error.strerror}; make room") from error
         return Run(self.path)
 
     def metrics(self) -> list[dict[str, Any]]:

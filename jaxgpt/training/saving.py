@@ -1,5 +1,7 @@
 """Saves that are told of: in the diary when they are whole, loudly when they failed."""
 
+from types import TracebackType
+
 from jaxgpt.config import Config
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training.checkpoint import CheckpointError, Checkpoints
@@ -18,6 +20,21 @@ class Saving:
         self._step: int = 0
         self._val_loss: float | None = None
         self._failure: CheckpointError | None = None
+
+    def __enter__(self) -> "Saving":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put what ends the run early into the diary, behind how the last save ended."""
+        if error is None:
+            return
+        try:
+            self.look(wait=True)
+        except CheckpointError as failed:
+            error.add_note(str(failed))
+        self._run.event("broken-off", text=f"{type(error).__name__}: {error}")
 
     def save(self, state: TrainState, val_loss: float | None) -> None:
         """Start to save `state`, the last save having ended.
@@ -51,6 +68,8 @@ class Saving:
         if step is not None:
             self._failure = None
             self._run.event("save", step=step, tokens_per_second=self._journal.tokens_per_second)
+            if why := self._checkpoints.not_pruned:
+                self._journal.notice("not-pruned", step, f"step {step} is saved, but older ones could not go: {why}")
 
     def end(self, state: TrainState) -> None:
         """Wait for the last save, that of `state`, and try once more if it failed.
@@ -67,9 +86,11 @@ class Saving:
 
     def _failed(self, error: CheckpointError) -> None:
         self._failure = error
-        if self._config.train.on_save_error == "stop":
-            raise CheckpointError(f"{error}; {self._stands()}, and the run ends, as --on-save-error says") from error
-        self._journal.notice("save-failed", self._step, f"{error}; {self._stands()}, and training goes on")
+        stop = self._config.train.on_save_error == "stop"
+        then = "and the run ends, as --on-save-error says" if stop else "and is tried again at the next save"
+        self._journal.notice("save-failed", self._step, f"{error}; {self._stands()}, {then}")
+        if stop:
+            raise CheckpointError(f"{error}; {self._stands()}, {then}") from error
 
     def _stands(self) -> str:
         latest = self._checkpoints.latest

@@ -4,7 +4,8 @@ import math
 from collections import deque
 
 WINDOW, FEWEST, DEVIATIONS = 100, 50, 6.0
-"""A loss is compared with the last 100, once there are 50; it leaps at 6 of their standard deviations above."""
+"""A loss is compared with the last 100, once there are 50; it leaps at 6 of their standard deviations above their
+mean, of at least a hundredth of it each."""
 
 
 class Spikes:
@@ -24,6 +25,7 @@ class Spikes:
         n, before = len(self._recent), self._recent
         mean = sum(before) / n if n else 0.0
         deviation = math.sqrt(sum((x - mean) ** 2 for x in before) / (n - 1)) if n > 1 else 0.0
+        deviation = max(deviation, 0.01 * abs(mean))
         was_high, self._high = self._high, n >= FEWEST and loss > mean + DEVIATIONS * deviation
         before.append(loss)
         return mean if self._high and not was_high else None

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from jaxgpt import disk, nn
 from jaxgpt.config import Config, ModelConfig, UsageError, check
@@ -12,14 +13,23 @@ from jaxgpt.text.corpus import Corpus, CorpusError
 from jaxgpt.text.sources import NAMED
 from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training import memory
-from jaxgpt.training.checkpoint import CheckpointError, Checkpoints, DamagedError, abstract
-from jaxgpt.training.recovery import require_same
+from jaxgpt.training.checkpoint import CheckpointError, Checkpoints, abstract
+from jaxgpt.training.optimizer import make_optimizer
+from jaxgpt.training.recovery import about, require_own, require_same
 from jaxgpt.training.run import Run, RunError
-from jaxgpt.training.step import init_state
+from jaxgpt.training.step import TrainState, init_state
+
+TRIES = 5
+"""How often to look for a checkpoint while the run that writes them goes on."""
 
 
-def start(config: Config, name: str, runs_dir: Path, data_dir: Path) -> tuple[Run, Corpus]:
+def start(
+    config: Config, name: str, runs_dir: Path, data_dir: Path, weights: nn.Params | None = None, origin: str = ""
+) -> tuple[Run, Corpus]:
     """Check everything, prepare the corpus, and make the folder of a new run.
+
+    Args:
+      weights: what to begin with in place of random ones, from `origin`; they are in the folder when it gets its name.
 
     Raises:
       UsageError: the config cannot run, the run exists, or the text cannot be had; before anything is written. Or the
@@ -32,22 +42,27 @@ def start(config: Config, name: str, runs_dir: Path, data_dir: Path) -> tuple[Ru
     corpus = _prepare(config, data_dir)
     config = resolve(config, corpus)
     memory.require(config, 0)  # the size of the vocabulary is known only now
-    return Run.create(runs_dir, name, config, corpus.meta), corpus
+
+    def put_weights(run: Run) -> None:
+        if weights is None:
+            return
+        state = TrainState(jnp.int32(0), weights, make_optimizer(config).init(weights))
+        with Checkpoints(run.checkpoints, config.train.keep) as checkpoints:
+            checkpoints.save(state, None, about(config, corpus.meta))
+        run.event("import", step=0, origin=origin)
+
+    return Run.create(runs_dir, name, config, corpus.meta, put_weights), corpus
 
 
 def resume(config: Config, run: Run, data_dir: Path) -> Corpus:
     """The tokens of `run`, to `fit` it with under `config`, which may differ from its own in what a resume may change.
 
     Raises:
-      RunError: `config` changes what the run computes (each such field is named), or ends before the run stands.
+      RunError: `config` changes what the run computes; each such field is named.
       CorpusError: the tokens that it learnt from are not to be had.
     """
     check(config)
     require_same(run, run.config, config)
-    with Checkpoints(run.checkpoints) as checkpoints:
-        done = checkpoints.latest
-    if done and done > config.train.steps:
-        raise RunError(f"run {run.path.name!r} is at step {done} already, beyond the {config.train.steps} asked for")
     return corpus_of(run, data_dir)
 
 
@@ -110,12 +125,21 @@ def load_checkpoint(run: Run, which: str = "best") -> tuple[int, nn.Params]:
       CheckpointError: the checkpoint is damaged.
     """
     like = abstract(jax.eval_shape(init_state, run.config).params)
-    try:
-        with Checkpoints(run.checkpoints) as checkpoints:
-            step = checkpoints.best if which == "best" else checkpoints.latest
-            if step is not None:
+    with Checkpoints(run.checkpoints) as checkpoints:
+        for _ in range(TRIES):
+            step = None
+            try:
+                step = checkpoints.best if which == "best" else checkpoints.latest
+                if step is None:
+                    break
+                require_own(run, run.config, run.corpus_meta, checkpoints.verify(step))
                 return step, checkpoints.restore_params(step, like)
-    except DamagedError as error:
-        other = "last" if which == "best" else "best"
-        raise CheckpointError(f"the {which} checkpoint is damaged: {error}; perhaps --checkpoint {other}") from error
-    raise RunError(f"run {run.path.name!r} has no checkpoint yet: jaxgpt train --run {run.path.name} --resume")
+            except CheckpointError as error:
+                if step is None or step in checkpoints.steps:  # else it has just made room for a newer one
+                    raise CheckpointError(
+                        f"the {which} checkpoint cannot be used: {error}; jaxgpt train --run {run.path.name} --resume "
+                        "goes back to the newest that is whole"
+                    ) from error
+    raise RunError(
+        f"run {run.path.name!r} has no checkpoint yet: let it train on, or jaxgpt train --run {run.path.name} --resume"
+    )

@@ -318,7 +318,7 @@ BAD_SETTINGS = [
         "--max-skipped 0",
         "--n-heads 4",
         "--no-such-option",
-        # "--n-embd 1000000 --n-layer 1000 --n-head 1",
+        "--n-embd 1000000 --n-layer 1000 --n-head 1",
     )
 ]
 BAD_NAMES = ["..", "../up", "a/b", "/tmp/x", ".hidden", "", "a b", "-", "x" * 101, "~", "a\nb"]

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def test_an_import_is_a_run_at_step_0(imported):
     assert load_checkpoint(imported)[0] == 0
     assert imported.config.model.gelu == "tanh"
     assert imported.config.model.vocab_size == imported.tokenizer.vocab_size == 96
-    assert json.loads((imported.path / "events.jsonl").read_text())["folder"] == str(TINY)
+    assert json.loads((imported.path / "events.jsonl").read_text())["origin"] == str(TINY)
 
 
 def test_an_export_is_whole_and_says_what_it_is(imported, tmp_path):
@@ -146,3 +147,26 @@ def test_a_command_makes_its_config_again(name, change):
     finally:
         train._fit = original
     assert given[0].config == config
+
+
+def test_an_imported_run_never_begins_with_random_weights(imported, tmp_path):
+    from jaxgpt.training.run import RunError
+    from jaxgpt.training.start import corpus_of
+
+    shutil.rmtree(imported.checkpoints / "0")
+    with pytest.raises(RunError, match=r"step 0 was saved, but .* holds no checkpoint"):
+        fit(imported, corpus_of(imported, tmp_path / "data"))
+
+
+def test_a_kill_in_the_import_leaves_no_run(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    monkeypatch.setattr("jaxgpt.training.start.Checkpoints.save", kill)
+    config = Config(DataConfig(tokenizer="ascii", unknown="skip"), train=TrainConfig(scan_steps=10, eval_every=0))
+    with pytest.raises(Killed):
+        folders.import_run(TINY, config, "one", tmp_path / "runs", tmp_path / "data")
+    assert list((tmp_path / "runs").iterdir()) == []

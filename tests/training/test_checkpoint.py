@@ -50,12 +50,48 @@ def test_a_run_that_was_never_evaluated_has_its_newest_as_best(tmp_path, state):
         assert checkpoints.best == 5
 
 
-def test_saving_a_step_again_changes_nothing(tmp_path, state):
+def test_a_step_is_saved_once(tmp_path, state):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(at(state, 5), 1.0)
-        checkpoints.save(at(state, 5), 2.0)
-        checkpoints.settle(wait=True)
-        assert checkpoints.steps == [5]
+        with pytest.raises(CheckpointError, match=r"step 5 was not saved in .*: there is one already"):
+            checkpoints.save(at(state, 5), 2.0)
+    assert Checkpoints(tmp_path).manifest(5).val_loss == 1.0
+
+
+def test_what_has_no_name_of_a_step_is_none(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 5), 1.0)
+    (tmp_path / "40").touch()
+    for name in ("0040", "-3", "6.damaged", "x"):
+        (tmp_path / name).mkdir()
+    assert Checkpoints(tmp_path).steps == [5]
+
+
+def test_room_that_cannot_be_made_does_not_undo_the_save(tmp_path, state, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        monkeypatch.setattr(checkpoints, "_prune", refuse)
+        checkpoints.save(at(state, 5), 1.0)
+        assert checkpoints.settle(wait=True) == 5
+        assert checkpoints.not_pruned.errno == 28
+
+
+def test_what_ends_the_block_is_not_hidden_by_a_save_that_fails(tmp_path, state, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxgpt.disk.sync", full)
+
+    def broken_off():
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            checkpoints.save(at(state, 5), 1.0)
+            raise KeyError("this comes first")
+
+    with pytest.raises(KeyError) as caught:
+        broken_off()
+    assert "step 5 was not saved" in caught.value.__notes__[0]
 
 
 def test_donating_the_state_after_save_does_no_harm(tmp_path, state):

@@ -41,6 +41,17 @@ def test_in_another_thread_nothing_is_noted():
     assert told == [0]
 
 
+def test_what_was_ignored_stays_ignored():
+    """As under nohup, which a run is to outlive its terminal by."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruption() as interrupted_by:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupted_by(1) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 ONE_OF_TWO = """
 import sys, time
 import jax

@@ -145,7 +145,7 @@ def test_a_signal_in_the_last_chunk_finds_the_run_done(tiny, new_run):
         if isinstance(event, Progress) and event.step == 15:  # told when the last chunk is under way
             os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         done = fit(run, corpus, late)
     finally:
@@ -160,7 +160,7 @@ def test_an_interrupted_run_whose_end_is_moved_to_where_it_stands_is_scored_ther
         if isinstance(event, Progress) and event.step == 5:  # told when the chunk to 10 is under way
             os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         done = fit(run, corpus, early)
     finally:

@@ -8,7 +8,7 @@ import pytest
 from jaxgpt import disk
 from jaxgpt.text import corpus as corpora
 from jaxgpt.training.checkpoint import Checkpoints
-from jaxgpt.training.journal import Notice
+from jaxgpt.training.journal import Evaluated, Notice
 from jaxgpt.training.loop import fit
 from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.start import load_checkpoint, resume, start
@@ -51,7 +51,7 @@ def test_a_damaged_newest_step_is_named_set_aside_and_trained_again(done):
     assert str(bad) in first.text
     assert "has another SHA-256" in first.text
     assert "set aside as" in first.text
-    assert second.text == "going back to step 10, the newest that is whole"
+    assert second.text == "going back to step 10, the newest that is whole with its lines of metrics"
     assert (run.checkpoints / "15.damaged").is_dir()
     assert run.metrics_file.read_bytes() == before
     again = load_checkpoint(run, "last")
@@ -63,7 +63,7 @@ def test_where_no_step_is_whole_nothing_is_written_and_all_is_named(done):
     run, corpus = done
     bad = [harm(run, step) for step in Checkpoints(run.checkpoints).steps]
     before = content(run)
-    with pytest.raises(RunError, match="has no step that is whole, and is not started again from nothing") as caught:
+    with pytest.raises(RunError, match=r"has no step that is whole .* not started again from nothing") as caught:
         fit(run, corpus)
     assert all(str(path) in str(caught.value) for path in bad)
     assert content(run) == before
@@ -110,8 +110,10 @@ def test_damage_to_the_last_lines_goes_back_to_before_them(done):
     run.metrics_file.write_bytes(whole[:-10])
     events = []
     fit(run, corpus, events.append)
-    (notice,) = (event for event in events if isinstance(event, Notice))
-    assert "going back to step 10" in notice.text
+    first, second = (event for event in events if isinstance(event, Notice))
+    assert "metrics.jsonl has" in first.text
+    assert "going back to step 10" in second.text
+    assert (run.checkpoints / "15.damaged").is_dir()
     assert run.metrics_file.read_bytes() == whole
     assert Checkpoints(run.checkpoints).latest == 15
 
@@ -136,7 +138,7 @@ def test_tokens_and_vocabulary_must_be_those_of_the_checkpoint(done):
 
 def test_another_version_of_jax_is_told(done):
     run, corpus = done
-    run.event("start", step=15, jax="0.0.1")
+    run.event("start", step=15, jax="0.0.1", backend="cpu", device="cpu")
     events = []
     fit(run, corpus, events.append)
     (notice,) = (event for event in events if isinstance(event, Notice))
@@ -149,3 +151,41 @@ def test_a_step_that_says_nothing_of_its_run_is_refused(done):
     path.write_text(disk.seal({**disk.unseal(path.read_bytes()), "about": {}}))
     with pytest.raises(RunError, match="is no step of a run"):
         fit(Run(run.path), corpus)
+
+
+def test_after_damage_to_the_lines_every_later_save_counts(config, change, tmp_path):
+    """Steps whose lines are gone stand in no later save's way, and push no whole step out."""
+    run, corpus = start(change(config, steps=30, keep=3), "one", tmp_path / "runs", tmp_path / "data")
+    fit(run, corpus)
+    whole = run.metrics_file.read_bytes()
+    assert Checkpoints(run.checkpoints).steps[-3:] == [20, 25, 30]
+    run.metrics_file.write_bytes(whole[: whole.index(b'{"step": 23,')])
+
+    class Stop(Exception):
+        pass
+
+    def stop_in_30(event):
+        if isinstance(event, Evaluated) and event.step == 30:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(run, corpus, stop_in_30)
+    assert Checkpoints(run.checkpoints).steps[-2:] == [20, 25]
+    assert [event["event"] for event in run.events()][-2:] == ["save", "broken-off"]
+    fit(run, corpus)
+    assert run.metrics_file.read_bytes() == whole
+    assert Checkpoints(run.checkpoints).latest == 30
+
+
+def test_a_checkpoint_of_another_run_is_not_written_with(done, config, change, tmp_path):
+    run, _ = done
+    (tmp_path / "other.txt").write_text("some other text of quite other letters\n" * 30)
+    other = change(config, corpus=str(tmp_path / "other.txt"), vocab_size=run.config.model.vocab_size + 9)
+    mine = change(config, vocab_size=run.config.model.vocab_size + 9)
+    runs = [start(c, name, tmp_path / "runs", tmp_path / "data") for c, name in ((mine, "mine"), (other, "other"))]
+    for each in runs:
+        fit(*each)
+    shutil.rmtree(runs[0][0].checkpoints)
+    shutil.copytree(runs[1][0].checkpoints, runs[0][0].checkpoints)
+    with pytest.raises(RunError, match=r"corpus: .* in the run|the tokens of step"):
+        load_checkpoint(runs[0][0], "last")
