@@ -18,6 +18,7 @@ from jaxgpt.training.run import Run
 from jaxgpt.training.start import load_checkpoint
 from jaxgpt.verify import compare
 from tests.faults import trials
+from tests.processes import resume, wait_for
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -74,26 +75,6 @@ def test_the_trials_see_what_they_are_to_see(tmp_path):
 # Processes that are asked to stop, crowded out, or stand in each other's way.
 
 
-def command(run, *flags):
-    folder = run.path.parents[1]
-    words = ["train", "--run", run.path.name, "--resume", *map(str, flags)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "jaxgpt", *words],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(condition, process, seconds=120):
-    began = time.monotonic()
-    while not condition():
-        assert process.poll() is None, f"it ended early:\n{process.stdout.read()}"
-        assert time.monotonic() - began < seconds, "nothing happened"
-        time.sleep(0.005)
-
-
 def latest(run):
     return Checkpoints(run.checkpoints).latest or 0
 
@@ -104,7 +85,7 @@ LONG = ("--steps", 100_000)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
 def test_a_second_signal_stops_at_once_with_the_last_save_intact(tmp_path, number, code):
     run = trials.new_run(tmp_path, "one")
-    process = command(run, *LONG, "--scan-steps", 20_000, "--eval-every", 20_000)  # a chunk that takes long
+    process = resume(run, *LONG, "--scan-steps", 20_000, "--eval-every", 20_000)  # a chunk that takes long
     wait_for(lambda: run.metrics_file.exists() and run.metrics(), process)
     time.sleep(1)
     process.send_signal(number)
@@ -125,7 +106,7 @@ def test_a_second_signal_stops_at_once_with_the_last_save_intact(tmp_path, numbe
 def test_a_disk_that_is_full_for_a_while(tmp_path, policy):
     """Files may not grow beyond 2 KiB for a while, which no checkpoint fits in; the lines of metrics neither."""
     run = trials.new_run(tmp_path, "one")
-    process = command(run, *LONG, "--on-save-error", policy)
+    process = resume(run, *LONG, "--on-save-error", policy)
     wait_for(lambda: latest(run) >= 10, process)
     before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
     if policy == "stop":
@@ -147,7 +128,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, policy):
     whole = trials.new_run(tmp_path, "whole")
     stop = latest(run)
     for each in (run, whole):
-        out, _ = command(each, "--steps", stop + 5).communicate(timeout=120)
+        out, _ = resume(each, "--steps", stop + 5).communicate(timeout=120)
         assert f"step {stop + 5:,}" in out, out
     assert compare(Run(whole.path), Run(run.path)).difference is None
     assert not any(run.checkpoints.glob(".*.part*"))
@@ -155,10 +136,10 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, policy):
 
 def test_two_writers(tmp_path):
     run = trials.new_run(tmp_path, "one")
-    first = command(run, *LONG)
+    first = resume(run, *LONG)
     wait_for(lambda: latest(run) >= 5, first)
     began = time.monotonic()
-    second = command(run, *LONG)
+    second = resume(run, *LONG)
     out, _ = second.communicate(timeout=60)
     assert second.returncode == 2, out
     assert f"run 'one' is in use by process {first.pid} on " in out
@@ -167,7 +148,7 @@ def test_two_writers(tmp_path):
     first.kill()
     first.communicate()
     assert (run.path / "holder.json").exists(), "a killed process cannot tidy up"
-    third = command(run, *LONG)
+    third = resume(run, *LONG)
     reached = latest(run)
     wait_for(lambda: latest(run) > reached, third)
     third.terminate()
@@ -179,7 +160,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
     """The time of day leaps by days, both ways, every two hundred looks. A leap may fail a save, as Orbax measures its
     patience by that clock; that is told, and the next save, or the second try at the end, is whole."""
     straight, jumpy = (trials.new_run(tmp_path, name) for name in ("straight", "jumpy"))
-    command(straight, "--steps", 40).communicate(timeout=120)
+    resume(straight, "--steps", 40).communicate(timeout=120)
     (tmp_path / "clock").mkdir()
     (tmp_path / "clock" / "sitecustomize.py").write_text(
         "import itertools, time\n"
@@ -190,7 +171,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "clock"))
     for steps in (20, 40):
-        out, _ = command(jumpy, "--steps", steps).communicate(timeout=120)
+        out, _ = resume(jumpy, "--steps", steps).communicate(timeout=120)
         assert f"step {steps}" in out, out
     days = [event["time"][:10] for event in jumpy.events()]
     assert days != sorted(days), "the clock did jump"
@@ -202,7 +183,7 @@ def test_a_run_folder_that_cannot_be_written_to(tmp_path):
     trials.spawn(run).join()
     (run.path / ".lock").unlink()
     (run.path / ".lock").mkdir()  # as root may write anywhere, something else stands in the way
-    process = command(run, "--steps", 30)
+    process = resume(run, "--steps", 30)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 2, out
     assert "cannot be written to" in out

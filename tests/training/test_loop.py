@@ -4,9 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
 from functools import partial
 
 import jax
@@ -24,6 +21,7 @@ from jaxgpt.training.loop import fit
 from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.start import resolve, start
 from jaxgpt.training.step import init_state
+from tests.processes import resume, wait_for
 
 
 @pytest.fixture
@@ -273,10 +271,6 @@ def test_a_run_in_use_is_left_as_it_is(tiny, new_run, change):
 # With processes that really end.
 
 
-def command(tmp_path, *args):
-    return [sys.executable, "-m", "jaxgpt", "train", *map(str, args)]
-
-
 @pytest.fixture
 def long(tiny, change):
     """A run of a few seconds, with a save every tenth of it."""
@@ -288,40 +282,21 @@ def write_recipe_run(tmp_path, name, config):
     return Run.create(tmp_path / "runs", name, resolve(config, corpus), corpus.meta)
 
 
-def resume(tmp_path, name, **kwargs):
-    return subprocess.Popen(
-        command(tmp_path, "--run", name, "--resume"),
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **kwargs,
-    )
-
-
-def wait_for(condition, process, seconds=120):
-    began = time.monotonic()
-    while not condition():
-        assert process.poll() is None, f"it ended early:\n{process.stdout.read()}"
-        assert time.monotonic() - began < seconds, "nothing happened"
-        time.sleep(0.01)
-
-
 def test_killed_and_resumed_processes_give_the_bits_of_an_unbroken_one(tmp_path, long):
     unbroken = write_recipe_run(tmp_path, "unbroken", long)
-    out, _ = resume(tmp_path, "unbroken").communicate(timeout=300)
+    out, _ = resume(unbroken).communicate(timeout=300)
     assert "step 3,000" in out, out
     broken = write_recipe_run(tmp_path, "broken", long)
     kills = 0
     for target in (300, 1200, 2100):
-        process = resume(tmp_path, "broken")
+        process = resume(broken)
         wait_for(lambda target=target: (broken.checkpoints / str(target)).is_dir(), process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
     assert kills == 3
     assert len(broken.metrics()) < len(unbroken.metrics())
-    out, _ = resume(tmp_path, "broken").communicate(timeout=300)
+    out, _ = resume(broken).communicate(timeout=300)
     assert "step 3,000" in out, out
     assert_same_run(unbroken, broken)
 
@@ -329,7 +304,7 @@ def test_killed_and_resumed_processes_give_the_bits_of_an_unbroken_one(tmp_path,
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, long, number, code):
     run = write_recipe_run(tmp_path, "one", configs.check(long))
-    process = resume(tmp_path, "one")
+    process = resume(run)
     wait_for(lambda: (run.checkpoints / "300").is_dir(), process)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
