@@ -72,16 +72,8 @@ def fit(
       CheckpointError: the last checkpoint was not written, or any was not where the config says to stop then.
     """
     config, began = config or run.config, time.perf_counter()
-    train_tokens, val_tokens = corpus.split(config.data.val_fraction)
+    train_tokens, _ = corpus.split(config.data.val_fraction)
     feed = feeder(config, train_tokens)
-
-    def score(state: TrainState) -> tuple[int, Evaluation, dict[str, float]]:
-        step, splits = int(state.step), {"train": train_tokens, "val": val_tokens}
-        exact = evaluate(config.model, state.params, val_tokens, corpus.tokenizer)
-        if not config.train.eval_batches:
-            return step, exact, {}
-        noisy = {f"{name}_estimate": estimate(config, state.params, split, step) for name, split in splits.items()}
-        return step, exact, noisy
 
     with (
         run.exclusive(),
@@ -105,7 +97,7 @@ def fit(
             Saving(run, config, corpus, checkpoints, journal) as saving,
         ):
             if not journal.scores:
-                journal.evaluated(*score(state))
+                journal.evaluated(*score(config, corpus, state))
             stop, compiled = 0, None
             for begin, end in chunks(config, int(state.step)):
                 served = feed(begin, end)
@@ -120,14 +112,14 @@ def fit(
                 saving.look()
                 if due(config, end):
                     journal.flush()
-                    journal.evaluated(*score(state))
+                    journal.evaluated(*score(config, corpus, state))
                 stop = interrupted_by(end) if end < config.train.steps else 0
                 if due(config, end) or stop:
                     saving.save(state, journal.scores[-1].evaluation.loss if due(config, end) else None)
                 if stop:
                     break
             if not stop and journal.scores[-1].step < int(state.step):  # interrupted, and its last step came nearer
-                journal.evaluated(*score(state))
+                journal.evaluated(*score(config, corpus, state))
                 journal.sync()
             saving.end(state)
             run.event("end", step=int(state.step), seconds=time.perf_counter() - began)
@@ -141,6 +133,17 @@ def fit(
         journal.tokens_per_second,
         stop,
     )
+
+
+def score(config: Config, corpus: Corpus, state: TrainState) -> tuple[int, Evaluation, dict[str, float]]:
+    """The step of `state`, its loss over the whole validation split, and nanoGPT-style estimates on both splits."""
+    train_tokens, val_tokens = corpus.split(config.data.val_fraction)
+    step, splits = int(state.step), {"train": train_tokens, "val": val_tokens}
+    exact = evaluate(config.model, state.params, val_tokens, corpus.tokenizer)
+    if not config.train.eval_batches:
+        return step, exact, {}
+    noisy = {f"{name}_estimate": estimate(config, state.params, split, step) for name, split in splits.items()}
+    return step, exact, noisy
 
 
 def like(config: Config) -> TrainState:
