@@ -81,11 +81,53 @@ class ModelConfig:
     """Use the token embedding as the output head too."""
     gelu: Literal["exact", "tanh"] = "exact"
     """exact, as nanoGPT; tanh is the approximation of GPT-2 (gelu_new)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Operands of products; parameters and sums are float32. auto: the faster one here, fixed when a run starts."""
+    position: Literal["learned", "rope"] = "learned"
+    """How a block knows where: learned, a table of block_size rows added to the tokens; rope, queries and keys rotated
+    by their place (Su et al. 2021, arXiv:2104.09864)."""
+    norm: Literal["layer", "rms"] = "layer"
+    """layer: LayerNorm; rms: RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), here without a gain."""
+    mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"
+    """gelu: as GPT-2; relu2: the square of ReLU (So et al. 2021, arXiv:2109.08668); swiglu: a gate times a product, of
+    2/3 of the width (Shazeer 2020, arXiv:2002.05202)."""
+    qk_norm: bool = False
+    """RMSNorm of queries and keys (Henry et al. 2020, arXiv:2010.04245)."""
+    n_kv_head: int = 0
+    """Heads of keys and values, each shared by n_head / n_kv_head queries (Ainslie et al. 2023, arXiv:2305.13245); 0 is
+    n_head."""
+    window: int = 0
+    """How many tokens a position attends to, itself among them (Beltagy et al. 2020, arXiv:2004.05150); 0 is all."""
+    zero_init: bool = False
+    """Start what writes into the residual stream, and an untied head, at zero (Zhang et al. 2019, arXiv:1901.09321;
+    modded-nanogpt 2024)."""
+    softcap: float = 0.0
+    """Logits become softcap * tanh(logits / softcap) (Gemma 2, 2024, arXiv:2408.00118); 0 leaves them."""
+    smear: bool = False
+    """Add the previous token's embedding, by a learned share of each channel, from none (modded-nanogpt 2025; the token
+    shift of RWKV, Peng et al. 2023, arXiv:2305.13048)."""
+    bigram_embed: bool = False
+    """Add an embedding of the pair (previous token, token), from zero: an exact table of V * V rows, for small
+    vocabularies (hashed to fewer rows in modded-nanogpt 2025)."""
+    value_embed: bool = False
+    """Add an embedding of the token to the values of every block, from zero (modded-nanogpt 2024, after value residual
+    learning, Zhou et al. 2024, arXiv:2410.17897)."""
+    remat: Literal["none", "products", "blocks"] = "none"
+    """What the backward pass computes again to save memory: nothing; all but the results of products; whole blocks."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its schedule and clipping."""
+    """AdamW or Muon, its schedule and clipping."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon (Jordan et al. 2024) for the kernels inside blocks, AdamW for all else."""
+    muon_learning_rate: float = 0.02
+    """The peak learning rate of what Muon trains; it has the schedule of learning_rate."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's Nesterov momentum."""
+    muon_steps: int = 5
+    """Newton-Schulz steps that make an update orthogonal."""
 
     learning_rate: float = 1e-3
     """The peak learning rate."""
@@ -173,13 +215,31 @@ def problems(config: Config) -> list[str]:
     at_least(0, model, "vocab_size")
     at_least(1, model, "block_size", "n_layer", "n_head", "n_embd")
     within(0, 1, model, "dropout")
+    within(0, math.inf, model, "softcap")
+    at_least(0, model, "n_kv_head", "window")
     if model.n_head > 0 and model.n_embd % model.n_head:
         near = _nearest(model.n_embd, model.n_head)
         found.append(
             f"n_embd is {model.n_embd}, which {model.n_head} heads (n_head) do not divide: try --n-embd {near}"
         )
+    if model.n_kv_head > 0 and model.n_head % model.n_kv_head:
+        found.append(f"n_kv_head is {model.n_kv_head}, expected a divisor of n_head ({model.n_head})")
+    rope = model.kind == "gpt" and model.position == "rope"
+    if rope and model.n_head > 0 and model.n_embd % (2 * model.n_head):
+        found.append(
+            f"n_embd is {model.n_embd} with n_head {model.n_head}, expected an even head size for position rope: "
+            f"try --n-embd {_nearest(model.n_embd, 2 * model.n_head)}"
+        )
+    if model.bigram_embed and model.vocab_size > 4096:
+        found.append(
+            f"vocab_size is {model.vocab_size}, expected at most 4096 for a table of every pair: --no-bigram-embed"
+        )
     within(0, math.inf, optimizer, "learning_rate", "min_learning_rate", "weight_decay", "grad_clip")
-    within(0, 1, optimizer, "beta1", "beta2")
+    within(0, math.inf, optimizer, "muon_learning_rate")
+    within(0, 1, optimizer, "beta1", "beta2", "muon_momentum")
+    at_least(1, optimizer, "muon_steps")
+    if optimizer.kind == "muon" and optimizer.learning_rate == 0:
+        found.append("learning_rate is 0.0, expected above 0 with muon, whose rate is in proportion to it")
     require(optimizer.eps > 0 and math.isfinite(optimizer.eps), "eps", optimizer.eps, "a number above 0")
     at_least(0, optimizer, "warmup_steps", "decay_steps")
     end = optimizer.decay_steps or train.steps

@@ -13,7 +13,16 @@ from jaxgpt.nn.bigram import Bigram
 from jaxgpt.nn.gpt import GPT
 from jaxgpt.nn.loss import cross_entropy, token_losses
 
-__all__ = ["Params", "cross_entropy", "forward", "init_params", "logits_and_loss", "model", "token_losses"]
+__all__ = [
+    "Params",
+    "cross_entropy",
+    "forward",
+    "init_params",
+    "logits_and_loss",
+    "losses",
+    "model",
+    "token_losses",
+]
 
 Params = dict[str, Any]
 
@@ -39,10 +48,27 @@ def forward(config: ModelConfig, params: Params, idx: jax.Array, dropout_key: ja
     Raises:
       ValueError: T is longer than block_size.
     """
+    return _apply(config, params, dropout_key, idx)
+
+
+def losses(
+    config: ModelConfig, params: Params, idx: jax.Array, targets: jax.Array, dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """Loss of each target in nats, `token_losses` of `forward`: ids and targets (B, T) -> (B, T).
+
+    Where the logits of all positions would be very many, they never exist at once (`loss.losses_of`).
+
+    Raises:
+      ValueError: as `forward`.
+    """
+    return _apply(config, params, dropout_key, idx, targets)
+
+
+def _apply(config: ModelConfig, params: Params, dropout_key: jax.Array | None, idx: jax.Array, *more: Any) -> jax.Array:
     if idx.shape[1] > config.block_size:
         raise ValueError(f"{idx.shape[1]} tokens are longer than block_size, {config.block_size}")
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return cast(jax.Array, model(config).apply({"params": params}, idx, rngs=rngs))
+    return cast(jax.Array, model(config).apply({"params": params}, idx, *more, rngs=rngs))
 
 
 def logits_and_loss(

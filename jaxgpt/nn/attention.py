@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.config import ModelConfig
-from jaxgpt.nn import layers, numerics
+from jaxgpt.nn import numerics
+from jaxgpt.nn.numerics import Precision, matmul
+
+Drop = Callable[[jax.Array], jax.Array]
 
 
 def attention(
@@ -17,7 +18,8 @@ def attention(
     mask: jax.Array | None = None,
     *,
     scale: float | None = None,
-    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+    drop: Drop | None = None,
+    precision: Precision = "float32",
 ) -> jax.Array:
     """The notes' attention: `softmax(mask(q @ k.T)) @ v`.
 
@@ -28,68 +30,52 @@ def attention(
       mask: boolean, broadcastable to (..., T, S); True where node s points to node t. None: everywhere. A row
         without any True gives NaN, as a node that nobody points to has nothing to gather.
       scale: multiplies `q @ k.T`; None for D**-0.5. The notes leave it out: 1.0.
-      drop: applied to the weights.
+      drop: applied to the weights; None for nothing.
+      precision: of the two products.
 
     Returns:
       (..., T, E).
     """
-    return drop(attention_weights(q, k, mask, scale=scale)) @ v
+    weights = attention_weights(q, k, mask, scale=scale, precision=precision)
+    return matmul(drop(weights) if drop else weights, v, precision)
 
 
 def attention_weights(
-    q: jax.Array, k: jax.Array, mask: jax.Array | None = None, *, scale: float | None = None
+    q: jax.Array,
+    k: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    precision: Precision = "float32",
 ) -> jax.Array:
     """The data-dependent weights of `attention`, (..., T, S): rows sum to one, zero where the mask is False."""
-    affinity = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.swapaxes(-1, -2)
+    affinity = matmul(q * (q.shape[-1] ** -0.5 if scale is None else scale), k.swapaxes(-1, -2), precision)
     if mask is not None:
         affinity = jnp.where(mask, affinity, -jnp.inf)
     return numerics.softmax(affinity)
 
 
-def causal_mask(T: int) -> jax.Array:
-    """(T, T), True on and below the diagonal: each node is pointed to by itself and its past."""
-    return jnp.tril(jnp.ones((T, T), bool))
+def causal_mask(T: int, window: int = 0) -> jax.Array:
+    """(T, T), True on and below the diagonal: each node is pointed to by itself and its past, or by the last `window`
+    of these."""
+    return sees(jnp.arange(T), jnp.arange(T), window)
 
 
-class Head(nn.Module):
-    """One head, as the notes write it: key, query and value without bias, each C -> head_size."""
-
-    head_size: int
-    scale: float | None = None
-    """As in `attention`; the notes leave it out: 1.0."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """(B, T, C) -> (B, T, head_size).
-
-        Args:
-          context: (B, S, C), where keys and values come from (cross-attention, to all of it). None: from `x` itself
-            (self-attention, to the past).
-        """
-        source, mask = (x, causal_mask(x.shape[1])[None]) if context is None else (context, None)
-        k = nn.Dense(self.head_size, use_bias=False, name="key")(source)  # (B, S, 16)
-        q = nn.Dense(self.head_size, use_bias=False, name="query")(x)  # (B, T, 16)
-        v = nn.Dense(self.head_size, use_bias=False, name="value")(source)
-        return attention(q, k, v, mask, scale=self.scale)
+def sees(t: jax.Array, s: jax.Array, window: int = 0) -> jax.Array:
+    """(T, S), True where the token at position t (T,) attends to the one at s (S,): its past, itself included."""
+    distance = t[:, None] - s[None, :]
+    return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
-class MultiHeadAttention(nn.Module):
-    """H heads side by side, and a projection back to C channels."""
+def rotate(x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021): (B, H, T, D) at positions start, start + 1, ... -> the same shape.
 
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """(B, T, C) -> (B, T, C), with `context` (B, S, C) as in `Head`."""
-        cfg = self.config
-        B, T, C = x.shape
-        H, D = cfg.n_head, C // cfg.n_head
-        source, mask = (x, causal_mask(T)[None, None]) if context is None else (context, None)
-
-        def heads(name: str, x: jax.Array) -> jax.Array:
-            return layers.dense(cfg, C, name)(x).reshape(B, -1, H, D).swapaxes(1, 2)  # (B, H, T or S, D)
-
-        q, k, v = heads("query", x), heads("key", source), heads("value", source)
-        out = attention(q, k, v, mask, drop=layers.dropout(self, "drop_weights"))
-        out = out.swapaxes(1, 2).reshape(B, T, C)
-        return layers.dropout(self, "drop_out")(layers.dense(cfg, C, "c_proj", residual=True)(out))
+    Channels i and i + D/2 turn by the position times 10000^(-2i / D), so that a product of a query and a key depends on
+    their distance alone.
+    """
+    T, D = x.shape[-2:]
+    rates = 10000.0 ** (-jnp.arange(0, D, 2) / D)
+    angles = (start + jnp.arange(T))[:, None] * rates[None]  # (T, D/2)
+    cos, sin = jnp.cos(angles)[None, None], jnp.sin(angles)[None, None]
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)

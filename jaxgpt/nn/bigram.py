@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.nn.loss import token_losses
 
 
 class Bigram(nn.Module):
@@ -12,8 +13,9 @@ class Bigram(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, idx: jax.Array) -> jax.Array:
-        """(B, T) ids -> (B, T, V) logits."""
+    def __call__(self, idx: jax.Array, targets: jax.Array | None = None) -> jax.Array:
+        """(B, T) ids -> (B, T, V) logits; with targets (B, T), the loss of each, (B, T)."""
         V = self.config.vocab_size
         table = nn.Embed(V, V, embedding_init=nn.initializers.normal(1.0), name="token_embedding_table")
-        return table(idx)
+        logits = table(idx)
+        return logits if targets is None else token_losses(logits, targets)

@@ -12,29 +12,51 @@ FLOAT = 4
 def n_params(config: ModelConfig) -> int:
     """How many numbers `nn.init_params` makes, exactly.
 
-    A block has 12 C² in six kernels and 2 C in two norms, and with biases 11 C more; around the blocks are V C for the
-    tokens, T C for the positions, a last norm, and V C for a head of its own. The bigram is a table of V².
+    A block has its kernels (12 C² for that of GPT-2), with biases as many numbers as they have columns, and two norms
+    of C, with biases 2 C, or of nothing for RMSNorm. Around the blocks are V C for the tokens, T C for learned
+    positions, a last norm, V C for a head of its own, and what smear and the embeddings of pairs and values add. The
+    bigram is a table of V².
     """
-    C, V = config.n_embd, config.vocab_size
+    C, V, L = config.n_embd, config.vocab_size, config.n_layer
     if config.kind == "bigram":
         return V * V
-    block = 12 * C * C + 2 * C + 11 * C * config.bias
-    tables = (2 - config.tie_weights) * V * C + config.block_size * C
-    return config.n_layer * block + tables + C + C * config.bias
+    shapes = kernels(config)
+    norm = 0 if config.norm == "rms" else C * (1 + config.bias)
+    block = sum(k * n for k, n in shapes.values()) + config.bias * sum(n for _, n in shapes.values()) + 2 * norm
+    tables = (2 - config.tie_weights) * V * C + (config.position == "learned") * config.block_size * C
+    tables += config.smear * C + config.bigram_embed * V * V * C + L * config.value_embed * V * shapes["value"][1]
+    return L * block + tables + norm
+
+
+def kernels(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The shape (in, out) of each kernel of a block."""
+    C, kv = config.n_embd, (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
+    attention = {"query": (C, C), "key": (C, kv), "value": (C, kv), "attn/c_proj": (C, C)}
+    if config.mlp == "swiglu":
+        hidden = swiglu_width(C)
+        return attention | {"c_gate": (C, hidden), "c_fc": (C, hidden), "mlp/c_proj": (hidden, C)}
+    return attention | {"c_fc": (C, 4 * C), "mlp/c_proj": (4 * C, C)}
+
+
+def swiglu_width(C: int) -> int:
+    """Hidden channels of a SwiGLU with about the 8 C² parameters of the other MLPs: 8 C / 3, a multiple of 8."""
+    return 8 * max(1, round(C / 3))
 
 
 def flops_per_token(config: ModelConfig) -> int:
-    """Operations of the products of a forward pass per token of a full context: L (24 C² + 4 T C) + 2 V C.
+    """Operations of the products of a forward pass per token of a full context: L (24 C² + 4 T C) + 2 V C for GPT-2's
+    blocks.
 
-    (M, K) @ (K, N) is 2 M K N: 24 C² for a block's kernels, 4 T C for its scores and weighted values (the masked half
-    is computed too), 2 V C for the head. Training is three times that: the backward pass has two products for each.
-    Left out is all that is no product: look-ups (so the bigram has none), norms, softmax, GELU, dropout, the loss and
-    the optimizer.
+    (M, K) @ (K, N) is 2 M K N: 24 C² for a block's kernels, 4 T C for its scores and weighted values (as if the masked
+    half was computed too, which not every kernel does), 2 V C for the head. Training is three times that: the backward
+    pass has two products for each. Left out is all that is no product: look-ups (so the bigram has none), norms,
+    softmax, GELU, dropout, the loss and the optimizer.
     """
     C, T = config.n_embd, config.block_size
     if config.kind == "bigram":
         return 0
-    return config.n_layer * (24 * C * C + 4 * T * C) + 2 * config.vocab_size * C
+    block = 2 * sum(k * n for k, n in kernels(config).values()) + 4 * T * C
+    return config.n_layer * block + 2 * config.vocab_size * C
 
 
 def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool = False) -> int:

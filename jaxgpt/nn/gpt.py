@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.nn import layers, numerics
-from jaxgpt.nn.attention import MultiHeadAttention
+from jaxgpt.nn import cost, layers, loss, numerics
+from jaxgpt.nn.heads import MultiHeadAttention
 
 
 class MLP(nn.Module):
@@ -18,9 +18,14 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, T, C) -> (B, T, C)."""
         cfg, C = self.config, x.shape[-1]
-        x = layers.dense(cfg, 4 * C, "c_fc")(x)
-        x = jax.nn.gelu(x, approximate=cfg.gelu == "tanh")
-        return layers.dropout(self, "drop_out")(layers.dense(cfg, C, "c_proj", residual=True)(x))
+        if cfg.mlp == "swiglu":
+            hidden = cost.swiglu_width(C)
+            gate, up = layers.joined(x, [layers.dense(cfg, hidden, name) for name in ("c_gate", "c_fc")])
+            x = jax.nn.silu(gate) * up
+        else:
+            x = layers.dense(cfg, 4 * C, "c_fc")(x)
+            x = jnp.square(jax.nn.relu(x)) if cfg.mlp == "relu2" else jax.nn.gelu(x, approximate=cfg.gelu == "tanh")
+        return layers.dropout(self, "drop_out")(layers.residual(cfg, "c_proj")(x))
 
 
 class Block(nn.Module):
@@ -29,11 +34,11 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, T, C) -> (B, T, C)."""
+    def __call__(self, x: jax.Array, idx: jax.Array) -> jax.Array:
+        """(B, T, C) of the tokens (B, T) -> (B, T, C)."""
         cfg = self.config
-        x = x + MultiHeadAttention(cfg, name="attn")(layers.layer_norm(cfg, "ln_1")(x))
-        return x + MLP(cfg, name="mlp")(layers.layer_norm(cfg, "ln_2")(x))
+        x = x + MultiHeadAttention(cfg, name="attn")(layers.norm(cfg, "ln_1")(x), idx=idx)
+        return x + MLP(cfg, name="mlp")(layers.norm(cfg, "ln_2")(x))
 
 
 class GPT(nn.Module):
@@ -42,24 +47,41 @@ class GPT(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, idx: jax.Array) -> jax.Array:
-        """(B, T) ids, T up to block_size -> (B, T, V) logits."""
+    def __call__(self, idx: jax.Array, targets: jax.Array | None = None) -> jax.Array:
+        """(B, T) ids, T up to block_size -> (B, T, V) logits; with targets (B, T), the loss of each, (B, T)."""
         cfg = self.config
-        T = idx.shape[1]
-        wte = layers.embed(cfg.vocab_size, cfg.n_embd, "wte")
-        wpe = layers.embed(cfg.block_size, cfg.n_embd, "wpe")
-        x = wte(idx) + wpe(jnp.arange(T))[None]
+        C, V, T = cfg.n_embd, cfg.vocab_size, idx.shape[1]
+        wte = layers.embed(V, C, "wte")
+        x = wte(idx)
+        if cfg.smear:
+            share = self.param("smear", nn.initializers.zeros, (C,))
+            x = x + share[None, None] * previous(x)
+        if cfg.bigram_embed:
+            pairs = layers.embed(V * V, C, "bigram", stddev=0.0)(previous(idx) * V + idx)
+            x = x + jnp.where(jnp.arange(T)[None, :, None] > 0, pairs, 0)  # the first has no token before it
+        if cfg.position == "learned":
+            x = x + layers.embed(cfg.block_size, C, "wpe")(jnp.arange(T))[None]
         x = layers.dropout(self, "drop")(x)
+        block = Block
+        if cfg.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "products" else None
+            block = nn.remat(Block, policy=policy)
         for i in range(cfg.n_layer):
-            x = Block(cfg, name=f"h_{i}")(x)
-        x = layers.layer_norm(cfg, "ln_f")(x)
+            x = block(cfg, name=f"h_{i}")(x, idx)
+        x = layers.norm(cfg, "ln_f")(x)
         if cfg.tie_weights:
-            return numerics.dot_general(x, wte.embedding.T, (((2,), (0,)), ((), ())))
-        head = nn.Dense(
-            cfg.vocab_size,
-            use_bias=False,
-            kernel_init=nn.initializers.normal(0.02),
-            dot_general=numerics.dot_general,
-            name="lm_head",
-        )
-        return head(x)
+            kernel = wte.embedding.T
+        else:
+            head = layers.Linear(cfg, V, 0.0 if cfg.zero_init else 0.02, name="lm_head")
+            kernel, _ = head.weights(C)
+
+        def logits(x: jax.Array) -> jax.Array:
+            out = numerics.dot(x, kernel, cfg.precision).astype(jnp.float32)
+            return numerics.softcap(out, cfg.softcap) if cfg.softcap else out
+
+        return logits(x) if targets is None else loss.losses_of(logits, x, targets, V)
+
+
+def previous(x: jax.Array) -> jax.Array:
+    """(B, T, ...) one step later: what stood at t - 1, and zeros at the first."""
+    return jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))[:, :-1]

@@ -1,36 +1,67 @@
 """The Flax layers that every block is made of, with nanoGPT's initialisation, epsilon and dropout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.nn import numerics
 
 
-def dense(config: ModelConfig, features: int, name: str, *, residual: bool = False) -> nn.Dense:
-    """A linear layer (..., K) -> (..., features), normal(0.02) kernel, zero bias.
+class Linear(nn.Module):
+    """A linear layer (..., K) -> (..., N): kernel (K, N) of normal(stddev), or of zeros, and bias (N,) of zeros."""
 
-    A layer that writes into the residual stream starts smaller, by sqrt(2 L), as in GPT-2: 2 L layers add up.
-    """
-    stddev = 0.02 * (2 * config.n_layer) ** -0.5 if residual else 0.02
-    return nn.Dense(
-        features,
-        use_bias=config.bias,
-        kernel_init=nn.initializers.normal(stddev),
-        dot_general=numerics.dot_general,
-        name=name,
-    )
+    config: ModelConfig
+    features: int
+    stddev: float = 0.02
+    use_bias: bool = False
+
+    @nn.compact
+    def weights(self, K: int) -> tuple[jax.Array, jax.Array | None]:
+        """(kernel, bias or None) for inputs of K channels."""
+        init = nn.initializers.normal(self.stddev) if self.stddev else nn.initializers.zeros
+        kernel = self.param("kernel", init, (K, self.features))
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return joined(x, [self])[0]
 
 
-def embed(rows: int, features: int, name: str) -> nn.Embed:
-    """A table (rows, features), normal(0.02)."""
-    return nn.Embed(rows, features, embedding_init=nn.initializers.normal(0.02), name=name)
+def joined(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
+    """Each layer's result for the same `x`, as one product: side by side, kernels make fuller use of a processor."""
+    kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
+    out = numerics.dot(x, jnp.concatenate(kernels, axis=1), layers[0].config.precision)
+    ends = [sum(layer.features for layer in layers[: i + 1]) for i in range(len(layers) - 1)]
+    return [
+        part if bias is None else part + bias.reshape((1,) * (part.ndim - 1) + (-1,))
+        for part, bias in zip(jnp.split(out, ends, axis=-1), biases, strict=True)
+    ]
 
 
-def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
-    """(..., C) -> (..., C), epsilon 1e-5 as in GPT-2 and PyTorch."""
+def dense(config: ModelConfig, features: int, name: str) -> Linear:
+    """A linear layer inside a block, normal(0.02)."""
+    return Linear(config, features, use_bias=config.bias, name=name)
+
+
+def residual(config: ModelConfig, name: str) -> Linear:
+    """A linear layer that writes into the residual stream. It starts smaller by sqrt(2 L), as in GPT-2, for 2 L of them
+    add up; or at zero."""
+    stddev = 0.0 if config.zero_init else 0.02 * (2 * config.n_layer) ** -0.5
+    return Linear(config, config.n_embd, stddev, config.bias, name=name)
+
+
+def embed(rows: int, features: int, name: str, stddev: float = 0.02) -> nn.Embed:
+    """A table (rows, features), normal(stddev)."""
+    init = nn.initializers.normal(stddev) if stddev else nn.initializers.zeros
+    return nn.Embed(rows, features, embedding_init=init, name=name)
+
+
+def norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
+    """(..., C) -> (..., C): RMSNorm, or LayerNorm with epsilon 1e-5 as in GPT-2 and PyTorch."""
+    if config.norm == "rms":
+        return numerics.rms_norm
     return nn.LayerNorm(epsilon=1e-5, use_bias=config.bias, use_fast_variance=False, name=name)
 
 

@@ -1,7 +1,12 @@
 """The one cross-entropy."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+CHUNK = 2**26
+"""Logits that may exist at once in training, 256 MiB of float32; of more, chunk by chunk."""
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -14,3 +19,28 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """The mean of `token_losses`, a scalar, as PyTorch's `F.cross_entropy`."""
     return token_losses(logits, targets).mean()
+
+
+def losses_of(
+    logits: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, V: int, chunk: int = CHUNK
+) -> jax.Array:
+    """`token_losses(logits(x), targets)`, without all the logits at once where they are more than `chunk`.
+
+    The rows are split into equal parts, one after another, and the backward pass makes the logits of a part again.
+
+    Args:
+      logits: features (..., C) -> (..., V).
+      x: (B, T, C).
+      targets: (B, T).
+    """
+    rows = targets.size
+    parts = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * V <= chunk or n == rows))
+    if parts == 1:
+        return token_losses(logits(x), targets)
+
+    @jax.checkpoint
+    def part(x: jax.Array, targets: jax.Array) -> jax.Array:
+        return token_losses(logits(x), targets)
+
+    split = x.reshape(parts, rows // parts, -1), targets.reshape(parts, -1)
+    return jax.lax.map(lambda each: part(*each), split).reshape(targets.shape)

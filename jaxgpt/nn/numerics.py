@@ -1,22 +1,136 @@
-"""The arithmetic under the layers: which dtypes products and norms use, and the paths that are fast."""
+"""The arithmetic under the layers: which dtypes products and norms use, and the paths that are fast.
 
-from typing import Any
+Parameters, sums and gradients are float32. A precision says what the operands of products are: "float32", or
+"bfloat16", whose products are added up in float32; "auto" is the one of these that is faster here (`resolve`).
+"""
+
+import math
+import time
+import warnings
+from functools import lru_cache
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+Precision = Literal["auto", "float32", "bfloat16"]
 
-def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: Any, **unused: Any) -> jax.Array:
-    """`lax.dot_general` for a Dense layer, (..., K) @ (K, N) -> (..., N), as one two-dimensional product.
 
-    XLA's CPU backend runs a plain (M, K) @ (K, N) a quarter faster than the same product with batch dimensions.
+@lru_cache
+def resolve(precision: Precision) -> Precision:
+    """What "auto" means here, "float32" or "bfloat16"; any other precision is itself.
+
+    TPUs, and GPUs from compute capability 8 on, have units for bfloat16. A CPU is asked: a forward and a backward pass
+    of a small product in both, some milliseconds once a process.
     """
-    if dimension_numbers != (((x.ndim - 1,), (0,)), ((), ())):
-        return lax.dot_general(x, w, dimension_numbers)
-    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+    if precision != "auto":
+        return precision
+    if jax.default_backend() != "cpu":
+        capability = getattr(jax.local_devices()[0], "compute_capability", "8")
+        return "bfloat16" if float(capability) >= 8 else "float32"
+    with jax.ensure_compile_time_eval():
+        try:
+            ratio = _seconds("float32") / _seconds("bfloat16")
+        except (RuntimeError, NotImplementedError) as error:
+            warnings.warn(f"products of bfloat16 do not run here, float32 is used: {error}", stacklevel=2)
+            return "float32"
+    return "bfloat16" if ratio > 1.25 else "float32"
+
+
+def _seconds(precision: Precision) -> float:
+    """The least time of five for the products of an odd head on a layer, forward and backward."""
+    x, w, head = jnp.ones((512, 256)), jnp.ones((256, 512)), jnp.ones((65, 512))
+
+    @jax.jit
+    def step(x: jax.Array, w: jax.Array, head: jax.Array) -> Any:
+        return jax.grad(lambda x, w, head: dot(dot(x, w, precision), head.T, precision).sum(), (0, 1, 2))(x, w, head)
+
+    jax.block_until_ready(step(x, w, head))
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        jax.block_until_ready(step(x, w, head))
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def operand(x: jax.Array, precision: Precision) -> jax.Array:
+    """`x` as an operand of a product."""
+    return x.astype(jnp.bfloat16) if resolve(precision) == "bfloat16" else x
+
+
+def dot(x: jax.Array, w: jax.Array, precision: Precision = "float32") -> jax.Array:
+    """(..., K) @ (K, N) -> (..., N), as one two-dimensional product.
+
+    The result is float32, on accelerators in "bfloat16" of that type, which halves what is written.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    product = rows @ w if resolve(precision) == "float32" else _dot_bfloat16(rows, w)
+    return product.reshape(*x.shape[:-1], w.shape[-1])
+
+
+@jax.custom_vjp
+def _dot_bfloat16(x: jax.Array, w: jax.Array) -> jax.Array:
+    return _product(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+
+
+def _dot_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
+    low = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    return _product(*low), (*low, jnp.zeros((), x.dtype), jnp.zeros((), w.dtype))
+
+
+def _dot_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w, like_x, like_w = saved
+    g = g.astype(jnp.bfloat16)
+    dx = _product(g, transposed(w))
+    # Of the two ways to the same product, the one that transposes the smaller operand.
+    if x.shape[1] <= g.shape[1]:
+        dw = _product(transposed(x), g, jnp.float32)
+    else:
+        dw = transposed(_product(transposed(g), x, jnp.float32))
+    return dx.astype(like_x.dtype), dw.astype(like_w.dtype)
+
+
+_dot_bfloat16.defvjp(_dot_forward, _dot_backward)
+
+
+def matmul(x: jax.Array, y: jax.Array, precision: Precision = "float32") -> jax.Array:
+    """`x @ y` in float32, (..., M, K) @ (..., K, N) -> (..., M, N), for products that are no layer's."""
+    x, y = operand(x, precision), operand(y, precision)
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+
+def _product(a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
+    """A product of bfloat16 operands, added up in float32."""
+    cpu = jax.default_backend() == "cpu"
+    return lax.dot(a, b, preferred_element_type=jnp.float32 if cpu else dtype or jnp.bfloat16)
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    """(..., a, b) -> (..., b, a), for a product.
+
+    XLA's CPU backend folds a plain transpose into the product and then misses its fast kernels, half the speed. It does
+    not see through this one, by way of a third dimension.
+    """
+    *batch, a, b = x.shape
+    pieces = math.gcd(b, 4)
+    if jax.default_backend() != "cpu" or pieces == 1:
+        return x.swapaxes(-1, -2)
+    return jnp.moveaxis(x.reshape(*batch, a, pieces, b // pieces), -3, -1).reshape(*batch, b, a)
 
 
 def softmax(x: jax.Array) -> jax.Array:
     """Softmax over the last axis in float32, (..., T) to (..., T)."""
     return jax.nn.softmax(x.astype(jnp.float32), axis=-1).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array) -> jax.Array:
+    """(..., C) divided by the root of its mean square, in float32: RMSNorm (Zhang and Sennrich 2019) without a gain."""
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """`cap * tanh(x / cap)`, which stays within (-cap, cap): the logit soft-capping of Gemma 2 (2024)."""
+    return cap * jnp.tanh(x / cap)

@@ -100,6 +100,6 @@ def _loss_sums(
 @partial(jax.jit, static_argnums=0)
 def window_losses(config: ModelConfig, params: nn.Params, batch: Batch, skip: jax.Array) -> jax.Array:
     """Summed loss of each window, (B,) float32, without its first `skip` (B,) predictions and without dropout."""
-    losses = nn.token_losses(nn.forward(config, params, batch.inputs), batch.targets)
+    losses = nn.losses(config, params, batch.inputs, batch.targets)
     counted = jnp.arange(losses.shape[1])[None, :] >= skip[:, None]
     return jnp.where(counted, losses, 0).sum(axis=1)

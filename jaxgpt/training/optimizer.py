@@ -1,10 +1,13 @@
-"""The optimizer of a config: schedule, clipping, and AdamW that decays by parameter path."""
+"""The optimizer of a config: schedule, clipping, and AdamW or Muon, which decay by parameter path."""
+
+from typing import Any
 
 import jax
 import optax
 
 from jaxgpt.config import Config
 from jaxgpt.nn import Params
+from jaxgpt.training.muon import scale_by_muon
 
 DECAYED = ("kernel", "embedding")
 
@@ -42,9 +45,27 @@ def decay_mask(params: Params) -> Params:
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW for a learning rate of 1: its updates are still to be scaled by
-    -`learning_rate(config)` of the step, so that a step which is left out does not hold the schedule back."""
+    -`learning_rate(config)` of the step, so that a step which is left out does not hold the schedule back.
+
+    With "muon", the kernels inside blocks get Muon's updates instead, in proportion to `muon_learning_rate`.
+    """
     opt = config.optimizer
-    adamw = optax.chain(
-        optax.scale_by_adam(opt.beta1, opt.beta2, opt.eps), optax.add_decayed_weights(opt.weight_decay, decay_mask)
-    )
+    decay = optax.add_decayed_weights(opt.weight_decay, decay_mask)
+    adamw = optax.chain(optax.scale_by_adam(opt.beta1, opt.beta2, opt.eps), decay)
+    if opt.kind == "muon":
+        muon = optax.chain(
+            scale_by_muon(opt.muon_momentum, opt.muon_steps, config.model.precision),
+            decay,
+            optax.scale(opt.muon_learning_rate / opt.learning_rate),
+        )
+        adamw = optax.partition({"muon": muon, "adamw": adamw}, kinds)
     return optax.chain(optax.clip_by_global_norm(opt.grad_clip), adamw) if opt.grad_clip else adamw
+
+
+def kinds(params: Params) -> Params:
+    """ "muon" for the kernels inside blocks, "adamw" for all else: embeddings, the head, biases, scales."""
+
+    def kind(path: tuple[Any, ...], leaf: jax.Array) -> str:
+        return "muon" if path[0].key.startswith("h_") and path[-1].key == "kernel" else "adamw"
+
+    return jax.tree_util.tree_map_with_path(kind, params)

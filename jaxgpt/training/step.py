@@ -91,8 +91,7 @@ def loss_and_grads(
     """Mean loss over the batch and its gradient, in `accumulate` micro-batches one after another."""
 
     def loss(params: nn.Params, batch: Batch, key: jax.Array | None) -> jax.Array:
-        logits = nn.forward(config.model, params, batch.inputs, key)
-        return nn.cross_entropy(logits, batch.targets)
+        return nn.losses(config.model, params, batch.inputs, batch.targets, key).mean()
 
     A = config.train.accumulate
     if A == 1:

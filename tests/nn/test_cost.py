@@ -22,6 +22,24 @@ def test_n_params_is_what_init_params_makes(kind):
         assert cost.n_params(config) == sum(leaf.size for leaf in jax.tree.leaves(params)), config
 
 
+OPTIONS = [
+    {"norm": "rms"},
+    {"norm": "rms", "bias": True},
+    {"mlp": "swiglu", "bias": True},
+    {"mlp": "relu2", "n_kv_head": 1, "bias": True},
+    {"n_kv_head": 2, "n_head": 4, "value_embed": True},
+    {"position": "rope", "qk_norm": True, "smear": True, "bigram_embed": True},
+    {"zero_init": True, "softcap": 15.0, "window": 3, "tie_weights": False},
+]
+
+
+@pytest.mark.parametrize("change", OPTIONS, ids=str)
+def test_n_params_counts_every_option(change):
+    config = dataclasses.replace(SMALL, **change)
+    params = jax.eval_shape(lambda key: nn.init_params(config, key), jax.random.key(0))
+    assert cost.n_params(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 def products(jaxpr):
     """Operations of all dot_generals of a jaxpr: two for each term of each sum."""
     total = 0
@@ -36,7 +54,9 @@ def products(jaxpr):
     return total
 
 
-@pytest.mark.parametrize("change", [{}, {"n_layer": 3, "bias": True}, {"tie_weights": False}, {"kind": "bigram"}])
+@pytest.mark.parametrize(
+    "change", [{}, {"n_layer": 3, "bias": True}, {"tie_weights": False}, {"kind": "bigram"}, *OPTIONS]
+)
 def test_flops_are_those_of_the_products_in_the_traced_forward_pass(change):
     config, B = dataclasses.replace(SMALL, **change), 3
     params = jax.eval_shape(lambda key: nn.init_params(config, key), jax.random.key(0))

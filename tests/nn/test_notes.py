@@ -9,7 +9,8 @@ import pytest
 
 from jaxgpt import nn
 from jaxgpt.config import ModelConfig
-from jaxgpt.nn.attention import Head, attention_weights, causal_mask
+from jaxgpt.nn.attention import attention_weights, causal_mask
+from jaxgpt.nn.heads import Head
 from jaxgpt.text.tokenizer import CharTokenizer
 
 pytestmark = pytest.mark.smoke
@@ -104,7 +105,7 @@ def test_cross_attention_has_other_sources():
 
 def test_multi_head_attention_takes_a_context_too():
     config = ModelConfig(vocab_size=V, block_size=T, n_layer=1, n_head=2, n_embd=C)
-    module = nn.attention.MultiHeadAttention(config)
+    module = nn.heads.MultiHeadAttention(config)
     params = module.init(jax.random.key(0), X)
     assert module.apply(params, X, CONTEXT).shape == (B, T, C)
     # Every row of the context is heard by every position, and without one the future is not.

@@ -1,0 +1,83 @@
+"""Muon: momentum whose update of a matrix is made orthogonal.
+
+Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
+"""
+
+from collections import defaultdict
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxgpt.nn.numerics import Precision, matmul, operand, transposed
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic that pushes singular values from (0, 1] to about one, from the same page."""
+
+
+class MuonState(NamedTuple):
+    """The momentum of each matrix."""
+
+    momentum: optax.Updates  # as the parameters
+
+
+def scale_by_muon(momentum: float, n_steps: int, precision: Precision) -> optax.GradientTransformation:
+    """Gradients (K, N) to orthogonal matrices (K, N), by Nesterov momentum and `n_steps` Newton-Schulz steps.
+
+    A matrix with more columns than rows is scaled up by the root of their ratio, so that each update changes outputs
+    by about as much. Kernels are (in, out) here, and (out, in) on the page.
+    """
+
+    def init(params: optax.Params) -> MuonState:
+        return MuonState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: optax.Updates, state: MuonState, params: Any = None) -> tuple[optax.Updates, MuonState]:
+        mean = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, updates)
+        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mean, updates)
+        leaves, tree = jax.tree.flatten(ahead)
+        done = [x * max(1.0, x.shape[-1] / x.shape[-2]) ** 0.5 for x in orthogonal_by_shape(leaves, n_steps, precision)]
+        return jax.tree.unflatten(tree, done), MuonState(mean)
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonal_by_shape(matrices: list[jax.Array], n_steps: int, precision: Precision) -> list[jax.Array]:
+    """`orthogonal` of each matrix; those of one shape, turned to have no more rows than columns, are done together."""
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, x in enumerate(matrices):
+        groups[tuple(sorted(x.shape))].append(i)
+    done: dict[int, jax.Array] = {}
+    for members in groups.values():
+        tall = [matrices[i].shape[0] > matrices[i].shape[1] for i in members]
+        stack = [matrices[i].T if turn else matrices[i] for i, turn in zip(members, tall, strict=True)]
+        for i, turn, x in zip(members, tall, orthogonal(jnp.stack(stack), n_steps, precision), strict=True):
+            done[i] = x.T if turn else x
+    return [done[i] for i in range(len(matrices))]
+
+
+def orthogonal(x: jax.Array, n_steps: int, precision: Precision) -> jax.Array:
+    """(n, rows, columns) with rows <= columns to the nearest matrices with orthonormal rows, roughly: singular values
+    come to lie between about 0.7 and 1.2.
+
+    `n_steps` of X <- P X with P = a + b A + c A² and A = X Xᵀ, from X of norm one. Where X is long, its P are
+    multiplied with each other first, and with X once.
+    """
+    a, b, c = COEFFICIENTS
+
+    product = partial(matmul, precision=precision)
+    x = x / (jnp.sqrt(jnp.sum(x * x, axis=(1, 2), keepdims=True)) + 1e-7)
+    if x.shape[2] < 2 * x.shape[1]:
+        for _ in range(n_steps):
+            A = product(x, transposed(operand(x, precision)))
+            x = a * x + product(b * A + c * product(A, A), x)
+        return x
+    A, one = product(x, transposed(operand(x, precision))), jnp.eye(x.shape[1])[None]
+    total = a * one + b * A + c * product(A, A)
+    P = total
+    for _ in range(n_steps - 1):
+        A = product(P, product(P, A))  # of P X, as P and A commute
+        P = a * one + b * A + c * product(A, A)
+        total = product(P, total)
+    return product(total, x)
