@@ -120,7 +120,7 @@ class ModelConfig:
 class OptimizerConfig:
     """AdamW or Muon, its schedule and clipping."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    algorithm: Literal["adamw", "muon"] = "adamw"
     """muon: Muon (Jordan et al. 2024) for the kernels inside blocks, AdamW for all else."""
     muon_learning_rate: float = 0.02
     """The peak learning rate of what Muon trains; it has the schedule of learning_rate."""
@@ -169,6 +169,8 @@ class TrainConfig:
     """K, steps that run as one compiled program between two looks at the clock."""
     eval_every: int = 250
     """Steps between evaluations and saves; a multiple of scan_steps; 0 evaluates and saves at the ends only."""
+    eval_start: bool = True
+    """Score the untrained model too."""
     eval_batches: int = 20
     """Random batches in the nanoGPT-style estimate beside the exact evaluation; 0 leaves it out."""
     keep: int = 2
@@ -238,7 +240,7 @@ def problems(config: Config) -> list[str]:
     within(0, math.inf, optimizer, "muon_learning_rate")
     within(0, 1, optimizer, "beta1", "beta2", "muon_momentum")
     at_least(1, optimizer, "muon_steps")
-    if optimizer.kind == "muon" and optimizer.learning_rate == 0:
+    if optimizer.algorithm == "muon" and optimizer.learning_rate == 0:
         found.append("learning_rate is 0.0, expected above 0 with muon, whose rate is in proportion to it")
     require(optimizer.eps > 0 and math.isfinite(optimizer.eps), "eps", optimizer.eps, "a number above 0")
     at_least(0, optimizer, "warmup_steps", "decay_steps")

@@ -3,6 +3,7 @@
 import difflib
 import shlex
 from dataclasses import dataclass
+from typing import Any
 
 from jaxgpt.config import Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, differences
 
@@ -18,6 +19,21 @@ class Recipe:
     loss: str
     """Nats per token over the whole validation split."""
 
+
+MODERN: dict[str, Any] = dict(
+    position="rope", norm="rms", mlp="relu2", qk_norm=True, zero_init=True, tie_weights=False, precision="auto"
+)
+"""The block of the modded-nanogpt speedruns."""
+MUON: dict[str, Any] = dict(
+    algorithm="muon",
+    muon_steps=4,
+    learning_rate=1e-2,
+    min_learning_rate=0.0,
+    schedule="linear",
+    warmup_steps=0,
+    weight_decay=0.0,
+    grad_clip=0.0,
+)
 
 RECIPES: dict[str, Recipe] = {
     "bigram": Recipe(
@@ -55,10 +71,34 @@ RECIPES: dict[str, Recipe] = {
         time="1 min 45 s",
         loss="1.907, the mean of seeds 1337, 1338, 1339 (1.916, 1.906, 1.900)",
     ),
+    "speedrun-cpu": Recipe(
+        Config(
+            data=DataConfig(corpus="shakespeare"),
+            model=ModelConfig(n_layer=1, **MODERN, smear=True, bigram_embed=True),
+            optimizer=OptimizerConfig(**MUON, muon_momentum=0.85),
+            train=TrainConfig(steps=270, scan_steps=90, eval_every=0, eval_start=False, eval_batches=0),
+        ),
+        about="To the loss of nanoGPT's CPU settings by the shortest way: a modern block, and Muon.",
+        hardware="2 CPU cores",
+        time="SPEEDTIME",
+        loss="SPEEDLOSS",
+    ),
+    "best-cpu": Recipe(
+        Config(
+            data=DataConfig(corpus="shakespeare"),
+            model=ModelConfig(block_size=128, **MODERN, smear=True, bigram_embed=True),
+            optimizer=OptimizerConfig(**MUON, muon_momentum=0.9),
+            train=TrainConfig(steps=1200, scan_steps=100, eval_every=0, eval_start=False, eval_batches=0),
+        ),
+        about="As low as the time of nanoGPT's CPU settings allows.",
+        hardware="2 CPU cores",
+        time="BESTTIME",
+        loss="BESTLOSS",
+    ),
     "shakespeare-gpu": Recipe(
         Config(
             data=DataConfig(corpus="shakespeare"),
-            model=ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+            model=ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, precision="auto"),
             optimizer=OptimizerConfig(),
             train=TrainConfig(steps=5000, batch_size=64, sampling="random", eval_batches=200),
         ),
@@ -70,7 +110,7 @@ RECIPES: dict[str, Recipe] = {
     "gpt2-124m": Recipe(
         Config(
             data=DataConfig(corpus="python-stdlib", tokenizer="gpt2"),
-            model=ModelConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768),
+            model=ModelConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768, precision="auto"),
             optimizer=OptimizerConfig(learning_rate=6e-4, min_learning_rate=6e-5, warmup_steps=2000, beta2=0.95),
             train=TrainConfig(
                 steps=600_000,

@@ -57,6 +57,7 @@ def _about(name: str) -> str:
 
 
 def _fit(given: Train, existing: Run | None) -> int:
+    from jaxgpt import nn
     from jaxgpt.report.terminal import RunConsole, TrainingDisplay, describe, duration
     from jaxgpt.training.loop import fit
     from jaxgpt.training.memory import OutOfMemoryError
@@ -71,6 +72,7 @@ def _fit(given: Train, existing: Run | None) -> int:
         config = run.config
     console = RunConsole()
     console.print(corpus.summary)
+    console.print(nn.describe(config.model))
     try:
         with TrainingDisplay(console, config.train.steps) as display:
             done = fit(run, corpus, display, config, given.debug_nans)
@@ -89,7 +91,8 @@ def _fit(given: Train, existing: Run | None) -> int:
         f"{run.path}: step {done.step:,} in {duration(done.seconds)}"
         + (f", {done.tokens_per_second:,.0f} tokens/s" if done.tokens_per_second else "")
     )
-    console.print(f"  before  {describe(first.evaluation)}")
+    if first is not last:
+        console.print(f"  before  {describe(first.evaluation)}")
     console.print(f"  after   {describe(last.evaluation)}")
     if best.step != last.step:
         console.print(f"  best    {describe(best.evaluation)}, at step {best.step:,}")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.nn import cost, kernels, numerics
 from jaxgpt.nn.bigram import Bigram
 from jaxgpt.nn.gpt import GPT
 from jaxgpt.nn.loss import cross_entropy, token_losses
@@ -16,6 +17,7 @@ from jaxgpt.nn.loss import cross_entropy, token_losses
 __all__ = [
     "Params",
     "cross_entropy",
+    "describe",
     "forward",
     "init_params",
     "logits_and_loss",
@@ -69,6 +71,15 @@ def _apply(config: ModelConfig, params: Params, dropout_key: jax.Array | None, i
         raise ValueError(f"{idx.shape[1]} tokens are longer than block_size, {config.block_size}")
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     return cast(jax.Array, model(config).apply({"params": params}, idx, *more, rngs=rngs))
+
+
+def describe(config: ModelConfig) -> str:
+    """What computes a model here, for a person: size, precision, the kernel of its attention."""
+    told = f"{cost.n_params(config):,} parameters, {numerics.resolve(config.precision)} products"
+    if config.kind == "bigram":
+        return told
+    plain, dropped = (kernels.kernel(config, config.block_size, dropped) for dropped in (False, config.dropout > 0))
+    return f"{told}, attention: {plain}" + (f" ({dropped} while weights are dropped)" if dropped != plain else "")
 
 
 def logits_and_loss(

@@ -7,6 +7,10 @@ from jaxgpt.config import ModelConfig
 
 FLOAT = 4
 """Bytes of a float32."""
+LOGITS = 2**26
+"""Logits that may exist at once in training, 256 MiB of float32; of more, part by part."""
+BLOCKED = 256
+"""Contexts from here on may be attended a block of queries at a time."""
 
 
 def n_params(config: ModelConfig) -> int:
@@ -62,23 +66,34 @@ def flops_per_token(config: ModelConfig) -> int:
 def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool = False) -> int:
     """Bytes that the backward pass of `batch_size` full contexts needs of the forward pass: an estimate from below.
 
-    In floats per token, L (16 C + 2 H T) + 2 C + V:
+    In floats per token, for GPT-2's blocks L (16 C + 2 H T) + 2 C + V:
 
     - of a block, 16 C: what goes into its norms (2 C), kernels (C, C, C, 4 C) and GELU (4 C), and q, k and v (3 C)
     - and 2 H T: the attention weights before and after they are divided by their sum; with dropout 3 H T
     - after the blocks: what goes into the last norm and out of it, and the logits
 
-    The gradient of the logits may take their place, so it is not counted again; nor are masks and temporaries.
+    The gradient of the logits may take their place, so it is not counted again; nor are masks and temporaries. Where
+    operands are bfloat16, a float counts two bytes; weights of attention that may be made block by block, what remat
+    makes again, and logits beyond a part are not counted.
 
     Args:
       recomputed: count the results of products only, L (10 C + H T) + V. All else follows from them, and compilers for
         accelerators compute it again where memory is short.
     """
-    C, V, HT = config.n_embd, config.vocab_size, config.n_head * config.block_size
+    C, T, V, L = config.n_embd, config.block_size, config.vocab_size, config.n_layer
+    low = config.precision != "float32"
+    logits = min(V, LOGITS // (batch_size * T) + 1)
     if config.kind == "bigram":
-        floats = V
-    elif recomputed:
-        floats = config.n_layer * (10 * C + HT) + V
+        return FLOAT * batch_size * T * V
+    columns = {name: n for name, (_, n) in kernels(config).items()}
+    hidden = columns["c_fc"]
+    weights = config.n_head * T if config.dropout or (T < BLOCKED and not low) else 0
+    if config.remat == "blocks":
+        block = C
+    elif recomputed or config.remat == "products":
+        block = sum(columns.values()) + C + weights  # of the kernels, and of the weighted values
     else:
-        floats = config.n_layer * (16 * C + (3 if config.dropout else 2) * HT) + 2 * C + V
-    return FLOAT * batch_size * config.block_size * floats
+        inputs = 5 * C + sum(columns[name] for name in ("query", "key", "value"))  # of norms and kernels; q, k, v
+        block = inputs + (1 if config.mlp == "relu2" else 2) * hidden + (3 if config.dropout else 2) * weights
+    floats = L * block + (0 if recomputed else 2 * C) + logits
+    return (FLOAT // 2 if low else FLOAT) * batch_size * T * floats

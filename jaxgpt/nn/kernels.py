@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxgpt.config import ModelConfig
 from jaxgpt.nn import numerics
 from jaxgpt.nn.attention import Drop, attention, causal_mask, sees
+from jaxgpt.nn.cost import BLOCKED
 from jaxgpt.nn.numerics import operand
 
 Kernel = Literal["reference", "blocked", "cudnn", "splash"]
@@ -31,7 +32,7 @@ def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
         return "cudnn"
     if backend == "tpu" and low and D % 128 == 0 and T % 128 == 0 and not config.window:
         return "splash"
-    return "blocked" if T >= 2 * BLOCK else "reference"
+    return "blocked" if T >= BLOCKED else "reference"
 
 
 def causal_attention(

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-CHUNK = 2**26
-"""Logits that may exist at once in training, 256 MiB of float32; of more, chunk by chunk."""
+from jaxgpt.nn.cost import LOGITS
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -22,7 +21,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def losses_of(
-    logits: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, V: int, chunk: int = CHUNK
+    logits: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, V: int, chunk: int = LOGITS
 ) -> jax.Array:
     """`token_losses(logits(x), targets)`, without all the logits at once where they are more than `chunk`.
 

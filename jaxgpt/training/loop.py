@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,6 +79,7 @@ def fit(
     with (
         run.exclusive(),
         interruption() as interrupted_by,
+        ThreadPoolExecutor(1, "compile") as background,
         Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every) as checkpoints,
     ):
         tell = partial(notify, run, watch)
@@ -87,6 +89,7 @@ def fit(
                 f"run {run.path.name!r} is at step {found.step} already, beyond the {config.train.steps} asked for"
             )
         memory.require(config, device_tokens(config, len(train_tokens)), new=found is None)
+        ahead = background.submit(compile_ahead, config, feed) if not found else None
         state = checkpoints.restore(found.step, like(config)) if found else init_state(config)
         if config != run.config:
             run = run.with_config(config)
@@ -96,12 +99,14 @@ def fit(
             Journal(run, n_bytes, partial(window_starts, config, len(train_tokens)), watch) as journal,
             Saving(run, config, corpus, checkpoints, journal) as saving,
         ):
-            if not journal.scores:
+            if not journal.scores and config.train.eval_start:
                 journal.evaluated(*score(config, corpus, state))
             stop, compiled = 0, None
             for begin, end in chunks(config, int(state.step)):
                 served = feed(begin, end)
                 if not compiled:
+                    if ahead:
+                        ahead.result()
                     compiled = train_steps.lower(config, state, *served).compile()  # and kept for the call below
                     memory.require_compiled(compiled, config, new=found is None)
                 before = jax.tree.map(jnp.copy, state) if debug_nans else None
@@ -118,7 +123,8 @@ def fit(
                     saving.save(state, journal.scores[-1].evaluation.loss if due(config, end) else None)
                 if stop:
                     break
-            if not stop and journal.scores[-1].step < int(state.step):  # interrupted, and its last step came nearer
+            if not stop and (not journal.scores or journal.scores[-1].step < int(state.step)):
+                # interrupted, and its last step came nearer
                 journal.evaluated(*score(config, corpus, state))
                 journal.sync()
             saving.end(state)
@@ -144,6 +150,15 @@ def score(config: Config, corpus: Corpus, state: TrainState) -> tuple[int, Evalu
         return step, exact, {}
     noisy = {f"{name}_estimate": estimate(config, state.params, split, step) for name, split in splits.items()}
     return step, exact, noisy
+
+
+def compile_ahead(config: Config, feed: Callable[[int, int], tuple[jax.Array, jax.Array]]) -> None:
+    """Compile the first chunk of a new run, while its state is being made and scored: the call with the state finds it.
+
+    (A restored state is tied to its device, so its program is another.)
+    """
+    begin, end = next(chunks(config, 0))
+    train_steps.lower(config, jax.eval_shape(init_state, config), *feed(begin, end)).compile()
 
 
 def like(config: Config) -> TrainState:

@@ -31,7 +31,7 @@ class Memory:
     gradients: int
     """There all at once, as whether a step is applied hangs on all of them."""
     optimizer_state: int
-    """AdamW's two moments."""
+    """AdamW's two moments, Muon's one."""
     activations: int
     """Of one micro-batch, as `cost.activation_bytes`."""
     tokens: int
@@ -48,8 +48,11 @@ def needed(config: Config, n_tokens_on_device: int, *, recomputed: bool = False)
     activations = cost.activation_bytes(config.model, train.batch_size // train.accumulate, recomputed=recomputed)
     tokens = n_tokens_on_device * (2 if config.model.vocab_size <= 2**16 else 4)
     worst = gradients + activations if train.accumulate > 1 else max(gradients, activations)
-    total = 3 * parameters + worst + tokens
-    return Memory(parameters, gradients, 2 * parameters, activations, tokens, total)
+    moments = 2 * parameters
+    if config.optimizer.algorithm == "muon" and config.model.kind == "gpt":
+        moments -= cost.FLOAT * config.model.n_layer * sum(k * n for k, n in cost.kernels(config.model).values())
+    total = parameters + moments + worst + tokens
+    return Memory(parameters, gradients, moments, activations, tokens, total)
 
 
 def require(config: Config, n_tokens: int, free: int | None = None, *, new: bool = True) -> None:

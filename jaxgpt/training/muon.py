@@ -4,6 +4,7 @@ Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,10 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgpt.nn.numerics import Precision, matmul, operand, transposed
+from jaxgpt.nn.numerics import Precision, matmul, transposed
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that pushes singular values from (0, 1] to about one, from the same page."""
+
+
+AT_ONCE = 3
+"""Steps between two looks at X itself where it is long: rounding errors of bfloat16 grow over more (five diverge)."""
 
 
 class MuonState(NamedTuple):
@@ -61,8 +66,8 @@ def orthogonal(x: jax.Array, n_steps: int, precision: Precision) -> jax.Array:
     """(n, rows, columns) with rows <= columns to the nearest matrices with orthonormal rows, roughly: singular values
     come to lie between about 0.7 and 1.2.
 
-    `n_steps` of X <- P X with P = a + b A + c A² and A = X Xᵀ, from X of norm one. Where X is long, its P are
-    multiplied with each other first, and with X once.
+    `n_steps` of X <- P X with P = a + b A + c A² and A = X Xᵀ, from X of norm one. Where X is long, some of the small
+    P are multiplied with each other first (`_together`).
     """
     a, b, c = COEFFICIENTS
 
@@ -70,12 +75,20 @@ def orthogonal(x: jax.Array, n_steps: int, precision: Precision) -> jax.Array:
     x = x / (jnp.sqrt(jnp.sum(x * x, axis=(1, 2), keepdims=True)) + 1e-7)
     if x.shape[2] < 2 * x.shape[1]:
         for _ in range(n_steps):
-            A = product(x, transposed(operand(x, precision)))
+            A = product(x, transposed(x))
             x = a * x + product(b * A + c * product(A, A), x)
         return x
-    A, one = product(x, transposed(operand(x, precision))), jnp.eye(x.shape[1])[None]
-    total = a * one + b * A + c * product(A, A)
-    P = total
+    while n_steps > 0:
+        x = _together(x, min(n_steps, AT_ONCE), product)
+        n_steps -= AT_ONCE
+    return x
+
+
+def _together(x: jax.Array, n_steps: int, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """`n_steps` of X <- P X whose P are multiplied with each other first, and with X once."""
+    a, b, c = COEFFICIENTS
+    A, one = product(x, transposed(x)), jnp.eye(x.shape[1])[None]
+    total = P = a * one + b * A + c * product(A, A)
     for _ in range(n_steps - 1):
         A = product(P, product(P, A))  # of P X, as P and A commute
         P = a * one + b * A + c * product(A, A)

@@ -52,7 +52,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     opt = config.optimizer
     decay = optax.add_decayed_weights(opt.weight_decay, decay_mask)
     adamw = optax.chain(optax.scale_by_adam(opt.beta1, opt.beta2, opt.eps), decay)
-    if opt.kind == "muon":
+    if opt.algorithm == "muon":
         muon = optax.chain(
             scale_by_muon(opt.muon_momentum, opt.muon_steps, config.model.precision),
             decay,

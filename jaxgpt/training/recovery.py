@@ -17,6 +17,7 @@ MAY_CHANGE = {
     "steps",
     "scan_steps",
     "eval_every",
+    "eval_start",
     "eval_batches",
     "keep",
     "keep_every",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxgpt import disk, nn
 from jaxgpt.config import Config, ModelConfig, UsageError, check
+from jaxgpt.nn import numerics
 from jaxgpt.text import corpus as corpora
 from jaxgpt.text.corpus import Corpus, CorpusError
 from jaxgpt.text.sources import NAMED
@@ -87,14 +88,16 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
 
 
 def resolve(config: Config, corpus: Corpus) -> Config:
-    """`config` with what it leaves open filled in: the vocabulary's size, the schedule's end, the text's full path.
+    """`config` with what it leaves open filled in: the vocabulary's size, the precision that "auto" is here, the
+    schedule's end, the text's full path.
 
-    So a run that is later made longer keeps the schedule that it was started with.
+    So a run that is later made longer, or goes on elsewhere, keeps the schedule and the precision of its start.
     """
     data, model, optimizer = config.data, config.model, config.optimizer
     if data.corpus not in NAMED:
         data = dataclasses.replace(data, corpus=str(Path(data.corpus).expanduser().resolve()))
-    model = dataclasses.replace(model, vocab_size=model.vocab_size or corpus.tokenizer.vocab_size)
+    vocab_size, precision = model.vocab_size or corpus.tokenizer.vocab_size, numerics.resolve(model.precision)
+    model = dataclasses.replace(model, vocab_size=vocab_size, precision=precision)
     optimizer = dataclasses.replace(optimizer, decay_steps=optimizer.decay_steps or config.train.steps)
     return Config(data, model, optimizer, config.train)
 
