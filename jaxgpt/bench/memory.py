@@ -1,5 +1,6 @@
 """The memory of a training step: on paper, by XLA's own analysis of the compiled program, and as measured."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,11 +28,13 @@ def measure(
     tell: Callable[[str], None] = ruler.to_stderr,
 ) -> Report:
     """A report on one step of each of `shapes`, in each precision; a process each."""
-    del until  # a step each
     report: Report = {"mode": "memory", "facts": facts(device), "notes": list(NOTES), "failed": {}}
     rows: list[dict[str, Any]] = []
     report["tables"] = [{"title": "Bytes of a training step", "rows": rows}]
     for shape in shapes or SHAPES[device]:
+        if time.monotonic() > until:
+            report["failed"][shape] = ruler.TOO_LATE
+            continue
         report["notes"].append(f"{shape}: {ABOUT[shape]}")
         for precision in precisions():
             config = config_of(shape, device, precision)
@@ -40,6 +43,7 @@ def measure(
             with Contest(device, tell) as contest:
                 contest.enter(name, {"task": "memory-jaxgpt", "config": to_tree(config)})
                 contest.measure(rounds=1, seconds=0)
+            report["facts"]["device"] = contest.device_name
             report["failed"] |= contest.failed
             if name in contest.workers:
                 rows.append(_row(name, contest.workers[name].about, contest.peak_bytes[name], device))

@@ -12,6 +12,9 @@ from jaxgpt.bench.shapes import SHAPES, precisions
 from jaxgpt.bench.table import Report
 from jaxgpt.config import MissingExtraError
 
+WAYS = ("float32", "float32+compile", "tf32", "tf32+compile", "bfloat16", "bfloat16+compile")
+"""The names of `twin.WAYS`, known without PyTorch."""
+
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "device": ("--device", {"choices": ["cpu", "gpu"], "default": "cpu", "help": "where both sides compute"}),
     "shapes": ("--shapes", {"choices": SHAPES, "nargs": "+", "help": "models, by name"}),
@@ -19,15 +22,16 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "cases": ("--cases", {"nargs": "+", "metavar": "SHAPE:BATCH:TOKENS", "help": "such as tiny:64:512"}),
     "rounds": ("--rounds", {"type": int, "help": "how often everyone is asked"}),
     "seconds": ("--seconds", {"type": float, "help": "how long everyone works in a round, at least"}),
+    "patience": ("--patience", {"type": int, "help": "repeat a turn so often, at most, if the machine was not quiet"}),
     "dropout": ("--dropout", {"type": float, "help": "on both sides; 0 by default"}),
-    "ways": ("--ways", {"nargs": "+", "help": "of PyTorch: float32, bfloat16, tf32, each also with +compile"}),
-    "way": ("--way", {"help": "of PyTorch; float32 by default"}),
+    "ways": ("--ways", {"choices": WAYS, "nargs": "+", "help": "of PyTorch; autocast is bfloat16"}),
+    "way": ("--way", {"choices": WAYS, "help": "of PyTorch; float32 by default, bfloat16+compile on a GPU"}),
     "precision": ("--precision", {"choices": precisions(), "help": "of jaxgpt"}),
     "corpus": ("--corpus", {"help": "the text: a file, or a named corpus"}),
     "text": ("--corpus", {"default": "shakespeare", "help": "the text: a file, or a named corpus"}),
     "recipes": ("--recipes", {"nargs": "+", "help": "of jaxgpt, to be run against the twin"}),
     "recipe": ("--recipe", {"help": "of jaxgpt"}),
-    "twin_recipe": ("--twin-recipe", {"help": "whose settings the twin has; shakespeare-cpu by default"}),
+    "twin_recipe": ("--twin-recipe", {"help": "whose settings the twin has; shakespeare-cpu or -gpu by default"}),
     "repeats": ("--repeats", {"type": int, "help": "processes of each kind, each with a seed of its own"}),
     "seed": ("--seed", {"type": int, "help": "the first seed"}),
     "bound": ("--bound", {"type": float, "help": "the loss to reach, 1.88 by default"}),
@@ -96,32 +100,38 @@ def memory(**given: Any) -> Iterator[Report]:
     yield memory.measure(**given)
 
 
-def everything(device: str, until: float, text: str | None = None) -> Iterator[Report]:
-    """One mode after another for as long as there is time; on a GPU within ten minutes."""
+def everything(device: str, until: float, corpus: str | None = None) -> Iterator[Report]:
+    """One mode after another for as long as there is time; on a GPU nine minutes, if nothing else was said.
+
+    Args:
+      corpus: a text, for the speedrun, which is left out without one.
+    """
+    rest: list[Callable[[], Iterator[Report]]]
     if device == "gpu":
-        until = min(until, time.monotonic() + 9 * 60)
-        yield from train(device=device, shapes=("baby",), rounds=5, seconds=2.0, until=until)
-        if time.monotonic() < until:
-            ways = ("tf32", "bfloat16", "bfloat16+compile")
-            yield from train(device=device, shapes=("small",), rounds=3, seconds=3.0, ways=ways, until=until)
-        if time.monotonic() < until:
-            yield from sample(device=device, rounds=2, seconds=1.0, until=until)
-        if time.monotonic() < until:
-            yield from memory(device=device, until=until)
-        return
-    yield from train(device=device, until=until)
-    rest = (sample, scaling, memory, startup)
+        until = until if until < float("inf") else time.monotonic() + 9 * 60
+        given: dict[str, Any] = {"device": device, "until": until}
+        baby, small = ("float32", "tf32", "bfloat16", "bfloat16+compile"), ("tf32", "bfloat16", "bfloat16+compile")
+        rest = [
+            lambda: train(shapes=("baby",), ways=baby, rounds=3, seconds=2.0, **given),
+            lambda: train(shapes=("small",), ways=small, rounds=3, seconds=3.0, **given),
+            lambda: sample(cases=("baby:64:512", "baby:1:512"), rounds=2, seconds=1.0, **given),
+            lambda: memory(**given),
+        ]
+    else:
+        given = {"device": device, "until": until}
+        modes = (train, sample, scaling, memory, startup)
+        rest = [lambda mode=mode: mode(**given) for mode in modes]  # type: ignore[misc]
+    if corpus:
+        rest.append(lambda: speedrun(corpus, repeats=1 if device == "gpu" else 5, **given))
     for mode in rest:
         if time.monotonic() < until:
-            yield from mode(device=device, until=until)
-    if text and time.monotonic() < until:
-        yield from speedrun(text, device=device, until=until)
+            yield from mode()
 
 
 MODES = {
     "train": Mode(
         "Training speed against the PyTorch twin.",
-        ("device", "shapes", "rounds", "seconds", "dropout", "ways"),
+        ("device", "shapes", "rounds", "seconds", "patience", "dropout", "ways"),
         train,
     ),
     "speedrun": Mode(
@@ -130,17 +140,23 @@ MODES = {
         speedrun,
     ),
     "sample": Mode(
-        "Sampling speed against the twin and transformers.", ("device", "cases", "rounds", "seconds", "ways"), sample
+        "Sampling speed against the twin and transformers.",
+        ("device", "cases", "rounds", "seconds", "patience", "ways"),
+        sample,
     ),
     "startup": Mode(
         "How long the help and the first step take to come.", ("device", "corpus", "recipe", "repeats"), startup
     ),
     "scaling": Mode(
-        "The time of a step when one size doubles.", ("device", "shape", "precision", "rounds", "seconds"), scaling
+        "The time of a step when one size doubles.",
+        ("device", "shape", "precision", "rounds", "seconds", "patience"),
+        scaling,
     ),
     "memory": Mode("The memory of a step: paper, compiler, measured.", ("device", "shapes"), memory),
     "all": Mode(
-        "All of these that need no text; with --device gpu, what fits into ten minutes.", ("device",), everything
+        "All of these, the speedrun with --corpus only; with --device gpu, what fits into ten minutes.",
+        ("device", "corpus"),
+        everything,
     ),
 }
 

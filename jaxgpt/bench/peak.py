@@ -10,14 +10,14 @@ N = 2048
 """Rows and columns of the matrices: 2 N³ operations, and none of them fits into a cache."""
 
 
-def measure(device: str, tell: Callable[[str], None] = ruler.to_stderr) -> dict[str, float]:
+def measure(device: str, tell: Callable[[str], None] = ruler.to_stderr, patience: int = 0) -> dict[str, float]:
     """Operations per second of large products: each library and precision to the best of three short rounds."""
     with Contest(device, tell) as contest:
         for dtype in ("float32", "bfloat16"):
             contest.enter(f"jax {dtype} products", {"task": "product-jax", "n": N, "dtype": dtype})
             spec = {"task": "product-torch", "n": N, "dtype": dtype, "device": device}
             contest.enter(f"torch {dtype} products", spec)
-        return {name: max(rates) for name, rates in contest.measure(rounds=3, seconds=0.5).items()}
+        return {name: max(rates) for name, rates in contest.measure(3, 0.5, patience=patience).items()}
 
 
 def of(device: str, about: dict[str, Any], found: dict[str, float] | None) -> tuple[float | None, str]:

@@ -21,6 +21,11 @@ Series = dict[str, float]
 Rates = dict[str, list[float]]
 """A contestant's name to what it did per second in each round."""
 
+QUIET = 0.1
+"""The share of the machine from which on other programs count as a disturbance."""
+
+TOO_LATE = "no time was left for it (--minutes)"
+
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -139,7 +144,8 @@ class Contest:
         self.failed: dict[str, str] = {}
         self.peak_bytes: dict[str, int] = {}
         self.others: list[float] = []
-        """The share of the machine that was not ours, in each round."""
+        """The share of the machine that was not ours, in each turn that counts."""
+        self.repeated = 0
 
     def __enter__(self) -> "Contest":
         self._folder = tempfile.TemporaryDirectory(prefix="jaxgpt-bench-")
@@ -165,16 +171,21 @@ class Contest:
         self.workers[name] = worker
         self.tell(f"{name}: ready after {time.monotonic() - began:.1f} s")
 
-    def measure(self, rounds: int, seconds: float, until: float = float("inf")) -> Rates:
-        """Units per second of each worker, round by round."""
+    def measure(self, rounds: int, seconds: float, until: float = float("inf"), patience: int = 0) -> Rates:
+        """Units per second of each worker, round by round.
+
+        Args:
+          patience: how often a worker's turn is repeated at once if other programs took a tenth of the machine or more;
+            the turn in which they took least counts, however fast it was.
+        """
 
         def ask(name: str) -> float:
-            before = machine_seconds()
-            answer = self.workers[name].round(seconds)
-            if (share := others(before, machine_seconds(), answer["cpu_seconds"])) is not None:
-                self.others.append(share)
-            self.peak_bytes[name] = answer["peak_bytes"]
-            rate: float = answer["units"] / answer["seconds"]
+            turns = [self._turn(name, seconds)]
+            while turns[-1][0] >= QUIET and len(turns) <= patience and time.monotonic() < until:
+                turns.append(self._turn(name, seconds))
+            share, rate = min(turns, key=lambda turn: turn[0])
+            self.others.append(share)
+            self.repeated += len(turns) - 1
             self.tell(f"{name}: {rate:,.0f} per second")
             return rate
 
@@ -183,9 +194,24 @@ class Contest:
             self._drop(name, self.workers.pop(name), why)
         return rates
 
+    @property
+    def device_name(self) -> str:
+        """What the workers say that they compute on."""
+        names = {worker.about["device"] for worker in self.workers.values()}
+        return ", ".join([self.device, *sorted(names - {self.device})])
+
     def quiet(self) -> str:
         """How much of the processor other programs took meanwhile, for a report's notes."""
-        return disturbance(self.others)
+        repeated = f"; {self.repeated} turns were repeated because they took more" if self.repeated else ""
+        return disturbance(self.others) + repeated
+
+    def _turn(self, name: str, seconds: float) -> tuple[float, float]:
+        """(others' share of the machine, units per second)."""
+        before = machine_seconds()
+        answer = self.workers[name].round(seconds)
+        self.peak_bytes[name] = answer["peak_bytes"]
+        share = others(before, machine_seconds(), answer["cpu_seconds"])
+        return 0.0 if share is None else share, answer["units"] / answer["seconds"]
 
     def _drop(self, name: str, worker: Worker, why: str) -> None:
         self.failed[name] = why
@@ -232,7 +258,7 @@ def disturbance(shares: Sequence[float]) -> str:
     found = (
         f"other programs took {100 * statistics.median(shares):.0f}% of the machine ({100 * max(shares):.0f}% at most)"
     )
-    return found if max(shares) < 0.1 else f"NOT QUIET: {found}; measure again on a quiet machine"
+    return found if max(shares) < QUIET else f"NOT QUIET: {found}; measure again on a quiet machine"
 
 
 def to_stderr(line: str) -> None:

@@ -1,5 +1,6 @@
 """Sampling speed: tokens per second of jaxgpt, of the twin, which has no cache, and of transformers, which has one."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,6 +41,7 @@ def measure(
     seconds: float = 2.0,
     ways: Sequence[str] = ("float32", "bfloat16"),
     until: float = float("inf"),
+    patience: int = 0,
     tell: Callable[[str], None] = ruler.to_stderr,
 ) -> Report:
     """A report on `cases`; in each round a contestant generates once, and again until `seconds` have gone by."""
@@ -50,15 +52,18 @@ def measure(
     report["notes"] = [f"{shape}: {ABOUT[shape]}" for shape in dict.fromkeys(shape for shape, _, _ in asked)]
     report["notes"] += NOTES
     for shape, batch_size, n_tokens in asked:
-        block_size = config_of(shape, device).model.block_size
-        within = block_size - 1
+        if time.monotonic() > until:
+            report["failed"][f"{shape}, batch {batch_size}"] = ruler.TOO_LATE
+            continue
+        within = config_of(shape, device).model.block_size - 1
         for n, library in ((n_tokens, "torch"), (min(n_tokens, within), "transformers")):
             case = f"{shape}, batch {batch_size}, {n} tokens" + (" within block_size" if library != "torch" else "")
             with Contest(device, lambda line, case=case: tell(f"{case}: {line}")) as contest:  # type: ignore[misc]
                 for name, spec in contestants(shape, device, batch_size, n, library, ways):
                     contest.enter(name, spec)
-                rates = contest.measure(rounds, seconds, until)
+                rates = contest.measure(rounds, seconds, until, patience)
             about = {name: worker.about for name, worker in contest.workers.items()}
+            report["facts"]["device"] = contest.device_name
             ratios += ratio_rows(case, rates, library)
             rows += [
                 {

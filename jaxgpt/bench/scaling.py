@@ -37,6 +37,7 @@ def measure(
     rounds: int = 5,
     seconds: float = 2.0,
     until: float = float("inf"),
+    patience: int = 0,
     tell: Callable[[str], None] = ruler.to_stderr,
 ) -> Report:
     """A report on `shape` and on each of its sizes doubled."""
@@ -45,7 +46,7 @@ def measure(
     with Contest(device, tell) as contest:
         for name, config in configs.items():
             contest.enter(name, {"task": "train-jaxgpt", "config": to_tree(config)})
-        rates = contest.measure(rounds, seconds, until)
+        rates = contest.measure(rounds, seconds, until, patience)
     tokens = {name: config.train.batch_size * config.model.block_size for name, config in configs.items()}
     steps = {name: [tokens[name] / rate for rate in found] for name, found in rates.items()}  # seconds per step
     rows: list[dict[str, Any]] = [
@@ -60,7 +61,7 @@ def measure(
     ]
     return {
         "mode": "scaling",
-        "facts": facts(device),
+        "facts": facts(device) | {"device": contest.device_name},
         "notes": [f"from {shape}: {ABOUT[shape]}; {precision}", *NOTES, contest.quiet()],
         "failed": contest.failed,
         "tables": [{"title": f"A training step, doubled / {shape}", "rows": rows}],

@@ -17,8 +17,11 @@ from jaxgpt.bench.table import Report
 from jaxgpt.config import UsageError
 from jaxgpt.recipes import RECIPES, recipe
 
-DEFAULTS = ("speedrun-cpu", "best-cpu")
+DEFAULTS = {"cpu": ("speedrun-cpu", "best-cpu"), "gpu": ("shakespeare-gpu",)}
 """Recipes to run, those of them that there are."""
+
+TWINS = {"cpu": ("shakespeare-cpu", "float32"), "gpu": ("shakespeare-gpu", "bfloat16+compile")}
+"""nanoGPT's own settings, and the way in which it computes by default."""
 
 NOTES = (
     "jaxgpt: seconds from the start of a `jaxgpt train` process to its end: imports, the text prepared, compiling, "
@@ -38,24 +41,26 @@ def measure(
     repeats: int = 5,
     seed: int = 1337,
     bound: float = 1.88,
-    way: str = "float32",
-    twin_recipe: str = "shakespeare-cpu",
+    way: str | None = None,
+    twin_recipe: str | None = None,
     steps: int | None = None,
     twin_steps: int | None = None,
     until: float = float("inf"),
     tell: Callable[[str], None] = ruler.to_stderr,
 ) -> Report:
-    """A report on each of `recipes`, cold and warm, against the twin with nanoGPT's settings (`twin_recipe`).
+    """A report on each of `recipes`, cold and warm, against the twin with nanoGPT's settings.
 
     Args:
       repeats: seeds, from `seed` on; the twin has the same ones.
       bound: the loss to reach.
+      way, twin_recipe: how the twin computes, and whose settings it has; by default those of `TWINS`.
       steps, twin_steps: fewer than the recipes', to try this out.
       until: a time.monotonic() after which no further seed begins.
     """
-    recipes = [name for name in DEFAULTS if name in RECIPES] if recipes is None else recipes
+    recipes = [name for name in DEFAULTS[device] if name in RECIPES] if recipes is None else recipes
     if not recipes:
-        raise UsageError(f"none of {', '.join(DEFAULTS)} is a recipe: name others with --recipes")
+        raise UsageError(f"none of {', '.join(DEFAULTS[device])} is a recipe: name others with --recipes")
+    twin_recipe, way = twin_recipe or TWINS[device][0], way or TWINS[device][1]
     for name in recipes:
         recipe(name)
     raw: dict[str, list[dict[str, Any]]] = {}
@@ -66,6 +71,9 @@ def measure(
         if name == "torch":
             found = run_twin(corpus, device, Path(root), seed + turn, way, twin_recipe, twin_steps)
         else:
+            cold = name.replace(" warm", " cold")
+            if cold != name and len(raw.get(cold, [])) <= turn:
+                raise ruler.WorkerError("the cold run before it failed, and left no cache")
             found = run_ours(corpus, device, Path(root), name, turn, seed + turn, steps)
         raw[name].append(found)
         tell(f"{name}, seed {seed + turn}: {found['seconds']:.1f} s, loss {found['loss']:.4f}")

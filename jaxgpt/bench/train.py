@@ -4,6 +4,7 @@ Both sides do nanoGPT's whole step: random windows, forward, backward, clipping,
 same number of steps.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,24 +44,30 @@ def measure(
     dropout: float = 0.0,
     ways: Sequence[str] | None = None,
     until: float = float("inf"),
+    patience: int = 0,
     tell: Callable[[str], None] = ruler.to_stderr,
 ) -> Report:
     """A report on `shapes`, each of whose contestants works for about `seconds` in each of `rounds` rounds.
 
     Args:
       ways: of the twin, names of `twin.WAYS`; None for all that make sense on the device.
+      patience: as in `Contest.measure`.
       until: a time.monotonic() after which no shape and no further round begins.
     """
     report: Report = {"mode": "train", "facts": facts(device), "failed": {}, "tables": [], "shapes": {}}
     report["notes"] = [f"{shape}: {ABOUT[shape]}; dropout {dropout}" for shape in shapes] + list(NOTES)
-    found = peak.measure(device, tell) if device == "cpu" else None
+    found = peak.measure(device, tell, patience) if device == "cpu" else None
     for shape in shapes:
+        if time.monotonic() > until:
+            report["failed"][shape] = ruler.TOO_LATE
+            continue
         config = config_of(shape, device, dropout=dropout)
         with Contest(device, lambda line, shape=shape: tell(f"{shape}: {line}")) as contest:  # type: ignore[misc]
             for name, spec, env in variants(shape, device, dropout, ways or WAYS[device]):
                 contest.enter(name, spec, env)
-            rates = contest.measure(rounds, seconds, until)
+            rates = contest.measure(rounds, seconds, until, patience)
         about = {name: worker.about for name, worker in contest.workers.items()}
+        report["facts"]["device"] = contest.device_name
         top, of = peak.of(device, about, found)
         report["tables"] += [
             {"title": f"{shape}: tokens per second, jaxgpt / torch", "rows": ratio_rows(rates)},
@@ -77,9 +84,9 @@ def variants(shape: str, device: str, dropout: float, ways: Sequence[str]) -> li
     ours: list[Variant] = []
     for precision in precisions():
         spec = {"task": "train-jaxgpt", "config": to_tree(config_of(shape, device, precision, dropout))}
-        if device == "gpu" and precision == "float32":  # where XLA's default is TF32
+        if device == "gpu" and precision == "float32":  # where XLA uses TF32 if nothing is said
             ours.append(("jaxgpt float32", spec, {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}))
-            ours.append(("jaxgpt tf32", spec, {"JAX_DEFAULT_MATMUL_PRECISION": "tensorfloat32"}))
+            ours.append(("jaxgpt tf32", spec, {}))
         else:
             ours.append((f"jaxgpt {precision}", spec, {}))
     tree = to_tree(config_of(shape, device, dropout=dropout))

@@ -48,6 +48,26 @@ def test_every_option_of_a_mode_is_one_of_its_function():
             assert {"corpus" if option == "text" else option for option in mode.options} <= known, name
 
 
+def test_every_way_of_the_twin_can_be_asked_for(here):
+    from jaxgpt.bench import twin
+
+    assert set(modes.WAYS) == set(twin.WAYS)
+    assert {way for ways in train.WAYS.values() for way in ways} <= set(modes.WAYS)
+
+
+def test_a_warm_run_without_its_cold_run_is_none(monkeypatch):
+    def ours(corpus, device, root, name, turn, seed, steps):
+        if name.endswith("cold"):
+            raise ruler.WorkerError("no disk")
+        return {"seconds": 1.0, "loss": 1.0, "best_loss": 1.0, "others": 0.0}
+
+    monkeypatch.setattr(speedrun, "run_ours", ours)
+    monkeypatch.setattr(speedrun, "run_twin", lambda *given: {"seconds": 2.0, "loss": 1.9, "others": None})
+    report = speedrun.measure("text", recipes=["shakespeare-cpu"], repeats=2, tell=quiet)
+    assert set(report["failed"]) == {"shakespeare-cpu cold", "shakespeare-cpu warm"}
+    assert [row["run"] for row in report["tables"][0]["rows"]] == ["torch float32"]
+
+
 def test_without_pytorch_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setattr(modes.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"needs torch, which is not installed: .*jaxgpt\[torch\]"):
@@ -114,7 +134,7 @@ def test_scaling_counts_seconds_per_step(monkeypatch):
         """Whoever it is: 1,000 tokens per second."""
 
         def __init__(self, spec, device, env=None):
-            self.about = {}
+            self.about = {"device": "cpu"}
 
         def start(self): ...
 

@@ -66,6 +66,17 @@ def test_what_others_took_is_said():
     assert "not known" in disturbance([])
 
 
+def test_a_turn_that_was_disturbed_is_repeated_and_the_quietest_counts():
+    """By what others took, not by speed: the fastest of these is left out."""
+    turns = iter([(0.5, 90.0), (0.3, 70.0), (0.4, 80.0), (0.05, 60.0)])
+    contest = Contest("cpu")
+    contest.workers["it"] = None
+    contest._turn = lambda name, seconds: next(turns)
+    assert contest.measure(rounds=2, seconds=0, patience=2) == {"it": [70.0, 60.0]}
+    assert contest.others == [0.3, 0.05]
+    assert contest.quiet().endswith("; 2 turns were repeated because they took more")
+
+
 def test_a_worker_answers_until_its_input_ends():
     """A real process: what jaxgpt trains in it is counted in tokens."""
     with Contest("cpu") as contest:
