@@ -216,6 +216,25 @@ def test_facts_name_the_machine():
     assert peak.of("cpu", {}, {"a": 1.0, "b": 2.0})[0] == 2.0
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_all_is_each_mode_for_as_long_as_there_is_time(monkeypatch, device):
+    asked = []
+    for name in MEASURES:
+
+        def mode(*args, name=name, **given):
+            inspect.signature(MEASURES[name].measure).bind(*args, **given)
+            asked.append(name)
+            yield {"mode": name}
+
+        monkeypatch.setattr(modes, name, mode)
+    told = list(modes.everything(device=device, until=float("inf"), corpus="text"))
+    assert [report["mode"] for report in told] == asked
+    assert asked[0] == "train"
+    assert asked[-1] == "speedrun"
+    assert set(asked) >= {"train", "sample", "memory", "speedrun"}
+    assert list(modes.everything(device=device, until=0.0)) == []
+
+
 def test_all_leaves_every_report_as_soon_as_it_is_there(tmp_path, capsys):
     import json
 
