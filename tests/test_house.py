@@ -22,6 +22,7 @@ BELOW = {
     "verify": {"config", "training"},
     "interop": {"config", "recipes", "text", "nn", "training"},
     "lecture": {"config", "text", "nn", "sampling"},
+    "bench": {"config", "disk", "recipes", "text", "nn", "training", "sampling"},
     "report": {"config", "text", "nn", "training", "sampling", "lecture"},
 }
 
@@ -58,6 +59,8 @@ def test_imports_run_downwards(path):
         ("rich", {"report", "cli"}),
         ("tyro", {"cli"}),
         ("matplotlib", {"report"}),
+        ("torch", {"bench"}),
+        ("transformers", {"bench"}),
         *((library, {"text"}) for library in ("tiktoken", "tokenizers", "pyarrow")),
     ],
 )
@@ -132,13 +135,14 @@ def loaded_after(statement, *modules):
 @pytest.mark.smoke
 def test_heavy_imports_wait_for_their_use():
     heavy = ("jax", "flax", "optax", "orbax", "rich", "tyro", "numpy", "matplotlib")
-    heavy += ("tiktoken", "tokenizers", "pyarrow")
+    heavy += ("tiktoken", "tokenizers", "pyarrow", "torch", "transformers")
     assert loaded_after("import jaxgpt", *heavy) == []
     assert loaded_after("from jaxgpt.cli import run_verb; run_verb(['--help'])", *heavy) == []
     verbs = ", ".join(f"jaxgpt.cli.{module}" for module, _ in VERBS.values())
     assert "jax" not in loaded_after(f"import {verbs}", *heavy), "a verb's help waits for no JAX"
     assert loaded_after("import jaxgpt.text.corpus, jaxgpt.text.batches", *heavy) == ["numpy"]
     assert loaded_after("import jaxgpt.report.progress", "jax") == []
+    assert loaded_after("import jaxgpt.bench.modes, jaxgpt.bench.worker", *heavy) == []
     assert "orbax" not in loaded_after("import jaxgpt; jaxgpt.train_steps; jaxgpt.generate", *heavy)
 
 

@@ -1,0 +1,69 @@
+"""Where something was measured: processor, versions, settings; and what accelerators can do at most."""
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
+"""What a CPU may be able to do that decides how fast its products are."""
+
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
+"""Dense bfloat16 operations per second, without sparsity: NVIDIA's data sheets of the H100, H200 and A100. The first
+name that a device's own name contains counts."""
+
+PRECISIONS = (
+    "float32: products of float32 numbers in float32; on a GPU true float32, not TF32",
+    "tf32: float32 numbers, products by TF32 units (10 bits of fraction), float32 sums",
+    "bfloat16: products of bfloat16 operands with float32 sums; parameters, gradients' sums and AdamW stay float32",
+)
+
+
+def facts(device: str) -> dict[str, Any]:
+    """The machine and what is installed on it, without importing any of it."""
+    said = _cpuinfo()
+    model = re.search(r"^model name\s*:\s*(.+)$", said, re.M)
+    flags = set((re.search(r"^(?:flags|Features)\s*:\s*(.+)$", said, re.M) or ["", ""])[1].split())
+    libraries = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+    return {
+        "device": device,
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu flags": [flag for flag in FLAGS if flag in flags],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in libraries},
+        **{name: os.environ.get(name) for name in ("XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")},
+        "load average before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 operations per second of an accelerator, None if it is not in the table.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
+    (989000000000000.0, None)
+    """
+    return next((peak for name, peak in PEAKS.items() if name in device_kind), None)
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return ""

@@ -1,0 +1,114 @@
+"""jaxgpt's side of a contest: the very functions that `jaxgpt train` and `jaxgpt sample` call."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt import nn
+from jaxgpt.bench.worker import forget_peak, peak_resident_bytes, resident
+from jaxgpt.config import from_tree
+from jaxgpt.sampling.generate import generate
+from jaxgpt.training import memory
+from jaxgpt.training.loop import feeder
+from jaxgpt.training.step import Metrics, init_state, train_steps
+
+
+def random_tokens(vocab_size: int, n: int = 1_000_000) -> Any:
+    """(n,) ids: how fast a step is does not depend on what it learns."""
+    return np.random.default_rng(0).integers(vocab_size, size=n).astype(np.uint16)
+
+
+class _OnJax:
+    def __init__(self) -> None:
+        device = jax.local_devices()[0]
+        self.about: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
+
+    def wait(self) -> None: ...
+
+    def peak_bytes(self) -> int:
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return int(stats.get("peak_bytes_in_use", 0)) or peak_resident_bytes()
+
+
+class Training(_OnJax):
+    """`scan_steps` steps a piece through `train_steps`, fed and read as `loop.fit` does. Units are tokens."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = from_tree(config)
+        tokens = random_tokens(self.config.model.vocab_size)
+        self.feed, self.state, self.step = feeder(self.config, tokens), init_state(self.config), 0
+        self.unread: Metrics | None = None
+        jax.block_until_ready(self.state)
+        began = time.perf_counter()
+        served = self.feed(0, self.config.train.scan_steps)
+        compiled = train_steps.lower(self.config, self.state, *served).compile()
+        self.about |= {
+            "compile_seconds": time.perf_counter() - began,
+            "compiled_bytes": sum(memory.compiled_bytes(compiled) or ()) or None,
+            "paper_bytes": memory.needed(self.config, 0).total,
+        }
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        self.run()
+        self.wait()
+
+    def run(self) -> int:
+        train = self.config.train
+        served = self.feed(self.step, self.step + train.scan_steps)
+        self.state, metrics = train_steps(self.config, self.state, *served)
+        if self.unread:
+            jax.device_get(self.unread)
+        self.unread, self.step = metrics, self.step + train.scan_steps
+        return train.scan_steps * train.batch_size * self.config.model.block_size
+
+    def wait(self) -> None:
+        jax.block_until_ready(self.state)
+
+
+class Footprint(Training):
+    """`Training` that watches its first piece: `step_bytes` is what that took on a CPU, the state included."""
+
+    def warm_up(self) -> None:
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+        forgotten, before = forget_peak(), resident()  # the compiler's own memory is given back, or in `before`
+        super().warm_up()
+        most = resident(peak=True)
+        self.about["step_bytes"] = most - before + held if forgotten and most and before else None
+
+
+class Sampling(_OnJax):
+    """One generation of `n_tokens` for each of `batch_size` sequences a piece. Units are tokens."""
+
+    def __init__(self, config: Any, batch_size: int, n_tokens: int, temperature: float, top_k: int):
+        super().__init__()
+        self.model, self.n_tokens = from_tree(config).model, n_tokens
+        self.params = jax.jit(nn.init_params, static_argnums=0)(self.model, jax.random.key(0))
+        self.prompt, self.draw = np.zeros((batch_size, 1), np.int32), (temperature, top_k)
+        self.key = jax.random.key(1)
+        jax.block_until_ready(self.params)
+        began = time.perf_counter()
+        self.run()
+        self.about["first_seconds"] = time.perf_counter() - began
+
+    def run(self) -> int:
+        ids = generate(self.model, self.params, self.prompt, self.n_tokens, self.key, *self.draw)
+        return int(np.asarray(ids).size)
+
+
+class Product(_OnJax):
+    """A product of two (n, n) matrices a piece. Units are operations, 2 n³."""
+
+    def __init__(self, n: int, dtype: str):
+        super().__init__()
+        self.x = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
+        self.product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
+        self.run()
+
+    def run(self) -> int:
+        jax.block_until_ready(self.product(self.x))
+        return 2 * self.x.shape[0] ** 3

@@ -1,0 +1,34 @@
+"""What a device can do at most: from a data sheet, or measured by large products of matrices."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxgpt.bench import facts, ruler
+from jaxgpt.bench.ruler import Contest
+
+N = 2048
+"""Rows and columns of the matrices: 2 N³ operations, and none of them fits into a cache."""
+
+
+def measure(device: str, tell: Callable[[str], None] = ruler.to_stderr, patience: int = 0) -> dict[str, float]:
+    """Operations per second of large products: each library and precision to the best of three short rounds."""
+    with Contest(device, tell) as contest:
+        for dtype in ("float32", "bfloat16"):
+            contest.enter(f"jax {dtype} products", {"task": "product-jax", "n": N, "dtype": dtype})
+            spec = {"task": "product-torch", "n": N, "dtype": dtype, "device": device}
+            contest.enter(f"torch {dtype} products", spec)
+        return {name: max(rates) for name, rates in contest.measure(3, 0.5, patience=patience).items()}
+
+
+def of(device: str, about: dict[str, Any], found: dict[str, float] | None) -> tuple[float | None, str]:
+    """(operations per second or None, where the figure comes from) of the device that the contestants are on."""
+    if found:
+        name = max(found, key=found.__getitem__)
+        return found[name], f"{found[name] / 1e9:,.0f} GFLOP/s, measured here: {name} of {N} x {N}, the fastest of all"
+    kinds = sorted({each["device"] for each in about.values()})
+    peaks = {facts.peak_flops(kind) for kind in kinds} - {None}
+    if len(peaks) != 1:
+        return None, f"not known for {' or '.join(kinds)}"
+    (top,) = peaks
+    assert top
+    return top, f"{top / 1e12:,.0f} TFLOP/s, dense bfloat16 by NVIDIA's data sheet of {kinds[0]}"

@@ -1,0 +1,265 @@
+"""The same GPT in PyTorch, as nanoGPT trains and samples it: what `jaxgpt` is measured against.
+
+The model, its initialisation, the optimizer's groups, the schedule, the batches and the sampling are those of nanoGPT's
+model.py, train.py and sample.py. Where PyTorch has become faster since, the twin is, too: its AdamW is fused on every
+device that has one. As a program it does nanoGPT's job from start to end, without evaluating on the way:
+
+    python -m jaxgpt.bench.twin --data TEXT --out FILE --steps 2000 --seed 1337
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxgpt.config import Config, MissingExtraError, ModelConfig
+from jaxgpt.recipes import RECIPES, recipe
+from jaxgpt.text import corpus, sources
+from jaxgpt.text.batches import Ids
+
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+except ImportError as error:
+    raise MissingExtraError("the PyTorch twin", "torch", "torch") from error
+
+
+@dataclass(frozen=True)
+class Way:
+    """How PyTorch is asked to compute."""
+
+    bfloat16: bool = False
+    """Under autocast: products of bfloat16, parameters and their update of float32."""
+    compiled: bool = False
+    """The model goes through torch.compile."""
+    tf32: bool = False
+    """set_float32_matmul_precision("high"), as nanoGPT does on CUDA; else float32 products are float32."""
+
+
+WAYS = {
+    "float32": Way(),
+    "float32+compile": Way(compiled=True),
+    "tf32": Way(tf32=True),
+    "tf32+compile": Way(tf32=True, compiled=True),
+    "bfloat16": Way(bfloat16=True, tf32=True),
+    "bfloat16+compile": Way(bfloat16=True, tf32=True, compiled=True),
+}
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, self.H, self.p = config.n_embd, config.n_head, config.dropout
+        self.approximate = "tanh" if config.gelu == "tanh" else "none"
+        self.ln_1 = nn.LayerNorm(C, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(C, bias=config.bias)
+        self.attn = nn.ModuleDict(
+            {"c_attn": nn.Linear(C, 3 * C, bias=config.bias), "c_proj": nn.Linear(C, C, bias=config.bias)}
+        )
+        self.mlp = nn.ModuleDict(
+            {"c_fc": nn.Linear(C, 4 * C, bias=config.bias), "c_proj": nn.Linear(4 * C, C, bias=config.bias)}
+        )
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.H, C // self.H).transpose(1, 2)
+            for part in self.attn["c_attn"](self.ln_1(x)).split(C, dim=2)
+        )
+        p = self.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+        x = x + self.drop(self.attn["c_proj"](out.transpose(1, 2).reshape(B, T, C)))
+        hidden = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate=self.approximate)
+        return x + self.drop(self.mlp["c_proj"](hidden))
+
+
+class Twin(nn.Module):
+    """A GPT of `config`; its parameters have GPT-2's names, its linear layers are (out, in)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.block_size = config.block_size
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = None if config.tie_weights else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        for name, p in self.named_parameters():  # nanoGPT's: biases zero, norms one, the rest normal
+            residual = name.endswith("c_proj.weight")
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, idx: torch.Tensor, last: bool = False) -> torch.Tensor:
+        """(B, T) ids -> (B, T, V) logits; (B, 1, V) with `last`, as nanoGPT computes no others to sample."""
+        x = self.drop(self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device)))
+        for block in self.h:
+            x = block(x)
+        x = self.ln_f(x[:, -1:] if last else x)
+        return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+
+
+def gpt2_tensors(
+    twin: Twin, what: Callable[[nn.Parameter], torch.Tensor] = lambda p: p.detach()
+) -> dict[str, NDArray[np.float32]]:
+    """The twin's parameters (or `what` of each) by GPT-2's names and, as there, with linear layers (in, out).
+
+    Copies, which later steps leave alone; `interop.gpt2.to_params` makes our parameters of them.
+    """
+    tensors = {name: what(p).cpu().numpy() for name, p in twin.named_parameters()}
+    return {name: np.array(x.T if x.ndim == 2 and ".c_" in name else x, order="C") for name, x in tensors.items()}
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """nanoGPT's get_lr: linear warm-up, cosine to min_learning_rate, constant after that."""
+    opt = config.optimizer
+    end = opt.decay_steps or config.train.steps
+    if step < opt.warmup_steps:
+        return opt.learning_rate * (step + 1) / (opt.warmup_steps + 1)
+    if step > end:
+        return opt.min_learning_rate
+    share = (step - opt.warmup_steps) / (end - opt.warmup_steps)
+    wave = 0.5 * (1.0 + math.cos(math.pi * share))
+    return opt.min_learning_rate + wave * (opt.learning_rate - opt.min_learning_rate)
+
+
+class Training:
+    """nanoGPT's training loop, a step at a time, on `tokens` (N,) in memory."""
+
+    def __init__(self, config: Config, tokens: Ids, way: Way = WAYS["float32"], device: str = "cpu"):
+        torch.manual_seed(config.train.seed)
+        torch.set_float32_matmul_precision("high" if way.tf32 else "highest")
+        self.config, self.tokens, self.device, self.steps = config, tokens, device, 0
+        self.twin = Twin(config.model).to(device)
+        self.forward = torch.compile(self.twin) if way.compiled else self.twin
+        self.autocast = autocast(way, device)
+        opt, parameters = config.optimizer, list(self.twin.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": opt.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        betas = (opt.beta1, opt.beta2)
+        self.optimizer = torch.optim.AdamW(groups, lr=opt.learning_rate, betas=betas, eps=opt.eps, fused=True)
+        self.batch = self.next_batch()
+
+    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random windows with replacement, inputs and targets (B, T), on the device or on their way to it."""
+        T, B = self.config.model.block_size, self.config.train.batch_size
+        starts = torch.randint(len(self.tokens) - T, (B,)).tolist()
+        windows = torch.stack([torch.from_numpy(self.tokens[i : i + T + 1].astype(np.int64)) for i in starts])
+        x, y = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        if self.device == "cpu":
+            return x, y
+        return (
+            x.pin_memory().to(self.device, non_blocking=True),
+            y.pin_memory().to(self.device, non_blocking=True),
+        )
+
+    def step(self) -> torch.Tensor:
+        """One step: forward, backward, clipping, AdamW. Its loss, which nobody has waited for."""
+        opt = self.config.optimizer
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.steps)
+        x, y = self.batch
+        with self.autocast:
+            logits = self.forward(x)
+            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
+        self.batch = self.next_batch()  # while the device is at work
+        loss.backward()
+        if opt.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.twin.parameters(), opt.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return loss.detach()
+
+
+def autocast(way: Way, device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, dtype=torch.bfloat16) if way.bfloat16 else nullcontext()
+
+
+@torch.inference_mode()
+def sample(
+    twin: Twin, idx: torch.Tensor, n_tokens: int, temperature: float = 0.8, top_k: int = 40, way: Way = WAYS["float32"]
+) -> torch.Tensor:
+    """nanoGPT's `generate`: the whole window through the model for each token. (B, P) ids -> (B, P + n_tokens)."""
+    for _ in range(n_tokens):
+        with autocast(way, idx.device.type):
+            logits = twin(idx[:, -twin.block_size :], last=True)[:, -1] / temperature
+        kept, _ = torch.topk(logits, min(top_k, logits.size(-1)))
+        logits[logits < kept[:, [-1]]] = -math.inf
+        idx = torch.cat((idx, torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)), dim=1)
+    return idx
+
+
+@torch.inference_mode()
+def score(twin: Twin, tokens: Ids, batch_size: int = 128) -> float:
+    """Nats per token over the whole of `tokens`, each of the N - 1 predictions once: as `training.evaluate.evaluate`.
+
+    Windows of block_size in a row; the last one ends at the last token, and leaves out what was counted before.
+    """
+    twin.eval()
+    T, N, device = twin.block_size, len(tokens), next(twin.parameters()).device
+    starts = np.arange(0, N - 1, T)
+    skip = np.maximum(starts - (N - 1 - T), 0)
+    total = 0.0
+    for some in range(0, len(starts), batch_size):
+        now, left_out = (starts - skip)[some : some + batch_size], skip[some : some + batch_size]
+        windows = torch.from_numpy(tokens[now[:, None] + np.arange(T + 1)].astype(np.int64)).to(device)
+        losses = F.cross_entropy(twin(windows[:, :-1]).transpose(1, 2), windows[:, 1:], reduction="none")
+        counted = torch.from_numpy(np.arange(T) >= left_out[:, None]).to(device)
+        total += float(losses.double()[counted].sum())
+    return total / (N - 1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train from a text to weights on disk, note the time, and only then score the validation split."""
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(prog="python -m jaxgpt.bench.twin", description="Train the PyTorch twin.")
+    parser.add_argument("--data", required=True, help="the text: a file, or a named corpus")
+    parser.add_argument("--out", type=Path, required=True, help="JSON; the weights go beside it, as .safetensors")
+    parser.add_argument("--recipe", choices=RECIPES, default="shakespeare-cpu", help="its settings are nanoGPT's")
+    parser.add_argument("--steps", type=int, help="optimizer steps; by default the recipe's")
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--way", choices=WAYS, default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--began", type=float, default=began, help="time.monotonic() before this process was started")
+    given = parser.parse_args(argv)
+    config = recipe(given.recipe).config
+    text = corpus.tokenize(sources.read(given.data))
+    train_tokens, val_tokens = text.split(config.data.val_fraction)
+    config = replace(
+        config,
+        model=replace(config.model, vocab_size=text.tokenizer.vocab_size),
+        train=replace(config.train, steps=given.steps or config.train.steps, seed=given.seed),
+    )
+    training = Training(config, train_tokens, WAYS[given.way], given.device)
+    for step in range(config.train.steps):
+        loss = training.step()
+        if step % 100 == 0:
+            print(f"step {step}: loss {loss.item():.4f}", file=sys.stderr)
+
+    from safetensors.numpy import save_file
+
+    save_file(gpt2_tensors(training.twin), given.out.with_suffix(".safetensors"))
+    seconds = time.monotonic() - given.began
+    done = {"seconds": seconds, "steps": config.train.steps, "seed": given.seed, "way": given.way}
+    done |= {"loss": score(training.twin, val_tokens), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    given.out.write_text(json.dumps(done) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+import json
+
+from jaxgpt.bench import table
+
+REPORT = {
+    "mode": "train",
+    "facts": {"device": "cpu", "cores": 2, "cpu flags": ["avx2", "amx_bf16"], "torch": None},
+    "notes": ["one", "two"],
+    "failed": {"tiny, torch tf32": "exit code 1"},
+    "tables": [
+        {
+            "title": "Ratios",
+            "rows": [
+                {"jaxgpt": "float32", "/ torch": {"median": 1.5, "low": 1.25, "high": 2.0, "n": 3}, "fits": True},
+                {"jaxgpt": "bfloat16", "/ torch": {"median": 12.34, "low": 12.34, "high": 12.34, "n": 1}, "more": 1e6},
+            ],
+        },
+        {"title": "Empty", "rows": []},
+    ],
+}
+MARKDOWN = """\
+## train
+
+**Ratios**
+
+| jaxgpt | / torch | fits | more |
+| --- | --- | --- | --- |
+| float32 | 1.50 (1.25 to 2.00) | yes | - |
+| bfloat16 | 12.3 | - | 1,000,000 |
+
+tiny, torch tf32 was not measured: exit code 1
+
+- one
+- two
+
+device cpu; cores 2; cpu flags avx2, amx_bf16
+"""
+
+
+def test_the_markdown_of_a_known_report():
+    assert table.markdown(REPORT) == MARKDOWN
+
+
+def test_the_json_is_enough_for_the_markdown(tmp_path):
+    table.save(REPORT, tmp_path / "bench.json")
+    assert table.markdown(json.loads((tmp_path / "bench.json").read_text())) == MARKDOWN

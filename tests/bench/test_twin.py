@@ -1,0 +1,113 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import nn
+from jaxgpt.config import ModelConfig
+from jaxgpt.interop import gpt2
+from jaxgpt.recipes import recipe
+from jaxgpt.text.batches import Batch
+from jaxgpt.text.tokenizer import CharTokenizer
+from jaxgpt.training.evaluate import evaluate
+from jaxgpt.training.optimizer import learning_rate, make_optimizer
+from jaxgpt.training.step import TrainState, train_step
+
+torch = pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
+
+from jaxgpt.bench import twin  # noqa: E402 (after the skip)
+
+
+@pytest.fixture
+def small(tiny, change):
+    """Without dropout, whose random numbers differ between the two."""
+    return change(tiny, dropout=0.0, learning_rate=1e-2, steps=8, weight_decay=0.3, grad_clip=0.5)
+
+
+def test_steps_of_the_twin_are_ours(small):
+    """Same weights, same batches: the same weights after them. So both sides of a benchmark do the same work."""
+    tokens = np.random.default_rng(0).integers(13, size=500).astype(np.uint16)
+    training = twin.Training(small, tokens)
+    params = gpt2.to_params(small.model, twin.gpt2_tensors(training.twin))
+    state = TrainState(np.int32(0), params, make_optimizer(small).init(params))
+    for _ in range(4):
+        batch = Batch(*(x.numpy().astype(np.int32) for x in training.batch))
+        state, metrics = jax.jit(train_step, static_argnums=0)(small, state, batch)
+        assert training.step().item() == pytest.approx(float(metrics.loss), abs=2e-5)
+    after = gpt2.to_params(small.model, twin.gpt2_tensors(training.twin))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), after, state.params)
+
+
+def test_the_schedule_is_ours(tiny, change):
+    config = change(tiny, steps=50, warmup_steps=7, learning_rate=3e-3, min_learning_rate=1e-4)
+    ours = [float(learning_rate(config)(step)) for step in range(60)]
+    assert [twin.learning_rate(config, step) for step in range(60)] == pytest.approx(ours, rel=1e-5)
+
+
+def test_its_settings_are_those_of_nanogpt_on_a_cpu():
+    """nanoGPT's README: train.py config/train_shakespeare_char.py --device=cpu --compile=False --block_size=64 ..."""
+    config = recipe("shakespeare-cpu").config
+    model, opt, train = config.model, config.optimizer, config.train
+    assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == (4, 4, 128, 64)
+    assert (model.dropout, model.bias, model.tie_weights, model.gelu) == (0.0, False, True, "exact")
+    assert (train.batch_size, train.steps, train.sampling, train.accumulate) == (12, 2000, "random", 1)
+    assert (opt.learning_rate, opt.min_learning_rate, opt.warmup_steps) == (1e-3, 1e-4, 100)
+    assert (opt.beta1, opt.beta2, opt.weight_decay, opt.grad_clip) == (0.9, 0.99, 0.1, 1.0)
+    assert opt.decay_steps in (0, 2000)
+
+
+def test_it_starts_as_gpt2_does():
+    config = ModelConfig(vocab_size=65, n_layer=3, bias=True)
+    torch.manual_seed(0)
+    ours = jax.device_get(nn.init_params(config, jax.random.key(0)))
+    theirs = twin.gpt2_tensors(twin.Twin(config))
+    for name, mine in gpt2.to_tensors(config, ours).items():
+        assert theirs[name].std() == pytest.approx(mine.std(), rel=0.05, abs=1e-9), name
+        assert theirs[name].mean() == pytest.approx(mine.mean(), abs=2e-3), name
+
+
+def test_a_run_from_text_to_score(verse, tmp_path):
+    """The program trains, saves, and scores the whole split just as jaxgpt scores the weights that it saved."""
+    from safetensors.numpy import load_file
+
+    out = tmp_path / "twin.json"
+    twin.main(["--data", str(verse), "--out", str(out), "--steps", "2", "--seed", "3"])
+    done, text = json.loads(out.read_text()), verse.read_text()
+    assert (done["steps"], done["seed"]) == (2, 3)
+    assert 0 < done["seconds"] < 60
+    tokenizer = CharTokenizer.train(text)
+    config = dataclasses.replace(recipe("shakespeare-cpu").config.model, vocab_size=tokenizer.vocab_size)
+    tokens = tokenizer.encode(text)
+    val = tokens[int(len(tokens) * 0.9) :]
+    assert len(val) % config.block_size != 1, "the last window overlaps"
+    params = gpt2.to_params(config, load_file(out.with_suffix(".safetensors")))
+    assert done["loss"] == pytest.approx(evaluate(config, params, val, tokenizer).loss, abs=1e-5)
+
+
+def test_sampling_takes_the_likeliest_where_only_one_is_kept(small):
+    torch.manual_seed(0)
+    model = twin.Twin(small.model).eval()
+    idx = torch.zeros((2, 1), dtype=torch.long)
+    written = twin.sample(model, idx, 12, top_k=1)  # beyond block_size
+    for t in range(12):
+        window = written[:, : t + 1][:, -model.block_size :].clone()  # no tensor of inference mode
+        assert torch.equal(written[:, t + 1], model(window)[:, -1].argmax(-1))
+    several = twin.sample(model, idx, 12, top_k=5)
+    assert not torch.equal(written, several)
+
+
+def test_dropout_is_for_training_alone(tiny):
+    torch.manual_seed(0)
+    model, idx = twin.Twin(dataclasses.replace(tiny.model, dropout=0.5)), torch.zeros((2, 8), dtype=torch.long)
+    assert not torch.equal(model(idx), model(idx))
+    model.eval()
+    assert torch.equal(model(idx), model(idx))
+
+
+def test_bfloat16_computes_the_same_but_for_rounding(small):
+    tokens = np.random.default_rng(0).integers(13, size=500).astype(np.uint16)
+    exact, rounded = (twin.Training(small, tokens, twin.WAYS[way]).step() for way in ("float32", "bfloat16"))
+    assert rounded.item() != exact.item()
+    assert rounded.item() == pytest.approx(exact.item(), abs=2e-2)
