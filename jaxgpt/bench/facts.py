@@ -20,7 +20,7 @@ PEAKS = {
 """Dense bfloat16 operations per second, without sparsity: NVIDIA's data sheets of the H100, H200 and A100. The first
 name that a device's own name contains counts."""
 
-PRECISIONS = (
+WHAT_PRECISIONS_MEAN = (
     "float32: products of float32 numbers in float32; on a GPU true float32, not TF32",
     "tf32: float32 numbers, products by TF32 units (10 bits of fraction), float32 sums",
     "bfloat16: products of bfloat16 operands with float32 sums; parameters, gradients' sums and AdamW stay float32",

@@ -8,7 +8,7 @@ from typing import Any
 from jaxgpt.bench import ruler
 from jaxgpt.bench.facts import facts
 from jaxgpt.bench.ruler import Contest
-from jaxgpt.bench.shapes import ABOUT, config_of, precisions
+from jaxgpt.bench.shapes import ABOUT, PRECISIONS, config_of
 from jaxgpt.bench.table import Report
 from jaxgpt.config import to_tree
 
@@ -36,7 +36,7 @@ def measure(
             report["failed"][shape] = ruler.TOO_LATE
             continue
         report["notes"].append(f"{shape}: {ABOUT[shape]}")
-        for precision in precisions():
+        for precision in PRECISIONS:
             config = config_of(shape, device, precision)
             config = replace(config, train=replace(config.train, scan_steps=1))
             name = f"{shape} {precision}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.bench import table
-from jaxgpt.bench.shapes import SHAPES, precisions
+from jaxgpt.bench.shapes import PRECISIONS, SHAPES
 from jaxgpt.bench.table import Report
 from jaxgpt.config import MissingExtraError
 
@@ -26,7 +26,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "dropout": ("--dropout", {"type": float, "help": "on both sides; 0 by default"}),
     "ways": ("--ways", {"choices": WAYS, "nargs": "+", "help": "of PyTorch; autocast is bfloat16"}),
     "way": ("--way", {"choices": WAYS, "help": "of PyTorch; float32 by default, bfloat16+compile on a GPU"}),
-    "precision": ("--precision", {"choices": precisions(), "help": "of jaxgpt"}),
+    "precision": ("--precision", {"choices": PRECISIONS, "help": "of jaxgpt"}),
     "corpus": ("--corpus", {"help": "the text: a file, or a named corpus"}),
     "text": ("--corpus", {"default": "shakespeare", "help": "the text: a file, or a named corpus"}),
     "recipes": ("--recipes", {"nargs": "+", "help": "of jaxgpt, to be run against the twin"}),

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from jaxgpt.bench import ruler
-from jaxgpt.bench.facts import PRECISIONS, facts
+from jaxgpt.bench.facts import WHAT_PRECISIONS_MEAN, facts
 from jaxgpt.bench.ruler import Contest, Rates
-from jaxgpt.bench.shapes import ABOUT, config_of, precisions
+from jaxgpt.bench.shapes import ABOUT, PRECISIONS, config_of
 from jaxgpt.bench.table import Report
 from jaxgpt.config import UsageError, to_tree
 
@@ -30,7 +30,7 @@ NOTES = (
     "GPT-2 in transformers cannot go beyond its n_positions, while jaxgpt and nanoGPT slide their window on: so "
     "transformers is compared in rows of its own, in which everyone stops at block_size - 1 new tokens.",
     "Rates are of rounds in turn, median (least to greatest), ratios round by round; above 1 jaxgpt is faster.",
-    *PRECISIONS,
+    *WHAT_PRECISIONS_MEAN,
 )
 
 
@@ -106,7 +106,7 @@ def contestants(
     config = config_of(shape, device)
     common: dict[str, Any] = {"batch_size": batch_size, "n_tokens": n_tokens, **DRAW}
     ours = []
-    for precision in precisions():
+    for precision in PRECISIONS:
         tree = to_tree(replace(config, model=config_of(shape, device, precision).model))
         ours.append((f"jaxgpt {precision}", {"task": "sample-jaxgpt", "config": tree, **common}))
     theirs = {"task": f"sample-{library}", "config": to_tree(config), "device": device, **common}

@@ -7,7 +7,7 @@ from typing import Any
 from jaxgpt.bench import ruler
 from jaxgpt.bench.facts import facts
 from jaxgpt.bench.ruler import Contest
-from jaxgpt.bench.shapes import ABOUT, config_of, flops_per_step
+from jaxgpt.bench.shapes import ABOUT, Precision, config_of, flops_per_step
 from jaxgpt.bench.table import Report
 from jaxgpt.config import Config, to_tree
 
@@ -33,7 +33,7 @@ def doubled(config: Config) -> dict[str, Config]:
 def measure(
     device: str = "cpu",
     shape: str = "tiny",
-    precision: str = "float32",
+    precision: Precision = "float32",
     rounds: int = 5,
     seconds: float = 2.0,
     until: float = float("inf"),

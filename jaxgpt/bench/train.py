@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxgpt.bench import peak, ruler
-from jaxgpt.bench.facts import PRECISIONS, facts
+from jaxgpt.bench.facts import WHAT_PRECISIONS_MEAN, facts
 from jaxgpt.bench.ruler import Contest, Rates
-from jaxgpt.bench.shapes import ABOUT, config_of, flops_per_step, precisions
+from jaxgpt.bench.shapes import ABOUT, PRECISIONS, config_of, flops_per_step
 from jaxgpt.bench.table import Report
 from jaxgpt.config import Config, to_tree
 
@@ -32,7 +32,7 @@ NOTES = (
     "jaxgpt is faster. Compiling and warming up come before the first round and count apart.",
     "use of peak: operations of the products alone (three times nn.cost.flops_per_token) per second, divided by the "
     "peak. Peak memory: of the process on a CPU, libraries included; of the device's arrays on a GPU.",
-    *PRECISIONS,
+    *WHAT_PRECISIONS_MEAN,
 )
 
 
@@ -82,7 +82,7 @@ def measure(
 def variants(shape: str, device: str, dropout: float, ways: Sequence[str]) -> list[Variant]:
     """Ours, then theirs."""
     ours: list[Variant] = []
-    for precision in precisions():
+    for precision in PRECISIONS:
         spec = {"task": "train-jaxgpt", "config": to_tree(config_of(shape, device, precision, dropout))}
         if device == "gpu" and precision == "float32":  # where XLA uses TF32 if nothing is said
             ours.append(("jaxgpt float32", spec, {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}))

@@ -25,6 +25,21 @@ NUMBERS = ("F32", "BF16", "F16")
 """What a file may hold; each is read as float32."""
 
 
+NOT_GPT2 = (
+    "position",
+    "norm",
+    "mlp",
+    "qk_norm",
+    "n_kv_head",
+    "window",
+    "softcap",
+    "smear",
+    "bigram_embed",
+    "value_embed",
+)
+"""Options of our blocks that a GPT-2 is without."""
+
+
 class InteropError(UsageError):
     """A folder holds no GPT-2 that this model can be."""
 
@@ -250,12 +265,16 @@ def save(folder: Path, config: ModelConfig, params: Params) -> None:
     """Write `config.json` and `model.safetensors` into a folder, as `transformers` loads them.
 
     Raises:
-      InteropError: the model is no GPT.
+      InteropError: the model is no GPT-2.
     """
     from safetensors.numpy import save_file
 
     if config.kind != "gpt":
         raise InteropError(f"a {config.kind} is no GPT-2; only models of kind 'gpt' can be exported")
+    plain = ModelConfig(n_kv_head=config.n_head if config.n_kv_head == config.n_head else 0)
+    others = [f"{name} {getattr(config, name)}" for name in NOT_GPT2 if getattr(config, name) != getattr(plain, name)]
+    if others:
+        raise InteropError(f"GPT-2 has no way to say {', '.join(others)}: a model with that cannot be exported")
     tensors = to_tensors(config, params)
     names = {name: name if name == "lm_head.weight" else f"transformer.{name}" for name in tensors}
     save_file({names[name]: x for name, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from jaxgpt.bench import facts, memory, modes, peak, ruler, sample, scaling, speedrun, startup, table, train, worker
-from jaxgpt.bench.shapes import config_of, flops_per_step, precisions
+from jaxgpt.bench.shapes import PRECISIONS, config_of, flops_per_step
 from jaxgpt.config import MissingExtraError, UsageError
 
 MEASURES = {"train": train, "speedrun": speedrun, "sample": sample, "startup": startup, "scaling": scaling}
@@ -81,8 +81,8 @@ def test_training_in_small(here):
     report = train.measure(shapes=["micro"], rounds=2, seconds=0, ways=["float32", "bfloat16"], tell=quiet)
     assert report["failed"] == {}
     ratios, each = (found["rows"] for found in report["tables"])
-    assert [row["jaxgpt"] for row in ratios] == list(precisions())
-    assert len(each) == len(precisions()) + 2
+    assert [row["jaxgpt"] for row in ratios] == list(PRECISIONS)
+    assert len(each) == len(PRECISIONS) + 2
     found = report["shapes"]["micro"]["rates"]
     assert all(len(rates) == 2 for rates in found.values())
     assert ratios[0]["/ best float32 torch"] == ruler.ratio(found["jaxgpt float32"], found["torch float32"])

@@ -170,6 +170,17 @@ def test_a_bigram_cannot_be_exported(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "options", [{"position": "rope"}, {"norm": "rms"}, {"n_kv_head": 1}, {"softcap": 15.0}, {"bigram_embed": True}]
+)
+def test_what_gpt2_has_not_cannot_be_exported(tmp_path, options):
+    config = ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=2, n_embd=8, **options)
+    ((name, value),) = options.items()
+    with pytest.raises(InteropError, match=f"GPT-2 has no way to say {name} {value}"):
+        gpt2.save(tmp_path, config, nn.init_params(config, jax.random.key(0)))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_transformers_loads_what_we_write(tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'jaxgpt[torch]'")
     torch = pytest.importorskip("torch")

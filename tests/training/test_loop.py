@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import config as configs
+from jaxgpt.nn import numerics
 from jaxgpt.text import batches
 from jaxgpt.text import corpus as corpora
 from jaxgpt.training import loop, nans, step
@@ -168,6 +169,34 @@ def test_an_interrupted_run_whose_end_is_moved_to_where_it_stands_is_scored_ther
     assert [scored.step for scored in again.scores] == [0, 10]
 
 
+def test_a_run_may_leave_out_the_score_of_the_untrained_model(tiny, change, new_run):
+    """And whether it does changes nothing else: every line but that of step 0 is the same."""
+    runs = {start: new_run(str(start), change(tiny, eval_start=start)) for start in (True, False)}
+    done = {start: fit(*each) for start, each in runs.items()}
+    assert [scored.step for scored in done[False].scores] == [10, 20]
+    lines = {start: run.metrics_file.read_text().splitlines() for start, (run, _) in runs.items()}
+    assert lines[True][1:] == lines[False]
+
+
+def test_auto_is_settled_when_a_run_starts(tiny, change, new_run, monkeypatch):
+    """So a run that goes on elsewhere keeps its precision."""
+    monkeypatch.setattr(numerics, "resolve", lambda precision: "bfloat16" if precision == "auto" else precision)
+    run, _ = new_run("one", change(tiny, precision="auto"))
+    assert run.config.model.precision == "bfloat16"
+    assert new_run("two", tiny)[0].config.model.precision == "float32"
+
+
+def test_a_new_run_compiles_its_steps_once(tiny, change, new_run, caplog):
+    """Ahead and beside, for the shapes of a state that is still being made; the call with the state finds that program:
+    the loop itself, which this log is of, compiles no other."""
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        fit(*new_run("one", change(tiny, steps=10)))
+    compiled = [record.getMessage().split()[1] for record in caplog.records if "Compiling" in record.getMessage()]
+    assert "jit(window_losses)" in compiled
+    assert "jit(train_steps)" not in compiled
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """poisoned(steps): from now on, the loss of these steps (from 1) is no number."""
@@ -178,8 +207,8 @@ def poisoned(monkeypatch):
         def train_step(config, state, batch):
             with monkeypatch.context() as patch:
                 bad = jnp.isin(state.step + 1, jnp.array(numbers))
-                loss = step.nn.cross_entropy
-                patch.setattr(step.nn, "cross_entropy", lambda *args: loss(*args) + jnp.log(jnp.where(bad, -1.0, 1.0)))
+                losses = step.nn.losses
+                patch.setattr(step.nn, "losses", lambda *args: losses(*args) + jnp.log(jnp.where(bad, -1.0, 1.0)))
                 return honest(config, state, batch)
 
         monkeypatch.setattr(step, "train_step", train_step)

@@ -1,0 +1,125 @@
+"""What each option of the model and the optimizer is worth: the same short run with it and without."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt.bench.facts import facts
+from jaxgpt.bench.table import Report
+from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, check
+from jaxgpt.recipes import MODERN, MUON
+from jaxgpt.text.corpus import Corpus
+from jaxgpt.training.evaluate import evaluate
+from jaxgpt.training.loop import chunks, feeder
+from jaxgpt.training.step import init_state, train_steps
+
+Change = tuple[dict[str, Any], dict[str, Any]]
+"""Fields of the model, and of the optimizer."""
+
+PLAIN: Change = ({"tie_weights": False}, {"schedule": "linear", "min_learning_rate": 0.0, "learning_rate": 4e-3})
+"""The block of GPT-2 with a head of its own, and AdamW at a rate that suits a short run."""
+ALL: Change = ({**MODERN, "smear": True, "bigram_embed": True}, {**MUON, "muon_momentum": 0.85})
+ADDED: dict[str, Change] = {
+    "bfloat16": ({"precision": "bfloat16"}, {}),
+    "rope": ({"position": "rope"}, {}),
+    "rms norm": ({"norm": "rms"}, {}),
+    "qk norm": ({"qk_norm": True}, {}),
+    "relu²": ({"mlp": "relu2"}, {}),
+    "swiglu": ({"mlp": "swiglu"}, {}),
+    "zero init": ({"zero_init": True}, {}),
+    "softcap 15": ({"softcap": 15.0}, {}),
+    "2 kv heads": ({"n_kv_head": 2}, {}),
+    "window 16": ({"window": 16}, {}),
+    "smear": ({"smear": True}, {}),
+    "bigram embed": ({"bigram_embed": True}, {}),
+    "value embed": ({"value_embed": True}, {}),
+    "muon": ({}, MUON),
+}
+REMOVED: dict[str, Change] = {
+    "bfloat16": ({"precision": "float32"}, {}),
+    "rope": ({"position": "learned"}, {}),
+    "rms norm": ({"norm": "layer"}, {}),
+    "qk norm": ({"qk_norm": False}, {}),
+    "relu²": ({"mlp": "gelu"}, {}),
+    "zero init": ({"zero_init": False}, {}),
+    "smear": ({"smear": False}, {}),
+    "bigram embed": ({"bigram_embed": False}, {}),
+    "muon": ({}, {**PLAIN[1], "algorithm": "adamw", "warmup_steps": 100}),
+    "muon_momentum 0.85": ({}, {"muon_momentum": 0.95}),
+}
+
+
+def ablate(corpus: Corpus, seeds: Sequence[int], steps: int, n_layer: int = 2, show: Any = print) -> Report:
+    """Train with each option added to a plain GPT, then with each left out of a modern one; `show` gets each row."""
+    tables = []
+    for title, base, changes in [
+        ("Added to the plain block, AdamW", PLAIN, ADDED),
+        ("Left out of the modern block, Muon", ALL, REMOVED),
+    ]:
+        show(title)
+        baseline = trained(corpus, base, seeds, steps, n_layer)
+        rows = [row("(nothing)", baseline, baseline)]
+        show(rows[-1])
+        for name, (model, optimizer) in changes.items():
+            losses = trained(corpus, ({**base[0], **model}, {**base[1], **optimizer}), seeds, steps, n_layer)
+            rows.append(row(name, losses, baseline))
+            show(rows[-1])
+        tables.append({"title": title, "rows": rows})
+    notes = [
+        f"{n_layer} layers, 4 heads, 128 channels, context 64, {steps} steps of 12 sequences, {len(seeds)} seeds: mean "
+        "validation loss over the whole split with its standard error, in nats per token",
+        "change is the mean over seeds of the difference from the first row, with its standard error; below zero is "
+        "better. Nothing else was tuned again, which favours the first row",
+    ]
+    return {"mode": "ablation", "facts": facts("cpu"), "notes": notes, "failed": {}, "tables": tables}
+
+
+def trained(
+    corpus: Corpus, change: Change, seeds: Sequence[int], steps: int, n_layer: int
+) -> list[tuple[float, float]]:
+    """(validation loss, seconds a step after the first chunk) of each seed."""
+    return [one(corpus, change, seed, steps, n_layer) for seed in seeds]
+
+
+def one(corpus: Corpus, change: Change, seed: int, steps: int, n_layer: int) -> tuple[float, float]:
+    model, optimizer = change
+    config = check(
+        Config(
+            data=DataConfig(),
+            model=replace(ModelConfig(vocab_size=corpus.tokenizer.vocab_size, n_layer=n_layer), **model),
+            optimizer=replace(OptimizerConfig(warmup_steps=min(100, steps // 3)), **optimizer),
+            train=TrainConfig(seed=seed, steps=steps, scan_steps=max(1, steps // 3)),
+        )
+    )
+    train_tokens, val_tokens = corpus.split(config.data.val_fraction)
+    feed, state, times = feeder(config, train_tokens), init_state(config), []
+    for begin, end in chunks(config, 0):
+        began = time.perf_counter()
+        state, _ = train_steps(config, state, *feed(begin, end))
+        jax.block_until_ready(state)
+        times.append((time.perf_counter() - began) / (end - begin))
+    loss = evaluate(config.model, state.params, val_tokens, corpus.tokenizer).loss
+    return loss, min(times[1:], default=math.nan)
+
+
+def row(name: str, results: list[tuple[float, float]], baseline: list[tuple[float, float]]) -> dict[str, Any]:
+    """A line of the table from (loss, seconds) of each seed, beside those of the first line."""
+    losses = [loss for loss, _ in results]
+    changes = [loss - other for loss, (other, _) in zip(losses, baseline, strict=True)]
+    return {
+        "option": name,
+        "loss": f"{statistics.mean(losses):.4f} ± {standard_error(losses):.4f}",
+        "change": "" if results is baseline else f"{statistics.mean(changes):+.4f} ± {standard_error(changes):.4f}",
+        "ms a step": round(1000 * float(np.median([seconds for _, seconds in results])), 1),
+    }
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of `values`; nan for a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
