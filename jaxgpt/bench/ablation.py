@@ -94,7 +94,7 @@ def one(corpus: Corpus, change: Change, seed: int, steps: int, n_layer: int) -> 
             data=DataConfig(),
             model=replace(ModelConfig(vocab_size=corpus.tokenizer.vocab_size, n_layer=n_layer), **model),
             optimizer=replace(OptimizerConfig(warmup_steps=min(100, steps // 3)), **optimizer),
-            train=TrainConfig(seed=seed, steps=steps, scan_steps=max(1, steps // 3)),
+            train=TrainConfig(seed=seed, steps=steps, scan_steps=max(1, steps // 3), eval_every=0),
         )
     )
     train_tokens, val_tokens = corpus.split(config.data.val_fraction)
