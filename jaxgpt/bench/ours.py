@@ -88,7 +88,7 @@ class Sampling(_OnJax):
         super().__init__()
         self.model, self.n_tokens = from_tree(config).model, n_tokens
         self.params = jax.jit(nn.init_params, static_argnums=0)(self.model, jax.random.key(0))
-        self.prompt, self.draw = np.zeros((batch_size, 1), np.int32), (temperature, top_k)
+        self.prompt, self.draw = np.zeros((batch_size, 1), np.int32), {"temperature": temperature, "top_k": top_k}
         self.key = jax.random.key(1)
         jax.block_until_ready(self.params)
         began = time.perf_counter()
@@ -96,7 +96,7 @@ class Sampling(_OnJax):
         self.about["first_seconds"] = time.perf_counter() - began
 
     def run(self) -> int:
-        ids = generate(self.model, self.params, self.prompt, self.n_tokens, self.key, *self.draw)
+        ids = generate(self.model, self.params, self.prompt, self.n_tokens, self.key, **self.draw)
         return int(np.asarray(ids).size)
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Checkpoint, RunName, RunsDir, parse
 
@@ -19,6 +21,12 @@ class Sample:
     """Below 1 sharper, above 1 flatter, 0 always the most likely token."""
     top_k: int = 0
     """Draw from the k most likely tokens only; 0 from all."""
+    top_p: float = 1.0
+    """Draw from the fewest of the most likely tokens that reach this probability together; 1 from all."""
+    min_p: float = 0.0
+    """Draw from tokens at least this many times as likely as the most likely one; 0 from all."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End before this text; may be given several times."""
     seed: int = 1337
     """The same seed writes the same text."""
     samples: int = 1
@@ -43,6 +51,9 @@ def run(args: list[str]) -> int:
         given.tokens,
         temperature=given.temperature,
         top_k=given.top_k,
+        top_p=given.top_p,
+        min_p=given.min_p,
+        stop=given.stop,
         seed=given.seed,
         samples=given.samples,
         unknown=given.unknown,

@@ -11,14 +11,18 @@ import jax.numpy as jnp
 from jaxgpt.config import ModelConfig
 from jaxgpt.nn import cost, kernels, numerics
 from jaxgpt.nn.bigram import Bigram
+from jaxgpt.nn.cache import Cache, init_cache
 from jaxgpt.nn.gpt import GPT
 from jaxgpt.nn.loss import cross_entropy, token_losses
 
 __all__ = [
+    "Cache",
     "Params",
     "cross_entropy",
     "describe",
+    "extend",
     "forward",
+    "init_cache",
     "init_params",
     "logits_and_loss",
     "losses",
@@ -51,6 +55,38 @@ def forward(config: ModelConfig, params: Params, idx: jax.Array, dropout_key: ja
       ValueError: T is longer than block_size.
     """
     return _apply(config, params, dropout_key, idx)
+
+
+def extend(
+    config: ModelConfig, params: Params, cache: Cache, idx: jax.Array, length: jax.Array | int | None = None
+) -> tuple[jax.Array, Cache]:
+    """T more tokens after those in the cache: (B, T) ids -> logits of the token after them (B, V), and the cache with
+    them.
+
+    Up to block_size tokens, the logits are those of `forward` for all the tokens so far. Beyond, it depends on the
+    positions. Rotated ones slide: each token attends to the block_size tokens up to itself. In the blocks above the
+    first, what these hold was computed from tokens further back, so that logits depend on more than the last block_size
+    tokens, as `forward` of these would not. Learned positions end at block_size: more tokens give NaN.
+
+    A cache of S slots keeps S tokens. That is enough as long as there are no more in all, and for any number of them
+    where S is at least block_size + T - 1.
+
+    Args:
+      length: how many of the T tokens are real, 1 to T, where the others are padding on the right: nothing sees it, and
+        the next tokens take its place. None: all.
+
+    Raises:
+      ValueError: T is greater than S.
+    """
+    T = idx.shape[1]
+    for slots in jax.tree.leaves(cache.blocks):
+        if slots.shape[2] < T:
+            raise ValueError(f"{T} tokens are more than the {slots.shape[2]} slots of the cache")
+    length = T if length is None else length
+    variables = {"params": params, "cache": cache.blocks}
+    logits, kept = model(config).apply(variables, idx, cache=cache, length=length, mutable=["cache"])
+    last = jax.lax.dynamic_index_in_dim(idx, length - 1, axis=1, keepdims=False).astype(jnp.int32)
+    return logits, Cache(kept.get("cache", {}), jnp.asarray(cache.read + length, jnp.int32), last)
 
 
 def losses(

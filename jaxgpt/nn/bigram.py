@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.nn.cache import Cache
 from jaxgpt.nn.loss import token_losses
 
 
@@ -13,9 +14,20 @@ class Bigram(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, idx: jax.Array, targets: jax.Array | None = None) -> jax.Array:
-        """(B, T) ids -> (B, T, V) logits; with targets (B, T), the loss of each, (B, T)."""
+    def __call__(
+        self,
+        idx: jax.Array,
+        targets: jax.Array | None = None,
+        cache: Cache | None = None,
+        length: jax.Array | int | None = None,
+    ) -> jax.Array:
+        """(B, T) ids -> (B, T, V) logits; with targets (B, T), the loss of each, (B, T).
+
+        With a cache, which is nothing to it, the logits of the token `length` - 1 alone, (B, V).
+        """
         V = self.config.vocab_size
         table = nn.Embed(V, V, embedding_init=nn.initializers.normal(1.0), name="token_embedding_table")
+        if length is not None:
+            idx = jax.lax.dynamic_index_in_dim(idx, length - 1, axis=1, keepdims=False)
         logits = table(idx)
         return logits if targets is None else token_losses(logits, targets)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.nn import cost, layers, loss, numerics
+from jaxgpt.nn.cache import Cache
 from jaxgpt.nn.heads import MultiHeadAttention
 
 
@@ -34,10 +35,10 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, idx: jax.Array) -> jax.Array:
-        """(B, T, C) of the tokens (B, T) -> (B, T, C)."""
+    def __call__(self, x: jax.Array, idx: jax.Array, start: jax.Array | int | None = None) -> jax.Array:
+        """(B, T, C) of the tokens (B, T) -> (B, T, C); `start` as in `MultiHeadAttention`."""
         cfg = self.config
-        x = x + MultiHeadAttention(cfg, name="attn")(layers.norm(cfg, "ln_1")(x), idx=idx)
+        x = x + MultiHeadAttention(cfg, name="attn")(layers.norm(cfg, "ln_1")(x), idx=idx, start=start)
         return x + MLP(cfg, name="mlp")(layers.norm(cfg, "ln_2")(x))
 
 
@@ -47,27 +48,43 @@ class GPT(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, idx: jax.Array, targets: jax.Array | None = None) -> jax.Array:
-        """(B, T) ids, T up to block_size -> (B, T, V) logits; with targets (B, T), the loss of each, (B, T)."""
+    def __call__(
+        self,
+        idx: jax.Array,
+        targets: jax.Array | None = None,
+        cache: Cache | None = None,
+        length: jax.Array | int | None = None,
+    ) -> jax.Array:
+        """(B, T) ids, T up to block_size -> (B, T, V) logits; with targets (B, T), the loss of each, (B, T).
+
+        With a cache the ids come after those that it holds, and the logits are those of the token `length` - 1 alone,
+        (B, V).
+        """
         cfg = self.config
         C, V, T = cfg.n_embd, cfg.vocab_size, idx.shape[1]
         wte = layers.embed(V, C, "wte")
         x = wte(idx)
+        start = None if cache is None else cache.read
+        places = jnp.arange(T) if start is None else start + jnp.arange(T)
         if cfg.smear:
             share = self.param("smear", nn.initializers.zeros, (C,))
-            x = x + share[None, None] * previous(x)
+            before = None if cache is None else jnp.where(cache.read > 0, wte(cache.last), 0)
+            x = x + share[None, None] * previous(x, before)
         if cfg.bigram_embed:
-            pairs = layers.embed(V * V, C, "bigram", stddev=0.0)(previous(idx) * V + idx)
-            x = x + jnp.where(jnp.arange(T)[None, :, None] > 0, pairs, 0)  # the first has no token before it
+            before = None if cache is None else cache.last
+            pairs = layers.embed(V * V, C, "bigram", stddev=0.0)(previous(idx, before) * V + idx)
+            x = x + jnp.where(places[None, :, None] > 0, pairs, 0)  # the first has no token before it
         if cfg.position == "learned":
-            x = x + layers.embed(cfg.block_size, C, "wpe")(jnp.arange(T))[None]
+            x = x + layers.embed(cfg.block_size, C, "wpe")(places)[None]
         x = layers.dropout(self, "drop")(x)
         block = Block
-        if cfg.remat != "none":
+        if cfg.remat != "none" and cache is None:
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "products" else None
             block = nn.remat(Block, policy=policy)
         for i in range(cfg.n_layer):
-            x = block(cfg, name=f"h_{i}")(x, idx)
+            x = block(cfg, name=f"h_{i}")(x, idx, start)
+        if length is not None:
+            x = jax.lax.dynamic_index_in_dim(x, length - 1, axis=1, keepdims=False)
         x = layers.norm(cfg, "ln_f")(x)
         if cfg.tie_weights:
             kernel = wte.embedding.T
@@ -82,6 +99,8 @@ class GPT(nn.Module):
         return logits(x) if targets is None else loss.losses_of(logits, x, targets, V)
 
 
-def previous(x: jax.Array) -> jax.Array:
-    """(B, T, ...) one step later: what stood at t - 1, and zeros at the first."""
+def previous(x: jax.Array, before: jax.Array | None = None) -> jax.Array:
+    """(B, T, ...) one step later: what stood at t - 1, and `before` (B, ...) at the first, or zeros."""
+    if before is not None:
+        return jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
     return jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))[:, :-1]

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.nn import kernels, layers, numerics
+from jaxgpt.nn import cache, kernels, layers, numerics
 from jaxgpt.nn.attention import attention, causal_mask, rotate
 
 
@@ -36,8 +36,22 @@ class MultiHeadAttention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None, *, idx: jax.Array | None = None) -> jax.Array:
-        """(B, T, C) -> (B, T, C), with `context` (B, S, C) as in `Head`; `idx` (B, T), the tokens, for value_embed."""
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        idx: jax.Array | None = None,
+        start: jax.Array | int | None = None,
+    ) -> jax.Array:
+        """(B, T, C) -> (B, T, C).
+
+        Args:
+          context: (B, S, C), as in `Head`.
+          idx: (B, T), the tokens, for value_embed.
+          start: the position of the first token, where those before it are in the cache, Flax's collection "cache".
+            None: 0, and no cache.
+        """
         cfg = self.config
         B, T, C = x.shape
         H, D = cfg.n_head, C // cfg.n_head
@@ -58,11 +72,23 @@ class MultiHeadAttention(nn.Module):
         if cfg.qk_norm:
             q, k = numerics.rms_norm(q), numerics.rms_norm(k)
         if cfg.position == "rope" and context is None:
-            q, k = rotate(q), rotate(k)
+            first = 0 if start is None else start
+            q, k = rotate(q, first), rotate(k, first)
         drop = layers.dropout(self, "drop_weights") if cfg.dropout and self.has_rng("dropout") else None
-        if context is None:
+        if context is not None:
+            out = attention(q, *(kernels.repeated(x, H) for x in (k, v)), drop=drop, precision=cfg.precision)
+        elif start is None:
             out = kernels.causal_attention(cfg, q, k, v, drop)
         else:
-            out = attention(q, *(kernels.repeated(x, H) for x in (k, v)), drop=drop, precision=cfg.precision)
+            out = self.cached_attention(q, k, v, start)
         out = out.swapaxes(1, 2).reshape(B, T, C)
         return layers.dropout(self, "drop_out")(layers.residual(cfg, "c_proj")(out))
+
+    def cached_attention(self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | int) -> jax.Array:
+        """Causal attention of T new tokens to themselves and to the cache, which remembers them: (B, H, T, D)."""
+        keys: nn.Variable[jax.Array] = self.variable("cache", "keys")
+        values: nn.Variable[jax.Array] = self.variable("cache", "values")
+        keys.value, values.value = cache.remember(keys.value, k, start), cache.remember(values.value, v, start)
+        if isinstance(start, int) and start == 0:  # nothing to look back on: as fast as without a cache
+            return kernels.causal_attention(self.config, q, k, v)
+        return cache.look_back(self.config, q, keys.value, values.value, start)

@@ -1,134 +1,150 @@
-"""Weights to text: the whole generation in one compiled loop."""
+"""Weights to text: the prompt read at once, then a compiled loop in which each token costs the work of one."""
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from numpy.typing import ArrayLike, NDArray
 
 from jaxgpt import nn
 from jaxgpt.config import ModelConfig, UsageError
-from jaxgpt.sampling import filters
+from jaxgpt.sampling.draw import Draw, draw
 
 CHUNK = 16
 """Tokens between two looks of `stream` at the device."""
+LONGEST = 128
+"""The most tokens that the compiled loop writes at once."""
+BUCKET = 16
+"""The shortest prompt that is compiled for; shorter ones are padded to it, longer ones to twice, four times, ... it."""
 
 
 class Decoding(NamedTuple):
     """Where a generation stands."""
 
-    window: jax.Array  # (B, W) int32: the last tokens, left-aligned
-    length: jax.Array  # () int32: how many of them are real, up to W
-    step: jax.Array  # () int32: tokens generated so far
+    cache: nn.Cache  # of all tokens but the last
+    token: jax.Array  # (B,) int32: the last, drawn and not yet read
+    step: jax.Array  # () int32: tokens drawn so far
     keys: jax.Array  # (B,) one key per sequence
 
 
-class Draw(NamedTuple):
-    """How a token is drawn, as far as it is compiled in."""
-
-    n_ids: int
-    top_k: int
-    greedy: bool
-
-
 def generate(
-    config: ModelConfig,
-    params: nn.Params,
-    prompt: ArrayLike,
-    n_tokens: int,
-    key: jax.Array,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    n_ids: int = 0,
+    config: ModelConfig, params: nn.Params, prompt: ArrayLike, n_tokens: int, key: jax.Array, **how: Any
 ) -> jax.Array:
     """Continue each prompt by `n_tokens`: ids (B, P) -> (B, n_tokens) int32.
 
-    Every token is drawn from the logits that the last block_size tokens give; what lies further back, of a prompt too,
-    is out of sight. Token i of sequence b depends on (key, b, i) and its own past alone, not on the rest of the batch.
+    Token i of sequence b depends on (key, b, i) and its own past alone, not on the rest of the batch. Of the past, the
+    last block_size tokens of a prompt are read. As long as all tokens together are no more than block_size, each is
+    drawn from the logits that `nn.forward` gives for those before it. Beyond, it depends on the positions (`nn.extend`
+    says why):
+
+    - rotated ones slide: a token sees the block_size before it, and through these what they saw
+    - learned ones cannot: whenever block_size tokens were read, the last half of them (block_size // 2) is read again
+      as the beginning of a new context, which grows to block_size in turn
 
     Args:
       prompt: at least one token a sequence.
-      temperature: 0 takes the most likely token.
-      top_k: draw from the k most likely tokens only; 0 from all.
-      n_ids: draw ids below this only, where the model's vocabulary is padded beyond the tokenizer's; 0 for all V.
+      how: temperature, top_k, top_p, min_p and n_ids, as `draw` takes them.
 
     Raises:
-      UsageError: an empty prompt, or a temperature, top_k or n_tokens out of range.
+      UsageError: an empty prompt, or a number out of range.
     """
-    state, draw = _start(config, prompt, n_tokens, key, temperature, top_k, n_ids)
-    return _advance(config, params, state, n_tokens, draw, temperature or 1.0)[1]
+    pieces = list(_pieces(config, params, prompt, n_tokens, key, LONGEST, how))
+    return jax.device_put(np.concatenate([np.empty((np.shape(prompt)[0], 0), np.int32), *pieces], axis=1))
 
 
 def stream(
+    config: ModelConfig, params: nn.Params, prompt: ArrayLike, n_tokens: int, key: jax.Array, **how: Any
+) -> Iterator[NDArray[np.int32]]:
+    """As `generate`, in pieces (B, up to CHUNK) as they come; joined, they are what `generate` returns."""
+    return _pieces(config, params, prompt, n_tokens, key, CHUNK, how)
+
+
+def _pieces(
     config: ModelConfig,
     params: nn.Params,
     prompt: ArrayLike,
     n_tokens: int,
     key: jax.Array,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    n_ids: int = 0,
+    chunk: int,
+    how: dict[str, Any],
 ) -> Iterator[NDArray[np.int32]]:
-    """As `generate`, in pieces (B, up to CHUNK) as they come; joined, they are what `generate` returns."""
-    state, draw = _start(config, prompt, n_tokens, key, temperature, top_k, n_ids)
-    for left in range(n_tokens, 0, -CHUNK):
-        state, tokens = _advance(config, params, state, CHUNK, draw, temperature or 1.0)
-        yield np.asarray(tokens)[:, : min(left, CHUNK)]
+    """The checks of a request at once, then its tokens in pieces of at most `chunk`."""
+    text = np.asarray(prompt, np.int32)
+    if text.ndim != 2 or text.shape[1] == 0:
+        raise UsageError(f"the prompt has shape {text.shape}, expected (B, P) with at least one token")
+    if n_tokens < 0:
+        raise UsageError(f"tokens is {n_tokens}, expected 0 or more")
+    return _write(config, params, text[:, -config.block_size :], n_tokens, key, chunk, draw(config, **how))
 
 
-def _start(
-    config: ModelConfig, prompt: ArrayLike, n_tokens: int, key: jax.Array, temperature: float, top_k: int, n_ids: int
-) -> tuple[Decoding, Draw]:
-    ids = np.asarray(prompt, np.int32)
-    if ids.ndim != 2 or ids.shape[1] == 0:
-        raise UsageError(f"the prompt has shape {ids.shape}, expected (B, P) with at least one token")
-    if n_tokens < 0 or top_k < 0:
-        raise UsageError(f"tokens is {n_tokens} and top_k is {top_k}, expected 0 or more")
-    if temperature != 0 and not 1e-4 <= temperature < float("inf"):
-        raise UsageError(f"temperature is {temperature}, expected 0 or a number from 1e-4 up")
-    B, W = ids.shape[0], config.block_size
-    ids = ids[:, -W:]
-    window = np.zeros((B, W), np.int32)
-    window[:, : ids.shape[1]] = ids
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-    state = Decoding(jnp.asarray(window), jnp.int32(ids.shape[1]), jnp.int32(0), keys)
-    return state, Draw(n_ids or config.vocab_size, top_k, greedy=temperature == 0)
-
-
-@partial(jax.jit, static_argnames=("config", "n_tokens", "draw"), donate_argnames="state")
-def _advance(
+def _write(
     config: ModelConfig,
     params: nn.Params,
-    state: Decoding,
+    text: NDArray[np.int32],
     n_tokens: int,
+    key: jax.Array,
+    chunk: int,
     draw: Draw,
-    temperature: float,
-) -> tuple[Decoding, jax.Array]:
-    """`n_tokens` more tokens: the state after them, and the tokens (B, n_tokens)."""
-
-    def body(state: Decoding, _: None) -> tuple[Decoding, jax.Array]:
-        logits = nn.forward(config, params, state.window)
-        logits = jax.lax.dynamic_index_in_dim(logits, state.length - 1, axis=1, keepdims=False)[:, : draw.n_ids]
-        if draw.greedy:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+) -> Iterator[NDArray[np.int32]]:
+    W = config.block_size
+    slides = config.kind == "bigram" or config.position == "rope"
+    state, written = None, 0
+    while written < n_tokens:
+        if state is None:
+            read = text.shape[1]
+            state, tokens = _read(config, params, _padded(text, W), np.int32(written), key, draw)
+            n = 1
         else:
-            logits = filters.top_k(filters.temperature(logits, temperature), draw.top_k)
-            keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-            token = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-        return _append(state, token), token
+            n = min(chunk, n_tokens - written, n_tokens if slides else W - read)
+            state, tokens = _decode(config, params, state, np.int32(n), draw)
+            read += n
+        piece = np.asarray(tokens)[:, :n]
+        yield piece
+        written += n
+        if not slides:
+            text = np.concatenate([text, piece], axis=1)[:, -max(1, W // 2) :]
+            state = state if read < W else None
 
-    state, tokens = jax.lax.scan(body, state, length=n_tokens)
-    return state, tokens.T
+
+def _padded(ids: NDArray[np.int32], W: int) -> tuple[NDArray[np.int32], np.int32]:
+    """(B, P) ids with zeros behind them, up to the least power of two that holds them or to W, and P."""
+    P = ids.shape[1]
+    bucket = min(W, max(BUCKET, 1 << (P - 1).bit_length()))
+    return np.pad(ids, [(0, 0), (0, bucket - P)]), np.int32(P)
 
 
-def _append(state: Decoding, token: jax.Array) -> Decoding:
-    """The state with `token` (B,) behind its window; a full window lets go of its oldest token."""
-    W = state.window.shape[1]
-    full = state.length == W
-    window = jnp.where(full, jnp.roll(state.window, -1, axis=1), state.window)
-    place = jnp.minimum(state.length, W - 1)
-    window = jax.lax.dynamic_update_index_in_dim(window, token, place, axis=1)
-    return Decoding(window, jnp.minimum(state.length + 1, W), state.step + 1, state.keys)
+@partial(jax.jit, static_argnames="config")
+def _read(
+    config: ModelConfig, params: nn.Params, text: tuple[Any, Any], step: Any, key: jax.Array, draw: Draw
+) -> tuple[Decoding, jax.Array]:
+    """A text, ids (B, T) and how many of the T are real, read into a new cache; token number `step`, drawn, (B, 1)."""
+    (idx, length), B = text, len(text[0])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    logits, cache = nn.extend(config, params, nn.init_cache(config, B, config.block_size), idx, length)
+    token = draw(logits, _at(keys, step))
+    return Decoding(cache, token, step + 1, keys), token[:, None]
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def _decode(
+    config: ModelConfig, params: nn.Params, state: Decoding, n: jax.Array, draw: Draw
+) -> tuple[Decoding, jax.Array]:
+    """`n` more tokens: the state after them, and the tokens (B, LONGEST), of which the first n are real."""
+
+    def body(i: jax.Array, carry: tuple[Decoding, jax.Array]) -> tuple[Decoding, jax.Array]:
+        (cache, token, step, keys), tokens = carry
+        logits, cache = nn.extend(config, params, cache, token[:, None])
+        token = draw(logits, _at(keys, step))
+        return Decoding(cache, token, step + 1, keys), lax.dynamic_update_index_in_dim(tokens, token, i, axis=1)
+
+    tokens = jnp.zeros((state.token.shape[0], LONGEST), jnp.int32)
+    return lax.fori_loop(0, n, body, (state, tokens))
+
+
+def _at(keys: jax.Array, step: jax.Array) -> jax.Array:
+    """The key of each sequence (B,) for token number `step`."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, step)

@@ -1,29 +1,45 @@
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgpt import nn
-from jaxgpt.sampling.generate import CHUNK, generate, stream
-from jaxgpt.training.step import init_state
+from jaxgpt.sampling import filters
+from jaxgpt.sampling.generate import CHUNK, LONGEST, generate, stream
 
 KEY = jax.random.key(0)
+forward = jax.jit(nn.forward, static_argnums=0)
+
+
+@lru_cache
+def weights(config):
+    """Parameters far from a uniform guess, so that a fault shows."""
+    params = jax.jit(nn.init_params, static_argnums=0)(config, KEY)
+    return jax.tree.map(lambda x: 8 * x, params)
 
 
 @pytest.fixture
 def model(tiny, change):
-    config = change(tiny, dropout=0.0)
-    params = jax.tree.map(lambda x: 8 * x, init_state(config).params)  # far from uniform, so that a fault shows
-    return config.model, params
+    config = change(tiny, dropout=0.0).model
+    return config, weights(config)
 
 
 def by_hand(config, params, prompt, n, choose):
-    """Greedy or sampled continuation, one forward pass of the visible tokens a step, in plain Python."""
-    ids = list(prompt)
+    """Greedy or sampled continuation in plain Python: one forward pass of the visible tokens a step.
+
+    Those are the last block_size of the prompt and all that follow; when block_size were read, half of them.
+    """
+    W = config.block_size
+    ids = list(prompt)[-W:]
+    written = []
     for i in range(n):
-        seen = jnp.array([ids[-config.block_size :]])
-        ids.append(int(choose(nn.forward(config, params, seen)[0, -1], i)))
-    return ids[len(prompt) :]
+        padded = np.zeros((1, W), int)
+        padded[0, : len(ids)] = ids
+        written.append(int(choose(forward(config, params, padded)[0, len(ids) - 1], i)))
+        ids = [*ids, written[-1]] if len(ids) < W else [*ids, written[-1]][-max(1, W // 2) :]
+    return written
 
 
 @pytest.mark.smoke
@@ -50,7 +66,7 @@ def test_top_k_of_one_is_greedy(model):
     np.testing.assert_array_equal(generate(config, params, [[1, 2]], 20, KEY, top_k=1), greedy)
 
 
-@pytest.mark.parametrize("n", [0, 1, CHUNK, 2 * CHUNK + 3])
+@pytest.mark.parametrize("n", [0, 1, CHUNK, CHUNK + 1, LONGEST + 3])
 def test_a_stream_joined_is_the_whole(model, n):
     config, params = model
     pieces = list(stream(config, params, [[1], [2]], n, KEY))
@@ -80,14 +96,88 @@ def test_padded_ids_are_never_drawn(model):
     assert int(generate(config, params, np.full((50, 1), 1), 30, KEY, temperature=5.0, n_ids=4).max()) < 4
 
 
-def test_another_temperature_compiles_nothing(model):
-    from jaxgpt.sampling.generate import _advance
+@pytest.fixture
+def compiled():
+    """How many programs were compiled since, by JAX's own count."""
+    count = 0
 
+    def listen(event, *_, **__):
+        nonlocal count
+        count += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: count
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_another_prompt_length_number_of_tokens_or_temperature_compiles_nothing(tiny, change, compiled, position):
+    config = change(tiny, block_size=64, n_layer=1, position=position).model
+
+    def write(P, n, **how):
+        given = config, weights(config), np.ones((2, P), int), n, jax.random.key(n)
+        np.asarray(generate(*given, **how))
+        list(stream(*given, **how))
+
+    write(17, 100, temperature=0.5, top_p=0.9, min_p=0.1)
+    before = compiled()
+    assert before > 0
+    for P, n in ((18, 7), (32, 200), (25, 1)):
+        write(P, n, temperature=0.7, top_p=0.8, min_p=0.2)
+    assert compiled() == before
+    write(33, 100, temperature=0.7, top_p=0.8, min_p=0.2)
+    assert compiled() > before, "prompts of 33 and more are padded to 64"
+
+
+def test_rotated_positions_slide(tiny, change):
+    config = change(tiny, dropout=0.0, position="rope", n_layer=1).model
+    params, ids = weights(config), [3]
+    for _ in range(30):  # with one block, sliding is reading the last block_size tokens again
+        padded = np.zeros((1, 8), int)
+        padded[0, : len(ids[-8:])] = ids[-8:]
+        ids.append(int(forward(config, params, padded)[0, len(ids[-8:]) - 1].argmax()))
+    assert generate(config, params, [[3]], 30, KEY, temperature=0)[0].tolist() == ids[1:]
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_the_shortest_contexts(tiny, change, block_size):
+    for position in ("learned", "rope"):
+        config = change(tiny, block_size=block_size, n_layer=1, position=position).model
+        got = generate(config, weights(config), [[1, 2, 3, 4]], 9, KEY, temperature=0)[0].tolist()
+        if position == "learned":
+            assert got == by_hand(config, weights(config), [1, 2, 3, 4], 9, lambda logits, i: logits.argmax())
+        assert len(got) == 9
+
+
+def test_a_bigram_sees_the_last_token_alone(tiny, change):
+    config = change(tiny, kind="bigram").model
+    table = 8 * np.random.default_rng(0).standard_normal((13, 13))
+    ids = [4]
+    for _ in range(20):
+        ids.append(int(table[ids[-1]].argmax()))
+    params = {"token_embedding_table": {"embedding": jnp.asarray(table, jnp.float32)}}
+    assert generate(config, params, [[7, 4]], 20, KEY, temperature=0)[0].tolist() == ids[1:]
+
+
+def test_tokens_are_drawn_with_the_key_of_their_sequence_and_number(model):
     config, params = model
-    generate(config, params, [[1]], 7, KEY, temperature=0.5)
-    compiled = _advance._cache_size()
-    generate(config, params, [[2, 3]], 7, KEY, temperature=0.7)
-    assert _advance._cache_size() == compiled
+    got = generate(config, params, [[1, 2], [1, 2]], 12, KEY, temperature=0.7, top_k=5, min_p=0.01)
+    for b in range(2):
+        key = jax.random.fold_in(KEY, b)
+
+        def choose(logits, i, key=key):
+            logits = filters.min_p(filters.top_k(logits / 0.7, 5), 0.01)
+            return jax.random.categorical(jax.random.fold_in(key, i), logits)
+
+        assert got[b].tolist() == by_hand(config, params, [1, 2], 12, choose)
+
+
+def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(model):
+    config, params = model
+    greedy = generate(config, params, [[1, 2]], 20, KEY, temperature=0)
+    for how in ({"top_p": 1e-6}, {"min_p": 1.0}):
+        np.testing.assert_array_equal(generate(config, params, [[1, 2]], 20, KEY, **how), greedy)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +189,10 @@ def test_another_temperature_compiles_nothing(model):
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
         ([[1]], {"temperature": 1e-40}, "temperature is 1e-40"),
         ([[1]], {"top_k": -1}, "top_k is -1"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0, expected a number above 0"),
+        ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
+        ([[1]], {"min_p": -0.1}, "min_p is -0.1, expected a number from 0"),
+        ([[1]], {"min_p": float("nan")}, "min_p is nan"),
     ],
 )
 def test_refusals(model, prompt, options, said):

@@ -1,7 +1,12 @@
+from itertools import pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxgpt.config import UsageError
-from jaxgpt.sampling.write import write
+from jaxgpt.sampling.generate import CHUNK
+from jaxgpt.sampling.write import until, write
 from jaxgpt.text.tokenizer import UnknownCharacterError
 from jaxgpt.training.loop import fit
 from jaxgpt.training.start import load_model, start
@@ -51,7 +56,18 @@ def test_characters_split_between_pieces_stay_whole(run):
 
 
 @pytest.mark.parametrize(
-    "options", [{"n_tokens": -1}, {"temperature": -0.1}, {"top_k": -1}, {"samples": 0}, {"seed": -1}, {"prompt": ""}]
+    "options",
+    [
+        {"n_tokens": -1},
+        {"temperature": -0.1},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"min_p": 2},
+        {"stop": ["a", ""]},
+        {"samples": 0},
+        {"seed": -1},
+        {"prompt": ""},
+    ],
 )
 def test_bad_requests_are_refused(run, options):
     with pytest.raises(UsageError):
@@ -74,3 +90,58 @@ def test_unknown_characters_of_a_prompt_are_an_error_or_skipped(run, tmp_path, t
     assert texts(chars, "the Zoo", 5, unknown="skip")[0].startswith("the oo")
     with pytest.raises(UsageError, match="prompt is empty"):
         texts(chars, "ZZZ", 5, unknown="skip")
+
+
+def ended(text, stop):
+    """`text` before the first stop to be complete, character by character."""
+    for end in range(len(text) + 1):
+        starts = [end - len(each) for each in stop if text[:end].endswith(each)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+AB = st.text("ab", max_size=12)
+
+
+@given(AB, st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.sets(st.integers(0, 12)))
+def test_a_text_ends_before_a_stop_however_it_comes_in_pieces(text, stop, cuts):
+    pieces = [text[a:b] for a, b in pairwise([0, *sorted(cuts), len(text)])]
+    assert "".join(until(iter(pieces), stop)) == ended(text, stop)
+
+
+def test_only_what_a_stop_may_begin_with_waits():
+    assert list(until(iter("one two"), ["two", "ten"])) == ["o", "n", "e", " ", "", "", ""]
+    assert list(until(iter("to"), ["two"])) == ["", "to", ""]
+
+
+def test_after_a_stop_nothing_is_asked_for():
+    def pieces():
+        yield "one two"
+        raise AssertionError
+
+    assert "".join(until(pieces(), ["two"])) == "one "
+
+
+def test_writing_ends_before_a_stop_in_one_text_and_in_many(run, monkeypatch):
+    prompt, n = "caf", 3 * CHUNK
+    many = [text.removeprefix(prompt) for text in texts(run, prompt, n, samples=3)]
+    stop = [many[0][20:22], many[1][5:8]]
+    expected = [prompt + ended(text, stop) for text in many]
+    assert len(expected[0]) < len(prompt + many[0])
+    assert texts(run, prompt, n, samples=3, stop=stop) == expected
+    assert texts(run, prompt, n, stop=stop) == expected[:1]
+
+    read = []
+
+    def counted(*args, **kwargs):
+        for piece in stream(*args, **kwargs):
+            read.append(piece.shape[1])
+            yield piece
+
+    from jaxgpt.sampling.generate import stream
+
+    monkeypatch.setattr("jaxgpt.sampling.write.stream", counted)
+    (text,) = texts(run, prompt, 1000, stop=stop)
+    assert text == expected[0]
+    assert sum(read) <= 20 + 2 + CHUNK
