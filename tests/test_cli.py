@@ -52,6 +52,12 @@ def test_the_main_job_from_text_to_text(call, verse, tmp_path):
     assert len(out) == 4 + 50 + 1
     assert call("sample", "one", "--prompt", "the ", "--tokens", 50, "--seed", 3)[1] == out
     assert call("sample", "one", "--tokens", 5, "--samples", 2)[1].count("-" * 40) == 1
+    stops = ("--stop", out[14:16], "--stop", out[19:22])
+    assert out.startswith(call("sample", "one", "--prompt", "the ", "--tokens", 50, "--seed", 3, *stops)[1][:-1])
+    assert len(call("sample", "one", "--prompt", "the ", "--tokens", 50, "--seed", 3, *stops)[1]) <= 14 + 1
+    code, _, err = call("sample", "one", "--top-p", 1.5)
+    assert (code, err) == (2, "jaxgpt: top_p is 1.5, expected a number above 0, up to 1 (all)\n")
+    assert call("sample", "one", "--tokens", 5, "--top-p", 0.9, "--min-p", 0.1)[0] == 0
 
     code, out, _ = call("eval", "one")
     assert code == 0
