@@ -83,7 +83,7 @@ def test_of_several_processes_all_stop_after_the_same_step(number):
             while (line := process.stdout.readline()) != "step 3\n":
                 assert line, process.stderr.read()
         both[1].send_signal(number)
-        ends = [process.communicate(timeout=60)[0].splitlines()[-1] for process in both]
+        ends = [process.communicate(timeout=300)[0].splitlines()[-1] for process in both]
     finally:
         for process in both:
             process.kill()

@@ -331,16 +331,16 @@ def test_killed_and_resumed_processes_give_the_bits_of_an_unbroken_one(tmp_path,
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, long, number, code):
-    run = write_recipe_run(tmp_path, "one", configs.check(long))
+def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, change, long, number, code):
+    run = write_recipe_run(tmp_path, "one", configs.check(change(long, steps=60_000)))
     process = resume(run)
     wait_for(lambda: (run.checkpoints / "300").is_dir(), process)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == code, out
     assert "jaxgpt train --run one --resume" in out
     with Checkpoints(run.checkpoints) as checkpoints:
         step = checkpoints.latest
-    assert 300 <= step < 3000
-    assert f"interrupted at step {step:,} of 3,000" in out
+    assert 300 <= step < 60_000
+    assert f"interrupted at step {step:,} of 60,000" in out
     assert max(line["step"] for line in run.metrics()) == step
