@@ -86,9 +86,9 @@ RECIPES: dict[str, Recipe] = {
     "best-cpu": Recipe(
         Config(
             data=DataConfig(corpus="shakespeare"),
-            model=ModelConfig(block_size=128, **MODERN, smear=True, bigram_embed=True),
-            optimizer=OptimizerConfig(**MUON, muon_momentum=0.9),
-            train=TrainConfig(steps=1200, scan_steps=100, eval_every=0, eval_start=False, eval_batches=0),
+            model=ModelConfig(block_size=128, **MODERN, smear=True),
+            optimizer=OptimizerConfig(**{**MUON, "weight_decay": 0.1}, muon_momentum=0.9),
+            train=TrainConfig(steps=1100, scan_steps=100, eval_every=0, eval_start=False, eval_batches=0),
         ),
         about="As low as the time of nanoGPT's CPU settings allows.",
         hardware="2 CPU cores",
