@@ -76,7 +76,7 @@ RECIPES: dict[str, Recipe] = {
             data=DataConfig(corpus="shakespeare"),
             model=ModelConfig(n_layer=1, **MODERN, smear=True, bigram_embed=True),
             optimizer=OptimizerConfig(**MUON, muon_momentum=0.85),
-            train=TrainConfig(steps=270, scan_steps=90, eval_every=0, eval_start=False, eval_batches=0),
+            train=TrainConfig(steps=260, scan_steps=130, eval_every=0, eval_start=False, eval_batches=0),
         ),
         about="To the loss of nanoGPT's CPU settings by the shortest way: a modern block, and Muon.",
         hardware="2 CPU cores",

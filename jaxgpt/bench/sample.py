@@ -23,11 +23,12 @@ DRAW = {"temperature": 0.8, "top_k": 40}
 
 NOTES = (
     "A token is a character of these models. Random weights, a prompt of one token, temperature 0.8, top-k 40.",
-    "jaxgpt: `generate`, the whole generation in one compiled program; its first call compiles and counts apart. "
+    "jaxgpt: `generate`, the prompt read at once, then a compiled loop with a cache; its first call compiles and "
+    "counts apart; beyond block_size the last half of it is read again. "
     "torch: nanoGPT's generate in the project's twin, the whole window through the model for each token (nanoGPT has "
     "no cache), under inference_mode. transformers: GPT2LMHeadModel.generate with its cache; bfloat16 is a cast of the "
     "weights.",
-    "GPT-2 in transformers cannot go beyond its n_positions, while jaxgpt and nanoGPT slide their window on: so "
+    "GPT-2 in transformers cannot go beyond its n_positions, while jaxgpt and nanoGPT go on: so "
     "transformers is compared in rows of its own, in which everyone stops at block_size - 1 new tokens.",
     "Rates are of rounds in turn, median (least to greatest), ratios round by round; above 1 jaxgpt is faster.",
     *WHAT_PRECISIONS_MEAN,

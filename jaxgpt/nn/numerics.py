@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -21,8 +22,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 def resolve(precision: Precision) -> Precision:
     """What "auto" means here, "float32" or "bfloat16"; any other precision is itself.
 
-    TPUs, and GPUs from compute capability 8 on, have units for bfloat16. A CPU is asked: a small product in both,
-    some milliseconds once a process.
+    TPUs, and GPUs from compute capability 8 on, have units for bfloat16. A CPU is asked: a small product in both, some
+    milliseconds once a process.
     """
     if precision != "auto":
         return precision
@@ -31,27 +32,27 @@ def resolve(precision: Precision) -> Precision:
         return "bfloat16" if float(capability) >= 8 else "float32"
     with jax.ensure_compile_time_eval():
         try:
-            ratio = _seconds("float32") / _seconds("bfloat16")
+            float32, bfloat16 = _seconds()
         except (RuntimeError, NotImplementedError) as error:
             warnings.warn(f"products of bfloat16 do not run here, float32 is used: {error}", stacklevel=2)
             return "float32"
-    return "bfloat16" if ratio > 1.25 else "float32"
+    return "bfloat16" if float32 > 1.25 * bfloat16 else "float32"
 
 
-def _seconds(precision: Precision) -> float:
-    """The least time of five for a product in a precision, once one of an odd size has run forward and backward."""
-    x, w, head = jnp.ones((512, 256)), jnp.ones((256, 1024)), jnp.ones((65, 256))
-    if precision == "bfloat16":  # XLA has refused some of these on the way
-        odd = jax.jit(jax.grad(lambda x, head: dot(x, head.T, precision).sum(), (0, 1)))
-        jax.block_until_ready(odd(x, head))
-    product = jax.jit(partial(dot, precision=precision))
-    jax.block_until_ready(product(x, w))
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        jax.block_until_ready(product(x, w))
-        times.append(time.perf_counter() - began)
-    return min(times)
+def _seconds() -> tuple[float, float]:
+    """The least time of a product in float32 and in bfloat16, of ten in turn: what disturbs one disturbs the other."""
+    x, w, head = (np.ones(shape, np.float32) for shape in ((512, 256), (256, 1024), (65, 256)))
+    # An odd size, forward and backward: XLA has refused some of these.
+    odd = jax.jit(jax.grad(lambda x, head: dot(x, head.T, "bfloat16").sum(), (0, 1)))
+    jax.block_until_ready(odd(x, head))
+    products = [jax.jit(partial(dot, precision=precision)) for precision in ("float32", "bfloat16")]
+    times = [math.inf, math.inf]
+    for _ in range(1 + 10):  # the first compiles
+        for i, product in enumerate(products):
+            began = time.perf_counter()
+            jax.block_until_ready(product(x, w))
+            times[i] = min(times[i], time.perf_counter() - began)
+    return times[0], times[1]
 
 
 def operand(x: jax.Array, precision: Precision) -> jax.Array:

@@ -57,18 +57,15 @@ def test_auto_is_a_precision_and_stays_it():
 
 @pytest.mark.parametrize(("seconds", "chosen"), [((2.0, 1.0), "bfloat16"), ((1.0, 1.0), "float32")])
 def test_auto_is_what_is_faster(monkeypatch, seconds, chosen):
-    times = dict(zip(("float32", "bfloat16"), seconds, strict=True))
-    monkeypatch.setattr(numerics, "_seconds", times.get)
+    monkeypatch.setattr(numerics, "_seconds", lambda: seconds)
     assert numerics.resolve.__wrapped__("auto") == chosen
 
 
 def test_auto_falls_back_where_bfloat16_is_refused_and_says_so(monkeypatch):
-    def refused(precision):
-        if precision == "bfloat16":
-            raise RuntimeError("UNIMPLEMENTED: BF16 x BF16 = F32")
-        return 1.0
+    def refused(x, w, precision):
+        raise RuntimeError("UNIMPLEMENTED: BF16 x BF16 = F32")
 
-    monkeypatch.setattr(numerics, "_seconds", refused)
+    monkeypatch.setattr(numerics, "dot", refused)
     with pytest.warns(UserWarning, match="float32 is used: UNIMPLEMENTED"):
         assert numerics.resolve.__wrapped__("auto") == "float32"
 
