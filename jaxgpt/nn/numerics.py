@@ -41,7 +41,7 @@ def resolve(precision: Precision) -> Precision:
 
 def _seconds() -> tuple[float, float]:
     """The least time of a product in float32 and in bfloat16, of ten in turn: what disturbs one disturbs the other."""
-    x, w, head = (np.ones(shape, np.float32) for shape in ((512, 256), (256, 1024), (65, 256)))
+    x, w, head = (jax.device_put(np.ones(shape, np.float32)) for shape in ((512, 256), (256, 1024), (65, 256)))
     # An odd size, forward and backward: XLA has refused some of these.
     odd = jax.jit(jax.grad(lambda x, head: dot(x, head.T, "bfloat16").sum(), (0, 1)))
     jax.block_until_ready(odd(x, head))
