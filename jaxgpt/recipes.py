@@ -80,8 +80,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         about="To the loss of nanoGPT's CPU settings by the shortest way: a modern block, and Muon.",
         hardware="2 CPU cores",
-        time="SPEEDTIME",
-        loss="SPEEDLOSS",
+        time="10 s with an empty compile cache, 6.5 s with a warm one",
+        loss="1.854, the mean of seeds 1337 to 1341 (1.833 to 1.861)",
     ),
     "best-cpu": Recipe(
         Config(
@@ -92,8 +92,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         about="As low as the time of nanoGPT's CPU settings allows.",
         hardware="2 CPU cores",
-        time="BESTTIME",
-        loss="BESTLOSS",
+        time="1 min 23 s",
+        loss="1.522 (seed 1337), in windows of 128",
     ),
     "shakespeare-gpu": Recipe(
         Config(
