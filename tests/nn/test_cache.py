@@ -15,29 +15,29 @@ from jaxgpt.nn import attention, kernels
 SMALL = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=4, n_embd=16)
 KEY = jax.random.key(0)
 IDX = jax.random.randint(jax.random.key(1), (3, 30), 0, 11)
-OPTIONS = [
+OPTIONS = [  # what a cache has to do with
     {},
     {"position": "rope"},
-    {"norm": "rms"},
-    {"mlp": "swiglu"},
-    {"mlp": "relu2"},
-    {"gelu": "tanh"},
-    {"qk_norm": True},
     {"n_kv_head": 1},
-    {"n_kv_head": 2},
     {"window": 3},
-    {"softcap": 5.0},
     {"smear": True},
     {"bigram_embed": True},
     {"value_embed": True},
-    {"bias": True},
-    {"tie_weights": False},
-    {"zero_init": True},
-    {"dropout": 0.3},
-    {"remat": "blocks"},
     {"kind": "bigram"},
 ]
-EVERYTHING = {name: value for option in OPTIONS for name, value in option.items()} | {"kind": "gpt", "n_kv_head": 2}
+OTHERS = {
+    "norm": "rms",
+    "mlp": "relu2",
+    "gelu": "tanh",
+    "qk_norm": True,
+    "softcap": 5.0,
+    "bias": True,
+    "tie_weights": False,
+    "dropout": 0.3,
+    "remat": "blocks",
+}
+EVERYTHING = {name: value for option in [*OPTIONS, OTHERS] for name, value in option.items()}
+EVERYTHING |= {"kind": "gpt", "n_kv_head": 2}
 TOGETHER = [EVERYTHING, EVERYTHING | {"position": "learned", "window": 0, "mlp": "swiglu", "bias": False}]
 RING = [{}, {"n_kv_head": 2, "qk_norm": True}, {"window": 3, "smear": True, "bigram_embed": True, "value_embed": True}]
 forward = jax.jit(nn.forward, static_argnums=0)
@@ -88,8 +88,9 @@ def after_a_prompt(config, params, idx):
     return jax.lax.map(of_prompt, jnp.arange(1, W + 1)).swapaxes(1, 2)
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("options", [*OPTIONS, *TOGETHER], ids=lambda o: "+".join(o))
+@pytest.mark.parametrize(
+    "options", [*OPTIONS, pytest.param(TOGETHER[0], marks=pytest.mark.smoke), TOGETHER[1]], ids=lambda o: "+".join(o)
+)
 def test_after_a_prompt_of_any_length_the_logits_are_those_of_the_whole_text(options):
     config, idx = changed(**options), IDX[:, :8]
     params = noisy(config)
@@ -98,8 +99,8 @@ def test_after_a_prompt_of_any_length_the_logits_are_those_of_the_whole_text(opt
         close(logits[:, P - 1 :], expected[:, P - 1 :])
 
 
-@pytest.mark.parametrize("options", [{}, *TOGETHER, {"kind": "bigram"}], ids=lambda o: "+".join(o))
-@pytest.mark.parametrize("T", [1, 2, 4, 8])
+@pytest.mark.parametrize("options", [*TOGETHER, {"kind": "bigram"}], ids=lambda o: "+".join(o))
+@pytest.mark.parametrize("T", [1, 4])
 def test_however_many_tokens_are_read_at_once(options, T):
     config, idx = changed(**options), IDX[:, :8]
     params = noisy(config)

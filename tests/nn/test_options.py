@@ -1,6 +1,7 @@
 """Laws of the options of a block: causal, the same by every kernel, and each what its paper says."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +35,11 @@ EVERYTHING = {name: value for option in OPTIONS for name, value in option.items(
 
 def noisy(config):
     """Parameters none of which is zero."""
-    params = nn.init_params(config, KEY)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(KEY, len(leaves))
-    return tree.unflatten([x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    shapes, rng = jax.eval_shape(partial(nn.init_params, config), KEY), np.random.default_rng(0)
+    return jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape) + (x.ndim == 1)).astype(np.float32), shapes)
+
+
+forward = jax.jit(nn.forward, static_argnums=0)
 
 
 def changed(**options):
@@ -48,10 +50,10 @@ def changed(**options):
 def test_the_past_alone_matters_and_all_of_it_that_is_in_sight(options):
     config = changed(**options)
     params = noisy(config)
-    logits = nn.forward(config, params, IDX)
+    logits = forward(config, params, IDX)
     assert logits.dtype == jnp.float32
     for t in range(8):
-        other = nn.forward(config, params, IDX.at[:, t].set((IDX[:, t] + 1) % 11))
+        other = forward(config, params, IDX.at[:, t].set((IDX[:, t] + 1) % 11))
         np.testing.assert_array_equal(logits[:, :t], other[:, :t])
         assert (logits[:, t] != other[:, t]).any()
         # Two blocks with windows of 3 look back 4 tokens; smear, pairs one more.
@@ -68,13 +70,13 @@ def test_every_option_changes_something_and_every_parameter_learns(options):
     def mean_loss(params):
         return nn.losses(config, params, IDX, jnp.roll(IDX, -1, axis=1)).mean()
 
-    value, grads = jax.value_and_grad(mean_loss)(params)
+    value, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
     assert np.isfinite(value)
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         assert np.abs(g).max() > 0, jax.tree_util.keystr(path)
     plain = changed(tie_weights=config.tie_weights)
     if "zero_init" not in options and shapes(params) == shapes(nn.init_params(plain, KEY)):
-        assert (nn.forward(plain, params, IDX) != nn.forward(config, params, IDX)).any()
+        assert (forward(plain, params, IDX) != forward(config, params, IDX)).any()
 
 
 def shapes(params):
@@ -83,7 +85,7 @@ def shapes(params):
 
 def test_zero_init_starts_as_the_uniform_guess():
     config = changed(zero_init=True, tie_weights=False)
-    np.testing.assert_array_equal(nn.forward(config, nn.init_params(config, KEY), IDX), 0)
+    np.testing.assert_array_equal(forward(config, nn.init_params(config, KEY), IDX), 0)
 
 
 @pytest.mark.parametrize("option", ["smear", "bigram_embed", "value_embed"])
@@ -94,7 +96,7 @@ def test_what_starts_from_none_changes_nothing_at_the_start(option):
     for block in ("h_0", "h_1"):
         attn = {name: value for name, value in params[block]["attn"].items() if name != "value_embed"}
         plain[block] = {**params[block], "attn": attn}
-    np.testing.assert_array_equal(nn.forward(config, params, IDX), nn.forward(SMALL, plain, IDX))
+    np.testing.assert_array_equal(forward(config, params, IDX), forward(SMALL, plain, IDX))
 
 
 def test_rotation_keeps_lengths_and_makes_products_of_distances():
@@ -119,14 +121,11 @@ def test_shared_heads_are_repeated_heads():
         for name in ("key", "value"):
             kernel = params[block]["attn"][name]["kernel"].reshape(16, 2, 4)
             params[block]["attn"][name] = {"kernel": jnp.repeat(kernel, 2, axis=1).reshape(16, 16)}
-    np.testing.assert_allclose(
-        nn.forward(SMALL, params, IDX), nn.forward(config, noisy(config), IDX), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(forward(SMALL, params, IDX), forward(config, noisy(config), IDX), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("window", [0, 1, 50, 300])
-@pytest.mark.parametrize("T", [256, 300])
+@pytest.mark.parametrize(("T", "window"), [(256, 0), (300, 1), (300, 140)])
 def test_blocked_attention_is_the_reference(T, window):
     config = changed(n_embd=32, block_size=T, window=window)
     q, k, v, g = jax.random.normal(KEY, (4, 2, 4, T, 8))
