@@ -2,9 +2,10 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,24 @@ settings.load_profile("jaxgpt")
 
 def pytest_configure() -> None:
     assert jax.device_count() == 8, "the tests ask for 8 CPU devices"
+    # A suite in the background of a shell, or under nohup, is born deaf to these, and so would be what it starts.
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, default)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget() -> Iterator[None]:
+    """Let go of the programs of a module after it: together they would fill gigabytes."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def hasty(request: pytest.FixtureRequest) -> None:
+    """Hundreds of small programs run once each: what LLVM would win in running them, it loses in compiling them. Tests
+    marked slow, and processes that tests start, compile as a user's do."""
+    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("slow") is None)
 
 
 @pytest.fixture
@@ -34,7 +53,7 @@ def tiny() -> Config:
     return Config(
         data=DataConfig(corpus="text.txt"),
         model=ModelConfig(
-            vocab_size=13, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.1, bias=True, tie_weights=False
+            vocab_size=13, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1, bias=True, tie_weights=False
         ),
         optimizer=OptimizerConfig(warmup_steps=2),
         train=TrainConfig(steps=20, batch_size=4, scan_steps=5, eval_every=10, eval_batches=2),

@@ -7,29 +7,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import jax
+import numpy as np
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 @contextmanager
-def interruption() -> Iterator[Callable[[int], int]]:
-    """Yield a function that tells, after a step, which signal asked for the end, 0 if none did.
+def interruption() -> Iterator[Callable[[], int]]:
+    """Yield a function that tells which signal asked for the end, 0 if none did.
 
     The first one is only noted, and answered on stderr; a second one acts as it would have without this. Outside the
     main thread, where Python allows no handlers, nothing is noted.
 
-    With several processes (`jax.distributed`) all must ask after the same steps, and all get the same answer: a
-    SIGTERM to any of them goes through JAX's preemption service, and so does a SIGINT or SIGHUP, as a SIGTERM.
+    With several processes (`jax.distributed`) all must ask equally often, and all get the same answer: a signal to any
+    of them is a signal to all.
     """
-    several = jax.distributed.is_initialized()
     received = 0
 
-    def asked(step: int) -> int:
-        if several:
-            from jax.experimental import multihost_utils
+    def asked() -> int:
+        if jax.process_count() == 1:
+            return received
+        from jax.experimental import multihost_utils
 
-            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
-        return received
+        return int(multihost_utils.process_allgather(np.int32(received)).max())
 
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -42,15 +42,12 @@ def interruption() -> Iterator[Callable[[int], int]]:
             os.write(2, b"\njaxgpt: finishing the steps under way, then saving; again to stop at once\n")
         for each, handler in before.items():
             signal.signal(each, handler)
-        if several:
-            os.kill(os.getpid(), signal.SIGTERM)
 
-    # A handler of Python's for SIGTERM would hide the signal from the preemption service.
     # What is ignored from the start stays so: a run under nohup outlives its terminal.
     before = {
         number: handler or signal.SIG_DFL
         for number in SIGNALS
-        if (handler := signal.getsignal(number)) is not signal.SIG_IGN and not (several and number == signal.SIGTERM)
+        if (handler := signal.getsignal(number)) is not signal.SIG_IGN
     }
     for number in before:
         signal.signal(number, note)

@@ -118,7 +118,7 @@ def fit(
                 if due(config, end):
                     journal.flush()
                     journal.evaluated(*score(config, corpus, state))
-                stop = interrupted_by(end) if end < config.train.steps else 0
+                stop = interrupted_by() if end < config.train.steps else 0
                 if due(config, end) or stop:
                     saving.save(state, journal.scores[-1].evaluation.loss if due(config, end) else None)
                 if stop:

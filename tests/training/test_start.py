@@ -57,7 +57,7 @@ def test_a_resume_may_change_how_long_but_not_what(config, change, folders):
     assert Run.open(folders[0], "one").config == longer
     with pytest.raises(RunError) as caught:
         resume(change(longer, n_layer=3, seed=5, accumulate=2, steps=30), run, folders[1])
-    assert "n_layer: 2 in the run, 3 asked for" in str(caught.value)
+    assert "n_layer: 1 in the run, 3 asked for" in str(caught.value)
     assert "seed: 1337 in the run, 5 asked for" in str(caught.value)
     assert "accumulate: 1 in the run, 2 asked for" in str(caught.value)
     assert "steps: " not in str(caught.value)
