@@ -16,12 +16,14 @@ class Shape:
     batch_size: int
     steps_on_cpu: int
     steps_on_gpu: int
+    parts_on_cpu: int = 1
+    """Micro-batches, in which the same batch is tried on a CPU too, on both sides: they may stay in its caches."""
 
 
 SHAPES = {
     "micro": Shape(ModelConfig(vocab_size=13, block_size=8, n_layer=1, n_head=2, n_embd=16), 2, 2, 2),
     "tiny": Shape(ModelConfig(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128), 12, 20, 50),
-    "baby": Shape(ModelConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384), 64, 1, 50),
+    "baby": Shape(ModelConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384), 64, 1, 50, 16),
     "small": Shape(ModelConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768), 8, 1, 10),
 }
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")

@@ -6,12 +6,13 @@ same number of steps.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxgpt.bench import peak, ruler
 from jaxgpt.bench.facts import WHAT_PRECISIONS_MEAN, facts
 from jaxgpt.bench.ruler import Contest, Rates
-from jaxgpt.bench.shapes import ABOUT, PRECISIONS, config_of, flops_per_step
+from jaxgpt.bench.shapes import ABOUT, PRECISIONS, SHAPES, Precision, config_of, flops_per_step
 from jaxgpt.bench.table import Report
 from jaxgpt.config import Config, to_tree
 
@@ -29,7 +30,8 @@ NOTES = (
     "of nanoGPT with scaled_dot_product_attention and fused AdamW; bfloat16 is autocast, +compile is torch.compile of "
     "the model.",
     "Rates are of rounds in turn (A B C A B C), median (least to greatest); ratios are taken round by round. Above 1 "
-    "jaxgpt is faster. Compiling and warming up come before the first round and count apart.",
+    "jaxgpt is faster. Compiling and warming up come before the first round and count apart. split: the same batch in "
+    "micro-batches (--accumulate), which may stay in a processor's caches.",
     "use of peak: operations of the products alone (three times nn.cost.flops_per_token) per second, divided by the "
     "peak. Peak memory: of the process on a CPU, libraries included; of the device's arrays on a GPU.",
     *WHAT_PRECISIONS_MEAN,
@@ -82,16 +84,29 @@ def measure(
 def variants(shape: str, device: str, dropout: float, ways: Sequence[str]) -> list[Variant]:
     """Ours, then theirs."""
     ours: list[Variant] = []
+    split, parts_on_cpu = {"": 1}, SHAPES[shape].parts_on_cpu
+    if device == "cpu" and parts_on_cpu > 1:
+        split[" split"] = parts_on_cpu
+
+    def tree(parts: int, precision: Precision = "float32") -> Any:
+        config = config_of(shape, device, precision, dropout)
+        return to_tree(replace(config, train=replace(config.train, accumulate=parts)))
+
     for precision in PRECISIONS:
-        spec = {"task": "train-jaxgpt", "config": to_tree(config_of(shape, device, precision, dropout))}
+        spec = {"task": "train-jaxgpt", "config": tree(1, precision)}
         if device == "gpu" and precision == "float32":  # where XLA uses TF32 if nothing is said
             ours.append(("jaxgpt float32", spec, {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}))
             ours.append(("jaxgpt tf32", spec, {}))
         else:
-            ours.append((f"jaxgpt {precision}", spec, {}))
-    tree = to_tree(config_of(shape, device, dropout=dropout))
+            ours += [
+                (f"jaxgpt {precision}{name}", {**spec, "config": tree(parts, precision)}, {})
+                for name, parts in split.items()
+            ]
+    theirs = {"task": "train-torch", "device": device}
     return ours + [
-        (f"torch {way}", {"task": "train-torch", "config": tree, "way": way, "device": device}, {}) for way in ways
+        (f"torch {way}{name}", {**theirs, "config": tree(parts), "way": way}, {})
+        for way in ways
+        for name, parts in split.items()
     ]
 
 

@@ -173,18 +173,21 @@ class Training:
         opt = self.config.optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.steps)
-        x, y = self.batch
-        with self.autocast:
-            logits = self.forward(x)
-            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
+        inputs, targets = self.batch
+        A, total = self.config.train.accumulate, torch.zeros((), device=self.device)
+        for x, y in zip(inputs.chunk(A), targets.chunk(A), strict=True):
+            with self.autocast:
+                logits = self.forward(x)
+                loss = F.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1)) / A
+            loss.backward()
+            total += loss.detach()
         self.batch = self.next_batch()  # while the device is at work
-        loss.backward()
         if opt.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.twin.parameters(), opt.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        return loss.detach()
+        return total
 
 
 def autocast(way: Way, device: str) -> AbstractContextManager[object]:

@@ -26,8 +26,10 @@ def small(tiny, change):
     return change(tiny, dropout=0.0, learning_rate=1e-2, steps=8, weight_decay=0.3, grad_clip=0.5)
 
 
-def test_steps_of_the_twin_are_ours(small):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_of_the_twin_are_ours(small, change, accumulate):
     """Same weights, same batches: the same weights after them. So both sides of a benchmark do the same work."""
+    small = change(small, accumulate=accumulate)
     tokens = np.random.default_rng(0).integers(13, size=500).astype(np.uint16)
     training = twin.Training(small, tokens)
     params = gpt2.to_params(small.model, twin.gpt2_tensors(training.twin))
