@@ -19,7 +19,7 @@ CHUNK = 16
 LONGEST = 128
 """The most tokens that the compiled loop writes at once."""
 BUCKET = 16
-"""The shortest prompt that is compiled for; shorter ones are padded to it, longer ones to twice, four times, ... it."""
+"""The shortest prompt, and the smallest cache, that is compiled for; then come twice, four times, ... as much."""
 
 
 class Decoding(NamedTuple):
@@ -96,7 +96,8 @@ def _write(
     while written < n_tokens:
         if state is None:
             read = text.shape[1]
-            state, tokens = _read(config, params, _padded(text, W), np.int32(written), key, draw)
+            slots = W if written else _bucket(read + n_tokens - 1, W)  # for all that will be read
+            state, tokens = _read(config, params, _padded(text, W), np.int32(written), key, draw, slots)
             n = 1
         else:
             n = min(chunk, n_tokens - written, n_tokens if slides else W - read)
@@ -111,20 +112,25 @@ def _write(
 
 
 def _padded(ids: NDArray[np.int32], W: int) -> tuple[NDArray[np.int32], np.int32]:
-    """(B, P) ids with zeros behind them, up to the least power of two that holds them or to W, and P."""
+    """(B, P) ids with zeros behind them, up to their `_bucket`, and P."""
     P = ids.shape[1]
-    bucket = min(W, max(BUCKET, 1 << (P - 1).bit_length()))
-    return np.pad(ids, [(0, 0), (0, bucket - P)]), np.int32(P)
+    return np.pad(ids, [(0, 0), (0, _bucket(P, W) - P)]), np.int32(P)
 
 
-@partial(jax.jit, static_argnames="config")
+def _bucket(n: int, W: int) -> int:
+    """The size that is compiled for n tokens: the least power of two that holds them, from BUCKET up, or W."""
+    return min(W, max(BUCKET, 1 << (n - 1).bit_length()))
+
+
+@partial(jax.jit, static_argnames=("config", "slots"))
 def _read(
-    config: ModelConfig, params: nn.Params, text: tuple[Any, Any], step: Any, key: jax.Array, draw: Draw
+    config: ModelConfig, params: nn.Params, text: tuple[Any, Any], step: Any, key: jax.Array, draw: Draw, slots: int
 ) -> tuple[Decoding, jax.Array]:
-    """A text, ids (B, T) and how many of the T are real, read into a new cache; token number `step`, drawn, (B, 1)."""
+    """A text, ids (B, T) and how many of the T are real, read into a new cache of `slots`; token number `step`, drawn,
+    (B, 1)."""
     (idx, length), B = text, len(text[0])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-    logits, cache = nn.extend(config, params, nn.init_cache(config, B, config.block_size), idx, length)
+    logits, cache = nn.extend(config, params, nn.init_cache(config, B, slots), idx, length)
     token = draw(logits, _at(keys, step))
     return Decoding(cache, token, step + 1, keys), token[:, None]
 

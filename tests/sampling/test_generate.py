@@ -123,9 +123,12 @@ def test_another_prompt_length_number_of_tokens_or_temperature_compiles_nothing(
     write(17, 100, temperature=0.5, top_p=0.9, min_p=0.1)
     before = compiled()
     assert before > 0
-    for P, n in ((18, 7), (32, 200), (25, 1)):
+    for P, n in ((18, 30), (32, 200), (25, 9)):
         write(P, n, temperature=0.7, top_p=0.8, min_p=0.2)
     assert compiled() == before
+    write(18, 15, temperature=0.7, top_p=0.8, min_p=0.2)
+    assert compiled() > before, "no more than 32 tokens get a cache of 32, half as much to look back on"
+    before = compiled()
     write(33, 100, temperature=0.7, top_p=0.8, min_p=0.2)
     assert compiled() > before, "prompts of 33 and more are padded to 64"
 
