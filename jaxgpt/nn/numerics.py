@@ -5,6 +5,7 @@ Parameters, sums and gradients are float32. A precision says what the operands o
 """
 
 import math
+import statistics
 import time
 import warnings
 from functools import lru_cache, partial
@@ -16,6 +17,9 @@ import numpy as np
 from jax import lax
 
 Precision = Literal["auto", "float32", "bfloat16"]
+
+FASTER = 1.25
+"""How many times the rate of float32 makes bfloat16 worth its rounding."""
 
 
 @lru_cache
@@ -36,23 +40,29 @@ def resolve(precision: Precision) -> Precision:
         except (RuntimeError, NotImplementedError) as error:
             warnings.warn(f"products of bfloat16 do not run here, float32 is used: {error}", stacklevel=2)
             return "float32"
-    return "bfloat16" if float32 > 1.25 * bfloat16 else "float32"
+    return "bfloat16" if float32 > FASTER * bfloat16 else "float32"
 
 
 def _seconds() -> tuple[float, float]:
-    """The least time of a product in float32 and in bfloat16, of ten in turn: what disturbs one disturbs the other."""
+    """The median time of a product in float32 and in bfloat16, of ten in turn: what disturbs one disturbs the other. Of
+    up to a hundred while neither is clearly ahead, as on a machine that does other work. (The least times will not do:
+    beside other work one of the two may find both cores free, and the other never.)"""
     x, w, head = (jax.device_put(np.ones(shape, np.float32)) for shape in ((512, 256), (256, 1024), (65, 256)))
     # An odd size, forward and backward: XLA has refused some of these.
     odd = jax.jit(jax.grad(lambda x, head: dot(x, head.T, "bfloat16").sum(), (0, 1)))
     jax.block_until_ready(odd(x, head))
     products = [jax.jit(partial(dot, precision=precision)) for precision in ("float32", "bfloat16")]
-    times = [math.inf, math.inf]
-    for _ in range(1 + 10):  # the first compiles
-        for i, product in enumerate(products):
+    jax.block_until_ready([product(x, w) for product in products])  # compiled
+    times: list[list[float]] = [[], []]
+    while len(times[1]) < 100:
+        for product, seconds in zip(products, times, strict=True):
             began = time.perf_counter()
             jax.block_until_ready(product(x, w))
-            times[i] = min(times[i], time.perf_counter() - began)
-    return times[0], times[1]
+            seconds.append(time.perf_counter() - began)
+        float32, bfloat16 = map(statistics.median, times)
+        if len(times[1]) >= 10 and not 1 / FASTER < float32 / bfloat16 < FASTER**2:
+            break
+    return float32, bfloat16
 
 
 def operand(x: jax.Array, precision: Precision) -> jax.Array:
