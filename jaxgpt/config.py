@@ -114,6 +114,8 @@ class ModelConfig:
     learning, Zhou et al. 2024, arXiv:2410.17897)."""
     remat: Literal["none", "products", "blocks"] = "none"
     """What the backward pass computes again to save memory: nothing; all but the results of products; whole blocks."""
+    scan_layers: bool = False
+    """Keep the blocks' parameters stacked and run the blocks as one loop: deep models compile many times faster."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Parameters are plain nested dicts of arrays; the models are pure functions of them.
 """
 
+import dataclasses
 from typing import Any, cast
 
 import jax
@@ -27,7 +28,9 @@ __all__ = [
     "logits_and_loss",
     "losses",
     "model",
+    "stacked",
     "token_losses",
+    "unstacked",
 ]
 
 Params = dict[str, Any]
@@ -39,9 +42,26 @@ def model(config: ModelConfig) -> GPT | Bigram:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters, a pure function of (config, key)."""
+    """Fresh float32 parameters, a pure function of (config, key); the same numbers with scan_layers as without."""
     idx = jnp.zeros((1, config.block_size), jnp.int32)
-    return model(config).init(key, idx)["params"]
+    params = model(dataclasses.replace(config, scan_layers=False)).init(key, idx)["params"]
+    return stacked(params) if config.scan_layers else params
+
+
+def stacked(params: Params) -> Params:
+    """Parameters of blocks h_0, h_1, ... as those of one, h, with an axis of L before the others."""
+    blocks = [params[f"h_{i}"] for i in range(sum(name.startswith("h_") for name in params))]
+    rest = {name: value for name, value in params.items() if not name.startswith("h_")}
+    return rest | {"h": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)} if blocks else rest
+
+
+def unstacked(params: Params) -> Params:
+    """The inverse of `stacked`; parameters that are not stacked are themselves."""
+    if "h" not in params:
+        return params
+    n = jax.tree.leaves(params["h"])[0].shape[0]
+    rest = {name: value for name, value in params.items() if name != "h"}
+    return rest | {f"h_{i}": jax.tree.map(lambda x, i=i: x[i], params["h"]) for i in range(n)}
 
 
 def forward(config: ModelConfig, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
@@ -83,7 +103,7 @@ def extend(
         if slots.shape[2] < T:
             raise ValueError(f"{T} tokens are more than the {slots.shape[2]} slots of the cache")
     length = T if length is None else length
-    variables = {"params": params, "cache": cache.blocks}
+    variables = {"params": unstacked(params), "cache": cache.blocks}
     logits, kept = model(config).apply(variables, idx, cache=cache, length=length, mutable=["cache"])
     last = jax.lax.dynamic_index_in_dim(idx, length - 1, axis=1, keepdims=False).astype(jnp.int32)
     return logits, Cache(kept.get("cache", {}), jnp.asarray(cache.read + length, jnp.int32), last)

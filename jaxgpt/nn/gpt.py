@@ -1,11 +1,13 @@
 """The GPT of the lecture and of nanoGPT: blocks that communicate, then compute."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.nn import cost, layers, loss, numerics
+from jaxgpt.nn import cost, layers, loss, numerics, sharding
 from jaxgpt.nn.cache import Cache
 from jaxgpt.nn.heads import MultiHeadAttention
 
@@ -26,6 +28,7 @@ class MLP(nn.Module):
         else:
             x = layers.dense(cfg, 4 * C, "c_fc")(x)
             x = jnp.square(jax.nn.relu(x)) if cfg.mlp == "relu2" else jax.nn.gelu(x, approximate=cfg.gelu == "tanh")
+        x = sharding.constrain(x, "batch", "time", "width")
         return layers.dropout(self, "drop_out")(layers.residual(cfg, "c_proj")(x))
 
 
@@ -39,7 +42,8 @@ class Block(nn.Module):
         """(B, T, C) of the tokens (B, T) -> (B, T, C); `start` as in `MultiHeadAttention`."""
         cfg = self.config
         x = x + MultiHeadAttention(cfg, name="attn")(layers.norm(cfg, "ln_1")(x), idx=idx, start=start)
-        return x + MLP(cfg, name="mlp")(layers.norm(cfg, "ln_2")(x))
+        x = x + MLP(cfg, name="mlp")(layers.norm(cfg, "ln_2")(x))
+        return sharding.constrain(x, "batch", "time", None)
 
 
 class GPT(nn.Module):
@@ -62,6 +66,7 @@ class GPT(nn.Module):
         """
         cfg = self.config
         C, V, T = cfg.n_embd, cfg.vocab_size, idx.shape[1]
+        idx = sharding.constrain(idx, "batch", "time")
         wte = layers.embed(V, C, "wte")
         x = wte(idx)
         start = None if cache is None else cache.read
@@ -76,13 +81,16 @@ class GPT(nn.Module):
             x = x + jnp.where(places[None, :, None] > 0, pairs, 0)  # the first has no token before it
         if cfg.position == "learned":
             x = x + layers.embed(cfg.block_size, C, "wpe")(places)[None]
-        x = layers.dropout(self, "drop")(x)
+        x = layers.dropout(self, "drop")(sharding.constrain(x, "batch", "time", None))
         block = Block
         if cfg.remat != "none" and cache is None:
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "products" else None
             block = nn.remat(Block, policy=policy)
-        for i in range(cfg.n_layer):
-            x = block(cfg, name=f"h_{i}")(x, idx, start)
+        if cfg.scan_layers and cache is None:
+            x = self.scanned(block, x, idx)
+        else:
+            for i in range(cfg.n_layer):
+                x = block(cfg, name=f"h_{i}")(x, idx, start)
         if length is not None:
             x = jax.lax.dynamic_index_in_dim(x, length - 1, axis=1, keepdims=False)
         x = layers.norm(cfg, "ln_f")(x)
@@ -94,9 +102,22 @@ class GPT(nn.Module):
 
         def logits(x: jax.Array) -> jax.Array:
             out = numerics.dot(x, kernel, cfg.precision).astype(jnp.float32)
+            out = sharding.constrain(out, *["batch", "time", None][: x.ndim - 1], "width")
             return numerics.softcap(out, cfg.softcap) if cfg.softcap else out
 
         return logits(x) if targets is None else loss.losses_of(logits, x, targets, V)
+
+    def scanned(self, block: type[Block], x: jax.Array, idx: jax.Array) -> jax.Array:
+        """The blocks one after another as one loop, which is compiled once: (B, T, C) -> (B, T, C)."""
+
+        def body(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return block(x, idx), None
+
+        each: dict[Any, Any] = {"params": 0}
+        rngs: dict[Any, bool] = {"params": True, "dropout": True}
+        loop = nn.scan(body, variable_axes=each, split_rngs=rngs, length=self.config.n_layer)
+        out, _ = loop(block(self.config, name="h"), x, None)
+        return out
 
 
 def previous(x: jax.Array, before: jax.Array | None = None) -> jax.Array:

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.nn import cache, kernels, layers, numerics
+from jaxgpt.nn import cache, kernels, layers, numerics, sharding
 from jaxgpt.nn.attention import attention, causal_mask, rotate
 
 
@@ -68,7 +68,9 @@ class MultiHeadAttention(nn.Module):
             (q,), (k, v) = layers.joined(x, [query]), layers.joined(context, [key, value])
         if cfg.value_embed and idx is not None:
             v = v + layers.embed(cfg.vocab_size, kv * D, "value_embed", stddev=0.0)(idx)
-        q, k, v = heads(q), heads(k), heads(v)
+        # Where the context is split, each device has its queries, and the keys and values of all tokens.
+        q = sharding.constrain(heads(q), "batch", "width", "time", None)
+        k, v = (sharding.constrain(heads(x), "batch", "width", None, None) for x in (k, v))
         if cfg.qk_norm:
             q, k = numerics.rms_norm(q), numerics.rms_norm(k)
         if cfg.position == "rope" and context is None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.nn import numerics
+from jaxgpt.nn import numerics, sharding
 from jaxgpt.nn.attention import Drop, attention, causal_mask, sees
 from jaxgpt.nn.cost import BLOCKED
 from jaxgpt.nn.numerics import operand
@@ -24,10 +24,12 @@ def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
     Args:
       dropped: whether weights are dropped, as in training with dropout, which the fused kernels cannot.
     """
-    backend, D = jax.default_backend(), config.n_embd // config.n_head
+    backend, D = sharding.platform(), config.n_embd // config.n_head
     low = numerics.resolve(config.precision) == "bfloat16"
     if dropped:
         return "reference"
+    if sharding.parts("time") > 1:  # the fused ones want whole contexts
+        return "blocked" if T >= BLOCKED else "reference"
     if backend == "gpu" and low and D % 8 == 0 and D <= 128:
         return "cudnn"
     if backend == "tpu" and low and D % 128 == 0 and T % 128 == 0 and not config.window:
@@ -51,9 +53,10 @@ def causal_attention(
     T = q.shape[2]
     match kernel(config, T, drop is not None):
         case "cudnn":
-            return _cudnn(q, k, v, config.window)
+            return sharding.by_device(partial(_cudnn, window=config.window), "batch", "width")(q, k, v)
         case "splash":
-            return _splash(q, repeated(k, q.shape[1]), repeated(v, q.shape[1]))
+            k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
+            return sharding.by_device(_splash, "batch", "width")(q, k, v)
         case "blocked":
             return blocked(config, q, repeated(k, q.shape[1]), repeated(v, q.shape[1]))
     k, v, mask = repeated(k, q.shape[1]), repeated(v, q.shape[1]), causal_mask(T, config.window)
@@ -72,6 +75,8 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
     block again.
     """
     T = q.shape[2]
+    if sharding.parts("time") > 1:
+        return _blocked_split(config, q, k, v)
     size = max(BLOCK, -(-T // 16))
 
     @partial(jax.checkpoint, static_argnums=(3, 4))
@@ -85,6 +90,25 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
         first = max(0, start - config.window + 1) if config.window else 0
         done.append(block(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], start, first))
     return jnp.concatenate(done, axis=2)
+
+
+def _blocked_split(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`blocked` where each device has a part of the queries: all at once, they go through theirs block by block."""
+    B, H, T, D = q.shape
+    over = sharding.parts("time")
+    size = next(n for n in range(min(BLOCK, T // over), 0, -1) if T // over % n == 0)
+    places = jnp.arange(T).reshape(over, -1, size).swapaxes(0, 1)  # (blocks, over, size)
+    blocks = jnp.moveaxis(q.reshape(B, H, over, -1, size, D), 3, 0)  # (blocks, B, H, over, size, D)
+
+    @jax.checkpoint
+    def block(each: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, places = each
+        q = sharding.constrain(q, "batch", "width", "time", None, None)
+        mask = sees(places.reshape(-1), jnp.arange(T), config.window).reshape(over, size, T)
+        return attention(q, k[:, :, None], v[:, :, None], mask[None, None], precision=config.precision)
+
+    out = jax.lax.map(block, (blocks, places))
+    return jnp.moveaxis(out, 0, 3).reshape(B, H, T, D)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.nn import numerics
+from jaxgpt.nn import numerics, sharding
 
 
 class Linear(nn.Module):
@@ -32,11 +32,15 @@ class Linear(nn.Module):
 def joined(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
     """Each layer's result for the same `x`, as one product: side by side, kernels make fuller use of a processor."""
     kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
-    out = numerics.dot(x, jnp.concatenate(kernels, axis=1), layers[0].config.precision)
-    ends = [sum(layer.features for layer in layers[: i + 1]) for i in range(len(layers) - 1)]
+    precision = layers[0].config.precision
+    if sharding.parts("width") > 1:  # each kernel is split by its own columns
+        outs = [numerics.dot(x, kernel, precision) for kernel in kernels]
+    else:
+        ends = [sum(layer.features for layer in layers[: i + 1]) for i in range(len(layers) - 1)]
+        outs = jnp.split(numerics.dot(x, jnp.concatenate(kernels, axis=1), precision), ends, axis=-1)
     return [
-        part if bias is None else part + bias.reshape((1,) * (part.ndim - 1) + (-1,))
-        for part, bias in zip(jnp.split(out, ends, axis=-1), biases, strict=True)
+        out if bias is None else out + bias.reshape((1,) * (out.ndim - 1) + (-1,))
+        for out, bias in zip(outs, biases, strict=True)
     ]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.nn import sharding
 from jaxgpt.nn.cost import LOGITS
 
 
@@ -23,16 +24,19 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def losses_of(
     logits: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, V: int, chunk: int = LOGITS
 ) -> jax.Array:
-    """`token_losses(logits(x), targets)`, without all the logits at once where they are more than `chunk`.
+    """`token_losses(logits(x), targets)`, without all the logits at once where a device has more than `chunk` of them.
 
-    The rows are split into equal parts, one after another, and the backward pass makes the logits of a part again.
+    Its rows are split into equal parts, one after another, and the backward pass makes the logits of a part again.
 
     Args:
       logits: features (..., C) -> (..., V).
       x: (B, T, C).
       targets: (B, T).
     """
-    rows = targets.size
+    B, T = targets.shape
+    over_batch, over_time = sharding.parts("batch"), sharding.parts("time")
+    rows = -(-B // over_batch) * -(-T // over_time)
+    V = -(-V // sharding.parts("width"))
     parts = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * V <= chunk or n == rows))
     if parts == 1:
         return token_losses(logits(x), targets)
@@ -41,5 +45,12 @@ def losses_of(
     def part(x: jax.Array, targets: jax.Array) -> jax.Array:
         return token_losses(logits(x), targets)
 
-    split = x.reshape(parts, rows // parts, -1), targets.reshape(parts, -1)
-    return jax.lax.map(lambda each: part(*each), split).reshape(targets.shape)
+    def split(x: jax.Array) -> jax.Array:
+        """(B, T, ...) -> (parts, devices over B, over T, rows, ...): each part has rows of every device."""
+        x = x.reshape(over_batch, B // over_batch, over_time, T // over_time, *x.shape[2:]).swapaxes(1, 2)
+        x = x.reshape(over_batch, over_time, parts, -1, *x.shape[4:])
+        return sharding.constrain(jnp.moveaxis(x, 2, 0), None, "batch", "time", *[None] * (x.ndim - 3))
+
+    losses = jax.lax.map(lambda each: part(*each), (split(x), split(targets)))  # as the targets
+    losses = jnp.moveaxis(losses, 0, 2).reshape(over_batch, over_time, B // over_batch, T // over_time)
+    return losses.swapaxes(1, 2).reshape(B, T)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxgpt.nn import sharding
+
 Precision = Literal["auto", "float32", "bfloat16"]
 
 FASTER = 1.25
@@ -31,7 +33,7 @@ def resolve(precision: Precision) -> Precision:
     """
     if precision != "auto":
         return precision
-    if jax.default_backend() != "cpu":
+    if sharding.platform() != "cpu":
         capability = getattr(jax.local_devices()[0], "compute_capability", "8")
         return "bfloat16" if float(capability) >= 8 else "float32"
     with jax.ensure_compile_time_eval():
@@ -75,6 +77,8 @@ def dot(x: jax.Array, w: jax.Array, precision: Precision = "float32") -> jax.Arr
 
     The result is float32, on accelerators in "bfloat16" of that type, which halves what is written.
     """
+    if x.ndim == 3 and sharding.parts("time") > 1:  # (B, T) split both ways are no rows of one matrix
+        return _dot_split(x, w, precision)
     rows = x.reshape(-1, x.shape[-1])
     product = rows @ w if resolve(precision) == "float32" else _dot_bfloat16(rows, w)
     return product.reshape(*x.shape[:-1], w.shape[-1])
@@ -105,6 +109,12 @@ def _dot_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
 _dot_bfloat16.defvjp(_dot_forward, _dot_backward)
 
 
+def _dot_split(x: jax.Array, w: jax.Array, precision: Precision) -> jax.Array:
+    x, w = operand(x, precision), operand(w, precision)
+    out = lax.dot_general(x, w, (((2,), (0,)), ((), ())))
+    return out.astype(jnp.float32) if sharding.platform() == "cpu" else out
+
+
 def matmul(x: jax.Array, y: jax.Array, precision: Precision = "float32") -> jax.Array:
     """`x @ y` in float32, (..., M, K) @ (..., K, N) -> (..., M, N), for products that are no layer's."""
     x, y = operand(x, precision), operand(y, precision)
@@ -113,7 +123,7 @@ def matmul(x: jax.Array, y: jax.Array, precision: Precision = "float32") -> jax.
 
 def _product(a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
     """A product of bfloat16 operands, added up in float32."""
-    cpu = jax.default_backend() == "cpu"
+    cpu = sharding.platform() == "cpu"
     return lax.dot(a, b, preferred_element_type=jnp.float32 if cpu else dtype or jnp.bfloat16)
 
 
@@ -125,7 +135,7 @@ def transposed(x: jax.Array) -> jax.Array:
     """
     *batch, a, b = x.shape
     pieces = math.gcd(b, 4)
-    if jax.default_backend() != "cpu" or pieces == 1:
+    if sharding.platform() != "cpu" or pieces == 1:
         return x.swapaxes(-1, -2)
     return jnp.moveaxis(x.reshape(*batch, a, pieces, b // pieces), -3, -1).reshape(*batch, b, a)
 

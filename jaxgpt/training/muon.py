@@ -3,6 +3,7 @@
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +30,7 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(momentum: float, n_steps: int, precision: Precision) -> optax.GradientTransformation:
-    """Gradients (K, N) to orthogonal matrices (K, N), by Nesterov momentum and `n_steps` Newton-Schulz steps.
+    """Gradients (..., K, N) to orthogonal matrices (K, N), by Nesterov momentum and `n_steps` Newton-Schulz steps.
 
     A matrix with more columns than rows is scaled up by the root of their ratio, so that each update changes outputs
     by about as much. Kernels are (in, out) here, and (out, in) on the page.
@@ -49,16 +50,19 @@ def scale_by_muon(momentum: float, n_steps: int, precision: Precision) -> optax.
 
 
 def orthogonal_by_shape(matrices: list[jax.Array], n_steps: int, precision: Precision) -> list[jax.Array]:
-    """`orthogonal` of each matrix; those of one shape, turned to have no more rows than columns, are done together."""
+    """`orthogonal` of each matrix (K, N), or of each in a stack (n, K, N); those of one shape, turned to have no more
+    rows than columns, are done together."""
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, x in enumerate(matrices):
-        groups[tuple(sorted(x.shape))].append(i)
+        groups[tuple(sorted(x.shape[-2:]))].append(i)
     done: dict[int, jax.Array] = {}
-    for members in groups.values():
-        tall = [matrices[i].shape[0] > matrices[i].shape[1] for i in members]
-        stack = [matrices[i].T if turn else matrices[i] for i, turn in zip(members, tall, strict=True)]
-        for i, turn, x in zip(members, tall, orthogonal(jnp.stack(stack), n_steps, precision), strict=True):
-            done[i] = x.T if turn else x
+    for (rows, columns), members in groups.items():
+        tall = [matrices[i].shape[-2] > matrices[i].shape[-1] for i in members]
+        wide = [matrices[i].mT if turn else matrices[i] for i, turn in zip(members, tall, strict=True)]
+        stack = jnp.concatenate([x.reshape(-1, rows, columns) for x in wide])
+        ends = list(itertools.accumulate(x.size // (rows * columns) for x in wide))[:-1]
+        for i, turn, x in zip(members, tall, jnp.split(orthogonal(stack, n_steps, precision), ends), strict=True):
+            done[i] = (x.mT if turn else x).reshape(matrices[i].shape)
     return [done[i] for i in range(len(matrices))]
 
 

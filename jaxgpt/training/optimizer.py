@@ -66,6 +66,7 @@ def kinds(params: Params) -> Params:
     """ "muon" for the kernels inside blocks, "adamw" for all else: embeddings, the head, biases, scales."""
 
     def kind(path: tuple[Any, ...], leaf: jax.Array) -> str:
-        return "muon" if path[0].key.startswith("h_") and path[-1].key == "kernel" else "adamw"
+        block = path[0].key == "h" or path[0].key.startswith("h_")
+        return "muon" if block and path[-1].key == "kernel" else "adamw"
 
     return jax.tree_util.tree_map_with_path(kind, params)
