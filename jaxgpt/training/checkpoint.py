@@ -22,6 +22,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxgpt import disk
+from jaxgpt.training import processes
 from jaxgpt.training.step import TrainState
 
 PROGRAM = "jaxgpt checkpoint 1"
@@ -56,7 +57,8 @@ class Checkpoints:
     """The checkpoints of one run, by step.
 
     Saving is asynchronous. An error in it surfaces at the next `settle`, `save` or end of the `with` block; the steps
-    saved before stand, and a later save may succeed.
+    saved before stand, and a later save may succeed. Of several processes, which all save, the first hashes, names and
+    makes room.
 
     Args:
       keep: how many of the newest to keep, beside the one of lowest validation loss; 0 only reads, and leaves the
@@ -72,7 +74,9 @@ class Checkpoints:
         self._spare: set[int] = set()
         self.not_pruned: OSError | None = None
         """Why the last save, itself whole, did not make room."""
-        if keep:
+        if not processes.first():
+            self._keep = 0
+        if self._keep:
             directory.mkdir(parents=True, exist_ok=True)
             self._sweep()
 
@@ -132,9 +136,9 @@ class Checkpoints:
         self.settle(wait=True)
         self._sweep()
         step = int(state.step)
-        if step in self.steps:
+        if processes.told(step in self.steps):
             raise CheckpointError(f"step {step} was not saved in {self.directory}: there is one already")
-        partial = self.directory / f".{step}.{secrets.token_hex(4)}.part"
+        partial = self.directory / f".{step}.{processes.told(secrets.randbits(31)):08x}.part"
         scored = val_loss is not None and math.isfinite(val_loss)  # what is no number is never the best
         known = Manifest(step, val_loss if scored else None, about or {}, _arrays(state), {})
         try:
@@ -230,7 +234,7 @@ class Checkpoints:
     def _load(self, step: int, like: Any) -> Any:
         if step not in self.steps:
             raise CheckpointError(f"step {step} is not in {self.directory}; {self.steps} are")
-        found = self.verify(step).arrays
+        found = (self.verify(step) if processes.first() else self.manifest(step)).arrays
         wanted = _arrays(like)
         wrong = [
             f"  {name}: {found.get(name, 'nothing')} in the checkpoint, {wanted[name]} expected"
@@ -248,6 +252,8 @@ class Checkpoints:
         """Wait for Orbax, write the manifest, give the step its name; runs beside the training."""
         try:
             response.result()
+            if not processes.first():
+                return known.step
             for path in sorted(partial.rglob("*")):
                 disk.sync(path)
                 if path.is_file():

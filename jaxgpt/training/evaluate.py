@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from jaxgpt import nn
 from jaxgpt.config import Config, ModelConfig
+from jaxgpt.nn import sharding
 from jaxgpt.text.batches import Batch, Ids, Starts, estimate_starts, take
 from jaxgpt.text.tokenizer import Tokenizer
 
@@ -102,4 +103,4 @@ def window_losses(config: ModelConfig, params: nn.Params, batch: Batch, skip: ja
     """Summed loss of each window, (B,) float32, without its first `skip` (B,) predictions and without dropout."""
     losses = nn.losses(config, params, batch.inputs, batch.targets)
     counted = jnp.arange(losses.shape[1])[None, :] >= skip[:, None]
-    return jnp.where(counted, losses, 0).sum(axis=1)
+    return sharding.constrain(jnp.where(counted, losses, 0).sum(axis=1), None)

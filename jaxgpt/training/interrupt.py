@@ -6,8 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-import jax
-import numpy as np
+from jaxgpt.training import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
@@ -25,11 +24,7 @@ def interruption() -> Iterator[Callable[[], int]]:
     received = 0
 
     def asked() -> int:
-        if jax.process_count() == 1:
-            return received
-        from jax.experimental import multihost_utils
-
-        return int(multihost_utils.process_allgather(np.int32(received)).max())
+        return processes.most(received)
 
     if threading.current_thread() is not threading.main_thread():
         yield asked

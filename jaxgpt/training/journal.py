@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import jax
 
 from jaxgpt import disk
 from jaxgpt.text.batches import Starts
+from jaxgpt.training import processes
 from jaxgpt.training.evaluate import Evaluation
 from jaxgpt.training.run import Run
 from jaxgpt.training.spikes import Spikes
@@ -72,7 +74,8 @@ class Journal:
     metrics.jsonl holds no time, so runs of one config are equal byte for byte. Numbers of a chunk are read when the
     next chunk has been dispatched: the device never waits for the disk. `sync` goes before every save, so the lines
     up to a checkpoint are never lost, and what is beyond it is dropped here and written again by the resumed run.
-    What a full disk does not take is kept here, and offered again with the next lines.
+    What a full disk does not take is kept here, and offered again with the next lines. Of several processes all keep
+    the journal, and the first writes it down.
 
     Args:
       window_starts: step (0-based) to the starts (B,) of its windows, to be written down where it was left out.
@@ -85,7 +88,11 @@ class Journal:
         self._mark: float | None = None
         self._tokens = self._seconds = 0.0
         self._spikes, self._skipped, self.scores = Spikes(), 0, list[Evaluated]()
-        self._file = run.metrics_file.open("ab+", buffering=0)
+        if processes.first():
+            self._file = run.metrics_file.open("ab+", buffering=0)
+        else:
+            self._file = tempfile.TemporaryFile("wb+", buffering=0)  # noqa: SIM115 (closed in __exit__)
+            self._file.write(run.metrics_file.read_bytes() if n_bytes else b"")
         self._file.seek(0)
         kept = self._file.read(n_bytes)
         self._file.truncate(n_bytes)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,19 @@ from jaxgpt.config import Config
 from jaxgpt.text import batches
 from jaxgpt.text.batches import Ids, Starts
 from jaxgpt.text.corpus import Corpus
-from jaxgpt.training import memory
-from jaxgpt.training.checkpoint import Checkpoints, abstract
+from jaxgpt.training import memory, processes
+from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.evaluate import Evaluation, estimate, evaluate
 from jaxgpt.training.interrupt import interruption
 from jaxgpt.training.journal import DivergedError, Evaluated, Event, Journal, notify
 from jaxgpt.training.nans import blame
+from jaxgpt.training.placement import OneDevice, Placement, fresh, like
 from jaxgpt.training.recovery import newest_good, surroundings
 from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.saving import Saving
-from jaxgpt.training.step import TrainState, init_state, train_steps
+from jaxgpt.training.step import TrainState
 
+ONE_DEVICE = OneDevice()
 DEVICE_TOKENS = 2**28
 """A corpus up to this size lives on the device; a larger one is gathered from disk, a chunk at a time."""
 
@@ -55,6 +58,7 @@ def fit(
     watch: Callable[[Event], None] = lambda event: None,
     config: Config | None = None,
     debug_nans: bool = False,
+    placement: Placement = ONE_DEVICE,
 ) -> Summary:
     """Train `run` from its newest checkpoint, or from the start, to its last step; log, evaluate and save.
 
@@ -65,6 +69,7 @@ def fit(
     Args:
       config: takes the place of the run's own, where `start.resume` allowed it to differ.
       debug_nans: end the run at the first step that comes to no number, and name the operation; slower.
+      placement: the devices to train on. What is computed is the same on all but for float32 reassociation.
 
     Raises:
       OutOfMemoryError: it does not fit, by a count on paper or by the compiler's.
@@ -74,25 +79,31 @@ def fit(
     """
     config, began = config or run.config, time.perf_counter()
     train_tokens, _ = corpus.split(config.data.val_fraction)
-    feed = feeder(config, train_tokens)
+    feed, steps = feeder(config, train_tokens, placement), placement.steps(config)
 
     with (
+        placement.scope(),
         run.exclusive(),
         interruption() as interrupted_by,
         ThreadPoolExecutor(1, "compile") as background,
         Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every) as checkpoints,
     ):
         tell = partial(notify, run, watch)
-        found = newest_good(run, config, corpus, checkpoints, tell)
+        found = processes.by_first(lambda: newest_good(run, config, corpus, checkpoints, tell))
+        step = processes.told(found.step if found else -1)
+        if step >= 0 and not processes.first():
+            found = checkpoints.manifest(step)
         if found and found.step > config.train.steps:
             raise RunError(
                 f"run {run.path.name!r} is at step {found.step} already, beyond the {config.train.steps} asked for"
             )
-        memory.require(config, device_tokens(config, len(train_tokens)), new=found is None)
-        ahead = background.submit(compile_ahead, config, feed) if not found else None
-        state = checkpoints.restore(found.step, like(config)) if found else init_state(config)
+        memory.require(config, device_tokens(config, len(train_tokens)), new=found is None, parts=placement.parts)
+        # Several processes must run, and some compile, the same programs in the same order.
+        early = processes.alone() and not found
+        ahead = background.submit(compile_ahead, config, feed, placement, steps) if early else None
+        state = checkpoints.restore(found.step, like(config, placement)) if found else fresh(config, placement)
         if config != run.config:
-            run = run.with_config(config)
+            run = processes.by_first(partial(run.with_config, config)) or Run(run.path)
         run.event("start", step=int(state.step), **surroundings())
         n_bytes = found.about["metrics"]["bytes"] if found else 0
         with (
@@ -107,10 +118,10 @@ def fit(
                 if not compiled:
                     if ahead:
                         ahead.result()
-                    compiled = train_steps.lower(config, state, *served).compile()  # and kept for the call below
-                    memory.require_compiled(compiled, config, new=found is None)
+                    compiled = steps.lower(config, state, *served).compile()  # and kept for the call below
+                    memory.require_compiled(compiled, config, new=found is None, parts=placement.parts)
                 before = jax.tree.map(jnp.copy, state) if debug_nans else None
-                state, metrics = train_steps(config, state, *served)
+                state, metrics = steps(config, state, *served)
                 if before and not metrics.applied.all():
                     raise DivergedError(blame(config, before, *served))
                 journal.trained(begin, metrics)
@@ -152,18 +163,13 @@ def score(config: Config, corpus: Corpus, state: TrainState) -> tuple[int, Evalu
     return step, exact, noisy
 
 
-def compile_ahead(config: Config, feed: Callable[[int, int], tuple[jax.Array, jax.Array]]) -> None:
-    """Compile the first chunk of a new run, while its state is being made and scored: the call with the state finds it.
-
-    (A restored state is tied to its device, so its program is another.)
-    """
+def compile_ahead(
+    config: Config, feed: Callable[[int, int], tuple[jax.Array, jax.Array]], placement: Placement, steps: Any
+) -> None:
+    """Compile the first chunk of a new run, while its state is being made and scored; its first call finds that."""
     begin, end = next(chunks(config, 0))
-    train_steps.lower(config, jax.eval_shape(init_state, config), *feed(begin, end)).compile()
-
-
-def like(config: Config) -> TrainState:
-    """The shapes and dtypes of a state of `config`, to restore one."""
-    return abstract(jax.eval_shape(init_state, config))
+    with placement.scope():
+        steps.lower(config, like(config, placement), *feed(begin, end)).compile()
 
 
 def window_starts(config: Config, n_tokens: int, step: int) -> Starts:
@@ -193,17 +199,26 @@ def device_tokens(config: Config, n_tokens: int) -> int:
     return n_tokens if n_tokens <= DEVICE_TOKENS else windows
 
 
-def feeder(config: Config, tokens: Ids) -> Callable[[int, int], tuple[jax.Array, jax.Array]]:
+def feeder(
+    config: Config, tokens: Ids, placement: Placement = ONE_DEVICE
+) -> Callable[[int, int], tuple[jax.Array, jax.Array]]:
     """A function from the steps begin..end to the (tokens, starts) that `train_steps` takes."""
     train, T = config.train, config.model.block_size
     whole = device_tokens(config, len(tokens)) == len(tokens)
-    on_device = jax.device_put(np.asarray(tokens)) if whole else None
+
+    def put(x: np.ndarray[Any, Any]) -> jax.Array:
+        """The whole of `x`, which every process has, on every device."""
+        if jax.process_count() == 1:
+            return jax.device_put(x, placement.everywhere)
+        return jax.make_array_from_callback(x.shape, placement.everywhere, lambda index: x[index])
+
+    on_device = put(np.asarray(tokens)) if whole else None
 
     def feed(begin: int, end: int) -> tuple[jax.Array, jax.Array]:
         starts = batches.chunk_starts(train.seed, begin, end, len(tokens), T, train.batch_size, train.sampling)
         if on_device is not None:
-            return on_device, jax.device_put(starts.astype(np.int32))
+            return on_device, put(starts.astype(np.int32))
         windows, starts = batches.pack(tokens, starts, T)
-        return jax.device_put(windows), jax.device_put(starts.astype(np.int32))
+        return put(windows), put(starts.astype(np.int32))
 
     return feed

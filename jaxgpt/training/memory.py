@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -23,9 +23,21 @@ class OutOfMemoryError(UsageError):
     """A run needs more memory than there is."""
 
 
+class Parts(NamedTuple):
+    """Into how many parts the devices of a run split what they hold."""
+
+    state: int = 1
+    batch: int = 1
+    per_host: int = 1
+    """Devices that share the memory of a host, where they have none of their own."""
+
+
+WHOLE = Parts()
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a training step needs at least."""
+    """Bytes that a training step needs at least on each device."""
 
     parameters: int
     gradients: int
@@ -41,21 +53,25 @@ class Memory:
     over micro-batches is there beside the activations, so then both do."""
 
 
-def needed(config: Config, n_tokens_on_device: int, *, recomputed: bool = False) -> Memory:
+def needed(config: Config, n_tokens_on_device: int, *, recomputed: bool = False, parts: Parts = WHOLE) -> Memory:
     """What a step of `config`, its vocab_size known, needs at least; `recomputed` as in `cost.activation_bytes`."""
     train = config.train
-    parameters = gradients = cost.FLOAT * cost.n_params(config.model)
-    activations = cost.activation_bytes(config.model, train.batch_size // train.accumulate, recomputed=recomputed)
+    parameters = gradients = cost.FLOAT * cost.n_params(config.model) // parts.state
+    micro = max(1, train.batch_size // train.accumulate // parts.batch)
+    activations = cost.activation_bytes(config.model, micro, recomputed=recomputed)
     tokens = n_tokens_on_device * (2 if config.model.vocab_size <= 2**16 else 4)
     worst = gradients + activations if train.accumulate > 1 else max(gradients, activations)
     moments = 2 * parameters
     if config.optimizer.algorithm == "muon" and config.model.kind == "gpt":
-        moments -= cost.FLOAT * config.model.n_layer * sum(k * n for k, n in cost.kernels(config.model).values())
+        inside = config.model.n_layer * sum(k * n for k, n in cost.kernels(config.model).values())
+        moments -= cost.FLOAT * inside // parts.state
     total = parameters + moments + worst + tokens
     return Memory(parameters, gradients, moments, activations, tokens, total)
 
 
-def require(config: Config, n_tokens: int, free: int | None = None, *, new: bool = True) -> None:
+def require(
+    config: Config, n_tokens: int = 0, free: int | None = None, *, new: bool = True, parts: Parts = WHOLE
+) -> None:
     """Check, before anything is compiled or the state is made, that a step of `config` can fit.
 
     Args:
@@ -67,18 +83,20 @@ def require(config: Config, n_tokens: int, free: int | None = None, *, new: bool
       OutOfMemoryError: it cannot; with the numbers, and the setting to change.
     """
     free = available() if free is None else free
-    memory = _paper(config, n_tokens)
-    if free is None or memory.total <= free:
+    memory = _paper(config, n_tokens, parts)
+    if free is None or memory.total * _sharing(parts) <= free:
         return
     working = f"activations {size(memory.activations)} {'and' if config.train.accumulate > 1 else 'or, after them,'} "
     raise OutOfMemoryError(
         f"a training step needs at least {size(memory.total)}: parameters {size(memory.parameters)}, optimizer state "
         f"{size(memory.optimizer_state)}, {working}gradients {size(memory.gradients)}, tokens {size(memory.tokens)}; "
-        f"{size(free)} are free: {knob(config, n_tokens, free) if new else ELSEWHERE}"
+        f"{size(free)} are free{_each(parts)}: {knob(config, n_tokens, free, parts) if new else ELSEWHERE}"
     )
 
 
-def require_compiled(compiled: Any, config: Config, free: int | None = None, *, new: bool = True) -> None:
+def require_compiled(
+    compiled: Any, config: Config, free: int | None = None, *, new: bool = True, parts: Parts = WHOLE
+) -> None:
     """Check that a compiled `train_steps` fits beside its arguments, which are on the device already.
 
     Args:
@@ -91,14 +109,14 @@ def require_compiled(compiled: Any, config: Config, free: int | None = None, *, 
     """
     free = available() if free is None else free
     figures = compiled_bytes(compiled)
-    if figures is None or free is None or figures[1] <= free:
+    if figures is None or free is None or figures[1] * _sharing(parts) <= free:
         return
-    held, more = figures
+    held, more = (figure * _sharing(parts) for figure in figures)
     # What a change saves is known on paper only: the room there shrinks by as much as the compiler takes more.
-    room = int((held + free) * _paper(config, 0).total / (held + more))
+    room = int((held + free) * _paper(config, 0, parts).total * _sharing(parts) / (held + more))
     raise OutOfMemoryError(
         f"the compiled training step needs {size(more)} beside its state and tokens of {size(held)}; {size(free)} are "
-        f"free: {knob(config, 0, room) if new else ELSEWHERE}"
+        f"free{_each(parts)}: {knob(config, 0, room, parts) if new else ELSEWHERE}"
     )
 
 
@@ -114,7 +132,7 @@ def compiled_bytes(compiled: Any) -> tuple[int, int] | None:
     return None
 
 
-def knob(config: Config, n_tokens: int, free: int) -> str:
+def knob(config: Config, n_tokens: int, free: int, parts: Parts = WHOLE) -> str:
     """The smallest change that fits into `free` bytes on paper, as the options to type.
 
     Smaller micro-batches come first, which learn the same; then smaller batches, shorter contexts, a smaller model.
@@ -129,7 +147,8 @@ def knob(config: Config, n_tokens: int, free: int) -> str:
     changes += [({"batch_size": 1, "accumulate": 1}, {"block_size": t}) for t in lengths]
     for train, model in changes:
         smaller = replace(config, train=replace(config.train, **train), model=replace(config.model, **model))
-        if _paper(smaller, n_tokens).total <= free:
+        micro = smaller.train.batch_size // smaller.train.accumulate
+        if micro % parts.batch == 0 and _paper(smaller, n_tokens, parts).total * _sharing(parts) <= free:
             return "try " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in (train | model).items())
     if config.model.kind == "bigram":
         return "try a smaller vocabulary (--tokenizer)"
@@ -201,10 +220,19 @@ def _control_groups_left(proc: Path, root: Path) -> list[int]:
     return left
 
 
-def _paper(config: Config, n_tokens: int) -> Memory:
+def _paper(config: Config, n_tokens: int, parts: Parts) -> Memory:
     """`needed` as it holds on this backend."""
     on_cpu = jax.default_backend() == "cpu"
-    return needed(config, 0 if on_cpu else n_tokens, recomputed=not on_cpu)
+    return needed(config, 0 if on_cpu else n_tokens, recomputed=not on_cpu, parts=parts)
+
+
+def _sharing(parts: Parts) -> int:
+    """How many devices take from the memory that `available` counts."""
+    return parts.per_host if jax.default_backend() == "cpu" else 1
+
+
+def _each(parts: Parts) -> str:
+    return f" for all {parts.per_host} devices" if _sharing(parts) > 1 else ""
 
 
 def _read(path: Path) -> str:

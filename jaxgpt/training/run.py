@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from jaxgpt.config import Config, UsageError
 from jaxgpt.text import corpus as corpora
 from jaxgpt.text import tokenizer
 from jaxgpt.text.tokenizer import Tokenizer
+from jaxgpt.training import processes
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -184,7 +185,11 @@ class Run:
         return [event for line in lines if (event := _event(line))]
 
     def event(self, name: str, **values: Any) -> None:
-        """Add a line with the time of day to events.jsonl: a diary, so a full disk is no reason to stop."""
+        """Add a line with the time of day to events.jsonl: a diary, so a full disk is no reason to stop.
+
+        Of several processes the first writes."""
+        if not processes.first():
+            return
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": name, **values}
         with suppress(OSError), self.events_file.open("ab+", buffering=0) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
@@ -193,11 +198,18 @@ class Run:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the run: one process may write to it at a time. A process that dies lets go of it.
+        """Hold the run: one process may write to it at a time, or one group of processes, whose first holds it. A
+        process that dies lets go of it.
 
         Raises:
           RunError: another process holds it, and which; or the folder cannot be written to.
         """
+        with ExitStack() as stack:
+            processes.by_first(lambda: stack.enter_context(self._held()))
+            yield
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
         lock, holder = filelock.FileLock(self.path / ".lock", timeout=0), self.path / "holder.json"
         try:
             lock.acquire()

@@ -4,6 +4,7 @@ from types import TracebackType
 
 from jaxgpt.config import Config
 from jaxgpt.text.corpus import Corpus
+from jaxgpt.training import processes
 from jaxgpt.training.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.training.journal import Journal
 from jaxgpt.training.recovery import about
@@ -60,10 +61,18 @@ class Saving:
         Raises:
           CheckpointError: as `save`.
         """
+        several = not processes.alone()
+        if several and not wait:  # all processes look together, or none
+            return
+        step, failure = None, None
         try:
             step = self._checkpoints.settle(wait)
         except CheckpointError as error:
-            self._failed(error)
+            failure = error
+        if several and processes.most(failure is not None):
+            failure = failure or CheckpointError(f"step {self._step} was not saved by another process, which says why")
+        if failure:
+            self._failed(failure)
             return
         if step is not None:
             self._failure = None

@@ -1,6 +1,7 @@
 """The way into a run: from a config to a new one, or back into one that exists."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -25,12 +26,19 @@ TRIES = 5
 
 
 def start(
-    config: Config, name: str, runs_dir: Path, data_dir: Path, weights: nn.Params | None = None, origin: str = ""
+    config: Config,
+    name: str,
+    runs_dir: Path,
+    data_dir: Path,
+    weights: nn.Params | None = None,
+    origin: str = "",
+    require_room: Callable[[Config], None] = memory.require,
 ) -> tuple[Run, Corpus]:
     """Check everything, prepare the corpus, and make the folder of a new run.
 
     Args:
       weights: what to begin with in place of random ones, from `origin`; they are in the folder when it gets its name.
+      require_room: raises UsageError where the devices cannot train a config; its vocabulary may still be unknown.
 
     Raises:
       UsageError: the config cannot run, the run exists, or the text cannot be had; before anything is written. Or the
@@ -39,10 +47,10 @@ def start(
     check(config)
     Run.require_free(runs_dir, name)
     disk.require_writable(runs_dir, "--runs-dir")
-    memory.require(config, 0)
+    require_room(config)
     corpus = _prepare(config, data_dir)
     config = resolve(config, corpus)
-    memory.require(config, 0)  # the size of the vocabulary is known only now
+    require_room(config)  # the size of the vocabulary is known only now
 
     def put_weights(run: Run) -> None:
         if weights is None:

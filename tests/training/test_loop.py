@@ -15,7 +15,7 @@ from jaxgpt import config as configs
 from jaxgpt.nn import numerics
 from jaxgpt.text import batches
 from jaxgpt.text import corpus as corpora
-from jaxgpt.training import loop, nans, step
+from jaxgpt.training import loop, nans, placement, step
 from jaxgpt.training.checkpoint import Checkpoints, abstract
 from jaxgpt.training.journal import DivergedError, Evaluated, Notice, Progress
 from jaxgpt.training.loop import fit
@@ -218,7 +218,7 @@ def poisoned(monkeypatch):
         def train_steps(config, state, tokens, starts):
             return step.train_steps.__wrapped__(config, state, tokens, starts)
 
-        monkeypatch.setattr(loop, "train_steps", train_steps)
+        monkeypatch.setattr(placement, "train_steps", train_steps)
 
     return poison
 
