@@ -127,6 +127,29 @@ RECIPES: dict[str, Recipe] = {
         time="not measured here; nanoGPT reports 4 days on eight A100",
         loss="not measured here; nanoGPT reports 2.85 on OpenWebText",
     ),
+    "gpt2-1.5b": Recipe(
+        Config(
+            data=DataConfig(corpus="python-stdlib", tokenizer="gpt2"),
+            model=ModelConfig(
+                vocab_size=50304,
+                block_size=1024,
+                n_layer=48,
+                n_head=25,
+                n_embd=1600,
+                precision="auto",
+                scan_layers=True,
+                remat="blocks",
+            ),
+            optimizer=OptimizerConfig(learning_rate=2e-4, min_learning_rate=2e-5, warmup_steps=2000, beta2=0.95),
+            train=TrainConfig(
+                steps=600_000, batch_size=512, sampling="random", scan_steps=10, eval_every=1000, eval_batches=0
+            ),
+        ),
+        about="The shape of the largest GPT-2; give it a text of your own with --corpus.",
+        hardware="256 TPU v5e chips, --mesh data=4,fsdp=64",
+        time="not measured; jaxgpt plan gpt2-1.5b says what is known of it",
+        loss="not measured",
+    ),
 }
 
 

@@ -22,6 +22,8 @@ VERBS = {  # its module, and its line in the overview
     "eval": ("evaluate", "Score a run on a whole split."),
     "verify-resume": ("verify_resume", "Show that a run which is killed and resumed keeps every bit."),
     "import-gpt2": ("import_gpt2", "Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune."),
+    "launch": ("launch", "Train in several processes on this machine."),
+    "plan": ("plan", "Compile a recipe for chips that are not attached: does it fit, how fast might it be."),
     "export": ("export", "Write a run as a folder that transformers loads."),
     "lecture": ("lecture", "Climb the lecture's ladder, from a uniform guess to the transformer."),
     "recipes": ("list_recipes", "List the recipes."),
@@ -38,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except OSError:  # a full disk, or a reader that has gone: let the interpreter's own last flush find no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if code in (1, 2) and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        os._exit(code)  # JAX would wait for the other processes, which wait for this one
     sys.exit(code)
 
 

@@ -4,6 +4,7 @@ import argparse
 import re
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from jaxgpt.cli.compile_cache import use_compile_cache
@@ -25,6 +26,16 @@ class Train:
     """Go on with an existing run: its own settings hold, but for the ones given here."""
     debug_nans: bool = False
     """End the run at the first step that comes to no number, and name the operation; slower."""
+    mesh: str = "auto"
+    """How the devices share the work: sizes of data, fsdp, tensor and context, as in data=8,fsdp=4; or auto."""
+    distributed: bool = False
+    """One of several processes; SLURM, Open MPI, Kubernetes or Cloud TPU say which, and where the others are."""
+    coordinator: str = ""
+    """Where nobody says it: the address of process 0, host:port; with num_processes and process_id."""
+    num_processes: int = 1
+    """How many processes the run has."""
+    process_id: int = 0
+    """Which of them this is, from 0."""
 
 
 def run(args: list[str]) -> int:
@@ -59,25 +70,38 @@ def _about(name: str) -> str:
 def _fit(given: Train, existing: Run | None) -> int:
     from jaxgpt import nn
     from jaxgpt.report.terminal import RunConsole, TrainingDisplay, describe, duration
+    from jaxgpt.scaling import launch, mesh
+    from jaxgpt.training import processes
     from jaxgpt.training.loop import fit
     from jaxgpt.training.memory import OutOfMemoryError
     from jaxgpt.training.start import resume, start
 
+    sizes = None if given.mesh == "auto" else mesh.Sizes.parse(given.mesh)
+    if given.distributed or given.coordinator:
+        launch.join(given.coordinator, given.num_processes, given.process_id)
     use_compile_cache()
+    folders, config = given.folders, given.config
     if existing:
-        run, corpus = existing, resume(given.config, existing, given.folders.data_dir)
-        config = given.config
+        run, prepared = existing, processes.by_first(lambda: resume(config, existing, folders.data_dir))
     else:
-        run, corpus = start(given.config, given.run, given.folders.runs_dir, given.folders.data_dir)
+        room = partial(mesh.require_room, sizes=sizes)
+        made = processes.by_first(
+            lambda: start(config, given.run, folders.runs_dir, folders.data_dir, require_room=room)
+        )
+        run, prepared = made or (Run.named(folders.runs_dir, given.run), None)
         config = run.config
-    console = RunConsole()
+    corpus = prepared or resume(config, run, folders.data_dir)
+    console = RunConsole(quiet=not processes.first())
     console.print(corpus.summary)
-    console.print(nn.describe(config.model))
     try:
+        placement, why = mesh.place(config, sizes)
+        with placement.scope():
+            console.print(nn.describe(config.model))
+        console.print(why)
         with TrainingDisplay(console, config.train.steps) as display:
-            done = fit(run, corpus, display, config, given.debug_nans)
-    except OutOfMemoryError:
-        if not existing:  # nothing was trained, and another attempt needs the name
+            done = fit(run, corpus, display, config, given.debug_nans, placement)
+    except (OutOfMemoryError, mesh.MeshError):
+        if not existing and processes.first():  # nothing was trained, and another attempt needs the name
             shutil.rmtree(run.path)
         raise
     if display.notices:
