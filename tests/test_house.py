@@ -22,8 +22,9 @@ BELOW = {
     "verify": {"config", "training"},
     "interop": {"config", "recipes", "text", "nn", "training"},
     "lecture": {"config", "text", "nn", "sampling"},
-    "bench": {"config", "disk", "recipes", "text", "nn", "training", "sampling"},
-    "report": {"config", "text", "nn", "training", "sampling", "lecture"},
+    "bench": {"config", "disk", "recipes", "text", "nn", "training", "sampling", "scaling"},
+    "scaling": {"config", "nn", "training"},
+    "report": {"config", "text", "nn", "training", "sampling", "lecture", "scaling"},
 }
 
 

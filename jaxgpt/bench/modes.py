@@ -94,6 +94,12 @@ def scaling(**given: Any) -> Iterator[Report]:
     yield scaling.measure(**given)
 
 
+def meshes(**given: Any) -> Iterator[Report]:
+    from jaxgpt.bench import meshes
+
+    yield meshes.measure(**given)
+
+
 def memory(**given: Any) -> Iterator[Report]:
     from jaxgpt.bench import memory
 
@@ -152,9 +158,14 @@ MODES = {
         ("device", "shape", "precision", "rounds", "seconds", "patience"),
         scaling,
     ),
+    "meshes": Mode(
+        "What splitting a step over a mesh costs, on virtual devices of this CPU.",
+        ("shape", "rounds", "seconds", "patience"),
+        meshes,
+    ),
     "memory": Mode("The memory of a step: paper, compiler, measured.", ("device", "shapes"), memory),
     "all": Mode(
-        "All of these, the speedrun with --corpus only; with --device gpu, what fits into ten minutes.",
+        "All of these but meshes, the speedrun with --corpus only; with --device gpu, what fits into ten minutes.",
         ("device", "corpus"),
         everything,
     ),

@@ -11,9 +11,11 @@ from jaxgpt import nn
 from jaxgpt.bench.worker import forget_peak, peak_resident_bytes, resident
 from jaxgpt.config import from_tree
 from jaxgpt.sampling.generate import generate
+from jaxgpt.scaling.mesh import Sizes, place
 from jaxgpt.training import memory
 from jaxgpt.training.loop import feeder
-from jaxgpt.training.step import Metrics, init_state, train_steps
+from jaxgpt.training.placement import OneDevice, fresh
+from jaxgpt.training.step import Metrics
 
 
 def random_tokens(vocab_size: int, n: int = 1_000_000) -> Any:
@@ -34,18 +36,25 @@ class _OnJax:
 
 
 class Training(_OnJax):
-    """`scan_steps` steps a piece through `train_steps`, fed and read as `loop.fit` does. Units are tokens."""
+    """`scan_steps` steps a piece through `train_steps`, fed and read as `loop.fit` does. Units are tokens.
 
-    def __init__(self, config: Any):
+    Args:
+      mesh: sizes of a mesh, as `--mesh` takes them; one device without.
+    """
+
+    def __init__(self, config: Any, mesh: str = ""):
         super().__init__()
         self.config = from_tree(config)
+        self.placement = place(self.config, Sizes.parse(mesh))[0] if mesh else OneDevice()
         tokens = random_tokens(self.config.model.vocab_size)
-        self.feed, self.state, self.step = feeder(self.config, tokens), init_state(self.config), 0
+        self.feed, self.steps = feeder(self.config, tokens, self.placement), self.placement.steps(self.config)
+        self.step = 0
         self.unread: Metrics | None = None
-        jax.block_until_ready(self.state)
-        began = time.perf_counter()
         served = self.feed(0, self.config.train.scan_steps)
-        compiled = train_steps.lower(self.config, self.state, *served).compile()
+        with self.placement.scope():
+            self.state = jax.block_until_ready(fresh(self.config, self.placement))
+            began = time.perf_counter()
+            compiled = self.steps.lower(self.config, self.state, *served).compile()
         self.about |= {
             "compile_seconds": time.perf_counter() - began,
             "compiled_bytes": sum(memory.compiled_bytes(compiled) or ()) or None,
@@ -60,7 +69,8 @@ class Training(_OnJax):
     def run(self) -> int:
         train = self.config.train
         served = self.feed(self.step, self.step + train.scan_steps)
-        self.state, metrics = train_steps(self.config, self.state, *served)
+        with self.placement.scope():
+            self.state, metrics = self.steps(self.config, self.state, *served)
         if self.unread:
             jax.device_get(self.unread)
         self.unread, self.step = metrics, self.step + train.scan_steps

@@ -1,17 +1,32 @@
 """Each mode in small: real contestants of micro size, in this process; and whole programs that are made up."""
 
+import dataclasses
 import inspect
 import subprocess
 import sys
 
 import pytest
 
-from jaxgpt.bench import facts, memory, modes, peak, ruler, sample, scaling, speedrun, startup, table, train, worker
+from jaxgpt.bench import (
+    facts,
+    memory,
+    meshes,
+    modes,
+    peak,
+    ruler,
+    sample,
+    scaling,
+    speedrun,
+    startup,
+    table,
+    train,
+    worker,
+)
 from jaxgpt.bench.shapes import PRECISIONS, config_of, flops_per_step
 from jaxgpt.config import MissingExtraError, UsageError
 
 MEASURES = {"train": train, "speedrun": speedrun, "sample": sample, "startup": startup, "scaling": scaling}
-MEASURES["memory"] = memory
+MEASURES |= {"memory": memory, "meshes": meshes}
 
 
 class Here:
@@ -151,6 +166,22 @@ def test_scaling_counts_seconds_per_step(monkeypatch):
     assert rows["-"]["ms/step"] == 16
     assert rows["B"]["operations"] == 2
     assert 1 < rows["V"]["operations"] < rows["L"]["operations"] < 2 < rows["T"]["operations"] < rows["C"]["operations"]
+
+
+def test_meshes_in_small(here, monkeypatch):
+    monkeypatch.setattr(meshes, "STRONG", ("data=2,context=2",))
+    monkeypatch.setattr(meshes, "WEAK", {"fsdp=8": 8})
+    monkeypatch.setattr(meshes, "config", lambda shape, B: replace_batch(config_of(shape, "cpu"), B))
+    report = meshes.measure(shape="micro", rounds=1, seconds=0, tell=quiet)
+    assert report["failed"] == {}
+    strong, weak = (found["rows"] for found in report["tables"])
+    assert [(row["mesh"], row["B"]) for row in strong + weak] == [("data=2,context=2", 32), ("fsdp=8", 32)]
+    one, over = (report["seconds_per_step"][name][0] for name in ("one, B 32", "data=2,context=2, B 32"))
+    assert strong[0]["time, of one device's"]["median"] == over / one
+
+
+def replace_batch(config, batch_size):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
 
 
 def test_memory_in_small(here):
