@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from jaxgpt.cli import VERBS
 from jaxgpt.cli.options import parse
 from jaxgpt.config import Config, UsageError, check
 from jaxgpt.recipes import recipe
@@ -25,7 +26,7 @@ def run(args: list[str]) -> int:
             raise UsageError("which recipe? jaxgpt plan gpt2-124m --topology v5e:16x16")
         args = ["gpt2-124m", *args]
     name = args.pop(0)
-    given = parse(PlanOptions, args, f"plan {name}", default=PlanOptions(recipe(name).config))
+    given = parse(PlanOptions, args, f"plan {name}", VERBS["plan"][1], default=PlanOptions(recipe(name).config))
     config = check(given.config)
     if not config.model.vocab_size:
         raise UsageError(f"the vocabulary of {name} is known only with its text: say its size, --vocab-size 65")
