@@ -14,7 +14,7 @@ _HOME = {
     "Batch": "text.batches",
     "take": "text.batches",
     "window_starts": "text.batches",
-    "prepare": "text.corpus",
+    "prepare": "text.prepare",
     "BPETokenizer": "text.bpe",
     "ByteTokenizer": "text.tokenizer",
     "CharTokenizer": "text.tokenizer",

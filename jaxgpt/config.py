@@ -45,7 +45,7 @@ class DataConfig:
 
     corpus: str = "python-docs"
     """A named corpus (python-docs, python-stdlib, shakespeare), a file or folder of UTF-8, .jsonl or .parquet, or a
-    prepared folder."""
+    prepared folder; here or at a URL. Or a mixture of such by weight: 0.7*a.txt + 0.3*b.txt."""
     tokenizer: str = "char"
     """char, ascii, byte, gpt2, bpe:SIZE (learnt from the text, such as bpe:4096), or a tokens.json whose vocabulary is
     to be used again."""

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from jaxgpt.config import Config, MissingExtraError, ModelConfig
 from jaxgpt.recipes import RECIPES, recipe
-from jaxgpt.text import corpus, sources
+from jaxgpt.text import sources
 from jaxgpt.text.batches import Ids
+from jaxgpt.text.prepare import tokenize
 
 try:
     import torch
@@ -242,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--began", type=float, default=began, help="time.monotonic() before this process was started")
     given = parser.parse_args(argv)
     config = recipe(given.recipe).config
-    text = corpus.tokenize(sources.read(given.data))
+    text = tokenize(sources.read(given.data))
     train_tokens, val_tokens = text.split(config.data.val_fraction)
     config = replace(
         config,

@@ -16,7 +16,7 @@ from typing import NoReturn
 from jaxgpt.config import UsageError
 
 VERBS = {  # its module, and its line in the overview
-    "prepare": ("prepare", "Turn a text into tokens.bin and tokens.json."),
+    "prepare": ("prepare", "Turn a text into shards of tokens and tokens.json."),
     "train": ("train", "Train a recipe, or resume a run."),
     "sample": ("sample", "Write text with a trained run."),
     "eval": ("evaluate", "Score a run on a whole split."),

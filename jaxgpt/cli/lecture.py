@@ -38,7 +38,7 @@ def run(args: list[str]) -> int:
 
     from jaxgpt.lecture import ladder
     from jaxgpt.report import plots, tables
-    from jaxgpt.text.corpus import prepare
+    from jaxgpt.text.prepare import prepare
 
     use_compile_cache()
     check(Config(train=TrainConfig(seed=given.seed)))

@@ -28,10 +28,10 @@ def run(args: list[str]) -> int:
     from rich.console import Console
 
     from jaxgpt.report.progress import patient_bar
-    from jaxgpt.text import corpus as corpora
+    from jaxgpt.text.prepare import prepare
 
     with patient_bar(Console(stderr=True)) as progress:
-        done = corpora.prepare(
+        done = prepare(
             given.corpus,
             given.tokenizer,
             unknown=given.unknown,

@@ -166,6 +166,11 @@ class Placement:
         """The whole array on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
+    @property
+    def windows(self) -> NamedSharding:
+        """Windows (K, B, T + 1) by their sequences."""
+        return NamedSharding(self.mesh, PartitionSpec(None, ("data", "fsdp"), None))
+
     def shardings(self, state: Any) -> Any:
         """The sharding of each leaf of a train state, or of parameters: a moment lies as its parameter does.
 

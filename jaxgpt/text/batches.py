@@ -5,6 +5,7 @@ key and counter are (seed, purpose, step or epoch), so any step's batch can be c
 machine, and a resumed run sees the batches that an unbroken one would have seen.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,7 +16,17 @@ Ids = NDArray[np.integer[Any]]
 Starts = NDArray[np.int64]
 
 # What a stream of random numbers is for; part of the key, so that no stream can touch another.
-RANDOM, OFFSET, PERMUTATION, ESTIMATE = range(4)
+RANDOM, OFFSET, PERMUTATION, ESTIMATE, MIXTURE = range(5)
+MIX = 1000
+"""Of so many windows in a row each part of a mixture has its share."""
+
+
+class Part(NamedTuple):
+    """A part of a mixture."""
+
+    n_tokens: int
+    share: float
+    """Of the windows, in any unit."""
 
 
 class Batch(NamedTuple):
@@ -40,20 +51,70 @@ def window_starts(seed: int, step: int, n_tokens: int, T: int, B: int, sampling:
 
 def chunk_starts(seed: int, begin: int, end: int, n_tokens: int, T: int, B: int, sampling: str = "epoch") -> Starts:
     """`window_starts` of the steps from `begin` up to `end`, (end - begin, B)."""
-    if n_tokens < T + 1:
-        raise ValueError(f"{n_tokens} tokens hold no window of {T} inputs and a target")
-    if sampling == "random":
-        return np.stack([_raw(seed, RANDOM, step, B) % (n_tokens - T) for step in range(begin, end)])
-    if sampling != "epoch":
+    return mixed_starts(seed, begin, end, [Part(n_tokens, 1.0)], T, B, sampling)
+
+
+def mixed_starts(
+    seed: int, begin: int, end: int, parts: Sequence[Part], T: int, B: int, sampling: str = "epoch"
+) -> Starts:
+    """`chunk_starts` in several parts, which lie one after another; each has its share of the windows.
+
+    Window n of the run belongs to a part by a keyed order of every MIX windows, of which each part has its share, to
+    one; and it is window j of that part, where j of the run's windows before it were, so that an epoch of a part is
+    what it is alone.
+
+    Raises:
+      ValueError: a part has fewer than T + 1 tokens, or an unknown sampling.
+    """
+    for n_tokens, _ in parts:
+        if n_tokens < T + 1:
+            raise ValueError(f"{n_tokens} tokens hold no window of {T} inputs and a target")
+    if sampling not in ("epoch", "random"):
         raise ValueError(f"sampling is {sampling!r}, expected 'epoch' or 'random'")
+    windows = np.arange(begin * B, end * B)
+    of, index = _parts_of(seed, windows, [share for _, share in parts])
+    starts, first = np.empty_like(windows), 0
+    raw = np.concatenate([_raw(seed, RANDOM, step, B) for step in range(begin, end)]) if sampling == "random" else None
+    for i, (n_tokens, _) in enumerate(parts):
+        here = of == i
+        within = _epoch_starts(seed, index[here], n_tokens, T) if raw is None else raw[here] % (n_tokens - T)
+        starts[here] = first + within
+        first += n_tokens
+    return starts.reshape(end - begin, B)
+
+
+def _parts_of(
+    seed: int, windows: NDArray[np.int64], shares: Sequence[float]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The part that each window belongs to, and which of the part's windows it is. Shapes: (n,) to (n,) and (n,)."""
+    if len(shares) == 1:
+        return np.zeros_like(windows), windows
+    # Each part has a run of places; rounding goes to the nearest, so that they add up to MIX.
+    ends = np.rint(MIX * np.cumsum(shares) / sum(shares)).astype(np.int64)
+    counts = np.diff(ends, prepend=0)
+    of, index = np.empty_like(windows), np.empty_like(windows)
+    blocks, places = np.divmod(windows, MIX)
+    for block in np.unique(blocks):
+        order = np.searchsorted(ends, permute(np.arange(MIX), MIX, seed, int(block), MIXTURE), side="right")
+        mine = blocks == block
+        of[mine] = order[places[mine]]
+        for i, count in enumerate(counts):
+            earlier = np.cumsum(order == i) - (order == i)
+            here = mine & (of == i)
+            index[here] = block * count + earlier[places[here]]
+    return of, index
+
+
+def _epoch_starts(seed: int, index: NDArray[np.int64], n_tokens: int, T: int) -> NDArray[np.int64]:
+    """The starts of the windows `index` (n,) of all epochs, one epoch after another."""
     n = n_windows(n_tokens, T)
-    epochs, positions = np.divmod(np.arange(begin * B, end * B), n)
+    epochs, positions = np.divmod(index, n)
     starts = np.empty_like(positions)
     for epoch in np.unique(epochs):
         mine = epochs == epoch
         offset = _raw(seed, OFFSET, int(epoch), 1) % (n_tokens - n * T)
         starts[mine] = offset + T * permute(positions[mine], n, seed, int(epoch))
-    return starts.reshape(end - begin, B)
+    return starts
 
 
 def estimate_starts(seed: int, step: int, n_tokens: int, T: int, n: int) -> Starts:
@@ -66,7 +127,7 @@ def n_windows(n_tokens: int, T: int) -> int:
     return max(1, n_tokens // T - 1)
 
 
-def permute(index: NDArray[np.int64], n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def permute(index: NDArray[np.int64], n: int, seed: int, epoch: int, purpose: int = PERMUTATION) -> NDArray[np.int64]:
     """The image of each index under a keyed permutation of range(n), without a table of n entries.
 
     A four-round Feistel network on the smallest even number of bits that holds n, walked until the image is below n
@@ -74,7 +135,7 @@ def permute(index: NDArray[np.int64], n: int, seed: int, epoch: int) -> NDArray[
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
-    keys = _raw(seed, PERMUTATION, epoch, 4).astype(np.uint64)
+    keys = _raw(seed, purpose, epoch, 4).astype(np.uint64)
 
     def network(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = x >> np.uint64(half), x & mask
@@ -93,18 +154,18 @@ def take(tokens: Array, starts: Any, T: int) -> Batch:
 
     `tokens` may be a memory map, or a device array inside or outside `jit`: the same code serves both.
     """
-    windows = tokens[_places(starts, T)].astype(np.int32)
+    return cut(tokens[_places(starts, T)])
+
+
+def cut(windows: Any) -> Batch:
+    """Windows (..., T + 1) of ids as inputs and targets, (..., T) int32."""
+    windows = windows.astype(np.int32)
     return Batch(windows[..., :-1], windows[..., 1:])
 
 
-def pack(tokens: Ids, starts: Starts, T: int) -> tuple[Ids, Starts]:
-    """A corpus of just the windows at `starts` (any shape), and their starts in it.
-
-    `take` finds the same windows in it as in the whole: so a corpus too large for the device is served by the same
-    compiled step, a few windows at a time.
-    """
-    windows = np.ascontiguousarray(tokens[_places(starts, T)])
-    return windows.reshape(-1), np.arange(starts.size, dtype=np.int64).reshape(starts.shape) * (T + 1)
+def gather(tokens: Ids, starts: Starts, T: int) -> Ids:
+    """The windows at `starts` (any shape), (..., T + 1), read from a corpus that is too large for the device."""
+    return np.ascontiguousarray(tokens[_places(starts, T)])
 
 
 def _places(starts: Any, T: int) -> Any:

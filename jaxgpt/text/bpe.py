@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,10 +132,24 @@ def from_plain(pattern: str, tokens: list[Any], special: list[Any]) -> BPETokeni
 
 
 def train(text: str, vocab_size: int, progress: Progress = unseen) -> BPETokenizer:
-    """The byte-level BPE of `text`: its most frequent pairs are merged until there are `vocab_size` tokens.
+    """`learn` from a text in memory; `progress` is told of it."""
+
+    def told() -> Iterator[str]:
+        for begin, end in spans(text, 2**14):
+            yield text[begin:end]
+            progress("learning a vocabulary", end / len(text))
+
+    return learn(told(), vocab_size)
+
+
+def learn(parts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """The byte-level BPE of a text: its most frequent pairs are merged until there are `vocab_size` tokens.
 
     The result is a function of (text, vocab_size) and has no special tokens. A short text may have no pairs left
-    before there are so many tokens.
+    before there are so many tokens. Of the text only its different words are kept.
+
+    Args:
+      parts: of the text, cut as `spans` cuts it.
 
     Raises:
       UsageError: `vocab_size` is below 256 or above MAX_TOKENS.
@@ -150,10 +164,10 @@ def train(text: str, vocab_size: int, progress: Progress = unseen) -> BPETokeniz
     def pieces() -> Iterator[str]:
         # A word costs the trainer the square of its length, so that endless ones are cut where they must be.
         size, limit = 2**14, 2**15
-        for begin, end in spans(text, size):
-            for start in range(begin, end, limit):
-                yield text[start : min(end, start + limit)].encode("utf-8", "ignore").decode()
-            progress("learning a vocabulary", end / len(text))
+        for text in parts:
+            for begin, end in spans(text, size):
+                for start in range(begin, end, limit):
+                    yield text[start : min(end, start + limit)].encode("utf-8", "ignore").decode()
 
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -1,22 +1,22 @@
-"""Text to tokens on disk and back: tokens.bin (uint16 or uint32, memory-mapped) beside tokens.json."""
+"""Text to tokens on disk and back: shards tokens-00000.bin and so on (uint16 or uint32, memory-mapped) beside
+tokens.json, which says what each of them holds."""
 
 import hashlib
 import json
-import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jaxgpt import disk
-from jaxgpt.config import UsageError
-from jaxgpt.text import bpe, gpt2, sources, tokenizer
-from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, Ids, Progress, Tokenizer, unseen
+from jaxgpt.config import UsageError, shown
+from jaxgpt.text import tokenizer
+from jaxgpt.text.batches import Part
+from jaxgpt.text.shards import joined
+from jaxgpt.text.tokenizer import Ids, Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 KINDS = {"char": "char", "ascii": "char", "byte": "byte", "gpt2": "bpe", "bpe": "bpe"}
 """What --tokenizer can say before a colon, and the kind of tokenizer that it gives."""
 
@@ -29,14 +29,26 @@ class CorpusError(UsageError):
 class Corpus:
     """A tokenized text: `tokens` (N,) uint16 or uint32, its tokenizer, and what tokens.json says."""
 
-    tokens: NDArray[np.unsignedinteger[Any]]
+    tokens: Ids
     tokenizer: Tokenizer
     meta: dict[str, Any]
+    parts: tuple[tuple[float, "Corpus"], ...] = ()
+    """Of a mixture: the weight in training of each part, and the part."""
 
     def split(self, val_fraction: float) -> tuple[Ids, Ids]:
-        """The training tokens and, from the end of the text, the validation tokens: views, not copies."""
+        """The training tokens and, from the end of the text, the validation tokens: views, not copies.
+
+        Of a mixture: those of its parts, one after another."""
+        if self.parts:
+            train, val = zip(*(part.split(val_fraction) for _, part in self.parts), strict=True)
+            return joined(train), joined(val)
         n_train = int(len(self.tokens) * (1 - val_fraction))
         return self.tokens[:n_train], self.tokens[n_train:]
+
+    def training_parts(self, val_fraction: float) -> tuple[Part, ...]:
+        """Size and weight of each part of the training tokens, in their order."""
+        parts = self.parts or ((1.0, self),)
+        return tuple(Part(len(part.split(val_fraction)[0]), share) for share, part in parts)
 
     @property
     def summary(self) -> str:
@@ -68,97 +80,67 @@ def require_fit(corpus: Corpus, block_size: int, val_fraction: float, vocab_size
             )
 
 
-def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error", progress: Progress = unseen) -> Corpus:
-    """Tokenize `source` in memory.
-
-    Args:
-      spec: "char" (the vocabulary of this text), "ascii" (line feed and the 95 printable characters), "byte", "gpt2",
-        "bpe:SIZE" (learnt from this text), or the path of a tokens.json whose vocabulary to use.
-      unknown: "skip" leaves out characters outside the vocabulary and counts them in `meta`.
-
-    Raises:
-      UnknownCharacterError: a character is outside the vocabulary and `unknown` is "error".
-      UsageError: `spec` names no tokenizer, or one that cannot be had.
-    """
-    text, skipped = source.text, 0
-    match spec:
-        case "char":
-            tok: Tokenizer = CharTokenizer.train(text)
-        case "ascii":
-            tok = CharTokenizer("\n" + "".join(map(chr, range(32, 127))))
-        case "byte":
-            tok = ByteTokenizer()
-        case "gpt2":
-            tok = gpt2.load()
-        case _ if re.fullmatch("bpe:[0-9]{1,7}", spec):
-            tok = bpe.train(text, int(spec.removeprefix("bpe:")), progress)
-        case _:
-            tok = tokenizer_of(Path(spec))
-    if unknown == "skip":
-        text = tokenizer.without_unknown(tok, text)
-        skipped = len(source.text) - len(text)
-    dtype = np.uint16 if tok.vocab_size <= 2**16 else np.uint32
-    tokens: NDArray[Any] = tok.encode(text, progress).astype(dtype)
-    meta = {
-        "format": FORMAT,
-        "dtype": np.dtype(dtype).name,
-        "count": len(tokens),
-        "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-        "source": source.name,
-        "origin": source.origin,
-        "source_sha256": source.sha256,
-        "notes": list(source.notes),
-        "skipped_characters": skipped,
-        "tokenizer": tok.to_json(),
-    }
-    return Corpus(tokens, tok, meta)
-
-
 def save(corpus: Corpus, folder: Path) -> None:
-    """Write tokens.bin and tokens.json, each whole or not at all, tokens.json last.
+    """Write the shards that `corpus.meta` names and tokens.json, each whole or not at all, tokens.json last.
 
     Raises:
       CorpusError: the folder cannot be written to.
     """
-    little_endian = corpus.tokens.astype(corpus.tokens.dtype.newbyteorder("<"), copy=False)
+    first = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        disk.write_atomically(folder / "tokens.bin", little_endian.tobytes())
+        for shard in corpus.meta["shards"]:
+            ids = np.asarray(corpus.tokens[first : first + shard["count"]])
+            disk.write_atomically(folder / shard["file"], ids.astype(ids.dtype.newbyteorder("<"), copy=False).tobytes())
+            first += shard["count"]
         disk.write_atomically(folder / "tokens.json", disk.seal(corpus.meta).encode())
     except OSError as error:
         raise CorpusError(f"{folder} cannot be written: {error.strerror}; name another folder: --data-dir") from error
 
 
 def load(folder: Path) -> Corpus:
-    """Memory-map a prepared corpus, its SHA-256 checked.
+    """Memory-map a prepared corpus, the SHA-256 of each shard checked.
 
     Raises:
       CorpusError: a file is missing, damaged or of another format.
     """
     meta = read_meta(folder / "tokens.json")
-    path, dtype = folder / "tokens.bin", np.dtype(meta["dtype"]).newbyteorder("<")
+    tok, dtype = tokenizer.from_json(meta["tokenizer"]), np.dtype(meta["dtype"]).newbyteorder("<")
+    return Corpus(joined([_load_shard(folder, shard, dtype, tok) for shard in shards_of(meta)]), tok, meta)
+
+
+def shards_of(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """File, count and SHA-256 of each shard; format 1 had one."""
+    if meta["format"] == 1:
+        return [{"file": "tokens.bin", "count": meta["count"], "sha256": meta["sha256"]}]
+    shards: list[dict[str, Any]] = meta["shards"]
+    return shards
+
+
+def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: Tokenizer) -> Ids:
+    path = folder / shard["file"]
     if not path.is_file():
         raise CorpusError(f"{path} is missing; jaxgpt prepare makes it")
-    size, expected = path.stat().st_size, meta["count"] * dtype.itemsize
+    size, expected = path.stat().st_size, shard["count"] * dtype.itemsize
     if size != expected:
         raise CorpusError(
-            f"{path} has {size:,} bytes, expected {expected:,} ({meta['count']:,} {meta['dtype']}): "
+            f"{path} has {size:,} bytes, expected {expected:,} ({shard['count']:,} {dtype.name}): "
             "it is damaged; remove the folder and run jaxgpt prepare again"
         )
     digest = disk.sha256(path)
-    if digest != meta["sha256"]:
+    if digest != shard["sha256"]:
         raise CorpusError(
-            f"{path} has SHA-256 {digest}, expected {meta['sha256']}: "
+            f"{path} has SHA-256 {digest}, expected {shard['sha256']}: "
             "it is damaged; remove the folder and run jaxgpt prepare again"
         )
-    tokens, tok = np.memmap(path, dtype, mode="r"), tokenizer.from_json(meta["tokenizer"])
+    tokens = np.memmap(path, dtype, mode="r")
     largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
     if largest >= tok.vocab_size:
         raise CorpusError(
             f"{path} holds the id {largest}, expected ids below {tok.vocab_size}, the size of its vocabulary: "
             "it belongs to another tokens.json; remove the folder and run jaxgpt prepare again"
         )
-    return Corpus(tokens, tok, meta)
+    return tokens
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -186,13 +168,27 @@ def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
     for name, kind in kinds.items():
         if type(meta.get(name)) is not kind:
             raise ValueError(f"it has no {name} of type {kind.__name__}")
-    if meta["format"] != FORMAT or meta["dtype"] not in ("uint16", "uint32") or not 1 <= meta["count"] < 2**63:
+    if meta["format"] not in (1, FORMAT) or meta["dtype"] not in ("uint16", "uint32") or not 1 <= meta["count"] < 2**63:
         raise ValueError(
             f"it has format {meta['format']}, dtype {meta['dtype']}, count {meta['count']}; expected format "
-            f"{FORMAT}, dtype uint16 or uint32 and a count from 1 to 2**63 - 1"
+            f"1 or {FORMAT}, dtype uint16 or uint32 and a count from 1 to 2**63 - 1"
         )
+    if meta["format"] == FORMAT and "parts" not in meta:
+        _check_shards(meta.get("shards"), meta["count"])
     tokenizer.from_json(meta["tokenizer"])
     return meta
+
+
+def _check_shards(shards: Any, count: int) -> None:
+    if not isinstance(shards, list):
+        raise ValueError("it has no shards of type list")
+    for i, shard in enumerate(shards):
+        match shard:
+            case {"file": str(name), "count": int(n), "sha256": str()} if name == f"tokens-{i:05}.bin" and n >= 0:
+                continue
+        raise ValueError(f"its shard {i} is {shown(shard)}, expected file tokens-{i:05}.bin, a count and a sha256")
+    if sum(shard["count"] for shard in shards) != count:
+        raise ValueError(f"its shards do not hold {count:,} tokens together")
 
 
 def tokenizer_of(path: Path) -> Tokenizer:
@@ -216,65 +212,3 @@ def folder_of(meta: dict[str, Any], data_dir: Path) -> Path:
     """Where `prepare` puts the corpus that `meta` describes: what differs in ids or vocabulary shares no folder."""
     both = hashlib.sha256(json.dumps([meta["sha256"], meta["tokenizer"]]).encode()).hexdigest()
     return data_dir / f"{meta['source']}-{meta['tokenizer']['kind']}-{both[:8]}"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What `prepare` did: the corpus, where it lies, and whether it lay there already."""
-
-    corpus: Corpus
-    folder: Path
-    reused: bool
-    seconds: float
-
-
-def prepare(
-    corpus: str,
-    spec: str = "char",
-    *,
-    unknown: str = "error",
-    data_dir: Path = Path("data"),
-    block_size: int = 1,
-    val_fraction: float = 0.1,
-    vocab_size: int = 0,
-    column: str = "text",
-    progress: Progress = unseen,
-) -> Prepared:
-    """Tokenize a corpus into a folder of `data_dir`, once; an equal one that lies there is used again.
-
-    Args:
-      corpus, column: as in `sources.read`, or a folder that `prepare` made.
-      spec, unknown, progress: as in `tokenize`.
-      block_size, val_fraction: both splits must hold a window of this size.
-      vocab_size: the vocabulary must not be larger than this; 0 for any size.
-
-    Raises:
-      SourceError, CorpusError, UnknownCharacterError: before anything is written.
-    """
-    began = time.perf_counter()
-    given = Path(corpus).expanduser()
-    if corpus not in sources.NAMED and (given / "tokens.json").is_file():
-        found = load(given)
-        _require_tokenizer(found, spec, given)
-        require_fit(found, block_size, val_fraction, vocab_size)
-        return Prepared(found, given, True, time.perf_counter() - began)
-    fresh = tokenize(sources.read(corpus, column), spec, unknown, progress)
-    require_fit(fresh, block_size, val_fraction, vocab_size)
-    folder = folder_of(fresh.meta, data_dir)
-    try:
-        found = load(folder)
-        reused = found.meta == fresh.meta
-    except CorpusError:  # missing or damaged: what is in hand takes its place
-        reused = False
-    if not reused:
-        save(fresh, folder)
-        found = load(folder)
-    return Prepared(found, folder, reused, time.perf_counter() - began)
-
-
-def _require_tokenizer(corpus: Corpus, spec: str, folder: Path) -> None:
-    """Check that a prepared corpus has the tokenizer that was asked for."""
-    kind, named = corpus.meta["tokenizer"]["kind"], spec.split(":")[0]
-    same = kind == KINDS[named] if named in KINDS else corpus.tokenizer == tokenizer_of(Path(spec))
-    if not same:
-        raise CorpusError(f"{folder} was prepared with {kind}, but --tokenizer is {spec}: give --tokenizer {folder}")

@@ -1,26 +1,41 @@
-"""One file to text: UTF-8, JSON Lines or Parquet."""
+"""One file to text, piece by piece: UTF-8, JSON Lines or Parquet, on this machine or in a store."""
 
+import codecs
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxgpt.config import MissingExtraError, UsageError, shown
 
+PIECE = 2**20
+"""Bytes that are read at once."""
 MAX_GROWTH, ALWAYS_ALLOWED = 100, 2**26
 """A .gz may unpack to 64 MiB, or to a hundred times its size if that is more: text shrinks to a tenth, a bomb to a
 thousandth."""
+Seen = Callable[[int], None]
+"""Is told how many bytes were read since it was told last."""
 
 
 class SourceError(UsageError):
     """A text cannot be had or read."""
 
 
+def unseen(n: int) -> None:
+    """A `Seen` that shows nothing."""
+
+
 def read_text(path: Path, column: str = "text") -> tuple[str, tuple[str, ...]]:
-    """The text of a file with LF line ends, and notes on what was changed.
+    """The text of a file, and notes on what was changed; as `pieces`."""
+    notes: list[str] = []
+    return "".join(pieces(path, column, notes)), tuple(notes)
+
+
+def pieces(path: Path, column: str, notes: list[str], seen: Seen = unseen) -> Iterator[str]:
+    """The text of a file with LF line ends, piece by piece; `notes` on what was changed are added at its end.
 
     `.jsonl`, `.jsonl.gz` and `.parquet` hold one document a row, its text in `column`; a blank line is put between
     two documents. Any other file is UTF-8.
@@ -30,79 +45,116 @@ def read_text(path: Path, column: str = "text") -> tuple[str, tuple[str, ...]]:
     """
     name = path.name.lower()
     if name.endswith(".parquet"):
-        documents = list(_parquet(path, column))
+        documents = _parquet(path, column, seen)
     elif name.endswith((".jsonl", ".jsonl.gz")):
-        documents = list(_json_lines(path, column))
+        documents = _json_lines(path, column, seen)
     else:
-        return read_utf8(path)
-    text, notes = _plain("\n\n".join(documents))
-    return text, (f"put a blank line between {len(documents):,} documents of column {column!r}", *notes)
+        yield from plain(utf8(_bytes(path, seen), str(path)), notes)
+        return
+    count, changes = 0, list[str]()
+
+    def joined() -> Iterator[str]:
+        nonlocal count
+        for document in documents:
+            if count:
+                yield "\n\n"
+            count += 1
+            yield document
+
+    yield from plain(joined(), changes)
+    notes += [f"put a blank line between {count:,} documents of column {column!r}", *changes]
 
 
-def read_utf8(path: Path) -> tuple[str, tuple[str, ...]]:
-    """`decode_utf8` of a file's bytes."""
-    return decode_utf8(_bytes(path), str(path))
-
-
-def decode_utf8(data: bytes, origin: str) -> tuple[str, tuple[str, ...]]:
-    """The text of UTF-8 `data` with LF line ends and no byte order mark, and notes on what was changed.
+def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
+    """UTF-8 `data` as text.
 
     Raises:
       SourceError: the data is UTF-16 or UTF-32 by its mark, or is not UTF-8; `origin` is named.
     """
-    if data.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
-        raise SourceError(f"{origin} begins with the mark of UTF-16 or UTF-32; convert it: iconv -t UTF-8")
+    decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
+    for chunk in _marked(data, origin):
+        yield _decoded(decoder, chunk, read, origin)
+        read += len(chunk)
+    yield _decoded(decoder, b"", read, origin, final=True)
+
+
+def _marked(data: Iterable[bytes], origin: str) -> Iterator[bytes]:
+    """`data` itself, unless it begins with the mark of another encoding."""
+    for i, chunk in enumerate(data):
+        if i == 0 and chunk.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
+            raise SourceError(f"{origin} begins with the mark of UTF-16 or UTF-32; convert it: iconv -t UTF-8")
+        yield chunk
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, read: int, origin: str, final: bool = False) -> str:
+    held = len(decoder.getstate()[0])  # the first bytes of a character that the last chunk ended in
     try:
-        return _plain(data.decode("utf-8"))
+        return decoder.decode(chunk, final)
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"{origin} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} ({error.reason}); "
-            "convert it: iconv -f LATIN1 -t UTF-8"
+            f"{origin} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {read - held + error.start} "
+            f"({error.reason}); convert it: iconv -f LATIN1 -t UTF-8"
         ) from error
 
 
-def _plain(text: str) -> tuple[str, tuple[str, ...]]:
-    notes = []
-    if text.startswith("\ufeff"):
-        text = text.removeprefix("\ufeff")
+def plain(text: Iterable[str], notes: list[str]) -> Iterator[str]:
+    """`text` with LF line ends and no byte order mark; `notes` on what was changed are added at its end."""
+    decoder, first, marked, returns = io.IncrementalNewlineDecoder(None, translate=True), True, False, 0
+    for piece in text:
+        if first and piece:
+            first, marked = False, piece.startswith("\ufeff")
+            piece = piece.removeprefix("\ufeff")
+        returns += piece.count("\r")
+        yield decoder.decode(piece)
+    yield decoder.decode("", final=True)
+    if marked:
         notes.append("dropped a byte order mark")
-    if "\r" in text:
-        count = text.count("\r")
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        notes.append(f"turned {count:,} CR or CRLF line ends into LF")
-    return text, tuple(notes)
+    if returns:
+        notes.append(f"turned {returns:,} CR or CRLF line ends into LF")
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, seen: Seen) -> Iterator[bytes]:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            yield from _chunks(file, seen)
     except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _unpacked(path: Path, data: bytes) -> bytes:
-    limit, parts, size = max(ALWAYS_ALLOWED, MAX_GROWTH * len(data)), [], 0
+def _chunks(file: IO[bytes], seen: Seen) -> Iterator[bytes]:
+    while chunk := file.read(PIECE):
+        seen(len(chunk))
+        yield chunk
+
+
+def _unpacked(path: Path, seen: Seen) -> Iterator[bytes]:
+    unpacked, size = 0, 0
     try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            while size <= limit and (part := file.read(2**20)):
-                parts.append(part)
-                size += len(part)
-    except (OSError, EOFError, zlib.error) as error:
+        size = path.stat().st_size
+        limit = max(ALWAYS_ALLOWED, MAX_GROWTH * size)
+        with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as file:
+            before = 0
+            while chunk := file.read(PIECE):
+                unpacked += len(chunk)
+                if unpacked > limit:
+                    raise SourceError(
+                        f"{path} unpacks to more than {limit:,} bytes, expected at most {MAX_GROWTH} times its "
+                        f"{size:,}; if it is meant to, unpack it first: gunzip"
+                    )
+                seen(packed.tell() - before)
+                before = packed.tell()
+                yield chunk
+    except gzip.BadGzipFile as error:
         raise SourceError(f"{path} is not gzip, or is damaged: {error}") from error
-    if size > limit:
-        raise SourceError(
-            f"{path} unpacks to more than {limit:,} bytes, expected at most {MAX_GROWTH} times its {len(data):,}; "
-            "if it is meant to, unpack it first: gunzip"
-        )
-    return b"".join(parts)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (EOFError, zlib.error) as error:
+        raise SourceError(f"{path} is not gzip, or is damaged: {error}") from error
 
 
-def _json_lines(path: Path, column: str) -> Iterator[str]:
-    data = _bytes(path)
-    if path.suffix.lower() == ".gz":
-        data = _unpacked(path, data)
-    # Not splitlines(): a JSON string may hold the other line ends that Python knows, such as U+2028.
-    for number, line in enumerate(decode_utf8(data, str(path))[0].split("\n"), 1):
+def _json_lines(path: Path, column: str, seen: Seen) -> Iterator[str]:
+    data = _unpacked(path, seen) if path.suffix.lower() == ".gz" else _bytes(path, seen)
+    for number, line in enumerate(_lines(plain(utf8(data, str(path)), [])), 1):
         if not line.strip():
             continue
         where, wanted = f"{path}, line {number}", f'expected an object such as {{"{column}": "..."}}'
@@ -116,22 +168,38 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
         yield _string(row[column], where, column)
 
 
-def _parquet(path: Path, column: str) -> Iterator[str]:
+def _lines(text: Iterable[str]) -> Iterator[str]:
+    """Split at LF alone, unlike splitlines(): a JSON string may hold the other line ends that Python knows."""
+    open_line: list[str] = []
+    for piece in text:
+        head, *lines = piece.split("\n")
+        open_line.append(head)
+        for line in lines:
+            yield "".join(open_line)
+            open_line = [line]
+    yield "".join(open_line)
+
+
+def _parquet(path: Path, column: str, seen: Seen) -> Iterator[str]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise MissingExtraError(f"{path.name}, a Parquet file,", "pyarrow", "parquet") from error
+    number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with path.open("rb") as raw, parquet.ParquetFile(raw) as file:
             _require_column(str(path), column, file.schema_arrow.names)
-            values = file.read(columns=[column]).column(0).to_pylist()
+            size, rows = path.stat().st_size, max(1, file.metadata.num_rows)
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield _string(value, f"{path}, row {number}", column)
+                seen(size * batch.num_rows // rows)
     except SourceError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # a date may be none that Python has
         raise SourceError(f"{path} is no Parquet file of strings, or is damaged: {error}") from error
-    for number, value in enumerate(values, 1):
-        yield _string(value, f"{path}, row {number}", column)
 
 
 def _require_column(where: str, column: str, names: Iterable[str]) -> None:

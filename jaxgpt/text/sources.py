@@ -4,14 +4,19 @@ import hashlib
 import http.client
 import os
 import platform
+import re
 import sysconfig
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 from jaxgpt import disk
-from jaxgpt.text.files import SourceError, decode_utf8, read_text, read_utf8
+from jaxgpt.config import MissingExtraError
+from jaxgpt.text import files
+from jaxgpt.text.files import Seen, SourceError
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -34,58 +39,153 @@ class Source:
         """Of the text as UTF-8."""
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
 
+    def stream(self) -> "Stream":
+        """The same, to be read piece by piece."""
+
+        def pieces(notes: list[str], seen: Seen) -> Iterator[str]:
+            notes += self.notes
+            for i in range(0, len(self.text), files.PIECE):
+                yield self.text[i : i + files.PIECE]
+                seen(min(files.PIECE, len(self.text) - i))
+
+        return Stream(self.name, self.origin, len(self.text), pieces)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A text of any size, read piece by piece, as often as is wanted."""
+
+    name: str
+    origin: str
+    size: int
+    """In bytes as they lie there, about."""
+    reader: Callable[[list[str], Seen], Iterator[str]]
+    """Pieces of the text; adds notes to a list at the end, and tells how many bytes it has read on the way."""
+
+    def pieces(self, notes: list[str], seen: Seen = files.unseen) -> Iterator[str]:
+        """The text, piece by piece; notes on what was changed are added at its end.
+
+        Raises:
+          SourceError: it cannot be read, or there is nothing but white space in it.
+        """
+        blank = True
+        for piece in self.reader(notes, seen):
+            blank = blank and not piece.strip()
+            if piece:
+                yield piece
+        if blank:
+            raise SourceError(f"{self.origin} holds no text")
+
 
 def read(corpus: str, column: str = "text") -> Source:
-    """The text of a named corpus, or of a file or folder: UTF-8, or documents as in `files.read_text`.
+    """The whole text of `open_stream`, in memory."""
+    stream, notes = open_stream(corpus, column), list[str]()
+    text = "".join(stream.pieces(notes))
+    return Source(stream.name, text, stream.origin, tuple(notes))
 
-    Line ends become LF and a byte order mark is dropped; `notes` says so when it happened.
+
+def open_stream(corpus: str, column: str = "text") -> Stream:
+    """The text of a named corpus, or of a file or folder, here or at a URL: UTF-8, or documents as in `files.pieces`.
+
+    Line ends become LF and a byte order mark is dropped; notes say so when it happened.
 
     Raises:
-      SourceError: there is no such corpus, or it is empty, not UTF-8 or out of reach.
+      SourceError: there is no such corpus. That it cannot be read is found as it is read.
     """
     if not corpus:
         raise SourceError("the corpus has no name; give a named corpus, a file or a folder")
     if corpus in NAMED:
-        source = NAMED[corpus]()
-    elif (path := Path(corpus).expanduser()).is_dir():
-        source = _folder(path, column)
-    elif path.is_file():
-        text, notes = read_text(path, column)
-        source = Source(Path(path.name.removesuffix(".gz")).stem, text, str(path.resolve()), notes)
-    else:
-        raise SourceError(
-            f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, "
-            "and any file or folder of UTF-8, .jsonl or .parquet can be given by its path"
-        )
-    if not source.text.strip():
-        raise SourceError(f"{source.origin} holds no text")
-    return source
+        return NAMED[corpus]().stream()
+    path = place(corpus)
+    try:
+        if path.is_dir():
+            return _folder(path, column)
+        if path.is_file():
+            name, origin = Path(path.name.removesuffix(".gz")).stem, corpus if is_url(corpus) else str(path.resolve())
+            return Stream(name, origin, path.stat().st_size, partial(files.pieces, path, column))
+    except OSError as error:
+        raise SourceError(f"{corpus} cannot be read: {error}") from error
+    raise SourceError(
+        f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, "
+        "and any file or folder of UTF-8, .jsonl or .parquet can be given by its path"
+    )
 
 
-def _folder(folder: Path, column: str) -> Source:
+def is_url(corpus: str) -> bool:
+    """Whether it names something in a store, such as gs://bucket/texts."""
+    return "://" in corpus
+
+
+def place(corpus: str) -> Path:
+    """Where a corpus lies, to be read as any path; that of a URL needs the extra `remote`.
+
+    Raises:
+      MissingExtraError: it is not installed, or not the package for this kind of store.
+    """
+    if not is_url(corpus):
+        return Path(corpus).expanduser()
+    try:
+        from upath import UPath
+
+        return cast(Path, UPath(corpus))
+    except ImportError as error:
+        raise MissingExtraError(f"{corpus}, in a store,", error.name or "universal_pathlib", "remote") from error
+    except ValueError as error:
+        raise SourceError(f"{corpus}: {error}") from error
+
+
+def absolute(corpus: str) -> str:
+    """The same corpus from wherever it is named: a path in full; of a mixture, each part."""
+    found = mixture(corpus)
+    if len(found) > 1:
+        return " + ".join(f"{share:g}*{absolute(part)}" for share, part in found)
+    return corpus if corpus in NAMED or is_url(corpus) else str(Path(corpus).expanduser().resolve())
+
+
+def mixture(corpus: str) -> list[tuple[float, str]]:
+    """The parts of "0.7*wiki.jsonl + 0.3*code" with their weights; any other corpus is its only part.
+
+    >>> mixture("0.7*wiki.jsonl + 0.3*code")
+    [(0.7, 'wiki.jsonl'), (0.3, 'code')]
+    >>> mixture("notes.txt")
+    [(1.0, 'notes.txt')]
+    """
+    parts = [re.fullmatch(r"([0-9]*\.?[0-9]+)\*(\S.*)", part.strip()) for part in corpus.split(" + ")]
+    found = [(float(part[1]), part[2]) for part in parts if part]
+    if len(found) < 2 or len(found) < len(parts):
+        return [(1.0, corpus)]
+    if not all(share > 0 for share, _ in found) or len({part for _, part in found}) < len(found):
+        raise SourceError(f"{corpus!r}: expected parts that differ, each with a weight above 0")
+    return found
+
+
+def _folder(folder: Path, column: str) -> Stream:
     """All files below `folder` that are not hidden, in the order of their paths, with LF between them."""
     paths = sorted(
         path
         for path in folder.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-    read = [(path, *read_text(path, column)) for path in paths]
-    notes = tuple(f"{path.relative_to(folder)}: {note}" for path, _, found in read for note in found)
-    return Source(
-        folder.resolve().name,
-        "\n".join(text for _, text, _ in read),
-        f"{len(paths)} files in {folder}",
-        notes,
-    )
+
+    def pieces(notes: list[str], seen: Seen) -> Iterator[str]:
+        for i, path in enumerate(paths):
+            found: list[str] = []
+            yield "\n" * bool(i)
+            yield from files.pieces(path, column, found, seen)
+            notes += [f"{path.relative_to(folder)}: {note}" for note in found]
+
+    size = sum(path.stat().st_size for path in paths)
+    name = folder.name if is_url(str(folder)) else folder.resolve().name
+    return Stream(name, f"{len(paths)} files in {folder}", size, pieces)
 
 
 def _python_docs() -> Source:
     """The Python language reference that every CPython carries for `help()`."""
     from pydoc_data.topics import topics
 
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    text, notes = decode_utf8(text.encode(), "pydoc_data.topics")
-    return Source("python-docs", text, f"pydoc_data.topics of CPython {platform.python_version()}", notes)
+    joined = "\n\n".join(topics[name] for name in sorted(topics))
+    text = "".join(files.plain([joined], []))
+    return Source("python-docs", text, f"pydoc_data.topics of CPython {platform.python_version()}")
 
 
 def _python_stdlib() -> Source:
@@ -102,7 +202,7 @@ def _python_stdlib() -> Source:
         "ensurepip",
     }
     paths = sorted(path for path in root.rglob("*.py") if not left_out.intersection(path.relative_to(root).parts))
-    text = "\n".join(read_utf8(path)[0] for path in paths)
+    text = "\n".join(files.read_text(path)[0] for path in paths)
     origin = f"{len(paths)} modules of the standard library of CPython {platform.python_version()}"
     return Source("python-stdlib", text, origin)
 

@@ -1,7 +1,7 @@
 """Strings to integers and back. A tokenizer is a value: immutable, and plain JSON on disk."""
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ class UnknownCharacterError(UsageError):
             f"character {character!r} (U+{ord(character):04X}, {name}) at position {position} is not among the "
             f"{known}; --unknown skip leaves such characters out"
         )
-        self.character, self.position = character, position
+        self.character, self.position, self.known = character, position, known
 
 
 class Tokenizer(Protocol):
@@ -95,9 +95,14 @@ class CharTokenizer:
     @classmethod
     def train(cls, text: str) -> "CharTokenizer":
         """The vocabulary of `text`: its different characters, sorted."""
-        codes = code_points(text)
-        seen = np.zeros(int(codes.max(initial=0)) + 1, bool)
-        seen[codes] = True
+        return cls.learn([text])
+
+    @classmethod
+    def learn(cls, parts: Iterable[str]) -> "CharTokenizer":
+        """The vocabulary of a text in parts."""
+        seen = np.zeros(0x110000, bool)
+        for part in parts:
+            seen[code_points(part)] = True
         return cls("".join(map(chr, np.flatnonzero(seen))))
 
     @property

@@ -13,6 +13,7 @@ from jaxgpt import nn
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.nn import sharding
 from jaxgpt.text.batches import Batch, Ids, Starts, estimate_starts, take
+from jaxgpt.text.shards import pieces_of
 from jaxgpt.text.tokenizer import Tokenizer
 
 
@@ -71,7 +72,7 @@ def estimate(config: Config, params: nn.Params, tokens: Ids, step: int) -> float
 
 def text_size(tokenizer: Tokenizer, tokens: Ids) -> tuple[int, int]:
     """Characters and bytes of the text that `tokens` stand for. A character counts where its first byte is."""
-    counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
+    counts = sum(np.bincount(piece, minlength=tokenizer.vocab_size) for piece in pieces_of(tokens))
     chars = np.array([sum(byte & 0xC0 != 0x80 for byte in data) for data in tokenizer.token_bytes])
     sizes = np.array([len(data) for data in tokenizer.token_bytes])
     return int(counts @ chars), int(counts @ sizes)

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxgpt.config import Config
 from jaxgpt.text import batches
-from jaxgpt.text.batches import Ids, Starts
+from jaxgpt.text.batches import Ids, Part, Starts
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training import memory, processes
 from jaxgpt.training.checkpoint import Checkpoints
@@ -31,6 +31,8 @@ from jaxgpt.training.step import TrainState
 ONE_DEVICE = OneDevice()
 DEVICE_TOKENS = 2**28
 """A corpus up to this size lives on the device; a larger one is gathered from disk, a chunk at a time."""
+Feed = Callable[[int, int], tuple[jax.Array | None, jax.Array]]
+"""The steps begin..end to the (tokens, windows) that `train_steps` takes."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def fit(
     """
     config, began = config or run.config, time.perf_counter()
     train_tokens, _ = corpus.split(config.data.val_fraction)
-    feed, steps = feeder(config, train_tokens, placement), placement.steps(config)
+    parts = corpus.training_parts(config.data.val_fraction)
+    feed, steps = feeder(config, train_tokens, placement, parts), placement.steps(config)
 
     with (
         placement.scope(),
@@ -107,7 +110,7 @@ def fit(
         run.event("start", step=int(state.step), **surroundings())
         n_bytes = found.about["metrics"]["bytes"] if found else 0
         with (
-            Journal(run, n_bytes, partial(window_starts, config, len(train_tokens)), watch) as journal,
+            Journal(run, n_bytes, partial(window_starts, config, parts), watch) as journal,
             Saving(run, config, corpus, checkpoints, journal) as saving,
         ):
             if not journal.scores and config.train.eval_start:
@@ -163,19 +166,24 @@ def score(config: Config, corpus: Corpus, state: TrainState) -> tuple[int, Evalu
     return step, exact, noisy
 
 
-def compile_ahead(
-    config: Config, feed: Callable[[int, int], tuple[jax.Array, jax.Array]], placement: Placement, steps: Any
-) -> None:
+def compile_ahead(config: Config, feed: Feed, placement: Placement, steps: Any) -> None:
     """Compile the first chunk of a new run, while its state is being made and scored; its first call finds that."""
     begin, end = next(chunks(config, 0))
     with placement.scope():
         steps.lower(config, like(config, placement), *feed(begin, end)).compile()
 
 
-def window_starts(config: Config, n_tokens: int, step: int) -> Starts:
+def window_starts(config: Config, parts: Sequence[Part], step: int) -> Starts:
     """The starts (B,) of the windows that `step` (0-based) trains on."""
+    return chunk_starts(config, parts, step, step + 1)[0]
+
+
+def chunk_starts(config: Config, parts: Sequence[Part], begin: int, end: int) -> Starts:
+    """The starts (end - begin, B) of the windows of some steps, in the parts of the training tokens in a row."""
     train = config.train
-    return batches.window_starts(train.seed, step, n_tokens, config.model.block_size, train.batch_size, train.sampling)
+    return batches.mixed_starts(
+        train.seed, begin, end, parts, config.model.block_size, train.batch_size, train.sampling
+    )
 
 
 def chunks(config: Config, step: int) -> Iterator[tuple[int, int]]:
@@ -199,12 +207,15 @@ def device_tokens(config: Config, n_tokens: int) -> int:
     return n_tokens if n_tokens <= DEVICE_TOKENS else windows
 
 
-def feeder(
-    config: Config, tokens: Ids, placement: Placement = ONE_DEVICE
-) -> Callable[[int, int], tuple[jax.Array, jax.Array]]:
-    """A function from the steps begin..end to the (tokens, starts) that `train_steps` takes."""
-    train, T = config.train, config.model.block_size
-    whole = device_tokens(config, len(tokens)) == len(tokens)
+def feeder(config: Config, tokens: Ids, placement: Placement = ONE_DEVICE, parts: Sequence[Part] | None = None) -> Feed:
+    """What serves the training tokens: from the device, or, where they are too many, from disk a chunk ahead.
+
+    Args:
+      parts: of the tokens, with their weights; by default they are one.
+    """
+    parts = parts or [Part(len(tokens), 1.0)]
+    if len(tokens) > DEVICE_TOKENS:
+        return reader(config, tokens, placement, parts)
 
     def put(x: np.ndarray[Any, Any]) -> jax.Array:
         """The whole of `x`, which every process has, on every device."""
@@ -212,13 +223,35 @@ def feeder(
             return jax.device_put(x, placement.everywhere)
         return jax.make_array_from_callback(x.shape, placement.everywhere, lambda index: x[index])
 
-    on_device = put(np.asarray(tokens)) if whole else None
+    on_device = put(np.asarray(tokens))
+    return lambda begin, end: (on_device, put(chunk_starts(config, parts, begin, end).astype(np.int32)))
 
-    def feed(begin: int, end: int) -> tuple[jax.Array, jax.Array]:
-        starts = batches.chunk_starts(train.seed, begin, end, len(tokens), T, train.batch_size, train.sampling)
-        if on_device is not None:
-            return on_device, put(starts.astype(np.int32))
-        windows, starts = batches.pack(tokens, starts, T)
-        return put(windows), put(starts.astype(np.int32))
+
+def reader(config: Config, tokens: Ids, placement: Placement, parts: Sequence[Part]) -> Feed:
+    """Reads the windows of the next chunk on a thread while the device is busy with this one; a process reads those of
+    its own devices alone."""
+    thread, ahead = ThreadPoolExecutor(1, "reader"), dict[tuple[int, int], Future[jax.Array]]()
+    T = config.model.block_size
+
+    def read(begin: int, end: int) -> jax.Array:
+        starts = chunk_starts(config, parts, begin, end)
+
+        @lru_cache  # devices that split other things than the batch have the same windows
+        def rows(first: int | None, last: int | None) -> Ids:
+            return batches.gather(tokens, starts[:, first:last], T)
+
+        shape = (*starts.shape, T + 1)
+
+        def mine(at: Any) -> Ids:
+            return rows(at[1].start, at[1].stop)
+
+        return jax.make_array_from_callback(shape, placement.windows, mine)
+
+    def feed(begin: int, end: int) -> tuple[None, jax.Array]:
+        served = (ahead.pop((begin, end), None) or thread.submit(read, begin, end)).result()
+        if following := next(chunks(config, end), None):
+            ahead.clear()  # of a chunk that was asked for twice
+            ahead[following] = thread.submit(read, *following)
+        return None, served
 
     return feed

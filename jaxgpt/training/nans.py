@@ -6,20 +6,21 @@ import jax
 from jax.experimental import checkify
 
 from jaxgpt.config import Config
-from jaxgpt.text.batches import take
+from jaxgpt.text.batches import cut, take
 from jaxgpt.training.step import TrainState, train_step
 
 
-def blame(config: Config, state: TrainState, tokens: jax.Array, starts: jax.Array) -> str:
-    """The first of the steps on the windows at `starts` (K, B) that cannot be applied, and the operation behind it.
+def blame(config: Config, state: TrainState, tokens: jax.Array | None, windows: jax.Array) -> str:
+    """The first of the steps on `windows`, as `train_steps` takes them, that cannot be applied, and the operation
+    behind it.
 
     The steps are done again one by one from `state`, the one before them; the bad one is traced anew with a check
     behind every operation (`jax.experimental.checkify`).
     """
     step = jax.jit(partial(train_step, config))
     checked = jax.jit(checkify.checkify(partial(train_step, config), errors=checkify.float_checks))
-    for row in starts:
-        batch = take(tokens, row, config.model.block_size)
+    for row in windows:
+        batch = cut(row) if tokens is None else take(tokens, row, config.model.block_size)
         after, metrics = step(state, batch)
         if not metrics.applied:
             error, _ = checked(state, batch)

@@ -22,6 +22,10 @@ class Placement(Protocol):
     def everywhere(self) -> Sharding:
         """Of what every device has whole."""
 
+    @property
+    def windows(self) -> Sharding:
+        """Of the windows of some steps, (K, B, T + 1): a device has those of its part of the batch."""
+
     def shardings(self, state: Any) -> Any:
         """The sharding of each leaf of a train state, or of parameters."""
 
@@ -40,6 +44,10 @@ class OneDevice:
     @property
     def everywhere(self) -> Sharding:
         return SingleDeviceSharding(jax.local_devices()[0])
+
+    @property
+    def windows(self) -> Sharding:
+        return self.everywhere
 
     def shardings(self, state: Any) -> Any:
         return jax.tree.map(lambda _: self.everywhere, state)

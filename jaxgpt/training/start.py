@@ -11,8 +11,9 @@ from jaxgpt import disk, nn
 from jaxgpt.config import Config, ModelConfig, UsageError, check
 from jaxgpt.nn import numerics
 from jaxgpt.text import corpus as corpora
+from jaxgpt.text import sources
 from jaxgpt.text.corpus import Corpus, CorpusError
-from jaxgpt.text.sources import NAMED
+from jaxgpt.text.prepare import prepare
 from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training import memory
 from jaxgpt.training.checkpoint import CheckpointError, Checkpoints, abstract
@@ -85,7 +86,7 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
     if (folder / "tokens.json").is_file():
         return corpora.load(folder)
     was = f"run {run.path.name!r} learns from {run.corpus_meta['origin']} (tokens of SHA-256 {wanted})"
-    by_hand = f"put the tokens.bin and tokens.json of then into {folder}, or name their folder's parent: --data-dir"
+    by_hand = f"put the tokens-*.bin and tokens.json of then into {folder}, or name their folder's parent: --data-dir"
     try:
         found = _prepare(run.config, data_dir)
     except UsageError as error:
@@ -102,8 +103,7 @@ def resolve(config: Config, corpus: Corpus) -> Config:
     So a run that is later made longer, or goes on elsewhere, keeps the schedule and the precision of its start.
     """
     data, model, optimizer = config.data, config.model, config.optimizer
-    if data.corpus not in NAMED:
-        data = dataclasses.replace(data, corpus=str(Path(data.corpus).expanduser().resolve()))
+    data = dataclasses.replace(data, corpus=sources.absolute(data.corpus))
     vocab_size, precision = model.vocab_size or corpus.tokenizer.vocab_size, numerics.resolve(model.precision)
     model = dataclasses.replace(model, vocab_size=vocab_size, precision=precision)
     optimizer = dataclasses.replace(optimizer, decay_steps=optimizer.decay_steps or config.train.steps)
@@ -111,7 +111,7 @@ def resolve(config: Config, corpus: Corpus) -> Config:
 
 
 def _prepare(config: Config, data_dir: Path) -> Corpus:
-    return corpora.prepare(
+    return prepare(
         config.data.corpus,
         config.data.tokenizer,
         unknown=config.data.unknown,

@@ -10,7 +10,7 @@ import optax
 
 from jaxgpt import nn
 from jaxgpt.config import Config
-from jaxgpt.text.batches import Batch, take
+from jaxgpt.text.batches import Batch, cut, take
 from jaxgpt.training.optimizer import learning_rate, make_optimizer
 
 # Streams of random keys, folded into the key of the seed. Batches have a generator of their own.
@@ -68,21 +68,25 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def train_steps(config: Config, state: TrainState, tokens: jax.Array, starts: jax.Array) -> tuple[TrainState, Metrics]:
+def train_steps(
+    config: Config, state: TrainState, tokens: jax.Array | None, windows: jax.Array
+) -> tuple[TrainState, Metrics]:
     """K steps as one program; the windows are taken from the tokens on the device. `state` is donated.
 
     Args:
-      tokens: (N,) ids on the device: the corpus, or the windows of these steps (`batches.pack`).
-      starts: (K, B) int32 window starts, from `batches.chunk_starts`.
+      tokens: (N,) ids on the device: the corpus. None where that is too large.
+      windows: (K, B) int32 window starts, from `batches.chunk_starts`; without tokens the windows themselves,
+        (K, B, T + 1), from `batches.gather`.
 
     Returns:
       The state K steps later and the K steps' metrics, each (K,).
     """
 
-    def body(state: TrainState, starts: jax.Array) -> tuple[TrainState, Metrics]:
-        return train_step(config, state, take(tokens, starts, config.model.block_size))
+    def body(state: TrainState, windows: jax.Array) -> tuple[TrainState, Metrics]:
+        batch = cut(windows) if tokens is None else take(tokens, windows, config.model.block_size)
+        return train_step(config, state, batch)
 
-    return jax.lax.scan(body, state, starts)
+    return jax.lax.scan(body, state, windows)
 
 
 def loss_and_grads(

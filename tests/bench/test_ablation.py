@@ -8,7 +8,7 @@ import pytest
 
 from jaxgpt.bench import ablation
 from jaxgpt.config import ModelConfig, OptimizerConfig
-from jaxgpt.text.corpus import prepare
+from jaxgpt.text.prepare import prepare
 
 
 def test_a_row_is_means_and_their_errors():

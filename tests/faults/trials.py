@@ -149,7 +149,7 @@ def corruptions(folder: Path, trials: int, seed: int) -> Count:
     data = next((folder / "data").iterdir())
     files = [path for path in sorted((run.checkpoints / newest).rglob("*")) if path.is_file()]
     files += [run.path / name for name in ("config.json", "tokens.json", "metrics.jsonl")]
-    files += [data / name for name in ("tokens.json", "tokens.bin")]
+    files += [data / name for name in ("tokens.json", "tokens-00000.bin")]
     plan = [
         (path, harm)
         for path, harm in itertools.product(files, (flip, shorten, lengthen, delete))
@@ -240,7 +240,7 @@ def inputs(folder: Path, call: Callable[[list[str], Path], tuple[int, str]] = in
     (folder / "runs" / "foreign" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2}')
     damaged = next((folder / "data").iterdir())
     shutil.copytree(damaged, folder / "prepared")
-    with (folder / "prepared" / "tokens.bin").open("r+b") as file:
+    with (folder / "prepared" / "tokens-00000.bin").open("r+b") as file:
         file.write(b"\xff\xff")
     train = ["train", "gpt-demo", "--run", "new", "--corpus", "verse.txt"]
     bad = [
@@ -252,7 +252,7 @@ def inputs(folder: Path, call: Callable[[list[str], Path], tuple[int, str]] = in
         *([verb, name] for verb in ("sample", "eval") for name in ("nothing", "foreign", "../one", "file", "")),
         *(["prepare", name] for name in ("nothing", "empty", "latin", "bad.jsonl", "bad.parquet", "/proc/self/mem")),
         ["prepare", "verse.txt", "--tokenizer", "nonsense"],
-        ["prepare", "verse.txt", "--tokenizer", "prepared/tokens.bin"],
+        ["prepare", "verse.txt", "--tokenizer", "prepared/tokens-00000.bin"],
         ["prepare", "verse.txt", "--data-dir", "file/x"],
         ["prepare", "verse.txt", "--data-dir", "/proc/x"],
         ["train", "gpt-demo", "--run", "new", "--corpus", "prepared"],

@@ -13,7 +13,9 @@ from jaxgpt.nn import kernels, loss, sharding
 from jaxgpt.nn.attention import attention, causal_mask
 from jaxgpt.scaling import mesh
 from jaxgpt.scaling.mesh import MeshError, Placement, Sizes
+from jaxgpt.text import batches
 from jaxgpt.text.batches import Batch
+from jaxgpt.training import loop
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.evaluate import window_losses
 from jaxgpt.training.loop import feeder
@@ -95,6 +97,26 @@ def test_one_device_pays_nothing(rich):
         with placement.scope():
             text = placement.steps(rich).lower(rich, like(rich, placement), tokens, starts).as_text()
         assert ("sdy.sharding_constraint" in text) == split
+
+
+@pytest.mark.parametrize("text", ["data=2,fsdp=2,tensor=2", "data=2,context=2"])
+def test_a_corpus_on_disk_is_read_by_those_who_need_it(small, change, monkeypatch, text):
+    """Each part of the batch is read once; the losses are those of a corpus on the device."""
+    config = change(small, accumulate=2)
+    whole = trained(config, place(text))[0]
+    read = []
+    plain = batches.gather
+    monkeypatch.setattr(loop, "DEVICE_TOKENS", 0)
+    monkeypatch.setattr(batches, "gather", lambda tokens, starts, T: read.append(starts) or plain(tokens, starts, T))
+    served = trained(config, place(text))[0]
+    np.testing.assert_allclose(served.loss, whole.loss, atol=BOUND, rtol=0)
+    over, plan = place(text).sizes, batches.chunk_starts(config.train.seed, 0, 10, len(TOKENS), 8, 8)
+    first = read[: over.data * over.fsdp]
+    assert all(starts.shape == (10, 8 // (over.data * over.fsdp)) for starts in first)
+    assert sorted(np.concatenate(first, axis=1).ravel()) == sorted(plan.ravel())
+    with place(text).scope():
+        windows = feeder(config, TOKENS, place(text))(0, 10)[1]
+    assert windows.addressable_shards[0].data.shape == (10, 8 // (over.data * over.fsdp), 9)
 
 
 def test_a_batch_lies_where_it_is_computed(small):

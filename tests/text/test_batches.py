@@ -102,17 +102,16 @@ def test_corpora_beyond_32_bits():
         assert starts.max() + 1025 <= N
 
 
-def test_device_memory_map_and_packed_windows_give_the_same_batch(tmp_path):
+def test_device_memory_map_and_gathered_windows_give_the_same_batch(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 60_000, 500).astype(np.uint16)
     tokens.tofile(tmp_path / "tokens.bin")
     mapped = np.memmap(tmp_path / "tokens.bin", np.uint16, mode="r")
     starts = batches.chunk_starts(0, 0, 3, 500, 8, 4)
     expected = batches.take(tokens, starts, 8)
-    packed, packed_starts = batches.pack(mapped, starts, 8)
     compiled = jax.jit(batches.take, static_argnums=2)
     for got in (
         batches.take(mapped, starts, 8),
-        batches.take(packed, packed_starts, 8),
+        batches.cut(batches.gather(mapped, starts, 8)),
         compiled(jnp.asarray(tokens), starts.astype(np.int32), 8),
     ):
         np.testing.assert_array_equal(got.inputs, expected.inputs)
@@ -131,3 +130,43 @@ def test_refusals():
         batches.window_starts(0, 0, 8, 8, 1)
     with pytest.raises(ValueError, match="expected 'epoch' or 'random'"):
         batches.window_starts(0, 0, 100, 8, 1, "shuffled")
+
+
+class TestMixtures:
+    PARTS = (batches.Part(100, 0.7), batches.Part(61, 0.2), batches.Part(200, 0.1))
+
+    def of(self, starts):
+        """Which part each start lies in."""
+        return np.searchsorted(np.cumsum([n for n, _ in self.PARTS]), starts, side="right")
+
+    @pytest.mark.parametrize("sampling", ["epoch", "random"])
+    def test_each_part_has_exactly_its_share_of_every_thousand_windows(self, sampling):
+        starts = batches.mixed_starts(3, 0, 300, self.PARTS, 8, 10, sampling)
+        for block in starts.reshape(3, 1000):
+            assert np.bincount(self.of(block)).tolist() == [700, 200, 100]
+
+    @pytest.mark.parametrize("sampling", ["epoch", "random"])
+    def test_a_step_alone_is_the_step_in_a_chunk(self, sampling):
+        whole = batches.mixed_starts(3, 0, 220, self.PARTS, 8, 10, sampling)
+        for step in (0, 1, 99, 100, 157, 219):
+            alone = batches.mixed_starts(3, step, step + 1, self.PARTS, 8, 10, sampling)
+            np.testing.assert_array_equal(alone[0], whole[step])
+
+    def test_an_epoch_of_a_part_is_what_it_is_alone(self):
+        starts, first = batches.mixed_starts(3, 0, 200, self.PARTS, 8, 10).reshape(-1), 0
+        for i, (n, _) in enumerate(self.PARTS):
+            mine = starts[self.of(starts) == i] - first
+            alone = batches.chunk_starts(3, 0, len(mine), n, 8, 1).reshape(-1)
+            np.testing.assert_array_equal(mine, alone)
+            first += n
+
+    def test_no_window_crosses_into_the_next_part(self):
+        for sampling in ("epoch", "random"):
+            starts = batches.mixed_starts(3, 0, 200, self.PARTS, 8, 10, sampling)
+            np.testing.assert_array_equal(self.of(starts), self.of(starts + 8))
+
+    def test_the_order_is_no_pattern(self):
+        of = self.of(batches.mixed_starts(3, 0, 100, self.PARTS, 8, 10).reshape(-1))
+        other = self.of(batches.mixed_starts(3, 100, 200, self.PARTS, 8, 10).reshape(-1))
+        assert (of != other).sum() > 300
+        assert 400 < (of[1:] == 0).sum() - (np.diff(of)[of[1:] == 0] != 0).sum() < 600  # 490 expected after itself

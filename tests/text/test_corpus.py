@@ -10,13 +10,14 @@ from jaxgpt.text import corpus as corpora
 from jaxgpt.text import gpt2
 from jaxgpt.text.bpe import BPETokenizer
 from jaxgpt.text.corpus import CorpusError
+from jaxgpt.text.prepare import prepare, tokenize
 from jaxgpt.text.sources import Source
 from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, UnknownCharacterError
 
 
 @pytest.fixture
 def prepared(verse, tmp_path):
-    return corpora.prepare(str(verse), data_dir=tmp_path / "data")
+    return prepare(str(verse), data_dir=tmp_path / "data")
 
 
 def test_prepare_writes_tokens_that_load_gives_back(prepared, verse):
@@ -27,46 +28,46 @@ def test_prepare_writes_tokens_that_load_gives_back(prepared, verse):
     meta = json.loads((prepared.folder / "tokens.json").read_text())
     assert meta["count"] == len(verse.read_text())
     assert meta["dtype"] == "uint16"
-    assert meta["sha256"] == hashlib.sha256((prepared.folder / "tokens.bin").read_bytes()).hexdigest()
+    assert meta["sha256"] == hashlib.sha256((prepared.folder / "tokens-00000.bin").read_bytes()).hexdigest()
     assert meta["source_sha256"] == hashlib.sha256(verse.read_bytes()).hexdigest()
     assert meta["tokenizer"]["chars"] == "\n acehmnost"
     assert meta["origin"] == str(verse)
     assert "840 tokens" in prepared.corpus.summary
-    assert sorted(path.name for path in prepared.folder.iterdir()) == ["tokens.bin", "tokens.json"]
+    assert sorted(path.name for path in prepared.folder.iterdir()) == ["tokens-00000.bin", "tokens.json"]
 
 
 def test_prepare_again_reuses_and_a_changed_text_gets_a_folder_of_its_own(prepared, verse, tmp_path):
-    again = corpora.prepare(str(verse), data_dir=tmp_path / "data")
+    again = prepare(str(verse), data_dir=tmp_path / "data")
     assert again.reused
     assert again.folder == prepared.folder
     verse.write_text(verse.read_text() + "a\n")
-    changed = corpora.prepare(str(verse), data_dir=tmp_path / "data")
+    changed = prepare(str(verse), data_dir=tmp_path / "data")
     assert not changed.reused
     assert changed.folder != prepared.folder
     assert corpora.load(prepared.folder).meta == prepared.corpus.meta
 
 
 def test_a_prepared_folder_can_be_given(prepared):
-    again = corpora.prepare(str(prepared.folder))
+    again = prepare(str(prepared.folder))
     assert again.reused
     assert again.corpus.meta == prepared.corpus.meta
-    assert corpora.prepare(str(prepared.folder), str(prepared.folder)).reused
+    assert prepare(str(prepared.folder), str(prepared.folder)).reused
     with pytest.raises(CorpusError, match="was prepared with char, but --tokenizer is byte: give --tokenizer"):
-        corpora.prepare(str(prepared.folder), "byte")
+        prepare(str(prepared.folder), "byte")
 
 
 def test_texts_of_equal_ids_do_not_share_a_folder(verse, tmp_path):
-    first = corpora.prepare(str(verse), data_dir=tmp_path / "data")
+    first = prepare(str(verse), data_dir=tmp_path / "data")
     verse.write_text(verse.read_text().replace("a", "b"))
-    second = corpora.prepare(str(verse), data_dir=tmp_path / "data")
+    second = prepare(str(verse), data_dir=tmp_path / "data")
     assert first.corpus.meta["sha256"] == second.corpus.meta["sha256"]
     assert first.folder != second.folder
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "tokens.json"])
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "tokens.json"])
 def test_a_damaged_corpus_is_replaced_by_the_text_in_hand(prepared, verse, tmp_path, name):
     (prepared.folder / name).write_text("damage")
-    again = corpora.prepare(str(verse), data_dir=tmp_path / "data")
+    again = prepare(str(verse), data_dir=tmp_path / "data")
     assert not again.reused
     assert corpora.load(prepared.folder).meta == prepared.corpus.meta
 
@@ -80,10 +81,10 @@ def test_split_is_the_notes_ninety_ten(prepared):
 
 def test_wide_vocabularies_take_uint32():
     text = "".join(chr(0x10000 + i) for i in range(2**16 + 1))
-    corpus = corpora.tokenize(Source("wide", text, "here"))
+    corpus = tokenize(Source("wide", text, "here"))
     assert corpus.tokens.dtype == np.uint32
     assert corpus.tokenizer.decode(corpus.tokens) == text
-    narrow = corpora.tokenize(Source("narrow", text[:-1], "here"))
+    narrow = tokenize(Source("narrow", text[:-1], "here"))
     assert narrow.tokens.dtype == np.uint16
 
 
@@ -91,25 +92,25 @@ def test_another_vocabulary_can_be_used_and_unknown_characters_skipped(prepared,
     spec = str(prepared.folder / "tokens.json")
     source = Source("other", "the zebra sat", "here")
     with pytest.raises(UnknownCharacterError, match="'z'"):
-        corpora.tokenize(source, spec)
-    skipped = corpora.tokenize(source, spec, "skip")
+        tokenize(source, spec)
+    skipped = tokenize(source, spec, "skip")
     assert skipped.tokenizer == prepared.corpus.tokenizer
     assert skipped.tokenizer.decode(skipped.tokens) == "the ea sat"
     assert skipped.meta["skipped_characters"] == 3
-    assert corpora.tokenize(source, str(prepared.folder), "skip").meta == skipped.meta
+    assert tokenize(source, str(prepared.folder), "skip").meta == skipped.meta
 
 
 def test_bytes_encode_anything():
-    corpus = corpora.tokenize(Source("é", "é\n", "here"), "byte")
+    corpus = tokenize(Source("é", "é\n", "here"), "byte")
     assert corpus.tokens.tolist() == [0xC3, 0xA9, 10]
 
 
 def test_too_little_text_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "a.txt").write_text("abcdefghij" * 4)
     with pytest.raises(CorpusError, match=r"validation split of a has 4 tokens.*block_size \+ 1 = 9"):
-        corpora.prepare(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=8)
+        prepare(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=8)
     with pytest.raises(CorpusError, match="training split"):
-        corpora.prepare(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=8, val_fraction=0.9)
+        prepare(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=8, val_fraction=0.9)
     assert not (tmp_path / "data").exists()
 
 
@@ -118,31 +119,31 @@ def test_no_such_tokenizer():
         with pytest.raises(
             CorpusError, match="expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, or the path"
         ):
-            corpora.tokenize(Source("a", "text", "here"), spec)
+            tokenize(Source("a", "text", "here"), spec)
     with pytest.raises(UsageError, match="vocabulary of 255, expected 256 to"):
-        corpora.tokenize(Source("a", "text", "here"), "bpe:255")
+        tokenize(Source("a", "text", "here"), "bpe:255")
 
 
 def test_a_bpe_is_learnt_saved_and_used_again(verse, tmp_path):
-    done = corpora.prepare(str(verse), "bpe:300", data_dir=tmp_path / "data")
+    done = prepare(str(verse), "bpe:300", data_dir=tmp_path / "data")
     assert done.folder.name.startswith("text-bpe-")
     loaded = corpora.load(done.folder)
     assert loaded.tokenizer.decode(loaded.tokens) == verse.read_text()
     assert 256 < loaded.tokenizer.vocab_size <= 300
     assert len(loaded.tokens) < len(verse.read_text()) / 2
-    assert corpora.prepare(str(verse), "bpe:300", data_dir=tmp_path / "data").reused
-    other = corpora.tokenize(Source("other", "the zebra \ud800 sat", "here"), str(done.folder), "skip")
+    assert prepare(str(verse), "bpe:300", data_dir=tmp_path / "data").reused
+    other = tokenize(Source("other", "the zebra \ud800 sat", "here"), str(done.folder), "skip")
     assert other.tokenizer == loaded.tokenizer
     assert other.tokenizer.decode(other.tokens) == "the zebra  sat"
     assert other.meta["skipped_characters"] == 1
-    learnt = corpora.tokenize(Source("other", "the zebra \ud800 sat", "here"), "bpe:300", "skip")
+    learnt = tokenize(Source("other", "the zebra \ud800 sat", "here"), "bpe:300", "skip")
     assert learnt.meta["skipped_characters"] == 1
 
 
 def test_gpt2_is_a_tokenizer_of_that_name(monkeypatch):
     tok = BPETokenizer(tuple(ByteTokenizer().token_bytes), ("<|endoftext|>",))
     monkeypatch.setattr(gpt2, "load", lambda: tok)
-    corpus = corpora.tokenize(Source("a", "é<|endoftext|>", "here"), "gpt2")
+    corpus = tokenize(Source("a", "é<|endoftext|>", "here"), "gpt2")
     assert corpus.tokens.tolist() == list("é<|endoftext|>".encode())
     assert corpus.tokenizer.vocab_size == 257
 
@@ -151,7 +152,7 @@ def damage(folder, name, change):
     path = folder / name
     if change is None:
         path.unlink()
-    elif name == "tokens.bin":
+    elif name == "tokens-00000.bin":
         data = bytearray(path.read_bytes())
         change(data)
         path.write_bytes(data)
@@ -164,9 +165,9 @@ def damage(folder, name, change):
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("tokens.bin", None, "is missing; jaxgpt prepare makes it"),
-        ("tokens.bin", lambda data: data.pop(), "1,679 bytes, expected 1,680"),
-        ("tokens.bin", lambda data: data.__setitem__(5, data[5] ^ 1), "is damaged"),
+        ("tokens-00000.bin", None, "is missing; jaxgpt prepare makes it"),
+        ("tokens-00000.bin", lambda data: data.pop(), "1,679 bytes, expected 1,680"),
+        ("tokens-00000.bin", lambda data: data.__setitem__(5, data[5] ^ 1), "is damaged"),
         ("tokens.json", None, "cannot be read"),
         ("tokens.json", lambda meta: meta.pop("sha256"), "no sha256 of type str"),
         ("tokens.json", lambda meta: meta.update(count="840"), "no count of type int"),

@@ -74,11 +74,11 @@ def test_no_such_corpus_names_those_that_exist():
 def test_an_unreadable_file_is_a_clear_error(tmp_path, monkeypatch):
     from pathlib import Path
 
-    def denied(self):
+    def denied(self, *mode):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "a.txt").write_text("text")
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(SourceError, match=r"a\.txt cannot be read: Permission denied"):
         sources.read(str(tmp_path / "a.txt"))
 

@@ -14,13 +14,14 @@ import pytest
 from jaxgpt import config as configs
 from jaxgpt.nn import numerics
 from jaxgpt.text import batches
-from jaxgpt.text import corpus as corpora
+from jaxgpt.text.prepare import prepare
 from jaxgpt.training import loop, nans, placement, step
 from jaxgpt.training.checkpoint import Checkpoints, abstract
 from jaxgpt.training.journal import DivergedError, Evaluated, Notice, Progress
 from jaxgpt.training.loop import fit
 from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.start import resolve, start
+from jaxgpt.training.start import resume as take_up
 from jaxgpt.training.step import init_state
 from tests.processes import resume, wait_for
 
@@ -127,6 +128,31 @@ def test_a_corpus_on_disk_gives_the_same_run_as_one_on_the_device(tiny, new_run,
     monkeypatch.setattr(loop, "DEVICE_TOKENS", 0)
     on_disk = fit(*new_run("disk", tiny)).run
     assert_same_run(on_device, on_disk)
+
+
+def test_a_corpus_that_cannot_be_read_any_more_ends_the_run(tiny, new_run, monkeypatch):
+    def torn(tokens, starts, T, gather=loop.batches.gather):
+        if starts.min() >= 0 and monkeypatched.pop():
+            raise OSError(5, "Input/output error")
+        return gather(tokens, starts, T)
+
+    monkeypatched = [True, False, False, False]  # the fourth time
+    monkeypatch.setattr(loop, "DEVICE_TOKENS", 0)
+    monkeypatch.setattr(loop.batches, "gather", torn)
+    with pytest.raises(OSError, match="Input/output error"):
+        fit(*new_run("torn", tiny))
+
+
+def test_a_mixture_trains_and_goes_on_to_the_same_bits(tiny, change, tmp_path, verse):
+    (tmp_path / "b.txt").write_text("a hat on a cat\n" * 30)
+    config = change(tiny, corpus=f"0.7*{verse} + 0.3*{tmp_path / 'b.txt'}", vocab_size=0)
+    whole, broken = (start(config, name, tmp_path / "runs", tmp_path / "data") for name in ("whole", "broken"))
+    fit(*whole)
+    run, corpus = broken
+    fit(run, corpus, config=change(run.config, steps=10))
+    longer = change(run.config, steps=20)
+    fit(run, take_up(longer, run, tmp_path / "data"), config=longer)
+    assert_same_run(whole[0], run)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +333,7 @@ def long(tiny, change):
 
 
 def write_recipe_run(tmp_path, name, config):
-    corpus = corpora.prepare(config.data.corpus, data_dir=tmp_path / "data").corpus
+    corpus = prepare(config.data.corpus, data_dir=tmp_path / "data").corpus
     return Run.create(tmp_path / "runs", name, resolve(config, corpus), corpus.meta)
 
 

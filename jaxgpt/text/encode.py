@@ -1,0 +1,219 @@
+"""A text of any size to ids: read piece by piece, encoded on all cores, put on disk shard by shard.
+
+What is in memory is bounded: a shard and a few parts. A shard that is on disk survives a kill; the next attempt reads
+the text again up to where it ended, to see that it is the same, and encodes from there.
+"""
+
+import hashlib
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxgpt import disk
+from jaxgpt.config import UsageError
+from jaxgpt.text import bpe, tokenizer
+from jaxgpt.text.bpe import BPETokenizer
+from jaxgpt.text.sources import Stream
+from jaxgpt.text.tokenizer import Progress, Tokenizer, UnknownCharacterError
+
+PART = 2**20
+"""Characters that are encoded at once, at least."""
+SHARD = 2**25
+"""Ids of a shard, at least; each is written at once."""
+PROGRESS = "progress.json"
+Spans = Callable[[str, int], Iterator[tuple[int, int]]]
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class EncodeError(UsageError):
+    """Shards cannot be written."""
+
+
+@dataclass
+class Encoded:
+    """The ids of a text: of whole shards on disk, and the rest in memory."""
+
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    """{"file", "count", "sha256"} of each in its order."""
+    rest: NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.uint16))
+    sha256: str = ""
+    """Of all ids, little-endian."""
+    source_sha256: str = ""
+    """Of the text as UTF-8."""
+    skipped: int = 0
+    """Characters outside the vocabulary that were left out."""
+    notes: list[str] = field(default_factory=list)
+
+
+def learn(stream: Callable[[], Iterable[str]], spec: str) -> Tokenizer:
+    """The tokenizer "char" or "bpe:SIZE" of a text, given as a function that reads it."""
+    if spec == "char":
+        return tokenizer.CharTokenizer.learn(stream())
+    return bpe.learn(cut(stream(), bpe.spans), int(spec.removeprefix("bpe:")))
+
+
+def encode(stream: Stream, tok: Tokenizer, unknown: str, work: Path, progress: Progress) -> Encoded:
+    """Encode a text; what is more than a shard goes to the folder `work`, which is made then.
+
+    Args:
+      unknown: "skip" leaves out characters outside the vocabulary, and counts them.
+      work: for this text and tokenizer alone; may hold the shards of an attempt that was killed.
+
+    Raises:
+      UnknownCharacterError: a character is outside the vocabulary and `unknown` is "error".
+      EncodeError: `work` cannot be written to, or another process does.
+    """
+    dtype = np.dtype(np.uint16 if tok.vocab_size <= 2**16 else np.uint32)
+    found, source, ids_hash, parts_hash = Encoded(), hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    before = _left(work, dtype)
+    read = 0
+
+    def seen(n: int) -> None:
+        nonlocal read
+        read += n
+        progress("encoding", min(1.0, read / max(1, stream.size)))
+
+    def known() -> Iterator[str]:
+        for piece in stream.pieces(found.notes, seen):
+            source.update(piece.encode("utf-8", "surrogatepass"))
+            kept = tokenizer.without_unknown(tok, piece) if unknown == "skip" else piece
+            found.skipped += len(piece) - len(kept)
+            yield kept
+
+    def ids(item: tuple[int, str]) -> NDArray[Any]:
+        first, part = item
+        try:
+            return tok.encode(part).astype(dtype.newbyteorder("<"))
+        except UnknownCharacterError as error:
+            raise UnknownCharacterError(error.character, first + error.position, error.known) from error
+
+    parts = cut(known(), bpe.spans if isinstance(tok, BPETokenizer) else even)
+    first = 0
+    if before:
+        for _ in range(before["parts"]):
+            part = next(parts, "")
+            parts_hash.update(part.encode("utf-8", "surrogatepass"))
+            first += len(part)
+        if parts_hash.hexdigest() != before["parts_sha256"]:  # another text by the same name
+            shutil.rmtree(work)
+            return encode(stream, tok, unknown, work, progress)
+        found.shards = before["shards"]
+        for shard in found.shards:
+            ids_hash.update((work / shard["file"]).read_bytes())
+
+    def numbered() -> Iterator[tuple[int, str]]:
+        at = first
+        for part in parts:
+            yield at, part
+            at += len(part)
+
+    held: list[NDArray[Any]] = []
+    n_parts = before["parts"] if before else 0
+    with _Shards(work, found.shards) as shards:
+        for (_, part), new in in_order(ids, numbered()):
+            parts_hash.update(part.encode("utf-8", "surrogatepass"))
+            ids_hash.update(new.tobytes())
+            held.append(new)
+            n_parts += 1
+            if sum(map(len, held)) >= SHARD:
+                shards.add(np.concatenate(held), n_parts, parts_hash.hexdigest())
+                held = []
+    found.rest = np.concatenate(held) if held else np.zeros(0, dtype)
+    found.sha256, found.source_sha256 = ids_hash.hexdigest(), source.hexdigest()
+    return found
+
+
+def cut(pieces: Iterable[str], spans: Spans, size: int | None = None) -> Iterator[str]:
+    """A text in pieces as parts of at least `size` (PART) characters, cut where `spans` cuts the whole."""
+    rest, size = "", size or PART
+    for piece in pieces:
+        rest += piece
+        if len(rest) > 2 * size:
+            *whole, (last, _) = spans(rest, size)
+            for begin, end in whole:
+                yield rest[begin:end]
+            rest = rest[last:]
+    for begin, end in spans(rest, size):
+        yield rest[begin:end]
+
+
+def even(text: str, size: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the parts of `text`, for a tokenizer that may be cut anywhere."""
+    return ((i, min(i + size, len(text))) for i in range(0, len(text), size))
+
+
+def in_order(function: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T, U]]:
+    """Each item with its result, on all cores, not more than a few ahead of what is taken."""
+    n = os.cpu_count() or 1
+    with ThreadPoolExecutor(n) as pool:
+        waiting: deque[tuple[T, Future[U]]] = deque()
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > n:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+
+
+class _Shards:
+    """Shards in a folder that is made for the first of them, and held by this process alone from then on."""
+
+    def __init__(self, work: Path, shards: list[dict[str, Any]]):
+        self._work, self._shards, self._lock = work, shards, filelock.FileLock(work / ".lock", timeout=0)
+
+    def __enter__(self) -> "_Shards":
+        if self._shards:
+            self._hold()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def _hold(self) -> None:
+        try:
+            self._work.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except filelock.Timeout as error:
+            raise EncodeError(f"another process prepares the same text in {self._work}: wait for it") from error
+        except OSError as error:
+            raise EncodeError(f"{self._work} cannot be written: {error.strerror}; name another: --data-dir") from error
+
+    def add(self, ids: NDArray[Any], n_parts: int, parts_sha256: str) -> None:
+        if not self._lock.is_locked:
+            self._hold()
+        name, data = f"tokens-{len(self._shards):05}.bin", ids.tobytes()
+        try:
+            disk.write_atomically(self._work / name, data)
+            self._shards.append({"file": name, "count": len(ids), "sha256": hashlib.sha256(data).hexdigest()})
+            said = {"shards": self._shards, "parts": n_parts, "parts_sha256": parts_sha256}
+            disk.write_atomically(self._work / PROGRESS, disk.seal(said).encode())
+        except OSError as error:
+            raise EncodeError(f"{self._work} cannot be written: {error.strerror}; name another: --data-dir") from error
+
+
+def _left(work: Path, dtype: np.dtype[Any]) -> dict[str, Any] | None:
+    """What a killed attempt says that it left, if its shards are whole; else None, and the folder is gone."""
+    try:
+        said = disk.unseal((work / PROGRESS).read_bytes())
+        for shard in said["shards"]:
+            path = work / shard["file"]
+            if path.stat().st_size != shard["count"] * dtype.itemsize or disk.sha256(path) != shard["sha256"]:
+                raise disk.SealError(f"{path} is damaged")
+        return said
+    except FileNotFoundError:
+        return None
+    except (disk.SealError, KeyError, TypeError):
+        shutil.rmtree(work)
+        return None

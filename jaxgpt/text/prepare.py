@@ -1,0 +1,288 @@
+"""A text, or a mixture of texts, to a prepared corpus: tokenized once, found again, fetched from a store."""
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt import disk
+from jaxgpt.text import encode, files, gpt2, sources
+from jaxgpt.text.corpus import (
+    FORMAT,
+    KINDS,
+    Corpus,
+    CorpusError,
+    checked_meta,
+    folder_of,
+    load,
+    require_fit,
+    save,
+    shards_of,
+    tokenizer_of,
+)
+from jaxgpt.text.shards import joined
+from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, Ids, Progress, Tokenizer, unseen
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did: the corpus, where it lies, and whether it lay there already."""
+
+    corpus: Corpus
+    folder: Path
+    reused: bool
+    seconds: float
+
+
+def prepare(
+    corpus: str,
+    spec: str = "char",
+    *,
+    unknown: str = "error",
+    data_dir: Path = Path("data"),
+    block_size: int = 1,
+    val_fraction: float = 0.1,
+    vocab_size: int = 0,
+    column: str = "text",
+    progress: Progress = unseen,
+) -> Prepared:
+    """Tokenize a corpus into a folder of `data_dir`, once; an equal one that lies there is used again.
+
+    Args:
+      corpus, column: as in `sources.open_stream`, or a folder that `prepare` made, here or at a URL; or a mixture of
+        such, "0.7*a.txt + 0.3*b.txt", whose parts share a tokenizer and have a folder each.
+      spec, unknown, progress: as in `tokenize`.
+      block_size, val_fraction: both splits must hold a window of this size.
+      vocab_size: the vocabulary must not be larger than this; 0 for any size.
+
+    Raises:
+      SourceError, CorpusError, UnknownCharacterError: before anything is written, but for shards of a text of more
+        than encode.SHARD tokens, which the next attempt finds.
+    """
+    began = time.perf_counter()
+    fit = partial(require_fit, block_size=block_size, val_fraction=val_fraction, vocab_size=vocab_size)
+    shares = sources.mixture(corpus)
+    if len(shares) == 1:
+        found, folder, reused = _prepare(corpus, spec, None, unknown, data_dir, column, fit, progress)
+        return Prepared(found, folder, reused, time.perf_counter() - began)
+    texts = [sources.open_stream(name, column) for _, name in shares if not _is_prepared(name)]
+    tok = tokenizer_for(spec, texts, progress) if texts else load(_prepared_folder(shares[0][1])).tokenizer
+    each = [_prepare(name, spec, tok, unknown, data_dir, column, fit, progress) for _, name in shares]
+    found = mixed([(share, part) for (share, _), (part, _, _) in zip(shares, each, strict=True)])
+    return Prepared(found, data_dir, all(reused for _, _, reused in each), time.perf_counter() - began)
+
+
+def _prepare(
+    corpus: str,
+    spec: str,
+    tok: Tokenizer | None,
+    unknown: str,
+    data_dir: Path,
+    column: str,
+    fit: Callable[[Corpus], None],
+    progress: Progress,
+) -> tuple[Corpus, Path, bool]:
+    """One corpus, by the tokenizer `tok` or that of `spec`: itself, its folder, and whether it lay there already."""
+    if _is_prepared(corpus):
+        folder = _prepared_folder(corpus)
+        found = load(folder)
+        if tok is None:
+            _require_tokenizer(found, spec, folder)
+        elif found.tokenizer != tok:
+            raise CorpusError(f"{corpus} was prepared with another vocabulary than the rest: --tokenizer {corpus}")
+        fit(found)
+        return found, folder, True
+    stream = sources.open_stream(corpus, column)
+    tok = tok or tokenizer_for(spec, [stream], progress)
+    about = json.dumps([stream.origin, unknown, column, tok.to_json()])
+    work = data_dir / f".{stream.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.part"
+    encoded = encode.encode(stream, tok, unknown, work, progress)
+    meta = _meta(stream, tok, encoded)
+    done = [np.memmap(work / shard["file"], encoded.rest.dtype, mode="r") for shard in encoded.shards]
+    fresh = Corpus(joined([*done, *([encoded.rest] if len(encoded.rest) or not done else [])]), tok, meta)
+    fit(fresh)
+    folder = folder_of(meta, data_dir)
+    try:
+        found = load(folder)
+        reused = _same(found.meta, meta)
+    except CorpusError:  # missing or damaged: what is in hand takes its place
+        reused = False
+    if reused:
+        shutil.rmtree(work, ignore_errors=True)
+        return found, folder, True
+    if encoded.shards:
+        _finish(work, meta, encoded.rest, folder)
+    else:
+        save(fresh, folder)
+    return load(folder), folder, False
+
+
+def _finish(work: Path, meta: dict[str, Any], rest: Ids, folder: Path) -> None:
+    """Make the folder of shards that were written on the way the corpus's own: last shard, tokens.json, name."""
+    try:
+        if len(rest):
+            disk.write_atomically(work / meta["shards"][-1]["file"], rest.tobytes())
+        disk.write_atomically(work / "tokens.json", disk.seal(meta).encode())
+        for name in (encode.PROGRESS, ".lock"):
+            (work / name).unlink(missing_ok=True)
+        if folder.exists():  # what lies there is damaged
+            shutil.rmtree(folder)
+        work.rename(folder)
+        disk.sync(folder.parent)
+    except OSError as error:
+        raise CorpusError(f"{folder} cannot be written: {error.strerror}; name another folder: --data-dir") from error
+
+
+def mixed(parts: Sequence[tuple[float, Corpus]]) -> Corpus:
+    """Corpora of one tokenizer as one, each with its weight in training: `Corpus.parts`."""
+    metas = [part.meta for _, part in parts]
+    shares = [f"{share:g}*" for share, _ in parts]
+    sha256s = json.dumps([[share, meta["sha256"]] for share, meta in zip(shares, metas, strict=True)])
+    meta = metas[0] | {
+        "count": sum(meta["count"] for meta in metas),
+        "sha256": hashlib.sha256(sha256s.encode()).hexdigest(),
+        "source": "+".join(meta["source"] for meta in metas),
+        "origin": " + ".join(share + meta["origin"] for share, meta in zip(shares, metas, strict=True)),
+        "source_sha256": hashlib.sha256("".join(meta["source_sha256"] for meta in metas).encode()).hexdigest(),
+        "notes": [f"{meta['source']}: {note}" for meta in metas for note in meta.get("notes", [])],
+        "skipped_characters": sum(meta.get("skipped_characters", 0) for meta in metas),
+        "parts": [{name: meta[name] for name in ("source", "count", "sha256")} for meta in metas],
+        "format": FORMAT,
+    }
+    meta.pop("shards", None)
+    return Corpus(joined([part.tokens for _, part in parts]), parts[0][1].tokenizer, meta, tuple(parts))
+
+
+def _is_prepared(corpus: str) -> bool:
+    """Whether it is a folder that `prepare` made, here or at a URL."""
+    return corpus not in sources.NAMED and bool(corpus) and (sources.place(corpus) / "tokens.json").is_file()
+
+
+def _prepared_folder(corpus: str) -> Path:
+    """The folder itself, or its copy on this machine."""
+    return fetched(corpus) if sources.is_url(corpus) else Path(corpus).expanduser()
+
+
+def fetched(url: str) -> Path:
+    """A prepared folder at a URL as a copy in the cache: each file fetched once, checked, whole or not there.
+
+    Raises:
+      CorpusError: it cannot be fetched, or is not what its tokens.json says.
+    """
+    there = sources.place(url)
+    try:
+        data = (there / "tokens.json").read_bytes()
+        try:
+            meta = checked_meta(disk.unseal(data))
+        except ValueError as error:
+            raise CorpusError(f"{url}/tokens.json: {error}") from error
+        here = sources.cache_dir() / "corpora" / hashlib.sha256(data).hexdigest()[:16]
+        here.mkdir(parents=True, exist_ok=True)
+        for shard in shards_of(meta):
+            path = here / shard["file"]
+            if path.is_file() and disk.sha256(path) == shard["sha256"]:
+                continue
+            partial_file = path.with_name(f".{path.name}.part")
+            with (there / shard["file"]).open("rb") as source, partial_file.open("wb") as target:
+                shutil.copyfileobj(source, target, files.PIECE)
+            if (found := disk.sha256(partial_file)) != shard["sha256"]:
+                partial_file.unlink()
+                raise CorpusError(f"{url}/{shard['file']} has SHA-256 {found}, expected {shard['sha256']}")
+            partial_file.replace(path)
+        disk.write_atomically(here / "tokens.json", data)
+    except OSError as error:
+        raise CorpusError(f"{url} cannot be fetched: {error}") from error
+    return here
+
+
+def _same(found: dict[str, Any], fresh: dict[str, Any]) -> bool:
+    """Whether two tokens.json describe the same ids of the same text, in whatever shards."""
+    form = {"format", "shards"}
+    return {k: v for k, v in found.items() if k not in form} == {k: v for k, v in fresh.items() if k not in form}
+
+
+def _require_tokenizer(corpus: Corpus, spec: str, folder: Path) -> None:
+    """Check that a prepared corpus has the tokenizer that was asked for."""
+    kind, named = corpus.meta["tokenizer"]["kind"], spec.split(":")[0]
+    same = kind == KINDS[named] if named in KINDS else corpus.tokenizer == tokenizer_of(Path(spec))
+    if not same:
+        raise CorpusError(f"{folder} was prepared with {kind}, but --tokenizer is {spec}: give --tokenizer {folder}")
+
+
+def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error", progress: Progress = unseen) -> Corpus:
+    """Tokenize `source` in memory.
+
+    Args:
+      spec: "char" (the vocabulary of this text), "ascii" (line feed and the 95 printable characters), "byte", "gpt2",
+        "bpe:SIZE" (learnt from this text), or the path of a tokens.json whose vocabulary to use.
+      unknown: "skip" leaves out characters outside the vocabulary and counts them in `meta`.
+
+    Raises:
+      UnknownCharacterError: a character is outside the vocabulary and `unknown` is "error".
+      UsageError: `spec` names no tokenizer, or one that cannot be had.
+    """
+    tok = tokenizer_for(spec, [source.stream()], progress)
+    with tempfile.TemporaryDirectory(prefix="jaxgpt-") as folder:
+        found = encode.encode(source.stream(), tok, unknown, Path(folder) / "work", progress)
+        shards = [np.fromfile(Path(folder) / "work" / shard["file"], found.rest.dtype) for shard in found.shards]
+    return Corpus(np.concatenate([*shards, found.rest]), tok, _meta(source.stream(), tok, found))
+
+
+def tokenizer_for(spec: str, streams: Sequence[sources.Stream], progress: Progress = unseen) -> Tokenizer:
+    """The tokenizer that `spec` names, as in `tokenize`; "char" and "bpe:SIZE" are learnt from all of the texts.
+
+    Raises:
+      UsageError: `spec` names no tokenizer, or one that cannot be had.
+    """
+
+    def text() -> Iterator[str]:
+        read, size = 0, max(1, sum(stream.size for stream in streams))
+
+        def seen(n: int) -> None:
+            nonlocal read
+            read += n
+            progress("learning a vocabulary", min(1.0, read / size))
+
+        for i, stream in enumerate(streams):
+            yield "\n" * bool(i and spec != "char")
+            yield from stream.pieces([], seen)
+
+    match spec:
+        case "ascii":
+            return CharTokenizer("\n" + "".join(map(chr, range(32, 127))))
+        case "byte":
+            return ByteTokenizer()
+        case "gpt2":
+            return gpt2.load()
+        case _ if spec == "char" or re.fullmatch("bpe:[0-9]{1,7}", spec):
+            return encode.learn(text, spec)
+    return tokenizer_of(Path(spec))
+
+
+def _meta(stream: sources.Stream, tok: Tokenizer, found: encode.Encoded) -> dict[str, Any]:
+    """What tokens.json says of the ids of a text."""
+    last = found.rest.tobytes()
+    rest = {"file": f"tokens-{len(found.shards):05}.bin", "count": len(found.rest)}
+    whole = bool(found.shards) and not len(found.rest)  # the last shard ended with the text
+    return {
+        "format": FORMAT,
+        "dtype": found.rest.dtype.name,
+        "count": sum(shard["count"] for shard in found.shards) + len(found.rest),
+        "sha256": found.sha256,
+        "shards": found.shards + [rest | {"sha256": hashlib.sha256(last).hexdigest()}] * (not whole),
+        "source": stream.name,
+        "origin": stream.origin,
+        "source_sha256": found.source_sha256,
+        "notes": found.notes,
+        "skipped_characters": found.skipped,
+        "tokenizer": tok.to_json(),
+    }

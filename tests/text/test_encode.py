@@ -1,0 +1,261 @@
+"""A text of any size becomes the ids that it would become in memory."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxgpt.text import bpe, encode, sources
+from jaxgpt.text.corpus import CorpusError, load
+from jaxgpt.text.encode import EncodeError
+from jaxgpt.text.prepare import prepare, tokenize
+from jaxgpt.text.shards import Joined, joined
+from jaxgpt.text.sources import Source, SourceError
+from jaxgpt.text.tokenizer import UnknownCharacterError
+
+LINES = "".join(f"{i} the cat sat on the mat, that cat has a hat\n" for i in range(300))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Parts and shards so small that a short text has many."""
+    monkeypatch.setattr(encode, "PART", 40)
+    monkeypatch.setattr(encode, "SHARD", 700)
+    monkeypatch.setattr("jaxgpt.text.files.PIECE", 64)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.data())
+def test_joined_arrays_are_read_like_one(sizes, data):
+    whole = np.arange(sum(sizes)).astype(np.uint16)
+    tokens = Joined(np.split(whole, np.cumsum(sizes)[:-1]))
+    begin, end = (data.draw(st.integers(-7, 30)) for _ in range(2))
+    np.testing.assert_array_equal(np.asarray(tokens[begin:end]), whole[begin:end])
+    assert len(tokens) == len(whole)
+    if len(whole):
+        places = np.array(data.draw(st.lists(st.lists(st.integers(0, len(whole) - 1), min_size=2, max_size=2))), int)
+        np.testing.assert_array_equal(tokens[places.reshape(-1, 2)], whole[places.reshape(-1, 2)])
+    with pytest.raises(IndexError, match="tokens"):
+        tokens[np.array([len(whole)])]
+
+
+def test_one_array_is_itself():
+    one = np.zeros(3, np.uint16)
+    assert joined([one]) is one
+
+
+@settings(max_examples=30)
+@given(st.text(st.sampled_from("ab \n\u3000é\r"), max_size=200), st.integers(1, 20))
+@pytest.mark.parametrize("spans", [encode.even, bpe.spans])
+def test_a_text_in_pieces_is_cut_as_the_whole(spans, text, size):
+    pieces = [text[i : i + 7] for i in range(0, len(text), 7)]
+    parts = list(encode.cut(pieces, spans, size))
+    assert "".join(parts) == text
+    ends = set(np.cumsum([end - begin for begin, end in spans(text, size)]))
+    assert set(np.cumsum([len(part) for part in parts])) == ends
+
+
+@pytest.mark.parametrize("spec", ["char", "byte", "bpe:300"])
+def test_shards_hold_what_the_text_encodes_to(tmp_path, small, spec):
+    path = tmp_path / "a.txt"
+    path.write_text(LINES.replace("\n", "\r\n"), newline="")
+    done = prepare(str(path), spec, data_dir=tmp_path / "data")
+    names = sorted(path.name for path in done.folder.iterdir())
+    assert len(names) > 3
+    assert names == [*(f"tokens-{i:05}.bin" for i in range(len(names) - 1)), "tokens.json"]
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]  # nothing half-done is left
+    found = load(done.folder)
+    np.testing.assert_array_equal(np.asarray(found.tokens), found.tokenizer.encode(LINES))
+    whole = tokenize(Source("a", LINES, str(path)), spec)
+    assert whole.tokenizer == found.tokenizer
+    for name in ("sha256", "source_sha256", "count"):
+        assert whole.meta[name] == found.meta[name]
+    assert prepare(str(path), spec, data_dir=tmp_path / "data").reused
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
+
+
+def test_an_unknown_character_is_named_by_its_place_in_the_whole_text(tmp_path, small):
+    (tmp_path / "a.txt").write_text(LINES + "é")
+    with pytest.raises(UnknownCharacterError, match=rf"'é' .* at position {len(LINES)} "):
+        prepare(str(tmp_path / "a.txt"), "ascii", data_dir=tmp_path / "data")
+    done = prepare(str(tmp_path / "a.txt"), "ascii", unknown="skip", data_dir=tmp_path / "data")
+    assert done.corpus.meta["skipped_characters"] == 1
+    assert done.corpus.tokenizer.decode(np.asarray(done.corpus.tokens)) == LINES
+
+
+KILLED = """
+import os, signal, sys
+from jaxgpt import disk
+from jaxgpt.text import encode, prepare
+encode.PART, encode.SHARD, written = 40, 700, 0
+write = disk.write_atomically
+def once_more(path, data):
+    global written
+    write(path, data)
+    written += path.name == encode.PROGRESS
+    if written == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+disk.write_atomically = once_more
+prepare.prepare(sys.argv[1], "byte")
+"""
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """A text that a process prepared three shards of before it was killed."""
+    path = tmp_path / "a.txt"
+    path.write_text(LINES)
+    assert subprocess.run([sys.executable, "-c", KILLED, path], cwd=tmp_path).returncode == -signal.SIGKILL
+    (work,) = (tmp_path / "data").iterdir()
+    assert len(list(work.glob("tokens-*.bin"))) == 3
+    return path
+
+
+def again(path, monkeypatch):
+    """Prepare it: the corpus, and how many characters were encoded."""
+    encoded = []
+    tok = type(tokenize(Source("a", "a", "here"), "byte").tokenizer)
+    plain = tok.encode
+    monkeypatch.setattr(tok, "encode", lambda self, text: encoded.append(len(text)) or plain(self, text))
+    return prepare(str(path), "byte", data_dir=path.parent / "data"), sum(encoded)
+
+
+def test_what_was_encoded_before_a_kill_is_not_encoded_again(killed, small, monkeypatch, tmp_path):
+    done, encoded = again(killed, monkeypatch)
+    assert 0 < encoded < len(LINES) - 3 * 700 + 80
+    unbroken = prepare(str(killed), "byte", data_dir=tmp_path / "other")
+    assert done.corpus.meta == unbroken.corpus.meta
+    for path in unbroken.folder.iterdir():
+        assert (done.folder / path.name).read_bytes() == path.read_bytes()
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
+
+
+@pytest.mark.parametrize("harm", ["another text", "a bit", "no progress"])
+def test_what_does_not_belong_to_the_text_is_not_gone_on_with(killed, small, monkeypatch, tmp_path, harm):
+    (work,) = (tmp_path / "data").iterdir()
+    shard = work / "tokens-00001.bin"
+    if harm == "another text":
+        killed.write_text(LINES.replace("0 the", "0 The", 1))
+    elif harm == "a bit":
+        shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    else:
+        (work / encode.PROGRESS).write_text("{}")
+    done, encoded = again(killed, monkeypatch)
+    assert encoded >= len(LINES)
+    assert bytes(np.asarray(done.corpus.tokens).astype(np.uint8)) == killed.read_bytes()
+
+
+def test_two_processes_do_not_write_the_same_shards(tmp_path):
+    with encode._Shards(tmp_path / "work", []) as one, encode._Shards(tmp_path / "work", []) as other:
+        one.add(np.zeros(3, np.uint16), 1, "")
+        with pytest.raises(EncodeError, match="another process prepares the same text"):
+            other.add(np.zeros(3, np.uint16), 1, "")
+
+
+LIMITED = """
+import re, resource, sys
+from pathlib import Path
+from jaxgpt.text import encode, prepare
+encode.SHARD = 2**21
+data = 1024 * int(re.search(r"VmData:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+limit = data + int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+done = prepare.prepare(sys.argv[1], "byte")
+print(len(done.corpus.tokens), len(done.corpus.meta["shards"]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not limit a process's own memory")
+def test_a_text_larger_than_the_memory_is_prepared(tmp_path):
+    size, limit = 96 * 2**20, 64 * 2**20
+    with (tmp_path / "a.txt").open("wb") as file:
+        for _ in range(96):
+            file.write((b"the cat sat on the mat, that cat has a hat\n" * 24_386)[: 2**20])
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, "a.txt", str(limit)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(size), "48"], done.stderr
+
+
+def test_a_mixture_has_its_parts_and_one_vocabulary(tmp_path):
+    for name, text in (("a", "abc\n" * 50), ("b", "bcd\n" * 70)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    spec = f"0.75*{tmp_path}/a.txt + 0.25*{tmp_path}/b.txt"
+    corpus = prepare(spec, data_dir=tmp_path / "data", block_size=8).corpus
+    assert corpus.tokenizer.chars == "\nabcd"
+    assert [share for share, _ in corpus.parts] == [0.75, 0.25]
+    train, val = corpus.split(0.1)
+    assert corpus.tokenizer.decode(np.asarray(train)) == "abc\n" * 45 + "bcd\n" * 63
+    assert corpus.tokenizer.decode(np.asarray(val)) == "abc\n" * 5 + "bcd\n" * 7
+    assert corpus.training_parts(0.1) == ((180, 0.75), (252, 0.25))
+    assert (
+        corpus.meta["sha256"] != prepare(spec.replace("0.75", "0.5"), data_dir=tmp_path / "data").corpus.meta["sha256"]
+    )
+    prepared = [str(folder) for folder in sorted((tmp_path / "data").iterdir())]
+    same = prepare(f"0.75*{prepared[0]} + 0.25*{prepared[1]}", data_dir=tmp_path / "data").corpus
+    assert same.meta["sha256"] == corpus.meta["sha256"]
+    (tmp_path / "c.txt").write_text("xyz\n" * 50)
+    with pytest.raises(CorpusError, match="was prepared with another vocabulary than the rest"):
+        prepare(f"1*{prepared[0]} + 1*{tmp_path}/c.txt", data_dir=tmp_path / "data")
+
+
+def test_only_weights_and_parts_are_a_mixture():
+    assert sources.mixture("0.7*a + .3*b c") == [(0.7, "a"), (0.3, "b c")]
+    for one in ("a.txt", "a + b.txt", "0.5*a.txt", "2*a + b"):
+        assert sources.mixture(one) == [(1.0, one)]
+    with pytest.raises(SourceError, match="parts that differ, each with a weight above 0"):
+        sources.mixture("0*a + 1*b")
+    with pytest.raises(SourceError, match="parts that differ"):
+        sources.mixture("1*a + 1*a")
+    assert sources.absolute("1*/x/a + 2*python-docs") == "1*/x/a + 2*python-docs"
+    assert sources.absolute("gs://bucket/a.txt") == "gs://bucket/a.txt"
+
+
+class TestStores:
+    @pytest.fixture(autouse=True)
+    def store(self, tmp_path, monkeypatch):
+        fsspec = pytest.importorskip("fsspec", reason="needs the extra: pip install 'jaxgpt[remote]'")
+        pytest.importorskip("upath", reason="needs the extra: pip install 'jaxgpt[remote]'")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        self.files = fsspec.filesystem("memory")
+        yield
+        self.files.store.clear()
+
+    def test_texts_are_read_where_they_lie(self, tmp_path):
+        rows = "".join(json.dumps({"text": line}) + "\n" for line in LINES.splitlines())
+        self.files.pipe({"/texts/a.jsonl": rows.encode(), "/texts/b.txt": b"the end\r\n"})
+        one = prepare("memory://texts/a.jsonl", data_dir=tmp_path / "data").corpus
+        assert one.tokenizer.decode(one.tokens) == LINES.strip().replace("\n", "\n\n")
+        assert one.meta["origin"] == "memory://texts/a.jsonl"
+        assert one.meta["source"] == "a"
+        both = prepare("memory://texts", data_dir=tmp_path / "data").corpus
+        assert both.tokenizer.decode(both.tokens) == LINES.strip().replace("\n", "\n\n") + "\nthe end\n"
+        with pytest.raises(SourceError, match=r"no corpus, file or folder 'memory://texts/c\.txt'"):
+            prepare("memory://texts/c.txt", data_dir=tmp_path / "data")
+
+    def test_a_prepared_folder_is_fetched_once_and_checked(self, tmp_path, small):
+        (tmp_path / "a.txt").write_text(LINES)
+        folder = prepare(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
+        self.files.put(str(folder), "/prepared", recursive=True)
+        found = prepare("memory://prepared").corpus
+        assert found.meta == load(folder).meta
+        np.testing.assert_array_equal(np.asarray(found.tokens), np.asarray(load(folder).tokens))
+        shards = [name for name in self.files.ls("/prepared", detail=False) if name.endswith(".bin")]
+        for name in shards[1:]:
+            self.files.rm(name)  # they are in the cache
+        assert prepare("memory://prepared").corpus.meta == found.meta
+        (cached,) = (tmp_path / "cache" / "jaxgpt" / "corpora").iterdir()
+        (cached / "tokens-00000.bin").unlink()
+        self.files.pipe(shards[0], b"damage")
+        with pytest.raises(CorpusError, match=r"memory://prepared/tokens-00000.bin has SHA-256 .*, expected"):
+            prepare("memory://prepared")
+        assert not (cached / "tokens-00000.bin").exists()
+
+    def test_without_the_extra_it_says_what_to_install(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "upath", None)
+        with pytest.raises(sources.MissingExtraError, match=r"memory://a, in a store, needs .*jaxgpt\[remote\]"):
+            prepare("memory://a")
