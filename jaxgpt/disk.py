@@ -75,11 +75,10 @@ def unseal(data: bytes) -> dict[str, Any]:
     if not isinstance(tree, dict) or "seal" not in tree:
         raise SealError("it has no seal: jaxgpt did not write it")
     del tree["seal"]
-    try:
-        same = seal(tree).encode() == data
-    except RecursionError:  # it is nested just so deep that it can be read, but not written
-        same = False
-    if not same:
+    # What was read is hashed as it stands: to write it again takes the square of its depth.
+    front, _, end = data.rpartition(b'  "seal": "')
+    before = b"{}\n" if front == b"{\n" else front.removesuffix(b",\n") + b"\n}\n"
+    if end != f'{hashlib.sha256(before).hexdigest()}"\n}}\n'.encode():
         raise SealError("it does not match its seal: it was damaged, or edited by hand")
     return tree
 

@@ -55,7 +55,7 @@ def test_any_bytes(reader, data):
 @READERS
 def test_nesting_of_any_depth(reader):
     """Where reading ends and showing begins to overflow the stack lies somewhere below the recursion limit."""
-    for depth in (*range(880, sys.getrecursionlimit(), 3), 3000, 9000, 100_000):
+    for depth in (*range(880, sys.getrecursionlimit()), 3000, 9000, 100_000):
         for data in nested(depth):
             TARGETS[reader].run(data)
 
