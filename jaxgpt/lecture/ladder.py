@@ -168,15 +168,16 @@ def score(rung: Rung, params: Params, val: Ids, n_windows: int = 256) -> float:
     T = rung.block_size
     starts = np.arange(0, len(val) - T, T)
     sums = [
-        _loss_sum(rung, params, take(val, part, T))
+        _loss_sums(rung, params, take(val, part, T))
         for part in np.split(starts, range(n_windows, len(starts), n_windows))
     ]
-    return float(np.sum(jax.device_get(sums), dtype=np.float64) / (len(starts) * T))
+    return float(np.concatenate(jax.device_get(sums)).sum(dtype=np.float64) / (len(starts) * T))
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss_sum(rung: Rung, params: Params, batch: batches.Batch) -> jax.Array:
-    return nn.token_losses(forward(rung, params, batch.inputs), batch.targets).sum()
+def _loss_sums(rung: Rung, params: Params, batch: batches.Batch) -> jax.Array:
+    """Of each window (B,), to be added in float64: float32 would lose a digit over thousands of tokens."""
+    return nn.token_losses(forward(rung, params, batch.inputs), batch.targets).sum(axis=-1)
 
 
 def write(rung: Rung, params: Params, n: int, seed: int) -> list[int]:
