@@ -43,8 +43,9 @@ def forget() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def hasty(request: pytest.FixtureRequest) -> None:
     """Hundreds of small programs run once each: what LLVM would win in running them, it loses in compiling them. Tests
-    marked slow, and processes that tests start, compile as a user's do."""
-    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("slow") is None)
+    marked slow or smoke, and processes that tests start, compile as a user's do."""
+    as_a_user = any(map(request.node.get_closest_marker, ("slow", "smoke")))
+    jax.config.update("jax_disable_most_optimizations", not as_a_user)
 
 
 @pytest.fixture
