@@ -51,6 +51,20 @@ def test_greedy_is_the_plain_loop_for_short_and_long_prompts(model, length):
     assert got[0].tolist() == by_hand(config, params, prompt, 20, lambda logits, i: logits.argmax())
 
 
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_a_cache_smaller_than_block_size_holds_all_that_is_read(tiny, change, position):
+    """A prompt of 3 and 20 more, of which the last is not read, get 32 slots of 64; so do the 17 that 15 more make."""
+    config = change(tiny, block_size=64, dropout=0.0, position=position).model
+    params, ids = weights(config), np.random.default_rng(0).integers(0, 13, (64, 3))
+    prompts = ids
+    for n in range(3, 23):
+        logits = forward(config, params, np.pad(ids, [(0, 0), (0, 64 - n)]))[:, n - 1]
+        ids = np.append(ids, logits.argmax(axis=-1)[:, None], axis=1)
+    for n in (20, 15):
+        got = generate(config, params, prompts, n, KEY, temperature=0)
+        np.testing.assert_array_equal(got, ids[:, 3 : 3 + n])
+
+
 def test_sampling_draws_from_the_softmax_at_that_temperature(model):
     config, params = model
     many = generate(config, params, np.full((20_000, 1), 3), 1, KEY, temperature=2.0)
