@@ -18,7 +18,7 @@ from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.run import Run
 from jaxgpt.training.start import load_checkpoint
 from jaxgpt.verify import compare
-from tests.faults import trials
+from tests.faults import bad_input, trials
 from tests.processes import resume, wait_for
 
 
@@ -46,7 +46,7 @@ def test_bad_input_is_refused_in_words_and_writes_nothing(tmp_path):
                 code = done.code
         return code, err.getvalue()
 
-    count = trials.inputs(tmp_path, call)
+    count = bad_input.inputs(tmp_path, call)
     assert count.failures == []
     assert count.tried == count.good > 100
 
