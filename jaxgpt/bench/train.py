@@ -7,6 +7,7 @@ same number of steps.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from jaxgpt.bench import peak, ruler
@@ -92,21 +93,16 @@ def variants(shape: str, device: str, dropout: float, ways: Sequence[str]) -> li
         config = config_of(shape, device, precision, dropout)
         return to_tree(replace(config, train=replace(config.train, accumulate=parts)))
 
-    for precision in PRECISIONS:
-        spec = {"task": "train-jaxgpt", "config": tree(1, precision)}
+    for precision, (name, parts) in product(PRECISIONS, split.items()):
+        spec = {"task": "train-jaxgpt", "config": tree(parts, precision)}
+        kinds: dict[str, dict[str, str]] = {precision: {}}
         if device == "gpu" and precision == "float32":  # where XLA uses TF32 if nothing is said
-            ours.append(("jaxgpt float32", spec, {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}))
-            ours.append(("jaxgpt tf32", spec, {}))
-        else:
-            ours += [
-                (f"jaxgpt {precision}{name}", {**spec, "config": tree(parts, precision)}, {})
-                for name, parts in split.items()
-            ]
+            kinds = {"float32": {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}, "tf32": {}}
+        ours += [(f"jaxgpt {kind}{name}", spec, env) for kind, env in kinds.items()]
     theirs = {"task": "train-torch", "device": device}
     return ours + [
         (f"torch {way}{name}", {**theirs, "config": tree(parts), "way": way}, {})
-        for way in ways
-        for name, parts in split.items()
+        for way, (name, parts) in product(ways, split.items())
     ]
 
 
