@@ -68,7 +68,7 @@ class GPT(nn.Module):
         C, V, T = cfg.n_embd, cfg.vocab_size, idx.shape[1]
         idx = sharding.constrain(idx, "batch", "time")
         wte = layers.embed(V, C, "wte")
-        x = wte(idx)
+        x = sharding.lookup(wte.embedding, idx)
         start = None if cache is None else cache.read
         places = jnp.arange(T) if start is None else start + jnp.arange(T)
         if cfg.smear:
@@ -100,12 +100,14 @@ class GPT(nn.Module):
             head = layers.Linear(cfg, V, 0.0 if cfg.zero_init else 0.02, name="lm_head")
             kernel, _ = head.weights(C)
 
-        def logits(x: jax.Array) -> jax.Array:
+        def logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
             out = numerics.dot(x, kernel, cfg.precision).astype(jnp.float32)
             out = sharding.constrain(out, *["batch", "time", None][: x.ndim - 1], "width")
             return numerics.softcap(out, cfg.softcap) if cfg.softcap else out
 
-        return logits(x) if targets is None else loss.losses_of(logits, x, targets, V)
+        if targets is None:
+            return logits(x, kernel)
+        return loss.losses_of(logits, x, kernel, targets, cfg.precision)
 
     def scanned(self, block: type[Block], x: jax.Array, idx: jax.Array) -> jax.Array:
         """The blocks one after another as one loop, which is compiled once: (B, T, C) -> (B, T, C)."""

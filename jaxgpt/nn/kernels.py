@@ -32,7 +32,7 @@ def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
         return "blocked" if T >= BLOCKED else "reference"
     if backend == "gpu" and low and D % 8 == 0 and D <= 128:
         return "cudnn"
-    if backend == "tpu" and low and D % 128 == 0 and T % 128 == 0 and not config.window:
+    if backend == "tpu" and low and D % 64 == 0 and T % 128 == 0 and not config.window:
         return "splash"
     return "blocked" if T >= BLOCKED else "reference"
 

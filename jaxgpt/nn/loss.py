@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxgpt.nn import sharding
 from jaxgpt.nn.cost import LOGITS
+from jaxgpt.nn.numerics import Precision, operand
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -22,35 +23,39 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def losses_of(
-    logits: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, V: int, chunk: int = LOGITS
+    logits: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    precision: Precision = "float32",
+    chunk: int = LOGITS,
 ) -> jax.Array:
-    """`token_losses(logits(x), targets)`, without all the logits at once where a device has more than `chunk` of them.
+    """`token_losses(logits(x, kernel), targets)`, without all the logits at once where a device has more than
+    `chunk` of them.
 
     Its rows are split into equal parts, one after another, and the backward pass makes the logits of a part again.
 
     Args:
-      logits: features (..., C) -> (..., V).
+      logits: features (..., C) and a kernel (C, V) -> (..., V).
       x: (B, T, C).
+      kernel: (C, V).
       targets: (B, T).
+      precision: of the operands of `logits`.
     """
     B, T = targets.shape
-    over_batch, over_time = sharding.parts("batch"), sharding.parts("time")
-    rows = -(-B // over_batch) * -(-T // over_time)
-    V = -(-V // sharding.parts("width"))
+    rows = -(-B // sharding.parts("batch")) * -(-T // sharding.parts("time"))
+    V = -(-kernel.shape[1] // sharding.parts("width"))
     parts = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * V <= chunk or n == rows))
     if parts == 1:
-        return token_losses(logits(x), targets)
+        return token_losses(logits(x, kernel), targets)
 
-    @jax.checkpoint
-    def part(x: jax.Array, targets: jax.Array) -> jax.Array:
-        return token_losses(logits(x), targets)
+    def all_parts(x: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
+        @jax.checkpoint
+        def part(each: tuple[jax.Array, jax.Array]) -> jax.Array:
+            x, targets = each
+            return token_losses(logits(x, kernel), targets)
 
-    def split(x: jax.Array) -> jax.Array:
-        """(B, T, ...) -> (parts, devices over B, over T, rows, ...): each part has rows of every device."""
-        x = x.reshape(over_batch, B // over_batch, over_time, T // over_time, *x.shape[2:]).swapaxes(1, 2)
-        x = x.reshape(over_batch, over_time, parts, -1, *x.shape[4:])
-        return sharding.constrain(jnp.moveaxis(x, 2, 0), None, "batch", "time", *[None] * (x.ndim - 3))
+        split = x.reshape(parts, -1, x.shape[-1]), targets.reshape(parts, -1)
+        return jax.lax.map(part, split).reshape(targets.shape)
 
-    losses = jax.lax.map(lambda each: part(*each), (split(x), split(targets)))  # as the targets
-    losses = jnp.moveaxis(losses, 0, 2).reshape(over_batch, over_time, B // over_batch, T // over_time)
-    return losses.swapaxes(1, 2).reshape(B, T)
+    return sharding.by_rows(all_parts, x, kernel, targets, operand(kernel, precision).dtype)

@@ -4,14 +4,23 @@ The mesh is the one in scope (`jax.set_mesh`); without one nothing here does any
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-AXES = {"batch": ("data", "fsdp"), "time": ("context",), "width": ("tensor",)}
-"""The dimensions that are split, and the axes that split them: sequences, tokens, and heads or hidden channels or V."""
+AXES = {
+    "batch": ("data", "fsdp"),  # sequences
+    "time": ("context",),  # tokens of a sequence
+    "width": ("tensor",),  # heads, hidden channels, V
+    "channels": ("fsdp",),  # C, of parameters
+}
+"""The dimensions that are split, and the axes that split them."""
 
 
 def platform() -> str:
@@ -21,16 +30,26 @@ def platform() -> str:
 
 
 def parts(dim: str) -> int:
-    """Into how many parts the mesh in scope splits a dimension, 1 without a mesh."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(axis, 1) for axis in AXES[dim])
+    """Into how many parts the mesh in scope splits a dimension: 1 without a mesh, and in `by_rows` for its axes."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _axes(dim))
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
-    """`x` with its dimensions split as their names say; None is whole on every device."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """`x` with its dimensions split as their names say. None is whole on every device, and so is what does not divide,
+    such as 25 heads over two devices, each of which then attends with all of them."""
+    if not jax.sharding.get_abstract_mesh().auto_axes:
         return x
-    return lax.with_sharding_constraint(x, PartitionSpec(*(AXES[dim] if dim else None for dim in dims)))
+    return lax.with_sharding_constraint(x, _spec(x, dims))
+
+
+def _spec(x: jax.Array, dims: Sequence[str | None]) -> PartitionSpec:
+    sizes = zip(dims, x.shape, strict=False)
+    return PartitionSpec(*(_axes(dim) if dim and size % parts(dim) == 0 else None for dim, size in sizes))
+
+
+def _axes(dim: str) -> tuple[str, ...]:
+    """The axes that the compiler splits a dimension over, here."""
+    return tuple(axis for axis in AXES[dim] if axis in jax.sharding.get_abstract_mesh().auto_axes)
 
 
 def by_device(function: Callable[..., jax.Array], *dims: str) -> Callable[..., jax.Array]:
@@ -38,5 +57,77 @@ def by_device(function: Callable[..., jax.Array], *dims: str) -> Callable[..., j
     that the compiler cannot split itself."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
-    spec = PartitionSpec(*(AXES[dim] for dim in dims))
-    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
+
+    def call(*arrays: jax.Array) -> jax.Array:
+        spec = _spec(arrays[0], dims)
+        return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+
+    return call
+
+
+ROWS = PartitionSpec(AXES["batch"], AXES["time"])
+KERNEL = PartitionSpec(AXES["channels"], AXES["width"])
+
+
+def by_rows(
+    function: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, targets: jax.Array, dtype: Any
+) -> jax.Array:
+    """`function(x, kernel, targets)` of features (B, T, C), a kernel (C, V) and targets (B, T) -> (B, T), called on
+    each device with its rows and all rows of the kernel; the compiler splits V.
+
+    The kernel is gathered once, in `dtype`, and its gradient added up on each device before it is scattered, in the
+    kernel's own type. Of a loop over rows the compiler would make a gather and a sum at each turn.
+    """
+    if jax.sharding.get_abstract_mesh().empty or not _even(targets):
+        return function(x, kernel, targets)
+    devices = AXES["batch"] + AXES["time"]
+
+    def mine(x: jax.Array, kernels: jax.Array, targets: jax.Array) -> jax.Array:
+        return function(x, kernels[0], targets)
+
+    whole = PartitionSpec(devices, None, AXES["width"])  # a kernel for each device, and so a gradient
+    kernels = jax.shard_map(partial(gathered, dtype), in_specs=KERNEL, out_specs=whole, check_vma=False)(kernel)
+    specs = (ROWS, PartitionSpec(devices), ROWS)
+    call = jax.shard_map(mine, in_specs=specs, out_specs=ROWS, axis_names=set(devices), check_vma=False)
+    return call(x, kernels, targets)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gathered(dtype: Any, kernel: jax.Array) -> jax.Array:
+    """The whole of a kernel (C, V), of whose rows each device along "channels" has a part, rounded to `dtype`: (1,
+    C, V) on each device."""
+    return lax.all_gather(kernel.astype(dtype), AXES["channels"], tiled=True).astype(kernel.dtype)[None]
+
+
+def _scattered(dtype: Any, _: None, g: jax.Array) -> tuple[jax.Array]:
+    own = lax.psum_scatter(g[0], AXES["channels"], tiled=True)
+    # Row after row: where the optimizer likes columns, the compiler for TPUs would sum the whole on every device.
+    return (with_layout_constraint(own, Layout((0, 1))),)
+
+
+gathered.defvjp(lambda dtype, kernel: (gathered(dtype, kernel), None), _scattered)
+
+
+def lookup(table: jax.Array, idx: jax.Array) -> jax.Array:
+    """Rows of a table (V, C) for ids (B, T) -> (B, T, C).
+
+    Where C is split, each device looks its channels up for the sequences of all that share them, and they exchange:
+    less is sent than tables and their gradients are large.
+    """
+    if parts("channels") == 1 or not _even(idx):
+        return jnp.take(table, idx, axis=0)
+    over = AXES["channels"]
+
+    def mine(table: jax.Array, idx: jax.Array) -> jax.Array:
+        places = lax.all_gather(idx, over, tiled=True) - lax.axis_index(AXES["width"]) * table.shape[0]
+        found = jnp.take(table, places, axis=0, mode="fill", fill_value=0)
+        found = lax.psum(jnp.where((places >= 0)[..., None], found, 0), AXES["width"])
+        return lax.all_to_all(found, over, split_axis=0, concat_axis=2, tiled=True)
+
+    spec = PartitionSpec(AXES["width"], over)
+    return jax.shard_map(mine, in_specs=(spec, ROWS), out_specs=ROWS, check_vma=False)(table, idx)
+
+
+def _even(x: jax.Array) -> bool:
+    """Whether every device has as many rows of (B, T): not of the one sequence that parameters are initialised with."""
+    return all(size % parts(dim) == 0 for size, dim in zip(x.shape, ("batch", "time"), strict=True))

@@ -108,7 +108,7 @@ def problems(config: Config, sizes: Sizes) -> list[str]:
     divides("context", sizes.context, model.block_size, "tokens of a context (block_size)", "--block-size")
     if model.kind == "gpt":
         divides("fsdp", sizes.fsdp, model.n_embd, "channels (n_embd)", "--n-embd")
-        divides("tensor", sizes.tensor, model.n_head, "heads (n_head)", "--n-head")
+        divides("tensor", sizes.tensor, model.n_embd, "channels (n_embd)", "--n-embd")
         if model.n_kv_head:
             divides("tensor", sizes.tensor, model.n_kv_head, "heads of keys and values (n_kv_head)", "--n-kv-head")
         divides("tensor", sizes.tensor, model.vocab_size, "tokens of the vocabulary (vocab_size)", "--vocab-size")
@@ -212,7 +212,7 @@ def choose(config: Config, devices: int, memory: int | None) -> tuple[Sizes, str
     why += f", split over {fsdp} devices" if fsdp > 1 else ", whole on each device"
     for more in ({"tensor": rest}, {"context": rest}):
         sizes = Sizes(over_batch // fsdp, fsdp, **more)
-        if rest > 1 and not problems(config, sizes):
+        if rest > 1 and config.model.n_head % sizes.tensor == 0 and not problems(config, sizes):
             return sizes, f"{why}; {over_batch} parts of the batch, so {next(iter(more))} takes the other {rest}"
     if rest > 1:
         why += f"; {devices - over_batch} of {devices} devices stay idle, as only {over_batch} divide the batch"

@@ -22,7 +22,7 @@ from jaxgpt.training.loop import feeder
 from jaxgpt.training.placement import OneDevice, fresh, like
 from jaxgpt.training.step import init_state
 
-PLAIN = ["data=8", "fsdp=8", "tensor=4", "context=8", "data=2,fsdp=2,tensor=2"]
+PLAIN = ["data=8", "fsdp=8", "tensor=8", "context=8", "data=2,fsdp=2,tensor=2"]
 MIXED = ["data=4,fsdp=2", "data=2,tensor=2,context=2"]
 TOKENS = np.random.default_rng(0).integers(0, 16, 400).astype(np.uint16)
 BOUND = 2e-5
@@ -213,16 +213,26 @@ def test_long_contexts_split_over_devices_are_attended_exactly(small, change):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_the_loss_in_parts_has_rows_of_every_device_in_each():
-    x, kernel = jax.random.normal(jax.random.key(0), (8, 12, 4)), jax.random.normal(jax.random.key(1), (4, 50))
+@pytest.mark.parametrize("text", ["data=4,context=2", "data=2,fsdp=2,tensor=2", "fsdp=8"])
+def test_the_loss_in_parts_and_its_gradients_are_those_of_the_whole(text):
+    x, kernel = jax.random.normal(jax.random.key(0), (8, 12, 8)), jax.random.normal(jax.random.key(1), (8, 50))
     targets = jax.random.randint(jax.random.key(2), (8, 12), 0, 50)
+    weights = jax.random.normal(jax.random.key(3), (8, 12))
 
-    def losses(x, targets):
-        return loss.losses_of(lambda x: x @ kernel, x, targets, 50, chunk=200)
+    def parts(x, kernel):
+        losses = loss.losses_of(jnp.matmul, x, kernel, targets, chunk=200)
+        return (weights * losses).sum(), losses
 
-    with place("data=4,context=2").scope():
-        found = jax.jit(losses)(x, targets)
-    np.testing.assert_allclose(found, nn.token_losses(x @ kernel, targets), rtol=1e-5)
+    def whole(x, kernel):
+        losses = nn.token_losses(x @ kernel, targets)
+        return (weights * losses).sum(), losses
+
+    with place(text).scope():
+        assert "scan" in str(jax.make_jaxpr(parts)(x, kernel))
+        found = jax.jit(jax.grad(parts, (0, 1), has_aux=True))(x, kernel)
+    expected = jax.grad(whole, (0, 1), has_aux=True)(x, kernel)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_a_checkpoint_goes_from_any_mesh_to_any_other(small, tmp_path):
