@@ -16,8 +16,9 @@ from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, Trai
 from jaxgpt.recipes import MODERN, MUON
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training.evaluate import evaluate
-from jaxgpt.training.loop import chunks, feeder
-from jaxgpt.training.step import init_state, train_steps
+from jaxgpt.training.loop import ONE_DEVICE, chunks, feeder
+from jaxgpt.training.placement import fresh
+from jaxgpt.training.step import train_steps
 
 Change = tuple[dict[str, Any], dict[str, Any]]
 """Fields of the model, and of the optimizer."""
@@ -100,7 +101,7 @@ def one(corpus: Corpus, change: Change, seed: int, steps: int, n_layer: int) -> 
         )
     )
     train_tokens, val_tokens = corpus.split(config.data.val_fraction)
-    feed, state, times = feeder(config, train_tokens), init_state(config), []
+    feed, state, times = feeder(config, train_tokens), fresh(config, ONE_DEVICE), []
     program = replace(config, train=replace(config.train, seed=0))  # nothing is dropped: one program for all seeds
     for begin, end in chunks(config, 0):
         began = time.perf_counter()
