@@ -1,7 +1,8 @@
 """`jaxgpt plan`: whether a recipe fits on devices that are not attached, and how fast it might be there."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -10,14 +11,29 @@ from jaxgpt.cli.options import parse
 from jaxgpt.config import Config, UsageError, check
 from jaxgpt.recipes import recipe
 
+SHOWN = 10
+"""Rows of a ranking."""
+
 
 @dataclass(frozen=True)
 class PlanOptions:
     config: Config
-    topology: Annotated[str, tyro.conf.arg(help="Chips and their arrangement: v5e:16x16, v5p:4x4x4, v6e:8x8.")] = (
-        "v5e:16x16"
-    )
+    topology: Annotated[
+        str,
+        tyro.conf.arg(help="Chips and their arrangement: v5e:16x16, v5p:4x4x4, v6e:8x8; cpu:8 for virtual devices."),
+    ] = "v5e:16x16"
     mesh: Annotated[str, tyro.conf.arg(help="As in train; auto chooses.")] = "auto"
+    sweep: Annotated[bool, tyro.conf.arg(help="Rank every mesh on paper and compile the best.")] = False
+    compiled: Annotated[int, tyro.conf.arg(help="How many of the best a sweep compiles.")] = 1
+    effort: Annotated[
+        Literal["least", "full"],
+        tyro.conf.arg(help="Of the compiler: full is what training gets, and five times slower."),
+    ] = "least"
+    chips: Annotated[
+        tuple[int, ...],
+        tyro.conf.arg(help="On paper only, for so many chips: one number, or several for a table of the best of each."),
+    ] = ()
+    chip: Annotated[str, tyro.conf.arg(help="Of --chips: v4, v5e, v5p, v6e, a100, h100, h200.")] = "v5e"
 
 
 def run(args: list[str]) -> int:
@@ -30,18 +46,54 @@ def run(args: list[str]) -> int:
     config = check(given.config)
     if not config.model.vocab_size:
         raise UsageError(f"the vocabulary of {name} is known only with its text: say its size, --vocab-size 65")
+    if given.chips and min(given.chips) < 1:
+        raise UsageError(f"--chips {min(given.chips)}: expected 1 or more")
 
     import os
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler for TPUs is no device
-    from jaxgpt.report import plans
     from jaxgpt.report.terminal import RunConsole
-    from jaxgpt.scaling import mesh, plan
 
-    sizes = None if given.mesh == "auto" else mesh.Sizes.parse(given.mesh)
-    chip, devices = plan.topology(given.topology)
-    found = plan.plan(config, chip, devices, sizes)
-    console = RunConsole()
-    for line in plans.lines(config, given.topology, found):
+    console, told = RunConsole(), list[bool]()
+    for line, fits in _on_paper(given, config) if given.chips else _compiled(given, config):
         console.print(line)
-    return 0 if found.fits else 1
+        told.append(fits)
+    return 0 if all(told) else 1
+
+
+def _on_paper(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
+    """Lines, each with whether it fits so far."""
+    from jaxgpt.report import plans
+    from jaxgpt.scaling import plan, sweep
+    from jaxgpt.scaling.mesh import Sizes
+
+    chip, config = plan.chip(given.chip), plan.resolved(config)
+    if given.mesh != "auto":
+        step = sweep.on_paper(config, chip, Sizes.parse(given.mesh), given.chips)
+        yield from ((line, step.fits) for line in plans.on_paper(config, given.chip, step))
+        return
+    steps = [
+        step for n in given.chips for step in sweep.ranked(config, chip, n)[: SHOWN if len(given.chips) == 1 else 1]
+    ]
+    yield from ((line, steps[0][1].fits) for line in plans.table(steps))
+
+
+def _compiled(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
+    from jaxgpt.report import plans
+    from jaxgpt.scaling import plan, sweep
+    from jaxgpt.scaling.mesh import Sizes
+
+    sizes = None if given.mesh == "auto" else Sizes.parse(given.mesh)
+    chip, devices = plan.topology(given.topology)
+    tried = [(config, sizes)]
+    if given.sweep:
+        if chip is None:
+            raise UsageError(
+                "--sweep ranks by the rates of chips, which virtual devices have not: say a TPU's --topology"
+            )
+        steps = sweep.ranked(plan.resolved(config), chip, len(devices))
+        yield from ((line, True) for line in plans.table(steps[:SHOWN]))
+        tried = [(config, step.sizes) for config, step in steps[: given.compiled]]
+    for config, sizes in tried:
+        found = plan.plan(config, chip, devices, sizes, given.effort)
+        yield from ((line, found.step.fits) for line in plans.lines(config, given.topology, found))

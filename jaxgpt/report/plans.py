@@ -4,48 +4,106 @@ from collections.abc import Iterator
 
 from jaxgpt.config import Config
 from jaxgpt.nn import cost
+from jaxgpt.scaling import estimate
+from jaxgpt.scaling.estimate import Step
+from jaxgpt.scaling.mesh import Sizes
 from jaxgpt.scaling.plan import Plan
 from jaxgpt.training.memory import size
+
+ASSUMED = (
+    "  (at the published rates of products and memory, which programs come to about half of, and of links, round the "
+    "rings of the torus; all that is sent goes beside products in the second figure, nothing in the first)"
+)
 
 
 def lines(config: Config, topology: str, plan: Plan) -> Iterator[str]:
     """A plan for a topology, line by line, the verdict last."""
-    train, T = config.train, config.model.block_size
-    yield (
-        f"{cost.n_params(config.model):,} parameters on {plan.sizes.devices} chips of {topology}, mesh {plan.sizes}: "
-        f"steps of {train.batch_size} x {T} tokens in {train.accumulate} micro-batches; "
-        f"compiled in {plan.seconds_to_compile:.0f} s"
-    )
+    yield f"{about(config, plan.step.sizes)} of {topology}; compiled in {plan.seconds_to_compile:.0f} s"
+    products = ", ".join(f"{n} of {types}" for types, n in plan.products.most_common())
+    kernels = "splash attention" if "tpu_custom_call" in plan.kernels else "none of its own"
+    yield f"  products in the program: {products or 'none'}; kernels: {kernels}"
     yield "a chip, by the compiler:"
-    held = f"state and tokens {size(plan.arguments)}, temporaries {size(plan.temporaries)}"
-    yield f"  {held}: {size(plan.memory)} of {size(plan.chip.memory)}"
-    for kind, (n, n_bytes) in plan.collectives.items():
-        yield f"  {kind}: {n:,} a step, {size(n_bytes)}"
-    yield f"  kernels: {', '.join(plan.kernels) or 'none of its own'}"
-    seconds, (least, most) = plan.seconds, plan.utilisation
-    yield "a step, on paper, at the published rates of the chip:"
-    products, sending = (f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
-    yield f"  {products} ({plan.flops:.3g} FLOP), {sending}"
-    n_tokens = train.batch_size * T
-    slow, fast = seconds["products"] + seconds["sending"], max(seconds.values())
+    yield from costs(config, plan.step)
+    if plan.step.chip:
+        paper = estimate.on_paper(config, plan.step.chip, plan.step.sizes)
+        yield f"  on paper it was {size(paper.memory)}, sending {1000 * paper.seconds['sending']:.1f} ms"
+    yield f"verdict: {verdict(config, plan.step)}"
+
+
+def on_paper(config: Config, name: str, step: Step) -> Iterator[str]:
+    """The same of a step that was not compiled, on chips of that name."""
+    yield f"{about(config, step.sizes)} {name}; nothing was compiled"
+    yield "a chip, on paper:"
+    yield from costs(config, step)
+    yield f"verdict: {verdict(config, step)}"
+
+
+def about(config: Config, sizes: Sizes) -> str:
+    train = config.train
+    return (
+        f"{cost.n_params(config.model):,} parameters, mesh {sizes}: steps of {train.batch_size} x "
+        f"{config.model.block_size} tokens in {train.accumulate} micro-batches, on {sizes.devices} chips"
+    )
+
+
+def costs(config: Config, step: Step) -> Iterator[str]:
+    """What a chip holds and sends, and how long it takes."""
+    held = f"state and tokens {size(step.arguments)}, temporaries {size(step.temporaries)}"
+    yield f"  {held}: {size(step.memory)}" + (f" of {size(step.chip.memory)}" if step.chip else "")
+    for (kind, n), (times, n_bytes) in step.collectives.items():
+        among = f" among {n}" if kind != "collective-permute" else ""
+        yield f"  {kind}{among}: {times:,} a step, {size(n_bytes)}"
+    if step.network:
+        yield f"  between pods: {size(step.network)}"
+    if step.chip is None:
+        return
+    seconds = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in step.seconds.items())
+    yield f"  {seconds} ({step.flops:.3g} FLOP, {step.computed / step.flops:.2f} of it computed)"
+    n_tokens, (least, most) = config.train.batch_size * config.model.block_size, step.bounds
+    slow, fast = step.utilisation
     yield (
-        f"  {n_tokens / slow:,.0f} to {n_tokens / fast:,.0f} tokens/s, utilisation {least:.0%} to {most:.0%}: sending "
-        "beside nothing, or wholly beside products"
+        f"  a step in {1000 * most:.0f} to {1000 * least:.0f} ms, {n_tokens / most:,.0f} to {n_tokens / least:,.0f} "
+        f"tokens/s, utilisation {slow:.0%} to {fast:.0%}"
     )
-    verdict = (
-        "it fits" if plan.fits else f"it does not fit, by {size(plan.memory - plan.chip.memory)}: {knob(config, plan)}"
-    )
-    yield f"verdict: {verdict}"
+    yield ASSUMED
 
 
-def knob(config: Config, plan: Plan) -> str:
+def verdict(config: Config, step: Step) -> str:
+    if step.chip is None:
+        return "it compiles"
+    if step.fits:
+        return "it fits"
+    return f"it does not fit, by {size(step.memory - step.chip.memory)}: {knob(config, step)}"
+
+
+def knob(config: Config, step: Step) -> str:
     """What would make it fit, the cheapest first."""
-    model, state = config.model, plan.arguments > plan.chip.memory / 2
-    if state and plan.sizes.data > 1:
-        return f"split the state over more chips, --mesh fsdp={plan.sizes.data * plan.sizes.fsdp}"
+    model, sizes = config.model, step.sizes
+    assert step.chip is not None
+    if step.arguments > step.chip.memory / 2 and sizes.data > 1:
+        fsdp = next(n for n in range(2, sizes.data + 1) if sizes.data % n == 0) * sizes.fsdp
+        more = Sizes(sizes.data * sizes.fsdp // fsdp, fsdp, sizes.tensor, sizes.context)
+        return f"split the state over more chips, --mesh {more}"
     if model.remat != "blocks":
         return "compute blocks again in the backward pass, --remat blocks"
     micro = config.train.batch_size // config.train.accumulate
-    if micro > plan.sizes.data * plan.sizes.fsdp:
+    if micro > sizes.data * sizes.fsdp:
         return f"smaller micro-batches, --accumulate {2 * config.train.accumulate}"
+    if not model.scan_layers:
+        return "run the blocks as a loop, --scan-layers"
     return "split each context, --mesh ...,context=2, or take more chips"
+
+
+HEAD = ("mesh", "batch", "accumulate", "a chip holds", "ms a step", "tokens/s", "utilisation")
+
+
+def table(ranked: list[tuple[Config, Step]]) -> Iterator[str]:
+    """Steps as rows of Markdown, each with the time where nothing is sent beside products."""
+    yield "| chips | " + " | ".join(HEAD) + " |"
+    yield "| --- |" + " --- |" * len(HEAD)
+    for config, step in ranked:
+        train, (_, most) = config.train, step.bounds
+        rate = train.batch_size * config.model.block_size / most
+        holds = size(step.memory) + ("" if step.fits else ", too much")
+        cells = (step.sizes, train.batch_size, train.accumulate, holds, f"{1000 * most:,.0f}", f"{rate:,.0f}")
+        yield f"| {step.sizes.devices} | " + " | ".join(map(str, cells)) + f" | {step.utilisation[0]:.0%} |"

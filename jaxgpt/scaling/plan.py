@@ -3,22 +3,24 @@
 import dataclasses
 import os
 import time
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import Config, UsageError
-from jaxgpt.nn import cost
-from jaxgpt.scaling import hlo
+from jaxgpt.nn.numerics import Precision
+from jaxgpt.scaling import estimate, hlo
 from jaxgpt.scaling.chips import CHIPS, Chip
+from jaxgpt.scaling.estimate import Step
 from jaxgpt.scaling.mesh import Placement, Sizes, check, choose
 from jaxgpt.training.memory import compiled_bytes
 from jaxgpt.training.placement import like
 
-TOKENS = 2**28
-"""Of the corpus on each device, as in training (`loop.DEVICE_TOKENS`)."""
+Effort = Literal["least", "full"]
 
 
 class PlanError(UsageError):
@@ -27,55 +29,46 @@ class PlanError(UsageError):
 
 @dataclass(frozen=True)
 class Plan:
-    """A step on one of the chips of a topology, as it was compiled; bytes, and seconds by published rates."""
+    """A step as it was compiled for the chips of a topology."""
 
-    sizes: Sizes
-    chip: Chip
-    arguments: int
-    """Parameters, moments, tokens."""
-    temporaries: int
-    flops: float
-    """Of the products of a step, forward and backward, on paper (`cost.flops_per_token`), a chip's share."""
-    collectives: dict[str, tuple[int, int]]
-    """Kind to how many and the bytes of their results, a step."""
+    step: Step
     kernels: list[str]
     """Custom kernels in the program."""
+    products: Counter[str]
+    """Types of the operands of its products, outside of these kernels."""
     seconds_to_compile: float
 
-    @property
-    def memory(self) -> int:
-        return self.arguments + self.temporaries
 
-    @property
-    def fits(self) -> bool:
-        return self.memory <= self.chip.memory
+def chip(name: str) -> Chip:
+    """The chip of that name.
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """What takes how long at the published rate: products; sending between chips."""
-        twice = {"all-reduce": 2}
-        sent = sum(twice.get(kind, 1) * size for kind, (_, size) in self.collectives.items())
-        return {"products": self.flops / self.chip.flops, "sending": sent / self.chip.link_rate}
-
-    @property
-    def utilisation(self) -> tuple[float, float]:
-        """Of the chip's products: where nothing that is sent hides behind products, and where all does."""
-        products, sending = self.seconds["products"], self.seconds["sending"]
-        return products / (products + sending), products / max(products, sending)
+    Raises:
+      PlanError: there is none.
+    """
+    if name not in CHIPS:
+        raise PlanError(f"no chip {name!r}: expected one of {', '.join(CHIPS)}")
+    return CHIPS[name]
 
 
-def topology(name: str) -> tuple[Chip, list[Any]]:
-    """The chip and the devices of "v5e:16x16", which need not be attached.
+def topology(name: str) -> tuple[Chip | None, list[Any]]:
+    """The chip and the devices of "v5e:16x16", which need not be attached, or of "cpu:8", virtual ones of this machine
+    (as many as the first use of JAX in this process made).
 
     Raises:
       PlanError: it is no known chip, or nothing here compiles for it.
     """
-    kind = name.partition(":")[0]
-    if kind not in CHIPS:
+    kind, _, arrangement = name.partition(":")
+    if kind == "cpu" and arrangement.isdecimal() and int(arrangement):
+        return None, _virtual(int(arrangement))
+    if kind not in CHIPS or not CHIPS[kind].torus:
+        tpus = ", ".join(name for name, chip in CHIPS.items() if chip.torus)
         raise PlanError(
-            f"--topology {name}: expected a chip and its arrangement, as in v5e:16x16, of {', '.join(CHIPS)}"
+            f"--topology {name}: expected a TPU and its arrangement, as in v5e:16x16, of {tpus}, or cpu:8; GPUs are "
+            "planned on paper only, --chips 8 --chip h100"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this is no machine of Google's
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used that another process could want
     from jax.experimental import topologies
 
     try:
@@ -85,43 +78,80 @@ def topology(name: str) -> tuple[Chip, list[Any]]:
     return CHIPS[kind], list(found.devices)
 
 
-def plan(config: Config, chip: Chip, devices: list[Any], sizes: Sizes | None = None) -> Plan:
+def _virtual(n: int) -> list[Any]:
+    with suppress(RuntimeError):  # JAX has begun
+        jax.config.update("jax_num_cpu_devices", n)
+    if len(jax.devices("cpu")) < n:
+        raise PlanError(f"--topology cpu:{n}: there are {len(jax.devices('cpu'))} devices, JAX_NUM_CPU_DEVICES={n}")
+    return jax.devices("cpu")[:n]
+
+
+def resolved(config: Config, precision: Precision = "bfloat16") -> Config:
+    """`config` with what "auto" means on the chips."""
+    if config.model.precision != "auto":
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
+
+
+def plan(
+    config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes | None = None, effort: Effort = "least"
+) -> Plan:
     """Compile one step of `config`, its vocabulary known, for `devices`.
 
     Raises:
       MeshError: the mesh does not divide what it splits.
       PlanError: the compiler refuses.
     """
-    if config.model.precision == "auto":
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="bfloat16"))
+    config = resolved(config, "bfloat16" if chip else "float32")
     if sizes is None:
-        sizes, _ = choose(config, len(devices), int(chip.memory))
+        sizes, _ = choose(config, len(devices), int(chip.memory) if chip else None)
     check(config, sizes)
     if sizes.devices > len(devices):
         raise PlanError(f"the mesh {sizes} wants {sizes.devices} devices, the topology has {len(devices)}")
-    placement = Placement(sizes, tuple(devices[: sizes.devices]))
-    dtype = jnp.uint16 if config.model.vocab_size <= 2**16 else jnp.uint32
-    tokens = jax.ShapeDtypeStruct((TOKENS,), dtype, sharding=placement.everywhere)
-    starts = jax.ShapeDtypeStruct((1, config.train.batch_size), jnp.int32, sharding=placement.everywhere)
     began = time.perf_counter()
+    compiled = compile_step(config, Placement(sizes, tuple(devices[: sizes.devices])), effort)
+    return read(compiled, config, chip, sizes, time.perf_counter() - began)
+
+
+def compile_step(config: Config, placement: Placement, effort: Effort = "least") -> Any:
+    """The training step, one at a time, compiled for the devices of a placement.
+
+    Args:
+      effort: of the compiler to make it fast, "full" as in training. By "least" it takes a fifth of the time; what the
+        program holds and sends was the same within 2% (`docs/scaling.md`).
+
+    Raises:
+      PlanError: the compiler refuses.
+    """
+    dtype = jnp.uint16 if config.model.vocab_size <= 2**16 else jnp.uint32
+    tokens = jax.ShapeDtypeStruct((estimate.TOKENS,), dtype, sharding=placement.everywhere)
+    starts = jax.ShapeDtypeStruct((1, config.train.batch_size), jnp.int32, sharding=placement.everywhere)
     with placement.scope():
         lowered = placement.steps(config).lower(config, like(config, placement), tokens, starts)
         try:
-            compiled = lowered.compile()
+            return lowered.compile({"exec_time_optimization_effort": -1.0} if effort == "least" else None)
         except Exception as error:
             raise PlanError(f"the compiler refuses: {str(error).splitlines()[0]}") from error
-    seconds = time.perf_counter() - began
+
+
+def read(compiled: Any, config: Config, chip: Chip | None, sizes: Sizes, seconds: float) -> Plan:
+    """What a compiled step says of itself.
+
+    Raises:
+      PlanError: its compiler gives no figures.
+    """
     figures = compiled_bytes(compiled)
     if figures is None:
         raise PlanError("the compiler gives no figures of memory")
     text = compiled.as_text() or ""
-    n_tokens = config.train.batch_size * config.model.block_size
-    return Plan(
+    flops, computed = estimate.operations(config, sizes)
+    step = Step(
         sizes,
         chip,
         *figures,
-        flops=3 * cost.flops_per_token(config.model) * n_tokens / sizes.devices,
+        flops=flops,
+        computed=computed,
+        updated=estimate.updated(config, sizes),
         collectives=hlo.collectives(text),
-        kernels=sorted(hlo.custom_calls(text)),
-        seconds_to_compile=seconds,
     )
+    return Plan(step, sorted(hlo.custom_calls(text)), hlo.products(text), seconds)
