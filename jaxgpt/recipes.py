@@ -146,7 +146,7 @@ RECIPES: dict[str, Recipe] = {
             ),
         ),
         about="The shape of the largest GPT-2; give it a text of your own with --corpus.",
-        hardware="256 TPU v5e chips, --mesh data=4,fsdp=64",
+        hardware="256 TPU v5e chips, --mesh data=64,fsdp=4",
         time="not measured; jaxgpt plan gpt2-1.5b says what is known of it",
         loss="not measured",
     ),

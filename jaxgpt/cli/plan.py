@@ -64,23 +64,23 @@ def run(args: list[str]) -> int:
 def _on_paper(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
     """Lines, each with whether it fits so far."""
     from jaxgpt.report import plans
-    from jaxgpt.scaling import plan, sweep
+    from jaxgpt.scaling import plan, rank
     from jaxgpt.scaling.mesh import Sizes
 
     chip, config = plan.chip(given.chip), plan.resolved(config)
     if given.mesh != "auto":
-        step = sweep.on_paper(config, chip, Sizes.parse(given.mesh), given.chips)
+        step = rank.on_paper(config, chip, Sizes.parse(given.mesh), given.chips)
         yield from ((line, step.fits) for line in plans.on_paper(config, given.chip, step))
         return
     steps = [
-        step for n in given.chips for step in sweep.ranked(config, chip, n)[: SHOWN if len(given.chips) == 1 else 1]
+        step for n in given.chips for step in rank.ranked(config, chip, n)[: SHOWN if len(given.chips) == 1 else 1]
     ]
     yield from ((line, steps[0][1].fits) for line in plans.table(steps))
 
 
 def _compiled(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
     from jaxgpt.report import plans
-    from jaxgpt.scaling import plan, sweep
+    from jaxgpt.scaling import plan, rank
     from jaxgpt.scaling.mesh import Sizes
 
     sizes = None if given.mesh == "auto" else Sizes.parse(given.mesh)
@@ -91,7 +91,7 @@ def _compiled(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
             raise UsageError(
                 "--sweep ranks by the rates of chips, which virtual devices have not: say a TPU's --topology"
             )
-        steps = sweep.ranked(plan.resolved(config), chip, len(devices))
+        steps = rank.ranked(plan.resolved(config), chip, len(devices))
         yield from ((line, True) for line in plans.table(steps[:SHOWN]))
         tried = [(config, step.sizes) for config, step in steps[: given.compiled]]
     for config, sizes in tried:

@@ -100,6 +100,8 @@ def gathered(dtype: Any, kernel: jax.Array) -> jax.Array:
 
 
 def _scattered(dtype: Any, _: None, g: jax.Array) -> tuple[jax.Array]:
+    if lax.axis_size(AXES["channels"]) == 1:  # the compiler for TPUs fails at a scatter to one
+        return (g[0],)
     own = lax.psum_scatter(g[0], AXES["channels"], tiled=True)
     # Row after row: where the optimizer likes columns, the compiler for TPUs would sum the whole on every device.
     return (with_layout_constraint(own, Layout((0, 1))),)

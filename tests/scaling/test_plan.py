@@ -10,7 +10,7 @@ from jaxgpt.cli import plan as verb
 from jaxgpt.config import UsageError
 from jaxgpt.recipes import recipe
 from jaxgpt.report import plans
-from jaxgpt.scaling import estimate, plan, sweep
+from jaxgpt.scaling import estimate, plan, rank
 from jaxgpt.scaling.chips import CHIPS
 from jaxgpt.scaling.mesh import MeshError, Placement, Sizes
 from jaxgpt.scaling.plan import PlanError
@@ -143,7 +143,7 @@ def test_what_cannot_be_planned_is_refused(shallow):
 
 def test_the_knob_that_is_named_leads_to_what_fits(recipes, change):
     """From 1.5B parameters, whole on each chip and with all activations, as far as the verdicts say."""
-    config, sizes, tried = change(recipes["1.5b"], remat="none", batch_size=4096), Sizes(data=256), []
+    config, sizes, tried = change(recipes["1.5b"], remat="none", batch_size=16384), Sizes(data=256), []
     for _ in range(12):
         step = estimate.on_paper(config, CHIPS["v5e"], sizes)
         if step.fits:
@@ -163,7 +163,7 @@ def test_the_knob_that_is_named_leads_to_what_fits(recipes, change):
 
 def test_the_ranking_is_by_time_and_keeps_what_divides(recipes):
     config, chip = recipes["124m"], CHIPS["v5p"]
-    found = sweep.ranked(config, chip, 24)
+    found = rank.ranked(config, chip, 24)
     assert all(step.sizes.devices == 24 for _, step in found)
     times = [step.bounds[1] / config.train.batch_size for config, step in found if step.fits]
     assert times == sorted(times)
