@@ -45,7 +45,9 @@ def hasty(request: pytest.FixtureRequest) -> None:
     """Hundreds of small programs run once each: what LLVM would win in running them, it loses in compiling them. Tests
     marked slow or smoke, and processes that tests start, compile as a user's do."""
     as_a_user = any(map(request.node.get_closest_marker, ("slow", "smoke")))
-    jax.config.update("jax_disable_most_optimizations", not as_a_user)
+    if jax.config.values["jax_disable_most_optimizations"] == as_a_user:
+        jax.clear_caches()  # of what was compiled the other way
+        jax.config.update("jax_disable_most_optimizations", not as_a_user)
 
 
 @pytest.fixture

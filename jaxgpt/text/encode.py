@@ -212,7 +212,7 @@ def _left(work: Path, dtype: np.dtype[Any]) -> dict[str, Any] | None:
             if path.stat().st_size != shard["count"] * dtype.itemsize or disk.sha256(path) != shard["sha256"]:
                 raise disk.SealError(f"{path} is damaged")
         return said
-    except FileNotFoundError:
+    except OSError:  # there is none; or the folder cannot be had, which is said when it is written to
         return None
     except (disk.SealError, KeyError, TypeError):
         shutil.rmtree(work)

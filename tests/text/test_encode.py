@@ -171,14 +171,14 @@ print(len(done.corpus.tokens), len(done.corpus.meta["shards"]))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not limit a process's own memory")
 def test_a_text_larger_than_the_memory_is_prepared(tmp_path):
-    size, limit = 96 * 2**20, 64 * 2**20
+    size, limit = 192 * 2**20, 128 * 2**20
     with (tmp_path / "a.txt").open("wb") as file:
-        for _ in range(96):
+        for _ in range(192):
             file.write((b"the cat sat on the mat, that cat has a hat\n" * 24_386)[: 2**20])
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, "a.txt", str(limit)], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.stdout.split() == [str(size), "48"], done.stderr
+    assert done.stdout.split() == [str(size), "96"], done.stderr
 
 
 def test_a_mixture_has_its_parts_and_one_vocabulary(tmp_path):
