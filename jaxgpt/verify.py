@@ -83,7 +83,7 @@ def verify_resume(
     for target in sorted(dice.sample(range(config.train.steps), min(kills, config.train.steps))):
         with train(killed, data_dir) as process:
             while process.poll() is None and last_step(killed) < target:
-                time.sleep(0.002)
+                time.sleep(0.01)
             time.sleep(dice.uniform(0, min(1.0, chunk_seconds)))
             process.kill()
             process.wait()

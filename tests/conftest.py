@@ -41,13 +41,21 @@ def forget() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def hasty(request: pytest.FixtureRequest) -> None:
+def hasty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of small programs run once each: what LLVM would win in running them, it loses in compiling them. Tests
-    marked slow or smoke, and processes that tests start, compile as a user's do."""
+    marked slow or smoke compile as a user's do; so do the processes of a test that asks for `as_a_user`."""
     as_a_user = any(map(request.node.get_closest_marker, ("slow", "smoke")))
     if jax.config.values["jax_disable_most_optimizations"] == as_a_user:
         jax.clear_caches()  # of what was compiled the other way
         jax.config.update("jax_disable_most_optimizations", not as_a_user)
+    if not as_a_user:
+        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+@pytest.fixture
+def as_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that this test starts optimize what they compile: it is about their bits."""
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
 
 
 @pytest.fixture
@@ -58,7 +66,7 @@ def tiny() -> Config:
         model=ModelConfig(
             vocab_size=13, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1, bias=True, tie_weights=False
         ),
-        optimizer=OptimizerConfig(warmup_steps=2),
+        optimizer=OptimizerConfig(warmup_steps=2, decay_steps=20),  # a run of another length is the same program
         train=TrainConfig(steps=20, batch_size=4, scan_steps=5, eval_every=10, eval_batches=2),
     )
 
@@ -79,10 +87,11 @@ def change() -> Callable[..., Config]:
     return changed
 
 
-@pytest.fixture
-def verse(tmp_path: Path) -> Path:
-    """A small text of 13 different characters."""
-    path = tmp_path / "text.txt"
+@pytest.fixture(scope="session")
+def verse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text of 11 different characters, which no test changes. Its name is in the config; where that is equal, a
+    module compiles a program once."""
+    path = tmp_path_factory.mktemp("verse") / "text.txt"
     path.write_text("the cat sat on the mat\nthat cat has a hat\n" * 20)
     return path
 

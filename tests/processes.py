@@ -23,4 +23,4 @@ def wait_for(condition, process, seconds=120):
     while not condition():
         assert process.poll() is None, f"it ended early:\n{process.stdout.read()}"
         assert time.monotonic() - began < seconds, "nothing happened"
-        time.sleep(0.005)
+        time.sleep(0.02)

@@ -23,7 +23,7 @@ from jaxgpt.bench import twin  # noqa: E402 (after the skip)
 @pytest.fixture
 def small(tiny, change):
     """Without dropout, whose random numbers differ between the two."""
-    return change(tiny, dropout=0.0, learning_rate=1e-2, steps=8, weight_decay=0.3, grad_clip=0.5)
+    return change(tiny, dropout=0.0, learning_rate=1e-2, steps=8, decay_steps=8, weight_decay=0.3, grad_clip=0.5)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -43,7 +43,7 @@ def test_steps_of_the_twin_are_ours(small, change, accumulate):
 
 
 def test_the_schedule_is_ours(tiny, change):
-    config = change(tiny, steps=50, warmup_steps=7, learning_rate=3e-3, min_learning_rate=1e-4)
+    config = change(tiny, steps=50, decay_steps=50, warmup_steps=7, learning_rate=3e-3, min_learning_rate=1e-4)
     ours = [float(learning_rate(config)(step)) for step in range(60)]
     assert [twin.learning_rate(config, step) for step in range(60)] == pytest.approx(ours, rel=1e-5)
 

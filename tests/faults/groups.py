@@ -24,8 +24,7 @@ def train(folder: Path, words: list[str], processes: int = 1, devices: int = 1) 
     """`jaxgpt train *words` in `folder`, in so many processes with so many devices each."""
     launch = ["launch", "--processes", str(processes), "--"] if processes > 1 else []
     command = [sys.executable, "-m", "jaxgpt", *launch, "train", *words]
-    # What LLVM would win in running so small a model, it loses in compiling it.
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
     pipe, joined = subprocess.PIPE, subprocess.STDOUT
     return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=joined, text=True)
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = Config(
     data=DataConfig(corpus="verse.txt"),
     model=ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1),
-    optimizer=OptimizerConfig(warmup_steps=2),
+    optimizer=OptimizerConfig(warmup_steps=2, decay_steps=200),  # a run of another length is the same program
     train=TrainConfig(steps=200, batch_size=4, scan_steps=5, eval_every=5, eval_batches=2),
 )
 """Saves every five steps, which take less time than the save: a save is under way nearly always."""
@@ -89,13 +89,14 @@ def kills(folder: Path, trials: int, seed: int) -> Count:
     for number in itertools.count():
         run = new_run(folder, f"killed-{number}")
         while True:
-            process, before = spawn(run), Checkpoints(run.checkpoints).latest or 0
-            while process.is_alive() and (Checkpoints(run.checkpoints).latest or 0) == before:
-                time.sleep(0.002)
+            process, checkpoints = spawn(run), Checkpoints(run.checkpoints)
+            before = checkpoints.latest
+            while process.is_alive() and checkpoints.latest == before:
+                time.sleep(0.01)
             time.sleep(dice.uniform(0, 0.5))
             if count.tried >= trials:  # enough: this one may end by itself
                 process.join()
-            newest = Checkpoints(run.checkpoints).latest or 0
+            newest = checkpoints.latest or 0
             process.kill()
             process.join()
             if process.exitcode == 0:

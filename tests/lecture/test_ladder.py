@@ -251,7 +251,7 @@ def test_the_verb_in_full_writes_nothing_but_the_corpus(lecture, verse, tmp_path
     code, out, _ = lecture("--corpus", verse, "--steps", 1, "--full", "--init", "normal", "--scale-by", "channels")
     assert code == 0
     assert "in full" in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", verse.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,12 @@ from jaxgpt.text.corpus import CorpusError
 from jaxgpt.text.prepare import prepare, tokenize
 from jaxgpt.text.sources import Source
 from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, UnknownCharacterError
+
+
+@pytest.fixture
+def verse(verse, tmp_path):
+    """A copy, which may be changed."""
+    return Path(shutil.copy(verse, tmp_path))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import threading
 from functools import partial
 
 import jax
@@ -233,8 +234,13 @@ def poisoned(monkeypatch):
         def train_step(config, state, batch):
             with monkeypatch.context() as patch:
                 bad = jnp.isin(state.step + 1, jnp.array(numbers))
-                losses = step.nn.losses
-                patch.setattr(step.nn, "losses", lambda *args: losses(*args) + jnp.log(jnp.where(bad, -1.0, 1.0)))
+                losses, here = step.nn.losses, threading.get_ident()
+
+                def poisoned(*args):
+                    found = losses(*args)  # another thread may be tracing an evaluation now
+                    return found + jnp.log(jnp.where(bad, -1.0, 1.0)) if threading.get_ident() == here else found
+
+                patch.setattr(step.nn, "losses", poisoned)
                 return honest(config, state, batch)
 
         monkeypatch.setattr(step, "train_step", train_step)
@@ -329,7 +335,7 @@ def test_a_run_in_use_is_left_as_it_is(tiny, new_run, change):
 @pytest.fixture
 def long(tiny, change):
     """A run of a few seconds, with a save every tenth of it."""
-    return change(tiny, steps=3000, scan_steps=50, eval_every=300, n_layer=1)
+    return change(tiny, steps=3000, decay_steps=3000, scan_steps=50, eval_every=300, n_layer=1)
 
 
 def write_recipe_run(tmp_path, name, config):
@@ -337,7 +343,7 @@ def write_recipe_run(tmp_path, name, config):
     return Run.create(tmp_path / "runs", name, resolve(config, corpus), corpus.meta)
 
 
-def test_killed_and_resumed_processes_give_the_bits_of_an_unbroken_one(tmp_path, long):
+def test_killed_and_resumed_processes_give_the_bits_of_an_unbroken_one(tmp_path, long, as_a_user):
     unbroken = write_recipe_run(tmp_path, "unbroken", long)
     out, _ = resume(unbroken).communicate(timeout=300)
     assert "step 3,000" in out, out

@@ -71,8 +71,10 @@ def test_a_resume_cannot_end_before_it_begins(config, change, folders):
     assert Run(run.path).config == run.config
 
 
-def test_the_tokens_of_a_run_are_found_or_made_again_or_refused(config, folders, verse):
-    run, corpus = start(config, "one", *folders)
+def test_the_tokens_of_a_run_are_found_or_made_again_or_refused(config, change, folders, verse, tmp_path):
+    mine = tmp_path / "text.txt"
+    mine.write_text(verse.read_text())
+    run, corpus = start(change(config, corpus=str(mine)), "one", *folders)
     folder = corpora.folder_of(corpus.meta, folders[1])
     assert corpus_of(run, folders[1]).meta == corpus.meta
     for path in folder.iterdir():
@@ -80,7 +82,7 @@ def test_the_tokens_of_a_run_are_found_or_made_again_or_refused(config, folders,
     assert corpus_of(run, folders[1]).meta == corpus.meta
     for path in folder.iterdir():
         path.unlink()
-    verse.write_text(verse.read_text() + "a\n")
+    mine.write_text(verse.read_text() + "a\n")
     with pytest.raises(CorpusError, match=corpus.meta["sha256"]):
         corpus_of(run, folders[1])
 
@@ -101,6 +103,7 @@ def test_best_and_last_checkpoints(config, folders):
 
 def test_a_run_made_longer_equals_one_that_was_longer_from_the_start(config, change, folders):
     """The schedule ends where it was first said to end, so the learning rate does not jump."""
+    config = change(config, decay_steps=0)
     run, corpus = start(config, "short", *folders)
     assert run.config.optimizer.decay_steps == 10
     fit(run, corpus)

@@ -136,7 +136,7 @@ def test_many_models_train_as_one_program(tiny, change):
 
 
 def test_it_learns_a_text_that_repeats(tiny, change):
-    config = change(tiny, dropout=0.0, steps=300, learning_rate=1e-2, warmup_steps=10)
+    config = change(tiny, dropout=0.0, steps=300, decay_steps=300, learning_rate=1e-2, warmup_steps=10)
     tokens = jnp.asarray(np.tile(np.arange(13, dtype=np.uint16), 20))
     plan = batches.chunk_starts(0, 0, 300, len(tokens), 8, 4).astype(np.int32)
     state, metrics = train_steps(config, init_state(config), tokens, plan)
