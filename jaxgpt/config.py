@@ -98,6 +98,8 @@ class ModelConfig:
     n_head."""
     window: int = 0
     """How many tokens a position attends to, itself among them (Beltagy et al. 2020, arXiv:2004.05150); 0 is all."""
+    init_scale: float = 1.0
+    """Multiplies the initial kernels and embeddings."""
     zero_init: bool = False
     """Start what writes into the residual stream, and an untied head, at zero (Zhang et al. 2019, arXiv:1901.09321;
     modded-nanogpt 2024)."""
@@ -219,7 +221,7 @@ def problems(config: Config) -> list[str]:
     at_least(0, model, "vocab_size")
     at_least(1, model, "block_size", "n_layer", "n_head", "n_embd")
     within(0, 1, model, "dropout")
-    within(0, math.inf, model, "softcap")
+    within(0, math.inf, model, "softcap", "init_scale")
     at_least(0, model, "n_kv_head", "window")
     if model.n_head > 0 and model.n_embd % model.n_head:
         near = _nearest(model.n_embd, model.n_head)
@@ -285,6 +287,30 @@ def check(config: Config) -> Config:
     if found:
         raise ConfigError("the configuration cannot run:\n" + "\n".join(f"  {line}" for line in found))
     return config
+
+
+def off(value: Any) -> bool:
+    """Whether a setting is a plain 0, which switches something off.
+
+    What JAX traces in its place, in a sweep of many values at once, never is.
+    """
+    return isinstance(value, int | float) and value == 0
+
+
+def replaced(config: Config, **values: Any) -> Config:
+    """`config` with fields of any of its sections replaced, by their names alone, unchecked.
+
+    >>> replaced(Config(), n_layer=6, steps=10).train.steps
+    10
+    """
+    sections = {}
+    for section in dataclasses.fields(config):
+        old = getattr(config, section.name)
+        mine = {name: values.pop(name) for name in vars(old) if name in values}
+        sections[section.name] = dataclasses.replace(old, **mine)
+    if values:
+        raise TypeError(f"no such fields: {', '.join(values)}")
+    return Config(**sections)
 
 
 def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:

@@ -45,6 +45,10 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters, a pure function of (config, key); the same numbers with scan_layers as without."""
     idx = jnp.zeros((1, config.block_size), jnp.int32)
     params = model(dataclasses.replace(config, scan_layers=False)).init(key, idx)["params"]
+    if not isinstance(config.init_scale, float) or config.init_scale != 1.0:
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: x * config.init_scale if path[-1].key in ("kernel", "embedding") else x, params
+        )
     return stacked(params) if config.scan_layers else params
 
 

@@ -76,7 +76,7 @@ class MultiHeadAttention(nn.Module):
         if cfg.position == "rope" and context is None:
             first = 0 if start is None else start
             q, k = rotate(q, first), rotate(k, first)
-        drop = layers.dropout(self, "drop_weights") if cfg.dropout and self.has_rng("dropout") else None
+        drop = layers.dropout(self, "drop_weights") if layers.drops(self) else None
         if context is not None:
             out = attention(q, *(kernels.repeated(x, H) for x in (k, v)), drop=drop, precision=cfg.precision)
         elif start is None:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, off
 from jaxgpt.nn import numerics, sharding
 
 
@@ -69,7 +69,23 @@ def norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
     return nn.LayerNorm(epsilon=1e-5, use_bias=config.bias, use_fast_variance=False, name=name)
 
 
+class Dropout(nn.Module):
+    """Zero each entry with probability `rate`, which JAX may trace, and scale up the others."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        keep = 1.0 - self.rate
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
+        return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a module of a model drops activations: it has a rate, and a dropout key was given to `apply`."""
+    return module.has_rng("dropout") and not off(module.config.dropout)
+
+
 def dropout(module: nn.Module, name: str) -> Callable[[jax.Array], jax.Array]:
-    """Dropout at the rate of `module.config`, when a dropout key was given to `apply`; else the identity."""
-    rate: float = module.config.dropout
-    return nn.Dropout(rate, deterministic=not module.has_rng("dropout"), name=name)
+    """Dropout at the rate of `module.config` where the module `drops`; else the identity."""
+    return Dropout(module.config.dropout, name=name) if drops(module) else lambda x: x

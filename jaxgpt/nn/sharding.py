@@ -1,6 +1,6 @@
 """How activations lie over the devices of a mesh: which of its axes splits which of their dimensions.
 
-The mesh is the one in scope (`jax.set_mesh`); without one nothing here does anything.
+The mesh is the one in scope (`jax.set_mesh`); without one of these axes nothing here does anything.
 """
 
 import math
@@ -29,6 +29,12 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def _splits() -> bool:
+    """Whether the compiler splits anything here: the mesh in scope has one of these axes, and that of a sweep none."""
+    axes = jax.sharding.get_abstract_mesh().auto_axes
+    return any(axis in axes for names in AXES.values() for axis in names)
+
+
 def parts(dim: str) -> int:
     """Into how many parts the mesh in scope splits a dimension: 1 without a mesh, and in `by_rows` for its axes."""
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _axes(dim))
@@ -37,7 +43,7 @@ def parts(dim: str) -> int:
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     """`x` with its dimensions split as their names say. None is whole on every device, and so is what does not divide,
     such as 25 heads over two devices, each of which then attends with all of them."""
-    if not jax.sharding.get_abstract_mesh().auto_axes:
+    if not _splits():
         return x
     return lax.with_sharding_constraint(x, _spec(x, dims))
 
@@ -55,7 +61,7 @@ def _axes(dim: str) -> tuple[str, ...]:
 def by_device(function: Callable[..., jax.Array], *dims: str) -> Callable[..., jax.Array]:
     """`function` of arrays split along their first dimensions `dims`, called on each device with its part: for kernels
     that the compiler cannot split itself."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if not _splits():
         return function
 
     def call(*arrays: jax.Array) -> jax.Array:
@@ -78,7 +84,7 @@ def by_rows(
     The kernel is gathered once, in `dtype`, and its gradient added up on each device before it is scattered, in the
     kernel's own type. Of a loop over rows the compiler would make a gather and a sum at each turn.
     """
-    if jax.sharding.get_abstract_mesh().empty or not _even(targets):
+    if not _splits() or not _even(targets):
         return function(x, kernel, targets)
     devices = AXES["batch"] + AXES["time"]
 

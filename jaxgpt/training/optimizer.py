@@ -3,9 +3,10 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, off
 from jaxgpt.nn import Params
 from jaxgpt.training.muon import scale_by_muon
 
@@ -19,19 +20,28 @@ def learning_rate(config: Config) -> optax.Schedule:
     """
     opt = config.optimizer
     peak, low, warmup = opt.learning_rate, opt.min_learning_rate, opt.warmup_steps
-    decay_steps = (opt.decay_steps or config.train.steps) - warmup
-    match opt.schedule:
-        case "cosine":
-            alpha = low / peak if peak else 0.0
-            after = optax.schedules.cosine_decay_schedule(peak, decay_steps, alpha)
-        case "linear":
-            after = optax.schedules.linear_schedule(peak, low, decay_steps)
-        case "constant":
-            after = optax.schedules.constant_schedule(peak)
-    if not warmup:
-        return after
-    before = optax.schedules.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.schedules.join_schedules([before, after], [warmup])
+    length = (config.train.steps if off(opt.decay_steps) else opt.decay_steps) - warmup
+
+    def after(n: Any) -> Any:
+        """The rate `n` steps after the warm-up."""
+        match opt.schedule:
+            case "cosine":
+                alpha = 0.0 if off(peak) else low / peak
+                fallen = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(n, length) / length))
+                return peak * ((1 - alpha) * fallen + alpha)
+            case "linear":
+                return (peak - low) * (1 - jnp.clip(n, 0, length) / length) + low
+            case "constant":
+                return peak
+
+    def rate(step: Any) -> Any:
+        if off(warmup):
+            return after(step)
+        first = peak / (warmup + 1)
+        before = (first - peak) * (1 - jnp.clip(step, 0, warmup) / warmup) + peak
+        return jnp.where(step < warmup, before, after(step - warmup))
+
+    return rate
 
 
 def decay_mask(params: Params) -> Params:
@@ -59,7 +69,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             optax.scale(opt.muon_learning_rate / opt.learning_rate),
         )
         adamw = optax.partition({"muon": muon, "adamw": adamw}, kinds)
-    return optax.chain(optax.clip_by_global_norm(opt.grad_clip), adamw) if opt.grad_clip else adamw
+    return adamw if off(opt.grad_clip) else optax.chain(optax.clip_by_global_norm(opt.grad_clip), adamw)
 
 
 def kinds(params: Params) -> Params:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxgpt import nn
-from jaxgpt.config import Config
+from jaxgpt.config import Config, off
 from jaxgpt.text.batches import Batch, cut, take
 from jaxgpt.training.optimizer import learning_rate, make_optimizer
 
@@ -50,7 +50,7 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     optimizer state stay as they are, bit for bit. So a finite state is followed by finite states only.
     """
     dropout_key = None
-    if config.model.dropout:
+    if not off(config.model.dropout):
         dropout_key = jax.random.fold_in(stream_key(config, DROPOUT), state.step)
     loss, grads = loss_and_grads(config, state.params, batch, dropout_key)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
