@@ -58,8 +58,8 @@ def as_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
 
 
-@pytest.fixture
-def tiny() -> Config:
+@pytest.fixture(scope="session")
+def tiny_config() -> Config:
     """A GPT that compiles in a second, on 13 ids, with everything on: dropout, biases, an untied head."""
     return Config(
         data=DataConfig(corpus="text.txt"),
@@ -69,6 +69,11 @@ def tiny() -> Config:
         optimizer=OptimizerConfig(warmup_steps=2, decay_steps=20),  # a run of another length is the same program
         train=TrainConfig(steps=20, batch_size=4, scan_steps=5, eval_every=10, eval_batches=2),
     )
+
+
+@pytest.fixture
+def tiny(tiny_config: Config) -> Config:
+    return tiny_config
 
 
 @pytest.fixture

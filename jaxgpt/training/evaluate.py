@@ -1,6 +1,7 @@
 """Loss over a whole split: exact, deterministic, the same for every batch size."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,13 +45,27 @@ def evaluate(
     Raises:
       ValueError: fewer than block_size + 1 tokens.
     """
-    T, N = config.block_size, len(tokens)
+    starts, skip = windows(len(tokens), config.block_size)
+    sums = loss_sums(config, params, tokens, starts, skip, batch_size)
+    return evaluation(sums, config.block_size - skip, tokens, tokenizer)
+
+
+def windows(N: int, T: int) -> tuple[Starts, Starts]:
+    """Where windows start that cover N tokens, and how many predictions of each another has counted, (n_windows,) both.
+
+    Raises:
+      ValueError: fewer than T + 1 tokens.
+    """
     if N < T + 1:
         raise ValueError(f"{N} tokens hold no window of {T} inputs and a target")
     starts = np.arange(0, N - 1, T)
     skip = np.maximum(starts - (N - 1 - T), 0)
-    sums = _loss_sums(config, params, tokens, starts - skip, skip, batch_size)
-    counts, n = T - skip, len(starts)
+    return starts - skip, skip
+
+
+def evaluation(sums: NDArray[np.float64], counts: Starts, tokens: Ids, tokenizer: Tokenizer) -> Evaluation:
+    """From the summed loss of each window (n_windows,) and how many predictions that is, for all of `tokens`."""
+    n = len(sums)
     loss = float(sums.sum() / counts.sum())
     # The loss is a ratio of two sums over windows; this is the standard error of such a ratio.
     deviations = sums - loss * counts
@@ -67,7 +82,7 @@ def estimate(config: Config, params: nn.Params, tokens: Ids, step: int) -> float
     """
     T, n = config.model.block_size, config.train.eval_batches * config.train.batch_size
     starts = estimate_starts(config.train.seed, step, len(tokens), T, n)
-    return float(_loss_sums(config.model, params, tokens, starts, np.zeros_like(starts)).sum() / (n * T))
+    return float(loss_sums(config.model, params, tokens, starts, np.zeros_like(starts)).sum() / (n * T))
 
 
 def text_size(tokenizer: Tokenizer, tokens: Ids) -> tuple[int, int]:
@@ -78,25 +93,33 @@ def text_size(tokenizer: Tokenizer, tokens: Ids) -> tuple[int, int]:
     return int(counts @ chars), int(counts @ sizes)
 
 
-def _loss_sums(
+def loss_sums(
     config: ModelConfig,
     params: nn.Params,
     tokens: Ids,
     starts: Starts,
     skip: Starts,
     batch_size: int | None = None,
+    *,
+    side_by_side: int = 1,
+    losses: Callable[..., jax.Array] | None = None,
 ) -> NDArray[np.float64]:
-    """Summed loss of each window but for its first `skip` predictions, (n_windows,)."""
+    """Summed loss of each window but for its first `skip` predictions, (n_windows,).
+
+    Args:
+      side_by_side: models that are scored at once on a device.
+      losses: in place of `window_losses`; that of many models gives (M, B), and so here (M, n_windows).
+    """
     T, n = config.block_size, len(starts)
-    B = batch_size or max(1, min(8192, 2**26 // config.vocab_size) // T)
+    B = batch_size or max(1, min(8192, 2**26 // config.vocab_size) // T // side_by_side)
     padding = (0, -n % B)  # a last batch of the same shape, so that one program serves
     sums = [
-        window_losses(config, params, take(tokens, starts, T), skip)
+        (losses or window_losses)(config, params, take(tokens, starts, T), skip)
         for starts, skip in zip(
             np.pad(starts, padding).reshape(-1, B), np.pad(skip, padding).reshape(-1, B), strict=True
         )
     ]
-    return np.concatenate(jax.device_get(sums)).astype(np.float64)[:n]
+    return np.concatenate(jax.device_get(sums), axis=-1).astype(np.float64)[..., :n]
 
 
 @partial(jax.jit, static_argnums=0)

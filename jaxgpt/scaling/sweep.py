@@ -1,0 +1,342 @@
+"""Many runs as one program: seeds and continuous settings are mapped over, each member a run like any other.
+
+What is mapped is the training step itself: inside the map, the continuous settings of a config are replaced by traced
+numbers. Discrete settings (sizes, kinds) make a program each. The members lie on a mesh of one axis, some on each
+device: side by side there (vmap) on accelerators, one after another (lax.map) on CPUs, where a product gains nothing
+from company, and a device for each core keeps all of them busy.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpy.typing import NDArray
+
+from jaxgpt.config import Config, off, replaced
+from jaxgpt.text import batches
+from jaxgpt.text.corpus import Corpus
+from jaxgpt.training import memory
+from jaxgpt.training.evaluate import Evaluation, evaluation, loss_sums, window_losses, windows
+from jaxgpt.training.loop import chunks, device_tokens, due
+from jaxgpt.training.step import Metrics, TrainState, init_state, train_steps
+
+MAPPED = (
+    *("learning_rate", "min_learning_rate", "warmup_steps", "decay_steps", "beta1", "beta2", "eps", "weight_decay"),
+    *("grad_clip", "muon_learning_rate", "muon_momentum", "dropout", "init_scale", "seed"),
+)
+"""Settings that one program takes as numbers, float32 but for the seed."""
+OFF = ("learning_rate", "warmup_steps", "grad_clip", "dropout")
+"""Of these, those whose 0 is no number but switches something off: that is a program of its own."""
+AT_ONCE_ON_CPU = 8
+"""Members that a CPU trains together: enough for its cores, and few enough that little is lost when they are ended."""
+SHARE = 0.6
+"""Of the free memory of an accelerator that members may take on paper, which is less than a compiled step takes."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Members that are trained together."""
+
+    base: Config
+    """One of them; it has the settings that they share."""
+    names: tuple[str, ...]
+    """The settings that are mapped."""
+    members: tuple[int, ...]
+    """Their places in the list of all."""
+    size: int
+    """With those that only fill the devices up."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The members of a chunk have done `step` of `steps`; their newest losses."""
+
+    members: tuple[int, ...]
+    step: int
+    steps: int
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A member after `step` steps."""
+
+    member: int
+    step: int
+    evaluation: Evaluation | None
+    """Over the whole validation split; None where it has diverged."""
+    train_loss: float | None
+    """The mean of its last scan_steps steps, in nats per token; None before the first."""
+    done: bool
+    """Whether it has come to its end: to its last step, or to the end of the patience (max_skipped) that a run has
+    with steps without a finite loss."""
+
+
+def split(configs: Sequence[Config], devices: int, at_once: int = 0) -> list[Chunk]:
+    """The chunks of a sweep: members of one program and one length, as many together as fit.
+
+    Args:
+      at_once: members of a chunk, at most; 0 for what the memory holds.
+
+    Raises:
+      OutOfMemoryError: not even one fits.
+    """
+    programs: dict[Config, list[int]] = {}
+    for i, config in enumerate(configs):
+        programs.setdefault(_program(config), []).append(i)
+    found = []
+    for members in programs.values():
+        names = tuple(name for name in MAPPED if len({_value(configs[i], name) for i in members}) > 1)
+        lengths: dict[int, list[int]] = {}
+        for i in members:
+            lengths.setdefault(configs[i].train.steps, []).append(i)
+        for alike in lengths.values():
+            n = -(-len(alike) // most(configs[alike[0]], devices, at_once))
+            size = -(-len(alike) // n // devices) * devices
+            base = configs[alike[0]]
+            found += [Chunk(base, names, tuple(alike[i : i + size]), size) for i in range(0, len(alike), size)]
+    return found
+
+
+def most(config: Config, devices: int, at_once: int = 0) -> int:
+    """How many members of a size train at once on so many devices; a multiple of these.
+
+    Raises:
+      OutOfMemoryError: not one for each device.
+    """
+    cpu = jax.default_backend() == "cpu"
+    memory.require(config, parts=memory.Parts(per_host=devices if cpu else 1))
+    if at_once or cpu:
+        limit = at_once or AT_ONCE_ON_CPU
+    else:
+        free, need = memory.available(), memory.needed(config, 0, recomputed=True).total
+        limit = devices * (int(SHARE * free / need) if free else AT_ONCE_ON_CPU)
+    return max(1, limit // devices) * devices
+
+
+def _program(config: Config) -> Config:
+    """What members of one program have in common: the config without what is mapped, and without its length."""
+    common = {name: 1 for name in MAPPED if not (name in OFF and off(_value(config, name)))}
+    return replaced(config, **common, steps=1)
+
+
+def _value(config: Config, name: str) -> Any:
+    return next(vars(section)[name] for section in vars(config).values() if name in vars(section))
+
+
+@dataclass(frozen=True)
+class Program:
+    """The compiled functions of chunks of one program: (M, ...) arrays of members over the devices, in and out."""
+
+    base: Config
+    names: tuple[str, ...]
+    devices: tuple[Any, ...]
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        return Mesh(np.array(self.devices), ("member",))
+
+    @property
+    def over_members(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P("member"))
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P())
+
+    def config(self, values: dict[str, jax.Array]) -> Config:
+        """The config of a member, with traced scalars in the place of what is mapped."""
+        return replaced(self.base, **values)
+
+    @cached_property
+    def init(self) -> Any:
+        """values {name: (M,)} -> states of M members."""
+        init = getattr(init_state, "__wrapped__")  # noqa: B009 (which its type does not know)
+        return jax.jit(self._spread(lambda values: init(self.config(values)), shared=0))
+
+    @cached_property
+    def steps(self) -> Any:
+        """tokens (N,), states, values, starts (M, K, B) -> states K steps later, metrics (M, K). Donates states."""
+        steps = getattr(train_steps, "__wrapped__")  # noqa: B009
+
+        def of_one(tokens: jax.Array, state: TrainState, values: dict[str, jax.Array], starts: jax.Array) -> Any:
+            return steps(self.config(values), state, tokens, starts)
+
+        return jax.jit(self._spread(of_one, shared=1), donate_argnums=1)
+
+    @cached_property
+    def losses(self) -> Any:
+        """batch (B, T), skip (B,), params -> `window_losses` of M members, (M, B)."""
+        losses = getattr(window_losses, "__wrapped__")  # noqa: B009
+        return jax.jit(self._spread(lambda batch, skip, params: losses(self.base.model, params, batch, skip), shared=2))
+
+    def _spread(self, function: Any, shared: int) -> Any:
+        """`function` of one member for M of them: its first `shared` arguments are the same for all, the others have an
+        axis of M in front."""
+        one_by_one = self.devices[0].platform == "cpu"
+
+        def on_device(*given: Any) -> Any:
+            def of_one(mine: Any) -> Any:
+                return function(*given[:shared], *mine)
+
+            return jax.lax.map(of_one, given[shared:]) if one_by_one else jax.vmap(of_one)(given[shared:])
+
+        def of_all(*given: Any) -> Any:
+            specs = (P(),) * shared + (P("member"),) * (len(given) - shared)
+            spread = partial(jax.shard_map, mesh=self.mesh, out_specs=P("member"), check_vma=False)
+            return spread(on_device, in_specs=specs)(*given)
+
+        return of_all
+
+
+def run(
+    configs: Sequence[Config],
+    corpus: Corpus,
+    devices: Sequence[Any],
+    at_once: int = 0,
+    finished: frozenset[int] = frozenset(),
+) -> Iterator[Progress | list[Scored]]:
+    """Train every config that is not `finished`, chunk by chunk; what is told of them as it comes.
+
+    A member is scored when a run of its config would be (eval_every, eval_start). No nanoGPT-style estimates are made,
+    and no weights are kept.
+
+    Args:
+      configs: complete, as `start.resolve` gives them, of one corpus.
+      devices: over which members are split.
+    """
+    rest = [i for i in range(len(configs)) if i not in finished]
+    programs: dict[Any, Program] = {}
+    for chunk in split([configs[i] for i in rest], len(devices), at_once):
+        key = _program(chunk.base), chunk.names
+        program = programs.setdefault(key, Program(chunk.base, chunk.names, tuple(devices)))
+        named = dataclasses.replace(chunk, members=tuple(rest[i] for i in chunk.members))
+        yield from train(program, named, configs, corpus)
+
+
+def train(
+    program: Program, chunk: Chunk, configs: Sequence[Config], corpus: Corpus
+) -> Iterator[Progress | list[Scored]]:
+    """Train the members of one chunk to their ends.
+
+    Raises:
+      OutOfMemoryError: the compiled step does not fit.
+    """
+    steps, base, members = chunk.base.train.steps, chunk.base, chunk.members
+    filled = [configs[i] for i in (*members, *members[-1:] * (chunk.size - len(members)))]
+    train_tokens, val_tokens = corpus.split(base.data.val_fraction)
+    values = jax.device_put({name: _column(filled, name) for name in chunk.names}, program.over_members)
+    watch = Watch(base, len(members))
+
+    def starts(begin: int, end: int) -> NDArray[np.int64]:
+        train, T = base.train, base.model.block_size
+        each = (config.train.seed for config in filled)
+        return np.stack(
+            [
+                batches.chunk_starts(seed, begin, end, len(train_tokens), T, train.batch_size, train.sampling)
+                for seed in each
+            ]
+        )
+
+    whole = device_tokens(base, len(train_tokens)) == len(train_tokens)
+    on_device = jax.device_put(np.asarray(train_tokens), program.everywhere) if whole else None
+
+    def feed(begin: int, end: int) -> tuple[jax.Array, jax.Array]:
+        """The tokens, and where the windows of these steps start, (M, K, B)."""
+        found, tokens = starts(begin, end), on_device
+        if tokens is None:
+            packed, found = batches.pack(train_tokens, found, base.model.block_size)
+            tokens = jax.device_put(packed, program.everywhere)
+        return tokens, jax.device_put(found.astype(np.int32), program.over_members)
+
+    def score(state: TrainState, step: int) -> list[Scored]:
+        scores = evaluate(program, state.params, corpus, val_tokens, chunk.size)
+        return watch.scored(members, step, scores, step == steps)
+
+    if not chunk.names:  # one member, or none that differ: the map still wants its length
+        values = {"seed": jax.device_put(_column(filled, "seed"), program.over_members)}
+    with ThreadPoolExecutor(1, "compile") as background:
+        tokens, first = feed(*next(chunks(base, 0)))
+        shapes = jax.eval_shape(program.init, values)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.over_members), shapes)
+        ahead = background.submit(lambda: program.steps.lower(tokens, like, values, first).compile())
+        state = program.init(values)
+        if base.train.eval_start:
+            yield score(state, 0)
+        parts = memory.Parts(per_host=len(program.devices))
+        memory.require_compiled(ahead.result(), base, parts=parts)
+    for begin, end in chunks(base, 0):
+        tokens, found = feed(begin, end)
+        state, metrics = program.steps(tokens, state, values, found)
+        if losses := watch.flush():
+            yield Progress(members, begin, steps, losses)
+        watch.trained(metrics)
+        if due(base, end):
+            watch.flush()
+            yield score(state, end)
+            if all(watch.ended):
+                return
+
+
+def evaluate(program: Program, params: Any, corpus: Corpus, tokens: batches.Ids, M: int) -> list[Evaluation]:
+    """The loss of each of M members over the whole of `tokens`, as `training.evaluate.evaluate`."""
+    model = program.base.model
+    starts, skip = windows(len(tokens), model.block_size)
+    side_by_side = 1 if program.devices[0].platform == "cpu" else -(-M // len(program.devices))
+    sums = loss_sums(
+        model, params, tokens, starts, skip, side_by_side=side_by_side,
+        losses=lambda _, params, batch, skip: program.losses(batch, skip, params),
+    )  # fmt: skip
+    return [evaluation(each, model.block_size - skip, tokens, corpus.tokenizer) for each in sums]
+
+
+class Watch:
+    """The losses of the members of a chunk, read one scan late, and which of them have diverged."""
+
+    def __init__(self, base: Config, n: int):
+        self._patience, self._n = base.train.max_skipped, n
+        self._unread: Metrics | None = None
+        self._skipped = np.zeros(n, int)
+        self.ended = [False] * n
+        self._means: list[float | None] = [None] * n
+
+    def trained(self, metrics: Metrics) -> None:
+        """Note metrics (M, K) that the devices may still be working on."""
+        self._unread = metrics
+
+    def flush(self) -> list[float]:
+        """The newest loss of each member, waiting for it if need be; an empty list if there is nothing new."""
+        if self._unread is None:
+            return []
+        metrics, self._unread = jax.device_get(self._unread), None
+        losses, applied = metrics.loss[: self._n], metrics.applied[: self._n]
+        for one in applied.T:
+            self._skipped = np.where(one, 0, self._skipped + 1)
+            self.ended = [
+                ended or bool(n >= self._patience) for ended, n in zip(self.ended, self._skipped, strict=True)
+            ]
+        self._means = [float(x) for x in losses.mean(axis=1, dtype=np.float64)]
+        return [float(x) for x in losses[:, -1]]
+
+    def scored(self, members: Sequence[int], step: int, scores: Sequence[Evaluation], last: bool) -> list[Scored]:
+        """What is told of the members after `step` steps."""
+        found = []
+        for i, member in enumerate(members):
+            lost = self.ended[i] or not math.isfinite(scores[i].loss)
+            mean = self._means[i]
+            mean = mean if mean is not None and math.isfinite(mean) else None
+            found.append(Scored(member, step, None if lost else scores[i], mean, last or self.ended[i]))
+        return found
+
+
+def _column(configs: Sequence[Config], name: str) -> NDArray[Any]:
+    """A mapped setting of M members, (M,)."""
+    return np.array([_value(config, name) for config in configs], np.uint32 if name == "seed" else np.float32)
