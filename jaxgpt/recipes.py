@@ -3,9 +3,19 @@
 import difflib
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, differences
+from jaxgpt.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    differences,
+    from_json,
+)
 
 
 @dataclass(frozen=True)
@@ -162,16 +172,27 @@ FINETUNE = Config(
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of that name.
+    """The recipe of that name, or of a file NAME.json that holds a config.
 
     Raises:
-      ConfigError: there is none; the nearest name is suggested.
+      ConfigError: there is none; the nearest name is suggested. Or the file cannot be read, or holds no config.
     """
+    if name.endswith(".json"):
+        return _from_file(Path(name))
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"no recipe {name!r}; {hint}recipes are {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def _from_file(path: Path) -> Recipe:
+    try:
+        config = from_json(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"the recipe {path} cannot be read: {why}; jaxgpt sweep writes such files") from error
+    return Recipe(config, f"The settings in {path}.", "unknown", "unknown", "unknown")
 
 
 def command(config: Config) -> str:

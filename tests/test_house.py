@@ -23,7 +23,7 @@ BELOW = {
     "interop": {"config", "recipes", "text", "nn", "training"},
     "lecture": {"config", "text", "nn", "sampling"},
     "bench": {"config", "disk", "recipes", "text", "nn", "training", "sampling", "scaling"},
-    "scaling": {"config", "nn", "training"},
+    "scaling": {"config", "disk", "text", "nn", "training"},
     "report": {"config", "text", "nn", "training", "sampling", "lecture", "scaling"},
 }
 

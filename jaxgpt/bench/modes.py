@@ -34,6 +34,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "twin_recipe": ("--twin-recipe", {"help": "whose settings the twin has; shakespeare-cpu or -gpu by default"}),
     "repeats": ("--repeats", {"type": int, "help": "processes of each kind, each with a seed of its own"}),
     "seed": ("--seed", {"type": int, "help": "the first seed"}),
+    "seeds": ("--seeds", {"type": int, "help": "how many; 8 by default"}),
     "bound": ("--bound", {"type": float, "help": "the loss to reach, 1.88 by default"}),
     "steps": ("--steps", {"type": int, "help": "fewer than the recipe's, to try this out"}),
     "twin_steps": ("--twin-steps", {"type": int, "help": "fewer than nanoGPT's, to try this out"}),
@@ -80,6 +81,12 @@ def sample(**given: Any) -> Iterator[Report]:
 
     require("torch", "transformers")
     yield sample.measure(**given)
+
+
+def sweep(text: str, **given: Any) -> Iterator[Report]:
+    from jaxgpt.bench import sweep
+
+    yield sweep.measure(text, **given)
 
 
 def startup(**given: Any) -> Iterator[Report]:
@@ -152,6 +159,11 @@ MODES = {
     ),
     "startup": Mode(
         "How long the help and the first step take to come.", ("device", "corpus", "recipe", "repeats"), startup
+    ),
+    "sweep": Mode(
+        "Seeds by one sweep against as many runs one after another, whole processes.",
+        ("device", "text", "recipe", "seeds", "repeats", "steps"),
+        sweep,
     ),
     "scaling": Mode(
         "The time of a step when one size doubles.",

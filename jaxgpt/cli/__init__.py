@@ -23,6 +23,8 @@ VERBS = {  # its module, and its line in the overview
     "verify-resume": ("verify_resume", "Show that a run which is killed and resumed keeps every bit."),
     "import-gpt2": ("import_gpt2", "Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune."),
     "launch": ("launch", "Train in several processes on this machine."),
+    "sweep": ("sweep", "Train seeds and settings of a recipe together, and find the best."),
+    "scaling-fit": ("scaling_fit", "Train a family of sizes and fit how the loss falls with size and text."),
     "plan": ("plan", "Compile a recipe for chips that are not attached: does it fit, how fast might it be."),
     "export": ("export", "Write a run as a folder that transformers loads."),
     "lecture": ("lecture", "Climb the lecture's ladder, from a uniform guess to the transformer."),

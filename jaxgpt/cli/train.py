@@ -54,7 +54,10 @@ def run(args: list[str]) -> int:
         if named and peeked.run:
             raise UsageError(f"a resume takes its settings from the run: leave out {named!r}, or leave out --resume")
         existing = Run.named(peeked.runs_dir, peeked.run or name)
-    defaults = Train(run=name, config=existing.config if existing else recipe(name).config)
+    defaults = Train(
+        run=Path(name).stem if name.endswith(".json") else name,
+        config=existing.config if existing else recipe(name).config,
+    )
     about = "" if existing else _about(name)
     given = parse(Train, args, f"train {name}", about, default=defaults)
     if given.resume != bool(existing):
@@ -63,7 +66,9 @@ def run(args: list[str]) -> int:
 
 
 def _about(name: str) -> str:
-    known = RECIPES[name]
+    known = recipe(name)
+    if name not in RECIPES:
+        return known.about
     return f"{known.about} ({known.hardware}: {known.time}; loss {known.loss}.) Recipes: {', '.join(RECIPES)}."
 
 

@@ -12,8 +12,12 @@ from jaxgpt.report.tables import published
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 OURS, LECTURE, LIMIT, QUIET = "#1f5fa8", "#d1661c", "#3b8048", "#6a6a6a"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c8c")
+"""Told apart by colour-blind eyes too: Okabe and Ito 2008, with a grey in place of the yellow."""
+MARKERS = "osD^vPX*"
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -54,12 +58,26 @@ def ladder(results: Sequence[Result], path: Path) -> None:
         _beside(axes, y, f"{loss:.3f}", published(rung))
     _beside(axes, -0.85, "here", "lecture", weight="bold")
     _footnote(axes, [rung.lecture_size for rung, _ in shown if rung.lecture_size])
+    save(figure, path)
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure, whole or not at all."""
     partial = path.with_name(f".{path.stem}.{os.getpid()}.part")
     try:
         figure.savefig(partial, format=path.suffix[1:])
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def plain(axes: "Axes") -> None:
+    """The look of a panel with two axes: a pale grid, no frame."""
+    axes.grid(color="#e4e4e4")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color("#b0b0b0")
+    axes.tick_params(labelcolor=QUIET, color="#b0b0b0")
 
 
 def _rows(axes: "Axes", rungs: Sequence[Rung]) -> None:

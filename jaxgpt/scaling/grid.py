@@ -5,7 +5,7 @@ import difflib
 import itertools
 import math
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,11 +94,6 @@ def told(setting: dict[str, Any]) -> str:
     return ", ".join(
         f"{name} {value:g}" if type(value) is float else f"{name} {value}" for name, value in setting.items()
     )
-
-
-def settings(members: Iterable[Member]) -> list[dict[str, Any]]:
-    """The different settings, in order."""
-    return list({told(member.setting): member.setting for member in members}.values())
 
 
 def _checked(config: Config, setting: dict[str, Any]) -> Config:

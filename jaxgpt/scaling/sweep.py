@@ -25,7 +25,7 @@ from jaxgpt.text import batches
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training import memory
 from jaxgpt.training.evaluate import Evaluation, evaluation, loss_sums, window_losses, windows
-from jaxgpt.training.loop import chunks, device_tokens, due
+from jaxgpt.training.loop import DEVICE_TOKENS, chunk_starts, chunks, due
 from jaxgpt.training.step import Metrics, TrainState, init_state, train_steps
 
 MAPPED = (
@@ -53,6 +53,8 @@ class Chunk:
     """Their places in the list of all."""
     size: int
     """With those that only fill the devices up."""
+    devices: int
+    """Over how many: no more than there are members, for a device that has none would only repeat another's."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,10 @@ def split(configs: Sequence[Config], devices: int, at_once: int = 0) -> list[Chu
         for i in members:
             lengths.setdefault(configs[i].train.steps, []).append(i)
         for alike in lengths.values():
-            n = -(-len(alike) // most(configs[alike[0]], devices, at_once))
-            size = -(-len(alike) // n // devices) * devices
-            base = configs[alike[0]]
-            found += [Chunk(base, names, tuple(alike[i : i + size]), size) for i in range(0, len(alike), size)]
+            base, over = configs[alike[0]], min(devices, len(alike), at_once or devices)
+            n = -(-len(alike) // most(base, over, at_once))
+            size = -(-len(alike) // n // over) * over
+            found += [Chunk(base, names, tuple(alike[i : i + size]), size, over) for i in range(0, len(alike), size)]
     return found
 
 
@@ -145,6 +147,11 @@ class Program:
         return Mesh(np.array(self.devices), ("member",))
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether the members of a device take turns, and do not go side by side."""
+        return bool(self.devices[0].platform == "cpu")
+
+    @property
     def over_members(self) -> NamedSharding:
         return NamedSharding(self.mesh, P("member"))
 
@@ -164,11 +171,14 @@ class Program:
 
     @cached_property
     def steps(self) -> Any:
-        """tokens (N,), states, values, starts (M, K, B) -> states K steps later, metrics (M, K). Donates states."""
+        """tokens (N,) or None, states, values, windows (M, K, ...) -> states K steps later, metrics (M, K). Donates
+        states."""
         steps = getattr(train_steps, "__wrapped__")  # noqa: B009
 
-        def of_one(tokens: jax.Array, state: TrainState, values: dict[str, jax.Array], starts: jax.Array) -> Any:
-            return steps(self.config(values), state, tokens, starts)
+        def of_one(
+            tokens: jax.Array | None, state: TrainState, values: dict[str, jax.Array], windows: jax.Array
+        ) -> Any:
+            return steps(self.config(values), state, tokens, windows)
 
         return jax.jit(self._spread(of_one, shared=1), donate_argnums=1)
 
@@ -181,13 +191,12 @@ class Program:
     def _spread(self, function: Any, shared: int) -> Any:
         """`function` of one member for M of them: its first `shared` arguments are the same for all, the others have an
         axis of M in front."""
-        one_by_one = self.devices[0].platform == "cpu"
 
         def on_device(*given: Any) -> Any:
             def of_one(mine: Any) -> Any:
                 return function(*given[:shared], *mine)
 
-            return jax.lax.map(of_one, given[shared:]) if one_by_one else jax.vmap(of_one)(given[shared:])
+            return jax.lax.map(of_one, given[shared:]) if self.one_by_one else jax.vmap(of_one)(given[shared:])
 
         def of_all(*given: Any) -> Any:
             specs = (P(),) * shared + (P("member"),) * (len(given) - shared)
@@ -216,8 +225,8 @@ def run(
     rest = [i for i in range(len(configs)) if i not in finished]
     programs: dict[Any, Program] = {}
     for chunk in split([configs[i] for i in rest], len(devices), at_once):
-        key = _program(chunk.base), chunk.names
-        program = programs.setdefault(key, Program(chunk.base, chunk.names, tuple(devices)))
+        key = _program(chunk.base), chunk.names, chunk.devices
+        program = programs.setdefault(key, Program(chunk.base, chunk.names, tuple(devices[: chunk.devices])))
         named = dataclasses.replace(chunk, members=tuple(rest[i] for i in chunk.members))
         yield from train(program, named, configs, corpus)
 
@@ -236,26 +245,15 @@ def train(
     values = jax.device_put({name: _column(filled, name) for name in chunk.names}, program.over_members)
     watch = Watch(base, len(members))
 
-    def starts(begin: int, end: int) -> NDArray[np.int64]:
-        train, T = base.train, base.model.block_size
-        each = (config.train.seed for config in filled)
-        return np.stack(
-            [
-                batches.chunk_starts(seed, begin, end, len(train_tokens), T, train.batch_size, train.sampling)
-                for seed in each
-            ]
-        )
-
-    whole = device_tokens(base, len(train_tokens)) == len(train_tokens)
+    parts = corpus.training_parts(base.data.val_fraction)
+    whole = len(train_tokens) <= DEVICE_TOKENS
     on_device = jax.device_put(np.asarray(train_tokens), program.everywhere) if whole else None
 
-    def feed(begin: int, end: int) -> tuple[jax.Array, jax.Array]:
-        """The tokens, and where the windows of these steps start, (M, K, B)."""
-        found, tokens = starts(begin, end), on_device
-        if tokens is None:
-            packed, found = batches.pack(train_tokens, found, base.model.block_size)
-            tokens = jax.device_put(packed, program.everywhere)
-        return tokens, jax.device_put(found.astype(np.int32), program.over_members)
+    def feed(begin: int, end: int) -> tuple[jax.Array | None, jax.Array]:
+        """The tokens on the devices and the windows of these steps, as `train_steps` takes them, M of them."""
+        starts = np.stack([chunk_starts(config, parts, begin, end) for config in filled])
+        windows = starts.astype(np.int32) if whole else batches.gather(train_tokens, starts, base.model.block_size)
+        return on_device, jax.device_put(windows, program.over_members)
 
     def score(state: TrainState, step: int) -> list[Scored]:
         scores = evaluate(program, state.params, corpus, val_tokens, chunk.size)
@@ -271,8 +269,7 @@ def train(
         state = program.init(values)
         if base.train.eval_start:
             yield score(state, 0)
-        parts = memory.Parts(per_host=len(program.devices))
-        memory.require_compiled(ahead.result(), base, parts=parts)
+        memory.require_compiled(ahead.result(), base, parts=memory.Parts(per_host=len(program.devices)))
     for begin, end in chunks(base, 0):
         tokens, found = feed(begin, end)
         state, metrics = program.steps(tokens, state, values, found)
@@ -290,7 +287,7 @@ def evaluate(program: Program, params: Any, corpus: Corpus, tokens: batches.Ids,
     """The loss of each of M members over the whole of `tokens`, as `training.evaluate.evaluate`."""
     model = program.base.model
     starts, skip = windows(len(tokens), model.block_size)
-    side_by_side = 1 if program.devices[0].platform == "cpu" else -(-M // len(program.devices))
+    side_by_side = 1 if program.one_by_one else -(-M // len(program.devices))
     sums = loss_sums(
         model, params, tokens, starts, skip, side_by_side=side_by_side,
         losses=lambda _, params, batch, skip: program.losses(batch, skip, params),
@@ -306,6 +303,7 @@ class Watch:
         self._unread: Metrics | None = None
         self._skipped = np.zeros(n, int)
         self.ended = [False] * n
+        self._over = set[int]()
         self._means: list[float | None] = [None] * n
 
     def trained(self, metrics: Metrics) -> None:
@@ -327,12 +325,16 @@ class Watch:
         return [float(x) for x in losses[:, -1]]
 
     def scored(self, members: Sequence[int], step: int, scores: Sequence[Evaluation], last: bool) -> list[Scored]:
-        """What is told of the members after `step` steps."""
+        """What is told of the members after `step` steps; those that have diverged are told of once."""
         found = []
         for i, member in enumerate(members):
+            if i in self._over:
+                continue
             lost = self.ended[i] or not math.isfinite(scores[i].loss)
             mean = self._means[i]
             mean = mean if mean is not None and math.isfinite(mean) else None
+            if self.ended[i]:
+                self._over.add(i)
             found.append(Scored(member, step, None if lost else scores[i], mean, last or self.ended[i]))
         return found
 

@@ -49,7 +49,7 @@ def start(
     Run.require_free(runs_dir, name)
     disk.require_writable(runs_dir, "--runs-dir")
     require_room(config)
-    corpus = _prepare(config, data_dir)
+    corpus = tokens_of(config, data_dir)
     config = resolve(config, corpus)
     require_room(config)  # the size of the vocabulary is known only now
 
@@ -88,7 +88,7 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
     was = f"run {run.path.name!r} learns from {run.corpus_meta['origin']} (tokens of SHA-256 {wanted})"
     by_hand = f"put the tokens-*.bin and tokens.json of then into {folder}, or name their folder's parent: --data-dir"
     try:
-        found = _prepare(run.config, data_dir)
+        found = tokens_of(run.config, data_dir)
     except UsageError as error:
         raise CorpusError(f"{was}, which cannot be prepared again: {error}; {by_hand}") from error
     if found.meta["sha256"] != wanted:
@@ -110,7 +110,12 @@ def resolve(config: Config, corpus: Corpus) -> Config:
     return Config(data, model, optimizer, config.train)
 
 
-def _prepare(config: Config, data_dir: Path) -> Corpus:
+def tokens_of(config: Config, data_dir: Path) -> Corpus:
+    """The tokens of a config, prepared if need be.
+
+    Raises:
+      UsageError: they cannot be had, or are too few.
+    """
     return prepare(
         config.data.corpus,
         config.data.tokenizer,

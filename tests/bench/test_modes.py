@@ -18,6 +18,7 @@ from jaxgpt.bench import (
     scaling,
     speedrun,
     startup,
+    sweep,
     table,
     train,
     worker,
@@ -26,7 +27,7 @@ from jaxgpt.bench.shapes import PRECISIONS, config_of, flops_per_step
 from jaxgpt.config import MissingExtraError, UsageError
 
 MEASURES = {"train": train, "speedrun": speedrun, "sample": sample, "startup": startup, "scaling": scaling}
-MEASURES |= {"memory": memory, "meshes": meshes}
+MEASURES |= {"memory": memory, "meshes": meshes, "sweep": sweep}
 
 
 class Here:

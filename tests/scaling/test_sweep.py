@@ -1,4 +1,6 @@
-"""Members of a sweep are the runs that `jaxgpt train` would make."""
+"""Members of a sweep are the runs that `jaxgpt train` would make, and none disturbs another."""
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -6,70 +8,128 @@ import pytest
 
 from jaxgpt.config import replaced
 from jaxgpt.scaling import sweep
-from jaxgpt.scaling.sweep import Program, Scored
+from jaxgpt.scaling.sweep import Program
+from jaxgpt.training import memory
 from jaxgpt.training.loop import fit
+from jaxgpt.training.memory import OutOfMemoryError
+from jaxgpt.training.placement import OneDevice, fresh
 from jaxgpt.training.start import start
-from jaxgpt.training.step import init_state
 
-BOUND = 2e-5  # nats; of float32 sums in another order, over 20 steps
+BOUND = 2e-5
+"""Nats; of float32 sums in another order, over 20 steps."""
 CHANGES = (
     dict(seed=1),
-    dict(seed=2**32 - 1, learning_rate=1e-2, dropout=0.3, weight_decay=0.0, warmup_steps=5),
     dict(
-        learning_rate=3e-3, min_learning_rate=0.0, dropout=0.2, beta1=0.5, beta2=0.95, eps=1e-6, decay_steps=15,
-        grad_clip=0.1, init_scale=2.0,
+        seed=2**32 - 1, learning_rate=1e-2, min_learning_rate=0.0, weight_decay=0.0, warmup_steps=5, decay_steps=15,
+        beta1=0.5, beta2=0.95, eps=1e-6, grad_clip=0.1,
     ),
+    dict(learning_rate=3e-3, dropout=0.3, init_scale=2.0),
 )  # fmt: skip
+RUINED = dict(learning_rate=3e38, weight_decay=0.5)
 
 
 @pytest.fixture(scope="module")
-def runs(request, tmp_path_factory):
-    """Three runs by `fit`, and their configs."""
-    folder = tmp_path_factory.mktemp("sweep")
-    text = folder / "text.txt"
+def base(tiny_config, tmp_path_factory):
+    text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text("the cat sat on the mat\nthat cat has a hat\n" * 20)
-    config = request.getfixturevalue("tiny_config")
-    config = replaced(config, corpus=str(text), eval_batches=0)
-    found = []
-    for i, change in enumerate(CHANGES):
-        run, corpus = start(replaced(config, **change), f"run{i}", folder, folder / "data")
-        found.append((run, fit(run, corpus)))
-    return [run.config for run, _ in found], found, corpus
+    return replaced(tiny_config, corpus=str(text), eval_batches=0)
 
 
 @pytest.fixture(scope="module")
-def swept(runs):
-    configs, _, corpus = runs
-    events = list(sweep.run(configs, corpus, jax.devices()[:2]))
-    return [score for each in events if isinstance(each, list) for score in each]
+def runs(base, tmp_path_factory):
+    """Three runs by `fit`: each with its summary; and their corpus."""
+    folder, found = tmp_path_factory.mktemp("runs"), []
+    for i, change in enumerate(CHANGES):
+        run, corpus = start(replaced(base, **change), f"run{i}", folder, folder / "data")
+        found.append((run, fit(run, corpus)))
+    return found, corpus
 
 
-def test_the_three_are_one_program(runs):
-    (chunk,) = sweep.split(runs[0], 2)
-    assert chunk.members == (0, 1, 2)
-    assert chunk.size == 4
-    assert {"seed", "dropout", "warmup_steps", "init_scale"} < set(chunk.names)
+@pytest.fixture(scope="module")
+def configs(runs):
+    found = [run.config for run, _ in runs[0]]
+    return [*found, replaced(found[0], **RUINED)]
 
 
-def test_initial_parameters_are_exactly_those_of_the_runs(runs):
-    configs, devices = runs[0][:2], tuple(jax.devices()[:2])
+@pytest.fixture(scope="module")
+def swept(configs, runs):
+    """The scores of the three, and of a fourth that comes to no number, by member."""
+    events = list(sweep.run(configs, runs[1], jax.devices()[:2]))
+    scores = [score for each in events if isinstance(each, list) for score in each]
+    return [[score for score in scores if score.member == i] for i in range(len(configs))]
+
+
+def test_initial_parameters_are_exactly_those_of_the_runs(configs):
     (chunk,) = sweep.split(configs, 2)
-    program = Program(chunk.base, chunk.names, devices)
+    program = Program(chunk.base, chunk.names, tuple(jax.devices()[:2]))
     states = program.init({name: sweep._column(configs, name) for name in chunk.names})
-    for i, config in enumerate(configs):
-        jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), states, init_state(config))
+    for i in (1, 2):
+        alone = fresh(configs[i], OneDevice())
+        jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), states, alone)
 
 
 def test_each_member_is_the_run_of_its_config(runs, swept):
-    for i, (run, summary) in enumerate(runs[1]):
-        mine = [score for score in swept if score.member == i]
+    for (run, summary), mine in zip(runs[0], swept, strict=False):
         assert [score.step for score in mine] == [scored.step for scored in summary.scores] == [0, 10, 20]
         for score, scored in zip(mine, summary.scores, strict=True):
             assert score.evaluation.loss == pytest.approx(scored.evaluation.loss, abs=BOUND)
             assert score.evaluation.standard_error == pytest.approx(scored.evaluation.standard_error, rel=1e-3)
         losses = [line["loss"] for line in run.metrics() if "loss" in line]
         assert mine[1].train_loss == pytest.approx(np.mean(losses[5:10]), abs=BOUND)
-        assert mine[-1].done
-        assert not mine[1].done
-    finals = [score.evaluation.loss for score in swept if score.step == 20]
-    assert len({round(loss, 3) for loss in finals}) == 3, "the bound means nothing where all learn the same"
+        assert [score.done for score in mine] == [False, False, True]
+    finals = [mine[-1].evaluation.loss for mine in swept[:3]]
+    apart = min(abs(a - b) for i, a in enumerate(finals) for b in finals[:i])
+    assert apart > 100 * BOUND, "the bound means nothing where all learn the same"
+
+
+def test_a_member_that_comes_to_no_number_is_told_of(swept):
+    first, second = swept[3]
+    assert first.evaluation
+    assert second.evaluation is None
+    assert second.done
+    assert second.step == 10, "after max_skipped steps, told at the next score"
+
+
+def test_members_of_one_shape_are_one_program(base):
+    few = [
+        replaced(base, seed=i, learning_rate=r, warmup_steps=w) for i in (0, 1) for r in (1e-3, 1e-2) for w in (1, 2)
+    ]
+    (chunk,) = sweep.split(few, 4)
+    assert chunk.members == tuple(range(8))
+    assert set(chunk.names) == {"seed", "learning_rate", "warmup_steps"}
+    wider = [replaced(config, n_embd=32) for config in few]
+    assert [each.members for each in sweep.split([*few, *wider], 4)] == [tuple(range(8)), tuple(range(8, 16))]
+    # What a 0 switches off is no number: another program.
+    off = [replaced(base, dropout=rate) for rate in (0.0, 0.1, 0.2)]
+    assert [(each.members, each.names) for each in sweep.split(off, 4)] == [((0,), ()), ((1, 2), ("dropout",))]
+
+
+def test_chunks_are_even_and_no_larger_than_fits(base, monkeypatch):
+    many = [replaced(base, seed=i) for i in range(18)]
+    chunks = sweep.split(many, 2)
+    assert [(len(each.members), each.size) for each in chunks] == [(6, 6)] * 3
+    assert [len(each.members) for each in sweep.split(many, 8, at_once=3)] == [3] * 6
+    assert sweep.split(many[:3], 8)[0].devices == 3
+    monkeypatch.setattr(memory, "available", lambda: 10)
+    with pytest.raises(OutOfMemoryError, match="a training step needs at least"):
+        sweep.split(many, 2)
+    need = memory.needed(base, 0, recomputed=True).total
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(memory, "available", lambda: 10 * need)
+    assert [len(each.members) for each in sweep.split(many, 1)] == [6] * 3
+
+
+def test_lengths_share_a_program_and_not_a_chunk(base):
+    lengths = [dataclasses.replace(replaced(base, steps=n, decay_steps=n)) for n in (20, 40, 20)]
+    chunks = sweep.split(lengths, 2)
+    assert [each.members for each in chunks] == [(0, 2), (1,)]
+    assert {each.names for each in chunks} == {("decay_steps",)}
+    assert len({sweep._program(each.base) for each in chunks}) == 1
+
+
+def test_side_by_side_is_one_after_another(configs, runs, swept, monkeypatch):
+    """What accelerators do, vmap, on a CPU."""
+    monkeypatch.setattr(Program, "one_by_one", False)
+    events = list(sweep.run([replaced(config, eval_start=False) for config in configs[:2]], runs[1], jax.devices()[:1]))
+    for score, mine in zip(events[-1], swept, strict=False):
+        assert score.evaluation.loss == pytest.approx(mine[-1].evaluation.loss, abs=BOUND)

@@ -1,0 +1,69 @@
+"""`jaxgpt scaling-fit`: a family of sizes trained, and the law that its losses follow."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.cli.compile_cache import use_compile_cache
+from jaxgpt.cli.options import DataDir, parse
+from jaxgpt.cli.sweep import SweepsDir, use_cores
+from jaxgpt.config import DataConfig, UsageError, replaced, to_tree
+
+
+@dataclass(frozen=True)
+class ScalingFit:
+    name: str = "scaling"
+    """Name of the sweep, a folder in the sweeps folder. The same command again goes on where it was ended."""
+    sizes: tuple[str, ...] = ("2x16", "2x32", "3x48", "4x64", "4x96", "5x128")
+    """LAYERSxCHANNELS of each model."""
+    tokens: tuple[int, ...] = (125_000, 250_000, 500_000, 1_000_000)
+    """How many tokens each model learns from, each amount a run with a schedule of its own."""
+    seeds: int = 1
+    """Runs of each size and amount."""
+    flops: tuple[float, ...] = (1e12, 1e13, 1e14, 1e15)
+    """Budgets of operations to say the best size and amount for."""
+    data: DataConfig = field(default_factory=DataConfig)
+    sweeps_dir: SweepsDir = Path("sweeps")
+    data_dir: DataDir = Path("data")
+
+
+def run(args: list[str]) -> int:
+    given = parse(ScalingFit, args, "scaling-fit")
+    if not all(1 <= n < 2**40 for n in given.tokens):
+        raise UsageError(f"--tokens {' '.join(map(str, given.tokens))}: expected numbers of tokens above 0")
+    if not all(0 < flops < float("inf") for flops in given.flops):
+        raise UsageError(f"--flops {' '.join(map(str, given.flops))}: expected numbers above 0")
+    if given.seeds < 1:
+        raise UsageError(f"--seeds is {given.seeds}, expected at least 1")
+    if len(set(given.sizes)) < 3 or len(set(given.tokens)) < 3:
+        raise UsageError("a fit wants at least 3 --sizes and 3 amounts of --tokens")
+    use_compile_cache()
+    n = len(given.sizes) * len(given.tokens) * given.seeds
+    use_cores(n)
+    import jax
+
+    from jaxgpt import disk
+    from jaxgpt.report import laws, sweeps
+    from jaxgpt.report.terminal import RunConsole
+    from jaxgpt.scaling import family, sweep_folder
+    from jaxgpt.scaling.law import fit
+
+    base = replaced(family.BASE, **vars(given.data))
+    members = family.family(base, [family.Size.parse(text) for text in given.sizes], given.tokens, given.seeds)
+    disk.require_writable(given.sweeps_dir, "--sweeps-dir")
+    members, corpus = sweep_folder.prepare(base, members, given.data_dir)
+    asked: dict[str, Any] = {"program": "jaxgpt scaling-fit 1", "config": to_tree(base), "seeds": given.seeds}
+    asked |= {"sizes": given.sizes, "amounts": given.tokens, "tokens": corpus.meta["sha256"]}
+    path, console = given.sweeps_dir / given.name, RunConsole()
+    console.print(corpus.summary)
+    with sweep_folder.SweepFolder.held(path, asked, "--name OTHER") as folder:
+        with sweeps.SweepDisplay(console, members, folder.lines) as display:
+            folder.train(members, corpus, jax.devices(), watch=display)
+        points = family.points(members, folder.lines)
+    found = fit(*zip(*points, strict=True))  # type: ignore[arg-type]
+    for line in laws.lines(found, given.flops):
+        console.print(line)
+    disk.write_atomically(path / "law.json", found.to_json(points).encode())
+    for plot in laws.draw(found, points, path):
+        console.print(f"{plot}")
+    return 0

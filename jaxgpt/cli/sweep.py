@@ -1,0 +1,98 @@
+"""`jaxgpt sweep`: seeds and settings of a recipe, trained together."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jaxgpt.cli.compile_cache import use_compile_cache
+from jaxgpt.cli.options import DataDir, parse
+from jaxgpt.config import Config, UsageError, to_json, to_tree
+from jaxgpt.recipes import recipe
+from jaxgpt.scaling import grid
+from jaxgpt.scaling.grid import Member
+
+SweepsDir = Annotated[Path, tyro.conf.arg(help="Folder of all sweeps.")]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    name: str
+    """Name of the sweep, a folder in the sweeps folder. The same command again goes on where it was ended."""
+    config: Config
+    seeds: int = 4
+    """How many seeds each setting has, from --seed on."""
+    lr: str = ""
+    """Learning rates: a range LOW:HIGH:HOW-MANY, as in 3e-4:3e-2:6, or a list with commas; as --set learning_rate."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=VALUE,VALUE or NAME=LOW:HIGH:HOW-MANY of any setting of the model or of training; may be given again."""
+    at_once: int = 0
+    """Members that are trained together, at most; 0 for what the memory holds."""
+    sweeps_dir: SweepsDir = Path("sweeps")
+    data_dir: DataDir = Path("data")
+
+
+def run(args: list[str]) -> int:
+    if not args or args[0].startswith("-"):
+        if not {"-h", "--help"} & set(args):
+            raise UsageError("which recipe? jaxgpt sweep gpt-demo --seeds 4 --lr 1e-3:1e-2:4")
+        args = ["gpt-demo", *args]
+    named = args.pop(0)
+    default = Sweep(Path(named).stem, recipe(named).config)
+    given = parse(Sweep, args, f"sweep {named}", "Train seeds and settings of a recipe together.", default=default)
+    axes = [grid.parse(text) for text in (*([f"lr={given.lr}"] if given.lr else []), *given.set)]
+    members = grid.members(given.config, axes, given.seeds)
+    asked: dict[str, Any] = {
+        "program": "jaxgpt sweep 1",
+        "config": to_tree(given.config),
+        "values": {axis.name: list(axis.values) for axis in axes},
+        "seeds": given.seeds,
+    }
+    return _sweep(given, members, asked)
+
+
+def _sweep(given: Sweep, members: list[Member], asked: dict[str, Any]) -> int:
+    use_compile_cache()
+    use_cores(len(members))
+    import jax
+
+    from jaxgpt import disk
+    from jaxgpt.report import sweep_plots, sweeps
+    from jaxgpt.report.terminal import RunConsole
+    from jaxgpt.scaling import sweep, sweep_folder
+    from jaxgpt.scaling.compare import outcomes
+
+    disk.require_writable(given.sweeps_dir, "--sweeps-dir")
+    devices = jax.devices()[: len(members)]
+    sweep.split([member.config for member in members], len(devices), given.at_once)  # each fits, on paper
+    members, corpus = sweep_folder.prepare(given.config, members, given.data_dir)
+    asked |= {"tokens": corpus.meta["sha256"], "precision": members[0].config.model.precision}
+    path, console = given.sweeps_dir / given.name, RunConsole()
+    console.print(corpus.summary)
+    console.print(f"{len(members)} members in {path}, over {len(devices)} x {devices[0].device_kind}")
+    with sweep_folder.SweepFolder.held(path, asked, "--name OTHER") as folder:
+        if folder.finished:
+            console.print(f"{len(folder.finished)} of them are finished already")
+        with sweeps.SweepDisplay(console, members, folder.lines) as display:
+            folder.train(members, corpus, devices, given.at_once, display)
+        found = outcomes(folder.lines)
+        console.print(sweeps.table(found, members))
+        console.print(sweeps.verdict(found))
+        if best := next((m for m in members if m.setting == found[0].setting), None):
+            disk.write_atomically(path / "best.json", to_json(best.config).encode())
+            console.print(f"Train it: jaxgpt train {path / 'best.json'}")
+        for plot in sweep_plots.draw(found, path):
+            console.print(f"{plot}")
+    return 0
+
+
+def use_cores(most: int) -> None:
+    """Let each core of a CPU be a device, up to `most`, unless the environment says how many there are."""
+    import jax
+
+    unset = jax.config.values["jax_num_cpu_devices"] < 0
+    if unset and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", min(cores, most))

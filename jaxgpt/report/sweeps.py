@@ -1,0 +1,131 @@
+"""What a person sees of a sweep: a live table on a terminal, plain lines elsewhere, and the best in the end."""
+
+import math
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.live import Live
+from rich.table import Table
+
+from jaxgpt.report.terminal import PLAIN_SECONDS, RunConsole, duration
+from jaxgpt.scaling.compare import Outcome, confidence, outcomes
+from jaxgpt.scaling.grid import Member, told
+from jaxgpt.scaling.sweep import Progress
+
+ROWS = 24
+"""Settings in a table, the best ones; a live one of more would not stay on the screen."""
+
+
+class SweepDisplay:
+    """Shows a sweep as it goes; use it as a context manager."""
+
+    def __init__(self, console: RunConsole, members: Sequence[Member], lines: Sequence[dict[str, Any]]):
+        """`lines`: the results so far, a list that grows."""
+        self._console, self._members, self._lines = console, members, lines
+        self._began, self._printed = time.monotonic(), time.monotonic()
+        self._steps = sum(member.config.train.steps for member in members)
+        self._before = sum(members[line["member"]].config.train.steps for line in lines if line["done"])
+        self._over, self._at, self._now = 0, 0, "compiling"
+        self._live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> "SweepDisplay":
+        if self._live:
+            self._live.start()
+            self._live.update(self._table())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, event: Progress | list[dict[str, Any]]) -> None:
+        if isinstance(event, Progress):
+            self._progress(event)
+        else:
+            self._scored(event)
+
+    def _progress(self, event: Progress) -> None:
+        self._at = len(event.members) * event.step
+        finite = [loss for loss in event.losses if math.isfinite(loss)]
+        losses = f"losses {min(finite):.3f} to {max(finite):.3f}" if finite else "no loss is a number"
+        which = f"members {event.members[0] + 1} to {event.members[-1] + 1} of {len(self._members)}"
+        self._now = f"{which}: step {event.step:,}/{event.steps:,}, {losses}{self._left()}"
+        self._show()
+
+    def _scored(self, new: Sequence[dict[str, Any]]) -> None:
+        for line in new:
+            if line["done"]:
+                self._over += self._members[line["member"]].config.train.steps
+                self._at = 0
+        self._show(at_once=True)
+        if not self._live:
+            losses = [line["val_loss"] for line in new if line["val_loss"] is not None]
+            lost = len(new) - len(losses)
+            low = f"validation losses {min(losses):.4f} to {max(losses):.4f}" if losses else ""
+            told_of = f"{low}{f', {lost} diverged' if lost else ''}".lstrip(", ")
+            self._console.print(f"step {new[0]['step']:>6,} of {len(new)} members  {told_of}")
+
+    def _left(self) -> str:
+        done = self._over + self._at
+        seconds = (time.monotonic() - self._began) * (self._steps - self._before - done) / done if done else 0
+        return f", {duration(seconds)} left" if done else ""
+
+    def _show(self, at_once: bool = False) -> None:
+        if self._live:
+            self._live.update(self._table())
+        elif not at_once and time.monotonic() - self._printed > PLAIN_SECONDS:
+            self._console.print(self._now)
+            self._printed = time.monotonic()
+
+    def _table(self) -> Table:
+        shown = table(outcomes(self._lines), self._members)
+        shown.caption = self._now
+        return shown
+
+
+def table(found: Sequence[Outcome], members: Sequence[Member]) -> Table:
+    """A row for each setting that has finished members, best first."""
+    n_seeds, names = len({member.config.train.seed for member in members}), list(members[0].setting)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    for name in names or ["setting"]:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for name in ("seeds", "validation loss", "± s.e.", "diverged"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for outcome in found[:ROWS]:
+        values = [_cell(outcome.setting[name]) for name in names] or ["as it is"]
+        mean = "-" if math.isnan(outcome.mean) else f"{outcome.mean:.4f}"
+        error = "-" if math.isnan(outcome.standard_error) else f"{outcome.standard_error:.4f}"
+        shown.add_row(*values, f"{len(outcome.losses)}/{n_seeds}", mean, error, str(outcome.diverged or ""))
+    if len(found) > ROWS:
+        shown.caption = f"and {len(found) - ROWS} settings more"
+    return shown
+
+
+def verdict(found: Sequence[Outcome]) -> str:
+    """The best setting, and how sure that is."""
+    best = found[0]
+    if math.isnan(best.mean):
+        return "every setting has diverged: try smaller learning rates"
+    error = "" if math.isnan(best.standard_error) else f" ± {best.standard_error:.4f}"
+    n = len(best.losses)
+    seeds = f"the mean of {n} seeds" if n > 1 else "one seed"
+    said = f"best: {told(best.setting) or 'the only setting'}: {best.mean:.4f}{error} nats/token, {seeds}"
+    if len(found) < 2:
+        return said
+    sure = confidence(best, found[1])
+    after = f"the next is {told(found[1].setting)}"
+    if math.isnan(found[1].mean):
+        return f"{said}; {after}, which diverged"
+    after += f" at {found[1].mean:.4f}"
+    if sure is None:
+        return f"{said}; {after}; with one seed nobody knows how sure that is: --seeds 4"
+    return f"{said}; {after}, which it beats in {sure:.0%} of resamples of the seeds"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

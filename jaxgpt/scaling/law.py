@@ -1,0 +1,166 @@
+"""How the loss falls with parameters and tokens: L(N, D) = E + A / N^a + B / D^b, fitted to finished runs.
+
+Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", arXiv:2203.15556, section 3.3: the Huber loss of
+the difference in log L, from several starts; by Gauss and Newton's method in place of L-BFGS, which takes tens of
+times as long over a valley as narrow as this one. Imports no jax.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxgpt.config import UsageError
+
+DELTA = 1e-2
+"""Where the Huber loss turns from a square to a line, in log L: about a percent, which is how far small runs scatter.
+The paper has 1e-3, for larger ones."""
+LOW, HIGH = (-7.0, -7.0, -7.0, 0.02, 0.02), (3.0, 3.0, 3.0, 2.5, 2.5)
+"""Bounds of log E, of the logarithms of A / N^a and B / D^b in the middle of the runs, and of a and b."""
+STARTS = (0.15, 0.3, 0.6, 1.0)
+"""Exponents to start from, each pair with the E, A and B that fit best then."""
+RESAMPLES = 300
+INTERVAL = 0.9
+FLOPS = 6
+"""Operations of training per parameter and token, of its products: two forward, four backward."""
+
+Array = NDArray[np.float64]
+
+
+class Law(NamedTuple):
+    """The coefficients; nats per token."""
+
+    E: float
+    """The loss that no size and no amount of text goes below."""
+    A: float
+    B: float
+    a: float
+    b: float
+
+    def loss(self, N: Any, D: Any) -> Any:
+        """At N parameters and D tokens."""
+        return self.E + self.A / N**self.a + self.B / D**self.b
+
+    def optimum(self, flops: float) -> tuple[float, float]:
+        """The N and D of least loss for so many operations, 6 N D of them (equation 4 of the paper)."""
+        ratio = (self.a * self.A / (self.b * self.B)) ** (1 / (self.a + self.b))
+        N = ratio * (flops / FLOPS) ** (self.b / (self.a + self.b))
+        return N, flops / FLOPS / N
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law, how far the runs are from it, and what it might have been."""
+
+    law: Law
+    resampled: tuple[Law, ...]
+    """The laws of runs whose distances from it were dealt out anew."""
+    error: float
+    """The root of the mean square of log L's distances."""
+
+    def to_json(self, points: Sequence[tuple[int, int, float]]) -> str:
+        """With its intervals, and the (N, D, loss) that it was fitted to, as indented JSON."""
+        intervals = {name: self.interval(lambda law, name=name: getattr(law, name)) for name in Law._fields}
+        tree = {"law": self.law._asdict(), f"intervals_{INTERVAL:.0%}": intervals, "error": self.error}
+        runs = [{"N": N, "D": D, "loss": loss} for N, D, loss in points]
+        return json.dumps(tree | {"runs": runs}, indent=2) + "\n"
+
+    def interval(self, of: Any) -> tuple[float, float]:
+        """Where the middle 90% of the resampled laws have `of(law)`."""
+        low, high = np.quantile([of(law) for law in self.resampled], [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
+        return float(low), float(high)
+
+
+def fit(N: Sequence[float], D: Sequence[float], losses: Sequence[float], resamples: int | None = None) -> Fit:
+    """The law of runs of N parameters and D tokens that came to `losses`, (n,) each.
+
+    The intervals are of a bootstrap of residuals (Efron 1979): sizes and tokens stay as they were chosen; the distances
+    from the law, widened for the five numbers that it was given, are dealt out to the runs anew.
+
+    Raises:
+      UsageError: fewer than 6 runs, 3 sizes or 3 amounts of tokens, or a loss that is no number.
+    """
+    x, y, found = (np.asarray(each, np.float64) for each in (N, D, losses))
+    if len(found) < 6 or len(set(x)) < 3 or len(set(y)) < 3:
+        raise UsageError(
+            f"{len(found)} runs of {len(set(x))} sizes and {len(set(y))} amounts of tokens: a fit of five numbers "
+            "wants at least 6 runs, 3 sizes and 3 amounts"
+        )
+    if not (np.isfinite(found).all() and (found > 0).all()):
+        raise UsageError("a run has diverged or has no loss: leave it out, or train it at a smaller --learning-rate")
+    logs = np.log(found)
+    law = _best(x, y, logs, [_start(x, y, found, a, b) for a, b in itertools.product(STARTS, STARTS)])
+    distances = logs - np.log(law.loss(x, y))
+    spread = distances - distances.mean()
+    spread *= np.sqrt(len(logs) / max(1, len(logs) - len(law)))
+    random = np.random.Generator(np.random.Philox(0))
+    resampled = []
+    for _ in range(RESAMPLES if resamples is None else resamples):
+        dealt = np.log(law.loss(x, y)) + random.choice(spread, len(logs))
+        starts = [_logs(law), *(_start(x, y, np.exp(dealt), a, b) for a, b in ((0.3, 0.3), (law.a, law.b)))]
+        resampled.append(_best(x, y, dealt, starts))
+    return Fit(law, tuple(resampled), float(np.sqrt((distances**2).mean())))
+
+
+def _logs(law: Law) -> Array:
+    return np.array([np.log(law.E), np.log(law.A), np.log(law.B), law.a, law.b])
+
+
+def _start(N: Array, D: Array, losses: Array, a: float, b: float) -> Array:
+    """(log E, log A, log B, a, b) that fit best for these exponents, none of the first three below 0."""
+    from scipy.optimize import nnls
+
+    # Columns of about one, so that none is lost in rounding.
+    columns = np.stack([np.ones_like(N), (N / N.min()) ** -a, (D / D.min()) ** -b], axis=1)
+    E, A, B = nnls(columns, losses)[0]
+    floor = 1e-3 * losses.min()
+    return np.array(
+        [
+            np.log(max(E, floor)),
+            np.log(max(A, floor)) + a * np.log(N.min()),
+            np.log(max(B, floor)) + b * np.log(D.min()),
+            a,
+            b,
+        ]
+    )
+
+
+def _best(N: Array, D: Array, logs: Array, starts: Sequence[Array]) -> Law:
+    """The law of least Huber loss that is found from any of the starts."""
+    from scipy.optimize import least_squares
+
+    log_N, log_D = np.log(N), np.log(D)
+    # About the middle of the sizes and tokens, where an exponent can turn without its factor having to follow.
+    middle_N, middle_D = log_N.mean(), log_D.mean()
+
+    def terms(x: Array) -> Array:
+        e, A, B, a, b = x
+        return np.stack([np.full_like(logs, e), A - a * (log_N - middle_N), B - b * (log_D - middle_D)])
+
+    def distances(x: Array) -> Array:
+        return np.asarray(logsumexp(terms(x)) - logs)
+
+    def slopes(x: Array) -> Array:
+        each = terms(x)
+        e, A, B = np.exp(each - logsumexp(each))
+        return np.stack([e, A, B, -A * (log_N - middle_N), -B * (log_D - middle_D)], axis=1)
+
+    tries = []
+    for start in starts:
+        e, A, B, a, b = start
+        x = np.clip([e, A - a * middle_N, B - b * middle_D, a, b], LOW, HIGH)
+        tries.append(
+            least_squares(distances, x, slopes, (LOW, HIGH), loss="huber", f_scale=DELTA, x_scale=1.0, max_nfev=300)
+        )
+    e, A, B, a, b = min(tries, key=lambda found: found.cost).x
+    return Law(*(float(x) for x in (np.exp(e), np.exp(A + a * middle_N), np.exp(B + b * middle_D), a, b)))
+
+
+def logsumexp(terms: Array) -> Array:
+    """The logarithm of the sum of exponentials over the first axis."""
+    most = terms.max(axis=0)
+    return np.asarray(most + np.log(np.exp(terms - most).sum(axis=0)))
