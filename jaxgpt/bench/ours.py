@@ -23,7 +23,9 @@ def random_tokens(vocab_size: int, n: int = 1_000_000) -> Any:
     return np.random.default_rng(0).integers(vocab_size, size=n).astype(np.uint16)
 
 
-class _OnJax:
+class OnJax:
+    """What contestants on JAX share: the device, its memory, and nothing to wait for."""
+
     def __init__(self) -> None:
         device = jax.local_devices()[0]
         self.about: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
@@ -35,8 +37,9 @@ class _OnJax:
         return int(stats.get("peak_bytes_in_use", 0)) or peak_resident_bytes()
 
 
-class Training(_OnJax):
+class Training(OnJax):
     """`scan_steps` steps a piece through `train_steps`, fed and read as `loop.fit` does. Units are tokens.
+
 
     Args:
       mesh: sizes of a mesh, as `--mesh` takes them; one device without.
@@ -91,7 +94,7 @@ class Footprint(Training):
         self.about["step_bytes"] = most - before + held if forgotten and most and before else None
 
 
-class Sampling(_OnJax):
+class Sampling(OnJax):
     """One generation of `n_tokens` for each of `batch_size` sequences a piece. Units are tokens."""
 
     def __init__(self, config: Any, batch_size: int, n_tokens: int, temperature: float, top_k: int):
@@ -110,7 +113,7 @@ class Sampling(_OnJax):
         return int(np.asarray(ids).size)
 
 
-class Product(_OnJax):
+class Product(OnJax):
     """A product of two (n, n) matrices a piece. Units are operations, 2 n³."""
 
     def __init__(self, n: int, dtype: str):
@@ -122,3 +125,18 @@ class Product(_OnJax):
     def run(self) -> int:
         jax.block_until_ready(self.product(self.x))
         return 2 * self.x.shape[0] ** 3
+
+
+class Stream(OnJax):
+    """An array of `n` float32 numbers read, scaled and written a piece. Units are bytes, 8 n: as STREAM counts its
+    "scale" (McCalpin 1995), without what a cache may fetch before it writes."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.x = jnp.ones(n, jnp.float32)
+        self.scale = jax.jit(lambda x: 1.5 * x)
+        self.run()
+
+    def run(self) -> int:
+        jax.block_until_ready(self.scale(self.x))
+        return 8 * self.x.size

@@ -8,6 +8,8 @@ from jaxgpt.bench.ruler import Contest
 
 N = 2048
 """Rows and columns of the matrices: 2 N³ operations, and none of them fits into a cache."""
+STREAMED = 2**26
+"""Numbers in the array that measures how fast memory is: 256 MB, more than most caches."""
 
 
 def measure(device: str, tell: Callable[[str], None] = ruler.to_stderr, patience: int = 0) -> dict[str, float]:
@@ -32,3 +34,14 @@ def of(device: str, about: dict[str, Any], found: dict[str, float] | None) -> tu
     (top,) = peaks
     assert top
     return top, f"{top / 1e12:,.0f} TFLOP/s, dense bfloat16 by NVIDIA's data sheet of {kinds[0]}"
+
+
+def here(dtype: str, n: int = N, streamed: int = STREAMED, seconds: float = 0.4) -> tuple[float, float]:
+    """(operations per second of large products of `dtype`, bytes per second from memory and back) of JAX on its first
+    device, measured in this process: each the best of three rounds in turn."""
+    from jaxgpt.bench import ours, worker
+
+    contestants = ours.Product(n, dtype), ours.Stream(streamed)
+    found = [[worker.work(each, seconds) for each in contestants] for _ in range(3)]
+    flops, moved = (max(done["units"] / done["seconds"] for done in rounds) for rounds in zip(*found, strict=True))
+    return flops, moved

@@ -1,7 +1,7 @@
 """What was measured, on disk as JSON and before a person as Markdown.
 
-A report is {"mode", "facts", "notes", "failed", "tables"}, and whatever else a mode measured; a table is {"title",
-"rows"}, and a row is a dict whose names are the table's columns. The Markdown is made from the JSON alone.
+A report is {"mode", "facts", "notes", "failed", "tables"}, maybe a "story", and whatever else was measured; a table is
+{"title", "rows"}, and a row is a dict whose names are the table's columns. The Markdown is made from the JSON alone.
 """
 
 import json
@@ -20,6 +20,7 @@ def markdown(report: Report) -> str:
         if table["rows"]:
             parts.append(f"**{table['title']}**\n\n" + "\n".join(lines(table["rows"])))
     parts += [f"{name} was not measured: {why}" for name, why in report.get("failed", {}).items()]
+    parts += [report["story"]] if report.get("story") else []
     parts += ["\n".join(f"- {note}" for note in report["notes"])] if report["notes"] else []
     parts.append("; ".join(f"{name} {cell(value)}" for name, value in report["facts"].items() if value))
     return "\n\n".join(parts) + "\n"

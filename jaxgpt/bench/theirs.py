@@ -39,7 +39,8 @@ class Training(_OnTorch):
         began = time.perf_counter()
         self.training.step()  # with torch.compile, the first forward and backward pass compile
         self.wait()
-        self.about["compile_seconds"] = time.perf_counter() - began if WAYS[way].compiled else 0.0
+        self.about["first_seconds"] = time.perf_counter() - began
+        self.about["compile_seconds"] = self.about["first_seconds"] if WAYS[way].compiled else 0.0
         self.run()
 
     def run(self) -> int:

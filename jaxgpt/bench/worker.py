@@ -51,6 +51,10 @@ def build(spec: dict[str, Any]) -> Contestant:
             from jaxgpt.bench import ours
 
             return ours.Product(**settings)
+        case "ledger":
+            from jaxgpt.bench import stages
+
+            return stages.Stages(**settings)
         case "train-torch":
             from jaxgpt.bench import theirs
 

@@ -62,7 +62,7 @@ def ladder(results: Sequence[Result], path: Path) -> None:
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write a figure, whole or not at all."""
+    """Draw `figure` to `path`, whole or not at all."""
     partial = path.with_name(f".{path.stem}.{os.getpid()}.part")
     try:
         figure.savefig(partial, format=path.suffix[1:])

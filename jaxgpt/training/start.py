@@ -110,6 +110,18 @@ def resolve(config: Config, corpus: Corpus) -> Config:
     return Config(data, model, optimizer, config.train)
 
 
+def complete(config: Config, data_dir: Path) -> Config:
+    """`config`, checked, with its vocabulary's size: if nobody has said it, its text is prepared to know it.
+
+    Raises:
+      UsageError: the config cannot run, or the text cannot be had.
+    """
+    if check(config).model.vocab_size:
+        return config
+    V = tokens_of(config, data_dir).tokenizer.vocab_size
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=V))
+
+
 def tokens_of(config: Config, data_dir: Path) -> Corpus:
     """The tokens of a config, prepared if need be.
 

@@ -1,0 +1,260 @@
+import dataclasses
+import json
+import sys
+
+import jax
+import pytest
+
+from jaxgpt import cli
+from jaxgpt.bench import ledger, stages, story, table
+from jaxgpt.bench.ledger import VARIANTS, choose
+from jaxgpt.bench.ruler import series
+from jaxgpt.bench.story import break_even
+from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError, to_tree
+from jaxgpt.recipes import recipe
+from jaxgpt.report import ledgers, measured
+
+
+def test_compiling_is_paid_for_when_both_have_taken_as_long():
+    extra, slow, fast = 7.0, 0.9, 0.2
+    n = break_even(extra, slow, fast)
+    assert n * slow == pytest.approx(extra + n * fast)
+    assert break_even(0.0, slow, fast) == 0
+    assert break_even(extra, fast, slow) is None
+    assert break_even(extra, fast, fast) is None
+
+
+def figures(trace=None, compile=None, first=1.0, **given):
+    seconds = {"trace": trace, "compile": compile, "first call": first}
+    stages = {name: series([each]) for name, each in seconds.items() if each is not None}
+    if "trace" in stages:
+        stages["lower"] = series([0.5])
+    nothing = {"programs": None, "dispatches": None, "loss": None, "step_bytes": None, "process_bytes": None}
+    return {"stages": stages, **nothing, **given}
+
+
+DONE = {
+    "eager": figures(0.0, 3.0, 1.0, programs=300, dispatches=2000.0),
+    "jit": figures(1.0, 8.0, 0.5, programs=1, dispatches=1.0, step_bytes=70_000_000),
+    "scan of 10": figures(1.0, 9.0, 0.5, programs=1, dispatches=0.1, step_bytes=60_000_000),
+    "remat blocks": figures(1.0, 9.0, 0.5, programs=1, dispatches=1.0, step_bytes=77_000_000),
+    "torch": figures(first=2.0),
+}
+STEPS = {
+    "eager": [1.0, 2.0],
+    "jit": [4.0, 8.0],
+    "scan of 10": [5.0, 9.0],
+    "remat blocks": [3.0, 9.0],
+    "torch": [5.0, 10.0],
+}
+
+
+def test_the_tables_hold_what_was_measured():
+    first = {row["variant"]: row for row in ledger.beforehand(DONE)}
+    assert first["jit"]["in all, s"] == 10.0
+    assert first["torch"]["in all, s"] == 2.0
+    assert first["torch"]["compile, s"] is None
+    then = {row["variant"]: row for row in ledger.afterwards(DONE, STEPS)}
+    assert then["jit"]["steady, ms"] == {"median": 187.5, "low": 125.0, "high": 250.0, "n": 2}
+    assert then["eager"]["speed, of jit's"]["median"] == 0.25
+    assert (then["eager"]["pays after, steps"], then["jit"]["speed, of jit's"]) == (None, None)
+    assert then["jit"]["pays after, steps"] == round((10.0 - 4.5) / (1 / 1.5 - 1 / 6))
+    assert then["torch"]["pays after, steps"] == 0, "it began sooner, and is faster"
+    assert (then["jit"]["dispatches"], then["scan of 10"]["dispatches"]) == (1, 0.1)
+
+
+def test_the_story_is_of_these_numbers():
+    said = story.told("tiny", 768, DONE, STEPS)
+    assert "takes 166.7 ms (4,608 tokens/s)" in said
+    assert "spends 1.00 s tracing, 0.50 s lowering and 8.00 s compiling: as much as 60 steps" in said
+    assert "in 2,000 programs, 4.0 times as long" in said
+    assert "so compiling has paid for itself after 11 steps (7 s)" in said
+    assert "A scan of 10 steps hands over 0.1 programs a step: 1.19x as fast (1.12 to 1.25)" in said
+    assert "Remat blocks saves no memory here (110%); the step is the same within the noise (0.75 to 1.12x" in said
+    assert "compiled JAX is 0.80x as fast (0.80 to 0.80), and is never paid for against it" in said
+    assert story.told("tiny", 768, {"torch": DONE["torch"]}, STEPS) == ""
+
+
+def test_what_runs_is_known_before_anything_starts(tiny, change):
+    small = ledger.baseline(change(tiny, precision="auto", remat="blocks"))
+    assert (small.model.precision, small.model.remat) == ("float32", "none")
+    chosen, left_out = choose(small, ["torch", "jit", "eager"])
+    assert list(chosen) == ["eager", "jit", "torch"], "in the order of the ledger"
+    assert left_out == {}
+    chosen, left_out = choose(change(small, position="rope"), ["torch", "jit"])
+    assert list(chosen) == ["jit"]
+    assert "nanoGPT" in left_out["torch"]
+    with pytest.raises(UsageError, match="no variant 'fast', expected some of 'op by op', "):
+        choose(small, ["fast"])
+    with pytest.raises(UsageError, match="torch: the twin is"):
+        choose(change(small, position="rope"), ["torch"])
+    with pytest.raises(UsageError, match=r"2 processes need about .* 1.0 MB are free: name fewer"):
+        ledger.require_room(small, dict.fromkeys(["a", "b"]), 1_000_000)
+    assert ledger.twin_does(recipe("shakespeare-cpu").config)
+    assert not ledger.twin_does(recipe("speedrun-cpu").config)
+
+
+def test_each_variant_differs_from_jit_in_one_thing(tiny):
+    jit = ledger.spec(tiny, VARIANTS["jit"], "cpu")
+    for name, variant in VARIANTS.items():
+        if variant.torch or name == "jit":
+            continue
+        found, env = ledger.spec(tiny, variant, "cpu"), ledger.environment(variant, "here")
+        changed = {
+            key: value
+            for section, fields in found["config"].items()
+            for key, value in fields.items()
+            if value != jit["config"][section][key]
+        }
+        assert (found["way"] != "jit") + bool(variant.model) + bool(env) == 1, name
+        assert changed == dict(variant.model) | ({"scan_steps": variant.steps} if variant.way == "scan" else {})
+
+
+WAYS = ("jit", "scan", "eager", "op by op")
+TABLE = Config(
+    model=ModelConfig(kind="bigram", vocab_size=13, block_size=8),
+    optimizer=OptimizerConfig(warmup_steps=2, grad_clip=0.0),
+    train=TrainConfig(steps=20, batch_size=2, scan_steps=5, eval_every=0),
+)
+"""A bigram: few operations, which are compiled one by one."""
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Each way: {way: Stages}."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    return {way: stages.Stages(to_tree(TABLE), way) for way in WAYS}
+
+
+def test_every_way_is_the_same_step(run):
+    losses = [run[way].about["loss"] for way in WAYS]
+    assert losses == pytest.approx([losses[0]] * len(WAYS), abs=1e-6)
+    assert 2.0 < losses[0] < 3.0
+
+
+def test_a_scan_hands_over_one_program_for_all_its_steps(run):
+    assert run["jit"].about["dispatches"] == 1.0
+    assert run["scan"].about["dispatches"] == 1 / 5
+    assert 30 < run["eager"].about["dispatches"] < run["op by op"].about["dispatches"]
+
+
+def test_stages_are_those_of_what_was_compiled(run):
+    assert run["jit"].about["programs"] == run["scan"].about["programs"] == 1
+    assert run["eager"].about["programs"] > 20
+    for way in ("jit", "scan"):
+        assert min(run[way].about["stages"].values()) > 0
+        assert run[way].about["compiled_bytes"] > 0
+    assert run["eager"].about["compiled_bytes"] is None
+
+
+def test_what_runs_has_been_compiled(run):
+    for way in ("jit", "scan", "eager"):
+        with stages.stages() as spans:
+            assert run[way].run() == (5 if way == "scan" else 1)
+        assert [name for name, *_ in spans if name == "compile"] == [], way
+
+
+def test_bench_trains_without_compiling_again():
+    """The state that a step gives back lies as the first one did, so the first round is no second compile."""
+    from jaxgpt.bench.ours import Training
+
+    training = Training(to_tree(TABLE))
+    with stages.stages() as spans:
+        training.run()
+        training.wait()
+    assert spans == []
+
+
+def test_a_stage_inside_another_counts_once():
+    spans = [("trace", 1.0, 2.0), ("compile", 2.5, 3.0), ("trace", 0.0, 4.0), ("lower", 4.0, 6.0)]
+    assert stages.seconds_of(spans) == {"trace": 3.5, "lower": 2.0, "compile": 0.5}
+
+
+@pytest.fixture(scope="module")
+def report():
+    """Of two real processes; on 13 ids, so that they compile in a second."""
+    from jaxgpt.bench.shapes import config_of
+
+    return ledger.measure(config_of("micro", "cpu"), "micro", ["jit"], rounds=2, seconds=0.01, tell=lambda line: None)
+
+
+def test_a_report_of_real_processes(report, capsys):
+    assert report["failed"] == {}
+    (first,), (then,) = (each["rows"] for each in report["tables"])
+    assert first["variant"] == then["variant"] == "jit"
+    assert first["in all, s"] > first["compile, s"]["median"] > 0
+    assert then["steady, ms"]["n"] == 2
+    assert then["step, MB"] < then["process, MB"]
+    text = table.markdown(json.loads(json.dumps(report)))
+    assert "## the ledger of micro" in text
+    assert report["story"] in text
+    from rich.console import Console
+
+    for part in measured.parts(report):
+        Console(width=100).print(part)
+    out = capsys.readouterr().out
+    assert "steady, ms" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_the_plot_shows_every_stage(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    kept = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.append(self), save(self, *a, **k)))
+    whole = {"figures": DONE, "steps_per_second": STEPS, "tables": [{"title": "A step of tiny: first"}]}
+    ledgers.draw(whole, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    first, then = kept[0].axes
+    widths = [[bar.get_width() for bar in container] for container in first.containers]
+    assert [sum(each) for each in zip(*widths, strict=True)] == [4.5, 10.0, 11.0, 11.0, 2.0]
+    assert [text.get_text() for text in first.get_yticklabels()] == list(DONE)
+    assert "seconds" in first.get_xlabel()
+    assert "milliseconds" in then.get_xlabel()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "which recipe?"),
+        (["nonsense"], "no recipe 'nonsense'"),
+        (["gpt-demo", "--rounds", "0"], "rounds is 0, expected 1 or more"),
+        (["gpt-demo", "--variants", "fast"], "no variant 'fast'"),
+        (["gpt-demo", "--out", "nowhere/a.json"], "there is no folder nowhere"),
+        (["gpt-demo", "--plot", "a.txt"], "ends in '.txt'"),
+        (["gpt-demo", "--n-head", "3"], "heads"),
+    ],
+)
+def test_bad_input_starts_nothing(args, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ledger, "Contest", None)
+    more = ["--vocab-size", "13"] if args else []
+    assert cli.run_verb(["ledger", *args, *more]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verb_leaves_a_table_a_plot_and_json(capsys, tmp_path, monkeypatch, report):
+    asked = {}
+
+    def measure(config, name, *given):
+        asked.update(config=config, name=name, given=given)
+        return report
+
+    monkeypatch.setattr(ledger, "measure", measure)
+    monkeypatch.chdir(tmp_path)
+    line = ["ledger", "gpt-demo", "--vocab-size", "13", "--variants", "jit", "eager", "--plot", "a.svg", "--markdown"]
+    assert cli.run_verb(line) == 0
+    assert capsys.readouterr().out.startswith("## the ledger of micro")
+    assert json.loads((tmp_path / "ledger-gpt-demo.json").read_text()) == json.loads(json.dumps(report))
+    assert (tmp_path / "a.svg").exists()
+    assert asked["given"][:2] == (("jit", "eager"), "cpu")
+    assert asked["config"] == dataclasses.replace(
+        recipe("gpt-demo").config, model=dataclasses.replace(recipe("gpt-demo").config.model, vocab_size=13)
+    )
+
+
+def test_who_asks_imports_no_jax():
+    assert "jax" not in vars(ledger)
+    assert sys.modules["jaxgpt.bench.ledger"] is ledger
