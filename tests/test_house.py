@@ -24,7 +24,8 @@ BELOW = {
     "lecture": {"config", "text", "nn", "sampling"},
     "bench": {"config", "disk", "recipes", "text", "nn", "training", "sampling", "scaling"},
     "scaling": {"config", "disk", "text", "nn", "training"},
-    "report": {"config", "text", "nn", "training", "sampling", "lecture", "scaling"},
+    "inspection": {"config", "text", "nn", "training", "scaling", "bench"},
+    "report": {"config", "text", "nn", "training", "sampling", "lecture", "scaling", "bench", "inspection"},
 }
 
 

@@ -28,6 +28,8 @@ VERBS = {  # its module, and its line in the overview
     "plan": ("plan", "Compile a recipe for chips that are not attached: does it fit, how fast might it be."),
     "export": ("export", "Write a run as a folder that transformers loads."),
     "lecture": ("lecture", "Climb the lecture's ladder, from a uniform guess to the transformer."),
+    "ledger": ("ledger", "One step every way JAX can run it: what jit costs and saves, beside PyTorch."),
+    "inspect": ("inspect", "What a recipe or a run is made of, and what the compiler makes of it."),
     "recipes": ("list_recipes", "List the recipes."),
 }
 

@@ -19,26 +19,12 @@ Collectives = dict[tuple[str, int], tuple[int, int]]
 def collectives(text: str) -> Collectives:
     """What a device sends in one run of a program: optimised HLO as text, of one device.
 
-    What a loop does counts as often as the loop runs, where XLA says that or its condition compares a counter from zero
-    with a constant, else once. The bytes are those of whole arrays: a gather's result, what a scatter is given.
+    Loops count as in `computations`. The bytes are those of whole arrays: a gather's result, what a scatter is given.
     """
-    entry, bodies = _computations(text)
-    runs: Counter[str] = Counter()
-
-    def run(name: str, times: int) -> None:
-        runs[name] += times
-        for line in bodies[name]:
-            trips = _trips(line, bodies) if " while(" in line else 1
-            for groups in CALLED.findall(line):
-                for called in re.findall(r"[\w.-]+", " ".join(groups)):
-                    if called in bodies:
-                        run(called, times * trips)
-
-    run(entry, 1)
     counts: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
     pieces = set()
-    for name, times in runs.items():
-        for line in bodies[name]:
+    for name, (times, lines) in computations(text).items():
+        for line in lines:
             # The compiler for TPUs may spread a collective over the products beside it, in pieces of one chain.
             chain = re.search(r'chain_id="(\d+)"', line)
             for kind, n, size in _sent(line, scattered=name.startswith("all-reduce-scatter")):
@@ -51,7 +37,29 @@ def collectives(text: str) -> Collectives:
     return {key: (n, size) for key, (n, size) in sorted(counts.items())}
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
+def computations(text: str) -> dict[str, tuple[int, list[str]]]:
+    """Name to (how often it runs in one run of the program, its lines), of each computation that runs.
+
+    What a loop does counts as often as the loop runs, where XLA says that or its condition compares a counter from zero
+    with a constant, else once.
+    """
+    entry, bodies = _bodies(text)
+    runs: Counter[str] = Counter()
+
+    def run(name: str, times: int) -> None:
+        runs[name] += times
+        for line in bodies[name]:
+            trips = _trips(line, bodies) if " while(" in line else 1
+            for groups in CALLED.findall(line):
+                for called in re.findall(r"[\w.-]+", " ".join(groups)):
+                    if called in bodies:
+                        run(called, times * trips)
+
+    run(entry, 1)
+    return {name: (times, bodies[name]) for name, times in runs.items()}
+
+
+def _bodies(text: str) -> tuple[str, dict[str, list[str]]]:
     """The name of the first computation to run, and the lines of each."""
     entry, name, bodies = "", "", dict[str, list[str]]()
     for line in text.splitlines():
@@ -86,7 +94,7 @@ def _sent(line: str, scattered: bool) -> Iterator[tuple[str, int, int]]:
         if found := re.search(rf" = (.*?) {kind}(-start)?\(", line):
             n = 2 if kind == "collective-permute" else _together(line)
             sizes = [
-                _width(dtype) * math.prod(map(int, filter(None, dims.split(",")))) // 8
+                width(dtype) * math.prod(map(int, filter(None, dims.split(",")))) // 8
                 for dtype, dims in SHAPE.findall(found[1])
             ]
             if found[2] and kind != "all-reduce":  # operands, results, and what the compiler keeps there
@@ -108,7 +116,8 @@ def _together(line: str) -> int:
     return len(found[1].split(",")) if found else 1
 
 
-def _width(kind: str) -> int:
+def width(kind: str) -> int:
+    """Bits of a number, by what HLO calls its kind."""
     return BITS.get(kind) or int(kind[1:])
 
 
@@ -120,7 +129,7 @@ def custom_calls(text: str) -> set[str]:
 def products(text: str) -> Counter[str]:
     """Types of the operands of products, "bf16 x bf16", to how many there are in the text."""
     found: Counter[str] = Counter()
-    for body in _computations(text)[1].values():
+    for body in _bodies(text)[1].values():
         types = dict(re.findall(r"^ *(?:ROOT )?%?([\w.-]+) = (\w+)\[", "\n".join(body), re.M))
         for line in body:
             if call := re.search(r" (?:dot|convolution)\(([^)]*)\)", line):
