@@ -19,6 +19,7 @@ from jaxgpt.nn.loss import cross_entropy, token_losses
 __all__ = [
     "Cache",
     "Params",
+    "attention_maps",
     "cross_entropy",
     "describe",
     "extend",
@@ -44,7 +45,7 @@ def model(config: ModelConfig) -> GPT | Bigram:
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters, a pure function of (config, key); the same numbers with scan_layers as without."""
     idx = jnp.zeros((1, config.block_size), jnp.int32)
-    params = model(dataclasses.replace(config, scan_layers=False)).init(key, idx)["params"]
+    params = model(dataclasses.replace(config, scan_layers=False)).init(key, idx, mutable=["params"])["params"]
     if not isinstance(config.init_scale, float) or config.init_scale != 1.0:
         params = jax.tree_util.tree_map_with_path(
             lambda path, x: x * config.init_scale if path[-1].key in ("kernel", "embedding") else x, params
@@ -126,11 +127,37 @@ def losses(
     return _apply(config, params, dropout_key, idx, targets)
 
 
+def attention_maps(config: ModelConfig, params: Params, idx: jax.Array) -> jax.Array:
+    """How much each token attends to each: (B, T) ids -> (L, B, H, T, T), of block l, head h, from t (row) to s.
+
+    Rows sum to one; above the diagonal, and outside a window, there are zeros. They are the weights of the reference
+    attention, without dropout, whatever kernel `forward` uses. All maps exist at once: L B H T**2 floats.
+
+    Raises:
+      ValueError: as `forward`, or the model is a bigram, which attends to nothing.
+    """
+    if config.kind == "bigram":
+        raise ValueError("a bigram has no attention: a model of kind gpt is expected")
+    found = _look_inside(config, params, idx, "attention_maps")
+    return jnp.stack([found[f"h_{i}"]["attn"]["weights"][0] for i in range(config.n_layer)])
+
+
+def _look_inside(config: ModelConfig, params: Params, idx: jax.Array, collection: str) -> Any:
+    """What a forward pass leaves in a collection of Flax, block by block."""
+    _require_short(config, idx)
+    config = dataclasses.replace(config, scan_layers=False, remat="none")
+    return model(config).apply({"params": unstacked(params)}, idx, mutable=[collection])[1][collection]
+
+
 def _apply(config: ModelConfig, params: Params, dropout_key: jax.Array | None, idx: jax.Array, *more: Any) -> jax.Array:
-    if idx.shape[1] > config.block_size:
-        raise ValueError(f"{idx.shape[1]} tokens are longer than block_size, {config.block_size}")
+    _require_short(config, idx)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     return cast(jax.Array, model(config).apply({"params": params}, idx, *more, rngs=rngs))
+
+
+def _require_short(config: ModelConfig, idx: jax.Array) -> None:
+    if idx.shape[1] > config.block_size:
+        raise ValueError(f"{idx.shape[1]} tokens are longer than block_size, {config.block_size}")
 
 
 def describe(config: ModelConfig) -> str:

@@ -5,7 +5,7 @@ import jax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.nn import cache, kernels, layers, numerics, sharding
-from jaxgpt.nn.attention import attention, causal_mask, rotate
+from jaxgpt.nn.attention import attention, attention_weights, causal_mask, rotate
 
 
 class Head(nn.Module):
@@ -79,12 +79,22 @@ class MultiHeadAttention(nn.Module):
         drop = layers.dropout(self, "drop_weights") if layers.drops(self) else None
         if context is not None:
             out = attention(q, *(kernels.repeated(x, H) for x in (k, v)), drop=drop, precision=cfg.precision)
+        elif self.is_mutable_collection("attention_maps"):
+            out = self.shown_attention(q, k, v)
         elif start is None:
             out = kernels.causal_attention(cfg, q, k, v, drop)
         else:
             out = self.cached_attention(q, k, v, start)
         out = out.swapaxes(1, 2).reshape(B, T, C)
         return layers.dropout(self, "drop_out")(layers.residual(cfg, "c_proj")(out))
+
+    def shown_attention(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """The reference attention, (B, H, T, D), which leaves its weights in Flax's collection "attention_maps"."""
+        cfg, (H, T) = self.config, q.shape[1:3]
+        mask = causal_mask(T, cfg.window)[None, None]
+        weights = attention_weights(q, kernels.repeated(k, H), mask, precision=cfg.precision)
+        self.sow("attention_maps", "weights", weights)
+        return numerics.matmul(weights, kernels.repeated(v, H), cfg.precision)
 
     def cached_attention(self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | int) -> jax.Array:
         """Causal attention of T new tokens to themselves and to the cache, which remembers them: (B, H, T, D)."""
