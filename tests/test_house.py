@@ -13,19 +13,23 @@ from jaxgpt.cli import VERBS
 PACKAGE = Path(jaxgpt.__file__).parent
 BELOW = {
     "config": set(),
+    "machine": set(),
     "disk": {"config"},
     "recipes": {"config"},
     "text": {"config", "disk"},
     "nn": {"config"},
-    "training": {"config", "disk", "text", "nn"},
+    "training": {"config", "disk", "machine", "text", "nn"},
     "sampling": {"config", "text", "nn", "training"},
     "verify": {"config", "training"},
     "interop": {"config", "recipes", "text", "nn", "training"},
     "lecture": {"config", "text", "nn", "sampling"},
-    "bench": {"config", "disk", "recipes", "text", "nn", "training", "sampling", "scaling"},
+    "bench": {"config", "disk", "machine", "recipes", "text", "nn", "training", "sampling", "scaling"},
     "scaling": {"config", "disk", "text", "nn", "training"},
     "inspection": {"config", "text", "nn", "training", "scaling", "bench"},
-    "report": {"config", "text", "nn", "training", "sampling", "lecture", "scaling", "bench", "inspection"},
+    "report": {
+        *("config", "disk", "recipes", "text", "nn", "training", "sampling", "lecture", "scaling"),
+        *("bench", "inspection"),
+    },
 }
 
 
@@ -61,6 +65,7 @@ def test_imports_run_downwards(path):
         ("rich", {"report", "cli"}),
         ("tyro", {"cli"}),
         ("matplotlib", {"report"}),
+        *((library, {"report"}) for library in ("vl_convert", "tensorboard", "wandb", "trackio")),
         ("torch", {"bench"}),
         ("transformers", {"bench"}),
         *((library, {"text"}) for library in ("tiktoken", "tokenizers", "pyarrow")),
@@ -137,13 +142,13 @@ def loaded_after(statement, *modules):
 @pytest.mark.smoke
 def test_heavy_imports_wait_for_their_use():
     heavy = ("jax", "flax", "optax", "orbax", "rich", "tyro", "numpy", "matplotlib")
-    heavy += ("tiktoken", "tokenizers", "pyarrow", "torch", "transformers")
+    heavy += ("tiktoken", "tokenizers", "pyarrow", "torch", "transformers", "vl_convert")
     assert loaded_after("import jaxgpt", *heavy) == []
     assert loaded_after("from jaxgpt.cli import run_verb; run_verb(['--help'])", *heavy) == []
     verbs = ", ".join(f"jaxgpt.cli.{module}" for module, _ in VERBS.values())
     assert "jax" not in loaded_after(f"import {verbs}", *heavy), "a verb's help waits for no JAX"
     assert loaded_after("import jaxgpt.text.corpus, jaxgpt.text.batches", *heavy) == ["numpy"]
-    assert loaded_after("import jaxgpt.report.progress", "jax") == []
+    assert loaded_after("import jaxgpt.report.progress, jaxgpt.report.oneline", "jax") == []
     assert loaded_after("import jaxgpt.bench.modes, jaxgpt.bench.worker", *heavy) == []
     assert "orbax" not in loaded_after("import jaxgpt; jaxgpt.train_steps; jaxgpt.generate", *heavy)
 

@@ -4,8 +4,9 @@ import importlib.metadata
 import os
 import platform
 import re
-from pathlib import Path
 from typing import Any
+
+from jaxgpt import machine
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
 """What a CPU may be able to do that decides how fast its products are."""
@@ -29,14 +30,12 @@ WHAT_PRECISIONS_MEAN = (
 
 def facts(device: str) -> dict[str, Any]:
     """The machine and what is installed on it, without importing any of it."""
-    said = _cpuinfo()
-    model = re.search(r"^model name\s*:\s*(.+)$", said, re.M)
-    flags = set((re.search(r"^(?:flags|Features)\s*:\s*(.+)$", said, re.M) or ["", ""])[1].split())
+    flags = set((re.search(r"^(?:flags|Features)\s*:\s*(.+)$", machine.cpu_info(), re.M) or ["", ""])[1].split())
     libraries = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
     return {
         "device": device,
-        "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": machine.cpu_name(),
+        "cores": machine.cores(),
         "cpu flags": [flag for flag in FLAGS if flag in flags],
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -60,10 +59,3 @@ def _version(library: str) -> str | None:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        return ""

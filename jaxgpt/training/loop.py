@@ -23,7 +23,7 @@ from jaxgpt.training.interrupt import interruption
 from jaxgpt.training.journal import DivergedError, Evaluated, Event, Journal, notify
 from jaxgpt.training.nans import blame
 from jaxgpt.training.placement import OneDevice, Placement, fresh, like
-from jaxgpt.training.recovery import newest_good, surroundings
+from jaxgpt.training.recovery import circumstances, newest_good, surroundings
 from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.saving import Saving
 from jaxgpt.training.step import TrainState
@@ -107,7 +107,7 @@ def fit(
         state = checkpoints.restore(found.step, like(config, placement)) if found else fresh(config, placement)
         if config != run.config:
             run = processes.by_first(partial(run.with_config, config)) or Run(run.path)
-        run.event("start", step=int(state.step), **surroundings())
+        run.event("start", step=int(state.step), **surroundings(), **circumstances())
         n_bytes = found.about["metrics"]["bytes"] if found else 0
         with (
             Journal(run, n_bytes, partial(window_starts, config, parts), watch) as journal,

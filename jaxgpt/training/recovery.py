@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+import platform
+import shlex
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+import jaxgpt
 from jaxgpt import config as configs
+from jaxgpt import machine
 from jaxgpt.config import Config, differences
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training.checkpoint import Checkpoints, DamagedError, Manifest
@@ -108,6 +113,19 @@ def newest_good(
 def surroundings() -> dict[str, str]:
     """What besides (config, tokens, seed) the last bits of a run depend on."""
     return {"jax": jax.__version__, "backend": jax.default_backend(), "device": jax.devices()[0].device_kind}
+
+
+def circumstances() -> dict[str, Any]:
+    """What no number of a run depends on, and what a person may want to know of it later."""
+    return {
+        "jaxgpt": jaxgpt.__version__,
+        "python": platform.python_version(),
+        "cpu": machine.cpu_name(),
+        "cores": machine.cores(),
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "command": shlex.join(["jaxgpt", *sys.argv[1:]]),
+    }
 
 
 def require_own(run: Run, config: Config, corpus_meta: dict[str, Any], manifest: Manifest) -> None:

@@ -1,0 +1,25 @@
+"""The machine that something runs on, as far as it says without any library."""
+
+import os
+import platform
+import re
+from pathlib import Path
+
+
+def cpu_info() -> str:
+    """What Linux says of the first core; nothing elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return ""
+
+
+def cpu_name() -> str:
+    """The processor's name, as its maker writes it where that is told."""
+    model = re.search(r"^model name\s*:\s*(.+)$", cpu_info(), re.M)
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
