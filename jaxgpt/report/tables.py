@@ -8,6 +8,7 @@ from rich.text import Text
 
 from jaxgpt.lecture.ladder import Result
 from jaxgpt.lecture.model import Rung
+from jaxgpt.report.oneline import visible
 
 
 def line(result: Result) -> str:
@@ -52,12 +53,3 @@ def samples(results: Sequence[Result], width: int = 56) -> Table:
         if result.loss is not None:
             table.add_row(result.rung.name, Text(visible(result.sample)[:width]))
     return table
-
-
-def visible(text: str) -> str:
-    r"""`text` on one line.
-
-    >>> visible("two\nlines")
-    'two↵lines'
-    """
-    return "".join("↵" if char == "\n" else char if char.isprintable() else "·" for char in text)

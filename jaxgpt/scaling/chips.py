@@ -51,3 +51,16 @@ CHIPS = {
 }
 """Link rates are half of the published ones, which count both ways; that of v4 is its pod's rate of all-reduce by its
 chips. The network of v5e is its pod's by its chips; of GPUs, one adapter each, as in a DGX."""
+
+
+
+def of_kind(device_kind: str) -> Chip | None:
+    """The chip that JAX calls so, None where its rates are not known here.
+
+    >>> of_kind("NVIDIA H100 80GB HBM3") is CHIPS["h100"], of_kind("TPU v5 lite") is CHIPS["v5e"], of_kind("cpu")
+    (True, True, None)
+    """
+    said = device_kind.lower().replace(" lite", "e")
+    if "pcie" in said or "nvl" in said:  # slower cards of the same name
+        return None
+    return next((chip for name, chip in CHIPS.items() if name in said.split()[1:]), None)

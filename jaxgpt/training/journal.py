@@ -43,6 +43,10 @@ class Progress:
     """Over the last chunk; None for the first one, whose time is mostly compilation."""
     seconds_left: float | None
     """Of training, at that speed."""
+    grad_norm: float = math.nan
+    """The last step's, before clipping."""
+    learning_rate: float = math.nan
+    """The last step's."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,15 @@ class Notice:
     text: str
 
 
-Event = Evaluated | Progress | Notice
+@dataclass(frozen=True)
+class Sampled:
+    """What the model wrote after `step` steps; told to whoever asked for it, and written down nowhere."""
+
+    step: int
+    text: str
+
+
+Event = Evaluated | Progress | Notice | Sampled
 
 
 class DivergedError(RuntimeError):
@@ -119,6 +131,11 @@ class Journal:
         self._watch(self.scores[-1])
         self._mark = time.perf_counter()  # evaluating is not training
 
+    def sampled(self, step: int, text: str) -> None:
+        """Tell what was written after `step` steps."""
+        self._watch(Sampled(step, text))
+        self._mark = time.perf_counter()  # nor is this
+
     def flush(self) -> None:
         """Write the steps noted by `trained`, waiting for the device if need be.
 
@@ -166,7 +183,8 @@ class Journal:
             speed = steps * step_tokens / (now - last)
             left = (train.steps - begin - steps) * step_tokens / speed
         self._mark = now
-        return Progress(begin + steps, train.steps, float(metrics.loss[-1]), speed, left)
+        loss, grad_norm, learning_rate = (float(x[-1]) for x in metrics[:3])
+        return Progress(begin + steps, train.steps, loss, speed, left, grad_norm, learning_rate)
 
     def _trained(self, step: int, loss: Any, grad_norm: Any, learning_rate: Any, applied: Any) -> None:
         """Write the line of one step, and tell what is unusual about it."""

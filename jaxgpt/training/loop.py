@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt import nn
 from jaxgpt.config import Config
 from jaxgpt.text import batches
 from jaxgpt.text.batches import Ids, Part, Starts
@@ -61,6 +62,7 @@ def fit(
     config: Config | None = None,
     debug_nans: bool = False,
     placement: Placement = ONE_DEVICE,
+    write: Callable[[nn.Params], str] | None = None,
 ) -> Summary:
     """Train `run` from its newest checkpoint, or from the start, to its last step; log, evaluate and save.
 
@@ -72,6 +74,7 @@ def fit(
       config: takes the place of the run's own, where `start.resume` allowed it to differ.
       debug_nans: end the run at the first step that comes to no number, and name the operation; slower.
       placement: the devices to train on. What is computed is the same on all but for float32 reassociation.
+      write: makes a line of text from the parameters, for `watch` to be told after each evaluation between the ends.
 
     Raises:
       OutOfMemoryError: it does not fit, by a count on paper or by the compiler's.
@@ -132,6 +135,8 @@ def fit(
                 if due(config, end):
                     journal.flush()
                     journal.evaluated(*score(config, corpus, state))
+                    if write and end < config.train.steps:
+                        journal.sampled(end, write(state.params))
                 stop = interrupted_by() if end < config.train.steps else 0
                 if due(config, end) or stop:
                     saving.save(state, journal.scores[-1].evaluation.loss if due(config, end) else None)

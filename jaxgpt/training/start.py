@@ -145,8 +145,8 @@ def load_model(run: Run, which: str = "best") -> tuple[ModelConfig, nn.Params, T
     return run.config.model, load_checkpoint(run, which)[1], run.tokenizer
 
 
-def load_checkpoint(run: Run, which: str = "best") -> tuple[int, nn.Params]:
-    """The step and the parameters of a run's "best" or "last" checkpoint.
+def load_checkpoint(run: Run, which: str | int = "best") -> tuple[int, nn.Params]:
+    """The step and the parameters of a run's "best" or "last" checkpoint, or of that of a step.
 
     Raises:
       RunError: nothing was saved yet.
@@ -155,9 +155,10 @@ def load_checkpoint(run: Run, which: str = "best") -> tuple[int, nn.Params]:
     like = abstract(jax.eval_shape(init_state, run.config).params)
     with Checkpoints(run.checkpoints) as checkpoints:
         for _ in range(TRIES):
-            step = None
+            step = which if isinstance(which, int) else None
             try:
-                step = checkpoints.best if which == "best" else checkpoints.latest
+                if not isinstance(which, int):
+                    step = checkpoints.best if which == "best" else checkpoints.latest
                 if step is None:
                     break
                 require_own(run, run.config, run.corpus_meta, checkpoints.verify(step))

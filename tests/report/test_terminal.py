@@ -6,18 +6,19 @@ import pytest
 from jaxgpt.report import terminal
 from jaxgpt.report.terminal import RunConsole, TrainingDisplay, describe, duration
 from jaxgpt.training.evaluate import Evaluation
-from jaxgpt.training.journal import Evaluated, Progress
+from jaxgpt.training.journal import Evaluated, Progress, Sampled
 
 RESULT = Evaluation(1.5, 0.01, 2.1640, 2.1500, 1000)
 
 
-def show(is_terminal, *events, monkeypatch=None):
-    out = io.StringIO()
-    console = RunConsole(file=out, force_terminal=is_terminal, width=100, color_system=None)
-    with TrainingDisplay(console, 100) as display:
+def show(is_terminal, *events, width=100, encoding="utf-8", used=None):
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
+    console = RunConsole(file=out, force_terminal=is_terminal, width=width, color_system=None)
+    with TrainingDisplay(console, 100, used) as display:
         for event in events:
             display(event)
-    return out.getvalue()
+    out.flush()
+    return out.buffer.getvalue().decode(encoding)
 
 
 def test_plain_lines_where_the_output_is_no_terminal(monkeypatch):
@@ -58,6 +59,52 @@ def test_a_live_line_on_a_terminal():
     assert "50/100" in out
     assert "loss 2.5000  12,346 tokens/s  1m15s left" in out
     assert "validation loss 1.5000 ± 0.0100" in out
+
+
+CURVE = [Progress(10 * (i + 1), 100, 4.0 - i / 2, 1e4, 75.0) for i in range(5)]
+
+
+def last_drawn(out):
+    """The lines that stand on a terminal in the end."""
+    return out.replace("\x1b[?25h", "").split("\x1b[2K")[-1].replace("\x1b[2m", "").strip("\n").splitlines()
+
+
+def test_under_the_bar_stand_the_curve_the_best_and_what_was_written_last():
+    out = show(True, Evaluated(0, RESULT), *CURVE, Sampled(20, "the cat\nsat"), used=lambda speed: speed / 5e4)
+    bar, curve, sample = last_drawn(out)
+    assert "loss 2.0000  10,000 tokens/s  20% used  1m15s left" in bar
+    assert curve == "loss █▆▅▃▁  4.00 to 2.00  best 1.5000 at 0"
+    assert sample == "the cat↵sat"
+
+
+@pytest.mark.parametrize("width", [20, 30, 50, 71, 72, 200])
+def test_no_line_is_wider_than_the_terminal(width):
+    out = show(True, Evaluated(0, RESULT), *CURVE, Sampled(20, "the cat sat on the mat " * 9), width=width)
+    lines = last_drawn(out)
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= width
+    assert "loss 2.0" in lines[0] or width < 30
+
+
+def test_a_terminal_that_knows_few_characters_has_a_curve_of_these():
+    assert "loss #*+-_  4.00 to 2.00" in show(True, *CURVE, encoding="ascii")
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(terminal, "PLAIN_SECONDS", 0.0)
+    out = show(True, *CURVE, Sampled(20, "the cat"))
+    assert "\x1b" not in out
+    assert out.splitlines()[-1] == "step     50/100  loss 2.0000  10,000 tokens/s  1m15s left"
+
+
+def test_many_losses_are_kept_as_few(monkeypatch):
+    monkeypatch.setattr(terminal, "CURVE", 8)
+    out = show(True, *(Progress(i, 100, 100.0 - i, None, None) for i in range(100)))
+    curve = last_drawn(out)[1].split()[1]
+    assert 4 <= len(curve) <= 8
+    assert curve[0] == "█"
+    assert curve[-1] == "▁"
 
 
 @pytest.mark.parametrize(
