@@ -6,6 +6,9 @@ import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
+
+import tyro
 
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Folders, parse, words
@@ -24,6 +27,8 @@ class Train:
     folders: Folders = field(default_factory=Folders)
     resume: bool = False
     """Go on with an existing run: its own settings hold, but for the ones given here."""
+    log: tyro.conf.UseAppendAction[tuple[Literal["tensorboard", "wandb", "trackio"], ...]] = ()
+    """Send the numbers to another program too; may be given several times."""
     debug_nans: bool = False
     """End the run at the first step that comes to no number, and name the operation; slower."""
     mesh: str = "auto"
@@ -73,14 +78,20 @@ def _about(name: str) -> str:
 
 
 def _fit(given: Train, existing: Run | None) -> int:
+    import jax
+
     from jaxgpt import nn
+    from jaxgpt.report import loggers
+    from jaxgpt.report.glimpse import glimpse
     from jaxgpt.report.terminal import RunConsole, TrainingDisplay, describe, duration
+    from jaxgpt.report.utilisation import rate
     from jaxgpt.scaling import launch, mesh
     from jaxgpt.training import processes
     from jaxgpt.training.loop import fit
     from jaxgpt.training.memory import OutOfMemoryError
     from jaxgpt.training.start import resume, start
 
+    loggers.require(given.log)
     sizes = None if given.mesh == "auto" else mesh.Sizes.parse(given.mesh)
     if given.distributed or given.coordinator:
         launch.join(given.coordinator, given.num_processes, given.process_id)
@@ -103,8 +114,14 @@ def _fit(given: Train, existing: Run | None) -> int:
         with placement.scope():
             console.print(nn.describe(config.model))
         console.print(why)
-        with TrainingDisplay(console, config.train.steps) as display:
-            done = fit(run, corpus, display, config, given.debug_nans, placement)
+        leads = processes.first()
+        with (
+            TrainingDisplay(console, config.train.steps, rate(config)) as display,
+            loggers.logged(run, given.log if leads else (), display) as watch,
+        ):
+            alone = jax.device_count() == 1 and display.live
+            write = glimpse(config.model, corpus.tokenizer) if alone else None
+            done = fit(run, corpus, watch, config, given.debug_nans, placement, write)
     except (OutOfMemoryError, mesh.MeshError):
         if not existing and processes.first():  # nothing was trained, and another attempt needs the name
             shutil.rmtree(run.path)
