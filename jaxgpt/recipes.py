@@ -195,13 +195,25 @@ def _from_file(path: Path) -> Recipe:
     return Recipe(config, f"The settings in {path}.", "unknown", "unknown", "unknown")
 
 
+def nearest(config: Config) -> str:
+    """The name of the recipe from which `config` differs in the fewest settings."""
+    return min(RECIPES, key=lambda name: len(changes(name, config)))
+
+
+def changes(name: str, config: Config) -> list[tuple[str, Any, Any]]:
+    """(field, in the recipe, in `config`) of every setting in which they differ."""
+    return [
+        (field, was, value)
+        for field, was, value in differences(RECIPES[name].config, config)
+        if field != "decay_steps" or value != config.train.steps  # what 0 stands for
+    ]
+
+
 def command(config: Config) -> str:
     """A `jaxgpt train` command that makes `config`: the recipe nearest to it, and what differs."""
-    name = min(RECIPES, key=lambda name: len(differences(RECIPES[name].config, config)))
+    name = nearest(config)
     words = ["jaxgpt", "train", name]
-    for field, _, value in differences(RECIPES[name].config, config):
-        if field == "decay_steps" and value == config.train.steps:
-            continue  # what 0 stands for
+    for field, _, value in changes(name, config):
         flag = field.replace("_", "-")
         words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return shlex.join(words)

@@ -20,6 +20,7 @@ VERBS = {  # its module, and its line in the overview
     "train": ("train", "Train a recipe, or resume a run."),
     "sample": ("sample", "Write text with a trained run."),
     "eval": ("evaluate", "Score a run on a whole split."),
+    "report": ("report", "Make a page of runs: curves, texts, what surprised them, where they look."),
     "verify-resume": ("verify_resume", "Show that a run which is killed and resumed keeps every bit."),
     "import-gpt2": ("import_gpt2", "Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune."),
     "launch": ("launch", "Train in several processes on this machine."),

@@ -1,0 +1,194 @@
+"""What a run's folder says of it, as plain values: no model is loaded here, and nothing is written."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxgpt import recipes
+from jaxgpt.config import Config, differences
+from jaxgpt.nn import cost
+from jaxgpt.report.utilisation import peak, utilisation
+from jaxgpt.training.run import Run
+
+POINTS = 3000
+"""Of a curve, at most about so many points are shown, shared among the runs of a report."""
+
+Points = list[tuple[int, float]]
+"""(step, value), by step."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One evaluation over the whole validation split."""
+
+    step: int
+    loss: float
+    standard_error: float | None
+    bits_per_char: float
+    bits_per_byte: float
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run as its folder tells it."""
+
+    name: str
+    config: Config
+    recipe: str
+    """The recipe nearest to it."""
+    changes: list[tuple[str, Any, Any]]
+    """(field, in the recipe, here) of every setting that differs."""
+    command: str
+    """What makes such a run again."""
+    corpus: dict[str, Any]
+    """Its tokens.json."""
+    n_params: int
+    starts: list[dict[str, Any]]
+    """When, on what and with which versions it was started and resumed."""
+    events: list[dict[str, Any]]
+    """Its diary."""
+    step: int
+    scores: list[Score]
+    loss: Points
+    """Of training, the extremes of long runs kept."""
+    grad_norm: Points
+    learning_rate: Points
+    speed: Points
+    """Tokens per second of training between two saves, at the later one."""
+
+    @property
+    def best(self) -> Score | None:
+        """The evaluation of lowest loss."""
+        return min(self.scores, key=lambda score: score.loss, default=None)
+
+    @property
+    def overfits_from(self) -> int | None:
+        """The step of lowest validation loss, where the last one is worse by more than its standard error."""
+        if not self.best or self.scores[-1].loss <= self.best.loss + (self.scores[-1].standard_error or 0):
+            return None
+        return self.best.step
+
+    @property
+    def seconds(self) -> float | None:
+        """From each start to its end, compiling and evaluating included; None if none has ended."""
+        ended = [event["seconds"] for event in self.events if event["event"] == "end" and "seconds" in event]
+        return sum(ended) if ended else None
+
+    @property
+    def running(self) -> bool:
+        """Whether its diary has no end: it has just been made, it trains, or it was killed."""
+        return not self.events or self.events[-1]["event"] not in ("end", "broken-off", "import")
+
+    @property
+    def n_devices(self) -> int:
+        return self.starts[-1].get("devices", 1) if self.starts else 1
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of training since it was last started, as its last save tells it."""
+        told = (event.get("tokens_per_second") for event in reversed(self.events))
+        return next((speed for speed in told if speed), None)
+
+    @property
+    def utilisation(self) -> float | None:
+        """Share of the published rate of its devices that it came to at `tokens_per_second`, None if not known."""
+        most = peak(self.starts[-1].get("device", ""), self.n_devices) if self.starts else None
+        speed = self.tokens_per_second
+        return utilisation(self.config, speed, most) if most and speed else None
+
+
+def gather(run: Run, points: int = POINTS, called: str = "") -> Facts:
+    """What the folder of `run` says; lines that are still being written are left out.
+
+    Args:
+      points: of a curve, at most.
+      called: its name in the report; by default that of its folder.
+
+    Raises:
+      RunError, CorpusError: its configuration or its tokens.json is damaged.
+    """
+    config, events = run.config, run.events()
+    lines = run.metrics() if run.metrics_file.exists() else []
+    steps = [line for line in lines if "loss" in line]
+    as_typed = config
+    if config.model.vocab_size == run.tokenizer.vocab_size:  # which 0 stands for
+        as_typed = replace(config, model=replace(config.model, vocab_size=0))
+    name = recipes.nearest(as_typed)
+
+    def curve(field: str) -> Points:
+        return thinned([(line["step"], line[field]) for line in steps if line[field] is not None], points)
+
+    return Facts(
+        name=called or run.path.resolve().name,
+        config=config,
+        recipe=name,
+        changes=recipes.changes(name, as_typed),
+        command=recipes.command(as_typed),
+        corpus=run.corpus_meta,
+        n_params=cost.n_params(config.model),
+        starts=[event for event in events if event["event"] == "start"],
+        events=events,
+        step=max((line["step"] for line in lines), default=0),
+        scores=[score(line) for line in lines if line.get("val_loss") is not None],
+        loss=curve("loss"),
+        grad_norm=curve("grad_norm"),
+        learning_rate=curve("learning_rate"),
+        speed=speeds(config, events),
+    )
+
+
+def score(line: dict[str, Any]) -> Score:
+    """The evaluation that a line of metrics.jsonl holds."""
+    names = ("loss", "standard_error", "bits_per_char", "bits_per_byte", "n_tokens")
+    return Score(line["step"], *(line[f"val_{name}"] for name in names))
+
+
+def thinned(points: Points, n: int) -> Points:
+    """At most about `n` of the points, the ends, the least and the greatest of each stretch among them.
+
+    >>> thinned([(0, 1.0), (1, 9.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 0.0), (6, 1.0), (7, 1.0)], 6)
+    [(0, 1.0), (1, 9.0), (4, 1.0), (5, 0.0), (7, 1.0)]
+    """
+    if len(points) <= n:
+        return points
+    size = -(-len(points) // max(1, (n - 2) // 2))
+    kept = {points[0], points[-1]}
+    for begin in range(0, len(points), size):
+        stretch = points[begin : begin + size]
+        kept |= {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
+    return sorted(kept)
+
+
+def speeds(config: Config, events: Iterable[dict[str, Any]]) -> Points:
+    """Tokens per second between saves: each save tells the mean since its process started, the first chunk apart."""
+    found: Points = []
+    per_step, K = config.train.batch_size * config.model.block_size, config.train.scan_steps
+    begin, before = 0, (0.0, 0.0)
+    for event in events:
+        if event["event"] == "start":
+            begin, before = event["step"], (0.0, 0.0)
+        if event["event"] != "save" or not event.get("tokens_per_second"):
+            continue
+        tokens = (event["step"] - begin // K * K - K) * per_step
+        now = float(tokens), tokens / event["tokens_per_second"]
+        n_tokens, seconds = now[0] - before[0], now[1] - before[1]
+        if n_tokens > 0 and seconds > 0:
+            found.append((event["step"], n_tokens / seconds))
+        before = now
+    return found
+
+
+def differing(all_facts: Sequence[Facts]) -> list[tuple[str, list[Any]]]:
+    """(field, its value in each run) of every setting in which runs differ."""
+    fields = {name for facts in all_facts for name, _, _ in differences(all_facts[0].config, facts.config)}
+    flat = [
+        {name: value for section in vars(facts.config).values() for name, value in vars(section).items()}
+        for facts in all_facts
+    ]
+    return [(name, [values[name] for values in flat]) for name in flat[0] if name in fields]
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))

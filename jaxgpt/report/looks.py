@@ -1,0 +1,195 @@
+"""What a run's weights say when they are asked: texts, losses token by token, attention, embeddings."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxgpt import nn
+from jaxgpt.config import ModelConfig, UsageError
+from jaxgpt.report import embedding, passage
+from jaxgpt.report.limits import Limits, limits
+from jaxgpt.sampling.write import write
+from jaxgpt.text.corpus import Corpus
+from jaxgpt.text.tokenizer import Ids, Tokenizer
+from jaxgpt.training.checkpoint import CheckpointError, Checkpoints
+from jaxgpt.training.run import Run
+from jaxgpt.training.start import corpus_of, load_checkpoint
+from jaxgpt.training.step import init_state
+
+SEED, TEMPERATURE, PROMPT, WRITTEN = 1337, 0.8, 16, 300
+"""How a report samples, and how many tokens: those given, and those written after them."""
+READ, ALTERNATIVES = 480, 5
+"""Tokens of the passage, and how many alternatives are told of each."""
+WEIGHTS = 2**18
+"""Attention weights in a report, at most: of large models fewer tokens are looked at."""
+SHOWN, NEAR = 200, 5
+"""The most frequent tokens, whose embeddings are shown, and how many neighbours of each."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was written after `step` steps."""
+
+    step: int
+    prompt: str
+    text: str
+    """What came after it."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """`passage.Passage` with its tokens as text."""
+
+    tokens: list[str]
+    losses: list[float]
+    likely: list[list[tuple[str, float]]]
+    """Of each, the most likely tokens in its place, with their probabilities."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """`nn.attention_maps` of one text."""
+
+    tokens: list[str]
+    weights: NDArray[np.float32]  # (L, H, T, T)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The most frequent tokens, where they lie in the plane, and who is near whom."""
+
+    tokens: list[str]
+    projection: embedding.Projection
+    near: list[list[tuple[str, float]]]
+    """Of each, its neighbours with their cosines."""
+
+
+@dataclass
+class Looks:
+    """What could be had; why the rest could not stands in `missing`, by its name."""
+
+    step: int | None = None
+    """Of the weights."""
+    samples: list[Sample] = field(default_factory=list)
+    limits: Limits | None = None
+    passage: Passage | None = None
+    attention: Attention | None = None
+    embedding: Embedding | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def look(run: Run, data_dir: Path) -> Looks:
+    """All looks at the best checkpoint of `run`. What is not to be had yet, or here, is said and left out."""
+    looks = Looks()
+
+    def attempt(name: str, get: Callable[[], Any]) -> Any:
+        try:
+            return get()
+        except (UsageError, CheckpointError, OSError) as error:
+            looks.missing[name] = str(error)
+            return None
+
+    corpus: Corpus | None = attempt("tokens", lambda: corpus_of(run, data_dir))
+    found = attempt("weights", lambda: load_checkpoint(run))
+    model, V = run.config.model, run.tokenizer.vocab_size
+    train, val = corpus.split(run.config.data.val_fraction) if corpus else (None, None)
+    if train is not None and val is not None:
+        looks.limits = limits(train, val, V)
+    if not found:
+        return looks
+    looks.step, params = found
+    start = 0 if val is None else place(val, run.tokenizer, READ)
+    prompt = None if val is None else run.tokenizer.decode(val[start : start + PROMPT])
+    looks.samples = attempt("samples", lambda: samples(run, prompt)) or []
+    looks.embedding = embedded(model, params, run.tokenizer, frequent(train, V, SHOWN))
+    if val is not None:
+        looks.passage = read(model, params, val, start, run.tokenizer)
+        if model.kind == "gpt":
+            looks.attention = attend(model, params, val[start:], run.tokenizer)
+    return looks
+
+
+def place(val: Ids, tokenizer: Tokenizer, n: int) -> int:
+    """Where to read about `n` tokens: of 32 places evenly apart, the one with the most letters, where a line begins."""
+    letters = np.array([sum(map(str.isalpha, data.decode("utf-8", "ignore"))) for data in tokenizer.token_bytes])
+    ends = np.array([data.endswith(b"\n") for data in tokenizer.token_bytes])
+    starts = np.linspace(0, max(0, len(val) - n), 32).astype(int)
+    start = max(starts, key=lambda start: letters[val[start : start + n]].sum())
+    lines = np.flatnonzero(ends[val[start : start + n // 4]])
+    return int(start + (lines[0] + 1 if lines.size else 0))
+
+
+def steps(run: Run) -> list[int]:
+    """The steps whose weights can be had: the kept checkpoints, and 0, which is computed anew."""
+    saved = Checkpoints(run.checkpoints).steps
+    imported = any(event["event"] == "import" for event in run.events())
+    return saved if imported else sorted({0, *saved})
+
+
+def samples(run: Run, prompt: str | None) -> list[Sample]:
+    """One text by each of `steps`, all with the same seed, and the same beginning if it can be encoded."""
+    model, tokenizer, found = run.config.model, run.tokenizer, []
+    for step in steps(run):
+        try:
+            fresh = step == 0 and step not in Checkpoints(run.checkpoints).steps
+            params = init_state(run.config).params if fresh else load_checkpoint(run, step)[1]
+        except (CheckpointError, UsageError):  # it has just made room for a newer one
+            continue
+        (pieces,) = write(model, params, tokenizer, prompt, WRITTEN, temperature=TEMPERATURE, seed=SEED)
+        found.append(Sample(step, next(pieces), "".join(pieces)))
+    return found
+
+
+def read(model: ModelConfig, params: nn.Params, val: Ids, start: int, tokenizer: Tokenizer) -> Passage:
+    """The validation split from `start` on, or from a little later, token by token."""
+    before = max(0, start - model.block_size + model.block_size // 2 - 1)
+    found = passage.read(model, params, val[before:], READ, ALTERNATIVES, tokenizer.vocab_size)
+    names = Names(tokenizer)
+    likely = [
+        [(names[i], float(p)) for i, p in zip(*both, strict=True)]
+        for both in zip(found.likely, found.chances, strict=True)
+    ]
+    return Passage([names[i] for i in found.ids], found.losses.tolist(), likely)
+
+
+def attend(model: ModelConfig, params: nn.Params, val: Ids, tokenizer: Tokenizer) -> Attention:
+    """Who looks at whom in the beginning of `val` (M,)."""
+    T = max(2, min(model.block_size, 64, math.isqrt(2 * WEIGHTS // (model.n_layer * model.n_head))))
+    ids = np.asarray(val[:T], np.int32)
+    maps = jax.jit(nn.attention_maps, static_argnums=0)(model, params, jnp.asarray(ids)[None])
+    names = Names(tokenizer)
+    return Attention([names[i] for i in ids], np.asarray(maps[:, 0], np.float32))
+
+
+def embedded(model: ModelConfig, params: nn.Params, tokenizer: Tokenizer, ids: Ids) -> Embedding:
+    """The embeddings of the tokens `ids` (N,), among each other."""
+    rows = embedding.table(model, params)[ids]
+    names, (near, cosines) = Names(tokenizer), embedding.neighbours(rows, NEAR)
+    return Embedding(
+        [names[i] for i in ids],
+        embedding.project(rows),
+        [[(names[ids[j]], float(c)) for j, c in zip(*both, strict=True)] for both in zip(near, cosines, strict=True)],
+    )
+
+
+def frequent(tokens: Ids | None, V: int, n: int) -> Ids:
+    """The n most frequent ids of `tokens`, the most frequent first; the first n where there are none."""
+    counts = np.zeros(V) if tokens is None else np.bincount(tokens[: 2**24], minlength=V)
+    return np.argsort(-counts, kind="stable")[: min(n, max(2, np.count_nonzero(counts) or V))]
+
+
+class Names:
+    """What each id stands for, as text: bytes that are no UTF-8 by themselves as \\xNN."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._bytes: Sequence[bytes] = tokenizer.token_bytes
+
+    def __getitem__(self, id: Any) -> str:
+        return self._bytes[int(id)].decode("utf-8", "backslashreplace")

@@ -1,0 +1,106 @@
+"""Runs to a report, again and again while they train: what costs is asked anew only of new weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxgpt import disk
+from jaxgpt.config import UsageError
+from jaxgpt.report import vega
+from jaxgpt.report.charts import asked, charts, maps
+from jaxgpt.report.facts import POINTS, Facts, gather
+from jaxgpt.report.looks import Looks, look, steps
+from jaxgpt.report.page import page
+from jaxgpt.training.run import Run
+
+OURS = b'content="jaxgpt report"'
+
+
+@dataclass(frozen=True)
+class Made:
+    """All that a report shows."""
+
+    runs: list[Facts]
+    looks: list[Looks]
+
+    @property
+    def running(self) -> bool:
+        """Whether one of the runs may still come to more."""
+        return any(facts.running for facts in self.runs)
+
+    @property
+    def said(self) -> str:
+        """On one line, how far the runs are."""
+        return ", ".join(
+            f"{facts.name} at step {facts.step:,}" + (f", best loss {facts.best.loss:.4f}" if facts.best else "")
+            for facts in self.runs
+        )
+
+    def write(self, path: Path, refresh: int = 0) -> int:
+        """Write the page, whole or not at all; its size in bytes.
+
+        Raises:
+          UsageError: it cannot be written.
+        """
+        data = page(self.runs, self.looks, charts(self.runs, self.looks), refresh).encode()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            disk.write_atomically(path, data)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror}; name another file: --out") from error
+        return len(data)
+
+    def draw(self, folder: Path) -> list[Path]:
+        """Draw every figure into `folder`, as PNG and SVG.
+
+        Raises:
+          UsageError: it cannot be written to.
+        """
+        specs = charts(self.runs, self.looks)
+        if attention := self.looks[asked(self.runs, self.looks)].attention:
+            specs["attention"] = maps(attention)
+        paths = [folder / f"{name}{suffix}" for name in specs for suffix in vega.FORMATS]
+        for path in paths:
+            vega.picture(specs[path.stem], path)
+        return paths
+
+
+class Reporter:
+    """Makes the report of `runs` as often as it is asked to."""
+
+    def __init__(self, runs: Sequence[Run], data_dir: Path):
+        self._runs, self._data_dir = runs, data_dir
+        self._seen: dict[Path, tuple[list[int], Looks]] = {}
+        names = [run.path.resolve().name for run in runs]
+        self._names = names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+
+    def make(self) -> Made:
+        """The report as of now.
+
+        Raises:
+          RunError, CorpusError: a run's own files are damaged.
+        """
+        points = max(200, POINTS // len(self._runs))
+        facts = [gather(run, points, name) for run, name in zip(self._runs, self._names, strict=True)]
+        return Made(facts, [self._look(run) for run in self._runs])
+
+    def _look(self, run: Run) -> Looks:
+        """`look`, once for each set of checkpoints."""
+        there = steps(run)
+        if run.path not in self._seen or self._seen[run.path][0] != there:
+            self._seen[run.path] = there, look(run, self._data_dir)
+        return self._seen[run.path][1]
+
+
+def require_ours(path: Path) -> None:
+    """Check that nothing but an older report is in the way of a new one.
+
+    Raises:
+      UsageError: `path` is a folder, or a file that no report was written to.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, expected the name of a file: --out {path / 'report.html'}")
+    if path.exists():
+        with path.open("rb") as file:
+            if OURS not in file.read(1024):
+                raise UsageError(f"{path} exists and is no report of jaxgpt: remove it, or name another file: --out")

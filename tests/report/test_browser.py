@@ -1,0 +1,92 @@
+"""The page in a real browser, from disk and without a network.
+
+JAXGPT_SCREENSHOTS names a folder to keep pictures in, JAXGPT_REPORT a report to take instead of that of a small run.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jaxgpt.report import facts, reporter
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+KINDS = {
+    "report": {"color_scheme": "light", "viewport": {"width": 1000, "height": 1380}},
+    "report-dark": {"color_scheme": "dark", "viewport": {"width": 1000, "height": 1380}},
+    "report-phone": {"color_scheme": "light", "viewport": {"width": 390, "height": 844}, "has_touch": True},
+}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("needs chromium: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def file(trained, seen, tmp_path_factory):
+    if given := os.environ.get("JAXGPT_REPORT"):
+        return Path(given).resolve()
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    reporter.Made([facts.gather(trained[0])], [seen]).write(path)
+    return path
+
+
+@pytest.fixture(params=KINDS)
+def shown(request, browser, file):
+    """The page in a window of its own; whatever the browser complains of, or asks the network for, fails the test."""
+    said = []
+    context = browser.new_context(offline=True, **KINDS[request.param])
+    page = context.new_page()
+    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda asked: None if asked.url == file.as_uri() else said.append(asked.url[:80]))
+    page.goto(file.as_uri())
+    page.wait_for_selector("#chart-embedding svg")
+    yield page
+    if folder := os.environ.get("JAXGPT_SCREENSHOTS"):
+        page.mouse.move(0, 0)
+        page.evaluate("scrollTo(0, 0)")
+        page.screenshot(path=Path(folder) / f"{request.param}.png")
+        page.locator("#attention [data-i]").last.click()
+        page.locator("#passage [data-i='36']").click()
+        page.evaluate("document.getElementById('passage').closest('section').scrollIntoView()")
+        page.screenshot(path=Path(folder) / f"{request.param}-tokens.png")
+    context.close()
+    assert said == []
+
+
+def test_a_reader_can_look_at_everything(shown):
+    charts = shown.query_selector_all("[id^=chart-]")
+    assert len(charts) >= 6
+    assert all(chart.query_selector("svg path, svg text") for chart in charts)
+    wide, window = shown.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert wide <= window, "nothing hangs over the side"
+
+    token, told = shown.locator("#passage [data-i='30']"), shown.locator("#passage-told")
+    token.click()
+    assert re.search(r"had probability .*%, a loss of \d+\.\d\d nats", told.text_content())
+    assert told.locator("li").count() == 5
+    top = token.bounding_box()["y"]
+    before = told.text_content()
+    shown.keyboard.press("ArrowRight")
+    assert shown.evaluate("document.activeElement.dataset.i") == "31"
+    assert told.text_content() != before
+    assert token.bounding_box()["y"] == top, "what is told moves nothing"
+
+    button = shown.locator("#heads button").last
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+    assert "takes most from" in shown.locator("#attention-told").text_content()
+    painted = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(x => x > 0)"
+    assert shown.locator("#map").evaluate(painted)
+    shown.locator("#attention [data-i='0']").click()
+    assert "(1) 100%" in shown.locator("#attention-told").text_content(), "the first token has itself alone"

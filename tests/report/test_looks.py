@@ -1,0 +1,77 @@
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import nn
+from jaxgpt.report import embedding, looks, passage
+from jaxgpt.training.start import corpus_of, load_checkpoint
+
+
+def test_everything_is_there(trained, seen):
+    run, data_dir = trained
+    assert seen.missing == {}
+    assert seen.step == 20
+    assert [sample.step for sample in seen.samples] == looks.steps(run) == [0, 10, 20]
+    assert len({sample.prompt for sample in seen.samples}) == 1
+    assert len({sample.text for sample in seen.samples}) == 3, "each by its own weights"
+    assert seen.limits.bigram < seen.limits.unigram < seen.limits.uniform
+    _, val = corpus_of(run, data_dir).split(0.1)
+    text = run.tokenizer.decode(val)
+    assert "".join(seen.passage.tokens) in text
+    assert "".join(seen.attention.tokens) in text
+    assert seen.attention.weights.shape == (2, 2, 8, 8)
+
+
+def test_the_loss_of_a_token_is_that_of_its_window(trained):
+    """Each from at least half a window before it: the same number as `nn.losses` of that window alone."""
+    run, data_dir = trained
+    config, (_, params) = run.config.model, load_checkpoint(run)
+    _, val = corpus_of(run, data_dir).split(0.1)
+    found = passage.read(config, params, val, 40, 5, config.vocab_size)
+    np.testing.assert_array_equal(found.ids, val[5:45])  # 8 - 4 + 1 tokens are context only
+    windows = np.stack([val[start : start + 9] for start in range(0, 40, 4)]).astype(np.int32)
+    alone = jax.jit(nn.losses, static_argnums=0)(config, params, windows[:, :-1], windows[:, 1:])
+    np.testing.assert_allclose(found.losses.reshape(10, 4), alone[:, 4:], atol=1e-5)
+    assert (np.diff(found.chances, axis=1) <= 0).all()
+    hit = found.likely[:, 0] == found.ids
+    np.testing.assert_allclose(np.exp(-found.losses[hit]), found.chances[hit, 0], rtol=1e-4)
+    with pytest.raises(ValueError, match="no window"):
+        passage.read(config, params, val[:8], 40, 5, config.vocab_size)
+
+
+def test_what_is_not_there_is_said(trained, tmp_path, monkeypatch):
+    run, data_dir = trained
+    monkeypatch.setattr(looks, "samples", lambda *args: [])
+
+    def damaged(*args):
+        raise looks.CheckpointError("it is damaged")
+
+    monkeypatch.setattr(looks, "load_checkpoint", damaged)
+    found = looks.look(run, data_dir)
+    assert found.missing == {"weights": "it is damaged"}
+    assert found.limits is not None
+    assert found.passage is None
+
+
+def test_principal_components_of_a_flat_cloud():
+    rng = np.random.default_rng(0)
+    flat = rng.standard_normal((50, 2)) * [3, 1]
+    axes = np.linalg.qr(rng.standard_normal((6, 2)))[0].T
+    found = embedding.project(flat @ axes + 7)
+    assert sum(found.shares) == pytest.approx(1)
+    centred = flat - flat.mean(axis=0)
+    np.testing.assert_allclose(found.points @ found.points.T, centred @ centred.T, atol=1e-9)
+
+
+def test_neighbours_by_angle():
+    rows = np.array([[1.0, 0.0], [10.0, 1.0], [0.0, 1.0], [-1.0, 0.0]])
+    near, cosines = embedding.neighbours(rows, 9)
+    assert near[:, 0].tolist() == [1, 0, 1, 2]
+    assert near.shape == (4, 3)
+    assert cosines[0].tolist() == pytest.approx([10 / 101**0.5, 0, -1])
+
+
+def test_the_table_of_a_bigram(tiny, change):
+    config = change(tiny, kind="bigram").model
+    params = nn.init_params(config, jax.random.key(0))
+    assert embedding.table(config, params).shape == (13, 13)

@@ -1,0 +1,221 @@
+import base64
+import hashlib
+import html.parser
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxgpt import cli
+from jaxgpt.config import UsageError
+from jaxgpt.report import charts, facts, markup, page, reporter, vega
+from tests.report.conftest import HOSTILE
+
+
+class Elements(html.parser.HTMLParser):
+    """The elements of a page as a browser would have them: (name, attributes), and the text in each script."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.scripts, self.inside = [], [], None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        self.inside = tag
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            attrs, text = self.scripts[-1]
+            self.scripts[-1] = attrs, text + data
+
+
+@pytest.fixture(scope="module")
+def made(trained, seen):
+    return reporter.Made([facts.gather(trained[0])], [seen])
+
+
+@pytest.fixture(scope="module")
+def written(made):
+    return page.page(made.runs, made.looks, charts.charts(made.runs, made.looks))
+
+
+def test_one_file_that_asks_for_no_other(written):
+    assert len(written.encode()) < 2e6
+    elements = Elements(written)
+    for tag, attrs in elements.found:
+        assert tag not in ("link", "img", "iframe", "object", "base", "form")
+        assert not {"src", "href", "srcset"} & attrs.keys()
+        assert not [name for name in attrs if name.startswith("on")]
+    assert "http" not in re.sub(r"<script.*?</script>", "", written, flags=re.S).replace("http-equiv", "")
+
+
+def test_no_text_becomes_markup(made, written):
+    assert "</scr" in "".join(made.looks[0].passage.tokens)
+    elements = Elements(written)
+    running = [text for attrs, text in elements.scripts if attrs.get("type") != "application/json"]
+    assert len(running) == 2, "only ours"
+    (policy,) = [attrs["content"] for tag, attrs in elements.found if attrs.get("http-equiv")]
+    for text in running:
+        assert f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
+    blocks = {attrs["id"]: json.loads(text) for attrs, text in elements.scripts if "id" in attrs}
+    assert blocks.keys() == {"charts", "passage-data", "attention-data"}
+    assert blocks["passage-data"]["tokens"] == made.looks[0].passage.tokens
+    assert len([tag for tag, _ in elements.found if tag == "b"]) == len(made.looks[0].samples), (
+        "its own, not the text's"
+    )
+
+
+def test_a_name_of_a_run_is_no_markup_either(made):
+    named = replace(made.runs[0], name=HOSTILE, events=[{"event": "spike", "step": 1, "text": HOSTILE}])
+    for runs, looks in (([named], made.looks), ([named, made.runs[0]], made.looks * 2)):
+        text = page.page(runs, looks, charts.charts(runs, looks))
+        assert sum(attrs.get("type") is None for attrs, _ in Elements(text).scripts) == 2
+        assert "<script>alert" not in text
+
+
+@settings(max_examples=20)
+@given(st.text())
+def test_any_text_comes_back_as_text(value):
+    parser = Elements(markup.element("p", value, title=value))
+    assert [tag for tag, _ in parser.found] == ["p"]
+    assert not re.search("[\x00-\x08\x0b-\x1f]", markup.text(value))
+    markup.text(value).encode()
+    block = markup.data({"x": value}, "id")
+    assert block.count("<") == 2
+    (_, inside), *more = Elements(block).scripts
+    assert not more
+    assert json.loads(inside) == {"x": value}
+
+
+def test_every_chart_is_drawn(made, tmp_path, capfd):
+    paths = made.draw(tmp_path / "figures")
+    names = {path.stem for path in paths}
+    assert names == {"outcome", "loss", "learning_rate", "grad_norm", "embedding", "attention", "speed"}
+    for path in paths:
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG" if path.suffix == ".png" else b"<svg")
+        assert b"var(--" not in data, "a picture has no page to take its colours from"
+    assert {
+        name for spec in charts.charts(made.runs, made.looks).values() for name in used(spec)
+    } <= vega.COLOURS.keys()
+    with pytest.raises(UsageError, match=r"\.jpg"):
+        vega.picture({}, tmp_path / "x.jpg")
+
+
+def used(spec):
+    return re.findall(r"var\(--([\w-]+)\)", json.dumps(spec))
+
+
+def test_the_page_knows_the_colours_of_its_charts():
+    css = page._file("page.css")
+    for name, value in vega.COLOURS.items():
+        assert f"--{name}: {value};" in css, "pictures are as the light theme"
+        assert len(re.findall(rf"--{name}: ", css)) == 2, "the dark theme has it too"
+
+
+def themes():
+    """The colours of the light theme and of the dark one, as (red, green, blue) from 0 to 1."""
+    for block in re.findall(r":root \{(.*?)\}", page._file("page.css"), re.S):
+        named = re.findall(r"--([\w-]+): #(..)(..)(..);", block)
+        yield {name: [int(part, 16) / 255 for part in parts] for name, *parts in named}
+
+
+def contrast(a, b):
+    """By WCAG 2.1: from 1 to 21."""
+    light, dark = sorted((luminance(a), luminance(b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(colour):
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_everything_can_be_read_in_both_themes():
+    tried = 0
+    for theme in themes():
+        for name in ("ink", "quiet", "accent", "warm", *(f"series-{i}" for i in range(6))):
+            for under in ("paper", "card"):
+                assert contrast(theme[name], theme[under]) >= 4.5, (name, under)
+                tried += 1
+        for over, share in (("hot", 0.85), ("accent", 0.45)):  # as page.css mixes them under a token
+            mixed = [share * x + (1 - share) * y for x, y in zip(theme[over], theme["card"], strict=True)]
+            assert contrast(theme["ink"], mixed) >= 4.5, over
+    assert tried == 40
+
+
+def test_attention_is_packed_row_by_row(made):
+    attention = made.looks[0].attention
+    packed = page.packed(attention)
+    data, T = base64.b64decode(packed["weights"]), packed["size"]
+    for layer, head, t, s in [(0, 0, 0, 0), (1, 0, 5, 2), (1, 1, 7, 7), (0, 1, 6, 3)]:  # as page.js counts
+        i = (layer * packed["heads"] + head) * (T * (T + 1) // 2) + t * (t + 1) // 2 + s
+        assert data[i] == pytest.approx(255 * attention.weights[layer, head, t, s], abs=0.51)
+    assert len(data) == 2 * 2 * 36
+
+
+def test_several_runs_on_one_page(made):
+    runs, looks = [*made.runs, *made.runs], [*made.looks, *made.looks]
+    specs = charts.charts(runs, looks)
+    text = page.page(runs, looks, specs)
+    assert "They differ in no setting." in text
+    assert specs.keys() >= {"loss", "outcome"}
+
+
+def test_watching_asks_again_only_of_new_weights(trained, made, monkeypatch):
+    run, data_dir = trained
+    asked = []
+    monkeypatch.setattr(reporter, "look", lambda run, data_dir: asked.append(run) or made.looks[0])
+    again = reporter.Reporter([run], data_dir)
+    again.make()
+    again.make()
+    monkeypatch.setattr(reporter, "steps", lambda run: [1])
+    again.make()
+    assert len(asked) == 2
+
+
+@pytest.fixture
+def quick(made, monkeypatch):
+    """The verb, with the looks of `made` in the place of new ones."""
+    monkeypatch.setattr(reporter, "look", lambda run, data_dir: made.looks[0])
+    monkeypatch.setattr("jaxgpt.cli.report.use_compile_cache", lambda: None)
+
+
+def test_the_verb_writes_a_page_and_no_other_file(quick, trained, tmp_path, capsys):
+    run, data_dir = trained
+    out = tmp_path / "new" / "page.html"
+    where = ["--runs-dir", str(run.path.parent), "--data-dir", str(data_dir)]
+    assert cli.run_verb(["report", "hostile", "--out", str(out), *where]) == 0
+    assert "best loss" in capsys.readouterr().out
+    assert "refresh" not in Elements(out.read_text()).found[4][1].get("http-equiv", "")
+    assert cli.run_verb(["report", "hostile", "--out", str(out), *where]) == 0, "an older report makes room"
+    assert [path.name for path in out.parent.iterdir()] == ["page.html"]
+    out.write_text("dear diary")
+    assert cli.run_verb(["report", "hostile", "--out", str(out), *where]) == 2
+    assert "is no report" in capsys.readouterr().err
+    assert out.read_text() == "dear diary"
+    assert cli.run_verb(["report", "nobody", *where]) == 2
+    assert cli.run_verb(["report", *where]) == 2
+
+
+def test_a_page_loads_itself_again_only_while_its_run_trains(quick, trained, tmp_path, monkeypatch):
+    from jaxgpt.cli import report as verb
+
+    run, data_dir = trained
+    out, pages = tmp_path / "page.html", []
+    ends = iter([True, True, False])
+    monkeypatch.setattr(reporter.Made, "running", property(lambda made: next(ends)))
+    monkeypatch.setattr(verb.time, "sleep", lambda seconds: pages.append((seconds, out.read_text())))
+    words = ["--watch", "--every", "7", "--out", str(out), "--data-dir", str(data_dir)]
+    assert cli.run_verb(["report", str(run.path), *words]) == 0
+    assert [('content="7"' in text, seconds) for seconds, text in pages] == [(True, 7), (True, 7), (False, 0)]
