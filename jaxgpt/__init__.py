@@ -29,6 +29,7 @@ _HOME = {
     "evaluate": "training.evaluate",
     "fit": "training.loop",
     "generate": "sampling.generate",
+    "load": "report.notebook",
 }
 
 __all__ = list(_HOME)
