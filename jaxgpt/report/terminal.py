@@ -111,7 +111,7 @@ class TrainingDisplay:
             curve = sparkline(self._losses, min(60, width - len(said) - 5), levels) if width > len(said) + 15 else ""
             yield Text(f"loss {curve}{said}", no_wrap=True, overflow="crop")
         if self._sample:
-            yield Text(visible(self._sample)[:width], style="dim", no_wrap=True, overflow="crop")
+            yield Text(visible(self._sample), style="dim", no_wrap=True, overflow="crop")
 
     def _print(self, line: str, **style: str) -> None:
         self._printed = time.monotonic()

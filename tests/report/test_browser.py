@@ -68,8 +68,10 @@ def test_a_reader_can_look_at_everything(shown):
     charts = shown.query_selector_all("[id^=chart-]")
     assert len(charts) >= 6
     assert all(chart.query_selector("svg path, svg text") for chart in charts)
+    shown.evaluate("document.querySelectorAll('section > details').forEach(each => each.open = true)")
     wide, window = shown.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert wide <= window, "nothing hangs over the side"
+    shown.evaluate("document.querySelectorAll('section > details').forEach(each => each.open = false)")
 
     token, told = shown.locator("#passage [data-i='30']"), shown.locator("#passage-told")
     token.click()
