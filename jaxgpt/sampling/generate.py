@@ -96,7 +96,7 @@ def _write(
     while written < n_tokens:
         if state is None:
             read = text.shape[1]
-            slots = W if written else _bucket(read + n_tokens - 1, W)  # for all that will be read
+            slots = W if written else bucket(read + n_tokens - 1, W)  # for all that will be read
             state, tokens = _read(config, params, _padded(text, W), np.int32(written), key, draw, slots)
             n = 1
         else:
@@ -112,12 +112,12 @@ def _write(
 
 
 def _padded(ids: NDArray[np.int32], W: int) -> tuple[NDArray[np.int32], np.int32]:
-    """(B, P) ids with zeros behind them, up to their `_bucket`, and P."""
+    """(B, P) ids with zeros behind them, up to their `bucket`, and P."""
     P = ids.shape[1]
-    return np.pad(ids, [(0, 0), (0, _bucket(P, W) - P)]), np.int32(P)
+    return np.pad(ids, [(0, 0), (0, bucket(P, W) - P)]), np.int32(P)
 
 
-def _bucket(n: int, W: int) -> int:
+def bucket(n: int, W: int) -> int:
     """The size that is compiled for n tokens: the least power of two that holds them, from BUCKET up, or W."""
     return min(W, max(BUCKET, 1 << (n - 1).bit_length()))
 

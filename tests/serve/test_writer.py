@@ -1,0 +1,141 @@
+"""What one gets is what `generate` gives: alone or beside others, whatever these ask for, come and go."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import nn
+from jaxgpt.config import ModelConfig
+from jaxgpt.sampling.draw import draw
+from jaxgpt.sampling.generate import generate
+from jaxgpt.serve import batch
+from jaxgpt.serve.writer import End, Job, Piece, Request, Writer
+
+SHARP = {"temperature": 1.2, "top_k": 7, "top_p": 0.9, "min_p": 0.05}
+ASKED = [  # prompt length, tokens, settings
+    (1, 30, {"temperature": 0.0}),
+    (3, 41, {"temperature": 1.0, "seed": 1}),
+    (8, 20, SHARP | {"seed": 2}),
+    (30, 25, SHARP | {"seed": 2**32 - 1}),
+    (5, 1, {"temperature": 0.6, "seed": 4}),
+]
+
+
+@pytest.fixture(scope="module")
+def models():
+    found = {}
+    for position in ("learned", "rope"):
+        config = ModelConfig(vocab_size=13, block_size=8, n_layer=1, n_head=2, n_embd=16, position=position)
+        params = jax.jit(nn.init_params, static_argnums=0)(config, jax.random.key(0))
+        found[position] = config, jax.tree.map(lambda x: 8 * x, params)  # far from a uniform guess: a fault shows
+    return found
+
+
+forward = jax.jit(nn.forward, static_argnums=0)
+
+
+def softmax(logits):
+    exps = np.exp(np.asarray(logits) - logits.max())
+    return exps / exps.sum()
+
+
+def asked(i):
+    length, tokens, how = ASKED[i % len(ASKED)]
+    return Request("run", tuple(np.random.default_rng(i).integers(0, 12, length).tolist()), tokens, **how)
+
+
+def alone(model, request):
+    """What `generate` gives, of the first 12 ids alone."""
+    how = {name: getattr(request, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    key = jax.random.key(request.seed)
+    return generate(*model, [request.ids], request.tokens, key, n_ids=12, **how)[0].tolist()
+
+
+def told(requests, writer, before_turn=lambda turn, jobs: None):
+    """What each request was told, until all have ended."""
+    heard = [[] for _ in requests]
+    jobs = [Job(request, mine.append) for request, mine in zip(requests, heard, strict=True)]
+    writer.waiting.extend(jobs)
+    for turn in range(500):
+        before_turn(turn, jobs)
+        if writer.idle:
+            return heard
+        for job in writer.turn():
+            job.put(End(""))
+    raise AssertionError("it never ends")
+
+
+def ids(pieces):
+    return [i for piece in pieces if isinstance(piece, Piece) for i in piece.drawn.token.tolist()]
+
+
+@pytest.mark.parametrize(("position", "n"), [("learned", 12), ("rope", 4)])
+def test_everyone_gets_what_generate_gives_also_where_places_are_few(models, position, n):
+    """More at once than the 3 places: they wait, enter rows that others left, and are read beside those who write."""
+    model = models[position]
+    requests = [asked(i if position == "learned" else 2) for i in range(n)]
+    for request, pieces in zip(requests, told(requests, Writer(*model, 12, 3)), strict=True):
+        assert ids(pieces) == alone(model, request)
+        assert pieces[-1] == End("")
+        assert not any(isinstance(each, End) for each in pieces[:-1])
+
+
+def test_who_leaves_makes_room_and_changes_nothing_for_the_others(models):
+    model = models["learned"]
+    writer = Writer(*model, 12, 3)
+    requests = [asked(1), Request("run", (1,), 10**6), asked(0), asked(1)]
+
+    def leave(turn, jobs):
+        jobs[1].cancelled = turn >= 2
+
+    heard = told(requests, writer, leave)
+    assert not any(isinstance(each, End) for each in heard[1])
+    assert 0 < len(ids(heard[1])) < 100
+    for i in (0, 2, 3):
+        assert ids(heard[i]) == alone(model, requests[i])
+    assert writer.places == [None] * 3
+
+
+def test_what_is_told_of_a_token_is_what_forward_gives(models):
+    """Its probability and the likely ones, before any filter; and `first` says where the context began."""
+    config, params = models["learned"]
+    (heard,) = told([request := asked(3)], Writer(config, params, 12, 3))
+    text = list(request.ids)
+    for piece in heard[:-1]:
+        for n, token in enumerate(piece.drawn.token.tolist()):
+            context = text[piece.first :]
+            padded = np.zeros((1, 8), np.int32)
+            padded[0, : len(context)] = context
+            chances = softmax(forward(config, params, padded)[0, len(context) - 1, :12])
+            np.testing.assert_allclose(piece.drawn.chance[n], chances[token], rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(piece.drawn.chances[n], np.sort(chances)[::-1][:8], rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(chances[piece.drawn.likely[n]], piece.drawn.chances[n], rtol=1e-4, atol=1e-7)
+            text.append(token)
+    assert len(text) == 30 + 25
+
+
+def test_each_row_draws_as_its_own_settings_say():
+    """120 rows with ten different settings at once, against `draw` with one after another."""
+    config, rng = ModelConfig(vocab_size=20), np.random.default_rng(0)
+    settings = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.3, 0, 0.5, 0.0), (1.0, 3, 1.0, 0.0), (1.0, 50, 1.0, 0.0)]
+    settings += [(1.0, 3, 0.5, 0.2), (2.0, 0, 1e-6, 0.0), (1.0, 0, 1.0, 0.2), (1.0, 0, 1.0, 1.0), (0.0, 3, 0.5, 1.0)]
+    logits = rng.normal(size=(120, 20)).astype(np.float32) * 3
+    keys = jax.random.split(jax.random.key(0), 120)
+    columns = zip(*(settings[i % 10] for i in range(120)), strict=True)
+    how = batch.Settings(*(np.array(each, dtype) for each, dtype in zip(columns, batch.DTYPES, strict=True)))
+    got = jax.jit(batch._draw, static_argnums=0)(18, logits, keys, how).token
+    for i, (t, k, top_p, min_p) in enumerate(settings):
+        expected = draw(config, t, k, top_p, min_p, 18)(logits[i::10], keys[i::10])
+        np.testing.assert_array_equal(got[i::10], expected)
+
+
+def test_a_look_shows_the_attention_of_the_last_token(models):
+    config, params = models["rope"]
+    ids = np.array([[1, 2, 3, 4, 5]])
+    weights, likely, chances = Writer(config, params, 12, 3).look(ids[0].tolist())
+    maps = jax.jit(nn.attention_maps, static_argnums=0)(config, params, ids)
+    np.testing.assert_allclose(weights, maps[:, 0, :, 4], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    expected = softmax(forward(config, params, ids)[0, 4, :12])
+    np.testing.assert_allclose(chances, np.sort(expected)[::-1][:8], rtol=1e-4)
+    np.testing.assert_allclose(expected[likely], chances, rtol=1e-4)
