@@ -1,5 +1,6 @@
-"""Runs that train in processes of their own."""
+"""Runs that train, or are served, in processes of their own."""
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -24,3 +25,18 @@ def wait_for(condition, process, seconds=120):
         assert process.poll() is None, f"it ended early:\n{process.stdout.read()}"
         assert time.monotonic() - began < seconds, "nothing happened"
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def serving(*words):
+    """A `jaxgpt serve WORDS` on a port that was free: its process and its address. It must be ended by a signal."""
+    command = [sys.executable, "-m", "jaxgpt", "serve", *map(str, words), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        lines = [process.stdout.readline() for _ in range(2)]
+        assert "The playground: http://" in lines[1], "".join(lines) + process.stdout.read()
+        yield process, lines[1].split()[-1]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()

@@ -26,6 +26,7 @@ BELOW = {
     "bench": {"config", "disk", "machine", "recipes", "text", "nn", "training", "sampling", "scaling"},
     "scaling": {"config", "disk", "text", "nn", "training"},
     "inspection": {"config", "text", "nn", "training", "scaling", "bench"},
+    "serve": {"config", "text", "nn", "training", "sampling"},
     "report": {
         *("config", "disk", "recipes", "text", "nn", "training", "sampling", "lecture", "scaling"),
         *("bench", "inspection"),
@@ -66,6 +67,8 @@ def test_imports_run_downwards(path):
         ("tyro", {"cli"}),
         ("matplotlib", {"report"}),
         *((library, {"report"}) for library in ("vl_convert", "tensorboard", "wandb", "trackio")),
+        ("starlette", {"serve"}),
+        ("uvicorn", {"serve"}),
         ("torch", {"bench"}),
         ("transformers", {"bench"}),
         *((library, {"text"}) for library in ("tiktoken", "tokenizers", "pyarrow")),
@@ -142,7 +145,7 @@ def loaded_after(statement, *modules):
 @pytest.mark.smoke
 def test_heavy_imports_wait_for_their_use():
     heavy = ("jax", "flax", "optax", "orbax", "rich", "tyro", "numpy", "matplotlib")
-    heavy += ("tiktoken", "tokenizers", "pyarrow", "torch", "transformers", "vl_convert")
+    heavy += ("tiktoken", "tokenizers", "pyarrow", "torch", "transformers", "vl_convert", "starlette", "uvicorn")
     assert loaded_after("import jaxgpt", *heavy) == []
     assert loaded_after("from jaxgpt.cli import run_verb; run_verb(['--help'])", *heavy) == []
     verbs = ", ".join(f"jaxgpt.cli.{module}" for module, _ in VERBS.values())

@@ -19,6 +19,7 @@ VERBS = {  # its module, and its line in the overview
     "prepare": ("prepare", "Turn a text into shards of tokens and tokens.json."),
     "train": ("train", "Train a recipe, or resume a run."),
     "sample": ("sample", "Write text with a trained run."),
+    "serve": ("serve", "Play with runs in a browser: watch them write, look inside."),
     "eval": ("evaluate", "Score a run on a whole split."),
     "report": ("report", "Make a page of runs: curves, texts, what surprised them, where they look."),
     "verify-resume": ("verify_resume", "Show that a run which is killed and resumed keeps every bit."),

@@ -1,0 +1,105 @@
+"""Many clients at once, each of which reads all that it was promised: what a server bears, counted from outside."""
+
+import http.client
+import json
+import statistics
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+
+@dataclass
+class Tally:
+    """What the clients saw, all together."""
+
+    texts: int = 0
+    """Texts that came whole."""
+    tokens: int = 0
+    seconds: float = 0.0
+    waits: list[float] = field(default_factory=list)
+    """Seconds from each request to its first token."""
+    by_seed: dict[int, set[tuple[int, ...]]] = field(default_factory=dict)
+    """The different texts that came for each seed: one, if neighbours are nothing to a text."""
+    faults: Counter[str] = field(default_factory=Counter)
+    """What went wrong, and how often."""
+
+    def __str__(self) -> str:
+        wait = statistics.median(self.waits) if self.waits else float("nan")
+        told = f"{self.texts} texts, {self.tokens / self.seconds:,.0f} tokens/s, first token after {1e3 * wait:.0f} ms"
+        return told + "".join(f", {n} times {what}" for what, n in self.faults.items())
+
+
+def press(
+    address: str, run: str, clients: int, seconds: float, tokens: int = 200, prompt: str = "\n", token: str = ""
+) -> Tally:
+    """Let `clients` ask for text after text, each with one of four seeds, until `seconds` have gone by."""
+    tally, lock, began = Tally(), threading.Lock(), time.perf_counter()
+
+    def client(number: int) -> None:
+        seed = number
+        while time.perf_counter() - began < seconds:
+            seed += 1
+            asked = {"run": run, "prompt": prompt, "tokens": tokens, "seed": seed % 4}
+            start, wait = time.perf_counter(), 0.0
+            ids: list[int] = []
+            fault = ""
+            try:
+                for name, told in write(address, asked, token):
+                    wait = wait or (time.perf_counter() - start) * (name == "tokens")
+                    ids += [each["id"] for each in told.get("tokens", [])]
+                    fault = told.get("error", "")
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                fault = f"{type(error).__name__}: {error}"
+            if not fault and len(ids) != tokens:
+                fault = f"{len(ids)} of {tokens} tokens"
+            with lock:
+                tally.texts += not fault
+                tally.tokens += len(ids)
+                tally.faults += Counter([fault] if fault else [])
+                tally.waits.append(wait)
+                if not fault:
+                    tally.by_seed.setdefault(seed % 4, set()).add(tuple(ids))
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tally.seconds = time.perf_counter() - began
+    return tally
+
+
+def write(address: str, asked: dict[str, Any], token: str = "") -> Any:
+    """The events of one text, (name, what it tells), as they come.
+
+    Raises:
+      ValueError: the server refused, and what it said.
+    """
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=120)
+    try:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        connection.request("POST", "/api/write", json.dumps(asked), headers)
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise ValueError(f"{answer.status}: {json.loads(answer.read())['error']}")
+        name = ""
+        for line in answer:
+            kind, _, said = line.decode().rstrip("\n").partition(": ")
+            if kind == "event":
+                name = said
+            elif kind == "data":
+                yield name, json.loads(said)
+    finally:
+        connection.close()
+
+
+def resident(process: int) -> int:
+    """Bytes of memory that a process holds, on Linux."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"process {process} says nothing of its memory")

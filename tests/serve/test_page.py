@@ -1,0 +1,240 @@
+"""The page in a browser, on the real server: every thing that a person does there, and what they see.
+
+$JAXGPT_SCREENSHOTS names a folder that keeps what was seen; $JAXGPT_RUNS a folder of runs to show in place of a small
+one: JAXGPT_RUNS=runs JAXGPT_SCREENSHOTS=docs/images scripts/test tests/serve/test_page.py
+"""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from jaxgpt.serve.app import application
+from jaxgpt.serve.library import Library
+from jaxgpt.serve.scheduler import Scheduler
+from tests.processes import serving
+
+CONTRAST = """() => {
+  const paint = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const over = (under, color) => {
+    paint.fillStyle = under; paint.fillRect(0, 0, 1, 1);
+    paint.fillStyle = color; paint.fillRect(0, 0, 1, 1);
+    return `rgb(${[...paint.getImageData(0, 0, 1, 1).data].slice(0, 3)})`;
+  };
+  const light = (color) => {
+    const curve = (x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = color.match(/\\d+/g).map((x) => curve(x / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    const chain = [];
+    for (let each = element; each; each = each.parentElement) chain.unshift(getComputedStyle(each).backgroundColor);
+    return chain.reduce(over, "#ffffff");
+  };
+  const found = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const text = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+    if (!text || !element.checkVisibility() || element.closest("dialog, :disabled, .heard, option, template")) continue;
+    const under = behind(element), ink = over(under, getComputedStyle(element).color);
+    const [a, b] = [light(ink), light(under)].sort((x, y) => y - x);
+    found.push([(a + 0.05) / (b + 0.05), element.outerHTML.slice(0, 80)]);
+  }
+  return found.sort((x, y) => x[0] - y[0]).slice(0, 3);
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser: pip install playwright")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with playwright.sync_playwright() as driver:
+        try:
+            opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium starts here, apt-get install chromium brings one: {str(error).splitlines()[0]}")
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def keep(tmp_path_factory):
+    """Where pictures go."""
+    return Path(os.environ.get("JAXGPT_SCREENSHOTS") or tmp_path_factory.mktemp("pictures"))
+
+
+def legible(page):
+    """The least contrast on the page is that of WCAG 2's level AA."""
+    worst = page.evaluate(CONTRAST)
+    assert worst[0][0] >= 4.5, worst
+
+
+def wide_enough(page):
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
+
+
+def until(page, expression):
+    """Wait for what `page.wait_for_function` would have to evaluate inside the page, which its policy forbids."""
+    for _ in range(1200):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never: {expression}")
+
+
+def test_the_page_does_what_a_person_asks(browser, runs, keep):
+    shown = Path(os.environ.get("JAXGPT_RUNS") or runs)
+    names = [path.parent.name for path in shown.glob("*/config.json")]
+    with serving(shown, "--max-tokens", 10**5) as (process, address):
+        context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme="light")
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        complaints = []
+        page.on(
+            "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
+        )
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(address)
+        page.wait_for_selector(".pane h2")
+        assert page.input_value("#tokens") == "200"
+        legible(page)
+
+        # Type and stream, by the keyboard alone.
+        run = "demo" if "demo" in names else "cat"
+        page.select_option("#run", run)
+        page.focus("#prompt")
+        page.keyboard.type("The " if run == "demo" else "the ")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector(f"#status:text-is('{run} wrote 200 tokens.')")
+        text = page.inner_text(".heard")
+        assert text == page.evaluate("[...document.querySelectorAll('.text span')].map((s) => s.textContent).join('')")
+        assert page.locator(".text span").count() == 204
+        assert page.locator(".text span.mine").count() == 4
+        if run == "cat":
+            assert "the cat sat on the mat" in text
+        legible(page)
+
+        # A token is clicked: what else, and what was looked at.
+        page.locator(".text span").nth(57).click()
+        page.wait_for_selector(".heads input")
+        assert page.locator(".likely button").count() >= 8
+        assert page.locator(".likely button:disabled").count() == 1
+        shape = re.search(r"(\d+) layers of (\d+) heads", page.inner_text(".facts"))
+        assert page.locator(".heads input").count() == int(shape[1]) * int(shape[2]) + 1
+        weights = page.evaluate(
+            "[...document.querySelectorAll('.text span')].map((s) => +s.style.getPropertyValue('--a'))"
+        )
+        assert max(weights[:57]) == 1
+        assert max(weights[57:]) == 0, "nothing looks ahead"
+        page.locator(".heads input").nth(2).focus()
+        page.keyboard.press("ArrowRight")
+        assert page.inner_text(".most").startswith("Layer 2, head 1" if run == "cat" else "Layer 1, head 3")
+        legible(page)
+        page.mouse.move(0, 0)
+        page.screenshot(path=keep / "playground.png")
+        assert (keep / "playground.png").stat().st_size < 250_000
+        page.emulate_media(color_scheme="dark")
+        legible(page)
+        page.screenshot(path=keep / "playground-dark.png")
+        page.emulate_media(color_scheme="light")
+
+        # By the keyboard: to the token before, and on from another token.
+        page.focus(".text")
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_selector(".text span:nth-child(57)[aria-selected=true]")
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.tagName") == "H3"
+        other = page.locator(".likely button:not(:disabled)").first
+        before = page.evaluate("[...document.querySelectorAll('.text span')].map((s) => s.textContent)")
+        other.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f"#status:text-is('{run} wrote 200 tokens.')")
+        after = page.evaluate("[...document.querySelectorAll('.text span')].map((s) => s.textContent)")
+        assert after[:56] == before[:56]
+        assert after[56] != before[56]
+        assert len(after) == 257
+        assert "chosen" in page.locator(".text span").nth(56).get_attribute("class")
+        page.click(".on")
+        until(page, "document.querySelectorAll('.text span').length === 457")
+        page.wait_for_selector(f"#status:text-is('{run} wrote 200 tokens.')")
+
+        # Another run, and two side by side; stopped on the way.
+        page.select_option("#run", other_run := next(name for name in names if name != run))
+        assert page.inner_text("h2") == other_run
+        assert page.locator(".text span").count() == 0
+        page.select_option("#beside", run)
+        page.fill("#tokens", "100000")
+        page.click("#write")
+        until(page, "[...document.querySelectorAll('.text')].every((text) => text.childElementCount > 20)")
+        page.click("#stop")
+        page.wait_for_selector("#stop:disabled")
+        until(page, "fetch('health').then((a) => a.json()).then((told) => told.requests === 0)")
+        page.fill("#tokens", "120")
+        page.click("#write")
+        until(page, "/wrote 120 .* wrote 120 /.test(document.querySelector('#status').textContent)")
+        page.screenshot(path=keep / "playground-two.png")
+
+        # What cannot be done is told, and the page goes on.
+        page.fill("#prompt", "Ω")
+        page.click("#write")
+        page.wait_for_selector(".fault:has-text('not in the vocabulary')")
+        assert [each for each in complaints if "400" not in each] == []
+
+        phone = browser.new_context(
+            viewport={"width": 390, "height": 844}, color_scheme="dark", has_touch=True, is_mobile=True
+        )
+        small = phone.new_page()
+        small.goto(address)
+        small.fill("#prompt", "the ")
+        small.tap("#write")
+        small.wait_for_selector("#status:has-text('wrote')")
+        small.locator(".text span").nth(30).tap()
+        small.wait_for_selector(".likely button")
+        wide_enough(small)
+        legible(small)
+        small.screenshot(path=keep / "playground-phone.png", full_page=True)
+
+        # A signal ends the server while a page reads; the page tells.
+        page.fill("#prompt", "the ")
+        page.fill("#tokens", "100000")
+        page.click("#write")
+        until(page, "[...document.querySelectorAll('.text')].every((text) => text.childElementCount > 20)")
+        process.send_signal(signal.SIGINT)
+        page.wait_for_selector(".fault:has-text('the server is stopping')")
+        assert process.wait(20) == 0
+        for each in (context, phone):
+            each.close()
+
+
+def test_a_server_with_a_token_lets_in_who_knows_it(browser, runs):
+    import uvicorn
+
+    scheduler = Scheduler(lambda name: pytest.fail("nothing is to be written"))
+    app = application(Library.at(str(runs), runs), scheduler, token="a-token-of-some-length")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            page = browser.new_page()
+            page.goto(address := "http://127.0.0.1:{}/".format(*listening.getsockname()[1:]))
+            for token in ("a wrong one", "a-token-of-some-length"):
+                page.wait_for_selector("dialog[open]")
+                page.fill("#token", token)
+                page.keyboard.press("Enter")
+            page.wait_for_selector(".pane h2")
+            page.close()
+            page = browser.new_page()
+            page.goto(f"{address}#token=a-token-of-some-length")
+            page.wait_for_selector(".pane h2")
+            assert "token" not in page.url
+            page.close()
+        finally:
+            server.should_exit = True
+            thread.join()
+            scheduler.stop()
+            scheduler.join()
