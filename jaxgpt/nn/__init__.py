@@ -26,6 +26,7 @@ __all__ = [
     "forward",
     "init_cache",
     "init_params",
+    "logit_lens",
     "logits_and_loss",
     "losses",
     "model",
@@ -140,6 +141,20 @@ def attention_maps(config: ModelConfig, params: Params, idx: jax.Array) -> jax.A
         raise ValueError("a bigram has no attention: a model of kind gpt is expected")
     found = _look_inside(config, params, idx, "attention_maps")
     return jnp.stack([found[f"h_{i}"]["attn"]["weights"][0] for i in range(config.n_layer)])
+
+
+def logit_lens(config: ModelConfig, params: Params, idx: jax.Array) -> jax.Array:
+    """What the last norm and the head make of the residual stream at every depth: (B, T) ids -> (L + 1, B, T, V).
+
+    At depth 0 of the embeddings, at depth l of what block l writes; the last are the logits of `forward`
+    (nostalgebraist 2020, "interpreting GPT: the logit lens"). A bigram has depth 0 alone.
+
+    Raises:
+      ValueError: as `forward`.
+    """
+    if config.kind == "bigram":
+        return forward(config, params, idx)[None]
+    return cast(jax.Array, _look_inside(config, params, idx, "logit_lens")["logits"][0])
 
 
 def _look_inside(config: ModelConfig, params: Params, idx: jax.Array, collection: str) -> Any:

@@ -86,14 +86,17 @@ class GPT(nn.Module):
         if cfg.remat != "none" and cache is None:
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "products" else None
             block = nn.remat(Block, policy=policy)
+        stream = [x]  # what each block reads, and what the last writes
         if cfg.scan_layers and cache is None:
             x = self.scanned(block, x, idx)
         else:
             for i in range(cfg.n_layer):
                 x = block(cfg, name=f"h_{i}")(x, idx, start)
+                stream.append(x)
         if length is not None:
             x = jax.lax.dynamic_index_in_dim(x, length - 1, axis=1, keepdims=False)
-        x = layers.norm(cfg, "ln_f")(x)
+        norm = layers.norm(cfg, "ln_f")
+        x = norm(x)
         if cfg.tie_weights:
             kernel = wte.embedding.T
         else:
@@ -105,6 +108,8 @@ class GPT(nn.Module):
             out = sharding.constrain(out, *["batch", "time", None][: x.ndim - 1], "width")
             return numerics.softcap(out, cfg.softcap) if cfg.softcap else out
 
+        if self.is_mutable_collection("logit_lens"):
+            self.sow("logit_lens", "logits", jnp.stack([logits(norm(x), kernel) for x in stream]))
         if targets is None:
             return logits(x, kernel)
         return loss.losses_of(logits, x, kernel, targets, cfg.precision)
