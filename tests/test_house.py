@@ -26,10 +26,11 @@ BELOW = {
     "bench": {"config", "disk", "machine", "recipes", "text", "nn", "training", "sampling", "scaling"},
     "scaling": {"config", "disk", "text", "nn", "training"},
     "inspection": {"config", "text", "nn", "training", "scaling", "bench"},
+    "diagnostics": {"config", "text", "nn", "training"},
     "serve": {"config", "text", "nn", "training", "sampling"},
     "report": {
         *("config", "disk", "recipes", "text", "nn", "training", "sampling", "lecture", "scaling"),
-        *("bench", "inspection"),
+        *("bench", "inspection", "diagnostics"),
     },
 }
 

@@ -1,0 +1,132 @@
+"""Laws of the Hessian's products, spectrum and trace: a known spectrum, the bigram's closed form, differences."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import nn
+from jaxgpt.config import ModelConfig
+from jaxgpt.diagnostics import curvature
+from jaxgpt.diagnostics.losses import mean_loss
+from jaxgpt.text.batches import Batch
+
+P = 12
+Q = np.linalg.qr(np.random.default_rng(0).normal(size=(P, P)))[0]
+KEY = jax.random.key(0)
+
+
+def matrix(eigenvalues):
+    return jnp.asarray(Q @ np.diag(eigenvalues) @ Q.T, jnp.float32)
+
+
+def quadratic(params, matrix):
+    """A loss with a known Hessian."""
+    return 0.5 * params["x"] @ matrix @ params["x"]
+
+
+PARAMS = {"x": jnp.asarray(np.random.default_rng(1).normal(size=P), jnp.float32)}
+trace = jax.jit(curvature.trace, static_argnums=(0, 4))
+hvp = jax.jit(curvature.hvp, static_argnums=0)
+spectrum = jax.jit(curvature.spectrum, static_argnums=0, static_argnames=("steps", "probes"))
+EIGENVALUES = np.array([-3.0, -1.0, 0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0, 20.0])
+
+
+def test_lanczos_finds_every_eigenvalue_and_the_vector_of_the_greatest():
+    found = spectrum(quadratic, PARAMS, matrix(EIGENVALUES), KEY, steps=50, probes=2)  # of 12 dimensions
+    assert found.values.shape == (2, P)
+    for values, top in zip(found.values, found.top, strict=True):
+        np.testing.assert_allclose(values, EIGENVALUES, atol=2e-4)
+        np.testing.assert_allclose(abs(top @ Q[:, -1]), 1, rtol=1e-4)
+    np.testing.assert_allclose(found.weights.sum(axis=1), 1, rtol=1e-4)
+
+
+def test_a_few_steps_bracket_the_ends_within_their_errors():
+    (values,), _, (errors,), _ = spectrum(quadratic, PARAMS, matrix(EIGENVALUES), KEY, steps=6)
+    assert EIGENVALUES[0] <= values[0] + 1e-4
+    assert values[-1] <= EIGENVALUES[-1] + 1e-4
+    for value, error in zip(values, errors, strict=True):
+        assert np.abs(EIGENVALUES - value).min() <= error + 1e-4
+    np.testing.assert_allclose(values[-1], 20, rtol=1e-3)
+
+
+def test_where_few_eigenvalues_differ_no_others_are_made_up():
+    """The start reaches three dimensions only: what the steps after that say must weigh nothing and lie within."""
+    few = np.repeat([2.0, 5.0, 9.0], 4)
+    (values,), (weights,), _, _ = spectrum(quadratic, PARAMS, matrix(few), KEY, steps=50)
+    np.testing.assert_allclose(values[np.array([0, -1])], [2, 9], rtol=1e-4)
+    for value, weight in zip(values, weights, strict=True):
+        assert weight < 1e-4 or np.abs(few - value).min() < 1e-3
+
+
+def test_the_density_has_an_integral_of_one_and_stands_at_the_eigenvalues():
+    at = np.linspace(-5, 25, 3001)
+    found = curvature.density([[0.0, 20.0]], [[0.75, 0.25]], at, width=0.3)
+    np.testing.assert_allclose(found.sum() * 0.01, 1, rtol=1e-6)
+    np.testing.assert_allclose(found[at > 10].sum() * 0.01, 0.25, rtol=1e-6)
+
+
+def test_signs_meet_the_trace_exactly_on_a_diagonal_and_in_the_mean_elsewhere():
+    np.testing.assert_allclose(trace(quadratic, PARAMS, jnp.diag(jnp.arange(12.0)), KEY, 3), [66.0] * 3, rtol=1e-5)
+    full = matrix(EIGENVALUES)
+    samples = trace(quadratic, PARAMS, full, KEY, 2000)
+    deviation = np.sqrt(2 * (np.square(full).sum() - np.square(jnp.diag(full)).sum()))  # Hutchinson's own
+    np.testing.assert_allclose(samples.std(), deviation, rtol=0.1)
+    assert abs(samples.mean() - EIGENVALUES.sum()) < 4 * deviation / np.sqrt(2000)
+
+
+def test_the_hessian_of_a_bigram_is_diag_p_minus_p_pT_of_each_row():
+    V, T = 5, 8
+    config = ModelConfig(kind="bigram", vocab_size=V, block_size=T)
+    rng = np.random.default_rng(0)
+    params = {"token_embedding_table": {"embedding": jnp.asarray(rng.normal(size=(V, V)), jnp.float32)}}
+    ids = rng.integers(0, V, (3, T + 1))
+    loss, batch = mean_loss(config), Batch(ids[:, :-1], ids[:, 1:])
+    p = np.asarray(jax.nn.softmax(params["token_embedding_table"]["embedding"]))
+    expected = np.zeros((V, V, V, V))
+    for row, share in enumerate(np.bincount(ids[:, :-1].reshape(-1), minlength=V) / (3 * T)):
+        expected[row, :, row, :] = share * (np.diag(p[row]) - np.outer(p[row], p[row]))
+    v = rng.normal(size=(V, V)).astype(np.float32)
+    found = hvp(loss, params, batch, {"token_embedding_table": {"embedding": v}})["token_embedding_table"]["embedding"]
+    np.testing.assert_allclose(found, np.einsum("ijkl,kl->ij", expected, v), atol=1e-6)
+    values = np.linalg.eigvalsh(expected.reshape(V * V, V * V))
+    (tops,) = spectrum(loss, params, batch, KEY, steps=V * V).values
+    np.testing.assert_allclose(tops[-1], values[-1], rtol=1e-4)
+    estimates = trace(loss, params, batch, KEY, 64)
+    assert abs(estimates.mean() - values.sum()) < 5 * estimates.std() / 8
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    """A GPT that trains in bfloat16 with dropout, its loss for derivatives, and what they are taken at."""
+    config = ModelConfig(vocab_size=13, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1, precision="bfloat16")
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(partial(nn.init_params, config), KEY)
+    params = jax.tree.map(lambda x: (0.1 * rng.standard_normal(x.shape) + (x.ndim == 1)).astype(np.float32), shapes)
+    ids = rng.integers(0, 13, (4, 9))
+    return config, params, Batch(ids[:, :-1], ids[:, 1:])
+
+
+def test_products_with_the_hessian_are_differences_of_gradients_part_by_part(gpt):
+    config, params, batch = gpt
+    loss = mean_loss(config, chunk=2)
+    v = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(0, 0.1, x.shape).astype(np.float32), params)
+    found = hvp(loss, params, batch, v)
+    gradient = jax.jit(jax.grad(mean_loss(config)))
+    ahead, behind = (gradient(jax.tree.map(lambda p, d: p + e * d, params, v), batch) for e in (1e-2, -1e-2))  # noqa: B023
+    for h, a, b in zip(*map(jax.tree.leaves, (found, ahead, behind)), strict=True):
+        assert np.abs(h).max() > 0
+        np.testing.assert_allclose(h, (a - b) / 2e-2, atol=0.01 * np.abs(h).max())
+
+
+def test_bfloat16_has_no_forward_derivative_so_the_loss_of_diagnoses_has_no_bfloat16(gpt):
+    config, params, batch = gpt
+
+    def as_it_trains(params):
+        return nn.losses(config, params, batch.inputs, batch.targets).mean()
+
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jit(lambda params: jax.jvp(as_it_trains, (params,), (params,))).lower(params)
+    assert "bf16" in str(jax.make_jaxpr(as_it_trains)(params))
+    assert "bf16" not in str(jax.make_jaxpr(partial(curvature.hvp, mean_loss(config)))(params, batch, params))

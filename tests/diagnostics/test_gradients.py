@@ -1,0 +1,111 @@
+"""Laws of per-example gradients, of the noise scale and of influence, against closed forms."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import nn
+from jaxgpt.config import ModelConfig
+from jaxgpt.diagnostics.gradients import noise_scale, per_example
+from jaxgpt.diagnostics.influence import influence
+from jaxgpt.diagnostics.losses import mean_loss
+from jaxgpt.text.batches import Batch
+
+V, T = 7, 6
+BIGRAM = ModelConfig(kind="bigram", vocab_size=V, block_size=T)
+RNG = np.random.default_rng(0)
+IDS = RNG.integers(0, V, (5, T + 1))
+BATCH = Batch(IDS[:, :-1], IDS[:, 1:])
+TABLE = RNG.normal(size=(V, V)).astype(np.float32)
+PARAMS = {"token_embedding_table": {"embedding": TABLE}}
+each = jax.jit(per_example, static_argnums=(0, 3, 4))
+measured = jax.jit(noise_scale, static_argnums=(0, 3))
+
+
+def by_hand(inputs, targets):
+    """The gradient of a bigram's mean loss: softmax minus what came, added to the row of what was read."""
+    gradient, p = np.zeros((V, V)), np.exp(TABLE) / np.exp(TABLE).sum(axis=1, keepdims=True)
+    for read, came in zip(inputs, targets, strict=True):
+        gradient[read] += (p[read] - np.eye(V)[came]) / T
+    return gradient
+
+
+BY_HAND = np.array([by_hand(*window) for window in zip(*map(np.asarray, BATCH), strict=True)])  # (5, V, V)
+
+
+def table(gradient):
+    return gradient["token_embedding_table"]["embedding"]
+
+
+def size(gradient):
+    return jnp.linalg.norm(table(gradient))
+
+
+@pytest.mark.parametrize("chunk", [2, 8])
+def test_each_window_has_the_gradient_that_counting_gives(chunk):
+    np.testing.assert_allclose(each(mean_loss(BIGRAM), PARAMS, BATCH, table, chunk), BY_HAND, atol=1e-6)
+
+
+def test_what_is_taken_of_a_gradient_is_all_that_is_kept():
+    found = each(mean_loss(BIGRAM), PARAMS, BATCH, size, 2)
+    np.testing.assert_allclose(found, np.linalg.norm(BY_HAND, axis=(1, 2)), rtol=1e-5)
+    kept = jax.eval_shape(lambda: per_example(mean_loss(BIGRAM), PARAMS, BATCH))
+    assert table(kept).shape == (5, V, V), "by default the gradients are"
+
+
+def test_influence_is_the_product_of_gradients():
+    train, val = Batch(IDS[:3, :-1], IDS[:3, 1:]), Batch(IDS[3:, :-1], IDS[3:, 1:])
+    found = jax.jit(influence, static_argnums=(0, 4))(mean_loss(BIGRAM), PARAMS, train, val, 2)
+    np.testing.assert_allclose(found, np.einsum("aij,bij->ab", BY_HAND[3:], BY_HAND[:3]), rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_on_a_window_lowers_the_loss_of_another_by_their_influence(tiny):
+    """To first order in the learning rate, for a GPT: held against the loss after such a step."""
+    loss, ids = jax.jit(mean_loss(tiny.model)), RNG.integers(0, 13, (2, 9))
+    train, val = Batch(ids[:1, :-1], ids[:1, 1:]), Batch(ids[1:, :-1], ids[1:, 1:])
+
+    @jax.jit
+    def influence_and_step(params):
+        return influence(loss, params, train, val)[0, 0], jax.grad(loss)(params, train)
+
+    params = jax.jit(lambda key: nn.init_params(tiny.model, key))(jax.random.key(0))
+    found, gradient = influence_and_step(params)
+    before, after = (loss(jax.tree.map(lambda p, g: p - r * g, params, gradient), val) for r in (-1e-2, 1e-2))  # noqa: B023
+    assert abs(found) > 0.01
+    np.testing.assert_allclose((before - after) / 2e-2, found, rtol=0.02)
+
+
+def linear(params, batch):
+    """A loss whose gradient is the mean of the batch's rows."""
+    return (batch @ params).mean()
+
+
+CROWD = np.random.default_rng(0).normal((1.0, -0.5, 0.2), 1.0, (4, 3)).astype(np.float32)
+
+
+def test_the_estimates_of_signal_and_noise_have_no_bias():
+    """Over all samples of three from a crowd of four, their means are the crowd's own, to rounding."""
+    samples = jnp.asarray(CROWD)[np.array(list(itertools.product(range(4), repeat=3)))]  # (64, 3, 3)
+    found = jax.jit(jax.vmap(lambda sample: noise_scale(linear, jnp.zeros(3), sample)))(samples)
+    np.testing.assert_allclose(found.signal.mean(), (CROWD.mean(axis=0) ** 2).sum(), rtol=1e-4)
+    np.testing.assert_allclose(found.noise.mean(), CROWD.var(axis=0).sum(), rtol=1e-4)
+
+
+def test_the_noise_scale_is_that_of_two_batch_sizes_and_its_error_that_of_leaving_one_out():
+    """McCandlish et al. 2018, appendix A.1, with batches of 1 and of B; the jackknife by hand."""
+
+    def formula(rows):
+        B, small, big = len(rows), (rows**2).sum(axis=1).mean(), (rows.mean(axis=0) ** 2).sum()
+        return (small - big) / (1 - 1 / B) / ((B * big - small) / (B - 1))
+
+    rows = np.random.default_rng(1).normal((2.0, -1.0, 0.5), 1.0, (6, 3)).astype(np.float32)
+    found = measured(linear, jnp.zeros(3), rows, 4)
+    np.testing.assert_allclose(found.scale, formula(rows), rtol=1e-4)
+    np.testing.assert_allclose(found.norms, np.linalg.norm(rows, axis=1), rtol=1e-5)
+    others = np.array([formula(np.delete(rows, i, axis=0)) for i in range(6)])
+    np.testing.assert_allclose(found.standard_error, np.sqrt(5 / 6 * ((others - others.mean()) ** 2).sum()), rtol=1e-3)
+    with pytest.raises(ValueError, match="2 examples have no scatter"):
+        noise_scale(linear, jnp.zeros(3), jnp.asarray(rows[:2]))
