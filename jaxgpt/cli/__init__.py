@@ -22,6 +22,7 @@ VERBS = {  # its module, and its line in the overview
     "serve": ("serve", "Play with runs in a browser: watch them write, look inside."),
     "eval": ("evaluate", "Score a run on a whole split."),
     "report": ("report", "Make a page of runs: curves, texts, what surprised them, where they look."),
+    "diagnose": ("diagnose", "Derivatives of a run's loss: noise, curvature, influence; and a look inside."),
     "verify-resume": ("verify_resume", "Show that a run which is killed and resumed keeps every bit."),
     "import-gpt2": ("import_gpt2", "Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune."),
     "launch": ("launch", "Train in several processes on this machine."),

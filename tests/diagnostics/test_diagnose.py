@@ -1,0 +1,99 @@
+"""The diagnoses of a run as `jaxgpt diagnose` makes, tells and draws them."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import cli, nn
+from jaxgpt.config import Config, ModelConfig, UsageError
+from jaxgpt.diagnostics.diagnose import DIAGNOSES, Effort, Subject, require
+from jaxgpt.report import diagnoses, diagnosis_plots
+from jaxgpt.text.tokenizer import CharTokenizer
+
+SMALL = ("--block-size", 8, "--steps", 5, "--scan-steps", 5, "--eval-every", 0, "--batch-size", 4, "--eval-batches", 0)
+LITTLE = ("--windows", 8, "--batch", 4, "--steps", 3, "--probes", 2, "--grid", 3)
+TEXT = "the cat sat on a $mat$\n"
+HAS = [name for name in DIAGNOSES if name != "attention"]
+
+
+@pytest.fixture(scope="module")
+def call(tmp_path_factory):
+    """Run a verb in a folder with a run of a bigram, which compiles fast: (exit code, folder)."""
+    folder = tmp_path_factory.mktemp("diagnose")
+    (folder / "text.txt").write_text("the cat sat on the mat\nthat $cat$ has a hat\n" * 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("COLUMNS", "200")
+
+        def run(*args):
+            return cli.run_verb([str(arg) for arg in args]), folder
+
+        assert run("train", "bigram", "--corpus", "text.txt", "--run", "one", *SMALL)[0] == 0
+        yield run
+
+
+def test_all_of_them_are_told_drawn_and_written_down(call, capsys):
+    code, folder = call("diagnose", "one", *LITTLE, "--text", TEXT, "--plots", "new/pics", "--json", "all.json")
+    out = capsys.readouterr().out
+    assert code == 0
+    told = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2] != " "]
+    assert told == HAS
+    drawn = {path.stem: path.read_bytes() for path in (folder / "new/pics").iterdir()}
+    assert set(drawn) == set(HAS)
+    for picture in drawn.values():
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) < 120_000
+    written = json.loads((folder / "all.json").read_text())
+    assert set(written) == {"run", "step", "effort", *HAS}
+    assert len(written["tokens"]["losses"]) == len(TEXT) - 1
+    assert f"{max(written['tokens']['losses']):.2f}  '" in out
+    assert f"least at {written['landscape']['shares'][int(np.argmin(written['landscape']['path']))]:.2f}" in out
+    # The middle of the plane and the end of the way are the same parameters on the same batch, and so is the line's.
+    middle = written["landscape"]["losses"][1][1]
+    np.testing.assert_allclose(np.interp(1, written["landscape"]["shares"], written["landscape"]["path"]), middle, 1e-4)
+    np.testing.assert_allclose(written["curvature"]["losses"][10], middle, rtol=1e-5)
+    assert call("diagnose", "one", *LITTLE, "--text", TEXT, "--only", "tokens", "noise", "--json", "some.json")[0] == 0
+    again = json.loads((folder / "some.json").read_text())
+    assert {name: written[name] for name in again} == again, "the same numbers, alone or among others"
+
+
+def test_attention_is_told_and_drawn(tmp_path, tiny):
+    tokens, tokenizer = np.arange(40) % 13, CharTokenizer("abcdefghijklm")
+    params = jax.jit(lambda key: nn.init_params(tiny.model, key))(jax.random.key(0))
+    subject = Subject(tiny, params, tokens, tokens, tokens[:20])
+    found, words = DIAGNOSES["attention"](subject, Effort(batch=2)), diagnoses.Words(tokenizer, subject)
+    assert found.maps.shape == (1, 2, 8, 8)
+    first, block = diagnoses.lines("attention", found, words)
+    assert first.split()[0] == "attention"
+    for entropy, distance in zip(found.mean.entropy[0], found.mean.distance[0], strict=True):
+        assert f"{entropy:.2f}/{distance:.0f}" in block
+    diagnosis_plots.draw("attention", found, words, tmp_path / "a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["one", "--text", "t"], "the text has 1 tokens, expected at least 2"),
+        (["one", "--text", "the zebra"], "'z'"),
+        (["one", "--only", "attention"], "a bigram has no attention"),
+        (["one", "--windows", "2"], "windows is 2, expected at least 3"),
+        (["one", "--json", "nowhere/x.json"], "there is no folder nowhere"),
+        (["two"], "no run 'two'"),
+    ],
+)
+def test_bad_usage_is_refused_before_any_work(call, capsys, monkeypatch, args, said):
+    monkeypatch.setattr("jaxgpt.training.start.load_checkpoint", None)
+    assert call("diagnose", *args)[0] == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_with_what_does():
+    bigram = Config(model=ModelConfig(kind="bigram", vocab_size=100))
+    require(bigram, Effort(steps=20), ["curvature"], np.arange(9), free=26 * 40_000)
+    with pytest.raises(UsageError, match=r"20 steps of Lanczos .* try --steps 14"):
+        require(bigram, Effort(steps=20), ["curvature"], np.arange(9), free=20 * 40_000)
+    with pytest.raises(UsageError, match="leave curvature out"):
+        require(bigram, Effort(steps=20), ["curvature"], np.arange(9), free=5 * 40_000)
