@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+RECIPES = Path(__file__).parents[1] / "docs" / "functional.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```text\n(.*?)^```\n)?", re.S | re.M)
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in PAGES if path != RECIPES], ids=lambda path: path.name)
 def test_a_page_does_what_it_says(path):
     page, names = path.read_text("utf-8"), {}
     for block in BLOCK.finditer(page):
@@ -22,6 +23,20 @@ def test_a_page_does_what_it_says(path):
         with contextlib.redirect_stdout(out):
             exec(compile("\n" * line + code, path.name, "exec"), names)  # a traceback then shows the page's own line
         assert expected is None or out.getvalue() == expected, f"{path.name}, line {line}"
+
+
+@pytest.mark.smoke
+def test_ten_recipes_each_of_which_stands_alone_and_keeps_a_law():
+    page = RECIPES.read_text("utf-8")
+    first, *recipes = BLOCK.finditer(page)
+    common = {}
+    exec(compile(first[1], RECIPES.name, "exec"), common)
+    assert len(recipes) == 10
+    for block in recipes:
+        code, line = block[1], page.count("\n", 0, block.start()) + 1
+        assert len(code.splitlines()) <= 15, f"line {line}"
+        assert "assert" in code, f"line {line}"
+        exec(compile("\n" * line + code, RECIPES.name, "exec"), dict(common))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
