@@ -53,8 +53,8 @@ class SweepDisplay:
         self._at = len(event.members) * event.step
         finite = [loss for loss in event.losses if math.isfinite(loss)]
         losses = f"losses {min(finite):.3f} to {max(finite):.3f}" if finite else "no loss is a number"
-        which = f"members {event.members[0] + 1} to {event.members[-1] + 1} of {len(self._members)}"
-        self._now = f"{which}: step {event.step:,}/{event.steps:,}, {losses}{self._left()}"
+        which = self._which(event.members)
+        self._now = f"{which}: step {event.step:,} of {event.steps:,}, {losses}{self._left()}"
         self._show()
 
     def _scored(self, new: Sequence[dict[str, Any]]) -> None:
@@ -68,7 +68,11 @@ class SweepDisplay:
             lost = len(new) - len(losses)
             low = f"validation losses {min(losses):.4f} to {max(losses):.4f}" if losses else ""
             told_of = f"{low}{f', {lost} diverged' if lost else ''}".lstrip(", ")
-            self._console.print(f"step {new[0]['step']:>6,} of {len(new)} members  {told_of}")
+            self._console.print(f"{self._which([line['member'] for line in new])}: step {new[0]['step']:,}, {told_of}")
+            self._printed = time.monotonic()
+
+    def _which(self, members: Sequence[int]) -> str:
+        return f"{len(members)} of {len(self._members)} members"
 
     def _left(self) -> str:
         done = self._over + self._at
@@ -83,7 +87,7 @@ class SweepDisplay:
             self._printed = time.monotonic()
 
     def _table(self) -> Table:
-        shown = table(outcomes(self._lines), self._members)
+        shown = table(outcomes(self._lines, so_far=True), self._members)
         shown.caption = self._now
         return shown
 
@@ -94,13 +98,14 @@ def table(found: Sequence[Outcome], members: Sequence[Member]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     for name in names or ["setting"]:
         shown.add_column(name, justify="right", no_wrap=True)
-    for name in ("seeds", "validation loss", "± s.e.", "diverged"):
+    for name in ("seeds", "step", "validation loss", "± s.e.", "diverged"):
         shown.add_column(name, justify="right", no_wrap=True)
     for outcome in found[:ROWS]:
         values = [_cell(outcome.setting[name]) for name in names] or ["as it is"]
         mean = "-" if math.isnan(outcome.mean) else f"{outcome.mean:.4f}"
         error = "-" if math.isnan(outcome.standard_error) else f"{outcome.standard_error:.4f}"
-        shown.add_row(*values, f"{len(outcome.losses)}/{n_seeds}", mean, error, str(outcome.diverged or ""))
+        step = f"{outcome.curve[-1][0]:,}" if outcome.curve else "-"
+        shown.add_row(*values, f"{len(outcome.losses)}/{n_seeds}", step, mean, error, str(outcome.diverged or ""))
     if len(found) > ROWS:
         shown.caption = f"and {len(found) - ROWS} settings more"
     return shown

@@ -43,14 +43,18 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def outcomes(lines: Sequence[dict[str, Any]]) -> list[Outcome]:
-    """The outcome of each setting that has finished members, best first, those that diverged last."""
+def outcomes(lines: Sequence[dict[str, Any]], *, so_far: bool = False) -> list[Outcome]:
+    """The outcome of each setting that has finished members, best first, those that diverged last.
+
+    Args:
+      so_far: the newest score of each member, finished or not.
+    """
     by_setting: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         by_setting.setdefault(told(line["setting"]), []).append(line)
     found = []
     for mine in by_setting.values():
-        losses = {line["seed"]: _loss(line) for line in mine if line["done"]}
+        losses = {line["seed"]: _loss(line) for line in mine if so_far or line["done"]}
         steps: dict[int, list[float]] = {}
         for line in mine:
             if not math.isnan(loss := _loss(line)):

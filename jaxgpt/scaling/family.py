@@ -14,8 +14,9 @@ SHAPES = ((2, 16), (2, 32), (3, 48), (4, 64), (4, 96), (5, 128))
 """(n_layer, n_embd): from about 10,000 parameters to 1 million, with the vocabulary of a text of characters."""
 HEAD = 16
 """Channels of a head."""
-RATE, AT = 4e-3, 128
-"""A learning rate that is good for so many channels; for others, in proportion to the root of how many fewer."""
+RATE, AT = 2.5e-3, 64
+"""A learning rate that a sweep found good for so many channels (docs/sweeps.md); for others, in proportion to the root
+of how many fewer."""
 
 BASE = Config(
     model=ModelConfig(block_size=64),
@@ -58,17 +59,18 @@ def family(base: Config, sizes: Sequence[Size], tokens: Sequence[int], seeds: in
     for size in sizes:
         for n in tokens:
             steps = max(1, round(n / per_scan)) * base.train.scan_steps
-            setting = {
+            setting: dict[str, Any] = {
                 "n_layer": size.n_layer,
                 "n_embd": size.n_embd,
                 "n_head": size.n_embd // HEAD,
                 "learning_rate": float(f"{RATE * (AT / size.n_embd) ** 0.5:.3g}"),
                 "steps": steps,
                 "decay_steps": steps,
-                "warmup_steps": max(1, steps // 20),
+                "warmup_steps": max(1, steps // 10),
             }
             for seed in range(base.train.seed, base.train.seed + seeds):
-                found.append(Member(configs.check(replaced(base, **setting, seed=seed)), setting))
+                shown = {name: setting[name] for name in ("n_layer", "n_embd", "steps")}  # the rest follows
+                found.append(Member(configs.check(replaced(base, **setting, seed=seed)), shown))
     return found
 
 

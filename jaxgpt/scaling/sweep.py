@@ -37,6 +37,8 @@ OFF = ("learning_rate", "warmup_steps", "grad_clip", "dropout")
 """Of these, those whose 0 is no number but switches something off: that is a program of its own."""
 AT_ONCE_ON_CPU = 8
 """Members that a CPU trains together: enough for its cores, and few enough that little is lost when they are ended."""
+SCORED_BY_A_CORE = 2048
+"""Tokens in a batch of an evaluation on a CPU: few enough to stay in the caches of a core."""
 SHARE = 0.6
 """Of the free memory of an accelerator that members may take on paper, which is less than a compiled step takes."""
 
@@ -287,9 +289,11 @@ def evaluate(program: Program, params: Any, corpus: Corpus, tokens: batches.Ids,
     """The loss of each of M members over the whole of `tokens`, as `training.evaluate.evaluate`."""
     model = program.base.model
     starts, skip = windows(len(tokens), model.block_size)
-    side_by_side = 1 if program.one_by_one else -(-M // len(program.devices))
+    B, side_by_side = None, -(-M // len(program.devices))
+    if program.one_by_one:
+        B, side_by_side = max(1, SCORED_BY_A_CORE // model.block_size), 1
     sums = loss_sums(
-        model, params, tokens, starts, skip, side_by_side=side_by_side,
+        model, params, tokens, starts, skip, B, side_by_side=side_by_side,
         losses=lambda _, params, batch, skip: program.losses(batch, skip, params),
     )  # fmt: skip
     return [evaluation(each, model.block_size - skip, tokens, corpus.tokenizer) for each in sums]
