@@ -42,7 +42,8 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace: Path | N
     report: Report = {"mode": f"inspecting {name}", "facts": _facts(), "failed": {}}
     report["tables"] = [
         {"title": f"Parameters of {name}", "rows": tables.parameter_rows(config)},
-        {"title": "Operations and bytes, on paper and by XLA", "rows": tables.count_rows(at)},
+        {"title": "Operations, in millions: products on paper, and what XLA counts", "rows": tables.operation_rows(at)},
+        {"title": "Bytes, in millions", "rows": tables.byte_rows(at)},
         {"title": "Memory by kind, on paper", "rows": tables.memory_rows(config)},
         {"title": "Memory of each program, by XLA", "rows": tables.program_rows(at)},
         {"title": "Products of a step, and what computes them", "rows": tables.product_rows(at["step"])},

@@ -31,26 +31,41 @@ def parameter_rows(config: Config) -> list[dict[str, Any]]:
     return [*rows, {"module": "in all", "count": total, "share, %": 100.0}]
 
 
-def count_rows(at: dict[str, Seam]) -> list[dict[str, Any]]:
-    """The four seams, and what the backward pass adds: operations in millions, bytes in millions."""
-    rows = {name: _counts(seam) for name, seam in at.items()}
-    backward = {key: _minus(rows["gradient"][key], rows["loss"][key]) for key in rows["loss"] if key != "program"}
+def operation_rows(at: dict[str, Seam]) -> list[dict[str, Any]]:
+    """Millions of operations of the four seams, and of what the backward pass adds."""
+
+    def count(seam: Seam) -> dict[str, float | None]:
+        before, after = xla(seam.lowered), xla(seam.compiled)
+        return {
+            "products on paper": seam.paper / 1e6,
+            "traced": seam.products / 1e6,
+            "XLA, all": _millions(before, "flops"),
+            "XLA, optimised": _millions(after, "flops"),
+            "exp, log, roots": _millions(before, "transcendentals"),
+        }
+
+    return _with_backward({name: count(seam) for name, seam in at.items()})
+
+
+def byte_rows(at: dict[str, Seam]) -> list[dict[str, Any]]:
+    """Millions of bytes of the four seams, and of what the backward pass adds."""
+
+    def count(seam: Seam) -> dict[str, float | None]:
+        before, after = xla(seam.lowered), xla(seam.compiled)
+        return {
+            "moved at least": seam.moved / 1e6,
+            "XLA, nothing fused": _millions(before, "bytes accessed"),
+            "XLA, optimised": _millions(after, "bytes accessed"),
+        }
+
+    return _with_backward({name: count(seam) for name, seam in at.items()})
+
+
+def _with_backward(rows: dict[str, dict[str, float | None]]) -> list[dict[str, Any]]:
+    loss, gradient = rows["loss"], rows["gradient"]
+    backward = {key: _minus(gradient[key], loss[key]) for key in loss}
     done = [{"program": name, **row} for name, row in rows.items()]
     return [*done[:3], {"program": "backward (gradient - loss)", **backward}, *done[3:]]
-
-
-def _counts(seam: Seam) -> dict[str, Any]:
-    before, after = xla(seam.lowered), xla(seam.compiled)
-    return {
-        "products on paper, MFLOP": seam.paper / 1e6,
-        "products traced": seam.products / 1e6,
-        "XLA, not optimised": _millions(before, "flops"),
-        "XLA, optimised": _millions(after, "flops"),
-        "exp, log, roots (millions)": _millions(before, "transcendentals"),
-        "moved at least, MB": seam.moved / 1e6,
-        "XLA, not optimised, MB": _millions(before, "bytes accessed"),
-        "XLA, optimised, MB": _millions(after, "bytes accessed"),
-    }
 
 
 def differences(config: Config, at: dict[str, Seam]) -> Iterator[str]:
@@ -193,7 +208,7 @@ def largest_rows(step: Seam) -> list[dict[str, Any]]:
         {
             "fusion": each.name,
             "operations": len(each.inside),
-            "mostly": ", ".join(f"{n} {op}" for op, n in Counter(each.inside).most_common(3)),
+            "mostly": ", ".join(f"{n} {op}" for op, n in Counter(each.inside).most_common(2)),
             "result, MB": each.bytes / 1e6,
             "comes from": each.origin or None,
         }

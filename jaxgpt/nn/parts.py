@@ -83,7 +83,8 @@ def _embed(config: ModelConfig, params: Any, idx: jax.Array) -> jax.Array:
     if config.smear:
         x = x + params["smear"][None, None] * jnp.pad(x, [(0, 0), (1, 0), (0, 0)])[:, :-1]
     if config.bigram_embed:
-        x = x + jnp.take(params["bigram"], before * config.vocab_size + idx, axis=0)
+        pairs = jnp.take(params["bigram"], before * config.vocab_size + idx, axis=0)
+        x = x + pairs.at[:, 0].set(0.0)  # the first has no token before it
     return x + params["wpe"][None] if config.position == "learned" else x
 
 

@@ -75,7 +75,8 @@ def test_the_story_is_of_these_numbers():
     assert story.told("tiny", 768, {"torch": DONE["torch"]}, STEPS) == ""
 
 
-def test_what_runs_is_known_before_anything_starts(tiny, change):
+def test_what_runs_is_known_before_anything_starts(tiny, change, monkeypatch):
+    monkeypatch.setattr(ledger.importlib.util, "find_spec", lambda name: name)
     small = ledger.baseline(change(tiny, precision="auto", remat="blocks"))
     assert (small.model.precision, small.model.remat) == ("float32", "none")
     chosen, left_out = choose(small, ["torch", "jit", "eager"])
@@ -84,6 +85,9 @@ def test_what_runs_is_known_before_anything_starts(tiny, change):
     chosen, left_out = choose(change(small, position="rope"), ["torch", "jit"])
     assert list(chosen) == ["jit"]
     assert "nanoGPT" in left_out["torch"]
+    with monkeypatch.context() as without:
+        without.setattr(ledger.importlib.util, "find_spec", lambda name: None)
+        assert "pip install 'jaxgpt[torch]'" in choose(small, ["torch", "jit"])[1]["torch"]
     with pytest.raises(UsageError, match="no variant 'fast', expected some of 'op by op', "):
         choose(small, ["fast"])
     with pytest.raises(UsageError, match="torch: the twin is"):

@@ -40,9 +40,17 @@ def test_they_have_all_parameters_and_all_products(change):
     )
 
 
-def test_one_after_the_other_they_are_the_loss():
-    """By hand, with GPT-2's parameters, what each part does in turn is what the model does."""
-    config = dataclasses.replace(SMALL, bias=True)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bias": True},
+        {"position": "rope", "norm": "rms", "mlp": "swiglu", "qk_norm": True, "smear": True, "bigram_embed": True},
+    ],
+    ids=["gpt2", "modern"],
+)
+def test_one_after_the_other_they_are_the_loss(change):
+    """By hand, what each part does in turn is what the model does."""
+    config = dataclasses.replace(SMALL, **change)
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda key: nn.init_params(config, key), jax.random.key(0))
     params = jax.tree.map(lambda x: random.normal(scale=0.2, size=x.shape).astype(np.float32), shapes)
@@ -52,19 +60,28 @@ def test_one_after_the_other_they_are_the_loss():
     def heads(x):
         return x.reshape(B, 8, 2, 8).swapaxes(1, 2)
 
+    def beside(layers):
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *layers)
+
     @jax.jit
     def by_parts(params):
-        x = do["embeddings"]({name: params[name]["embedding"] for name in ("wte", "wpe")}, idx)
+        tables = {name: params[name] for name in ("wte", "wpe", "bigram", "smear") if name in params}
+        tables = {name: table.get("embedding") if isinstance(table, dict) else table for name, table in tables.items()}
+        x = do["embeddings"](tables, idx)
         for block in (params["h_0"], params["h_1"]):
             attn, mlp = block["attn"], block["mlp"]
-            three = [attn[name] for name in ("query", "key", "value")]
-            joined = {name: jnp.concatenate([each[name] for each in three], axis=-1) for name in ("kernel", "bias")}
-            q, k, v = jnp.split(do["queries, keys, values"](joined, do["norms"](block["ln_1"], x)), 3, axis=-1)
-            out = do["attention"]({}, heads(q), heads(k), heads(v)).swapaxes(1, 2).reshape(B, 8, 16)
+            joined = beside([attn[name] for name in ("query", "key", "value")])
+            three = do["queries, keys, values"](joined, do["norms"](block.get("ln_1"), x))
+            q, k, v = map(heads, jnp.split(three, 3, axis=-1))
+            if config.qk_norm:
+                q, k = do["norm, rotation of queries, keys"]({}, q, k)
+            out = do["attention"]({}, q, k, v).swapaxes(1, 2).reshape(B, 8, 16)
             x = do["residual sums"]({}, x, do["attention's projection"](attn["c_proj"], out))
-            hidden = do["MLP's non-linearity"]({}, do["MLP up"](mlp["c_fc"], do["norms"](block["ln_2"], x)))
-            x = do["residual sums"]({}, x, do["MLP down"](mlp["c_proj"], hidden))
-        logits = do["head"]({}, do["norms"](params["ln_f"], x), params["wte"]["embedding"])
+            up = beside([mlp[name] for name in ("c_fc", "c_gate") if name in mlp])
+            wide = do["MLP up"](up, do["norms"](block.get("ln_2"), x))
+            halves = jnp.split(wide, 2, axis=-1) if "c_gate" in mlp else [wide]
+            x = do["residual sums"]({}, x, do["MLP down"](mlp["c_proj"], do["MLP's non-linearity"]({}, *halves)))
+        logits = do["head"]({}, do["norms"](params.get("ln_f"), x), params["wte"]["embedding"])
         return do["loss"]({}, logits, targets), nn.losses(config, params, idx, targets).mean()
 
     np.testing.assert_allclose(*by_parts(params), rtol=1e-5)
