@@ -17,7 +17,7 @@ def trained(tmp_path_factory):
     text.write_text(f"the cat sat on the mat\n{HOSTILE}\n" * 40)
     config = Config(
         data=DataConfig(corpus=str(text)),
-        model=ModelConfig(block_size=8, n_layer=2, n_head=2, n_embd=16),
+        model=ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16),
         optimizer=OptimizerConfig(warmup_steps=2, learning_rate=1e-2),
         train=TrainConfig(steps=20, batch_size=4, scan_steps=5, eval_every=10, eval_batches=0),
     )

@@ -19,7 +19,7 @@ def test_everything_is_there(trained, seen):
     text = run.tokenizer.decode(val)
     assert "".join(seen.passage.tokens) in text
     assert "".join(seen.attention.tokens) in text
-    assert seen.attention.weights.shape == (2, 2, 8, 8)
+    assert seen.attention.weights.shape == (1, 2, 8, 8)
 
 
 def test_the_loss_of_a_token_is_that_of_its_window(trained):
