@@ -1,6 +1,7 @@
 """Runs that train, or are served, in processes of their own."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -31,7 +32,8 @@ def wait_for(condition, process, seconds=120):
 def serving(*words):
     """A `jaxgpt serve WORDS` on a port that was free: its process and its address. It must be ended by a signal."""
     command = [sys.executable, "-m", "jaxgpt", "serve", *map(str, words), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    hasty = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # what it would win in running, it loses in compiling
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=hasty)
     try:
         lines = [process.stdout.readline() for _ in range(2)]
         assert "The playground: http://" in lines[1], "".join(lines) + process.stdout.read()

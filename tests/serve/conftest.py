@@ -10,7 +10,7 @@ from jaxgpt import cli, nn
 from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxgpt.training.start import start
 
-SMALL = "--block-size 32 --n-layer 2 --n-head 2 --n-embd 32 --batch-size 16 --scan-steps 100 --warmup-steps 20 "
+SMALL = "--block-size 32 --n-layer 1 --n-head 4 --n-embd 32 --batch-size 16 --scan-steps 100 --warmup-steps 20 "
 SMALL += "--eval-every 0 --no-eval-start --eval-batches 0 --learning-rate 1e-2 --steps 300"
 
 

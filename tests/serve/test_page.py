@@ -21,10 +21,14 @@ from tests.processes import serving
 
 CONTRAST = """() => {
   const paint = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const over = (under, color) => {
+  const known = new Map();
+  const over = (under, color) => known.get(under + color) ?? mixed(under, color);
+  const mixed = (under, color) => {
     paint.fillStyle = under; paint.fillRect(0, 0, 1, 1);
     paint.fillStyle = color; paint.fillRect(0, 0, 1, 1);
-    return `rgb(${[...paint.getImageData(0, 0, 1, 1).data].slice(0, 3)})`;
+    const seen = `rgb(${[...paint.getImageData(0, 0, 1, 1).data].slice(0, 3)})`;
+    known.set(under + color, seen);
+    return seen;
   };
   const light = (color) => {
     const curve = (x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
@@ -119,7 +123,7 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         legible(page)
 
         # A token is clicked: what else, and what was looked at.
-        page.locator(".text span").nth(57).click()
+        page.locator(".text span").nth(120).click()
         page.wait_for_selector(".heads input")
         assert page.locator(".likely button").count() >= 8
         assert page.locator(".likely button:disabled").count() == 1
@@ -128,11 +132,11 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         weights = page.evaluate(
             "[...document.querySelectorAll('.text span')].map((s) => +s.style.getPropertyValue('--a'))"
         )
-        assert max(weights[:57]) == 1
-        assert max(weights[57:]) == 0, "nothing looks ahead"
+        assert max(weights[:120]) == 1
+        assert max(weights[120:]) == 0, "nothing looks ahead"
         page.locator(".heads input").nth(2).focus()
         page.keyboard.press("ArrowRight")
-        assert page.inner_text(".most").startswith("Layer 2, head 1" if run == "cat" else "Layer 1, head 3")
+        assert page.inner_text(".most").startswith("Layer 1, head 3")
         legible(page)
         page.mouse.move(0, 0)
         page.screenshot(path=keep / "playground.png")
@@ -145,7 +149,7 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         # By the keyboard: to the token before, and on from another token.
         page.focus(".text")
         page.keyboard.press("ArrowLeft")
-        page.wait_for_selector(".text span:nth-child(57)[aria-selected=true]")
+        page.wait_for_selector(".text span:nth-child(120)[aria-selected=true]")
         page.keyboard.press("Enter")
         assert page.evaluate("document.activeElement.tagName") == "H3"
         other = page.locator(".likely button:not(:disabled)").first
@@ -154,12 +158,12 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         page.keyboard.press("Enter")
         page.wait_for_selector(f"#status:text-is('{run} wrote 200 tokens.')")
         after = page.evaluate("[...document.querySelectorAll('.text span')].map((s) => s.textContent)")
-        assert after[:56] == before[:56]
-        assert after[56] != before[56]
-        assert len(after) == 257
-        assert "chosen" in page.locator(".text span").nth(56).get_attribute("class")
+        assert after[:119] == before[:119]
+        assert after[119] != before[119]
+        assert len(after) == 320
+        assert "chosen" in page.locator(".text span").nth(119).get_attribute("class")
         page.click(".on")
-        until(page, "document.querySelectorAll('.text span').length === 457")
+        until(page, "document.querySelectorAll('.text span').length === 520")
         page.wait_for_selector(f"#status:text-is('{run} wrote 200 tokens.')")
 
         # Another run, and two side by side; stopped on the way.
@@ -193,7 +197,7 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         small.tap("#write")
         small.wait_for_selector("#status:has-text('wrote')")
         small.locator(".text span").nth(30).tap()
-        small.wait_for_selector(".likely button")
+        small.wait_for_selector(".heads input" if small.inner_text("h2") == run else ".likely button")
         wide_enough(small)
         legible(small)
         small.screenshot(path=keep / "playground-phone.png", full_page=True)
