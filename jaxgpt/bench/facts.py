@@ -1,4 +1,4 @@
-"""Where something was measured: processor, versions, settings; and what accelerators can do at most."""
+"""Where something was measured: processor, versions, settings."""
 
 import importlib.metadata
 import os
@@ -10,16 +10,6 @@ from jaxgpt import machine
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
 """What a CPU may be able to do that decides how fast its products are."""
-
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-}
-"""Dense bfloat16 operations per second, without sparsity: NVIDIA's data sheets of the H100, H200 and A100. The first
-name that a device's own name contains counts."""
 
 WHAT_PRECISIONS_MEAN = (
     "float32: products of float32 numbers in float32; on a GPU true float32, not TF32",
@@ -43,15 +33,6 @@ def facts(device: str) -> dict[str, Any]:
         **{name: os.environ.get(name) for name in ("XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")},
         "load average before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 operations per second of an accelerator, None if it is not in the table.
-
-    >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
-    (989000000000000.0, None)
-    """
-    return next((peak for name, peak in PEAKS.items() if name in device_kind), None)
 
 
 def _version(library: str) -> str | None:

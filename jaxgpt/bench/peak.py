@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxgpt.bench import facts, ruler
+from jaxgpt.bench import ruler
 from jaxgpt.bench.ruler import Contest
+from jaxgpt.scaling import chips
 
 N = 2048
 """Rows and columns of the matrices: 2 N³ operations, and none of them fits into a cache."""
@@ -28,12 +29,11 @@ def of(device: str, about: dict[str, Any], found: dict[str, float] | None) -> tu
         name = max(found, key=found.__getitem__)
         return found[name], f"{found[name] / 1e9:,.0f} GFLOP/s, measured here: {name} of {N} x {N}, the fastest of all"
     kinds = sorted({each["device"] for each in about.values()})
-    peaks = {facts.peak_flops(kind) for kind in kinds} - {None}
-    if len(peaks) != 1:
+    known = {chip.flops: chip for chip in map(chips.of_kind, kinds) if chip}
+    if len(known) != 1:
         return None, f"not known for {' or '.join(kinds)}"
-    (top,) = peaks
-    assert top
-    return top, f"{top / 1e12:,.0f} TFLOP/s, dense bfloat16 by NVIDIA's data sheet of {kinds[0]}"
+    (chip,) = known.values()
+    return chip.flops, f"{chip.flops / 1e12:,.0f} TFLOP/s of {kinds[0]}, dense bfloat16 by {chip.source}"
 
 
 def here(dtype: str, n: int = N, streamed: int = STREAMED, seconds: float = 0.4) -> tuple[float, float]:

@@ -47,20 +47,23 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 2, 256, 0, TPUS + "v6e"),
     "a100": Chip(312e12, 80e9, 2039e9, 300e9, 0, 8, 25e9, DGX + "a100/"),
     "h100": Chip(989e12, 80e9, 3350e9, 450e9, 0, 8, 50e9, DGX + "h100/"),
+    "h100-pcie": Chip(756e12, 80e9, 2000e9, 300e9, 0, 2, 0, DGX + "h100/"),
+    "h100-nvl": Chip(835e12, 94e9, 3900e9, 300e9, 0, 2, 0, DGX + "h100/"),
     "h200": Chip(989e12, 141e9, 4800e9, 450e9, 0, 8, 50e9, DGX + "h200/"),
 }
 """Link rates are half of the published ones, which count both ways; that of v4 is its pod's rate of all-reduce by its
 chips. The network of v5e is its pod's by its chips; of GPUs, one adapter each, as in a DGX."""
 
 
-
 def of_kind(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so, None where its rates are not known here.
+    """The chip that JAX or PyTorch calls so, None where its rates are not known here.
 
-    >>> of_kind("NVIDIA H100 80GB HBM3") is CHIPS["h100"], of_kind("TPU v5 lite") is CHIPS["v5e"], of_kind("cpu")
+    >>> of_kind("NVIDIA H100 80GB HBM3") is CHIPS["h100"], of_kind("NVIDIA H100 PCIe") is CHIPS["h100-pcie"]
+    (True, True)
+    >>> of_kind("TPU v5 lite") is CHIPS["v5e"], of_kind("TPU v5") is CHIPS["v5p"], of_kind("cpu")
     (True, True, None)
     """
-    said = device_kind.lower().replace(" lite", "e")
-    if "pcie" in said or "nvl" in said:  # slower cards of the same name
-        return None
-    return next((chip for name, chip in CHIPS.items() if name in said.split()[1:]), None)
+    said = device_kind.lower().replace(" lite", "e").replace("-", " ").split()
+    said = [{"v5": "v5p"}.get(word, word) for word in said]
+    found = [name for name in CHIPS if set(name.split("-")) <= set(said)]
+    return CHIPS[max(found, key=len)] if found else None
