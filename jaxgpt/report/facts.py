@@ -49,6 +49,8 @@ class Facts:
     """When, on what and with which versions it was started and resumed."""
     events: list[dict[str, Any]]
     """Its diary."""
+    cut_off: bool
+    """Whether its process was killed."""
     step: int
     scores: list[Score]
     loss: Points
@@ -78,8 +80,9 @@ class Facts:
 
     @property
     def running(self) -> bool:
-        """Whether its diary has no end: it has just been made, it trains, or it was killed."""
-        return not self.events or self.events[-1]["event"] not in ("end", "broken-off", "import")
+        """Whether more is to come: it has just been made, or it trains."""
+        ended = self.events and self.events[-1]["event"] in ("end", "broken-off", "import")
+        return not ended and not self.cut_off
 
     @property
     def n_devices(self) -> int:
@@ -130,6 +133,7 @@ def gather(run: Run, points: int = POINTS, called: str = "") -> Facts:
         n_params=cost.n_params(config.model),
         starts=[event for event in events if event["event"] == "start"],
         events=events,
+        cut_off=run.cut_off,
         step=max((line["step"] for line in lines), default=0),
         scores=[score(line) for line in lines if line.get("val_loss") is not None],
         loss=curve("loss"),

@@ -209,6 +209,15 @@ class Run:
             processes.by_first(lambda: stack.enter_context(self._held()))
             yield
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether the process that held it last is gone and had no time to say so, as far as this machine can tell."""
+        try:
+            said = json.loads((self.path / "holder.json").read_bytes())
+            return said["host"] == platform.node() and not _alive(int(said["process"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     @contextmanager
     def _held(self) -> Iterator[None]:
         lock, holder = filelock.FileLock(self.path / ".lock", timeout=0), self.path / "holder.json"
@@ -227,6 +236,18 @@ class Run:
                 yield
             finally:
                 holder.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":  # elsewhere such a signal is not only a question
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def _described(holder: Path) -> str:

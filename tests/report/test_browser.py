@@ -5,30 +5,17 @@ JAXGPT_SCREENSHOTS names a folder to keep pictures in, JAXGPT_REPORT a report to
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
 from jaxgpt.report import facts, reporter
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 KINDS = {
     "report": {"color_scheme": "light", "viewport": {"width": 1000, "height": 1380}},
     "report-dark": {"color_scheme": "dark", "viewport": {"width": 1000, "height": 1380}},
     "report-phone": {"color_scheme": "light", "viewport": {"width": 390, "height": 844}, "has_touch": True},
 }
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("needs chromium: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ one: JAXGPT_RUNS=runs JAXGPT_SCREENSHOTS=docs/images scripts/test tests/serve/te
 
 import os
 import re
-import shutil
 import signal
 import socket
 import threading
@@ -50,19 +49,6 @@ CONTRAST = """() => {
   }
   return found.sort((x, y) => x[0] - y[0]).slice(0, 3);
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser: pip install playwright")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with playwright.sync_playwright() as driver:
-        try:
-            opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        except playwright.Error as error:
-            pytest.skip(f"no Chromium starts here, apt-get install chromium brings one: {str(error).splitlines()[0]}")
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from jaxgpt.config import Config
+from jaxgpt.report import facts
 from jaxgpt.training.run import Run, RunError
 
 META = {"format": 1, "dtype": "uint16", "count": 3, "sha256": "0", "source": "a", "origin": "b", "source_sha256": "0"}
@@ -112,6 +113,25 @@ def test_a_holder_that_died_is_followed_by_the_next(run):
     with run.exclusive():
         assert json.loads((run.path / "holder.json").read_text())["process"] == os.getpid()
     assert not (run.path / "holder.json").exists()
+
+
+def test_a_run_whose_process_was_killed_is_known_by_it(run):
+    assert not run.cut_off
+    spawn = multiprocessing.get_context("spawn")
+    held, release = spawn.Event(), spawn.Event()
+    holder = spawn.Process(target=_hold, args=(run.path, held, release))
+    holder.start()
+    assert held.wait(30)
+    assert not run.cut_off
+    holder.kill()
+    holder.join(30)
+    assert run.cut_off
+    assert not facts.gather(run).running
+    with run.exclusive():
+        assert not run.cut_off
+    assert not run.cut_off
+    (run.path / "holder.json").write_text(f'{{"process": {holder.pid}, "host": "another", "since": "", "command": ""}}')
+    assert not run.cut_off, "of another machine nothing is known"
 
 
 def _hold(path, held, release):
