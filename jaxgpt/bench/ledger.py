@@ -139,6 +139,8 @@ def choose(config: Config, names: Sequence[str]) -> tuple[dict[str, Variant], di
       UsageError: there is no such variant.
     """
     left_out = {}
+    if "cache, full" in names:
+        names = (*names, "cache, empty")  # which fills it
     for name in names:
         if name not in VARIANTS:
             raise UsageError(f"no variant {name!r}, expected some of {', '.join(map(repr, VARIANTS))}")

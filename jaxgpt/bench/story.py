@@ -60,7 +60,8 @@ def _against_eager(other: str, done: dict[str, Any], steps: Rates, ms: dict[str,
     elif after == 0:
         pays = "later than compiled, so compiling pays from the first step on"
     else:
-        pays = f"so compiling has paid for itself after {after:,.0f} steps ({after * ms[other] / 1e3:,.0f} s)"
+        seconds = before(figures) + after * ms[other] / 1e3
+        pays = f"so compiling has paid for itself after {after:,.0f} steps ({seconds:,.0f} s from the start)"
     handed = "" if figures["dispatches"] is None else f", in {figures['dispatches']:,.0f} programs,"
     return (
         f"Run {other}, the same step takes {ms[other]:.1f} ms{handed} {ms[other] / ms[JIT]:.1f} times as long. Its "
@@ -83,13 +84,13 @@ def _change(steps: Rates, name: str, against: str = JIT) -> str:
 
 def break_even(extra: float, slow: float, fast: float) -> float | None:
     """Steps after which `extra` seconds beforehand are paid for by steps of `fast` seconds in place of `slow` ones; 0
-    if there is nothing to pay, None if it never is.
+    if there is nothing to pay, None if it never is, or if what was won before is lost again.
 
-    >>> break_even(3.0, 0.5, 0.2), break_even(-1.0, 0.5, 0.2), break_even(3.0, 0.2, 0.5)
-    (10.0, 0.0, None)
+    >>> break_even(3.0, 0.5, 0.2), break_even(-1.0, 0.5, 0.2), break_even(3.0, 0.2, 0.5), break_even(-1.0, 0.2, 0.5)
+    (10.0, 0.0, None, None)
     """
     if extra <= 0:
-        return 0.0
+        return 0.0 if fast <= slow else None
     return extra / (slow - fast) if slow > fast else None
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Folders, parse
 from jaxgpt.config import Config, UsageError
-from jaxgpt.recipes import RECIPES
+from jaxgpt.recipes import RECIPES, recipe
 
 Seam = Literal["forward", "loss", "gradient", "step"]
 
@@ -49,6 +49,10 @@ def run(args: list[str]) -> int:
     from jaxgpt.report.terminal import RunConsole
     from jaxgpt.training.start import complete
 
+    folders = {"--out": given.out, "--roofline": given.roofline, "--profile": given.profile, "--to": given.to}
+    for option, path in folders.items():
+        if path:
+            disk.require_writable(path if option in ("--profile", "--to") else path.parent, option)
     for path in filter(None, (given.out, given.roofline)):
         if not path.parent.is_dir():
             raise UsageError(f"{path} cannot be written: there is no folder {path.parent}")
@@ -87,8 +91,8 @@ def _config(name: str, args: list[str]) -> Config:
 
     from jaxgpt.training.run import Run
 
-    if name in RECIPES:
-        return RECIPES[name].config
+    if name in RECIPES or name.endswith(".json"):
+        return recipe(name).config
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--runs-dir", "--runs_dir", type=Path, default=Path("runs"))
     try:

@@ -50,6 +50,7 @@ def run(args: list[str]) -> int:
     from jaxgpt.training import memory
     from jaxgpt.training.start import complete
 
+    name = Path(name).stem  # of a recipe that is a file
     out = given.out or Path(f"ledger-{name}.json")
     for path in filter(None, (out, given.plot)):
         disk.require_writable(path.parent, "--out" if path is out else "--plot")

@@ -147,17 +147,16 @@ def measured_notes(
         f"{tokens / took:,.0f} tokens/s: its products, {flops / 1e9:.2f} GFLOP, use "
         f"{flops / took / machine.flops:.0%} of what the machine can multiply"
     )
-    A = config.train.accumulate
-    parts = sum(
-        w.times * s * (1 if w.part == "optimizer" else A) for w, s in zip(works, seconds, strict=True) if w.training
-    )
-    longest = max(
-        (w for w in zip(works, seconds, strict=True) if w[0].training), key=lambda each: each[0].times * each[1]
-    )
+    spent = [
+        (w.times * s * (1 if w.part == "optimizer" else config.train.accumulate), w.part)
+        for w, s in zip(works, seconds, strict=True)
+        if w.training
+    ]
+    parts, (longest, part) = sum(s for s, _ in spent), max(spent)
     yield (
         f"the parts one by one, with their backward passes and the optimizer, take {1e3 * parts:.1f} ms, "
-        f"{parts / took:.0%} of the step, which fuses across them; most of it {longest[0].part}, "
-        f"{1e3 * longest[0].times * longest[1]:.1f} ms"
+        f"{parts / took:.0%} of the step, which fuses across them; most of it {part}, "
+        f"{1e3 * longest:.1f} ms"
     )
 
 
