@@ -1,5 +1,6 @@
 """`jaxgpt scaling-fit`: a family of sizes trained, and the law that its losses follow."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ class ScalingFit:
     """How many tokens each model learns from, each amount a run with a schedule of its own."""
     seeds: int = 1
     """Runs of each size and amount."""
+    at_once: int = 0
+    """Runs that are trained together, at most; 0 for what the memory holds."""
     flops: tuple[float, ...] = (1e12, 1e13, 1e14, 1e15)
     """Budgets of operations to say the best size and amount for."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -35,8 +38,8 @@ def run(args: list[str]) -> int:
         raise UsageError(f"--flops {' '.join(map(str, given.flops))}: expected numbers above 0")
     if given.seeds < 1:
         raise UsageError(f"--seeds is {given.seeds}, expected at least 1")
-    if len(set(given.sizes)) < 3 or len(set(given.tokens)) < 3:
-        raise UsageError("a fit wants at least 3 --sizes and 3 amounts of --tokens")
+    if given.at_once < 0:
+        raise UsageError(f"--at-once is {given.at_once}, expected 0 or more")
     use_compile_cache()
     n = len(given.sizes) * len(given.tokens) * given.seeds
     use_cores(n)
@@ -50,6 +53,12 @@ def run(args: list[str]) -> int:
 
     base = replaced(family.BASE, **vars(given.data))
     members = family.family(base, [family.Size.parse(text) for text in given.sizes], given.tokens, given.seeds)
+    amounts = sorted({family.tokens_seen(member.config) for member in members})
+    if len(set(given.sizes)) < 3 or len(amounts) < 3:
+        raise UsageError(
+            f"{len(set(given.sizes))} sizes and {len(amounts)} amounts of tokens ({', '.join(map(str, amounts))}, in "
+            "whole scans of steps): a fit wants at least 3 --sizes and 3 --tokens"
+        )
     disk.require_writable(given.sweeps_dir, "--sweeps-dir")
     members, corpus = sweep_folder.prepare(base, members, given.data_dir)
     asked: dict[str, Any] = {"program": "jaxgpt scaling-fit 1", "config": to_tree(base), "seeds": given.seeds}
@@ -58,9 +67,12 @@ def run(args: list[str]) -> int:
     console.print(corpus.summary)
     with sweep_folder.SweepFolder.held(path, asked, "--name OTHER") as folder:
         with sweeps.SweepDisplay(console, members, folder.lines) as display:
-            folder.train(members, corpus, jax.devices(), watch=display)
-        points = family.points(members, folder.lines)
-    found = fit(*zip(*points, strict=True))  # type: ignore[arg-type]
+            folder.train(members, corpus, jax.devices(), given.at_once, display)
+        trained = family.points(members, folder.lines)
+    points = [point for point in trained if math.isfinite(point[2])]
+    if lost := len(trained) - len(points):
+        console.print(f"{lost} of {len(trained)} runs have diverged, and are left out of the fit")
+    found = fit([N for N, _, _ in points], [D for _, D, _ in points], [loss for _, _, loss in points])
     for line in laws.lines(found, given.flops):
         console.print(line)
     disk.write_atomically(path / "law.json", found.to_json(points).encode())

@@ -1,5 +1,6 @@
 """`jaxgpt sweep`: seeds and settings of a recipe, trained together."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ def run(args: list[str]) -> int:
     named = args.pop(0)
     default = Sweep(Path(named).stem, recipe(named).config)
     given = parse(Sweep, args, f"sweep {named}", "Train seeds and settings of a recipe together.", default=default)
+    if given.at_once < 0:
+        raise UsageError(f"--at-once is {given.at_once}, expected 0 or more")
     axes = [grid.parse(text) for text in (*([f"lr={given.lr}"] if given.lr else []), *given.set)]
     members = grid.members(given.config, axes, given.seeds)
     asked: dict[str, Any] = {
@@ -80,7 +83,8 @@ def _sweep(given: Sweep, members: list[Member], asked: dict[str, Any]) -> int:
         found = outcomes(folder.lines)
         console.print(sweeps.table(found, members))
         console.print(sweeps.verdict(found))
-        if best := next((m for m in members if m.setting == found[0].setting), None):
+        best = next(member for member in members if member.setting == found[0].setting)
+        if not math.isnan(found[0].mean):
             disk.write_atomically(path / "best.json", to_json(best.config).encode())
             console.print(f"Train it: jaxgpt train {path / 'best.json'}")
         for plot in sweep_plots.draw(found, path):

@@ -1,6 +1,7 @@
 """The Hessian of the loss without ever making it: its products with vectors tell its spectrum and its trace."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ class Lanczos(NamedTuple):
 
     values: jax.Array  # (K,)
     weights: jax.Array  # (K,) the share of the start vector along each; they sum to 1
-    errors: jax.Array  # (K,) an eigenvalue of the matrix lies within this of each: at least what rounding moves it
+    errors: jax.Array  # (K,) an eigenvalue lies within this of each (at least what rounding moves it) that has a weight
     top: jax.Array  # (P,) the unit vector of the greatest
 
 
@@ -39,14 +40,15 @@ def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, steps: 
       steps: K, up to P. K vectors of P floats are held.
     """
     P, K = start.size, min(steps, start.size)
+    dot = partial(jnp.dot, precision="highest")
 
     def step(carry: Any, k: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         basis, q, first, size = carry
         basis = basis.at[k].set(q)
         w = product(q)
-        along = q @ w
+        along = dot(q, w)
         for _ in range(2):  # once leaves what rounding brought back
-            w = w - basis.T @ (basis @ w)
+            w = w - dot(basis.T, dot(basis, w))
         length = jnp.linalg.norm(w)
         alive = (q @ q) > 0
         first = jnp.where(k == 0, along, first)
@@ -63,7 +65,7 @@ def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, steps: 
     (basis, *_), (diagonal, beside) = jax.lax.scan(step, begin, jnp.arange(K))
     values, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1))
     errors = jnp.maximum(jnp.abs(beside[-1] * vectors[-1]), jnp.finfo(start.dtype).eps * jnp.abs(values).max())
-    return Lanczos(values, vectors[0] ** 2, errors, vectors[:, -1] @ basis)
+    return Lanczos(values, vectors[0] ** 2, errors, dot(vectors[:, -1], basis))
 
 
 def spectrum(loss: Loss, params: Any, batch: Any, key: jax.Array, steps: int = 32, probes: int = 1) -> Lanczos:
@@ -94,7 +96,7 @@ def trace(loss: Loss, params: Any, batch: Any, key: jax.Array, probes: int = 16)
 
     def one(key: jax.Array) -> jax.Array:
         v = jax.random.rademacher(key, flat.shape, flat.dtype)
-        return v @ ravel_pytree(hvp(loss, params, batch, unravel(v)))[0]
+        return jnp.dot(v, ravel_pytree(hvp(loss, params, batch, unravel(v)))[0], precision="highest")
 
     return jax.lax.map(one, jax.random.split(key, probes))
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jaxgpt.diagnostics.gradients import per_example
@@ -20,4 +21,8 @@ def influence(loss: Loss, params: Any, train: Any, val: Any, chunk: int = 8) -> 
     Memory: the gradients of all validation examples, and of `chunk` training examples.
     """
     wanted = per_example(loss, params, val, lambda gradient: ravel_pytree(gradient)[0], chunk)  # (N_val, P)
-    return per_example(loss, params, train, lambda gradient: wanted @ ravel_pytree(gradient)[0], chunk).T
+
+    def products(gradient: Any) -> jax.Array:
+        return jnp.matmul(wanted, ravel_pytree(gradient)[0], precision="highest")
+
+    return per_example(loss, params, train, products, chunk).T

@@ -74,11 +74,11 @@ def _curvature(found: Curvature, words: Words) -> Iterator[str]:
 
 
 def _landscape(found: Landscape, words: Words) -> Iterator[str]:
-    losses, middle = np.asarray(found.losses), len(found.places) // 2
+    losses = np.asarray(found.losses)
     edge = np.concatenate([losses[0], losses[-1], losses[:, 0], losses[:, -1]])
     yield (
-        f"loss {losses[middle, middle]:.3f} here, {edge.min():.3f} to {edge.max():.3f} where random directions are as "
-        "long as the filters"
+        f"loss {np.interp(1, found.shares, found.path):.3f} here, {edge.min():.3f} to {edge.max():.3f} where random "
+        "directions are as long as the filters"
     )
     first, least = np.interp(0, found.shares, found.path), int(np.argmin(found.path))
     yield (

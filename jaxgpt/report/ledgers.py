@@ -70,7 +70,7 @@ def _steady(axes: "Axes", times: list[list[float]]) -> None:
     low, high = min(map(min, times)), max(map(max, times))
     axes.set_xlim(low / 1.3, high * (high / low) ** 0.15 * 1.2)
     axes.xaxis.set_major_formatter("{x:,g}")
-    axes.set_xlabel("milliseconds of each step after it, median (least to greatest), logarithmic")
+    axes.set_xlabel("ms of each step after it: median, least to greatest; logarithmic")
 
 
 def _say(axes: "Axes", x: float, y: float, text: str) -> None:

@@ -28,7 +28,7 @@ class SweepDisplay:
         self._began, self._printed = time.monotonic(), time.monotonic()
         self._steps = sum(member.config.train.steps for member in members)
         self._before = sum(members[line["member"]].config.train.steps for line in lines if line["done"])
-        self._over, self._at, self._now = 0, 0, "compiling"
+        self._ended, self._over, self._at, self._now = set[int](), 0, 0, "compiling"
         self._live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> "SweepDisplay":
@@ -50,7 +50,7 @@ class SweepDisplay:
             self._scored(event)
 
     def _progress(self, event: Progress) -> None:
-        self._at = len(event.members) * event.step
+        self._at = len(set(event.members) - self._ended) * event.step
         finite = [loss for loss in event.losses if math.isfinite(loss)]
         losses = f"losses {min(finite):.3f} to {max(finite):.3f}" if finite else "no loss is a number"
         which = self._which(event.members)
@@ -60,6 +60,7 @@ class SweepDisplay:
     def _scored(self, new: Sequence[dict[str, Any]]) -> None:
         for line in new:
             if line["done"]:
+                self._ended.add(line["member"])
                 self._over += self._members[line["member"]].config.train.steps
                 self._at = 0
         self._show(at_once=True)

@@ -1,5 +1,6 @@
 """Settings of a sweep compared over their seeds: means, standard errors, and how sure the best one is."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from jaxgpt.scaling.grid import told
 
 RESAMPLES = 10_000
 
@@ -51,7 +50,7 @@ def outcomes(lines: Sequence[dict[str, Any]], *, so_far: bool = False) -> list[O
     """
     by_setting: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
-        by_setting.setdefault(told(line["setting"]), []).append(line)
+        by_setting.setdefault(json.dumps(line["setting"]), []).append(line)
     found = []
     for mine in by_setting.values():
         losses = {line["seed"]: _loss(line) for line in mine if so_far or line["done"]}

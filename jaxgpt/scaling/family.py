@@ -15,8 +15,8 @@ SHAPES = ((2, 16), (2, 32), (3, 48), (4, 64), (4, 96), (5, 128))
 HEAD = 16
 """Channels of a head."""
 RATE, AT = 2.5e-3, 64
-"""A learning rate that a sweep found good for so many channels (docs/sweeps.md); for others, in proportion to the root
-of how many fewer."""
+"""A learning rate that a sweep found good for so many channels; for others, in proportion to the root of how many
+fewer."""
 
 BASE = Config(
     model=ModelConfig(block_size=64),

@@ -91,7 +91,7 @@ def fit(N: Sequence[float], D: Sequence[float], losses: Sequence[float], resampl
             "wants at least 6 runs, 3 sizes and 3 amounts"
         )
     if not (np.isfinite(found).all() and (found > 0).all()):
-        raise UsageError("a run has diverged or has no loss: leave it out, or train it at a smaller --learning-rate")
+        raise UsageError("a run has no loss above 0: leave it out")
     logs = np.log(found)
     law = _best(x, y, logs, [_start(x, y, found, a, b) for a, b in itertools.product(STARTS, STARTS)])
     distances = logs - np.log(law.loss(x, y))

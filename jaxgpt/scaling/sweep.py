@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -39,8 +40,9 @@ AT_ONCE_ON_CPU = 8
 """Members that a CPU trains together: enough for its cores, and few enough that little is lost when they are ended."""
 SCORED_BY_A_CORE = 2048
 """Tokens in a batch of an evaluation on a CPU: few enough to stay in the caches of a core."""
-SHARE = 0.6
-"""Of the free memory of an accelerator that members may take on paper, which is less than a compiled step takes."""
+SHARE = 0.3
+"""Of the free memory of an accelerator that members may take on paper; compiled, a step of *tiny* takes over twice as
+much."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,25 @@ def most(config: Config, devices: int, at_once: int = 0) -> int:
       OutOfMemoryError: not one for each device.
     """
     cpu = jax.default_backend() == "cpu"
-    memory.require(config, parts=memory.Parts(per_host=devices if cpu else 1))
+    with _fewer_would_fit(devices if cpu else 1):
+        memory.require(config, parts=memory.Parts(per_host=devices if cpu else 1))
     if at_once or cpu:
         limit = at_once or AT_ONCE_ON_CPU
     else:
         free, need = memory.available(), memory.needed(config, 0, recomputed=True).total
         limit = devices * (int(SHARE * free / need) if free else AT_ONCE_ON_CPU)
     return max(1, limit // devices) * devices
+
+
+@contextmanager
+def _fewer_would_fit(members: int) -> Iterator[None]:
+    """Add to what is told of too little memory that fewer members at once need less."""
+    try:
+        yield
+    except memory.OutOfMemoryError as error:
+        if members == 1:
+            raise
+        raise memory.OutOfMemoryError(f"{error}; or fewer members at once: --at-once {members // 2}") from error
 
 
 def _program(config: Config) -> Config:
@@ -271,7 +285,8 @@ def train(
         state = program.init(values)
         if base.train.eval_start:
             yield score(state, 0)
-        memory.require_compiled(ahead.result(), base, parts=memory.Parts(per_host=len(program.devices)))
+        with _fewer_would_fit(chunk.size):
+            memory.require_compiled(ahead.result(), base, parts=memory.Parts(per_host=len(program.devices)))
     for begin, end in chunks(base, 0):
         tokens, found = feed(begin, end)
         state, metrics = program.steps(tokens, state, values, found)

@@ -49,6 +49,8 @@ class SweepFolder:
         Raises:
           SweepError: another process holds it, it is of another sweep, or it was damaged.
         """
+        if path.is_dir() and not (path / "sweep.json").exists() and any(e.name != ".lock" for e in path.iterdir()):
+            raise SweepError(f"{path} exists and is no sweep: name another folder, {restart}")
         path.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(path / ".lock", timeout=0)
         try:
@@ -92,8 +94,6 @@ class SweepFolder:
     def _require_same(path: Path, asked: dict[str, Any], restart: str) -> None:
         file = path / "sweep.json"
         if not file.exists():
-            if any(entry.name != ".lock" for entry in path.iterdir()):
-                raise SweepError(f"{path} exists and is no sweep: name another folder, {restart}")
             disk.write_atomically(file, disk.seal(asked).encode())
             return
         try:

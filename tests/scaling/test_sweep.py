@@ -24,6 +24,7 @@ CHANGES = (
         beta1=0.5, beta2=0.95, eps=1e-6, grad_clip=0.1,
     ),
     dict(learning_rate=3e-3, dropout=0.3, init_scale=2.0),
+    dict(seed=3, beta2=0.999),
 )  # fmt: skip
 RUINED = dict(learning_rate=3e38, weight_decay=0.5)
 
@@ -37,7 +38,7 @@ def base(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory):
-    """Three runs by `fit`: each with its summary; and their corpus."""
+    """Four runs by `fit`: each with its summary; and their corpus."""
     folder, found = tmp_path_factory.mktemp("runs"), []
     for i, change in enumerate(CHANGES):
         run, corpus = start(replaced(base, **change), f"run{i}", folder, folder / "data")
@@ -53,13 +54,14 @@ def configs(runs):
 
 @pytest.fixture(scope="module")
 def swept(configs, runs):
-    """The scores of the three, and of a fourth that comes to no number, by member."""
+    """The scores of the four, and of a fifth that comes to no number, by member; a sixth only fills a device up."""
     events = list(sweep.run(configs, runs[1], jax.devices()[:2]))
     scores = [score for each in events if isinstance(each, list) for score in each]
     return [[score for score in scores if score.member == i] for i in range(len(configs))]
 
 
 def test_initial_parameters_are_exactly_those_of_the_runs(configs):
+    configs = configs[:4]
     (chunk,) = sweep.split(configs, 2)
     program = Program(chunk.base, chunk.names, tuple(jax.devices()[:2]))
     states = program.init({name: sweep._column(configs, name) for name in chunk.names})
@@ -77,13 +79,13 @@ def test_each_member_is_the_run_of_its_config(runs, swept):
         losses = [line["loss"] for line in run.metrics() if "loss" in line]
         assert mine[1].train_loss == pytest.approx(np.mean(losses[5:10]), abs=BOUND)
         assert [score.done for score in mine] == [False, False, True]
-    finals = [mine[-1].evaluation.loss for mine in swept[:3]]
+    finals = [mine[-1].evaluation.loss for mine in swept[:-1]]
     apart = min(abs(a - b) for i, a in enumerate(finals) for b in finals[:i])
     assert apart > 100 * BOUND, "the bound means nothing where all learn the same"
 
 
 def test_a_member_that_comes_to_no_number_is_told_of(swept):
-    first, second = swept[3]
+    first, second = swept[-1]
     assert first.evaluation
     assert second.evaluation is None
     assert second.done
@@ -111,12 +113,12 @@ def test_chunks_are_even_and_no_larger_than_fits(base, monkeypatch):
     assert [len(each.members) for each in sweep.split(many, 8, at_once=3)] == [3] * 6
     assert sweep.split(many[:3], 8)[0].devices == 3
     monkeypatch.setattr(memory, "available", lambda: 10)
-    with pytest.raises(OutOfMemoryError, match="a training step needs at least"):
+    with pytest.raises(OutOfMemoryError, match=r"a training step needs at least.*--at-once 1$"):
         sweep.split(many, 2)
     need = memory.needed(base, 0, recomputed=True).total
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(memory, "available", lambda: 10 * need)
-    assert [len(each.members) for each in sweep.split(many, 1)] == [6] * 3
+    assert [len(each.members) for each in sweep.split(many, 1)] == [3] * 6
 
 
 def test_lengths_share_a_program_and_not_a_chunk(base):
@@ -128,7 +130,8 @@ def test_lengths_share_a_program_and_not_a_chunk(base):
 
 
 def test_side_by_side_is_one_after_another(configs, runs, swept, monkeypatch):
-    """What accelerators do, vmap, on a CPU."""
+    """What accelerators do, vmap, on a CPU; here with windows that are taken on the host."""
+    monkeypatch.setattr(sweep, "DEVICE_TOKENS", 1)
     monkeypatch.setattr(Program, "one_by_one", False)
     events = list(sweep.run([replaced(config, eval_start=False) for config in configs[:2]], runs[1], jax.devices()[:1]))
     for score, mine in zip(events[-1], swept, strict=False):

@@ -85,10 +85,19 @@ def test_what_cannot_be_swept_leaves_nothing(sweep, tmp_path, capsys):
     assert run_verb(["train", str(tmp_path / "odd.json")]) == 2
     assert "did you mean 'n_layer'" in capsys.readouterr().err
     assert not (tmp_path / "sweeps").exists()
+    assert sweep("bad", "--at-once", "-1") == 2
+    assert "at-once is -1" in capsys.readouterr().err
     (tmp_path / "sweeps/bad").mkdir(parents=True)
     (tmp_path / "sweeps/bad/mine.txt").write_text("")
     assert sweep("bad") == 2
     assert "exists and is no sweep" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "sweeps/bad").iterdir()] == ["mine.txt"]
+
+
+def test_nothing_is_recommended_where_all_has_diverged(sweep, tmp_path, capsys):
+    assert sweep("lost", "--lr", "1e38", "--weight-decay", "1", "--steps", "10") == 0
+    assert "every setting has diverged" in capsys.readouterr().out
+    assert not (tmp_path / "sweeps/lost/best.json").exists()
 
 
 def test_the_family_spans_its_sizes_and_its_amounts():
@@ -108,7 +117,7 @@ def test_the_family_spans_its_sizes_and_its_amounts():
 def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeypatch, capsys):
     def train(folder, members, corpus, devices, at_once=0, watch=None):
         for i, member in enumerate(members):
-            loss = TRUE.loss(family.parameters(member.config), family.tokens_seen(member.config))
+            loss = TRUE.loss(family.parameters(member.config), family.tokens_seen(member.config)) if i != 5 else None
             folder.lines.append({"member": i, "setting": member.setting, "val_loss": loss, "done": True})
 
     monkeypatch.chdir(tmp_path)
@@ -119,7 +128,12 @@ def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeyp
     N, D = TRUE.optimum(1e13)
     assert f"{N:,.0f} parameters" in out
     assert f"{D:,.0f} tokens" in out
+    assert "1 of 24 runs have diverged" in out
     found = json.loads((tmp_path / "sweeps/scaling/law.json").read_text())
     assert law.Law(**found["law"]) == pytest.approx(TRUE, rel=1e-5)
     assert (tmp_path / "sweeps/scaling/law.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
     assert run_verb(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32"]) == 2
+    assert run_verb(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "4000"]) == 2
+    assert "3 sizes" not in (said := capsys.readouterr().err)
+    assert "6 sizes and 1 amounts of tokens (15360, in whole scans" in said
