@@ -47,6 +47,11 @@ def test_what_a_page_links_to_exists(path):
         assert (path.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_nothing_on_a_page_is_still_to_be_filled_in(path):
+    assert not re.search(r"^[A-Z_]{3,}$|TODO", path.read_text("utf-8"), re.MULTILINE)
+
+
 def test_there_is_a_page_to_try():
     assert BLOCK.findall(PAGES[0].read_text("utf-8"))
 

@@ -10,6 +10,8 @@ from rich import box
 from rich.live import Live
 from rich.table import Table
 
+from jaxgpt.config import Config
+from jaxgpt.nn import cost
 from jaxgpt.report.terminal import PLAIN_SECONDS, RunConsole, duration
 from jaxgpt.scaling.compare import Outcome, confidence, outcomes
 from jaxgpt.scaling.grid import Member, told
@@ -26,8 +28,9 @@ class SweepDisplay:
         """`lines`: the results so far, a list that grows."""
         self._console, self._members, self._lines = console, members, lines
         self._began, self._printed = time.monotonic(), time.monotonic()
-        self._steps = sum(member.config.train.steps for member in members)
-        self._before = sum(members[line["member"]].config.train.steps for line in lines if line["done"])
+        self._costs = [flops_of_a_step(member.config) for member in members]
+        self._all = sum(map(self._cost, range(len(members))))
+        self._before = sum(self._cost(line["member"]) for line in lines if line["done"])
         self._ended, self._over, self._at, self._now = set[int](), 0, 0, "compiling"
         self._live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
 
@@ -50,7 +53,7 @@ class SweepDisplay:
             self._scored(event)
 
     def _progress(self, event: Progress) -> None:
-        self._at = len(set(event.members) - self._ended) * event.step
+        self._at = event.step * sum(self._costs[i] for i in event.members if i not in self._ended)
         finite = [loss for loss in event.losses if math.isfinite(loss)]
         losses = f"losses {min(finite):.3f} to {max(finite):.3f}" if finite else "no loss is a number"
         which = self._which(event.members)
@@ -61,7 +64,7 @@ class SweepDisplay:
         for line in new:
             if line["done"]:
                 self._ended.add(line["member"])
-                self._over += self._members[line["member"]].config.train.steps
+                self._over += self._cost(line["member"])
                 self._at = 0
         self._show(at_once=True)
         if not self._live:
@@ -75,9 +78,13 @@ class SweepDisplay:
     def _which(self, members: Sequence[int]) -> str:
         return f"{len(members)} of {len(self._members)} members"
 
+    def _cost(self, member: int) -> int:
+        """Operations of all its steps."""
+        return self._costs[member] * self._members[member].config.train.steps
+
     def _left(self) -> str:
         done = self._over + self._at
-        seconds = (time.monotonic() - self._began) * (self._steps - self._before - done) / done if done else 0
+        seconds = (time.monotonic() - self._began) * (self._all - self._before - done) / done if done else 0
         return f", {duration(seconds)} left" if done else ""
 
     def _show(self, at_once: bool = False) -> None:
@@ -91,6 +98,12 @@ class SweepDisplay:
         shown = table(outcomes(self._lines, so_far=True), self._members)
         shown.caption = self._now
         return shown
+
+
+def flops_of_a_step(config: Config) -> int:
+    """Operations of its products."""
+    train = config.train
+    return 3 * cost.flops_per_token(config.model) * config.model.block_size * train.batch_size
 
 
 def table(found: Sequence[Outcome], members: Sequence[Member]) -> Table:
