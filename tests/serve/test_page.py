@@ -1,7 +1,7 @@
 """The page in a browser, on the real server: every thing that a person does there, and what they see.
 
-$JAXGPT_SCREENSHOTS names a folder that keeps what was seen; $JAXGPT_RUNS a folder of runs to show in place of a small
-one: JAXGPT_RUNS=runs JAXGPT_SCREENSHOTS=docs/images scripts/test tests/serve/test_page.py
+$JAXGPT_SCREENSHOTS names a folder that keeps what was seen; $JAXGPT_RUNS two runs or more to show in place of small
+ones: JAXGPT_RUNS=runs JAXGPT_SCREENSHOTS=docs/images scripts/test tests/serve/test_page.py
 """
 
 import os
