@@ -32,7 +32,7 @@ def test_every_change_is_a_change(base, changes):
 def test_every_option_of_the_block_is_in_it():
     plain, options = ModelConfig(), {name for model, _ in ablation.ADDED.values() for name in model}
     sizes = {"kind", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights"}
-    assert options == set(vars(plain)) - sizes - {"gelu", "remat", "scan_layers"}
+    assert options == set(vars(plain)) - sizes - {"init_scale", "gelu", "remat", "scan_layers"}
 
 
 def test_a_short_one_learns(tmp_path):
