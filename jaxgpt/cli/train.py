@@ -93,6 +93,8 @@ def _fit(given: Train, existing: Run | None) -> int:
 
     loggers.require(given.log)
     sizes = None if given.mesh == "auto" else mesh.Sizes.parse(given.mesh)
+    if not given.coordinator and (given.num_processes, given.process_id) != (1, 0):
+        raise UsageError("--num-processes and --process-id want to know where process 0 is: --coordinator HOST:PORT")
     if given.distributed or given.coordinator:
         launch.join(given.coordinator, given.num_processes, given.process_id)
     use_compile_cache()

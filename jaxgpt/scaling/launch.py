@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from jaxgpt.config import UsageError
+from jaxgpt.training import processes
 from jaxgpt.training.interrupt import SIGNALS
 
 GRACE = 10.0
@@ -24,15 +25,23 @@ def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> 
     the address of process 0.
 
     Raises:
-      LaunchError: nobody says, or the others were not found.
+      LaunchError: nobody says, what is said cannot be, or the others were not found.
     """
     import jax
 
+    host, _, port = coordinator.rpartition(":")
+    if coordinator and not (host and port.isdecimal()):
+        raise LaunchError(f"--coordinator is {coordinator!r}, expected HOST:PORT, as in 10.0.0.1:1234")
+    if coordinator and not 0 <= process_id < num_processes:
+        raise LaunchError(f"--process-id is {process_id}, expected 0 to {num_processes - 1}: there are {num_processes}")
+    # Its notifier would swallow a SIGTERM that comes before training, where the loop hears signals by itself.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         if coordinator:
             jax.distributed.initialize(coordinator, num_processes, process_id)
         else:
             jax.distributed.initialize()
+        processes.most(0)  # the first collective waits half a minute for the others, later ones as long as it takes
     except (ValueError, RuntimeError) as error:
         raise LaunchError(
             f"this process does not find the others: {str(error).splitlines()[0]}; say where process 0 is, "
@@ -50,9 +59,7 @@ def group(words: Sequence[str], n: int) -> int:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     shared = [sys.executable, "-m", "jaxgpt", *words, "--coordinator", address, "--num-processes", str(n)]
-    members = [
-        subprocess.Popen([*shared, "--process-id", str(i)], start_new_session=True, env=os.environ) for i in range(n)
-    ]
+    members: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: object) -> None:
         for member in members:
@@ -61,6 +68,8 @@ def group(words: Sequence[str], n: int) -> int:
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
+        for i in range(n):
+            members.append(subprocess.Popen([*shared, "--process-id", str(i)], start_new_session=True, env=os.environ))
         code, ends = 0, float("inf")
         while True:
             codes = [member.poll() for member in members]

@@ -118,10 +118,10 @@ def compile_step(config: Config, placement: Placement, effort: Effort = "least")
 
     Args:
       effort: of the compiler to make it fast, "full" as in training. By "least" it takes a fifth of the time; what the
-        program holds and sends was the same within 2% (`docs/scaling.md`).
+        program holds and sends hardly changes.
 
     Raises:
-      PlanError: the compiler refuses.
+      PlanError: the compiler refuses, for one because it does not fit.
     """
     dtype = jnp.uint16 if config.model.vocab_size <= 2**16 else jnp.uint32
     tokens = jax.ShapeDtypeStruct((estimate.TOKENS,), dtype, sharding=placement.everywhere)
@@ -131,7 +131,11 @@ def compile_step(config: Config, placement: Placement, effort: Effort = "least")
         try:
             return lowered.compile({"exec_time_optimization_effort": -1.0} if effort == "least" else None)
         except Exception as error:
-            raise PlanError(f"the compiler refuses: {str(error).splitlines()[0]}") from error
+            why = str(error).splitlines()[0]
+            if "RESOURCE_EXHAUSTED" in why:
+                knobs = "more fsdp or tensor, --accumulate, --remat blocks, or a smaller model"
+                raise PlanError(f"it does not fit: {why}; what helps: {knobs}") from error
+            raise PlanError(f"the compiler refuses: {why}") from error
 
 
 def read(compiled: Any, config: Config, chip: Chip | None, sizes: Sizes, seconds: float) -> Plan:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
 from jaxgpt import disk
@@ -187,18 +188,19 @@ def fetched(url: str) -> Path:
             raise CorpusError(f"{url}/tokens.json: {error}") from error
         here = sources.cache_dir() / "corpora" / hashlib.sha256(data).hexdigest()[:16]
         here.mkdir(parents=True, exist_ok=True)
-        for shard in shards_of(meta):
-            path = here / shard["file"]
-            if path.is_file() and disk.sha256(path) == shard["sha256"]:
-                continue
-            partial_file = path.with_name(f".{path.name}.part")
-            with (there / shard["file"]).open("rb") as source, partial_file.open("wb") as target:
-                shutil.copyfileobj(source, target, files.PIECE)
-            if (found := disk.sha256(partial_file)) != shard["sha256"]:
-                partial_file.unlink()
-                raise CorpusError(f"{url}/{shard['file']} has SHA-256 {found}, expected {shard['sha256']}")
-            partial_file.replace(path)
-        disk.write_atomically(here / "tokens.json", data)
+        with filelock.FileLock(here / ".lock"):  # the processes of a host come for it together
+            for shard in shards_of(meta):
+                path = here / shard["file"]
+                if path.is_file() and disk.sha256(path) == shard["sha256"]:
+                    continue
+                partial_file = path.with_name(f".{path.name}.part")
+                with (there / shard["file"]).open("rb") as source, partial_file.open("wb") as target:
+                    shutil.copyfileobj(source, target, files.PIECE)
+                if (found := disk.sha256(partial_file)) != shard["sha256"]:
+                    partial_file.unlink()
+                    raise CorpusError(f"{url}/{shard['file']} has SHA-256 {found}, expected {shard['sha256']}")
+                partial_file.replace(path)
+            disk.write_atomically(here / "tokens.json", data)
     except OSError as error:
         raise CorpusError(f"{url} cannot be fetched: {error}") from error
     return here

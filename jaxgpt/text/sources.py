@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from jaxgpt import disk
 from jaxgpt.config import MissingExtraError
 from jaxgpt.text import files
@@ -138,7 +140,8 @@ def absolute(corpus: str) -> str:
     """The same corpus from wherever it is named: a path in full; of a mixture, each part."""
     found = mixture(corpus)
     if len(found) > 1:
-        return " + ".join(f"{share:g}*{absolute(part)}" for share, part in found)
+        shares = (np.format_float_positional(share, trim="-") for share, _ in found)
+        return " + ".join(f"{share}*{absolute(part)}" for share, (_, part) in zip(shares, found, strict=True))
     return corpus if corpus in NAMED or is_url(corpus) else str(Path(corpus).expanduser().resolve())
 
 
@@ -156,6 +159,8 @@ def mixture(corpus: str) -> list[tuple[float, str]]:
         return [(1.0, corpus)]
     if not all(share > 0 for share, _ in found) or len({part for _, part in found}) < len(found):
         raise SourceError(f"{corpus!r}: expected parts that differ, each with a weight above 0")
+    if (least := min(share for share, _ in found) / sum(share for share, _ in found)) < 1e-3:
+        raise SourceError(f"{corpus!r}: the least weight is {least:.2g} of all, expected a thousandth or more")
     return found
 
 

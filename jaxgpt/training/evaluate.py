@@ -111,7 +111,7 @@ def loss_sums(
       losses: in place of `window_losses`; that of many models gives (M, B), and so here (M, n_windows).
     """
     T, n = config.block_size, len(starts)
-    B = batch_size or max(1, min(8192, 2**26 // config.vocab_size) // T // side_by_side)
+    B = batch_size or max(1, min(8192, 2**26 // config.vocab_size) // T // side_by_side) * sharding.parts("batch")
     padding = (0, -n % B)  # a last batch of the same shape, so that one program serves
     sums = [
         (losses or window_losses)(config, params, take(tokens, starts, T), skip)

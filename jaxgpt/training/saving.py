@@ -46,14 +46,25 @@ class Saving:
         self.look(wait=True)
         self._step, self._val_loss = int(state.step), val_loss
         try:
-            try:
-                self._journal.sync()
-            except OSError as error:
-                raise CheckpointError(f"{self._run.metrics_file} takes no more lines: {error.strerror}") from error
+            self._sync()
             said = about(self._config, self._corpus.meta, self._journal.position)
             self._checkpoints.save(state, val_loss, said)
         except CheckpointError as error:
             self._failed(error)
+
+    def _sync(self) -> None:
+        """Put the lines of metrics.jsonl on disk.
+
+        Raises:
+          CheckpointError: it takes no more, in this process or another: all raise, or none.
+        """
+        failure = None
+        try:
+            self._journal.sync()
+        except OSError as error:
+            failure = CheckpointError(f"{self._run.metrics_file} takes no more lines: {error.strerror}")
+        if processes.most(failure is not None):
+            raise failure or CheckpointError("another process cannot write its lines, and says why")
 
     def look(self, wait: bool = False) -> None:
         """Tell how the last save ended, if it has (or `wait` until then).

@@ -1,6 +1,7 @@
 """Runs of one process and of several, killed and gone on with in another number of processes: `scripts/faults` and the
 tests of processes start them alike."""
 
+import itertools
 import json
 import os
 import random
@@ -81,8 +82,11 @@ def group_kills(folder: Path, trials: int, seed: int) -> Count:
     code, out = ended(train(folder, new(folder, "unbroken")))
     count.require(code == 0, f"the unbroken run ended with {code}: {out}")
     unbroken = curve(folder, "unbroken")
-    for number in range(trials):
-        name, (first, then) = f"killed-{number}", ((2, 1), (1, 2))[number % 2]
+    tried = 0
+    for number in itertools.count():
+        if tried == trials:
+            break
+        name, (first, then) = f"killed-{number}", ((2, 1), (1, 2))[tried % 2]
         process = train(folder, new(folder, name), first, devices=2 if first == 1 else 1)
         lines = dice.randrange(-1, len(unbroken) - 10)
         if lines < 0:  # at any moment of the start
@@ -93,6 +97,9 @@ def group_kills(folder: Path, trials: int, seed: int) -> Count:
         if process.poll() is None:
             os.kill(dice.choice(members(process)), signal.SIGKILL)
         killed, _ = ended(process)
+        if not killed:  # it came to its end before
+            continue
+        tried += 1
         before = len(curve(folder, name))
         code, out = ended(train(folder, on(folder, name), then, devices=2))
         found = curve(folder, name)

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 
+from jaxgpt.cli import run_verb
 from tests.faults.groups import BOUND, curve, ended, members, new, on, train, wait_for_lines
 
 
@@ -49,6 +50,16 @@ def test_a_signal_to_the_group_saves_and_ends_it(tmp_path):
     out = finish(process, 130)
     assert "interrupted at step" in out
     assert out.count("Go on with") == 1
+
+
+def test_what_cannot_be_joined_is_refused_before_anyone_waits(capsys):
+    for words, said in (
+        (["--coordinator", "localhost"], "expected HOST:PORT"),
+        (["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"], "expected 0 to 1"),
+        (["--num-processes", "2", "--process-id", "1"], "--coordinator HOST:PORT"),
+    ):
+        assert run_verb(["train", "gpt-demo", *words]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_what_ends_the_first_process_ends_all(tmp_path):

@@ -213,6 +213,11 @@ def test_only_weights_and_parts_are_a_mixture():
         sources.mixture("1*a + 1*a")
     assert sources.absolute("1*/x/a + 2*python-docs") == "1*/x/a + 2*python-docs"
     assert sources.absolute("gs://bucket/a.txt") == "gs://bucket/a.txt"
+    for shares in ([2e6, 4e3], [5e-5, 1e-6], [0.123456789, 0.1]):  # what a config holds is read again
+        text = sources.absolute(f"{shares[0]:.12f}*/x/a + {shares[1]:.12f}*/x/b")
+        assert sources.mixture(text) == [(shares[0], "/x/a"), (shares[1], "/x/b")]
+    with pytest.raises(sources.SourceError, match=r"the least weight is 0\.0005 of all"):
+        sources.mixture("1*a + 1999*b")
 
 
 class TestStores:
