@@ -64,7 +64,8 @@ NOTES = (
     "first call.",
     "steady: steps in turn with all others (A B C A B C), median with least and greatest of the rounds; a step's loss "
     "is waited for while the next one runs. speed: round by round, above 1 faster. dispatches: programs handed to the "
-    "device in a step, counted in a trace by JAX's profiler.",
+    "device in a step, counted in a trace by JAX's profiler. page faults: pages of memory that the system hands to the "
+    "process in a step, on a CPU; JAX asks for the temporaries of a program anew each time that it runs.",
     "step, MB: arguments, results and temporaries of the program by XLA's analysis; what is overwritten counts once. "
     "process, MB: the most that the process ever had resident, libraries and the compiler's own memory included.",
     "pays after: steps until all that came before is paid for by the faster step, against eager; 0 if its first step "
@@ -215,6 +216,7 @@ def afterwards(done: dict[str, Any], steps: Rates) -> list[dict[str, Any]]:
             "steady, ms": series([1e3 / rate for rate in steps[name]]),
             "speed, of jit's": ruler.ratio(steps[name], steps[JIT]) if JIT in steps and name != JIT else None,
             "dispatches": _whole(figures["dispatches"]),
+            "page faults": figures["faults"] if figures["faults"] is None else round(figures["faults"]),
             "step, MB": _megabytes(figures["step_bytes"]),
             "process, MB": _megabytes(figures["process_bytes"]),
             "pays after, steps": _pays(done, steps, name),
@@ -243,6 +245,7 @@ def _figures(starts: list[dict[str, Any]], process_bytes: int) -> dict[str, Any]
         "stages": stages,
         "programs": last.get("programs"),
         "dispatches": last.get("dispatches"),
+        "faults": last.get("faults"),
         "loss": last.get("loss"),
         "step_bytes": last.get("compiled_bytes"),
         "process_bytes": process_bytes or None,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxgpt.bench import profile
+from jaxgpt.bench import profile, worker
 from jaxgpt.bench.ours import OnJax, random_tokens
 from jaxgpt.config import Config, from_tree
 from jaxgpt.text.batches import chunk_starts, take
@@ -67,7 +67,7 @@ class Stages(OnJax):
         self.about |= {"loss": float(loss), "compiled_bytes": sum(figures) if figures else None}
         self.run()
         self.wait()
-        self.about["dispatches"] = self.dispatches()
+        self.about |= {"dispatches": self.dispatches(), "faults": self.faults()}
 
     def prepared(self, way: Way) -> tuple[Callable[..., Any], tuple[int, int] | None]:
         """What a step calls, with (state, tokens, starts), compiled if it is; and the compiler's figures of memory."""
@@ -97,6 +97,18 @@ class Stages(OnJax):
 
     def wait(self) -> None:
         jax.block_until_ready((self.state, self.unread))
+
+    def faults(self, pieces: int = 4) -> float | None:
+        """Pages of memory that the system hands to this process in a step: temporaries that a program asks for anew.
+        None where nobody counts them, and on accelerators, whose memory has none."""
+        before = worker.page_faults()
+        for _ in range(pieces):
+            self.run()
+        self.wait()
+        after = worker.page_faults()
+        if before is None or after is None or jax.default_backend() != "cpu":
+            return None
+        return (after - before) / (pieces * self.K)
 
     def dispatches(self, pieces: int = 2) -> float | None:
         """Programs handed to the device in a step, as the profiler sees them; None where it sees none."""

@@ -10,7 +10,7 @@ JIT = "jit"
 EAGER = "eager"
 """The one that compiling is paid for against."""
 Figures = dict[str, Any]
-"""Of one variant: `stages` (each a series of seconds), `programs`, `dispatches`, `step_bytes`."""
+"""Of one variant: `stages` (each a series of seconds), `programs`, `dispatches`, `faults`, `step_bytes`."""
 
 
 def told(name: str, tokens: int, done: dict[str, Any], steps: Rates) -> str:
@@ -38,7 +38,7 @@ def told(name: str, tokens: int, done: dict[str, Any], steps: Rates) -> str:
             f"Donation takes {saved / 1e6:.1f} MB off a step's memory; its time is {_change(steps, 'jit, donated')}."
         )
     for each in [each for each in done if each.startswith("scan of ")]:
-        said.append(f"A {each} steps hands over {done[each]['dispatches']:g} programs a step: {_change(steps, each)}.")
+        said.append(f"A {each} steps is {_change(steps, each)}{_spared(jit, done[each])}.")
     for each in ("remat products", "remat blocks"):
         if each in done and done[each]["step_bytes"] and jit["step_bytes"]:
             share = done[each]["step_bytes"] / jit["step_bytes"]
@@ -68,6 +68,17 @@ def _against_eager(other: str, done: dict[str, Any], steps: Rates, ms: dict[str,
         f"first one was done after {before(figures):.1f} s, for {figures['programs']:,} small programs are compiled "
         f"for it: {pays}."
     )
+
+
+def _spared(jit: Figures, scan: Figures) -> str:
+    """What a scan does once for all of its steps."""
+    spared = []
+    if scan["dispatches"] is not None:
+        spared.append(f"it hands over {scan['dispatches']:g} programs a step")
+    if jit["faults"] and scan["faults"] is not None:
+        faults = f"{scan['faults']:,.0f} page faults a step, {jit['faults']:,.0f} without it"
+        spared.append(f"takes memory for temporaries once a program ({faults})")
+    return f": {' and '.join(spared)}" if spared else ""
 
 
 def _change(steps: Rates, name: str, against: str = JIT) -> str:

@@ -98,6 +98,15 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def page_faults() -> int | None:
+    """Pages that this process has been given without reading a disk, so far; None on Windows, which does not say."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def resident(peak: bool = False) -> int | None:
     """This process's memory now, or the most since `forget_peak`; None where there is no /proc."""
     with suppress(OSError):

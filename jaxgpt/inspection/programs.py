@@ -77,12 +77,13 @@ class Product(NamedTuple):
 
 
 def instructions(text: str) -> dict[str, Instruction]:
-    """Every instruction that runs on its own, in fusions no part of it, by its name."""
+    """Every instruction that runs on its own, by its name: no part of a fusion, nor of what a reduction does to each
+    pair of numbers."""
     found = hlo.computations(text)
-    fused = {called for _, lines in found.values() for line in lines if " fusion(" in line for called in _called(line)}
+    inner = {name for _, lines in found.values() for line in lines for name in _inner(line)}
     done = {}
     for computation, (runs, lines) in found.items():
-        if computation in fused:
+        if computation in inner:
             continue
         for line in lines:
             if each := INSTRUCTION.match(line):
@@ -149,6 +150,13 @@ def _terms(line: str, args: str, shapes: dict[str, str]) -> int:
 
 def _called(line: str) -> list[str]:
     return re.findall(r"\bcalls=%?([\w.-]+)", line)
+
+
+def _inner(line: str) -> list[str]:
+    """The computations that an instruction is made of, unlike those that a loop, a branch or a call runs."""
+    if " call(" in line:
+        return []
+    return re.findall(r"\b(?:calls|to_apply)=%?([\w.-]+)", line)
 
 
 def _operations(lines: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from jaxgpt import cli
-from jaxgpt.bench import peak, table
+from jaxgpt.bench import ours, peak, table, worker
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError
 from jaxgpt.inspection import findings, roofline
 from jaxgpt.inspection.roofline import Machine, Work
@@ -52,6 +52,15 @@ def test_the_machine_is_measured_by_its_best_rounds():
     flops, bandwidth = peak.here("float32", n=64, streamed=4096, seconds=0.0)
     assert flops > 1e6
     assert bandwidth > 1e6
+
+
+def test_memory_is_measured_and_not_the_handing_out_of_pages():
+    """An array that is made anew costs a page fault every 4 kB: several times as slow as memory."""
+    stream = ours.Stream(2**22)
+    before = worker.page_faults()
+    for _ in range(4):
+        stream.run()
+    assert worker.page_faults() - before < 4 * stream.x.nbytes / 4096 / 10
 
 
 @pytest.fixture(scope="module")

@@ -123,6 +123,12 @@ HLO = """
   ROOT %d = f32[8,2]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 
+%sum (p3: f32[], p4: f32[]) -> f32[] {
+  %p3 = f32[] parameter(0)
+  %p4 = f32[] parameter(1)
+  ROOT %s = f32[] add(%p3, %p4)
+}
+
 %loop (p2: f32[8,2]) -> f32[8,2] {
   %p2 = f32[8,2]{1,0} parameter(0)
   %m = f32[8,2]{1,0} multiply(%p2, %p2)
@@ -135,6 +141,8 @@ ENTRY %main (a: bf16[8,4], b: bf16[4,2]) -> f32[8,2] {
   %y = f32[8,2]{1,0} fusion(%a, %b), kind=kCustom, calls=%fused, backend_config={"fusion_config":{"kind":"KIND"}}
   %c = (f32[8,2]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="TARGET", backend_config={DIMS}
   %l = f32[8,2]{1,0} fusion(%y), kind=kLoop, calls=%loop, metadata={op_name="jit(step)/jvp(GPT)/h_1/mlp/mul"}
+  %z = f32[] constant(0)
+  %t = f32[8]{0} reduce(%l, %z), dimensions={1}, to_apply=%sum
   ROOT %r = f32[8,2]{1,0} add(%l, %y)
 }
 """
@@ -159,6 +167,8 @@ def test_kernels_are_known_by_their_marks(kind, target, names):
     assert found["l"].origin == "jvp(GPT)/h_*/mlp/mul"
     assert found["l"].bytes == 4 * 8 * 2
     assert "m" not in found, "it is inside a fusion"
+    assert "s" not in found, "it is what a reduction does to each pair"
+    assert found["t"].kernel == "XLA reduce"
     assert [each.name for each in programs.fusions(found)] == ["l", "y"]
     done = {product.kernel: product for product in programs.products(text)}
     assert done[names[0]].flops == 2 * 8 * 4 * 2
