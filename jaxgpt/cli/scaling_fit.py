@@ -40,6 +40,9 @@ def run(args: list[str]) -> int:
         raise UsageError(f"--seeds is {given.seeds}, expected at least 1")
     if given.at_once < 0:
         raise UsageError(f"--at-once is {given.at_once}, expected 0 or more")
+    for what, values in (("--sizes", given.sizes), ("--tokens", given.tokens)):
+        if len(set(values)) < len(values):
+            raise UsageError(f"{what} {' '.join(map(str, values))}: the same value twice would count its runs twice")
     use_compile_cache()
     n = len(given.sizes) * len(given.tokens) * given.seeds
     use_cores(n)
@@ -54,6 +57,11 @@ def run(args: list[str]) -> int:
     base = replaced(family.BASE, **vars(given.data))
     members = family.family(base, [family.Size.parse(text) for text in given.sizes], given.tokens, given.seeds)
     amounts = sorted({family.tokens_seen(member.config) for member in members})
+    if 1 < len(amounts) < len(given.tokens):
+        raise UsageError(
+            f"--tokens {' '.join(map(str, given.tokens))} are {len(amounts)} amounts in whole scans of steps "
+            f"({', '.join(map(str, amounts))}): runs of the same length would count twice"
+        )
     if len(set(given.sizes)) < 3 or len(amounts) < 3:
         raise UsageError(
             f"{len(set(given.sizes))} sizes and {len(amounts)} amounts of tokens ({', '.join(map(str, amounts))}, in "
@@ -73,7 +81,7 @@ def run(args: list[str]) -> int:
     if lost := len(trained) - len(points):
         console.print(f"{lost} of {len(trained)} runs have diverged, and are left out of the fit")
     found = fit([N for N, _, _ in points], [D for _, D, _ in points], [loss for _, _, loss in points])
-    for line in laws.lines(found, given.flops):
+    for line in laws.lines(found, points, given.flops):
         console.print(line)
     disk.write_atomically(path / "law.json", found.to_json(points).encode())
     for plot in laws.draw(found, points, path):

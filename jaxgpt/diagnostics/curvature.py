@@ -64,8 +64,10 @@ def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, steps: 
     begin = (jnp.zeros((K, P), start.dtype), start / jnp.linalg.norm(start), zero, zero)
     (basis, *_), (diagonal, beside) = jax.lax.scan(step, begin, jnp.arange(K))
     values, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1))
-    errors = jnp.maximum(jnp.abs(beside[-1] * vectors[-1]), jnp.finfo(start.dtype).eps * jnp.abs(values).max())
-    return Lanczos(values, vectors[0] ** 2, errors, dot(vectors[:, -1], basis))
+    eps, weights = jnp.finfo(start.dtype).eps, vectors[0] ** 2
+    errors = jnp.maximum(jnp.abs(beside[-1] * vectors[-1]), eps * jnp.abs(values).max())
+    top = dot(vectors[:, jnp.argmax(jnp.where(weights > eps, values, -jnp.inf))], basis)  # no step that was a repeat
+    return Lanczos(values, weights, errors, top / jnp.linalg.norm(top))
 
 
 def spectrum(loss: Loss, params: Any, batch: Any, key: jax.Array, steps: int = 32, probes: int = 1) -> Lanczos:

@@ -65,12 +65,11 @@ def _curvature(found: Curvature, words: Words) -> Iterator[str]:
     traces = np.asarray(found.traces)
     yield (
         f"Hessian eigenvalues from {values[0]:.3g} ± {errors[0]:.1g} to {values[-1]:.3g} ± {errors[-1]:.1g}, trace "
-        f"{traces.mean():,.0f} ± {traces.std(ddof=1) / math.sqrt(len(traces)):,.0f}, nats/token"
+        f"{traces.mean():.3g} ± {traces.std(ddof=1) / math.sqrt(len(traces)):.2g}, nats/token"
     )
-    yield (
-        f"over {cost.n_params(words.config.model):,} parameters; plain gradient descent is stable up to a learning "
-        f"rate of 2/{values[-1]:.3g} = {2 / values[-1]:.2g}"
-    )
+    stable = f"plain gradient descent is stable up to a learning rate of 2/{values[-1]:.3g} = {2 / values[-1]:.2g}"
+    said = stable if values[-1] > 0 else "none of them is above 0, so no learning rate is stable"
+    yield f"over {cost.n_params(words.config.model):,} parameters; {said}"
 
 
 def _landscape(found: Landscape, words: Words) -> Iterator[str]:

@@ -45,6 +45,12 @@ class SweepDisplay:
     ) -> None:
         if self._live:
             self._live.stop()
+        if kind is KeyboardInterrupt:
+            done = sum(line["done"] for line in self._lines)
+            self._console.print(
+                f"{done} of {len(self._members)} members are done, and kept; the same command again trains the others, "
+                "those that were under way from their start"
+            )
 
     def __call__(self, event: Progress | list[dict[str, Any]]) -> None:
         if isinstance(event, Progress):
@@ -143,7 +149,8 @@ def verdict(found: Sequence[Outcome]) -> str:
     after += f" at {found[1].mean:.4f}"
     if sure is None:
         return f"{said}; {after}; with one seed nobody knows how sure that is: --seeds 4"
-    return f"{said}; {after}, which it beats in {sure:.0%} of resamples of the seeds"
+    shown = "more than 99.9%" if sure > 0.999 else f"{sure:.1%}"
+    return f"{said}; {after}; that it is worse is {shown} sure (t test over the seeds)"
 
 
 def _cell(value: Any) -> str:

@@ -104,9 +104,12 @@ def _checked(config: Config, setting: dict[str, Any]) -> Config:
 
 
 def _kinds() -> dict[str, Any]:
-    """The type of every setting but those of the data: losses on different texts cannot be compared."""
+    """The type of every setting but those of the data, and the vocabulary, which is the text's: losses on different
+    texts cannot be compared."""
     sections = [field.type for field in dataclasses.fields(Config) if field.name != "data"]
-    return {name: kind for section in sections for name, kind in typing.get_type_hints(section).items()}
+    kinds = {name: kind for section in sections for name, kind in typing.get_type_hints(section).items()}
+    del kinds["vocab_size"]
+    return kinds
 
 
 def _read(text: str, kind: Any, said: str) -> Any:

@@ -61,11 +61,14 @@ class Fit:
     """The laws of runs whose distances from it were dealt out anew."""
     error: float
     """The root of the mean square of log L's distances."""
+    bounded: tuple[str, ...] = ()
+    """Coefficients that came to the end of what was tried: these runs do not tell them."""
 
     def to_json(self, points: Sequence[tuple[int, int, float]]) -> str:
         """With its intervals, and the (N, D, loss) that it was fitted to, as indented JSON."""
         intervals = {name: self.interval(lambda law, name=name: getattr(law, name)) for name in Law._fields}
         tree = {"law": self.law._asdict(), f"intervals_{INTERVAL:.0%}": intervals, "error": self.error}
+        tree |= {"at_their_bounds": self.bounded}
         runs = [{"N": N, "D": D, "loss": loss} for N, D, loss in points]
         return json.dumps(tree | {"runs": runs}, indent=2) + "\n"
 
@@ -103,7 +106,20 @@ def fit(N: Sequence[float], D: Sequence[float], losses: Sequence[float], resampl
         dealt = np.log(law.loss(x, y)) + random.choice(spread, len(logs))
         starts = [_logs(law), *(_start(x, y, np.exp(dealt), a, b) for a, b in ((0.3, 0.3), (law.a, law.b)))]
         resampled.append(_best(x, y, dealt, starts))
-    return Fit(law, tuple(resampled), float(np.sqrt((distances**2).mean())))
+    return Fit(law, tuple(resampled), float(np.sqrt((distances**2).mean())), _bounded(law, x, y))
+
+
+def _bounded(law: Law, N: Array, D: Array) -> tuple[str, ...]:
+    """The coefficients that are at LOW or HIGH, but for rounding."""
+    found = _centred(_logs(law), np.log(N).mean(), np.log(D).mean())
+    at = np.isclose(found, LOW, atol=1e-3) | np.isclose(found, HIGH, atol=1e-3)
+    return tuple(name for name, bounded in zip(Law._fields, at, strict=True) if bounded)
+
+
+def _centred(logs: Array, middle_N: float, middle_D: float) -> Array:
+    """(log E, log A, log B, a, b) with the terms of A and B in the middle of the runs, as LOW and HIGH have them."""
+    e, A, B, a, b = logs
+    return np.array([e, A - a * middle_N, B - b * middle_D, a, b])
 
 
 def _logs(law: Law) -> Array:
@@ -151,8 +167,7 @@ def _best(N: Array, D: Array, logs: Array, starts: Sequence[Array]) -> Law:
 
     tries = []
     for start in starts:
-        e, A, B, a, b = start
-        x = np.clip([e, A - a * middle_N, B - b * middle_D, a, b], LOW, HIGH)
+        x = np.clip(_centred(start, middle_N, middle_D), LOW, HIGH)
         tries.append(
             least_squares(distances, x, slopes, (LOW, HIGH), loss="huber", f_scale=DELTA, x_scale=1.0, max_nfev=300)
         )

@@ -6,7 +6,6 @@ device: side by side there (vmap) on accelerators, one after another (lax.map) o
 from company, and a device for each core keeps all of them busy.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +36,8 @@ MAPPED = (
 OFF = ("learning_rate", "warmup_steps", "grad_clip", "dropout")
 """Of these, those whose 0 is no number but switches something off: that is a program of its own."""
 AT_ONCE_ON_CPU = 8
-"""Members that a CPU trains together: enough for its cores, and few enough that little is lost when they are ended."""
+"""Members that a CPU trains together, at most: enough for its cores, and few enough that little is lost when they are
+ended."""
 SCORED_BY_A_CORE = 2048
 """Tokens in a batch of an evaluation on a CPU: few enough to stay in the caches of a core."""
 SHARE = 0.3
@@ -55,10 +55,13 @@ class Chunk:
     """The settings that are mapped."""
     members: tuple[int, ...]
     """Their places in the list of all."""
-    size: int
-    """With those that only fill the devices up."""
     devices: int
     """Over how many: no more than there are members, for a device that has none would only repeat another's."""
+
+    @property
+    def size(self) -> int:
+        """With those that only fill the devices up."""
+        return -(-len(self.members) // self.devices) * self.devices
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,15 @@ class Scored:
     with steps without a finite loss."""
 
 
-def split(configs: Sequence[Config], devices: int, at_once: int = 0) -> list[Chunk]:
+def split(
+    configs: Sequence[Config], devices: int, at_once: int = 0, finished: frozenset[int] = frozenset()
+) -> list[Chunk]:
     """The chunks of a sweep: members of one program and one length, as many together as fit.
 
     Args:
       at_once: members of a chunk, at most; 0 for what the memory holds.
+      finished: members that are in no chunk. Settings in which only they differ are mapped all the same: a setting that
+        is a constant is rounded otherwise.
 
     Raises:
       OutOfMemoryError: not even one fits.
@@ -103,12 +110,13 @@ def split(configs: Sequence[Config], devices: int, at_once: int = 0) -> list[Chu
         names = tuple(name for name in MAPPED if len({_value(configs[i], name) for i in members}) > 1)
         lengths: dict[int, list[int]] = {}
         for i in members:
-            lengths.setdefault(configs[i].train.steps, []).append(i)
+            if i not in finished:
+                lengths.setdefault(configs[i].train.steps, []).append(i)
         for alike in lengths.values():
             base, over = configs[alike[0]], min(devices, len(alike), at_once or devices)
             n = -(-len(alike) // most(base, over, at_once))
             size = -(-len(alike) // n // over) * over
-            found += [Chunk(base, names, tuple(alike[i : i + size]), size, over) for i in range(0, len(alike), size)]
+            found += [Chunk(base, names, tuple(alike[i : i + size]), over) for i in range(0, len(alike), size)]
     return found
 
 
@@ -121,11 +129,16 @@ def most(config: Config, devices: int, at_once: int = 0) -> int:
     cpu = jax.default_backend() == "cpu"
     with _fewer_would_fit(devices if cpu else 1):
         memory.require(config, parts=memory.Parts(per_host=devices if cpu else 1))
-    if at_once or cpu:
-        limit = at_once or AT_ONCE_ON_CPU
+    free, need = memory.available(), memory.needed(config, 0, recomputed=not cpu)
+    if at_once:
+        limit = at_once
+    elif free is None:
+        limit = AT_ONCE_ON_CPU
+    elif cpu:  # a member holds its state all the time, and what it works with in its turn
+        state = need.parameters + need.optimizer_state
+        limit = min(AT_ONCE_ON_CPU, (free - devices * (need.total - state)) // max(1, state))
     else:
-        free, need = memory.available(), memory.needed(config, 0, recomputed=True).total
-        limit = devices * (int(SHARE * free / need) if free else AT_ONCE_ON_CPU)
+        limit = devices * int(SHARE * free / max(1, need.total))
     return max(1, limit // devices) * devices
 
 
@@ -238,13 +251,11 @@ def run(
       configs: complete, as `start.resolve` gives them, of one corpus.
       devices: over which members are split.
     """
-    rest = [i for i in range(len(configs)) if i not in finished]
     programs: dict[Any, Program] = {}
-    for chunk in split([configs[i] for i in rest], len(devices), at_once):
+    for chunk in split(configs, len(devices), at_once, finished):
         key = _program(chunk.base), chunk.names, chunk.devices
         program = programs.setdefault(key, Program(chunk.base, chunk.names, tuple(devices[: chunk.devices])))
-        named = dataclasses.replace(chunk, members=tuple(rest[i] for i in chunk.members))
-        yield from train(program, named, configs, corpus)
+        yield from train(program, chunk, configs, corpus)
 
 
 def train(

@@ -24,6 +24,9 @@ from jaxgpt.scaling.grid import Member
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training import start
 
+LINE = {"member", "setting", "seed", "step", "val_loss", "done"}
+"""What every line of results.jsonl has, and what is read of it."""
+
 
 class SweepError(UsageError):
     """A sweep cannot be made, or gone on with."""
@@ -111,9 +114,12 @@ class SweepFolder:
     @staticmethod
     def _read(file: Path) -> list[dict[str, Any]]:
         try:
-            return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+            lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+            if not all(isinstance(line, dict) and line.keys() >= LINE for line in lines):
+                raise ValueError(f"a line without some of {', '.join(sorted(LINE))}")
         except ValueError as error:
             raise SweepError(f"{file} was damaged: {error}; remove it to train its members again") from error
+        return lines
 
 
 def prepare(base: Config, members: Sequence[Member], data_dir: Path) -> tuple[list[Member], Corpus]:

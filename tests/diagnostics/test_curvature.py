@@ -61,6 +61,15 @@ def test_where_few_eigenvalues_differ_no_others_are_made_up():
         assert weight < 1e-4 or np.abs(few - value).min() < 1e-3
 
 
+def test_the_vector_of_the_greatest_is_one_where_the_start_is_spent():
+    """Where all eigenvalues are one, the first step is the last that finds something."""
+    (values,), _, _, (top,) = spectrum(quadratic, PARAMS, 3 * jnp.eye(P), KEY, steps=4)
+    np.testing.assert_allclose(values, 3, rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(top), 1, rtol=1e-5)
+    (_,), _, _, (top,) = spectrum(quadratic, PARAMS, matrix(np.repeat([2.0, 5.0, 9.0], 4)), KEY, steps=50)
+    np.testing.assert_allclose(top @ matrix(np.repeat([2.0, 5.0, 9.0], 4)) @ top, 9, rtol=1e-4)
+
+
 def test_the_density_has_an_integral_of_one_and_stands_at_the_eigenvalues():
     at = np.linspace(-5, 25, 3001)
     found = curvature.density([[0.0, 20.0]], [[0.75, 0.25]], at, width=0.3)

@@ -36,8 +36,14 @@ def test_confidence_pairs_the_seeds():
     assert confidence(best, lost) == 1.0
     same = outcomes([line(1, s, 1, x, True) for s, x in enumerate((1.0, 2.0))])[0]
     turned = outcomes([line(2, s, 1, x, True) for s, x in enumerate((2.0, 1.0))])[0]
-    # Of four draws of two seeds one has both ahead, one both behind, and two are ties.
-    assert confidence(same, turned) == pytest.approx(0.5, abs=0.02)
+    assert confidence(same, turned) == 0.5
+    # Ahead by 0.1 and by 0.3: t = 0.2 / 0.1 with one degree of freedom, whose distribution is Cauchy's.
+    ahead, behind = (
+        outcomes([line(rate, seed, 1, loss, True) for seed, loss in enumerate(losses)])[0]
+        for rate, losses in ((1, (1.0, 2.0)), (2, (1.1, 2.3)))
+    )
+    assert confidence(ahead, behind) == pytest.approx(0.5 + math.atan(2) / math.pi)
+    assert confidence(behind, ahead) == pytest.approx(0.5 - math.atan(2) / math.pi)
     single = outcomes([line(1, 0, 1, 1.0, True)])[0]
     assert confidence(single, single) is None
     assert math.isnan(single.standard_error)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import UsageError
+from jaxgpt.report import laws
 from jaxgpt.scaling.law import Law, _best, _start, fit
 
 TRUE = Law(E=1.1, A=40.0, B=60.0, a=0.42, b=0.31)
@@ -17,6 +18,17 @@ def test_without_noise_it_is_exact():
     found = fit(N, D, TRUE.loss(N, D), resamples=2)
     assert found.law == pytest.approx(TRUE, rel=1e-6)
     assert found.error < 1e-9
+
+
+def test_a_coefficient_that_the_runs_do_not_tell_is_named():
+    free = TRUE._replace(E=1e-6)
+    assert fit(N, D, free.loss(N, D), resamples=1).bounded == ("E",)
+    assert fit(N, D, TRUE.loss(N, D), resamples=1).bounded == ()
+    told = list(laws.lines(fit(N, D, free.loss(N, D), resamples=2), list(zip(N, D, N, strict=True)), [1e12, 1e15]))
+    assert "  E is at its bound: these runs do not tell what it would be" in told
+    assert told[-2].startswith("  1e+12")
+    assert "beyond" not in told[-2]
+    assert told[-1].endswith(", a guess beyond these runs")
 
 
 def test_with_noise_it_is_inside_the_intervals():

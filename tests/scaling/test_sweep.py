@@ -112,6 +112,11 @@ def test_chunks_are_even_and_no_larger_than_fits(base, monkeypatch):
     assert [(len(each.members), each.size) for each in chunks] == [(6, 6)] * 3
     assert [len(each.members) for each in sweep.split(many, 8, at_once=3)] == [3] * 6
     assert sweep.split(many[:3], 8)[0].devices == 3
+    assert [(len(each.members), each.size) for each in sweep.split(many[:9], 2)] == [(6, 6), (3, 4)]
+    need = memory.needed(base, 0, recomputed=False)
+    state = need.parameters + need.optimizer_state
+    monkeypatch.setattr(memory, "available", lambda: 2 * (need.total - state) + 5 * state)
+    assert [len(each.members) for each in sweep.split(many[:8], 2)] == [4, 4], "the states of six do not fit"
     monkeypatch.setattr(memory, "available", lambda: 10)
     with pytest.raises(OutOfMemoryError, match=r"a training step needs at least.*--at-once 1$"):
         sweep.split(many, 2)
@@ -119,6 +124,17 @@ def test_chunks_are_even_and_no_larger_than_fits(base, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(memory, "available", lambda: 10 * need)
     assert [len(each.members) for each in sweep.split(many, 1)] == [3] * 6
+    bigrams = [replaced(config, kind="bigram", vocab_size=0) for config in many]
+    assert sweep.split(bigrams, 1), "before the text has said how large they are"
+
+
+def test_what_is_finished_changes_no_program(base):
+    """A setting in which the rest no longer differ is still mapped: as a constant it would be rounded otherwise."""
+    some = [replaced(base, seed=i, beta2=beta2) for beta2 in (0.95, 0.999) for i in (0, 1)]
+    whole, rest = sweep.split(some, 2, at_once=2), sweep.split(some, 2, 2, frozenset({0, 1}))
+    assert [each.members for each in rest] == [each.members for each in whole[1:]] == [(2, 3)]
+    assert rest[0].names == whole[1].names == ("beta2", "seed")
+    assert sweep._program(rest[0].base) == sweep._program(whole[1].base)
 
 
 def test_lengths_share_a_program_and_not_a_chunk(base):
@@ -135,4 +151,5 @@ def test_side_by_side_is_one_after_another(configs, runs, swept, monkeypatch):
     monkeypatch.setattr(Program, "one_by_one", False)
     events = list(sweep.run([replaced(config, eval_start=False) for config in configs[:2]], runs[1], jax.devices()[:1]))
     for score, mine in zip(events[-1], swept, strict=False):
+        assert score.member == mine[-1].member
         assert score.evaluation.loss == pytest.approx(mine[-1].evaluation.loss, abs=BOUND)

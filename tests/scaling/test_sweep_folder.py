@@ -48,6 +48,7 @@ def test_a_sweep_that_is_cut_off_goes_on_to_the_same_results(sweep, tmp_path, mo
 
     monkeypatch.setattr(SweepFolder, "add", cut_off)
     assert sweep("cut") == 130
+    assert "2 of 4 members are done, and kept; the same command again trains the others" in capsys.readouterr().out
     monkeypatch.setattr(SweepFolder, "add", lambda *given: calls.append([0]) or add(*given))
     assert len((tmp_path / "sweeps/cut/results.jsonl").read_bytes().splitlines()) == 10
     assert sweep("cut") == 0
@@ -75,9 +76,19 @@ def test_a_sweep_that_is_cut_off_goes_on_to_the_same_results(sweep, tmp_path, mo
         assert (best.parent / plot).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_damaged_result_is_told_of(sweep, tmp_path, capsys):
+    assert sweep("hurt", "--lr", "1e-1", "--steps", "10") == 0
+    for text in ("{}\n", "null\n", "{"):
+        (tmp_path / "sweeps/hurt/results.jsonl").write_text(text)
+        assert sweep("hurt", "--lr", "1e-1", "--steps", "10") == 2
+        assert "results.jsonl was damaged: " in capsys.readouterr().err
+
+
 def test_what_cannot_be_swept_leaves_nothing(sweep, tmp_path, capsys):
     assert sweep("bad", "--set", "n_embed=1,2") == 2
     assert "did you mean n_embd?" in capsys.readouterr().err
+    assert sweep("bad", "--set", "vocab_size=8,32") == 2
+    assert "no setting 'vocab_size'" in capsys.readouterr().err
     assert run_verb(["sweep"]) == 2
     assert run_verb(["sweep", "nowhere.json"]) == 2
     assert "nowhere.json cannot be read" in capsys.readouterr().err
@@ -137,3 +148,7 @@ def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeyp
     assert run_verb(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "4000"]) == 2
     assert "3 sizes" not in (said := capsys.readouterr().err)
     assert "6 sizes and 1 amounts of tokens (15360, in whole scans" in said
+    assert run_verb(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32", "2x16", "2x48"]) == 2
+    assert "--sizes 2x16 2x32 2x16 2x48: the same value twice" in capsys.readouterr().err
+    assert run_verb(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "40000", "80000"]) == 2
+    assert "runs of the same length would count twice" in capsys.readouterr().err
