@@ -39,8 +39,8 @@ class PlanOptions:
 def run(args: list[str]) -> int:
     if not args or args[0].startswith("-"):
         if not {"-h", "--help"} & set(args):
-            raise UsageError("which recipe? jaxgpt plan gpt2-124m --topology v5e:16x16")
-        args = ["gpt2-124m", *args]
+            raise UsageError("which recipe? jaxgpt plan gpt2-1.5b --topology v5e:16x16")
+        args = ["gpt2-1.5b", *args]
     name = args.pop(0)
     given = parse(PlanOptions, args, f"plan {name}", VERBS["plan"][1], default=PlanOptions(recipe(name).config))
     config = check(given.config)
@@ -80,12 +80,11 @@ def _on_paper(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
 
 def _compiled(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
     from jaxgpt.report import plans
-    from jaxgpt.scaling import plan, rank
+    from jaxgpt.scaling import estimate, plan, rank
     from jaxgpt.scaling.mesh import Sizes
 
-    sizes = None if given.mesh == "auto" else Sizes.parse(given.mesh)
     chip, devices = plan.topology(given.topology)
-    tried = [(config, sizes)]
+    tried = [(config, None if given.mesh == "auto" else Sizes.parse(given.mesh))]
     if given.sweep:
         if chip is None:
             raise UsageError(
@@ -94,6 +93,15 @@ def _compiled(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
         steps = rank.ranked(plan.resolved(config), chip, len(devices))
         yield from ((line, True) for line in plans.table(steps[:SHOWN]))
         tried = [(config, step.sizes) for config, step in steps[: given.compiled]]
-    for config, sizes in tried:
-        found = plan.plan(config, chip, devices, sizes, given.effort)
-        yield from ((line, found.step.fits) for line in plans.lines(config, given.topology, found))
+    for config, asked in tried:
+        config = plan.resolved(config, "bfloat16" if chip else "float32")
+        sizes = plan.mesh(config, chip, devices, asked)
+        try:
+            found = plan.plan(config, chip, devices, sizes, given.effort)
+        except plan.TooLargeError as error:
+            if chip is None:
+                raise
+            paper = estimate.on_paper(config, chip, sizes)
+            yield from ((line, False) for line in plans.refused(config, given.topology, str(error), paper))
+        else:
+            yield from ((line, found.step.fits) for line in plans.lines(config, given.topology, found))

@@ -38,6 +38,15 @@ def on_paper(config: Config, name: str, step: Step) -> Iterator[str]:
     yield f"verdict: {verdict(config, step)}"
 
 
+def refused(config: Config, topology: str, why: str, step: Step) -> Iterator[str]:
+    """What is told where the compiler finds that a step does not fit: its words, and the paper's figures."""
+    yield f"{about(config, step.sizes)} of {topology}; the compiler refuses:"
+    yield f"  {why}"
+    yield "a chip, on paper:"
+    yield from costs(config, step)
+    yield f"verdict: it does not fit: {knob(config, step)}"
+
+
 def about(config: Config, sizes: Sizes) -> str:
     train = config.train
     return (
@@ -73,7 +82,12 @@ def verdict(config: Config, step: Step) -> str:
         return "it compiles"
     if step.fits:
         return "it fits"
-    return f"it does not fit, by {size(step.memory - step.chip.memory)}: {knob(config, step)}"
+    if step.memory > step.chip.memory:
+        return f"it does not fit, by {size(step.memory - step.chip.memory)}: {knob(config, step)}"
+    return (
+        f"it may not fit: it takes {step.memory / step.chip.memory:.0%} of the memory on paper, where more than "
+        f"{step.room:.0%} is not trusted: {knob(config, step)}"
+    )
 
 
 def knob(config: Config, step: Step) -> str:
@@ -104,6 +118,6 @@ def table(ranked: list[tuple[Config, Step]]) -> Iterator[str]:
     for config, step in ranked:
         train, (_, most) = config.train, step.bounds
         rate = train.batch_size * config.model.block_size / most
-        holds = size(step.memory) + ("" if step.fits else ", too much")
+        holds = size(step.memory) + ("" if step.fits else ", too much or nearly so")
         cells = (step.sizes, train.batch_size, train.accumulate, holds, f"{1000 * most:,.0f}", f"{rate:,.0f}")
         yield f"| {step.sizes.devices} | " + " | ".join(map(str, cells)) + f" | {step.utilisation[0]:.0%} |"

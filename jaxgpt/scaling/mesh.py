@@ -44,6 +44,12 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 more in front, which is not split."""
 
 
+MOST_TENSOR = 8
+"""Devices along `tensor`, for "auto": they sum activations four times a block."""
+LEAST_CONTEXT = 256
+"""Tokens of a context on a device, for "auto": with fewer, keys and values on their way outweigh the products."""
+
+
 class MeshError(UsageError):
     """A mesh cannot be had, or does not divide what it is to split."""
 
@@ -200,7 +206,8 @@ def choose(config: Config, devices: int, memory: int | None) -> tuple[Sizes, str
     """The mesh that "auto" is, and why, for so many devices alike with `memory` bytes each (None: unknown).
 
     Copies of the whole state (data) where it takes no more than half of a device, else split over as few as it takes
-    (fsdp). Devices beyond the sequences of a micro-batch split heads and channels (tensor), or the context.
+    (fsdp). Devices beyond the sequences of a micro-batch split heads and channels (tensor), or the context, up to
+    MOST_TENSOR and LEAST_CONTEXT; else they stay idle. Fewer micro-batches would be better: the line says how many.
     """
     state = cost.FLOAT * 4 * cost.n_params(config.model)  # parameters, gradients, two moments
     over_batch = max(n for n in divisors(devices) if (config.train.batch_size // config.train.accumulate) % n == 0)
@@ -210,13 +217,25 @@ def choose(config: Config, devices: int, memory: int | None) -> tuple[Sizes, str
     why = f"parameters, gradients and moments take {state / 1e9:.2g} GB"
     why += f" of {memory / 1e9:.3g} GB a device" if memory else ""
     why += f", split over {fsdp} devices" if fsdp > 1 else ", whole on each device"
-    for more in ({"tensor": rest}, {"context": rest}):
-        sizes = Sizes(over_batch // fsdp, fsdp, **more)
-        if rest > 1 and config.model.n_head % sizes.tensor == 0 and not problems(config, sizes):
-            return sizes, f"{why}; {over_batch} parts of the batch, so {next(iter(more))} takes the other {rest}"
-    if rest > 1:
-        why += f"; {devices - over_batch} of {devices} devices stay idle, as only {over_batch} divide the batch"
+    if rest == 1:
+        return Sizes(over_batch // fsdp, fsdp), why
+    fewer = _accumulate(config, devices)
+    better = f"; better, all {devices} take a part of the batch: --accumulate {fewer}" if fewer else ""
+    sensible = {"tensor": rest <= MOST_TENSOR, "context": config.model.block_size >= LEAST_CONTEXT * rest}
+    for axis in (axis for axis, yes in sensible.items() if yes):
+        sizes = Sizes(over_batch // fsdp, fsdp, **{axis: rest})
+        if config.model.n_head % sizes.tensor == 0 and not problems(config, sizes):
+            return sizes, f"{why}; {over_batch} parts of the batch, so {axis} takes the other {rest}{better}"
+    why += f"; {devices - over_batch} of {devices} devices stay idle, as only {over_batch} divide a micro-batch{better}"
     return Sizes(over_batch // fsdp, fsdp), why
+
+
+def _accumulate(config: Config, devices: int) -> int | None:
+    """The fewest micro-batches that divide among so many devices and give none more sequences than one micro-batch
+    has now; None if there are none, or if that is what there is."""
+    B, A = config.train.batch_size, config.train.accumulate
+    found = (a for a in divisors(B) if (B // a) % devices == 0 and B // a // devices <= B // A)
+    return next((a for a in found if a != A), None)
 
 
 def divisors(n: int) -> list[int]:
@@ -243,7 +262,7 @@ def place(config: Config, sizes: Sizes | None) -> tuple[OneDevice | Placement, s
     if jax.process_count() > 1 and sizes.devices != len(devices):
         raise MeshError(
             f"the mesh {sizes} leaves {len(devices) - sizes.devices} of the {len(devices)} devices of "
-            f"{jax.process_count()} processes out: every one has to take part"
+            f"{jax.process_count()} processes out: every one has to take part{f'; {why}' if why else ''}"
         )
     if sizes.devices == 1:
         return OneDevice(), f"on {devices[0].device_kind}"

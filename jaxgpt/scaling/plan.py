@@ -27,6 +27,10 @@ class PlanError(UsageError):
     """A plan cannot be made."""
 
 
+class TooLargeError(PlanError):
+    """The compiler finds that a step does not fit."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A step as it was compiled for the chips of a topology."""
@@ -93,21 +97,30 @@ def resolved(config: Config, precision: Precision = "bfloat16") -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
 
 
-def plan(
-    config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes | None = None, effort: Effort = "least"
-) -> Plan:
-    """Compile one step of `config`, its vocabulary known, for `devices`.
+def mesh(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes | None = None) -> Sizes:
+    """`sizes`, or those that "auto" is, for a config whose vocabulary is known.
 
     Raises:
       MeshError: the mesh does not divide what it splits.
-      PlanError: the compiler refuses.
+      PlanError: it wants more devices than there are, or "auto" cannot use them all.
     """
-    config = resolved(config, "bfloat16" if chip else "float32")
     if sizes is None:
-        sizes, _ = choose(config, len(devices), int(chip.memory) if chip else None)
+        sizes, why = choose(config, len(devices), int(chip.memory) if chip else None)
+        if sizes.devices < len(devices):
+            raise PlanError(f"{why}: say another --batch-size or a --mesh, or let --sweep rank them all")
     check(config, sizes)
     if sizes.devices > len(devices):
         raise PlanError(f"the mesh {sizes} wants {sizes.devices} devices, the topology has {len(devices)}")
+    return sizes
+
+
+def plan(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes, effort: Effort = "least") -> Plan:
+    """Compile one step of `config`, its vocabulary known, for `devices` and a mesh that `mesh` has checked.
+
+    Raises:
+      TooLargeError, PlanError: the compiler refuses.
+    """
+    config = resolved(config, "bfloat16" if chip else "float32")
     began = time.perf_counter()
     compiled = compile_step(config, Placement(sizes, tuple(devices[: sizes.devices])), effort)
     return read(compiled, config, chip, sizes, time.perf_counter() - began)
@@ -121,7 +134,8 @@ def compile_step(config: Config, placement: Placement, effort: Effort = "least")
         program holds and sends hardly changes.
 
     Raises:
-      PlanError: the compiler refuses, for one because it does not fit.
+      TooLargeError: it does not fit, in the compiler's words.
+      PlanError: the compiler refuses for another reason.
     """
     dtype = jnp.uint16 if config.model.vocab_size <= 2**16 else jnp.uint32
     tokens = jax.ShapeDtypeStruct((estimate.TOKENS,), dtype, sharding=placement.everywhere)
@@ -133,8 +147,7 @@ def compile_step(config: Config, placement: Placement, effort: Effort = "least")
         except Exception as error:
             why = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" in why:
-                knobs = "more fsdp or tensor, --accumulate, --remat blocks, or a smaller model"
-                raise PlanError(f"it does not fit: {why}; what helps: {knobs}") from error
+                raise TooLargeError(why) from error
             raise PlanError(f"the compiler refuses: {why}") from error
 
 

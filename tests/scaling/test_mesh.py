@@ -200,6 +200,16 @@ def test_auto_splits_no_more_than_it_must(small, change):
     sizes, why = mesh.choose(change(big, batch_size=5, n_head=8), 7, None)
     assert sizes == Sizes(data=1)
     assert "6 of 7 devices stay idle" in why
+    assert "--accumulate" not in why
+    # nanoGPT's settings, of which 12 sequences are a micro-batch: a context of 1024 is not cut into 64.
+    small = change(big, accumulate=40)
+    sizes, why = mesh.choose(small, 8, 80 * 10**9)
+    assert sizes == Sizes(data=4, tensor=2)
+    assert "better, all 8 take a part of the batch: --accumulate 5" in why
+    assert mesh.choose(change(small, accumulate=5), 8, 80 * 10**9)[0] == Sizes(data=8)
+    sizes, why = mesh.choose(small, 256, 16 * 10**9)
+    assert sizes == Sizes(data=4)
+    assert "252 of 256 devices stay idle, as only 4 divide a micro-batch" in why
 
 
 def test_long_contexts_split_over_devices_are_attended_exactly(small, change):

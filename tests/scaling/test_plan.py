@@ -1,5 +1,6 @@
 """Plans for chips that are not attached: by the compiler for TPUs where it is installed, and for virtual devices."""
 
+import dataclasses
 import importlib.util
 import re
 
@@ -118,11 +119,13 @@ def test_the_verb_ranks_on_paper(capsys):
     assert "verdict: it fits" in capsys.readouterr().out
 
 
-def test_what_cannot_be_planned_is_refused(shallow):
+def test_what_cannot_be_planned_is_refused(shallow, change):
     with pytest.raises(MeshError, match="tensor = 3 does not divide 128 channels"):
-        plan.plan(shallow, None, [], Sizes(tensor=3))
+        plan.mesh(shallow, None, [], Sizes(tensor=3))
     with pytest.raises(PlanError, match="wants 512 devices, the topology has 8"):
-        plan.plan(shallow, *plan.topology("cpu:8"), Sizes(data=16, tensor=32))
+        plan.mesh(shallow, *plan.topology("cpu:8"), Sizes(data=16, tensor=32))
+    with pytest.raises(PlanError, match=r"255 of 256 devices stay idle.*let --sweep rank them all"):
+        plan.mesh(change(shallow, batch_size=13), None, [None] * 256)
     with pytest.raises(PlanError, match="expected a TPU and its arrangement"):
         plan.topology("tpu9:2x2")
     with pytest.raises(PlanError, match="GPUs are planned on paper only"):
@@ -150,7 +153,7 @@ def test_the_knob_that_is_named_leads_to_what_fits(recipes, change):
             break
         tried.append(step.memory)
         said = plans.verdict(config, step)
-        assert said.startswith("it does not fit, by ")
+        assert said.startswith("it does not fit, by " if step.memory > step.chip.memory else "it may not fit: ")
         name, value = re.search(r"--(\S+) (\S+)", said).groups()
         if name == "mesh":
             sizes = Sizes.parse(value)
@@ -159,6 +162,32 @@ def test_the_knob_that_is_named_leads_to_what_fits(recipes, change):
     assert step.fits
     assert len(tried) >= 3
     assert tried == sorted(tried, reverse=True)  # each helped
+
+
+def test_the_paper_trusts_itself_to_four_fifths_of_the_memory(recipes, change):
+    """Which is as far as the compiler was seen to be from it, above."""
+    config, sizes = recipes["1.5b"], Sizes(data=64, fsdp=4)
+    step = estimate.on_paper(config, CHIPS["v5e"], sizes)
+    assert step.fits
+    for share, fits in ((0.75, True), (0.9, False)):
+        chip = dataclasses.replace(CHIPS["v5e"], memory=step.memory / share)
+        found = estimate.on_paper(config, chip, sizes)
+        assert found.fits == fits
+        assert plans.verdict(config, found).startswith("it fits" if fits else "it may not fit: it takes 90%")
+    assert "too much or nearly so" in list(plans.table([(config, found)]))[-1]
+
+
+def test_where_the_compiler_finds_no_room_the_figures_and_the_knob_are_told(monkeypatch, capsys):
+    def refuse(*given):
+        raise plan.TooLargeError("RESOURCE_EXHAUSTED: Used 20G of 16G hbm")
+
+    monkeypatch.setattr(plan, "topology", lambda name: (CHIPS["v5e"], [None] * 256))
+    monkeypatch.setattr(plan, "plan", refuse)
+    assert verb.run(["gpt2-1.5b", "--mesh", "data=256"]) == 1
+    told = capsys.readouterr().out
+    assert "Used 20G of 16G hbm" in told
+    assert "state and tokens 19.2 GB, temporaries" in told
+    assert "verdict: it does not fit: split the state over more chips, --mesh data=128,fsdp=2" in told
 
 
 def test_the_ranking_is_by_time_and_keeps_what_divides(recipes):
