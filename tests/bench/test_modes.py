@@ -2,8 +2,10 @@
 
 import dataclasses
 import inspect
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,7 @@ from jaxgpt.bench import (
     train,
     worker,
 )
+from jaxgpt.bench.processes import Timed
 from jaxgpt.bench.shapes import PRECISIONS, config_of, flops_per_step
 from jaxgpt.config import MissingExtraError, UsageError
 
@@ -277,3 +280,35 @@ def test_all_leaves_every_report_as_soon_as_it_is_there(tmp_path, capsys):
     modes.leave(reports, path)
     assert json.loads(path.read_text()) == {"mode": "all", "reports": reports}
     assert "## sample" in capsys.readouterr().out
+
+
+def test_a_sweep_is_measured_against_as_many_runs(monkeypatch):
+    """Programs that are made up: they leave what real ones leave, and say how long they took."""
+    asked = []
+
+    def run(timed, until=None):
+        verb, _, *words = timed.words[1:]
+        options = dict(zip(words[::2], words[1::2], strict=True))
+        asked.append((verb, options))
+        if verb == "sweep":
+            folder = Path(options["--sweeps-dir"]) / options["--name"]
+            lines = [{"seed": seed, "val_loss": 2.0 + seed, "done": True} for seed in (1337, 1338)]
+            name, timed.seconds = "results.jsonl", 3.0
+        else:
+            folder = Path(options["--runs-dir"]) / options["--run"]
+            lines = [{"val_loss": 9.0}, {"val_loss": 2.25 + int(options["--seed"])}]
+            name, timed.seconds = "metrics.jsonl", 2.0
+        folder.mkdir(parents=True)
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return timed
+
+    monkeypatch.setattr(Timed, "run", run)
+    report = sweep.measure("python-docs", seeds=2, steps=100, tell=quiet)
+    assert [verb for verb, _ in asked] == ["sweep", "train", "train"]
+    assert [options["--seed"] for _, options in asked[1:]] == ["1337", "1338"]
+    assert {options["--steps"] for _, options in asked} == {"100"}
+    assert asked[1][1]["--data-dir"] != asked[2][1]["--data-dir"], "each prepares its text"
+    (first, second) = report["tables"][0]["rows"]
+    assert (first["what"], first["seconds"]["median"], second["seconds"]["median"]) == ("sweep", 3.0, 4.0)
+    assert first["runs / this"]["median"] == pytest.approx(4 / 3)
+    assert first["apart, nats"] == "2.5e-01"
