@@ -6,6 +6,8 @@ machine, and a resumed run sees the batches that an unbroken one would have seen
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -89,8 +91,10 @@ def _parts_of(
     """The part that each window belongs to, and which of the part's windows it is. Shapes: (n,) to (n,) and (n,)."""
     if len(shares) == 1:
         return np.zeros_like(windows), windows
-    # Each part has a run of places; rounding goes to the nearest, so that they add up to MIX.
-    ends = np.rint(MIX * np.cumsum(shares) / sum(shares)).astype(np.int64)
+    # Each part has a run of places; rounding goes to the nearest, so that they add up to MIX. A half goes up, by the
+    # decimals that were written: a part with the share of one place then has one.
+    weights = [Fraction(str(share)) for share in shares]
+    ends = np.array([int(MIX * reach / sum(weights) + Fraction(1, 2)) for reach in accumulate(weights)])
     counts = np.diff(ends, prepend=0)
     of, index = np.empty_like(windows), np.empty_like(windows)
     blocks, places = np.divmod(windows, MIX)

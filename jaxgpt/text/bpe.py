@@ -27,6 +27,10 @@ CHUNK = 2**18
 """Characters that are encoded at once. A run of white space that is longer than a million overflows the stack of
 tiktoken's regular expressions unless it ends its text, and `spans` sees to it that one longer than this does."""
 
+LONGEST = 2**22
+"""Characters after which a text is cut where it need not be: one without white space, such as base64 or a genome, would
+else be a single part, in memory whole."""
+
 # Before the last white space of several, or the only one. Python's \s has four separators that the pattern's has not.
 _CUT = re.compile(r"(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
 
@@ -183,19 +187,31 @@ def learn(parts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 def spans(text: str, size: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of the parts of `text`, each at least `size` characters but for the last.
+    """(begin, end) of the parts of `text`, each at least `size` characters, up to LONGEST, but for the last.
 
     The parts encode to just what the whole encodes to. They are cut before white space that something else follows:
     there a word always begins, since after something else no word goes on with white space, and of several the pattern
     leaves the last to the word that follows. Nor does the cut change the word before it, since the pattern looks ahead
     only past white space, and takes white space at the end of its text whole.
+
+    Where there is no such place in LONGEST characters, it is cut after so many, and again: no token spans that cut. It
+    depends on the text alone and is made whatever the `size`, so that parts of parts are cut nowhere else.
     """
     begin = 0
     while begin < len(text):
-        found = _CUT.search(text, begin + size)
-        end = found.start() if found else len(text)
+        end = _place(text, begin + size, begin + LONGEST)
+        if end is None and len(text) - begin > LONGEST:
+            last = max((found.start() for found in _CUT.finditer(text, begin, begin + size + 1)), default=begin)
+            end = _place(text, begin + LONGEST, last + LONGEST) or last + LONGEST
+        end = min(end or len(text), len(text))
         yield begin, end
         begin = end
+
+
+def _place(text: str, first: int, last: int) -> int | None:
+    """The first place from `first` to `last` where a word begins with white space."""
+    found = _CUT.search(text, first, last + 2)  # a place is seen by the two characters after it
+    return found.start() if found else None
 
 
 def byte_of_letter() -> dict[str, int]:

@@ -98,26 +98,46 @@ def save(corpus: Corpus, folder: Path) -> None:
         raise CorpusError(f"{folder} cannot be written: {error.strerror}; name another folder: --data-dir") from error
 
 
-def load(folder: Path) -> Corpus:
-    """Memory-map a prepared corpus, the SHA-256 of each shard checked.
+def load(folder: Path, verified: bool = False) -> Corpus:
+    """Memory-map a prepared corpus, the SHA-256 and the ids of each shard checked; if they are `verified`, its size.
 
     Raises:
       CorpusError: a file is missing, damaged or of another format.
     """
-    meta = read_meta(folder / "tokens.json")
+    path = folder / "tokens.json"
+    meta = read_meta(path)
+    try:
+        shards = shards_of(meta)
+    except ValueError as error:
+        raise CorpusError(f"{path}: {error}; jaxgpt prepare writes it anew") from error
     tok, dtype = tokenizer.from_json(meta["tokenizer"]), np.dtype(meta["dtype"]).newbyteorder("<")
-    return Corpus(joined([_load_shard(folder, shard, dtype, tok) for shard in shards_of(meta)]), tok, meta)
+    return Corpus(joined([_load_shard(folder, shard, dtype, tok, verified) for shard in shards]), tok, meta)
 
 
 def shards_of(meta: dict[str, Any]) -> list[dict[str, Any]]:
-    """File, count and SHA-256 of each shard; format 1 had one."""
+    """File, count and SHA-256 of each shard, checked, as the names become paths; format 1 had one shard.
+
+    Raises:
+      ValueError: it names none, or others than `save` writes; or it is a mixture's, which has none of its own.
+    """
+    if "parts" in meta:
+        raise ValueError("it is that of a mixture in a run, expected that of a prepared folder")
     if meta["format"] == 1:
         return [{"file": "tokens.bin", "count": meta["count"], "sha256": meta["sha256"]}]
-    shards: list[dict[str, Any]] = meta["shards"]
+    shards = meta.get("shards")
+    if not isinstance(shards, list):
+        raise ValueError("it has no shards of type list")
+    for i, shard in enumerate(shards):
+        match shard:
+            case {"file": str(name), "count": int(n), "sha256": str()} if name == f"tokens-{i:05}.bin" and n >= 1:
+                continue
+        raise ValueError(f"its shard {i} is {shown(shard)}, expected file tokens-{i:05}.bin, a count and a sha256")
+    if sum(shard["count"] for shard in shards) != meta["count"]:
+        raise ValueError(f"its shards do not hold {meta['count']:,} tokens together")
     return shards
 
 
-def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: Tokenizer) -> Ids:
+def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: Tokenizer, verified: bool) -> Ids:
     path = folder / shard["file"]
     if not path.is_file():
         raise CorpusError(f"{path} is missing; jaxgpt prepare makes it")
@@ -127,13 +147,15 @@ def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: 
             f"{path} has {size:,} bytes, expected {expected:,} ({shard['count']:,} {dtype.name}): "
             "it is damaged; remove the folder and run jaxgpt prepare again"
         )
+    tokens = np.memmap(path, dtype, mode="r")
+    if verified:
+        return tokens
     digest = disk.sha256(path)
     if digest != shard["sha256"]:
         raise CorpusError(
             f"{path} has SHA-256 {digest}, expected {shard['sha256']}: "
             "it is damaged; remove the folder and run jaxgpt prepare again"
         )
-    tokens = np.memmap(path, dtype, mode="r")
     largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
     if largest >= tok.vocab_size:
         raise CorpusError(
@@ -173,22 +195,22 @@ def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
             f"it has format {meta['format']}, dtype {meta['dtype']}, count {meta['count']}; expected format "
             f"1 or {FORMAT}, dtype uint16 or uint32 and a count from 1 to 2**63 - 1"
         )
-    if meta["format"] == FORMAT and "parts" not in meta:
-        _check_shards(meta.get("shards"), meta["count"])
+    if "parts" in meta:
+        _check_parts(meta["parts"])
+    else:
+        shards_of(meta)
     tokenizer.from_json(meta["tokenizer"])
     return meta
 
 
-def _check_shards(shards: Any, count: int) -> None:
-    if not isinstance(shards, list):
-        raise ValueError("it has no shards of type list")
-    for i, shard in enumerate(shards):
-        match shard:
-            case {"file": str(name), "count": int(n), "sha256": str()} if name == f"tokens-{i:05}.bin" and n >= 0:
+def _check_parts(parts: Any) -> None:
+    if not isinstance(parts, list) or len(parts) < 2:
+        raise ValueError(f"its parts are {shown(parts)}, expected a list of two or more")
+    for part in parts:
+        match part:
+            case {"source": str(), "count": int(), "sha256": str()}:
                 continue
-        raise ValueError(f"its shard {i} is {shown(shard)}, expected file tokens-{i:05}.bin, a count and a sha256")
-    if sum(shard["count"] for shard in shards) != count:
-        raise ValueError(f"its shards do not hold {count:,} tokens together")
+        raise ValueError(f"a part of it is {shown(part)}, expected a source, a count and a sha256")
 
 
 def tokenizer_of(path: Path) -> Tokenizer:
@@ -212,3 +234,8 @@ def folder_of(meta: dict[str, Any], data_dir: Path) -> Path:
     """Where `prepare` puts the corpus that `meta` describes: what differs in ids or vocabulary shares no folder."""
     both = hashlib.sha256(json.dumps([meta["sha256"], meta["tokenizer"]]).encode()).hexdigest()
     return data_dir / f"{meta['source']}-{meta['tokenizer']['kind']}-{both[:8]}"
+
+
+def folders_of(meta: dict[str, Any], data_dir: Path) -> list[Path]:
+    """`folder_of` each part of a mixture; of any other corpus its own."""
+    return [folder_of(part | {"tokenizer": meta["tokenizer"]}, data_dir) for part in meta.get("parts", [meta])]

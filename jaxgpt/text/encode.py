@@ -6,10 +6,10 @@ the text again up to where it ended, to see that it is the same, and encodes fro
 
 import hashlib
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ PART = 2**20
 """Characters that are encoded at once, at least."""
 SHARD = 2**25
 """Ids of a shard, at least; each is written at once."""
-PROGRESS = "progress.json"
+PROGRESS, LOCK = "progress.json", ".lock"
 Spans = Callable[[str, int], Iterator[tuple[int, int]]]
 T = TypeVar("T")
 U = TypeVar("U")
@@ -62,20 +62,27 @@ def learn(stream: Callable[[], Iterable[str]], spec: str) -> Tokenizer:
     return bpe.learn(cut(stream(), bpe.spans), int(spec.removeprefix("bpe:")))
 
 
-def encode(stream: Stream, tok: Tokenizer, unknown: str, work: Path, progress: Progress) -> Encoded:
+@contextmanager
+def encode(stream: Stream, tok: Tokenizer, unknown: str, work: Path, progress: Progress) -> Iterator[Encoded]:
     """Encode a text; what is more than a shard goes to the folder `work`, which is made then.
 
     Args:
       unknown: "skip" leaves out characters outside the vocabulary, and counts them.
-      work: for this text and tokenizer alone; may hold the shards of an attempt that was killed.
+      work: for this text and tokenizer alone; may hold the shards of an attempt that was killed. It is touched by this
+        process alone until the context ends.
 
     Raises:
       UnknownCharacterError: a character is outside the vocabulary and `unknown` is "error".
       EncodeError: `work` cannot be written to, or another process does.
     """
+    with _Shards(work) as shards:
+        yield _encoded(stream, tok, unknown, shards, progress)
+
+
+def _encoded(stream: Stream, tok: Tokenizer, unknown: str, shards: "_Shards", progress: Progress) -> Encoded:
     dtype = np.dtype(np.uint16 if tok.vocab_size <= 2**16 else np.uint32)
     found, source, ids_hash, parts_hash = Encoded(), hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-    before = _left(work, dtype)
+    before = shards.left(dtype)
     read = 0
 
     def seen(n: int) -> None:
@@ -105,11 +112,10 @@ def encode(stream: Stream, tok: Tokenizer, unknown: str, work: Path, progress: P
             parts_hash.update(part.encode("utf-8", "surrogatepass"))
             first += len(part)
         if parts_hash.hexdigest() != before["parts_sha256"]:  # another text by the same name
-            shutil.rmtree(work)
-            return encode(stream, tok, unknown, work, progress)
-        found.shards = before["shards"]
-        for shard in found.shards:
-            ids_hash.update((work / shard["file"]).read_bytes())
+            shards.clear()
+            return _encoded(stream, tok, unknown, shards, progress)
+        for shard in shards.done:
+            ids_hash.update((shards.work / shard["file"]).read_bytes())
 
     def numbered() -> Iterator[tuple[int, str]]:
         at = first
@@ -119,15 +125,15 @@ def encode(stream: Stream, tok: Tokenizer, unknown: str, work: Path, progress: P
 
     held: list[NDArray[Any]] = []
     n_parts = before["parts"] if before else 0
-    with _Shards(work, found.shards) as shards:
-        for (_, part), new in in_order(ids, numbered()):
-            parts_hash.update(part.encode("utf-8", "surrogatepass"))
-            ids_hash.update(new.tobytes())
-            held.append(new)
-            n_parts += 1
-            if sum(map(len, held)) >= SHARD:
-                shards.add(np.concatenate(held), n_parts, parts_hash.hexdigest())
-                held = []
+    for (_, part), new in in_order(ids, numbered()):
+        parts_hash.update(part.encode("utf-8", "surrogatepass"))
+        ids_hash.update(new.tobytes())
+        held.append(new)
+        n_parts += 1
+        if sum(map(len, held)) >= SHARD:
+            shards.add(np.concatenate(held), n_parts, parts_hash.hexdigest())
+            held = []
+    found.shards = shards.done
     found.rest = np.concatenate(held) if held else np.zeros(0, dtype)
     found.sha256, found.source_sha256 = ids_hash.hexdigest(), source.hexdigest()
     return found
@@ -135,14 +141,19 @@ def encode(stream: Stream, tok: Tokenizer, unknown: str, work: Path, progress: P
 
 def cut(pieces: Iterable[str], spans: Spans, size: int | None = None) -> Iterator[str]:
     """A text in pieces as parts of at least `size` (PART) characters, cut where `spans` cuts the whole."""
-    rest, size = "", size or PART
+    size = size or PART
+    held, length, enough = list[str](), 0, 2 * size
     for piece in pieces:
-        rest += piece
-        if len(rest) > 2 * size:
+        held.append(piece)
+        length += len(piece)
+        if length > enough:
+            rest = "".join(held)
             *whole, (last, _) = spans(rest, size)
             for begin, end in whole:
                 yield rest[begin:end]
-            rest = rest[last:]
+            held, length = [rest[last:]], len(rest) - last
+            enough = 2 * max(size, length)  # what was searched is searched again only once there is as much of new
+    rest = "".join(held)
     for begin, end in spans(rest, size):
         yield rest[begin:end]
 
@@ -168,13 +179,13 @@ def in_order(function: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T
 
 
 class _Shards:
-    """Shards in a folder that is made for the first of them, and held by this process alone from then on."""
+    """Shards in a folder that is made for the first of them, and held by this process alone while it is there."""
 
-    def __init__(self, work: Path, shards: list[dict[str, Any]]):
-        self._work, self._shards, self._lock = work, shards, filelock.FileLock(work / ".lock", timeout=0)
+    def __init__(self, work: Path):
+        self.work, self.done, self._lock = work, list[dict[str, Any]](), filelock.FileLock(work / LOCK, timeout=0)
 
     def __enter__(self) -> "_Shards":
-        if self._shards:
+        if os.path.isdir(self.work):  # of an attempt that was killed, or that goes on elsewhere
             self._hold()
         return self
 
@@ -183,37 +194,44 @@ class _Shards:
 
     def _hold(self) -> None:
         try:
-            self._work.mkdir(parents=True, exist_ok=True)
+            self.work.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except filelock.Timeout as error:
-            raise EncodeError(f"another process prepares the same text in {self._work}: wait for it") from error
+            raise EncodeError(f"another process prepares the same text in {self.work}: wait for it") from error
         except OSError as error:
-            raise EncodeError(f"{self._work} cannot be written: {error.strerror}; name another: --data-dir") from error
+            raise EncodeError(f"{self.work} cannot be written: {error.strerror}; name another: --data-dir") from error
+
+    def left(self, dtype: np.dtype[Any]) -> dict[str, Any] | None:
+        """What a killed attempt says that it left, if its shards are whole; else None, and they are gone."""
+        if not self._lock.is_locked:  # there was none
+            return None
+        try:
+            said = disk.unseal((self.work / PROGRESS).read_bytes())
+            for shard in said["shards"]:
+                path = self.work / shard["file"]
+                if path.stat().st_size != shard["count"] * dtype.itemsize or disk.sha256(path) != shard["sha256"]:
+                    raise disk.SealError(f"{path} is damaged")
+            self.done = said["shards"]
+            return said
+        except (OSError, disk.SealError, KeyError, TypeError):
+            self.clear()
+            return None
+
+    def clear(self) -> None:
+        """Remove what lies there, but for the lock, which is held."""
+        self.done = []
+        for path in self.work.iterdir():
+            if path.name != LOCK:
+                path.unlink()
 
     def add(self, ids: NDArray[Any], n_parts: int, parts_sha256: str) -> None:
         if not self._lock.is_locked:
             self._hold()
-        name, data = f"tokens-{len(self._shards):05}.bin", ids.tobytes()
+        name, data = f"tokens-{len(self.done):05}.bin", ids.tobytes()
         try:
-            disk.write_atomically(self._work / name, data)
-            self._shards.append({"file": name, "count": len(ids), "sha256": hashlib.sha256(data).hexdigest()})
-            said = {"shards": self._shards, "parts": n_parts, "parts_sha256": parts_sha256}
-            disk.write_atomically(self._work / PROGRESS, disk.seal(said).encode())
+            disk.write_atomically(self.work / name, data)
+            self.done.append({"file": name, "count": len(ids), "sha256": hashlib.sha256(data).hexdigest()})
+            said = {"shards": self.done, "parts": n_parts, "parts_sha256": parts_sha256}
+            disk.write_atomically(self.work / PROGRESS, disk.seal(said).encode())
         except OSError as error:
-            raise EncodeError(f"{self._work} cannot be written: {error.strerror}; name another: --data-dir") from error
-
-
-def _left(work: Path, dtype: np.dtype[Any]) -> dict[str, Any] | None:
-    """What a killed attempt says that it left, if its shards are whole; else None, and the folder is gone."""
-    try:
-        said = disk.unseal((work / PROGRESS).read_bytes())
-        for shard in said["shards"]:
-            path = work / shard["file"]
-            if path.stat().st_size != shard["count"] * dtype.itemsize or disk.sha256(path) != shard["sha256"]:
-                raise disk.SealError(f"{path} is damaged")
-        return said
-    except OSError:  # there is none; or the folder cannot be had, which is said when it is written to
-        return None
-    except (disk.SealError, KeyError, TypeError):
-        shutil.rmtree(work)
-        return None
+            raise EncodeError(f"{self.work} cannot be written: {error.strerror}; name another: --data-dir") from error

@@ -24,6 +24,7 @@ from jaxgpt.text.corpus import (
     CorpusError,
     checked_meta,
     folder_of,
+    folders_of,
     load,
     require_fit,
     save,
@@ -106,25 +107,51 @@ def _prepare(
     tok = tok or tokenizer_for(spec, [stream], progress)
     about = json.dumps([stream.origin, unknown, column, tok.to_json()])
     work = data_dir / f".{stream.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.part"
-    encoded = encode.encode(stream, tok, unknown, work, progress)
-    meta = _meta(stream, tok, encoded)
-    done = [np.memmap(work / shard["file"], encoded.rest.dtype, mode="r") for shard in encoded.shards]
-    fresh = Corpus(joined([*done, *([encoded.rest] if len(encoded.rest) or not done else [])]), tok, meta)
-    fit(fresh)
-    folder = folder_of(meta, data_dir)
-    try:
-        found = load(folder)
-        reused = _same(found.meta, meta)
-    except CorpusError:  # missing or damaged: what is in hand takes its place
-        reused = False
-    if reused:
+    with encode.encode(stream, tok, unknown, work, progress) as encoded:
+        meta = _meta(stream, tok, encoded)
+        done = [np.memmap(work / shard["file"], encoded.rest.dtype, mode="r") for shard in encoded.shards]
+        fresh = Corpus(joined([*done, *([encoded.rest] if len(encoded.rest) or not done else [])]), tok, meta)
+        fit(fresh)
+        folder = folder_of(meta, data_dir)
+        try:
+            found = load(folder)
+            reused = _same(found.meta, meta)
+        except CorpusError:  # missing or damaged: what is in hand takes its place
+            reused = False
+        if not reused and encoded.shards:
+            _finish(work, meta, encoded.rest, folder)
+        elif not reused:
+            save(fresh, folder)
         shutil.rmtree(work, ignore_errors=True)
-        return found, folder, True
-    if encoded.shards:
-        _finish(work, meta, encoded.rest, folder)
-    else:
-        save(fresh, folder)
-    return load(folder), folder, False
+    return (found if reused else load(folder)), folder, reused
+
+
+def ready(corpus: str, meta: dict[str, Any], data_dir: Path, verified: bool = False) -> Corpus | None:
+    """The corpus that `meta` describes, of a text or of a mixture, as it lies prepared; None if not all of it does.
+
+    Args:
+      corpus: as in `prepare`; each part lies in its folder of `data_dir`, or is a folder that `corpus` names.
+      verified: as in `corpus.load`, of the folders in `data_dir`; what is named may be another copy on each machine.
+
+    Raises:
+      SourceError, CorpusError: it lies there, but cannot be had, or is damaged.
+    """
+    shares, folders = sources.mixture(corpus), folders_of(meta, data_dir)
+    if len(shares) != len(folders):
+        return None
+    parts = []
+    for (share, name), folder in zip(shares, folders, strict=True):
+        if (folder / "tokens.json").is_file():
+            part = load(folder, verified)
+        elif _is_prepared(name):
+            part = load(_prepared_folder(name))
+        else:
+            return None
+        if folder_of(part.meta, data_dir) != folder:  # another text, or another tokenizer
+            return None
+        parts.append((share, part))
+    found = mixed(parts) if "parts" in meta else parts[0][1]
+    return found if found.meta["sha256"] == meta["sha256"] else None
 
 
 def _finish(work: Path, meta: dict[str, Any], rest: Ids, folder: Path) -> None:
@@ -133,11 +160,11 @@ def _finish(work: Path, meta: dict[str, Any], rest: Ids, folder: Path) -> None:
         if len(rest):
             disk.write_atomically(work / meta["shards"][-1]["file"], rest.tobytes())
         disk.write_atomically(work / "tokens.json", disk.seal(meta).encode())
-        for name in (encode.PROGRESS, ".lock"):
-            (work / name).unlink(missing_ok=True)
+        (work / encode.PROGRESS).unlink()
         if folder.exists():  # what lies there is damaged
             shutil.rmtree(folder)
         work.rename(folder)
+        (folder / encode.LOCK).unlink()  # only now, so that nobody takes it between
         disk.sync(folder.parent)
     except OSError as error:
         raise CorpusError(f"{folder} cannot be written: {error.strerror}; name another folder: --data-dir") from error
@@ -165,7 +192,10 @@ def mixed(parts: Sequence[tuple[float, Corpus]]) -> Corpus:
 
 def _is_prepared(corpus: str) -> bool:
     """Whether it is a folder that `prepare` made, here or at a URL."""
-    return corpus not in sources.NAMED and bool(corpus) and (sources.place(corpus) / "tokens.json").is_file()
+    if not corpus or corpus in sources.NAMED:
+        return False
+    with sources.reached(corpus):
+        return (sources.place(corpus) / "tokens.json").is_file()
 
 
 def _prepared_folder(corpus: str) -> Path:
@@ -177,19 +207,20 @@ def fetched(url: str) -> Path:
     """A prepared folder at a URL as a copy in the cache: each file fetched once, checked, whole or not there.
 
     Raises:
-      CorpusError: it cannot be fetched, or is not what its tokens.json says.
+      SourceError: it cannot be fetched.
+      CorpusError: it is not what its tokens.json says.
     """
     there = sources.place(url)
-    try:
+    with sources.reached(url):
         data = (there / "tokens.json").read_bytes()
         try:
-            meta = checked_meta(disk.unseal(data))
+            shards = shards_of(checked_meta(disk.unseal(data)))
         except ValueError as error:
             raise CorpusError(f"{url}/tokens.json: {error}") from error
         here = sources.cache_dir() / "corpora" / hashlib.sha256(data).hexdigest()[:16]
         here.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(here / ".lock"):  # the processes of a host come for it together
-            for shard in shards_of(meta):
+            for shard in shards:
                 path = here / shard["file"]
                 if path.is_file() and disk.sha256(path) == shard["sha256"]:
                     continue
@@ -201,8 +232,6 @@ def fetched(url: str) -> Path:
                     raise CorpusError(f"{url}/{shard['file']} has SHA-256 {found}, expected {shard['sha256']}")
                 partial_file.replace(path)
             disk.write_atomically(here / "tokens.json", data)
-    except OSError as error:
-        raise CorpusError(f"{url} cannot be fetched: {error}") from error
     return here
 
 
@@ -233,8 +262,10 @@ def tokenize(source: sources.Source, spec: str = "char", unknown: str = "error",
       UsageError: `spec` names no tokenizer, or one that cannot be had.
     """
     tok = tokenizer_for(spec, [source.stream()], progress)
-    with tempfile.TemporaryDirectory(prefix="jaxgpt-") as folder:
-        found = encode.encode(source.stream(), tok, unknown, Path(folder) / "work", progress)
+    with (
+        tempfile.TemporaryDirectory(prefix="jaxgpt-") as folder,
+        encode.encode(source.stream(), tok, unknown, Path(folder) / "work", progress) as found,
+    ):
         shards = [np.fromfile(Path(folder) / "work" / shard["file"], found.rest.dtype) for shard in found.shards]
     return Corpus(np.concatenate([*shards, found.rest]), tok, _meta(source.stream(), tok, found))
 

@@ -37,12 +37,15 @@ class Joined:
         places = np.asarray(at)
         if places.size and not (places.min() >= 0 and places.max() < len(self)):
             raise IndexError(f"places from {places.min()} to {places.max()} of {len(self)} tokens")
-        found = np.empty(places.shape, self.dtype)
-        of = np.searchsorted(self.ends, places, side="right")
-        for i in np.unique(of):
-            here, first = of == i, self.ends[i] - len(self.pieces[i])
-            found[here] = self.pieces[i][places[here] - first]
-        return found
+        flat = places.reshape(-1)
+        found, of = np.empty(flat.shape, self.dtype), np.searchsorted(self.ends, flat, side="right")
+        # Sorted by piece once: to look for the places of each among all would cost their product.
+        order = np.argsort(of, kind="stable")
+        bounds = np.searchsorted(of[order], np.arange(len(self.pieces) + 1))
+        for i in np.flatnonzero(np.diff(bounds)):
+            here = order[bounds[i] : bounds[i + 1]]
+            found[here] = self.pieces[i][flat[here] - (self.ends[i] - len(self.pieces[i]))]
+        return found.reshape(places.shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return np.concatenate(self.pieces).astype(dtype or self.dtype, copy=False)

@@ -8,6 +8,7 @@ import re
 import sysconfig
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import cast
 import numpy as np
 
 from jaxgpt import disk
-from jaxgpt.config import MissingExtraError
+from jaxgpt.config import MissingExtraError, UsageError
 from jaxgpt.text import files
 from jaxgpt.text.files import Seen, SourceError
 
@@ -71,10 +72,11 @@ class Stream:
           SourceError: it cannot be read, or there is nothing but white space in it.
         """
         blank = True
-        for piece in self.reader(notes, seen):
-            blank = blank and not piece.strip()
-            if piece:
-                yield piece
+        with reached(self.origin):
+            for piece in self.reader(notes, seen):
+                blank = blank and not piece.strip()
+                if piece:
+                    yield piece
         if blank:
             raise SourceError(f"{self.origin} holds no text")
 
@@ -99,14 +101,12 @@ def open_stream(corpus: str, column: str = "text") -> Stream:
     if corpus in NAMED:
         return NAMED[corpus]().stream()
     path = place(corpus)
-    try:
+    with reached(corpus):
         if path.is_dir():
             return _folder(path, column)
         if path.is_file():
             name, origin = Path(path.name.removesuffix(".gz")).stem, corpus if is_url(corpus) else str(path.resolve())
             return Stream(name, origin, path.stat().st_size, partial(files.pieces, path, column))
-    except OSError as error:
-        raise SourceError(f"{corpus} cannot be read: {error}") from error
     raise SourceError(
         f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, "
         "and any file or folder of UTF-8, .jsonl or .parquet can be given by its path"
@@ -122,18 +122,29 @@ def place(corpus: str) -> Path:
     """Where a corpus lies, to be read as any path; that of a URL needs the extra `remote`.
 
     Raises:
-      MissingExtraError: it is not installed, or not the package for this kind of store.
+      MissingExtraError: it is not installed.
+      SourceError: there is no such kind of store.
     """
     if not is_url(corpus):
         return Path(corpus).expanduser()
     try:
         from upath import UPath
-
-        return cast(Path, UPath(corpus))
     except ImportError as error:
-        raise MissingExtraError(f"{corpus}, in a store,", error.name or "universal_pathlib", "remote") from error
-    except ValueError as error:
-        raise SourceError(f"{corpus}: {error}") from error
+        raise MissingExtraError(f"{corpus}, in a store,", "universal_pathlib", "remote") from error
+    with reached(corpus):
+        return cast(Path, UPath(corpus))
+
+
+@contextmanager
+def reached(corpus: str) -> Iterator[None]:
+    """What goes wrong as `corpus` is looked at, as a SourceError: of a store anything, for its errors are its own."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UsageError) or not (is_url(corpus) or isinstance(error, OSError)):
+            raise
+        hint = "; pip install what it names, beside 'jaxgpt[remote]'" if isinstance(error, ImportError) else ""
+        raise SourceError(f"{corpus} cannot be had: {str(error) or type(error).__name__}{hint}") from error
 
 
 def absolute(corpus: str) -> str:

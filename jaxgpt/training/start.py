@@ -13,9 +13,9 @@ from jaxgpt.nn import numerics
 from jaxgpt.text import corpus as corpora
 from jaxgpt.text import sources
 from jaxgpt.text.corpus import Corpus, CorpusError
-from jaxgpt.text.prepare import prepare
+from jaxgpt.text.prepare import prepare, ready
 from jaxgpt.text.tokenizer import Tokenizer
-from jaxgpt.training import memory
+from jaxgpt.training import memory, processes
 from jaxgpt.training.checkpoint import CheckpointError, Checkpoints, abstract
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.recovery import about, require_own, require_same
@@ -79,14 +79,17 @@ def resume(config: Config, run: Run, data_dir: Path) -> Corpus:
 def corpus_of(run: Run, data_dir: Path) -> Corpus:
     """The tokens that `run` learns from: as prepared then, or prepared anew and found to be the same.
 
+    Of several processes the first is to call it before the others, which do without its checks.
+
     Raises:
-      CorpusError: they are not to be had, or are not the same.
+      SourceError, CorpusError: they are not to be had, or are not the same.
     """
-    folder, wanted = corpora.folder_of(run.corpus_meta, data_dir), run.corpus_meta["sha256"]
-    if (folder / "tokens.json").is_file():
-        return corpora.load(folder)
+    if found := ready(run.config.data.corpus, run.corpus_meta, data_dir, verified=not processes.first()):
+        return found
+    wanted = run.corpus_meta["sha256"]
+    folders = " and ".join(map(str, corpora.folders_of(run.corpus_meta, data_dir)))
     was = f"run {run.path.name!r} learns from {run.corpus_meta['origin']} (tokens of SHA-256 {wanted})"
-    by_hand = f"put the tokens-*.bin and tokens.json of then into {folder}, or name their folder's parent: --data-dir"
+    by_hand = f"put the tokens-*.bin and tokens.json of then into {folders}, or name the folder around: --data-dir"
     try:
         found = tokens_of(run.config, data_dir)
     except UsageError as error:

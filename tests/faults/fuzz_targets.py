@@ -60,10 +60,17 @@ def run_meta(data: bytes) -> None:
     if not isinstance(tree, dict):
         return
     try:
-        tok = tokenizer.from_json(corpus.checked_meta(tree)["tokenizer"])
+        meta = corpus.checked_meta(tree)
+        corpus.folders_of(meta, TINY)
+        tok = tokenizer.from_json(meta["tokenizer"])
     except ValueError as error:
         _require_plain(error)
         return
+    try:
+        names = [shard["file"] for shard in corpus.shards_of(meta)]
+        assert all(name == Path(name).name for name in names), "a shard would lie outside its folder"
+    except ValueError as error:
+        _require_plain(error)
     assert tokenizer.from_json(tok.to_json()) == tok
     assert len(tok.token_bytes) == tok.vocab_size
     tok.decode(np.arange(tok.vocab_size))
@@ -77,7 +84,10 @@ def seeds_meta() -> list[bytes]:
     tokenizers = [CharTokenizer.train(TEXT), CharTokenizer("é\ud800🙂"), ByteTokenizer(), _tiny_bpe()]
     plain = {"format": corpus.FORMAT, "dtype": "uint16", "count": 3, "sha256": "", "source": "a", "origin": "b"}
     plain |= {"source_sha256": "", "notes": [], "skipped_characters": 0}
-    return [json.dumps({**plain, "tokenizer": tok.to_json()}).encode() for tok in tokenizers]
+    shards = {"shards": [{"file": "tokens-00000.bin", "count": 3, "sha256": ""}]}
+    parts = {"parts": [{"source": "a", "count": 1, "sha256": ""}, {"source": "b", "count": 2, "sha256": ""}]}
+    metas = [plain | more | {"tokenizer": tok.to_json()} for tok in tokenizers for more in (shards, parts)]
+    return [json.dumps(meta).encode() for meta in metas]
 
 
 def run_gpt2_folder(data: bytes) -> None:

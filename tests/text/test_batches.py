@@ -165,6 +165,19 @@ class TestMixtures:
             starts = batches.mixed_starts(3, 0, 200, self.PARTS, 8, 10, sampling)
             np.testing.assert_array_equal(self.of(starts), self.of(starts + 8))
 
+    @pytest.mark.parametrize(
+        ("shares", "counts"),
+        [
+            ((1.5, 1, 997.5), [2, 1, 997]),
+            ((0.08525, 0.0037, 0.0001, 0.01095), [853, 37, 1, 109]),
+            ((0.7, 0.2, 0.1), [700, 200, 100]),
+            ((1, 1, 1), [333, 334, 333]),
+        ],
+    )
+    def test_a_part_with_the_share_of_one_window_has_one(self, shares, counts):
+        of, _ = batches._parts_of(3, np.arange(2000, 3000), shares)
+        assert np.bincount(of, minlength=len(shares)).tolist() == counts
+
     def test_the_order_is_no_pattern(self):
         of = self.of(batches.mixed_starts(3, 0, 100, self.PARTS, 8, 10).reshape(-1))
         other = self.of(batches.mixed_starts(3, 100, 200, self.PARTS, 8, 10).reshape(-1))

@@ -156,6 +156,10 @@ def test_gpt2_is_a_tokenizer_of_that_name(monkeypatch):
     assert corpus.tokenizer.vocab_size == 257
 
 
+OTHER = {"file": "tokens-00001.bin", "sha256": ""}
+PART = {"source": "a", "count": 420, "sha256": ""}
+
+
 def damage(folder, name, change):
     path = folder / name
     if change is None:
@@ -182,12 +186,34 @@ def damage(folder, name, change):
         ("tokens.json", lambda meta: meta.update(dtype="object"), "dtype object"),
         ("tokens.json", lambda meta: meta.update(format=99), "format 99"),
         ("tokens.json", lambda meta: meta.update(tokenizer={"kind": "words"}), "not a tokenizer"),
+        ("tokens.json", lambda meta: meta.pop("shards"), "no shards of type list"),
+        (
+            "tokens.json",
+            lambda meta: meta["shards"][0].update(file="../tokens-00000.bin"),
+            "expected file tokens-00000",
+        ),
+        ("tokens.json", lambda meta: meta["shards"].append(OTHER | {"count": 0}), "its shard 1 is"),
+        ("tokens.json", lambda meta: meta.update(parts=[]), r"its parts are \[\], expected a list of two or more"),
+        (
+            "tokens.json",
+            lambda meta: meta.update(parts=[{"source": "a"}] * 2),
+            "expected a source, a count and a sha256",
+        ),
+        ("tokens.json", lambda meta: meta.update(parts=[PART] * 2), "it is that of a mixture in a run"),
     ],
 )
 def test_damage_is_named(prepared, name, change, said):
     damage(prepared.folder, name, change)
     with pytest.raises(CorpusError, match=said):
         corpora.load(prepared.folder)
+
+
+def test_what_is_verified_already_is_checked_for_its_size(prepared):
+    damage(prepared.folder, "tokens-00000.bin", lambda data: data.__setitem__(5, data[5] ^ 1))
+    assert len(corpora.load(prepared.folder, verified=True).tokens) == 840
+    damage(prepared.folder, "tokens-00000.bin", lambda data: data.pop())
+    with pytest.raises(CorpusError, match="1,679 bytes, expected 1,680"):
+        corpora.load(prepared.folder, verified=True)
 
 
 def test_a_tokens_json_that_is_no_json(prepared):

@@ -4,13 +4,16 @@ import json
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxgpt import disk
 from jaxgpt.text import bpe, encode, sources
+from jaxgpt.text import prepare as prepare_module
 from jaxgpt.text.corpus import CorpusError, load
 from jaxgpt.text.encode import EncodeError
 from jaxgpt.text.prepare import prepare, tokenize
@@ -57,6 +60,35 @@ def test_a_text_in_pieces_is_cut_as_the_whole(spans, text, size):
     assert "".join(parts) == text
     ends = set(np.cumsum([end - begin for begin, end in spans(text, size)]))
     assert set(np.cumsum([len(part) for part in parts])) == ends
+
+
+def test_a_text_without_white_space_is_searched_about_twice():
+    searched, size, piece = [], 1000, "x" * 1000
+
+    def spans(text, size):
+        searched.append(len(text))
+        return bpe.spans(text, size)
+
+    assert [len(part) for part in encode.cut([piece] * 200, spans, size)] == [200_000]
+    assert sum(searched) < 4 * 200_000
+    with mock.patch.object(bpe, "LONGEST", 5000):
+        assert [len(part) for part in encode.cut([piece] * 2000, spans, size)] == [5000] * 400
+    assert sum(searched) < 4 * 2_200_000
+
+
+@given(st.text(st.sampled_from("abc d"), max_size=90), st.lists(st.integers(1, 8), min_size=2, max_size=2))
+def test_words_without_end_are_cut_at_places_that_no_size_changes(text, sizes):
+    with mock.patch.object(bpe, "LONGEST", 8):
+        forced = []
+        for size in sizes:
+            ends = np.cumsum([end - begin for begin, end in bpe.spans(text, size)])[:-1].tolist()
+            assert all(end - begin <= size + 8 for begin, end in bpe.spans(text, size))
+            forced.append([end for end in ends if not bpe._CUT.match(text, end)])
+            for step in (1, 3, 30):
+                parts = list(encode.cut((text[i : i + step] for i in range(0, len(text), step)), bpe.spans, size))
+                assert "".join(parts) == text
+                assert np.cumsum([len(part) for part in parts])[:-1].tolist() == ends
+        assert forced[0] == forced[1]
 
 
 @pytest.mark.parametrize("spec", ["char", "byte", "bpe:300"])
@@ -150,10 +182,36 @@ def test_what_does_not_belong_to_the_text_is_not_gone_on_with(killed, small, mon
 
 
 def test_two_processes_do_not_write_the_same_shards(tmp_path):
-    with encode._Shards(tmp_path / "work", []) as one, encode._Shards(tmp_path / "work", []) as other:
+    with encode._Shards(tmp_path / "work") as one, encode._Shards(tmp_path / "work") as other:
         one.add(np.zeros(3, np.uint16), 1, "")
         with pytest.raises(EncodeError, match="another process prepares the same text"):
             other.add(np.zeros(3, np.uint16), 1, "")
+
+
+def test_what_another_process_writes_is_not_looked_at_or_removed(killed, tmp_path):
+    """Not even where it seems to be damaged, or of another text."""
+    (work,) = (tmp_path / "data").iterdir()
+    (work / encode.PROGRESS).write_text("{}")
+    killed.write_text("another " + LINES)
+    with encode._Shards(work), pytest.raises(EncodeError, match="another process prepares the same text"):
+        prepare(str(killed), "byte", data_dir=tmp_path / "data")
+    assert len(list(work.glob("tokens-*.bin"))) == 3
+
+
+def test_shards_are_held_until_they_have_their_name(tmp_path, small, monkeypatch):
+    path, finish, refused = tmp_path / "a.txt", prepare_module._finish, []
+    path.write_text(LINES)
+
+    def meanwhile(*args):
+        with pytest.raises(EncodeError, match="another process prepares the same text"):
+            prepare(str(path), "byte", data_dir=tmp_path / "data")
+        refused.append(True)
+        finish(*args)
+
+    monkeypatch.setattr(prepare_module, "_finish", meanwhile)
+    done = prepare(str(path), "byte", data_dir=tmp_path / "data")
+    assert refused
+    assert ".lock" not in [path.name for path in done.folder.iterdir()]
 
 
 LIMITED = """
@@ -220,6 +278,9 @@ def test_only_weights_and_parts_are_a_mixture():
         sources.mixture("1*a + 1999*b")
 
 
+PART = {"source": "a", "count": 1, "sha256": ""}
+
+
 class TestStores:
     @pytest.fixture(autouse=True)
     def store(self, tmp_path, monkeypatch):
@@ -259,6 +320,36 @@ class TestStores:
         with pytest.raises(CorpusError, match=r"memory://prepared/tokens-00000.bin has SHA-256 .*, expected"):
             prepare("memory://prepared")
         assert not (cached / "tokens-00000.bin").exists()
+
+    @pytest.mark.parametrize("given", [{"parts": []}, {"parts": [PART, PART]}, {}, {"parts": [], "shards": None}])
+    def test_no_shard_is_written_outside_the_cache(self, tmp_path, given):
+        meta = tokenize(Source("a", LINES, "here"), "byte").meta
+        evil = meta | {"shards": [meta["shards"][0] | {"file": "../../../escaped.txt"}]} | given
+        data = np.frombuffer(LINES.encode(), np.uint8).astype(np.uint16).tobytes()
+        self.files.pipe("/store/evil/tokens.json", disk.seal(evil).encode())
+        for place in ("/store/evil/../../../escaped.txt", "/escaped.txt"):
+            self.files.pipe(place, data)
+        with pytest.raises(CorpusError, match=r"memory://store/evil/tokens\.json: (its|it is|it has)"):
+            prepare("memory://store/evil", "byte")
+        assert not (tmp_path / "cache").exists()
+        assert not (tmp_path / "escaped.txt").exists()
+
+    @pytest.mark.parametrize("name", ["gs://bucket/x", "1*gs://bucket/x + 1*python-docs"])
+    def test_a_store_without_its_package_says_what_to_install(self, tmp_path, monkeypatch, name):
+        monkeypatch.setitem(sys.modules, "gcsfs", None)
+        with pytest.raises(SourceError, match=r"gs://bucket/x cannot be had: .*gcsfs.*; pip install what it names"):
+            prepare(name, data_dir=tmp_path / "data")
+
+    @pytest.mark.parametrize("call", ["isfile", "_open"])
+    @pytest.mark.parametrize("name", ["/texts/a.txt", "/texts/tokens.json"])
+    def test_a_stores_own_errors_are_clear_ones(self, tmp_path, monkeypatch, name, call):
+        def expired(*args, **kwargs):
+            raise RuntimeError("the token has expired")
+
+        self.files.pipe(name, b"the cat sat\n")
+        monkeypatch.setattr(type(self.files), call, expired)
+        with pytest.raises(SourceError, match=r"memory://.* cannot be had: the token has expired"):
+            prepare("memory://texts", data_dir=tmp_path / "data")
 
     def test_without_the_extra_it_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "upath", None)

@@ -1,11 +1,16 @@
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
+from jaxgpt import disk
 from jaxgpt.config import ConfigError
 from jaxgpt.text import corpus as corpora
+from jaxgpt.text import encode
 from jaxgpt.text.corpus import CorpusError
-from jaxgpt.training import memory
+from jaxgpt.text.prepare import prepare
+from jaxgpt.training import memory, processes
 from jaxgpt.training.checkpoint import CheckpointError
 from jaxgpt.training.loop import fit
 from jaxgpt.training.memory import OutOfMemoryError
@@ -85,6 +90,45 @@ def test_the_tokens_of_a_run_are_found_or_made_again_or_refused(config, change, 
     mine.write_text(verse.read_text() + "a\n")
     with pytest.raises(CorpusError, match=corpus.meta["sha256"]):
         corpus_of(run, folders[1])
+
+
+@pytest.fixture
+def mixture(config, change, verse, tmp_path):
+    """A config with the mixture of a text and a prepared folder, which lies elsewhere; and the text."""
+    mine = tmp_path / "text.txt"
+    mine.write_text(verse.read_text() + "that hat\n" * 50)
+    folder = prepare(str(verse), "ascii", data_dir=tmp_path / "elsewhere").folder
+    return change(config, corpus=f"0.123456789*{mine} + 2*{folder}", tokenizer="ascii"), mine
+
+
+def test_a_mixture_is_found_as_it_was_prepared_by_many_at_once(mixture, folders, monkeypatch):
+    config, mine = mixture
+    monkeypatch.setattr(encode, "PART", 40)
+    monkeypatch.setattr(encode, "SHARD", 100)
+    run, corpus = start(config, "one", *folders)
+    again = Run.open(folders[0], "one")
+    with monkeypatch.context() as patched, ThreadPoolExecutor(3) as pool:
+        patched.setattr(encode, "_encoded", None)  # nothing is encoded
+        for found in pool.map(corpus_of, [again] * 3, [folders[1]] * 3):
+            assert found.meta == corpus.meta
+            assert found.training_parts(0.1) == corpus.training_parts(0.1)
+            np.testing.assert_array_equal(np.asarray(found.tokens), np.asarray(corpus.tokens))
+    folder = corpora.folders_of(corpus.meta, folders[1])[0]
+    shutil.rmtree(folder)
+    assert corpus_of(run, folders[1]).meta == corpus.meta
+    shutil.rmtree(folder)
+    mine.write_text("a\n" * 500)
+    with pytest.raises(CorpusError, match=f"{corpus.meta['sha256']}.* now gives .* of then into {folder} and "):
+        corpus_of(run, folders[1])
+
+
+def test_process_0_checks_the_tokens_for_all(config, folders, monkeypatch):
+    run, corpus = start(config, "one", *folders)
+    monkeypatch.setattr(disk, "sha256", None)
+    with pytest.raises(TypeError):
+        corpus_of(run, folders[1])
+    monkeypatch.setattr(processes, "first", lambda: False)
+    assert corpus_of(run, folders[1]).meta == corpus.meta
 
 
 def test_best_and_last_checkpoints(config, folders):
