@@ -3,7 +3,7 @@
 import asyncio
 import codecs
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jaxgpt.serve import requests
+from jaxgpt.serve import limits, requests
 from jaxgpt.serve.guard import Guard, answer
 from jaxgpt.serve.library import Library
 from jaxgpt.serve.requests import BadRequestError
@@ -25,8 +25,6 @@ from jaxgpt.serve.writer import End, Piece
 from jaxgpt.serve.writer import Request as Wanted
 from jaxgpt.text.tokenizer import Tokenizer
 
-PATIENCE = 30.0
-"""Seconds that a client may take to send its request, or to take a piece of the answer."""
 FILES = {
     "/": ("page.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
@@ -47,8 +45,13 @@ def application(library: Library, scheduler: Scheduler, hosts: Iterable[str] = (
     async def look(request: Request) -> Response:
         run, ids = requests.to_look(await _body(request), library)
         told, put = _mailbox()
-        scheduler.look(run.path.name, ids, put)
-        looked = await told.get()
+        asked = scheduler.look(run, ids, put)
+        try:
+            looked = await _while_there(told.get(), request.receive)
+        finally:
+            scheduler.cancel(asked)
+        if looked is None:
+            raise ClientDisconnect
         if not isinstance(looked, Looked):
             return answer({"error": looked.why}, 503)
         told_of = likely(run.tokenizer, looked.likely, looked.chances)
@@ -76,7 +79,7 @@ def application(library: Library, scheduler: Scheduler, hosts: Iterable[str] = (
 class Stream:
     """A text while it is written, as server-sent events: `start`, `tokens`, `tokens`, ..., `end`.
 
-    When the client leaves, or takes nothing for PATIENCE seconds, its place is given up.
+    When the client leaves, or its connection is broken off because it takes nothing, its place is given up.
     """
 
     def __init__(self, scheduler: Scheduler, wanted: Wanted, tokenizer: Tokenizer):
@@ -85,17 +88,10 @@ class Stream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         told, put = _mailbox()
         job = self.scheduler.write(self.wanted, put)
-        writing = asyncio.create_task(self._write(told, scope, receive, send))
-        leaving = asyncio.create_task(_leaving(receive))
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await _while_there(self._write(told, scope, receive, send), receive)
         finally:
             self.scheduler.cancel(job)
-            leaving.cancel()
-            if not writing.done():
-                writing.cancel()
-        if writing.done():
-            writing.result()
 
     async def _write(self, told: asyncio.Queue[Any], scope: Scope, receive: Receive, send: Send) -> None:
         piece = await told.get()
@@ -106,25 +102,21 @@ class Stream:
 
         async def event(name: str, tree: Any, more: bool = True) -> None:
             body = f"event: {name}\ndata: {json.dumps(tree)}\n\n".encode()
-            async with asyncio.timeout(PATIENCE):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         token_bytes = self.tokenizer.token_bytes
-        with suppress(TimeoutError):
-            prompt = [[i, decoder.decode(token_bytes[i])] for i in self.wanted.ids]
-            await event("start", {"prompt": prompt})
-            while isinstance(piece, Piece):
-                drawn = piece.drawn
-                tokens = [
-                    {"id": i, "text": decoder.decode(token_bytes[i]), "p": p, "likely": likely}
-                    for i, p, likely in zip(
-                        drawn.token.tolist(), _rounded(drawn.chance), self._likely(drawn), strict=True
-                    )
-                ]
-                await event("tokens", {"from": piece.first, "tokens": tokens})
-                piece = await told.get()
-            await event("end", {"text": decoder.decode(b"", final=True), "error": piece.why}, more=False)
+        prompt = [[i, decoder.decode(token_bytes[i])] for i in self.wanted.ids]
+        await event("start", {"prompt": prompt})
+        while isinstance(piece, Piece):
+            drawn = piece.drawn
+            tokens = [
+                {"id": i, "text": decoder.decode(token_bytes[i]), "p": p, "likely": likely} | _part(token_bytes[i])
+                for i, p, likely in zip(drawn.token.tolist(), _rounded(drawn.chance), self._likely(drawn), strict=True)
+            ]
+            await event("tokens", {"from": piece.first, "tokens": tokens})
+            piece = await told.get()
+        await event("end", {"text": decoder.decode(b"", final=True), "error": piece.why}, more=False)
 
     def _likely(self, drawn: Any) -> list[Any]:
         return [likely(self.tokenizer, *each) for each in zip(drawn.likely, drawn.chances, strict=True)]
@@ -134,9 +126,15 @@ def likely(tokenizer: Tokenizer, ids: Any, chances: Any) -> list[dict[str, Any]]
     """(K,) ids and probabilities as a browser is told of them."""
     token_bytes = tokenizer.token_bytes
     return [
-        {"id": i, "text": token_bytes[i].decode("utf-8", "replace"), "p": p}
+        {"id": i, "text": token_bytes[i].decode("utf-8", "ignore"), "p": p} | _part(token_bytes[i])
         for i, p in zip(ids.tolist(), _rounded(chances), strict=True)
     ]
+
+
+def _part(token: bytes) -> dict[str, str]:
+    r"""How a token that holds a part of a character is `shown`, as \xNN; of others there is nothing to say."""
+    shown = token.decode("utf-8", "backslashreplace")
+    return {} if shown.encode() == token else {"shown": shown}
 
 
 def _rounded(x: Any) -> list[Any]:
@@ -156,6 +154,17 @@ def _mailbox() -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
     return queue, put
 
 
+async def _while_there(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
+    """What `work` gives; None where the client leaves before, which ends it."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_leaving(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
 async def _leaving(receive: Receive) -> None:
     """Returns when the client has left."""
     while (await receive())["type"] != "http.disconnect":
@@ -168,13 +177,13 @@ async def _body(request: Request) -> bytes:
         raise BadRequestError("expected Content-Type: application/json", 415)
     body = b""
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(limits.PATIENCE):
             async for part in request.stream():
                 body += part
                 if len(body) > requests.BODY:
                     raise BadRequestError(f"the request is longer than {requests.BODY} bytes", 413)
     except TimeoutError as error:
-        raise BadRequestError(f"the request did not come within {PATIENCE:g} s", 408) from error
+        raise BadRequestError(f"the request did not come within {limits.PATIENCE:g} s", 408) from error
     return body
 
 

@@ -131,12 +131,14 @@ def decode(config: ModelConfig, params: nn.Params, rows: Rows, n: jax.Array, N: 
 def look(config: ModelConfig, params: nn.Params, idx: jax.Array, length: jax.Array, n_ids: int) -> tuple[Any, ...]:
     """What the last of `length` tokens, idx (1, T), attends to, (L, H, T), and the likely tokens after it, (K,), with
     their probabilities (K,). A bigram attends to nothing: (0, 0, T)."""
-    logits = nn.forward(config, params, idx)[0, length - 1, :n_ids]
-    chances, likely = lax.top_k(jax.nn.softmax(logits), min(LIKELY, n_ids))
+    logits, _ = nn.extend(config, params, nn.init_cache(config, 1, idx.shape[1]), idx, length)
+    chances, likely = lax.top_k(jax.nn.softmax(logits[0, :n_ids]), min(LIKELY, n_ids))
     if config.kind == "bigram":
         return jnp.zeros((0, 0, idx.shape[1])), likely, chances
     maps = nn.attention_maps(config, params, idx)
-    return lax.dynamic_index_in_dim(maps[:, 0], length - 1, 2, keepdims=False), likely, chances
+    # Layer by layer, which XLA does before it puts them together: of deep models it then holds two at once.
+    rows = [lax.dynamic_index_in_dim(maps[i, 0], length - 1, 1, keepdims=False) for i in range(config.n_layer)]
+    return jnp.stack(rows), likely, chances
 
 
 def padded(texts: list[list[int]], T: int, N: int) -> dict[str, Any]:

@@ -14,13 +14,21 @@ REMEMBERED = 256
 """How many runs' configurations and vocabularies are kept in memory."""
 
 
+@dataclass(frozen=True)
+class Served(Run):
+    """A run as it was made at one time: one that is made anew under its name is another."""
+
+    made: int
+    """When its config.json was written, in ns."""
+
+
 @dataclass
 class Library:
     """The runs of a folder, or one of them."""
 
     folder: Path
     only: str | None = None
-    _opened: OrderedDict[tuple[str, int], Run] = field(default_factory=OrderedDict)
+    _opened: OrderedDict[Served, Served] = field(default_factory=OrderedDict)
 
     @classmethod
     def at(cls, name: str, runs_dir: Path) -> "Library":
@@ -45,7 +53,7 @@ class Library:
         found = [path.parent for path in self.folder.glob("*/config.json") if path.parent.name[0] != "."]
         return [path.name for path in sorted(found, key=lambda path: (-_changed(path), path.name))]
 
-    def run(self, name: str) -> Run:
+    def run(self, name: str) -> Served:
         """The run of that name.
 
         Raises:
@@ -53,11 +61,11 @@ class Library:
         """
         if self.only and name != self.only:
             raise RunError(f"no run {name!r}: {self.only!r} is served")
-        run = Run.named(self.folder, name)
-        changed = (run.path / "config.json").stat().st_mtime_ns
-        run = self._opened.setdefault((name, changed), run)
+        path = Run.named(self.folder, name).path
+        run = Served(path, (path / "config.json").stat().st_mtime_ns)
+        run = self._opened.setdefault(run, run)
         _ = run.config, run.tokenizer  # read now, so that a later look cannot fail
-        self._opened.move_to_end((name, changed))
+        self._opened.move_to_end(run)
         while len(self._opened) > REMEMBERED:
             self._opened.popitem(last=False)
         return run
@@ -80,6 +88,7 @@ class Library:
             "layers": model.n_layer if model.kind == "gpt" else 0,
             "heads": model.n_head if model.kind == "gpt" else 0,
             "vocabulary": run.tokenizer.vocab_size,
+            "start": "\n" if run.tokenizer.knows("\n").all() else run.tokenizer.decode([0]),
             "corpus": run.corpus_meta.get("name", ""),
         }
         if not any(path.name.isdigit() for path in run.checkpoints.glob("*")):

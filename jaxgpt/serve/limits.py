@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from jaxgpt.config import UsageError
 
+PATIENCE = 30.0
+"""Seconds that a client may keep the server waiting: for a request, or until it takes more of the answer."""
+
 
 @dataclass(frozen=True)
 class Limits:

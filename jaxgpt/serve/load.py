@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 
 @dataclass
@@ -95,6 +96,19 @@ def write(address: str, asked: dict[str, Any], token: str = "") -> Any:
                 yield name, json.loads(said)
     finally:
         connection.close()
+
+
+def first_run(address: str) -> str:
+    """Of the runs that are served, the one that was last saved and can write.
+
+    Raises:
+      ValueError: there is none.
+    """
+    with urlopen(f"{address}api/runs", timeout=120) as answer:
+        runs = [run["name"] for run in json.load(answer)["runs"] if "problem" not in run]
+    if not runs:
+        raise ValueError("none of the runs can write: jaxgpt train gpt-demo makes one that can")
+    return str(runs[0])
 
 
 def resident(process: int) -> int:

@@ -16,10 +16,19 @@ const bits = (p) => -Math.log2(Math.max(p, 1e-9));
 
 let runs = {};
 let token = sessionStorage.getItem("token") ?? "";
-const handed = new URLSearchParams(location.hash.slice(1)).get("token");
+// By hand: URLSearchParams reads a form, where a + is a blank.
+const handed = plain(location.hash.match(/^#token=(.*)/)?.[1] ?? "");
 if (handed) {
   sessionStorage.setItem("token", (token = handed));
   history.replaceState(null, "", location.pathname);
+}
+
+function plain(handed) {
+  try {
+    return decodeURIComponent(handed);
+  } catch {
+    return handed; // a % that escapes nothing
+  }
 }
 
 async function ask(path, tree, signal) {
@@ -36,6 +45,7 @@ async function ask(path, tree, signal) {
 
 function admitted() {
   const door = $("#door");
+  $(".fault", door).hidden = !token;
   if (!door.open) door.showModal();
   return new Promise((done) => door.addEventListener("close", () => {
     sessionStorage.setItem("token", (token = $("#token").value));
@@ -74,6 +84,7 @@ class Pane {
 
   use(run) {
     this.stop();
+    this.leaving = null;
     this.run = runs[run];
     $("h2", this.root).textContent = run;
     const { layers, heads, parameters, block_size, vocabulary, problem } = this.run;
@@ -137,6 +148,7 @@ class Pane {
     busy();
     try {
       for await (const [name, told] of events(await ask("api/write", { run: this.run.name, prompt, ...settings }, leaving.signal))) {
+        if (leaving.signal.aborted) break; // what came with it is no longer wanted
         if (name === "start") {
           if (!kept.length) this.add(told.prompt.map(([id, text]) => ({ id, text })));
         } else if (name === "tokens") {
@@ -144,7 +156,7 @@ class Pane {
           if (began) timed += told.tokens.length;
           else if (written) began = performance.now();
           written += told.tokens.length;
-        } else if (told.text) this.add([{ id: -1, text: told.text }]);
+        } else if (told.text) this.text.append(told.text); // part of a character: no token to go on from
         if (told.error) this.tell(told.error), (failed = true);
         this.account(timed, performance.now() - began);
         await painted();
@@ -154,7 +166,7 @@ class Pane {
     }
     if (this.leaving !== leaving) return;
     this.leaving = null;
-    this.heard.textContent = this.tokens.map((each) => each.text).join("");
+    this.heard.textContent = this.text.textContent;
     this.on.hidden = !this.spans.length;
     this.done = failed ? "" : `${this.run.name} wrote ${written} tokens.`;
     busy();
@@ -208,6 +220,7 @@ class Pane {
 
   shut() {
     clearTimeout(this.soon);
+    this.looking?.abort();
     this.inside.hidden = true;
     this.root.classList.remove("attention", "open");
     this.spans?.[this.chosen]?.setAttribute("aria-selected", false);
@@ -219,13 +232,15 @@ class Pane {
   async choose(i, focus = false) {
     const token = this.tokens[i];
     if (!token) return;
+    this.looking?.abort();
+    const { signal } = (this.looking = new AbortController());
     this.spans[this.chosen]?.setAttribute("aria-selected", false);
     this.chosen = i;
     this.move(i);
     this.spans[i].setAttribute("aria-selected", true);
     const from = Math.max(token.from ?? 0, i - this.run.block_size);
     const context = this.tokens.slice(from, i);
-    $("h3", this.inside).replaceChildren(make("code", { textContent: seen(token.text) }),
+    $("h3", this.inside).replaceChildren(make("code", { textContent: seen(token.text || token.shown || "") }),
       token.p === undefined ? " of the prompt" : ` ${percent(token.p)} likely, ${bits(token.p).toFixed(1)} bits`);
     this.likely.replaceChildren();
     this.none.hidden = i > 0;
@@ -237,12 +252,12 @@ class Pane {
     if (focus) $("h3", this.inside).focus();
     if (!i) return this.root.classList.remove("attention");
     try {
-      const looked = await (await ask("api/look", { run: this.run.name, ids: context.map((each) => each.id) })).json();
-      if (this.chosen !== i || this.tokens[i] !== token) return;
+      const looked = await (await ask("api/look", { run: this.run.name, ids: context.map((each) => each.id) }, signal)).json();
+      if (signal.aborted) return;
       if (!token.likely) this.list(i, looked.likely);
       this.draw(looked.attention, from, i);
     } catch (error) {
-      this.tell(error.message);
+      if (error.name !== "AbortError") this.tell(error.message);
     }
   }
 
@@ -251,9 +266,9 @@ class Pane {
     const all = likely.some((each) => each.id === token.id) || token.p === undefined ? likely : [...likely, token];
     this.likely.replaceChildren(...all.map((each) => {
       const same = each.id === token.id;
-      const button = make("button", { type: "button", disabled: same }, make("code", { textContent: seen(each.text) }), percent(each.p));
+      const button = make("button", { type: "button", disabled: same }, make("code", { textContent: each.shown ?? seen(each.text) }), percent(each.p));
       button.style.setProperty("--p", each.p);
-      button.setAttribute("aria-label", `${said(each.text)}, ${percent(each.p)}: ${same ? "what stands here" : "continue from it"}`);
+      button.setAttribute("aria-label", `${each.shown ?? said(each.text)}, ${percent(each.p)}: ${same ? "what stands here" : "continue from it"}`);
       button.title = same ? "What stands here" : "Continue from it";
       button.onclick = () => {
         const kept = [...this.tokens.slice(0, i), { ...each, likely, from: token.from, chosen: true }];
@@ -346,13 +361,15 @@ async function begin() {
   }
   $("#tokens").max = told.limits.max_tokens;
   $("#prompt").maxLength = told.limits.max_prompt;
-  $("#settings").open = matchMedia("(min-width: 50rem)").matches;
+  const wide = matchMedia("(min-width: 50rem)");
+  $("#settings").open = wide.matches;
+  wide.onchange = () => ($("#settings").open ||= wide.matches); // where it is wide, there is nothing to open them by
   $("#run").onchange = $("#beside").onchange = arrange;
   $("#roll").onclick = () => ($("#seed").value = crypto.getRandomValues(new Uint32Array(1))[0]);
   $("#stop").onclick = () => panes.forEach((pane) => pane.stop());
   $("#ask").onsubmit = (event) => {
     event.preventDefault();
-    panes.forEach((pane) => pane.write($("#prompt").value || "\n"));
+    panes.forEach((pane) => pane.write($("#prompt").value || pane.run.start));
   };
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") panes.forEach((pane) => pane.stop());

@@ -6,16 +6,16 @@ from typing import Any
 from jaxgpt.config import UsageError, shown
 from jaxgpt.sampling.draw import draw
 from jaxgpt.sampling.generate import bucket
-from jaxgpt.serve.library import Library
+from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.writer import Request
 from jaxgpt.text.tokenizer import Tokenizer, UnknownCharacterError
-from jaxgpt.training.run import Run, RunError
+from jaxgpt.training.run import RunError
 
 BODY = 2**20
 """Bytes of a request at most."""
 MAPS = 2**28
-"""Numbers that the attention maps of one look may hold."""
+"""Numbers, 1 GiB, that a look may hold on its way: the attention maps of all layers, and twice those of one more."""
 FIELDS: dict[str, Any] = {
     "temperature": 0.8,
     "top_k": 0,
@@ -35,7 +35,7 @@ class BadRequestError(UsageError):
         self.status = status
 
 
-def to_write(body: bytes, library: Library, limits: Limits) -> tuple[Run, Request]:
+def to_write(body: bytes, library: Library, limits: Limits) -> tuple[Served, Request]:
     """The request of `{"run": ..., "prompt": text or ids, "tokens": ..., ...}`, and the run that it names.
 
     Raises:
@@ -56,10 +56,10 @@ def to_write(body: bytes, library: Library, limits: Limits) -> tuple[Run, Reques
         draw(run.config.model, **given)
     except UsageError as error:
         raise BadRequestError(str(error)) from error
-    return run, Request(run.path.name, ids, tokens, seed=seed, **given)
+    return run, Request(run, ids, tokens, seed=seed, **given)
 
 
-def to_look(body: bytes, library: Library) -> tuple[Run, list[int]]:
+def to_look(body: bytes, library: Library) -> tuple[Served, list[int]]:
     """The run and the ids of `{"run": ..., "ids": [...]}`. Raises as `to_write`."""
     tree = _tree(body, {"run", "ids"})
     run = _run(tree, library)
@@ -67,7 +67,7 @@ def to_look(body: bytes, library: Library) -> tuple[Run, list[int]]:
     ids = _ids(tree.get("ids"), run.tokenizer, "ids")
     if len(ids) > model.block_size:
         raise BadRequestError(f"{len(ids)} ids, expected at most {model.block_size}, which the model sees at once")
-    if model.kind == "gpt" and model.n_layer * model.n_head * bucket(len(ids), model.block_size) ** 2 > MAPS:
+    if model.kind == "gpt" and (model.n_layer + 2) * model.n_head * bucket(len(ids), model.block_size) ** 2 > MAPS:
         raise BadRequestError(f"the attention maps of {len(ids)} tokens are too large: choose an earlier token")
     return run, list(ids)
 
@@ -84,7 +84,7 @@ def _tree(body: bytes, known: set[str]) -> dict[str, Any]:
     return tree
 
 
-def _run(tree: dict[str, Any], library: Library) -> Run:
+def _run(tree: dict[str, Any], library: Library) -> Served:
     name = tree.get("run")
     if not isinstance(name, str):
         raise BadRequestError(f"run is {shown(name)}, expected the name of a run")

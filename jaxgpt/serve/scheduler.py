@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxgpt.config import UsageError
+from jaxgpt.serve.library import Served
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.writer import End, Job, Request, Writer
 
@@ -21,13 +22,15 @@ class StoppedError(Exception):
     """The server is on its way out."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Look:
     """A question about what comes after `ids`, and the `put` that is told `Looked`, or an `End` that says why not."""
 
-    run: str
+    run: Served
     ids: list[int]
     put: Callable[[Any], None]
+    cancelled: bool = False
+    """As of a `Job`: it is not answered."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,16 @@ class Scheduler:
     """Takes requests from any thread; answers come through their `put`, from its own.
 
     Args:
-      load: the writer of a run, by its name; slow, and may raise.
+      load: the writer of a run; slow, and may raise.
     """
 
-    load: Callable[[str], Writer]
+    load: Callable[[Served], Writer]
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         self._news = threading.Condition()
         self._inbox: list[Job | Look] = []
-        self._writers: dict[str, Writer] = {}  # the one used last comes last
+        self._writers: dict[Served, Writer] = {}  # the one used last comes last
         self._requests, self._stopping = 0, False
         self._thread = threading.Thread(target=self._work, name="jax", daemon=True)
         self._thread.start()
@@ -67,14 +70,16 @@ class Scheduler:
         self._submit(job)
         return job
 
-    def look(self, run: str, ids: list[int], put: Callable[[Any], None]) -> None:
+    def look(self, run: Served, ids: list[int], put: Callable[[Any], None]) -> Look:
         """Have the next token of `ids` looked into; `put` is told `Looked`, or an `End`. Raises as `write`."""
-        self._submit(Look(run, ids, put))
+        look = Look(run, ids, put)
+        self._submit(look)
+        return look
 
-    def cancel(self, job: Job) -> None:
-        """Nobody reads `job` any more: its place is free at the next turn, and `put` is told nothing more."""
+    def cancel(self, each: Job | Look) -> None:
+        """Nobody waits for it any more: its place is free at the next turn, and `put` is told nothing more."""
         with self._news:
-            job.cancelled = True
+            each.cancelled = True
             self._news.notify()
 
     def stop(self) -> None:
@@ -110,12 +115,12 @@ class Scheduler:
                 with self._news:
                     while not (self._stopping or self._inbox or any(not each.idle for each in self._writers.values())):
                         self._news.wait()
-                    new, self._inbox = self._inbox, []
+                    new = self._share()
                 for each in new:
                     self._take(each)
-                for name, writer in list(self._writers.items()):
+                for run, writer in list(self._writers.items()):
                     if not writer.idle:
-                        self._turn(name, writer)
+                        self._turn(run, writer)
         finally:
             with self._news:
                 self._stopping, rest = True, self._inbox
@@ -123,41 +128,49 @@ class Scheduler:
             for each in rest:
                 each.put(End("the server is stopping"))
 
+    def _share(self) -> list[Job | Look]:
+        """What one turn takes in: all that is to be written, and one look, so that nobody's text waits for many."""
+        here = [each for each in self._inbox if not each.cancelled]
+        self._requests -= len(self._inbox) - len(here)
+        first = next((each for each in here if isinstance(each, Look)), None)
+        self._inbox = [each for each in here if isinstance(each, Look) and each is not first]
+        return [each for each in here if isinstance(each, Job) or each is first]
+
     def _take(self, each: Job | Look) -> None:
         """Hand what is new to its writer, which is loaded if it must be; a look is answered."""
-        name = each.request.run if isinstance(each, Job) else each.run
+        run = each.request.run if isinstance(each, Job) else each.run
         answer: Looked | End
         try:
-            writer = self._writer(name)
+            writer = self._writer(run)
             if isinstance(each, Job):
                 writer.waiting.append(each)
                 return
             answer = Looked(*writer.look(each.ids))
         except Exception as error:  # whatever it is, it is no reason to stop writing for the others
-            answer = End(str(error) if isinstance(error, UsageError) else f"{name}: {error}")
+            answer = End(str(error) if isinstance(error, UsageError) else f"{run.path.name}: {error}")
         self._done(1)
         each.put(answer)
 
-    def _writer(self, name: str) -> Writer:
-        writer = self._writers.pop(name, None)
+    def _writer(self, run: Served) -> Writer:
+        writer = self._writers.pop(run, None)
         if writer is None:
             idle = [each for each, other in self._writers.items() if other.idle]
             for each in idle[: max(0, len(self._writers) - MODELS + 1)]:
                 del self._writers[each]
             if len(self._writers) >= MODELS:
                 raise RuntimeError(f"{MODELS} other models are writing, as many as are held at once: try again soon")
-            writer = self.load(name)
-        self._writers[name] = writer
+            writer = self.load(run)
+        self._writers[run] = writer
         return writer
 
-    def _turn(self, name: str, writer: Writer) -> None:
+    def _turn(self, run: Served, writer: Writer) -> None:
         before = len(writer.jobs)
         try:
             ended, end = writer.turn(), End("")
             left = before - len(writer.jobs)
         except Exception as error:  # as above; what was in its rows is lost
-            del self._writers[name]
-            ended, end, left = writer.jobs, End(f"{name} could not write on: {error}"), before
+            del self._writers[run]
+            ended, end, left = writer.jobs, End(f"{run.path.name} could not write on: {error}"), before
         self._done(left)
         for job in ended:
             job.put(end)
@@ -167,6 +180,6 @@ class Scheduler:
             self._requests -= n
 
 
-def warm(scheduler: Scheduler, run: str) -> None:
+def warm(scheduler: Scheduler, run: Served) -> None:
     """Load `run` and compile what its first texts need, before anyone asks."""
     scheduler.write(Request(run, (0,), 2), lambda told: None)

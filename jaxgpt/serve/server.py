@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from jaxgpt.config import UsageError
-from jaxgpt.serve.library import Library
+from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.scheduler import Scheduler, warm
 from jaxgpt.serve.writer import Writer
 from jaxgpt.training.interrupt import SIGNALS
-from jaxgpt.training.run import Run
 from jaxgpt.training.start import load_model
 
 SHORTEST = 16
@@ -40,6 +39,7 @@ def serve(
         import uvicorn
 
         from jaxgpt.serve.app import application
+        from jaxgpt.serve.connection import Connection
     except ImportError as error:
         from jaxgpt.config import MissingExtraError
 
@@ -47,8 +47,8 @@ def serve(
     require_token(host, token)
     listening = _listen(host, port)
 
-    def load(name: str) -> Writer:
-        config, params, tokenizer = load_model(Run.named(library.folder, name), checkpoint)
+    def load(run: Served) -> Writer:
+        config, params, tokenizer = load_model(run, checkpoint)
         return Writer(config, params, tokenizer.vocab_size, limits.places)
 
     scheduler = Scheduler(load, limits)
@@ -70,7 +70,7 @@ def serve(
     server = Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_level="warning",
@@ -82,7 +82,7 @@ def serve(
         )
     )
     if library.only:
-        warm(scheduler, library.only)
+        warm(scheduler, library.run(library.only))
     announce(f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/")
     try:
         asyncio.run(server.serve(sockets=[listening]))

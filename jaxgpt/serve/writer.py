@@ -14,6 +14,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.sampling.generate import bucket
 from jaxgpt.serve import batch
 from jaxgpt.serve.batch import CHUNK, Drawn, Settings
+from jaxgpt.serve.library import Served
 
 READ = 512
 """About how many tokens are read at once."""
@@ -27,7 +28,7 @@ MEMORY = 2**30
 class Request:
     """What is to be written."""
 
-    run: str
+    run: Served
     ids: tuple[int, ...]
     """The prompt, at least one token."""
     tokens: int

@@ -3,19 +3,26 @@
 import asyncio
 import dataclasses
 import json
+import shutil
+import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import nn
-from jaxgpt.serve.app import application
+from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig
+from jaxgpt.serve import limits, requests
+from jaxgpt.serve.app import application, likely
 from jaxgpt.serve.library import Library
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.scheduler import Scheduler
 from jaxgpt.serve.writer import Job, Request, Writer
+from jaxgpt.text.tokenizer import ByteTokenizer
+from jaxgpt.training.run import Run
 from jaxgpt.training.start import load_model, start
 
 LIMITS = Limits(max_prompt=50, max_tokens=10**6, places=2, max_requests=3)
@@ -25,8 +32,6 @@ JSON = {"content-type": "application/json"}
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """Two runs that were never trained, and one that is broken."""
-    from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig
-
     folder = tmp_path_factory.mktemp("serve")
     (folder / "text.txt").write_text("the cat sat on the mat\nthat cat has a hat\n" * 20)
     model = ModelConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=16)
@@ -41,8 +46,8 @@ def library(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scheduler(library):
-    def load(name):
-        config, params, tokenizer = load_model(library.run(name))
+    def load(run):
+        config, params, tokenizer = load_model(run)
         return Writer(config, params, tokenizer.vocab_size, LIMITS.places)
 
     scheduler = Scheduler(load, LIMITS)
@@ -123,7 +128,7 @@ def test_a_text_is_what_its_writer_writes_and_can_be_continued_from_any_token(ap
     assert "".join(text for _, text in started["prompt"]) == "the cat"
     ids = tokenizer.encode("the cat").tolist()
     writer, pieces = Writer(config, params, tokenizer.vocab_size, LIMITS.places), []
-    wanted = Request("one", tuple(ids), 30, temperature=0.9, top_k=5, seed=3)
+    wanted = Request(library.run("one"), tuple(ids), 30, temperature=0.9, top_k=5, seed=3)
     writer.waiting.append(Job(wanted, pieces.append))
     while not writer.idle:
         writer.turn()
@@ -144,6 +149,68 @@ def test_a_look(app):
     assert sum(head) == pytest.approx(1, abs=1e-4)
     assert looked["likely"][0]["p"] >= looked["likely"][1]["p"]
     assert call(app, "POST", "/api/look", {"run": "pairs", "ids": [1, 2, 3]}).tree["attention"] == []
+
+
+def test_parts_of_characters_are_shown_by_their_bytes():
+    part, whole = likely(ByteTokenizer(), np.array([0xC3, 97]), np.array([0.5, 0.25]))
+    assert part == {"id": 0xC3, "text": "", "shown": r"\xc3", "p": 0.5}
+    assert whole == {"id": 97, "text": "a", "p": 0.25}
+
+
+def test_a_run_made_anew_is_told_of_as_it_is_now(library, app):
+    """Under the name of one that was read, with a smaller vocabulary, which has no line feed."""
+    shutil.copytree(library.folder / "pairs", library.folder / "anew")
+    before = library.run("anew")
+    assert library.run("anew") is before
+    assert told_of(app, "anew")["start"] == "\n"
+    shutil.rmtree(library.folder / "anew")
+    model = dataclasses.replace(before.config.model, vocab_size=3)
+    meta = before.corpus_meta | {"tokenizer": {"kind": "char", "chars": "abc"}}
+    Run.create(library.folder, "anew", dataclasses.replace(before.config, model=model), meta)
+    assert library.run("anew") != before
+    assert (told_of(app, "anew")["start"], told_of(app, "anew")["vocabulary"]) == ("a", 3)
+    shutil.rmtree(library.folder / "anew")
+
+
+def told_of(app, name):
+    (told,) = (run for run in call(app, "GET", "/api/runs").tree["runs"] if run["name"] == name)
+    return told
+
+
+def test_who_does_not_wait_for_a_look_gives_its_place_back(library):
+    loaded = threading.Event()
+
+    def load(run):
+        loaded.wait(10)
+        raise RuntimeError
+
+    scheduler = Scheduler(load, LIMITS)
+    asked = Call(application(library, scheduler), "POST", "/api/look", b'{"run": "one", "ids": [1]}', JSON)
+
+    async def story():
+        scheduler.look(library.run("one"), [1], lambda told: None)  # keeps its thread busy
+        task = asyncio.create_task(asked.run())
+        while scheduler.state["requests"] < 2:
+            await asyncio.sleep(0.01)
+        asked.gone.set()
+        await task
+        assert asked.status == 400
+        assert [look.cancelled for look in scheduler._inbox] == [True]
+
+    try:
+        asyncio.run(story())
+    finally:
+        loaded.set()
+        scheduler.stop()
+        scheduler.join()
+
+
+def test_a_request_that_does_not_come_whole_is_not_waited_for(app, monkeypatch):
+    monkeypatch.setattr(limits, "PATIENCE", 0.05)
+    slow = Call(app, "POST", "/api/write", b"{", JSON)
+    slow.sent = True
+    asyncio.run(asyncio.wait_for(slow.run(), 2))
+    assert (slow.status, slow.tree) == (408, {"error": "the request did not come within 0.05 s"})
 
 
 def test_runs_health_and_the_page(app):
@@ -202,6 +269,15 @@ def test_looks_that_cannot_be(app):
         answer = call(app, "POST", "/api/look", tree)
         assert answer.status == 400
         assert said in answer.tree["error"]
+
+
+def test_looks_into_too_much_are_refused(app, monkeypatch):
+    asked = {"run": "one", "ids": [1, 2, 3]}  # in the 8 places of block_size, by 2 heads of 1 layer
+    for most, status in ((3 * 2 * 8 * 8, 200), (3 * 2 * 8 * 8 - 1, 400)):
+        monkeypatch.setattr(requests, "MAPS", most)
+        answer = call(app, "POST", "/api/look", asked)
+        assert answer.status == status
+    assert answer.tree["error"] == "the attention maps of 3 tokens are too large: choose an earlier token"
 
 
 def test_paths_methods_and_types(app):
@@ -268,11 +344,11 @@ def test_what_goes_wrong_while_writing_is_told_and_forgotten(library):
     """A model that breaks ends its texts with the reason; the next request finds a new one. So does one not loaded."""
     broken = []
 
-    def load(name):
-        broken.append(name)
+    def load(run):
+        broken.append(run)
         if len(broken) == 1:
             raise RuntimeError("no memory")
-        config, params, tokenizer = load_model(library.run(name))
+        config, params, tokenizer = load_model(run)
         writer = Writer(config, params, tokenizer.vocab_size, 2)
         if len(broken) == 2:
             writer.params = {}
@@ -300,9 +376,9 @@ values = st.recursive(
 )
 
 
-def mostly(good):
+def mostly(good, other=values):
     """What could be meant, and one time in four anything else."""
-    return st.integers(0, 3).flatmap(lambda which: good if which else values)
+    return st.integers(0, 3).flatmap(lambda which: good if which else other)
 
 
 ids = st.lists(mostly(st.integers(0, 11)), max_size=9)
@@ -336,9 +412,21 @@ noise = st.tuples(
 )
 
 
+TOKEN = "a-token-of-some-length"
+RIGHT = {"host": "127.0.0.1:8000", "authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
+ODD = ["[::1", "localhost:x", "http://[", "null", "http://127.0.0.1:8000", "evil.example", "text/plain; a=b", "Bearer "]
+said = st.text(st.characters(max_codepoint=255), max_size=20) | st.sampled_from(ODD)
+headers = st.dictionaries(st.sampled_from(["host", "origin", "content-type", "authorization"]), st.none() | said)
+
+
 @settings(max_examples=200)
-@given(ask=asks | noise, method=st.sampled_from(["POST", "POST", "POST", "GET", "PUT"]), leave=st.booleans())
-def test_no_request_breaks_it(app, ask, method, leave):
+@given(
+    ask=asks | noise,
+    method=st.sampled_from(["POST", "POST", "POST", "GET", "PUT"]),
+    leave=st.booleans(),
+    headers=mostly(st.just({}), headers),
+)
+def test_no_request_breaks_it(library, scheduler, ask, method, leave, headers):
     path, body = ask
     try:
         asked = json.loads(body)
@@ -347,7 +435,10 @@ def test_no_request_breaks_it(app, ask, method, leave):
     if isinstance(asked, dict) and type(asked.get("tokens")) is int and asked["tokens"] > 9:
         asked["tokens"] = 9  # a text without end tells nothing more
         body = json.dumps(asked).encode()
-    answer = call(app, method, path, body, JSON, leave=leave)
-    assert answer.status in (200, 400, 404, 405, 413)
+    headers = RIGHT | headers
+    answer = call(application(library, scheduler, token=TOKEN), method, path, body, headers, leave=leave)
+    assert answer.status in (200, 400, 401, 403, 404, 405, 413, 415)
+    if path.startswith("/api") and headers["authorization"] != RIGHT["authorization"]:
+        assert answer.status in (401, 403)
     if answer.status != 200 and method != "HEAD":
         assert answer.tree["error"]

@@ -4,20 +4,24 @@ $JAXGPT_SCREENSHOTS names a folder that keeps what was seen; $JAXGPT_RUNS two ru
 ones: JAXGPT_RUNS=runs JAXGPT_SCREENSHOTS=docs/images scripts/test tests/serve/test_page.py
 """
 
+import json
 import os
 import re
 import signal
 import socket
 import threading
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from jaxgpt.serve.app import application
+from jaxgpt import serve
+from jaxgpt.serve.app import FILES, application
 from jaxgpt.serve.library import Library
 from jaxgpt.serve.scheduler import Scheduler
 from tests.processes import serving
 
+SERVE = Path(serve.__file__).parent
 CONTRAST = """() => {
   const paint = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const known = new Map();
@@ -42,8 +46,10 @@ CONTRAST = """() => {
   const found = [];
   for (const element of document.querySelectorAll("body *")) {
     const text = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
-    if (!text || !element.checkVisibility() || element.closest("dialog, :disabled, .heard, option, template")) continue;
-    const under = behind(element), ink = over(under, getComputedStyle(element).color);
+    const sign = getComputedStyle(element, "::before"), signed = !["none", "normal", '""'].includes(sign.content);
+    if (!text && !signed) continue;
+    if (!element.checkVisibility() || element.closest("dialog, :disabled, .heard, option, template")) continue;
+    const under = behind(element), ink = over(under, (signed ? sign : getComputedStyle(element)).color);
     const [a, b] = [light(ink), light(under)].sort((x, y) => y - x);
     found.push([(a + 0.05) / (b + 0.05), element.outerHTML.slice(0, 80)]);
   }
@@ -228,3 +234,141 @@ def test_a_server_with_a_token_lets_in_who_knows_it(browser, runs):
             thread.join()
             scheduler.stop()
             scheduler.join()
+
+
+RUNS = {
+    "runs": [
+        {"name": name, "start": start, "parameters": 9, "block_size": 99, "layers": 1, "heads": 2, "vocabulary": 9}
+        for name, start in (("cat", "s"), ("dog", "\n"))
+    ],
+    "limits": {"max_prompt": 99, "max_tokens": 999},
+    "defaults": {"temperature": 0.8, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 1, "tokens": 200},
+}
+LIKELY = [{"id": 2, "text": "a", "p": 0.9}, {"id": 3, "text": "", "shown": r"\xc3", "p": 0.1}]
+
+
+def text(prompt, token="a", n=9, p=0.5, tail=""):
+    """The events of a text, all at once."""
+    tokens = [{"id": 2, "text": token, "p": p, "likely": LIKELY}]
+    told = [("start", {"prompt": [[1, each] for each in prompt]})]
+    told += [("tokens", {"from": 0, "tokens": tokens})] * n + [("end", {"text": tail, "error": ""})]
+    return "".join(f"event: {name}\ndata: {json.dumps(tree)}\n\n" for name, tree in told)
+
+
+@pytest.fixture
+def faked(browser):
+    """faked(write, **how): a page whose server answers with `write(asked)`, None for never; all that it asked for is in
+    `page.asked`, as (path, headers, JSON). A token that is not "ab+cd%" is refused where `token` is given."""
+    contexts = []
+
+    def opened(write=lambda asked: None, address="/", token=False, **how):
+        contexts.append(context := browser.new_context(**how))
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.asked = []
+
+        def fulfil(route):
+            path = urlsplit(route.request.url).path
+            if path in FILES:
+                name, kind = FILES[path]
+                return route.fulfill(body=(SERVE / name).read_bytes(), content_type=kind)
+            page.asked.append((path, route.request.headers, json.loads(route.request.post_data or "null")))
+            if token and page.asked[-1][1].get("authorization") != "Bearer ab+cd%":
+                return route.fulfill(status=401, body="{}")
+            body = {"/api/runs": json.dumps(RUNS)}.get(path) or (path == "/api/write" and write(page.asked[-1][2]))
+            return body and route.fulfill(body=body)
+
+        page.route("**/*", fulfil)
+        page.goto(f"http://playground.test{address}")
+        if not token:
+            page.wait_for_selector(".pane h2")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+def spans(page):
+    return page.evaluate("[...document.querySelectorAll('.text span')].map((span) => span.textContent)")
+
+
+def test_a_text_that_was_left_says_no_more(faked):
+    """Though all of it has come at once: not into the text in its place, nor after Stop, nor to another run."""
+    page = faked(lambda asked: text(asked["prompt"], asked["prompt"].lower(), 500))
+    for prompt in "AB":
+        page.fill("#prompt", prompt)
+        page.click("#write")
+        until(page, "document.querySelectorAll('.text span').length > 3")
+    page.wait_for_timeout(100)
+    assert set(spans(page)) == {"B", "b"}
+    page.click("#stop")
+    until(page, "document.querySelector('#status').textContent.startsWith('cat wrote')")
+    stopped = spans(page)
+    page.wait_for_timeout(100)
+    assert spans(page) == stopped
+    page.click("#write")
+    until(page, "document.querySelectorAll('.text span').length > 3")
+    page.select_option("#run", "dog")
+    page.wait_for_timeout(100)
+    assert (page.inner_text("h2"), spans(page), page.text_content(".heard")) == ("dog", [], "")
+    assert (page.inner_text("#status"), page.is_disabled("#stop")) == ("", True)
+
+
+def test_an_empty_prompt_and_on_from_a_text_that_ends_inside_a_character(faked):
+    page = faked(lambda asked: text("s", "a", 2, tail="\ufffd"))
+    page.click("#write")
+    page.wait_for_selector("#status:text-is('cat wrote 2 tokens.')")
+    assert page.asked[-1][2]["prompt"] == "s", "what the run begins with where nothing is said"
+    assert page.text_content(".text") == page.text_content(".heard") == "saa\ufffd"
+    page.click(".on")
+    until(page, "document.querySelectorAll('.text span').length === 5")
+    assert page.asked[-1][2]["prompt"] == [1, 2, 2]
+    assert spans(page) == ["s", "a", "a", "a", "a"]
+
+
+def test_a_look_that_is_not_waited_for_is_given_up(faked):
+    page = faked(lambda asked: text("s"))
+    given_up = []
+    page.on("requestfailed", lambda request: given_up.append(request.post_data_json["ids"]))
+    page.click("#write")
+    page.wait_for_selector("#status:has-text('cat wrote')")
+    for n in (3, 5):
+        page.locator(".text span").nth(n).click()
+        until(page, f"document.querySelector('[aria-selected=true]') === document.querySelectorAll('.text span')[{n}]")
+    assert page.locator(".likely code").all_inner_texts() == ["a", r"\xc3"]
+    page.click(".shut")
+    page.wait_for_timeout(50)
+    assert [len(ids) for ids in given_up] == [3, 5]
+    assert page.is_hidden(".fault")
+
+
+def test_settings_are_there_after_a_window_has_grown(faked):
+    page = faked(viewport={"width": 390, "height": 800})
+    assert page.is_hidden("#tokens")
+    page.set_viewport_size({"width": 1200, "height": 800})
+    page.wait_for_selector("#tokens", state="visible")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_line_feed_that_surprised_is_legible(faked, scheme):
+    page = faked(lambda asked: text("s", "\n", p=0), color_scheme=scheme)
+    page.click("#write")
+    page.wait_for_selector("#status:has-text('cat wrote')")
+    legible(page)
+
+
+def test_a_token_is_taken_as_it_is_and_a_wrong_one_is_told(faked):
+    page = faked(token=True)
+    page.wait_for_selector("dialog[open]")
+    assert page.is_hidden("dialog .fault")
+    page.fill("#token", "ab cd")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog .fault", state="visible")
+    page.fill("#token", "ab+cd%")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".pane h2")
+    for handed in ("ab+cd%", "ab%2Bcd%25"):
+        page = faked(token=True, address=f"/#token={handed}")
+        page.wait_for_selector(".pane h2")
+        assert "token" not in page.url

@@ -1,6 +1,14 @@
 """The server as a process: what it refuses to start with, 32 clients at once, and how it ends."""
 
+import importlib.machinery
+import importlib.util
+import io
+import itertools
 import signal
+import socket
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -11,13 +19,17 @@ from tests.processes import serving
 
 def test_many_clients_lose_nothing_and_a_signal_ends_it_while_they_read(runs):
     with serving("cat", "--runs-dir", runs, "--max-tokens", 10**6) as (process, address):
-        load.press(address, "cat", 32, 0.1, tokens=40)  # what must be compiled
+        where = urlsplit(address)
+        silent = [socket.create_connection((where.hostname, where.port)) for _ in range(200)]
+        load.press(address, "cat", 32, 1, tokens=40)  # what must be compiled, and what memory fills at first
         before = load.resident(process.pid)
-        tally = load.press(address, "cat", 32, 2, tokens=40)
+        tally = load.press(address, "cat", 32, 1, tokens=40)
         assert not tally.faults
         assert tally.texts >= 32
         assert {seed: len(texts) for seed, texts in tally.by_seed.items()} == {0: 1, 1: 1, 2: 1, 3: 1}
-        assert load.resident(process.pid) < before + 30 * 2**20
+        assert load.resident(process.pid) < before + 4 * 2**20, "of about 30 KiB a text, were they kept"
+        for client in silent:
+            client.close()
         reading = [load.write(address, {"run": "cat", "prompt": "the", "tokens": 10**6}) for _ in range(3)]
         for text in reading:
             assert next(text)[0] == "start"
@@ -28,6 +40,44 @@ def test_many_clients_lose_nothing_and_a_signal_ends_it_while_they_read(runs):
             assert (name, told["error"]) == ("end", "the server is stopping")
         assert process.wait(20) == 0
         assert process.stdout.read() == "Ctrl-C ends it.\n", "no traceback"
+
+
+@pytest.mark.parametrize(
+    ("growth", "code", "fault", "result"),
+    [(0, 0, "", 0), (17 * 2**20, 0, "", 1), (0, 1, "", 1), (0, 0, "broken", 1)],
+)
+def test_serve_load_fails_where_the_server_leaks_ends_badly_or_loses_a_text(monkeypatch, growth, code, fault, result):
+    """On a stand-in for a server of a folder with two runs."""
+    path = str(Path(__file__).parents[2] / "scripts" / "serve_load")
+    loader = importlib.machinery.SourceFileLoader("serve_load", path)
+    script = importlib.util.module_from_spec(importlib.util.spec_from_loader("serve_load", loader))
+    loader.exec_module(script)
+
+    class Server:
+        pid = 0
+        stdout = io.StringIO("new, old\nThe playground: http://localhost:1/\n")
+
+        def __init__(self, *words, **how):
+            pass
+
+        def terminate(self):
+            pass
+
+        def wait(self, seconds):
+            return code
+
+    def press(address, run, clients, seconds, tokens):
+        assert run == "old"
+        time.sleep(0.05)
+        return load.Tally(1, 1, 1.0, [0.1], {1: {(1,)}}, load.Counter([fault] if fault else []))
+
+    sizes = itertools.count(0, growth)
+    monkeypatch.setattr(script.subprocess, "Popen", Server)
+    monkeypatch.setattr(load, "press", press)
+    monkeypatch.setattr(load, "first_run", {"http://localhost:1/": "old"}.get)
+    monkeypatch.setattr(load, "resident", lambda pid: next(sizes))
+    monkeypatch.setattr("sys.argv", ["serve_load", "runs", "--clients", "1", "--seconds", "0.1", "--rounds", "1"])
+    assert script.main() == result
 
 
 @pytest.mark.parametrize(
@@ -51,8 +101,6 @@ def test_what_it_does_not_start_with(tmp_path, monkeypatch, capsys, words, said)
 
 
 def test_a_port_that_is_taken(tmp_path, capsys):
-    import socket
-
     (tmp_path / "one").mkdir()
     (tmp_path / "one/config.json").write_text("{}")
     with socket.create_server(("127.0.0.1", 0)) as other:

@@ -1,5 +1,7 @@
 """What one gets is what `generate` gives: alone or beside others, whatever these ask for, come and go."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -145,3 +147,12 @@ def test_a_look_shows_the_attention_of_the_last_token(models):
     expected = softmax(forward(config, params, ids)[0, 4, :12])
     np.testing.assert_allclose(chances, np.sort(expected)[::-1][:8], rtol=1e-4)
     np.testing.assert_allclose(expected[likely], chances, rtol=1e-4)
+
+
+def test_a_look_holds_no_more_than_its_limit_counts():
+    """The maps of all layers, and twice those of one; not all of them twice. `requests.MAPS` is a limit to this."""
+    L, H, T = 10, 16, 64
+    config = ModelConfig(vocab_size=13, block_size=T, n_layer=L, n_head=H, n_embd=2 * H)
+    params = jax.eval_shape(partial(nn.init_params, config), jax.random.key(0))
+    looking = batch.look.lower(config, params, np.zeros((1, T), np.int32), np.int32(T), 13).compile()
+    assert looking.memory_analysis().temp_size_in_bytes <= 4 * (L + 2) * H * T**2

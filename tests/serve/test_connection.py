@@ -1,0 +1,120 @@
+"""Connections to a server that answers from a stand-in: who is silent, and who does not take the answer."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import pytest
+import uvicorn
+
+from jaxgpt.serve import limits, load
+from jaxgpt.serve.connection import Connection
+
+ASKED = b"GET /%s HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+async def app(scope, receive, send):
+    """At /more an answer without end, at /late one that comes late, elsewhere a short one."""
+    more = scope["path"] == "/more"
+    if scope["path"] == "/late":
+        await asyncio.sleep(0.6)
+    runs = {"runs": [{"name": "broken", "problem": "none"}, {"name": "good"}, {"name": "old"}]}
+    body = b"x" * 2**23 if more else json.dumps(runs).encode()
+    headers = [] if more else [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    gone = asyncio.create_task(left(receive))
+    while True:
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+        if gone.done() or not more:
+            gone.cancel()
+            return
+        await asyncio.sleep(0)
+
+
+async def left(receive):
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server of at most 4 connections, each of which is waited for for 0.3 s."""
+    monkeypatch.setattr(limits, "PATIENCE", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        config = uvicorn.Config(app, http=Connection, lifespan="off", log_level="critical", limit_concurrency=5)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        server.address = listening.getsockname()
+        try:
+            yield server
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join()
+
+
+@contextlib.contextmanager
+def connected(server, said=b""):
+    with socket.create_connection(server.address, timeout=10) as client:
+        client.sendall(said)
+        yield client
+
+
+def broken_off(client):
+    """Whether the server breaks the connection off."""
+    try:
+        while client.recv(2**16):
+            pass
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+    return True
+
+
+def test_silence_shuts_nobody_out(server, monkeypatch):
+    """Where there are more than there may be, one makes room for each who comes."""
+    monkeypatch.setattr(limits, "PATIENCE", 60)
+    with contextlib.ExitStack() as stack:
+        for i in range(12):
+            stack.enter_context(connected(server, b"GET /" * (i % 2)))
+        for _ in range(3):
+            assert load.first_run(f"http://127.0.0.1:{server.address[1]}/") == "good"
+        assert len(server.server_state.connections) <= 4
+
+
+def test_who_sends_no_whole_request_is_broken_off(server):
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        for said in (b"", b"GET / HTTP/1.1\r\nhost: loc", ASKED % b"" + b"GET"):
+            stack.enter_context(connected(server, said))
+        last = stack.enter_context(connected(server, ASKED % b"late"))
+        assert last.recv(2**16).startswith(b"HTTP/1.1 200 OK"), "who waits for the server is not"
+        assert 0.5 < time.monotonic() - began < 5
+        assert len(server.server_state.connections) == 1
+        assert broken_off(last)
+
+
+def test_a_body_that_no_answer_waits_for_keeps_no_connection(server):
+    """Piece by piece, to a server that has answered: no piece is a new request."""
+    with connected(server, b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n") as client:
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - began < 5:
+                client.sendall(b"x")
+                time.sleep(0.02)
+        assert 0.2 < time.monotonic() - began < 5
+
+
+def test_who_takes_nothing_is_broken_off_and_who_is_slow_is_not(server):
+    """The slow one takes less than a piece in the time that is waited for it."""
+    with connected(server, ASKED % b"more") as stuck, connected(server, ASKED % b"more") as slow:
+        began = time.monotonic()
+        while time.monotonic() - began < 1:
+            assert slow.recv(2**17)
+            time.sleep(0.02)
+        assert len(server.server_state.connections) == 1, "the stuck one is gone"
+        assert broken_off(stuck)
