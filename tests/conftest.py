@@ -35,6 +35,16 @@ def pytest_configure() -> None:
             signal.signal(number, default)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In each module, what is `hasty` comes last: else programs would be compiled again at each change."""
+    modules = {item.path: i for i, item in enumerate(reversed(items))}
+    items.sort(key=lambda item: (-modules[item.path], not _as_a_user(item)))
+
+
+def _as_a_user(item: pytest.Item) -> bool:
+    return any(map(item.get_closest_marker, ("slow", "smoke")))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget() -> Iterator[None]:
     """Let go of the programs of a module after it: together they would fill gigabytes."""
@@ -46,7 +56,7 @@ def forget() -> Iterator[None]:
 def hasty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of small programs run once each: what LLVM would win in running them, it loses in compiling them. Tests
     marked slow or smoke compile as a user's do; so do the processes of a test that asks for `as_a_user`."""
-    as_a_user = any(map(request.node.get_closest_marker, ("slow", "smoke")))
+    as_a_user = _as_a_user(request.node)
     if jax.config.values["jax_disable_most_optimizations"] == as_a_user:
         jax.clear_caches()  # of what was compiled the other way
         jax.config.update("jax_disable_most_optimizations", not as_a_user)

@@ -1,5 +1,7 @@
 """Laws of the models behind the seam: shapes, causality, initialisation, dropout."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,27 +15,31 @@ GPT = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16)
 BIGRAM = ModelConfig(kind="bigram", vocab_size=11, block_size=8)
 KEY = jax.random.key(0)
 IDX = jax.random.randint(jax.random.key(1), (3, 8), 0, 11)
+init_params, forward, logits_and_loss = (
+    jax.jit(function, static_argnums=0) for function in (nn.init_params, nn.forward, nn.logits_and_loss)
+)
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("config", [GPT, BIGRAM])
 def test_logits_are_B_T_V(config):
-    params = nn.init_params(config, KEY)
-    for T in (1, 5, 8):
-        assert nn.forward(config, params, IDX[:, :T]).shape == (3, T, 11)
+    params = init_params(config, KEY)
+    assert forward(config, params, IDX).shape == (3, 8, 11)
+    for T in (1, 5):
+        assert jax.eval_shape(partial(nn.forward, config), params, IDX[:, :T]).shape == (3, T, 11)
     with pytest.raises(ValueError, match="9 tokens are longer than block_size, 8"):
-        nn.forward(config, params, jnp.zeros((1, 9), jnp.int32))
+        forward(config, params, jnp.zeros((1, 9), jnp.int32))
 
 
 @pytest.mark.parametrize("config", [GPT, BIGRAM])
 def test_the_notes_interface(config):
     """The notes: loss None without targets; logits (B*T, C) and targets (B*T,) with them."""
-    params = nn.init_params(config, KEY)
-    logits, loss = nn.logits_and_loss(config, params, IDX)
+    params = init_params(config, KEY)
+    logits, loss = logits_and_loss(config, params, IDX)
     assert loss is None
     assert logits.shape == (3, 8, 11)
     targets = jnp.roll(IDX, -1, axis=1)
-    flat, loss = nn.logits_and_loss(config, params, IDX, targets)
+    flat, loss = logits_and_loss(config, params, IDX, targets)
     assert flat.shape == (24, 11)
     assert loss.shape == ()
     np.testing.assert_array_equal(flat.reshape(3, 8, 11), logits)
@@ -42,33 +48,33 @@ def test_the_notes_interface(config):
 
 
 def test_the_bigram_reads_logits_directly_off_its_table():
-    params = nn.init_params(BIGRAM, KEY)
+    params = init_params(BIGRAM, KEY)
     (table,) = jax.tree.leaves(params)
     assert table.shape == (11, 11)
-    np.testing.assert_array_equal(nn.forward(BIGRAM, params, IDX), table[IDX])
+    np.testing.assert_array_equal(forward(BIGRAM, params, IDX), table[IDX])
 
 
 @pytest.mark.smoke
 def test_causality_by_gradients():
     """The logits at t have zero gradient with respect to the embeddings after t, and non-zero up to it."""
-    params = nn.init_params(GPT, KEY)
+    params = init_params(GPT, KEY)
     idx = jnp.arange(8)[None]  # each token once, so that row i of wte is the input at position i alone
 
     def logits_at(wte, t):
         untied = {**params, "wte": {"embedding": wte}, "lm_head": {"kernel": params["wte"]["embedding"].T}}
         config = ModelConfig(**{**vars(GPT), "tie_weights": False})
-        return nn.forward(config, untied, idx)[0, t].sum()
+        return forward(config, untied, idx)[0, t].sum()
 
-    wte = params["wte"]["embedding"]
+    wte, gradient = params["wte"]["embedding"], jax.jit(jax.grad(logits_at))
     for t in range(8):
-        sizes = np.abs(jax.grad(logits_at)(wte * 50, t)).sum(axis=1)[:8]
+        sizes = np.abs(gradient(wte * 50, t)).sum(axis=1)[:8]
         assert (sizes[: t + 1] > 0).all()
         np.testing.assert_array_equal(sizes[t + 1 :], np.zeros(7 - t))
 
 
 def test_initialisation_is_nanogpts():
     config = ModelConfig(vocab_size=500, block_size=64, n_layer=4, n_head=4, n_embd=256, bias=True, tie_weights=False)
-    params = nn.init_params(config, KEY)
+    params = init_params(config, KEY)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.endswith("bias"):
@@ -83,7 +89,7 @@ def test_initialisation_is_nanogpts():
 
 
 def test_the_first_loss_is_near_a_uniform_guess():
-    _, loss = nn.logits_and_loss(GPT, nn.init_params(GPT, KEY), IDX, jnp.roll(IDX, -1, axis=1))
+    _, loss = logits_and_loss(GPT, init_params(GPT, KEY), IDX, jnp.roll(IDX, -1, axis=1))
     assert abs(float(loss) - np.log(11)) < 0.1
 
 
@@ -97,23 +103,23 @@ def test_the_first_loss_is_near_a_uniform_guess():
     ],
 )
 def test_parameter_counts(options, count):
-    params = nn.init_params(ModelConfig(**{**vars(GPT), **options}), KEY)
+    params = init_params(ModelConfig(**{**vars(GPT), **options}), KEY)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
 def test_gpt2_has_124_million_parameters():
     """Shapes alone, no memory: GPT-2's smallest model as published, 124,439,808 with biases."""
     config = ModelConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True)
-    shapes = jax.eval_shape(lambda: nn.init_params(config, KEY))
+    shapes = jax.eval_shape(lambda: init_params(config, KEY))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 124_439_808
 
 
 def test_dropout_needs_a_key_and_follows_it():
     config = ModelConfig(**{**vars(GPT), "dropout": 0.5})
-    params = nn.init_params(config, KEY)
-    calm = nn.forward(config, params, IDX)
-    np.testing.assert_array_equal(calm, nn.forward(GPT, params, IDX))
-    one, two, other = (nn.forward(config, params, IDX, jax.random.key(seed)) for seed in (1, 1, 2))
+    params = init_params(config, KEY)
+    calm = forward(config, params, IDX)
+    np.testing.assert_array_equal(calm, forward(GPT, params, IDX))
+    one, two, other = (forward(config, params, IDX, jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, two)
     assert (one != other).any()
     assert (one != calm).any()
@@ -138,17 +144,17 @@ def test_the_norm_is_pytorchs():
 
 
 def test_gelu_is_a_choice():
-    params = nn.init_params(GPT, KEY)
+    params = init_params(GPT, KEY)
     params = jax.tree.map(lambda x: 30 * x, params)
-    exact = nn.forward(GPT, params, IDX)
-    tanh = nn.forward(ModelConfig(**{**vars(GPT), "gelu": "tanh"}), params, IDX)
+    exact = forward(GPT, params, IDX)
+    tanh = forward(ModelConfig(**{**vars(GPT), "gelu": "tanh"}), params, IDX)
     assert 0 < float(jnp.abs(exact - tanh).max()) < 0.1
 
 
 def test_the_models_can_be_mapped_and_differentiated_as_values():
     keys = jax.random.split(KEY, 4)
-    many = jax.vmap(lambda key: nn.init_params(GPT, key))(keys)
-    logits = jax.vmap(lambda params: nn.forward(GPT, params, IDX))(many)
+    many = jax.vmap(lambda key: init_params(GPT, key))(keys)
+    logits = jax.vmap(lambda params: forward(GPT, params, IDX))(many)
     assert logits.shape == (4, 3, 8, 11)
     one = jax.tree.map(lambda x: x[2], many)
-    np.testing.assert_allclose(logits[2], nn.forward(GPT, one, IDX), rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(logits[2], forward(GPT, one, IDX), rtol=2e-5, atol=2e-6)

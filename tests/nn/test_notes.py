@@ -90,7 +90,7 @@ def test_the_head_and_its_gradients(kind):
     head = Head(16, scale=SCALES[kind])
     close(head.apply({"params": HEAD}, X), GOLDEN[f"head_{kind}_out"])
     loss = lambda params, x: (head.apply({"params": params}, x) ** 2).sum()  # noqa: E731
-    dparams, dx = jax.grad(loss, (0, 1))(HEAD, X)
+    dparams, dx = jax.jit(jax.grad(loss, (0, 1)))(HEAD, X)
     close(dx, GOLDEN[f"head_{kind}_dx"])
     for name in HEAD:
         close(dparams[name]["kernel"].T, GOLDEN[f"head_{kind}_d{name}"])
@@ -106,10 +106,10 @@ def test_cross_attention_has_other_sources():
 def test_multi_head_attention_takes_a_context_too():
     config = ModelConfig(vocab_size=V, block_size=T, n_layer=1, n_head=2, n_embd=C)
     module = nn.heads.MultiHeadAttention(config)
-    params = module.init(jax.random.key(0), X)
-    assert module.apply(params, X, CONTEXT).shape == (B, T, C)
+    params = jax.jit(module.init)(jax.random.key(0), X)
+    assert jax.eval_shape(module.apply, params, X, CONTEXT).shape == (B, T, C)
     # Every row of the context is heard by every position, and without one the future is not.
-    heard = jax.jacobian(lambda c: module.apply(params, X[:1], c).sum(-1))(jnp.asarray(CONTEXT[:1]))
+    heard = jax.jit(jax.jacobian(lambda c: module.apply(params, X[:1], c).sum(-1)))(jnp.asarray(CONTEXT[:1]))
     assert (np.abs(heard).sum(-1)[0, :, 0] > 0).all()
-    heard = jax.jacobian(lambda x: module.apply(params, x).sum(-1))(jnp.asarray(X[:1]))
+    heard = jax.jit(jax.jacobian(lambda x: module.apply(params, x).sum(-1)))(jnp.asarray(X[:1]))
     np.testing.assert_array_equal(np.abs(heard).sum(-1)[0, :, 0] > 0, np.tri(T, dtype=bool))
