@@ -42,17 +42,19 @@ def run(args: list[str]) -> int:
     out = given.out or (runs[0].path if len(runs) == 1 else given.folders.runs_dir) / "report.html"
     require_ours(out)
     use_compile_cache()
-    reporter, goes_on = Reporter(runs, given.folders.data_dir), True
-    while goes_on:
-        made = reporter.make()
-        goes_on = given.watch and made.running
-        size = made.write(out, refresh=given.every if goes_on else 0)
-        print(f"{out}  {size / 1e6:.2f} MB, {made.said}", flush=True)
-        try:
+    reporter, made, goes_on = Reporter(runs, given.folders.data_dir), None, True
+    try:
+        while goes_on:
+            made = reporter.make()
+            goes_on = given.watch and made.running
+            size = made.write(out, refresh=given.every if goes_on else 0)
+            print(f"{out}  {size / 1e6:.2f} MB, {made.said}", flush=True)
             time.sleep(given.every if goes_on else 0)
-        except KeyboardInterrupt:  # the page of now, which does not load itself again
-            made.write(out)
-            goes_on = False
+    except KeyboardInterrupt:
+        if not made:
+            raise
+        made.write(out)  # the page of last, which does not load itself again
+    assert made
     if given.png:
         print(f"{given.png}  {', '.join(path.name for path in made.draw(given.png))}")
     return 0

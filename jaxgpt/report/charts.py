@@ -12,6 +12,8 @@ from jaxgpt.report.style import INK, MARK, QUIET, SERIES, WARN, ZOOM, Spec, by_r
 
 MAPPED = 30_000
 """Weights in a picture of attention, at most."""
+APART = 200
+"""Marks of a kind along the axis of steps, at most."""
 
 
 def charts(runs: Sequence[Facts], looks: Sequence[Looks]) -> dict[str, Spec]:
@@ -42,7 +44,7 @@ def outcome(runs: Sequence[Facts], looks: Sequence[Looks]) -> Spec | None:
             said = {"low": facts.best.loss - error, "high": facts.best.loss + error}
             rows.append({"what": facts.name, "loss": facts.best.loss, "kind": "run", **said})
     rows += [{"what": what, "loss": value, "kind": "limit"} for what, value in _limits(runs, looks)]
-    rows += [{"what": who, "loss": value, "kind": "published"} for who, value in published(runs[0].corpus)]
+    rows += [{"what": who, "loss": value, "kind": "published"} for who, value in _published(runs)]
     if not rows:
         return None
     rows.sort(key=lambda row: -row["loss"])
@@ -95,7 +97,10 @@ def loss(runs: Sequence[Facts], looks: Sequence[Looks]) -> Spec | None:
     best = [_mark(facts) for facts in runs if facts.best]
     over = [_mark(facts) for facts in runs if facts.overfits_from is not None]
     rules = [{"what": what, "value": value} for what, value in _limits(runs, looks)]
-    x = step_axis(max((row["step"] for row in [*train, *scores]), default=1))
+    last = max((row["step"] for row in [*train, *scores]), default=1)
+    x, noted = step_axis(last), [row for facts in runs for row in _noted(facts, last)]
+    sign: Spec = {"x": x, "color": {"condition": {"test": "datum.kind === 'resume'", "value": QUIET}, "value": WARN}}
+    sign["tooltip"] = [{"field": name} for name in ("run", "step", "kind", "told")]
     y = {"field": "value", "type": "quantitative", "title": "loss, nats per token", "scale": {"zero": False}}
     color = by_run(runs)
     layers: list[Spec] = [
@@ -108,6 +113,12 @@ def loss(runs: Sequence[Facts], looks: Sequence[Looks]) -> Spec | None:
             "data": {"values": rules},
             "mark": {"type": "text", "align": "right", "dy": -6, "color": QUIET, "fontSize": 11},
             "encoding": {"y": y, "x": {"value": {"expr": "width"}}, "text": {"field": "what"}},
+        },
+        {"data": {"values": noted}, "mark": {"type": "rule", "opacity": 0.4}, "encoding": sign},
+        {
+            "data": {"values": noted},
+            "mark": {"type": "point", "shape": "triangle-down", "filled": True, "size": 90, "opacity": 0.9},
+            "encoding": {**sign, "y": {"value": 6}},
         },
         {
             "data": {"values": train},
@@ -140,7 +151,7 @@ def loss(runs: Sequence[Facts], looks: Sequence[Looks]) -> Spec | None:
             "encoding": {"x": x, "y": y, "text": {"field": "said"}},
         },
     ]
-    layers[2]["params"] = [ZOOM]
+    layers[4]["params"] = [ZOOM]
     return chart(layer=[layer for layer in layers if layer["data"]["values"]], height=340)
 
 
@@ -270,6 +281,23 @@ def _mark(facts: Facts) -> Spec:
 def _limits(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, float]]:
     """(what, nats per token) of guessing and counting, where all runs learn from the same tokens."""
     known = next((look.limits for look in looks if look.limits), None)
-    if not known or len({facts.corpus["sha256"] for facts in runs}) > 1:
-        return []
-    return [(WHAT[name], value) for name, value in vars(known).items()]
+    return [(WHAT[name], value) for name, value in vars(known).items()] if known and _alike(runs) else []
+
+
+def _published(runs: Sequence[Facts]) -> Sequence[tuple[str, float]]:
+    """What is known of the tokens, where all runs learn from the same."""
+    return published(runs[0].corpus) if _alike(runs) else ()
+
+
+def _alike(runs: Sequence[Facts]) -> bool:
+    return len({facts.corpus["sha256"] for facts in runs}) == 1
+
+
+def _noted(facts: Facts, last: int) -> list[Spec]:
+    """What was noted of a run up to the step `last`; of those of a kind that no eye could part, the first."""
+    rows: dict[tuple[str, int], Spec] = {}
+    for step, kind, told in facts.noted:
+        if step <= last:
+            row = {"run": facts.name, "step": step, "kind": kind, "told": told}
+            rows.setdefault((kind, APART * step // max(1, last)), row)
+    return list(rows.values())

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from jaxgpt import recipes
 from jaxgpt.config import Config, differences
 from jaxgpt.nn import cost
+from jaxgpt.report.terminal import duration
 from jaxgpt.report.utilisation import peak, utilisation
 from jaxgpt.training.run import Run
 
@@ -74,15 +76,47 @@ class Facts:
 
     @property
     def seconds(self) -> float | None:
-        """From each start to its end, compiling and evaluating included; None if none has ended."""
-        ended = [event["seconds"] for event in self.events if event["event"] == "end" and "seconds" in event]
-        return sum(ended) if ended else None
+        """From each start to its end, compiling and evaluating included; None if nothing is known. A process that was
+        killed, or goes on, counts up to its last save."""
+        return sum(map(lasted, self._processes)) or None
+
+    @property
+    def ended(self) -> bool:
+        """Whether every process of it has come to its end, or to where it broke off: else `seconds` are the least."""
+        return all(each[-1]["event"] in ("end", "broken-off") for each in self._processes)
+
+    @property
+    def took(self) -> str:
+        """`seconds` as people say them, empty if nothing is known."""
+        said = "" if self.seconds is None else duration(self.seconds)
+        return said if self.ended or not said else f"at least {said}"
+
+    @property
+    def _processes(self) -> list[list[dict[str, Any]]]:
+        """Of each process that trained: its start, its saves, and how it ended if it could say so."""
+        found: list[list[dict[str, Any]]] = []
+        for event in self.events:
+            if event["event"] == "start":
+                found.append([event])
+            elif found and event["event"] in ("save", "broken-off", "end"):
+                found[-1].append(event)
+        return found
+
+    @property
+    def noted(self) -> list[tuple[int, str, str]]:
+        """(step, kind, what was told or the device) of each resume, each spike, and what broke it off."""
+        return [
+            (event["step"], kind, event.get("text", event.get("device", "")))
+            for kind, event in zip(kinds(self.events), self.events, strict=True)
+            if kind in ("resume", "spike", "broken-off") and "step" in event
+        ]
 
     @property
     def running(self) -> bool:
         """Whether more is to come: it has just been made, or it trains."""
-        ended = self.events and self.events[-1]["event"] in ("end", "broken-off", "import")
-        return not ended and not self.cut_off
+        told = (event["event"] for event in reversed(self.events))
+        last = next((kind for kind in told if kind in ("start", "end", "broken-off", "import")), "start")
+        return last == "start" and not self.cut_off
 
     @property
     def n_devices(self) -> int:
@@ -139,7 +173,7 @@ def gather(run: Run, points: int = POINTS, called: str = "") -> Facts:
         loss=curve("loss"),
         grad_norm=curve("grad_norm"),
         learning_rate=curve("learning_rate"),
-        speed=speeds(config, events),
+        speed=speeds(events),
     )
 
 
@@ -165,22 +199,38 @@ def thinned(points: Points, n: int) -> Points:
     return sorted(kept)
 
 
-def speeds(config: Config, events: Iterable[dict[str, Any]]) -> Points:
-    """Tokens per second between saves: each save tells the mean since its process started, the first chunk apart."""
+def speeds(events: Iterable[dict[str, Any]]) -> Points:
+    """Tokens per second of training between saves: each save tells what its process had trained by then."""
     found: Points = []
-    per_step, K = config.train.batch_size * config.model.block_size, config.train.scan_steps
-    begin, before = 0, (0.0, 0.0)
+    before = 0, 0.0
     for event in events:
         if event["event"] == "start":
-            begin, before = event["step"], (0.0, 0.0)
-        if event["event"] != "save" or not event.get("tokens_per_second"):
-            continue
-        tokens = (event["step"] - begin // K * K - K) * per_step
-        now = float(tokens), tokens / event["tokens_per_second"]
-        n_tokens, seconds = now[0] - before[0], now[1] - before[1]
-        if n_tokens > 0 and seconds > 0:
-            found.append((event["step"], n_tokens / seconds))
-        before = now
+            before = 0, 0.0
+        elif event["event"] == "save" and "trained_seconds" in event:  # older ones told of a later step's
+            now = event["trained_tokens"], event["trained_seconds"]
+            if now[1] > before[1]:
+                found.append((event["step"], (now[0] - before[0]) / (now[1] - before[1])))
+            before = now
+    return found
+
+
+def lasted(process: Sequence[dict[str, Any]]) -> float:
+    """Seconds from the first of its events to the last, by the process's own clock if it came to its end."""
+    begun, ended = (datetime.fromisoformat(process[i]["time"]) for i in (0, -1))
+    return float(process[-1].get("seconds", max(0.0, (ended - begun).total_seconds())))
+
+
+def kinds(events: Iterable[dict[str, Any]]) -> list[str]:
+    """What each event is; a start after another, or from a step on, is a resume.
+
+    >>> kinds([{"event": "start", "step": 0}, {"event": "save", "step": 5}, {"event": "start", "step": 5}])
+    ['start', 'save', 'resume']
+    """
+    found, started = list[str](), False
+    for event in events:
+        resumed = event["event"] == "start" and (started or event.get("step"))
+        started = started or event["event"] == "start"
+        found.append("resume" if resumed else event["event"])
     return found
 
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from jaxgpt.text.tokenizer import Ids
 
-COUNTED = 2**24
-"""Of a larger training split, so many of its first tokens are counted."""
+COUNTED, STRETCHES = 2**24, 64
+"""Of a larger split, so many tokens are counted or scored, in so many stretches evenly apart."""
 
 PUBLISHED = {
     ("shakespeare", "char"): (
@@ -39,12 +39,29 @@ def limits(train: Ids, val: Ids, V: int) -> Limits:
     With n counts and N tokens, p(b) = (n(b) + 1) / (N + V) and p(b | a) = (n(a b) + p(b)) / (n(a) + 1): one token's
     worth of doubt each, so that nothing is impossible.
     """
-    train, val = np.asarray(train[:COUNTED]).astype(np.int64), np.asarray(val[: COUNTED + 1]).astype(np.int64)
-    single = (np.bincount(train, minlength=V) + 1.0) / (len(train) + V)
-    before, after = val[:-1], val[1:]
-    n_before = np.bincount(train[:-1], minlength=V)
-    pairs = (_counts(train[:-1] * V + train[1:], before * V + after) + single[after]) / (n_before[before] + 1.0)
+    counted = stretches(train)
+    single = (occurrences(counted, V) + 1.0) / (sum(map(len, counted)) + V)
+    (first, second), (before, after) = _pairs(counted), _pairs(stretches(val))
+    n_before = np.bincount(first, minlength=V)
+    pairs = (_counts(first * V + second, before * V + after) + single[after]) / (n_before[before] + 1.0)
     return Limits(math.log(V), float(-np.log(single[after]).mean()), float(-np.log(pairs).mean()))
+
+
+def stretches(tokens: Ids) -> list[NDArray[np.int64]]:
+    """All of `tokens` (N,), or of more than COUNTED that many: any part of a text or of a mixture has its share."""
+    size = len(tokens) if len(tokens) <= COUNTED else COUNTED // STRETCHES
+    starts = np.linspace(0, len(tokens) - size, 1 if size == len(tokens) else STRETCHES).astype(int)
+    return [np.asarray(tokens[start : start + size]).astype(np.int64) for start in starts]
+
+
+def occurrences(parts: list[NDArray[np.int64]], V: int) -> NDArray[np.int64]:
+    """How often each id is in `parts`, (V,)."""
+    return np.sum([np.bincount(part, minlength=V) for part in parts], axis=0, dtype=np.int64)
+
+
+def _pairs(parts: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The tokens of `parts` that another follows there, and those that follow them."""
+    return np.concatenate([part[:-1] for part in parts]), np.concatenate([part[1:] for part in parts])
 
 
 def _counts(where: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.int64]:

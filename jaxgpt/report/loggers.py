@@ -1,7 +1,7 @@
 """The numbers of a run to other programs that show them, while it trains. metrics.jsonl stays the truth."""
 
-import hashlib
 import math
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from jaxgpt import config as configs
+from jaxgpt import disk
 from jaxgpt.config import MissingExtraError
 from jaxgpt.training.journal import Evaluated, Event, Progress, notify
 from jaxgpt.training.run import Run
@@ -118,7 +119,9 @@ def numbers(event: Event) -> dict[str, float]:
 
 
 def identity(run: Run) -> str:
-    """A name for this very run, the same after a resume and another for another run of its name."""
-    begun = run.events()[:1]
-    made = (run.path / "config.json").stat().st_mtime_ns if not begun else begun[0].get("time", "")
-    return f"{run.path.name}-{hashlib.sha256(f'{run.path.resolve()} {made}'.encode()).hexdigest()[:8]}"
+    """A name for this very run, the same after a resume and another for another run of its name: drawn once, and kept
+    in its folder, for a file's time or place may change where a run is moved to go on."""
+    kept = run.path / "wandb-id"
+    if not kept.exists():
+        disk.write_atomically(kept, f"{run.path.name}-{secrets.token_hex(4)}".encode())
+    return kept.read_text()

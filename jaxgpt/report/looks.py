@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from jaxgpt import nn
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.report import embedding, passage
-from jaxgpt.report.limits import Limits, limits
+from jaxgpt.report.limits import Limits, limits, occurrences, stretches
 from jaxgpt.sampling.write import write
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.text.tokenizer import Ids, Tokenizer
@@ -92,7 +92,7 @@ def look(run: Run, data_dir: Path) -> Looks:
     def attempt(name: str, get: Callable[[], Any]) -> Any:
         try:
             return get()
-        except (UsageError, CheckpointError, OSError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             looks.missing[name] = str(error)
             return None
 
@@ -105,25 +105,27 @@ def look(run: Run, data_dir: Path) -> Looks:
     if not found:
         return looks
     looks.step, params = found
-    start = 0 if val is None else place(val, run.tokenizer, READ)
+    start = 0 if val is None else place(val, run.tokenizer, READ, model.block_size)
     prompt = None if val is None else run.tokenizer.decode(val[start : start + PROMPT])
     looks.samples = attempt("samples", lambda: samples(run, prompt)) or []
-    looks.embedding = embedded(model, params, run.tokenizer, frequent(train, V, SHOWN))
+    looks.embedding = attempt("embedding", lambda: embedded(model, params, run.tokenizer, frequent(train, V, SHOWN)))
     if val is not None:
-        looks.passage = read(model, params, val, start, run.tokenizer)
+        looks.passage = attempt("passage", lambda: read(model, params, val, start, run.tokenizer))
         if model.kind == "gpt":
-            looks.attention = attend(model, params, val[start:], run.tokenizer)
+            looks.attention = attempt("attention", lambda: attend(model, params, val[start:], run.tokenizer))
     return looks
 
 
-def place(val: Ids, tokenizer: Tokenizer, n: int) -> int:
-    """Where to read about `n` tokens: of 32 places evenly apart, the one with the most letters, where a line begins."""
+def place(val: Ids, tokenizer: Tokenizer, n: int, T: int) -> int:
+    """Where to read about `n` tokens of `val` (M,): of 32 places evenly apart, the one with the most letters, where a
+    line begins if then there is a window of T inputs and a target left."""
     letters = np.array([sum(map(str.isalpha, data.decode("utf-8", "ignore"))) for data in tokenizer.token_bytes])
     ends = np.array([data.endswith(b"\n") for data in tokenizer.token_bytes])
-    starts = np.linspace(0, max(0, len(val) - n), 32).astype(int)
+    last = max(0, len(val) - T - 1)
+    starts = np.linspace(0, min(last, max(0, len(val) - n)), 32).astype(int)
     start = max(starts, key=lambda start: letters[val[start : start + n]].sum())
-    lines = np.flatnonzero(ends[val[start : start + n // 4]])
-    return int(start + (lines[0] + 1 if lines.size else 0))
+    line = start + np.flatnonzero(ends[val[start : start + n // 4]])[:1] + 1
+    return int(line[0] if line.size and line[0] <= last else start)
 
 
 def steps(run: Run) -> list[int]:
@@ -181,7 +183,7 @@ def embedded(model: ModelConfig, params: nn.Params, tokenizer: Tokenizer, ids: I
 
 def frequent(tokens: Ids | None, V: int, n: int) -> Ids:
     """The n most frequent ids of `tokens`, the most frequent first; the first n where there are none."""
-    counts = np.zeros(V) if tokens is None else np.bincount(tokens[: 2**24], minlength=V)
+    counts = np.zeros(V) if tokens is None else occurrences(stretches(tokens), V)
     return np.argsort(-counts, kind="stable")[: min(n, max(2, np.count_nonzero(counts) or V))]
 
 

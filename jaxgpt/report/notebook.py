@@ -12,7 +12,6 @@ from jaxgpt.report.charts import loss
 from jaxgpt.report.facts import Facts, gather
 from jaxgpt.report.markup import element
 from jaxgpt.report.style import Spec
-from jaxgpt.report.terminal import duration
 from jaxgpt.sampling.write import write
 from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.run import Run
@@ -78,8 +77,8 @@ class Loaded:
             error = f" ± {best.standard_error:.4f}" if best.standard_error is not None else ""
             bits = f"{best.bits_per_char:.4f} bits/char, {best.bits_per_byte:.4f} bits/byte"
             told.append(("best", f"loss {best.loss:.4f}{error} nats/token, {bits}, at step {best.step:,}"))
-        if facts.seconds is not None:
-            told.append(("trained", f"{facts.step:,} steps in {duration(facts.seconds)}"))
+        if facts.took:
+            told.append(("trained", f"{facts.step:,} steps in {facts.took}"))
         return told
 
 

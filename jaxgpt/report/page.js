@@ -18,6 +18,14 @@ for (const [name, spec] of Object.entries(read("charts") ?? {})) {
   if (node) window.vegaEmbed(node, spec, { renderer: "svg", actions, tooltip: { theme: "custom" } });
 }
 
+// A printer shows what is open alone.
+let closed = [];
+addEventListener("beforeprint", () => {
+  closed = [...document.querySelectorAll("section > details:not([open])")];
+  for (const each of closed) each.open = true;
+});
+addEventListener("afterprint", () => { for (const each of closed) each.open = false; });
+
 // A text of tokens: `tell(i)` is called for the one that the pointer, a finger or the keyboard is on.
 function choose(holder, tell) {
   const spans = [...holder.querySelectorAll("[data-i]")];

@@ -6,14 +6,16 @@ from typing import Any
 
 import jaxgpt
 from jaxgpt.recipes import RECIPES
-from jaxgpt.report.facts import Facts, Score, differing, perplexity
-from jaxgpt.report.limits import published
+from jaxgpt.report.facts import Facts, Score, differing, kinds, perplexity
+from jaxgpt.report.limits import COUNTED, published
 from jaxgpt.report.looks import Looks
 from jaxgpt.report.markup import Html, element, join, text
 from jaxgpt.report.style import Spec
 from jaxgpt.report.terminal import duration
 
 NOTHING = Html("")
+TOLD = 500
+"""Events of a diary that are told, the last ones."""
 
 
 def title(runs: Sequence[Facts]) -> str:
@@ -58,7 +60,7 @@ def outcome(runs: Sequence[Facts], charts: dict[str, Spec]) -> Html:
     ]
     if facts.seconds is not None:
         speed = f"{facts.tokens_per_second:,.0f} tokens/s" if facts.tokens_per_second else "from start to end"
-        numbers.append(("time", duration(facts.seconds), speed))
+        numbers.append(("time" if facts.ended else "time, at least", duration(facts.seconds), speed))
     if (used := facts.utilisation) is not None:
         numbers.append(("utilisation", f"{used:.1%}", "of the published bfloat16 rate"))
     cells = [element("div", element("dt", a), element("dd", b, element("small", c))) for a, b, c in numbers]
@@ -70,11 +72,14 @@ def outcome(runs: Sequence[Facts], charts: dict[str, Spec]) -> Html:
         "Counted on the training split and scored on the validation split, as the model is: what is to be had "
         "without learning."
     )
+    if facts.corpus["count"] > COUNTED:
+        caption += f" Of each split, at most {COUNTED:,} tokens, in stretches evenly apart."
     return section(
         "Outcome",
         element("dl", *cells, class_="numbers"),
         element("p", where, *known, class_="quiet"),
         chart(charts, "outcome", caption),
+        in_words(charts),
     )
 
 
@@ -87,10 +92,9 @@ def comparison(runs: Sequence[Facts], charts: dict[str, Spec]) -> Html:
         error = f" ± {best.standard_error:.4f}" if best and best.standard_error is not None else ""
         scored = (f"{best.loss:.4f}{error}", f"{best.bits_per_char:.4f}", f"{best.bits_per_byte:.4f}") if best else ()
         speed = f"{facts.tokens_per_second:,.0f}" if facts.tokens_per_second else ""
-        took = duration(facts.seconds) if facts.seconds is not None else ""
         at = f"{best.step:,} of {facts.step:,}" if best else f"{facts.step:,}"
-        rows.append((facts.name, *(scored or ("not scored yet", "", "")), at, f"{facts.n_params:,}", speed, took))
-    parts = [table(names, rows), chart(charts, "outcome", "The best evaluation of each run.")]
+        rows.append((facts.name, *(scored or ("not scored yet", "", "")), at, f"{facts.n_params:,}", speed, facts.took))
+    parts = [table(names, rows), chart(charts, "outcome", "The best evaluation of each run."), in_words(charts)]
     if len({facts.corpus["sha256"] for facts in runs}) > 1:
         parts.append(element("p", "They learn from different tokens: compare bits per byte, and those with care."))
     changed = differing(runs)
@@ -103,6 +107,8 @@ def curves(runs: Sequence[Facts], charts: dict[str, Spec]) -> Html:
     """Loss, learning rate, gradient norm and speed over steps."""
     whole = "Loss. Thin: each training step. Dots: the whole validation split, with its standard error as a band; a "
     whole += "ring is the best."
+    if any(facts.noted for facts in runs):
+        whole += " Upright lines: resumes, spikes, and what broke it off; the sign at the top of each says more."
     captions = {
         "learning_rate": "Learning rate",
         "grad_norm": "Norm of the gradient, before it is clipped",
@@ -167,18 +173,17 @@ def diary(facts: Facts, several: bool) -> Html:
     """Starts, resumes, saves, spikes and what else was noted."""
     if not facts.events:
         return NOTHING
-    rows, loud, started = [], 0, False
-    for event in facts.events[-500:]:
-        kind = event["event"]
-        if kind == "start":
-            kind, started = "resume" if started or event.get("step") else "start", True
+    rows, usual = [], ("start", "save", "end", "import")
+    all_kinds = kinds(facts.events)
+    for event, kind in zip(facts.events[-TOLD:], all_kinds[-TOLD:], strict=True):
         speed = event.get("tokens_per_second")
         said = event.get("text") or event.get("origin") or (f"{speed:,.0f} tokens/s on the way here" if speed else "")
-        if kind not in ("start", "save", "end", "import"):
-            loud += 1
-            kind = element("strong", kind)
-        rows.append((event.get("time", ""), event.get("step", ""), kind, said))
-    summary = f"{len(facts.events):,} events, {loud} of them beyond starts, saves and ends"
+        name = kind if kind in usual else element("strong", kind)
+        rows.append((event.get("time", ""), event.get("step", ""), name, said))
+    loud = sum(kind not in usual for kind in all_kinds)
+    summary = f"{len(facts.events):,} events, {loud:,} of them beyond starts, saves and ends"
+    if len(facts.events) > TOLD:
+        summary += f"; the last {TOLD} are told"
     shown = element("details", element("summary", summary), table(("time (UTC)", "step", "event", "told"), rows))
     return section(f"Diary{f': {facts.name}' if several else ''}", shown)
 
@@ -212,6 +217,15 @@ def chart(charts: dict[str, Spec], name: str, caption: str) -> Html:
         return NOTHING
     place = element("div", class_="chart", id=f"chart-{name}", role="img", aria_label=caption)
     return element("figure", element("figcaption", caption), place)
+
+
+def in_words(charts: dict[str, Spec]) -> Html:
+    """The values of the outcome for those who hear the page: of a chart they are told its caption alone."""
+    if "outcome" not in charts:
+        return NOTHING
+    rows = charts["outcome"]["data"]["values"]
+    said = (element("li", f"{row['what']}: {row['loss']:.4f} nats per token") for row in rows)
+    return element("ul", *said, class_="unseen")
 
 
 def table(names: Iterable[object], rows: Iterable[Iterable[object]], class_: str = "") -> Html:

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -22,7 +22,7 @@ PLAIN_SECONDS = 5.0
 WIDE = 72
 """Columns from which on there is room for the bar and for all numbers."""
 CURVE = 1000
-"""Losses that are kept for the curve; of more, the means of two neighbours."""
+"""Points that a curve keeps, at most; an even number."""
 
 
 class RunConsole(Console):
@@ -42,6 +42,29 @@ class RunConsole(Console):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class Curve:
+    """The losses so far, as fewer than CURVE means of as many losses each: its x axis is even."""
+
+    def __init__(self) -> None:
+        self._means: list[float] = []
+        self._open: list[float] = []
+        self._share = 1
+
+    def add(self, loss: float) -> None:
+        self._open.append(loss)
+        if len(self._open) == self._share:
+            self._means.append(_mean(self._open))
+            self._open = []
+        if len(self._means) == CURVE:
+            self._means = [_mean(pair) for pair in zip(self._means[::2], self._means[1::2], strict=True)]
+            self._share *= 2
+
+    @property
+    def points(self) -> list[float]:
+        """The means, the last one of what there is for it yet."""
+        return [*self._means, *([_mean(self._open)] if self._open else [])]
+
+
 class TrainingDisplay:
     """Shows the events of `fit`; use it as a context manager and as `fit`'s `watch`.
 
@@ -55,7 +78,7 @@ class TrainingDisplay:
         self.live = console.is_terminal and not console.is_dumb_terminal
         """Whether there is a terminal that lines can be drawn on again and again."""
         self.notices = 0
-        self._losses: list[float] = []
+        self._curve, self._ends = Curve(), list[float]()  # and the first loss and the newest
         self._best: Evaluated | None = None
         self._sample = ""
         self._bar = LiveBar(self._below, console, disable=not self.live)
@@ -73,8 +96,7 @@ class TrainingDisplay:
     def __call__(self, event: Event) -> None:
         match event:
             case Evaluated(step, evaluation):
-                if self._best is None or evaluation.loss < self._best.evaluation.loss:
-                    self._best = event
+                self._scored(event)
                 self._print(f"step {step:>6,}  validation {describe(evaluation)}")
             case Notice(_, step, text):
                 self.notices += 1
@@ -84,10 +106,14 @@ class TrainingDisplay:
             case Progress():
                 self._progress(event)
 
+    def _scored(self, scored: Evaluated) -> None:
+        self._best = min(filter(None, (self._best, scored)), key=lambda each: each.rank)
+
     def _progress(self, event: Progress) -> None:
-        self._losses.append(event.loss)
-        if len(self._losses) > CURVE:
-            self._losses = [sum(pair) / 2 for pair in zip(self._losses[::2], self._losses[1::2], strict=False)]
+        if event.best:
+            self._scored(event.best)
+        self._curve.add(event.loss)
+        self._ends = [*self._ends[:1], event.loss]
         short = f"loss {event.loss:.4f}"
         numbers = short
         if event.tokens_per_second and event.seconds_left is not None:
@@ -103,12 +129,13 @@ class TrainingDisplay:
     def _below(self) -> Iterator[Text]:
         """The lines under the bar: the loss so far, and what the model wrote last."""
         width = self._console.width
-        if len(self._losses) > 1:
+        if len(self._ends) > 1:
             levels = BLOCKS if self._console.encoding.startswith("utf") else ASCII
-            said = f"  {self._losses[0]:.2f} to {self._losses[-1]:.2f}"
+            said = f"  {self._ends[0]:.2f} to {self._ends[1]:.2f}"
             if self._best:
                 said += f"  best {self._best.evaluation.loss:.4f} at {self._best.step:,}"
-            curve = sparkline(self._losses, min(60, width - len(said) - 5), levels) if width > len(said) + 15 else ""
+            room, points = min(60, width - len(said) - 5), self._curve.points
+            curve = sparkline(points, room, levels) if width > len(said) + 15 else ""
             yield Text(f"loss {curve}{said}", no_wrap=True, overflow="crop")
         if self._sample:
             yield Text(visible(self._sample), style="dim", no_wrap=True, overflow="crop")
@@ -130,6 +157,10 @@ class LiveBar(progress.Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         yield from self._below()
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses)
 
 
 def describe(evaluation: Evaluation) -> str:

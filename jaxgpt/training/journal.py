@@ -30,6 +30,11 @@ class Evaluated:
     step: int
     evaluation: Evaluation
 
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Least for the best: by loss, and one that is no number comes last."""
+        return math.isnan(self.evaluation.loss), self.evaluation.loss
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -47,6 +52,8 @@ class Progress:
     """The last step's, before clipping."""
     learning_rate: float = math.nan
     """The last step's."""
+    best: Evaluated | None = None
+    """The best evaluation so far, those from before a resume among them."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,10 @@ class Journal:
         self.notice = partial(notify, run, watch)
         self._unread: tuple[int, Metrics] | None = None
         self._mark: float | None = None
-        self._tokens = self._seconds = 0.0
+        self.spent = 0, 0.0
+        """Tokens and seconds of training in this process, compilation, evaluation and saving apart."""
+        self.step = 0
+        """Of the last line."""
         self._spikes, self._skipped, self.scores = Spikes(), 0, list[Evaluated]()
         if processes.first():
             self._file = run.metrics_file.open("ab+", buffering=0)
@@ -129,12 +139,17 @@ class Journal:
         values = {f"val_{name}": value for name, value in dataclasses.asdict(evaluation).items()}
         self._write(step=step, **values, **estimates)
         self._watch(self.scores[-1])
-        self._mark = time.perf_counter()  # evaluating is not training
+        self.rested()
 
     def sampled(self, step: int, text: str) -> None:
         """Tell what was written after `step` steps."""
         self._watch(Sampled(step, text))
-        self._mark = time.perf_counter()  # nor is this
+        self.rested()
+
+    def rested(self) -> None:
+        """Leave the time since the last chunk out of the speed: what filled it is not training."""
+        if self._mark is not None:  # else the first chunk is to come, with what is left of its compilation
+            self._mark = time.perf_counter()
 
     def flush(self) -> None:
         """Write the steps noted by `trained`, waiting for the device if need be.
@@ -170,8 +185,9 @@ class Journal:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of training, compilation, evaluation and saving apart; None before the second chunk."""
-        return self._tokens / self._seconds if self._seconds else None
+        """What `spent` comes to; None before the second chunk."""
+        tokens, seconds = self.spent
+        return tokens / seconds if seconds else None
 
     def _progress(self, begin: int, metrics: Metrics) -> Progress:
         train = self._config.train
@@ -179,12 +195,13 @@ class Journal:
         speed = left = None
         if last is not None:
             step_tokens = train.batch_size * self._config.model.block_size
-            self._tokens, self._seconds = self._tokens + steps * step_tokens, self._seconds + now - last
+            self.spent = self.spent[0] + steps * step_tokens, self.spent[1] + now - last
             speed = steps * step_tokens / (now - last)
             left = (train.steps - begin - steps) * step_tokens / speed
         self._mark = now
         loss, grad_norm, learning_rate = (float(x[-1]) for x in metrics[:3])
-        return Progress(begin + steps, train.steps, loss, speed, left, grad_norm, learning_rate)
+        best = min(self.scores, key=lambda scored: scored.rank, default=None)
+        return Progress(begin + steps, train.steps, loss, speed, left, grad_norm, learning_rate, best)
 
     def _trained(self, step: int, loss: Any, grad_norm: Any, learning_rate: Any, applied: Any) -> None:
         """Write the line of one step, and tell what is unusual about it."""
@@ -218,6 +235,7 @@ class Journal:
 
     def _remember(self, line: dict[str, Any]) -> float | None:
         """Keep what later lines are compared with; the usual loss if that of this line leaps out."""
+        self.step = line["step"]
         if evaluated := _evaluated(line):
             self.scores.append(evaluated)
             return None

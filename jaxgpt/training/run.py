@@ -6,6 +6,7 @@ metrics.jsonl    every step's numbers; the same, byte for byte, for the same con
 events.jsonl     a diary: starts, saves, speed, what went wrong
 checkpoints/     training state, by step
 holder.json      which process writes here, while one does
+wandb-id         by what name --log wandb goes on with it
 report.html      what jaxgpt report made of it, and tensorboard/ what --log tensorboard did: nothing reads them
 """
 

@@ -5,11 +5,15 @@ JAXGPT_SCREENSHOTS names a folder to keep pictures in, JAXGPT_REPORT a report to
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxgpt.report import facts, reporter
+from jaxgpt.report.looks import Attention
+from tests.report.test_page import EVENTS
 
 KINDS = {
     "report": {"color_scheme": "light", "viewport": {"width": 1000, "height": 1380}},
@@ -27,17 +31,21 @@ def file(trained, seen, tmp_path_factory):
     return path
 
 
-@pytest.fixture(params=KINDS)
-def shown(request, browser, file):
-    """The page in a window of its own; whatever the browser complains of, or asks the network for, fails the test."""
-    said = []
-    context = browser.new_context(offline=True, **KINDS[request.param])
-    page = context.new_page()
+def opened(browser, file, said, **kind):
+    """The page in a window of its own; what the browser complains of, or asks the network for, goes into `said`."""
+    page = browser.new_context(offline=True, **kind).new_page()
     page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda asked: None if asked.url == file.as_uri() else said.append(asked.url[:80]))
     page.goto(file.as_uri())
     page.wait_for_selector("#chart-embedding svg")
+    return page
+
+
+@pytest.fixture(params=KINDS)
+def shown(request, browser, file):
+    said = []
+    page = opened(browser, file, said, **KINDS[request.param])
     yield page
     if folder := os.environ.get("JAXGPT_SCREENSHOTS"):
         page.mouse.move(0, 0)
@@ -47,7 +55,7 @@ def shown(request, browser, file):
         page.locator("#passage [data-i='36']").click()
         page.evaluate("document.getElementById('passage').closest('section').scrollIntoView()")
         page.screenshot(path=Path(folder) / f"{request.param}-tokens.png")
-    context.close()
+    page.context.close()
     assert said == []
 
 
@@ -79,3 +87,34 @@ def test_a_reader_can_look_at_everything(shown):
     assert shown.locator("#map").evaluate(painted)
     shown.locator("#attention [data-i='0']").click()
     assert "(1) 100%" in shown.locator("#attention-told").text_content(), "the first token has itself alone"
+
+
+def test_several_runs_are_shown_and_printed_whole(browser, trained, seen, tmp_path):
+    """With tables and maps that are wider than paper."""
+    run, looks, said = replace(facts.gather(trained[0]), events=EVENTS), seen, []
+    runs = [replace(run, name=f"a_run_whose_name_is_longer_than_most_{i}") for i in range(4)]
+    configs = [replace(run.config, train=replace(run.config.train, seed=i)) for i in range(4)]
+    runs = [replace(run, config=config) for run, config in zip(runs, configs, strict=True)]
+    looks = replace(seen, attention=Attention(list("abcd"), np.full((2, 18, 4, 4), 0.25)))
+    reporter.Made(runs, [looks] * 4).write(tmp_path / "report.html")
+    page = opened(browser, tmp_path / "report.html", said, viewport={"width": 718, "height": 1000})  # A4 by its margins
+    signs = page.locator("#chart-loss svg path[aria-roledescription='point'][aria-label*='resume']")
+    assert signs.count() == len(runs), "each marks where it went on"
+    signs.last.hover(force=True)
+    assert "resume" in page.locator("#vg-tooltip-element").text_content()
+    assert page.locator("#chart-outcome svg path").count() > len(runs)
+
+    folded = "[...document.querySelectorAll('section > details')].map(each => each.open)"
+    page.evaluate(f"addEventListener('beforeprint', () => {{ window.printed = {folded}; }})")
+    page.pdf()
+    assert set(page.evaluate("printed")) == {True}
+    assert set(page.evaluate(folded)) == {False}, "and after it all is as it was"
+    page.emulate_media(media="print")
+    page.evaluate("document.querySelectorAll('section > details').forEach(each => each.open = true)")
+    for part in page.locator(".wide, .grid").all():
+        inside, room = part.evaluate("each => [each.scrollWidth, each.clientWidth]")
+        assert inside <= room, part.inner_text()[:80]
+    if folder := os.environ.get("JAXGPT_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / "report-print.png", full_page=True)
+    page.context.close()
+    assert said == []

@@ -1,16 +1,24 @@
+import dataclasses
 import itertools
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt.report import facts
+from jaxgpt.report import limits as counting
 from jaxgpt.report.limits import limits, published
+from jaxgpt.training import journal as journals
+from jaxgpt.training.evaluate import Evaluation
 from jaxgpt.training.run import Run
+from jaxgpt.training.saving import Saving
+from jaxgpt.training.step import Metrics
 from tests.training.test_run import META
 
 LINE = {"grad_norm": 1.0, "learning_rate": 0.1}
@@ -81,16 +89,94 @@ def test_a_thinned_curve_keeps_its_ends_and_extremes(seed, length, n):
     assert {min(values), max(values)} <= {value for _, value in kept}
 
 
-def test_speed_between_saves_is_told_apart_from_the_mean(tiny):
-    """2 s for each of the first steps and 1 s for each later one, the first chunk (5 steps) left out."""
+class Slow:
+    """Checkpoints whose saves keep the loop for 100 s, and end when they are waited for."""
+
+    not_pruned, latest, saved = None, None, None
+
+    def __init__(self, now):
+        self.now = now
+
+    def save(self, state, val_loss, said):
+        self.saved, self.now[0] = state.step, self.now[0] + 100
+
+    def settle(self, wait):
+        step = self.saved if wait else None
+        self.saved = self.saved if step is None else None
+        return step
+
+
+def test_speed_between_saves_is_that_of_their_own_steps(run, tiny, monkeypatch):
+    """Chunks of 5 steps that take 7 s, 5 s, 10 s and 20 s, and scores of 50 s: the first chunk counts for nothing."""
+    now, losses = [0.0], jnp.ones(5)
+    monkeypatch.setattr(journals, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    chunk = Metrics(losses, losses, losses, losses > 0)
+    run.event("start", step=0)
+    journal = journals.Journal(run, 0, lambda step: None, lambda event: None)
+
+    def score(step):
+        now[0] += 50
+        journal.evaluated(step, Evaluation(2.0, 0.1, 3.0, 3.0, 100), {})
+
+    corpus = SimpleNamespace(meta=META)
+    with journal, Saving(run, tiny, corpus, Slow(now), journal) as saving:
+        score(0)
+        for begin, seconds in ((0, 7), (5, 5), (10, 10), (15, 20)):
+            journal.trained(begin, chunk)
+            saving.look()
+            now[0] += seconds
+            journal.flush()
+            if begin in (5, 15):
+                score(begin + 5)
+                saving.save(SimpleNamespace(step=begin + 5), None)
+        saving.look(wait=True)
     per_step = 4 * 8
-    said = [(10, 5, 10.0), (15, 10, 15.0), (20, 15, 20.0)]  # step, steps counted, seconds
-    events = [{"event": "save", "step": step, "tokens_per_second": n * per_step / s} for step, n, s in said]
-    found = facts.speeds(tiny, [{"event": "start", "step": 0}, *events])
-    assert [step for step, _ in found] == [10, 15, 20]
-    np.testing.assert_allclose([speed for _, speed in found], [per_step / 2, per_step, per_step])
-    again = [{"event": "start", "step": 20}, {"event": "save", "step": 30, "tokens_per_second": 64.0}]
-    assert facts.speeds(tiny, [{"event": "start", "step": 0}, *events, *again])[-1] == (30, 64.0)
+    assert facts.gather(run).speed == [(10, per_step * 5 / 5), (20, per_step * 10 / 30)]
+    assert facts.gather(run).tokens_per_second == journal.tokens_per_second == per_step * 15 / 35
+    again = {"event": "save", "step": 30, "trained_tokens": 640, "trained_seconds": 10.0}
+    assert facts.speeds([*run.events(), {"event": "start", "step": 20}, again])[-1] == (30, 64.0)
+
+
+def test_what_breaks_a_run_off_says_where(run, tiny):
+    losses = jnp.ones(5)
+    with journals.Journal(run, 0, lambda step: None, lambda event: None) as journal:
+        journal.trained(0, Metrics(losses, losses, losses, losses > 0))
+        journal.flush()
+        with pytest.raises(KeyError), Saving(run, tiny, SimpleNamespace(meta=META), Slow([0.0]), journal):
+            raise KeyError("gone")
+    assert facts.gather(run).noted == [(5, "broken-off", "KeyError: 'gone'")]
+
+
+def told(*events):
+    return [{"time": f"2026-01-01T00:{minute:02}:00Z", "event": name, **more} for minute, name, more in events]
+
+
+@pytest.mark.parametrize(
+    ("last", "runs_on"),
+    [("start", True), ("end", False), ("broken-off", False), ("import", False)],
+)
+def test_what_a_logger_says_last_makes_no_run_go_on(run, last, runs_on):
+    events = [] if last == "start" else [{"name": last, "step": 9}]
+    found = written(run, events=[{"name": "start", "step": 0}, *events, {"name": "log-failed", "step": 0, "text": "x"}])
+    assert found.running == runs_on
+
+
+def test_a_process_that_was_killed_counts_up_to_its_last_save(run):
+    killed = told((0, "start", {"step": 0}), (9, "save", {"step": 90}))
+    resumed = told(
+        (30, "version", {"step": 90, "text": "x"}), (30, "start", {"step": 90}), (31, "end", {"seconds": 61.5})
+    )
+    broken = told((0, "start", {"step": 0}), (2, "broken-off", {"step": 7, "text": "x"}))
+    found = facts.gather(run)
+    for events, seconds, took in (
+        ([*killed, *resumed], 9 * 60 + 61.5, "at least 10m02s"),
+        (killed, 9 * 60, "at least 9m00s"),
+        (killed[:1], None, ""),
+        (broken, 120, "2m00s"),
+        (resumed, 61.5, "1m02s"),
+    ):
+        found = dataclasses.replace(found, events=events)
+        assert (found.seconds, found.took) == (seconds, took)
 
 
 def test_the_limits_are_what_counting_by_hand_gives():
@@ -108,6 +194,19 @@ def test_the_limits_are_what_counting_by_hand_gives():
     by_hand = [(pairs[a, b] + p(b)) / (before[a] + 1) for a, b in itertools.pairwise(val)]
     assert found.bigram == pytest.approx(-np.mean(np.log(by_hand)))
     assert sum((pairs[0, b] + p(b)) / (before[0] + 1) for b in range(V)) == pytest.approx(1)
+
+
+def test_of_a_large_split_stretches_from_end_to_end_are_counted(monkeypatch):
+    """The parts of a mixture lie one after another: the first alone would say nothing of the others."""
+    monkeypatch.setattr(counting, "COUNTED", 128)
+    rng = np.random.default_rng(0)
+    halves = [np.concatenate([rng.integers(0, 2, n), rng.integers(2, 4, n)]) for n in (4000, 500)]
+    found = limits(*halves, 4)
+    assert found.unigram == pytest.approx(math.log(4), abs=0.1)
+    assert found.bigram == pytest.approx(math.log(2), abs=0.1)
+    (first, *_, last) = counting.stretches(np.arange(1000))
+    assert (first[0], last[-1]) == (0, 999)
+    assert [part.tolist() for part in counting.stretches(np.arange(128))] == [list(range(128))]
 
 
 def test_figures_are_told_of_the_corpus_that_they_are_of():

@@ -51,7 +51,7 @@ def test_tensorboard_reads_what_was_written(run):
         assert dict(values[name]) == pytest.approx({step: numbers[name] for step, numbers in TOLD if name in numbers})
 
 
-def test_wandb_is_told_of_the_run_and_goes_on_with_it(run, monkeypatch):
+def test_wandb_is_told_of_the_run_and_goes_on_with_it(run, tmp_path, tiny, monkeypatch):
     told, begun = [], []
 
     def init(**kwargs):
@@ -63,7 +63,11 @@ def test_wandb_is_told_of_the_run_and_goes_on_with_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     tell(run, "wandb")
     run.event("start", step=0)
+    run.with_config(run.config)
     tell(run, "wandb")
+    assert begun[0]["id"] == begun[1]["id"]
+    other = Run.create(tmp_path / "elsewhere", "one", tiny, META)
+    assert loggers.identity(other) != loggers.identity(run) == begun[0]["id"]
     assert told == [*TOLD, "finished"] * 2
     assert begun[0]["name"] == "one"
     assert begun[0]["config"]["model"]["n_embd"] == 16

@@ -39,6 +39,34 @@ def test_the_loss_of_a_token_is_that_of_its_window(trained):
         passage.read(config, params, val[:8], 40, 5, config.vocab_size)
 
 
+@pytest.mark.parametrize("T", [8, 32, 59])
+@pytest.mark.parametrize("line", [10, 27, 28, 51, 59])
+def test_the_place_leaves_room_for_a_window(trained, T, line):
+    """60 tokens of one line and the beginning of the next, each as a text could end."""
+    tokenizer = trained[0].tokenizer
+    val = tokenizer.encode("a" * line + "\n" + "a" * (59 - line))
+    start = looks.place(val, tokenizer, looks.READ, T)
+    assert start == (line + 1 if line + 1 + T + 1 <= 60 else 0)
+    late = tokenizer.encode("<" * 500 + "a" * 100)
+    assert looks.place(late, tokenizer, looks.READ, 550) == 600 - 551, "a window longer than what is read"
+
+
+@pytest.mark.parametrize("broken", ["read", "attend", "embedded"])
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_one_look_that_fails_leaves_the_others(trained, monkeypatch, broken, error):
+    def fail(*args):
+        raise error("no room")
+
+    names = {"read": "passage", "attend": "attention", "embedded": "embedding"}
+    for name in names:
+        monkeypatch.setattr(looks, name, lambda *args: "seen")
+    monkeypatch.setattr(looks, "samples", lambda *args: [])
+    monkeypatch.setattr(looks, broken, fail)
+    found = looks.look(*trained)
+    assert found.missing == {names[broken]: "no room"}
+    assert [name for name in names.values() if getattr(found, name) != "seen"] == [names[broken]]
+
+
 def test_what_is_not_there_is_said(trained, tmp_path, monkeypatch):
     run, data_dir = trained
     monkeypatch.setattr(looks, "samples", lambda *args: [])

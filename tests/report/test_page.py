@@ -1,5 +1,6 @@
 import base64
 import hashlib
+import html
 import html.parser
 import json
 import re
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxgpt import cli
 from jaxgpt.config import UsageError
-from jaxgpt.report import charts, facts, markup, page, reporter, vega
+from jaxgpt.report import charts, facts, markup, page, reporter, sections, vega
 from jaxgpt.report.looks import Attention
 from tests.report.conftest import HOSTILE
 
@@ -168,11 +169,77 @@ def test_attention_is_packed_row_by_row():
 
 
 def test_several_runs_on_one_page(made):
-    runs, looks = [*made.runs, *made.runs], [*made.looks, *made.looks]
+    runs, looks = [made.runs[0], replace(made.runs[0], name="again")], [*made.looks, *made.looks]
     specs = charts.charts(runs, looks)
     text = page.page(runs, looks, specs)
     assert "They differ in no setting." in text
-    assert specs.keys() >= {"loss", "outcome"}
+    assert "2 runs: hostile, again" in text
+    assert {row["run"] for row in layer(specs["loss"], "line")} == {"hostile", "again"}
+
+
+def layer(spec, mark):
+    """The values of the first layer that is drawn with `mark`; none if there is no such one."""
+    marks = [(each["mark"]["type"], each["data"]["values"]) for each in spec["layer"]]
+    return next((values for kind, values in marks if kind == mark), [])
+
+
+def test_others_figures_stand_only_beside_runs_of_their_text(made):
+    corpus = made.runs[0].corpus | {"source": "shakespeare"}
+    one = replace(made.runs[0], corpus=corpus)
+    other = replace(made.runs[0], name="other", corpus=corpus | {"sha256": "another", "source": "verse"})
+    for runs, there in (([one], True), ([one, replace(one, name="again")], True), ([one, other], False)):
+        rows = charts.outcome(runs, made.looks * 2)["data"]["values"]
+        assert ("published" in {row["kind"] for row in rows}) == there
+
+
+def test_the_outcome_is_told_in_words_too(made, written):
+    text = html.unescape(written)
+    for row in charts.charts(made.runs, made.looks)["outcome"]["data"]["values"]:
+        assert f"<li>{row['what']}: {row['loss']:.4f} nats per token</li>" in text
+    assert "counting pairs of tokens: " in text
+
+
+EVENTS = [
+    {"event": "start", "step": 0, "device": "cpu"},
+    {"event": "save", "step": 10},
+    {"event": "start", "step": 10, "device": "cpu"},
+    {"event": "spike", "step": 12, "text": "loss 9"},
+    {"event": "spike", "step": 99, "text": "of lines that were lost"},
+    {"event": "broken-off", "step": 20, "text": "DivergedError: it is over"},
+]
+EVENTS = [{"time": "2026-01-01T00:00:00Z", **event} for event in EVENTS]
+
+
+def test_resumes_and_spikes_stand_on_the_curve(made):
+    (run,), looks = made.runs, made.looks
+    run = replace(run, events=EVENTS)
+    spec = charts.loss([run], looks)
+    rows = [(row["step"], row["kind"], row["told"]) for row in layer(spec, "point")]
+    assert rows == [(10, "resume", "cpu"), (12, "spike", "loss 9"), (20, "broken-off", "DivergedError: it is over")]
+    assert "Upright lines" in page.page([run], looks, {"loss": spec})
+    many = replace(run, events=[{"event": "spike", "step": i, "text": ""} for i in range(10**4)], scores=[])
+    many = replace(many, loss=[(10**4, 1.0)])
+    assert len(layer(charts.loss([many], looks), "point")) == charts.APART
+    quiet = replace(run, events=EVENTS[:2])
+    assert layer(charts.loss([quiet], [replace(looks[0], limits=None)]), "rule") == []
+    assert "Upright lines" not in page.page([quiet], looks, charts.charts([quiet], looks))
+
+
+def test_a_long_diary_says_what_it_leaves_out(made):
+    spikes = [{"event": "spike", "step": i, "text": ""} for i in range(700)]
+    text = sections.diary(replace(made.runs[0], events=[*spikes, *({"event": "save", "step": 700},) * 400]), False)
+    assert "1,100 events, 700 of them beyond starts, saves and ends; the last 500 are told" in text
+    assert text.count("<tr>") == 501
+    assert "told</summary>" not in sections.diary(made.runs[0], False)
+
+
+def test_a_killed_runs_time_is_the_least(made):
+    saved = [{"event": name, "time": f"2026-01-01T00:0{i}:00Z", "step": i} for i, name in enumerate(["start", "save"])]
+    killed, (looks,) = replace(made.runs[0], events=saved), made.looks
+    specs = charts.charts(made.runs, made.looks)
+    assert "<dt>time, at least</dt><dd>1m00s" in page.page([killed], [looks], specs)
+    assert "<dt>time</dt>" in page.page(made.runs, [looks], specs)
+    assert "<td>at least 1m00s</td>" in page.page([killed, replace(killed, name="b")], [looks] * 2, specs)
 
 
 def test_watching_asks_again_only_of_new_weights(trained, made, monkeypatch):
@@ -222,3 +289,25 @@ def test_a_page_loads_itself_again_only_while_its_run_trains(quick, trained, tmp
     words = ["--watch", "--every", "7", "--out", str(out), "--data-dir", str(data_dir)]
     assert cli.run_verb(["report", str(run.path), *words]) == 0
     assert [('content="7"' in text, seconds) for seconds, text in pages] == [(True, 7), (True, 7), (False, 0)]
+
+
+def test_a_page_whose_maker_is_interrupted_loads_itself_no_more(quick, trained, tmp_path, monkeypatch):
+    run, data_dir = trained
+    out, make, there = tmp_path / "page.html", reporter.Reporter.make, []
+
+    def interrupted(self):
+        there.append(out.exists() and 'content="30"' in out.read_text())
+        if len(there) > 1:
+            raise KeyboardInterrupt
+        return make(self)
+
+    monkeypatch.setattr(reporter.Made, "running", True)
+    monkeypatch.setattr("jaxgpt.cli.report.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(reporter.Reporter, "make", interrupted)
+    words = ["--watch", "--out", str(out), "--data-dir", str(data_dir)]
+    assert cli.run_verb(["report", str(run.path), *words]) == 0
+    assert there == [False, True]
+    assert 'content="30"' not in out.read_text()
+    out.unlink()
+    assert cli.run_verb(["report", str(run.path), *words]) == 130, "there is no page yet that could be the last"
+    assert not out.exists()

@@ -1,5 +1,7 @@
 import doctest
 import io
+import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -96,6 +98,24 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
     out = show(True, *CURVE, Sampled(20, "the cat"))
     assert "\x1b" not in out
     assert out.splitlines()[-1] == "step     50/100  loss 2.0000  10,000 tokens/s  1m15s left"
+
+
+def test_a_resumed_run_knows_the_best_of_before():
+    before = Evaluated(70, replace(RESULT, loss=1.25))
+    out = show(True, *(replace(event, best=before) for event in CURVE), Evaluated(90, RESULT))
+    assert last_drawn(out)[1].endswith("best 1.2500 at 70")
+
+
+def test_a_curve_is_even_and_ends_at_the_newest_loss(monkeypatch):
+    monkeypatch.setattr(terminal, "CURVE", 8)
+    curve = terminal.Curve()
+    for n in range(1, 100):
+        curve.add(float(n))
+        steps = {b - a for a, b in itertools.pairwise(curve.points[:-1])}
+        assert len(steps) <= 1, "a straight line stays straight"
+        assert len(curve.points) <= 8
+    out = show(True, *(Progress(i, 100, 100.0 - i, None, None) for i in range(99)))
+    assert "100.00 to 2.00" in last_drawn(out)[1]
 
 
 def test_many_losses_are_kept_as_few(monkeypatch):

@@ -50,6 +50,8 @@ def test_every_step_has_one_line_in_order(run):
 def test_a_chunk_is_read_when_the_next_one_is_under_way(run):
     events = []
     with Journal(run, watch=events.append) as journal:
+        journal.evaluated(0, RESULT, {})
+        events.clear()
         journal.trained(0, chunk(1))
         assert events == []
         journal.trained(5, chunk(6))
@@ -73,17 +75,18 @@ def test_a_resumed_journal_goes_on_behind_the_saved_step(run):
         position = journal.position
         journal.trained(10, chunk(11))
         journal.flush()
-    whole = run.metrics_file.read_bytes()
+    whole, told = run.metrics_file.read_bytes(), []
     for torn in (whole, whole[:-3]):
         run.metrics_file.write_bytes(torn)
-        with Journal(run, position[0]) as journal:
+        with Journal(run, position[0], told.append) as journal:
             assert journal.position == position
             assert [scored.step for scored in journal.scores] == [0, 10]
             assert math.isnan(journal.scores[1].evaluation.standard_error)
             assert journal.tokens_per_second is None
-            assert lines(run)[-1]["step"] == 10
+            assert lines(run)[-1]["step"] == journal.step == 10
             journal.trained(10, chunk(11))
             journal.flush()
+        assert told.pop().best.step == 10, "the best of before is known"
         assert run.metrics_file.read_bytes() == whole
     with Journal(run) as journal:
         assert journal.scores == []
