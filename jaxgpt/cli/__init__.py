@@ -8,6 +8,7 @@ import difflib
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -42,40 +43,55 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    code = run_verb(sys.argv[1:] if argv is None else argv)
+    code, ended = _attempt(sys.argv[1:] if argv is None else argv)
     try:
         sys.stdout.flush()
     except OSError:  # a full disk, or a reader that has gone: let the interpreter's own last flush find no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if code in (1, 2) and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+    if not ended and _one_of_several():
         os._exit(code)  # JAX would wait for the other processes, which wait for this one
     sys.exit(code)
 
 
 def run_verb(argv: Sequence[str]) -> int:
     """The exit code of `jaxgpt *argv`; errors that a person can mend are printed without a traceback."""
+    return _attempt(argv)[0]
+
+
+def _attempt(argv: Sequence[str]) -> tuple[int, bool]:
+    """The exit code of `jaxgpt *argv`, and whether the verb came to an end of its own: no error ended it."""
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
-        return 0 if argv else 2
+        return (0 if argv else 2), True
     verb, args = argv[0], list(argv[1:])
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        return _complain(f"no verb {verb!r}{hint}\n{overview()}", 2)
+        return _complain(f"no verb {verb!r}{hint}\n{overview()}", 2), False
     module, _ = VERBS[verb]
     try:
-        return import_module(f"jaxgpt.cli.{module}").run(args)
+        return import_module(f"jaxgpt.cli.{module}").run(args), True
     except UsageError as error:
-        return _complain(str(error), 2)
+        return _complain(str(error), 2), False
     except BrokenPipeError:  # whoever read the output has gone; let the interpreter's last flush find no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1, False
     except MemoryError as error:
-        return _complain(f"out of memory: {error}; try a smaller --batch-size or a smaller model", 1)
+        return _complain(f"out of memory: {error}; try a smaller --batch-size or a smaller model", 1), False
     except (OSError, RuntimeError) as error:
-        return _complain("\n".join([str(error), *getattr(error, "__notes__", [])]), 1)
+        return _complain("\n".join([str(error), *getattr(error, "__notes__", [])]), 1), False
     except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+        return _complain("interrupted", 130), False
+    except Exception:
+        if not _one_of_several():
+            raise
+        with suppress(OSError):
+            traceback.print_exc()
+        return 1, False
+
+
+def _one_of_several() -> bool:
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def overview() -> str:

@@ -11,7 +11,7 @@ from jaxgpt.config import UsageError
 
 @dataclass(frozen=True)
 class Launch:
-    processes: Annotated[int, tyro.conf.arg(help="How many.")] = 2
+    processes: Annotated[int, tyro.conf.arg(help="How many; each takes one GPU, where there are some.")] = 2
 
 
 def run(args: list[str]) -> int:

@@ -131,7 +131,10 @@ def _fit(given: Train, existing: Run | None) -> int:
     if display.notices:
         console.print(f"{display.notices} warnings on the way stand in {run.events_file}", style="bold yellow")
     if done.interrupted_by:
-        again = words("train", run.path, given.folders, "--resume")
+        flags = [*(["--mesh", given.mesh] if sizes else []), *(["--distributed"] if given.distributed else [])]
+        again = words("train", run.path, given.folders, "--resume", *flags)
+        if given.coordinator.startswith("127."):  # all processes are on this machine, as launch starts them
+            again = again.replace("train", f"launch --processes {given.num_processes} -- train", 1)
         console.print(f"interrupted at step {done.step:,} of {done.steps:,}; saved. Go on with: {again}")
         return 128 + done.interrupted_by
     first, last, best = done.scores[0], done.scores[-1], done.best

@@ -1,19 +1,24 @@
 """Processes of one run: how one joins the others, and how a group of them is started on one machine."""
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxgpt.config import UsageError
 from jaxgpt.training import processes
-from jaxgpt.training.interrupt import SIGNALS
+from jaxgpt.training.interrupt import heard
 
 GRACE = 10.0
-"""Seconds that processes have to end by themselves once one of them has died: most wait for it in vain."""
+"""Seconds that processes have to end by themselves once one of them has died, as most wait for it in vain, or once they
+were asked a second time."""
+
+COLLECTIVE_SECONDS = 7 * 24 * 3600
+"""How long CPUs wait for each other. XLA's half an hour may be less than process 0 takes to prepare a text."""
 
 
 class LaunchError(UsageError):
@@ -36,12 +41,14 @@ def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> 
         raise LaunchError(f"--process-id is {process_id}, expected 0 to {num_processes - 1}: there are {num_processes}")
     # Its notifier would swallow a SIGTERM that comes before training, where the loop hears signals by itself.
     jax.config.update("jax_enable_preemption_service", False)
+    patience, flags = f"--xla_cpu_collective_timeout_seconds={COLLECTIVE_SECONDS}", os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{patience} {flags}"  # the last word on a flag is the user's
     try:
         if coordinator:
             jax.distributed.initialize(coordinator, num_processes, process_id)
         else:
             jax.distributed.initialize()
-        processes.most(0)  # the first collective waits half a minute for the others, later ones as long as it takes
+        processes.most(0)  # whatever the patience of later ones, the first waits half a minute for the others
     except (ValueError, RuntimeError) as error:
         raise LaunchError(
             f"this process does not find the others: {str(error).splitlines()[0]}; say where process 0 is, "
@@ -52,25 +59,39 @@ def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> 
 def group(words: Sequence[str], n: int) -> int:
     """Run `jaxgpt *words` in `n` processes on this machine; the exit code of the first to end with another than 0.
 
-    SIGINT, SIGTERM and SIGHUP go to all of them. When one dies, the others are told to end, and killed if they have not
-    after GRACE seconds: without it they would wait for it.
+    SIGINT, SIGTERM and SIGHUP go to all of them, but for those ignored from the start; after a second signal they have
+    GRACE seconds, a third kills them. When one dies, the others are told to end, and killed if they have not after
+    GRACE seconds: without it they would wait for it. When this process dies, they end as by SIGTERM (on Linux). Each
+    takes the GPU of its number, where there are some.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     shared = [sys.executable, "-m", "jaxgpt", *words, "--coordinator", address, "--num-processes", str(n)]
     members: list[subprocess.Popen[bytes]] = []
+    asked, ends = 0, float("inf")
 
-    def forward(number: int, frame: object) -> None:
+    def tell(number: int) -> None:
         for member in members:
             if member.poll() is None:
                 member.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    def forward(number: int, frame: object) -> None:
+        nonlocal asked, ends
+        asked += 1
+        if asked == 2:
+            ends = min(ends, time.monotonic() + GRACE)
+        tell(number if asked < 3 else signal.SIGKILL)
+
+    before = heard()
+    for number in before:
+        signal.signal(number, forward)
     try:
         for i in range(n):
-            members.append(subprocess.Popen([*shared, "--process-id", str(i)], start_new_session=True, env=os.environ))
-        code, ends = 0, float("inf")
+            env = {**os.environ, "JAX_LOCAL_DEVICE_IDS": str(i)}  # jax.distributed reads it, and heeds it on GPUs
+            command = [*shared, "--process-id", str(i)]
+            members.append(subprocess.Popen(command, start_new_session=True, env=env, preexec_fn=_end_with_parent()))
+        code = 0
         while True:
             codes = [member.poll() for member in members]
             code = code or next(filter(None, codes), 0)
@@ -78,9 +99,9 @@ def group(words: Sequence[str], n: int) -> int:
                 return 128 - code if code < 0 else code
             if code and ends == float("inf"):
                 ends = time.monotonic() + GRACE
-                forward(signal.SIGTERM, None)
+                tell(signal.SIGTERM)
             if time.monotonic() > ends:
-                forward(signal.SIGKILL, None)
+                tell(signal.SIGKILL)
             time.sleep(0.05)
     finally:
         for member in members:
@@ -89,3 +110,17 @@ def group(words: Sequence[str], n: int) -> int:
             member.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What makes a new process get a SIGTERM when this one dies, even by SIGKILL; None where only Linux would."""
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def ask() -> None:
+        prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has died already
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask

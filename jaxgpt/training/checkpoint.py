@@ -13,7 +13,7 @@ import secrets
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -139,14 +139,24 @@ class Checkpoints:
         if processes.told(step in self.steps):
             raise CheckpointError(f"step {step} was not saved in {self.directory}: there is one already")
         partial = self.directory / f".{step}.{processes.told(secrets.randbits(31)):08x}.part"
-        scored = val_loss is not None and math.isfinite(val_loss)  # what is no number is never the best
-        known = Manifest(step, val_loss if scored else None, about or {}, _arrays(state), {})
+        known = Manifest(step, _finite(val_loss), about or {}, _arrays(state), {})
         try:
             response = ocp.save_async(partial.resolve(), state)
         except Exception as error:
             _remove(partial)
             raise CheckpointError(f"step {step} was not saved in {self.directory}: {error}") from error
         self._pending = self._worker.submit(self._finish, known, partial, response)
+
+    def score(self, step: int, val_loss: float, about: dict[str, Any]) -> None:
+        """Let the manifest of a saved step say its validation loss, and `about` in place of what it said.
+
+        Raises:
+          DamagedError: the manifest is missing, damaged, or of another program.
+          OSError: it cannot be written.
+        """
+        scored = replace(self.manifest(step), val_loss=_finite(val_loss), about=about)
+        disk.write_atomically(self._path(step) / "manifest.json", disk.seal(asdict(scored)).encode())
+        self._verified.pop(step, None)
 
     def settle(self, wait: bool = False) -> int | None:
         """The step whose save has ended well since the last call, None if none has.
@@ -315,3 +325,8 @@ def _remove(partial: Path) -> None:
     """Remove what a save left, also under the name that Orbax writes to before it renames."""
     for path in partial.parent.glob(f"{partial.name}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _finite(val_loss: float | None) -> float | None:
+    """What is no number is never the best."""
+    return val_loss if val_loss is not None and math.isfinite(val_loss) else None

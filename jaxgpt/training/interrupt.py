@@ -5,10 +5,18 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from jaxgpt.training import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+
+
+def heard() -> dict[int, Any]:
+    """Each of SIGNALS with its handler now, but for those that are ignored and are to stay so: a run under nohup
+    outlives its terminal."""
+    handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+    return {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
 
 @contextmanager
@@ -38,12 +46,7 @@ def interruption() -> Iterator[Callable[[], int]]:
         for each, handler in before.items():
             signal.signal(each, handler)
 
-    # What is ignored from the start stays so: a run under nohup outlives its terminal.
-    before = {
-        number: handler or signal.SIG_DFL
-        for number in SIGNALS
-        if (handler := signal.getsignal(number)) is not signal.SIG_IGN
-    }
+    before = heard()
     for number in before:
         signal.signal(number, note)
     try:

@@ -1,6 +1,5 @@
 """fit(): the story of a run."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,7 +51,7 @@ class Summary:
 
     @property
     def best(self) -> Evaluated:
-        return min(self.scores, key=lambda scored: (math.isnan(scored.evaluation.loss), scored.evaluation.loss))
+        return min(self.scores, key=lambda scored: scored.rank)
 
 
 def fit(
@@ -116,8 +115,13 @@ def fit(
             Journal(run, n_bytes, partial(window_starts, config, parts), watch) as journal,
             Saving(run, config, corpus, checkpoints, journal) as saving,
         ):
-            if not journal.scores and config.train.eval_start:
+            step = int(state.step)
+            if not step and config.train.eval_start:
                 journal.evaluated(*score(config, corpus, state))
+            elif step and due(config, step) and (not journal.scores or journal.scores[-1].step < step):
+                # it ended between save and score, or its last step came nearer
+                journal.evaluated(*score(config, corpus, state))
+                saving.scored()
             stop, compiled = 0, None
             for begin, end in chunks(config, int(state.step)):
                 served = feed(begin, end)
@@ -132,20 +136,18 @@ def fit(
                     raise DivergedError(blame(config, before, *served))
                 journal.trained(begin, metrics)
                 saving.look()
-                if due(config, end):
-                    journal.flush()
-                    journal.evaluated(*score(config, corpus, state))
-                    if write and end < config.train.steps:
-                        journal.sampled(end, write(state.params))
-                stop = interrupted_by() if end < config.train.steps else 0
+                more = end < config.train.steps
+                stop = interrupted_by() if more else 0
                 if due(config, end) or stop:
-                    saving.save(state, journal.scores[-1].evaluation.loss if due(config, end) else None)
+                    saving.save(state)  # before it is scored: whoever ends the run may not wait so long
+                if due(config, end) and not stop:
+                    journal.evaluated(*score(config, corpus, state))
+                    saving.scored()
+                    if write and more:
+                        journal.sampled(end, write(state.params))
+                    stop = interrupted_by() if more else 0
                 if stop:
                     break
-            if not stop and (not journal.scores or journal.scores[-1].step < int(state.step)):
-                # interrupted, and its last step came nearer
-                journal.evaluated(*score(config, corpus, state))
-                journal.sync()
             saving.end(state)
             run.event("end", step=int(state.step), seconds=time.perf_counter() - began)
     seconds = time.perf_counter() - began

@@ -45,8 +45,15 @@ def on(folder: Path, name: str) -> list[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """The exit code of a process that ends by itself, and what it printed."""
-    out = process.communicate(timeout=300)[0]
+    """The exit code of a process that ends by itself, or is made to after five minutes, and what it printed."""
+    try:
+        out = process.communicate(timeout=300)[0]
+    except subprocess.TimeoutExpired:
+        for _ in range(3):  # the third signal ends a group at once
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        process.kill()
+        out = f"still at it after five minutes:\n{process.communicate()[0]}"
     return process.returncode, out
 
 

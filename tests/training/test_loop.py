@@ -101,6 +101,45 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(tiny, new_run, step):
     assert_same_run(unbroken, broken)
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_that_ends_before_a_score_goes_on_with_it(tiny, new_run, monkeypatch, killed):
+    """Asked to end in the chunk before it, the run does not make whoever asked wait for the score; killed in it, it has
+    lost nothing else. Even the manifests are those of a run that was not ended."""
+    unbroken = fit(*new_run("unbroken", tiny)).run
+    broken, corpus = new_run("broken", tiny)
+
+    def ask(event):
+        if isinstance(event, Progress) and event.step == 5:  # told when the chunk to 10 is under way
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def die(config, corpus, state, score=loop.score):
+        if state.step == 10:
+            raise Stop
+        return score(config, corpus, state)
+
+    if killed:
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "score", die)
+            with pytest.raises(Stop):
+                fit(broken, corpus)
+    else:
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            done = fit(broken, corpus, ask)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert [scored.step for scored in done.scores] == [0]
+    checkpoints = Checkpoints(broken.checkpoints)
+    assert checkpoints.steps == [10]
+    assert checkpoints.manifest(10).val_loss is None
+    fit(broken, corpus)
+    assert_same_run(unbroken, broken)
+    for saved in (10, 20):
+        found, wanted = (Checkpoints(run.checkpoints).verify(saved) for run in (broken, unbroken))
+        assert (found.val_loss, found.about) == (wanted.val_loss, wanted.about)
+        assert found.val_loss is not None
+
+
 def test_lines_are_on_disk_before_the_save_that_follows_them(tiny, new_run, monkeypatch):
     run, corpus = new_run("one", tiny)
     save, seen = Checkpoints.save, []
