@@ -97,7 +97,7 @@ class Slow:
     def __init__(self, now):
         self.now = now
 
-    def save(self, state, val_loss, said):
+    def save(self, state, about):
         self.saved, self.now[0] = state.step, self.now[0] + 100
 
     def settle(self, wait):
@@ -128,7 +128,7 @@ def test_speed_between_saves_is_that_of_their_own_steps(run, tiny, monkeypatch):
             journal.flush()
             if begin in (5, 15):
                 score(begin + 5)
-                saving.save(SimpleNamespace(step=begin + 5), None)
+                saving.save(SimpleNamespace(step=begin + 5))
         saving.look(wait=True)
     per_step = 4 * 8
     assert facts.gather(run).speed == [(10, per_step * 5 / 5), (20, per_step * 10 / 30)]
