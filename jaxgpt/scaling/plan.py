@@ -1,10 +1,12 @@
 """What a training step would need on devices that are not attached: the real step, compiled for them here."""
 
 import dataclasses
+import math
 import os
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,12 +145,25 @@ def compile_step(config: Config, placement: Placement, effort: Effort = "least")
     with placement.scope():
         lowered = placement.steps(config).lower(config, like(config, placement), tokens, starts)
         try:
-            return lowered.compile({"exec_time_optimization_effort": -1.0} if effort == "least" else None)
+            with _not_kept():
+                return lowered.compile({"exec_time_optimization_effort": -1.0} if effort == "least" else None)
         except Exception as error:
             why = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" in why:
                 raise TooLargeError(why) from error
             raise PlanError(f"the compiler refuses: {why}") from error
+
+
+@contextmanager
+def _not_kept() -> Iterator[None]:
+    """What is compiled in the block goes to no cache: a program for chips that are not here cannot be read back."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def read(compiled: Any, config: Config, chip: Chip | None, sizes: Sizes, seconds: float) -> Plan:

@@ -53,7 +53,7 @@ def test_bad_input_is_refused_in_words_and_writes_nothing(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="memory and open files are counted in /proc")
 def test_a_long_run_does_not_grow(tmp_path):
-    count = trials.soak(tmp_path)
+    count = trials.soak(tmp_path, steps=1000, every=10)
     assert count.failures == []
 
 
@@ -86,7 +86,7 @@ LONG = ("--steps", 100_000)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
 def test_a_second_signal_stops_at_once_with_the_last_save_intact(tmp_path, number, code):
     run = trials.new_run(tmp_path, "one")
-    process = resume(run, *LONG, "--scan-steps", 20_000, "--eval-every", 20_000)  # a chunk that takes long
+    process = resume(run, *LONG, "--scan-steps", 8_000, "--eval-every", 8_000)  # a chunk that takes long
     wait_for(lambda: run.metrics_file.exists() and run.metrics(), process)
     time.sleep(1)
     process.send_signal(number)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import re
 
 import jax
@@ -38,7 +39,13 @@ def recipes(change):
 
 @tpu
 @pytest.mark.parametrize(
-    ("name", "text"), [("124m", "data=32,fsdp=8"), ("124m", "data=32,fsdp=4,tensor=2"), ("1.5b", "data=64,fsdp=4")]
+    ("name", "text"),
+    [
+        ("124m", "data=32,fsdp=8"),
+        ("124m", "data=32,fsdp=4,tensor=2"),
+        ("1.5b", "data=64,fsdp=4"),
+        ("1.5b", "data=32,fsdp=4,tensor=2"),  # whose 25 heads tensor does not divide
+    ],
 )
 def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
     """What is sent is counted by hand: L kernels of 12 C² in all, and the head of V C."""
@@ -57,7 +64,9 @@ def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
     assert step.arguments - 2 * estimate.TOKENS == pytest.approx(3 * 4 * (12 * L * C**2 + V * C) / shards, rel=0.05)
     # Kernels are gathered as bfloat16: for each pass, and those of attention once more; the head's once.
     gathered = 2 * ((2 + 4 / 12) * 12 * L * C**2 + V * C) / sizes.tensor
-    assert bytes_of(step, "all-gather") == pytest.approx(gathered, rel=0.1)
+    divided = config.model.n_head % sizes.tensor == 0  # else some kernels of attention are gathered whole
+    found_gathered = step.collectives["all-gather", sizes.fsdp][1]
+    assert found_gathered == pytest.approx(gathered, rel=0.1) if divided else gathered < found_gathered < 1.3 * gathered
     # Gradients are scattered as float32, once, in whole tiles; only their shards are summed over the copies.
     gradients = 4 * (12 * L * C**2 + V * C) / sizes.tensor
     assert bytes_of(step, "reduce-scatter") == pytest.approx(gradients, rel=0.1)
@@ -76,6 +85,22 @@ def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
 def test_what_the_compiler_cannot_do_is_refused():
     with pytest.raises(PlanError, match="--topology v5e:3x999"):
         plan.topology("v5e:3x999")
+
+
+def test_what_is_compiled_for_absent_chips_is_not_kept(tiny, monkeypatch):
+    """Found in the cache by the next process, it could not be read."""
+    name, seen = "jax_persistent_cache_min_compile_time_secs", []
+    before = jax.config.values[name]
+
+    def look(*_):
+        seen.append(jax.config.values[name])
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", look)
+    with pytest.raises(PlanError, match="the compiler refuses: seen"):
+        plan.plan(tiny, *plan.topology("cpu:1"), Sizes())
+    assert seen == [math.inf]
+    assert jax.config.values[name] == before
 
 
 @pytest.fixture
