@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.nn import sharding
 from jaxgpt.nn.cache import Cache
 from jaxgpt.nn.loss import token_losses
 
@@ -29,5 +30,5 @@ class Bigram(nn.Module):
         table = nn.Embed(V, V, embedding_init=nn.initializers.normal(1.0), name="token_embedding_table")
         if length is not None:
             idx = jax.lax.dynamic_index_in_dim(idx, length - 1, axis=1, keepdims=False)
-        logits = table(idx)
+        logits = sharding.rows(table.embedding, idx) if cache is None else table(idx)
         return logits if targets is None else token_losses(logits, targets)

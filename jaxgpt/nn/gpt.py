@@ -68,7 +68,7 @@ class GPT(nn.Module):
         C, V, T = cfg.n_embd, cfg.vocab_size, idx.shape[1]
         idx = sharding.constrain(idx, "batch", "time")
         wte = layers.embed(V, C, "wte")
-        x = sharding.lookup(wte.embedding, idx)
+        x = sharding.lookup(wte.embedding, idx) if cache is None else wte(idx)
         start = None if cache is None else cache.read
         places = jnp.arange(T) if start is None else start + jnp.arange(T)
         if cfg.smear:
@@ -77,7 +77,8 @@ class GPT(nn.Module):
             x = x + share[None, None] * previous(x, before)
         if cfg.bigram_embed:
             before = None if cache is None else cache.last
-            pairs = layers.embed(V * V, C, "bigram", stddev=0.0)(previous(idx, before) * V + idx)
+            table, ids = layers.embed(V * V, C, "bigram", stddev=0.0), previous(idx, before) * V + idx
+            pairs = sharding.rows(table.embedding, ids) if cache is None else table(ids)
             x = x + jnp.where(places[None, :, None] > 0, pairs, 0)  # the first has no token before it
         if cfg.position == "learned":
             x = x + layers.embed(cfg.block_size, C, "wpe")(places)[None]

@@ -67,7 +67,8 @@ class MultiHeadAttention(nn.Module):
         else:
             (q,), (k, v) = layers.joined(x, [query]), layers.joined(context, [key, value])
         if cfg.value_embed and idx is not None:
-            v = v + layers.embed(cfg.vocab_size, kv * D, "value_embed", stddev=0.0)(idx)
+            table = layers.embed(cfg.vocab_size, kv * D, "value_embed", stddev=0.0)
+            v = v + (sharding.rows(table.embedding, idx) if start is None else table(idx))
         # Where the context is split, each device has its queries, and the keys and values of all tokens.
         q = sharding.constrain(heads(q), "batch", "width", "time", None)
         k, v = (sharding.constrain(heads(x), "batch", "width", None, None) for x in (k, v))

@@ -30,7 +30,7 @@ def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
         return "reference"
     if sharding.parts("time") > 1:  # the fused ones want whole contexts
         return "blocked" if T >= BLOCKED else "reference"
-    if backend == "gpu" and low and D % 8 == 0 and D <= 128:
+    if backend == "gpu" and low and D % 8 == 0 and D <= 128 and T % 2 == 0:
         return "cudnn"
     if backend == "tpu" and low and D % 64 == 0 and T % 128 == 0 and not config.window:
         return "splash"

@@ -123,17 +123,40 @@ def lookup(table: jax.Array, idx: jax.Array) -> jax.Array:
     less is sent than tables and their gradients are large.
     """
     if parts("channels") == 1 or not _even(idx):
-        return jnp.take(table, idx, axis=0)
+        return rows(table, idx)
     over = AXES["channels"]
 
     def mine(table: jax.Array, idx: jax.Array) -> jax.Array:
         places = lax.all_gather(idx, over, tiled=True) - lax.axis_index(AXES["width"]) * table.shape[0]
-        found = jnp.take(table, places, axis=0, mode="fill", fill_value=0)
-        found = lax.psum(jnp.where((places >= 0)[..., None], found, 0), AXES["width"])
+        found = lax.psum(rows(table, jnp.where(places < 0, len(table), places), beyond=0), AXES["width"])
         return lax.all_to_all(found, over, split_axis=0, concat_axis=2, tiled=True)
 
     spec = PartitionSpec(AXES["width"], over)
     return jax.shard_map(mine, in_specs=(spec, ROWS), out_specs=ROWS, check_vma=False)(table, idx)
+
+
+def rows(table: jax.Array, idx: jax.Array, beyond: float = jnp.nan) -> jax.Array:
+    """Rows of a table (V, C) for ids (...) from 0 on -> (..., C), filled with `beyond` for ids from V on.
+
+    Its gradient adds up the rows of equal ids. On a GPU that of a plain gather does so by atomic operations, in the
+    order in which they come, and two runs of one program differ. On one GPU the ids are therefore sorted, each row is
+    fetched once and handed on to its equals, and going back all is added in that order.
+    """
+    if platform() != "gpu" or _splits():
+        return jnp.take(table, idx, axis=0, mode="fill", fill_value=beyond)
+    order = jnp.argsort(idx.reshape(-1))
+    ids, places = idx.reshape(-1)[order], jnp.arange(idx.size)
+    first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
+    once = jnp.where(first, ids, len(table) + places)  # the others are beyond the table
+    found = table.at[once].get(mode="fill", fill_value=beyond, unique_indices=True)
+    _, found = lax.associative_scan(_handed_on, (first[:, None], found))
+    back = jnp.zeros_like(order).at[order].set(places, unique_indices=True)
+    return found.at[back].get(unique_indices=True).reshape(*idx.shape, -1)
+
+
+def _handed_on(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """(whether a row of its own is among those so far, the last such row), of two stretches one after the other."""
+    return a[0] | b[0], jnp.where(b[0], b[1], a[1])
 
 
 def _even(x: jax.Array) -> bool:
