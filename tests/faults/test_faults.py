@@ -22,11 +22,9 @@ from tests.faults import bad_input, trials
 from tests.processes import resume, wait_for
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_nothing_is_lost_to_kills(tmp_path, seed):
-    count = trials.kills(tmp_path, 25, seed)
-    print(f"seed {seed}: {count.notes}")
-    assert count.failures == []
+def test_nothing_is_lost_to_kills(tmp_path):
+    count = trials.kills(tmp_path, 25, seed=1)
+    assert count.failures == [], count.notes
     assert count.tried == count.good >= 25
 
 
