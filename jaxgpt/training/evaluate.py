@@ -111,7 +111,7 @@ def loss_sums(
       losses: in place of `window_losses`; that of many models gives (M, B), and so here (M, n_windows).
     """
     T, n = config.block_size, len(starts)
-    B = batch_size or max(1, min(8192, 2**26 // config.vocab_size) // T // side_by_side) * sharding.parts("batch")
+    B = batch_size or rows_at_once(config, n, side_by_side)
     padding = (0, -n % B)  # a last batch of the same shape, so that one program serves
     sums = [
         (losses or window_losses)(config, params, take(tokens, starts, T), skip)
@@ -120,6 +120,14 @@ def loss_sums(
         )
     ]
     return np.concatenate(jax.device_get(sums), axis=-1).astype(np.float64)[..., :n]
+
+
+def rows_at_once(config: ModelConfig, n: int, side_by_side: int = 1) -> int:
+    """How many of n windows are scored in a batch: some 8,192 tokens on each device, fewer of a large vocabulary; of few
+    windows a power of two of them, so that splits of like sizes share a program."""
+    parts = sharding.parts("batch")
+    most = max(1, min(8192, 2**26 // config.vocab_size) // config.block_size // side_by_side)
+    return parts * min(most, max(32, 1 << (-(-n // parts) - 1).bit_length()))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jaxgpt import nn
 from jaxgpt.config import ModelConfig
 from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer
-from jaxgpt.training.evaluate import estimate, evaluate, text_size
+from jaxgpt.training.evaluate import estimate, evaluate, rows_at_once, text_size
 from jaxgpt.training.step import init_state
 
 BIGRAM = ModelConfig(kind="bigram", vocab_size=5, block_size=8)
@@ -59,6 +59,17 @@ def test_the_result_does_not_depend_on_the_batch_size(tiny):
     for result in results[1:]:
         np.testing.assert_allclose(dataclasses.astuple(result), dataclasses.astuple(results[0]), rtol=1e-6)
     assert results[0] == evaluate(tiny.model, params, ids, CharTokenizer("abcdefghijklm")), "and is deterministic"
+
+
+@given(st.integers(1, 100_000), st.integers(1, 512), st.integers(2, 60_000), st.integers(1, 9))
+def test_little_is_computed_for_nothing(n, T, V, models):
+    """Of few windows a batch is less than twice as many, or 32; of many it is what a device takes."""
+    config = ModelConfig(vocab_size=V, block_size=T)
+    batch, most = rows_at_once(config, n, models), rows_at_once(config, 10**9, models)
+    assert batch <= max(2 * n - 1, 32)
+    assert batch == most if n >= most else batch >= n
+    assert most == 1 or models * most * T <= 8192
+    assert most == 1 or models * most * T * V <= 2**26
 
 
 def test_bits_are_per_character_and_byte_of_the_predicted_text():
