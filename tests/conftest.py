@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _as_a_user(item: pytest.Item) -> bool:
-    return any(map(item.get_closest_marker, ("slow", "smoke")))
+    return any(map(item.get_closest_marker, ("slow", "smoke", "optimized")))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,7 +62,7 @@ def forget() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def hasty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of small programs run once each: what LLVM would win in running them, it loses in compiling them. Tests
-    marked slow or smoke compile as a user's do; so do the processes of a test that asks for `as_a_user`."""
+    marked slow, smoke or optimized compile as a user's do; so do the processes of a test that asks for `as_a_user`."""
     as_a_user = _as_a_user(request.node)
     if jax.config.values["jax_disable_most_optimizations"] == as_a_user:
         jax.clear_caches()  # of what was compiled the other way

@@ -50,7 +50,7 @@ def test_bad_input_is_refused_in_words_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="memory and open files are counted in /proc")
-def test_a_long_run_does_not_grow(tmp_path):
+def test_a_long_run_does_not_grow(tmp_path, as_a_user):
     count = trials.soak(tmp_path, steps=1000, every=10)
     assert count.failures == []
 

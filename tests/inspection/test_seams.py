@@ -81,6 +81,7 @@ def test_bytes_are_those_of_the_arrays(at):
     assert memory["step"]["overwritten, MB"] == pytest.approx(-state / 1e6, rel=1e-3), "the state is donated"
 
 
+@pytest.mark.optimized
 def test_what_differs_is_explained(change):
     """Each sentence stands where it holds, and only there."""
 

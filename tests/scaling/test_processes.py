@@ -167,7 +167,7 @@ def test_a_group_outlives_its_terminal_but_not_its_launcher(acted):
     """Under nohup, and killed; each of its processes has a GPU of its own, where there are some."""
     code = """
         def end(number, frame):
-            os.write(1, b"ended by %d\n" % number)  # whole lines: both write to one pipe
+            os.write(1, b"ended by %d\\n" % number)  # whole lines: both write to one pipe
             sys.exit()
 
         signal.signal(signal.SIGTERM, end)
