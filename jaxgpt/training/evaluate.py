@@ -123,8 +123,8 @@ def loss_sums(
 
 
 def rows_at_once(config: ModelConfig, n: int, side_by_side: int = 1) -> int:
-    """How many of n windows are scored in a batch: some 8,192 tokens on each device, fewer of a large vocabulary; of few
-    windows a power of two of them, so that splits of like sizes share a program."""
+    """How many of n windows are scored in a batch: some 8,192 tokens on each device, fewer of a large vocabulary; of
+    few windows a power of two of them, so that splits of like sizes share a program."""
     parts = sharding.parts("batch")
     most = max(1, min(8192, 2**26 // config.vocab_size) // config.block_size // side_by_side)
     return parts * min(most, max(32, 1 << (-(-n // parts) - 1).bit_length()))
