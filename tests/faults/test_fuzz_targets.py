@@ -158,7 +158,7 @@ def test_an_index_names_no_file_outside_its_folder(tmp_path, name):
 def test_a_short_search_guided_by_coverage(reader, tmp_path):
     if importlib.util.find_spec("atheris") is None:
         pytest.skip("needs Atheris: pip install 'jaxgpt[fuzz]' (Linux)")
-    command = [sys.executable, ROOT / "scripts" / "fuzz", "--seconds", "1", "--keep", tmp_path, reader]
+    command = [sys.executable, ROOT / "scripts" / "fuzz", "--seconds", "3", "--keep", tmp_path, reader]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no finding" in done.stdout
