@@ -1,7 +1,5 @@
 """The process that the kill trials kill: it resumes a run, and does nothing else."""
 
-import sys
-import threading
 from pathlib import Path
 
 # All that a run needs, imported before the fork: a trial then takes a second instead of four.
@@ -13,7 +11,5 @@ from jaxgpt.training.start import corpus_of
 
 
 def resume(path: str, data_dir: str) -> None:
-    sys.settrace(None)  # coverage is not kept by a process that is killed, and takes a third of its time
-    threading.settrace(None)  # type: ignore[arg-type]
     run = Run(Path(path))
     fit(run, corpus_of(run, Path(data_dir)))
