@@ -59,6 +59,7 @@ def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> 
 def group(words: Sequence[str], n: int) -> int:
     """Run `jaxgpt *words` in `n` processes on this machine; the exit code of the first to end with another than 0.
 
+    Of several that ended since the last look, it is that of one which was killed: the others lost their connections.
     SIGINT, SIGTERM and SIGHUP go to all of them, but for those ignored from the start; after a second signal they have
     GRACE seconds, a third kills them. When one dies, the others are told to end, and killed if they have not after
     GRACE seconds: without it they would wait for it. When this process dies, they end as by SIGTERM (on Linux). Each
@@ -94,7 +95,7 @@ def group(words: Sequence[str], n: int) -> int:
         code = 0
         while True:
             codes = [member.poll() for member in members]
-            code = code or next(filter(None, codes), 0)
+            code = code or min(filter(None, codes), default=0)  # below 0: by a signal
             if None not in codes:
                 return 128 - code if code < 0 else code
             if code and ends == float("inf"):

@@ -144,6 +144,18 @@ print("deaf", flush=True)
 """
 
 
+def test_of_several_that_ended_at_once_the_killed_one_is_told(acted):
+    """The others ended because of it, as their connections did; on busy cores the launcher sees both at one look."""
+    code = """
+        print("begun", flush=True)
+        if sys.argv[-1] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(1)
+    """
+    process, _ = acted(code, "import time; sleep = time.sleep; time.sleep = lambda seconds: sleep(2)")
+    assert process.wait(timeout=60) == 137
+
+
 def test_after_a_second_signal_a_group_has_a_little_time(acted):
     process, _ = acted(DEAF, "launch.GRACE = 1.0")
     process.send_signal(signal.SIGINT)
