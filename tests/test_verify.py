@@ -10,7 +10,7 @@ import pytest
 from jaxgpt.recipes import RECIPES
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.loop import fit
-from jaxgpt.training.placement import OneDevice, like
+from jaxgpt.training.placement import ONE_DEVICE, like
 from jaxgpt.training.run import Run
 from jaxgpt.training.start import start
 from jaxgpt.verify import compare, scaled_down, verify_resume
@@ -39,7 +39,7 @@ def test_equal_runs_are_found_equal(pair):
 def test_one_bit_of_one_array_is_found_and_named(pair):
     a, b = pair
     with Checkpoints(b.checkpoints, keep=9) as checkpoints:
-        state, manifest = checkpoints.restore(10, like(b.config, OneDevice())), checkpoints.manifest(10)
+        state, manifest = checkpoints.restore(10, like(b.config, ONE_DEVICE)), checkpoints.manifest(10)
         shutil.rmtree(b.checkpoints / "10")
         bias = state.params["h_0"]["attn"]["c_proj"]["bias"]
         state.params["h_0"]["attn"]["c_proj"]["bias"] = bias.at[3].set(jnp.nextafter(bias[3], 9.0))

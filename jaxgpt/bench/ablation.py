@@ -16,8 +16,8 @@ from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, Trai
 from jaxgpt.recipes import MODERN, MUON
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training.evaluate import evaluate
-from jaxgpt.training.loop import ONE_DEVICE, chunks, feeder
-from jaxgpt.training.placement import fresh
+from jaxgpt.training.feed import chunks, feeder
+from jaxgpt.training.placement import ONE_DEVICE, fresh
 from jaxgpt.training.step import train_steps
 
 Change = tuple[dict[str, Any], dict[str, Any]]

@@ -13,8 +13,8 @@ from jaxgpt.config import from_tree
 from jaxgpt.sampling.generate import generate
 from jaxgpt.scaling.mesh import Sizes, place
 from jaxgpt.training import memory
-from jaxgpt.training.loop import feeder
-from jaxgpt.training.placement import OneDevice, fresh
+from jaxgpt.training.feed import feeder
+from jaxgpt.training.placement import ONE_DEVICE, fresh
 from jaxgpt.training.step import Metrics
 
 
@@ -48,7 +48,7 @@ class Training(OnJax):
     def __init__(self, config: Any, mesh: str = ""):
         super().__init__()
         self.config = from_tree(config)
-        self.placement = place(self.config, Sizes.parse(mesh))[0] if mesh else OneDevice()
+        self.placement = place(self.config, Sizes.parse(mesh))[0] if mesh else ONE_DEVICE
         tokens = random_tokens(self.config.model.vocab_size)
         self.feed, self.steps = feeder(self.config, tokens, self.placement), self.placement.steps(self.config)
         self.step = 0

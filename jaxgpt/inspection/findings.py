@@ -22,8 +22,7 @@ from jaxgpt.inspection.tables import SHOWN
 from jaxgpt.nn import cost, numerics
 from jaxgpt.text.batches import Batch
 from jaxgpt.training import memory
-from jaxgpt.training.loop import ONE_DEVICE
-from jaxgpt.training.placement import fresh
+from jaxgpt.training.placement import ONE_DEVICE, fresh
 
 
 def inspect(config: Config, name: str, *, measured: bool = True, trace: Path | None = None) -> Report:

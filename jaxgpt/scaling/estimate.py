@@ -16,7 +16,7 @@ from jaxgpt.scaling.hlo import Collectives
 from jaxgpt.scaling.mesh import Sizes
 
 TOKENS = 2**28
-"""Of the corpus on each chip, as in training (`loop.DEVICE_TOKENS`)."""
+"""Of the corpus on each chip, as in training (`feed.DEVICE_TOKENS`)."""
 ROOM = 0.8
 """Of a chip's memory, on paper: the compiler was seen to take up to a quarter more (tests/scaling/test_plan.py)."""
 TILE = 16

@@ -19,7 +19,7 @@ from jaxgpt.config import Config, UsageError
 from jaxgpt.nn import cost
 from jaxgpt.training import memory
 from jaxgpt.training.memory import Parts
-from jaxgpt.training.placement import OneDevice
+from jaxgpt.training.placement import ONE_DEVICE, OneDevice
 from jaxgpt.training.step import init_state, train_steps
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -265,7 +265,7 @@ def place(config: Config, sizes: Sizes | None) -> tuple[OneDevice | Placement, s
             f"{jax.process_count()} processes out: every one has to take part{f'; {why}' if why else ''}"
         )
     if sizes.devices == 1:
-        return OneDevice(), f"on {devices[0].device_kind}"
+        return ONE_DEVICE, f"on {devices[0].device_kind}"
     told = f"on {sizes.devices} of {len(devices)} x {devices[0].device_kind} as {sizes}"
     return Placement(sizes, tuple(devices[: sizes.devices])), f"{told}: {why}" if why else told
 

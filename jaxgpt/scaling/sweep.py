@@ -25,7 +25,8 @@ from jaxgpt.text import batches
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training import memory
 from jaxgpt.training.evaluate import Evaluation, evaluation, loss_sums, window_losses, windows
-from jaxgpt.training.loop import DEVICE_TOKENS, chunk_starts, chunks, due
+from jaxgpt.training.feed import DEVICE_TOKENS, chunk_starts, chunks
+from jaxgpt.training.loop import due
 from jaxgpt.training.step import Metrics, TrainState, init_state, train_steps
 
 MAPPED = (

@@ -1,38 +1,30 @@
 """fit(): the story of a run."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxgpt import nn
 from jaxgpt.config import Config
-from jaxgpt.text import batches
-from jaxgpt.text.batches import Ids, Part, Starts
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training import memory, processes
-from jaxgpt.training.checkpoint import Checkpoints
+from jaxgpt.training.checkpoint import Checkpoints, Manifest
 from jaxgpt.training.evaluate import Evaluation, estimate, evaluate
+from jaxgpt.training.feed import Feed, chunks, device_tokens, feeder, window_starts
 from jaxgpt.training.interrupt import interruption
 from jaxgpt.training.journal import DivergedError, Evaluated, Event, Journal, notify
 from jaxgpt.training.nans import blame
-from jaxgpt.training.placement import OneDevice, Placement, fresh, like
+from jaxgpt.training.placement import ONE_DEVICE, Placement, fresh, like
 from jaxgpt.training.recovery import circumstances, newest_good, surroundings
 from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.saving import Saving
 from jaxgpt.training.step import TrainState
-
-ONE_DEVICE = OneDevice()
-DEVICE_TOKENS = 2**28
-"""A corpus up to this size lives on the device; a larger one is gathered from disk, a chunk at a time."""
-Feed = Callable[[int, int], tuple[jax.Array | None, jax.Array]]
-"""The steps begin..end to the (tokens, windows) that `train_steps` takes."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +85,7 @@ def fit(
         ThreadPoolExecutor(1, "compile") as background,
         Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every) as checkpoints,
     ):
-        tell = partial(notify, run, watch)
-        found = processes.by_first(lambda: newest_good(run, config, corpus, checkpoints, tell))
-        step = processes.told(found.step if found else -1)
-        if step >= 0 and not processes.first():
-            found = checkpoints.manifest(step)
-        if found and found.step > config.train.steps:
-            raise RunError(
-                f"run {run.path.name!r} is at step {found.step} already, beyond the {config.train.steps} asked for"
-            )
+        found = newest(run, config, corpus, checkpoints, watch)
         memory.require(config, device_tokens(config, len(train_tokens)), new=found is None, parts=placement.parts)
         # Several processes must run, and some compile, the same programs in the same order.
         early = processes.alone() and not found
@@ -162,6 +146,21 @@ def fit(
     )
 
 
+def newest(
+    run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, watch: Callable[[Event], None]
+) -> Manifest | None:
+    """The manifest of the newest step that is whole, which every process goes on from; None if the run is new."""
+    found = processes.by_first(lambda: newest_good(run, config, corpus, checkpoints, partial(notify, run, watch)))
+    step = processes.told(found.step if found else -1)
+    if step >= 0 and not processes.first():
+        found = checkpoints.manifest(step)
+    if found and found.step > config.train.steps:
+        raise RunError(
+            f"run {run.path.name!r} is at step {found.step} already, beyond the {config.train.steps} asked for"
+        )
+    return found
+
+
 def score(config: Config, corpus: Corpus, state: TrainState) -> tuple[int, Evaluation, dict[str, float]]:
     """The step of `state`, its loss over the whole validation split, and nanoGPT-style estimates on both splits."""
     train_tokens, val_tokens = corpus.split(config.data.val_fraction)
@@ -180,85 +179,7 @@ def compile_ahead(config: Config, feed: Feed, placement: Placement, steps: Any) 
         steps.lower(config, like(config, placement), *feed(begin, end)).compile()
 
 
-def window_starts(config: Config, parts: Sequence[Part], step: int) -> Starts:
-    """The starts (B,) of the windows that `step` (0-based) trains on."""
-    return chunk_starts(config, parts, step, step + 1)[0]
-
-
-def chunk_starts(config: Config, parts: Sequence[Part], begin: int, end: int) -> Starts:
-    """The starts (end - begin, B) of the windows of some steps, in the parts of the training tokens in a row."""
-    train = config.train
-    return batches.mixed_starts(
-        train.seed, begin, end, parts, config.model.block_size, train.batch_size, train.sampling
-    )
-
-
-def chunks(config: Config, step: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of each scan from `step` on; ends are multiples of scan_steps, and the last step."""
-    K = config.train.scan_steps
-    while step < config.train.steps:
-        end = min((step // K + 1) * K, config.train.steps)
-        yield step, end
-        step = end
-
-
 def due(config: Config, step: int) -> bool:
     """Whether to evaluate and save after `step` steps."""
     every = config.train.eval_every
     return step == config.train.steps or bool(every and step % every == 0)
-
-
-def device_tokens(config: Config, n_tokens: int) -> int:
-    """How many tokens lie on the device: the corpus, or the windows of a chunk of a larger one."""
-    windows = config.train.scan_steps * config.train.batch_size * (config.model.block_size + 1)
-    return n_tokens if n_tokens <= DEVICE_TOKENS else windows
-
-
-def feeder(config: Config, tokens: Ids, placement: Placement = ONE_DEVICE, parts: Sequence[Part] | None = None) -> Feed:
-    """What serves the training tokens: from the device, or, where they are too many, from disk a chunk ahead.
-
-    Args:
-      parts: of the tokens, with their weights; by default they are one.
-    """
-    parts = parts or [Part(len(tokens), 1.0)]
-    if len(tokens) > DEVICE_TOKENS:
-        return reader(config, tokens, placement, parts)
-
-    def put(x: np.ndarray[Any, Any]) -> jax.Array:
-        """The whole of `x`, which every process has, on every device."""
-        if jax.process_count() == 1:
-            return jax.device_put(x, placement.everywhere)
-        return jax.make_array_from_callback(x.shape, placement.everywhere, lambda index: x[index])
-
-    on_device = put(np.asarray(tokens))
-    return lambda begin, end: (on_device, put(chunk_starts(config, parts, begin, end).astype(np.int32)))
-
-
-def reader(config: Config, tokens: Ids, placement: Placement, parts: Sequence[Part]) -> Feed:
-    """Reads the windows of the next chunk on a thread while the device is busy with this one; a process reads those of
-    its own devices alone."""
-    thread, ahead = ThreadPoolExecutor(1, "reader"), dict[tuple[int, int], Future[jax.Array]]()
-    T = config.model.block_size
-
-    def read(begin: int, end: int) -> jax.Array:
-        starts = chunk_starts(config, parts, begin, end)
-
-        @lru_cache  # devices that split other things than the batch have the same windows
-        def rows(first: int | None, last: int | None) -> Ids:
-            return batches.gather(tokens, starts[:, first:last], T)
-
-        shape = (*starts.shape, T + 1)
-
-        def mine(at: Any) -> Ids:
-            return rows(at[1].start, at[1].stop)
-
-        return jax.make_array_from_callback(shape, placement.windows, mine)
-
-    def feed(begin: int, end: int) -> tuple[None, jax.Array]:
-        served = (ahead.pop((begin, end), None) or thread.submit(read, begin, end)).result()
-        if following := next(chunks(config, end), None):
-            ahead.clear()  # of a chunk that was asked for twice
-            ahead[following] = thread.submit(read, *following)
-        return None, served
-
-    return feed

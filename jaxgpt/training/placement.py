@@ -59,6 +59,9 @@ class OneDevice:
         return nullcontext()
 
 
+ONE_DEVICE = OneDevice()
+
+
 def like(config: Config, placement: Placement) -> TrainState:
     """The shapes, dtypes and shardings of a state of `config`."""
     shapes = jax.eval_shape(init_state, config)

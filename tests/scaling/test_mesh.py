@@ -15,11 +15,11 @@ from jaxgpt.scaling import mesh
 from jaxgpt.scaling.mesh import MeshError, Placement, Sizes
 from jaxgpt.text import batches
 from jaxgpt.text.batches import Batch
-from jaxgpt.training import loop
+from jaxgpt.training import feed
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.evaluate import window_losses
-from jaxgpt.training.loop import feeder
-from jaxgpt.training.placement import OneDevice, fresh, like
+from jaxgpt.training.feed import feeder
+from jaxgpt.training.placement import ONE_DEVICE, fresh, like
 from jaxgpt.training.step import init_state
 
 PLAIN = ["data=8", "fsdp=8", "tensor=8", "context=8", "data=2,fsdp=2,tensor=2"]
@@ -70,7 +70,7 @@ def trained(config, placement, tokens=TOKENS):
 
 def same(config, text, results):
     if config not in results:
-        results[config] = trained(config, OneDevice())
+        results[config] = trained(config, ONE_DEVICE)
     (metrics, params, losses), (over, spread, theirs) = results[config], trained(config, place(text))
     np.testing.assert_allclose(over.loss, metrics.loss, atol=BOUND, rtol=0)
     np.testing.assert_allclose(over.grad_norm, metrics.grad_norm, rtol=1e-3)
@@ -93,7 +93,7 @@ def test_so_it_is_with_dropout_micro_batches_a_loop_of_blocks_and_muon(rich, res
 def test_one_device_pays_nothing(rich):
     """Without a mesh the program holds no word of one; with it, it does."""
     tokens, starts = jnp.asarray(TOKENS), jnp.zeros((1, 16), jnp.int32)
-    for placement, split in ((OneDevice(), False), (place("data=2,tensor=2"), True)):
+    for placement, split in ((ONE_DEVICE, False), (place("data=2,tensor=2"), True)):
         with placement.scope():
             text = placement.steps(rich).lower(rich, like(rich, placement), tokens, starts).as_text()
         assert ("sdy.sharding_constraint" in text) == split
@@ -104,14 +104,14 @@ def test_a_corpus_on_disk_is_read_by_those_who_need_it(small, results, monkeypat
     """Each part of the batch is read once; the losses are those of a corpus on one device."""
     read, config, plain, mine = [], small, batches.gather, TOKENS.copy()
     if config not in results:
-        results[config] = trained(config, OneDevice())
+        results[config] = trained(config, ONE_DEVICE)
 
     def gather(tokens, starts, T):
         if tokens is mine:  # and no chunk that a reader before this one is still ahead with
             read.append(starts)
         return plain(tokens, starts, T)
 
-    monkeypatch.setattr(loop, "DEVICE_TOKENS", 0)
+    monkeypatch.setattr(feed, "DEVICE_TOKENS", 0)
     monkeypatch.setattr(batches, "gather", gather)
     served = trained(config, place(text), mine)[0]
     np.testing.assert_allclose(served.loss, results[config][0].loss, atol=BOUND, rtol=0)
@@ -255,7 +255,7 @@ def test_a_checkpoint_goes_from_any_mesh_to_any_other(small, tmp_path):
         state = fresh(small, place("fsdp=4,tensor=2"))
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(state)
-    for placement in (OneDevice(), place("data=2,fsdp=2")):
+    for placement in (ONE_DEVICE, place("data=2,fsdp=2")):
         with Checkpoints(tmp_path) as checkpoints:
             found = checkpoints.restore(0, like(small, placement))
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(state))

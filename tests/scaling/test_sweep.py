@@ -12,7 +12,7 @@ from jaxgpt.scaling.sweep import Program
 from jaxgpt.training import memory
 from jaxgpt.training.loop import fit
 from jaxgpt.training.memory import OutOfMemoryError
-from jaxgpt.training.placement import OneDevice, fresh
+from jaxgpt.training.placement import ONE_DEVICE, fresh
 from jaxgpt.training.start import start
 
 BOUND = 2e-5
@@ -66,7 +66,7 @@ def test_initial_parameters_are_exactly_those_of_the_runs(configs):
     program = Program(chunk.base, chunk.names, tuple(jax.devices()[:2]))
     states = program.init({name: sweep._column(configs, name) for name in chunk.names})
     for i in (1, 2):
-        alone = fresh(configs[i], OneDevice())
+        alone = fresh(configs[i], ONE_DEVICE)
         jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), states, alone)
 
 

@@ -16,7 +16,7 @@ from jaxgpt import config as configs
 from jaxgpt.nn import numerics
 from jaxgpt.text import batches
 from jaxgpt.text.prepare import prepare
-from jaxgpt.training import loop, nans, placement, step
+from jaxgpt.training import feed, loop, nans, placement, step
 from jaxgpt.training.checkpoint import Checkpoints, abstract
 from jaxgpt.training.journal import DivergedError, Evaluated, Notice, Progress
 from jaxgpt.training.loop import fit
@@ -165,20 +165,20 @@ def test_a_finished_run_has_nothing_left_to_do(tiny, new_run):
 
 def test_a_corpus_on_disk_gives_the_same_run_as_one_on_the_device(tiny, new_run, monkeypatch):
     on_device = fit(*new_run("device", tiny)).run
-    monkeypatch.setattr(loop, "DEVICE_TOKENS", 0)
+    monkeypatch.setattr(feed, "DEVICE_TOKENS", 0)
     on_disk = fit(*new_run("disk", tiny)).run
     assert_same_run(on_device, on_disk)
 
 
 def test_a_corpus_that_cannot_be_read_any_more_ends_the_run(tiny, new_run, monkeypatch):
-    def torn(tokens, starts, T, gather=loop.batches.gather):
+    def torn(tokens, starts, T, gather=batches.gather):
         if starts.min() >= 0 and monkeypatched.pop():
             raise OSError(5, "Input/output error")
         return gather(tokens, starts, T)
 
     monkeypatched = [True, False, False, False]  # the fourth time
-    monkeypatch.setattr(loop, "DEVICE_TOKENS", 0)
-    monkeypatch.setattr(loop.batches, "gather", torn)
+    monkeypatch.setattr(feed, "DEVICE_TOKENS", 0)
+    monkeypatch.setattr(batches, "gather", torn)
     with pytest.raises(OSError, match="Input/output error"):
         fit(*new_run("torn", tiny))
 
@@ -193,14 +193,6 @@ def test_a_mixture_trains_and_goes_on_to_the_same_bits(tiny, change, tmp_path, v
     longer = change(run.config, steps=20)
     fit(run, take_up(longer, run, tmp_path / "data"), config=longer)
     assert_same_run(whole[0], run)
-
-
-@pytest.mark.parametrize(
-    ("step", "steps", "expected"),
-    [(0, 12, [(0, 5), (5, 10), (10, 12)]), (5, 10, [(5, 10)]), (12, 16, [(12, 15), (15, 16)]), (9, 9, [])],
-)
-def test_chunks_end_at_multiples_of_scan_steps(tiny, change, step, steps, expected):
-    assert list(loop.chunks(change(tiny, steps=steps), step)) == expected
 
 
 def test_a_signal_in_the_last_chunk_finds_the_run_done(tiny, new_run):
