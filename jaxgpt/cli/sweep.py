@@ -64,12 +64,13 @@ def _sweep(given: Sweep, members: list[Member], asked: dict[str, Any]) -> int:
     from jaxgpt import disk
     from jaxgpt.report import sweep_plots, sweeps
     from jaxgpt.report.terminal import RunConsole
-    from jaxgpt.scaling import sweep, sweep_folder
+    from jaxgpt.scaling import sweep_folder
     from jaxgpt.scaling.compare import outcomes
+    from jaxgpt.scaling.sweep_chunks import split
 
     disk.require_writable(given.sweeps_dir, "--sweeps-dir")
     devices = jax.devices()[: len(members)]
-    sweep.split([member.config for member in members], len(devices), given.at_once)  # each fits, on paper
+    split([member.config for member in members], len(devices), given.at_once)  # each fits, on paper
     members, corpus = sweep_folder.prepare(given.config, members, given.data_dir)
     asked |= {"tokens": corpus.meta["sha256"], "precision": members[0].config.model.precision}
     path, console = given.sweeps_dir / given.name, RunConsole()

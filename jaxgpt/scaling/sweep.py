@@ -9,7 +9,6 @@ from company, and a device for each core keeps all of them busy.
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -20,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
-from jaxgpt.config import Config, off, replaced
+from jaxgpt.config import Config, replaced
+from jaxgpt.scaling.sweep_chunks import Chunk, fewer_would_fit, program_of, setting, split
 from jaxgpt.text import batches
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training import memory
@@ -29,40 +29,8 @@ from jaxgpt.training.feed import DEVICE_TOKENS, chunk_starts, chunks
 from jaxgpt.training.loop import due
 from jaxgpt.training.step import Metrics, TrainState, init_state, train_steps
 
-MAPPED = (
-    *("learning_rate", "min_learning_rate", "warmup_steps", "decay_steps", "beta1", "beta2", "eps", "weight_decay"),
-    *("grad_clip", "muon_learning_rate", "muon_momentum", "dropout", "init_scale", "seed"),
-)
-"""Settings that one program takes as numbers, float32 but for the seed."""
-OFF = ("learning_rate", "warmup_steps", "grad_clip", "dropout")
-"""Of these, those whose 0 is no number but switches something off: that is a program of its own."""
-AT_ONCE_ON_CPU = 8
-"""Members that a CPU trains together, at most: enough for its cores, and few enough that little is lost when they are
-ended."""
 SCORED_BY_A_CORE = 2048
 """Tokens in a batch of an evaluation on a CPU: few enough to stay in the caches of a core."""
-SHARE = 0.3
-"""Of the free memory of an accelerator that members may take on paper; compiled, a step of *tiny* takes over twice as
-much."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Members that are trained together."""
-
-    base: Config
-    """One of them; it has the settings that they share."""
-    names: tuple[str, ...]
-    """The settings that are mapped."""
-    members: tuple[int, ...]
-    """Their places in the list of all."""
-    devices: int
-    """Over how many: no more than there are members, for a device that has none would only repeat another's."""
-
-    @property
-    def size(self) -> int:
-        """With those that only fill the devices up."""
-        return -(-len(self.members) // self.devices) * self.devices
 
 
 @dataclass(frozen=True)
@@ -88,80 +56,6 @@ class Scored:
     done: bool
     """Whether it has come to its end: to its last step, or to the end of the patience (max_skipped) that a run has
     with steps without a finite loss."""
-
-
-def split(
-    configs: Sequence[Config], devices: int, at_once: int = 0, finished: frozenset[int] = frozenset()
-) -> list[Chunk]:
-    """The chunks of a sweep: members of one program and one length, as many together as fit.
-
-    Args:
-      at_once: members of a chunk, at most; 0 for what the memory holds.
-      finished: members that are in no chunk. Settings in which only they differ are mapped all the same: a setting that
-        is a constant is rounded otherwise.
-
-    Raises:
-      OutOfMemoryError: not even one fits.
-    """
-    programs: dict[Config, list[int]] = {}
-    for i, config in enumerate(configs):
-        programs.setdefault(_program(config), []).append(i)
-    found = []
-    for members in programs.values():
-        names = tuple(name for name in MAPPED if len({_value(configs[i], name) for i in members}) > 1)
-        lengths: dict[int, list[int]] = {}
-        for i in members:
-            if i not in finished:
-                lengths.setdefault(configs[i].train.steps, []).append(i)
-        for alike in lengths.values():
-            base, over = configs[alike[0]], min(devices, len(alike), at_once or devices)
-            n = -(-len(alike) // most(base, over, at_once))
-            size = -(-len(alike) // n // over) * over
-            found += [Chunk(base, names, tuple(alike[i : i + size]), over) for i in range(0, len(alike), size)]
-    return found
-
-
-def most(config: Config, devices: int, at_once: int = 0) -> int:
-    """How many members of a size train at once on so many devices; a multiple of these.
-
-    Raises:
-      OutOfMemoryError: not one for each device.
-    """
-    cpu = jax.default_backend() == "cpu"
-    with _fewer_would_fit(devices if cpu else 1):
-        memory.require(config, parts=memory.Parts(per_host=devices if cpu else 1))
-    free, need = memory.available(), memory.needed(config, 0, recomputed=not cpu)
-    if at_once:
-        limit = at_once
-    elif free is None:
-        limit = AT_ONCE_ON_CPU
-    elif cpu:  # a member holds its state all the time, and what it works with in its turn
-        state = need.parameters + need.optimizer_state
-        limit = min(AT_ONCE_ON_CPU, (free - devices * (need.total - state)) // max(1, state))
-    else:
-        limit = devices * int(SHARE * free / max(1, need.total))
-    return max(1, limit // devices) * devices
-
-
-@contextmanager
-def _fewer_would_fit(members: int) -> Iterator[None]:
-    """Add to what is told of too little memory that fewer members at once need less."""
-    try:
-        yield
-    except memory.OutOfMemoryError as error:
-        if members == 1:
-            raise
-        raise memory.OutOfMemoryError(f"{error}; or fewer members at once: --at-once {members // 2}") from error
-
-
-def _program(config: Config) -> Config:
-    """What members of one program have in common: the config without what is mapped, and without its length."""
-    common = {name: 1 for name in MAPPED if not (name in OFF and off(_value(config, name)))}
-    return replaced(config, **common, steps=1)
-
-
-def _value(config: Config, name: str) -> Any:
-    return next(vars(section)[name] for section in vars(config).values() if name in vars(section))
 
 
 @dataclass(frozen=True)
@@ -254,7 +148,7 @@ def run(
     """
     programs: dict[Any, Program] = {}
     for chunk in split(configs, len(devices), at_once, finished):
-        key = _program(chunk.base), chunk.names, chunk.devices
+        key = program_of(chunk.base), chunk.names, chunk.devices
         program = programs.setdefault(key, Program(chunk.base, chunk.names, tuple(devices[: chunk.devices])))
         yield from train(program, chunk, configs, corpus)
 
@@ -297,7 +191,7 @@ def train(
         state = program.init(values)
         if base.train.eval_start:
             yield score(state, 0)
-        with _fewer_would_fit(chunk.size):
+        with fewer_would_fit(chunk.size):
             memory.require_compiled(ahead.result(), base, parts=memory.Parts(per_host=len(program.devices)))
     for begin, end in chunks(base, 0):
         tokens, found = feed(begin, end)
@@ -372,4 +266,4 @@ class Watch:
 
 def _column(configs: Sequence[Config], name: str) -> NDArray[Any]:
     """A mapped setting of M members, (M,)."""
-    return np.array([_value(config, name) for config in configs], np.uint32 if name == "seed" else np.float32)
+    return np.array([setting(config, name) for config in configs], np.uint32 if name == "seed" else np.float32)
