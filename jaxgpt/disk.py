@@ -57,6 +57,21 @@ def require_writable(folder: Path, option: str) -> None:
         raise UsageError(f"{folder} cannot be written to: {error.strerror}; name another folder: {option}") from error
 
 
+def require_file(path: Path | None, option: str) -> None:
+    """Check that a file can be written at `path`, if there is to be one: nothing else has its name.
+
+    Raises:
+      UsageError: it cannot; `option` is the flag that names another.
+    """
+    if path is None:
+        return
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is a folder or a device: name a file, {option} FILE")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no folder {path.parent}")
+    require_writable(path.parent, option)
+
+
 def seal(tree: dict[str, Any]) -> str:
     """`tree` as indented JSON that ends with the SHA-256 of all before it; `unseal` gives it back."""
     return _text({**tree, "seal": hashlib.sha256(_text(tree).encode()).hexdigest()})

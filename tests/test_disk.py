@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -59,3 +60,16 @@ def test_a_folder_that_cannot_be_written_to_is_named_and_one_that_can_is_left_em
     for folder in (tmp_path / "file" / "x", tmp_path / "file"):
         with pytest.raises(UsageError, match=r"cannot be written to: .*; name another folder: --runs-dir"):
             disk.require_writable(folder, "--runs-dir")
+
+
+def test_a_file_that_cannot_be_written_is_told_before_there_is_anything_to_write(tmp_path):
+    disk.require_file(None, "--out")
+    disk.require_file(tmp_path / "new.json", "--out")
+    assert list(tmp_path.iterdir()) == []
+    for path, said in (
+        (tmp_path, "is a folder or a device: name a file, --out FILE"),
+        (Path("/dev/null"), "is a folder or a device"),
+        (tmp_path / "no" / "x.json", "there is no folder"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            disk.require_file(path, "--out")

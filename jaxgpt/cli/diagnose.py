@@ -45,22 +45,26 @@ def run(args: list[str]) -> int:
     from jaxgpt.diagnostics.diagnose import DIAGNOSES, Effort, Subject, require
     from jaxgpt.report import diagnoses, diagnosis_plots, plots
     from jaxgpt.report.terminal import RunConsole
+    from jaxgpt.text.tokenizer import UnknownCharacterError
     from jaxgpt.training.run import Run
     from jaxgpt.training.start import corpus_of, load_checkpoint
 
     use_compile_cache()
     run = Run.open(given.folders.runs_dir, given.run)
     config = run.config
-    if given.json and not given.json.parent.is_dir():
-        raise UsageError(f"{given.json} cannot be written: there is no folder {given.json.parent}")
+    disk.require_file(given.json, "--json")
     if given.plots:
         plots.require(given.plots / "noise.png")
         disk.require_writable(given.plots, "--plots")
     corpus = corpus_of(run, given.folders.data_dir)
     train, val = corpus.split(config.data.val_fraction)
-    text = (
-        corpus.tokenizer.encode(given.text) if given.text is not None else val[: max(config.model.block_size, 384) + 1]
-    )
+    text = val[: max(config.model.block_size, 384) + 1]
+    if given.text is not None:
+        try:
+            text = corpus.tokenizer.encode(given.text)
+        except UnknownCharacterError as error:
+            where = f"character {error.character!r} at position {error.position} of --text"
+            raise UsageError(f"{where} is not among the {error.known}") from error
     names: Sequence[str] = given.only or tuple(
         name for name in DIAGNOSES if name != "attention" or config.model.kind == "gpt"
     )

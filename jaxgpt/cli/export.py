@@ -1,5 +1,6 @@
 """`jaxgpt export`: a run to a Hugging Face folder."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,5 +28,5 @@ def run(args: list[str]) -> int:
 
     step = folders.export_run(Run.open(given.runs_dir, given.run), given.out, given.checkpoint)
     print(f"step {step:,} of {given.run} written to {given.out}")
-    print(f"Write with it: jaxgpt sample {given.out}")
+    print(f"Write with it: {shlex.join(['jaxgpt', 'sample', str(given.out)])}")
     return 0

@@ -49,13 +49,11 @@ def run(args: list[str]) -> int:
     from jaxgpt.report.terminal import RunConsole
     from jaxgpt.training.start import complete
 
-    folders = {"--out": given.out, "--roofline": given.roofline, "--profile": given.profile, "--to": given.to}
-    for option, path in folders.items():
+    disk.require_file(given.out, "--out")
+    disk.require_file(given.roofline, "--roofline")
+    for option, path in {"--profile": given.profile, "--to": given.to}.items():
         if path:
-            disk.require_writable(path if option in ("--profile", "--to") else path.parent, option)
-    for path in filter(None, (given.out, given.roofline)):
-        if not path.parent.is_dir():
-            raise UsageError(f"{path} cannot be written: there is no folder {path.parent}")
+            disk.require_writable(path, option)
     if given.roofline:
         plots.require(given.roofline)
         if not given.measure:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import DataDir, parse
-from jaxgpt.config import Config, TrainConfig, UsageError, check
+from jaxgpt.config import Config, TrainConfig, check
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def run(args: list[str]) -> int:
     given = parse(Lecture, args, "lecture", Lecture.__doc__)
     from rich.console import Console
 
+    from jaxgpt import disk
     from jaxgpt.lecture import ladder
     from jaxgpt.report import plots, tables
     from jaxgpt.text.prepare import prepare
@@ -45,9 +46,8 @@ def run(args: list[str]) -> int:
     rungs = ladder.configure(
         (*ladder.RUNGS[:-1], ladder.FULL) if given.full else ladder.RUNGS, given.scale_by, given.init, given.steps
     )
-    for path in filter(None, (given.plot, given.json)):
-        if not path.parent.is_dir():
-            raise UsageError(f"{path} cannot be written: there is no folder {path.parent}")
+    disk.require_file(given.plot, "--plot")
+    disk.require_file(given.json, "--json")
     if given.plot:
         plots.require(given.plot)
     longest = max(rung.block_size for rung in rungs)
@@ -63,5 +63,6 @@ def run(args: list[str]) -> int:
     if given.plot:
         plots.ladder(results, given.plot)
     if given.json:
-        given.json.write_text(ladder.to_json(results, corpus=corpus.summary, seed=given.seed), "utf-8")
+        told = ladder.to_json(results, corpus=corpus.summary, seed=given.seed)
+        disk.write_atomically(given.json, told.encode())
     return 0

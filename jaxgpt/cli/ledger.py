@@ -52,10 +52,8 @@ def run(args: list[str]) -> int:
 
     name = Path(name).stem  # of a recipe that is a file
     out = given.out or Path(f"ledger-{name}.json")
-    for path in filter(None, (out, given.plot)):
-        disk.require_writable(path.parent, "--out" if path is out else "--plot")
-        if not path.parent.is_dir():
-            raise UsageError(f"{path} cannot be written: there is no folder {path.parent}")
+    disk.require_file(out, "--out")
+    disk.require_file(given.plot, "--plot")
     if given.plot:
         plots.require(given.plot)
     config = complete(given.config, given.data_dir)

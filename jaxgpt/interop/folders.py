@@ -2,21 +2,23 @@
 
 import os
 import re
+import shlex
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.config import Config, ModelConfig
+from jaxgpt.config import Config, ModelConfig, replaced
 from jaxgpt.interop import gpt2
 from jaxgpt.interop.gpt2 import InteropError
 from jaxgpt.nn import Params
 from jaxgpt.recipes import command
 from jaxgpt.text import corpus as corpora
 from jaxgpt.text.tokenizer import Tokenizer
-from jaxgpt.training.run import Run
-from jaxgpt.training.start import load_checkpoint, start
+from jaxgpt.training.run import Run, RunError
+from jaxgpt.training.start import load_checkpoint, start, tokens_of
 
 FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 
@@ -70,10 +72,31 @@ def import_run(
       UsageError: the folder holds no GPT-2, or the run cannot start.
     """
     model, params = gpt2.load(source, block_size)
+    if is_export(source):
+        config = with_own_vocabulary(config, source, data_dir)
     model = ModelConfig(**{**vars(model), "dropout": dropout})
     config = Config(config.data, model, config.optimizer, config.train)
     params = jax.tree.map(jnp.asarray, params)
     return start(config, name, runs_dir, data_dir, params, origin=str(source.resolve()))[0]
+
+
+def with_own_vocabulary(config: Config, source: Path, data_dir: Path) -> Config:
+    """`config` with the vocabulary of an export, which its weights were trained with, where none but GPT-2's is named.
+
+    Raises:
+      InteropError: another is named.
+      UsageError: its text cannot be had.
+    """
+    own = source / "tokens.json"
+    if config.data.tokenizer == "gpt2":
+        return replaced(config, tokenizer=str(own.resolve()))
+    named = tokens_of(replaced(config, vocab_size=0), data_dir).tokenizer
+    if named.to_json() != corpora.tokenizer_of(source).to_json():
+        raise InteropError(
+            f"{source} was trained with the vocabulary of its tokens.json, and --tokenizer {config.data.tokenizer} is "
+            f"another: --tokenizer {shlex.quote(str(own))}"
+        )
+    return config
 
 
 def export_run(run: Run, folder: Path, which: str = "best") -> int:
@@ -121,11 +144,9 @@ def load_export(folder: Path) -> tuple[ModelConfig, Params, Tokenizer]:
 def card(run: Run, step: int) -> str:
     """A model card: what it is, what it learnt from, how well, and the command that makes it again."""
     meta, config = run.corpus_meta, run.config
-    scored = (
-        [line for line in run.metrics() if line["step"] == step and "val_loss" in line]
-        if run.metrics_file.exists()
-        else []
-    )
+    scored = []
+    with suppress(RunError, FileNotFoundError):  # an import has no lines, and damaged ones are no matter of the weights
+        scored = [line for line in run.metrics() if line["step"] == step and "val_loss" in line]
     loss = "not evaluated at this step"
     if scored:
         line = scored[-1]

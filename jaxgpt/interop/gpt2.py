@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxgpt.config import ModelConfig, UsageError, shown
-from jaxgpt.nn import Params
+from jaxgpt.nn import Params, unstacked
 
 Tensors = dict[str, NDArray[np.float32]]
 NUMBERS = ("F32", "BF16", "F16")
@@ -122,7 +122,7 @@ def _printable(name: str) -> str:
 def to_tensors(config: ModelConfig, params: Params) -> Tensors:
     """Their tensors from our parameters, the inverse of `to_params`. A model without biases gets zeros, as GPT-2 has
     no other way to say so."""
-    tensors: Tensors = {}
+    tensors, params = Tensors(), unstacked(params)
     biased = ModelConfig(**{**vars(config), "bias": True})
     expected = shapes(biased)
     for row in table(biased):

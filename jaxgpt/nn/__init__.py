@@ -9,7 +9,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.nn import cost, kernels, numerics
 from jaxgpt.nn.bigram import Bigram
 from jaxgpt.nn.cache import Cache, init_cache
@@ -44,7 +44,13 @@ def model(config: ModelConfig) -> GPT | Bigram:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters, a pure function of (config, key); the same numbers with scan_layers as without."""
+    """Fresh float32 parameters, a pure function of (config, key); the same numbers with scan_layers as without.
+
+    Raises:
+      UsageError: nobody has said how many ids there are.
+    """
+    if config.vocab_size < 1:
+        raise UsageError("vocab_size is 0, expected at least 1: that of the tokenizer (start.resolve fills it in)")
     idx = jnp.zeros((1, config.block_size), jnp.int32)
     params = model(dataclasses.replace(config, scan_layers=False)).init(key, idx, mutable=["params"])["params"]
     if not isinstance(config.init_scale, float) or config.init_scale != 1.0:

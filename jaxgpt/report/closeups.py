@@ -32,7 +32,7 @@ def passage(looks: Looks, of: str) -> Html:
     """Validation text, each token coloured by its loss."""
     if not looks.passage:
         return NOTHING
-    top = looks.limits.uniform if looks.limits else max(looks.passage.losses)
+    top = (looks.limits.uniform if looks.limits else max(looks.passage.losses)) or 1.0  # of one character, nothing
     pairs = zip(looks.passage.tokens, looks.passage.losses, strict=True)
     shown = tokens((token, f"--l:{min(1.0, loss / top):.2f}") for token, loss in pairs)
     mean = sum(looks.passage.losses) / len(looks.passage.losses)

@@ -83,7 +83,7 @@ def _curvature(figure: "Figure", found: Curvature, words: Words) -> None:
     figure.set_size_inches(8.4, 3.3)
     left, right = figure.subplots(1, 2)
     values, weights = np.asarray(found.spectrum.values), np.asarray(found.spectrum.weights)
-    span = values[-1] - values[0]
+    span = (values[-1] - values[0]) or 1.0  # a loss may be flat
     at = np.linspace(values[0] - 0.2 * span, values[-1] + 0.08 * span, 500)
     heights = density(values[None], weights[None], at, span / 80)
     left.fill_between(at, heights, 1e-12, color=OURS, alpha=0.25, linewidth=0)

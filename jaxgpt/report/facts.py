@@ -53,6 +53,8 @@ class Facts:
     """Its diary."""
     cut_off: bool
     """Whether its process was killed."""
+    resume: str
+    """What goes on with it."""
     step: int
     scores: list[Score]
     loss: Points
@@ -168,6 +170,7 @@ def gather(run: Run, points: int = POINTS, called: str = "") -> Facts:
         starts=[event for event in events if event["event"] == "start"],
         events=events,
         cut_off=run.cut_off,
+        resume=run.resume_command,
         step=max((line["step"] for line in lines), default=0),
         scores=[score(line) for line in lines if line.get("val_loss") is not None],
         loss=curve("loss"),

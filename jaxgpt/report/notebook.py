@@ -46,7 +46,8 @@ class Loaded:
         return gather(self.run)
 
     def sample(self, prompt: str | None = None, tokens: int = 300, **how: Any) -> str:
-        """A text that begins with `prompt`; `how` as `sampling.write.write` takes it: temperature, top_k, seed, ..."""
+        """A text that begins with `prompt`; `how` as `sampling.write.write` takes it for one text: temperature, top_k,
+        seed, ..."""
         (pieces,) = write(self.config.model, self.params, self.tokenizer, prompt, tokens, **how)
         return "".join(pieces)
 

@@ -40,8 +40,8 @@ def head(runs: Sequence[Facts]) -> Html:
         )
     if any(each.running for each in runs):
         said += " It has not ended: these are its numbers so far."
-    if killed := [each.name for each in runs if each.cut_off]:
-        said += f" Its process was killed: jaxgpt train --run {killed[0]} --resume goes on."
+    if killed := [each.resume for each in runs if each.cut_off]:
+        said += f" Its process was killed: {killed[0]} goes on."
     return element("header", element("h1", title(runs)), element("p", said, class_="quiet"))
 
 

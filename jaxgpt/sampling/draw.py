@@ -67,6 +67,8 @@ def draw(
         raise UsageError(f"top_p is {top_p}, expected a number above 0, up to 1 (all)")
     if not 0 <= min_p <= 1:
         raise UsageError(f"min_p is {min_p}, expected a number from 0 (all) to 1")
+    if not 0 <= n_ids <= config.vocab_size:
+        raise UsageError(f"n_ids is {n_ids}, expected 0 (all) to the model's {config.vocab_size}")
     n_ids = n_ids or config.vocab_size
     if temperature == 0:  # one program, whatever else was asked for
         return Draw(None, 0, None, None, n_ids)

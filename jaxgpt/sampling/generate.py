@@ -50,7 +50,7 @@ def generate(
       how: temperature, top_k, top_p, min_p and n_ids, as `draw` takes them.
 
     Raises:
-      UsageError: an empty prompt, or a number out of range.
+      UsageError: an empty prompt, an id that the model does not have, or a number out of range.
     """
     pieces = list(_pieces(config, params, prompt, n_tokens, key, LONGEST, how))
     return jax.device_put(np.concatenate([np.empty((np.shape(prompt)[0], 0), np.int32), *pieces], axis=1))
@@ -74,8 +74,11 @@ def _pieces(
 ) -> Iterator[NDArray[np.int32]]:
     """The checks of a request at once, then its tokens in pieces of at most `chunk`."""
     text = np.asarray(prompt, np.int32)
-    if text.ndim != 2 or text.shape[1] == 0:
+    if text.ndim != 2 or text.size == 0:
         raise UsageError(f"the prompt has shape {text.shape}, expected (B, P) with at least one token")
+    if text.min() < 0 or text.max() >= config.vocab_size:
+        found = f"ids from {text.min()} to {text.max()}"
+        raise UsageError(f"the prompt has {found}, expected ids from 0 to {config.vocab_size - 1}")
     if n_tokens < 0:
         raise UsageError(f"tokens is {n_tokens}, expected 0 or more")
     return _write(config, params, text[:, -config.block_size :], n_tokens, key, chunk, draw(config, **how))

@@ -76,7 +76,8 @@ def require_fit(corpus: Corpus, block_size: int, val_fraction: float, vocab_size
         if len(part) < block_size + 1:
             raise CorpusError(
                 f"the {name} split of {corpus.meta['source']} has {len(part):,} tokens, expected at least "
-                f"block_size + 1 = {block_size + 1}: give more text, or a smaller --block-size"
+                f"block_size + 1 = {block_size + 1}: give more text"
+                + (", or a smaller --block-size" if block_size > 1 else "")
             )
 
 

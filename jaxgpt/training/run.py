@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import sys
 import time
@@ -107,12 +108,18 @@ class Run:
         """An existing run, by its name in `runs_dir` or by its path.
 
         Raises:
-          RunError: there is no such run, or its name is a link that leaves `runs_dir`.
+          RunError: there is no such run, its name is a link that leaves `runs_dir`, or the folder is an export.
         """
         path = Path(name).expanduser()
-        in_runs_dir = NAME.fullmatch(name) and (runs_dir / name / "config.json").is_file()
-        if not in_runs_dir and (path / "config.json").is_file():
+        if NAME.fullmatch(name) and (runs_dir / name / "config.json").is_file():
+            return cls.named(runs_dir, name)
+        if (path / "config.json").is_file():
+            if (path / "model.safetensors").is_file():
+                line, folder = "is an export and no run: jaxgpt sample writes with it", shlex.quote(str(path))
+                raise RunError(f"{path} {line}, jaxgpt import-gpt2 {folder} --run NAME makes a run of it")
             return cls(path if path.name else path.resolve())
+        if not NAME.fullmatch(name) and len(path.parts) > 1:
+            raise RunError(f"no run in {path}: {'it holds no config.json' if path.is_dir() else 'no such folder'}")
         return cls.named(runs_dir, name)
 
     @classmethod
@@ -154,6 +161,12 @@ class Run:
         return tokenizer.from_json(self.corpus_meta["tokenizer"])
 
     @property
+    def resume_command(self) -> str:
+        """What goes on with it, typed where `path` leads to it."""
+        where = [] if self.path.parent == Path("runs") else ["--runs-dir", str(self.path.parent)]
+        return shlex.join(["jaxgpt", "train", "--run", self.path.name, "--resume", *where])
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -178,13 +191,25 @@ class Run:
         return Run(self.path)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, oldest first, but for one that is still being written."""
-        return [json.loads(line) for line in self.metrics_file.read_bytes().split(b"\n")[:-1]]
+        """The lines of metrics.jsonl, oldest first, but for one that is still being written.
+
+        Raises:
+          RunError: one is damaged.
+        """
+        found = []
+        for number, line in enumerate(self.metrics_file.read_bytes().split(b"\n")[:-1], 1):
+            if (told := _told(line, "step")) is None:
+                raise RunError(
+                    f"{self.metrics_file}, line {number}: it is damaged; put back a copy of the file, or let "
+                    f"{self.resume_command} go back to the newest step before it"
+                )
+            found.append(told)
+        return found
 
     def events(self) -> list[dict[str, Any]]:
         """The lines of events.jsonl, oldest first, but for any torn by a kill; none if there is no such file yet."""
         lines = self.events_file.read_bytes().split(b"\n") if self.events_file.exists() else []
-        return [event for line in lines if (event := _event(line))]
+        return [event for line in lines if (event := _told(line, "event"))]
 
     def event(self, name: str, **values: Any) -> None:
         """Add a line with the time of day to events.jsonl: a diary, so a full disk is no reason to stop.
@@ -219,6 +244,9 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
+    def _n_starts(self) -> int:
+        return sum(event["event"] == "start" for event in self.events())
+
     @contextmanager
     def _held(self) -> Iterator[None]:
         lock, holder = filelock.FileLock(self.path / ".lock", timeout=0), self.path / "holder.json"
@@ -229,6 +257,7 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.path} cannot be written to: {error.strerror}") from error
         with lock:
+            killed, starts = holder.read_bytes() if self.cut_off else None, self._n_starts()
             me = {"process": os.getpid(), "host": platform.node(), "command": " ".join(sys.argv)}
             me["since"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             with suppress(OSError):  # a full disk: the lock holds without it
@@ -236,7 +265,11 @@ class Run:
             try:
                 yield
             finally:
-                holder.unlink(missing_ok=True)
+                if killed is None or self._n_starts() > starts:
+                    holder.unlink(missing_ok=True)
+                else:  # it was not gone on with, and was killed still
+                    with suppress(OSError):
+                        disk.write_atomically(holder, killed)
 
 
 def _alive(process: int) -> bool:
@@ -260,12 +293,13 @@ def _described(holder: Path) -> str:
         return "another process"
 
 
-def _event(line: bytes) -> dict[str, Any] | None:
+def _told(line: bytes, field: str) -> dict[str, Any] | None:
+    """The object of a line, if it is one and has that field."""
     try:
-        event = json.loads(line)
-    except ValueError:
+        told = json.loads(line)
+    except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) and "event" in event else None
+    return told if isinstance(told, dict) and field in told else None
 
 
 def _plain(name: str) -> str:

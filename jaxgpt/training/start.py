@@ -152,9 +152,11 @@ def load_checkpoint(run: Run, which: str | int = "best") -> tuple[int, nn.Params
     """The step and the parameters of a run's "best" or "last" checkpoint, or of that of a step.
 
     Raises:
-      RunError: nothing was saved yet.
+      RunError: nothing was saved yet, or not that.
       CheckpointError: the checkpoint is damaged.
     """
+    if which not in ("best", "last") and type(which) is not int:
+        raise RunError(f"checkpoint is {which!r}, expected 'best', 'last' or the number of a step")
     like = abstract(jax.eval_shape(init_state, run.config).params)
     with Checkpoints(run.checkpoints) as checkpoints:
         for _ in range(TRIES):
@@ -164,14 +166,15 @@ def load_checkpoint(run: Run, which: str | int = "best") -> tuple[int, nn.Params
                     step = checkpoints.best if which == "best" else checkpoints.latest
                 if step is None:
                     break
+                if step == which and checkpoints.steps and step not in checkpoints.steps:
+                    there = ", ".join(map(str, checkpoints.steps))
+                    raise RunError(f"run {run.path.name!r} has no checkpoint of step {step}; there are {there}")
                 require_own(run, run.config, run.corpus_meta, checkpoints.verify(step))
                 return step, checkpoints.restore_params(step, like)
             except CheckpointError as error:
                 if step is None or step in checkpoints.steps:  # else it has just made room for a newer one
                     raise CheckpointError(
-                        f"the {which} checkpoint cannot be used: {error}; jaxgpt train --run {run.path.name} --resume "
-                        "goes back to the newest that is whole"
+                        f"the {which} checkpoint cannot be used: {error}; {run.resume_command} goes back to the newest "
+                        "that is whole"
                     ) from error
-    raise RunError(
-        f"run {run.path.name!r} has no checkpoint yet: let it train on, or jaxgpt train --run {run.path.name} --resume"
-    )
+    raise RunError(f"run {run.path.name!r} has no checkpoint yet: let it train on, or {run.resume_command}")

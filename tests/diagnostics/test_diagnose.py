@@ -73,14 +73,26 @@ def test_attention_is_told_and_drawn(tmp_path, tiny):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_a_text_of_one_character_leaves_nothing_to_learn_and_is_drawn_and_reported(call, capsys):
+    """Its loss is 0 whatever the parameters are: no curvature, and no better than guessing."""
+    (call("recipes")[1] / "one.txt").write_text("a" * 200)
+    assert call("train", "bigram", "--corpus", "one.txt", "--run", "flat", *SMALL)[0] == 0
+    code, folder = call("diagnose", "flat", "--only", "curvature", *LITTLE, "--plots", "flat")
+    assert code == 0, capsys.readouterr().err
+    assert (folder / "flat" / "curvature.png").stat().st_size > 0
+    assert call("report", "flat", "--out", "flat.html")[0] == 0, capsys.readouterr().err
+    assert "What surprised it" in (folder / "flat.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
         (["one", "--text", "t"], "the text has 1 tokens, expected at least 2"),
-        (["one", "--text", "the zebra"], "'z'"),
+        (["one", "--text", "the zebra"], "'z' at position 4 of --text is not among"),
         (["one", "--only", "attention"], "a bigram has no attention"),
         (["one", "--windows", "2"], "windows is 2, expected at least 3"),
         (["one", "--json", "nowhere/x.json"], "there is no folder nowhere"),
+        (["one", "--json", "/"], "/ is a folder or a device: name a file, --json FILE"),
         (["two"], "no run 'two'"),
     ],
 )

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -72,6 +73,24 @@ def test_an_export_is_whole_and_says_what_it_is(imported, tmp_path):
     assert not folders.is_export(imported.path)
     with pytest.raises(InteropError, match="exists; give a folder that does not"):
         folders.export_run(imported, tmp_path / "out")
+
+
+def test_damaged_lines_of_metrics_are_no_matter_of_an_export(imported, tmp_path):
+    imported.metrics_file.write_text('{"step": 0, "val_loss": 1.0\n')
+    folders.export_run(imported, tmp_path / "out")
+    assert "not evaluated" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_export_comes_back_with_its_own_vocabulary_and_no_other(imported, tmp_path):
+    folders.export_run(imported, tmp_path / "out")
+    (tmp_path / "text.txt").write_text("a hat on a cat\n" * 60)
+    where = tmp_path / "runs", tmp_path / "data"
+    data = DataConfig(corpus=str(tmp_path / "text.txt"), tokenizer="gpt2")  # what import-gpt2 takes if none is named
+    own = folders.import_run(tmp_path / "out", dataclasses.replace(imported.config, data=data), "own", *where)
+    assert own.tokenizer.to_json() == imported.tokenizer.to_json()
+    other = dataclasses.replace(imported.config, data=dataclasses.replace(data, tokenizer="char"))
+    with pytest.raises(InteropError, match=r"--tokenizer char is another: --tokenizer .*tokens\.json"):
+        folders.import_run(tmp_path / "out", other, "other", *where)
 
 
 def test_a_failed_export_leaves_nothing(imported, tmp_path, monkeypatch):

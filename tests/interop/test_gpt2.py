@@ -49,14 +49,16 @@ def test_logits_and_greedy_continuation_are_hugging_faces():
     np.testing.assert_array_equal(generate(config, params, prompt, 1, jax.random.key(0), temperature=0), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"tie_weights": False}, {"gelu": "exact"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"tie_weights": False}, {"gelu": "exact"}, {"scan_layers": True}]
+)
 def test_out_and_in_again_gives_equal_logits(tmp_path, options):
     config = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=True)
     config = ModelConfig(**{**vars(config), **options})
     params = jax.tree.map(lambda x: x + 0.1, nn.init_params(config, jax.random.key(0)))
     gpt2.save(tmp_path, config, params)
     again, back = gpt2.load(tmp_path)
-    assert again == ModelConfig(**{**vars(config), "bias": True})
+    assert again == ModelConfig(**{**vars(config), "bias": True, "scan_layers": False})
     idx = jnp.arange(8)[None]
     np.testing.assert_array_equal(nn.forward(again, back, idx), nn.forward(config, params, idx))
 

@@ -202,6 +202,11 @@ def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(model):
     [
         ([[]], {}, "at least one token"),
         ([1, 2], {}, r"expected \(B, P\)"),
+        (np.zeros((0, 3)), {}, "at least one token"),
+        ([[1, 99]], {}, "ids from 1 to 99, expected ids from 0 to 1"),
+        ([[-1, 1]], {}, "ids from -1 to 1"),
+        ([[1]], {"n_ids": 99}, r"n_ids is 99, expected 0 \(all\) to the model's 1"),
+        ([[1]], {"n_ids": -1}, "n_ids is -1"),
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
         ([[1]], {"temperature": 1e-40}, "temperature is 1e-40"),

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +61,13 @@ def test_open_by_name_or_path_and_what_there_is_otherwise(run, tmp_path):
         Run.open(tmp_path / "runs", "two")
     with pytest.raises(RunError, match="jaxgpt train gpt-demo makes one"):
         Run.open(tmp_path / "empty", "two")
+    with pytest.raises(RunError, match=r"no run in .*runs/two: no such folder"):
+        Run.open(tmp_path / "runs", str(tmp_path / "runs" / "two"))
+    with pytest.raises(RunError, match=r"no run in .*runs: it holds no config\.json"):
+        Run.open(tmp_path / "runs", str(tmp_path / "runs"))
+    (run.path / "model.safetensors").touch()
+    with pytest.raises(RunError, match="is an export and no run: jaxgpt sample writes with it"):
+        Run.open(tmp_path, str(run.path))
 
 
 def test_a_damaged_config_is_named(run):
@@ -87,6 +95,21 @@ def test_a_torn_line_of_the_diary_is_passed_over(run):
         file.write(b'{"time": "2026')
     run.event("end")
     assert [event["event"] for event in run.events()] == ["start", "end"]
+
+
+def test_a_damaged_line_of_metrics_is_named(run):
+    run.metrics_file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert run.metrics() == [{"step": 1, "loss": 2.0}], "the last is still being written"
+    for line in ('{"step": 1, "loss', "2", '{"loss": 2.0}', ""):
+        run.metrics_file.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
+        with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: it is damaged; .*jaxgpt train --run one --resume"):
+            run.metrics()
+
+
+def test_what_goes_on_with_a_run_can_be_typed(tmp_path):
+    assert Run(Path("runs/one")).resume_command == "jaxgpt train --run one --resume"
+    there = tmp_path / "my runs"
+    assert Run(there / "one").resume_command == f"jaxgpt train --run one --resume --runs-dir '{there}'"
 
 
 def test_a_link_that_leaves_the_runs_folder_is_no_run_of_it(run, tmp_path):
@@ -127,8 +150,12 @@ def test_a_run_whose_process_was_killed_is_known_by_it(run):
     holder.join(30)
     assert run.cut_off
     assert not facts.gather(run).running
+    with pytest.raises(RunError, match="refused"), run.exclusive():
+        raise RunError("refused")
+    assert run.cut_off, "it was not gone on with"
     with run.exclusive():
         assert not run.cut_off
+        run.event("start", step=0)
     assert not run.cut_off
     (run.path / "holder.json").write_text(f'{{"process": {holder.pid}, "host": "another", "since": "", "command": ""}}')
     assert not run.cut_off, "of another machine nothing is known"
