@@ -135,6 +135,8 @@ def _fit(given: Train, existing: Run | None) -> int:
         again = words("train", run.path, given.folders, "--resume", *flags)
         if given.coordinator.startswith("127."):  # all processes are on this machine, as launch starts them
             again = again.replace("train", f"launch --processes {given.num_processes} -- train", 1)
+        elif given.coordinator:
+            again += f" --coordinator {given.coordinator} --num-processes {given.num_processes} --process-id 0, 1, ..."
         console.print(f"interrupted at step {done.step:,} of {done.steps:,}; saved. Go on with: {again}")
         return 128 + done.interrupted_by
     first, last, best = done.scores[0], done.scores[-1], done.best

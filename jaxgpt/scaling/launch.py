@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,11 @@ from jaxgpt.training.interrupt import heard
 GRACE = 10.0
 """Seconds that processes have to end by themselves once one of them has died, as most wait for it in vain, or once they
 were asked a second time."""
+
+PATIENCE = 240.0
+"""Seconds that a process looks for process 0. JAX would after 300, and then end it without a word to the run."""
+SILENCE = 10.0
+"""Seconds before a process says that it waits for the others."""
 
 COLLECTIVE_SECONDS = 7 * 24 * 3600
 """How long CPUs wait for each other. XLA's half an hour may be less than process 0 takes to prepare a text."""
@@ -35,7 +41,7 @@ def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> 
     import jax
 
     host, _, port = coordinator.rpartition(":")
-    if coordinator and not (host and port.isdecimal()):
+    if coordinator and not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise LaunchError(f"--coordinator is {coordinator!r}, expected HOST:PORT, as in 10.0.0.1:1234")
     if coordinator and not 0 <= process_id < num_processes:
         raise LaunchError(f"--process-id is {process_id}, expected 0 to {num_processes - 1}: there are {num_processes}")
@@ -43,17 +49,43 @@ def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> 
     jax.config.update("jax_enable_preemption_service", False)
     patience, flags = f"--xla_cpu_collective_timeout_seconds={COLLECTIVE_SECONDS}", os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{patience} {flags}"  # the last word on a flag is the user's
+    where = f"process {process_id} of {num_processes} waits for the others at {coordinator}"
+    told = [f"jaxgpt: {where if coordinator else 'waiting for the other processes'}"]
+    waiting = threading.Timer(SILENCE, print, told, {"file": sys.stderr, "flush": True})
+    waiting.daemon = True
+    waiting.start()
     try:
         if coordinator:
+            if process_id:
+                _find(host.strip("[]"), int(port))
             jax.distributed.initialize(coordinator, num_processes, process_id)
         else:
             jax.distributed.initialize()
         processes.most(0)  # whatever the patience of later ones, the first waits half a minute for the others
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise LaunchError(
             f"this process does not find the others: {str(error).splitlines()[0]}; say where process 0 is, "
             "--coordinator HOST:PORT --num-processes N --process-id I"
         ) from error
+    finally:
+        waiting.cancel()
+
+
+def _find(host: str, port: int) -> None:
+    """Wait until somebody listens there; the name of a host that is just being started may not be known yet.
+
+    Raises:
+      OSError: nobody did for PATIENCE seconds.
+    """
+    ends = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=10).close()
+            return
+        except OSError as error:
+            if time.monotonic() > ends:
+                raise OSError(f"no process 0 at {host}:{port} for {PATIENCE:.0f} s ({error})") from error
+        time.sleep(0.2)
 
 
 def group(words: Sequence[str], n: int) -> int:
@@ -61,16 +93,16 @@ def group(words: Sequence[str], n: int) -> int:
 
     Of several that ended since the last look, it is that of one which was killed: the others lost their connections.
     SIGINT, SIGTERM and SIGHUP go to all of them, but for those ignored from the start; after a second signal they have
-    GRACE seconds, a third kills them. When one dies, the others are told to end, and killed if they have not after
-    GRACE seconds: without it they would wait for it. When this process dies, they end as by SIGTERM (on Linux). Each
-    takes the GPU of its number, where there are some.
+    GRACE seconds, and one that fails in that haste ended by the signal; a third kills them. When one dies, the others
+    are told to end, and killed if they have not after GRACE seconds: without it they would wait for it. When this
+    process dies, they end as by SIGTERM (on Linux). Each takes the GPU of its number, where there are some.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     shared = [sys.executable, "-m", "jaxgpt", *words, "--coordinator", address, "--num-processes", str(n)]
     members: list[subprocess.Popen[bytes]] = []
-    asked, ends = 0, float("inf")
+    asked, last, ends = 0, 0, float("inf")
 
     def tell(number: int) -> None:
         for member in members:
@@ -78,8 +110,8 @@ def group(words: Sequence[str], n: int) -> int:
                 member.send_signal(number)
 
     def forward(number: int, frame: object) -> None:
-        nonlocal asked, ends
-        asked += 1
+        nonlocal asked, last, ends
+        asked, last = asked + 1, number
         if asked == 2:
             ends = min(ends, time.monotonic() + GRACE)
         tell(number if asked < 3 else signal.SIGKILL)
@@ -97,6 +129,8 @@ def group(words: Sequence[str], n: int) -> int:
             codes = [member.poll() for member in members]
             code = code or min(filter(None, codes), default=0)  # below 0: by a signal
             if None not in codes:
+                if asked > 1 and code > 0:
+                    return 128 + last
                 return 128 - code if code < 0 else code
             if code and ends == float("inf"):
                 ends = time.monotonic() + GRACE

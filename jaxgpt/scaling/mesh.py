@@ -212,8 +212,8 @@ def choose(config: Config, devices: int, memory: int | None) -> tuple[Sizes, str
     state = cost.FLOAT * 4 * cost.n_params(config.model)  # parameters, gradients, two moments
     over_batch = max(n for n in divisors(devices) if (config.train.batch_size // config.train.accumulate) % n == 0)
     rest = devices // over_batch
-    fits = [n for n in divisors(over_batch) if memory is None or state / n <= memory / 2] or [over_batch]
-    fsdp = next((n for n in fits if not problems(config, Sizes(over_batch // n, n))), 1)
+    fine = [n for n in divisors(over_batch) if not problems(config, Sizes(over_batch // n, n))]
+    fsdp = next((n for n in fine if memory is None or state / n <= memory / 2), max(fine, default=1))
     why = f"parameters, gradients and moments take {state / 1e9:.2g} GB"
     why += f" of {memory / 1e9:.3g} GB a device" if memory else ""
     why += f", split over {fsdp} devices" if fsdp > 1 else ", whole on each device"
@@ -256,16 +256,22 @@ def place(config: Config, sizes: Sizes | None) -> tuple[OneDevice | Placement, s
     if sizes is None:
         shared = devices[0].platform == "cpu" and jax.process_count() == 1
         sizes, why = choose(config, 1 if shared else len(devices), capacity(jax.local_devices()[0]))
+        if shared and len(devices) > 1:
+            why = f"the {len(devices)} devices of one CPU share its cores; --mesh data={len(devices)} takes them all"
     check(config, sizes)
     if sizes.devices > len(devices):
-        raise MeshError(f"the mesh {sizes} wants {sizes.devices} devices, and there are {len(devices)}")
+        raise MeshError(
+            f"the mesh {sizes} wants {sizes.devices} devices, and there are {len(devices)}: --mesh auto takes those"
+        )
     if jax.process_count() > 1 and sizes.devices != len(devices):
         raise MeshError(
             f"the mesh {sizes} leaves {len(devices) - sizes.devices} of the {len(devices)} devices of "
-            f"{jax.process_count()} processes out: every one has to take part{f'; {why}' if why else ''}"
+            f"{jax.process_count()} processes out: every one has to take part; start fewer, or name a mesh of "
+            f"{len(devices)} devices{f'; {why}' if why else ''}"
         )
     if sizes.devices == 1:
-        return ONE_DEVICE, f"on {devices[0].device_kind}"
+        told, why = f"on {devices[0].device_kind}", why if len(devices) > 1 else ""
+        return ONE_DEVICE, f"{told}: {why}" if why else told
     told = f"on {sizes.devices} of {len(devices)} x {devices[0].device_kind} as {sizes}"
     return Placement(sizes, tuple(devices[: sizes.devices])), f"{told}: {why}" if why else told
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import nn
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.nn import layers
 
 GPT = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16)
@@ -70,6 +70,12 @@ def test_causality_by_gradients():
         sizes = np.abs(gradient(wte * 50, t)).sum(axis=1)[:8]
         assert (sizes[: t + 1] > 0).all()
         np.testing.assert_array_equal(sizes[t + 1 :], np.zeros(7 - t))
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bigram"])
+def test_without_a_vocabulary_there_are_no_parameters(kind):
+    with pytest.raises(UsageError, match="vocab_size is 0, expected at least 1"):
+        nn.init_params(ModelConfig(kind), jax.random.key(0))
 
 
 def test_initialisation_is_nanogpts():

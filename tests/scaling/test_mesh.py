@@ -15,15 +15,16 @@ from jaxgpt.scaling import mesh
 from jaxgpt.scaling.mesh import MeshError, Placement, Sizes
 from jaxgpt.text import batches
 from jaxgpt.text.batches import Batch
+from jaxgpt.text.tokenizer import CharTokenizer
 from jaxgpt.training import feed
 from jaxgpt.training.checkpoint import Checkpoints
-from jaxgpt.training.evaluate import window_losses
+from jaxgpt.training.evaluate import evaluate, window_losses
 from jaxgpt.training.feed import feeder
 from jaxgpt.training.placement import ONE_DEVICE, fresh, like
 from jaxgpt.training.step import init_state
 
 PLAIN = ["data=8", "fsdp=8", "tensor=8", "context=8", "data=2,fsdp=2,tensor=2"]
-MIXED = ["data=4,fsdp=2", "data=2,tensor=2,context=2"]
+MIXED = ["data=4,fsdp=2", "data=2,tensor=2,context=2", "fsdp=4,context=2", "fsdp=2,tensor=2,context=2"]
 TOKENS = np.random.default_rng(0).integers(0, 16, 400).astype(np.uint16)
 BOUND = 2e-5
 """How far losses over 20 steps may differ, in nats: float32 sums in another order."""
@@ -54,7 +55,8 @@ def place(text):
 
 
 def trained(config, placement, tokens=TOKENS):
-    """20 steps in two chunks: their metrics, the parameters after them, and the losses of some windows."""
+    """20 steps in two chunks: their metrics, the parameters after them, and the losses of some windows and of all
+    tokens."""
     feed, steps, K = feeder(config, tokens, placement), placement.steps(config), config.train.scan_steps
     with placement.scope():
         state, chunks, programs = fresh(config, placement), [], []
@@ -65,7 +67,9 @@ def trained(config, placement, tokens=TOKENS):
         assert programs[0] == programs[1]  # the second chunk compiled nothing
         idx = np.arange(40).reshape(5, 8) % 16
         losses = window_losses(config.model, state.params, Batch(idx, idx), np.zeros(5, int))
-    return jax.tree.map(lambda *x: np.concatenate(x), *chunks), jax.device_get(state.params), jax.device_get(losses)
+        whole = evaluate(config.model, state.params, TOKENS, CharTokenizer("abcdefghijklmnop")).loss
+        losses = np.append(jax.device_get(losses), whole)
+    return jax.tree.map(lambda *x: np.concatenate(x), *chunks), jax.device_get(state.params), losses
 
 
 def same(config, text, results):
@@ -85,7 +89,7 @@ def test_training_over_a_mesh_is_training_on_one_device(small, results, text):
     same(small, text, results)
 
 
-@pytest.mark.parametrize("text", MIXED)
+@pytest.mark.parametrize("text", PLAIN + MIXED)
 def test_so_it_is_with_dropout_micro_batches_a_loop_of_blocks_and_muon(rich, results, text):
     same(rich, text, results)
 
@@ -197,6 +201,8 @@ def test_auto_splits_no_more_than_it_must(small, change):
     sizes, why = mesh.choose(big, 8, 2 * 10**9)
     assert sizes == Sizes(data=2, fsdp=4)
     assert "split over 4 devices" in why
+    sizes, why = mesh.choose(change(big, batch_size=528, n_embd=1600, n_head=25, n_layer=48), 6, 24 * 10**9)
+    assert sizes == Sizes(data=3, fsdp=2), "not whole, though 3 and 6 divide no channels"
     sizes, why = mesh.choose(change(big, batch_size=4), 8, None)
     assert sizes == Sizes(data=4, tensor=2)
     assert "tensor takes the other 2" in why
@@ -215,6 +221,19 @@ def test_auto_splits_no_more_than_it_must(small, change):
     sizes, why = mesh.choose(small, 256, 16 * 10**9)
     assert sizes == Sizes(data=4)
     assert "252 of 256 devices stay idle, as only 4 divide a micro-batch" in why
+
+
+def test_where_it_trains_and_why_is_told(small, monkeypatch):
+    told = mesh.place(small, None)[1]
+    assert told == "on cpu: the 8 devices of one CPU share its cores; --mesh data=8 takes them all"
+    monkeypatch.setattr(jax, "process_count", lambda: 8)  # then they are not of one
+    told = mesh.place(small, None)[1]
+    assert re.fullmatch(r"on 8 of 8 x cpu as data=8: parameters, .*, whole on each device", told)
+    with pytest.raises(MeshError, match=r"leaves 4 of the 8 devices .*; start fewer, or name a mesh of 8 devices"):
+        mesh.place(small, Sizes(data=4))
+    monkeypatch.undo()
+    with pytest.raises(MeshError, match="wants 16 devices, and there are 8: --mesh auto takes those"):
+        mesh.place(small, Sizes(data=8, context=2))
 
 
 def test_long_contexts_split_over_devices_are_attended_exactly(small, change):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -167,6 +168,22 @@ def test_after_a_second_signal_a_group_has_a_little_time(acted):
     assert process.wait(20) == 137
 
 
+def test_what_fails_in_the_haste_of_a_second_signal_ended_by_it(acted):
+    code = """
+        signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+        asked = []
+        print("begun", flush=True)
+        while len(asked) < 2:
+            time.sleep(0.01)
+        os._exit(1)  # as one whose connections broke
+    """
+    process, _ = acted(code)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert process.wait(20) == 130
+
+
 def test_a_third_signal_ends_a_group_at_once(acted):
     process, _ = acted(DEAF, "launch.GRACE = 60.0")
     for _ in range(3):
@@ -200,6 +217,7 @@ def test_processes_wait_for_each_other_for_days(monkeypatch):
     given = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: given.append((*args, os.environ["XLA_FLAGS"])))
     monkeypatch.setattr(launch.processes, "most", lambda value: value)
+    monkeypatch.setattr(launch, "_find", lambda host, port: None)
     launch.join("localhost:1", 2, 1)
     [(*args, flags)] = given
     assert args == ["localhost:1", 2, 1]
@@ -209,11 +227,26 @@ def test_processes_wait_for_each_other_for_days(monkeypatch):
 def test_what_cannot_be_joined_is_refused_before_anyone_waits(capsys):
     for words, said in (
         (["--coordinator", "localhost"], "expected HOST:PORT"),
+        (["--coordinator", "localhost:99999", "--num-processes", "2", "--process-id", "1"], "expected HOST:PORT"),
         (["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"], "expected 0 to 1"),
         (["--num-processes", "2", "--process-id", "1"], "--coordinator HOST:PORT"),
     ):
         assert run_verb(["train", "gpt-demo", *words]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_process_0_that_is_nowhere_is_told_and_that_it_is_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "PATIENCE", 0.5)
+    monkeypatch.setattr(launch, "SILENCE", 0.1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"  # where nobody listens
+        words = ["train", "gpt-demo", "--coordinator", address, "--num-processes", "2", "--process-id", "1"]
+        assert run_verb(words) == 2
+    err = capsys.readouterr().err
+    assert f"process 1 of 2 waits for the others at {address}" in err
+    assert f"no process 0 at {address} for 0 s (" in err
+    assert "say where process 0 is, --coordinator HOST:PORT" in err
 
 
 def test_what_ends_the_first_process_ends_all(tmp_path):
