@@ -126,6 +126,7 @@ def test_a_path_may_look_like_markup(call, tmp_path):
         (["train", "gpt-demo", "--batch-size", "2000000000"], "expected less than 2**31 tokens"),
         (["prepare", ""], "has no name"),
         (["prepare", "nowhere"], "named corpora are python-docs"),
+        (["prepare", "0.7*a.txt+0.3*b.txt"], "a mixture is written '0.7*a.txt + 0.3*b.txt', with blanks around +"),
         (["prepare"], "CORPUS"),
         (["prepare", "python-docs", "--tokenizer", "bpe:12"], "a BPE vocabulary of 12, expected 256 to"),
     ],
@@ -143,6 +144,12 @@ def test_every_verb_has_help(call, verb):
     code, out, _ = call(verb, "--help")
     assert code == 0
     assert f"usage: jaxgpt {verb}" in out
+
+
+def test_the_help_of_prepare_names_all_that_it_takes(call):
+    said = " ".join(call("prepare", "--help")[1].replace("│", " ").split())
+    for corpus in ("python-docs", ".parquet", "gs://bucket/texts", '"0.7*a.txt + 0.3*b.txt"'):
+        assert corpus in said
 
 
 def test_help_of_a_recipe_shows_its_defaults(call):
@@ -206,6 +213,18 @@ def test_too_much_memory_is_told(call, monkeypatch):
     code, _, err = call("recipes")
     assert code == 1
     assert "out of memory: 12 TiB" in err
+
+
+def test_too_much_memory_of_a_text_is_told_without_a_models_options(call, monkeypatch):
+    def exhaust(args):
+        raise MemoryError
+
+    monkeypatch.setattr("jaxgpt.cli.prepare.run", exhaust)
+    code, _, err = call("prepare", "a.txt")
+    assert code == 1
+    assert err.startswith("jaxgpt: out of memory; it holds parts of the text for each core: ")
+    assert "ulimit" in err
+    assert "--batch-size" not in err
 
 
 def test_interrupted_before_anything_was_done(call, monkeypatch):

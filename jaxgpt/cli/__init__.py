@@ -77,7 +77,11 @@ def _attempt(argv: Sequence[str]) -> tuple[int, bool]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, False
     except MemoryError as error:
-        return _complain(f"out of memory: {error}; try a smaller --batch-size or a smaller model", 1), False
+        said = f"out of memory: {error}" if str(error) else "out of memory"
+        hint = "try a smaller --batch-size or a smaller model"
+        if verb == "prepare":
+            hint = "it holds parts of the text for each core: close other programs, or allow it more, by ulimit -d"
+        return _complain(f"{said}; {hint}", 1), False
     except (OSError, RuntimeError) as error:
         return _complain("\n".join([str(error), *getattr(error, "__notes__", [])]), 1), False
     except KeyboardInterrupt:

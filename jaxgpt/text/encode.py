@@ -1,18 +1,20 @@
 """A text of any size to ids: read piece by piece, encoded on all cores, put on disk shard by shard.
 
-What is in memory is bounded: a shard and a few parts. A shard that is on disk survives a kill; the next attempt reads
-the text again up to where it ended, to see that it is the same, and encodes from there.
+What is in memory is bounded: a few parts for each core, and of the ids an eighth of a shard. A shard that is on disk
+survives a kill; the next attempt reads the text again up to where it ended, to see that it is the same, and encodes
+from there.
 """
 
 import hashlib
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import filelock
 import numpy as np
@@ -28,7 +30,7 @@ from jaxgpt.text.tokenizer import Progress, Tokenizer, UnknownCharacterError
 PART = 2**20
 """Characters that are encoded at once, at least."""
 SHARD = 2**25
-"""Ids of a shard, at least; each is written at once."""
+"""Ids of a shard, at least. A text of less than an eighth of it is kept in memory, a longer one written as it comes."""
 PROGRESS, LOCK = "progress.json", ".lock"
 Spans = Callable[[str, int], Iterator[tuple[int, int]]]
 T = TypeVar("T")
@@ -41,11 +43,12 @@ class EncodeError(UsageError):
 
 @dataclass
 class Encoded:
-    """The ids of a text: of whole shards on disk, and the rest in memory."""
+    """The ids of a text: all of them in shards on disk, or, of a short text, in memory."""
 
     shards: list[dict[str, Any]] = field(default_factory=list)
     """{"file", "count", "sha256"} of each in its order."""
     rest: NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.uint16))
+    """Those that are in no shard, (N,): all or none."""
     sha256: str = ""
     """Of all ids, little-endian."""
     source_sha256: str = ""
@@ -64,12 +67,12 @@ def learn(stream: Callable[[], Iterable[str]], spec: str) -> Tokenizer:
 
 @contextmanager
 def encode(stream: Stream, tok: Tokenizer, unknown: str, work: Path, progress: Progress) -> Iterator[Encoded]:
-    """Encode a text; what is more than a shard goes to the folder `work`, which is made then.
+    """Encode a text; one of an eighth of a shard or more goes to the folder `work`, which is made then.
 
     Args:
       unknown: "skip" leaves out characters outside the vocabulary, and counts them.
       work: for this text and tokenizer alone; may hold the shards of an attempt that was killed. It is touched by this
-        process alone until the context ends.
+        process alone until the context ends. If it ends with an error, only whole shards of SHARD ids stay.
 
     Raises:
       UnknownCharacterError: a character is outside the vocabulary and `unknown` is "error".
@@ -115,7 +118,7 @@ def _encoded(stream: Stream, tok: Tokenizer, unknown: str, shards: "_Shards", pr
             shards.clear()
             return _encoded(stream, tok, unknown, shards, progress)
         for shard in shards.done:
-            ids_hash.update((shards.work / shard["file"]).read_bytes())
+            ids_hash.update(np.memmap(shards.work / shard["file"], np.uint8, mode="r").data)
 
     def numbered() -> Iterator[tuple[int, str]]:
         at = first
@@ -130,9 +133,13 @@ def _encoded(stream: Stream, tok: Tokenizer, unknown: str, shards: "_Shards", pr
         ids_hash.update(new.tobytes())
         held.append(new)
         n_parts += 1
-        if sum(map(len, held)) >= SHARD:
-            shards.add(np.concatenate(held), n_parts, parts_hash.hexdigest())
-            held = []
+        if shards.done or shards.count or sum(map(len, held)) >= SHARD // 8:
+            while held:
+                shards.add(held.pop(0))
+        if shards.count >= SHARD:
+            shards.end()
+            shards.note(n_parts, parts_hash.hexdigest())
+    shards.end()  # not noted: were the text longer after a kill, this shard would not end here
     found.shards = shards.done
     found.rest = np.concatenate(held) if held else np.zeros(0, dtype)
     found.sha256, found.source_sha256 = ids_hash.hexdigest(), source.hexdigest()
@@ -183,6 +190,10 @@ class _Shards:
 
     def __init__(self, work: Path):
         self.work, self.done, self._lock = work, list[dict[str, Any]](), filelock.FileLock(work / LOCK, timeout=0)
+        self.count, self._hash = 0, hashlib.sha256()
+        """Of the shard that is being written: its ids as yet, and their SHA-256."""
+        self._file: IO[bytes] | None = None
+        """Where they lie until it is whole."""
 
     def __enter__(self) -> "_Shards":
         if os.path.isdir(self.work):  # of an attempt that was killed, or that goes on elsewhere
@@ -190,19 +201,32 @@ class _Shards:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._file:
+            with suppress(OSError):
+                self._file.close()
+            with suppress(OSError):
+                os.unlink(self._file.name)
+        if error[0] and self._lock.is_locked and not (self.work / PROGRESS).exists():  # nothing to go on with
+            shutil.rmtree(self.work, ignore_errors=True)
         self._lock.release()
 
-    def _hold(self) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-        except filelock.Timeout as error:
-            raise EncodeError(f"another process prepares the same text in {self.work}: wait for it") from error
+            yield
         except OSError as error:
             raise EncodeError(f"{self.work} cannot be written: {error.strerror}; name another: --data-dir") from error
 
+    def _hold(self) -> None:
+        with self._writing():
+            try:
+                self.work.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire()
+            except filelock.Timeout as error:
+                raise EncodeError(f"another process prepares the same text in {self.work}: wait for it") from error
+
     def left(self, dtype: np.dtype[Any]) -> dict[str, Any] | None:
-        """What a killed attempt says that it left, if its shards are whole; else None, and they are gone."""
+        """What a killed attempt says that it left, if its shards are whole; else None. All else there is removed."""
         if not self._lock.is_locked:  # there was none
             return None
         try:
@@ -212,26 +236,51 @@ class _Shards:
                 if path.stat().st_size != shard["count"] * dtype.itemsize or disk.sha256(path) != shard["sha256"]:
                     raise disk.SealError(f"{path} is damaged")
             self.done = said["shards"]
-            return said
         except (OSError, disk.SealError, KeyError, TypeError):
             self.clear()
             return None
+        self._remove_all_but(PROGRESS, *(shard["file"] for shard in self.done))
+        return said
 
     def clear(self) -> None:
         """Remove what lies there, but for the lock, which is held."""
         self.done = []
+        self._remove_all_but()
+
+    def _remove_all_but(self, *names: str) -> None:
         for path in self.work.iterdir():
-            if path.name != LOCK:
+            if path.name not in (LOCK, *names):
                 path.unlink()
 
-    def add(self, ids: NDArray[Any], n_parts: int, parts_sha256: str) -> None:
+    def add(self, ids: NDArray[Any]) -> None:
+        """Write ids, one or more, to the end of the shard that is being written."""
         if not self._lock.is_locked:
             self._hold()
-        name, data = f"tokens-{len(self.done):05}.bin", ids.tobytes()
-        try:
-            disk.write_atomically(self.work / name, data)
-            self.done.append({"file": name, "count": len(ids), "sha256": hashlib.sha256(data).hexdigest()})
-            said = {"shards": self.done, "parts": n_parts, "parts_sha256": parts_sha256}
+        with self._writing():
+            if not self._file:
+                self._file = (self.work / f".tokens-{len(self.done):05}.bin.part").open("wb")
+            data = ids.tobytes()
+            self._file.write(data)
+        self._hash.update(data)
+        self.count += len(ids)
+
+    def end(self) -> None:
+        """Give the shard that was written, if there is one, its name: also after a kill or a loss of power it is there
+        whole, or not at all."""
+        if not self._file:
+            return
+        name = f"tokens-{len(self.done):05}.bin"
+        with self._writing():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            Path(self._file.name).replace(self.work / name)
+            disk.sync(self.work)
+        self.done.append({"file": name, "count": self.count, "sha256": self._hash.hexdigest()})
+        self.count, self._file, self._hash = 0, None, hashlib.sha256()
+
+    def note(self, n_parts: int, parts_sha256: str) -> None:
+        """Say what the next attempt finds if this one is killed: the shards that have a name, and the text of them."""
+        said = {"shards": self.done, "parts": n_parts, "parts_sha256": parts_sha256}
+        with self._writing():
             disk.write_atomically(self.work / PROGRESS, disk.seal(said).encode())
-        except OSError as error:
-            raise EncodeError(f"{self.work} cannot be written: {error.strerror}; name another: --data-dir") from error

@@ -34,6 +34,9 @@ from jaxgpt.text.corpus import (
 from jaxgpt.text.shards import joined
 from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, Ids, Progress, Tokenizer, unseen
 
+FORM = ("format", "shards")
+"""What tokens.json says of its shards: it may differ between folders of the same ids."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -67,8 +70,8 @@ def prepare(
       vocab_size: the vocabulary must not be larger than this; 0 for any size.
 
     Raises:
-      SourceError, CorpusError, UnknownCharacterError: before anything is written, but for shards of a text of more
-        than encode.SHARD tokens, which the next attempt finds.
+      SourceError, CorpusError, UnknownCharacterError: no tokens stay on disk then, but for shards of a text of
+        more than encode.SHARD tokens, which the next attempt finds.
     """
     began = time.perf_counter()
     fit = partial(require_fit, block_size=block_size, val_fraction=val_fraction, vocab_size=vocab_size)
@@ -109,17 +112,19 @@ def _prepare(
     work = data_dir / f".{stream.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.part"
     with encode.encode(stream, tok, unknown, work, progress) as encoded:
         meta = _meta(stream, tok, encoded)
-        done = [np.memmap(work / shard["file"], encoded.rest.dtype, mode="r") for shard in encoded.shards]
-        fresh = Corpus(joined([*done, *([encoded.rest] if len(encoded.rest) or not done else [])]), tok, meta)
+        done: list[Ids] = [np.memmap(work / shard["file"], encoded.rest.dtype, mode="r") for shard in encoded.shards]
+        fresh = Corpus(joined(done or [encoded.rest]), tok, meta)
         fit(fresh)
         folder = folder_of(meta, data_dir)
         try:
             found = load(folder)
-            reused = _same(found.meta, meta)
+            reused, whole = _same(found.meta, meta), _same_ids(found.meta, meta)
         except CorpusError:  # missing or damaged: what is in hand takes its place
-            reused = False
-        if not reused and encoded.shards:
-            _finish(work, meta, encoded.rest, folder)
+            reused, whole = False, False
+        if whole and not reused:
+            _tell_anew(folder, found.meta, meta)
+        elif not reused and encoded.shards:
+            _finish(work, meta, folder)
         elif not reused:
             save(fresh, folder)
         shutil.rmtree(work, ignore_errors=True)
@@ -154,18 +159,29 @@ def ready(corpus: str, meta: dict[str, Any], data_dir: Path, verified: bool = Fa
     return found if found.meta["sha256"] == meta["sha256"] else None
 
 
-def _finish(work: Path, meta: dict[str, Any], rest: Ids, folder: Path) -> None:
-    """Make the folder of shards that were written on the way the corpus's own: last shard, tokens.json, name."""
+def _finish(work: Path, meta: dict[str, Any], folder: Path) -> None:
+    """Make the folder of shards that were written on the way the corpus's own: tokens.json, name."""
+    aside = work.with_suffix(".old")
     try:
-        if len(rest):
-            disk.write_atomically(work / meta["shards"][-1]["file"], rest.tobytes())
         disk.write_atomically(work / "tokens.json", disk.seal(meta).encode())
-        (work / encode.PROGRESS).unlink()
-        if folder.exists():  # what lies there is damaged
-            shutil.rmtree(folder)
+        (work / encode.PROGRESS).unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():  # it was damaged, or another process has put it there since
+            folder.rename(aside)
         work.rename(folder)
         (folder / encode.LOCK).unlink()  # only now, so that nobody takes it between
         disk.sync(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise CorpusError(f"{folder} cannot be written: {error.strerror}; name another folder: --data-dir") from error
+
+
+def _tell_anew(folder: Path, found: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Let a whole folder say the origin that its ids have now; its shards stay, so that it can be loaded all along."""
+    kept = {name: value for name, value in meta.items() if name not in FORM}
+    kept |= {name: found[name] for name in FORM if name in found}
+    try:
+        disk.write_atomically(folder / "tokens.json", disk.seal(kept).encode())
     except OSError as error:
         raise CorpusError(f"{folder} cannot be written: {error.strerror}; name another folder: --data-dir") from error
 
@@ -237,8 +253,12 @@ def fetched(url: str) -> Path:
 
 def _same(found: dict[str, Any], fresh: dict[str, Any]) -> bool:
     """Whether two tokens.json describe the same ids of the same text, in whatever shards."""
-    form = {"format", "shards"}
-    return {k: v for k, v in found.items() if k not in form} == {k: v for k, v in fresh.items() if k not in form}
+    return {k: v for k, v in found.items() if k not in FORM} == {k: v for k, v in fresh.items() if k not in FORM}
+
+
+def _same_ids(found: dict[str, Any], fresh: dict[str, Any]) -> bool:
+    """Whether two tokens.json describe the same ids of the same vocabulary, from wherever."""
+    return all(found[name] == fresh[name] for name in ("dtype", "count", "sha256", "tokenizer"))
 
 
 def _require_tokenizer(corpus: Corpus, spec: str, folder: Path) -> None:
@@ -303,15 +323,13 @@ def tokenizer_for(spec: str, streams: Sequence[sources.Stream], progress: Progre
 
 def _meta(stream: sources.Stream, tok: Tokenizer, found: encode.Encoded) -> dict[str, Any]:
     """What tokens.json says of the ids of a text."""
-    last = found.rest.tobytes()
-    rest = {"file": f"tokens-{len(found.shards):05}.bin", "count": len(found.rest)}
-    whole = bool(found.shards) and not len(found.rest)  # the last shard ended with the text
+    only = {"file": "tokens-00000.bin", "count": len(found.rest), "sha256": found.sha256}
     return {
         "format": FORMAT,
         "dtype": found.rest.dtype.name,
         "count": sum(shard["count"] for shard in found.shards) + len(found.rest),
         "sha256": found.sha256,
-        "shards": found.shards + [rest | {"sha256": hashlib.sha256(last).hexdigest()}] * (not whole),
+        "shards": found.shards or [only],
         "source": stream.name,
         "origin": stream.origin,
         "source_sha256": found.source_sha256,

@@ -110,6 +110,8 @@ def open_stream(corpus: str, column: str = "text") -> Stream:
     raise SourceError(
         f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, "
         "and any file or folder of UTF-8, .jsonl or .parquet can be given by its path"
+        + ("; a mixture is written '0.7*a.txt + 0.3*b.txt'" if "*" in corpus or " + " in corpus else "")
+        + (", with blanks around + and none around *" if "*" in corpus else "")
     )
 
 

@@ -1,9 +1,11 @@
 """A text of any size becomes the ids that it would become in memory."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -119,6 +121,23 @@ def test_an_unknown_character_is_named_by_its_place_in_the_whole_text(tmp_path, 
     assert done.corpus.tokenizer.decode(np.asarray(done.corpus.tokens)) == LINES
 
 
+def test_shards_end_where_they_are_full_and_the_last_with_the_text(tmp_path, small):
+    for n, counts in ((80, [80]), (600, [600]), (720, [720]), (721, [720, 1]), (1500, [720, 720, 60])):
+        (tmp_path / "a.txt").write_text("a" * n)
+        done = prepare(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+        assert [shard["count"] for shard in done.corpus.meta["shards"]] == counts
+
+
+@pytest.mark.parametrize(("n", "stay"), [(600, []), (1500, [encode.PROGRESS, "tokens-00000.bin", "tokens-00001.bin"])])
+def test_of_an_attempt_that_failed_whole_shards_stay(tmp_path, small, n, stay):
+    (tmp_path / "a.txt").write_text("a" * n + "é")
+    with pytest.raises(UnknownCharacterError):
+        prepare(str(tmp_path / "a.txt"), "ascii", data_dir=tmp_path / "data")
+    assert len(list((tmp_path / "data").iterdir())) == bool(stay)
+    left = sorted(path.name for path in (tmp_path / "data").glob("*/*"))
+    assert [name for name in left if name != encode.LOCK] == stay
+
+
 KILLED = """
 import os, signal, sys
 from jaxgpt import disk
@@ -166,6 +185,28 @@ def test_what_was_encoded_before_a_kill_is_not_encoded_again(killed, small, monk
     assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
 
 
+def test_what_a_kill_cut_short_is_in_no_folder(killed, small, monkeypatch, tmp_path):
+    (work,) = (tmp_path / "data").iterdir()
+    for name in (".tokens-00003.bin.part", "tokens-00003.bin", "tokens-00099.bin"):
+        (work / name).write_bytes(b"torn")
+    done, encoded = again(killed, monkeypatch)
+    assert 0 < encoded < len(LINES) - 3 * 700 + 80
+    n = len(done.corpus.meta["shards"])
+    names = sorted(path.name for path in done.folder.iterdir())
+    assert names == [*(f"tokens-{i:05}.bin" for i in range(n)), "tokens.json"]
+
+
+def test_a_text_that_grew_after_a_kill_has_the_shards_of_the_whole(tmp_path, small, monkeypatch):
+    (tmp_path / "a.txt").write_text("a" * 1480)  # parts of 40, two whole shards
+    ended = mock.patch.object(prepare_module, "_finish", side_effect=KeyboardInterrupt)
+    with ended, pytest.raises(KeyboardInterrupt):
+        prepare(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    (tmp_path / "a.txt").write_text("a" * 3000)
+    done, encoded = again(tmp_path / "a.txt", monkeypatch)
+    assert encoded == 3000 - 2 * 720
+    assert [shard["count"] for shard in done.corpus.meta["shards"]] == [720] * 4 + [120]
+
+
 @pytest.mark.parametrize("harm", ["another text", "a bit", "no progress"])
 def test_what_does_not_belong_to_the_text_is_not_gone_on_with(killed, small, monkeypatch, tmp_path, harm):
     (work,) = (tmp_path / "data").iterdir()
@@ -183,9 +224,17 @@ def test_what_does_not_belong_to_the_text_is_not_gone_on_with(killed, small, mon
 
 def test_two_processes_do_not_write_the_same_shards(tmp_path):
     with encode._Shards(tmp_path / "work") as one, encode._Shards(tmp_path / "work") as other:
-        one.add(np.zeros(3, np.uint16), 1, "")
+        one.add(np.zeros(3, np.uint16))
         with pytest.raises(EncodeError, match="another process prepares the same text"):
-            other.add(np.zeros(3, np.uint16), 1, "")
+            other.add(np.zeros(3, np.uint16))
+
+
+def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, small):
+    (tmp_path / "a.txt").write_text(LINES)
+    full = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
+    with full, pytest.raises(EncodeError, match=r"\.part cannot be written: No space left on device; name another"):
+        prepare(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
 
 
 def test_what_another_process_writes_is_not_looked_at_or_removed(killed, tmp_path):
@@ -214,11 +263,83 @@ def test_shards_are_held_until_they_have_their_name(tmp_path, small, monkeypatch
     assert ".lock" not in [path.name for path in done.folder.iterdir()]
 
 
+@pytest.fixture
+def loaded(monkeypatch):
+    """Load a folder before and after whatever is renamed or removed: how often that went well, or why it did not."""
+    found = []
+
+    def watch(folder):
+        def watched(change):
+            def wrapped(*args, **kwargs):
+                found.append(load(folder).meta["count"])
+                try:
+                    return change(*args, **kwargs)
+                finally:
+                    found.append(load(folder).meta["count"])
+
+            return wrapped
+
+        for of, name in ((Path, "replace"), (Path, "rename"), (shutil, "rmtree")):
+            monkeypatch.setattr(of, name, watched(getattr(of, name)))
+        return found
+
+    return watch
+
+
+@pytest.mark.parametrize("text", [LINES, LINES[:60]])
+def test_a_whole_folder_can_be_loaded_while_its_text_is_prepared_from_elsewhere(tmp_path, small, loaded, text):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(text)
+    first = prepare(str(tmp_path / "one" / "a.txt"), "byte", data_dir=tmp_path / "data")
+    found = loaded(first.folder)
+    second = prepare(str(tmp_path / "two" / "a.txt"), "byte", data_dir=tmp_path / "data")
+    assert found
+    assert (second.folder, second.reused) == (first.folder, False)
+    assert second.corpus.meta == first.corpus.meta | {"origin": str(tmp_path / "two" / "a.txt")}
+    assert load(second.folder).meta == second.corpus.meta
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [first.folder.name]
+
+
+def test_a_folder_that_another_process_made_meanwhile_is_whole_when_it_goes(tmp_path, small, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(LINES)
+    finish, remove, whole = prepare_module._finish, shutil.rmtree, []
+
+    def later(work, meta, folder):
+        monkeypatch.setattr(prepare_module, "_finish", finish)
+        prepare(str(tmp_path / "two" / "a.txt"), "byte", data_dir=tmp_path / "data")
+
+        def removed(path, **how):
+            remove(path, **how)
+            whole.append(load(folder).meta["count"])
+
+        monkeypatch.setattr(shutil, "rmtree", removed)
+        finish(work, meta, folder)
+
+    monkeypatch.setattr(prepare_module, "_finish", later)
+    done = prepare(str(tmp_path / "one" / "a.txt"), "byte", data_dir=tmp_path / "data")
+    assert whole
+    assert load(done.folder).meta["origin"] == str(tmp_path / "one" / "a.txt")
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
+
+
+def test_damaged_shards_are_replaced(tmp_path, small):
+    (tmp_path / "a.txt").write_text(LINES)
+    first = prepare(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    (first.folder / "tokens-00001.bin").write_bytes(b"damage")
+    again = prepare(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    assert not again.reused
+    assert load(again.folder).meta == first.corpus.meta
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [first.folder.name]
+
+
 LIMITED = """
-import re, resource, sys
+import os, re, resource, sys
 from pathlib import Path
-from jaxgpt.text import encode, prepare
-encode.SHARD = 2**21
+from jaxgpt.text import prepare
+os.cpu_count = lambda: 2  # each core has parts of its own
 data = 1024 * int(re.search(r"VmData:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 limit = data + int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -229,14 +350,16 @@ print(len(done.corpus.tokens), len(done.corpus.meta["shards"]))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not limit a process's own memory")
 def test_a_text_larger_than_the_memory_is_prepared(tmp_path):
-    size, limit = 192 * 2**20, 128 * 2**20
+    """In shards of a user's size, of which not two fit in it."""
+    size, limit = 192 * 2**20, 96 * 2**20
+    assert 2 * encode.SHARD * np.dtype(np.uint16).itemsize > limit
     with (tmp_path / "a.txt").open("wb") as file:
         for _ in range(192):
             file.write((b"the cat sat on the mat, that cat has a hat\n" * 24_386)[: 2**20])
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, "a.txt", str(limit)], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.stdout.split() == [str(size), "96"], done.stderr
+    assert done.stdout.split() == [str(size), "6"], done.stderr
 
 
 def test_a_mixture_has_its_parts_and_one_vocabulary(tmp_path):

@@ -67,8 +67,22 @@ def test_a_folder_with_a_bad_file_names_the_file(tmp_path):
 
 
 def test_no_such_corpus_names_those_that_exist():
-    with pytest.raises(SourceError, match="python-docs, python-stdlib, shakespeare"):
+    with pytest.raises(SourceError, match="python-docs, python-stdlib, shakespeare") as caught:
         sources.read("no-such-corpus")
+    assert "mixture" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["0.7*a.txt+0.3*b.txt", "0.7 * a.txt + 0.3 * b.txt", "1e-1*a.txt + 0.9*b.txt", "a.txt + b.txt"]
+)
+def test_what_was_meant_as_a_mixture_is_told_how_one_is_written(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(SourceError, match=r"; a mixture is written '0\.7\*a\.txt \+ 0\.3\*b\.txt'"):
+        sources.read(name)
+    (tmp_path / name).write_text("a file by that very name")
+    assert sources.read(name).text == "a file by that very name"
 
 
 def test_an_unreadable_file_is_a_clear_error(tmp_path, monkeypatch):
