@@ -66,7 +66,7 @@ def run(args: list[str]) -> int:
         print(table.markdown(report))
     else:
         console = RunConsole()
-        for part in measured.parts(report):
+        for part in measured.parts(report, console.width):
             console.print(part)
     return 0
 

@@ -215,7 +215,7 @@ def test_a_report_of_real_processes(report, capsys):
     assert report["story"] in text
     from rich.console import Console
 
-    for part in measured.parts(report):
+    for part in measured.parts(report, 200):
         Console(width=100).print(part)
     out = capsys.readouterr().out
     assert "steady, ms" in out

@@ -93,7 +93,7 @@ def test_a_config_is_inspected_from_end_to_end(report, capsys):
     assert "**Roofline, part by part**" in text
     from rich.console import Console
 
-    for part in measured.parts(report):
+    for part in measured.parts(report, 200):
         Console(width=140).print(part)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 140
 
