@@ -23,7 +23,9 @@ class PlanOptions:
         tyro.conf.arg(help="Chips and their arrangement: v5e:16x16, v5p:4x4x4, v6e:8x8; cpu:8 for virtual devices."),
     ] = "v5e:16x16"
     mesh: Annotated[str, tyro.conf.arg(help="As in train; auto chooses.")] = "auto"
-    sweep: Annotated[bool, tyro.conf.arg(help="Rank every mesh on paper and compile the best.")] = False
+    sweep: Annotated[
+        bool, tyro.conf.arg(help="Rank meshes, and batches from a quarter to four times, on paper; compile the best.")
+    ] = False
     compiled: Annotated[int, tyro.conf.arg(help="How many of the best a sweep compiles.")] = 1
     effort: Annotated[
         Literal["least", "full"],
@@ -72,9 +74,8 @@ def _on_paper(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
         step = rank.on_paper(config, chip, Sizes.parse(given.mesh), given.chips)
         yield from ((line, step.fits) for line in plans.on_paper(config, given.chip, step))
         return
-    steps = [
-        step for n in given.chips for step in rank.ranked(config, chip, n)[: SHOWN if len(given.chips) == 1 else 1]
-    ]
+    batches, shown = rank.batches(config) if given.sweep else (), SHOWN if len(given.chips) == 1 else 1
+    steps = [step for n in given.chips for step in rank.ranked(config, chip, n, batches)[:shown]]
     yield from ((line, steps[0][1].fits) for line in plans.table(steps))
 
 
@@ -90,7 +91,8 @@ def _compiled(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
             raise UsageError(
                 "--sweep ranks by the rates of chips, which virtual devices have not: say a TPU's --topology"
             )
-        steps = rank.ranked(plan.resolved(config), chip, len(devices))
+        config = plan.resolved(config)
+        steps = rank.ranked(config, chip, len(devices), rank.batches(config))
         yield from ((line, True) for line in plans.table(steps[:SHOWN]))
         tried = [(config, step.sizes) for config, step in steps[: given.compiled]]
     for config, asked in tried:

@@ -1,12 +1,13 @@
 """What a person reads of a plan."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, replaced
 from jaxgpt.nn import cost
-from jaxgpt.scaling import estimate
+from jaxgpt.scaling import estimate, rank
 from jaxgpt.scaling.estimate import Step
-from jaxgpt.scaling.mesh import Sizes
+from jaxgpt.scaling.mesh import Sizes, divisors
 from jaxgpt.scaling.plan import Plan
 from jaxgpt.training.memory import size
 
@@ -66,6 +67,9 @@ def costs(config: Config, step: Step) -> Iterator[str]:
         yield f"  between pods: {size(step.network)}"
     if step.chip is None:
         return
+    if not step.flops:
+        yield "  a bigram has no products, and its look-ups are not timed; every chip takes the whole batch"
+        return
     seconds = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in step.seconds.items())
     yield f"  {seconds} ({step.flops:.3g} FLOP, {step.computed / step.flops:.2f} of it computed)"
     n_tokens, (least, most) = config.train.batch_size * config.model.block_size, step.bounds
@@ -75,6 +79,9 @@ def costs(config: Config, step: Step) -> Iterator[str]:
         f"tokens/s, utilisation {slow:.0%} to {fast:.0%}"
     )
     yield ASSUMED
+    if step.precision == "float32":
+        kind = "bfloat16" if step.chip.torus else "TF32"
+        yield f"  (products of float32 at the rate of {kind}, as JAX does them there unless told otherwise)"
 
 
 def verdict(config: Config, step: Step) -> str:
@@ -91,21 +98,31 @@ def verdict(config: Config, step: Step) -> str:
 
 
 def knob(config: Config, step: Step) -> str:
-    """What would make it fit, the cheapest first."""
-    model, sizes = config.model, step.sizes
-    assert step.chip is not None
-    if step.arguments > step.chip.memory / 2 and sizes.data > 1:
-        fsdp = next(n for n in range(2, sizes.data + 1) if sizes.data % n == 0) * sizes.fsdp
-        more = Sizes(sizes.data * sizes.fsdp // fsdp, fsdp, sizes.tensor, sizes.context)
-        return f"split the state over more chips, --mesh {more}"
-    if model.remat != "blocks":
+    """What would make it fit, the cheapest first, of what can run."""
+    model, train, sizes, chip = config.model, config.train, step.sizes, step.chip
+    assert chip is not None
+    meshes = []
+    if model.kind == "gpt" and step.arguments > chip.memory / 2:
+        meshes = [replace(sizes, data=sizes.data // n, fsdp=sizes.fsdp * n) for n in divisors(sizes.data)[1:]]
+        if step.arguments > step.room * chip.memory:  # then nothing else helps
+            over = sizes.data * sizes.fsdp
+            meshes += [replace(sizes, data=1, fsdp=n) for n in range(over + 1, 4 * over + 1)]
+    if more := next((one for one in meshes if rank.possible(config, chip, one)), None):
+        chips = f" of {more.devices} chips" if more.devices > sizes.devices else ""
+        return f"split the state over more chips, --mesh {more}{chips}"
+    if model.kind == "gpt" and model.remat != "blocks":
         return "compute blocks again in the backward pass, --remat blocks"
-    micro = config.train.batch_size // config.train.accumulate
-    if micro > sizes.data * sizes.fsdp:
-        return f"smaller micro-batches, --accumulate {2 * config.train.accumulate}"
+    for accumulate in divisors(train.batch_size):
+        if accumulate > train.accumulate and rank.possible(replaced(config, accumulate=accumulate), chip, sizes):
+            return f"smaller micro-batches, --accumulate {accumulate}"
+    if model.kind == "bigram":
+        return "nothing splits a bigram: take a smaller vocabulary"
     if not model.scan_layers:
         return "run the blocks as a loop, --scan-layers"
-    return "split each context, --mesh ...,context=2, or take more chips"
+    more = replace(sizes, context=2 * sizes.context)
+    if rank.possible(config, chip, more):
+        return f"split each context over more chips, --mesh {more} of {more.devices} chips"
+    return "take more chips"
 
 
 HEAD = ("mesh", "batch", "accumulate", "a chip holds", "ms a step", "tokens/s", "utilisation")

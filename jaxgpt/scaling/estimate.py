@@ -21,6 +21,8 @@ ROOM = 0.8
 """Of a chip's memory, on paper: the compiler was seen to take up to a quarter more (tests/scaling/test_plan.py)."""
 TILE = 16
 """Rows of bfloat16 that a TPU keeps together: shards of kernels are padded to a multiple."""
+LANES = 128
+"""Columns that it keeps together: so are those of logits."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Step:
     """Bytes that are sent from one pod to others."""
     room: float = 1.0
     """The share of the chip's memory that may be taken."""
+    precision: str = "bfloat16"
+    """Of the operands of products, resolved."""
 
     @property
     def memory(self) -> int:
@@ -64,7 +68,7 @@ class Step:
         if self.network:
             sending += self.network / self.chip.network_rate
         return {
-            "products": self.computed / self.chip.flops,
+            "products": self.computed / self.chip.rate(self.precision),
             "update": self.updated / self.chip.memory_rate,
             "sending": sending,
         }
@@ -78,10 +82,11 @@ class Step:
 
     @property
     def utilisation(self) -> tuple[float, float]:
-        """`flops` by what the chip could do in that time, least and most."""
+        """`flops` by what the chip could do in that time and precision, least and most."""
         assert self.chip is not None
         least, most = self.bounds
-        return self.flops / self.chip.flops / most, self.flops / self.chip.flops / least
+        seconds = self.flops / self.chip.rate(self.precision)
+        return seconds / most, seconds / least
 
 
 def sent(kind: str, n: int, size: float) -> float:
@@ -98,11 +103,13 @@ def sent(kind: str, n: int, size: float) -> float:
 
 
 def operations(config: Config, sizes: Sizes) -> tuple[float, float]:
-    """(flops, computed) of a step on one chip, as `Step` has them."""
+    """(flops, computed) of a step on one chip, as `Step` has them. Of a bigram there are none."""
     model, train = config.model, config.train
+    if model.kind == "bigram":
+        return 0, 0
     tokens = train.batch_size * model.block_size / sizes.devices
     forward = cost.flops_per_token(model)
-    head = 2 * model.vocab_size * model.n_embd if model.kind == "gpt" else 0
+    head = 2 * model.vocab_size * model.n_embd
     again = (forward - head if model.remat == "blocks" else 0) + (head if _parts(config, sizes) > 1 else 0)
     # Heads that tensor does not divide are attended on every chip of the axis.
     shared = 0 if model.n_head % sizes.tensor == 0 else model.n_layer * 4 * model.block_size * model.n_embd
@@ -112,12 +119,15 @@ def operations(config: Config, sizes: Sizes) -> tuple[float, float]:
 
 def updated(config: Config, sizes: Sizes) -> int:
     """Bytes that AdamW reads (gradient, parameter, two moments) and writes (the last three)."""
-    return 7 * cost.FLOAT * cost.n_params(config.model) // (sizes.fsdp * sizes.tensor)
+    shards = 1 if config.model.kind == "bigram" else sizes.fsdp * sizes.tensor
+    return 7 * cost.FLOAT * cost.n_params(config.model) // shards
 
 
 def on_paper(config: Config, chip: Chip, sizes: Sizes) -> Step:
     """A step of a config, its vocabulary known, whose mesh has no `mesh.problems`. Of more chips than a pod, `data`
     goes over the pods."""
+    if config.model.kind == "bigram":
+        return _bigram(config, chip, sizes)
     model, train, f, t = config.model, config.train, sizes.fsdp, sizes.tensor
     slices = chip.slices(sizes.devices)
     copies = max(1, sizes.data // slices) * sizes.context
@@ -173,6 +183,28 @@ def on_paper(config: Config, chip: Chip, sizes: Sizes) -> Step:
         collectives={key: (int(n), int(size)) for key, (n, size) in sorted(counts.items())},
         network=2 * shard / copies * (slices - 1) / slices,
         room=ROOM,
+        precision=model.precision,
+    )
+
+
+def _bigram(config: Config, chip: Chip, sizes: Sizes) -> Step:
+    """A step of a bigram, of which the compiler splits nothing: every chip has the table and takes the whole batch,
+    with four times its logits at once, and sends nothing."""
+    model, train = config.model, config.train
+    table = cost.FLOAT * cost.n_params(model)
+    columns = math.ceil(model.vocab_size / LANES) * LANES if chip.torus else model.vocab_size
+    logits = cost.FLOAT * train.batch_size // train.accumulate * model.block_size * columns
+    return Step(
+        sizes,
+        chip,
+        arguments=3 * table + TOKENS * (2 if model.vocab_size <= 2**16 else 4),
+        temporaries=table + 4 * logits,
+        flops=0,
+        computed=0,
+        updated=updated(config, sizes),
+        collectives={},
+        room=ROOM,
+        precision=model.precision,
     )
 
 

@@ -1,8 +1,10 @@
 """What a training step would need on devices that are not attached: the real step, compiled for them here."""
 
 import dataclasses
+import importlib.util
 import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -61,13 +63,13 @@ def topology(name: str) -> tuple[Chip | None, list[Any]]:
     (as many as the first use of JAX in this process made).
 
     Raises:
-      PlanError: it is no known chip, or nothing here compiles for it.
+      PlanError: it is no known chip, nothing here compiles for it, or its chips are two devices each.
     """
     kind, _, arrangement = name.partition(":")
     if kind == "cpu" and arrangement.isdecimal() and int(arrangement):
         return None, _virtual(int(arrangement))
     if kind not in CHIPS or not CHIPS[kind].torus:
-        tpus = ", ".join(name for name, chip in CHIPS.items() if chip.torus)
+        tpus = ", ".join(name for name, chip in CHIPS.items() if chip.torus and name != "v4")  # see below
         raise PlanError(
             f"--topology {name}: expected a TPU and its arrangement, as in v5e:16x16, of {tpus}, or cpu:8; GPUs are "
             "planned on paper only, --chips 8 --chip h100"
@@ -78,10 +80,28 @@ def topology(name: str) -> tuple[Chip | None, list[Any]]:
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **_host(arrangement))
     except Exception as error:
-        raise PlanError(f"--topology {name}: {error}; pip install 'jaxgpt[tpu-plan]' brings the compiler") from error
-    return CHIPS[kind], list(found.devices)
+        hint = f"expected an arrangement as in {kind}:{'x'.join('4' * CHIPS[kind].torus)}"
+        if importlib.util.find_spec("libtpu") is None:
+            hint = "pip install 'jaxgpt[tpu-plan]' brings the compiler"
+        raise PlanError(f"--topology {name}: {error}; {hint}") from error
+    devices: list[Any] = list(found.devices)
+    chips = len({tuple(device.coords) for device in devices})
+    if chips < len(devices):
+        raise PlanError(
+            f"--topology {name}: expected one device a chip, found {len(devices)} of {chips} chips, of which JAX makes "
+            f"no mesh; {kind} is planned on paper only, --chips {chips} --chip {kind}"
+        )
+    return CHIPS[kind], devices
+
+
+def _host(arrangement: str) -> dict[str, Any]:
+    """What the compiler has to know of the chips of a host: they are 2 x 2, or fewer where there are no more."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(x[1-9]\d*)?", arrangement):
+        return {}
+    x, y, *_ = map(int, arrangement.split("x"))
+    return {"chips_per_host_bounds": (min(2, x), min(2, y), 1)}
 
 
 def _virtual(n: int) -> list[Any]:
@@ -185,5 +205,6 @@ def read(compiled: Any, config: Config, chip: Chip | None, sizes: Sizes, seconds
         computed=computed,
         updated=estimate.updated(config, sizes),
         collectives=hlo.collectives(text),
+        precision=config.model.precision,
     )
     return Plan(step, sorted(hlo.custom_calls(text)), hlo.products(text), seconds)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import re
+import types
 
 import jax
 import pytest
@@ -85,6 +86,57 @@ def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
 def test_what_the_compiler_cannot_do_is_refused():
     with pytest.raises(PlanError, match="--topology v5e:3x999"):
         plan.topology("v5e:3x999")
+    for name in ("v5e:3", "v5e:16x16:2", "v5e:3x1"):
+        with pytest.raises(PlanError, match="expected an arrangement as in v5e:4x4") as error:
+            plan.topology(name)
+        assert "pip install" not in str(error.value)
+    with pytest.raises(PlanError, match=r"found 8 of 4 chips.*v4 is planned on paper only, --chips 4 --chip v4"):
+        plan.topology("v4:2x2x1")
+
+
+@tpu
+@pytest.mark.parametrize(("name", "chips"), [("v5e:1x1", 1), ("v5e:2x1", 2), ("v5e:2x2", 4), ("v5p:2x2x2", 8)])
+def test_a_topology_may_be_a_part_of_a_host(name, chips):
+    assert len(plan.topology(name)[1]) == chips
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Stands in for the compiler for TPUs: a list of the devices that it is to find, each by its chip's coordinates."""
+    from jax.experimental import topologies
+
+    found = []
+
+    def describe(**asked):
+        if not found:
+            raise RuntimeError("INVALID_ARGUMENT")
+        found.append(asked)
+        return types.SimpleNamespace(devices=[types.SimpleNamespace(coords=list(at)) for at in found[:-1]])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    return found
+
+
+def test_chips_of_two_devices_are_planned_on_paper(compiler):
+    compiler += [(0, 0, 0), (0, 0, 0), (1, 0, 0), (1, 0, 0)]
+    with pytest.raises(PlanError, match=r"found 4 of 2 chips, .* v4 is planned on paper only, --chips 2 --chip v4"):
+        plan.topology("v4:2x1x1")
+
+
+@pytest.mark.parametrize(
+    ("name", "bounds"), [("v5e:1x1", (1, 1, 1)), ("v5e:2x1", (2, 1, 1)), ("v5e:16x16", (2, 2, 1)), ("v5e:3", None)]
+)
+def test_the_compiler_is_told_of_hosts_with_fewer_chips(compiler, name, bounds):
+    compiler += [(0, 0, 0)]
+    plan.topology(name)
+    assert compiler[-1].get("chips_per_host_bounds") == bounds
+
+
+def test_only_a_compiler_that_is_missing_is_to_be_installed(compiler, monkeypatch):
+    for installed, hint in ((True, "expected an arrangement as in v5p:4x4x4$"), (False, r"pip install 'jaxgpt\[tpu-")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=installed: found or None)
+        with pytest.raises(PlanError, match=f"--topology v5p:3: INVALID_ARGUMENT; {hint}"):
+            plan.topology("v5p:3")
 
 
 def test_what_is_compiled_for_absent_chips_is_not_kept(tiny, monkeypatch):
@@ -132,6 +184,67 @@ def test_the_verb_plans_for_virtual_devices(capsys):
     assert "verdict: it compiles" in told
 
 
+@pytest.fixture
+def bigram(change):
+    return change(recipe("bigram").config, vocab_size=512)
+
+
+@pytest.mark.parametrize("text", ["data=4", "fsdp=4", "data=2,tensor=2", "data=2,context=2"])
+def test_a_bigram_is_whole_on_every_device_and_sends_nothing(bigram, text):
+    assert estimate.operations(bigram, Sizes(tensor=3)) == (0, 0)  # 3 divides no 4 heads
+    found = plan.plan(bigram, *plan.topology("cpu:4"), Sizes.parse(text)).step
+    paper = estimate.on_paper(bigram, CHIPS["v5e"], Sizes.parse(text))
+    for step in (found, paper):
+        assert (step.flops, step.computed, step.collectives) == (0, 0, {})
+        assert step.arguments - 2 * estimate.TOKENS == pytest.approx(3 * 4 * 512**2, rel=0.01)
+        assert step.updated == 7 * 4 * 512**2
+
+
+@tpu
+def test_the_paper_agrees_on_a_bigram(bigram, change):
+    for config in (bigram, change(bigram, vocab_size=64), change(bigram, vocab_size=2048, accumulate=2)):
+        found = plan.plan(config, *plan.topology("v5e:2x2"), Sizes(data=4)).step
+        paper = estimate.on_paper(config, CHIPS["v5e"], Sizes(data=4))
+        assert paper.temporaries == pytest.approx(found.temporaries, rel=0.1)
+        assert found.collectives == {}
+
+
+def test_the_verb_plans_a_bigram_without_times(bigram, capsys):
+    assert verb.run(["bigram", "--vocab-size", "64", "--chips", "4", "--mesh", "data=4"]) == 0
+    told = capsys.readouterr().out
+    assert "a bigram has no products" in told
+    assert "tokens/s" not in told
+    assert "verdict: it fits" in told
+    with pytest.raises(PlanError, match="no products to rank meshes by: say one instead, --mesh data=4"):
+        verb.run(["bigram", "--vocab-size", "64", "--chips", "4"])
+    with pytest.raises(PlanError, match=r"--mesh data=64,tensor=2$"):  # for 64 sequences
+        verb.run(["bigram", "--vocab-size", "64", "--chips", "128"])
+    step = estimate.on_paper(bigram, dataclasses.replace(CHIPS["v5e"], memory=1e9), Sizes(data=4))
+    assert step.fits
+    small = dataclasses.replace(step, chip=dataclasses.replace(CHIPS["v5e"], memory=1e7))
+    assert plans.verdict(bigram, small).endswith("--accumulate 2")  # more chips or --remat would not help
+
+
+def test_float32_is_counted_at_the_rate_of_its_products(recipes, change):
+    config, sizes = change(recipes["1.5b"], precision="float32"), Sizes(fsdp=8)
+    for name, slower, kind in (("h100", 989 / 494.7, "TF32"), ("a100", 2, "TF32"), ("v5p", 1, "bfloat16")):
+        steps = [estimate.on_paper(each, CHIPS[name], sizes) for each in (config, recipes["1.5b"])]
+        times = [step.seconds["products"] for step in steps]
+        assert times[0] == pytest.approx(slower * times[1])
+        assert steps[0].utilisation[0] == pytest.approx(steps[0].flops / steps[0].bounds[1] / CHIPS[name].float32)
+        notes = [
+            any("products of float32 at the rate of " + kind in line for line in plans.costs(config, step))
+            for step in steps
+        ]
+        assert notes == [True, False]
+
+
+def test_a_plan_by_the_compiler_knows_its_precision(shallow, change):
+    for precision in ("float32", "bfloat16"):
+        found = plan.plan(change(shallow, precision=precision), *plan.topology("cpu:2"), Sizes(data=2))
+        assert found.step.precision == precision
+
+
 def test_the_verb_ranks_on_paper(capsys):
     assert verb.run(["gpt2-1.5b", "--chips", "256", "--chip", "v5e"]) == 0
     one = capsys.readouterr().out.splitlines()
@@ -151,7 +264,7 @@ def test_what_cannot_be_planned_is_refused(shallow, change):
         plan.mesh(shallow, *plan.topology("cpu:8"), Sizes(data=16, tensor=32))
     with pytest.raises(PlanError, match=r"255 of 256 devices stay idle.*let --sweep rank them all"):
         plan.mesh(change(shallow, batch_size=13), None, [None] * 256)
-    with pytest.raises(PlanError, match="expected a TPU and its arrangement"):
+    with pytest.raises(PlanError, match="expected a TPU and its arrangement, as in v5e:16x16, of v5e, v5p, v6e, or"):
         plan.topology("tpu9:2x2")
     with pytest.raises(PlanError, match="GPUs are planned on paper only"):
         plan.topology("h100:8")
@@ -187,6 +300,40 @@ def test_the_knob_that_is_named_leads_to_what_fits(recipes, change):
     assert step.fits
     assert len(tried) >= 3
     assert tried == sorted(tried, reverse=True)  # each helped
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "said"),
+    [
+        # fsdp = 7 does not divide 1600 channels, fsdp = 8 does, with one chip more
+        (Sizes(data=7), dict(batch_size=504), "--mesh fsdp=8 of 8 chips"),
+        # as it was: the state goes over as few chips as divide both copies and channels
+        (Sizes(data=14), dict(batch_size=504, accumulate=36), "--mesh data=7,fsdp=2"),
+        # fsdp = 2 to 4 divides no 15 sequences of a micro-batch or no 1600 channels, and 64 micro-batches no 480
+        (Sizes(), dict(batch_size=480, accumulate=32), "--accumulate 40"),
+        # of 3 micro-batches of 8 sequences; 6 of 4 are twice as many, but 4 of 6 do too
+        (Sizes(fsdp=2), dict(batch_size=24, accumulate=3), "--accumulate 4"),
+        # each chip has one sequence, and 1025 tokens are not split in two
+        (Sizes(fsdp=2), dict(batch_size=2, block_size=1025), "take more chips"),
+        (Sizes(fsdp=2), dict(batch_size=2), "over more chips, --mesh fsdp=2,context=2 of 4 chips"),
+    ],
+)
+def test_the_knob_that_is_named_can_be_turned(recipes, change, sizes, changes, said):
+    config = change(recipes["1.5b"], **changes)
+    memory = 16 * 2**30 if sizes.fsdp == 1 else 20 * 2**30
+    step = estimate.on_paper(config, CHIPS["v5e"], sizes)
+    step = dataclasses.replace(step, chip=dataclasses.replace(CHIPS["v5e"], memory=memory), temporaries=2 * memory)
+    assert not step.fits
+    assert plans.verdict(config, step).endswith(said)
+
+
+def test_the_knob_leaves_pods_whole(recipes, change):
+    """Over two pods of three chips, data = 6 keeps its factor of 2, and the state goes over three chips."""
+    config = change(recipes["1.5b"], batch_size=1536, n_embd=1536, n_head=24)
+    chip = dataclasses.replace(CHIPS["v5e"], pod=3)
+    step = estimate.on_paper(config, chip, Sizes(data=6))
+    assert not step.fits
+    assert plans.verdict(config, step).endswith("--mesh data=2,fsdp=3")
 
 
 def test_the_paper_trusts_itself_to_four_fifths_of_the_memory(recipes, change):
@@ -226,6 +373,38 @@ def test_the_ranking_is_by_time_and_keeps_what_divides(recipes):
         assert changed.train.batch_size % (step.sizes.data * step.sizes.fsdp * changed.train.accumulate) == 0
     for changed, step in found[:5]:
         assert estimate.on_paper(changed, chip, step.sizes) == step
+
+
+def test_a_sweep_tries_batches_too(recipes, change, capsys):
+    assert rank.batches(change(recipes["1.5b"], batch_size=6)) == [3, 6, 12, 24]
+    config, chip = change(recipes["1.5b"], batch_size=12), CHIPS["v5e"]
+    found = rank.ranked(config, chip, 16, rank.batches(config))
+    assert {config.train.batch_size for config, _ in found} == {3, 6, 12, 16, 24, 32, 48}
+    rates = [config.train.batch_size / step.bounds[1] for config, step in found if step.fits]
+    assert rates == sorted(rates, reverse=True)
+    assert [step.fits for _, step in found] == sorted((step.fits for _, step in found), reverse=True)
+    batches = []
+    for sweep in ([], ["--sweep"]):
+        assert verb.run(["gpt2-1.5b", "--chips", "256", *sweep]) == 0
+        rows = capsys.readouterr().out.splitlines()[2:]
+        batches.append({row.split(" | ")[2] for row in rows})
+    assert batches[0] == {"512"}
+    assert len(batches[1]) > 1
+
+
+def test_a_sweep_compiles_the_best_of_all_batches(monkeypatch, capsys):
+    tried = []
+
+    def refuse(config, chip, devices, sizes, effort):
+        tried.append((config.train.batch_size, sizes))
+        raise plan.TooLargeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(plan, "topology", lambda name: (CHIPS["v5e"], [None] * 256))
+    monkeypatch.setattr(plan, "plan", refuse)
+    verb.run(["gpt2-1.5b", "--sweep", "--compiled", "2"])
+    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:4]]
+    assert [(str(batch), str(sizes)) for batch, sizes in tried] == [(row[2], row[1]) for row in rows]
+    assert {batch for batch, _ in tried} == {2048}
 
 
 def test_more_chips_take_less_time_until_what_is_sent_takes_it_all(recipes, change):
