@@ -31,4 +31,6 @@ class Bigram(nn.Module):
         if length is not None:
             idx = jax.lax.dynamic_index_in_dim(idx, length - 1, axis=1, keepdims=False)
         logits = sharding.rows(table.embedding, idx) if cache is None else table(idx)
+        if cache is None:
+            logits = sharding.constrain(logits, "batch", "time", None)  # else each device would compute all of them
         return logits if targets is None else token_losses(logits, targets)

@@ -68,7 +68,7 @@ def costs(config: Config, step: Step) -> Iterator[str]:
     if step.chip is None:
         return
     if not step.flops:
-        yield "  a bigram has no products, and its look-ups are not timed; every chip takes the whole batch"
+        yield "  a bigram has no products, and its look-ups are not timed"
         return
     seconds = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in step.seconds.items())
     yield f"  {seconds} ({step.flops:.3g} FLOP, {step.computed / step.flops:.2f} of it computed)"
@@ -116,7 +116,7 @@ def knob(config: Config, step: Step) -> str:
         if accumulate > train.accumulate and rank.possible(replaced(config, accumulate=accumulate), chip, sizes):
             return f"smaller micro-batches, --accumulate {accumulate}"
     if model.kind == "bigram":
-        return "nothing splits a bigram: take a smaller vocabulary"
+        return "take a smaller vocabulary, or a smaller --batch-size"
     if not model.scan_layers:
         return "run the blocks as a loop, --scan-layers"
     more = replace(sizes, context=2 * sizes.context)

@@ -188,21 +188,23 @@ def on_paper(config: Config, chip: Chip, sizes: Sizes) -> Step:
 
 
 def _bigram(config: Config, chip: Chip, sizes: Sizes) -> Step:
-    """A step of a bigram, of which the compiler splits nothing: every chip has the table and takes the whole batch,
-    with four times its logits at once, and sends nothing."""
+    """A step of a bigram: every chip has the whole table and four times the logits of its tokens at once, and the
+    gradients of all are summed; tensor splits nothing."""
     model, train = config.model, config.train
     table = cost.FLOAT * cost.n_params(model)
     columns = math.ceil(model.vocab_size / LANES) * LANES if chip.torus else model.vocab_size
-    logits = cost.FLOAT * train.batch_size // train.accumulate * model.block_size * columns
+    copies = sizes.data * sizes.fsdp * sizes.context
+    logits = cost.FLOAT * train.batch_size // train.accumulate * model.block_size * columns // copies
+    sums = {("all-reduce", copies): (train.accumulate, train.accumulate * table)} if copies > 1 else {}
     return Step(
         sizes,
         chip,
         arguments=3 * table + TOKENS * (2 if model.vocab_size <= 2**16 else 4),
-        temporaries=table + 4 * logits,
+        temporaries=(2 if train.accumulate > 1 else 1) * table + 4 * logits,
         flops=0,
         computed=0,
         updated=updated(config, sizes),
-        collectives={},
+        collectives=sums,
         room=ROOM,
         precision=model.precision,
     )

@@ -94,6 +94,16 @@ def test_so_it_is_with_dropout_micro_batches_a_loop_of_blocks_and_muon(rich, res
     same(rich, text, results)
 
 
+def test_so_it_is_with_a_bigram_of_which_each_device_takes_its_part_of_the_logits(small, change, results):
+    config = change(small, kind="bigram")
+    same(config, "data=2,fsdp=2,context=2", results)
+    over = place("data=2,fsdp=2,context=2")
+    with over.scope():
+        text = over.steps(config).lower(config, like(config, over), *feeder(config, TOKENS, over)(0, 1)).compile()
+    assert re.search(r"f32\[2,4,16\]", text.as_text()), "of 8 sequences of 8 tokens"
+    assert "f32[8,8,16]" not in text.as_text()
+
+
 def test_one_device_pays_nothing(rich):
     """Without a mesh the program holds no word of one; with it, it does."""
     tokens, starts = jnp.asarray(TOKENS), jnp.zeros((1, 16), jnp.int32)

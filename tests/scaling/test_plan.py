@@ -190,12 +190,17 @@ def bigram(change):
 
 
 @pytest.mark.parametrize("text", ["data=4", "fsdp=4", "data=2,tensor=2", "data=2,context=2"])
-def test_a_bigram_is_whole_on_every_device_and_sends_nothing(bigram, text):
+def test_the_table_of_a_bigram_is_whole_on_every_device_and_its_gradients_are_summed(bigram, text):
     assert estimate.operations(bigram, Sizes(tensor=3)) == (0, 0)  # 3 divides no 4 heads
     found = plan.plan(bigram, *plan.topology("cpu:4"), Sizes.parse(text)).step
     paper = estimate.on_paper(bigram, CHIPS["v5e"], Sizes.parse(text))
     for step in (found, paper):
-        assert (step.flops, step.computed, step.collectives) == (0, 0, {})
+        assert (step.flops, step.computed) == (0, 0)
+        sums = {among: size for (kind, among), (_, size) in step.collectives.items() if kind == "all-reduce"}
+        expected = {2 if "tensor" in text else 4: 4 * 512**2}
+        if step is found and "context" in text:  # for CPUs it is summed over an axis at a time
+            expected = {2: 2 * 4 * 512**2}
+        assert sums == pytest.approx(expected, rel=0.01)
         assert step.arguments - 2 * estimate.TOKENS == pytest.approx(3 * 4 * 512**2, rel=0.01)
         assert step.updated == 7 * 4 * 512**2
 
@@ -206,7 +211,9 @@ def test_the_paper_agrees_on_a_bigram(bigram, change):
         found = plan.plan(config, *plan.topology("v5e:2x2"), Sizes(data=4)).step
         paper = estimate.on_paper(config, CHIPS["v5e"], Sizes(data=4))
         assert paper.temporaries == pytest.approx(found.temporaries, rel=0.1)
-        assert found.collectives == {}
+        (key, (_, size)), *others = found.collectives.items()
+        assert paper.collectives[key] == (config.train.accumulate, pytest.approx(size, rel=0.1))
+        assert not others
 
 
 def test_the_verb_plans_a_bigram_without_times(bigram, capsys):
