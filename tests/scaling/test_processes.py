@@ -150,7 +150,11 @@ def test_of_several_that_ended_at_once_the_killed_one_is_told(acted):
     code = """
         print("begun", flush=True)
         if sys.argv[-1] == "1":
+            open(f"{__file__}.killed", "x").close()
             os.kill(os.getpid(), signal.SIGKILL)
+        while not os.path.exists(f"{__file__}.killed"):
+            time.sleep(0.01)
+        time.sleep(0.1)  # as long as it takes to hear of it
         os._exit(1)
     """
     process, _ = acted(code, "import time; sleep = time.sleep; time.sleep = lambda seconds: sleep(2)")
