@@ -35,10 +35,9 @@ def parse(kind: type[T], args: list[str], command: str, about: str | None = None
 
 def words(verb: str, run: Path, folders: Folders, *flags: str) -> str:
     """The command line that does `verb` with the run in `run`, to be pasted in the folder where this one was typed."""
-    named = ["--run", run.name] if verb == "train" else [run.name]
-    line = ["jaxgpt", verb, *named, *flags]
-    if run.parent != Path("runs"):
-        line += ["--runs-dir", str(run.parent)]
+    from jaxgpt.training.run import Run
+
+    line = Run(run).command(verb, *flags)
     if verb == "train" and folders.data_dir != Path("data"):
-        line += ["--data-dir", str(folders.data_dir)]
-    return shlex.join(line)
+        line += " " + shlex.join(["--data-dir", str(folders.data_dir)])
+    return line

@@ -88,7 +88,7 @@ def with_own_vocabulary(config: Config, source: Path, data_dir: Path) -> Config:
       UsageError: its text cannot be had.
     """
     own = source / "tokens.json"
-    if config.data.tokenizer == "gpt2":
+    if config.data.tokenizer == "gpt2" or Path(config.data.tokenizer).resolve() == own.resolve():
         return replaced(config, tokenizer=str(own.resolve()))
     named = tokens_of(replaced(config, vocab_size=0), data_dir).tokenizer
     if named.to_json() != corpora.tokenizer_of(source).to_json():

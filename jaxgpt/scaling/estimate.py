@@ -18,7 +18,8 @@ from jaxgpt.scaling.mesh import Sizes
 TOKENS = 2**28
 """Of the corpus on each chip, as in training (`feed.DEVICE_TOKENS`)."""
 ROOM = 0.8
-"""Of a chip's memory, on paper: the compiler was seen to take up to a quarter more (tests/scaling/test_plan.py)."""
+"""Of a chip's memory, on paper: the compiler was seen to take up to a quarter more (tests/scaling/test_plan.py), and
+31% with eight sequences a chip (docs/scaling.md)."""
 TILE = 16
 """Rows of bfloat16 that a TPU keeps together: shards of kernels are padded to a multiple."""
 LANES = 128

@@ -160,11 +160,16 @@ class Run:
         """The tokenizer that it was trained with."""
         return tokenizer.from_json(self.corpus_meta["tokenizer"])
 
+    def command(self, verb: str, *flags: str) -> str:
+        """The command line that does `verb` with it, to be typed where `path` leads to it."""
+        named = ["--run", self.path.name] if verb == "train" else [self.path.name]
+        where = [] if self.path.parent == Path("runs") else ["--runs-dir", str(self.path.parent)]
+        return shlex.join(["jaxgpt", verb, *named, *flags, *where])
+
     @property
     def resume_command(self) -> str:
-        """What goes on with it, typed where `path` leads to it."""
-        where = [] if self.path.parent == Path("runs") else ["--runs-dir", str(self.path.parent)]
-        return shlex.join(["jaxgpt", "train", "--run", self.path.name, "--resume", *where])
+        """What goes on with it."""
+        return self.command("train", "--resume")
 
     @property
     def checkpoints(self) -> Path:
@@ -257,7 +262,7 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.path} cannot be written to: {error.strerror}") from error
         with lock:
-            killed, starts = holder.read_bytes() if self.cut_off else None, self._n_starts()
+            killed, starts = (holder.read_bytes(), self._n_starts()) if self.cut_off else (None, 0)
             me = {"process": os.getpid(), "host": platform.node(), "command": " ".join(sys.argv)}
             me["since"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             with suppress(OSError):  # a full disk: the lock holds without it

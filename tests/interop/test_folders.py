@@ -81,13 +81,17 @@ def test_damaged_lines_of_metrics_are_no_matter_of_an_export(imported, tmp_path)
     assert "not evaluated" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_an_export_comes_back_with_its_own_vocabulary_and_no_other(imported, tmp_path):
+def test_an_export_comes_back_with_its_own_vocabulary_and_no_other(imported, tmp_path, monkeypatch):
     folders.export_run(imported, tmp_path / "out")
     (tmp_path / "text.txt").write_text("a hat on a cat\n" * 60)
     where = tmp_path / "runs", tmp_path / "data"
     data = DataConfig(corpus=str(tmp_path / "text.txt"), tokenizer="gpt2")  # what import-gpt2 takes if none is named
     own = folders.import_run(tmp_path / "out", dataclasses.replace(imported.config, data=data), "own", *where)
     assert own.tokenizer.to_json() == imported.tokenizer.to_json()
+    with monkeypatch.context() as patch:  # the export's own, by its path: there is no text to ask
+        patch.setattr(folders, "tokens_of", None)
+        named = dataclasses.replace(data, tokenizer=str(tmp_path / "out" / "tokens.json"))
+        folders.import_run(tmp_path / "out", dataclasses.replace(imported.config, data=named), "named", *where)
     other = dataclasses.replace(imported.config, data=dataclasses.replace(data, tokenizer="char"))
     with pytest.raises(InteropError, match=r"--tokenizer char is another: --tokenizer .*tokens\.json"):
         folders.import_run(tmp_path / "out", other, "other", *where)
