@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import reprlib
+import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -135,8 +136,10 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-3
     """The peak learning rate."""
-    min_learning_rate: float = 1e-4
-    """Where the schedule ends."""
+    min_learning_rate: float | None = None
+    """The learning rate at the end of the schedule; None: min_lr_ratio of the peak."""
+    min_lr_ratio: float = 0.1
+    """The share of learning_rate at which the schedule ends where min_learning_rate is None."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """The way down from the peak."""
     warmup_steps: int = 100
@@ -153,6 +156,11 @@ class OptimizerConfig:
     """Decoupled weight decay, applied to kernels and embeddings only."""
     grad_clip: float = 1.0
     """Largest global norm of a gradient; 0 turns clipping off."""
+
+    @property
+    def final_learning_rate(self) -> float:
+        """The learning rate at the end of a cosine or linear schedule."""
+        return self.learning_rate * self.min_lr_ratio if self.min_learning_rate is None else self.min_learning_rate
 
 
 @dataclass(frozen=True)
@@ -197,8 +205,12 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def problems(config: Config) -> list[str]:
-    """Everything that is wrong with `config`, one sentence each; an empty list when it can run."""
+def problems(config: Config, new: bool = False) -> list[str]:
+    """Everything that is wrong with `config`, one sentence each; an empty list when it can run.
+
+    Args:
+      new: it starts a run. Saved runs whose schedule rises to min_learning_rate can be resumed, but not started again.
+    """
     found: list[str] = []
 
     def require(ok: bool, name: str, value: Any, expected: str) -> None:
@@ -240,7 +252,16 @@ def problems(config: Config) -> list[str]:
         found.append(
             f"vocab_size is {model.vocab_size}, expected at most 4096 for a table of every pair: --no-bigram-embed"
         )
-    within(0, math.inf, optimizer, "learning_rate", "min_learning_rate", "weight_decay", "grad_clip")
+    within(0, math.inf, optimizer, "learning_rate", "weight_decay", "grad_clip")
+    if optimizer.min_learning_rate is not None:
+        within(0, math.inf, optimizer, "min_learning_rate")
+    ratio = optimizer.min_lr_ratio
+    require(0 <= ratio <= 1, "min_lr_ratio", ratio, "a number from 0 to 1")
+    if new and optimizer.schedule != "constant" and optimizer.final_learning_rate > optimizer.learning_rate:
+        found.append(
+            f"min_learning_rate is {optimizer.min_learning_rate}, expected at most learning_rate "
+            f"({optimizer.learning_rate}): try --min-learning-rate None for {ratio:g} of it"
+        )
     within(0, math.inf, optimizer, "muon_learning_rate")
     within(0, 1, optimizer, "beta1", "beta2", "muon_momentum")
     at_least(1, optimizer, "muon_steps")
@@ -277,13 +298,13 @@ def _nearest(value: int, unit: int) -> int:
     return unit * max(1, (2 * value + unit) // (2 * unit))
 
 
-def check(config: Config) -> Config:
-    """`config` itself, if it can run.
+def check(config: Config, new: bool = False) -> Config:
+    """`config` itself, if it can run; `new` as in `problems`.
 
     Raises:
       ConfigError: with every problem, one a line.
     """
-    found = problems(config)
+    found = problems(config, new)
     if found:
         raise ConfigError("the configuration cannot run:\n" + "\n".join(f"  {line}" for line in found))
     return config
@@ -361,14 +382,14 @@ def _build(cls: type[Any], tree: Any, path: str) -> Any:
     where = path or "the config"
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: expected an object, found {shown(tree)}")
-    types = typing.get_type_hints(cls)
+    kinds = typing.get_type_hints(cls)
     for name in tree:
-        if name not in types:
-            near = difflib.get_close_matches(name, types, n=1)
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=1)
             raise ConfigError(
                 f"{where}: unknown field {shown(name)}" + (f", did you mean {near[0]!r}?" if near else "")
             )
-    return cls(**{name: _value(types[name], value, f"{path}.{name}".lstrip(".")) for name, value in tree.items()})
+    return cls(**{name: _value(kinds[name], value, f"{path}.{name}".lstrip(".")) for name, value in tree.items()})
 
 
 def _value(kind: Any, value: Any, path: str) -> Any:
@@ -379,6 +400,8 @@ def _value(kind: Any, value: Any, path: str) -> Any:
         if value not in choices:
             raise ConfigError(f"{path}: expected one of {', '.join(choices)}, found {shown(value)}")
         return value
+    if isinstance(kind, types.UnionType):  # float | None
+        return None if value is None else _value(typing.get_args(kind)[0], value, path)
     if type(value) is int and abs(value) >= 2**63:
         raise ConfigError(f"{path}: expected {kind.__name__} of at most 64 bits, found {shown(value)}")
     if kind is float and type(value) is int:

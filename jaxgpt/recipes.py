@@ -50,7 +50,7 @@ RECIPES: dict[str, Recipe] = {
         Config(
             model=ModelConfig(kind="bigram", block_size=256),
             optimizer=OptimizerConfig(
-                learning_rate=0.1, min_learning_rate=1e-3, warmup_steps=0, weight_decay=0.0, grad_clip=0.0
+                learning_rate=0.1, min_lr_ratio=0.01, warmup_steps=0, weight_decay=0.0, grad_clip=0.0
             ),
             train=TrainConfig(steps=1000, batch_size=64, scan_steps=100, eval_every=500),
         ),
@@ -61,7 +61,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "gpt-demo": Recipe(
         Config(
-            optimizer=OptimizerConfig(learning_rate=4e-3),
+            optimizer=OptimizerConfig(learning_rate=4e-3, min_lr_ratio=0.025),
             train=TrainConfig(steps=1500),
         ),
         about="A small GPT on the Python documentation that every Python carries: no download.",
@@ -121,7 +121,7 @@ RECIPES: dict[str, Recipe] = {
         Config(
             data=DataConfig(corpus="python-stdlib", tokenizer="gpt2"),
             model=ModelConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768, precision="auto"),
-            optimizer=OptimizerConfig(learning_rate=6e-4, min_learning_rate=6e-5, warmup_steps=2000, beta2=0.95),
+            optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=2000, beta2=0.95),
             train=TrainConfig(
                 steps=600_000,
                 batch_size=480,
@@ -150,7 +150,7 @@ RECIPES: dict[str, Recipe] = {
                 scan_layers=True,
                 remat="blocks",
             ),
-            optimizer=OptimizerConfig(learning_rate=2e-4, min_learning_rate=2e-5, warmup_steps=2000, beta2=0.95),
+            optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=2000, beta2=0.95),
             train=TrainConfig(
                 steps=600_000, batch_size=512, sampling="random", scan_steps=10, eval_every=1000, eval_batches=0
             ),

@@ -31,7 +31,12 @@ def test_recipes_can_run_and_round_trip(name):
             dropout=st.floats(0, 0.9),
             bias=st.booleans(),
         ),
-        optimizer=st.builds(OptimizerConfig, learning_rate=st.floats(0, 1e3), beta2=st.floats(0, 0.999)),
+        optimizer=st.builds(
+            OptimizerConfig,
+            learning_rate=st.floats(0, 1e3),
+            min_learning_rate=st.none() | st.floats(0, 1),
+            beta2=st.floats(0, 0.999),
+        ),
         train=st.builds(TrainConfig, seed=st.integers(0, 2**32 - 1), steps=st.integers(101, 10**6)),
     )
 )
@@ -58,6 +63,8 @@ def test_every_field_is_documented():
         ({"dropout": math.nan}, "dropout is nan"),
         ({"learning_rate": math.inf}, "learning_rate is inf"),
         ({"learning_rate": -1.0}, "learning_rate"),
+        ({"min_learning_rate": math.nan}, "min_learning_rate is nan"),
+        ({"min_lr_ratio": 1.5}, "min_lr_ratio is 1.5"),
         ({"beta2": 1.0}, "beta2"),
         ({"eps": 0.0}, "eps"),
         ({"val_fraction": 0.0}, "val_fraction"),
@@ -72,6 +79,15 @@ def test_what_cannot_run_is_refused_by_name(change, changes, said):
     with pytest.raises(ConfigError) as caught:
         configs.check(change(Config(), **changes))
     assert said in str(caught.value)
+
+
+def test_a_new_run_whose_rate_would_rise_is_refused_and_a_saved_one_is_read(change):
+    rising = change(Config(), learning_rate=1e-5, min_learning_rate=1e-4)
+    with pytest.raises(ConfigError, match=r"min_learning_rate is 0.0001, expected at most learning_rate \(1e-05\)"):
+        configs.check(rising, new=True)
+    assert configs.from_json(configs.to_json(rising)) == rising
+    configs.check(change(rising, schedule="constant"), new=True)
+    configs.check(change(rising, min_learning_rate=1e-5), new=True)
 
 
 def test_all_problems_are_told_at_once(change):

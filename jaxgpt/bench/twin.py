@@ -125,16 +125,16 @@ def gpt2_tensors(
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """nanoGPT's get_lr: linear warm-up, cosine to min_learning_rate, constant after that."""
+    """nanoGPT's get_lr: linear warm-up, cosine to final_learning_rate, constant after that."""
     opt = config.optimizer
     end = opt.decay_steps or config.train.steps
     if step < opt.warmup_steps:
         return opt.learning_rate * (step + 1) / (opt.warmup_steps + 1)
     if step > end:
-        return opt.min_learning_rate
+        return opt.final_learning_rate
     share = (step - opt.warmup_steps) / (end - opt.warmup_steps)
     wave = 0.5 * (1.0 + math.cos(math.pi * share))
-    return opt.min_learning_rate + wave * (opt.learning_rate - opt.min_learning_rate)
+    return opt.final_learning_rate + wave * (opt.learning_rate - opt.final_learning_rate)
 
 
 class Training:

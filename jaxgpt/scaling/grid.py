@@ -98,7 +98,7 @@ def told(setting: dict[str, Any]) -> str:
 
 def _checked(config: Config, setting: dict[str, Any]) -> Config:
     try:
-        return configs.from_tree(configs.to_tree(config))  # which is strict about values from a list, too
+        return configs.check(configs.from_tree(configs.to_tree(config)), new=True)  # a list has any values
     except ConfigError as error:
         raise ConfigError(f"with {told(setting)}: {error}" if setting else str(error)) from error
 
@@ -108,6 +108,7 @@ def _kinds() -> dict[str, Any]:
     texts cannot be compared."""
     sections = [field.type for field in dataclasses.fields(Config) if field.name != "data"]
     kinds = {name: kind for section in sections for name, kind in typing.get_type_hints(section).items()}
+    kinds["min_learning_rate"] = float  # None is its default alone
     del kinds["vocab_size"]
     return kinds
 

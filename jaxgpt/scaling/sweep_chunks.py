@@ -11,8 +11,8 @@ from jaxgpt.config import Config, off, replaced
 from jaxgpt.training import memory
 
 MAPPED = (
-    *("learning_rate", "min_learning_rate", "warmup_steps", "decay_steps", "beta1", "beta2", "eps", "weight_decay"),
-    *("grad_clip", "muon_learning_rate", "muon_momentum", "dropout", "init_scale", "seed"),
+    *("learning_rate", "min_learning_rate", "min_lr_ratio", "warmup_steps", "decay_steps", "beta1", "beta2", "eps"),
+    *("weight_decay", "grad_clip", "muon_learning_rate", "muon_momentum", "dropout", "init_scale", "seed"),
 )
 """Settings that one program takes as numbers, float32 but for the seed."""
 OFF = ("learning_rate", "warmup_steps", "grad_clip", "dropout")
@@ -115,4 +115,7 @@ def program_of(config: Config) -> Config:
 
 
 def setting(config: Config, name: str) -> Any:
+    """The value of a field of any section; the minimum of the schedule as a number where it follows the peak."""
+    if name == "min_learning_rate":
+        return config.optimizer.final_learning_rate
     return next(vars(section)[name] for section in vars(config).values() if name in vars(section))

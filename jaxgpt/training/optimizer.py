@@ -19,7 +19,7 @@ def learning_rate(config: Config) -> optax.Schedule:
     The warm-up's first step is at learning_rate / (warmup_steps + 1), as in nanoGPT.
     """
     opt = config.optimizer
-    peak, low, warmup = opt.learning_rate, opt.min_learning_rate, opt.warmup_steps
+    peak, low, warmup = opt.learning_rate, opt.final_learning_rate, opt.warmup_steps
     length = (config.train.steps if off(opt.decay_steps) else opt.decay_steps) - warmup
 
     def after(n: Any) -> Any:

@@ -45,7 +45,7 @@ def start(
       UsageError: the config cannot run, the run exists, or the text cannot be had; before anything is written. Or the
         model is too large with the vocabulary of the text, which has been prepared by then.
     """
-    check(config)
+    check(config, new=True)
     Run.require_free(runs_dir, name)
     disk.require_writable(runs_dir, "--runs-dir")
     require_room(config)

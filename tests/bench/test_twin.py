@@ -55,7 +55,7 @@ def test_its_settings_are_those_of_nanogpt_on_a_cpu():
     assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == (4, 4, 128, 64)
     assert (model.dropout, model.bias, model.tie_weights, model.gelu) == (0.0, False, True, "exact")
     assert (train.batch_size, train.steps, train.sampling, train.accumulate) == (12, 2000, "random", 1)
-    assert (opt.learning_rate, opt.min_learning_rate, opt.warmup_steps) == (1e-3, 1e-4, 100)
+    assert (opt.learning_rate, opt.final_learning_rate, opt.warmup_steps) == (1e-3, 1e-4, 100)
     assert (opt.beta1, opt.beta2, opt.weight_decay, opt.grad_clip) == (0.9, 0.99, 0.1, 1.0)
     assert opt.decay_steps in (0, 2000)
 

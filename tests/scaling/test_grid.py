@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from jaxgpt.config import Config, ConfigError, UsageError
+from jaxgpt.config import Config, ConfigError, UsageError, replaced
 from jaxgpt.scaling import grid
 
 
@@ -26,6 +26,15 @@ def test_members_are_every_combination_with_every_seed():
     found = {(m.config.model.n_embd, m.config.optimizer.learning_rate, m.config.train.seed) for m in members}
     assert len(found) == 12
     assert members[-1].setting == {"n_embd": 128, "learning_rate": 1e-2}
+
+
+def test_the_schedule_of_each_member_falls():
+    axes = [grid.parse("lr=1e-5,1e-2")]
+    found = [m.config.optimizer.final_learning_rate for m in grid.members(Config(), axes, 1)]
+    assert found == pytest.approx([1e-6, 1e-3])
+    with pytest.raises(ConfigError, match=r"with learning_rate 1e-05: .*\n.*min_learning_rate is 0.0001"):
+        grid.members(replaced(Config(), min_learning_rate=1e-4), axes, 1)
+    assert grid.parse("min_learning_rate=1e-5,1e-4").values == (1e-5, 1e-4)
 
 
 @pytest.mark.parametrize(

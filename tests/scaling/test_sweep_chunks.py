@@ -22,7 +22,7 @@ def test_members_of_one_shape_are_one_program(base):
     ]
     (chunk,) = split(few, 4)
     assert chunk.members == tuple(range(8))
-    assert set(chunk.names) == {"seed", "learning_rate", "warmup_steps"}
+    assert set(chunk.names) == {"seed", "learning_rate", "min_learning_rate", "warmup_steps"}
     wider = [replaced(config, n_embd=32) for config in few]
     assert [each.members for each in split([*few, *wider], 4)] == [tuple(range(8)), tuple(range(8, 16))]
     # What a 0 switches off is no number: another program.

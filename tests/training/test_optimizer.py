@@ -6,6 +6,7 @@ import pytest
 
 from jaxgpt import nn
 from jaxgpt.config import Config
+from jaxgpt.recipes import FINETUNE, RECIPES
 from jaxgpt.training.optimizer import decay_mask, learning_rate, make_optimizer
 from jaxgpt.training.step import init_state
 
@@ -34,6 +35,22 @@ def test_linear_and_constant_schedules(change):
 def test_decay_steps_end_the_schedule_early(change):
     rate = learning_rate(change(Config(), decay_steps=200, steps=1000))
     np.testing.assert_allclose([rate(200), rate(999)], [1e-4, 1e-4], rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("base", [FINETUNE, *(each.config for each in RECIPES.values())])
+def test_the_rate_of_every_recipe_falls_after_the_warm_up_however_low_its_peak(base, change, schedule):
+    config = change(base, learning_rate=1e-5, schedule=schedule, warmup_steps=5, decay_steps=40)
+    rates = np.asarray(jax.vmap(learning_rate(config))(jnp.arange(5, 50)))
+    assert (np.diff(rates) <= 0).all()
+    assert rates[-1] < rates[0] == pytest.approx(1e-5)
+
+
+def test_the_schedule_ends_at_a_share_of_the_peak_or_at_a_minimum_of_ones_own(change):
+    low = change(Config(), learning_rate=3e-5)
+    assert float(learning_rate(low)(10**4)) == pytest.approx(3e-6)
+    assert float(learning_rate(change(low, min_lr_ratio=0.5))(10**4)) == pytest.approx(1.5e-5)
+    assert float(learning_rate(change(low, min_lr_ratio=0.5, min_learning_rate=0.0))(10**4)) == pytest.approx(0.0)
 
 
 def test_decay_is_by_path_and_is_nanogpts_choice(tiny):

@@ -68,6 +68,17 @@ def test_a_resume_may_change_how_long_but_not_what(config, change, folders):
     assert "steps: " not in str(caught.value)
 
 
+def test_a_saved_run_whose_rate_rises_is_resumed_and_a_new_one_is_refused(config, change, folders):
+    """Earlier versions had a minimum of 1e-4 whatever the peak, and made such runs."""
+    rising = change(config, learning_rate=1e-5, min_learning_rate=1e-4)
+    with pytest.raises(ConfigError, match="try --min-learning-rate None"):
+        start(rising, "one", *folders)
+    run, _ = start(change(config, learning_rate=1e-5), "one", *folders)
+    run = run.with_config(change(run.config, min_learning_rate=1e-4))
+    assert fit(run, resume(run.config, run, folders[1])).step == 10
+    assert max(line["learning_rate"] for line in run.metrics() if "learning_rate" in line) > 2e-5
+
+
 def test_a_resume_cannot_end_before_it_begins(config, change, folders):
     run, corpus = start(config, "one", *folders)
     fit(run, corpus)
