@@ -52,6 +52,8 @@ class DataConfig:
     to be used again."""
     val_fraction: float = 0.1
     """The share at the end of the corpus that is kept for validation."""
+    val_tokens: int = 4_000_000
+    """The most tokens that are kept for validation; the others train. 0 sets no limit."""
     unknown: Literal["error", "skip"] = "error"
     """What to do with a character outside the vocabulary; skipped ones are counted and reported."""
     column: str = "text"
@@ -230,6 +232,9 @@ def problems(config: Config, new: bool = False) -> list[str]:
 
     data, model, optimizer, train = config.data, config.model, config.optimizer, config.train
     require(0 < data.val_fraction < 1, "val_fraction", data.val_fraction, "a fraction between 0 and 1")
+    at_least(0, data, "val_tokens")
+    if 0 < data.val_tokens <= model.block_size:
+        found.append(f"val_tokens is {data.val_tokens}, expected more than block_size ({model.block_size}), or 0")
     at_least(0, model, "vocab_size")
     at_least(1, model, "block_size", "n_layer", "n_head", "n_embd")
     within(0, 1, model, "dropout")
@@ -365,11 +370,14 @@ def to_tree(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_tree(tree: Any) -> Config:
-    """The config that `to_tree` described; a field that is missing has its default.
+BEFORE = {"val_tokens": 0}
+"""What older versions did, where that is not the default: the value of a field that a saved section lacks."""
 
-    So a config of an older version goes on meaning what it meant, as long as a new field's default is what was done
-    before there was one.
+
+def from_tree(tree: Any) -> Config:
+    """The config that `to_tree` described; a field that is missing has its value in BEFORE, or its default.
+
+    So a config of an older version goes on meaning what it meant.
 
     Raises:
       ConfigError: a field is unknown (as one of a newer version is), of the wrong type or out of range.
@@ -389,6 +397,7 @@ def _build(cls: type[Any], tree: Any, path: str) -> Any:
             raise ConfigError(
                 f"{where}: unknown field {shown(name)}" + (f", did you mean {near[0]!r}?" if near else "")
             )
+    tree = {name: value for name, value in BEFORE.items() if name in kinds} | tree
     return cls(**{name: _value(kinds[name], value, f"{path}.{name}".lstrip(".")) for name, value in tree.items()})
 
 

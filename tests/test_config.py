@@ -68,6 +68,8 @@ def test_every_field_is_documented():
         ({"beta2": 1.0}, "beta2"),
         ({"eps": 0.0}, "eps"),
         ({"val_fraction": 0.0}, "val_fraction"),
+        ({"val_tokens": 64}, "val_tokens is 64, expected more than block_size (64), or 0"),
+        ({"val_tokens": -1}, "val_tokens is -1"),
         ({"warmup_steps": 1000}, "fewer than the 1000 steps"),
         ({"batch_size": 5, "accumulate": 2}, "accumulate (2) does not divide"),
         ({"eval_every": 70}, "try --eval-every 50"),
@@ -124,6 +126,12 @@ def test_a_field_that_an_older_version_did_not_know_has_its_default(change):
     tree = configs.to_tree(change(Config(), n_layer=2))
     del tree["train"]["seed"], tree["model"]["dropout"]
     assert configs.from_tree(tree) == change(Config(), n_layer=2)
+
+
+def test_a_run_of_an_older_version_keeps_its_whole_validation_split(change):
+    tree = configs.to_tree(Config())
+    del tree["data"]["val_tokens"]
+    assert configs.from_tree(tree) == change(Config(), val_tokens=0) != Config()
 
 
 def test_whole_numbers_are_welcome_as_floats():

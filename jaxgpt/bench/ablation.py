@@ -100,7 +100,7 @@ def one(corpus: Corpus, change: Change, seed: int, steps: int, n_layer: int) -> 
             train=TrainConfig(seed=seed, steps=steps, scan_steps=max(1, steps // 3), eval_every=0),
         )
     )
-    train_tokens, val_tokens = corpus.split(config.data.val_fraction)
+    train_tokens, val_tokens = corpus.split(config.data)
     feed, state, times = feeder(config, train_tokens), fresh(config, ONE_DEVICE), []
     program = replace(config, train=replace(config.train, seed=0))  # nothing is dropped: one program for all seeds
     for begin, end in chunks(config, 0):

@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     config = recipe(given.recipe).config
     text = tokenize(sources.read(given.data))
-    train_tokens, val_tokens = text.split(config.data.val_fraction)
+    train_tokens, val_tokens = text.split(config.data)
     config = replace(
         config,
         model=replace(config.model, vocab_size=text.tokenizer.vocab_size),

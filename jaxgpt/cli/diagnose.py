@@ -57,7 +57,7 @@ def run(args: list[str]) -> int:
         plots.require(given.plots / "noise.png")
         disk.require_writable(given.plots, "--plots")
     corpus = corpus_of(run, given.folders.data_dir)
-    train, val = corpus.split(config.data.val_fraction)
+    train, val = corpus.split(config.data)
     text = val[: max(config.model.block_size, 384) + 1]
     if given.text is not None:
         try:

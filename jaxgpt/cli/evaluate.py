@@ -32,7 +32,7 @@ def run(args: list[str]) -> int:
     run = Run.open(given.folders.runs_dir, given.run)
     corpus = corpus_of(run, given.folders.data_dir)
     step, params = load_checkpoint(run, given.checkpoint)
-    tokens = corpus.split(run.config.data.val_fraction)[given.split == "val"]
+    tokens = corpus.split(run.config.data)[given.split == "val"]
     result = evaluate(run.config.model, params, tokens, corpus.tokenizer)
     print(f"{run.path.name}, step {step:,}, {given.split} split, {result.n_tokens:,} tokens predicted")
     print(f"  {describe(result)}")

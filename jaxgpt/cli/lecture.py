@@ -6,7 +6,7 @@ from typing import Literal
 
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import DataDir, parse
-from jaxgpt.config import Config, TrainConfig, check
+from jaxgpt.config import Config, DataConfig, TrainConfig, check
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def run(args: list[str]) -> int:
 
     console, results = Console(highlight=False), []
     console.print(corpus.summary, soft_wrap=True)
-    for result in ladder.climb(rungs, *corpus.split(0.1), corpus.tokenizer, given.seed):
+    for result in ladder.climb(rungs, *corpus.split(DataConfig()), corpus.tokenizer, given.seed):
         results.append(result)
         console.print(tables.line(result), markup=False, soft_wrap=True)
     console.print(tables.ladder(results))

@@ -99,7 +99,7 @@ def look(run: Run, data_dir: Path) -> Looks:
     corpus: Corpus | None = attempt("tokens", lambda: corpus_of(run, data_dir))
     found = attempt("weights", lambda: load_checkpoint(run))
     model, V = run.config.model, run.tokenizer.vocab_size
-    train, val = corpus.split(run.config.data.val_fraction) if corpus else (None, None)
+    train, val = corpus.split(run.config.data) if corpus else (None, None)
     if train is not None and val is not None:
         looks.limits = limits(train, val, V)
     if not found:

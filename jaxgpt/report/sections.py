@@ -142,7 +142,9 @@ def what_was_run(facts: Facts, several: bool) -> Html:
     elif facts.n_devices > 1:
         on = f"{facts.n_devices} x {on}"
     typed = [element("div", element("code", each["command"])) for each in facts.starts if "command" in each]
-    held_out = f"{facts.config.data.val_fraction:.0%} of them for validation"
+    data = facts.config.data
+    few = 0 < data.val_tokens < corpus["count"] * data.val_fraction
+    held_out = (f"{data.val_tokens:,}" if few else f"{data.val_fraction:.0%}") + " of them for validation"
     rows: list[tuple[str, Any]] = [
         ("recipe", f"{facts.recipe}: {RECIPES[facts.recipe].about}"),
         ("differs in", differs or "nothing"),

@@ -163,11 +163,11 @@ def train(
     """
     steps, base, members = chunk.base.train.steps, chunk.base, chunk.members
     filled = [configs[i] for i in (*members, *members[-1:] * (chunk.size - len(members)))]
-    train_tokens, val_tokens = corpus.split(base.data.val_fraction)
+    train_tokens, val_tokens = corpus.split(base.data)
     values = jax.device_put({name: _column(filled, name) for name in chunk.names}, program.over_members)
     watch = Watch(base, len(members))
 
-    parts = corpus.training_parts(base.data.val_fraction)
+    parts = corpus.training_parts(base.data)
     whole = len(train_tokens) <= DEVICE_TOKENS
     on_device = jax.device_put(np.asarray(train_tokens), program.everywhere) if whole else None
 

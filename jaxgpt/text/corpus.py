@@ -4,13 +4,14 @@ tokens.json, which says what each of them holds."""
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxgpt import disk
-from jaxgpt.config import UsageError, shown
+from jaxgpt.config import DataConfig, UsageError, shown
 from jaxgpt.text import tokenizer
 from jaxgpt.text.batches import Part
 from jaxgpt.text.shards import joined
@@ -35,20 +36,24 @@ class Corpus:
     parts: tuple[tuple[float, "Corpus"], ...] = ()
     """Of a mixture: the weight in training of each part, and the part."""
 
-    def split(self, val_fraction: float) -> tuple[Ids, Ids]:
+    def split(self, data: DataConfig) -> tuple[Ids, Ids]:
         """The training tokens and, from the end of the text, the validation tokens: views, not copies.
 
-        Of a mixture: those of its parts, one after another."""
-        if self.parts:
-            train, val = zip(*(part.split(val_fraction) for _, part in self.parts), strict=True)
-            return joined(train), joined(val)
-        n_train = int(len(self.tokens) * (1 - val_fraction))
-        return self.tokens[:n_train], self.tokens[n_train:]
+        Of a mixture: those of its parts, one after another. If there are more than val_tokens, each part keeps the same
+        share of its own."""
+        texts = [part.tokens for _, part in self.parts] or [self.tokens]
+        sizes = [part.n_tokens for part in self.training_parts(data)]
+        train, val = zip(*((text[:n], text[n:]) for text, n in zip(texts, sizes, strict=True)), strict=True)
+        return joined(train), joined(val)
 
-    def training_parts(self, val_fraction: float) -> tuple[Part, ...]:
+    def training_parts(self, data: DataConfig) -> tuple[Part, ...]:
         """Size and weight of each part of the training tokens, in their order."""
-        parts = self.parts or ((1.0, self),)
-        return tuple(Part(len(part.split(val_fraction)[0]), share) for share, part in parts)
+        shares, sizes = zip(*((share, len(part.tokens)) for share, part in self.parts or ((1.0, self),)), strict=True)
+        val = [size - int(size * (1 - data.val_fraction)) for size in sizes]
+        if 0 < data.val_tokens < (total := sum(val)):
+            ends = [end * data.val_tokens // total for end in accumulate(val, initial=0)]
+            val = [end - begin for begin, end in pairwise(ends)]
+        return tuple(Part(size - n, share) for size, n, share in zip(sizes, val, shares, strict=True))
 
     @property
     def summary(self) -> str:
@@ -72,7 +77,8 @@ def require_fit(corpus: Corpus, block_size: int, val_fraction: float, vocab_size
             f"vocab_size is {vocab_size}, expected at least the {needed} ids of {corpus.meta['source']}, "
             "or 0 to take those"
         )
-    for name, part in zip(("training", "validation"), corpus.split(val_fraction), strict=True):
+    splits = corpus.split(DataConfig(val_fraction=val_fraction, val_tokens=0))  # a limit is above block_size
+    for name, part in zip(("training", "validation"), splits, strict=True):
         if len(part) < block_size + 1:
             raise CorpusError(
                 f"the {name} split of {corpus.meta['source']} has {len(part):,} tokens, expected at least "

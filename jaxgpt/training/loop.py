@@ -74,8 +74,8 @@ def fit(
       CheckpointError: the last checkpoint was not written, or any was not where the config says to stop then.
     """
     config, began = config or run.config, time.perf_counter()
-    train_tokens, _ = corpus.split(config.data.val_fraction)
-    parts = corpus.training_parts(config.data.val_fraction)
+    train_tokens, _ = corpus.split(config.data)
+    parts = corpus.training_parts(config.data)
     feed, steps = feeder(config, train_tokens, placement, parts), placement.steps(config)
 
     with (
@@ -163,7 +163,7 @@ def newest(
 
 def score(config: Config, corpus: Corpus, state: TrainState) -> tuple[int, Evaluation, dict[str, float]]:
     """The step of `state`, its loss over the whole validation split, and nanoGPT-style estimates on both splits."""
-    train_tokens, val_tokens = corpus.split(config.data.val_fraction)
+    train_tokens, val_tokens = corpus.split(config.data)
     step, splits = int(state.step), {"train": train_tokens, "val": val_tokens}
     exact = evaluate(config.model, state.params, val_tokens, corpus.tokenizer)
     if not config.train.eval_batches:

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import nn
+from jaxgpt.config import DataConfig
 from jaxgpt.report import embedding, looks, passage
 from jaxgpt.training.start import corpus_of, load_checkpoint
 
@@ -15,7 +16,7 @@ def test_everything_is_there(trained, seen):
     assert len({sample.prompt for sample in seen.samples}) == 1
     assert len({sample.text for sample in seen.samples}) == 3, "each by its own weights"
     assert seen.limits.bigram < seen.limits.unigram < seen.limits.uniform
-    _, val = corpus_of(run, data_dir).split(0.1)
+    _, val = corpus_of(run, data_dir).split(DataConfig())
     text = run.tokenizer.decode(val)
     assert "".join(seen.passage.tokens) in text
     assert "".join(seen.attention.tokens) in text
@@ -26,7 +27,7 @@ def test_the_loss_of_a_token_is_that_of_its_window(trained):
     """Each from at least half a window before it: the same number as `nn.losses` of that window alone."""
     run, data_dir = trained
     config, (_, params) = run.config.model, load_checkpoint(run)
-    _, val = corpus_of(run, data_dir).split(0.1)
+    _, val = corpus_of(run, data_dir).split(DataConfig())
     found = passage.read(config, params, val, 40, 5, config.vocab_size)
     np.testing.assert_array_equal(found.ids, val[5:45])  # 8 - 4 + 1 tokens are context only
     windows = np.stack([val[start : start + 9] for start in range(0, 40, 4)]).astype(np.int32)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import disk
-from jaxgpt.config import UsageError
+from jaxgpt.config import DataConfig, UsageError
 from jaxgpt.text import corpus as corpora
 from jaxgpt.text import gpt2
 from jaxgpt.text.bpe import BPETokenizer
@@ -81,10 +81,28 @@ def test_a_damaged_corpus_is_replaced_by_the_text_in_hand(prepared, verse, tmp_p
 
 
 def test_split_is_the_notes_ninety_ten(prepared):
-    train, val = prepared.corpus.split(0.1)
+    train, val = prepared.corpus.split(DataConfig())
     n = int(0.9 * len(prepared.corpus.tokens))
     assert (len(train), len(val)) == (n, len(prepared.corpus.tokens) - n)
     np.testing.assert_array_equal(np.concatenate([train, val]), prepared.corpus.tokens)
+
+
+def test_a_large_validation_split_is_cut_and_the_rest_trains(prepared):
+    tokens = prepared.corpus.tokens
+    train, val = prepared.corpus.split(DataConfig(val_tokens=20))
+    np.testing.assert_array_equal(train, tokens[:-20])
+    np.testing.assert_array_equal(val, tokens[-20:])
+    assert prepared.corpus.training_parts(DataConfig(val_tokens=20)) == ((len(tokens) - 20, 1.0),)
+    for enough in (0, 84, 85, 2**31 - 1):
+        assert len(prepared.corpus.split(DataConfig(val_tokens=enough))[1]) == 84
+
+
+def test_the_default_limit_changes_only_large_texts():
+    """Tiny Shakespeare, python-docs and python-stdlib (data/README.md) stay whole; OpenWebText does not."""
+    tokenizer = ByteTokenizer()
+    for n, expected in ((1_115_394, 111_540), (465_126, 46_513), (11_054_222, 1_105_423), (9 * 10**9, 4_000_000)):
+        text = np.broadcast_to(np.uint16(0), n)
+        assert len(corpora.Corpus(text, tokenizer, {}).split(DataConfig())[1]) == expected
 
 
 def test_wide_vocabularies_take_uint32():

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import disk
+from jaxgpt.config import DataConfig
 from jaxgpt.text import bpe, encode, sources
 from jaxgpt.text import prepare as prepare_module
 from jaxgpt.text.corpus import CorpusError, load
@@ -369,10 +370,15 @@ def test_a_mixture_has_its_parts_and_one_vocabulary(tmp_path):
     corpus = prepare(spec, data_dir=tmp_path / "data", block_size=8).corpus
     assert corpus.tokenizer.chars == "\nabcd"
     assert [share for share, _ in corpus.parts] == [0.75, 0.25]
-    train, val = corpus.split(0.1)
+    train, val = corpus.split(DataConfig())
     assert corpus.tokenizer.decode(np.asarray(train)) == "abc\n" * 45 + "bcd\n" * 63
     assert corpus.tokenizer.decode(np.asarray(val)) == "abc\n" * 5 + "bcd\n" * 7
-    assert corpus.training_parts(0.1) == ((180, 0.75), (252, 0.25))
+    assert corpus.training_parts(DataConfig()) == ((180, 0.75), (252, 0.25))
+    few = DataConfig(val_tokens=13)
+    assert corpus.training_parts(few) == ((195, 0.75), (272, 0.25))
+    train, val = corpus.split(few)
+    assert corpus.tokenizer.decode(np.asarray(val)) == "\nabc\n" + "bcd\n" * 2
+    assert len(train) == 195 + 272
     assert (
         corpus.meta["sha256"] != prepare(spec.replace("0.75", "0.5"), data_dir=tmp_path / "data").corpus.meta["sha256"]
     )

@@ -28,7 +28,7 @@ def test_the_bigram_recipe_reaches_the_conditional_entropy_of_its_training_split
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=corpus))
     run, text = start(config, "bigram", tmp_path / "runs", tmp_path / "data")
     fit(run, text)
-    train, _ = text.split(config.data.val_fraction)
+    train, _ = text.split(config.data)
     limit = conditional_entropy(train, text.tokenizer.vocab_size)
     _, params = load_checkpoint(run, "last")
     loss = evaluate(run.config.model, params, train, text.tokenizer).loss

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import config as configs
+from jaxgpt.config import DataConfig
 from jaxgpt.nn import numerics
 from jaxgpt.text import batches
 from jaxgpt.text.prepare import prepare
@@ -313,7 +314,7 @@ def test_the_windows_of_a_skipped_step_are_those_that_it_saw(tiny, new_run, pois
     fit(run, corpus)
     (line,) = (line for line in run.metrics() if line.get("skipped"))
     starts = batches.window_starts(
-        tiny.train.seed, 2, len(corpus.split(0.1)[0]), tiny.model.block_size, tiny.train.batch_size
+        tiny.train.seed, 2, len(corpus.split(DataConfig())[0]), tiny.model.block_size, tiny.train.batch_size
     )
     assert line["window_starts"] == starts.tolist()
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import disk
-from jaxgpt.config import ConfigError
+from jaxgpt.cli import evaluate
+from jaxgpt.config import ConfigError, DataConfig
 from jaxgpt.text import corpus as corpora
 from jaxgpt.text import encode
 from jaxgpt.text.corpus import CorpusError
@@ -79,6 +80,17 @@ def test_a_saved_run_whose_rate_rises_is_resumed_and_a_new_one_is_refused(config
     assert max(line["learning_rate"] for line in run.metrics() if "learning_rate" in line) > 2e-5
 
 
+def test_the_limit_of_the_validation_split_holds_in_training_and_in_eval(config, change, folders, capsys):
+    config = change(config, val_tokens=30, eval_batches=0)
+    run, corpus = start(config, "one", *folders)
+    fit(run, corpus)
+    assert {line["val_n_tokens"] for line in run.metrics() if "val_n_tokens" in line} == {29}
+    evaluate.run(["one", "--runs-dir", str(folders[0]), "--data-dir", str(folders[1]), "--eval-batches", "0"])
+    assert "29 tokens predicted" in capsys.readouterr().out
+    with pytest.raises(RunError, match="val_tokens: 30 in the run, 40 asked for"):
+        resume(change(run.config, val_tokens=40), run, folders[1])
+
+
 def test_a_resume_cannot_end_before_it_begins(config, change, folders):
     run, corpus = start(config, "one", *folders)
     fit(run, corpus)
@@ -122,7 +134,7 @@ def test_a_mixture_is_found_as_it_was_prepared_by_many_at_once(mixture, folders,
         patched.setattr(encode, "_encoded", None)  # nothing is encoded
         for found in pool.map(corpus_of, [again] * 3, [folders[1]] * 3):
             assert found.meta == corpus.meta
-            assert found.training_parts(0.1) == corpus.training_parts(0.1)
+            assert found.training_parts(DataConfig()) == corpus.training_parts(DataConfig())
             np.testing.assert_array_equal(np.asarray(found.tokens), np.asarray(corpus.tokens))
     folder = corpora.folders_of(corpus.meta, folders[1])[0]
     shutil.rmtree(folder)
