@@ -43,7 +43,7 @@ def start(
 
     Raises:
       UsageError: the config cannot run, the run exists, or the text cannot be had; before anything is written. Or the
-        model is too large with the vocabulary of the text, which has been prepared by then.
+        config cannot run, or is too large, with the vocabulary of the text, which has been prepared by then.
     """
     check(config, new=True)
     Run.require_free(runs_dir, name)
@@ -104,13 +104,16 @@ def resolve(config: Config, corpus: Corpus) -> Config:
     schedule's end, the text's full path.
 
     So a run that is later made longer, or goes on elsewhere, keeps the schedule and the precision of its start.
+
+    Raises:
+      ConfigError: it cannot run with that vocabulary.
     """
     data, model, optimizer = config.data, config.model, config.optimizer
     data = dataclasses.replace(data, corpus=sources.absolute(data.corpus))
     vocab_size, precision = model.vocab_size or corpus.tokenizer.vocab_size, numerics.resolve(model.precision)
     model = dataclasses.replace(model, vocab_size=vocab_size, precision=precision)
     optimizer = dataclasses.replace(optimizer, decay_steps=optimizer.decay_steps or config.train.steps)
-    return Config(data, model, optimizer, config.train)
+    return check(Config(data, model, optimizer, config.train))
 
 
 def complete(config: Config, data_dir: Path) -> Config:
@@ -122,7 +125,7 @@ def complete(config: Config, data_dir: Path) -> Config:
     if check(config).model.vocab_size:
         return config
     V = tokens_of(config, data_dir).tokenizer.vocab_size
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=V))
+    return check(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=V)))
 
 
 def tokens_of(config: Config, data_dir: Path) -> Corpus:

@@ -16,7 +16,7 @@ from jaxgpt.training.checkpoint import CheckpointError
 from jaxgpt.training.loop import fit
 from jaxgpt.training.memory import OutOfMemoryError
 from jaxgpt.training.run import Run, RunError
-from jaxgpt.training.start import corpus_of, load_checkpoint, resume, start
+from jaxgpt.training.start import complete, corpus_of, load_checkpoint, resume, start
 
 
 @pytest.fixture
@@ -52,6 +52,19 @@ def test_what_cannot_run_leaves_nothing_behind(config, change, folders, changes,
         start(change(config, **changes), "one", *folders)
     assert not folders[0].exists()
     assert not folders[1].exists()
+
+
+def test_what_cannot_run_with_the_vocabulary_of_its_text_leaves_no_run_behind(config, change, folders, tmp_path):
+    (tmp_path / "many.txt").write_text("".join(map(chr, range(0x4E00, 0x4E00 + 4097))) * 2)
+    config = change(config, corpus=str(tmp_path / "many.txt"), bigram_embed=True)
+    for _ in range(2):  # the second time the text is prepared, and nothing else is there
+        with pytest.raises(ConfigError, match=r"vocab_size is 4097, expected at most 4096 .*: --no-bigram-embed"):
+            start(config, "one", *folders)
+    assert not folders[0].exists()
+    with pytest.raises(ConfigError, match="--no-bigram-embed"):
+        complete(config, folders[1])
+    run, _ = start(change(config, bigram_embed=False), "one", *folders)
+    assert run.config.model.vocab_size == 4097
 
 
 def test_a_resume_may_change_how_long_but_not_what(config, change, folders):
