@@ -199,7 +199,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run: together with the tokens, it determines every number that the run produces."""
+    """A whole run: together with the tokens, it determines every number that the run produces, where the kernels are
+    repeatable (docs/reliability.md)."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

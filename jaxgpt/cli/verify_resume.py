@@ -33,7 +33,8 @@ def run(args: list[str]) -> int:
     default = Verify(scaled_down(whole, min(whole.train.steps, 6 * every), every))
     about = (
         f"Train the first steps of {name} twice, once in one process and once in one that is killed (SIGKILL) at "
-        "random moments and resumed, and compare every line and every bit. Any setting of the recipe can be given."
+        "random moments and resumed, and compare every line and every bit. Any setting of the recipe can be given. "
+        "(On a GPU the two may differ where attention is cuDNN's and contexts are longer than 256: not repeatable.)"
     )
     given = parse(Verify, args, f"verify-resume {name}", about, default=default)
     if given.kills < 0:

@@ -182,12 +182,16 @@ def _require_short(config: ModelConfig, idx: jax.Array) -> None:
 
 
 def describe(config: ModelConfig) -> str:
-    """What computes a model here, for a person: size, precision, the kernel of its attention."""
+    """What computes a model here, for a person: size, precision, the kernel of its attention, and whether training with
+    it is not repeatable."""
     told = f"{cost.n_params(config):,} parameters, {numerics.resolve(config.precision)} products"
     if config.kind == "bigram":
         return told
     plain, dropped = (kernels.kernel(config, config.block_size, dropped) for dropped in (False, config.dropout > 0))
-    return f"{told}, attention: {plain}" + (f" ({dropped} while weights are dropped)" if dropped != plain else "")
+    told += f", attention: {plain}" + (f" ({dropped} while weights are dropped)" if dropped != plain else "")
+    if not kernels.repeatable(dropped, config.block_size):
+        told += "; its gradients are not repeatable, so a resumed run is equal up to rounding, not bit for bit"
+    return told
 
 
 def logits_and_loss(

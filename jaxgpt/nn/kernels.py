@@ -37,6 +37,15 @@ def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
     return "blocked" if T >= BLOCKED else "reference"
 
 
+def repeatable(used: Kernel, T: int) -> bool:
+    """Whether the gradients of a kernel, for contexts of T tokens, have the same bits each time.
+
+    The backward pass of cuDNN's attention adds in no fixed order: on an H100 its bits varied at 1,024 tokens and not
+    at 256 (docs/performance.md).
+    """
+    return used != "cudnn" or T <= 256
+
+
 def causal_attention(
     config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None = None
 ) -> jax.Array:

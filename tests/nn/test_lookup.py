@@ -1,5 +1,7 @@
 """Rows of tables: as on a GPU, where equal ids add up their gradients in one order, so that runs repeat to the bit."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,3 +87,11 @@ def test_no_two_rows_are_added_to_one_place_at_a_time(gpu, config, once):
 def test_cudnn_attends_to_even_contexts_alone(gpu):
     config = ModelConfig(block_size=64, n_head=2, n_embd=32, precision="bfloat16")
     assert [kernels.kernel(config, T, dropped=False) for T in (64, 17, 257)] == ["cudnn", "reference", "blocked"]
+
+
+def test_a_kernel_that_is_not_repeatable_is_named_at_the_start(gpu):
+    config = ModelConfig(vocab_size=V, block_size=1024, n_head=2, n_embd=128, precision="bfloat16")
+    assert "attention: cudnn; its gradients are not repeatable" in nn.describe(config)
+    for other in (dict(block_size=256), dict(precision="float32"), dict(dropout=0.1), dict(block_size=1023)):
+        assert "repeatable" not in nn.describe(dataclasses.replace(config, **other))
+    assert "repeatable" not in nn.describe(ModelConfig(kind="bigram", vocab_size=V, precision="bfloat16"))
