@@ -16,7 +16,7 @@ from jaxgpt import nn
 from jaxgpt.config import UsageError
 from jaxgpt.lecture import averaging
 from jaxgpt.lecture.model import Params, Rung, forward, init_params
-from jaxgpt.text import batches
+from jaxgpt.text import batches, ngrams
 from jaxgpt.text.batches import Ids, take
 from jaxgpt.text.tokenizer import Tokenizer
 
@@ -115,18 +115,16 @@ def _apart(rung: Rung, seed: int) -> float:
 
 
 def count(kind: str, train: Ids, vocab_size: int) -> Params:
-    """Logits by counting in `train` (N,): a row (V,) of the next character's, or a table (V, V) of them.
-
-    One is added to every count, so that nothing is impossible.
-    """
+    """Logits by counting in `train` (N,), as in `text.ngrams`: a row (V,) for any position, or a table (V, V)."""
     V = vocab_size
     if kind == "uniform":
         return {"row": jnp.zeros(V)}
+    single = ngrams.unigram(np.bincount(train, minlength=V))
     if kind == "unigram":
-        counts = np.bincount(train, minlength=V) + 1.0
-        return {"row": jnp.log(jnp.asarray(counts / counts.sum(), jnp.float32))}
-    pairs = np.bincount(train[:-1].astype(np.int64) * V + train[1:], minlength=V * V).reshape(V, V) + 1.0
-    return {"table": jnp.log(jnp.asarray(pairs / pairs.sum(axis=1, keepdims=True), jnp.float32))}
+        return {"row": jnp.log(jnp.asarray(single, jnp.float32))}
+    pairs = np.bincount(train[:-1].astype(np.int64) * V + train[1:], minlength=V * V).reshape(V, V)
+    table = ngrams.bigram(pairs, pairs.sum(axis=1, keepdims=True), single[None])
+    return {"table": jnp.log(jnp.asarray(table, jnp.float32))}
 
 
 def learn(rung: Rung, train: Ids, vocab_size: int, seed: int) -> Params:
@@ -164,20 +162,23 @@ def _train(rung: Rung, state: Any, tokens: jax.Array, starts: jax.Array, key: ja
 
 
 def score(rung: Rung, params: Params, val: Ids, n_windows: int = 256) -> float:
-    """Mean loss over the whole of `val`, but for less than a window at its end."""
+    """Mean loss over the whole of `val`, each token but the first predicted once, in windows as `evaluate` has them."""
     T = rung.block_size
-    starts = np.arange(0, len(val) - T, T)
+    starts, skip = batches.windows(len(val), T)
+    cuts = range(n_windows, len(starts), n_windows)
     sums = [
-        _loss_sums(rung, params, take(val, part, T))
-        for part in np.split(starts, range(n_windows, len(starts), n_windows))
+        _loss_sums(rung, params, take(val, part, T), done)
+        for part, done in zip(np.split(starts, cuts), np.split(skip, cuts), strict=True)
     ]
-    return float(np.concatenate(jax.device_get(sums)).sum(dtype=np.float64) / (len(starts) * T))
+    return float(np.concatenate(jax.device_get(sums)).sum(dtype=np.float64) / (len(val) - 1))
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss_sums(rung: Rung, params: Params, batch: batches.Batch) -> jax.Array:
-    """Of each window (B,), to be added in float64: float32 would lose a digit over thousands of tokens."""
-    return nn.token_losses(forward(rung, params, batch.inputs), batch.targets).sum(axis=-1)
+def _loss_sums(rung: Rung, params: Params, batch: batches.Batch, skip: jax.Array) -> jax.Array:
+    """Of each window (B,) without its first `skip` (B,) predictions, to be added in float64: float32 would lose a digit
+    over thousands of tokens."""
+    losses = nn.token_losses(forward(rung, params, batch.inputs), batch.targets)
+    return jnp.where(jnp.arange(rung.block_size)[None] >= skip[:, None], losses, 0).sum(axis=-1)
 
 
 def write(rung: Rung, params: Params, n: int, seed: int) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxgpt.text import ngrams
 from jaxgpt.text.tokenizer import Ids
 
 COUNTED, STRETCHES = 2**24, 64
@@ -34,16 +35,12 @@ class Limits:
 
 
 def limits(train: Ids, val: Ids, V: int) -> Limits:
-    """Count in `train` (N,) and score `val` (M,), all but its first token.
-
-    With n counts and N tokens, p(b) = (n(b) + 1) / (N + V) and p(b | a) = (n(a b) + p(b)) / (n(a) + 1): one token's
-    worth of doubt each, so that nothing is impossible.
-    """
+    """Count in `train` (N,) and score `val` (M,), all but its first token, by `text.ngrams`."""
     counted = stretches(train)
-    single = (occurrences(counted, V) + 1.0) / (sum(map(len, counted)) + V)
+    single = ngrams.unigram(occurrences(counted, V))
     (first, second), (before, after) = _pairs(counted), _pairs(stretches(val))
     n_before = np.bincount(first, minlength=V)
-    pairs = (_counts(first * V + second, before * V + after) + single[after]) / (n_before[before] + 1.0)
+    pairs = ngrams.bigram(_counts(first * V + second, before * V + after), n_before[before], single[after])
     return Limits(math.log(V), float(-np.log(single[after]).mean()), float(-np.log(pairs).mean()))
 
 

@@ -24,7 +24,7 @@ from jaxgpt.scaling.sweep_chunks import Chunk, fewer_would_fit, program_of, sett
 from jaxgpt.text import batches
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training import memory
-from jaxgpt.training.evaluate import Evaluation, evaluation, loss_sums, window_losses, windows
+from jaxgpt.training.evaluate import Evaluation, evaluation, loss_sums, window_losses
 from jaxgpt.training.feed import DEVICE_TOKENS, chunk_starts, chunks
 from jaxgpt.training.loop import due
 from jaxgpt.training.step import Metrics, TrainState, init_state, train_steps
@@ -209,7 +209,7 @@ def train(
 def evaluate(program: Program, params: Any, corpus: Corpus, tokens: batches.Ids, M: int) -> list[Evaluation]:
     """The loss of each of M members over the whole of `tokens`, as `training.evaluate.evaluate`."""
     model = program.base.model
-    starts, skip = windows(len(tokens), model.block_size)
+    starts, skip = batches.windows(len(tokens), model.block_size)
     B, side_by_side = None, -(-M // len(program.devices))
     if program.one_by_one:
         B, side_by_side = max(1, SCORED_BY_A_CORE // model.block_size), 1

@@ -121,6 +121,19 @@ def _epoch_starts(seed: int, index: NDArray[np.int64], n_tokens: int, T: int) ->
     return starts
 
 
+def windows(N: int, T: int) -> tuple[Starts, Starts]:
+    """Where windows start that cover N tokens, and how many predictions of each another has counted, (n_windows,) both.
+
+    Raises:
+      ValueError: fewer than T + 1 tokens.
+    """
+    if N < T + 1:
+        raise ValueError(f"{N} tokens hold no window of {T} inputs and a target")
+    starts = np.arange(0, N - 1, T)
+    skip = np.maximum(starts - (N - 1 - T), 0)
+    return starts - skip, skip
+
+
 def estimate_starts(seed: int, step: int, n_tokens: int, T: int, n: int) -> Starts:
     """Uniform window starts for a noisy estimate at `step`, (n,): a stream apart, so that looking changes nothing."""
     return _raw(seed, ESTIMATE, step, n) % (n_tokens - T)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from jaxgpt import nn
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.nn import sharding
-from jaxgpt.text.batches import Batch, Ids, Starts, estimate_starts, take
+from jaxgpt.text.batches import Batch, Ids, Starts, estimate_starts, take, windows
 from jaxgpt.text.shards import pieces_of
 from jaxgpt.text.tokenizer import Tokenizer
 
@@ -48,19 +48,6 @@ def evaluate(
     starts, skip = windows(len(tokens), config.block_size)
     sums = loss_sums(config, params, tokens, starts, skip, batch_size)
     return evaluation(sums, config.block_size - skip, tokens, tokenizer)
-
-
-def windows(N: int, T: int) -> tuple[Starts, Starts]:
-    """Where windows start that cover N tokens, and how many predictions of each another has counted, (n_windows,) both.
-
-    Raises:
-      ValueError: fewer than T + 1 tokens.
-    """
-    if N < T + 1:
-        raise ValueError(f"{N} tokens hold no window of {T} inputs and a target")
-    starts = np.arange(0, N - 1, T)
-    skip = np.maximum(starts - (N - 1 - T), 0)
-    return starts - skip, skip
 
 
 def evaluation(sums: NDArray[np.float64], counts: Starts, tokens: Ids, tokenizer: Tokenizer) -> Evaluation:

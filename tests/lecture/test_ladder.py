@@ -13,6 +13,7 @@ from jaxgpt import cli
 from jaxgpt.config import UsageError
 from jaxgpt.lecture import ladder
 from jaxgpt.lecture.model import forward, init_params
+from jaxgpt.report.limits import limits
 from jaxgpt.text import sources
 from jaxgpt.text.tokenizer import CharTokenizer
 
@@ -46,10 +47,10 @@ def conditional_entropy(tokens):
 
 
 def test_counts_against_a_count_by_hand():
-    ids = np.array([0, 1, 0, 1, 2, 0], np.uint16)  # 0 three times, 1 twice, 2 once; one more of each is added
+    ids = np.array([0, 1, 0, 1, 2, 0], np.uint16)  # 0 three times, 1 twice, 2 once
     np.testing.assert_allclose(np.exp(ladder.count("unigram", ids, 4)["row"]), np.array([4, 3, 2, 1]) / 10, rtol=1e-6)
-    follows = [[1, 3, 1, 1], [2, 1, 2, 1], [2, 1, 1, 1], [1, 1, 1, 1]]
-    expected = np.array(follows) / np.sum(follows, axis=1, keepdims=True)
+    follows = np.array([[0, 2, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    expected = (follows + np.array([[4, 3, 2, 1]]) / 10) / np.array([[3], [3], [2], [1]])
     np.testing.assert_allclose(np.exp(ladder.count("bigram counts", ids, 4)["table"]), expected, rtol=1e-6)
     np.testing.assert_array_equal(ladder.count("uniform", ids, 4)["row"], np.zeros(4))
 
@@ -64,8 +65,17 @@ def test_score_against_a_plain_loop(kind):
     assert len(losses) == 40
     np.testing.assert_allclose(ladder.score(rung, params, val), np.mean(losses), rtol=1e-6)
     np.testing.assert_allclose(ladder.score(rung, params, val, n_windows=2), np.mean(losses), rtol=1e-6)
-    # Seven more tokens make no window of eight inputs and a target.
-    assert ladder.score(rung, params, np.append(val, val[:7])) == ladder.score(rung, params, val)
+    # Seven more tokens make no window of eight inputs and a target of their own, and are scored all the same.
+    longer = np.append(val, val[:7])
+    losses = [np.log(np.exp(logits[now]).sum()) - logits[now, after] for now, after in pairwise(longer)]
+    np.testing.assert_allclose(ladder.score(rung, params, longer), np.mean(losses), rtol=1e-6)
+
+
+def test_the_counts_are_those_of_the_report():
+    train, val = chain(300), chain(47, seed=1)
+    found = limits(train, val, V)
+    for kind, expected in (("uniform", found.uniform), ("unigram", found.unigram), ("bigram counts", found.bigram)):
+        assert ladder.score(RUNGS[kind], ladder.count(kind, train, V), val) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_uniform_guess_costs_ln_V():
