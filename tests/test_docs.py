@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxgpt import recipes
+
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 RECIPES = Path(__file__).parents[1] / "docs" / "functional.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```text\n(.*?)^```\n)?", re.S | re.M)
@@ -50,6 +52,15 @@ def test_what_a_page_links_to_exists(path):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_nothing_on_a_page_is_still_to_be_filled_in(path):
     assert not re.search(r"^[A-Z_]{3,}$|TODO", path.read_text("utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_steps_of_a_recipe_are_those_that_it_has(path):
+    prose = re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.S)
+    for paragraph in re.split(r"\n\s*\n|\n(?=[|-])", prose):
+        named = {f"{each.config.train.steps:,}" for name, each in recipes.RECIPES.items() if f"`{name}`" in paragraph}
+        said = set(re.findall(r"([\d,]+) steps", paragraph))
+        assert not named or said <= named, paragraph
 
 
 def test_there_is_a_page_to_try():
