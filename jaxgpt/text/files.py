@@ -16,6 +16,24 @@ PIECE = 2**20
 MAX_GROWTH, ALWAYS_ALLOWED = 100, 2**26
 """A .gz may unpack to 64 MiB, or to a hundred times its size if that is more: text shrinks to a tenth, a bomb to a
 thousandth."""
+MAGIC = {
+    b"\xff\xfe\0\0": "begins with the mark of UTF-32; convert it: iconv -f UTF-32 -t UTF-8",
+    b"\0\0\xfe\xff": "begins with the mark of UTF-32; convert it: iconv -f UTF-32 -t UTF-8",
+    b"\xff\xfe": "begins with the mark of UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "begins with the mark of UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "is compressed with gzip, expected UTF-8 text; unpack it first: gunzip",
+    b"BZh": "is compressed with bzip2, expected UTF-8 text; unpack it first: bunzip2",
+    b"\xfd7zXZ\0": "is compressed with xz, expected UTF-8 text; unpack it first: unxz",
+    b"\x28\xb5\x2f\xfd": "is compressed with Zstandard, expected UTF-8 text; unpack it first: unzstd",
+    b"PK\x03\x04": "is a ZIP archive (as .docx, .npz and .pt are), expected UTF-8 text; extract the text first",
+    b"PAR1": "is a Parquet file, expected UTF-8 text; give it a name that ends in .parquet",
+    b"%PDF-": "is a PDF document, expected UTF-8 text; extract the text first: pdftotext",
+    b"\x93NUMPY": "is a NumPy array, expected UTF-8 text; if it holds tokens, prepare the text they were made from",
+    b"\x89PNG": "is a PNG image, expected UTF-8 text",
+    b"\xff\xd8\xff": "is a JPEG image, expected UTF-8 text",
+    b"GIF8": "is a GIF image, expected UTF-8 text",
+}
+"""What is said of a file that is not UTF-8, by its first bytes."""
 Seen = Callable[[int], None]
 """Is told how many bytes were read since it was told last."""
 
@@ -69,32 +87,46 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
     """UTF-8 `data` as text.
 
     Raises:
-      SourceError: the data is UTF-16 or UTF-32 by its mark, or is not UTF-8; `origin` is named.
+      SourceError: it is not UTF-8, or holds a NUL byte, as UTF-16 and files of tokens do; `origin` is named.
     """
-    decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
-    for chunk in _marked(data, origin):
-        yield _decoded(decoder, chunk, read, origin)
+    decoder, start, read = codecs.getincrementaldecoder("utf-8")(), b"", 0
+    for chunk in data:
+        start = start or chunk[:8]
+        if (nul := chunk.find(b"\0")) >= 0:
+            raise SourceError(f"{origin} {_known(start) or _nul(chunk, nul, read)}")
+        yield _decoded(decoder, chunk, start, read, origin)
         read += len(chunk)
-    yield _decoded(decoder, b"", read, origin, final=True)
+    yield _decoded(decoder, b"", start, read, origin, final=True)
 
 
-def _marked(data: Iterable[bytes], origin: str) -> Iterator[bytes]:
-    """`data` itself, unless it begins with the mark of another encoding."""
-    for i, chunk in enumerate(data):
-        if i == 0 and chunk.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
-            raise SourceError(f"{origin} begins with the mark of UTF-16 or UTF-32; convert it: iconv -t UTF-8")
-        yield chunk
+def _known(start: bytes) -> str | None:
+    """What a file that begins with these bytes is, and what to do with it; None if that is not known."""
+    return next((what for magic, what in MAGIC.items() if start.startswith(magic)), None)
 
 
-def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, read: int, origin: str, final: bool = False) -> str:
+def _nul(chunk: bytes, at: int, read: int) -> str:
+    """Why a chunk with a NUL byte is refused; `read` bytes came before it."""
+    kind, width = ("UTF-32", 4) if chunk[at : at + 2] == b"\0\0" else ("UTF-16", 2)
+    kind += "LE" if (read + at) % width else "BE"
+    return (
+        f"has a NUL byte at offset {read + at:,}, so it is not UTF-8 text; if it is {kind[:6]}, convert it: "
+        f"iconv -f {kind} -t UTF-8; if it is a file of tokens such as nanoGPT's train.bin, prepare the text that they "
+        "were made from; if it is text with stray NUL bytes, remove them: tr -d '\\0'"
+    )
+
+
+def _decoded(
+    decoder: codecs.IncrementalDecoder, chunk: bytes, start: bytes, read: int, origin: str, final: bool = False
+) -> str:
     held = len(decoder.getstate()[0])  # the first bytes of a character that the last chunk ended in
     try:
         return decoder.decode(chunk, final)
     except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{origin} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {read - held + error.start} "
+        known = _known(start) or (
+            f"is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {read - held + error.start} "
             f"({error.reason}); convert it: iconv -f LATIN1 -t UTF-8"
-        ) from error
+        )
+        raise SourceError(f"{origin} {known}") from error
 
 
 def plain(text: Iterable[str], notes: list[str]) -> Iterator[str]:

@@ -1,11 +1,15 @@
+import bz2
+import gzip
 import hashlib
 import http.server
+import lzma
 import socket
 import threading
 
+import numpy as np
 import pytest
 
-from jaxgpt.text import sources
+from jaxgpt.text import files, sources
 from jaxgpt.text.sources import SourceError
 
 
@@ -40,7 +44,21 @@ def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, note)
         (b"", "holds no text"),
         (b" \n\t", "holds no text"),
         (b"caf\xe9 au lait", "byte 0xe9 at offset 3"),
-        ("text".encode("utf-16"), "UTF-16"),
+        ("text".encode("utf-16"), "mark of UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
+        ("text".encode("utf-32"), "mark of UTF-32; convert it: iconv -f UTF-32 -t UTF-8"),
+        *(("the cat".encode(name), f"offset [01], .*iconv -f {name} -t") for name in ("UTF-16LE", "UTF-16BE")),
+        *(("the cat".encode(name), f"offset [01], .*iconv -f {name} -t") for name in ("UTF-32LE", "UTF-32BE")),
+        ("中文 字".encode("utf-16-le"), "offset 5, .*iconv -f UTF-16LE -t"),
+        (np.arange(1, 60, dtype=np.uint16).tobytes(), "offset 1, .*a file of tokens such as nanoGPT's train.bin"),
+        (np.arange(1, 50257, dtype=np.uint16).tobytes(), "a file of tokens such as nanoGPT's train.bin"),
+        (b"a" * files.PIECE + b"b\0", "NUL byte at offset 1,048,577"),
+        (gzip.compress(b"text", mtime=0), "compressed with gzip, .*: gunzip"),
+        (bz2.compress(b"text"), "compressed with bzip2"),
+        (lzma.compress(b"text"), "compressed with xz"),
+        (b"\x93NUMPY\x01\x00v\x00{'descr': '<u2'", "NumPy array"),
+        (b"PK\x03\x04\x14\x00", "ZIP archive"),
+        (b"PAR1\x15\x04\x00", r"Parquet file, .*\.parquet"),
+        (b"%PDF-1.7\n%\xe2\xe3", "PDF"),
     ],
 )
 def test_what_is_no_text_is_refused_with_the_reason(tmp_path, data, said):
@@ -62,7 +80,7 @@ def test_a_folder_is_its_files_in_order_without_the_hidden_ones(tmp_path):
 
 def test_a_folder_with_a_bad_file_names_the_file(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
-    with pytest.raises(SourceError, match=r"image\.png is not UTF-8"):
+    with pytest.raises(SourceError, match=r"image\.png is a PNG image, expected UTF-8 text"):
         sources.read(str(tmp_path))
 
 
