@@ -45,7 +45,7 @@ class DataConfig:
     """What text to learn from, and how it becomes tokens."""
 
     corpus: str = "python-docs"
-    """A named corpus (python-docs, python-stdlib, shakespeare), a file or folder of UTF-8, .jsonl or .parquet, or a
+    """A named corpus (python-docs, python-stdlib, shakespeare), a file or folder of UTF-8, JSON Lines or Parquet, or a
     prepared folder; here or at a URL. Or a mixture of such by weight: 0.7*a.txt + 0.3*b.txt."""
     tokenizer: str = "char"
     """char, ascii, byte, gpt2, bpe:SIZE (learnt from the text, such as bpe:4096), or a tokens.json whose vocabulary is
@@ -57,7 +57,7 @@ class DataConfig:
     unknown: Literal["error", "skip"] = "error"
     """What to do with a character outside the vocabulary; skipped ones are counted and reported."""
     column: str = "text"
-    """Which column of a .jsonl or .parquet file holds the text."""
+    """Which column of JSON Lines or Parquet holds the text; meta.text is that of an object `meta`."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +35,7 @@ MAGIC = {
     b"GIF8": "is a GIF image, expected UTF-8 text",
 }
 """What is said of a file that is not UTF-8, by its first bytes."""
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 Seen = Callable[[int], None]
 """Is told how many bytes were read since it was told last."""
 
@@ -55,20 +57,19 @@ def read_text(path: Path, column: str = "text") -> tuple[str, tuple[str, ...]]:
 def pieces(path: Path, column: str, notes: list[str], seen: Seen = unseen) -> Iterator[str]:
     """The text of a file with LF line ends, piece by piece; `notes` on what was changed are added at its end.
 
-    `.jsonl`, `.jsonl.gz` and `.parquet` hold one document a row, its text in `column`; a blank line is put between
-    two documents. Any other file is UTF-8.
+    Files that `holds_documents` have the text of each in `column`; a blank line is put between two. Any other file is
+    UTF-8.
 
     Raises:
       SourceError: the file is out of reach, damaged, no UTF-8, or a row has no string in `column`.
     """
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        documents = _parquet(path, column, seen)
-    elif name.endswith((".jsonl", ".jsonl.gz")):
-        documents = _json_lines(path, column, seen)
-    else:
+    name = name_of(path).lower()
+    if not holds_documents(path, column):
         yield from plain(utf8(_bytes(path, seen), str(path)), notes)
+        if name.endswith(".json"):
+            notes.append("read as plain text: it is not JSON Lines (one object a line)")
         return
+    documents = (_parquet if name.endswith(".parquet") else _json_lines)(path, column, seen)
     count, changes = 0, list[str]()
 
     def joined() -> Iterator[str]:
@@ -81,6 +82,35 @@ def pieces(path: Path, column: str, notes: list[str], seen: Seen = unseen) -> It
 
     yield from plain(joined(), changes)
     notes += [f"put a blank line between {count:,} documents of column {column!r}", *changes]
+
+
+def name_of(path: Path) -> str:
+    """The name of a file; of one at a URL without the query: docs.jsonl of https://host/docs.jsonl?download=1."""
+    return str(path).partition("?")[0].rstrip("/").rpartition("/")[2] if "://" in str(path) else path.name
+
+
+def holds_documents(path: Path, column: str) -> bool:
+    """Whether a file is Parquet or JSON Lines, by its name. A `.json` file is JSON Lines if its first line is a whole
+    object, and either that has the column or another line follows; else it is one value, such as a configuration.
+
+    Raises:
+      SourceError: a `.json` file is out of reach, damaged or not UTF-8.
+    """
+    name = name_of(path).lower()
+    if name.endswith(".parquet") or (unpacked := name.removesuffix(".gz")).endswith(JSON_LINES):
+        return True
+    if not unpacked.endswith(".json"):
+        return False
+    text = plain(utf8(_json_bytes(path, unseen), str(path)), [])
+    first = next((piece for piece in text if piece.strip()), "")
+    if not first.lstrip().startswith("{"):  # without reading on: an array may be one line of gigabytes
+        return False
+    lines = filter(str.strip, _lines(itertools.chain([first], text)))
+    try:
+        row = json.loads(next(lines))
+    except (ValueError, RecursionError):
+        return False
+    return column in _names(row) or next(lines, None) is not None
 
 
 def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
@@ -184,20 +214,30 @@ def _unpacked(path: Path, seen: Seen) -> Iterator[bytes]:
         raise SourceError(f"{path} is not gzip, or is damaged: {error}") from error
 
 
+def _json_bytes(path: Path, seen: Seen) -> Iterator[bytes]:
+    return (_unpacked if name_of(path).lower().endswith(".gz") else _bytes)(path, seen)
+
+
 def _json_lines(path: Path, column: str, seen: Seen) -> Iterator[str]:
-    data = _unpacked(path, seen) if path.suffix.lower() == ".gz" else _bytes(path, seen)
-    for number, line in enumerate(_lines(plain(utf8(data, str(path)), [])), 1):
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):  # of other keys the last counts, as everywhere in Python
+            names = [name for name, _ in pairs if name in (column, *column.split("."))]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"the key {twice!r} appears twice in one object")
+        return row
+
+    for number, line in enumerate(_lines(plain(utf8(_json_bytes(path, seen), str(path)), [])), 1):
         if not line.strip():
             continue
         where, wanted = f"{path}, line {number}", f'expected an object such as {{"{column}": "..."}}'
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
             raise SourceError(f"{where} is not JSON ({getattr(error, 'msg', error)}), {wanted}") from error
         if not isinstance(row, dict):
             raise SourceError(f"{where} holds {line[:40]}, {wanted}")
-        _require_column(where, column, row)
-        yield _string(row[column], where, column)
+        yield _string(row, where, column)
 
 
 def _lines(text: Iterable[str]) -> Iterator[str]:
@@ -221,12 +261,18 @@ def _parquet(path: Path, column: str, seen: Seen) -> Iterator[str]:
     number = 0
     try:
         with path.open("rb") as raw, parquet.ParquetFile(raw) as file:
-            _require_column(str(path), column, file.schema_arrow.names)
+            names = [file.schema.column(i).path for i in range(len(file.schema))]
+            if names.count(column) > 1:
+                raise SourceError(
+                    f"{path} has {names.count(column)} columns {column!r}, expected one: rename the others"
+                )
+            if column not in names:
+                raise _no_column(str(path), column, names)
             size, rows = path.stat().st_size, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for value in batch.column(0).to_pylist():
+                for row in batch.to_pylist():
                     number += 1
-                    yield _string(value, f"{path}, row {number}", column)
+                    yield _string(row, f"{path}, row {number}", column)
                 seen(size * batch.num_rows // rows)
     except SourceError:
         raise
@@ -234,12 +280,30 @@ def _parquet(path: Path, column: str, seen: Seen) -> Iterator[str]:
         raise SourceError(f"{path} is no Parquet file of strings, or is damaged: {error}") from error
 
 
-def _require_column(where: str, column: str, names: Iterable[str]) -> None:
-    if column not in names:
-        raise SourceError(f"{where} has no column {column!r}; it has {', '.join(names) or 'none'}: --column NAME")
+def _names(row: dict[str, Any]) -> Iterator[str]:
+    """The columns of a row; those of an object in it have its name before a dot."""
+    waiting = list(row.items())
+    while waiting:
+        name, value = waiting.pop(0)
+        if isinstance(value, dict) and value:
+            waiting[:0] = [(f"{name}.{inner}", each) for inner, each in value.items()]
+        else:
+            yield name
 
 
-def _string(value: Any, where: str, column: str) -> str:
+def _no_column(where: str, column: str, names: Iterable[str]) -> SourceError:
+    return SourceError(f"{where} has no column {column!r}; it has {', '.join(names) or 'none'}: --column NAME")
+
+
+def _string(row: dict[str, Any], where: str, column: str) -> str:
+    """The text of a row: that at `column`, or at meta.text that of the object `meta`."""
+    value: Any = row
+    for name in [column] if column in row else column.split("."):
+        if value is None:
+            break
+        if not isinstance(value, dict) or name not in value:
+            raise _no_column(where, column, _names(row))
+        value = value[name]
     if not isinstance(value, str):
         raise SourceError(f"{where}: column {column!r} holds {shown(value)}, expected a string")
     return value

@@ -76,18 +76,27 @@ def prepare(
     began = time.perf_counter()
     fit = partial(require_fit, block_size=block_size, val_fraction=val_fraction, vocab_size=vocab_size)
     shares = sources.mixture(corpus)
+    streams = [None if _is_prepared(name) else sources.open_stream(name, column) for _, name in shares]
+    texts = [stream for stream in streams if stream]
+    if column != "text" and texts and not any(stream.documents for stream in texts):
+        raise sources.SourceError(
+            f"--column is {column}, but {corpus} is plain text: only JSON Lines (.jsonl) and Parquet have columns"
+        )
     if len(shares) == 1:
-        found, folder, reused = _prepare(corpus, spec, None, unknown, data_dir, column, fit, progress)
+        found, folder, reused = _prepare(corpus, streams[0], spec, None, unknown, data_dir, column, fit, progress)
         return Prepared(found, folder, reused, time.perf_counter() - began)
-    texts = [sources.open_stream(name, column) for _, name in shares if not _is_prepared(name)]
     tok = tokenizer_for(spec, texts, progress) if texts else load(_prepared_folder(shares[0][1])).tokenizer
-    each = [_prepare(name, spec, tok, unknown, data_dir, column, fit, progress) for _, name in shares]
+    each = [
+        _prepare(name, stream, spec, tok, unknown, data_dir, column, fit, progress)
+        for (_, name), stream in zip(shares, streams, strict=True)
+    ]
     found = mixed([(share, part) for (share, _), (part, _, _) in zip(shares, each, strict=True)])
     return Prepared(found, data_dir, all(reused for _, _, reused in each), time.perf_counter() - began)
 
 
 def _prepare(
     corpus: str,
+    stream: sources.Stream | None,
     spec: str,
     tok: Tokenizer | None,
     unknown: str,
@@ -96,8 +105,10 @@ def _prepare(
     fit: Callable[[Corpus], None],
     progress: Progress,
 ) -> tuple[Corpus, Path, bool]:
-    """One corpus, by the tokenizer `tok` or that of `spec`: itself, its folder, and whether it lay there already."""
-    if _is_prepared(corpus):
+    """One corpus, by the tokenizer `tok` or that of `spec`: itself, its folder, and whether it lay there already.
+
+    Without a stream it is a prepared folder."""
+    if stream is None:
         folder = _prepared_folder(corpus)
         found = load(folder)
         if tok is None:
@@ -106,7 +117,6 @@ def _prepare(
             raise CorpusError(f"{corpus} was prepared with another vocabulary than the rest: --tokenizer {corpus}")
         fit(found)
         return found, folder, True
-    stream = sources.open_stream(corpus, column)
     tok = tok or tokenizer_for(spec, [stream], progress)
     about = json.dumps([stream.origin, unknown, column, tok.to_json()])
     work = data_dir / f".{stream.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.part"

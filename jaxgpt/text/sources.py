@@ -64,6 +64,8 @@ class Stream:
     """In bytes as they lie there, about."""
     reader: Callable[[list[str], Seen], Iterator[str]]
     """Pieces of the text; adds notes to a list at the end, and tells how many bytes it has read on the way."""
+    documents: bool = False
+    """Whether it has a column: some of it is JSON Lines or Parquet."""
 
     def pieces(self, notes: list[str], seen: Seen = files.unseen) -> Iterator[str]:
         """The text, piece by piece; notes on what was changed are added at its end.
@@ -105,8 +107,9 @@ def open_stream(corpus: str, column: str = "text") -> Stream:
         if path.is_dir():
             return _folder(path, column)
         if path.is_file():
-            name, origin = Path(path.name.removesuffix(".gz")).stem, corpus if is_url(corpus) else str(path.resolve())
-            return Stream(name, origin, path.stat().st_size, partial(files.pieces, path, column))
+            name = Path(files.name_of(path).removesuffix(".gz")).stem
+            origin, documents = corpus if is_url(corpus) else str(path.resolve()), files.holds_documents(path, column)
+            return Stream(name, origin, path.stat().st_size, partial(files.pieces, path, column), documents)
     raise SourceError(
         f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, "
         "and any file or folder of UTF-8, .jsonl or .parquet can be given by its path"
@@ -194,7 +197,8 @@ def _folder(folder: Path, column: str) -> Stream:
 
     size = sum(path.stat().st_size for path in paths)
     name = folder.name if is_url(str(folder)) else folder.resolve().name
-    return Stream(name, f"{len(paths)} files in {folder}", size, pieces)
+    documents = any(files.holds_documents(path, column) for path in paths)
+    return Stream(name, f"{len(paths)} files in {folder}", size, pieces, documents)
 
 
 def _python_docs() -> Source:

@@ -13,7 +13,7 @@ from jaxgpt.text import gpt2
 from jaxgpt.text.bpe import BPETokenizer
 from jaxgpt.text.corpus import CorpusError
 from jaxgpt.text.prepare import prepare, tokenize
-from jaxgpt.text.sources import Source
+from jaxgpt.text.sources import Source, SourceError
 from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, UnknownCharacterError
 
 
@@ -138,6 +138,22 @@ def test_too_little_text_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(CorpusError, match="training split"):
         prepare(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=8, val_fraction=0.9)
     assert not (tmp_path / "data").exists()
+
+
+def test_a_column_is_refused_where_there_is_none(verse, prepared, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps({"body": verse.read_text()}, indent=1))
+    (folder / "b.ndjson").write_text(json.dumps({"body": verse.read_text()}))
+    for corpus in (str(verse), "python-docs", str(folder / "a.json"), f"1*{verse} + 1*python-docs"):
+        with pytest.raises(SourceError, match=r"--column is body, but .* is plain text"):
+            prepare(corpus, data_dir=tmp_path / "none", column="body")
+    assert not (tmp_path / "none").exists()
+    for corpus in (str(folder / "b.ndjson"), str(folder), f"1*{verse} + 1*{folder}/b.ndjson"):
+        assert "documents of column 'body'" in str(
+            prepare(corpus, data_dir=tmp_path / "new", column="body").corpus.meta["notes"]
+        )
+    assert prepare(str(prepared.folder), column="body").reused
 
 
 def test_no_such_tokenizer():

@@ -26,7 +26,7 @@ def write(path, column, values):
     return path
 
 
-KINDS = pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+KINDS = pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson", "a.jsonlines.gz", "a.JSON", "a.parquet"])
 
 
 @pytest.mark.smoke
@@ -56,6 +56,62 @@ def test_a_value_that_is_no_string_is_named_with_its_place(tmp_path, name, value
     place = f"(row|line) {values.index(value) + 1}"
     with pytest.raises(SourceError, match=rf"{place}: column 'text' holds {said}, expected a string"):
         sources.read(str(tmp_path / name))
+
+
+@KINDS
+def test_a_column_of_an_object_is_named_after_a_dot(tmp_path, name):
+    write(tmp_path / name, "meta", [{"text": "a", "more": {"title": "A"}}, {"text": "b", "more": {"title": "B"}}])
+    assert sources.read(str(tmp_path / name), "meta.text").text == "a\n\nb"
+    assert sources.read(str(tmp_path / name), "meta.more.title").text == "A\n\nB"
+    with pytest.raises(SourceError, match=r"no column 'meta.body'; it has id, meta\.text, meta\.more\.title: --column"):
+        sources.read(str(tmp_path / name), "meta.body")
+    write(tmp_path / name, "meta.text", ["a dot in the name", "b"])
+    assert sources.read(str(tmp_path / name), "meta.text").text == "a dot in the name\n\nb"
+    write(tmp_path / name, "meta", [{"text": "a"}, None])
+    with pytest.raises(SourceError, match=r"(row|line) 2: column 'meta.text' holds None, expected a string"):
+        sources.read(str(tmp_path / name), "meta.text")
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    struct = pyarrow.array([{"text": "c"}])
+    for names in (["text", "text", "meta"], ["meta.text", "text", "meta"]):
+        parquet.write_table(pyarrow.table([["a"], ["b"], struct], names=names), tmp_path / "a.parquet")
+        with pytest.raises(SourceError, match=rf"a\.parquet has 2 columns '{names[0]}', expected one"):
+            sources.read(str(tmp_path / "a.parquet"), names[0])
+    assert sources.read(str(tmp_path / "a.parquet")).text == "b"
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "id": 2, "text": "a"}\n{"text": "b", "text": "c"}')
+    with pytest.raises(
+        SourceError, match=r"a\.jsonl, line 2 is not JSON \(the key 'text' appears twice in one object\)"
+    ):
+        sources.read(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ('{"text": "a"}', "a"),
+        ('\n{"id": 1, "text": "a"}\n\n{"text": "b"}\n', "a\n\nb"),
+        ('{"name": "a program"}', None),
+        ('{\n  "text": "a"\n}\n', None),
+        ('[{"text": "a"}]\n', None),
+        ('"a"\n', None),
+    ],
+)
+def test_a_json_file_is_documents_if_it_is_json_lines(tmp_path, data, text):
+    (tmp_path / "a.json").write_text(data)
+    source = sources.read(str(tmp_path / "a.json"))
+    assert source.text == (text or data)
+    assert source.notes[0] == "read as plain text: it is not JSON Lines (one object a line)" or text
+    (tmp_path / "a.json").write_text('{"body": "a"}\n{"body": "b"}\n')
+    with pytest.raises(SourceError, match="no column 'text'; it has body"):
+        sources.read(str(tmp_path / "a.json"))
+
+
+def test_an_array_on_one_line_is_not_read_whole_to_see_that_it_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 10)
+    monkeypatch.setattr(files, "_lines", None)
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}] * 100))
+    assert not files.holds_documents(tmp_path / "a.json", "text")
 
 
 @given(st.lists(st.text(st.characters())))
