@@ -217,11 +217,17 @@ def mixed(parts: Sequence[tuple[float, Corpus]]) -> Corpus:
 
 
 def _is_prepared(corpus: str) -> bool:
-    """Whether it is a folder that `prepare` made, here or at a URL."""
+    """Whether it is a folder that `prepare` made, here or at a URL, and not one of texts with some tokens.json."""
     if not corpus or corpus in sources.NAMED:
         return False
     with sources.reached(corpus):
-        return (sources.place(corpus) / "tokens.json").is_file()
+        file = sources.inside(corpus, "tokens.json")
+        if not file.is_file():
+            return False
+        if sources.is_url(corpus):  # whose server may list nothing, or have an answer for any name
+            return sources.is_ours(file)
+        others = [path.name for path in file.parent.iterdir() if path.name != "tokens.json"]
+        return not others or any(re.fullmatch(r"tokens(-\d{5})?\.bin", name) for name in others)
 
 
 def _prepared_folder(corpus: str) -> Path:
@@ -236,9 +242,8 @@ def fetched(url: str) -> Path:
       SourceError: it cannot be fetched.
       CorpusError: it is not what its tokens.json says.
     """
-    there = sources.place(url)
     with sources.reached(url):
-        data = (there / "tokens.json").read_bytes()
+        data = sources.inside(url, "tokens.json").read_bytes()
         try:
             shards = shards_of(checked_meta(disk.unseal(data)))
         except ValueError as error:
@@ -251,7 +256,7 @@ def fetched(url: str) -> Path:
                 if path.is_file() and disk.sha256(path) == shard["sha256"]:
                     continue
                 partial_file = path.with_name(f".{path.name}.part")
-                with (there / shard["file"]).open("rb") as source, partial_file.open("wb") as target:
+                with sources.inside(url, shard["file"]).open("rb") as source, partial_file.open("wb") as target:
                     shutil.copyfileobj(source, target, files.PIECE)
                 if (found := disk.sha256(partial_file)) != shard["sha256"]:
                     partial_file.unlink()

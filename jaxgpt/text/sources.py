@@ -140,6 +140,14 @@ def place(corpus: str) -> Path:
         return cast(Path, UPath(corpus))
 
 
+def inside(folder: str, name: str) -> Path:
+    """The file `name` of a folder; the query of a URL, such as a signature, stays at its end."""
+    path, mark, query = folder.partition("?")
+    if not (mark and is_url(folder)):
+        return place(folder) / name
+    return place(f"{path.rstrip('/')}/{name}?{query}")
+
+
 @contextmanager
 def reached(corpus: str) -> Iterator[None]:
     """What goes wrong as `corpus` is looked at, as a SourceError: of a store anything, for its errors are its own."""
@@ -182,13 +190,20 @@ def mixture(corpus: str) -> list[tuple[float, str]]:
 
 def _folder(folder: Path, column: str) -> Stream:
     """All files below `folder` that are not hidden, in the order of their paths, with LF between them."""
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    paths, left_out = list[Path](), list[str]()
+    for path in sorted(folder.rglob("*") if is_url(str(folder)) else _below(folder, {folder.resolve()})):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        if path.name == "tokens.json" and path.is_file() and is_ours(path):
+            left_out.append(f"{name}: left out, a vocabulary written by jaxgpt")
+        elif path.is_file():
+            paths.append(path)
+        elif path.is_symlink():
+            left_out.append(f"{name}: left out, a link to nothing or to a folder that it is in")
 
     def pieces(notes: list[str], seen: Seen) -> Iterator[str]:
+        notes += left_out
         for i, path in enumerate(paths):
             found: list[str] = []
             yield "\n" * bool(i)
@@ -199,6 +214,24 @@ def _folder(folder: Path, column: str) -> Stream:
     name = folder.name if is_url(str(folder)) else folder.resolve().name
     documents = any(files.holds_documents(path, column) for path in paths)
     return Stream(name, f"{len(paths)} files in {folder}", size, pieces, documents)
+
+
+def _below(folder: Path, above: set[Path]) -> Iterator[Path]:
+    """What is in a local folder and in those that it holds or links to, but for the folders `above` it."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and (real := path.resolve()) not in above:
+            yield from _below(path, above | {real})
+        else:
+            yield path
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a tokens.json begins as `prepare` writes it."""
+    begin = b'{\n  "format": '
+    with path.open("rb") as file:
+        return file.read(len(begin)) == begin
 
 
 def _python_docs() -> Source:

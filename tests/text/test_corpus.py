@@ -64,6 +64,33 @@ def test_a_prepared_folder_can_be_given(prepared):
         prepare(str(prepared.folder), "byte")
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_texts_beside_a_tokens_json_are_no_prepared_folder(prepared, verse, tmp_path, ours):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    shutil.copy(verse, folder / "a.txt")
+    shutil.copy(prepared.folder / "tokens.json", folder)
+    if not ours:
+        (folder / "tokens.json").write_text('{"tokens": 3}')
+    vocabulary = str(prepared.folder) if ours else "byte"
+    found = prepare(str(folder), vocabulary, data_dir=tmp_path / "data").corpus
+    text = found.tokenizer.decode(found.tokens)
+    assert text == verse.read_text() + ("" if ours else '\n{"tokens": 3}')
+    assert found.meta["notes"][0].startswith(
+        "tokens.json: " + ("left out, a vocabulary" if ours else "read as plain text")
+    )
+
+
+def test_a_prepared_folder_without_its_tokens_is_not_read_as_text(prepared):
+    for damage in ((prepared.folder / "tokens-00000.bin").unlink, (prepared.folder / "tokens.json").write_text):
+        shutil.copytree(prepared.folder, copy := prepared.folder.with_name("copy"))
+        damage(*[""] * (damage.__name__ == "write_text"))
+        with pytest.raises(CorpusError, match=r"tokens-00000\.bin is missing|tokens\.json: it is not JSON"):
+            prepare(str(prepared.folder))
+        shutil.rmtree(prepared.folder)
+        copy.rename(prepared.folder)
+
+
 def test_texts_of_equal_ids_do_not_share_a_folder(verse, tmp_path):
     first = prepare(str(verse), data_dir=tmp_path / "data")
     verse.write_text(verse.read_text().replace("a", "b"))

@@ -1,5 +1,6 @@
 """A text of any size becomes the ids that it would become in memory."""
 
+import gzip
 import json
 import shutil
 import signal
@@ -431,6 +432,26 @@ class TestStores:
         assert both.tokenizer.decode(both.tokens) == LINES.strip().replace("\n", "\n\n") + "\nthe end\n"
         with pytest.raises(SourceError, match=r"no corpus, file or folder 'memory://texts/c\.txt'"):
             prepare("memory://texts/c.txt", data_dir=tmp_path / "data")
+
+    def test_a_query_hides_no_extension_and_stays_at_the_end(self, tmp_path):
+        self.files.pipe("/texts/a.jsonl.gz?sig=a/b", gzip.compress(b'{"text": "the cat"}\n{"text": "sat"}'))
+        found = prepare("memory://texts/a.jsonl.gz?sig=a/b", data_dir=tmp_path / "data").corpus
+        assert found.tokenizer.decode(found.tokens) == "the cat\n\nsat"
+        assert found.meta["source"] == "a"
+        (tmp_path / "a.txt").write_text(LINES)
+        folder = prepare(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
+        for path in folder.iterdir():
+            self.files.pipe(f"/prepared/{path.name}?sig=a/b", path.read_bytes())
+        assert prepare("memory://prepared/?sig=a/b").corpus.meta == load(folder).meta
+
+    @pytest.mark.parametrize("query", ["", "?raw=true"])
+    def test_an_answer_to_any_name_is_no_prepared_folder(self, tmp_path, monkeypatch, query):
+        self.files.pipe(f"/texts/a.txt{query}", LINES.encode())
+        strip = type(self.files)._strip_protocol
+        answered = staticmethod(lambda path: f"/texts/a.txt{query}" if "a.txt" in path else strip(path))
+        monkeypatch.setattr(type(self.files), "_strip_protocol", answered)
+        found = prepare(f"memory://texts/a.txt{query}", data_dir=tmp_path / "data").corpus
+        assert found.tokenizer.decode(found.tokens) == LINES
 
     def test_a_prepared_folder_is_fetched_once_and_checked(self, tmp_path, small):
         (tmp_path / "a.txt").write_text(LINES)

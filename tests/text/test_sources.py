@@ -78,6 +78,31 @@ def test_a_folder_is_its_files_in_order_without_the_hidden_ones(tmp_path):
     assert source.notes == ("a.txt: turned 1 CR or CRLF line ends into LF",)
 
 
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere" / "deep"
+    (folder / "sub").mkdir(parents=True)
+    elsewhere.mkdir(parents=True)
+    (folder / "a.txt").write_text("A")
+    (elsewhere / "b.txt").write_text("B")
+    for link, target in {
+        "linked": "../elsewhere",
+        "sub/loop": "..",
+        "missing": "nowhere",
+        "self": "self",
+        ".hidden": "../elsewhere",
+        "z.txt": "a.txt",
+    }.items():
+        (folder / link).symlink_to(target)
+    (elsewhere / "back").symlink_to(folder)
+    source = sources.read(str(folder))
+    assert source.text == "A\nB\nA"
+    found = {note.split(":")[0] for note in source.notes}
+    assert found == {"linked/deep/back", "sub/loop", "missing", "self"}
+    assert all("left out, a link to nothing or to a folder that it is in" in note for note in source.notes)
+    (tmp_path / "link").symlink_to(folder)
+    assert sources.read(str(tmp_path / "link")).text == source.text, "a corpus may be a link itself"
+
+
 def test_a_folder_with_a_bad_file_names_the_file(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     with pytest.raises(SourceError, match=r"image\.png is a PNG image, expected UTF-8 text"):
