@@ -57,7 +57,7 @@ class DataConfig:
     unknown: Literal["error", "skip"] = "error"
     """What to do with a character outside the vocabulary; skipped ones are counted and reported."""
     column: str = "text"
-    """Which column of JSON Lines or Parquet holds the text; meta.text is that of an object `meta`."""
+    """Which column of JSON Lines (.jsonl) or .parquet holds the text; meta.text is that of an object `meta`."""
 
 
 @dataclass(frozen=True)

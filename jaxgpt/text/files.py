@@ -178,12 +178,13 @@ def plain(text: Iterable[str], notes: list[str]) -> Iterator[str]:
 def _bytes(path: Path, seen: Seen) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
-            yield from _chunks(file, seen)
+            yield from chunks(file, seen)
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _chunks(file: IO[bytes], seen: Seen) -> Iterator[bytes]:
+def chunks(file: IO[bytes], seen: Seen) -> Iterator[bytes]:
+    """What is left of an open file."""
     while chunk := file.read(PIECE):
         seen(len(chunk))
         yield chunk

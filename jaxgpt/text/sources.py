@@ -1,12 +1,16 @@
-"""Where text comes from: named corpora, and files and folders of the user's."""
+"""Where text comes from: named corpora, and files, folders and pipes of the user's."""
 
 import hashlib
 import http.client
 import os
 import platform
 import re
+import shutil
+import sys
 import sysconfig
+import tempfile
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +95,7 @@ def read(corpus: str, column: str = "text") -> Source:
 
 
 def open_stream(corpus: str, column: str = "text") -> Stream:
-    """The text of a named corpus, or of a file or folder, here or at a URL: UTF-8, or documents as in `files.pieces`.
+    """The text of a named corpus, of a file, folder or pipe, or at a URL: UTF-8, or documents as in `files.pieces`.
 
     Line ends become LF and a byte order mark is dropped; notes say so when it happened.
 
@@ -101,6 +105,9 @@ def open_stream(corpus: str, column: str = "text") -> Stream:
     if not corpus:
         raise SourceError("the corpus has no name; give a named corpus, a file or a folder")
     if corpus in NAMED:
+        if os.path.exists(corpus):
+            note = f"{corpus} is the named corpus; to read the file or folder of that name, give ./{corpus}"
+            print(f"jaxgpt: {note}", file=sys.stderr)
         return NAMED[corpus]().stream()
     path = place(corpus)
     with reached(corpus):
@@ -110,6 +117,10 @@ def open_stream(corpus: str, column: str = "text") -> Stream:
             name = Path(files.name_of(path).removesuffix(".gz")).stem
             origin, documents = corpus if is_url(corpus) else str(path.resolve()), files.holds_documents(path, column)
             return Stream(name, origin, path.stat().st_size, partial(files.pieces, path, column), documents)
+        if path.is_fifo():
+            return _piped(path)
+        if path.exists():
+            raise SourceError(f"{corpus} is a device or a socket, expected a file, a folder or a pipe")
     raise SourceError(
         f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, "
         "and any file or folder of UTF-8, .jsonl or .parquet can be given by its path"
@@ -166,7 +177,10 @@ def absolute(corpus: str) -> str:
     if len(found) > 1:
         shares = (np.format_float_positional(share, trim="-") for share, _ in found)
         return " + ".join(f"{share}*{absolute(part)}" for share, (_, part) in zip(shares, found, strict=True))
-    return corpus if corpus in NAMED or is_url(corpus) else str(Path(corpus).expanduser().resolve())
+    if corpus in NAMED or is_url(corpus):
+        return corpus
+    path = Path(corpus).expanduser()
+    return str(path.absolute() if path.is_fifo() else path.resolve())  # /dev/stdin, and not the pipe behind it
 
 
 def mixture(corpus: str) -> list[tuple[float, str]]:
@@ -188,19 +202,34 @@ def mixture(corpus: str) -> list[tuple[float, str]]:
     return found
 
 
+def _piped(path: Path) -> Stream:
+    """What comes out of a pipe: read once, into a temporary file that is there as long as the stream."""
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the stream)
+    with path.open("rb") as pipe:
+        shutil.copyfileobj(pipe, spool, files.PIECE)
+
+    def pieces(notes: list[str], seen: Seen) -> Iterator[str]:
+        spool.seek(0)
+        yield from files.plain(files.utf8(files.chunks(spool, seen), str(path)), notes)
+
+    stream = Stream("pipe", str(path), spool.tell(), pieces)
+    weakref.finalize(stream, spool.close)
+    return stream
+
+
 def _folder(folder: Path, column: str) -> Stream:
     """All files below `folder` that are not hidden, in the order of their paths, with LF between them."""
     paths, left_out = list[Path](), list[str]()
     for path in sorted(folder.rglob("*") if is_url(str(folder)) else _below(folder, {folder.resolve()})):
-        name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
+        inner = path.relative_to(folder)
+        if any(part.startswith(".") for part in inner.parts):
             continue
         if path.name == "tokens.json" and path.is_file() and is_ours(path):
-            left_out.append(f"{name}: left out, a vocabulary written by jaxgpt")
+            left_out.append(f"{inner}: left out, a vocabulary written by jaxgpt")
         elif path.is_file():
             paths.append(path)
         elif path.is_symlink():
-            left_out.append(f"{name}: left out, a link to nothing or to a folder that it is in")
+            left_out.append(f"{inner}: left out, a link to nothing or to a folder that it is in")
 
     def pieces(notes: list[str], seen: Seen) -> Iterator[str]:
         notes += left_out

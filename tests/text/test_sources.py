@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import http.server
 import lzma
+import os
 import socket
 import threading
 
@@ -101,6 +102,44 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     assert all("left out, a link to nothing or to a folder that it is in" in note for note in source.notes)
     (tmp_path / "link").symlink_to(folder)
     assert sources.read(str(tmp_path / "link")).text == source.text, "a corpus may be a link itself"
+
+
+def test_a_named_corpus_is_taken_before_a_local_one_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python-docs").write_text("mine")
+    assert "CPython" in sources.read("python-docs").origin
+    assert (
+        "python-docs is the named corpus; to read the file or folder of that name, give ./" in capsys.readouterr().err
+    )
+    assert sources.read("./python-docs").text == "mine"
+    assert sources.absolute("./python-docs") == str(tmp_path / "python-docs")
+    (tmp_path / "python-docs").unlink()
+    sources.read("python-docs")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_is_read_once_and_its_text_as_often_as_is_wanted(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    end, begin = os.pipe()
+    os.write(begin, data := b"the\r\ncat")
+    os.close(begin)
+    writer = threading.Thread(target=(tmp_path / "fifo").write_bytes, args=[data])
+    writer.start()
+    for path in (f"/dev/fd/{end}", str(tmp_path / "fifo")):
+        stream = sources.open_stream(path)
+        for _ in range(2):
+            notes = []
+            assert "".join(stream.pieces(notes)) == "the\ncat"
+            assert notes == ["turned 1 CR or CRLF line ends into LF"]
+        assert (stream.name, stream.origin, stream.size) == ("pipe", path, len(data))
+        assert sources.absolute(path) == path
+    writer.join()
+    os.close(end)
+
+
+def test_a_device_is_refused():
+    with pytest.raises(SourceError, match="/dev/null is a device or a socket, expected a file, a folder or a pipe"):
+        sources.open_stream("/dev/null")
 
 
 def test_a_folder_with_a_bad_file_names_the_file(tmp_path):
