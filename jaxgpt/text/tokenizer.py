@@ -1,5 +1,6 @@
 """Strings to integers and back. A tokenizer is a value: immutable, and plain JSON on disk."""
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,10 @@ class CharTokenizer:
         return code_points(self.chars)[checked].tobytes().decode("utf-32-le", "surrogatepass")
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "char", "chars": self.chars}
+        """As `Tokenizer.to_json`; code points in place of a string that JSON would not give back, since it makes one
+        character of the two halves of a surrogate pair."""
+        halves = re.search("[\ud800-\udbff][\udc00-\udfff]", self.chars)
+        return {"kind": "char", "chars": code_points(self.chars).tolist() if halves else self.chars}
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,9 @@ def from_json(tree: Any) -> Tokenizer:
     match tree:
         case {"kind": "char", "chars": str(chars), **rest} if not rest:
             return CharTokenizer(chars)
+        case {"kind": "char", "chars": list(codes), **rest} if not rest:
+            if all(type(code) is int and 0 <= code < 0x110000 for code in codes):
+                return CharTokenizer("".join(map(chr, codes)))
         case {"kind": "byte", **rest} if not rest:
             return ByteTokenizer()
         case {"kind": "bpe", "pattern": str(pattern), "tokens": list(tokens), "special": list(special), **rest} if (

@@ -81,7 +81,7 @@ def run_meta(data: bytes) -> None:
 
 
 def seeds_meta() -> list[bytes]:
-    tokenizers = [CharTokenizer.train(TEXT), CharTokenizer("é\ud800🙂"), ByteTokenizer(), _tiny_bpe()]
+    tokenizers = [CharTokenizer.train(TEXT), CharTokenizer("é\ud83d\ude42🙂"), ByteTokenizer(), _tiny_bpe()]
     plain = {"format": corpus.FORMAT, "dtype": "uint16", "count": 3, "sha256": "", "source": "a", "origin": "b"}
     plain |= {"source_sha256": "", "notes": [], "skipped_characters": 0}
     shards = {"shards": [{"file": "tokens-00000.bin", "count": 3, "sha256": ""}]}

@@ -99,6 +99,17 @@ def test_texts_of_equal_ids_do_not_share_a_folder(verse, tmp_path):
     assert first.folder != second.folder
 
 
+def test_a_corpus_with_both_halves_of_a_split_emoji_is_read_again(tmp_path):
+    path = tmp_path / "halves.jsonl"
+    path.write_text(r'{"text": "split \ud83d emoji"}' + "\n" + r'{"text": "\ude00, and a whole one \ud83d\ude00"}' + "\n")
+    done = prepare(str(path), data_dir=tmp_path / "data")
+    loaded = corpora.load(done.folder)
+    assert loaded.tokenizer == done.corpus.tokenizer
+    assert loaded.tokenizer.decode(loaded.tokens) == "split \ud83d emoji\n\n\ude00, and a whole one 😀"
+    assert prepare(str(path), data_dir=tmp_path / "data").reused
+    assert prepare(str(done.folder)).corpus.meta == loaded.meta
+
+
 @pytest.mark.parametrize("name", ["tokens-00000.bin", "tokens.json"])
 def test_a_damaged_corpus_is_replaced_by_the_text_in_hand(prepared, verse, tmp_path, name):
     (prepared.folder / name).write_text("damage")

@@ -34,6 +34,13 @@ def test_json_gives_an_equal_tokenizer(text):
         assert tokenizer.from_json(json.loads(json.dumps(tok.to_json()))) == tok
 
 
+@pytest.mark.parametrize("chars", ["\ud83d\ude00", "a\ud800\udbff\udc00\udfff😀", "\ude00\ud83d"])
+def test_json_does_not_join_the_halves_of_a_surrogate_pair(chars):
+    tok = CharTokenizer(chars)
+    assert tokenizer.from_json(json.loads(json.dumps(tok.to_json()))) == tok
+    assert tok.decode(tok.encode(chars)) == chars
+
+
 @given(st.text(min_size=1))
 def test_token_bytes_are_the_bytes_of_the_text(text):
     for tok in (CharTokenizer.train(text), ByteTokenizer()):
@@ -79,7 +86,11 @@ def test_torn_bytes_decode_to_a_replacement():
 
 
 @pytest.mark.parametrize(
-    "tree", [{}, {"kind": "char"}, {"kind": "char", "chars": 3}, {"kind": "bpe"}, {"kind": "byte", "x": 1}, None, []]
+    "tree",
+    [
+        *({}, None, [], {"kind": "bpe"}, {"kind": "byte", "x": 1}, {"kind": "char"}, {"kind": "char", "chars": 3}),
+        *({"kind": "char", "chars": codes} for codes in ([-1], [0x110000], ["a"], [1.0], [True])),
+    ],
 )
 def test_what_is_no_tokenizer_is_refused(tree):
     with pytest.raises(ValueError, match="not a tokenizer"):
