@@ -47,6 +47,34 @@ def test_a_cache_that_cannot_be_made_is_no_reason_to_stop(cache, capsys):
     assert "are not kept" in capsys.readouterr().err
 
 
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user whom the system does not know, as in a container: no $HOME, and no entry that says one."""
+    pwd = pytest.importorskip("pwd", reason="users are numbers on POSIX alone")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: pwd.getpwnam("no-such-user"))
+
+
+@pytest.mark.parametrize("named", [None, ""])
+def test_without_a_home_there_is_no_cache_and_that_is_said(homeless, tmp_path, monkeypatch, capsys, cache, named):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if named is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", named)
+    monkeypatch.chdir(tmp_path)
+    before = jax.config.jax_compilation_cache_dir
+    use_compile_cache()
+    assert jax.config.jax_compilation_cache_dir == before
+    assert capsys.readouterr().err == ("jaxgpt: compiled programs are not cached: no home folder; set XDG_CACHE_HOME\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_name_of_the_cache_counts_as_none(cache, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(cache.parent))
+    use_compile_cache()
+    assert jax.config.jax_compilation_cache_dir.startswith(str(cache.parent / ".cache" / "jaxgpt"))
+
+
 def test_a_folder_named_by_the_user_is_left_to_them(cache, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/named")
     use_compile_cache()

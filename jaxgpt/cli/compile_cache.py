@@ -17,7 +17,11 @@ def use_compile_cache() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    folder = cache_dir() / f"compiled-{processor()}"
+    cache = cache_dir()
+    if not cache:
+        print("jaxgpt: compiled programs are not cached: no home folder; set XDG_CACHE_HOME", file=sys.stderr)
+        return
+    folder = cache / f"compiled-{processor()}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         why = None if is_private(folder) else "others may write to it, or own it: chmod 700 it, or remove it"

@@ -29,7 +29,7 @@ def find(name: str) -> Path:
     Raises:
       InteropError: there is no such folder, and the hub cannot be reached or knows no such model.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     by_hand = (

@@ -1,5 +1,6 @@
 """The runs that are served: found in a folder, told of, opened by name."""
 
+import os
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ class Library:
         Raises:
           RunError: it is neither.
         """
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if not (path / "config.json").is_file() and any(path.glob("*/config.json")):
             return cls(path)
         run = Run.open(runs_dir, name)

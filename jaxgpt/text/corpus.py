@@ -3,6 +3,7 @@ tokens.json, which says what each of them holds."""
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -226,7 +227,7 @@ def tokenizer_of(path: Path) -> Tokenizer:
     Raises:
       CorpusError: there is none.
     """
-    path = path.expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         path = path / "tokens.json"
     if not path.is_file():

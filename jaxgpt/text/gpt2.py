@@ -86,8 +86,8 @@ def _read(path: Path, sha256: str) -> str:
 
 
 def _folders() -> list[Path]:
-    folders = [Path("data"), cache_dir()]
+    folders = [folder for folder in (Path("data"), cache_dir()) if folder]
     if given := os.environ.get("JAXGPT_DATA"):
-        path = Path(given).expanduser()
+        path = Path(os.path.expanduser(given))
         folders.insert(0, path if path.is_dir() else path.parent)
     return folders

@@ -232,7 +232,7 @@ def _is_prepared(corpus: str) -> bool:
 
 def _prepared_folder(corpus: str) -> Path:
     """The folder itself, or its copy on this machine."""
-    return fetched(corpus) if sources.is_url(corpus) else Path(corpus).expanduser()
+    return fetched(corpus) if sources.is_url(corpus) else sources.place(corpus)
 
 
 def fetched(url: str) -> Path:
@@ -248,7 +248,11 @@ def fetched(url: str) -> Path:
             shards = shards_of(checked_meta(disk.unseal(data)))
         except ValueError as error:
             raise CorpusError(f"{url}/tokens.json: {error}") from error
-        here = sources.cache_dir() / "corpora" / hashlib.sha256(data).hexdigest()[:16]
+        if not (cache := sources.cache_dir()):
+            raise CorpusError(
+                f"{url} needs a cache folder for its copy, but there is no home folder: set XDG_CACHE_HOME"
+            )
+        here = cache / "corpora" / hashlib.sha256(data).hexdigest()[:16]
         here.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(here / ".lock"):  # the processes of a host come for it together
             for shard in shards:

@@ -142,7 +142,7 @@ def place(corpus: str) -> Path:
       SourceError: there is no such kind of store.
     """
     if not is_url(corpus):
-        return Path(corpus).expanduser()
+        return Path(os.path.expanduser(corpus))  # of "~draft.txt" pathlib's would raise: there is no such user
     try:
         from upath import UPath
     except ImportError as error:
@@ -179,7 +179,7 @@ def absolute(corpus: str) -> str:
         return " + ".join(f"{share}*{absolute(part)}" for share, (_, part) in zip(shares, found, strict=True))
     if corpus in NAMED or is_url(corpus):
         return corpus
-    path = Path(corpus).expanduser()
+    path = place(corpus)
     return str(path.absolute() if path.is_fifo() else path.resolve())  # /dev/stdin, and not the pipe behind it
 
 
@@ -292,16 +292,15 @@ def _python_stdlib() -> Source:
 
 
 def _shakespeare() -> Source:
-    """Tiny Shakespeare: a local copy, else the cache, else a checked download into the cache."""
-    cache = cache_dir() / "tinyshakespeare.txt"
-    candidates = [Path("data/tinyshakespeare.txt"), cache]
+    """Tiny Shakespeare: a local copy, else the cache, else a checked download into the cache, or data/ without one."""
+    candidates = [folder / "tinyshakespeare.txt" for folder in (Path("data"), cache_dir()) if folder]
     if given := os.environ.get("JAXGPT_DATA"):
-        path = Path(given).expanduser()
+        path = Path(os.path.expanduser(given))
         candidates.insert(0, path / "tinyshakespeare.txt" if path.is_dir() else path)
         if not candidates[0].is_file():
             raise SourceError(f"$JAXGPT_DATA is {given}, but there is no file {candidates[0]}")
     found = next((path for path in candidates if path.is_file()), None)
-    path = found or download(SHAKESPEARE_URL, cache, SHAKESPEARE_BYTES, SHAKESPEARE_SHA256)
+    path = found or download(SHAKESPEARE_URL, candidates[-1], SHAKESPEARE_BYTES, SHAKESPEARE_SHA256)
     data = path.read_bytes()
     require_sha256(data, SHAKESPEARE_SHA256, str(path))
     return Source("shakespeare", data.decode(), str(path))
@@ -313,7 +312,8 @@ def download(url: str, target: Path, size_limit: int, sha256: str) -> Path:
     Raises:
       SourceError: no network, more than `size_limit` bytes, another SHA-256, or `target` cannot be written.
     """
-    by_hand = f"fetch it elsewhere and put it at {target} or data/{target.name}, SHA-256 {sha256}"
+    places = " or ".join(dict.fromkeys([str(target), f"data/{target.name}"]))
+    by_hand = f"fetch it elsewhere and put it at {places}, SHA-256 {sha256}"
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             data = response.read(size_limit + 1)
@@ -330,9 +330,10 @@ def download(url: str, target: Path, size_limit: int, sha256: str) -> Path:
     return target
 
 
-def cache_dir() -> Path:
-    """The user's cache folder for downloads."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jaxgpt"
+def cache_dir() -> Path | None:
+    """The user's cache folder; None for a user without a home folder who names none in $XDG_CACHE_HOME."""
+    folder = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    return None if folder.parts[0] == "~" else folder / "jaxgpt"
 
 
 def require_sha256(data: bytes, expected: str, origin: str) -> None:

@@ -110,7 +110,7 @@ class Run:
         Raises:
           RunError: there is no such run, its name is a link that leaves `runs_dir`, or the folder is an export.
         """
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if NAME.fullmatch(name) and (runs_dir / name / "config.json").is_file():
             return cls.named(runs_dir, name)
         if (path / "config.json").is_file():

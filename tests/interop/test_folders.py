@@ -116,7 +116,9 @@ def test_a_vocabulary_larger_than_the_model_is_refused(imported, tmp_path):
         folders.load_export(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("name", "said"), [("no such", "no folder 'no such'"), ("../x/y/z", "no folder")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("no such", "no folder 'no such'"), ("~m", "no folder '~m'"), ("../x/y/z", "no folder")]
+)
 def test_what_is_neither_folder_nor_name(name, said):
     with pytest.raises(InteropError, match=said):
         folders.find(name)

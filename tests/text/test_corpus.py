@@ -101,7 +101,9 @@ def test_texts_of_equal_ids_do_not_share_a_folder(verse, tmp_path):
 
 def test_a_corpus_with_both_halves_of_a_split_emoji_is_read_again(tmp_path):
     path = tmp_path / "halves.jsonl"
-    path.write_text(r'{"text": "split \ud83d emoji"}' + "\n" + r'{"text": "\ude00, and a whole one \ud83d\ude00"}' + "\n")
+    path.write_text(
+        r'{"text": "split \ud83d emoji"}' + "\n" + r'{"text": "\ude00, and a whole one \ud83d\ude00"}' + "\n"
+    )
     done = prepare(str(path), data_dir=tmp_path / "data")
     loaded = corpora.load(done.folder)
     assert loaded.tokenizer == done.corpus.tokenizer
@@ -195,7 +197,7 @@ def test_a_column_is_refused_where_there_is_none(verse, prepared, tmp_path):
 
 
 def test_no_such_tokenizer():
-    for spec in ("words", "bpe", "bpe:", "bpe:many", "bpe:-300", "bpe:4_096", "bpe:99999999"):
+    for spec in ("words", "~words", "bpe", "bpe:", "bpe:many", "bpe:-300", "bpe:4_096", "bpe:99999999"):
         with pytest.raises(
             CorpusError, match="expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, or the path"
         ):

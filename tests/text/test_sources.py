@@ -68,6 +68,18 @@ def test_what_is_no_text_is_refused_with_the_reason(tmp_path, data, said):
         sources.read(str(tmp_path / "a.txt"))
 
 
+def test_a_name_that_begins_with_a_tilde_is_a_path_unless_it_is_a_users_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "b.txt").write_text("at home")
+    (tmp_path / "~draft.txt").write_text("a draft")
+    assert sources.read("~draft.txt").text == "a draft"
+    assert sources.absolute("~draft.txt") == str(tmp_path / "~draft.txt")
+    assert sources.read("~/b.txt").text == "at home"
+    assert sources.absolute("~/b.txt") == str(tmp_path / "home" / "b.txt")
+
+
 def test_a_folder_is_its_files_in_order_without_the_hidden_ones(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / ".git").mkdir()
@@ -271,6 +283,14 @@ class TestShakespeare:
         monkeypatch.setenv("JAXGPT_DATA", "/no/such/place")
         with pytest.raises(SourceError, match="JAXGPT_DATA is /no/such/place"):
             sources.read("shakespeare")
+
+    def test_without_a_cache_folder_it_is_put_into_data(self, tmp_path, server, monkeypatch):
+        data = b"To be, or not to be"
+        (tmp_path / "www" / "input.txt").write_bytes(data)
+        monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server}/input.txt")
+        monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(data).hexdigest())
+        monkeypatch.setattr(sources, "cache_dir", lambda: None)
+        assert sources.read("shakespeare").origin == "data/tinyshakespeare.txt"
 
     def test_else_it_is_downloaded_into_the_cache(self, tmp_path, server, monkeypatch):
         data = b"To be, or not to be"
