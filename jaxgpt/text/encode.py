@@ -8,6 +8,7 @@ from there.
 import hashlib
 import os
 import shutil
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +40,10 @@ U = TypeVar("U")
 
 class EncodeError(UsageError):
     """Shards cannot be written."""
+
+
+class WaitedError(Exception):
+    """Another process was preparing this text, and has ended: look again for what it made."""
 
 
 @dataclass
@@ -76,7 +81,8 @@ def encode(stream: Stream, tok: Tokenizer, unknown: str, work: Path, progress: P
 
     Raises:
       UnknownCharacterError: a character is outside the vocabulary and `unknown` is "error".
-      EncodeError: `work` cannot be written to, or another process does.
+      EncodeError: `work` cannot be written to.
+      WaitedError: another process wrote to `work`; this one said so on stderr and waited for its end.
     """
     with _Shards(work) as shards:
         yield _encoded(stream, tok, unknown, shards, progress)
@@ -196,8 +202,6 @@ class _Shards:
         """Where they lie until it is whole."""
 
     def __enter__(self) -> "_Shards":
-        if os.path.isdir(self.work):  # of an attempt that was killed, or that goes on elsewhere
-            self._hold()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -219,16 +223,21 @@ class _Shards:
 
     def _hold(self) -> None:
         with self._writing():
+            self.work.mkdir(parents=True, exist_ok=True)
             try:
-                self.work.mkdir(parents=True, exist_ok=True)
                 self._lock.acquire()
             except filelock.Timeout as error:
-                raise EncodeError(f"another process prepares the same text in {self.work}: wait for it") from error
+                print(f"jaxgpt: another process is preparing this text in {self.work}; waiting for it", file=sys.stderr)
+                with suppress(FileNotFoundError):  # the folder has its final name by now
+                    self._lock.acquire(timeout=-1, poll_interval=0.2)
+                raise WaitedError from error
 
     def left(self, dtype: np.dtype[Any]) -> dict[str, Any] | None:
         """What a killed attempt says that it left, if its shards are whole; else None. All else there is removed."""
-        if not self._lock.is_locked:  # there was none
-            return None
+        if not self._lock.is_locked:
+            if not os.path.isdir(self.work):
+                return None
+            self._hold()
         try:
             said = disk.unseal((self.work / PROGRESS).read_bytes())
             for shard in said["shards"]:

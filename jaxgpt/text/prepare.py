@@ -7,8 +7,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from jaxgpt.text.corpus import (
     folder_of,
     folders_of,
     load,
+    read_meta,
     require_fit,
     save,
     shards_of,
@@ -60,7 +63,8 @@ def prepare(
     column: str = "text",
     progress: Progress = unseen,
 ) -> Prepared:
-    """Tokenize a corpus into a folder of `data_dir`, once; an equal one that lies there is used again.
+    """Tokenize a corpus into a folder of `data_dir`, once; an equal one that lies there is used again, and nothing is
+    written then. While another process prepares the same text, this one waits, and prints that it does.
 
     Args:
       corpus, column: as in `sources.open_stream`, or a folder that `prepare` made, here or at a URL; or a mixture of
@@ -120,25 +124,72 @@ def _prepare(
     tok = tok or tokenizer_for(spec, [stream], progress)
     about = json.dumps([stream.origin, unknown, column, tok.to_json()])
     work = data_dir / f".{stream.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.part"
+    while True:
+        if there := _find(stream, tok, unknown, data_dir, progress):
+            fit(there)
+            return there, folder_of(there.meta, data_dir), True
+        with suppress(encode.WaitedError):
+            return _make(stream, tok, unknown, data_dir, work, fit, progress)
+
+
+def _find(stream: sources.Stream, tok: Tokenizer, unknown: str, data_dir: Path, progress: Progress) -> Corpus | None:
+    """The corpus of a text, if it was prepared with this tokenizer and is whole: nothing is locked or written.
+
+    Its origin is where the text was read now; tokens.json keeps the one from which it was prepared.
+    """
+    plain, candidates = tok.to_json(), list[dict[str, Any]]()
+    for path in sorted(data_dir.glob(f"{escape(stream.name)}-{plain['kind']}-*/tokens.json")):
+        with suppress(CorpusError):
+            meta = read_meta(path)
+            fits = meta["tokenizer"] == plain and (unknown == "skip" or not meta.get("skipped_characters"))
+            if fits and meta["source"] == stream.name and folder_of(meta, data_dir) == path.parent:
+                candidates.append(meta)
+    if not candidates:
+        return None
+    notes, sha256, read = list[str](), hashlib.sha256(), 0
+
+    def seen(n: int) -> None:
+        nonlocal read
+        read += n
+        progress("reading", min(1.0, read / max(1, stream.size)))
+
+    for piece in stream.pieces(notes, seen):
+        sha256.update(piece.encode("utf-8", "surrogatepass"))
+    for meta in candidates:
+        if meta["source_sha256"] == sha256.hexdigest():
+            with suppress(CorpusError):  # it is damaged
+                found = load(folder_of(meta, data_dir))
+                return Corpus(found.tokens, tok, found.meta | {"origin": stream.origin, "notes": notes})
+    return None
+
+
+def _make(
+    stream: sources.Stream,
+    tok: Tokenizer,
+    unknown: str,
+    data_dir: Path,
+    work: Path,
+    fit: Callable[[Corpus], None],
+    progress: Progress,
+) -> tuple[Corpus, Path, bool]:
+    """The corpus of a text, encoded; as `_prepare`."""
     with encode.encode(stream, tok, unknown, work, progress) as encoded:
         meta = _meta(stream, tok, encoded)
         done: list[Ids] = [np.memmap(work / shard["file"], encoded.rest.dtype, mode="r") for shard in encoded.shards]
         fresh = Corpus(joined(done or [encoded.rest]), tok, meta)
         fit(fresh)
         folder = folder_of(meta, data_dir)
-        try:
-            found = load(folder)
-            reused, whole = _same(found.meta, meta), _same_ids(found.meta, meta)
-        except CorpusError:  # missing or damaged: what is in hand takes its place
-            reused, whole = False, False
-        if whole and not reused:
-            _tell_anew(folder, found.meta, meta)
-        elif not reused and encoded.shards:
+        found = None
+        with suppress(CorpusError):  # missing or damaged: what is in hand takes its place
+            there = load(folder)  # from another process meanwhile, or from another text that gives the same ids
+            if (there.meta["sha256"], there.tokenizer) == (meta["sha256"], tok):
+                found = Corpus(there.tokens, tok, there.meta | {k: v for k, v in meta.items() if k not in FORM})
+        if found is None and encoded.shards:
             _finish(work, meta, folder)
-        elif not reused:
+        elif found is None:
             save(fresh, folder)
         shutil.rmtree(work, ignore_errors=True)
-    return (found if reused else load(folder)), folder, reused
+    return found or load(folder), folder, found is not None
 
 
 def ready(corpus: str, meta: dict[str, Any], data_dir: Path, verified: bool = False) -> Corpus | None:
@@ -182,16 +233,6 @@ def _finish(work: Path, meta: dict[str, Any], folder: Path) -> None:
         (folder / encode.LOCK).unlink()  # only now, so that nobody takes it between
         disk.sync(folder.parent)
         shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise CorpusError(f"{folder} cannot be written: {error.strerror}; name another folder: --data-dir") from error
-
-
-def _tell_anew(folder: Path, found: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Let a whole folder say the origin that its ids have now; its shards stay, so that it can be loaded all along."""
-    kept = {name: value for name, value in meta.items() if name not in FORM}
-    kept |= {name: found[name] for name in FORM if name in found}
-    try:
-        disk.write_atomically(folder / "tokens.json", disk.seal(kept).encode())
     except OSError as error:
         raise CorpusError(f"{folder} cannot be written: {error.strerror}; name another folder: --data-dir") from error
 
@@ -253,11 +294,14 @@ def fetched(url: str) -> Path:
                 f"{url} needs a cache folder for its copy, but there is no home folder: set XDG_CACHE_HOME"
             )
         here = cache / "corpora" / hashlib.sha256(data).hexdigest()[:16]
+        missing = [shard for shard in shards if not _is_whole(here / shard["file"], shard["sha256"])]
+        if not missing and _is_whole(here / "tokens.json", hashlib.sha256(data).hexdigest()):
+            return here
         here.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(here / ".lock"):  # the processes of a host come for it together
-            for shard in shards:
+            for shard in missing:
                 path = here / shard["file"]
-                if path.is_file() and disk.sha256(path) == shard["sha256"]:
+                if _is_whole(path, shard["sha256"]):
                     continue
                 partial_file = path.with_name(f".{path.name}.part")
                 with sources.inside(url, shard["file"]).open("rb") as source, partial_file.open("wb") as target:
@@ -270,14 +314,8 @@ def fetched(url: str) -> Path:
     return here
 
 
-def _same(found: dict[str, Any], fresh: dict[str, Any]) -> bool:
-    """Whether two tokens.json describe the same ids of the same text, in whatever shards."""
-    return {k: v for k, v in found.items() if k not in FORM} == {k: v for k, v in fresh.items() if k not in FORM}
-
-
-def _same_ids(found: dict[str, Any], fresh: dict[str, Any]) -> bool:
-    """Whether two tokens.json describe the same ids of the same vocabulary, from wherever."""
-    return all(found[name] == fresh[name] for name in ("dtype", "count", "sha256", "tokenizer"))
+def _is_whole(path: Path, sha256: str) -> bool:
+    return path.is_file() and disk.sha256(path) == sha256
 
 
 def _require_tokenizer(corpus: Corpus, spec: str, folder: Path) -> None:

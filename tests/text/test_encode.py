@@ -6,9 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import filelock
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,7 +21,7 @@ from jaxgpt.config import DataConfig
 from jaxgpt.text import bpe, encode, sources
 from jaxgpt.text import prepare as prepare_module
 from jaxgpt.text.corpus import CorpusError, load
-from jaxgpt.text.encode import EncodeError
+from jaxgpt.text.encode import EncodeError, WaitedError
 from jaxgpt.text.prepare import prepare, tokenize
 from jaxgpt.text.shards import Joined, joined
 from jaxgpt.text.sources import Source, SourceError
@@ -224,11 +226,53 @@ def test_what_does_not_belong_to_the_text_is_not_gone_on_with(killed, small, mon
     assert bytes(np.asarray(done.corpus.tokens).astype(np.uint8)) == killed.read_bytes()
 
 
-def test_two_processes_do_not_write_the_same_shards(tmp_path):
-    with encode._Shards(tmp_path / "work") as one, encode._Shards(tmp_path / "work") as other:
+@pytest.fixture
+def when_waiting(monkeypatch):
+    """when_waiting(action): what happens as soon as somebody waits for a lock."""
+    acquire = filelock.FileLock.acquire
+
+    def when(action):
+        def wrapped(self, timeout=None, **how):
+            if timeout == -1:
+                action()
+            return acquire(self, timeout, **how)
+
+        monkeypatch.setattr(filelock.FileLock, "acquire", wrapped)
+
+    return when
+
+
+def test_two_processes_do_not_write_the_same_shards(tmp_path, when_waiting, capsys):
+    with encode._Shards(tmp_path / "work") as one:
         one.add(np.zeros(3, np.uint16))
-        with pytest.raises(EncodeError, match="another process prepares the same text"):
+        when_waiting(lambda: one.__exit__(KeyboardInterrupt))
+        with pytest.raises(WaitedError), encode._Shards(tmp_path / "work") as other:
             other.add(np.zeros(3, np.uint16))
+    assert f"another process is preparing this text in {tmp_path / 'work'}; waiting for it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_finds_a_text_being_prepared_waits_and_reads_it(tmp_path, small, monkeypatch, when_waiting, capsys):
+    path, finish = tmp_path / "a.txt", prepare_module._finish
+    path.write_text(LINES)
+    held, waiting = threading.Event(), threading.Event()
+    when_waiting(waiting.set)
+
+    def slow(*args):
+        held.set()
+        assert waiting.wait(60)
+        finish(*args)
+
+    monkeypatch.setattr(prepare_module, "_finish", slow)
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(prepare, str(path), "byte", data_dir=tmp_path / "data")
+        assert held.wait(60)
+        second = prepare(str(path), "byte", data_dir=tmp_path / "data")
+    assert (first.result().reused, second.reused) == (False, True)
+    assert second.corpus.meta == first.result().corpus.meta
+    assert capsys.readouterr().err.count("waiting for it") == 1
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [second.folder.name]
+    assert ".lock" not in [path.name for path in second.folder.iterdir()]
 
 
 def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, small):
@@ -239,68 +283,66 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, small):
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_what_another_process_writes_is_not_looked_at_or_removed(killed, tmp_path):
-    """Not even where it seems to be damaged, or of another text."""
+def test_what_another_process_writes_is_not_looked_at_or_removed(killed, tmp_path, when_waiting):
+    """Not even where it seems to be damaged, or of another text. Once that process has gone, it is."""
     (work,) = (tmp_path / "data").iterdir()
     (work / encode.PROGRESS).write_text("{}")
     killed.write_text("another " + LINES)
-    with encode._Shards(work), pytest.raises(EncodeError, match="another process prepares the same text"):
-        prepare(str(killed), "byte", data_dir=tmp_path / "data")
-    assert len(list(work.glob("tokens-*.bin"))) == 3
+    holder, seen = encode._Shards(work), []
+    holder._hold()
 
+    def end():
+        seen.extend(work.glob("tokens-*.bin"))
+        holder.__exit__(KeyboardInterrupt)
 
-def test_shards_are_held_until_they_have_their_name(tmp_path, small, monkeypatch):
-    path, finish, refused = tmp_path / "a.txt", prepare_module._finish, []
-    path.write_text(LINES)
-
-    def meanwhile(*args):
-        with pytest.raises(EncodeError, match="another process prepares the same text"):
-            prepare(str(path), "byte", data_dir=tmp_path / "data")
-        refused.append(True)
-        finish(*args)
-
-    monkeypatch.setattr(prepare_module, "_finish", meanwhile)
-    done = prepare(str(path), "byte", data_dir=tmp_path / "data")
-    assert refused
-    assert ".lock" not in [path.name for path in done.folder.iterdir()]
-
-
-@pytest.fixture
-def loaded(monkeypatch):
-    """Load a folder before and after whatever is renamed or removed: how often that went well, or why it did not."""
-    found = []
-
-    def watch(folder):
-        def watched(change):
-            def wrapped(*args, **kwargs):
-                found.append(load(folder).meta["count"])
-                try:
-                    return change(*args, **kwargs)
-                finally:
-                    found.append(load(folder).meta["count"])
-
-            return wrapped
-
-        for of, name in ((Path, "replace"), (Path, "rename"), (shutil, "rmtree")):
-            monkeypatch.setattr(of, name, watched(getattr(of, name)))
-        return found
-
-    return watch
+    when_waiting(end)
+    done = prepare(str(killed), "byte", data_dir=tmp_path / "data")
+    assert len(seen) == 3
+    assert bytes(np.asarray(done.corpus.tokens).astype(np.uint8)) == killed.read_bytes()
 
 
 @pytest.mark.parametrize("text", [LINES, LINES[:60]])
-def test_a_whole_folder_can_be_loaded_while_its_text_is_prepared_from_elsewhere(tmp_path, small, loaded, text):
+def test_a_prepared_text_is_read_without_a_lock_or_a_write(tmp_path, small, monkeypatch, text):
+    """Also where it lies elsewhere now; its tokens.json still says the first place."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text(text)
     first = prepare(str(tmp_path / "one" / "a.txt"), "byte", data_dir=tmp_path / "data")
-    found = loaded(first.folder)
-    second = prepare(str(tmp_path / "two" / "a.txt"), "byte", data_dir=tmp_path / "data")
-    assert found
-    assert (second.folder, second.reused) == (first.folder, False)
-    assert second.corpus.meta == first.corpus.meta | {"origin": str(tmp_path / "two" / "a.txt")}
-    assert load(second.folder).meta == second.corpus.meta
-    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [first.folder.name]
+    before = {path: path.stat().st_mtime_ns for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]}
+    monkeypatch.setattr(filelock, "FileLock", None)
+    monkeypatch.setattr(disk, "write_atomically", None)
+    for name in ("one", "two"):
+        again = prepare(str(tmp_path / name / "a.txt"), "byte", data_dir=tmp_path / "data")
+        assert (again.folder, again.reused) == (first.folder, True)
+        assert again.corpus.meta == first.corpus.meta | {"origin": str(tmp_path / name / "a.txt")}
+        np.testing.assert_array_equal(np.asarray(again.corpus.tokens), np.asarray(first.corpus.tokens))
+    assert {path: path.stat().st_mtime_ns for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]} == before
+
+
+def test_texts_that_differ_in_what_is_skipped_share_their_tokens(tmp_path, small):
+    done = []
+    for mark in "éü":
+        (tmp_path / "a.txt").write_text(LINES + mark)
+        done.append(prepare(str(tmp_path / "a.txt"), "ascii", unknown="skip", data_dir=tmp_path / "data"))
+    assert [each.reused for each in done] == [False, True]
+    assert done[0].folder == done[1].folder
+    assert done[0].corpus.meta["source_sha256"] != done[1].corpus.meta["source_sha256"]
+    (tmp_path / "a.txt").write_text(LINES + "é")
+    with pytest.raises(UnknownCharacterError):  # though it lies prepared without it
+        prepare(str(tmp_path / "a.txt"), "ascii", data_dir=tmp_path / "data")
+
+
+def test_a_folder_of_other_tokens_is_not_taken_for_those_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_text(LINES)
+    first = prepare(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    (tmp_path / "a.txt").write_text(LINES + "more")
+    other = prepare(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    shutil.rmtree(first.folder)
+    other.folder.rename(first.folder)
+    (tmp_path / "a.txt").write_text(LINES)
+    again = prepare(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    assert not again.reused
+    assert again.corpus.meta == first.corpus.meta
 
 
 def test_a_folder_that_another_process_made_meanwhile_is_whole_when_it_goes(tmp_path, small, monkeypatch):
@@ -463,7 +505,8 @@ class TestStores:
         shards = [name for name in self.files.ls("/prepared", detail=False) if name.endswith(".bin")]
         for name in shards[1:]:
             self.files.rm(name)  # they are in the cache
-        assert prepare("memory://prepared").corpus.meta == found.meta
+        with mock.patch.object(filelock, "FileLock", None), mock.patch.object(disk, "write_atomically", None):
+            assert prepare("memory://prepared").corpus.meta == found.meta
         (cached,) = (tmp_path / "cache" / "jaxgpt" / "corpora").iterdir()
         (cached / "tokens-00000.bin").unlink()
         self.files.pipe(shards[0], b"damage")
