@@ -85,7 +85,12 @@ def encode(stream: Stream, tok: Tokenizer, unknown: str, work: Path, progress: P
       WaitedError: another process wrote to `work`; this one said so on stderr and waited for its end.
     """
     with _Shards(work) as shards:
-        yield _encoded(stream, tok, unknown, shards, progress)
+        try:
+            found = _encoded(stream, tok, unknown, shards, progress)
+        except UnknownCharacterError as error:
+            where = stream.where(error.position)
+            raise UnknownCharacterError(error.character, error.position, error.known, where) from error
+        yield found
 
 
 def _encoded(stream: Stream, tok: Tokenizer, unknown: str, shards: "_Shards", progress: Progress) -> Encoded:

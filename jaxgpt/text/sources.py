@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -28,6 +29,8 @@ from jaxgpt.text.files import Seen, SourceError
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
+COUNT = re.compile(r"\d[\d,]*")
+"""The count in a note on what was changed in a file."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Stream:
     """Pieces of the text; adds notes to a list at the end, and tells how many bytes it has read on the way."""
     documents: bool = False
     """Whether it has a column: some of it is JSON Lines or Parquet."""
+    streams: tuple["Stream", ...] = ()
+    """The files of a folder, between which the text has a line feed."""
 
     def pieces(self, notes: list[str], seen: Seen = files.unseen) -> Iterator[str]:
         """The text, piece by piece; notes on what was changed are added at its end.
@@ -85,6 +90,19 @@ class Stream:
                     yield piece
         if blank:
             raise SourceError(f"{self.origin} holds no text")
+
+    def where(self, position: int) -> str:
+        """Line, column (both from 1) and file of a character of the text, which is read again up to there."""
+        for each in self.streams or (self,):
+            line = column = 1
+            for piece in chain(each.reader([], files.unseen), "\n"):
+                before = piece[:position]
+                line += before.count("\n")
+                column = len(before) - before.rfind("\n") if "\n" in before else column + len(before)
+                if len(before) < len(piece):
+                    return f"line {line}, column {column} of the text in {each.origin}"
+                position -= len(before)
+        return f"the end of {self.origin}"
 
 
 def read(corpus: str, column: str = "text") -> Source:
@@ -230,19 +248,34 @@ def _folder(folder: Path, column: str) -> Stream:
             paths.append(path)
         elif path.is_symlink():
             left_out.append(f"{inner}: left out, a link to nothing or to a folder that it is in")
+    each = tuple(
+        Stream(str(path.relative_to(folder)), str(path), path.stat().st_size, partial(files.pieces, path, column))
+        for path in paths
+    )
 
     def pieces(notes: list[str], seen: Seen) -> Iterator[str]:
         notes += left_out
-        for i, path in enumerate(paths):
+        changed: dict[str, list[tuple[str, str]]] = {}
+        for i, file in enumerate(each):
             found: list[str] = []
             yield "\n" * bool(i)
-            yield from files.pieces(path, column, found, seen)
-            notes += [f"{path.relative_to(folder)}: {note}" for note in found]
+            yield from file.reader(found, seen)
+            for note in found:
+                changed.setdefault(COUNT.sub("", note), []).append((file.name, note))
+        notes += [_summed(found) for found in changed.values()]
 
-    size = sum(path.stat().st_size for path in paths)
     name = folder.name if is_url(str(folder)) else folder.resolve().name
     documents = any(files.holds_documents(path, column) for path in paths)
-    return Stream(name, f"{len(paths)} files in {folder}", size, pieces, documents)
+    return Stream(name, f"{len(paths)} files in {folder}", sum(file.size for file in each), pieces, documents, each)
+
+
+def _summed(found: list[tuple[str, str]]) -> str:
+    """One note in place of those of several files, (name, note), that differ in their count alone."""
+    (name, note), *more = found
+    if not more:
+        return f"{name}: {note}"
+    counts = [int(count[0].replace(",", "")) for _, each in found if (count := COUNT.search(each))]
+    return COUNT.sub(f"{sum(counts):,}", note, count=1) + f", in {len(found):,} files, the first {name}"
 
 
 def _below(folder: Path, above: set[Path]) -> Iterator[Path]:

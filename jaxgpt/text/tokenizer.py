@@ -24,11 +24,11 @@ def unseen(what: str, share: float) -> None:
 class UnknownCharacterError(UsageError):
     """A text holds a character that the vocabulary does not."""
 
-    def __init__(self, character: str, position: int, known: str):
+    def __init__(self, character: str, position: int, known: str, where: str = ""):
         name = unicodedata.name(character, "no name")
         super().__init__(
-            f"character {character!r} (U+{ord(character):04X}, {name}) at position {position} is not among the "
-            f"{known}; --unknown skip leaves such characters out"
+            f"character {character!r} (U+{ord(character):04X}, {name}) at {where or f'position {position}'} is not "
+            f"among the {known}; --unknown skip leaves such characters out"
         )
         self.character, self.position, self.known = character, position, known
 

@@ -116,10 +116,16 @@ def test_shards_hold_what_the_text_encodes_to(tmp_path, small, spec):
     assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
 
 
-def test_an_unknown_character_is_named_by_its_place_in_the_whole_text(tmp_path, small):
-    (tmp_path / "a.txt").write_text(LINES + "é")
-    with pytest.raises(UnknownCharacterError, match=rf"'é' .* at position {len(LINES)} "):
-        prepare(str(tmp_path / "a.txt"), "ascii", data_dir=tmp_path / "data")
+def test_an_unknown_character_is_named_by_its_file_line_and_column(tmp_path, small):
+    (tmp_path / "texts").mkdir()
+    for path in (tmp_path / "a.txt", tmp_path / "texts" / "b.txt"):
+        path.write_text(LINES + "é")
+    (tmp_path / "texts" / "a.txt").write_text(LINES)
+    for corpus, path in (("a.txt", "a.txt"), ("texts", "texts/b.txt")):
+        with pytest.raises(UnknownCharacterError) as caught:
+            prepare(str(tmp_path / corpus), "ascii", data_dir=tmp_path / "data")
+        place = f"line 301, column 1 of the text in {tmp_path / path}"
+        assert f"'é' (U+00E9, LATIN SMALL LETTER E WITH ACUTE) at {place} is not among the 96" in str(caught.value)
     done = prepare(str(tmp_path / "a.txt"), "ascii", unknown="skip", data_dir=tmp_path / "data")
     assert done.corpus.meta["skipped_characters"] == 1
     assert done.corpus.tokenizer.decode(np.asarray(done.corpus.tokens)) == LINES

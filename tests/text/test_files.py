@@ -163,7 +163,7 @@ def test_a_folder_may_hold_shards(tmp_path):
     (tmp_path / "2.txt").write_text("C")
     source = sources.read(str(tmp_path), "body")
     assert source.text == "B\n\nx\nA\n\nx\nC"
-    assert source.notes[0] == "0.jsonl: put a blank line between 2 documents of column 'body'"
+    assert source.notes == ("put a blank line between 4 documents of column 'body', in 2 files, the first 0.jsonl",)
 
 
 def test_without_pyarrow_it_says_what_to_install(tmp_path, monkeypatch):

@@ -154,6 +154,43 @@ def test_a_device_is_refused():
         sources.open_stream("/dev/null")
 
 
+def test_a_folder_of_many_changed_files_has_one_note_of_each_kind(tmp_path):
+    for i in range(1200):
+        (tmp_path / f"{i:04}.txt").write_bytes(b"a\r\nb\r\n")
+    for name in "xy":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "z.txt").write_bytes(b"\xef\xbb\xbfmark")
+    assert sources.read(str(tmp_path)).notes == (
+        "turned 2,400 CR or CRLF line ends into LF, in 1,200 files, the first 0000.txt",
+        "put a blank line between 4 documents of column 'text', in 2 files, the first x.jsonl",
+        "z.txt: dropped a byte order mark",
+    )
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_where_a_character_is_in_a_folder(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("jaxgpt.text.files.PIECE", size)
+    for name, text in {"a.txt": "one\r\ntwo", "b.txt": "\n\n", "c/d.txt": "thrée\nfour\n"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    stream = sources.open_stream(str(tmp_path))
+    text = "".join(stream.pieces([]))
+    assert text == "one\ntwo\n\n\n\nthrée\nfour\n"
+    for sought, place in {
+        "o": "line 1, column 1 of the text in {}/a.txt",
+        "\n": "line 1, column 4 of the text in {}/a.txt",
+        "w": "line 2, column 2 of the text in {}/a.txt",
+        "\n\n": "line 2, column 4 of the text in {}/a.txt",
+        "\n\n\n": "line 2, column 4 of the text in {}/a.txt",
+        "é": "line 1, column 4 of the text in {}/c/d.txt",
+        "u": "line 2, column 3 of the text in {}/c/d.txt",
+    }.items():
+        assert stream.where(text.index(sought)) == place.format(tmp_path)
+    (tmp_path / "one.txt").write_text("first\nsecond")
+    one = sources.open_stream(str(tmp_path / "one.txt"))
+    assert one.where(8) == f"line 2, column 3 of the text in {tmp_path}/one.txt"
+
+
 def test_a_folder_with_a_bad_file_names_the_file(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     with pytest.raises(SourceError, match=r"image\.png is a PNG image, expected UTF-8 text"):
