@@ -45,7 +45,7 @@ def run(args: list[str]) -> int:
     from jaxgpt.diagnostics.diagnose import DIAGNOSES, Effort, Subject, require
     from jaxgpt.report import diagnoses, diagnosis_plots, plots
     from jaxgpt.report.terminal import RunConsole
-    from jaxgpt.text.tokenizer import UnknownCharacterError
+    from jaxgpt.text.tokenizer import UnknownCharacterError, as_prepared
     from jaxgpt.training.run import Run
     from jaxgpt.training.start import corpus_of, load_checkpoint
 
@@ -61,7 +61,7 @@ def run(args: list[str]) -> int:
     text = val[: max(config.model.block_size, 384) + 1]
     if given.text is not None:
         try:
-            text = corpus.tokenizer.encode(given.text)
+            text = corpus.tokenizer.encode(as_prepared(corpus.tokenizer, given.text))
         except UnknownCharacterError as error:
             where = f"character {error.character!r} at position {error.position} of --text"
             raise UsageError(f"{where} is not among the {error.known}") from error

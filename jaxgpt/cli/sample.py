@@ -14,7 +14,8 @@ from jaxgpt.cli.options import Checkpoint, RunName, RunsDir, parse
 class Sample:
     run: RunName
     prompt: str | None = None
-    """What to continue; of a long one the last block_size tokens are seen. None: a line feed."""
+    """What to continue; of a long one the last block_size tokens are seen. CRLF becomes LF, as in the training text.
+    None: a line feed."""
     tokens: int = 500
     """How many tokens to write."""
     temperature: float = 0.8

@@ -10,7 +10,7 @@ import numpy as np
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.nn import Params
 from jaxgpt.sampling.generate import generate, stream
-from jaxgpt.text.tokenizer import Tokenizer, without_unknown
+from jaxgpt.text.tokenizer import Tokenizer, as_prepared, without_unknown
 
 
 def write(
@@ -30,7 +30,8 @@ def write(
     """`samples` texts that begin with `prompt`, each as pieces of text; a single one streams while it is made.
 
     Args:
-      prompt: None for a line feed, or the first character of a vocabulary that has none.
+      prompt: None for a line feed, or the first character of a vocabulary that has none. Its line ends, and those of
+        `stop`, become those of the training text.
       stop: a text ends before the first of these that is written after the prompt.
       how: top_k, top_p and min_p, as `generate` takes them.
 
@@ -39,6 +40,7 @@ def write(
     """
     if prompt is None:
         prompt = "\n" if tokenizer.knows("\n").all() else tokenizer.decode([0])
+    prompt, stop = as_prepared(tokenizer, prompt), [as_prepared(tokenizer, each) for each in stop]
     if unknown == "skip":
         prompt = without_unknown(tokenizer, prompt)
     if not prompt:

@@ -9,7 +9,7 @@ from jaxgpt.sampling.generate import bucket
 from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.writer import Request
-from jaxgpt.text.tokenizer import Tokenizer, UnknownCharacterError
+from jaxgpt.text.tokenizer import Tokenizer, UnknownCharacterError, as_prepared
 from jaxgpt.training.run import RunError
 
 BODY = 2**20
@@ -97,6 +97,8 @@ def _run(tree: dict[str, Any], library: Library) -> Served:
 
 
 def _prompt(prompt: Any, tokenizer: Tokenizer, limits: Limits) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        prompt = as_prepared(tokenizer, prompt)
     if not isinstance(prompt, str | list) or not prompt:
         raise BadRequestError(f"prompt is {shown(prompt)}, expected a text, or ids, of at least one token")
     if len(prompt) > limits.max_prompt:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxgpt.config import UsageError, shown
+from jaxgpt.text.files import plain
 
 Ids = NDArray[np.integer[Any]]
 Progress = Callable[[str, float], None]
@@ -178,6 +179,16 @@ class ByteTokenizer:
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "byte"}
+
+
+def as_prepared(tokenizer: Tokenizer, text: str) -> str:
+    """`text` as `prepare` reads a file: with LF line ends and no byte order mark.
+
+    It stays as it is if CR is in a vocabulary of characters: then the training text kept its line ends.
+    """
+    if isinstance(tokenizer, CharTokenizer) and tokenizer.knows("\r").all():
+        return text
+    return "".join(plain([text], []))
 
 
 def without_unknown(tokenizer: Tokenizer, text: str) -> str:

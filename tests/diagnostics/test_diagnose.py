@@ -54,7 +54,8 @@ def test_all_of_them_are_told_drawn_and_written_down(call, capsys):
     middle = written["landscape"]["losses"][1][1]
     np.testing.assert_allclose(np.interp(1, written["landscape"]["shares"], written["landscape"]["path"]), middle, 1e-4)
     np.testing.assert_allclose(written["curvature"]["losses"][10], middle, rtol=1e-5)
-    assert call("diagnose", "one", *LITTLE, "--text", TEXT, "--only", "tokens", "noise", "--json", "some.json")[0] == 0
+    typed = TEXT.replace("\n", "\r\n")  # CRLF becomes LF, as in the training text
+    assert call("diagnose", "one", *LITTLE, "--text", typed, "--only", "tokens", "noise", "--json", "some.json")[0] == 0
     again = json.loads((folder / "some.json").read_text())
     assert {name: written[name] for name in again} == again, "the same numbers, alone or among others"
 

@@ -39,6 +39,14 @@ def test_a_text_begins_with_its_prompt_and_repeats_with_its_seed(run):
     assert texts(run, "café", 40, seed=4) != [one]
 
 
+def test_line_ends_of_a_prompt_and_a_stop_are_those_of_the_training_text(run):
+    assert texts(run, "\ufeffcafé\r\ndéjà\r", 40) == texts(run, "café\ndéjà\n", 40)
+    (long,) = texts(run, "café\n", 1500)
+    ahead = long.removeprefix("café\n")
+    assert "\n" in ahead
+    assert texts(run, "café\r\n", 1500, stop=["\r\n"]) == ["café\n" + ahead.partition("\n")[0]]
+
+
 def test_the_first_of_many_is_the_only_one(run):
     many = texts(run, "na", 40, samples=3)
     assert len(set(many)) == 3

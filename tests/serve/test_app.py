@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.serve.app import application, likely
+from jaxgpt.serve.requests import to_write
 from jaxgpt.serve.scheduler import Scheduler
 from jaxgpt.serve.writer import Job, Request, Writer
 from jaxgpt.text.tokenizer import ByteTokenizer
@@ -43,6 +44,12 @@ def test_a_text_is_what_its_writer_writes_and_can_be_continued_from_any_token(ap
         assert sum(other["p"] for other in each["likely"]) <= 1.001
     again = call(app, "POST", "/api/write", asked | {"prompt": [*ids, *answer.ids[:4]], "tokens": 3})
     assert "".join(text for _, text in again.events[0][1]["prompt"]) == "the cat" + tokenizer.decode(answer.ids[:4])
+
+
+def test_line_ends_of_a_prompt_are_those_of_the_training_text(library):
+    for prompt in ("the\ncat", "the\r\ncat", "the\rcat"):
+        run, wanted = to_write(json.dumps({"run": "one", "prompt": prompt}).encode(), library, LIMITS)
+        assert list(wanted.ids) == run.tokenizer.encode("the\ncat").tolist()
 
 
 def test_a_look(app):

@@ -23,6 +23,7 @@ BAD = [
     ({"run": "none", "prompt": "a"}, 404, "no run 'none'"),
     ({"run": "broken", "prompt": "a"}, 404, "no seal"),
     ({"run": "one"}, 400, "prompt is ''"),
+    ({"run": "one", "prompt": "\ufeff"}, 400, "prompt is ''"),
     ({"run": "one", "prompt": "a" * 51}, 413, "at most 50"),
     ({"run": "one", "prompt": "cäat"}, 400, "character 'ä' at position 1 of the prompt is not in the vocabulary"),
     ({"run": "one", "prompt": "\ud800"}, 400, "not in the vocabulary"),

@@ -103,6 +103,18 @@ def test_a_vocabulary_has_each_character_once(chars):
         CharTokenizer(chars)
 
 
+@pytest.mark.parametrize(
+    ("tok", "typed", "expected"),
+    [
+        (CharTokenizer("\nab"), "a\r\nb\r", "a\nb\n"),
+        (ByteTokenizer(), "\ufeffa\r\n\r\nb", "a\n\nb"),
+        (CharTokenizer("\n\rab"), "a\r\nb\r", "a\r\nb\r"),
+    ],
+)
+def test_what_is_typed_has_the_line_ends_of_the_training_text(tok, typed, expected):
+    assert tokenizer.as_prepared(tok, typed) == expected
+
+
 def test_encoding_is_vectorised():
     """The work on a million characters is a few array operations, not a million steps: it counts the Python calls."""
     import sys
