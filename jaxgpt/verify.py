@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.config import Config, check
+from jaxgpt.config import Config, UsageError, check, replaced
 from jaxgpt.training.checkpoint import Checkpoints, abstract
 from jaxgpt.training.run import Run
 from jaxgpt.training.start import start
@@ -25,21 +25,27 @@ from jaxgpt.training.step import init_state
 
 @dataclass(frozen=True)
 class Kill:
-    """One SIGKILL of the broken run."""
+    """One SIGKILL of a process that trained."""
 
     at: int
-    """The last step that had been written to metrics.jsonl."""
+    """The last step that this process had written to metrics.jsonl."""
     back_to: int
-    """The newest step that was saved: where the next process goes on."""
+    """The step of the checkpoint that the next process resumes from; 0 if there is none."""
     saving: bool
     """Whether a save was under way."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether there was something to prove: a checkpoint to resume from, and steps beyond it to compute again."""
+        return 0 < self.back_to < self.at
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of it."""
+    """How the two runs compare."""
 
     kills: list[Kill]
+    """Those that count."""
     lines: int
     """Of metrics.jsonl in each run."""
     checkpoints: int
@@ -49,14 +55,14 @@ class Verdict:
     """The first thing that differs, None if every bit is the same."""
 
 
-def scaled_down(config: Config, steps: int, every: int) -> Config:
-    """The first `steps` steps of `config`, saved and scored each `every`, on the schedule of the whole."""
+def scaled_down(config: Config) -> Config:
+    """The first six scans of `config`, saved and scored after every second one, on the schedule of the whole.
+
+    A kill counts only between a line of metrics and the checkpoint that covers it, so not every scan is saved.
+    """
     end = config.optimizer.decay_steps or config.train.steps
-    return dataclasses.replace(
-        config,
-        optimizer=dataclasses.replace(config.optimizer, decay_steps=end),
-        train=dataclasses.replace(config.train, steps=steps, eval_every=every),
-    )
+    scan = max(1, min(config.train.scan_steps, config.train.steps // 6))
+    return replaced(config, decay_steps=end, steps=6 * scan, scan_steps=scan, eval_every=2 * scan)
 
 
 def verify_resume(
@@ -64,36 +70,72 @@ def verify_resume(
 ) -> Verdict:
     """Train `config` in one process, then again in one that is killed at `kills` random moments and resumed; compare.
 
+    A kill after which no step is computed again is repeated. The verdict holds fewer than `kills` if the run ends first.
+
     Args:
       folder: where the two runs are made, "straight" and "killed".
       seed: of the moments.
 
     Raises:
-      UsageError: the config cannot run.
+      UsageError: the config cannot run, or has no checkpoint before its last step.
       RuntimeError: a process failed by itself.
     """
-    check(config)
+    steps, every = check(config).train.steps, config.train.eval_every
+    if not 0 < every < steps:
+        raise UsageError(
+            f"eval_every is {every}, expected 1 to {steps - 1}, below the {steps} steps: without a checkpoint on the "
+            "way, a killed run starts again from step 0 and a resume is never tested"
+        )
     straight, killed = (start(config, name, folder, data_dir)[0] for name in ("straight", "killed"))
-    began = time.perf_counter()
     with train(straight, data_dir) as process:
+        wait_for(1, straight, process, 1)
+        began = time.perf_counter()
+        wait_for(steps, straight, process, 1)
+        chunk_seconds = (time.perf_counter() - began) * config.train.scan_steps / steps
         process.wait()
-    chunk_seconds = (time.perf_counter() - began) * config.train.scan_steps / config.train.steps
-    tell(f"straight: {config.train.steps:,} steps")
-    dice, done = random.Random(seed), list[Kill]()
-    for target in sorted(dice.sample(range(config.train.steps), min(kills, config.train.steps))):
+    tell(f"straight: {steps:,} steps")
+    dice, died = random.Random(seed), list[Kill]()
+    targets = sorted(dice.choices(range(every + 1, steps + 1), k=kills))
+    while (counted := sum(kill.counts for kill in died)) < kills and len(died) < 5 * kills:
         with train(killed, data_dir) as process:
-            while process.poll() is None and last_step(killed) < target:
-                time.sleep(0.01)
+            wait_for(targets[counted], killed, process, len(died) + 1)
             time.sleep(dice.uniform(0, min(1.0, chunk_seconds)))
             process.kill()
             process.wait()
         if process.returncode == 0:  # it was done before
             break
-        done.append(state_of(killed))
-        tell(f"killed at step {done[-1].at:,}{', in a save' * done[-1].saving}; back to step {done[-1].back_to:,}")
+        died.append(kill := state_of(killed))
+        tell(
+            f"killed at step {kill.at:,}{', in a save' * kill.saving}; back to step {kill.back_to:,}"
+            + ("" if kill.counts else ": no step is computed again, this one does not count")
+        )
     with train(killed, data_dir) as process:
         process.wait()
-    return compare(straight, killed, done)
+    resumed = zip(died, starts(killed)[1:], strict=False)  # what the run itself recorded has the last word
+    proven = [kill for was, step in resumed if (kill := dataclasses.replace(was, back_to=step)).counts]
+    return compare(straight, killed, proven)
+
+
+def wait_for(step: int, run: Run, process: "subprocess.Popen[bytes]", number: int) -> None:
+    """Wait until `process`, the `number`-th to train `run`, has computed and recorded a step, and `step` is reached; or
+    until it ends."""
+    before = written(run)
+    while process.poll() is None:
+        began = starts(run)
+        # The lines that a killed process left beyond its checkpoint stand there until the next one has dropped them.
+        if len(began) == number and written(run) != before and last_step(run) >= max(step, began[-1] + 1):
+            return
+        time.sleep(0.01)
+
+
+def starts(run: Run) -> list[int]:
+    """The step that each process which trained `run` began at."""
+    return [event["step"] for event in run.events() if event["event"] == "start"]
+
+
+def written(run: Run) -> int:
+    """When metrics.jsonl was last changed, in ns; 0 before there is one."""
+    return run.metrics_file.stat().st_mtime_ns if run.metrics_file.exists() else 0
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The proof must see what it is to see: a changed bit, a line lost, a line twice."""
 
+import contextlib
 import dataclasses
 import re
 import shutil
@@ -7,13 +8,17 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
+from jaxgpt import verify
+from jaxgpt.cli import run_verb
+from jaxgpt.config import check
 from jaxgpt.recipes import RECIPES
 from jaxgpt.training.checkpoint import Checkpoints
+from jaxgpt.training.journal import Evaluated, Progress
 from jaxgpt.training.loop import fit
 from jaxgpt.training.placement import ONE_DEVICE, like
 from jaxgpt.training.run import Run
-from jaxgpt.training.start import start
-from jaxgpt.verify import compare, scaled_down, verify_resume
+from jaxgpt.training.start import resume, start
+from jaxgpt.verify import Kill, compare, scaled_down, verify_resume
 
 
 @pytest.fixture
@@ -81,19 +86,119 @@ def test_equal_runs_that_both_lost_a_step_are_not_accepted(pair):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_be_verified_in_part(name):
     config = RECIPES[name].config
-    part = scaled_down(config, 100, 50)
+    part = check(scaled_down(config))
     assert part.optimizer.decay_steps == config.train.steps
     assert part.model == config.model
+    assert part.train.scan_steps < part.train.eval_every < part.train.steps <= config.train.steps
 
 
 @pytest.mark.smoke
 def test_a_recipe_killed_and_resumed(jaxgpt, verse):
-    small = {"n-layer": 1, "n-embd": 16, "n-head": 2, "block-size": 8, "scan-steps": 20, "eval-every": 20, "steps": 300}
+    small = {"n-layer": 1, "n-embd": 16, "n-head": 2, "block-size": 8, "scan-steps": 20, "eval-every": 60, "steps": 300}
     flags = [word for name, value in small.items() for word in (f"--{name}", value)]
     done = jaxgpt("verify-resume", "gpt-demo", "--corpus", verse, *flags, "--kills", 3)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"IDENTICAL after 3 kills \(\d in a save\): 316 lines of metrics", done.stdout), done.stdout
-    assert done.stdout.count("killed at step") == 3
+    assert re.search(r"IDENTICAL after 3 kills \(\d in a save\): 306 lines of metrics", done.stdout), done.stdout
+    assert done.stdout.count("killed at step") == 3 + done.stdout.count("does not count")
+
+
+class Stopped(Exception):
+    """In place of a SIGKILL."""
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """trained(STOP, ...): processes that train a run in this process, each until STOP(event), or to its end (None)."""
+
+    def planned(*stops):
+        left = iter(stops)
+
+        @contextlib.contextmanager
+        def train(run, data_dir):
+            yield Process(run, data_dir, next(left))
+
+        monkeypatch.setattr(verify, "train", train)
+
+    class Process:
+        returncode = None
+
+        def __init__(self, run, data_dir, stop):
+            self.run, self.data_dir, self.stop = run, data_dir, stop
+
+        def poll(self):
+            if self.returncode is None:
+                self.returncode = self.trains()
+            return None if self.returncode else 0
+
+        def trains(self):
+            def watch(event):
+                if self.stop and self.stop(event):
+                    raise Stopped
+
+            try:
+                fit(self.run, resume(self.run.config, self.run, self.data_dir), watch)
+            except Stopped:
+                return -9
+            return 0
+
+        def kill(self):
+            pass
+
+        wait = poll
+
+    return planned
+
+
+def after_the_save(event):
+    return isinstance(event, Evaluated) and event.step == 20
+
+
+def between_saves(event):
+    return isinstance(event, Progress) and event.step in (15, 25)
+
+
+FLAGS = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 8 --batch-size 4 --steps 30 --scan-steps 5 --eval-every 10"
+FLAGS += " --eval-batches 0 --kills 1 --kill-seed 1"  # which waits for step 13
+
+
+@pytest.mark.parametrize(
+    ("stops", "code", "said"),
+    [
+        ([None, after_the_save, None, None], 1, "NOT SHOWN: 0 of 1 kills"),
+        ([None, after_the_save, between_saves, None], 0, "IDENTICAL after 1 kills"),
+        ([None, between_saves, None], 0, "IDENTICAL after 1 kills"),
+    ],
+)
+def test_a_kill_after_which_nothing_is_computed_again_does_not_count(
+    trained, verse, tmp_path, monkeypatch, capsys, stops, code, said
+):
+    monkeypatch.chdir(tmp_path)
+    trained(*stops)
+    assert run_verb(["verify-resume", "gpt-demo", "--corpus", str(verse), *FLAGS.split()]) == code
+    out = capsys.readouterr().out
+    assert said in out
+    assert ("killed at step 20; back to step 20: no step is computed again" in out) == (after_the_save in stops)
+    again = "step 25; back to step 20" if after_the_save in stops else "step 15; back to step 10"
+    assert (f"killed at {again}\n" in out) == (between_saves in stops)
+
+
+def test_a_kill_counts_where_the_next_process_has_steps_to_compute_again():
+    assert Kill(30, 20, False).counts
+    assert not Kill(20, 20, False).counts
+    assert not Kill(15, 0, False).counts, "nothing was resumed"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--kills", "0"], "kills is 0, expected 1 or more"),
+        (["--eval-every", "0"], "eval_every is 0, expected 1 to 299"),
+        (["--eval-every", "300"], "eval_every is 300, expected 1 to 299"),
+    ],
+)
+def test_what_would_show_nothing_is_refused(flags, said, verse, capsys):
+    assert run_verb(["verify-resume", "gpt-demo", "--corpus", str(verse), *flags]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_run_that_fails_by_itself_is_told(config, tmp_path):

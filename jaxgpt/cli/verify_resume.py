@@ -16,7 +16,7 @@ from jaxgpt.recipes import recipe
 class Verify:
     config: Config
     kills: int = 5
-    """How often to kill the second run."""
+    """How often to kill the second run; a kill counts only if a checkpoint was resumed and steps were computed again."""
     kill_seed: int = 0
     """Fixes the steps at which it is killed; the moments in them are left to chance."""
     data_dir: DataDir = Path("data")
@@ -28,17 +28,15 @@ def run(args: list[str]) -> int:
     if not args or (args[0].startswith("-") and not {"-h", "--help"} & set(args)):
         raise UsageError("a recipe is missing: jaxgpt verify-resume gpt-demo")
     name = "gpt-demo" if args[0].startswith("-") else args.pop(0)
-    whole = recipe(name).config
-    every = whole.train.scan_steps
-    default = Verify(scaled_down(whole, min(whole.train.steps, 6 * every), every))
+    default = Verify(scaled_down(recipe(name).config))
     about = (
         f"Train the first steps of {name} twice, once in one process and once in one that is killed (SIGKILL) at "
         "random moments and resumed, and compare every line and every bit. Any setting of the recipe can be given. "
         "(On a GPU the two may differ where attention is cuDNN's and contexts are longer than 256: not repeatable.)"
     )
     given = parse(Verify, args, f"verify-resume {name}", about, default=default)
-    if given.kills < 0:
-        raise UsageError(f"kills is {given.kills}, expected 0 or more")
+    if given.kills < 1:
+        raise UsageError(f"kills is {given.kills}, expected 1 or more")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was begun is cleaned up
     folder = Path(tempfile.mkdtemp(prefix="jaxgpt-verify-"))
     try:
@@ -50,6 +48,12 @@ def run(args: list[str]) -> int:
         print(f"DIFFERENT after {len(verdict.kills)} kills: {verdict.difference}\nthe two runs are in {folder}")
         return 1
     shutil.rmtree(folder)
+    if len(verdict.kills) < given.kills:
+        print(
+            f"NOT SHOWN: {len(verdict.kills)} of {given.kills} kills made the run compute steps again before it ended; "
+            "fewer --kills, more --steps, or an --eval-every of several --scan-steps leave more room for them"
+        )
+        return 1
     saves = sum(kill.saving for kill in verdict.kills)
     print(
         f"IDENTICAL after {len(verdict.kills)} kills ({saves} in a save): {verdict.lines:,} lines of metrics, and "
