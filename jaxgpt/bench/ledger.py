@@ -14,7 +14,7 @@ from jaxgpt.bench import ruler, story
 from jaxgpt.bench.facts import facts
 from jaxgpt.bench.ruler import Contest, Rates, Series, series
 from jaxgpt.bench.table import Report
-from jaxgpt.config import Config, ModelConfig, UsageError, to_tree
+from jaxgpt.config import Config, ModelConfig, UsageError, differences, to_tree
 
 STAGES = ("trace", "lower", "compile", "first call")
 PROCESS_BYTES = 600_000_000
@@ -94,7 +94,7 @@ def measure(
     Raises:
       UsageError: no such variant; the twin cannot do this config; or all of them do not fit beside each other.
     """
-    config = baseline(config)
+    asked, config = config, baseline(config)
     chosen, left_out = choose(config, variants)
     require_room(config, chosen, free)
     about: dict[str, list[dict[str, Any]]] = {each: [] for each in chosen}
@@ -120,7 +120,7 @@ def measure(
             {"title": f"{title}: each one after it", "rows": afterwards(done, steps)},
         ],
         "story": story.told(name, tokens, done, steps),
-        "notes": [said, *NOTES, same_losses(done), contest.quiet()],
+        "notes": [said, *own_settings(asked), *NOTES, same_losses(done), contest.quiet()],
         "about": about,
         "figures": done,
         "steps_per_second": steps,
@@ -128,9 +128,30 @@ def measure(
 
 
 def baseline(config: Config) -> Config:
-    """What `jit` runs and every other variant changes one thing of: float32, nothing computed again."""
-    model = replace(config.model, precision="float32", remat="none")
-    return replace(config, model=model, train=replace(config.train, accumulate=1))
+    """What `jit` runs and every other variant changes one thing of: float32, without remat."""
+    return replace(config, model=replace(config.model, precision="float32", remat="none"))
+
+
+def own_settings(config: Config) -> list[str]:
+    """A note on what `baseline` changes of `config`, if it does."""
+    changed = [f"{name} {ours}" for name, ours, _ in differences(config, baseline(config))]
+    return [f"the config's own {' and '.join(changed)} apply to no variant but those named after them"] * bool(changed)
+
+
+def require_not_varied(config: Config, recipe: Config) -> None:
+    """Check that nothing was asked for, beyond what `recipe` says, that is set by the variants themselves.
+
+    Raises:
+      UsageError: it was; with the variants that show it.
+    """
+    measured_by = {"precision": "bfloat16", "remat": "remat products, remat blocks", "scan_steps": "scan of 10, scan of 50"}
+    plain = {name for name, *_ in differences(config, baseline(config))} | {"scan_steps"}
+    for name, value, _ in differences(config, recipe):
+        if name in measured_by.keys() & plain:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value}: the variants set {name}, so that each differs from {JIT!r} in one "
+                f"thing; leave it out, and compare {JIT} with {measured_by[name]} (--variants)"
+            )
 
 
 def choose(config: Config, names: Sequence[str]) -> tuple[dict[str, Variant], dict[str, str]]:

@@ -42,6 +42,7 @@ def run(args: list[str]) -> int:
     for option in ("rounds", "starts"):
         if getattr(given, option) < 1:
             raise UsageError(f"{option} is {getattr(given, option)}, expected 1 or more")
+    ledger.require_not_varied(given.config, recipe(name).config)
 
     from jaxgpt import disk
     from jaxgpt.bench import table

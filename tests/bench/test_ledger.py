@@ -84,8 +84,15 @@ def test_the_story_is_of_these_numbers():
 
 def test_what_runs_is_known_before_anything_starts(tiny, change, monkeypatch):
     monkeypatch.setattr(ledger.importlib.util, "find_spec", lambda name: name)
-    small = ledger.baseline(change(tiny, precision="auto", remat="blocks"))
-    assert (small.model.precision, small.model.remat) == ("float32", "none")
+    asked = change(tiny, precision="auto", remat="blocks", accumulate=2)
+    small = ledger.baseline(asked)
+    assert small == change(tiny, accumulate=2)
+    assert ledger.own_settings(asked) == [
+        "the config's own precision auto and remat blocks apply to no variant but those named after them"
+    ]
+    assert ledger.own_settings(small) == []
+    assert ledger.spec(small, VARIANTS["jit"], "cpu")["config"]["train"]["accumulate"] == 2
+    ledger.require_not_varied(change(asked, precision="float32", n_layer=3), asked)
     chosen, left_out = choose(small, ["torch", "jit", "eager"])
     assert list(chosen) == ["eager", "jit", "torch"], "in the order of the ledger"
     assert left_out == {}
@@ -249,6 +256,10 @@ def test_the_plot_shows_every_stage(tmp_path, monkeypatch):
         (["gpt-demo", "--out", "nowhere/a.json"], "there is no folder nowhere"),
         (["gpt-demo", "--plot", "a.txt"], "ends in '.txt'"),
         (["gpt-demo", "--n-head", "3"], "heads"),
+        (["gpt-demo", "--precision", "bfloat16"], "--precision bfloat16: the variants set precision"),
+        (["gpt-demo", "--precision", "auto"], "--precision auto: the variants set precision"),
+        (["gpt-demo", "--remat", "blocks"], "compare jit with remat products, remat blocks (--variants)"),
+        (["gpt-demo", "--scan-steps", "20"], "compare jit with scan of 10, scan of 50 (--variants)"),
     ],
 )
 def test_bad_input_starts_nothing(args, said, capsys, tmp_path, monkeypatch):
