@@ -144,7 +144,11 @@ def require_not_varied(config: Config, recipe: Config) -> None:
     Raises:
       UsageError: it was; with the variants that show it.
     """
-    measured_by = {"precision": "bfloat16", "remat": "remat products, remat blocks", "scan_steps": "scan of 10, scan of 50"}
+    measured_by = {
+        "precision": "bfloat16",
+        "remat": "remat products, remat blocks",
+        "scan_steps": "scan of 10, scan of 50",
+    }
     plain = {name for name, *_ in differences(config, baseline(config))} | {"scan_steps"}
     for name, value, _ in differences(config, recipe):
         if name in measured_by.keys() & plain:

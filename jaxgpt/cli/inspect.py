@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.options import Folders, parse
+from jaxgpt.cli.options import Folders, parse, refuse_unused
 from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import RECIPES, recipe
 
@@ -40,7 +40,11 @@ def run(args: list[str]) -> int:
             raise UsageError("which recipe or run? jaxgpt inspect gpt-demo")
         args = ["gpt-demo", *args]
     name = args.pop(0)
-    given = parse(Inspect, args, f"inspect {name}", ABOUT, default=Inspect(_config(name, args)))
+    default = Inspect(_config(name, args))
+    given = parse(Inspect, args, f"inspect {name}", ABOUT, default=default)
+    if given.jaxpr or given.hlo:
+        why = "with --jaxpr and --hlo, which print or write nothing else"
+        refuse_unused(given, default, dict.fromkeys(("measure", "profile", "roofline", "markdown", "out"), why))
 
     from jaxgpt import disk
     from jaxgpt.bench import table

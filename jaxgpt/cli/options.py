@@ -1,6 +1,7 @@
 """What verbs share: options, how they are read, and the command line to type next."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -8,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from jaxgpt.cli import VERBS
+from jaxgpt.config import UsageError
 
 RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Name of a run, or its folder.")]
 Checkpoint = Annotated[
@@ -31,6 +33,20 @@ def parse(kind: type[T], args: list[str], command: str, about: str | None = None
         _, about = VERBS[command]
     config = (tyro.conf.OmitArgPrefixes,)
     return tyro.cli(kind, args=args, prog=f"jaxgpt {command}", description=about, config=config, **kwargs)
+
+
+def refuse_unused(given: Any, default: Any, unused: Mapping[str, str]) -> None:
+    """Check that options which have no effect here are as by default.
+
+    Args:
+      unused: why an option has no effect, as in "without --chips"; "" if it has one.
+
+    Raises:
+      UsageError: one is not.
+    """
+    for name, why in unused.items():
+        if why and getattr(given, name) != getattr(default, name):
+            raise UsageError(f"--{name} has no effect {why}: leave it out")
 
 
 def words(verb: str, run: Path, folders: Folders, *flags: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxgpt.cli import VERBS
-from jaxgpt.cli.options import parse
+from jaxgpt.cli.options import parse, refuse_unused
 from jaxgpt.config import Config, UsageError, check
 from jaxgpt.recipes import recipe
 
@@ -44,7 +44,17 @@ def run(args: list[str]) -> int:
             raise UsageError("which recipe? jaxgpt plan gpt2-1.5b --topology v5e:16x16")
         args = ["gpt2-1.5b", *args]
     name = args.pop(0)
-    given = parse(PlanOptions, args, f"plan {name}", VERBS["plan"][1], default=PlanOptions(recipe(name).config))
+    default = PlanOptions(recipe(name).config)
+    given = parse(PlanOptions, args, f"plan {name}", VERBS["plan"][1], default=default)
+    on_paper = "with --chips, which compiles nothing" if given.chips else ""
+    unused = {
+        "chip": "" if given.chips else "without --chips",
+        "topology": on_paper,
+        "effort": on_paper,
+        "compiled": on_paper or ("" if given.sweep else "without --sweep"),
+        "mesh": "with --sweep, which ranks meshes" if given.sweep else "",
+    }
+    refuse_unused(given, default, unused)
     config = check(given.config)
     if not config.model.vocab_size:
         raise UsageError(f"the vocabulary of {name} is known only with its text: say its size, --vocab-size 65")

@@ -8,6 +8,7 @@ import tyro
 
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Checkpoint, RunName, RunsDir, parse
+from jaxgpt.config import UsageError
 
 
 @dataclass(frozen=True)
@@ -75,5 +76,9 @@ def _load_model(name: str, runs_dir: Path, checkpoint: str) -> Any:
     from jaxgpt.training.start import load_model
 
     if folders.is_export(Path(name)):
+        if checkpoint != "best":
+            raise UsageError(
+                f"{name} is an export, which holds one set of weights: leave out --checkpoint {checkpoint}"
+            )
         return folders.load_export(Path(name))
     return load_model(Run.open(runs_dir, name), checkpoint)

@@ -104,12 +104,13 @@ def _checked(config: Config, setting: dict[str, Any]) -> Config:
 
 
 def _kinds() -> dict[str, Any]:
-    """The type of every setting but those of the data, and the vocabulary, which is the text's: losses on different
-    texts cannot be compared."""
+    """The type of every setting but those of the data and the vocabulary, which is the text's (losses on different
+    texts cannot be compared), and those of checkpoints and estimates, of which a sweep makes none."""
     sections = [field.type for field in dataclasses.fields(Config) if field.name != "data"]
     kinds = {name: kind for section in sections for name, kind in typing.get_type_hints(section).items()}
     kinds["min_learning_rate"] = float  # None is its default alone
-    del kinds["vocab_size"]
+    for name in ("vocab_size", "eval_batches", "keep", "keep_every", "on_save_error"):
+        del kinds[name]
     return kinds
 
 

@@ -142,6 +142,8 @@ def test_the_seams_are_printed_or_written(capsys, tmp_path, monkeypatch):
         (["gpt-demo", "--to", "folder"], "what shall go to folder?"),
         (["gpt-demo", "--out", "nowhere/a.json"], "there is no folder nowhere"),
         (["gpt-demo", "--n-embd", "30"], "heads"),
+        (["gpt-demo", "--jaxpr", "loss", "--out", "a.json"], "--out has no effect with --jaxpr and --hlo"),
+        (["gpt-demo", "--hlo", "step", "--no-measure"], "--measure has no effect with --jaxpr and --hlo"),
     ],
 )
 def test_bad_input_compiles_nothing(args, said, capsys, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import disk, nn
-from jaxgpt.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from jaxgpt.cli import sample
+from jaxgpt.config import Config, DataConfig, OptimizerConfig, TrainConfig, UsageError
 from jaxgpt.interop import folders, gpt2
 from jaxgpt.interop.gpt2 import InteropError
 from jaxgpt.recipes import RECIPES, command
@@ -71,6 +72,8 @@ def test_an_export_is_whole_and_says_what_it_is(imported, tmp_path):
         assert said in card
     assert folders.is_export(tmp_path / "out")
     assert not folders.is_export(imported.path)
+    with pytest.raises(UsageError, match="leave out --checkpoint last"):
+        sample.run([str(tmp_path / "out"), "--checkpoint", "last"])
     with pytest.raises(InteropError, match="exists; give a folder that does not"):
         folders.export_run(imported, tmp_path / "out")
 

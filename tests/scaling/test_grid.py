@@ -44,6 +44,7 @@ def test_the_schedule_of_each_member_falls():
         ("n_embed=64", "did you mean n_embd"),
         ("corpus=a,b", "no setting 'corpus'"),
         ("seed=1,2", "--seeds 8"),
+        ("keep=1,2", "no setting 'keep'"),
         ("n_embd=64,x", "a number .int., found 'x'"),
         ("n_embd=64.5,2", "a number .int., found '64.5'"),
         ("lr=1:2", "LOW:HIGH:HOW-MANY"),

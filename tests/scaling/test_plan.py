@@ -269,6 +269,22 @@ def test_what_cannot_be_planned_is_refused(shallow, change):
         verb.run(["gpt2-124m", "--chips", "0"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--chip h100", "--chip has no effect without --chips"),
+        ("--chips 4 --topology v5e:2x2", "--topology has no effect with --chips"),
+        ("--chips 4 --effort full", "--effort has no effect with --chips"),
+        ("--chips 4 --sweep --compiled 3", "--compiled has no effect with --chips"),
+        ("--compiled 3", "--compiled has no effect without --sweep"),
+        ("--sweep --mesh data=4", "--mesh has no effect with --sweep"),
+    ],
+)
+def test_an_option_without_effect_is_refused(flags, said):
+    with pytest.raises(UsageError, match=said):
+        verb.run(["gpt2-124m", *flags.split()])
+
+
 def test_where_the_compiler_finds_no_room_the_figures_and_the_knob_are_told(monkeypatch, capsys):
     def refuse(*given):
         raise plan.TooLargeError("RESOURCE_EXHAUSTED: Used 20G of 16G hbm")
