@@ -70,7 +70,8 @@ def verify_resume(
 ) -> Verdict:
     """Train `config` in one process, then again in one that is killed at `kills` random moments and resumed; compare.
 
-    A kill after which no step is computed again is repeated. The verdict holds fewer than `kills` if the run ends first.
+    A kill after which no step is computed again is repeated. If the run ends first, the verdict holds fewer than
+    `kills`.
 
     Args:
       folder: where the two runs are made, "straight" and "killed".

@@ -153,7 +153,7 @@ def require_not_varied(config: Config, recipe: Config) -> None:
     for name, value, _ in differences(config, recipe):
         if name in measured_by.keys() & plain:
             raise UsageError(
-                f"--{name.replace('_', '-')} {value}: the variants set {name}, so that each differs from {JIT!r} in one "
+                f"--{name.replace('_', '-')} {value}: the variants set {name}, so that each differs from {JIT} in one "
                 f"thing; leave it out, and compare {JIT} with {measured_by[name]} (--variants)"
             )
 

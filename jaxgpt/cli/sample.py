@@ -77,8 +77,6 @@ def _load_model(name: str, runs_dir: Path, checkpoint: str) -> Any:
 
     if folders.is_export(Path(name)):
         if checkpoint != "best":
-            raise UsageError(
-                f"{name} is an export, which holds one set of weights: leave out --checkpoint {checkpoint}"
-            )
+            raise UsageError(f"{name} is an export, with one set of weights: leave out --checkpoint {checkpoint}")
         return folders.load_export(Path(name))
     return load_model(Run.open(runs_dir, name), checkpoint)

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import DataDir, parse
-from jaxgpt.cli.sweep import SweepsDir, use_cores
+from jaxgpt.cli.sweep import SweepsDir, require_name, show_plots, use_cores
 from jaxgpt.config import DataConfig, UsageError, replaced, to_tree
 
 
@@ -32,6 +32,7 @@ class ScalingFit:
 
 def run(args: list[str]) -> int:
     given = parse(ScalingFit, args, "scaling-fit")
+    require_name(given.name)
     if not all(1 <= n < 2**40 for n in given.tokens):
         raise UsageError(f"--tokens {' '.join(map(str, given.tokens))}: expected numbers of tokens above 0")
     if not all(0 < flops < float("inf") for flops in given.flops):
@@ -84,6 +85,5 @@ def run(args: list[str]) -> int:
     for line in laws.lines(found, points, given.flops):
         console.print(line)
     disk.write_atomically(path / "law.json", found.to_json(points).encode())
-    for plot in laws.draw(found, points, path):
-        console.print(f"{plot}")
+    show_plots(console, lambda: laws.draw(found, points, path))
     return 0

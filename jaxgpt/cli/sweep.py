@@ -2,9 +2,11 @@
 
 import math
 import os
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -14,6 +16,10 @@ from jaxgpt.config import Config, UsageError, to_json, to_tree
 from jaxgpt.recipes import recipe
 from jaxgpt.scaling import grid
 from jaxgpt.scaling.grid import Member
+from jaxgpt.training.run import NAME
+
+if TYPE_CHECKING:
+    from jaxgpt.report.terminal import RunConsole
 
 SweepsDir = Annotated[Path, tyro.conf.arg(help="Folder of all sweeps.")]
 
@@ -43,6 +49,7 @@ def run(args: list[str]) -> int:
     named = args.pop(0)
     default = Sweep(Path(named).stem, recipe(named).config)
     given = parse(Sweep, args, f"sweep {named}", "Train seeds and settings of a recipe together.", default=default)
+    require_name(given.name)
     if given.at_once < 0:
         raise UsageError(f"--at-once is {given.at_once}, expected 0 or more")
     axes = [grid.parse(text) for text in (*([f"lr={given.lr}"] if given.lr else []), *given.set)]
@@ -87,10 +94,32 @@ def _sweep(given: Sweep, members: list[Member], asked: dict[str, Any]) -> int:
         best = next(member for member in members if member.setting == found[0].setting)
         if not math.isnan(found[0].mean):
             disk.write_atomically(path / "best.json", to_json(best.config).encode())
-            console.print(f"Train it: jaxgpt train {path / 'best.json'}")
-        for plot in sweep_plots.draw(found, path):
-            console.print(f"{plot}")
+            words = ["jaxgpt", "train", str(path / "best.json"), "--run", f"{given.name}-best"]
+            console.print(f"Train it: {shlex.join(words)}")
+        show_plots(console, lambda: sweep_plots.draw(found, path))
     return 0
+
+
+def require_name(name: str) -> None:
+    """Check that a sweep of that name is a folder of the sweeps folder, and that NAME-best can name a run.
+
+    Raises:
+      UsageError: it is not.
+    """
+    if not NAME.fullmatch(f"{name}-best"):
+        raise UsageError(
+            f"--name {name!r}: expected letters, digits, '.', '_' and '-', the first a letter or digit, 95 at most; "
+            "for a sweep in another folder: --sweeps-dir"
+        )
+
+
+def show_plots(console: "RunConsole", draw: Callable[[], list[Path]]) -> None:
+    """Print the files that `draw` makes, or what keeps it from that: results do without plots."""
+    try:
+        for plot in draw():
+            console.print(f"{plot}")
+    except UsageError as error:
+        console.print(f"no plots were drawn: {error}")
 
 
 def use_cores(most: int) -> None:

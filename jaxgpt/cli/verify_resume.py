@@ -16,7 +16,7 @@ from jaxgpt.recipes import recipe
 class Verify:
     config: Config
     kills: int = 5
-    """How often to kill the second run; a kill counts only if a checkpoint was resumed and steps were computed again."""
+    """How often to kill the second run; only kills count after which it resumes and computes steps again."""
     kill_seed: int = 0
     """Fixes the steps at which it is killed; the moments in them are left to chance."""
     data_dir: DataDir = Path("data")

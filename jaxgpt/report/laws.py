@@ -1,6 +1,5 @@
 """What a person reads and sees of a scaling law."""
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,9 +42,12 @@ def lines(found: Fit, points: Sequence[Point], flops: Sequence[float]) -> Iterat
 
 
 def draw(found: Fit, points: Sequence[Point], folder: Path) -> list[Path]:
-    """Draw the law through its points into `folder`; the file. None without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return []
+    """Draw the law through its points into `folder`; the file.
+
+    Raises:
+      UsageError: as `plots.require`.
+    """
+    plots.require(folder / "law.png")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.2, 4.6), dpi=110, layout="constrained")

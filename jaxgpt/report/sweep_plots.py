@@ -1,6 +1,5 @@
 """Pictures of a sweep: the loss against each setting, and the loss as it fell."""
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,12 @@ LABEL = "validation loss, nats/token"
 
 
 def draw(found: Sequence[Outcome], folder: Path) -> list[Path]:
-    """Draw what there is to see of the outcomes, best first, into `folder`; the files. None without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return []
+    """Draw what there is to see of the outcomes, best first, into `folder`; the files.
+
+    Raises:
+      UsageError: as `plots.require`.
+    """
+    plots.require(folder / "settings.png")
     found = [outcome for outcome in found if not math.isnan(outcome.mean)]
     made = []
     names = [name for name in (found[0].setting if found else {}) if len({o.setting[name] for o in found}) > 1]

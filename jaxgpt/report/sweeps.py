@@ -13,7 +13,7 @@ from rich.table import Table
 from jaxgpt.config import Config
 from jaxgpt.nn import cost
 from jaxgpt.report.terminal import PLAIN_SECONDS, RunConsole, duration
-from jaxgpt.scaling.compare import Outcome, confidence, outcomes
+from jaxgpt.scaling.compare import LEVEL, Outcome, difference, outcomes
 from jaxgpt.scaling.grid import Member, told
 from jaxgpt.scaling.sweep import Progress
 
@@ -132,25 +132,29 @@ def table(found: Sequence[Outcome], members: Sequence[Member]) -> Table:
 
 
 def verdict(found: Sequence[Outcome]) -> str:
-    """The best setting, and how sure that is."""
-    best = found[0]
+    """The best setting, and how far the next one is behind it, with an interval that allows for the choice."""
+    best, k = found[0], len(found)
     if math.isnan(best.mean):
-        return "every setting has diverged: try smaller learning rates"
+        return "every setting has diverged with a seed or more: try smaller learning rates"
     error = "" if math.isnan(best.standard_error) else f" ± {best.standard_error:.4f}"
     n = len(best.losses)
     seeds = f"the mean of {n} seeds" if n > 1 else "one seed"
     said = f"best: {told(best.setting) or 'the only setting'}: {best.mean:.4f}{error} nats/token, {seeds}"
-    if len(found) < 2:
+    if k < 2:
         return said
-    sure = confidence(best, found[1])
-    after = f"the next is {told(found[1].setting)}"
-    if math.isnan(found[1].mean):
-        return f"{said}; {after}, which diverged"
-    after += f" at {found[1].mean:.4f}"
-    if sure is None:
-        return f"{said}; {after}; with one seed nobody knows how sure that is: --seeds 4"
-    shown = "more than 99.9%" if sure > 0.999 else f"{sure:.1%}"
-    return f"{said}; {after}; that it is worse is {shown} sure (t test over the seeds)"
+    after = found[1]
+    if after.diverged:
+        return f"{said}; the next, {told(after.setting)}, diverged with {after.diverged} of {len(after.losses)} seeds"
+    paired = difference(best, after, k)
+    said += f"; the next, {told(after.setting)}, is {paired.mean:.4f} higher"
+    if paired.interval is None:
+        return f"{said}; one seed gives no interval, so nothing shows that it is worse: --seeds 4"
+    low, high = paired.interval
+    how = f"Student's t, {paired.n} seeds paired"
+    if k > 2:
+        how += f", Bonferroni over the {math.comb(k, 2)} pairs of {k} settings, from which the best was chosen"
+    said += f" ({LEVEL:.0%} interval {low:.4f} to {high:.4f}: {how})"
+    return said if low > 0 else f"{said}; 0 is within it: these seeds do not show that it is worse, more --seeds may"
 
 
 def _cell(value: Any) -> str:

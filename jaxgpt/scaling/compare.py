@@ -1,4 +1,4 @@
-"""Settings of a sweep compared over their seeds: means, standard errors, and how sure the best one is."""
+"""Settings of a sweep compared over their seeds: means, standard errors, and paired differences with intervals."""
 
 import json
 import math
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+LEVEL = 0.95
+"""The probability with which all intervals of a sweep hold at once."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,20 @@ class Outcome:
     @property
     def diverged(self) -> int:
         return sum(math.isnan(loss) for loss in self.losses.values())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher the loss of one setting is than that of another, seed by seed: members of one seed see the same
+    windows."""
+
+    mean: float
+    """In nats per token."""
+    n: int
+    """Seeds."""
+    interval: tuple[float, float] | None
+    """Student's t interval of the mean, which covers the true one with probability LEVEL; None for fewer than two
+    seeds."""
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -61,24 +78,23 @@ def outcomes(lines: Sequence[dict[str, Any]], *, so_far: bool = False) -> list[O
     return sorted(found, key=lambda outcome: (math.isnan(outcome.mean), outcome.mean))
 
 
-def confidence(best: Outcome, other: Outcome) -> float | None:
-    """How sure it is that the mean of `best` is below that of `other`: Student's t test of the differences over the
-    seeds that both have, one-sided, 0 to 1. Seeds are paired: members of one seed see the same windows.
+def difference(best: Outcome, other: Outcome, settings: int = 2) -> Difference:
+    """The losses of `other` less those of `best`, neither of which has diverged, over the seeds that both have.
 
-    None with fewer than two seeds in common.
+    Args:
+      settings: from how many the best was chosen by these same losses. The chance that any interval of a sweep misses
+        is shared by all pairs of settings (Bonferroni), so it holds for whichever pair is looked at afterwards.
     """
     from scipy.stats import t
 
     seeds = sorted(best.losses.keys() & other.losses.keys())
+    higher = [other.losses[seed] - best.losses[seed] for seed in seeds]
+    mean = float(np.mean(higher)) if seeds else math.nan
     if len(seeds) < 2:
-        return None
-    ahead = [other.losses[seed] - best.losses[seed] for seed in seeds]
-    if any(map(math.isnan, ahead)):
-        return 1.0
-    mean, error = float(np.mean(ahead)), standard_error(ahead)
-    if error == 0:
-        return 0.5 if mean == 0 else float(mean > 0)
-    return float(t.cdf(mean / error, len(seeds) - 1))
+        return Difference(mean, len(seeds), None)
+    tail = (1 - LEVEL) / math.comb(settings, 2) / 2
+    around = float(t.isf(tail, len(seeds) - 1)) * standard_error(higher)
+    return Difference(mean, len(seeds), (mean - around, mean + around))
 
 
 def _loss(line: dict[str, Any]) -> float:

@@ -2,7 +2,7 @@
 
 sweep.json       what was asked, and of which tokens; sealed
 results.jsonl    a line per member per evaluation, replaced as a whole: never torn
-best.json        the best setting as a config: jaxgpt train FOLDER/best.json
+best.json        the best setting as a config: jaxgpt train FOLDER/best.json --run NAME
 *.png            plots
 """
 

@@ -1,6 +1,7 @@
 """The commands: a sweep that is cut off goes on to the same results; its best is a recipe; a law is found again."""
 
 import json
+import sys
 
 import pytest
 
@@ -32,6 +33,7 @@ def test_a_sweep_that_is_cut_off_goes_on_to_the_same_results(sweep, tmp_path, mo
     assert sweep("whole") == 0
     out = capsys.readouterr().out
     assert "best: learning_rate 0.1: " in out
+    assert "jaxgpt train sweeps/whole/best.json --run whole-best" in " ".join(out.split())
     whole = (tmp_path / "sweeps/whole/results.jsonl").read_bytes()
     lines = [json.loads(line) for line in whole.splitlines()]
     assert [(line["member"], line["step"]) for line in lines] == [
@@ -68,8 +70,8 @@ def test_a_sweep_that_is_cut_off_goes_on_to_the_same_results(sweep, tmp_path, mo
     # The best is a recipe, and its run comes to what its member came to.
     best = tmp_path / "sweeps/cut/best.json"
     assert recipe(str(best)).config.optimizer.learning_rate == 0.1
-    assert run_verb(["train", str(best)]) == 0
-    last = [line for line in Run(tmp_path / "runs/best").metrics() if "val_loss" in line][-1]
+    assert run_verb(["train", str(best), "--run", "cut-best"]) == 0
+    last = [line for line in Run(tmp_path / "runs/cut-best").metrics() if "val_loss" in line][-1]
     (mine,) = [line for line in lines if line["member"] == 2 and line["done"]]
     assert last["val_loss"] == pytest.approx(mine["val_loss"], abs=1e-5)
     for plot in ("settings.png", "curves.png"):
@@ -95,7 +97,11 @@ def test_what_cannot_be_swept_leaves_nothing(sweep, tmp_path, capsys):
     (tmp_path / "odd.json").write_text('{"model": {"n_layers": 3}}')
     assert run_verb(["train", str(tmp_path / "odd.json")]) == 2
     assert "did you mean 'n_layer'" in capsys.readouterr().err
-    assert not (tmp_path / "sweeps").exists()
+    for name in ("../x", "/tmp/x", "a/b", ".", "", "x" * 96):
+        assert sweep(name) == 2
+        assert run_verb(["scaling-fit", "--name", name]) == 2
+        assert capsys.readouterr().err.count(f"--name {name!r}: expected letters, digits") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd.json"]
     assert sweep("bad", "--at-once", "-1") == 2
     assert "at-once is -1" in capsys.readouterr().err
     (tmp_path / "sweeps/bad").mkdir(parents=True)
@@ -103,6 +109,13 @@ def test_what_cannot_be_swept_leaves_nothing(sweep, tmp_path, capsys):
     assert sweep("bad") == 2
     assert "exists and is no sweep" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "sweeps/bad").iterdir()] == ["mine.txt"]
+
+
+def test_a_sweep_without_matplotlib_is_whole_and_says_what_is_missing(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert sweep("bare", "--lr", "1e-1", "--steps", "10") == 0
+    assert "no plots were drawn: a plot needs matplotlib: pip install 'jaxgpt[plot]'" in capsys.readouterr().out
+    assert (tmp_path / "sweeps/bare/best.json").exists()
 
 
 def test_nothing_is_recommended_where_all_has_diverged(sweep, tmp_path, capsys):
@@ -143,7 +156,10 @@ def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeyp
     found = json.loads((tmp_path / "sweeps/scaling/law.json").read_text())
     assert law.Law(**found["law"]) == pytest.approx(TRUE, rel=1e-5)
     assert (tmp_path / "sweeps/scaling/law.png").read_bytes().startswith(b"\x89PNG")
-    capsys.readouterr()
+    with monkeypatch.context() as bare:
+        bare.setitem(sys.modules, "matplotlib", None)
+        assert run_verb(["scaling-fit", "--corpus", str(verse), "--flops", "1e13", "--name", "bare"]) == 0
+    assert "no plots were drawn: a plot needs matplotlib: pip install 'jaxgpt[plot]'" in capsys.readouterr().out
     assert run_verb(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32"]) == 2
     assert run_verb(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "4000"]) == 2
     assert "3 sizes" not in (said := capsys.readouterr().err)
