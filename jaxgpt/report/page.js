@@ -15,7 +15,8 @@ function make(name, text, parent) {
 for (const [name, spec] of Object.entries(read("charts") ?? {})) {
   const node = document.getElementById("chart-" + name);
   const actions = { export: true, source: false, compiled: false, editor: false };
-  if (node) window.vegaEmbed(node, spec, { renderer: "svg", actions, tooltip: { theme: "custom" } });
+  // ast: expressions are interpreted, so the page needs no eval, which its Content-Security-Policy forbids.
+  if (node) window.vegaEmbed(node, spec, { renderer: "svg", actions, tooltip: { theme: "custom" }, ast: true });
 }
 
 // A printer shows what is open alone.

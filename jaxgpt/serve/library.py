@@ -90,7 +90,7 @@ class Library:
             "heads": model.n_head if model.kind == "gpt" else 0,
             "vocabulary": run.tokenizer.vocab_size,
             "start": "\n" if run.tokenizer.knows("\n").all() else run.tokenizer.decode([0]),
-            "corpus": run.corpus_meta.get("name", ""),
+            "corpus": run.corpus_meta["source"],
         }
         if not any(path.name.isdigit() for path in run.checkpoints.glob("*")):
             told["problem"] = "nothing was saved yet"

@@ -68,6 +68,7 @@ def test_no_text_becomes_markup(made, written):
     running = [text for attrs, text in elements.scripts if attrs.get("type") != "application/json"]
     assert len(running) == 2, "only ours"
     (policy,) = [attrs["content"] for tag, attrs in elements.found if attrs.get("http-equiv")]
+    assert "unsafe-eval" not in policy
     for text in running:
         assert f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
     blocks = {attrs["id"]: json.loads(text) for attrs, text in elements.scripts if "id" in attrs}

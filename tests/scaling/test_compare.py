@@ -72,7 +72,7 @@ def test_the_choice_of_the_best_is_allowed_for():
         ([(2.0, 2.2), (2.1, 2.5)], "0.2000 higher (95% interval -1.0706 to 1.4706: Student's t, 2 seeds paired); 0 is"),
         (
             [(2.0, 2.2), (2.1, 2.5), (3.0, 3.0)],
-            "paired, Bonferroni over the 3 pairs of 3 settings, from which the best",
+            "Bonferroni over the 3 pairs of 3 settings, from which the best",
         ),
         (
             [(2.0,), (2.1,)],

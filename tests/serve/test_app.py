@@ -93,6 +93,7 @@ def test_runs_health_and_the_page(app):
     assert runs.keys() == {"one", "pairs", "broken"}
     assert "config.json: it has no seal" in runs["broken"]["problem"]
     assert runs["one"]["layers"] == 1
+    assert runs["one"]["corpus"] == "text", "as tokens.json names the source"
     assert "problem" not in runs["one"]
     assert call(app, "GET", "/health").tree["status"] == "ok"
     for path, kind in (("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")):

@@ -6,6 +6,8 @@ import json
 import socket
 import threading
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -118,3 +120,11 @@ def test_who_takes_nothing_is_broken_off_and_who_is_slow_is_not(server):
             time.sleep(0.02)
         assert len(server.server_state.connections) == 1, "the stuck one is gone"
         assert broken_off(stuck)
+
+
+def test_uvicorn_whose_internals_are_used_has_an_upper_bound():
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    (uvicorn,) = (each for each in extras["serve"] if each.startswith("uvicorn"))
+    assert "<" in uvicorn
