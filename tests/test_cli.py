@@ -6,10 +6,15 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
+import jaxgpt
 from jaxgpt import cli
+from jaxgpt.cli.options import take_name
+from jaxgpt.cli.train import Train
 from jaxgpt.recipes import RECIPES
+from jaxgpt.training.run import Run
 
 SMALL = ("--block-size", 8, "--n-layer", 1, "--n-embd", 16, "--steps", 20, "--scan-steps", 5, "--eval-every", 10)
 SMALL += ("--batch-size", 4, "--warmup-steps", 2, "--eval-batches", 2)
@@ -17,7 +22,7 @@ SMALL += ("--batch-size", 4, "--warmup-steps", 2, "--eval-batches", 2)
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """Run a verb in tmp_path: (exit code, stdout, stderr)."""
+    """Run a command in tmp_path: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -110,7 +115,7 @@ def test_a_path_may_look_like_markup(call, tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([], "usage: jaxgpt VERB"),
+        ([], "usage: jaxgpt COMMAND"),
         (["trian"], "did you mean 'train'?"),
         (["train", "gpt-dmo"], "did you mean 'gpt-demo'?"),
         (["train", "gpt-demo", "--n-embd", "65"], "try --n-embd 64"),
@@ -138,12 +143,12 @@ def test_bad_usage_exits_with_2_and_writes_nothing(call, tmp_path, args, said):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
-def test_every_verb_has_help(call, verb):
-    assert verb in call("--help")[1]
-    code, out, _ = call(verb, "--help")
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(call, command):
+    assert command in call("--help")[1]
+    code, out, _ = call(command, "--help")
     assert code == 0
-    assert f"usage: jaxgpt {verb}" in out
+    assert f"usage: jaxgpt {command}" in out
 
 
 def test_the_help_of_prepare_names_all_that_it_takes(call):
@@ -233,6 +238,150 @@ def test_interrupted_before_anything_was_done(call, monkeypatch):
 
     monkeypatch.setattr("jaxgpt.cli.list_recipes.run", interrupt)
     assert call("recipes")[0] == 130
+
+
+def test_versions(call):
+    code, out, _ = call("--version")
+    assert code == 0
+    assert out.startswith(f"jaxgpt {jaxgpt.__version__} (jax {jax.__version__}, jaxlib ")
+
+
+@pytest.mark.parametrize("ask", ["flag before", "flag after", "variable"])
+def test_a_traceback_is_printed_if_it_is_asked_for(call, monkeypatch, ask):
+    def fail(args):
+        assert args == ["--x"]
+        raise RuntimeError("INTERNAL: of a library")
+
+    monkeypatch.setattr("jaxgpt.cli.list_recipes.run", fail)
+    monkeypatch.setenv("JAXGPT_TRACEBACK", "0")
+    code, _, err = call("recipes", "--x")
+    assert (code, err) == (1, "jaxgpt: RuntimeError: INTERNAL: of a library (--traceback shows where)\n")
+    args = ["recipes", "--x"]
+    if ask == "variable":
+        monkeypatch.setenv("JAXGPT_TRACEBACK", "1")
+    else:
+        args.insert(0 if ask == "flag before" else 1, "--traceback")
+    code, _, err = call(*args)
+    assert code == 1
+    assert err.startswith("Traceback (most recent call last)")
+    assert 'raise RuntimeError("INTERNAL: of a library")' in err
+    assert err.endswith("\njaxgpt: RuntimeError: INTERNAL: of a library (--traceback shows where)\n")
+
+
+def test_the_traceback_of_bad_usage(call, monkeypatch):
+    monkeypatch.setenv("JAXGPT_TRACEBACK", "0")
+    code, _, err = call("train", "gpt-dmo", "--traceback")
+    assert code == 2
+    assert "Traceback" in err
+    assert "did you mean 'gpt-demo'?" in err
+
+
+@pytest.mark.parametrize("command", ["sample one", "train gpt-demo --corpus TEXT --run two", "export one --out x"])
+def test_a_platform_without_devices_is_named(call, tiny, verse, tmp_path, monkeypatch, command):
+    """JAX_PLATFORMS=cuda without a GPU: JAX raises an AssertionError that says nothing."""
+    from jax._src import xla_bridge
+
+    call("prepare", verse)
+    meta = json.loads(next((tmp_path / "data").glob("*/tokens.json")).read_text())
+    meta.pop("seal")
+    Run.create(tmp_path / "runs", "one", tiny, meta)
+
+    def none(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(xla_bridge, "backends", none)
+    monkeypatch.setattr(xla_bridge, "default_backend", none)
+    monkeypatch.setattr(jax, "devices", none)
+    monkeypatch.setattr(jax, "process_index", none)
+    monkeypatch.setattr(jax, "process_count", none)
+    code, _, err = call(*command.replace("TEXT", str(verse)).split())
+    assert code == 1
+    assert "JAX finds no device of JAX_PLATFORMS=cpu: unset it" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("train gpt-demo --bias True", "--bias takes no value: write --bias or --no-bias"),
+        ("train gpt-demo --tie_weights=false", "--tie-weights takes no value: write --tie-weights or --no-tie-weights"),
+        ("inspect gpt-demo --no-measure true", "--measure takes no value: write --measure or --no-measure"),
+        ("report one --watch True", "--watch takes no value: write --watch or --no-watch"),
+        ("sample one --prompt -x", "a value that begins with '-' is written with '=': --prompt=-x"),
+        ("sample one --stop --", "a value that begins with '-' is written with '=': --stop=--"),
+        ("diagnose one --text --help-me", "a value that begins with '-' is written with '=': --text=--help-me"),
+    ],
+)
+def test_refused_options_come_with_what_to_type(call, args, said):
+    code, _, err = call(*args.split())
+    assert code == 2
+    assert err.endswith(f"\njaxgpt: {said}\n")
+
+
+@pytest.mark.parametrize("args", ["sample one --prompt --tokens 3", "sample one --prompt", "sample one --tokens x"])
+def test_no_hint_where_none_helps(call, args):
+    code, _, err = call(*args.split())
+    assert code == 2
+    assert "jaxgpt: " not in err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--n-embd", "65", "gpt-demo"],
+        ["--n-embd=65", "gpt-demo", "--steps", "3"],
+        ["--resume", "--no-resume", "--n-embd", "65", "gpt-demo"],
+        ["--n-embd", "65", "--log", "wandb", "gpt-demo"],
+        ["--n-embd", "65", "--debug_nans", "gpt-demo"],
+    ],
+)
+def test_a_recipe_may_follow_the_options(call, args):
+    kind = Train
+    name, rest = take_name(kind, args)
+    assert name == "gpt-demo"
+    assert "gpt-demo" not in rest
+    assert len(rest) == len(args) - 1
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train --n-embd 65 gpt-demo", "try --n-embd 64"),
+        ("train --run gpt-demo --n-embd 65", "try --n-embd 64"),
+        ("train --n-layre 3 gpt-demo", "--n-layer"),
+        ("plan --topology nowhere:2 gpt2-1.5b", "nowhere"),
+        ("plan --chips 0 1 gpt2-124m", "--chips 0: expected 1 or more"),
+        ("ledger --rounds 0 gpt-demo", "rounds is 0"),
+        ("sweep --seeds 2 --at-once -1 gpt-demo", "--at-once is -1"),
+        ("inspect --jaxpr step --n-embd 65 gpt-demo", "try --n-embd 64"),
+        ("verify-resume --kills -1 gpt-demo", "kills is -1"),
+        ("sweep --seeds 2", "which recipe?"),
+        ("plan --chips 1 8", "which recipe?"),
+        ("verify-resume --kills 3", "which recipe?"),
+    ],
+)
+def test_every_command_takes_its_recipe_after_the_options(call, command, said):
+    code, out, err = call(*command.split())
+    assert code == 2
+    assert said in out + err
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("columns", ["1", "5"])
+def test_a_narrow_terminal(columns):
+    """The help once wrapped words into nothing, forever, in ever more memory."""
+    command = f"ulimit -v 4000000; COLUMNS={columns} PYTHONUTF8=1 exec '{sys.executable}' -m jaxgpt sample --help"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "--temperature FLOAT" in done.stdout
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("closed", [">&-", "<&- >&-", ">&- 2>&-"])
+def test_output_that_is_closed_is_no_fault(tmp_path, closed):
+    command = f"'{sys.executable}' -m jaxgpt recipes {closed}"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.smoke

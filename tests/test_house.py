@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import jaxgpt
-from jaxgpt.cli import VERBS
+from jaxgpt.cli import COMMANDS
 
 PACKAGE = Path(jaxgpt.__file__).parent
 BELOW = {
@@ -149,8 +149,8 @@ def test_heavy_imports_wait_for_their_use():
     heavy += ("tiktoken", "tokenizers", "pyarrow", "torch", "transformers", "vl_convert", "starlette", "uvicorn")
     assert loaded_after("import jaxgpt", *heavy) == []
     assert loaded_after("from jaxgpt.cli import run_verb; run_verb(['--help'])", *heavy) == []
-    verbs = ", ".join(f"jaxgpt.cli.{module}" for module, _ in VERBS.values())
-    assert "jax" not in loaded_after(f"import {verbs}", *heavy), "a verb's help waits for no JAX"
+    verbs = ", ".join(f"jaxgpt.cli.{module}" for module, _ in COMMANDS.values())
+    assert "jax" not in loaded_after(f"import {verbs}", *heavy), "a command's help waits for no JAX"
     assert loaded_after("import jaxgpt.text.corpus, jaxgpt.text.batches", *heavy) == ["numpy"]
     assert loaded_after("import jaxgpt.report.progress, jaxgpt.report.oneline", "jax") == []
     assert loaded_after("import jaxgpt.bench.modes, jaxgpt.bench.worker", *heavy) == []

@@ -1,7 +1,7 @@
-"""`jaxgpt <verb>`: each verb parses, calls, prints. Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
+"""`jaxgpt COMMAND`: parses, calls, prints. Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
 
-Each verb is a module whose `run` takes the words after the verb and gives the exit code. What is slow to import waits:
-the module until its verb is named, JAX until the words are understood.
+Each command is a module whose `run` takes the arguments after the command and returns the exit code. Slow imports wait:
+the module until its command is named, JAX until the arguments are parsed.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from jaxgpt.config import UsageError
 
-VERBS = {  # its module, and its line in the overview
+COMMANDS = {  # its module, and its line in the overview
     "prepare": ("prepare", "Turn a text into shards of tokens and tokens.json."),
     "train": ("train", "Train a recipe, or resume a run."),
     "sample": ("sample", "Write text with a trained run."),
@@ -40,6 +40,7 @@ VERBS = {  # its module, and its line in the overview
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line `argv` (that of the process by default) and exit."""
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -59,16 +60,22 @@ def run_verb(argv: Sequence[str]) -> int:
 
 
 def _attempt(argv: Sequence[str]) -> tuple[int, bool]:
-    """The exit code of `jaxgpt *argv`, and whether the verb came to an end of its own: no error ended it."""
+    """The exit code of `jaxgpt *argv`, and whether the command ran to its end: no error ended it."""
+    if "--traceback" in argv:
+        os.environ["JAXGPT_TRACEBACK"] = "1"  # processes that this one starts print theirs too
+        argv = [arg for arg in argv if arg != "--traceback"]
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return (0 if argv else 2), True
-    verb, args = argv[0], list(argv[1:])
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
+    if argv[0] == "--version":
+        print(_versions())
+        return 0, True
+    command, args = argv[0], list(argv[1:])
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        return _complain(f"no verb {verb!r}{hint}\n{overview()}", 2), False
-    module, _ = VERBS[verb]
+        return _complain(f"no command {command!r}{hint}\n{overview()}", 2), False
+    module, _ = COMMANDS[command]
     try:
         return import_module(f"jaxgpt.cli.{module}").run(args), True
     except UsageError as error:
@@ -79,14 +86,18 @@ def _attempt(argv: Sequence[str]) -> tuple[int, bool]:
     except MemoryError as error:
         said = f"out of memory: {error}" if str(error) else "out of memory"
         hint = "try a smaller --batch-size or a smaller model"
-        if verb == "prepare":
+        if command == "prepare":
             hint = "it holds parts of the text for each core: close other programs, or allow it more, by ulimit -d"
         return _complain(f"{said}; {hint}", 1), False
     except (OSError, RuntimeError) as error:
-        return _complain("\n".join([str(error), *getattr(error, "__notes__", [])]), 1), False
+        ours = isinstance(error, OSError) or type(error).__module__.startswith("jaxgpt.")
+        said = str(error) if ours else f"{type(error).__name__}: {error} (--traceback shows where)"
+        return _complain("\n".join([said, *getattr(error, "__notes__", [])]), 1), False
     except KeyboardInterrupt:
         return _complain("interrupted", 130), False
     except Exception:
+        if missing := _missing_platform():
+            return _complain(missing, 1), False
         if not _one_of_several():
             raise
         with suppress(OSError):
@@ -98,13 +109,53 @@ def _one_of_several() -> bool:
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
+def _missing_platform() -> str | None:
+    """What to do if JAX finds no device: of JAX_PLATFORMS=cuda without a GPU, a bare AssertionError is all it says."""
+    if "jax" not in sys.modules:
+        return None
+    jax = sys.modules["jax"]
+    try:
+        jax.devices()
+    except AssertionError:
+        asked = jax.config.jax_platforms
+        hint = "unset it to use what is there, or install the plugin, as pip install 'jaxgpt[cuda]' does for CUDA"
+        return f"JAX finds no device of JAX_PLATFORMS={asked}: {hint}"
+    except Exception:  # it has another reason, which the caller knows
+        return None
+    return None
+
+
 def overview() -> str:
     """What `jaxgpt --help` prints."""
-    lines = [f"  {verb:<15}{line}" for verb, (_, line) in VERBS.items()]
-    return "usage: jaxgpt VERB ...\n\n" + "\n".join(lines) + "\n\njaxgpt VERB --help tells the options of a verb."
+    lines = [f"  {command:<15}{line}" for command, (_, line) in COMMANDS.items()]
+    rest = "  --version      Print versions.\n  --traceback    With any command: show where an error was raised."
+    return (
+        "usage: jaxgpt COMMAND ...\n\n" + "\n".join([*lines, "", rest]) + "\n\n"
+        "jaxgpt COMMAND --help lists the options of a command."
+    )
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+
+    from jaxgpt import __version__
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"jaxgpt {__version__} (jax {version('jax')}, jaxlib {version('jaxlib')}, Python {python})"
+
+
+def _open_standard_streams() -> None:
+    """Let output that was closed (`jaxgpt ... >&-`) go nowhere; else the next file opened would be file 1."""
+    while (file := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(file)
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w", closefd=False), sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _complain(message: str, code: int) -> int:
+    """Print what went wrong, and where if --traceback or JAXGPT_TRACEBACK asks; `code`."""
     with suppress(OSError):
+        if sys.exc_info()[0] and os.environ.get("JAXGPT_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exc()
         print(f"jaxgpt: {message}", file=sys.stderr)
     return code

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.options import Folders, parse, refuse_unused
+from jaxgpt.cli.options import Folders, parse, refuse_unused, take_recipe
 from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import RECIPES, recipe
 
@@ -35,11 +35,7 @@ class Inspect:
 
 
 def run(args: list[str]) -> int:
-    if not args or args[0].startswith("-"):
-        if not {"-h", "--help"} & set(args):
-            raise UsageError("which recipe or run? jaxgpt inspect gpt-demo")
-        args = ["gpt-demo", *args]
-    name = args.pop(0)
+    name, args = take_recipe(Inspect, args, "which recipe or run? jaxgpt inspect gpt-demo")
     default = Inspect(_config(name, args))
     given = parse(Inspect, args, f"inspect {name}", ABOUT, default=default)
     if given.jaxpr or given.hlo:

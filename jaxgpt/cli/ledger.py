@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxgpt.bench import ledger
-from jaxgpt.cli.options import DataDir, parse
+from jaxgpt.cli.options import DataDir, parse, take_recipe
 from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import recipe
 
@@ -33,11 +33,7 @@ class Ledger:
 
 
 def run(args: list[str]) -> int:
-    if not args or args[0].startswith("-"):
-        if not {"-h", "--help"} & set(args):
-            raise UsageError("which recipe? jaxgpt ledger gpt-demo")
-        args = ["gpt-demo", *args]
-    name = args.pop(0)
+    name, args = take_recipe(Ledger, args, "which recipe? jaxgpt ledger gpt-demo")
     given = parse(Ledger, args, f"ledger {name}", ABOUT, default=Ledger(recipe(name).config))
     for option in ("rounds", "starts"):
         if getattr(given, option) < 1:

@@ -1,15 +1,19 @@
-"""What verbs share: options, how they are read, and the command line to type next."""
+"""What commands share: options, how they are parsed, and the command line to type next."""
 
+import os
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 import tyro
 
-from jaxgpt.cli import VERBS
+from jaxgpt.cli import COMMANDS
 from jaxgpt.config import UsageError
+from jaxgpt.recipes import RECIPES
 
 RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Name of a run, or its folder.")]
 Checkpoint = Annotated[
@@ -20,6 +24,9 @@ DataDir = Annotated[Path, tyro.conf.arg(help="Folder of all prepared corpora.")]
 
 T = TypeVar("T")
 
+LEAST_WIDTH = 40
+"""Columns of the help, at least: below about 6, tyro wraps text forever."""
+
 
 @dataclass(frozen=True)
 class Folders:
@@ -28,11 +35,23 @@ class Folders:
 
 
 def parse(kind: type[T], args: list[str], command: str, about: str | None = None, **kwargs: Any) -> T:
-    """`args`, the options of `jaxgpt COMMAND`, as a `kind`; its help says `about`, by default the verb's line."""
+    """`args`, the options of `jaxgpt COMMAND`, as a `kind`; its help says `about`, by default the command's line."""
     if about is None:
-        _, about = VERBS[command]
-    config = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(kind, args=args, prog=f"jaxgpt {command}", description=about, config=config, **kwargs)
+        _, about = COMMANDS[command]
+    config, columns = (tyro.conf.OmitArgPrefixes,), os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns < LEAST_WIDTH:
+        os.environ["COLUMNS"] = str(LEAST_WIDTH)
+    try:
+        return tyro.cli(kind, args=args, prog=f"jaxgpt {command}", description=about, config=config, **kwargs)
+    except SystemExit as refused:  # tyro has printed why
+        if refused.code == 2 and (hint := _hint(dict(_types(kind)), args)):
+            raise UsageError(hint) from refused
+        raise
+    finally:
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+        else:
+            os.environ.pop("COLUMNS", None)
 
 
 def refuse_unused(given: Any, default: Any, unused: Mapping[str, str]) -> None:
@@ -49,11 +68,67 @@ def refuse_unused(given: Any, default: Any, unused: Mapping[str, str]) -> None:
             raise UsageError(f"--{name} has no effect {why}: leave it out")
 
 
-def words(verb: str, run: Path, folders: Folders, *flags: str) -> str:
-    """The command line that does `verb` with the run in `run`, to be pasted in the folder where this one was typed."""
+def take_name(kind: type, args: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe or run that `args`, words of a `kind`, name before, among or after the options, and the other words.
+
+    After an option that takes several values, or that is unknown, only the name of a recipe or a .json file is one.
+    """
+    types, values = dict(_types(kind)), 0.0  # how many values the last option still takes
+    for i, arg in enumerate(args):
+        if arg.startswith("-"):
+            of = types.get(_positive(arg), tuple[str, ...])
+            values = 0 if of is bool or "=" in arg else float("inf") if get_origin(of) is tuple else 1
+        elif values and not (values > 1 and (arg in RECIPES or arg.endswith(".json"))):
+            values -= 1
+        else:
+            return arg, args[:i] + args[i + 1 :]
+    return None, args
+
+
+def take_recipe(kind: type, args: list[str], missing: str, default: str = "gpt-demo") -> tuple[str, list[str]]:
+    """As `take_name`, for a command that wants a name; `default` for its help.
+
+    Raises:
+      UsageError: `missing`, if there is none.
+    """
+    name, rest = take_name(kind, args)
+    if name is None and not {"-h", "--help"} & set(args):
+        raise UsageError(missing)
+    return name or default, rest
+
+
+def _types(kind: type) -> Iterator[tuple[str, Any]]:
+    """The long options of `kind`, a dataclass whose fields may be such, each with its type."""
+    for name, of in get_type_hints(kind).items():
+        if is_dataclass(of):
+            yield from _types(of)  # type: ignore[arg-type]
+        else:
+            yield f"--{name.replace('_', '-')}", of
+
+
+def _positive(arg: str) -> str:
+    """The option that `arg` sets, as tyro reads it: --bias for --no-bias, --run-s for --run_s=x."""
+    option = arg.partition("=")[0].replace("_", "-")
+    return f"--{option.removeprefix('--no-')}" if option.startswith("--no-") else option
+
+
+def _hint(types: dict[str, Any], args: list[str]) -> str | None:
+    """What to type in place of `args`, which were refused."""
+    for arg, following in pairwise([*args, ""]):
+        option, (_, equals, value) = _positive(arg), arg.partition("=")
+        if types.get(option) is bool and (value if equals else following).lower() in ("true", "false"):
+            return f"{option} takes no value: write {option} or --no-{option[2:]}"
+        no_option = following.startswith("-") and not following[1:2].isdigit() and _positive(following) not in types
+        if types.get(option, bool) is not bool and not equals and no_option:
+            return f"a value that begins with '-' is written with '=': {option}={shlex.quote(following)}"
+    return None
+
+
+def words(command: str, run: Path, folders: Folders, *flags: str) -> str:
+    """The command line of `command` for the run in `run`, to be pasted in the folder where this one was typed."""
     from jaxgpt.training.run import Run
 
-    line = Run(run).command(verb, *flags)
-    if verb == "train" and folders.data_dir != Path("data"):
+    line = Run(run).command(command, *flags)
+    if command == "train" and folders.data_dir != Path("data"):
         line += " " + shlex.join(["--data-dir", str(folders.data_dir)])
     return line

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxgpt.cli import VERBS
-from jaxgpt.cli.options import parse, refuse_unused
+from jaxgpt.cli import COMMANDS
+from jaxgpt.cli.options import parse, refuse_unused, take_recipe
 from jaxgpt.config import Config, UsageError, check
 from jaxgpt.recipes import recipe
 
@@ -39,13 +39,10 @@ class PlanOptions:
 
 
 def run(args: list[str]) -> int:
-    if not args or args[0].startswith("-"):
-        if not {"-h", "--help"} & set(args):
-            raise UsageError("which recipe? jaxgpt plan gpt2-1.5b --topology v5e:16x16")
-        args = ["gpt2-1.5b", *args]
-    name = args.pop(0)
+    missing = "which recipe? jaxgpt plan gpt2-1.5b --topology v5e:16x16"
+    name, args = take_recipe(PlanOptions, args, missing, "gpt2-1.5b")
     default = PlanOptions(recipe(name).config)
-    given = parse(PlanOptions, args, f"plan {name}", VERBS["plan"][1], default=default)
+    given = parse(PlanOptions, args, f"plan {name}", COMMANDS["plan"][1], default=default)
     on_paper = "with --chips, which compiles nothing" if given.chips else ""
     unused = {
         "chip": "" if given.chips else "without --chips",

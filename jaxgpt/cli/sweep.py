@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.options import DataDir, parse
+from jaxgpt.cli.options import DataDir, parse, take_recipe
 from jaxgpt.config import Config, UsageError, to_json, to_tree
 from jaxgpt.recipes import recipe
 from jaxgpt.scaling import grid
@@ -42,11 +42,7 @@ class Sweep:
 
 
 def run(args: list[str]) -> int:
-    if not args or args[0].startswith("-"):
-        if not {"-h", "--help"} & set(args):
-            raise UsageError("which recipe? jaxgpt sweep gpt-demo --seeds 4 --lr 1e-3:1e-2:4")
-        args = ["gpt-demo", *args]
-    named = args.pop(0)
+    named, args = take_recipe(Sweep, args, "which recipe? jaxgpt sweep gpt-demo --seeds 4 --lr 1e-3:1e-2:4")
     default = Sweep(Path(named).stem, recipe(named).config)
     given = parse(Sweep, args, f"sweep {named}", "Train seeds and settings of a recipe together.", default=default)
     require_name(given.name)

@@ -11,7 +11,7 @@ from typing import Literal
 import tyro
 
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.options import Folders, parse, words
+from jaxgpt.cli.options import Folders, parse, take_name, words
 from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import RECIPES, recipe
 from jaxgpt.training.run import Run
@@ -44,7 +44,7 @@ class Train:
 
 
 def run(args: list[str]) -> int:
-    named = args.pop(0) if args and not args[0].startswith("-") else None
+    named, args = take_name(Train, args)
     args = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), arg) for arg in args]  # as tyro reads them
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--run")

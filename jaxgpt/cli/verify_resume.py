@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxgpt.cli.options import DataDir, parse
+from jaxgpt.cli.options import DataDir, parse, take_recipe
 from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import recipe
 
@@ -25,9 +25,7 @@ class Verify:
 def run(args: list[str]) -> int:
     from jaxgpt.verify import scaled_down, verify_resume
 
-    if not args or (args[0].startswith("-") and not {"-h", "--help"} & set(args)):
-        raise UsageError("a recipe is missing: jaxgpt verify-resume gpt-demo")
-    name = "gpt-demo" if args[0].startswith("-") else args.pop(0)
+    name, args = take_recipe(Verify, args, "which recipe? jaxgpt verify-resume gpt-demo")
     default = Verify(scaled_down(recipe(name).config))
     about = (
         f"Train the first steps of {name} twice, once in one process and once in one that is killed (SIGKILL) at "
