@@ -276,7 +276,9 @@ def test_the_traceback_of_bad_usage(call, monkeypatch):
     assert "did you mean 'gpt-demo'?" in err
 
 
-@pytest.mark.parametrize("command", ["sample one", "train gpt-demo --corpus TEXT --run two", "export one --out x"])
+@pytest.mark.parametrize(
+    "command", ["sample one", "train gpt-demo --corpus TEXT --run two", "export one --out x", "serve one"]
+)
 def test_a_platform_without_devices_is_named(call, tiny, verse, tmp_path, monkeypatch, command):
     """JAX_PLATFORMS=cuda without a GPU: JAX raises an AssertionError that says nothing."""
     from jax._src import xla_bridge
@@ -294,6 +296,7 @@ def test_a_platform_without_devices_is_named(call, tiny, verse, tmp_path, monkey
     monkeypatch.setattr(jax, "devices", none)
     monkeypatch.setattr(jax, "process_index", none)
     monkeypatch.setattr(jax, "process_count", none)
+    monkeypatch.setattr("jaxgpt.serve.server.serve", lambda *_: None)
     code, _, err = call(*command.replace("TEXT", str(verse)).split())
     assert code == 1
     assert "JAX finds no device of JAX_PLATFORMS=cpu: unset it" in err

@@ -38,6 +38,9 @@ def run(args: list[str]) -> int:
     from jaxgpt.serve.server import serve
 
     use_compile_cache()
+    import jax
+
+    jax.devices()  # where there is none, the server fails now, not at the first request
     library, limits = Library.at(given.served, given.runs_dir), given.limits.check()
     token = given.token or os.environ.get("JAXGPT_TOKEN", "")
 

@@ -7,7 +7,9 @@ checkpoints/250.damaged/         one that was found damaged, set aside
 A step is written under a temporary name, hashed, and renamed last: what has a step's name is whole.
 """
 
+import logging
 import math
+import os
 import re
 import secrets
 import shutil
@@ -27,6 +29,9 @@ from jaxgpt.training.step import TrainState
 
 PROGRAM = "jaxgpt checkpoint 1"
 STEP = re.compile("0|[1-9][0-9]{0,17}")
+
+# Each thread of a save that fails logs a traceback, and raises; `_finish` reports it, once.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in Path(record.pathname).parts))
 
 
 class CheckpointError(RuntimeError):
@@ -144,7 +149,7 @@ class Checkpoints:
             response = ocp.save_async(partial.resolve(), state)
         except Exception as error:
             _remove(partial)
-            raise CheckpointError(f"step {step} was not saved in {self.directory}: {error}") from error
+            raise CheckpointError(f"step {step} was not saved in {self.directory}: {_reason(error)}") from error
         self._pending = self._worker.submit(self._finish, known, partial, response)
 
     def score(self, step: int, val_loss: float, about: dict[str, Any]) -> None:
@@ -273,7 +278,7 @@ class Checkpoints:
             disk.sync(self.directory)
         except Exception as error:
             _remove(partial)
-            raise CheckpointError(f"step {known.step} was not saved in {self.directory}: {error}") from error
+            raise CheckpointError(f"step {known.step} was not saved in {self.directory}: {_reason(error)}") from error
         try:
             self._prune()
             self.not_pruned = None
@@ -325,6 +330,12 @@ def _remove(partial: Path) -> None:
     """Remove what a save left, also under the name that Orbax writes to before it renames."""
     for path in partial.parent.glob(f"{partial.name}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    """Why a save failed, as in "No space left on device", without the temporary file that TensorStore names."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)
 
 
 def _finite(val_loss: float | None) -> float | None:

@@ -150,7 +150,7 @@ class Saving:
             except CheckpointError as error:
                 self._failure = error
         if self._failure:
-            raise CheckpointError(f"{self._failure}; {self._stands()}: make room, then resume the run")
+            raise CheckpointError(f"{self._failure}; {self._stands()}: make room, then {self._run.resume_command}")
 
     def _failed(self, error: CheckpointError) -> None:
         self._failure = error
@@ -158,7 +158,9 @@ class Saving:
 
     def _complain(self, error: CheckpointError) -> None:
         stop = self._config.train.on_save_error == "stop"
-        then = "and the run ends, as --on-save-error says" if stop else "and is tried again at the next save"
+        then = "and the next save tries again: make room"
+        if stop:
+            then = f"and the run ends, as --on-save-error says: make room, then {self._run.resume_command}"
         self._journal.notice("save-failed", self._step, f"{error}; {self._stands()}, {then}")
         if stop:
             raise CheckpointError(f"{error}; {self._stands()}, {then}") from error

@@ -123,7 +123,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, policy):
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 143, out
         assert "was not saved" in out or "takes no more lines" in out, out
-        assert "and is tried again at the next save" in out
+        assert "and the next save tries again: make room" in out
     assert trials.wrong(run, 10) is None
     whole = trials.new_run(tmp_path, "whole")
     stop = latest(run)

@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import jax
@@ -200,6 +201,23 @@ def test_a_damaged_manifest_does_not_stop_later_saves_nor_lose_its_step(tmp_path
     assert Checkpoints(tmp_path).steps == [5, 7]
     with pytest.raises(DamagedError):
         _ = Checkpoints(tmp_path).best
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a limit on the size of files is a matter of POSIX")
+def test_a_full_disk_is_one_line(tmp_path, state, caplog):
+    import resource
+
+    before, later = resource.getrlimit(resource.RLIMIT_FSIZE), at(state, 5)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+        try:
+            checkpoints.save(later)
+            with pytest.raises(CheckpointError) as caught:
+                checkpoints.settle(wait=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(caught.value) == f"step 5 was not saved in {tmp_path}: File too large"
+    assert caplog.records == []
 
 
 def test_a_checkpoint_of_another_program_is_refused(tmp_path, state):
