@@ -1,10 +1,11 @@
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
 
-from jaxgpt.cli.compile_cache import is_private, use_compile_cache
+from jaxgpt.cli.compile_cache import is_private, prune, use_compile_cache
 
 
 @pytest.fixture
@@ -79,6 +80,44 @@ def test_a_folder_named_by_the_user_is_left_to_them(cache, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/named")
     use_compile_cache()
     assert not cache.exists()
+
+
+def test_the_cache_is_bounded_and_what_was_used_last_stays(cache, monkeypatch):
+    use_compile_cache()
+    (folder,) = cache.iterdir()
+    other = cache / "compiled-of-another-processor"
+    tuned = folder / "xla_gpu_per_fusion_autotune_cache_dir"
+    for each in (other, tuned):
+        each.mkdir()
+    (cache / "gpt2").write_bytes(b"x" * 1000)  # a download, no program
+    paths = [folder / f"jit_{i}-cache" for i in range(3)] + [
+        other / "jit_3-cache",
+        tuned / "fusion",
+        folder / "jit_5-cache",
+    ]
+    for i, path in enumerate(paths):
+        path.write_bytes(b"x" * 100)
+        os.utime(path, (i, i))
+    os.utime(paths[0], (9, 0))  # the oldest was read last
+    monkeypatch.setattr("jaxgpt.cli.compile_cache.MAX_BYTES", 300)
+    use_compile_cache()
+    assert [path.exists() for path in paths] == [True, False, False, False, True, True]
+    assert (cache / "gpt2").exists()
+    monkeypatch.setattr("jaxgpt.cli.compile_cache.MAX_BYTES", 0)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "1000")
+    use_compile_cache()
+    assert sum(path.exists() for path in paths) == 3, "a limit of the user's is kept by JAX"
+
+
+def test_many_processes_may_bound_the_cache_at_once(cache):
+    folder = cache / "compiled-x"
+    folder.mkdir(parents=True)
+    for i in range(500):
+        (folder / f"jit_{i}-cache").write_bytes(b"x" * 10)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(prune, cache, 1000) for _ in range(4)]:
+            done.result()
+    assert len(list(folder.iterdir())) <= 100
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners are a matter of POSIX")

@@ -5,9 +5,13 @@ import os
 import platform
 import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from jaxgpt.text.sources import cache_dir
+
+MAX_BYTES = 256 * 2**20
+"""Size of all compiled programs of a user; one has 10 to 200 kB on a CPU."""
 
 
 def use_compile_cache() -> None:
@@ -30,10 +34,35 @@ def use_compile_cache() -> None:
     if why:
         print(f"jaxgpt: compiled programs are not kept in {folder}: {why}", file=sys.stderr)
         return
+    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+        prune(folder.parent, MAX_BYTES)
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def prune(folder: Path, max_bytes: int) -> None:
+    """Remove the least recently used files in `folder`/compiled-*/ until the rest have `max_bytes` at most.
+
+    JAX's own limit, jax_compilation_cache_max_size, reads all entries' times under a lock whenever it adds one: 0.1 s
+    with 1,000 entries. In jax 0.10 it also adds no more after a process was killed while it wrote one.
+    """
+    found = []
+    for compiled in folder.glob("compiled-*"):
+        for inside, _, names in os.walk(compiled):
+            for name in names:
+                with suppress(OSError):  # another process may remove it at the same time, here and below
+                    path = os.path.join(inside, name)
+                    status = os.lstat(path)
+                    found.append((max(status.st_atime, status.st_mtime), status.st_size, path))
+    excess = sum(size for _, size, _ in found) - max_bytes
+    for _, size, path in sorted(found):
+        if excess <= 0:
+            break
+        with suppress(OSError):
+            os.unlink(path)
+        excess -= size
 
 
 def processor() -> str:
