@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -14,6 +15,7 @@ from jaxgpt import cli
 from jaxgpt.cli.options import take_name
 from jaxgpt.cli.train import Train
 from jaxgpt.recipes import RECIPES
+from jaxgpt.serve.library import Library
 from jaxgpt.training.run import Run
 
 SMALL = ("--block-size", 8, "--n-layer", 1, "--n-embd", 16, "--steps", 20, "--scan-steps", 5, "--eval-every", 10)
@@ -102,6 +104,22 @@ def test_a_resume_takes_the_run_that_was_named(call, verse, tmp_path):
     assert call("train", "a", "--resume", "--steps", 25)[0] == 0, "a run's name may stand where a recipe's does"
     for args in (["bigram", "--run", "a", "--resume"], ["--run", "a", "--resume", "--no-resume"]):
         assert call("train", *args)[0] == 2
+
+
+def test_a_run_wins_over_a_folder_of_its_name(call, verse, tmp_path, monkeypatch):
+    assert call("train", "gpt-demo", "--corpus", verse, "--run", "one", *SMALL)[0] == 0
+    assert call("export", "one", "--out", "exported")[0] == 0
+    shutil.copytree("exported", "one")
+    text = call("sample", "one", "--tokens", 5)[1]
+    assert call("sample", "exported", "--tokens", 5)[1] == call("sample", "./one", "--tokens", 5)[1] == text
+    (tmp_path / "one/config.json").write_text("{}")
+    assert call("sample", "one", "--tokens", 5)[1] == text
+    assert call("sample", "./one", "--tokens", 5)[0] == 2
+
+    shutil.rmtree("one")
+    shutil.copytree("runs", "one")
+    assert Library.at("one", tmp_path / "runs").folder == tmp_path / "runs"
+    assert Library.at("./one", tmp_path / "runs").folder == Path("one")
 
 
 def test_a_path_may_look_like_markup(call, tmp_path):

@@ -15,7 +15,9 @@ from jaxgpt.cli import COMMANDS
 from jaxgpt.config import UsageError
 from jaxgpt.recipes import RECIPES
 
-RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Name of a run, or its folder.")]
+RunName = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Name of a run, or its folder: ./NAME.")
+]
 Checkpoint = Annotated[
     Literal["best", "last"], tyro.conf.arg(help="The checkpoint of lowest validation loss, or the newest.")
 ]

@@ -15,7 +15,7 @@ from jaxgpt.config import UsageError
 @dataclass(frozen=True)
 class Report:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Names of runs, or their folders."""
+    """Names of runs, or their folders, as ./NAME."""
     out: Path | None = None
     """The HTML file; by default report.html in the folder of the run, or of several in the runs folder."""
     png: Path | None = None
@@ -38,7 +38,8 @@ def run(args: list[str]) -> int:
     from jaxgpt.training.run import Run
 
     vega.require()
-    runs = [Run.open(given.folders.runs_dir, name) for name in given.runs]
+    named = [Run.open(given.folders.runs_dir, name) for name in given.runs]
+    runs = list({run.path.resolve(): run for run in named}.values())
     out = given.out or (runs[0].path if len(runs) == 1 else given.folders.runs_dir) / "report.html"
     require_ours(out)
     use_compile_cache()

@@ -75,7 +75,7 @@ def _load_model(name: str, runs_dir: Path, checkpoint: str) -> Any:
     from jaxgpt.training.run import Run
     from jaxgpt.training.start import load_model
 
-    if folders.is_export(Path(name)):
+    if folders.is_export(Path(name)) and not Run.exists(runs_dir, name):
         if checkpoint != "best":
             raise UsageError(f"{name} is an export, with one set of weights: leave out --checkpoint {checkpoint}")
         return folders.load_export(Path(name))

@@ -12,7 +12,9 @@ from jaxgpt.cli.options import Checkpoint, RunsDir, parse
 from jaxgpt.serve.limits import Limits
 
 Served = Annotated[
-    str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FOLDER", help="A run's name or folder, or a folder of runs.")
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="RUN|FOLDER", help="A run's name, or ./FOLDER of one or more."),
 ]
 
 

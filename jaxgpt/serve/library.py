@@ -39,7 +39,8 @@ class Library:
           RunError: it is neither.
         """
         path = Path(os.path.expanduser(name))
-        if not (path / "config.json").is_file() and any(path.glob("*/config.json")):
+        is_run = Run.exists(runs_dir, name) or (path / "config.json").is_file()
+        if not is_run and any(path.glob("*/config.json")):
             return cls(path)
         run = Run.open(runs_dir, name)
         library = cls(run.path.resolve().parent, run.path.resolve().name)

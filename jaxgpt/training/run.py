@@ -111,7 +111,7 @@ class Run:
           RunError: there is no such run, its name is a link that leaves `runs_dir`, or the folder is an export.
         """
         path = Path(os.path.expanduser(name))
-        if NAME.fullmatch(name) and (runs_dir / name / "config.json").is_file():
+        if cls.exists(runs_dir, name):
             return cls.named(runs_dir, name)
         if (path / "config.json").is_file():
             if (path / "model.safetensors").is_file():
@@ -121,6 +121,11 @@ class Run:
         if not NAME.fullmatch(name) and len(path.parts) > 1:
             raise RunError(f"no run in {path}: {'it holds no config.json' if path.is_dir() else 'no such folder'}")
         return cls.named(runs_dir, name)
+
+    @staticmethod
+    def exists(runs_dir: Path, name: str) -> bool:
+        """Whether `name` names a run in `runs_dir`; a folder of that name is written ./NAME."""
+        return bool(NAME.fullmatch(name)) and (runs_dir / name / "config.json").is_file()
 
     @classmethod
     def named(cls, runs_dir: Path, name: str) -> "Run":

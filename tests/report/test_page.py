@@ -271,6 +271,9 @@ def test_the_verb_writes_a_page_and_no_other_file(quick, trained, tmp_path, caps
     assert "refresh" not in Elements(out.read_text()).found[4][1].get("http-equiv", "")
     assert cli.run_verb(["report", "hostile", "--out", str(out), *where]) == 0, "an older report makes room"
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
+    capsys.readouterr()
+    assert cli.run_verb(["report", "hostile", str(run.path), "hostile", "--out", str(out), *where]) == 0
+    assert capsys.readouterr().out.count("best loss") == 1, "a run that is named twice is shown once"
     out.write_text("dear diary")
     assert cli.run_verb(["report", "hostile", "--out", str(out), *where]) == 2
     assert "is no report" in capsys.readouterr().err
