@@ -48,8 +48,8 @@ class DataConfig:
     """A named corpus (python-docs, python-stdlib, shakespeare), a file or folder of UTF-8, JSON Lines or Parquet, or a
     prepared folder; here or at a URL. Or a mixture of such by weight: 0.7*a.txt + 0.3*b.txt."""
     tokenizer: str = "char"
-    """char, ascii, byte, gpt2, bpe:SIZE (learnt from the text, such as bpe:4096), or a tokens.json whose vocabulary is
-    to be used again."""
+    """char, ascii, byte, gpt2, bpe:SIZE (learnt from the text, such as bpe:4096), a tokens.json whose vocabulary is
+    to be used again, or a Hugging Face folder with a byte-level BPE."""
     val_fraction: float = 0.1
     """The share at the end of the corpus that is kept for validation."""
     val_tokens: int = 4_000_000

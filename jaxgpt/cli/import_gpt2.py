@@ -12,7 +12,9 @@ from jaxgpt.recipes import FINETUNE
 
 @dataclass(frozen=True)
 class ImportGPT2:
-    """Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune with train --resume."""
+    """Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune with train --resume.
+
+    Text is encoded with the folder's own vocabulary, or with GPT-2's where the folder has none."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder of config.json and model.safetensors, or a name on the Hugging Face hub, such as gpt2."""
@@ -42,6 +44,7 @@ def run(args: list[str]) -> int:
         dropout=given.dropout,
     )
     print(f"{run.path}: {run.config.model}")
+    print(f"Tokenizer: {run.config.data.tokenizer}")
     print(f"Write with it: {words('sample', run.path, given.folders)}")
     print(f"Fine-tune it: {words('train', run.path, given.folders, '--resume')}")
     return 0

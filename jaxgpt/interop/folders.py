@@ -16,11 +16,20 @@ from jaxgpt.interop.gpt2 import InteropError
 from jaxgpt.nn import Params
 from jaxgpt.recipes import command
 from jaxgpt.text import corpus as corpora
+from jaxgpt.text import gpt2 as gpt2_vocabulary
+from jaxgpt.text.corpus import CorpusError
 from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.run import Run, RunError
 from jaxgpt.training.start import load_checkpoint, start, tokens_of
 
 FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+FILES += [
+    "tokens.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    *gpt2_vocabulary.FILES,
+    *gpt2_vocabulary.OTHER_FILES,
+]
 
 
 def find(name: str) -> Path:
@@ -72,29 +81,43 @@ def import_run(
       UsageError: the folder holds no GPT-2, or the run cannot start.
     """
     model, params = gpt2.load(source, block_size)
-    if is_export(source):
-        config = with_own_vocabulary(config, source, data_dir)
+    config = with_own_vocabulary(config, source, data_dir, model.vocab_size)
     model = ModelConfig(**{**vars(model), "dropout": dropout})
     config = Config(config.data, model, config.optimizer, config.train)
     params = jax.tree.map(jnp.asarray, params)
     return start(config, name, runs_dir, data_dir, params, origin=str(source.resolve()))[0]
 
 
-def with_own_vocabulary(config: Config, source: Path, data_dir: Path) -> Config:
-    """`config` with the vocabulary of an export, which its weights were trained with, where none but GPT-2's is named.
+def with_own_vocabulary(config: Config, source: Path, data_dir: Path, vocab_size: int) -> Config:
+    """`config` with the folder's own vocabulary, which its weights were trained with, unless another one is named.
+
+    "gpt2" counts as no name: a folder without a vocabulary has GPT-2's.
 
     Raises:
-      InteropError: another is named.
-      UsageError: its text cannot be had.
+      InteropError: the one that is named differs from the folder's, or the model is too small for GPT-2's.
+      UsageError: the text is unavailable.
     """
-    own = source / "tokens.json"
-    if config.data.tokenizer == "gpt2" or Path(config.data.tokenizer).resolve() == own.resolve():
+    named = config.data.tokenizer
+    if not corpora.has_tokenizer(source):
+        if named == "gpt2" and vocab_size < 50_257:
+            raise InteropError(
+                f"{source} holds no vocabulary, and its model of {vocab_size:,} ids cannot have GPT-2's 50,257: "
+                f"copy its tokenizer.json there, or name its tokenizer: --tokenizer"
+            )
+        return config
+    own = source / "tokens.json" if is_export(source) else source
+    if named == "gpt2" or Path(named).resolve() == own.resolve():
         return replaced(config, tokenizer=str(own.resolve()))
-    named = tokens_of(replaced(config, vocab_size=0), data_dir).tokenizer
-    if named.to_json() != corpora.tokenizer_of(source).to_json():
+    try:
+        mine = corpora.tokenizer_of(own)
+    except CorpusError:
+        if is_export(source):
+            raise
+        return config  # of a kind that is not supported: the one that is named takes its place
+    if tokens_of(replaced(config, vocab_size=0), data_dir).tokenizer.to_json() != mine.to_json():
         raise InteropError(
-            f"{source} was trained with the vocabulary of its tokens.json, and --tokenizer {config.data.tokenizer} is "
-            f"another: --tokenizer {shlex.quote(str(own))}"
+            f"{source} was trained with a vocabulary of its own, and --tokenizer {named} is another: "
+            f"--tokenizer {shlex.quote(str(own))}"
         )
     return config
 

@@ -37,7 +37,7 @@ _CUT = re.compile(r"(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
 
 @dataclass(frozen=True)
 class BPETokenizer:
-    """One id per token, in the order in which BPE merges them, then one per special token.
+    """One id per token, in the order in which BPE merges them; special tokens come after them, or before.
 
     No text encodes to a special token: "<|endoftext|>" in a text is thirteen characters like any others. Half of a
     surrogate pair is no character of UTF-8 and so unknown.
@@ -51,6 +51,8 @@ class BPETokenizer:
     tokens: tuple[bytes, ...] = field(repr=False)
     special: tuple[str, ...] = ()
     pattern: str = "gpt2"
+    leading: int = 0
+    """How many of the special tokens have the first ids; the others have the last."""
 
     def __post_init__(self) -> None:
         problem = ""
@@ -62,6 +64,8 @@ class BPETokenizer:
             problem = f"a token is empty or longer than {MAX_TOKEN_BYTES} bytes"
         elif len(set(self.tokens)) < len(self.tokens) or len(set(self.special)) < len(self.special):
             problem = "a token stands there twice, expected each once"
+        elif not 0 <= self.leading <= len(self.special):
+            problem = f"{self.leading} leading special tokens, expected 0 to {len(self.special)}"
         elif missing := {bytes([byte]) for byte in range(256)} - set(self.tokens):
             problem = f"no token for {len(missing)} of the 256 bytes, such as {min(missing)!r}"
         if problem:
@@ -73,7 +77,8 @@ class BPETokenizer:
 
     @cached_property
     def token_bytes(self) -> Sequence[bytes]:
-        return [*self.tokens, *(name.encode() for name in self.special)]
+        special = [name.encode() for name in self.special]
+        return [*special[: self.leading], *self.tokens, *special[self.leading :]]
 
     @cached_property
     def _encoding(self) -> Any:
@@ -81,7 +86,7 @@ class BPETokenizer:
             import tiktoken
         except ImportError as error:
             raise MissingExtraError("encoding with a BPE vocabulary", "tiktoken", "bpe") from error
-        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        ranks = {token: rank for rank, token in enumerate(self.tokens, self.leading)}
         return tiktoken.Encoding("jaxgpt", pat_str=PATTERNS[self.pattern], mergeable_ranks=ranks, special_tokens={})
 
     def knows(self, text: str) -> NDArray[np.bool_]:
@@ -117,10 +122,11 @@ class BPETokenizer:
     def to_json(self) -> dict[str, Any]:
         """Plain values; a token's bytes are written as the characters of Latin-1."""
         tokens = [token.decode("latin-1") for token in self.tokens]
-        return {"kind": "bpe", "pattern": self.pattern, "tokens": tokens, "special": list(self.special)}
+        tree = {"kind": "bpe", "pattern": self.pattern, "tokens": tokens, "special": list(self.special)}
+        return tree | ({"leading": self.leading} if self.leading else {})
 
 
-def from_plain(pattern: str, tokens: list[Any], special: list[Any]) -> BPETokenizer:
+def from_plain(pattern: str, tokens: list[Any], special: list[Any], leading: int = 0) -> BPETokenizer:
     """The tokenizer that `to_json` described.
 
     Raises:
@@ -130,7 +136,7 @@ def from_plain(pattern: str, tokens: list[Any], special: list[Any]) -> BPETokeni
         raise ValueError(f"not a BPE vocabulary: token {shown(other[0])}, expected a string")
     try:
         "".join(special).encode()
-        return BPETokenizer(tuple(token.encode("latin-1") for token in tokens), tuple(special), pattern)
+        return BPETokenizer(tuple(token.encode("latin-1") for token in tokens), tuple(special), pattern, leading)
     except UnicodeEncodeError as error:
         raise ValueError(f"not a BPE vocabulary: token {error.object[:40]!r} is not {error.encoding}") from error
 

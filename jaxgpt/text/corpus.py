@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxgpt import disk
 from jaxgpt.config import DataConfig, UsageError, shown
-from jaxgpt.text import tokenizer
+from jaxgpt.text import gpt2, tokenizer
 from jaxgpt.text.batches import Part
 from jaxgpt.text.shards import joined
 from jaxgpt.text.tokenizer import Ids, Tokenizer
@@ -222,20 +222,32 @@ def _check_parts(parts: Any) -> None:
 
 
 def tokenizer_of(path: Path) -> Tokenizer:
-    """The tokenizer that a tokens.json (or the folder that holds one) describes.
+    """The tokenizer that a tokens.json (or the folder that holds one) describes, or that of a Hugging Face folder.
 
     Raises:
-      CorpusError: there is none.
+      CorpusError: there is none, or it cannot be used.
     """
     path = Path(os.path.expanduser(path))
+    folder = path if path.is_dir() else path.parent
+    if path.name in gpt2.FILES or (path.is_dir() and has_tokenizer(path) and not (path / "tokens.json").is_file()):
+        try:
+            return gpt2.in_folder(folder)
+        except (OSError, ValueError) as error:
+            hint = "to learn other tokens all the same, name them, such as --tokenizer byte"
+            raise CorpusError(f"the vocabulary of {folder} cannot be used: {error}; {hint}") from error
     if path.is_dir():
         path = path / "tokens.json"
     if not path.is_file():
         raise CorpusError(
             f"no tokenizer {str(path)!r}: expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, "
-            "or the path of a tokens.json"
+            "the path of a tokens.json, or a folder with the byte-level BPE of a Hugging Face model"
         )
     return tokenizer.from_json(read_meta(path)["tokenizer"])
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary of its own, also one that `tokenizer_of` refuses."""
+    return any((folder / name).is_file() for name in ("tokens.json", *gpt2.FILES, *gpt2.OTHER_FILES))
 
 
 def folder_of(meta: dict[str, Any], data_dir: Path) -> Path:

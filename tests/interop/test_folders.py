@@ -3,17 +3,19 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgpt import disk, nn
 from jaxgpt.cli import sample
-from jaxgpt.config import Config, DataConfig, OptimizerConfig, TrainConfig, UsageError
+from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, UsageError
 from jaxgpt.interop import folders, gpt2
 from jaxgpt.interop.gpt2 import InteropError
-from jaxgpt.recipes import RECIPES, command
+from jaxgpt.recipes import FINETUNE, RECIPES, command
 from jaxgpt.sampling.write import write
+from jaxgpt.text.corpus import CorpusError
 from jaxgpt.training.loop import fit
 from jaxgpt.training.start import load_checkpoint, load_model
 
@@ -98,6 +100,41 @@ def test_an_export_comes_back_with_its_own_vocabulary_and_no_other(imported, tmp
     other = dataclasses.replace(imported.config, data=dataclasses.replace(data, tokenizer="char"))
     with pytest.raises(InteropError, match=r"--tokenizer char is another: --tokenizer .*tokens\.json"):
         folders.import_run(tmp_path / "out", other, "other", *where)
+
+
+@pytest.fixture
+def with_vocabulary(tmp_path):
+    """A Hugging Face folder with a vocabulary of its own, and the tokenizer of their library."""
+    theirs = pytest.importorskip("tokenizers").ByteLevelBPETokenizer()
+    theirs.train_from_iterator(["the cat sat on the mat\n"], 270, special_tokens=["<|endoftext|>"], show_progress=False)
+    folder = tmp_path / "own"
+    folder.mkdir()
+    model = ModelConfig(vocab_size=300, block_size=8, n_layer=1, n_head=1, n_embd=8, bias=True)
+    gpt2.save(folder, model, nn.init_params(model, jax.random.key(0)))
+    theirs.save(str(folder / "tokenizer.json"))
+    return folder, theirs
+
+
+def test_an_import_takes_the_vocabulary_of_its_folder(with_vocabulary, verse, tmp_path, change):
+    folder, theirs = with_vocabulary
+    config = change(FINETUNE, corpus=str(verse))
+    where = tmp_path / "runs", tmp_path / "data"
+    run = folders.import_run(folder, config, "own", *where)
+    from jaxgpt.training.start import corpus_of
+
+    assert corpus_of(run, tmp_path / "data").tokens.tolist() == theirs.encode(verse.read_text()).ids
+    folders.export_run(run, tmp_path / "out")
+    assert folders.load_export(tmp_path / "out")[2] == run.tokenizer
+    with pytest.raises(InteropError, match="a vocabulary of its own, and --tokenizer byte is another: --tokenizer"):
+        folders.import_run(folder, change(config, tokenizer="byte"), "other", *where)
+
+    (folder / "tokenizer.json").rename(folder / "vocab.txt")  # as if of a kind that is not supported
+    with pytest.raises(CorpusError, match=r"cannot be used: .*name them, such as --tokenizer byte"):
+        folders.import_run(folder, config, "other", *where)
+    assert folders.import_run(folder, change(config, tokenizer="byte"), "bytes", *where).config.data.tokenizer == "byte"
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(InteropError, match="its model of 300 ids cannot have GPT-2's 50,257"):
+        folders.import_run(folder, config, "other", *where)
 
 
 def test_a_failed_export_leaves_nothing(imported, tmp_path, monkeypatch):
