@@ -216,6 +216,9 @@ def read_tensors(folder: Path, config: ModelConfig) -> Tensors:
                     places[name], found[name] = (file, key), tuple(part.get_shape())
             except (SafetensorError, OSError) as error:
                 raise InteropError(f"{path} cannot be read: {error}") from error
+        if config.tie_weights and "wte.weight" not in found and "lm_head.weight" in found:
+            # safetensors.torch.save_model writes tied weights once, under the name that sorts first
+            places["wte.weight"], found["wte.weight"] = places.pop("lm_head.weight"), found.pop("lm_head.weight")
         tied = config.tie_weights and found.get("lm_head.weight") == (config.vocab_size, config.n_embd)
         _require_fit(config, {name: shape for name, shape in found.items() if not (tied and name == "lm_head.weight")})
         return {name: file.get_tensor(key).astype(np.float32) for name, (file, key) in places.items()}

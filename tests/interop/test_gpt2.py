@@ -99,6 +99,20 @@ def test_names_without_prefix_masks_and_a_tied_head_stored_twice_are_welcome(fol
     jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder), gpt2.load(TINY))
 
 
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_tied_weights_may_be_stored_under_the_name_of_the_head(folder, prefix):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+        for name in set(tensors) - {"lm_head.weight"}:
+            tensors[prefix + name.removeprefix("transformer.")] = tensors.pop(name)
+
+    edit_tensors(folder, change)
+    jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder), gpt2.load(TINY))
+    edit_config(folder, tie_word_embeddings=False)
+    with pytest.raises(InteropError, match=r"missing   wte\.weight"):
+        gpt2.load(folder)
+
+
 def test_shards_are_read_through_their_index(folder):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
