@@ -188,7 +188,7 @@ def recipe(name: str) -> Recipe:
 
 def _from_file(path: Path) -> Recipe:
     try:
-        config = from_json(path.read_text("utf-8"))
+        config = from_json(path.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"the recipe {path} cannot be read: {why}; jaxgpt sweep writes such files") from error

@@ -41,6 +41,9 @@ def find(name: str) -> Path:
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        hint = f"; {gpt2.wanted(folder.parent)}" if folder.suffix in gpt2.PICKLES else ""
+        raise InteropError(f"{name} is a file, expected a folder with config.json and model.safetensors{hint}")
     by_hand = (
         f"fetch config.json and model.safetensors from https://huggingface.co/{name} into a folder, "
         "and give its path: jaxgpt import-gpt2 FOLDER"

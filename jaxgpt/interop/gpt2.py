@@ -8,6 +8,7 @@ is executed, and no path is made from a tensor's name.
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from jaxgpt.nn import Params, unstacked
 Tensors = dict[str, NDArray[np.float32]]
 NUMBERS = ("F32", "BF16", "F16")
 """What a file may hold; each is read as float32."""
+
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""How files of PyTorch are named that are not read."""
 
 
 NOT_GPT2 = (
@@ -233,10 +238,25 @@ def _files(folder: Path) -> list[Path]:
     for name in names:
         known = isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
         if not known or not os.path.isfile(folder / name):
-            raise InteropError(
-                f"{folder} has no file {shown(name)}; a GPT-2 folder holds config.json and model.safetensors"
-            )
+            raise InteropError(f"{folder} has no file {shown(name)}; {wanted(folder)}")
     return [folder / name for name in sorted(set(names))]
+
+
+def wanted(folder: Path) -> str:
+    """What a folder without tensors should hold, and how to get there from the pickles in it."""
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+    if any(name.startswith("pytorch_model") for name in pickles):
+        code = "from sys import argv; from transformers import GPT2LMHeadModel as M; "
+        code += "M.from_pretrained(argv[1]).save_pretrained(argv[1])"
+        return (
+            f"pytorch_model.bin is a pickle, which can run code and is never loaded. Where torch and transformers are "
+            f"installed, this writes model.safetensors beside it: {shlex.join(['python', '-c', code, str(folder)])}"
+        )
+    if pickles:
+        return (
+            f"{pickles[0]} is a pickle, which can run code and is never loaded. docs/import.md says how to convert it"
+        )
+    return "a GPT-2 folder holds config.json and model.safetensors"
 
 
 def load(folder: Path, block_size: int = 0) -> tuple[ModelConfig, Params]:
@@ -308,9 +328,9 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text("utf-8"))
+        tree = json.loads(path.read_bytes())  # with or without a byte order mark
     except OSError as error:
-        raise InteropError(f"{path} cannot be read: {error.strerror}") from error
+        raise InteropError(f"{path} cannot be read: {error.strerror}; {wanted(path.parent)}") from error
     except (ValueError, RecursionError) as error:
         raise InteropError(f"{path} is not JSON: {error}") from error
     if not isinstance(tree, dict):

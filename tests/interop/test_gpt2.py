@@ -1,5 +1,8 @@
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -10,11 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 from jaxgpt import nn
 from jaxgpt.config import ModelConfig
-from jaxgpt.interop import gpt2
+from jaxgpt.interop import folders, gpt2
 from jaxgpt.interop.gpt2 import InteropError
 from jaxgpt.sampling.generate import generate
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
+DOCS = Path(__file__).parents[2] / "docs"
 TINY = GOLDENS / "hf-gpt2-tiny"
 GOLDEN = dict(np.load(GOLDENS / "hf-gpt2-tiny.npz"))
 
@@ -177,6 +181,55 @@ def test_damage_is_named(folder, name, text, said):
         (folder / name).write_text(text)
     with pytest.raises(InteropError, match=said):
         gpt2.load(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_matter(folder, encoding):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text, encoding)
+    assert gpt2.read_config(folder) == gpt2.read_config(TINY)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pytorch_model.bin", r"is a pickle, .*this writes model\.safetensors beside it: python -c 'from sys"),
+        ("pytorch_model-00001-of-00002.bin", "this writes model"),
+        ("ckpt.pt", r"ckpt\.pt is a pickle, .*docs/import\.md says how to convert it"),
+    ],
+)
+@pytest.mark.parametrize("config", ["with config.json", "without"])
+def test_pickles_are_never_loaded_and_come_with_a_way_to_convert_them(folder, name, said, config):
+    (folder / "model.safetensors").rename(folder / name)
+    if config == "without":
+        (folder / "config.json").unlink()
+    with pytest.raises(InteropError, match=said):
+        gpt2.load(folder)
+    with pytest.raises(InteropError, match=f"{name} is a file, expected a folder .*{said}"):
+        folders.find(str(folder / name))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_converter_of_the_docs_reads_nanogpts_checkpoints(folder, tmp_path, bias):
+    """TINY, turned into what nanoGPT saves and back: linear layers the other way round, a compiled module's names."""
+    torch = pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "import.md").read_text("utf-8"), re.DOTALL)
+    theirs = {name: torch.tensor(x) for name, x in load_file(TINY / "model.safetensors").items()}
+    model = {
+        f"_orig_mod.{name}": x.T if re.search(r"\.c_\w+\.weight", name) else x
+        for name, x in theirs.items()
+        if bias or not name.endswith(".bias")
+    }
+    model["_orig_mod.lm_head.weight"] = model["_orig_mod.transformer.wte.weight"]
+    model["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 32, "bias": bias, "vocab_size": 96, "dropout": 0.0}
+    torch.save({"model": model, "model_args": sizes, "optimizer": {}, "iter_num": 5}, tmp_path / "ckpt.pt")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "ckpt.pt", tmp_path / "out"], check=False)
+    assert done.returncode == 0
+    if not bias:
+        edit_tensors(folder, lambda x: x.update({name: 0 * x[name] for name in x if name.endswith(".bias")}))
+    edit_config(folder, activation_function="gelu")
+    jax.tree.map(np.testing.assert_array_equal, gpt2.load(tmp_path / "out"), gpt2.load(folder))
 
 
 def test_a_bigram_cannot_be_exported(tmp_path):
