@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.options import Checkpoint, Folders, RunName, parse
+from jaxgpt.cli.options import Checkpoint, Folders, RunName, parse, typed
 from jaxgpt.config import UsageError
 
 Name = Literal["noise", "curvature", "landscape", "influence", "lens", "attention", "tokens"]
@@ -45,7 +45,7 @@ def run(args: list[str]) -> int:
     from jaxgpt.diagnostics.diagnose import DIAGNOSES, Effort, Subject, require
     from jaxgpt.report import diagnoses, diagnosis_plots, plots
     from jaxgpt.report.terminal import RunConsole
-    from jaxgpt.text.tokenizer import UnknownCharacterError, as_prepared
+    from jaxgpt.text.tokenizer import UnknownCharacterError, encode_typed
     from jaxgpt.training.run import Run
     from jaxgpt.training.start import corpus_of, load_checkpoint
 
@@ -61,7 +61,7 @@ def run(args: list[str]) -> int:
     text = val[: max(config.model.block_size, 384) + 1]
     if given.text is not None:
         try:
-            text = corpus.tokenizer.encode(as_prepared(corpus.tokenizer, given.text))
+            text = encode_typed(corpus.tokenizer, typed(given.text))
         except UnknownCharacterError as error:
             where = f"character {error.character!r} at position {error.position} of --text"
             raise UsageError(f"{where} is not among the {error.known}") from error

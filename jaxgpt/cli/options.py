@@ -126,6 +126,15 @@ def _hint(types: dict[str, Any], args: list[str]) -> str | None:
     return None
 
 
+def typed(text: str) -> str | bytes:
+    """An argument as it was typed: its bytes where they are not UTF-8, which Python hands over as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text)
+    return text
+
+
 def words(command: str, run: Path, folders: Folders, *flags: str) -> str:
     """The command line of `command` for the run in `run`, to be pasted in the folder where this one was typed."""
     from jaxgpt.training.run import Run

@@ -140,7 +140,8 @@ def export_run(run: Run, folder: Path, which: str = "best") -> int:
     try:
         gpt2.save(partial, run.config.model, jax.device_get(params))
         shutil.copyfile(run.path / "tokens.json", partial / "tokens.json")
-        (partial / "README.md").write_text(card(run, step), "utf-8")
+        # a path that is not UTF-8 has surrogates for those bytes, which the card shows as escapes
+        (partial / "README.md").write_text(card(run, step), "utf-8", errors="backslashreplace")
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

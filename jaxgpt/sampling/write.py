@@ -1,6 +1,7 @@
 """Prompts in, text out: ids turned into characters as they come."""
 
 import codecs
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,14 +11,14 @@ import numpy as np
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.nn import Params
 from jaxgpt.sampling.generate import generate, stream
-from jaxgpt.text.tokenizer import Tokenizer, as_prepared, without_unknown
+from jaxgpt.text.tokenizer import Tokenizer, as_prepared, encode_typed, without_unknown
 
 
 def write(
     config: ModelConfig,
     params: Params,
     tokenizer: Tokenizer,
-    prompt: str | None,
+    prompt: str | bytes | None,
     n_tokens: int,
     *,
     temperature: float = 0.8,
@@ -30,8 +31,8 @@ def write(
     """`samples` texts that begin with `prompt`, each as pieces of text; a single one streams while it is made.
 
     Args:
-      prompt: None for a line feed, or the first character of a vocabulary that has none. Its line ends, and those of
-        `stop`, become those of the training text.
+      prompt: None for a line feed, or the first character of a vocabulary that has none; bytes need not be UTF-8. Its line ends,
+        and those of `stop`, become those of the training text.
       stop: a text ends before the first of these that is written after the prompt.
       how: top_k, top_p and min_p, as `generate` takes them.
 
@@ -40,8 +41,10 @@ def write(
     """
     if prompt is None:
         prompt = "\n" if tokenizer.knows("\n").all() else tokenizer.decode([0])
-    prompt, stop = as_prepared(tokenizer, prompt), [as_prepared(tokenizer, each) for each in stop]
-    if unknown == "skip":
+    stop = [as_prepared(tokenizer, each) for each in stop]
+    if isinstance(prompt, str):
+        prompt = as_prepared(tokenizer, prompt)
+    if unknown == "skip" and isinstance(prompt, str):
         prompt = without_unknown(tokenizer, prompt)
     if not prompt:
         raise UsageError("the prompt is empty, expected at least one character of the vocabulary: --prompt TEXT")
@@ -49,15 +52,19 @@ def write(
         raise UsageError(f"samples is {samples}, expected 1 or more; seed is {seed}, expected 0 to 2**32 - 1")
     if "" in stop:
         raise UsageError("stop is '', expected at least one character: --stop TEXT")
-    ids = np.tile(tokenizer.encode(prompt), (samples, 1))
+    if any(re.search("[\ud800-\udfff]", each) for each in stop):
+        raise UsageError(f"stop is {list(stop)}, expected UTF-8, as all that is written: --stop TEXT")
+    prompt_ids = encode_typed(tokenizer, prompt)
+    written = prompt if isinstance(prompt, str) else tokenizer.decode(prompt_ids)
+    ids = np.tile(prompt_ids, (samples, 1))
     given: dict[str, Any] = {"temperature": temperature, "n_ids": tokenizer.vocab_size, **how}
     key = jax.random.key(seed)
     if samples == 1:
         pieces = (piece[0] for piece in stream(config, params, ids, n_tokens, key, **given))
-        yield _texts(tokenizer, prompt, pieces, stop)
+        yield _texts(tokenizer, written, pieces, stop)
     else:
         for row in np.asarray(generate(config, params, ids, n_tokens, key, **given)):
-            yield _texts(tokenizer, prompt, iter([row]), stop)
+            yield _texts(tokenizer, written, iter([row]), stop)
 
 
 def _texts(tokenizer: Tokenizer, prompt: str, pieces: Iterator[Any], stop: Sequence[str] = ()) -> Iterator[str]:

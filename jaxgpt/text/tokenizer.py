@@ -191,6 +191,26 @@ def as_prepared(tokenizer: Tokenizer, text: str) -> str:
     return "".join(plain([text], []))
 
 
+def encode_typed(tokenizer: Tokenizer, text: str | bytes) -> Ids:
+    """The ids of a text `as_prepared`, which may be given as bytes; those need not be UTF-8 for a byte tokenizer.
+
+    Raises:
+      UsageError: the bytes are not UTF-8, and it is another tokenizer.
+      UnknownCharacterError: as `Tokenizer.encode`.
+    """
+    if isinstance(text, str):
+        return tokenizer.encode(as_prepared(tokenizer, text))
+    if isinstance(tokenizer, ByteTokenizer):
+        return np.frombuffer(text, np.uint8).astype(np.int32)
+    try:
+        return tokenizer.encode(as_prepared(tokenizer, text.decode()))
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"byte 0x{text[error.start]:02x} at offset {error.start} of the text is not UTF-8, which only a run with "
+            "--tokenizer byte takes"
+        ) from error
+
+
 def without_unknown(tokenizer: Tokenizer, text: str) -> str:
     """`text` without the characters that are outside the vocabulary."""
     known = tokenizer.knows(text)

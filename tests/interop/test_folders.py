@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from jaxgpt.recipes import FINETUNE, RECIPES, command
 from jaxgpt.sampling.write import write
 from jaxgpt.text.corpus import CorpusError
 from jaxgpt.training.loop import fit
+from jaxgpt.training.run import Run
 from jaxgpt.training.start import load_checkpoint, load_model
 
 TINY = Path(__file__).parents[1] / "goldens" / "hf-gpt2-tiny"
@@ -78,6 +80,17 @@ def test_an_export_is_whole_and_says_what_it_is(imported, tmp_path):
         sample.run([str(tmp_path / "out"), "--checkpoint", "last"])
     with pytest.raises(InteropError, match="exists; give a folder that does not"):
         folders.export_run(imported, tmp_path / "out")
+
+
+def test_paths_that_are_not_utf8_can_be_trained_on_and_exported_to(tmp_path, change):
+    text, out = (tmp_path / os.fsdecode(name) for name in (b"bad\xff.txt", b"out\xff"))
+    text.write_text("the cat sat on the mat\n" * 40)
+    config = change(FINETUNE, corpus=str(text), tokenizer="ascii")
+    run = folders.import_run(TINY, config, "bad", tmp_path / "runs", tmp_path / "data")
+    assert Run(run.path).config.data.corpus == str(text)
+    folders.export_run(run, out)
+    assert folders.load_export(out)[2] == run.tokenizer
+    assert "bad\\udcff.txt" in (out / "README.md").read_text("utf-8")
 
 
 def test_damaged_lines_of_metrics_are_no_matter_of_an_export(imported, tmp_path):

@@ -1,13 +1,16 @@
+import os
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxgpt import cli
 from jaxgpt.config import UsageError
 from jaxgpt.sampling.generate import CHUNK
 from jaxgpt.sampling.write import until, write
-from jaxgpt.text.tokenizer import UnknownCharacterError
+from jaxgpt.text.bpe import BPETokenizer
+from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, UnknownCharacterError, encode_typed
 from jaxgpt.training.loop import fit
 from jaxgpt.training.start import load_model, start
 
@@ -98,6 +101,31 @@ def test_unknown_characters_of_a_prompt_are_an_error_or_skipped(run, tmp_path, t
     assert texts(chars, "the Zoo", 5, unknown="skip")[0].startswith("the oo")
     with pytest.raises(UsageError, match="prompt is empty"):
         texts(chars, "ZZZ", 5, unknown="skip")
+
+
+def test_bytes_of_the_command_line_that_are_not_utf8_reach_a_byte_model_as_they_are(run, monkeypatch, capsys):
+    """Python hands such an argument over with surrogates: \\xff as U+DCFF."""
+    asked = []
+    monkeypatch.setattr(
+        "jaxgpt.sampling.write.stream", lambda config, params, ids, *args, **how: asked.append(ids) or []
+    )
+    for prompt in (b"\xff\xfe", b"caf\xc3", "é".encode()):
+        assert cli.run_verb(["sample", str(run.path), "--prompt", os.fsdecode(prompt)]) == 0
+        assert asked.pop().tolist() == [list(prompt)]
+    assert capsys.readouterr().out == "\ufffd\ufffd\ncaf\ufffd\né\n"
+    assert cli.run_verb(["sample", str(run.path), "--prompt", "a", "--stop", os.fsdecode(b"\xff")]) == 2
+    assert "stop is ['\\udcff'], expected UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokenizer", [CharTokenizer("a\udcff"), BPETokenizer(tuple(ByteTokenizer().token_bytes))])
+def test_other_tokenizers_refuse_bytes_that_are_not_utf8(tokenizer):
+    assert (
+        encode_typed(tokenizer, b"a").tolist()
+        == encode_typed(tokenizer, "a").tolist()
+        == tokenizer.encode("a").tolist()
+    )
+    with pytest.raises(UsageError, match="byte 0xff at offset 1 of the text is not UTF-8, which only a run with"):
+        encode_typed(tokenizer, b"a\xff")
 
 
 def ended(text, stop):
