@@ -31,8 +31,8 @@ def write(
     """`samples` texts that begin with `prompt`, each as pieces of text; a single one streams while it is made.
 
     Args:
-      prompt: None for a line feed, or the first character of a vocabulary that has none; bytes need not be UTF-8. Its line ends,
-        and those of `stop`, become those of the training text.
+      prompt: None for a line feed, or the first character of a vocabulary that has none; bytes need not be UTF-8.
+        Its line ends, and those of `stop`, become those of the training text.
       stop: a text ends before the first of these that is written after the prompt.
       how: top_k, top_p and min_p, as `generate` takes them.
 

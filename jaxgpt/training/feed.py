@@ -1,8 +1,10 @@
 """What serves the training tokens: the windows of each scan of steps, from the device or read ahead from disk."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from functools import lru_cache
+from itertools import islice
+from threading import Lock
 from typing import Any
 
 import jax
@@ -47,15 +49,22 @@ def device_tokens(config: Config, n_tokens: int) -> int:
     return n_tokens if n_tokens <= DEVICE_TOKENS else windows
 
 
-def feeder(config: Config, tokens: Ids, placement: Placement = ONE_DEVICE, parts: Sequence[Part] | None = None) -> Feed:
-    """What serves the training tokens: from the device, or, where they are too many, from disk a chunk ahead.
+def feeder(
+    config: Config,
+    tokens: Ids,
+    placement: Placement = ONE_DEVICE,
+    parts: Sequence[Part] | None = None,
+    pool: Executor | None = None,
+) -> Feed:
+    """What serves the training tokens: from the device, or, where they are too many, from disk.
 
     Args:
       parts: of the tokens, with their weights; by default they are one.
+      pool: reads from disk a chunk ahead; by default nothing is read ahead.
     """
     parts = parts or [Part(len(tokens), 1.0)]
     if len(tokens) > DEVICE_TOKENS:
-        return reader(config, tokens, placement, parts)
+        return reader(config, tokens, placement, parts, pool)
 
     def put(x: np.ndarray[Any, Any]) -> jax.Array:
         """The whole of `x`, which every process has, on every device."""
@@ -67,10 +76,10 @@ def feeder(config: Config, tokens: Ids, placement: Placement = ONE_DEVICE, parts
     return lambda begin, end: (on_device, put(chunk_starts(config, parts, begin, end).astype(np.int32)))
 
 
-def reader(config: Config, tokens: Ids, placement: Placement, parts: Sequence[Part]) -> Feed:
-    """Reads the windows of the next chunk on a thread while the device is busy with this one; a process reads those of
-    its own devices alone."""
-    thread, ahead = ThreadPoolExecutor(1, "reader"), dict[tuple[int, int], Future[jax.Array]]()
+def reader(config: Config, tokens: Ids, placement: Placement, parts: Sequence[Part], pool: Executor | None) -> Feed:
+    """Reads the windows of the next chunk in `pool` while the device is busy with this one; a process reads those of
+    its own devices alone. Several threads may call it: a chunk that is asked for again is not read again."""
+    lock, held = Lock(), dict[tuple[int, int], Future[jax.Array]]()
     T = config.model.block_size
 
     def read(begin: int, end: int) -> jax.Array:
@@ -88,10 +97,13 @@ def reader(config: Config, tokens: Ids, placement: Placement, parts: Sequence[Pa
         return jax.make_array_from_callback(shape, placement.windows, mine)
 
     def feed(begin: int, end: int) -> tuple[None, jax.Array]:
-        served = (ahead.pop((begin, end), None) or thread.submit(read, begin, end)).result()
-        if following := next(chunks(config, end), None):
-            ahead.clear()  # of a chunk that was asked for twice
-            ahead[following] = thread.submit(read, *following)
-        return None, served
+        if not pool:
+            return None, read(begin, end)
+        with lock:  # a new run's first chunk is asked for by who compiles for it, and by who trains on it
+            wanted = [(begin, end), *islice(chunks(config, end), 1)]
+            kept = {chunk: held.get(chunk) or pool.submit(read, *chunk) for chunk in wanted}
+            held.clear()
+            held.update(kept)
+        return None, kept[begin, end].result()
 
     return feed

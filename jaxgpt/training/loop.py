@@ -76,15 +76,17 @@ def fit(
     config, began = config or run.config, time.perf_counter()
     train_tokens, _ = corpus.split(config.data)
     parts = corpus.training_parts(config.data)
-    feed, steps = feeder(config, train_tokens, placement, parts), placement.steps(config)
+    steps = placement.steps(config)
 
     with (
         placement.scope(),
         run.exclusive(),
         interruption() as interrupted_by,
+        ThreadPoolExecutor(1, "reader") as reading,
         ThreadPoolExecutor(1, "compile") as background,
         Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every) as checkpoints,
     ):
+        feed = feeder(config, train_tokens, placement, parts, reading)
         found = newest(run, config, corpus, checkpoints, watch)
         memory.require(config, device_tokens(config, len(train_tokens)), new=found is None, parts=placement.parts)
         # Several processes must run, and some compile, the same programs in the same order.
