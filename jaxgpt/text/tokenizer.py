@@ -236,7 +236,7 @@ def from_json(tree: Any) -> Tokenizer:
         ):
             from jaxgpt.text import bpe  # it imports this module
 
-            return bpe.from_plain(pattern, tokens, special, **rest)
+            return bpe.from_plain(pattern, tokens, special, tree.get("leading", 0))
     raise ValueError(
         f"not a tokenizer: {shown(tree)}; expected the kind 'char' with its chars, 'byte', or 'bpe' with its "
         "pattern, tokens and special tokens"
