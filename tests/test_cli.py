@@ -15,8 +15,8 @@ from jaxgpt import cli
 from jaxgpt.cli.options import take_name
 from jaxgpt.cli.train import Train
 from jaxgpt.recipes import RECIPES
+from jaxgpt.run import Run
 from jaxgpt.serve.library import Library
-from jaxgpt.training.run import Run
 
 SMALL = ("--block-size", 8, "--n-layer", 1, "--n-embd", 16, "--steps", 20, "--scan-steps", 5, "--eval-every", 10)
 SMALL += ("--batch-size", 4, "--warmup-steps", 2, "--eval-batches", 2)

@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import nn
+from jaxgpt import model as nn
 from jaxgpt.config import replaced
-from jaxgpt.interop.folders import load_export
-from jaxgpt.training.evaluate import evaluate
-from jaxgpt.training.loop import fit
-from jaxgpt.training.run import Run
-from jaxgpt.training.start import load_model, resume
+from jaxgpt.evaluation import evaluate
+from jaxgpt.huggingface.folders import load_export
+from jaxgpt.run import Run
+from jaxgpt.start import load_model, resume
+from jaxgpt.train import fit
 
 SAVED = Path(__file__).parent / "goldens" / "version-0.1"
 

@@ -13,12 +13,12 @@ import numpy as np
 from jaxgpt.bench.facts import facts
 from jaxgpt.bench.table import Report
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, check
+from jaxgpt.corpus import Corpus
+from jaxgpt.evaluation import evaluate
+from jaxgpt.feed import chunks, feeder
+from jaxgpt.placement import ONE_DEVICE, fresh
 from jaxgpt.recipes import MODERN, MUON
-from jaxgpt.text.corpus import Corpus
-from jaxgpt.training.evaluate import evaluate
-from jaxgpt.training.feed import chunks, feeder
-from jaxgpt.training.placement import ONE_DEVICE, fresh
-from jaxgpt.training.step import train_steps
+from jaxgpt.step import train_steps
 
 Change = tuple[dict[str, Any], dict[str, Any]]
 """Fields of the model, and of the optimizer."""

@@ -194,7 +194,7 @@ def require_room(config: Config, chosen: dict[str, Variant], free: int | None) -
     Raises:
       UsageError: they do not.
     """
-    from jaxgpt.training import memory
+    from jaxgpt import memory
 
     each = memory.needed(config, 0).total + PROCESS_BYTES
     if free is not None and each * len(chosen) > free:

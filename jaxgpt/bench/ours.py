@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import nn
+from jaxgpt import memory
+from jaxgpt import model as nn
 from jaxgpt.bench.worker import forget_peak, peak_resident_bytes, resident
 from jaxgpt.config import from_tree
-from jaxgpt.sampling.generate import generate
-from jaxgpt.scaling.mesh import Sizes, place
-from jaxgpt.training import memory
-from jaxgpt.training.feed import feeder
-from jaxgpt.training.placement import ONE_DEVICE, fresh
-from jaxgpt.training.step import Metrics
+from jaxgpt.feed import feeder
+from jaxgpt.generate import generate
+from jaxgpt.mesh import Sizes, place
+from jaxgpt.placement import ONE_DEVICE, fresh
+from jaxgpt.step import Metrics
 
 
 def random_tokens(vocab_size: int, n: int = 1_000_000) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxgpt.bench import ruler
 from jaxgpt.bench.ruler import Contest
-from jaxgpt.scaling import chips
+from jaxgpt.monitor import chips
 
 N = 2048
 """Rows and columns of the matrices: 2 N³ operations, and none of them fits into a cache."""

@@ -61,6 +61,6 @@ def config_of(name: str, device: str, precision: Precision = "float32", dropout:
 
 def flops_per_step(config: Config) -> int:
     """Operations of the products of a training step: three times those of a forward pass."""
-    from jaxgpt.nn import cost
+    from jaxgpt import cost
 
     return 3 * cost.flops_per_token(config.model) * config.train.batch_size * config.model.block_size

@@ -15,10 +15,10 @@ import numpy as np
 from jaxgpt.bench import profile, worker
 from jaxgpt.bench.ours import OnJax, random_tokens
 from jaxgpt.config import Config, from_tree
-from jaxgpt.text.batches import chunk_starts, take
-from jaxgpt.training.memory import compiled_bytes
-from jaxgpt.training.placement import ONE_DEVICE, fresh
-from jaxgpt.training.step import Metrics, TrainState, train_step, train_steps
+from jaxgpt.data import chunk_starts, take
+from jaxgpt.memory import compiled_bytes
+from jaxgpt.placement import ONE_DEVICE, fresh
+from jaxgpt.step import Metrics, TrainState, train_step, train_steps
 
 Way = Literal["op by op", "eager", "jit", "donated", "ahead of time", "scan"]
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import disk
+from jaxgpt import files as disk
 
 Report = dict[str, Any]
 

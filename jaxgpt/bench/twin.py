@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxgpt.config import Config, MissingExtraError, ModelConfig
+from jaxgpt.data import Ids
+from jaxgpt.prepare import sources
+from jaxgpt.prepare.build import tokenize
 from jaxgpt.recipes import RECIPES, recipe
-from jaxgpt.text import sources
-from jaxgpt.text.batches import Ids
-from jaxgpt.text.prepare import tokenize
 
 try:
     import torch

@@ -17,24 +17,27 @@ from typing import NoReturn
 from jaxgpt.config import UsageError
 
 COMMANDS = {  # its module, and its line in the overview
-    "prepare": ("prepare", "Turn a text into shards of tokens and tokens.json."),
-    "train": ("train", "Train a recipe, or resume a run."),
-    "sample": ("sample", "Write text with a trained run."),
-    "serve": ("serve", "Play with runs in a browser: watch them write, look inside."),
-    "eval": ("evaluate", "Score a run on a whole split."),
-    "report": ("report", "Make a page of runs: curves, texts, what surprised them, where they look."),
-    "diagnose": ("diagnose", "Derivatives of a run's loss: noise, curvature, influence; and a look inside."),
-    "verify-resume": ("verify_resume", "Show that a run which is killed and resumed keeps every bit."),
-    "import-gpt2": ("import_gpt2", "Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune."),
-    "launch": ("launch", "Train in several processes on this machine."),
-    "sweep": ("sweep", "Train seeds and settings of a recipe together, and find the best."),
-    "scaling-fit": ("scaling_fit", "Train a family of sizes and fit how the loss falls with size and text."),
-    "plan": ("plan", "Compile a recipe for chips that are not attached: does it fit, how fast might it be."),
-    "export": ("export", "Write a run as a folder that transformers loads."),
-    "lecture": ("lecture", "Climb the lecture's ladder, from a uniform guess to the transformer."),
-    "ledger": ("ledger", "One step every way JAX can run it: what jit costs and saves, beside PyTorch."),
-    "inspect": ("inspect", "What a recipe or a run is made of, and what the compiler makes of it."),
-    "recipes": ("list_recipes", "List the recipes."),
+    "prepare": ("cli.prepare", "Turn a text into shards of tokens and tokens.json."),
+    "train": ("cli.train", "Train a recipe, or resume a run."),
+    "sample": ("cli.sample", "Write text with a trained run."),
+    "serve": ("serve.cli", "Play with runs in a browser: watch them write, look inside."),
+    "eval": ("cli.evaluate", "Score a run on a whole split."),
+    "report": ("report.cli", "Make a page of runs: curves, texts, what surprised them, where they look."),
+    "diagnose": ("diagnostics.cli", "Derivatives of a run's loss: noise, curvature, influence; and a look inside."),
+    "verify-resume": ("verify.cli", "Show that a run which is killed and resumed keeps every bit."),
+    "import-gpt2": (
+        "huggingface.import_cli",
+        "Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune.",
+    ),
+    "launch": ("cli.launch", "Train in several processes on this machine."),
+    "sweep": ("sweep.cli", "Train seeds and settings of a recipe together, and find the best."),
+    "scaling-fit": ("scaling_law.cli", "Train a family of sizes and fit how the loss falls with size and text."),
+    "plan": ("plan.cli", "Compile a recipe for chips that are not attached: does it fit, how fast might it be."),
+    "export": ("huggingface.export_cli", "Write a run as a folder that transformers loads."),
+    "lecture": ("lecture.cli", "Climb the lecture's ladder, from a uniform guess to the transformer."),
+    "ledger": ("profile.ledger_cli", "One step every way JAX can run it: what jit costs and saves, beside PyTorch."),
+    "inspect": ("profile.inspect_cli", "What a recipe or a run is made of, and what the compiler makes of it."),
+    "recipes": ("cli.list_recipes", "List the recipes."),
 }
 
 
@@ -77,7 +80,7 @@ def _attempt(argv: Sequence[str]) -> tuple[int, bool]:
         return _complain(f"no command {command!r}{hint}\n{overview()}", 2), False
     module, _ = COMMANDS[command]
     try:
-        return import_module(f"jaxgpt.cli.{module}").run(args), True
+        return import_module(f"jaxgpt.{module}").run(args), True
     except UsageError as error:
         return _complain(str(error), 2), False
     except BrokenPipeError:  # whoever read the output has gone; let the interpreter's last flush find no fault

@@ -21,10 +21,10 @@ class Eval:
 
 def run(args: list[str]) -> int:
     given = parse(Eval, args, "eval")
-    from jaxgpt.report.terminal import describe
-    from jaxgpt.training.evaluate import estimate, evaluate
-    from jaxgpt.training.run import Run
-    from jaxgpt.training.start import corpus_of, load_checkpoint
+    from jaxgpt.evaluation import estimate, evaluate
+    from jaxgpt.monitor.terminal import describe
+    from jaxgpt.run import Run
+    from jaxgpt.start import corpus_of, load_checkpoint
 
     use_compile_cache()
     if given.eval_batches < 0:

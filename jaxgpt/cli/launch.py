@@ -20,6 +20,6 @@ def run(args: list[str]) -> int:
     if words[:1] != ["train"] or given.processes < 1:
         raise UsageError("expected how many processes and what they train: jaxgpt launch --processes 2 -- train RECIPE")
 
-    from jaxgpt.scaling import launch
+    from jaxgpt import launch
 
     return launch.group(words, given.processes)

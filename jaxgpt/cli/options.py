@@ -137,7 +137,7 @@ def typed(text: str) -> str | bytes:
 
 def words(command: str, run: Path, folders: Folders, *flags: str) -> str:
     """The command line of `command` for the run in `run`, to be pasted in the folder where this one was typed."""
-    from jaxgpt.training.run import Run
+    from jaxgpt.run import Run
 
     line = Run(run).command(command, *flags)
     if command == "train" and folders.data_dir != Path("data"):

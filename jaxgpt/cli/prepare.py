@@ -28,11 +28,11 @@ def run(args: list[str]) -> int:
     given = parse(Prepare, args, "prepare")
     from rich.console import Console
 
-    from jaxgpt.report.progress import patient_bar
-    from jaxgpt.text.prepare import prepare
+    from jaxgpt.monitor.progress import patient_bar
+    from jaxgpt.prepare.build import prepare_corpus
 
     with patient_bar(Console(stderr=True)) as progress:
-        done = prepare(
+        done = prepare_corpus(
             given.corpus,
             given.tokenizer,
             unknown=given.unknown,

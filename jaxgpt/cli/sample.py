@@ -41,7 +41,7 @@ class Sample:
 
 def run(args: list[str]) -> int:
     given = parse(Sample, args, "sample")
-    from jaxgpt.sampling.write import write
+    from jaxgpt.write import write
 
     use_compile_cache()
     config, params, tokenizer = _load_model(given.run, given.runs_dir, given.checkpoint)
@@ -71,9 +71,9 @@ def run(args: list[str]) -> int:
 
 def _load_model(name: str, runs_dir: Path, checkpoint: str) -> Any:
     """(model config, params, tokenizer) of a run or of an exported folder."""
-    from jaxgpt.interop import folders
-    from jaxgpt.training.run import Run
-    from jaxgpt.training.start import load_model
+    from jaxgpt.huggingface import folders
+    from jaxgpt.run import Run
+    from jaxgpt.start import load_model
 
     if folders.is_export(Path(name)) and not Run.exists(runs_dir, name):
         if checkpoint != "best":

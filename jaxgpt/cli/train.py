@@ -14,7 +14,7 @@ from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Folders, parse, take_name, words
 from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import RECIPES, recipe
-from jaxgpt.training.run import Run
+from jaxgpt.run import Run
 
 DEFAULT_RECIPE = "gpt-demo"
 
@@ -80,16 +80,15 @@ def _about(name: str) -> str:
 def _fit(given: Train, existing: Run | None) -> int:
     import jax
 
-    from jaxgpt import nn
-    from jaxgpt.report import loggers
-    from jaxgpt.report.glimpse import glimpse
-    from jaxgpt.report.terminal import RunConsole, TrainingDisplay, describe, duration
-    from jaxgpt.report.utilisation import rate
-    from jaxgpt.scaling import launch, mesh
-    from jaxgpt.training import processes
-    from jaxgpt.training.loop import fit
-    from jaxgpt.training.memory import OutOfMemoryError
-    from jaxgpt.training.start import resume, start
+    from jaxgpt import launch, mesh, processes
+    from jaxgpt import model as nn
+    from jaxgpt.memory import OutOfMemoryError
+    from jaxgpt.monitor import loggers
+    from jaxgpt.monitor.glimpse import glimpse
+    from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay, describe, duration
+    from jaxgpt.monitor.utilisation import rate
+    from jaxgpt.start import resume, start
+    from jaxgpt.train import fit
 
     loggers.require(given.log)
     sizes = None if given.mesh == "auto" else mesh.Sizes.parse(given.mesh)

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxgpt import nn
+from jaxgpt import cost, memory
+from jaxgpt import model as nn
 from jaxgpt.config import Config, UsageError
+from jaxgpt.data import Batch, Ids, estimate_starts, take
 from jaxgpt.diagnostics import curvature as hessian
 from jaxgpt.diagnostics import inside
 from jaxgpt.diagnostics.gradients import NoiseScale, noise_scale
@@ -18,10 +20,7 @@ from jaxgpt.diagnostics.influence import influence as products
 from jaxgpt.diagnostics.landscape import along, filter_normalised, plane
 from jaxgpt.diagnostics.losses import mean_loss
 from jaxgpt.diagnostics.tokens import Scores, token_scores
-from jaxgpt.nn import cost
-from jaxgpt.text.batches import Batch, Ids, estimate_starts, take
-from jaxgpt.training import memory
-from jaxgpt.training.step import init_state
+from jaxgpt.step import init_state
 
 
 class Subject(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxgpt import nn
+from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
 
 Loss = Callable[[Any, Any], jax.Array]

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import nn
+from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
+from jaxgpt.data import Ids
 from jaxgpt.diagnostics.losses import exact
-from jaxgpt.text.batches import Ids
 
 
 class Scores(NamedTuple):

@@ -6,7 +6,7 @@ Each takes x (B, T, C) and gives (B, T, C): at each position the mean of x up to
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.nn.attention import attention, causal_mask
+from jaxgpt.attention import attention, causal_mask
 
 
 def by_loop(x: jax.Array) -> jax.Array:

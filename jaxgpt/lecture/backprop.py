@@ -7,7 +7,7 @@ gives the gradients with respect to its inputs. Read them in order: each uses th
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.nn.attention import attention_weights, causal_mask
+from jaxgpt.attention import attention_weights, causal_mask
 
 
 def matmul(a: jax.Array, b: jax.Array, d_out: jax.Array) -> tuple[jax.Array, jax.Array]:

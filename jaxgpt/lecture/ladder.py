@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgpt import nn
+from jaxgpt import data as batches
+from jaxgpt import model as nn
 from jaxgpt.config import UsageError
+from jaxgpt.data import Ids, take
+from jaxgpt.display import ngrams
 from jaxgpt.lecture import averaging
 from jaxgpt.lecture.model import Params, Rung, forward, init_params
-from jaxgpt.text import batches, ngrams
-from jaxgpt.text.batches import Ids, take
-from jaxgpt.text.tokenizer import Tokenizer
+from jaxgpt.tokenizer import Tokenizer
 
 _MORE = Rung(
     "residual", "three blocks that add to a stream", (2.08,), n_layer=3, n_head=4, feed_forward=4, residual=True

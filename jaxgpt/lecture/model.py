@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.nn.attention import attention, causal_mask
+from jaxgpt.attention import attention, causal_mask
 
 Params = dict[str, Any]
 

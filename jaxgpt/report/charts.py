@@ -4,11 +4,11 @@ follows the theme of the page; a picture has them filled in."""
 import math
 from collections.abc import Sequence
 
+from jaxgpt.display.baselines import published
+from jaxgpt.display.oneline import visible
+from jaxgpt.display.style import INK, MARK, QUIET, SERIES, WARN, ZOOM, Spec, by_run, chart, step_axis, tooltip
 from jaxgpt.report.facts import Facts, Points
-from jaxgpt.report.limits import published
 from jaxgpt.report.looks import Attention, Embedding, Looks
-from jaxgpt.report.oneline import visible
-from jaxgpt.report.style import INK, MARK, QUIET, SERIES, WARN, ZOOM, Spec, by_run, chart, step_axis, tooltip
 
 MAPPED = 30_000
 """Weights in a picture of attention, at most."""

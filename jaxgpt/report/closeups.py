@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
+from jaxgpt.display.markup import Html, element, join
+from jaxgpt.display.oneline import visible
+from jaxgpt.display.style import Spec
 from jaxgpt.report.facts import Facts
 from jaxgpt.report.looks import Looks
-from jaxgpt.report.markup import Html, element, join
-from jaxgpt.report.oneline import visible
 from jaxgpt.report.sections import NOTHING, chart, section, table
-from jaxgpt.report.style import Spec
 
 
 def samples(runs: Sequence[Facts], looks: Sequence[Looks]) -> Html:

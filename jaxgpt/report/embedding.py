@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.nn import Params
+from jaxgpt.model import Params
 
 Floats = NDArray[np.floating[Any]]
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from jaxgpt import recipes
+from jaxgpt import cost, recipes
 from jaxgpt.config import Config, differences
-from jaxgpt.nn import cost
-from jaxgpt.report.terminal import duration
-from jaxgpt.report.utilisation import peak, utilisation
-from jaxgpt.training.run import Run
+from jaxgpt.monitor.terminal import duration
+from jaxgpt.monitor.utilisation import peak, utilisation
+from jaxgpt.run import Run
 
 POINTS = 3000
 """Of a curve, at most about so many points are shown, shared among the runs of a report."""

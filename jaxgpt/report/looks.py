@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxgpt import nn
+from jaxgpt import model as nn
+from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.config import ModelConfig, UsageError
+from jaxgpt.corpus import Corpus
+from jaxgpt.display.baselines import Limits, limits, occurrences, stretches
 from jaxgpt.report import embedding, passage
-from jaxgpt.report.limits import Limits, limits, occurrences, stretches
-from jaxgpt.sampling.write import write
-from jaxgpt.text.corpus import Corpus
-from jaxgpt.text.tokenizer import Ids, Tokenizer
-from jaxgpt.training.checkpoint import CheckpointError, Checkpoints
-from jaxgpt.training.run import Run
-from jaxgpt.training.start import corpus_of, load_checkpoint
-from jaxgpt.training.step import init_state
+from jaxgpt.run import Run
+from jaxgpt.start import corpus_of, load_checkpoint
+from jaxgpt.step import init_state
+from jaxgpt.tokenizer import Ids, Tokenizer
+from jaxgpt.write import write
 
 SEED, TEMPERATURE, PROMPT, WRITTEN = 1337, 0.8, 16, 300
 """How a report samples, and how many tokens: those given, and those written after them."""

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.report import closeups, sections, vega
+from jaxgpt.display import vega
+from jaxgpt.display.markup import Html, data, join, text
+from jaxgpt.display.style import Spec
+from jaxgpt.report import closeups, sections
 from jaxgpt.report.charts import asked
 from jaxgpt.report.facts import Facts
 from jaxgpt.report.looks import Attention, Looks
-from jaxgpt.report.markup import Html, data, join, text
-from jaxgpt.report.style import Spec
 
 
 def page(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec], refresh: int = 0) -> str:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxgpt import nn
+from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
-from jaxgpt.text.tokenizer import Ids
+from jaxgpt.tokenizer import Ids
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxgpt import disk
+from jaxgpt import files as disk
 from jaxgpt.config import UsageError
-from jaxgpt.report import vega
+from jaxgpt.display import vega
 from jaxgpt.report.charts import asked, charts, maps
 from jaxgpt.report.facts import POINTS, Facts, gather
 from jaxgpt.report.looks import Looks, look, steps
 from jaxgpt.report.page import page
-from jaxgpt.training.run import Run
+from jaxgpt.run import Run
 
 OURS = b'content="jaxgpt report"'
 

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jaxgpt
+from jaxgpt.display.baselines import COUNTED, published
+from jaxgpt.display.markup import Html, element, join, text
+from jaxgpt.display.style import Spec
+from jaxgpt.monitor.terminal import duration
 from jaxgpt.recipes import RECIPES
 from jaxgpt.report.facts import Facts, Score, differing, kinds, perplexity
-from jaxgpt.report.limits import COUNTED, published
 from jaxgpt.report.looks import Looks
-from jaxgpt.report.markup import Html, element, join, text
-from jaxgpt.report.style import Spec
-from jaxgpt.report.terminal import duration
 
 NOTHING = Html("")
 TOLD = 500

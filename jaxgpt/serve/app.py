@@ -23,7 +23,7 @@ from jaxgpt.serve.requests import BadRequestError
 from jaxgpt.serve.scheduler import BusyError, Looked, Scheduler, StoppedError
 from jaxgpt.serve.writer import End, Piece
 from jaxgpt.serve.writer import Request as Wanted
-from jaxgpt.text.tokenizer import Tokenizer
+from jaxgpt.tokenizer import Tokenizer
 
 FILES = {
     "/": ("page.html", "text/html"),

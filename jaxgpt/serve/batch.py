@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgpt import nn
+from jaxgpt import filters
+from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
-from jaxgpt.sampling import filters
 
 CHUNK = 16
 """The most tokens that a row gets at once."""

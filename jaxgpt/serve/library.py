@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxgpt import cost
 from jaxgpt.config import UsageError
-from jaxgpt.nn import cost
-from jaxgpt.training.run import Run, RunError
+from jaxgpt.run import Run, RunError
 
 REMEMBERED = 256
 """How many runs' configurations and vocabularies are kept in memory."""

@@ -4,13 +4,13 @@ import json
 from typing import Any
 
 from jaxgpt.config import UsageError, shown
-from jaxgpt.sampling.draw import draw
-from jaxgpt.sampling.generate import bucket
+from jaxgpt.draw import draw
+from jaxgpt.generate import bucket
+from jaxgpt.run import RunError
 from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.writer import Request
-from jaxgpt.text.tokenizer import Tokenizer, UnknownCharacterError, as_prepared
-from jaxgpt.training.run import RunError
+from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError, as_prepared
 
 BODY = 2**20
 """Bytes of a request at most."""

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from jaxgpt.config import UsageError
+from jaxgpt.interrupt import SIGNALS
 from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.scheduler import Scheduler, warm
 from jaxgpt.serve.writer import Writer
-from jaxgpt.training.interrupt import SIGNALS
-from jaxgpt.training.start import load_model
+from jaxgpt.start import load_model
 
 SHORTEST = 16
 """Characters of a token that is worth having."""

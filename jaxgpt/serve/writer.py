@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxgpt import nn
+from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
-from jaxgpt.sampling.generate import bucket
+from jaxgpt.generate import bucket
 from jaxgpt.serve import batch
 from jaxgpt.serve.batch import CHUNK, Drawn, Settings
 from jaxgpt.serve.library import Served

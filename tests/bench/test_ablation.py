@@ -8,7 +8,7 @@ import pytest
 
 from jaxgpt.bench import ablation
 from jaxgpt.config import ModelConfig, OptimizerConfig
-from jaxgpt.text.prepare import prepare
+from jaxgpt.prepare.build import prepare_corpus
 
 
 def test_a_row_is_means_and_their_errors():
@@ -37,7 +37,7 @@ def test_every_option_of_the_block_is_in_it():
 
 def test_a_short_one_learns(tmp_path):
     (tmp_path / "verse.txt").write_text("the cat sat on the mat\nthat cat has a hat\n" * 60)
-    corpus = prepare(str(tmp_path / "verse.txt"), data_dir=Path(tmp_path / "data")).corpus
+    corpus = prepare_corpus(str(tmp_path / "verse.txt"), data_dir=Path(tmp_path / "data")).corpus
     (short, _), (long, seconds) = (ablation.one(corpus, ablation.ALL, 1, steps, 1) for steps in (3, 30))
     assert long < short - 0.3
     assert 0 < seconds < 60

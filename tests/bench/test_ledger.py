@@ -11,8 +11,9 @@ from jaxgpt.bench.ledger import VARIANTS, choose
 from jaxgpt.bench.ruler import series
 from jaxgpt.bench.story import break_even
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError, to_tree
+from jaxgpt.profile import ledger_plot as ledgers
+from jaxgpt.profile import measured
 from jaxgpt.recipes import recipe
-from jaxgpt.report import ledgers, measured
 
 
 def test_compiling_is_paid_for_when_both_have_taken_as_long():

@@ -5,15 +5,15 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import nn
+from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
-from jaxgpt.interop import gpt2
+from jaxgpt.data import Batch
+from jaxgpt.evaluation import evaluate
+from jaxgpt.huggingface import gpt2
+from jaxgpt.optimizer import learning_rate, make_optimizer
 from jaxgpt.recipes import recipe
-from jaxgpt.text.batches import Batch
-from jaxgpt.text.tokenizer import CharTokenizer
-from jaxgpt.training.evaluate import evaluate
-from jaxgpt.training.optimizer import learning_rate, make_optimizer
-from jaxgpt.training.step import TrainState, train_step
+from jaxgpt.step import TrainState, train_step
+from jaxgpt.tokenizer import CharTokenizer
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import nn
+from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
+from jaxgpt.data import Batch
 from jaxgpt.diagnostics import curvature
 from jaxgpt.diagnostics.losses import mean_loss
-from jaxgpt.text.batches import Batch
 
 P = 12
 Q = np.linalg.qr(np.random.default_rng(0).normal(size=(P, P)))[0]

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import cli, nn
+from jaxgpt import cli
+from jaxgpt import model as nn
 from jaxgpt.config import Config, ModelConfig, UsageError
+from jaxgpt.diagnostics import plots as diagnosis_plots
+from jaxgpt.diagnostics import view as diagnoses
 from jaxgpt.diagnostics.diagnose import DIAGNOSES, Effort, Subject, require
-from jaxgpt.report import diagnoses, diagnosis_plots
-from jaxgpt.text.tokenizer import CharTokenizer
+from jaxgpt.tokenizer import CharTokenizer
 
 SMALL = ("--block-size", 8, "--steps", 5, "--scan-steps", 5, "--eval-every", 0, "--batch-size", 4, "--eval-batches", 0)
 LITTLE = ("--windows", 8, "--batch", 4, "--steps", 3, "--probes", 2, "--grid", 3)
@@ -98,7 +100,7 @@ def test_a_text_of_one_character_leaves_nothing_to_learn_and_is_drawn_and_report
     ],
 )
 def test_bad_usage_is_refused_before_any_work(call, capsys, monkeypatch, args, said):
-    monkeypatch.setattr("jaxgpt.training.start.load_checkpoint", None)
+    monkeypatch.setattr("jaxgpt.start.load_checkpoint", None)
     assert call("diagnose", *args)[0] == 2
     assert said in capsys.readouterr().err
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import nn
+from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
+from jaxgpt.data import Batch
 from jaxgpt.diagnostics.gradients import noise_scale, per_example
 from jaxgpt.diagnostics.influence import influence
 from jaxgpt.diagnostics.losses import mean_loss
-from jaxgpt.text.batches import Batch
 
 V, T = 7, 6
 BIGRAM = ModelConfig(kind="bigram", vocab_size=V, block_size=T)

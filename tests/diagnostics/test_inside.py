@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import nn
+from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
+from jaxgpt.data import Batch
 from jaxgpt.diagnostics import inside
 from jaxgpt.diagnostics.tokens import token_scores
-from jaxgpt.text.batches import Batch
-from jaxgpt.text.tokenizer import CharTokenizer
-from jaxgpt.training.evaluate import evaluate
+from jaxgpt.evaluation import evaluate
+from jaxgpt.tokenizer import CharTokenizer
 
 CONFIG = ModelConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=16)
 BIGRAM = ModelConfig(kind="bigram", vocab_size=11, block_size=8)

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 # All that a run needs, imported before the fork: a trial then takes a second instead of four.
-import jaxgpt.nn.bigram
-import jaxgpt.nn.gpt  # noqa: F401
-from jaxgpt.training.loop import fit
-from jaxgpt.training.run import Run
-from jaxgpt.training.start import corpus_of
+import jaxgpt.bigram
+import jaxgpt.gpt  # noqa: F401
+from jaxgpt.run import Run
+from jaxgpt.start import corpus_of
+from jaxgpt.train import fit
 
 
 def resume(path: str, data_dir: str) -> None:

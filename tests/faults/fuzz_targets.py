@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt import bpe, corpus, gpt2, tokenizer
 from jaxgpt import config as configs
-from jaxgpt import disk
-from jaxgpt.interop import gpt2 as gpt2_folder
-from jaxgpt.text import bpe, corpus, files, gpt2, tokenizer
-from jaxgpt.text.tokenizer import ByteTokenizer, CharTokenizer, UnknownCharacterError
+from jaxgpt import files as disk
+from jaxgpt.huggingface import gpt2 as gpt2_folder
+from jaxgpt.prepare import files
+from jaxgpt.tokenizer import ByteTokenizer, CharTokenizer, UnknownCharacterError
 
 TINY = Path(__file__).parents[1] / "goldens" / "hf-gpt2-tiny"
 TEXT = "the cat sat\n"

@@ -13,11 +13,11 @@ import time
 import pytest
 
 from jaxgpt import cli
+from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config, TrainConfig
-from jaxgpt.training.checkpoint import Checkpoints
-from jaxgpt.training.run import Run
-from jaxgpt.training.start import load_checkpoint
-from jaxgpt.verify import compare
+from jaxgpt.run import Run
+from jaxgpt.start import load_checkpoint
+from jaxgpt.verify.resume import compare
 from tests.faults import bad_input, trials
 from tests.processes import resume, wait_for
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgpt.interop import gpt2
-from jaxgpt.interop.gpt2 import InteropError
-from jaxgpt.text import files
-from jaxgpt.text.sources import SourceError
+from jaxgpt.huggingface import gpt2
+from jaxgpt.huggingface.gpt2 import InteropError
+from jaxgpt.prepare import files
+from jaxgpt.prepare.sources import SourceError
 from tests.faults.fuzz_targets import TARGETS, TINY, mutated, nested
 
 ROOT = Path(__file__).parents[2]

@@ -10,12 +10,12 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from jaxgpt.checkpoint import Checkpoints, DamagedError
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from jaxgpt.nn.cost import n_params
-from jaxgpt.training.checkpoint import Checkpoints, DamagedError
-from jaxgpt.training.run import Run, RunError
-from jaxgpt.training.start import start
-from jaxgpt.verify import compare
+from jaxgpt.cost import n_params
+from jaxgpt.run import Run, RunError
+from jaxgpt.start import start
+from jaxgpt.verify.resume import compare
 from tests.faults import child
 
 ROOT = Path(__file__).parents[2]
@@ -174,8 +174,8 @@ def short(config: Config) -> Config:
 
 def told(run: Run, data_dir: Path, newest: int) -> str:
     """What a resume says that is wrong with `run`; it does all but train."""
-    from jaxgpt.training.recovery import newest_good, require_same
-    from jaxgpt.training.start import corpus_of
+    from jaxgpt.recovery import newest_good, require_same
+    from jaxgpt.start import corpus_of
 
     run, said = Run(run.path), []
     aside = run.checkpoints / f"{newest}.damaged"

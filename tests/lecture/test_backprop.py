@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import nn
+from jaxgpt import model as nn
+from jaxgpt.attention import attention, causal_mask
 from jaxgpt.lecture import backprop
-from jaxgpt.nn.attention import attention, causal_mask
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "goldens" / "document_snippets.npz"))
 SCALES = {"unscaled": 1.0, "scaled": 16**-0.5}

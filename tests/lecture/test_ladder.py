@@ -11,11 +11,11 @@ import pytest
 
 from jaxgpt import cli
 from jaxgpt.config import UsageError
+from jaxgpt.display.baselines import limits
 from jaxgpt.lecture import ladder
 from jaxgpt.lecture.model import forward, init_params
-from jaxgpt.report.limits import limits
-from jaxgpt.text import sources
-from jaxgpt.text.tokenizer import CharTokenizer
+from jaxgpt.prepare import sources
+from jaxgpt.tokenizer import CharTokenizer
 
 RUNGS = {rung.name: rung for rung in ladder.RUNGS}
 NETWORKS = [rung.name for rung in ladder.RUNGS if rung.kind == "transformer"]

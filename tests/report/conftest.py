@@ -2,8 +2,8 @@ import pytest
 
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.report.looks import look
-from jaxgpt.training.loop import fit
-from jaxgpt.training.start import start
+from jaxgpt.start import start
+from jaxgpt.train import fit
 
 HOSTILE = "</script><script>alert('x')</script><b>\"&amp;"
 """What would change a page that takes a text for markup."""

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxgpt import journal as journals
+from jaxgpt.display import baselines as counting
+from jaxgpt.display.baselines import limits, published
+from jaxgpt.evaluation import Evaluation
 from jaxgpt.report import facts
-from jaxgpt.report import limits as counting
-from jaxgpt.report.limits import limits, published
-from jaxgpt.training import journal as journals
-from jaxgpt.training.evaluate import Evaluation
-from jaxgpt.training.run import Run
-from jaxgpt.training.saving import Saving
-from jaxgpt.training.step import Metrics
-from tests.training.test_run import META
+from jaxgpt.run import Run
+from jaxgpt.saving import Saving
+from jaxgpt.step import Metrics
+from tests.test_run import META
 
 LINE = {"grad_norm": 1.0, "learning_rate": 0.1}
 

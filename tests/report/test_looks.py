@@ -2,10 +2,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import nn
+from jaxgpt import model as nn
 from jaxgpt.config import DataConfig
 from jaxgpt.report import embedding, looks, passage
-from jaxgpt.training.start import corpus_of, load_checkpoint
+from jaxgpt.start import corpus_of, load_checkpoint
 
 
 def test_everything_is_there(trained, seen):

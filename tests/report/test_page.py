@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from jaxgpt import cli
 from jaxgpt.config import UsageError
-from jaxgpt.report import charts, facts, markup, page, reporter, sections, vega
+from jaxgpt.display import markup, vega
+from jaxgpt.report import charts, facts, page, reporter, sections
 from jaxgpt.report.looks import Attention
 from tests.report.conftest import HOSTILE
 
@@ -259,7 +260,7 @@ def test_watching_asks_again_only_of_new_weights(trained, made, monkeypatch):
 def quick(made, monkeypatch):
     """The verb, with the looks of `made` in the place of new ones."""
     monkeypatch.setattr(reporter, "look", lambda run, data_dir: made.looks[0])
-    monkeypatch.setattr("jaxgpt.cli.report.use_compile_cache", lambda: None)
+    monkeypatch.setattr("jaxgpt.report.cli.use_compile_cache", lambda: None)
 
 
 def test_the_verb_writes_a_page_and_no_other_file(quick, trained, tmp_path, capsys):
@@ -283,7 +284,7 @@ def test_the_verb_writes_a_page_and_no_other_file(quick, trained, tmp_path, caps
 
 
 def test_a_page_loads_itself_again_only_while_its_run_trains(quick, trained, tmp_path, monkeypatch):
-    from jaxgpt.cli import report as verb
+    from jaxgpt.report import cli as verb
 
     run, data_dir = trained
     out, pages = tmp_path / "page.html", []
@@ -306,7 +307,7 @@ def test_a_page_whose_maker_is_interrupted_loads_itself_no_more(quick, trained, 
         return make(self)
 
     monkeypatch.setattr(reporter.Made, "running", True)
-    monkeypatch.setattr("jaxgpt.cli.report.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("jaxgpt.report.cli.time.sleep", lambda seconds: None)
     monkeypatch.setattr(reporter.Reporter, "make", interrupted)
     words = ["--watch", "--out", str(out), "--data-dir", str(data_dir)]
     assert cli.run_verb(["report", str(run.path), *words]) == 0

@@ -10,13 +10,13 @@ import time
 import numpy as np
 import pytest
 
+from jaxgpt.run import Run
 from jaxgpt.serve.app import application, likely
 from jaxgpt.serve.requests import to_write
 from jaxgpt.serve.scheduler import Scheduler
 from jaxgpt.serve.writer import Job, Request, Writer
-from jaxgpt.text.tokenizer import ByteTokenizer
-from jaxgpt.training.run import Run
-from jaxgpt.training.start import load_model
+from jaxgpt.start import load_model
+from jaxgpt.tokenizer import ByteTokenizer
 from tests.serve.client import JSON, Call, call
 from tests.serve.conftest import LIMITS
 

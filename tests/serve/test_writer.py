@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import nn
+from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
-from jaxgpt.sampling.draw import draw
-from jaxgpt.sampling.generate import generate
+from jaxgpt.draw import draw
+from jaxgpt.generate import generate
 from jaxgpt.serve import batch
 from jaxgpt.serve.writer import End, Job, Piece, Request, Writer
 

@@ -1,0 +1,90 @@
+"""`jaxgpt diagnose`: derivatives of a run's loss, and what happens inside its model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxgpt.cli.compile_cache import use_compile_cache
+from jaxgpt.cli.options import Checkpoint, Folders, RunName, parse, typed
+from jaxgpt.config import UsageError
+
+Name = Literal["noise", "curvature", "landscape", "influence", "lens", "attention", "tokens"]
+
+
+@dataclass(frozen=True)
+class Diagnose:
+    run: RunName
+    only: tuple[Name, ...] = ()
+    """Which diagnoses to make; none named: all that the model has."""
+    text: str | None = None
+    """What lens, attention, tokens and influence look at; None: the start of the validation split."""
+    windows: int = 256
+    """Windows of training text whose gradients are taken one by one: noise, influence."""
+    batch: int = 32
+    """Windows in the batch whose loss is curved: curvature, landscape; and that means are over: lens, attention."""
+    steps: int = 20
+    """Steps of Lanczos, each a product with the Hessian; as many vectors of all parameters are held."""
+    probes: int = 8
+    """Random vectors that estimate the trace of the Hessian."""
+    grid: int = 13
+    """Points on each side of the plane of the landscape."""
+    seed: int = 0
+    """Fixes the windows and the random directions."""
+    plots: Path | None = None
+    """A folder, made where there is none, for a PNG of each; None draws nothing."""
+    json: Path | None = None
+    """Where to write all numbers as JSON; None writes nothing."""
+    checkpoint: Checkpoint = "best"
+    folders: Folders = field(default_factory=Folders)
+
+
+def run(args: list[str]) -> int:
+    given = parse(Diagnose, args, "diagnose")
+    from jaxgpt import files as disk
+    from jaxgpt.diagnostics import plots as diagnosis_plots
+    from jaxgpt.diagnostics import view as diagnoses
+    from jaxgpt.diagnostics.diagnose import DIAGNOSES, Effort, Subject, require
+    from jaxgpt.display import plots
+    from jaxgpt.monitor.terminal import RunConsole
+    from jaxgpt.run import Run
+    from jaxgpt.start import corpus_of, load_checkpoint
+    from jaxgpt.tokenizer import UnknownCharacterError, encode_typed
+
+    use_compile_cache()
+    run = Run.open(given.folders.runs_dir, given.run)
+    config = run.config
+    disk.require_file(given.json, "--json")
+    if given.plots:
+        plots.require(given.plots / "noise.png")
+        disk.require_writable(given.plots, "--plots")
+    corpus = corpus_of(run, given.folders.data_dir)
+    train, val = corpus.split(config.data)
+    text = val[: max(config.model.block_size, 384) + 1]
+    if given.text is not None:
+        try:
+            text = encode_typed(corpus.tokenizer, typed(given.text))
+        except UnknownCharacterError as error:
+            where = f"character {error.character!r} at position {error.position} of --text"
+            raise UsageError(f"{where} is not among the {error.known}") from error
+    names: Sequence[str] = given.only or tuple(
+        name for name in DIAGNOSES if name != "attention" or config.model.kind == "gpt"
+    )
+    effort = Effort(given.windows, given.batch, given.steps, given.probes, given.grid, given.seed)
+    require(config, effort, names, text)
+    step, params = load_checkpoint(run, given.checkpoint)
+
+    console, found = RunConsole(), dict[str, Any]()
+    subject = Subject(config, params, train, val, text)
+    show = diagnoses.Words(corpus.tokenizer, subject)
+    console.print(f"{run.path.name}, step {step:,}, without dropout, in float32")
+    for name in names:
+        found[name] = DIAGNOSES[name](subject, effort)
+        for line in diagnoses.lines(name, found[name], show):
+            console.print(line)
+        if given.plots:
+            given.plots.mkdir(parents=True, exist_ok=True)
+            diagnosis_plots.draw(name, found[name], show, given.plots / f"{name}.png")
+    if given.json:
+        disk.write_atomically(given.json, diagnoses.to_json(found, run.path.name, step, effort).encode())
+    return 0

@@ -1,0 +1,209 @@
+"""Runs from Hugging Face folders, and self-contained folders from runs."""
+
+import os
+import re
+import shlex
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt import corpus as corpora
+from jaxgpt import gpt2 as gpt2_vocabulary
+from jaxgpt.config import Config, ModelConfig, replaced
+from jaxgpt.corpus import CorpusError
+from jaxgpt.huggingface import gpt2
+from jaxgpt.huggingface.gpt2 import InteropError
+from jaxgpt.model import Params
+from jaxgpt.recipes import command
+from jaxgpt.run import Run, RunError
+from jaxgpt.start import load_checkpoint, start, tokens_of
+from jaxgpt.tokenizer import Tokenizer
+
+FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+FILES += [
+    "tokens.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    *gpt2_vocabulary.FILES,
+    *gpt2_vocabulary.OTHER_FILES,
+]
+
+
+def find(name: str) -> Path:
+    """A local folder, or a model of the Hugging Face hub, fetched into the hub's cache.
+
+    Raises:
+      InteropError: there is no such folder, and the hub cannot be reached or knows no such model.
+    """
+    folder = Path(os.path.expanduser(name))
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        hint = f"; {gpt2.wanted(folder.parent)}" if folder.suffix in gpt2.PICKLES else ""
+        raise InteropError(f"{name} is a file, expected a folder with config.json and model.safetensors{hint}")
+    by_hand = (
+        f"fetch config.json and model.safetensors from https://huggingface.co/{name} into a folder, "
+        "and give its path: jaxgpt import-gpt2 FOLDER"
+    )
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise InteropError(f"no folder {name!r}")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise InteropError(
+            f"no folder {name!r}; pip install 'jaxgpt[hub]' to fetch models by name, or {by_hand}"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        said = str(error).partition("\n")[0]
+        raise InteropError(f"{name!r} cannot be fetched ({said}); {by_hand}") from error
+
+
+def import_run(
+    source: Path,
+    config: Config,
+    name: str,
+    runs_dir: Path,
+    data_dir: Path,
+    *,
+    block_size: int = 0,
+    dropout: float = 0.0,
+) -> Run:
+    """A run at step 0 whose weights are a GPT-2's, to sample, evaluate, and go on with as with any run.
+
+    Args:
+      config: the data, the optimizer and the training of what follows; its model is taken from the folder.
+      block_size, dropout: as `gpt2.load`, and for what follows.
+
+    Raises:
+      UsageError: the folder holds no GPT-2, or the run cannot start.
+    """
+    model, params = gpt2.load(source, block_size)
+    config = with_own_vocabulary(config, source, data_dir, model.vocab_size)
+    model = ModelConfig(**{**vars(model), "dropout": dropout})
+    config = Config(config.data, model, config.optimizer, config.train)
+    params = jax.tree.map(jnp.asarray, params)
+    return start(config, name, runs_dir, data_dir, params, origin=str(source.resolve()))[0]
+
+
+def with_own_vocabulary(config: Config, source: Path, data_dir: Path, vocab_size: int) -> Config:
+    """`config` with the folder's own vocabulary, which its weights were trained with, unless another one is named.
+
+    "gpt2" counts as no name: a folder without a vocabulary has GPT-2's.
+
+    Raises:
+      InteropError: the one that is named differs from the folder's, or the model is too small for GPT-2's.
+      UsageError: the text is unavailable.
+    """
+    named = config.data.tokenizer
+    if not corpora.has_tokenizer(source):
+        if named == "gpt2" and vocab_size < 50_257:
+            raise InteropError(
+                f"{source} holds no vocabulary, and its model of {vocab_size:,} ids cannot have GPT-2's 50,257: "
+                f"copy its tokenizer.json there, or name its tokenizer: --tokenizer"
+            )
+        return config
+    own = source / "tokens.json" if is_export(source) else source
+    if named == "gpt2" or Path(named).resolve() == own.resolve():
+        return replaced(config, tokenizer=str(own.resolve()))
+    try:
+        mine = corpora.tokenizer_of(own)
+    except CorpusError:
+        if is_export(source):
+            raise
+        return config  # of a kind that is not supported: the one that is named takes its place
+    if tokens_of(replaced(config, vocab_size=0), data_dir).tokenizer.to_json() != mine.to_json():
+        raise InteropError(
+            f"{source} was trained with a vocabulary of its own, and --tokenizer {named} is another: "
+            f"--tokenizer {shlex.quote(str(own))}"
+        )
+    return config
+
+
+def export_run(run: Run, folder: Path, which: str = "best") -> int:
+    """Write a run's weights, config, vocabulary and a model card into a new folder, whole or not at all; its step.
+
+    Raises:
+      InteropError: the folder exists, or the model is no GPT.
+      RunError: nothing was saved yet.
+    """
+    if folder.exists():
+        raise InteropError(f"{folder} exists; give a folder that does not: --out OTHER-FOLDER")
+    step, params = load_checkpoint(run, which)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    partial.mkdir(parents=True)
+    try:
+        gpt2.save(partial, run.config.model, jax.device_get(params))
+        shutil.copyfile(run.path / "tokens.json", partial / "tokens.json")
+        # a path that is not UTF-8 has surrogates for those bytes, which the card shows as escapes
+        (partial / "README.md").write_text(card(run, step), "utf-8", errors="backslashreplace")
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return step
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is one that `export_run` wrote."""
+    return (folder / "model.safetensors").is_file() and (folder / "tokens.json").is_file()
+
+
+def load_export(folder: Path) -> tuple[ModelConfig, Params, Tokenizer]:
+    """The model, its weights and its tokenizer, of a folder that `export_run` wrote.
+
+    Raises:
+      InteropError, CorpusError: a file is missing or damaged, or the vocabulary is larger than the model's.
+    """
+    config, params = gpt2.load(folder)
+    tokenizer = corpora.tokenizer_of(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InteropError(
+            f"{folder / 'tokens.json'} has {tokenizer.vocab_size} ids, expected at most the model's {config.vocab_size}"
+        )
+    return config, params, tokenizer
+
+
+def card(run: Run, step: int) -> str:
+    """A model card: what it is, what it learnt from, how well, and the command that makes it again."""
+    meta, config = run.corpus_meta, run.config
+    scored = []
+    with suppress(RunError, FileNotFoundError):  # an import has no lines, and damaged ones are no matter of the weights
+        scored = [line for line in run.metrics() if line["step"] == step and "val_loss" in line]
+    loss = "not evaluated at this step"
+    if scored:
+        line = scored[-1]
+        loss = (
+            f"{line['val_loss']:.4f} nats per token over the whole validation split "
+            f"({line['val_n_tokens']:,} tokens, {line['val_bits_per_byte']:.4f} bits per byte)"
+        )
+    origin = [event["origin"] for event in run.events() if event["event"] == "import"]
+    model, made_by = config.model, f"`{command(config)}`"
+    if origin:
+        made_by = f"`jaxgpt import-gpt2 {Path(origin[0]).name}`, with the settings of {made_by}"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {run.path.name}
+
+A GPT of {model.n_layer} layers, {model.n_head} heads and {model.n_embd} channels, with a context of
+{model.block_size} tokens and a vocabulary of {model.vocab_size}, in the format of GPT-2. Trained with jaxgpt.
+
+| | |
+| --- | --- |
+| steps | {step:,} |
+| loss | {loss} |
+| text | {meta["source"]}: {meta["count"]:,} tokens, from {meta["origin"]} |
+| SHA-256 of the text | {meta["source_sha256"]} |
+| SHA-256 of the tokens | {meta["sha256"]} |
+| started from | {Path(origin[0]).name if origin else "random weights"} |
+| command | {made_by} |
+
+`tokens.json` holds the vocabulary. Write with it: `jaxgpt sample FOLDER`, or load the weights with
+`transformers.GPT2LMHeadModel.from_pretrained(FOLDER)`.
+"""

@@ -1,0 +1,50 @@
+"""`jaxgpt import-gpt2`: a Hugging Face folder to a run."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from jaxgpt.cli.options import Folders, parse, words
+from jaxgpt.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from jaxgpt.recipes import FINETUNE
+
+
+@dataclass(frozen=True)
+class ImportGPT2:
+    """Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune with train --resume.
+
+    Text is encoded with the folder's own vocabulary, or with GPT-2's where the folder has none."""
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Folder of config.json and model.safetensors, or a name on the Hugging Face hub, such as gpt2."""
+    run: str
+    """Name of the run, a new folder in the runs folder."""
+    block_size: int = 0
+    """Keep the first positions only; 0 keeps all."""
+    dropout: float = 0.0
+    """Probability of dropping an activation in fine-tuning."""
+    data: DataConfig = FINETUNE.data
+    optimizer: OptimizerConfig = FINETUNE.optimizer
+    train: TrainConfig = FINETUNE.train
+    folders: Folders = field(default_factory=Folders)
+
+
+def run(args: list[str]) -> int:
+    given = parse(ImportGPT2, args, "import-gpt2", ImportGPT2.__doc__)
+    from jaxgpt.huggingface import folders
+
+    run = folders.import_run(
+        folders.find(given.folder),
+        Config(given.data, optimizer=given.optimizer, train=given.train),
+        given.run,
+        given.folders.runs_dir,
+        given.folders.data_dir,
+        block_size=given.block_size,
+        dropout=given.dropout,
+    )
+    print(f"{run.path}: {run.config.model}")
+    print(f"Tokenizer: {run.config.data.tokenizer}")
+    print(f"Write with it: {words('sample', run.path, given.folders)}")
+    print(f"Fine-tune it: {words('train', run.path, given.folders, '--resume')}")
+    return 0

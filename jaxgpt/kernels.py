@@ -1,0 +1,141 @@
+"""What computes attention on each kind of device, the same as the reference in `attention.py` and faster."""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt import matmul as numerics
+from jaxgpt import sharding
+from jaxgpt.attention import Drop, attention, causal_mask, sees
+from jaxgpt.config import ModelConfig
+from jaxgpt.cost import BLOCKED
+from jaxgpt.matmul import operand
+
+Kernel = Literal["reference", "blocked", "cudnn", "splash"]
+
+BLOCK = 128
+"""Queries at a time in "blocked" attention, or more for contexts of over 16 blocks."""
+
+
+def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
+    """The implementation that `causal_attention` uses here for contexts of T tokens.
+
+    Args:
+      dropped: whether weights are dropped, as in training with dropout, which the fused kernels cannot.
+    """
+    backend, D = sharding.platform(), config.n_embd // config.n_head
+    low = numerics.resolve(config.precision) == "bfloat16"
+    if dropped:
+        return "reference"
+    if sharding.parts("time") > 1:  # the fused ones want whole contexts
+        return "blocked" if T >= BLOCKED else "reference"
+    if backend == "gpu" and low and D % 8 == 0 and D <= 128 and T % 2 == 0:
+        return "cudnn"
+    if backend == "tpu" and low and D % 64 == 0 and T % 128 == 0 and not config.window:
+        return "splash"
+    return "blocked" if T >= BLOCKED else "reference"
+
+
+def repeatable(used: Kernel, T: int) -> bool:
+    """Whether the gradients of a kernel, for contexts of T tokens, have the same bits each time.
+
+    The backward pass of cuDNN's attention adds in no fixed order: on an H100 its bits varied at 1,024 tokens and not
+    at 256 (docs/performance.md).
+    """
+    return used != "cudnn" or T <= 256
+
+
+def causal_attention(
+    config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None = None
+) -> jax.Array:
+    """`attention` of each token to its past, or to the last `config.window` of it, by the fastest `kernel`.
+
+    Args:
+      q: (B, H, T, D).
+      k, v: (B, kv, T, D), kv a divisor of H.
+      drop: applied to the weights; None for nothing.
+
+    Returns:
+      (B, H, T, D).
+    """
+    T = q.shape[2]
+    match kernel(config, T, drop is not None):
+        case "cudnn":
+            return sharding.by_device(partial(_cudnn, window=config.window), "batch", "width")(q, k, v)
+        case "splash":
+            k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
+            return sharding.by_device(_splash, "batch", "width")(q, k, v)
+        case "blocked":
+            return blocked(config, q, repeated(k, q.shape[1]), repeated(v, q.shape[1]))
+    k, v, mask = repeated(k, q.shape[1]), repeated(v, q.shape[1]), causal_mask(T, config.window)
+    return attention(q, k, v, mask[None, None], drop=drop, precision=config.precision)
+
+
+def repeated(x: jax.Array, H: int) -> jax.Array:
+    """(B, kv, T, D) -> (B, H, T, D), each head H / kv times in a row."""
+    return x if x.shape[1] == H else jnp.repeat(x, H // x.shape[1], axis=1)
+
+
+def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal `attention` of a block of queries at a time to the keys that they see, (B, H, T, D) each.
+
+    The weights of all pairs never exist at once, and most of the masked half never; the backward pass makes those of a
+    block again.
+    """
+    T = q.shape[2]
+    if sharding.parts("time") > 1:
+        return _blocked_split(config, q, k, v)
+    size = max(BLOCK, -(-T // 16))
+
+    @partial(jax.checkpoint, static_argnums=(3, 4))
+    def block(q: jax.Array, k: jax.Array, v: jax.Array, start: int, first: int) -> jax.Array:
+        mask = sees(start + jnp.arange(q.shape[2]), first + jnp.arange(k.shape[2]), config.window)
+        return attention(q, k, v, mask[None, None], precision=config.precision)
+
+    done = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        first = max(0, start - config.window + 1) if config.window else 0
+        done.append(block(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], start, first))
+    return jnp.concatenate(done, axis=2)
+
+
+def _blocked_split(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`blocked` where each device has a part of the queries: all at once, they go through theirs block by block."""
+    B, H, T, D = q.shape
+    over = sharding.parts("time")
+    size = next(n for n in range(min(BLOCK, T // over), 0, -1) if T // over % n == 0)
+    places = jnp.arange(T).reshape(over, -1, size).swapaxes(0, 1)  # (blocks, over, size)
+    blocks = jnp.moveaxis(q.reshape(B, H, over, -1, size, D), 3, 0)  # (blocks, B, H, over, size, D)
+
+    @jax.checkpoint
+    def block(each: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, places = each
+        q = sharding.constrain(q, "batch", "width", "time", None, None)
+        mask = sees(places.reshape(-1), jnp.arange(T), config.window).reshape(over, size, T)
+        return attention(q, k[:, :, None], v[:, :, None], mask[None, None], precision=config.precision)
+
+    out = jax.lax.map(block, (blocks, places))
+    return jnp.moveaxis(out, 0, 3).reshape(B, H, T, D)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
+    """cuDNN's flash attention, through jax.nn."""
+    q, k, v = (operand(x.swapaxes(1, 2), "bfloat16") for x in (q, k, v))
+    local = (window - 1, 0) if window else None
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
+    return out.swapaxes(1, 2)
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """JAX's splash attention for TPUs."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    H, T = q.shape[1:3]
+    mask = masks.MultiHeadMask([masks.CausalMask((T, T)) for _ in range(H)])
+    run = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
+    q, k, v = (operand(x, "bfloat16") for x in (q * q.shape[-1] ** -0.5, k, v))
+    return jax.vmap(run)(q, k, v)

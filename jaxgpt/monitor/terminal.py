@@ -1,0 +1,185 @@
+"""What a person sees of a training run: a live line on a terminal, plain lines elsewhere."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+from rich import progress
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.text import Text
+
+from jaxgpt.display.oneline import ASCII, BLOCKS, sparkline, visible
+from jaxgpt.evaluation import Evaluation
+from jaxgpt.journal import Evaluated, Event, Notice, Progress, Sampled
+
+PLAIN_SECONDS = 5.0
+"""Where the output is no terminal, progress lines are at least so far apart."""
+WIDE = 72
+"""Columns from which on there is room for the bar and for all numbers."""
+CURVE = 1000
+"""Points that a curve keeps, at most; an even number."""
+
+
+class RunConsole(Console):
+    """A console that falls silent when whoever read it has gone, and loses what a full disk does not take: neither is
+    a reason to end a run."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(highlight=False, markup=False, soft_wrap=True, **kwargs)
+
+    def print(self, *objects: Any, **kwargs: Any) -> None:
+        with suppress(OSError):
+            super().print(*objects, **kwargs)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        if self.file is sys.stdout:  # its last flush, at exit, must not find the broken pipe again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Curve:
+    """The losses so far, as fewer than CURVE means of as many losses each: its x axis is even."""
+
+    def __init__(self) -> None:
+        self._means: list[float] = []
+        self._open: list[float] = []
+        self._share = 1
+
+    def add(self, loss: float) -> None:
+        self._open.append(loss)
+        if len(self._open) == self._share:
+            self._means.append(_mean(self._open))
+            self._open = []
+        if len(self._means) == CURVE:
+            self._means = [_mean(pair) for pair in zip(self._means[::2], self._means[1::2], strict=True)]
+            self._share *= 2
+
+    @property
+    def points(self) -> list[float]:
+        """The means, the last one of what there is for it yet."""
+        return [*self._means, *([_mean(self._open)] if self._open else [])]
+
+
+class TrainingDisplay:
+    """Shows the events of `fit`; use it as a context manager and as `fit`'s `watch`.
+
+    Args:
+      utilisation: tokens per second to the share of what the devices can do at most, where that is known.
+    """
+
+    def __init__(self, console: Console, steps: int, utilisation: Callable[[float], float] | None = None):
+        self._console, self._printed = console, time.monotonic()
+        self._utilisation = utilisation
+        self.live = console.is_terminal and not console.is_dumb_terminal
+        """Whether there is a terminal that lines can be drawn on again and again."""
+        self.notices = 0
+        self._curve, self._ends = Curve(), list[float]()  # and the first loss and the newest
+        self._best: Evaluated | None = None
+        self._sample = ""
+        self._bar = LiveBar(self._below, console, disable=not self.live)
+        self._task = self._bar.add_task("train", total=steps, numbers="compiling")
+
+    def __enter__(self) -> "TrainingDisplay":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Evaluated(step, evaluation):
+                self._scored(event)
+                self._print(f"step {step:>6,}  validation {describe(evaluation)}")
+            case Notice(_, step, text):
+                self.notices += 1
+                self._print(f"WARNING  step {step:,}  {text}", style="bold yellow")
+            case Sampled(_, text):
+                self._sample = text
+            case Progress():
+                self._progress(event)
+
+    def _scored(self, scored: Evaluated) -> None:
+        self._best = min(filter(None, (self._best, scored)), key=lambda each: each.rank)
+
+    def _progress(self, event: Progress) -> None:
+        if event.best:
+            self._scored(event.best)
+        self._curve.add(event.loss)
+        self._ends = [*self._ends[:1], event.loss]
+        short = f"loss {event.loss:.4f}"
+        numbers = short
+        if event.tokens_per_second and event.seconds_left is not None:
+            left = f"{duration(event.seconds_left)} left"
+            short += f"  {left}"
+            used = f"  {self._utilisation(event.tokens_per_second):.0%} used" if self._utilisation else ""
+            numbers += f"  {event.tokens_per_second:,.0f} tokens/s{used}  {left}"
+        fitting = numbers if self._console.width >= WIDE else short
+        self._bar.update(self._task, completed=event.step, numbers=fitting)
+        if not self.live and time.monotonic() - self._printed > PLAIN_SECONDS:
+            self._print(f"step {event.step:>6,}/{event.steps:,}  {numbers}")
+
+    def _below(self) -> Iterator[Text]:
+        """The lines under the bar: the loss so far, and what the model wrote last."""
+        width = self._console.width
+        if len(self._ends) > 1:
+            levels = BLOCKS if self._console.encoding.startswith("utf") else ASCII
+            said = f"  {self._ends[0]:.2f} to {self._ends[1]:.2f}"
+            if self._best:
+                said += f"  best {self._best.evaluation.loss:.4f} at {self._best.step:,}"
+            room, points = min(60, width - len(said) - 5), self._curve.points
+            curve = sparkline(points, room, levels) if width > len(said) + 15 else ""
+            yield Text(f"loss {curve}{said}", no_wrap=True, overflow="crop")
+        if self._sample:
+            yield Text(visible(self._sample), style="dim", no_wrap=True, overflow="crop")
+
+    def _print(self, line: str, **style: str) -> None:
+        self._printed = time.monotonic()
+        self._console.print(line, **style)  # type: ignore[arg-type]
+
+
+class LiveBar(progress.Progress):
+    """A bar with lines under it."""
+
+    def __init__(self, below: Callable[[], Iterable[Text]], console: Console, disable: bool):
+        self._below = below
+        columns: list[progress.ProgressColumn] = [TextColumn("step"), MofNCompleteColumn()]
+        columns += [BarColumn(bar_width=None)] if console.width >= WIDE else []
+        super().__init__(*columns, TextColumn("{task.fields[numbers]}"), console=console, disable=disable)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from self._below()
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses)
+
+
+def describe(evaluation: Evaluation) -> str:
+    """An evaluation on one line."""
+    return (
+        f"loss {evaluation.loss:.4f} ± {evaluation.standard_error:.4f} nats/token, "
+        f"{evaluation.bits_per_char:.4f} bits/char, {evaluation.bits_per_byte:.4f} bits/byte"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    >>> duration(75), duration(3700)
+    ('1m15s', '1h01m')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02}m"

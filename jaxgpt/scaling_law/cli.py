@@ -1,0 +1,91 @@
+"""`jaxgpt scaling-fit`: a family of sizes trained, and the law that its losses follow."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.cli.compile_cache import use_compile_cache
+from jaxgpt.cli.options import DataDir, parse
+from jaxgpt.config import DataConfig, UsageError, replaced, to_tree
+from jaxgpt.sweep.cli import SweepsDir, require_name, show_plots, use_cores
+
+
+@dataclass(frozen=True)
+class ScalingFit:
+    name: str = "scaling"
+    """Name of the sweep, a folder in the sweeps folder. The same command again goes on where it was ended."""
+    sizes: tuple[str, ...] = ("2x16", "2x32", "3x48", "4x64", "4x96", "5x128")
+    """LAYERSxCHANNELS of each model."""
+    tokens: tuple[int, ...] = (125_000, 250_000, 500_000, 1_000_000)
+    """How many tokens each model learns from, each amount a run with a schedule of its own."""
+    seeds: int = 1
+    """Runs of each size and amount."""
+    at_once: int = 0
+    """Runs that are trained together, at most; 0 for what the memory holds."""
+    flops: tuple[float, ...] = (1e12, 1e13, 1e14, 1e15)
+    """Budgets of operations to say the best size and amount for."""
+    data: DataConfig = field(default_factory=DataConfig)
+    sweeps_dir: SweepsDir = Path("sweeps")
+    data_dir: DataDir = Path("data")
+
+
+def run(args: list[str]) -> int:
+    given = parse(ScalingFit, args, "scaling-fit")
+    require_name(given.name)
+    if not all(1 <= n < 2**40 for n in given.tokens):
+        raise UsageError(f"--tokens {' '.join(map(str, given.tokens))}: expected numbers of tokens above 0")
+    if not all(0 < flops < float("inf") for flops in given.flops):
+        raise UsageError(f"--flops {' '.join(map(str, given.flops))}: expected numbers above 0")
+    if given.seeds < 1:
+        raise UsageError(f"--seeds is {given.seeds}, expected at least 1")
+    if given.at_once < 0:
+        raise UsageError(f"--at-once is {given.at_once}, expected 0 or more")
+    for what, values in (("--sizes", given.sizes), ("--tokens", given.tokens)):
+        if len(set(values)) < len(values):
+            raise UsageError(f"{what} {' '.join(map(str, values))}: the same value twice would count its runs twice")
+    use_compile_cache()
+    n = len(given.sizes) * len(given.tokens) * given.seeds
+    use_cores(n)
+    import jax
+
+    from jaxgpt import files as disk
+    from jaxgpt.monitor.terminal import RunConsole
+    from jaxgpt.scaling_law import family
+    from jaxgpt.scaling_law import view as laws
+    from jaxgpt.scaling_law.law import fit
+    from jaxgpt.sweep import folder as sweep_folder
+    from jaxgpt.sweep import view as sweeps
+
+    base = replaced(family.BASE, **vars(given.data))
+    members = family.family(base, [family.Size.parse(text) for text in given.sizes], given.tokens, given.seeds)
+    amounts = sorted({family.tokens_seen(member.config) for member in members})
+    if 1 < len(amounts) < len(given.tokens):
+        raise UsageError(
+            f"--tokens {' '.join(map(str, given.tokens))} are {len(amounts)} amounts in whole scans of steps "
+            f"({', '.join(map(str, amounts))}): runs of the same length would count twice"
+        )
+    if len(set(given.sizes)) < 3 or len(amounts) < 3:
+        raise UsageError(
+            f"{len(set(given.sizes))} sizes and {len(amounts)} amounts of tokens ({', '.join(map(str, amounts))}, in "
+            "whole scans of steps): a fit wants at least 3 --sizes and 3 --tokens"
+        )
+    disk.require_writable(given.sweeps_dir, "--sweeps-dir")
+    members, corpus = sweep_folder.prepare(base, members, given.data_dir)
+    asked: dict[str, Any] = {"program": "jaxgpt scaling-fit 1", "config": to_tree(base), "seeds": given.seeds}
+    asked |= {"sizes": given.sizes, "amounts": given.tokens, "tokens": corpus.meta["sha256"]}
+    path, console = given.sweeps_dir / given.name, RunConsole()
+    console.print(corpus.summary)
+    with sweep_folder.SweepFolder.held(path, asked, "--name OTHER") as folder:
+        with sweeps.SweepDisplay(console, members, folder.lines) as display:
+            folder.train(members, corpus, jax.devices(), given.at_once, display)
+        trained = family.points(members, folder.lines)
+    points = [point for point in trained if math.isfinite(point[2])]
+    if lost := len(trained) - len(points):
+        console.print(f"{lost} of {len(trained)} runs have diverged, and are left out of the fit")
+    found = fit([N for N, _, _ in points], [D for _, D, _ in points], [loss for _, _, loss in points])
+    for line in laws.lines(found, points, given.flops):
+        console.print(line)
+    disk.write_atomically(path / "law.json", found.to_json(points).encode())
+    show_plots(console, lambda: laws.draw(found, points, path))
+    return 0

@@ -1,0 +1,121 @@
+"""Which members of a sweep train together: those of one program and one length, as many as fit."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxgpt import memory
+from jaxgpt.config import Config, off, replaced
+
+MAPPED = (
+    *("learning_rate", "min_learning_rate", "min_lr_ratio", "warmup_steps", "decay_steps", "beta1", "beta2", "eps"),
+    *("weight_decay", "grad_clip", "muon_learning_rate", "muon_momentum", "dropout", "init_scale", "seed"),
+)
+"""Settings that one program takes as numbers, float32 but for the seed."""
+OFF = ("learning_rate", "warmup_steps", "grad_clip", "dropout")
+"""Of these, those whose 0 is no number but switches something off: that is a program of its own."""
+AT_ONCE_ON_CPU = 8
+"""Members that a CPU trains together, at most: enough for its cores, and few enough that little is lost when they are
+ended."""
+SHARE = 0.3
+"""Of the free memory of an accelerator that members may take on paper; compiled, a step of *tiny* takes over twice as
+much."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Members that are trained together."""
+
+    base: Config
+    """One of them; it has the settings that they share."""
+    names: tuple[str, ...]
+    """The settings that are mapped."""
+    members: tuple[int, ...]
+    """Their places in the list of all."""
+    devices: int
+    """Over how many: no more than there are members, for a device that has none would only repeat another's."""
+
+    @property
+    def size(self) -> int:
+        """With those that only fill the devices up."""
+        return -(-len(self.members) // self.devices) * self.devices
+
+
+def split(
+    configs: Sequence[Config], devices: int, at_once: int = 0, finished: frozenset[int] = frozenset()
+) -> list[Chunk]:
+    """The chunks of a sweep: members of one program and one length, as many together as fit.
+
+    Args:
+      at_once: members of a chunk, at most; 0 for what the memory holds.
+      finished: members that are in no chunk. Settings in which only they differ are mapped all the same: a setting that
+        is a constant is rounded otherwise.
+
+    Raises:
+      OutOfMemoryError: not even one fits.
+    """
+    programs: dict[Config, list[int]] = {}
+    for i, config in enumerate(configs):
+        programs.setdefault(program_of(config), []).append(i)
+    found = []
+    for members in programs.values():
+        names = tuple(name for name in MAPPED if len({setting(configs[i], name) for i in members}) > 1)
+        lengths: dict[int, list[int]] = {}
+        for i in members:
+            if i not in finished:
+                lengths.setdefault(configs[i].train.steps, []).append(i)
+        for alike in lengths.values():
+            base, over = configs[alike[0]], min(devices, len(alike), at_once or devices)
+            n = -(-len(alike) // most(base, over, at_once))
+            size = -(-len(alike) // n // over) * over
+            found += [Chunk(base, names, tuple(alike[i : i + size]), over) for i in range(0, len(alike), size)]
+    return found
+
+
+def most(config: Config, devices: int, at_once: int = 0) -> int:
+    """How many members of a size train at once on so many devices; a multiple of these.
+
+    Raises:
+      OutOfMemoryError: not one for each device.
+    """
+    cpu = jax.default_backend() == "cpu"
+    with fewer_would_fit(devices if cpu else 1):
+        memory.require(config, parts=memory.Parts(per_host=devices if cpu else 1))
+    free, need = memory.available(), memory.needed(config, 0, recomputed=not cpu)
+    if at_once:
+        limit = at_once
+    elif free is None:
+        limit = AT_ONCE_ON_CPU
+    elif cpu:  # a member holds its state all the time, and what it works with in its turn
+        state = need.parameters + need.optimizer_state
+        limit = min(AT_ONCE_ON_CPU, (free - devices * (need.total - state)) // max(1, state))
+    else:
+        limit = devices * int(SHARE * free / max(1, need.total))
+    return max(1, limit // devices) * devices
+
+
+@contextmanager
+def fewer_would_fit(members: int) -> Iterator[None]:
+    """Add to what is told of too little memory that fewer members at once need less."""
+    try:
+        yield
+    except memory.OutOfMemoryError as error:
+        if members == 1:
+            raise
+        raise memory.OutOfMemoryError(f"{error}; or fewer members at once: --at-once {members // 2}") from error
+
+
+def program_of(config: Config) -> Config:
+    """What members of one program have in common: the config without what is mapped, and without its length."""
+    common = {name: 1 for name in MAPPED if not (name in OFF and off(setting(config, name)))}
+    return replaced(config, **common, steps=1)
+
+
+def setting(config: Config, name: str) -> Any:
+    """The value of a field of any section; the minimum of the schedule as a number where it follows the peak."""
+    if name == "min_learning_rate":
+        return config.optimizer.final_learning_rate
+    return next(vars(section)[name] for section in vars(config).values() if name in vars(section))

@@ -1,0 +1,269 @@
+"""Many runs as one program: seeds and continuous settings are mapped over, each member a run like any other.
+
+What is mapped is the training step itself: inside the map, the continuous settings of a config are replaced by traced
+numbers. Discrete settings (sizes, kinds) make a program each. The members lie on a mesh of one axis, some on each
+device: side by side there (vmap) on accelerators, one after another (lax.map) on CPUs, where a product gains nothing
+from company, and a device for each core keeps all of them busy.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpy.typing import NDArray
+
+from jaxgpt import data as batches
+from jaxgpt import memory
+from jaxgpt.config import Config, replaced
+from jaxgpt.corpus import Corpus
+from jaxgpt.evaluation import Evaluation, evaluation, loss_sums, window_losses
+from jaxgpt.feed import DEVICE_TOKENS, chunk_starts, chunks
+from jaxgpt.step import Metrics, TrainState, init_state, train_steps
+from jaxgpt.sweep.chunks import Chunk, fewer_would_fit, program_of, setting, split
+from jaxgpt.train import due
+
+SCORED_BY_A_CORE = 2048
+"""Tokens in a batch of an evaluation on a CPU: few enough to stay in the caches of a core."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The members of a chunk have done `step` of `steps`; their newest losses."""
+
+    members: tuple[int, ...]
+    step: int
+    steps: int
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A member after `step` steps."""
+
+    member: int
+    step: int
+    evaluation: Evaluation | None
+    """Over the whole validation split; None where it has diverged."""
+    train_loss: float | None
+    """The mean of its last scan_steps steps, in nats per token; None before the first."""
+    done: bool
+    """Whether it has come to its end: to its last step, or to the end of the patience (max_skipped) that a run has
+    with steps without a finite loss."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """The compiled functions of chunks of one program: (M, ...) arrays of members over the devices, in and out."""
+
+    base: Config
+    names: tuple[str, ...]
+    devices: tuple[Any, ...]
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        return Mesh(np.array(self.devices), ("member",))
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the members of a device take turns, and do not go side by side."""
+        return bool(self.devices[0].platform == "cpu")
+
+    @property
+    def over_members(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P("member"))
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P())
+
+    def config(self, values: dict[str, jax.Array]) -> Config:
+        """The config of a member, with traced scalars in the place of what is mapped."""
+        return replaced(self.base, **values)
+
+    @cached_property
+    def init(self) -> Any:
+        """values {name: (M,)} -> states of M members."""
+        init = getattr(init_state, "__wrapped__")  # noqa: B009 (which its type does not know)
+        return jax.jit(self._spread(lambda values: init(self.config(values)), shared=0))
+
+    @cached_property
+    def steps(self) -> Any:
+        """tokens (N,) or None, states, values, windows (M, K, ...) -> states K steps later, metrics (M, K). Donates
+        states."""
+        steps = getattr(train_steps, "__wrapped__")  # noqa: B009
+
+        def of_one(
+            tokens: jax.Array | None, state: TrainState, values: dict[str, jax.Array], windows: jax.Array
+        ) -> Any:
+            return steps(self.config(values), state, tokens, windows)
+
+        return jax.jit(self._spread(of_one, shared=1), donate_argnums=1)
+
+    @cached_property
+    def losses(self) -> Any:
+        """batch (B, T), skip (B,), params -> `window_losses` of M members, (M, B)."""
+        losses = getattr(window_losses, "__wrapped__")  # noqa: B009
+        return jax.jit(self._spread(lambda batch, skip, params: losses(self.base.model, params, batch, skip), shared=2))
+
+    def _spread(self, function: Any, shared: int) -> Any:
+        """`function` of one member for M of them: its first `shared` arguments are the same for all, the others have an
+        axis of M in front."""
+
+        def on_device(*given: Any) -> Any:
+            def of_one(mine: Any) -> Any:
+                return function(*given[:shared], *mine)
+
+            return jax.lax.map(of_one, given[shared:]) if self.one_by_one else jax.vmap(of_one)(given[shared:])
+
+        def of_all(*given: Any) -> Any:
+            specs = (P(),) * shared + (P("member"),) * (len(given) - shared)
+            spread = partial(jax.shard_map, mesh=self.mesh, out_specs=P("member"), check_vma=False)
+            return spread(on_device, in_specs=specs)(*given)
+
+        return of_all
+
+
+def run(
+    configs: Sequence[Config],
+    corpus: Corpus,
+    devices: Sequence[Any],
+    at_once: int = 0,
+    finished: frozenset[int] = frozenset(),
+) -> Iterator[Progress | list[Scored]]:
+    """Train every config that is not `finished`, chunk by chunk; what is told of them as it comes.
+
+    A member is scored when a run of its config would be (eval_every, eval_start). No nanoGPT-style estimates are made,
+    and no weights are kept.
+
+    Args:
+      configs: complete, as `start.resolve` gives them, of one corpus.
+      devices: over which members are split.
+    """
+    programs: dict[Any, Program] = {}
+    for chunk in split(configs, len(devices), at_once, finished):
+        key = program_of(chunk.base), chunk.names, chunk.devices
+        program = programs.setdefault(key, Program(chunk.base, chunk.names, tuple(devices[: chunk.devices])))
+        yield from train(program, chunk, configs, corpus)
+
+
+def train(
+    program: Program, chunk: Chunk, configs: Sequence[Config], corpus: Corpus
+) -> Iterator[Progress | list[Scored]]:
+    """Train the members of one chunk to their ends.
+
+    Raises:
+      OutOfMemoryError: the compiled step does not fit.
+    """
+    steps, base, members = chunk.base.train.steps, chunk.base, chunk.members
+    filled = [configs[i] for i in (*members, *members[-1:] * (chunk.size - len(members)))]
+    train_tokens, val_tokens = corpus.split(base.data)
+    values = jax.device_put({name: _column(filled, name) for name in chunk.names}, program.over_members)
+    watch = Watch(base, len(members))
+
+    parts = corpus.training_parts(base.data)
+    whole = len(train_tokens) <= DEVICE_TOKENS
+    on_device = jax.device_put(np.asarray(train_tokens), program.everywhere) if whole else None
+
+    def feed(begin: int, end: int) -> tuple[jax.Array | None, jax.Array]:
+        """The tokens on the devices and the windows of these steps, as `train_steps` takes them, M of them."""
+        starts = np.stack([chunk_starts(config, parts, begin, end) for config in filled])
+        windows = starts.astype(np.int32) if whole else batches.gather(train_tokens, starts, base.model.block_size)
+        return on_device, jax.device_put(windows, program.over_members)
+
+    def score(state: TrainState, step: int) -> list[Scored]:
+        scores = evaluate(program, state.params, corpus, val_tokens, chunk.size)
+        return watch.scored(members, step, scores, step == steps)
+
+    if not chunk.names:  # one member, or none that differ: the map still wants its length
+        values = {"seed": jax.device_put(_column(filled, "seed"), program.over_members)}
+    with ThreadPoolExecutor(1, "compile") as background:
+        tokens, first = feed(*next(chunks(base, 0)))
+        shapes = jax.eval_shape(program.init, values)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.over_members), shapes)
+        ahead = background.submit(lambda: program.steps.lower(tokens, like, values, first).compile())
+        state = program.init(values)
+        if base.train.eval_start:
+            yield score(state, 0)
+        with fewer_would_fit(chunk.size):
+            memory.require_compiled(ahead.result(), base, parts=memory.Parts(per_host=len(program.devices)))
+    for begin, end in chunks(base, 0):
+        tokens, found = feed(begin, end)
+        state, metrics = program.steps(tokens, state, values, found)
+        if losses := watch.flush():
+            yield Progress(members, begin, steps, losses)
+        watch.trained(metrics)
+        if due(base, end):
+            watch.flush()
+            yield score(state, end)
+            if all(watch.ended):
+                return
+
+
+def evaluate(program: Program, params: Any, corpus: Corpus, tokens: batches.Ids, M: int) -> list[Evaluation]:
+    """The loss of each of M members over the whole of `tokens`, as `training.evaluate.evaluate`."""
+    model = program.base.model
+    starts, skip = batches.windows(len(tokens), model.block_size)
+    B, side_by_side = None, -(-M // len(program.devices))
+    if program.one_by_one:
+        B, side_by_side = max(1, SCORED_BY_A_CORE // model.block_size), 1
+    sums = loss_sums(
+        model, params, tokens, starts, skip, B, side_by_side=side_by_side,
+        losses=lambda _, params, batch, skip: program.losses(batch, skip, params),
+    )  # fmt: skip
+    return [evaluation(each, model.block_size - skip, tokens, corpus.tokenizer) for each in sums]
+
+
+class Watch:
+    """The losses of the members of a chunk, read one scan late, and which of them have diverged."""
+
+    def __init__(self, base: Config, n: int):
+        self._patience, self._n = base.train.max_skipped, n
+        self._unread: Metrics | None = None
+        self._skipped = np.zeros(n, int)
+        self.ended = [False] * n
+        self._over = set[int]()
+        self._means: list[float | None] = [None] * n
+
+    def trained(self, metrics: Metrics) -> None:
+        """Note metrics (M, K) that the devices may still be working on."""
+        self._unread = metrics
+
+    def flush(self) -> list[float]:
+        """The newest loss of each member, waiting for it if need be; an empty list if there is nothing new."""
+        if self._unread is None:
+            return []
+        metrics, self._unread = jax.device_get(self._unread), None
+        losses, applied = metrics.loss[: self._n], metrics.applied[: self._n]
+        for one in applied.T:
+            self._skipped = np.where(one, 0, self._skipped + 1)
+            self.ended = [
+                ended or bool(n >= self._patience) for ended, n in zip(self.ended, self._skipped, strict=True)
+            ]
+        self._means = [float(x) for x in losses.mean(axis=1, dtype=np.float64)]
+        return [float(x) for x in losses[:, -1]]
+
+    def scored(self, members: Sequence[int], step: int, scores: Sequence[Evaluation], last: bool) -> list[Scored]:
+        """What is told of the members after `step` steps; those that have diverged are told of once."""
+        found = []
+        for i, member in enumerate(members):
+            if i in self._over:
+                continue
+            lost = self.ended[i] or not math.isfinite(scores[i].loss)
+            mean = self._means[i]
+            mean = mean if mean is not None and math.isfinite(mean) else None
+            if self.ended[i]:
+                self._over.add(i)
+            found.append(Scored(member, step, None if lost else scores[i], mean, last or self.ended[i]))
+        return found
+
+
+def _column(configs: Sequence[Config], name: str) -> NDArray[Any]:
+    """A mapped setting of M members, (M,)."""
+    return np.array([setting(config, name) for config in configs], np.uint32 if name == "seed" else np.float32)

@@ -1,0 +1,251 @@
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import files as disk
+from jaxgpt import model as nn
+from jaxgpt.cli import sample
+from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, UsageError
+from jaxgpt.corpus import CorpusError
+from jaxgpt.huggingface import folders, gpt2
+from jaxgpt.huggingface.gpt2 import InteropError
+from jaxgpt.recipes import FINETUNE, RECIPES, command
+from jaxgpt.run import Run
+from jaxgpt.start import load_checkpoint, load_model
+from jaxgpt.train import fit
+from jaxgpt.write import write
+
+TINY = Path(__file__).parents[1] / "goldens" / "hf-gpt2-tiny"
+IDX = jnp.arange(24).reshape(1, 24)
+
+
+@pytest.fixture
+def imported(tmp_path):
+    """The tiny GPT-2 with its 96 ids as line feed and printable ASCII, and one epoch of the embedded corpus ahead."""
+    steps = 465_126 * 9 // 10 // (32 * 64)
+    config = Config(
+        DataConfig(tokenizer="ascii", unknown="skip"),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10),
+        train=TrainConfig(steps=steps, batch_size=64, scan_steps=50, eval_every=0, eval_batches=0),
+    )
+    return folders.import_run(TINY, config, "tiny", tmp_path / "runs", tmp_path / "data")
+
+
+def logits(model):
+    config, params, _ = model
+    return np.asarray(nn.forward(config, params, IDX))
+
+
+@pytest.mark.slow
+def test_in_fine_tuned_out_and_in_again(imported, tmp_path):
+    """Import, sample, an epoch of fine-tuning on the embedded corpus, export, re-import: equal logits throughout."""
+    theirs = nn.forward(*gpt2.load(TINY), IDX)
+    np.testing.assert_array_equal(logits(load_model(imported)), theirs)
+    (text,) = ("".join(pieces) for pieces in write(*load_model(imported), "def ", 20))
+    assert len(text) == 24
+
+    from jaxgpt.start import corpus_of
+
+    done = fit(imported, corpus_of(imported, tmp_path / "data"))
+    assert done.scores[-1].evaluation.loss < 2.7 < 4.5 < done.scores[0].evaluation.loss
+    assert folders.export_run(imported, tmp_path / "out") == done.step
+    np.testing.assert_array_equal(logits(folders.load_export(tmp_path / "out")), logits(load_model(imported)))
+    again = folders.import_run(tmp_path / "out", imported.config, "again", tmp_path / "runs", tmp_path / "data")
+    np.testing.assert_array_equal(logits(load_model(again)), logits(load_model(imported)))
+
+
+def test_an_import_is_a_run_at_step_0(imported):
+    assert load_checkpoint(imported)[0] == 0
+    assert imported.config.model.gelu == "tanh"
+    assert imported.config.model.vocab_size == imported.tokenizer.vocab_size == 96
+    assert json.loads((imported.path / "events.jsonl").read_text())["origin"] == str(TINY)
+
+
+def test_an_export_is_whole_and_says_what_it_is(imported, tmp_path):
+    folders.export_run(imported, tmp_path / "out")
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["README.md", "config.json", "model.safetensors", "tokens.json"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in (imported.corpus_meta["sha256"], "hf-gpt2-tiny", "jaxgpt train", "--tokenizer ascii", "not evaluated"):
+        assert said in card
+    assert folders.is_export(tmp_path / "out")
+    assert not folders.is_export(imported.path)
+    with pytest.raises(UsageError, match="leave out --checkpoint last"):
+        sample.run([str(tmp_path / "out"), "--checkpoint", "last"])
+    with pytest.raises(InteropError, match="exists; give a folder that does not"):
+        folders.export_run(imported, tmp_path / "out")
+
+
+def test_paths_that_are_not_utf8_can_be_trained_on_and_exported_to(tmp_path, change):
+    text, out = (tmp_path / os.fsdecode(name) for name in (b"bad\xff.txt", b"out\xff"))
+    text.write_text("the cat sat on the mat\n" * 40)
+    config = change(FINETUNE, corpus=str(text), tokenizer="ascii")
+    run = folders.import_run(TINY, config, "bad", tmp_path / "runs", tmp_path / "data")
+    assert Run(run.path).config.data.corpus == str(text)
+    folders.export_run(run, out)
+    assert folders.load_export(out)[2] == run.tokenizer
+    assert "bad\\udcff.txt" in (out / "README.md").read_text("utf-8")
+
+
+def test_damaged_lines_of_metrics_are_no_matter_of_an_export(imported, tmp_path):
+    imported.metrics_file.write_text('{"step": 0, "val_loss": 1.0\n')
+    folders.export_run(imported, tmp_path / "out")
+    assert "not evaluated" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_export_comes_back_with_its_own_vocabulary_and_no_other(imported, tmp_path, monkeypatch):
+    folders.export_run(imported, tmp_path / "out")
+    (tmp_path / "text.txt").write_text("a hat on a cat\n" * 60)
+    where = tmp_path / "runs", tmp_path / "data"
+    data = DataConfig(corpus=str(tmp_path / "text.txt"), tokenizer="gpt2")  # what import-gpt2 takes if none is named
+    own = folders.import_run(tmp_path / "out", dataclasses.replace(imported.config, data=data), "own", *where)
+    assert own.tokenizer.to_json() == imported.tokenizer.to_json()
+    with monkeypatch.context() as patch:  # the export's own, by its path: there is no text to ask
+        patch.setattr(folders, "tokens_of", None)
+        named = dataclasses.replace(data, tokenizer=str(tmp_path / "out" / "tokens.json"))
+        folders.import_run(tmp_path / "out", dataclasses.replace(imported.config, data=named), "named", *where)
+    other = dataclasses.replace(imported.config, data=dataclasses.replace(data, tokenizer="char"))
+    with pytest.raises(InteropError, match=r"--tokenizer char is another: --tokenizer .*tokens\.json"):
+        folders.import_run(tmp_path / "out", other, "other", *where)
+
+
+@pytest.fixture
+def with_vocabulary(tmp_path):
+    """A Hugging Face folder with a vocabulary of its own, and the tokenizer of their library."""
+    theirs = pytest.importorskip("tokenizers").ByteLevelBPETokenizer()
+    theirs.train_from_iterator(["the cat sat on the mat\n"], 270, special_tokens=["<|endoftext|>"], show_progress=False)
+    folder = tmp_path / "own"
+    folder.mkdir()
+    model = ModelConfig(vocab_size=300, block_size=8, n_layer=1, n_head=1, n_embd=8, bias=True)
+    gpt2.save(folder, model, nn.init_params(model, jax.random.key(0)))
+    theirs.save(str(folder / "tokenizer.json"))
+    return folder, theirs
+
+
+def test_an_import_takes_the_vocabulary_of_its_folder(with_vocabulary, verse, tmp_path, change):
+    folder, theirs = with_vocabulary
+    config = change(FINETUNE, corpus=str(verse))
+    where = tmp_path / "runs", tmp_path / "data"
+    run = folders.import_run(folder, config, "own", *where)
+    from jaxgpt.start import corpus_of
+
+    assert corpus_of(run, tmp_path / "data").tokens.tolist() == theirs.encode(verse.read_text()).ids
+    folders.export_run(run, tmp_path / "out")
+    assert folders.load_export(tmp_path / "out")[2] == run.tokenizer
+    with pytest.raises(InteropError, match="a vocabulary of its own, and --tokenizer byte is another: --tokenizer"):
+        folders.import_run(folder, change(config, tokenizer="byte"), "other", *where)
+
+    (folder / "tokenizer.json").rename(folder / "vocab.txt")  # as if of a kind that is not supported
+    with pytest.raises(CorpusError, match=r"cannot be used: .*name them, such as --tokenizer byte"):
+        folders.import_run(folder, config, "other", *where)
+    assert folders.import_run(folder, change(config, tokenizer="byte"), "bytes", *where).config.data.tokenizer == "byte"
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(InteropError, match="its model of 300 ids cannot have GPT-2's 50,257"):
+        folders.import_run(folder, config, "other", *where)
+
+
+def test_a_failed_export_leaves_nothing(imported, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gpt2, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        folders.export_run(imported, tmp_path / "new" / "out")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(imported, tmp_path):
+    folders.export_run(imported, tmp_path / "out")
+    meta = disk.unseal((tmp_path / "out" / "tokens.json").read_bytes())
+    meta["tokenizer"]["chars"] += "é"
+    (tmp_path / "out" / "tokens.json").write_text(disk.seal(meta))
+    with pytest.raises(InteropError, match="97 ids, expected at most the model's 96"):
+        folders.load_export(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("no such", "no folder 'no such'"), ("~m", "no folder '~m'"), ("../x/y/z", "no folder")]
+)
+def test_what_is_neither_folder_nor_name(name, said):
+    with pytest.raises(InteropError, match=said):
+        folders.find(name)
+
+
+def test_without_a_network_it_says_what_to_fetch(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InteropError) as caught:
+        folders.find("no-such-owner/no-such-model")
+    assert "fetch config.json and model.safetensors from https://huggingface.co/no-such-owner/no-such-model" in str(
+        caught.value
+    )
+
+
+def test_the_hub_is_asked_for_the_files_that_are_read(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra: pip install 'jaxgpt[hub]'")
+    asked = {}
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda name, **kwargs: asked.update(kwargs, name=name) or str(tmp_path)
+    )
+    assert folders.find("gpt2") == tmp_path
+    assert asked["name"] == "gpt2"
+    assert "model.safetensors" in asked["allow_patterns"]
+
+
+def test_an_error_of_the_hub_may_have_no_words(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra: pip install 'jaxgpt[hub]'")
+
+    def silent(*args, **kwargs):
+        raise OSError
+
+    monkeypatch.setattr(hub, "snapshot_download", silent)
+    with pytest.raises(InteropError, match="'gpt2' cannot be fetched"):
+        folders.find("gpt2")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_command_makes_its_config_again(name, change):
+    from jaxgpt import cli
+    from jaxgpt.cli import train
+
+    config = change(RECIPES[name].config, dropout=0.25, bias=True, corpus="a b.txt", seed=7)
+    words = command(config)
+    assert words.startswith(f"jaxgpt train {name} ")
+    import shlex
+
+    given = []
+    original, train._fit = train._fit, lambda args, existing: given.append(args) or 0
+    try:
+        cli.run_verb(shlex.split(words)[1:])
+    finally:
+        train._fit = original
+    assert given[0].config == config
+
+
+def test_an_imported_run_never_begins_with_random_weights(imported, tmp_path):
+    from jaxgpt.run import RunError
+    from jaxgpt.start import corpus_of
+
+    shutil.rmtree(imported.checkpoints / "0")
+    with pytest.raises(RunError, match=r"step 0 was saved, but .* holds no checkpoint"):
+        fit(imported, corpus_of(imported, tmp_path / "data"))
+
+
+def test_a_kill_in_the_import_leaves_no_run(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    monkeypatch.setattr("jaxgpt.start.Checkpoints.save", kill)
+    config = Config(DataConfig(tokenizer="ascii", unknown="skip"), train=TrainConfig(scan_steps=10, eval_every=0))
+    with pytest.raises(Killed):
+        folders.import_run(TINY, config, "one", tmp_path / "runs", tmp_path / "data")
+    assert list((tmp_path / "runs").iterdir()) == []

@@ -1,0 +1,265 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxgpt import model as nn
+from jaxgpt.config import ModelConfig
+from jaxgpt.generate import generate
+from jaxgpt.huggingface import folders, gpt2
+from jaxgpt.huggingface.gpt2 import InteropError
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+DOCS = Path(__file__).parents[2] / "docs"
+TINY = GOLDENS / "hf-gpt2-tiny"
+GOLDEN = dict(np.load(GOLDENS / "hf-gpt2-tiny.npz"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Path(shutil.copytree(TINY, tmp_path / "gpt2"))
+
+
+def edit_config(folder, **values):
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**tree, **values}))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.smoke
+def test_logits_and_greedy_continuation_are_hugging_faces():
+    config, params = gpt2.load(TINY)
+    assert config == ModelConfig(
+        vocab_size=96, block_size=32, n_layer=2, n_head=4, n_embd=32, bias=True, tie_weights=True, gelu="tanh"
+    )
+    logits = nn.forward(config, params, jnp.asarray(GOLDEN["idx"], jnp.int32))
+    np.testing.assert_allclose(logits, GOLDEN["logits"], rtol=1e-4, atol=1e-5 * np.abs(GOLDEN["logits"]).max())
+    # Theirs ended with its first new token, the end-of-text id 0, behind a prompt of five.
+    prompt, expected = GOLDEN["greedy"][:, :5], GOLDEN["greedy"][:, 5:]
+    np.testing.assert_array_equal(prompt, GOLDEN["idx"][:1, :5])
+    np.testing.assert_array_equal(generate(config, params, prompt, 1, jax.random.key(0), temperature=0), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"tie_weights": False}, {"gelu": "exact"}, {"scan_layers": True}]
+)
+def test_out_and_in_again_gives_equal_logits(tmp_path, options):
+    config = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=True)
+    config = ModelConfig(**{**vars(config), **options})
+    params = jax.tree.map(lambda x: x + 0.1, nn.init_params(config, jax.random.key(0)))
+    gpt2.save(tmp_path, config, params)
+    again, back = gpt2.load(tmp_path)
+    assert again == ModelConfig(**{**vars(config), "bias": True, "scan_layers": False})
+    idx = jnp.arange(8)[None]
+    np.testing.assert_array_equal(nn.forward(again, back, idx), nn.forward(config, params, idx))
+
+
+def test_params_come_back_bit_for_bit():
+    config, params = gpt2.load(TINY)
+    back = gpt2.to_params(config, gpt2.to_tensors(config, params))
+    jax.tree.map(np.testing.assert_array_equal, params, back)
+    template = jax.eval_shape(lambda: nn.init_params(config, jax.random.key(0)))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, template), "exactly the parameters of the model"
+
+
+def test_everything_that_does_not_fit_is_told_at_once(folder):
+    def change(tensors):
+        tensors["transformer.ln_f.gamma"] = tensors.pop("transformer.ln_f.weight")
+        tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:5]
+
+    edit_tensors(folder, change)
+    with pytest.raises(InteropError) as caught:
+        gpt2.load(folder)
+    for said in (
+        "missing   ln_f.weight",
+        "not known ln_f.gamma (32,)",
+        "misshapen wpe.weight: expected (32, 32), found (5, 32)",
+    ):
+        assert said in str(caught.value)
+
+
+def test_names_without_prefix_masks_and_a_tied_head_stored_twice_are_welcome(folder):
+    def change(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = np.tri(32, dtype=np.float32)[None, None]
+        tensors["h.0.attn.masked_bias"] = np.float32([-1e4])
+        tensors["lm_head.weight"] = tensors["wte.weight"].copy()
+
+    edit_tensors(folder, change)
+    jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder), gpt2.load(TINY))
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_tied_weights_may_be_stored_under_the_name_of_the_head(folder, prefix):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+        for name in set(tensors) - {"lm_head.weight"}:
+            tensors[prefix + name.removeprefix("transformer.")] = tensors.pop(name)
+
+    edit_tensors(folder, change)
+    jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder), gpt2.load(TINY))
+    edit_config(folder, tie_word_embeddings=False)
+    with pytest.raises(InteropError, match=r"missing   wte\.weight"):
+        gpt2.load(folder)
+
+
+def test_shards_are_read_through_their_index(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for i, part in enumerate((names[:9], names[9:])):
+        file = f"model-0000{i + 1}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder), gpt2.load(TINY))
+    for evil in ("../model.safetensors", "/etc/passwd", "missing.safetensors", 3):
+        index.write_text(json.dumps({"weight_map": {names[0]: evil}}))
+        with pytest.raises(InteropError, match="has no file"):
+            gpt2.load(folder)
+
+
+def test_positions_can_be_cropped():
+    config, params = gpt2.load(TINY, block_size=8)
+    whole, whole_params = gpt2.load(TINY)
+    assert config.block_size == 8
+    idx = jnp.arange(8)[None]
+    np.testing.assert_array_equal(nn.forward(config, params, idx), nn.forward(whole, whole_params, idx))
+    with pytest.raises(InteropError, match="expected at most the 32 positions"):
+        gpt2.load(TINY, block_size=64)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model_type": "llama"}, "model of type 'llama'"),
+        ({"activation_function": "relu"}, "activation_function is 'relu'"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"n_inner": 100}, "n_inner is 100"),
+        ({"n_layer": "2"}, "n_layer is '2'"),
+        ({"n_embd": None}, "n_embd is None"),
+        ({"n_head": 5}, "n_head 5 does not divide"),
+        ({"n_layer": 3}, "missing   h.2.attn.c_attn.weight"),
+    ],
+)
+def test_what_gpt2_has_not_is_refused(folder, values, said):
+    edit_config(folder, **values)
+    with pytest.raises(InteropError, match=said):
+        gpt2.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("config.json", None, "cannot be read"),
+        ("config.json", "{", "is not JSON"),
+        ("config.json", "[]", "no JSON object"),
+        ("model.safetensors", None, "has no file 'model.safetensors'"),
+        ("model.safetensors", "{}", "cannot be read"),
+    ],
+)
+def test_damage_is_named(folder, name, text, said):
+    (folder / name).unlink()
+    if text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(InteropError, match=said):
+        gpt2.load(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_matter(folder, encoding):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text, encoding)
+    assert gpt2.read_config(folder) == gpt2.read_config(TINY)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pytorch_model.bin", r"is a pickle, .*this writes model\.safetensors beside it: python -c 'from sys"),
+        ("pytorch_model-00001-of-00002.bin", "this writes model"),
+        ("ckpt.pt", r"ckpt\.pt is a pickle, .*docs/import\.md says how to convert it"),
+    ],
+)
+@pytest.mark.parametrize("config", ["with config.json", "without"])
+def test_pickles_are_never_loaded_and_come_with_a_way_to_convert_them(folder, name, said, config):
+    (folder / "model.safetensors").rename(folder / name)
+    if config == "without":
+        (folder / "config.json").unlink()
+    with pytest.raises(InteropError, match=said):
+        gpt2.load(folder)
+    with pytest.raises(InteropError, match=f"{name} is a file, expected a folder .*{said}"):
+        folders.find(str(folder / name))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_converter_of_the_docs_reads_nanogpts_checkpoints(folder, tmp_path, bias):
+    """TINY, turned into what nanoGPT saves and back: linear layers the other way round, a compiled module's names."""
+    torch = pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "import.md").read_text("utf-8"), re.DOTALL)
+    theirs = {name: torch.tensor(x) for name, x in load_file(TINY / "model.safetensors").items()}
+    model = {
+        f"_orig_mod.{name}": x.T if re.search(r"\.c_\w+\.weight", name) else x
+        for name, x in theirs.items()
+        if bias or not name.endswith(".bias")
+    }
+    model["_orig_mod.lm_head.weight"] = model["_orig_mod.transformer.wte.weight"]
+    model["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 32, "bias": bias, "vocab_size": 96, "dropout": 0.0}
+    torch.save({"model": model, "model_args": sizes, "optimizer": {}, "iter_num": 5}, tmp_path / "ckpt.pt")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "ckpt.pt", tmp_path / "out"], check=False)
+    assert done.returncode == 0
+    if not bias:
+        edit_tensors(folder, lambda x: x.update({name: 0 * x[name] for name in x if name.endswith(".bias")}))
+    edit_config(folder, activation_function="gelu")
+    jax.tree.map(np.testing.assert_array_equal, gpt2.load(tmp_path / "out"), gpt2.load(folder))
+
+
+def test_a_bigram_cannot_be_exported(tmp_path):
+    config = ModelConfig(kind="bigram", vocab_size=5)
+    with pytest.raises(InteropError, match="a bigram is no GPT-2"):
+        gpt2.save(tmp_path, config, nn.init_params(config, jax.random.key(0)))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"position": "rope"}, {"norm": "rms"}, {"n_kv_head": 1}, {"softcap": 15.0}, {"bigram_embed": True}]
+)
+def test_what_gpt2_has_not_cannot_be_exported(tmp_path, options):
+    config = ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=2, n_embd=8, **options)
+    ((name, value),) = options.items()
+    with pytest.raises(InteropError, match=f"GPT-2 has no way to say {name} {value}"):
+        gpt2.save(tmp_path, config, nn.init_params(config, jax.random.key(0)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_transformers_loads_what_we_write(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'jaxgpt[torch]'")
+    torch = pytest.importorskip("torch")
+    for options in ({}, {"tie_weights": False, "gelu": "exact"}, {"bias": False}):
+        config = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=True)
+        config = ModelConfig(**{**vars(config), **options})
+        params = jax.tree.map(lambda x: x * 3, nn.init_params(config, jax.random.key(1)))
+        gpt2.save(tmp_path, config, params)
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+        idx = np.arange(8)[None]
+        with torch.no_grad():
+            logits = theirs(torch.tensor(idx)).logits.numpy()
+        np.testing.assert_allclose(nn.forward(config, params, idx), logits, rtol=1e-4, atol=1e-5 * np.abs(logits).max())

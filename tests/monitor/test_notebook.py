@@ -1,0 +1,52 @@
+import pytest
+
+import jaxgpt
+from jaxgpt.journal import Evaluated, Sampled
+from jaxgpt.monitor.glimpse import glimpse
+from jaxgpt.run import RunError
+from jaxgpt.start import start
+from jaxgpt.train import fit
+
+
+def test_a_loaded_run_shows_itself(trained, tmp_path):
+    run, _ = trained
+    loaded = jaxgpt.load(run.path)
+    assert loaded.step == 20
+    assert loaded.config == run.config
+    assert loaded.metrics[-1]["val_loss"] == loaded.facts.best.loss
+    assert "made by: jaxgpt train" in repr(loaded)
+    assert f"{loaded.facts.best.loss:.4f}" in repr(loaded)
+    assert loaded._repr_html_().startswith("<table><tr><th>run</th>")
+    text = loaded.sample("the ", 20, seed=1)
+    assert text.startswith("the ")
+    assert len(text) == 24
+    chart = loaded.plot()
+    assert chart._repr_mimebundle_()["image/svg+xml"].startswith("<svg")
+    chart.save(tmp_path / "loss.svg")
+    assert (tmp_path / "loss.svg").stat().st_size > 1000
+    assert jaxgpt.load("hostile", "last", runs_dir=run.path.parent).step == 20
+    with pytest.raises(RunError, match="no run 'nobody'"):
+        jaxgpt.load("nobody", runs_dir=run.path.parent)
+
+
+def test_a_glimpse_changes_no_bit_of_what_is_learnt(trained, tmp_path):
+    run, data_dir = trained
+    seen, numbers = [], []
+    for name, write in (("plain", None), ("watched", glimpse(run.config.model, run.tokenizer))):
+        again, corpus = start(run.config, name, tmp_path, data_dir)
+        seen.clear()
+        fit(again, corpus, seen.append, write=write)
+        numbers.append(again.metrics_file.read_bytes())
+    assert numbers[0] == numbers[1]
+    kinds = [(type(event), event.step) for event in seen if isinstance(event, Evaluated | Sampled)]
+    assert kinds == [(Evaluated, 0), (Evaluated, 10), (Sampled, 10), (Evaluated, 20)], "between the ends only"
+    (text,) = [event.text for event in seen if isinstance(event, Sampled)]
+    assert text
+
+
+def test_a_glimpse_without_room_is_empty(trained, monkeypatch):
+    def full(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("jaxgpt.monitor.glimpse.write", full)
+    assert glimpse(trained[0].config.model, trained[0].tokenizer)({}) == ""

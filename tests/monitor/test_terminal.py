@@ -1,0 +1,142 @@
+import doctest
+import io
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from jaxgpt.evaluation import Evaluation
+from jaxgpt.journal import Evaluated, Progress, Sampled
+from jaxgpt.monitor import terminal
+from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay, describe, duration
+
+RESULT = Evaluation(1.5, 0.01, 2.1640, 2.1500, 1000)
+
+
+def show(is_terminal, *events, width=100, encoding="utf-8", used=None):
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
+    console = RunConsole(file=out, force_terminal=is_terminal, width=width, color_system=None)
+    with TrainingDisplay(console, 100, used) as display:
+        for event in events:
+            display(event)
+    out.flush()
+    return out.buffer.getvalue().decode(encoding)
+
+
+def test_plain_lines_where_the_output_is_no_terminal(monkeypatch):
+    monkeypatch.setattr(terminal, "PLAIN_SECONDS", 0.0)
+    out = show(
+        False,
+        Evaluated(0, RESULT),
+        Progress(50, 100, 2.5, None, None),
+        Progress(100, 100, 1.25, 12_345.6, 75.0),
+    )
+    assert out.splitlines() == [
+        "step      0  validation loss 1.5000 ± 0.0100 nats/token, 2.1640 bits/char, 2.1500 bits/byte",
+        "step     50/100  loss 2.5000",
+        "step    100/100  loss 1.2500  12,346 tokens/s  1m15s left",
+    ]
+
+
+def test_plain_lines_are_few():
+    out = show(False, *(Progress(step, 100, 1.0, 1e3, 1.0) for step in range(50)))
+    assert out == ""
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run():
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    console = RunConsole(file=Gone())
+    with TrainingDisplay(console, 100) as display:
+        assert not console.quiet
+        display(Evaluated(0, RESULT))
+        assert console.quiet
+        display(Evaluated(50, RESULT))
+
+
+def test_a_live_line_on_a_terminal():
+    out = show(True, Progress(50, 100, 2.5, 12_345.6, 75.0), Evaluated(50, RESULT))
+    assert "50/100" in out
+    assert "loss 2.5000  12,346 tokens/s  1m15s left" in out
+    assert "validation loss 1.5000 ± 0.0100" in out
+
+
+CURVE = [Progress(10 * (i + 1), 100, 4.0 - i / 2, 1e4, 75.0) for i in range(5)]
+
+
+def last_drawn(out):
+    """The lines that stand on a terminal in the end."""
+    return out.replace("\x1b[?25h", "").split("\x1b[2K")[-1].replace("\x1b[2m", "").strip("\n").splitlines()
+
+
+def test_under_the_bar_stand_the_curve_the_best_and_what_was_written_last():
+    out = show(True, Evaluated(0, RESULT), *CURVE, Sampled(20, "the cat\nsat"), used=lambda speed: speed / 5e4)
+    bar, curve, sample = last_drawn(out)
+    assert "loss 2.0000  10,000 tokens/s  20% used  1m15s left" in bar
+    assert curve == "loss █▆▅▃▁  4.00 to 2.00  best 1.5000 at 0"
+    assert sample == "the cat↵sat"
+
+
+@pytest.mark.parametrize("width", [20, 30, 50, 71, 72, 200])
+def test_no_line_is_wider_than_the_terminal(width):
+    out = show(True, Evaluated(0, RESULT), *CURVE, Sampled(20, "the cat sat on the mat " * 9), width=width)
+    lines = last_drawn(out)
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= width
+    assert "loss 2.0" in lines[0] or width < 30
+
+
+def test_a_terminal_that_knows_few_characters_has_a_curve_of_these():
+    assert "loss #*+-_  4.00 to 2.00" in show(True, *CURVE, encoding="ascii")
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(terminal, "PLAIN_SECONDS", 0.0)
+    out = show(True, *CURVE, Sampled(20, "the cat"))
+    assert "\x1b" not in out
+    assert out.splitlines()[-1] == "step     50/100  loss 2.0000  10,000 tokens/s  1m15s left"
+
+
+def test_a_resumed_run_knows_the_best_of_before():
+    before = Evaluated(70, replace(RESULT, loss=1.25))
+    out = show(True, *(replace(event, best=before) for event in CURVE), Evaluated(90, RESULT))
+    assert last_drawn(out)[1].endswith("best 1.2500 at 70")
+
+
+def test_a_curve_is_even_and_ends_at_the_newest_loss(monkeypatch):
+    monkeypatch.setattr(terminal, "CURVE", 8)
+    curve = terminal.Curve()
+    for n in range(1, 100):
+        curve.add(float(n))
+        steps = {b - a for a, b in itertools.pairwise(curve.points[:-1])}
+        assert len(steps) <= 1, "a straight line stays straight"
+        assert len(curve.points) <= 8
+    out = show(True, *(Progress(i, 100, 100.0 - i, None, None) for i in range(99)))
+    assert "100.00 to 2.00" in last_drawn(out)[1]
+
+
+def test_many_losses_are_kept_as_few(monkeypatch):
+    monkeypatch.setattr(terminal, "CURVE", 8)
+    out = show(True, *(Progress(i, 100, 100.0 - i, None, None) for i in range(100)))
+    curve = last_drawn(out)[1].split()[1]
+    assert 4 <= len(curve) <= 8
+    assert curve[0] == "█"
+    assert curve[-1] == "▁"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0s"), (59.7, "1m00s"), (75, "1m15s"), (3599.4, "59m59s"), (3700, "1h01m")]
+)
+def test_durations(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_an_evaluation_on_one_line():
+    assert describe(RESULT).startswith("loss 1.5000 ± 0.0100 nats/token")
+
+
+def test_docstrings_say_the_truth():
+    assert doctest.testmod(terminal).failed == 0

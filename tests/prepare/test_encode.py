@@ -1,0 +1,558 @@
+"""A text of any size becomes the ids that it would become in memory."""
+
+import gzip
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
+import filelock
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxgpt import bpe
+from jaxgpt import files as disk
+from jaxgpt.config import DataConfig
+from jaxgpt.corpus import CorpusError, load
+from jaxgpt.prepare import build as prepare_module
+from jaxgpt.prepare import encode, sources
+from jaxgpt.prepare.build import prepare_corpus, tokenize
+from jaxgpt.prepare.encode import EncodeError, WaitedError
+from jaxgpt.prepare.sources import Source, SourceError
+from jaxgpt.shards import Joined, joined
+from jaxgpt.tokenizer import UnknownCharacterError
+
+LINES = "".join(f"{i} the cat sat on the mat, that cat has a hat\n" for i in range(300))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Parts and shards so small that a short text has many."""
+    monkeypatch.setattr(encode, "PART", 40)
+    monkeypatch.setattr(encode, "SHARD", 700)
+    monkeypatch.setattr("jaxgpt.prepare.files.PIECE", 64)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.data())
+def test_joined_arrays_are_read_like_one(sizes, data):
+    whole = np.arange(sum(sizes)).astype(np.uint16)
+    tokens = Joined(np.split(whole, np.cumsum(sizes)[:-1]))
+    begin, end = (data.draw(st.integers(-7, 30)) for _ in range(2))
+    np.testing.assert_array_equal(np.asarray(tokens[begin:end]), whole[begin:end])
+    assert len(tokens) == len(whole)
+    if len(whole):
+        places = np.array(data.draw(st.lists(st.lists(st.integers(0, len(whole) - 1), min_size=2, max_size=2))), int)
+        np.testing.assert_array_equal(tokens[places.reshape(-1, 2)], whole[places.reshape(-1, 2)])
+    with pytest.raises(IndexError, match="tokens"):
+        tokens[np.array([len(whole)])]
+
+
+def test_one_array_is_itself():
+    one = np.zeros(3, np.uint16)
+    assert joined([one]) is one
+
+
+@settings(max_examples=30)
+@given(st.text(st.sampled_from("ab \n\u3000é\r"), max_size=200), st.integers(1, 20))
+@pytest.mark.parametrize("spans", [encode.even, bpe.spans])
+def test_a_text_in_pieces_is_cut_as_the_whole(spans, text, size):
+    pieces = [text[i : i + 7] for i in range(0, len(text), 7)]
+    parts = list(encode.cut(pieces, spans, size))
+    assert "".join(parts) == text
+    ends = set(np.cumsum([end - begin for begin, end in spans(text, size)]))
+    assert set(np.cumsum([len(part) for part in parts])) == ends
+
+
+def test_a_text_without_white_space_is_searched_about_twice():
+    searched, size, piece = [], 1000, "x" * 1000
+
+    def spans(text, size):
+        searched.append(len(text))
+        return bpe.spans(text, size)
+
+    assert [len(part) for part in encode.cut([piece] * 200, spans, size)] == [200_000]
+    assert sum(searched) < 4 * 200_000
+    with mock.patch.object(bpe, "LONGEST", 5000):
+        assert [len(part) for part in encode.cut([piece] * 2000, spans, size)] == [5000] * 400
+    assert sum(searched) < 4 * 2_200_000
+
+
+@given(st.text(st.sampled_from("abc d"), max_size=90), st.lists(st.integers(1, 8), min_size=2, max_size=2))
+def test_words_without_end_are_cut_at_places_that_no_size_changes(text, sizes):
+    with mock.patch.object(bpe, "LONGEST", 8):
+        forced = []
+        for size in sizes:
+            ends = np.cumsum([end - begin for begin, end in bpe.spans(text, size)])[:-1].tolist()
+            assert all(end - begin <= size + 8 for begin, end in bpe.spans(text, size))
+            forced.append([end for end in ends if not bpe._CUT.match(text, end)])
+            for step in (1, 3, 30):
+                parts = list(encode.cut((text[i : i + step] for i in range(0, len(text), step)), bpe.spans, size))
+                assert "".join(parts) == text
+                assert np.cumsum([len(part) for part in parts])[:-1].tolist() == ends
+        assert forced[0] == forced[1]
+
+
+@pytest.mark.parametrize("spec", ["char", "byte", "bpe:300"])
+def test_shards_hold_what_the_text_encodes_to(tmp_path, small, spec):
+    path = tmp_path / "a.txt"
+    path.write_text(LINES.replace("\n", "\r\n"), newline="")
+    done = prepare_corpus(str(path), spec, data_dir=tmp_path / "data")
+    names = sorted(path.name for path in done.folder.iterdir())
+    assert len(names) > 3
+    assert names == [*(f"tokens-{i:05}.bin" for i in range(len(names) - 1)), "tokens.json"]
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]  # nothing half-done is left
+    found = load(done.folder)
+    np.testing.assert_array_equal(np.asarray(found.tokens), found.tokenizer.encode(LINES))
+    whole = tokenize(Source("a", LINES, str(path)), spec)
+    assert whole.tokenizer == found.tokenizer
+    for name in ("sha256", "source_sha256", "count"):
+        assert whole.meta[name] == found.meta[name]
+    assert prepare_corpus(str(path), spec, data_dir=tmp_path / "data").reused
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
+
+
+def test_an_unknown_character_is_named_by_its_file_line_and_column(tmp_path, small):
+    (tmp_path / "texts").mkdir()
+    for path in (tmp_path / "a.txt", tmp_path / "texts" / "b.txt"):
+        path.write_text(LINES + "é")
+    (tmp_path / "texts" / "a.txt").write_text(LINES)
+    for corpus, path in (("a.txt", "a.txt"), ("texts", "texts/b.txt")):
+        with pytest.raises(UnknownCharacterError) as caught:
+            prepare_corpus(str(tmp_path / corpus), "ascii", data_dir=tmp_path / "data")
+        place = f"line 301, column 1 of the text in {tmp_path / path}"
+        assert f"'é' (U+00E9, LATIN SMALL LETTER E WITH ACUTE) at {place} is not among the 96" in str(caught.value)
+    done = prepare_corpus(str(tmp_path / "a.txt"), "ascii", unknown="skip", data_dir=tmp_path / "data")
+    assert done.corpus.meta["skipped_characters"] == 1
+    assert done.corpus.tokenizer.decode(np.asarray(done.corpus.tokens)) == LINES
+
+
+def test_shards_end_where_they_are_full_and_the_last_with_the_text(tmp_path, small):
+    for n, counts in ((80, [80]), (600, [600]), (720, [720]), (721, [720, 1]), (1500, [720, 720, 60])):
+        (tmp_path / "a.txt").write_text("a" * n)
+        done = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+        assert [shard["count"] for shard in done.corpus.meta["shards"]] == counts
+
+
+@pytest.mark.parametrize(("n", "stay"), [(600, []), (1500, [encode.PROGRESS, "tokens-00000.bin", "tokens-00001.bin"])])
+def test_of_an_attempt_that_failed_whole_shards_stay(tmp_path, small, n, stay):
+    (tmp_path / "a.txt").write_text("a" * n + "é")
+    with pytest.raises(UnknownCharacterError):
+        prepare_corpus(str(tmp_path / "a.txt"), "ascii", data_dir=tmp_path / "data")
+    assert len(list((tmp_path / "data").iterdir())) == bool(stay)
+    left = sorted(path.name for path in (tmp_path / "data").glob("*/*"))
+    assert [name for name in left if name != encode.LOCK] == stay
+
+
+KILLED = """
+import os, signal, sys
+from jaxgpt import files
+from jaxgpt.prepare import build, encode
+encode.PART, encode.SHARD, written = 40, 700, 0
+write = files.write_atomically
+def once_more(path, data):
+    global written
+    write(path, data)
+    written += path.name == encode.PROGRESS
+    if written == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+files.write_atomically = once_more
+build.prepare_corpus(sys.argv[1], "byte")
+"""
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """A text that a process prepared three shards of before it was killed."""
+    path = tmp_path / "a.txt"
+    path.write_text(LINES)
+    assert subprocess.run([sys.executable, "-c", KILLED, path], cwd=tmp_path).returncode == -signal.SIGKILL
+    (work,) = (tmp_path / "data").iterdir()
+    assert len(list(work.glob("tokens-*.bin"))) == 3
+    return path
+
+
+def again(path, monkeypatch):
+    """Prepare it: the corpus, and how many characters were encoded."""
+    encoded = []
+    tok = type(tokenize(Source("a", "a", "here"), "byte").tokenizer)
+    plain = tok.encode
+    monkeypatch.setattr(tok, "encode", lambda self, text: encoded.append(len(text)) or plain(self, text))
+    return prepare_corpus(str(path), "byte", data_dir=path.parent / "data"), sum(encoded)
+
+
+def test_what_was_encoded_before_a_kill_is_not_encoded_again(killed, small, monkeypatch, tmp_path):
+    done, encoded = again(killed, monkeypatch)
+    assert 0 < encoded < len(LINES) - 3 * 700 + 80
+    unbroken = prepare_corpus(str(killed), "byte", data_dir=tmp_path / "other")
+    assert done.corpus.meta == unbroken.corpus.meta
+    for path in unbroken.folder.iterdir():
+        assert (done.folder / path.name).read_bytes() == path.read_bytes()
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
+
+
+def test_what_a_kill_cut_short_is_in_no_folder(killed, small, monkeypatch, tmp_path):
+    (work,) = (tmp_path / "data").iterdir()
+    for name in (".tokens-00003.bin.part", "tokens-00003.bin", "tokens-00099.bin"):
+        (work / name).write_bytes(b"torn")
+    done, encoded = again(killed, monkeypatch)
+    assert 0 < encoded < len(LINES) - 3 * 700 + 80
+    n = len(done.corpus.meta["shards"])
+    names = sorted(path.name for path in done.folder.iterdir())
+    assert names == [*(f"tokens-{i:05}.bin" for i in range(n)), "tokens.json"]
+
+
+def test_a_text_that_grew_after_a_kill_has_the_shards_of_the_whole(tmp_path, small, monkeypatch):
+    (tmp_path / "a.txt").write_text("a" * 1480)  # parts of 40, two whole shards
+    ended = mock.patch.object(prepare_module, "_finish", side_effect=KeyboardInterrupt)
+    with ended, pytest.raises(KeyboardInterrupt):
+        prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    (tmp_path / "a.txt").write_text("a" * 3000)
+    done, encoded = again(tmp_path / "a.txt", monkeypatch)
+    assert encoded == 3000 - 2 * 720
+    assert [shard["count"] for shard in done.corpus.meta["shards"]] == [720] * 4 + [120]
+
+
+@pytest.mark.parametrize("harm", ["another text", "a bit", "no progress"])
+def test_what_does_not_belong_to_the_text_is_not_gone_on_with(killed, small, monkeypatch, tmp_path, harm):
+    (work,) = (tmp_path / "data").iterdir()
+    shard = work / "tokens-00001.bin"
+    if harm == "another text":
+        killed.write_text(LINES.replace("0 the", "0 The", 1))
+    elif harm == "a bit":
+        shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    else:
+        (work / encode.PROGRESS).write_text("{}")
+    done, encoded = again(killed, monkeypatch)
+    assert encoded >= len(LINES)
+    assert bytes(np.asarray(done.corpus.tokens).astype(np.uint8)) == killed.read_bytes()
+
+
+@pytest.fixture
+def when_waiting(monkeypatch):
+    """when_waiting(action): what happens as soon as somebody waits for a lock."""
+    acquire = filelock.FileLock.acquire
+
+    def when(action):
+        def wrapped(self, timeout=None, **how):
+            if timeout == -1:
+                action()
+            return acquire(self, timeout, **how)
+
+        monkeypatch.setattr(filelock.FileLock, "acquire", wrapped)
+
+    return when
+
+
+def test_two_processes_do_not_write_the_same_shards(tmp_path, when_waiting, capsys):
+    with encode._Shards(tmp_path / "work") as one:
+        one.add(np.zeros(3, np.uint16))
+        when_waiting(lambda: one.__exit__(KeyboardInterrupt))
+        with pytest.raises(WaitedError), encode._Shards(tmp_path / "work") as other:
+            other.add(np.zeros(3, np.uint16))
+    assert f"another process is preparing this text in {tmp_path / 'work'}; waiting for it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_finds_a_text_being_prepared_waits_and_reads_it(tmp_path, small, monkeypatch, when_waiting, capsys):
+    path, finish = tmp_path / "a.txt", prepare_module._finish
+    path.write_text(LINES)
+    held, waiting = threading.Event(), threading.Event()
+    when_waiting(waiting.set)
+
+    def slow(*args):
+        held.set()
+        assert waiting.wait(60)
+        finish(*args)
+
+    monkeypatch.setattr(prepare_module, "_finish", slow)
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(prepare_corpus, str(path), "byte", data_dir=tmp_path / "data")
+        assert held.wait(60)
+        second = prepare_corpus(str(path), "byte", data_dir=tmp_path / "data")
+    assert (first.result().reused, second.reused) == (False, True)
+    assert second.corpus.meta == first.result().corpus.meta
+    assert capsys.readouterr().err.count("waiting for it") == 1
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [second.folder.name]
+    assert ".lock" not in [path.name for path in second.folder.iterdir()]
+
+
+def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, small):
+    (tmp_path / "a.txt").write_text(LINES)
+    full = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
+    with full, pytest.raises(EncodeError, match=r"\.part cannot be written: No space left on device; name another"):
+        prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_what_another_process_writes_is_not_looked_at_or_removed(killed, tmp_path, when_waiting):
+    """Not even where it seems to be damaged, or of another text. Once that process has gone, it is."""
+    (work,) = (tmp_path / "data").iterdir()
+    (work / encode.PROGRESS).write_text("{}")
+    killed.write_text("another " + LINES)
+    holder, seen = encode._Shards(work), []
+    holder._hold()
+
+    def end():
+        seen.extend(work.glob("tokens-*.bin"))
+        holder.__exit__(KeyboardInterrupt)
+
+    when_waiting(end)
+    done = prepare_corpus(str(killed), "byte", data_dir=tmp_path / "data")
+    assert len(seen) == 3
+    assert bytes(np.asarray(done.corpus.tokens).astype(np.uint8)) == killed.read_bytes()
+
+
+@pytest.mark.parametrize("text", [LINES, LINES[:60]])
+def test_a_prepared_text_is_read_without_a_lock_or_a_write(tmp_path, small, monkeypatch, text):
+    """Also where it lies elsewhere now; its tokens.json still says the first place."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(text)
+    first = prepare_corpus(str(tmp_path / "one" / "a.txt"), "byte", data_dir=tmp_path / "data")
+    before = {path: path.stat().st_mtime_ns for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]}
+    monkeypatch.setattr(filelock, "FileLock", None)
+    monkeypatch.setattr(disk, "write_atomically", None)
+    for name in ("one", "two"):
+        again = prepare_corpus(str(tmp_path / name / "a.txt"), "byte", data_dir=tmp_path / "data")
+        assert (again.folder, again.reused) == (first.folder, True)
+        assert again.corpus.meta == first.corpus.meta | {"origin": str(tmp_path / name / "a.txt")}
+        np.testing.assert_array_equal(np.asarray(again.corpus.tokens), np.asarray(first.corpus.tokens))
+    assert {path: path.stat().st_mtime_ns for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]} == before
+
+
+def test_texts_that_differ_in_what_is_skipped_share_their_tokens(tmp_path, small):
+    done = []
+    for mark in "éü":
+        (tmp_path / "a.txt").write_text(LINES + mark)
+        done.append(prepare_corpus(str(tmp_path / "a.txt"), "ascii", unknown="skip", data_dir=tmp_path / "data"))
+    assert [each.reused for each in done] == [False, True]
+    assert done[0].folder == done[1].folder
+    assert done[0].corpus.meta["source_sha256"] != done[1].corpus.meta["source_sha256"]
+    (tmp_path / "a.txt").write_text(LINES + "é")
+    with pytest.raises(UnknownCharacterError):  # though it lies prepared without it
+        prepare_corpus(str(tmp_path / "a.txt"), "ascii", data_dir=tmp_path / "data")
+
+
+def test_a_folder_of_other_tokens_is_not_taken_for_those_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_text(LINES)
+    first = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    (tmp_path / "a.txt").write_text(LINES + "more")
+    other = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    shutil.rmtree(first.folder)
+    other.folder.rename(first.folder)
+    (tmp_path / "a.txt").write_text(LINES)
+    again = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    assert not again.reused
+    assert again.corpus.meta == first.corpus.meta
+
+
+def test_a_folder_that_another_process_made_meanwhile_is_whole_when_it_goes(tmp_path, small, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(LINES)
+    finish, remove, whole = prepare_module._finish, shutil.rmtree, []
+
+    def later(work, meta, folder):
+        monkeypatch.setattr(prepare_module, "_finish", finish)
+        prepare_corpus(str(tmp_path / "two" / "a.txt"), "byte", data_dir=tmp_path / "data")
+
+        def removed(path, **how):
+            remove(path, **how)
+            whole.append(load(folder).meta["count"])
+
+        monkeypatch.setattr(shutil, "rmtree", removed)
+        finish(work, meta, folder)
+
+    monkeypatch.setattr(prepare_module, "_finish", later)
+    done = prepare_corpus(str(tmp_path / "one" / "a.txt"), "byte", data_dir=tmp_path / "data")
+    assert whole
+    assert load(done.folder).meta["origin"] == str(tmp_path / "one" / "a.txt")
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
+
+
+def test_damaged_shards_are_replaced(tmp_path, small):
+    (tmp_path / "a.txt").write_text(LINES)
+    first = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    (first.folder / "tokens-00001.bin").write_bytes(b"damage")
+    again = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    assert not again.reused
+    assert load(again.folder).meta == first.corpus.meta
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [first.folder.name]
+
+
+LIMITED = """
+import os, re, resource, sys
+from pathlib import Path
+from jaxgpt.prepare import build
+os.cpu_count = lambda: 2  # each core has parts of its own
+data = 1024 * int(re.search(r"VmData:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+limit = data + int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+done = build.prepare_corpus(sys.argv[1], "byte")
+print(len(done.corpus.tokens), len(done.corpus.meta["shards"]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not limit a process's own memory")
+def test_a_text_larger_than_the_memory_is_prepared(tmp_path):
+    """In shards of a user's size, of which not two fit in it."""
+    size, limit = 192 * 2**20, 96 * 2**20
+    assert 2 * encode.SHARD * np.dtype(np.uint16).itemsize > limit
+    with (tmp_path / "a.txt").open("wb") as file:
+        for _ in range(192):
+            file.write((b"the cat sat on the mat, that cat has a hat\n" * 24_386)[: 2**20])
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, "a.txt", str(limit)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(size), "6"], done.stderr
+
+
+def test_a_mixture_has_its_parts_and_one_vocabulary(tmp_path):
+    for name, text in (("a", "abc\n" * 50), ("b", "bcd\n" * 70)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    spec = f"0.75*{tmp_path}/a.txt + 0.25*{tmp_path}/b.txt"
+    corpus = prepare_corpus(spec, data_dir=tmp_path / "data", block_size=8).corpus
+    assert corpus.tokenizer.chars == "\nabcd"
+    assert [share for share, _ in corpus.parts] == [0.75, 0.25]
+    train, val = corpus.split(DataConfig())
+    assert corpus.tokenizer.decode(np.asarray(train)) == "abc\n" * 45 + "bcd\n" * 63
+    assert corpus.tokenizer.decode(np.asarray(val)) == "abc\n" * 5 + "bcd\n" * 7
+    assert corpus.training_parts(DataConfig()) == ((180, 0.75), (252, 0.25))
+    few = DataConfig(val_tokens=13)
+    assert corpus.training_parts(few) == ((195, 0.75), (272, 0.25))
+    train, val = corpus.split(few)
+    assert corpus.tokenizer.decode(np.asarray(val)) == "\nabc\n" + "bcd\n" * 2
+    assert len(train) == 195 + 272
+    assert (
+        corpus.meta["sha256"]
+        != prepare_corpus(spec.replace("0.75", "0.5"), data_dir=tmp_path / "data").corpus.meta["sha256"]
+    )
+    prepared = [str(folder) for folder in sorted((tmp_path / "data").iterdir())]
+    same = prepare_corpus(f"0.75*{prepared[0]} + 0.25*{prepared[1]}", data_dir=tmp_path / "data").corpus
+    assert same.meta["sha256"] == corpus.meta["sha256"]
+    (tmp_path / "c.txt").write_text("xyz\n" * 50)
+    with pytest.raises(CorpusError, match="was prepared with another vocabulary than the rest"):
+        prepare_corpus(f"1*{prepared[0]} + 1*{tmp_path}/c.txt", data_dir=tmp_path / "data")
+
+
+def test_only_weights_and_parts_are_a_mixture():
+    assert sources.mixture("0.7*a + .3*b c") == [(0.7, "a"), (0.3, "b c")]
+    for one in ("a.txt", "a + b.txt", "0.5*a.txt", "2*a + b"):
+        assert sources.mixture(one) == [(1.0, one)]
+    with pytest.raises(SourceError, match="parts that differ, each with a weight above 0"):
+        sources.mixture("0*a + 1*b")
+    with pytest.raises(SourceError, match="parts that differ"):
+        sources.mixture("1*a + 1*a")
+    assert sources.absolute("1*/x/a + 2*python-docs") == "1*/x/a + 2*python-docs"
+    assert sources.absolute("gs://bucket/a.txt") == "gs://bucket/a.txt"
+    for shares in ([2e6, 4e3], [5e-5, 1e-6], [0.123456789, 0.1]):  # what a config holds is read again
+        text = sources.absolute(f"{shares[0]:.12f}*/x/a + {shares[1]:.12f}*/x/b")
+        assert sources.mixture(text) == [(shares[0], "/x/a"), (shares[1], "/x/b")]
+    with pytest.raises(sources.SourceError, match=r"the least weight is 0\.0005 of all"):
+        sources.mixture("1*a + 1999*b")
+
+
+PART = {"source": "a", "count": 1, "sha256": ""}
+
+
+class TestStores:
+    @pytest.fixture(autouse=True)
+    def store(self, tmp_path, monkeypatch):
+        fsspec = pytest.importorskip("fsspec", reason="needs the extra: pip install 'jaxgpt[remote]'")
+        pytest.importorskip("upath", reason="needs the extra: pip install 'jaxgpt[remote]'")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        self.files = fsspec.filesystem("memory")
+        yield
+        self.files.store.clear()
+
+    def test_texts_are_read_where_they_lie(self, tmp_path):
+        rows = "".join(json.dumps({"text": line}) + "\n" for line in LINES.splitlines())
+        self.files.pipe({"/texts/a.jsonl": rows.encode(), "/texts/b.txt": b"the end\r\n"})
+        one = prepare_corpus("memory://texts/a.jsonl", data_dir=tmp_path / "data").corpus
+        assert one.tokenizer.decode(one.tokens) == LINES.strip().replace("\n", "\n\n")
+        assert one.meta["origin"] == "memory://texts/a.jsonl"
+        assert one.meta["source"] == "a"
+        both = prepare_corpus("memory://texts", data_dir=tmp_path / "data").corpus
+        assert both.tokenizer.decode(both.tokens) == LINES.strip().replace("\n", "\n\n") + "\nthe end\n"
+        with pytest.raises(SourceError, match=r"no corpus, file or folder 'memory://texts/c\.txt'"):
+            prepare_corpus("memory://texts/c.txt", data_dir=tmp_path / "data")
+
+    def test_a_query_hides_no_extension_and_stays_at_the_end(self, tmp_path):
+        self.files.pipe("/texts/a.jsonl.gz?sig=a/b", gzip.compress(b'{"text": "the cat"}\n{"text": "sat"}'))
+        found = prepare_corpus("memory://texts/a.jsonl.gz?sig=a/b", data_dir=tmp_path / "data").corpus
+        assert found.tokenizer.decode(found.tokens) == "the cat\n\nsat"
+        assert found.meta["source"] == "a"
+        (tmp_path / "a.txt").write_text(LINES)
+        folder = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
+        for path in folder.iterdir():
+            self.files.pipe(f"/prepared/{path.name}?sig=a/b", path.read_bytes())
+        assert prepare_corpus("memory://prepared/?sig=a/b").corpus.meta == load(folder).meta
+
+    @pytest.mark.parametrize("query", ["", "?raw=true"])
+    def test_an_answer_to_any_name_is_no_prepared_folder(self, tmp_path, monkeypatch, query):
+        self.files.pipe(f"/texts/a.txt{query}", LINES.encode())
+        strip = type(self.files)._strip_protocol
+        answered = staticmethod(lambda path: f"/texts/a.txt{query}" if "a.txt" in path else strip(path))
+        monkeypatch.setattr(type(self.files), "_strip_protocol", answered)
+        found = prepare_corpus(f"memory://texts/a.txt{query}", data_dir=tmp_path / "data").corpus
+        assert found.tokenizer.decode(found.tokens) == LINES
+
+    def test_a_prepared_folder_is_fetched_once_and_checked(self, tmp_path, small):
+        (tmp_path / "a.txt").write_text(LINES)
+        folder = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
+        self.files.put(str(folder), "/prepared", recursive=True)
+        found = prepare_corpus("memory://prepared").corpus
+        assert found.meta == load(folder).meta
+        np.testing.assert_array_equal(np.asarray(found.tokens), np.asarray(load(folder).tokens))
+        shards = [name for name in self.files.ls("/prepared", detail=False) if name.endswith(".bin")]
+        for name in shards[1:]:
+            self.files.rm(name)  # they are in the cache
+        with mock.patch.object(filelock, "FileLock", None), mock.patch.object(disk, "write_atomically", None):
+            assert prepare_corpus("memory://prepared").corpus.meta == found.meta
+        (cached,) = (tmp_path / "cache" / "jaxgpt" / "corpora").iterdir()
+        (cached / "tokens-00000.bin").unlink()
+        self.files.pipe(shards[0], b"damage")
+        with pytest.raises(CorpusError, match=r"memory://prepared/tokens-00000.bin has SHA-256 .*, expected"):
+            prepare_corpus("memory://prepared")
+        assert not (cached / "tokens-00000.bin").exists()
+
+    @pytest.mark.parametrize("given", [{"parts": []}, {"parts": [PART, PART]}, {}, {"parts": [], "shards": None}])
+    def test_no_shard_is_written_outside_the_cache(self, tmp_path, given):
+        meta = tokenize(Source("a", LINES, "here"), "byte").meta
+        evil = meta | {"shards": [meta["shards"][0] | {"file": "../../../escaped.txt"}]} | given
+        data = np.frombuffer(LINES.encode(), np.uint8).astype(np.uint16).tobytes()
+        self.files.pipe("/store/evil/tokens.json", disk.seal(evil).encode())
+        for place in ("/store/evil/../../../escaped.txt", "/escaped.txt"):
+            self.files.pipe(place, data)
+        with pytest.raises(CorpusError, match=r"memory://store/evil/tokens\.json: (its|it is|it has)"):
+            prepare_corpus("memory://store/evil", "byte")
+        assert not (tmp_path / "cache").exists()
+        assert not (tmp_path / "escaped.txt").exists()
+
+    @pytest.mark.parametrize("name", ["gs://bucket/x", "1*gs://bucket/x + 1*python-docs"])
+    def test_a_store_without_its_package_says_what_to_install(self, tmp_path, monkeypatch, name):
+        monkeypatch.setitem(sys.modules, "gcsfs", None)
+        with pytest.raises(SourceError, match=r"gs://bucket/x cannot be had: .*gcsfs.*; pip install what it names"):
+            prepare_corpus(name, data_dir=tmp_path / "data")
+
+    @pytest.mark.parametrize("call", ["isfile", "_open"])
+    @pytest.mark.parametrize("name", ["/texts/a.txt", "/texts/tokens.json"])
+    def test_a_stores_own_errors_are_clear_ones(self, tmp_path, monkeypatch, name, call):
+        def expired(*args, **kwargs):
+            raise RuntimeError("the token has expired")
+
+        self.files.pipe(name, b"the cat sat\n")
+        monkeypatch.setattr(type(self.files), call, expired)
+        with pytest.raises(SourceError, match=r"memory://.* cannot be had: the token has expired"):
+            prepare_corpus("memory://texts", data_dir=tmp_path / "data")
+
+    def test_without_the_extra_it_says_what_to_install(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "upath", None)
+        with pytest.raises(sources.MissingExtraError, match=r"memory://a, in a store, needs .*jaxgpt\[remote\]"):
+            prepare_corpus("memory://a")

@@ -1,0 +1,173 @@
+import gzip
+import json
+import sys
+
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from jaxgpt.config import UsageError
+from jaxgpt.prepare import files, sources
+from jaxgpt.prepare.sources import SourceError
+
+DOCUMENTS = ["The cat\nsat.", "", "é \u2028 中 \x85 🙂", "on the mat\n"]
+
+
+def write(path, column, values):
+    rows = [{"id": i, column: value} for i, value in enumerate(values)]
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        # No escapes, so that the line ends that JSON lets stand in a string do stand there.
+        data = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+KINDS = pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson", "a.jsonlines.gz", "a.JSON", "a.parquet"])
+
+
+@pytest.mark.smoke
+@KINDS
+def test_documents_are_joined_by_a_blank_line(tmp_path, name):
+    source = sources.read(str(write(tmp_path / name, "text", DOCUMENTS)))
+    assert source.text == "\n\n".join(DOCUMENTS)
+    assert source.name == "a"
+    assert source.notes == ("put a blank line between 4 documents of column 'text'",)
+
+
+@KINDS
+def test_another_column_and_line_ends(tmp_path, name):
+    write(tmp_path / name, "body", ["a\r\nb", "c"])
+    source = sources.read(str(tmp_path / name), "body")
+    assert source.text == "a\nb\n\nc"
+    assert "1 CR or CRLF" in source.notes[1]
+    with pytest.raises(SourceError, match=rf"{name}.* has no column 'text'; it has id, body: --column NAME"):
+        sources.read(str(tmp_path / name))
+
+
+@KINDS
+@pytest.mark.parametrize(("value", "said"), [(None, "None"), (3, "3")])
+def test_a_value_that_is_no_string_is_named_with_its_place(tmp_path, name, value, said):
+    values = [value] * 2 if name.endswith("parquet") and value else ["a", value]
+    write(tmp_path / name, "text", values)
+    place = f"(row|line) {values.index(value) + 1}"
+    with pytest.raises(SourceError, match=rf"{place}: column 'text' holds {said}, expected a string"):
+        sources.read(str(tmp_path / name))
+
+
+@KINDS
+def test_a_column_of_an_object_is_named_after_a_dot(tmp_path, name):
+    write(tmp_path / name, "meta", [{"text": "a", "more": {"title": "A"}}, {"text": "b", "more": {"title": "B"}}])
+    assert sources.read(str(tmp_path / name), "meta.text").text == "a\n\nb"
+    assert sources.read(str(tmp_path / name), "meta.more.title").text == "A\n\nB"
+    with pytest.raises(SourceError, match=r"no column 'meta.body'; it has id, meta\.text, meta\.more\.title: --column"):
+        sources.read(str(tmp_path / name), "meta.body")
+    write(tmp_path / name, "meta.text", ["a dot in the name", "b"])
+    assert sources.read(str(tmp_path / name), "meta.text").text == "a dot in the name\n\nb"
+    write(tmp_path / name, "meta", [{"text": "a"}, None])
+    with pytest.raises(SourceError, match=r"(row|line) 2: column 'meta.text' holds None, expected a string"):
+        sources.read(str(tmp_path / name), "meta.text")
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    struct = pyarrow.array([{"text": "c"}])
+    for names in (["text", "text", "meta"], ["meta.text", "text", "meta"]):
+        parquet.write_table(pyarrow.table([["a"], ["b"], struct], names=names), tmp_path / "a.parquet")
+        with pytest.raises(SourceError, match=rf"a\.parquet has 2 columns '{names[0]}', expected one"):
+            sources.read(str(tmp_path / "a.parquet"), names[0])
+    assert sources.read(str(tmp_path / "a.parquet")).text == "b"
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "id": 2, "text": "a"}\n{"text": "b", "text": "c"}')
+    with pytest.raises(
+        SourceError, match=r"a\.jsonl, line 2 is not JSON \(the key 'text' appears twice in one object\)"
+    ):
+        sources.read(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ('{"text": "a"}', "a"),
+        ('\n{"id": 1, "text": "a"}\n\n{"text": "b"}\n', "a\n\nb"),
+        ('{"name": "a program"}', None),
+        ('{\n  "text": "a"\n}\n', None),
+        ('[{"text": "a"}]\n', None),
+        ('"a"\n', None),
+    ],
+)
+def test_a_json_file_is_documents_if_it_is_json_lines(tmp_path, data, text):
+    (tmp_path / "a.json").write_text(data)
+    source = sources.read(str(tmp_path / "a.json"))
+    assert source.text == (text or data)
+    assert source.notes[0] == "read as plain text: it is not JSON Lines (one object a line)" or text
+    (tmp_path / "a.json").write_text('{"body": "a"}\n{"body": "b"}\n')
+    with pytest.raises(SourceError, match="no column 'text'; it has body"):
+        sources.read(str(tmp_path / "a.json"))
+
+
+def test_an_array_on_one_line_is_not_read_whole_to_see_that_it_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 10)
+    monkeypatch.setattr(files, "_lines", None)
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}] * 100))
+    assert not files.holds_documents(tmp_path / "a.json", "text")
+
+
+@given(st.lists(st.text(st.characters())))
+def test_json_lines_give_back_any_strings(tmp_path_factory, documents):
+    path = tmp_path_factory.mktemp("a") / "a.jsonl"
+    path.write_text("\n\n".join(json.dumps({"text": document}) for document in documents))
+    text = "\n\n".join(documents).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    assert files.read_text(path)[0] == text
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "b"', r"line 3 is not JSON \(Expecting ',' delimiter\), expected an object such as {\"text\": "),
+        ("[" * 100_000, r"line 3 is not JSON \(maximum recursion|line 3 is not JSON \(Stack overflow"),
+        ('"b"', 'line 3 holds "b", expected an object'),
+        ('{"txt": "b"}', "line 3 has no column 'text'; it has txt"),
+        ("{}", "line 3 has no column 'text'; it has none"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number(tmp_path, line, said):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n' + line + "\n")
+    with pytest.raises(SourceError, match=said):
+        sources.read(str(tmp_path / "a.jsonl"))
+
+
+@KINDS
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-1] + b"\xff"])
+def test_damage_is_named(tmp_path, name, damage):
+    path = write(tmp_path / name, "text", DOCUMENTS)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(SourceError, match=name):
+        sources.read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(2**60, pyarrow.timestamp("ms")), (1, pyarrow.timestamp("ns")), (2**30, pyarrow.date32())],
+)
+def test_a_column_of_dates_that_python_has_not_is_refused(tmp_path, value, kind):
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([value], kind)}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"a\.parquet"):
+        sources.read(str(tmp_path / "a.parquet"))
+
+
+def test_a_folder_may_hold_shards(tmp_path):
+    for name, text in (("1.parquet", "A"), ("0.jsonl", "B")):
+        write(tmp_path / name, "body", [text, "x"])
+    (tmp_path / "2.txt").write_text("C")
+    source = sources.read(str(tmp_path), "body")
+    assert source.text == "B\n\nx\nA\n\nx\nC"
+    assert source.notes == ("put a blank line between 4 documents of column 'body', in 2 files, the first 0.jsonl",)
+
+
+def test_without_pyarrow_it_says_what_to_install(tmp_path, monkeypatch):
+    write(tmp_path / "a.parquet", "text", DOCUMENTS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match=r"a\.parquet, a Parquet file, needs pyarrow.*pip install pyarrow"):
+        sources.read(str(tmp_path / "a.parquet"))

@@ -1,0 +1,339 @@
+import bz2
+import gzip
+import hashlib
+import http.server
+import lzma
+import os
+import socket
+import threading
+
+import numpy as np
+import pytest
+
+from jaxgpt.prepare import files, sources
+from jaxgpt.prepare.sources import SourceError
+
+
+@pytest.mark.parametrize("name", ["python-docs", "python-stdlib"])
+def test_embedded_corpora_need_no_download(name):
+    source = sources.read(name)
+    assert len(source.text) > 400_000
+    assert "CPython 3." in source.origin
+    assert source == sources.read(name)
+
+
+@pytest.mark.parametrize(
+    ("data", "text", "note"),
+    [
+        (b"plain\n", "plain\n", None),
+        (b"\xef\xbb\xbfmark\n", "mark\n", "byte order mark"),
+        (b"a\r\nb\rc\n", "a\nb\nc\n", "2 CR or CRLF"),
+        ("é\n".encode(), "é\n", None),
+    ],
+)
+def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, note):
+    (tmp_path / "a.txt").write_bytes(data)
+    source = sources.read(str(tmp_path / "a.txt"))
+    assert source.text == text
+    assert source.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert (note is None and source.notes == ()) or note in source.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "holds no text"),
+        (b" \n\t", "holds no text"),
+        (b"caf\xe9 au lait", "byte 0xe9 at offset 3"),
+        ("text".encode("utf-16"), "mark of UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
+        ("text".encode("utf-32"), "mark of UTF-32; convert it: iconv -f UTF-32 -t UTF-8"),
+        *(("the cat".encode(name), f"offset [01], .*iconv -f {name} -t") for name in ("UTF-16LE", "UTF-16BE")),
+        *(("the cat".encode(name), f"offset [01], .*iconv -f {name} -t") for name in ("UTF-32LE", "UTF-32BE")),
+        ("中文 字".encode("utf-16-le"), "offset 5, .*iconv -f UTF-16LE -t"),
+        (np.arange(1, 60, dtype=np.uint16).tobytes(), "offset 1, .*a file of tokens such as nanoGPT's train.bin"),
+        (np.arange(1, 50257, dtype=np.uint16).tobytes(), "a file of tokens such as nanoGPT's train.bin"),
+        (b"a" * files.PIECE + b"b\0", "NUL byte at offset 1,048,577"),
+        (gzip.compress(b"text", mtime=0), "compressed with gzip, .*: gunzip"),
+        (bz2.compress(b"text"), "compressed with bzip2"),
+        (lzma.compress(b"text"), "compressed with xz"),
+        (b"\x93NUMPY\x01\x00v\x00{'descr': '<u2'", "NumPy array"),
+        (b"PK\x03\x04\x14\x00", "ZIP archive"),
+        (b"PAR1\x15\x04\x00", r"Parquet file, .*\.parquet"),
+        (b"%PDF-1.7\n%\xe2\xe3", "PDF"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_the_reason(tmp_path, data, said):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(SourceError, match=said):
+        sources.read(str(tmp_path / "a.txt"))
+
+
+def test_a_name_that_begins_with_a_tilde_is_a_path_unless_it_is_a_users_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "b.txt").write_text("at home")
+    (tmp_path / "~draft.txt").write_text("a draft")
+    assert sources.read("~draft.txt").text == "a draft"
+    assert sources.absolute("~draft.txt") == str(tmp_path / "~draft.txt")
+    assert sources.read("~/b.txt").text == "at home"
+    assert sources.absolute("~/b.txt") == str(tmp_path / "home" / "b.txt")
+
+
+def test_a_folder_is_its_files_in_order_without_the_hidden_ones(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".git").mkdir()
+    for name, text in {"b.txt": "B", "a.txt": "A\r\n", "sub/c.md": "C", ".hidden": "H", ".git/x": "X"}.items():
+        (tmp_path / name).write_text(text, newline="")
+    source = sources.read(str(tmp_path))
+    assert source.text == "A\n\nB\nC"
+    assert source.origin == f"3 files in {tmp_path}"
+    assert source.notes == ("a.txt: turned 1 CR or CRLF line ends into LF",)
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere" / "deep"
+    (folder / "sub").mkdir(parents=True)
+    elsewhere.mkdir(parents=True)
+    (folder / "a.txt").write_text("A")
+    (elsewhere / "b.txt").write_text("B")
+    for link, target in {
+        "linked": "../elsewhere",
+        "sub/loop": "..",
+        "missing": "nowhere",
+        "self": "self",
+        ".hidden": "../elsewhere",
+        "z.txt": "a.txt",
+    }.items():
+        (folder / link).symlink_to(target)
+    (elsewhere / "back").symlink_to(folder)
+    source = sources.read(str(folder))
+    assert source.text == "A\nB\nA"
+    found = {note.split(":")[0] for note in source.notes}
+    assert found == {"linked/deep/back", "sub/loop", "missing", "self"}
+    assert all("left out, a link to nothing or to a folder that it is in" in note for note in source.notes)
+    (tmp_path / "link").symlink_to(folder)
+    assert sources.read(str(tmp_path / "link")).text == source.text, "a corpus may be a link itself"
+
+
+def test_a_named_corpus_is_taken_before_a_local_one_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python-docs").write_text("mine")
+    assert "CPython" in sources.read("python-docs").origin
+    assert (
+        "python-docs is the named corpus; to read the file or folder of that name, give ./" in capsys.readouterr().err
+    )
+    assert sources.read("./python-docs").text == "mine"
+    assert sources.absolute("./python-docs") == str(tmp_path / "python-docs")
+    (tmp_path / "python-docs").unlink()
+    sources.read("python-docs")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_is_read_once_and_its_text_as_often_as_is_wanted(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    end, begin = os.pipe()
+    os.write(begin, data := b"the\r\ncat")
+    os.close(begin)
+    writer = threading.Thread(target=(tmp_path / "fifo").write_bytes, args=[data])
+    writer.start()
+    for path in (f"/dev/fd/{end}", str(tmp_path / "fifo")):
+        stream = sources.open_stream(path)
+        for _ in range(2):
+            notes = []
+            assert "".join(stream.pieces(notes)) == "the\ncat"
+            assert notes == ["turned 1 CR or CRLF line ends into LF"]
+        assert (stream.name, stream.origin, stream.size) == ("pipe", path, len(data))
+        assert sources.absolute(path) == path
+    writer.join()
+    os.close(end)
+
+
+def test_a_device_is_refused():
+    with pytest.raises(SourceError, match="/dev/null is a device or a socket, expected a file, a folder or a pipe"):
+        sources.open_stream("/dev/null")
+
+
+def test_a_folder_of_many_changed_files_has_one_note_of_each_kind(tmp_path):
+    for i in range(1200):
+        (tmp_path / f"{i:04}.txt").write_bytes(b"a\r\nb\r\n")
+    for name in "xy":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "z.txt").write_bytes(b"\xef\xbb\xbfmark")
+    assert sources.read(str(tmp_path)).notes == (
+        "turned 2,400 CR or CRLF line ends into LF, in 1,200 files, the first 0000.txt",
+        "put a blank line between 4 documents of column 'text', in 2 files, the first x.jsonl",
+        "z.txt: dropped a byte order mark",
+    )
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_where_a_character_is_in_a_folder(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("jaxgpt.prepare.files.PIECE", size)
+    for name, text in {"a.txt": "one\r\ntwo", "b.txt": "\n\n", "c/d.txt": "thrée\nfour\n"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    stream = sources.open_stream(str(tmp_path))
+    text = "".join(stream.pieces([]))
+    assert text == "one\ntwo\n\n\n\nthrée\nfour\n"
+    for sought, place in {
+        "o": "line 1, column 1 of the text in {}/a.txt",
+        "\n": "line 1, column 4 of the text in {}/a.txt",
+        "w": "line 2, column 2 of the text in {}/a.txt",
+        "\n\n": "line 2, column 4 of the text in {}/a.txt",
+        "\n\n\n": "line 2, column 4 of the text in {}/a.txt",
+        "é": "line 1, column 4 of the text in {}/c/d.txt",
+        "u": "line 2, column 3 of the text in {}/c/d.txt",
+    }.items():
+        assert stream.where(text.index(sought)) == place.format(tmp_path)
+    (tmp_path / "one.txt").write_text("first\nsecond")
+    one = sources.open_stream(str(tmp_path / "one.txt"))
+    assert one.where(8) == f"line 2, column 3 of the text in {tmp_path}/one.txt"
+
+
+def test_a_folder_with_a_bad_file_names_the_file(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    with pytest.raises(SourceError, match=r"image\.png is a PNG image, expected UTF-8 text"):
+        sources.read(str(tmp_path))
+
+
+def test_no_such_corpus_names_those_that_exist():
+    with pytest.raises(SourceError, match="python-docs, python-stdlib, shakespeare") as caught:
+        sources.read("no-such-corpus")
+    assert "mixture" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["0.7*a.txt+0.3*b.txt", "0.7 * a.txt + 0.3 * b.txt", "1e-1*a.txt + 0.9*b.txt", "a.txt + b.txt"]
+)
+def test_what_was_meant_as_a_mixture_is_told_how_one_is_written(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(SourceError, match=r"; a mixture is written '0\.7\*a\.txt \+ 0\.3\*b\.txt'"):
+        sources.read(name)
+    (tmp_path / name).write_text("a file by that very name")
+    assert sources.read(name).text == "a file by that very name"
+
+
+def test_an_unreadable_file_is_a_clear_error(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    def denied(self, *mode):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(SourceError, match=r"a\.txt cannot be read: Permission denied"):
+        sources.read(str(tmp_path / "a.txt"))
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on this machine that serves tmp_path / 'www'."""
+    (tmp_path / "www").mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path / "www"))
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
+
+
+class TestDownload:
+    DATA = b"To be, or not to be"
+    SHA = hashlib.sha256(DATA).hexdigest()
+
+    def test_a_checked_file_arrives(self, tmp_path, server):
+        (tmp_path / "www" / "a.txt").write_bytes(self.DATA)
+        target = tmp_path / "cache" / "a.txt"
+        assert sources.download(f"{server}/a.txt", target, 100, self.SHA) == target
+        assert target.read_bytes() == self.DATA
+        assert list(target.parent.iterdir()) == [target], "nothing half-written is left"
+
+    @pytest.mark.parametrize(
+        ("data", "limit", "said"), [(DATA + b"x", 100, "SHA-256"), (DATA, 10, "larger than the 10 bytes")]
+    )
+    def test_what_is_not_expected_is_not_kept(self, tmp_path, server, data, limit, said):
+        (tmp_path / "www" / "a.txt").write_bytes(data)
+        with pytest.raises(SourceError, match=said):
+            sources.download(f"{server}/a.txt", tmp_path / "cache" / "a.txt", limit, self.SHA)
+        assert not (tmp_path / "cache").exists()
+
+    def test_a_server_that_speaks_no_http_is_a_clear_error(self, tmp_path):
+        def answer():
+            with listener.accept()[0] as peer:
+                peer.recv(1000)
+                peer.sendall(b"SSH-2.0-jaxgpt\r\n\r\n")
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=answer)
+            thread.start()
+            with pytest.raises(SourceError, match="cannot be fetched"):
+                sources.download(f"http://127.0.0.1:{listener.getsockname()[1]}/", tmp_path / "a", 100, self.SHA)
+            thread.join()
+
+    def test_a_cache_that_cannot_be_written_is_named(self, tmp_path, server):
+        (tmp_path / "www" / "a.txt").write_bytes(self.DATA)
+        (tmp_path / "cache").touch()
+        with pytest.raises(SourceError, match=r"cache/a\.txt cannot be written: .*fetch it elsewhere"):
+            sources.download(f"{server}/a.txt", tmp_path / "cache" / "a.txt", 100, self.SHA)
+
+    def test_without_a_network_it_says_where_to_put_the_file(self, tmp_path):
+        target = tmp_path / "a.txt"
+        with pytest.raises(SourceError) as caught:
+            sources.download("http://127.0.0.1:1/a.txt", target, 100, self.SHA)
+        assert str(target) in str(caught.value)
+        assert self.SHA in str(caught.value)
+
+
+class TestShakespeare:
+    @pytest.fixture(autouse=True)
+    def elsewhere(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.delenv("JAXGPT_DATA", raising=False)
+
+    def test_a_local_copy_is_found_by_file_or_folder(self, shakespeare, monkeypatch):
+        for given in (shakespeare, shakespeare.parent):
+            monkeypatch.setenv("JAXGPT_DATA", str(given))
+            source = sources.read("shakespeare")
+            assert len(source.text) == sources.SHAKESPEARE_BYTES
+            assert len(set(source.text)) == 65
+            assert source.sha256 == sources.SHAKESPEARE_SHA256
+
+    def test_another_file_is_refused(self, tmp_path):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "tinyshakespeare.txt").write_text("To be")
+        with pytest.raises(SourceError, match="not the expected file"):
+            sources.read("shakespeare")
+
+    def test_a_wrong_path_is_refused(self, monkeypatch):
+        monkeypatch.setenv("JAXGPT_DATA", "/no/such/place")
+        with pytest.raises(SourceError, match="JAXGPT_DATA is /no/such/place"):
+            sources.read("shakespeare")
+
+    def test_without_a_cache_folder_it_is_put_into_data(self, tmp_path, server, monkeypatch):
+        data = b"To be, or not to be"
+        (tmp_path / "www" / "input.txt").write_bytes(data)
+        monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server}/input.txt")
+        monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(data).hexdigest())
+        monkeypatch.setattr(sources, "cache_dir", lambda: None)
+        assert sources.read("shakespeare").origin == "data/tinyshakespeare.txt"
+
+    def test_else_it_is_downloaded_into_the_cache(self, tmp_path, server, monkeypatch):
+        data = b"To be, or not to be"
+        (tmp_path / "www" / "input.txt").write_bytes(data)
+        monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server}/input.txt")
+        monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(data).hexdigest())
+        assert sources.read("shakespeare").text == data.decode()
+        (tmp_path / "www" / "input.txt").unlink()
+        assert sources.read("shakespeare").text == data.decode(), "the second time it comes from the cache"

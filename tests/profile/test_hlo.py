@@ -1,0 +1,94 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxgpt.profile import hlo
+
+
+@pytest.fixture
+def mesh():
+    return jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+
+def compiled(function, mesh, spec, *shapes):
+    sharding = NamedSharding(mesh, spec)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for shape in shapes]
+    return jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec())).lower(*arrays).compile().as_text()
+
+
+def test_a_sum_over_devices_is_one_all_reduce_of_its_bytes(mesh):
+    text = compiled(lambda x: x.sum(axis=0), mesh, PartitionSpec("x"), (16, 100))
+    assert hlo.collectives(text) == {("all-reduce", 8): (1, 400)}
+
+
+def test_what_a_loop_sends_counts_as_often_as_it_runs(mesh):
+    def function(x):
+        def body(total, _):
+            return total + jnp.tanh(x * total.mean()).sum(axis=0), None
+
+        return jax.lax.scan(body, jnp.ones(100), None, length=7)[0]
+
+    assert hlo.collectives(compiled(function, mesh, PartitionSpec("x"), (16, 100))) == {("all-reduce", 8): (7, 7 * 400)}
+
+
+@pytest.mark.parametrize("groups", ["[1,8]<=[8]", "{{0,1,2,3,4,5,6,7}}", "mesh['a'=4,'b'=2,'c'=3] {'a','b'}"])
+def test_bytes_of_what_is_scattered_count_before(groups):
+    text = f"""
+ENTRY %main.1 (p: f32[64]) -> f32[8] {{
+  %p = f32[64]{{0}} parameter(0)
+  ROOT %rs = f32[8]{{0}} reduce-scatter(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}, to_apply=%add
+}}
+"""
+    assert hlo.collectives(text) == {("reduce-scatter", 8): (1, 256)}
+
+
+def test_a_program_on_one_device_sends_nothing():
+    text = jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8))).compile().as_text()
+    assert hlo.collectives(text) == {}
+
+
+def test_what_the_compiler_for_tpus_writes_is_counted():
+    """A loop without a count, sums that are scattered, a gather in pieces among products, and groups of one."""
+    text = """
+%all-reduce-scatter.1 (input: f32[64,8]) -> f32[16,8] {
+  %input = f32[64,8]{1,0} parameter(0)
+  %all-reduce.7 = f32[64,8]{1,0:T(8,128)} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %slice = f32[16,8]{1,0} dynamic-slice(%all-reduce.7, %i, %i)
+}
+
+%start (p: bf16[16,8]) -> bf16[64,8] {
+  %p = bf16[16,8]{1,0} parameter(0)
+  %all-gather.1 = bf16[64,8]{1,0} all-gather(%p), replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+}
+
+%next (p: bf16[16,8]) -> bf16[64,8] {
+  %p = bf16[16,8]{1,0} parameter(0)
+  %all-gather.2 = bf16[64,8]{1,0} all-gather(%p), replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+}
+
+%body (p: (s32[], f32[64,8])) -> (s32[], f32[64,8]) {
+  %a = bf16[64,8]{1,0} fusion(%w), kind=kCustom, calls=%start
+  %b = bf16[64,8]{1,0} fusion(%w), kind=kCustom, calls=%next
+  %c = f32[16,8]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
+  %d = (f32[2]{0}, f32[3]{0}) all-reduce(%x, %y), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}
+  %e = f32[9]{0} all-reduce(%x), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}
+  %m = bf16[64,64]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%cond (p.2: (s32[], f32[64,8])) -> pred[] {
+  %constant.9 = s32[]{:T(128)} constant(12)
+  %n = s32[]{:T(128)} get-tuple-element(%p.2), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%n, %constant.9), direction=LT
+}
+
+ENTRY %main (p: f32[64]) -> f32[8] {
+  %while.1 = (s32[], f32[64,8]) while(%t), condition=%cond, body=%body
+}
+"""
+    assert hlo.collectives(text) == {
+        ("all-gather", 4): (12, 12 * 1024),
+        ("all-reduce", 2): (12, 12 * 20),
+        ("reduce-scatter", 4): (12, 12 * 2048),
+    }
+    assert hlo.products(text) == {"bf16 x bf16": 1}

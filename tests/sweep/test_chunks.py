@@ -1,0 +1,69 @@
+"""Which members of a sweep train together."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxgpt import memory
+from jaxgpt.config import replaced
+from jaxgpt.memory import OutOfMemoryError
+from jaxgpt.sweep.chunks import program_of, split
+
+
+@pytest.fixture
+def base(tiny):
+    return replaced(tiny, eval_batches=0)
+
+
+def test_members_of_one_shape_are_one_program(base):
+    few = [
+        replaced(base, seed=i, learning_rate=r, warmup_steps=w) for i in (0, 1) for r in (1e-3, 1e-2) for w in (1, 2)
+    ]
+    (chunk,) = split(few, 4)
+    assert chunk.members == tuple(range(8))
+    assert set(chunk.names) == {"seed", "learning_rate", "min_learning_rate", "warmup_steps"}
+    wider = [replaced(config, n_embd=32) for config in few]
+    assert [each.members for each in split([*few, *wider], 4)] == [tuple(range(8)), tuple(range(8, 16))]
+    # What a 0 switches off is no number: another program.
+    off = [replaced(base, dropout=rate) for rate in (0.0, 0.1, 0.2)]
+    assert [(each.members, each.names) for each in split(off, 4)] == [((0,), ()), ((1, 2), ("dropout",))]
+
+
+def test_chunks_are_even_and_no_larger_than_fits(base, monkeypatch):
+    many = [replaced(base, seed=i) for i in range(18)]
+    chunks = split(many, 2)
+    assert [(len(each.members), each.size) for each in chunks] == [(6, 6)] * 3
+    assert [len(each.members) for each in split(many, 8, at_once=3)] == [3] * 6
+    assert split(many[:3], 8)[0].devices == 3
+    assert [(len(each.members), each.size) for each in split(many[:9], 2)] == [(6, 6), (3, 4)]
+    need = memory.needed(base, 0, recomputed=False)
+    state = need.parameters + need.optimizer_state
+    monkeypatch.setattr(memory, "available", lambda: 2 * (need.total - state) + 5 * state)
+    assert [len(each.members) for each in split(many[:8], 2)] == [4, 4], "the states of six do not fit"
+    monkeypatch.setattr(memory, "available", lambda: 10)
+    with pytest.raises(OutOfMemoryError, match=r"a training step needs at least.*--at-once 1$"):
+        split(many, 2)
+    need = memory.needed(base, 0, recomputed=True).total
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(memory, "available", lambda: 10 * need)
+    assert [len(each.members) for each in split(many, 1)] == [3] * 6
+    bigrams = [replaced(config, kind="bigram", vocab_size=0) for config in many]
+    assert split(bigrams, 1), "before the text has said how large they are"
+
+
+def test_what_is_finished_changes_no_program(base):
+    """A setting in which the rest no longer differ is still mapped: as a constant it would be rounded otherwise."""
+    some = [replaced(base, seed=i, beta2=beta2) for beta2 in (0.95, 0.999) for i in (0, 1)]
+    whole, rest = split(some, 2, at_once=2), split(some, 2, 2, frozenset({0, 1}))
+    assert [each.members for each in rest] == [each.members for each in whole[1:]] == [(2, 3)]
+    assert rest[0].names == whole[1].names == ("beta2", "seed")
+    assert program_of(rest[0].base) == program_of(whole[1].base)
+
+
+def test_lengths_share_a_program_and_not_a_chunk(base):
+    lengths = [dataclasses.replace(replaced(base, steps=n, decay_steps=n)) for n in (20, 40, 20)]
+    chunks = split(lengths, 2)
+    assert [each.members for each in chunks] == [(0, 2), (1,)]
+    assert {each.names for each in chunks} == {("decay_steps",)}
+    assert len({program_of(each.base) for each in chunks}) == 1

@@ -1,0 +1,89 @@
+"""Means, standard errors and differences with their intervals, against figures by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from jaxgpt.sweep.compare import Difference, difference, outcomes
+from jaxgpt.sweep.view import verdict
+
+
+def line(rate, seed, step, loss, done=False):
+    return dict(setting={"learning_rate": rate}, seed=seed, step=step, val_loss=loss, done=done)
+
+
+LINES = [
+    line(rate, seed, step, loss + (1 if step == 0 else 0), done=step == 10)
+    for rate, losses in ((1e-3, (2.0, 2.2, 2.4)), (1e-2, (1.9, 2.1, 2.3)), (1e-1, (1.0, 1.0, None)))
+    for seed, loss in enumerate(losses)
+    for step in (0, 10)
+    if loss is not None
+] + [line(1e-1, 2, 5, None, done=True)]
+
+
+def test_the_best_comes_first_and_what_diverged_last():
+    best, other, lost = outcomes(LINES)
+    assert [o.setting["learning_rate"] for o in (best, other, lost)] == [1e-2, 1e-3, 1e-1]
+    assert best.mean == pytest.approx(2.1)
+    assert best.standard_error == pytest.approx(0.2 / math.sqrt(3))
+    assert best.curve == (pytest.approx((0, 3.1, 0.2 / math.sqrt(3))), pytest.approx((10, 2.1, 0.2 / math.sqrt(3))))
+    assert (lost.diverged, best.diverged) == (1, 0)
+    assert math.isnan(lost.mean)
+
+
+def outcome(rate, losses):
+    return outcomes([line(rate, seed, 1, loss, True) for seed, loss in enumerate(losses)])[0]
+
+
+def test_the_difference_is_paired_by_seed_and_has_a_t_interval():
+    """Behind by 0.1 and by 0.3: with one degree of freedom Student's t is Cauchy's, whose quantile is a tangent."""
+    best, other = outcome(1, (1.0, 2.0)), outcome(2, (1.1, 2.3))
+    for settings, pairs in ((2, 1), (8, 28)):
+        found = difference(best, other, settings)
+        around = 0.1 * math.tan(math.pi * (0.5 - 0.05 / pairs / 2))
+        assert (found.mean, found.n) == (pytest.approx(0.2), 2)
+        assert found.interval == pytest.approx((0.2 - around, 0.2 + around))
+    turned = difference(best, outcome(3, (2.0, 1.0)))
+    assert turned.mean == 0.0
+    assert turned.interval == pytest.approx((-math.tan(math.pi * 0.475), math.tan(math.pi * 0.475)))
+    assert difference(best, outcome(4, (1.5, 2.5))).interval == pytest.approx((0.5, 0.5)), "by as much in every seed"
+
+
+def test_a_single_seed_has_no_interval():
+    single = outcome(1, (1.0,))
+    assert math.isnan(single.standard_error)
+    assert difference(single, outcome(2, (1.1, 2.3))) == Difference(pytest.approx(0.1), 1, None)
+
+
+def test_the_choice_of_the_best_is_allowed_for():
+    """Of 8 settings that are all alike, in 4 seeds: an interval that leaves 0 out is a mistake of the whole sweep."""
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(400):
+        best, *others = sorted((outcome(i, rng.normal(2.0, 0.1, 4)) for i in range(8)), key=lambda o: o.mean)
+        wrong += any(difference(best, other, 8).interval[0] > 0 for other in others)
+    assert wrong / 400 <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([(2.0, 2.2), (2.1, 2.3)], "the next, learning_rate 1, is 0.1000 higher (95% interval 0.1000 to 0.1000: "),
+        ([(2.0, 2.2), (2.1, 2.5)], "0.2000 higher (95% interval -1.0706 to 1.4706: Student's t, 2 seeds paired); 0 is"),
+        (
+            [(2.0, 2.2), (2.1, 2.5), (3.0, 3.0)],
+            "Bonferroni over the 3 pairs of 3 settings, from which the best",
+        ),
+        (
+            [(2.0,), (2.1,)],
+            "is 0.1000 higher; one seed gives no interval, so nothing shows that it is worse: --seeds 4",
+        ),
+        ([(2.0, 2.2), (1.0, None)], "; the next, learning_rate 1, diverged with 1 of 2 seeds"),
+        ([(2.0, None), (None, 1.0)], "every setting has diverged with a seed or more"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_the_seeds_show(losses, said):
+    lines = [line(i, seed, 1, loss, True) for i, each in enumerate(losses) for seed, loss in enumerate(each)]
+    found = verdict(outcomes(lines))
+    assert said in found
+    assert "sure" not in found

@@ -1,0 +1,170 @@
+"""The commands: a sweep that is cut off goes on to the same results; its best is a recipe; a law is found again."""
+
+import json
+import sys
+
+import pytest
+
+from jaxgpt import config as configs
+from jaxgpt.cli import run_verb
+from jaxgpt.recipes import recipe
+from jaxgpt.run import Run
+from jaxgpt.scaling_law import family, law
+from jaxgpt.sweep.folder import SweepFolder
+
+TRUE = law.Law(E=1.1, A=40.0, B=60.0, a=0.42, b=0.31)
+
+
+@pytest.fixture
+def sweep(tmp_path, verse, monkeypatch):
+    """sweep(NAME, more...): a bigram's sweep of two learning rates and two seeds, two members at a time."""
+    monkeypatch.chdir(tmp_path)
+    few = ["--steps=20", "--scan-steps=10", "--eval-every=10", "--batch-size=4", "--block-size=8", "--eval-batches=0"]
+
+    def run(name, *more):
+        rates = () if "--lr" in more else ("--lr", "1e-3,1e-1")
+        words = ["sweep", "bigram", "--name", name, "--corpus", str(verse), "--seeds", "2", *rates, "--at-once", "2"]
+        return run_verb([*words, *few, *more])
+
+    return run
+
+
+def test_a_sweep_that_is_cut_off_goes_on_to_the_same_results(sweep, tmp_path, monkeypatch, capsys):
+    assert sweep("whole") == 0
+    out = capsys.readouterr().out
+    assert "best: learning_rate 0.1: " in out
+    assert "jaxgpt train sweeps/whole/best.json --run whole-best" in " ".join(out.split())
+    whole = (tmp_path / "sweeps/whole/results.jsonl").read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert [(line["member"], line["step"]) for line in lines] == [
+        (member, step) for pair in ((0, 1), (2, 3)) for step in (0, 10, 20) for member in pair
+    ]
+
+    add, calls = SweepFolder.add, []
+
+    def cut_off(folder, members, scores):
+        calls.append([score.member for score in scores])
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return add(folder, members, scores)
+
+    monkeypatch.setattr(SweepFolder, "add", cut_off)
+    assert sweep("cut") == 130
+    assert "2 of 4 members are done, and kept; the same command again trains the others" in capsys.readouterr().out
+    monkeypatch.setattr(SweepFolder, "add", lambda *given: calls.append([0]) or add(*given))
+    assert len((tmp_path / "sweeps/cut/results.jsonl").read_bytes().splitlines()) == 10
+    assert sweep("cut") == 0
+    assert len(calls) == 6 + 3, "the first two members were not trained again"
+    assert (tmp_path / "sweeps/cut/results.jsonl").read_bytes() == whole
+    assert sweep("cut") == 0
+    assert len(calls) == 6 + 3, "and nothing is where all is done"
+    capsys.readouterr()
+
+    # Other settings are refused, and what is there stays.
+    assert sweep("cut", "--lr", "1e-3,1e-2", "--beta2", "0.9") == 2
+    said = capsys.readouterr().err
+    assert "values.learning_rate: [0.001, 0.1] there, [0.001, 0.01] asked for" in said
+    assert "config.optimizer.beta2: 0.99 there, 0.9 asked for" in said
+    assert (tmp_path / "sweeps/cut/results.jsonl").read_bytes() == whole
+
+    # The best is a recipe, and its run comes to what its member came to.
+    best = tmp_path / "sweeps/cut/best.json"
+    assert recipe(str(best)).config.optimizer.learning_rate == 0.1
+    assert run_verb(["train", str(best), "--run", "cut-best"]) == 0
+    last = [line for line in Run(tmp_path / "runs/cut-best").metrics() if "val_loss" in line][-1]
+    (mine,) = [line for line in lines if line["member"] == 2 and line["done"]]
+    assert last["val_loss"] == pytest.approx(mine["val_loss"], abs=1e-5)
+    for plot in ("settings.png", "curves.png"):
+        assert (best.parent / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_damaged_result_is_told_of(sweep, tmp_path, capsys):
+    assert sweep("hurt", "--lr", "1e-1", "--steps", "10") == 0
+    for text in ("{}\n", "null\n", "{"):
+        (tmp_path / "sweeps/hurt/results.jsonl").write_text(text)
+        assert sweep("hurt", "--lr", "1e-1", "--steps", "10") == 2
+        assert "results.jsonl was damaged: " in capsys.readouterr().err
+
+
+def test_what_cannot_be_swept_leaves_nothing(sweep, tmp_path, capsys):
+    assert sweep("bad", "--set", "n_embed=1,2") == 2
+    assert "did you mean n_embd?" in capsys.readouterr().err
+    assert sweep("bad", "--set", "vocab_size=8,32") == 2
+    assert "no setting 'vocab_size'" in capsys.readouterr().err
+    assert run_verb(["sweep"]) == 2
+    assert run_verb(["sweep", "nowhere.json"]) == 2
+    assert "nowhere.json cannot be read" in capsys.readouterr().err
+    (tmp_path / "odd.json").write_text('{"model": {"n_layers": 3}}')
+    assert run_verb(["train", str(tmp_path / "odd.json")]) == 2
+    assert "did you mean 'n_layer'" in capsys.readouterr().err
+    for name in ("../x", "/tmp/x", "a/b", ".", "", "x" * 96):
+        assert sweep(name) == 2
+        assert run_verb(["scaling-fit", "--name", name]) == 2
+        assert capsys.readouterr().err.count(f"--name {name!r}: expected letters, digits") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd.json"]
+    assert sweep("bad", "--at-once", "-1") == 2
+    assert "at-once is -1" in capsys.readouterr().err
+    (tmp_path / "sweeps/bad").mkdir(parents=True)
+    (tmp_path / "sweeps/bad/mine.txt").write_text("")
+    assert sweep("bad") == 2
+    assert "exists and is no sweep" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "sweeps/bad").iterdir()] == ["mine.txt"]
+
+
+def test_a_sweep_without_matplotlib_is_whole_and_says_what_is_missing(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert sweep("bare", "--lr", "1e-1", "--steps", "10") == 0
+    assert "no plots were drawn: a plot needs matplotlib: pip install 'jaxgpt[plot]'" in capsys.readouterr().out
+    assert (tmp_path / "sweeps/bare/best.json").exists()
+
+
+def test_nothing_is_recommended_where_all_has_diverged(sweep, tmp_path, capsys):
+    assert sweep("lost", "--lr", "1e38", "--weight-decay", "1", "--steps", "10") == 0
+    assert "every setting has diverged" in capsys.readouterr().out
+    assert not (tmp_path / "sweeps/lost/best.json").exists()
+
+
+def test_the_family_spans_its_sizes_and_its_amounts():
+    base = configs.replaced(family.BASE, vocab_size=103)
+    sizes = [family.Size(*shape) for shape in family.SHAPES]
+    members = family.family(base, sizes, (125_000, 250_000, 500_000, 1_000_000))
+    counts = sorted({family.parameters(member.config) for member in members})
+    assert 5_000 < counts[0] < 12_000
+    assert 900_000 < counts[-1] < 1_100_000
+    for member, asked in zip(members, (125_000, 250_000, 500_000, 1_000_000) * 6, strict=True):
+        assert family.tokens_seen(member.config) == pytest.approx(asked, rel=0.05)
+        assert member.config.optimizer.decay_steps == member.config.train.steps
+    with pytest.raises(configs.UsageError, match="LAYERSxCHANNELS"):
+        family.Size.parse("4x100")
+
+
+def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeypatch, capsys):
+    def train(folder, members, corpus, devices, at_once=0, watch=None):
+        for i, member in enumerate(members):
+            loss = TRUE.loss(family.parameters(member.config), family.tokens_seen(member.config)) if i != 5 else None
+            folder.lines.append({"member": i, "setting": member.setting, "val_loss": loss, "done": True})
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SweepFolder, "train", train)
+    monkeypatch.setattr(law, "RESAMPLES", 3)
+    assert run_verb(["scaling-fit", "--corpus", str(verse), "--flops", "1e13"]) == 0
+    out = capsys.readouterr().out
+    N, D = TRUE.optimum(1e13)
+    assert f"{N:,.0f} parameters" in out
+    assert f"{D:,.0f} tokens" in out
+    assert "1 of 24 runs have diverged" in out
+    found = json.loads((tmp_path / "sweeps/scaling/law.json").read_text())
+    assert law.Law(**found["law"]) == pytest.approx(TRUE, rel=1e-5)
+    assert (tmp_path / "sweeps/scaling/law.png").read_bytes().startswith(b"\x89PNG")
+    with monkeypatch.context() as bare:
+        bare.setitem(sys.modules, "matplotlib", None)
+        assert run_verb(["scaling-fit", "--corpus", str(verse), "--flops", "1e13", "--name", "bare"]) == 0
+    assert "no plots were drawn: a plot needs matplotlib: pip install 'jaxgpt[plot]'" in capsys.readouterr().out
+    assert run_verb(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32"]) == 2
+    assert run_verb(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "4000"]) == 2
+    assert "3 sizes" not in (said := capsys.readouterr().err)
+    assert "6 sizes and 1 amounts of tokens (15360, in whole scans" in said
+    assert run_verb(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32", "2x16", "2x48"]) == 2
+    assert "--sizes 2x16 2x32 2x16 2x48: the same value twice" in capsys.readouterr().err
+    assert run_verb(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "40000", "80000"]) == 2
+    assert "runs of the same length would count twice" in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""What is asked of a sweep becomes configs, or is refused with what to type."""
+
+import itertools
+
+import pytest
+
+from jaxgpt.config import Config, ConfigError, UsageError, replaced
+from jaxgpt.sweep import grid
+
+
+def test_a_range_has_equal_ratios_and_its_ends():
+    values = grid.parse("lr=3e-4:3e-2:6").values
+    assert (values[0], values[-1], len(values)) == (3e-4, 3e-2, 6)
+    ratios = [b / a for a, b in itertools.pairwise(values)]
+    assert ratios == pytest.approx([100 ** (1 / 5)] * 5, rel=1e-3)
+    assert grid.parse("warmup-steps=10:1000:3").values == (10, 100, 1000)
+    assert grid.parse("dropout=0:0.4:3").values == (0.0, 0.2, 0.4)
+    assert grid.parse("tie_weights=true,false").values == (True, False)
+
+
+def test_members_are_every_combination_with_every_seed():
+    axes = [grid.parse("n_embd=64,128"), grid.parse("lr=1e-3,1e-2")]
+    members = grid.members(Config(), axes, 3)
+    assert len(members) == 12
+    assert [m.config.train.seed for m in members[:4]] == [1337, 1338, 1339, 1337]
+    found = {(m.config.model.n_embd, m.config.optimizer.learning_rate, m.config.train.seed) for m in members}
+    assert len(found) == 12
+    assert members[-1].setting == {"n_embd": 128, "learning_rate": 1e-2}
+
+
+def test_the_schedule_of_each_member_falls():
+    axes = [grid.parse("lr=1e-5,1e-2")]
+    found = [m.config.optimizer.final_learning_rate for m in grid.members(Config(), axes, 1)]
+    assert found == pytest.approx([1e-6, 1e-3])
+    with pytest.raises(ConfigError, match=r"with learning_rate 1e-05: .*\n.*min_learning_rate is 0.0001"):
+        grid.members(replaced(Config(), min_learning_rate=1e-4), axes, 1)
+    assert grid.parse("min_learning_rate=1e-5,1e-4").values == (1e-5, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("n_embd", "expected NAME=VALUE"),
+        ("n_embed=64", "did you mean n_embd"),
+        ("corpus=a,b", "no setting 'corpus'"),
+        ("seed=1,2", "--seeds 8"),
+        ("keep=1,2", "no setting 'keep'"),
+        ("n_embd=64,x", "a number .int., found 'x'"),
+        ("n_embd=64.5,2", "a number .int., found '64.5'"),
+        ("lr=1:2", "LOW:HIGH:HOW-MANY"),
+        ("lr=2:1:3", "LOW < HIGH"),
+        ("lr=1:2:1", "at least 2 values"),
+        ("lr=1e-3,0.001", "the same value twice"),
+        ("tie_weights=yes,no", "true or false"),
+        ("schedule=a:b:3", "of a number"),
+    ],
+)
+def test_what_is_no_axis_is_refused(text, said):
+    with pytest.raises(UsageError, match=said):
+        grid.parse(text)
+
+
+def test_a_combination_that_cannot_run_is_named():
+    with pytest.raises(ConfigError, match=r"(?s)with n_embd 66, n_head 4: .*try --n-embd 68"):
+        grid.members(Config(), [grid.parse("n_embd=64,66"), grid.parse("n_head=2,4")], 1)
+    with pytest.raises(ConfigError, match=r"with schedule up: .*cosine, linear, constant"):
+        grid.members(Config(), [grid.parse("schedule=linear,up")], 1)
+    with pytest.raises(UsageError, match="two lists"):
+        grid.members(Config(), [grid.parse("lr=1,2"), grid.parse("lr=3,4")], 1)
+    with pytest.raises(UsageError, match="--seeds is 0"):
+        grid.members(Config(), [], 0)
+    with pytest.raises(UsageError, match="20,000 members"):
+        grid.members(Config(), [], 20_000)

@@ -1,0 +1,99 @@
+"""Members of a sweep are the runs that `jaxgpt train` would make, and none disturbs another."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt.config import replaced
+from jaxgpt.placement import ONE_DEVICE, fresh
+from jaxgpt.start import start
+from jaxgpt.sweep import program as sweep
+from jaxgpt.sweep.chunks import split
+from jaxgpt.sweep.program import Program
+from jaxgpt.train import fit
+
+BOUND = 2e-5
+"""Nats; of float32 sums in another order, over 20 steps."""
+CHANGES = (
+    dict(seed=1),
+    dict(
+        seed=2**32 - 1, learning_rate=1e-2, min_learning_rate=0.0, weight_decay=0.0, warmup_steps=5, decay_steps=15,
+        beta1=0.5, beta2=0.95, eps=1e-6, grad_clip=0.1,
+    ),
+    dict(learning_rate=3e-3, dropout=0.3, init_scale=2.0),
+    dict(seed=3, beta2=0.999),
+)  # fmt: skip
+RUINED = dict(learning_rate=3e38, weight_decay=0.5)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_config, tmp_path_factory):
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("the cat sat on the mat\nthat cat has a hat\n" * 20)
+    return replaced(tiny_config, corpus=str(text), eval_batches=0)
+
+
+@pytest.fixture(scope="module")
+def runs(base, tmp_path_factory):
+    """Four runs by `fit`: each with its summary; and their corpus."""
+    folder, found = tmp_path_factory.mktemp("runs"), []
+    for i, change in enumerate(CHANGES):
+        run, corpus = start(replaced(base, **change), f"run{i}", folder, folder / "data")
+        found.append((run, fit(run, corpus)))
+    return found, corpus
+
+
+@pytest.fixture(scope="module")
+def configs(runs):
+    found = [run.config for run, _ in runs[0]]
+    return [*found, replaced(found[0], **RUINED)]
+
+
+@pytest.fixture(scope="module")
+def swept(configs, runs):
+    """The scores of the four, and of a fifth that comes to no number, by member; a sixth only fills a device up."""
+    events = list(sweep.run(configs, runs[1], jax.devices()[:2]))
+    scores = [score for each in events if isinstance(each, list) for score in each]
+    return [[score for score in scores if score.member == i] for i in range(len(configs))]
+
+
+def test_initial_parameters_are_exactly_those_of_the_runs(configs):
+    configs = configs[:4]
+    (chunk,) = split(configs, 2)
+    program = Program(chunk.base, chunk.names, tuple(jax.devices()[:2]))
+    states = program.init({name: sweep._column(configs, name) for name in chunk.names})
+    for i in (1, 2):
+        alone = fresh(configs[i], ONE_DEVICE)
+        jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), states, alone)
+
+
+def test_each_member_is_the_run_of_its_config(runs, swept):
+    for (run, summary), mine in zip(runs[0], swept, strict=False):
+        assert [score.step for score in mine] == [scored.step for scored in summary.scores] == [0, 10, 20]
+        for score, scored in zip(mine, summary.scores, strict=True):
+            assert score.evaluation.loss == pytest.approx(scored.evaluation.loss, abs=BOUND)
+            assert score.evaluation.standard_error == pytest.approx(scored.evaluation.standard_error, rel=1e-3)
+        losses = [line["loss"] for line in run.metrics() if "loss" in line]
+        assert mine[1].train_loss == pytest.approx(np.mean(losses[5:10]), abs=BOUND)
+        assert [score.done for score in mine] == [False, False, True]
+    finals = [mine[-1].evaluation.loss for mine in swept[:-1]]
+    apart = min(abs(a - b) for i, a in enumerate(finals) for b in finals[:i])
+    assert apart > 100 * BOUND, "the bound means nothing where all learn the same"
+
+
+def test_a_member_that_comes_to_no_number_is_told_of(swept):
+    first, second = swept[-1]
+    assert first.evaluation
+    assert second.evaluation is None
+    assert second.done
+    assert second.step == 10, "after max_skipped steps, told at the next score"
+
+
+def test_side_by_side_is_one_after_another(configs, runs, swept, monkeypatch):
+    """What accelerators do, vmap, on a CPU; here with windows that are taken on the host."""
+    monkeypatch.setattr(sweep, "DEVICE_TOKENS", 1)
+    monkeypatch.setattr(Program, "one_by_one", False)
+    events = list(sweep.run([replaced(config, eval_start=False) for config in configs[:2]], runs[1], jax.devices()[:1]))
+    for score, mine in zip(events[-1], swept, strict=False):
+        assert score.member == mine[-1].member
+        assert score.evaluation.loss == pytest.approx(mine[-1].evaluation.loss, abs=BOUND)

@@ -1,0 +1,202 @@
+import json
+import sys
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxgpt import bpe, tokenizer
+from jaxgpt.bpe import BPETokenizer
+from jaxgpt.config import UsageError
+from jaxgpt.tokenizer import ByteTokenizer, UnknownCharacterError
+
+BYTES = tuple(ByteTokenizer().token_bytes)
+SAMPLE = "the cat sat on the mat, that cat's hat  \n\n    it'll be 1234 été 中文 🙂\n" * 9
+TOKENIZER = bpe.train(SAMPLE, 300)
+# What the split pattern tells apart: letters, digits, signs, contractions, and white space that Python and the
+# pattern see alike or, as 0x1c, do not.
+HARD = st.text(st.sampled_from("tha's1.中é\u0301🙂 \n\t\u00a0\u2028\u3000\x1c\x85\u200b"), max_size=60)
+HARD |= st.lists(st.sampled_from(["the", " ", "  ", "\n", "\n\n", " \n", "'ll", "'", "12", "...", "\x1c"])).map("".join)
+
+ORIGINAL = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def reference(tok, text):
+    """BPE as GPT-2's encoder.py does it: in each word of its pattern, merge the pair of lowest rank until none is."""
+    rank = {token: i for i, token in enumerate(tok.tokens)}
+    ids = []
+    for word in regex.findall(ORIGINAL, text):
+        parts = [bytes([byte]) for byte in word.encode()]
+        while pairs := [(rank[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in rank]:
+            _, i = min(pairs)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        ids += [rank[part] for part in parts]
+    return ids
+
+
+@pytest.mark.smoke
+@given(st.text() | HARD)
+def test_decode_inverts_encode_and_tokens_are_the_bytes_of_the_text(text):
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(ids) == text
+    assert b"".join(TOKENIZER.token_bytes[i] for i in ids) == text.encode()
+    assert TOKENIZER.knows(text).tolist() == [True] * len(text)
+
+
+@given(HARD)
+def test_encoding_is_that_of_gpt2s_own_code(text):
+    assert TOKENIZER.encode(text).tolist() == reference(TOKENIZER, text)
+
+
+def test_merges_really_happen():
+    assert len(TOKENIZER.encode(SAMPLE)) < 0.6 * len(SAMPLE.encode())
+
+
+@given(HARD, st.integers(1, 20))
+@settings(max_examples=300)
+def test_the_parts_encode_to_what_the_whole_encodes_to(text, size):
+    spans = list(bpe.spans(text, size))
+    assert "".join(text[begin:end] for begin, end in spans) == text
+    assert all(end - begin >= size for begin, end in spans[:-1])
+    for split in (TOKENIZER._encoding.encode_ordinary, lambda text: regex.findall(ORIGINAL, text)):
+        assert [part for begin, end in spans for part in split(text[begin:end])] == split(text)
+
+
+def test_a_text_is_cut_as_often_as_it_can_be():
+    parts = [SAMPLE[begin:end] for begin, end in bpe.spans(SAMPLE, 10)]
+    assert max(map(len, parts)) < 20
+
+
+def test_a_text_of_many_parts_encodes_as_one_and_tells_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(bpe, "CHUNK", 100)
+    told = []
+    ids = TOKENIZER.encode(SAMPLE, lambda what, share: told.append(share))
+    assert ids.tolist() == TOKENIZER._encoding.encode_ordinary(SAMPLE)
+    assert len(told) > 5
+    assert told == sorted(told)
+    assert told[-1] == 1
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t", " \n"])
+def test_white_space_without_end(space):
+    """More of it than the stack of a backtracking regular expression holds."""
+    run = space * (1_500_000 // len(space))
+    text = f"x{run}\x1c{run}x"
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@given(st.text(st.characters(), max_size=9).filter(bool), st.integers(0xD800, 0xDFFF))
+def test_half_a_surrogate_pair_is_an_unknown_character(text, code):
+    text += chr(code)
+    known = TOKENIZER.knows(text)
+    with pytest.raises(UnknownCharacterError, match=r"UTF-8 can write; --unknown skip") as caught:
+        TOKENIZER.encode(text)
+    assert caught.value.position == int(np.argmin(known))
+    assert caught.value.character == text[caught.value.position]
+    rest = "".join(char for char, keep in zip(text, known, strict=True) if keep)
+    assert TOKENIZER.decode(TOKENIZER.encode(rest)) == rest
+
+
+def test_the_place_of_an_unknown_character_is_that_in_the_whole_text(monkeypatch):
+    monkeypatch.setattr(bpe, "CHUNK", 100)
+    with pytest.raises(UnknownCharacterError) as caught:
+        TOKENIZER.encode(SAMPLE[:500] + "\ud800" + SAMPLE)
+    assert caught.value.position == 500
+
+
+def test_what_looks_like_a_special_token_is_plain_text():
+    tok = BPETokenizer(BYTES, ("<|endoftext|>",))
+    assert tok.vocab_size == 257
+    assert tok.encode("<|endoftext|>").tolist() == list(b"<|endoftext|>")
+    assert tok.decode([104, 256, 105]) == "h<|endoftext|>i"
+    assert len(tok.token_bytes) == 257
+
+
+def test_torn_bytes_and_ids_outside():
+    assert TOKENIZER.decode([TOKENIZER.tokens.index(b"\xc3")]) == "\ufffd"
+    with pytest.raises(ValueError, match="outside the vocabulary, which runs from 0 to 299"):
+        TOKENIZER.decode([300])
+
+
+class TestTraining:
+    def test_the_first_merge_is_the_most_frequent_pair(self):
+        assert bpe.train("aab aab aab cab", 257).tokens[256] == b"ab"
+
+    def test_it_is_a_function_of_the_text(self):
+        assert bpe.train(SAMPLE, 300) == TOKENIZER
+        assert bpe.train(SAMPLE[5:], 300) != TOKENIZER
+
+    @pytest.mark.parametrize("size", [256, 257, 290])
+    def test_the_vocabulary_has_the_size_asked_for(self, size):
+        tok = bpe.train(SAMPLE, size)
+        assert tok.vocab_size == size
+        assert tok.tokens == TOKENIZER.tokens[:size]
+        assert set(tok.tokens[:256]) == set(BYTES)
+
+    def test_a_short_text_has_no_more_pairs(self):
+        assert bpe.train("ab", 300).vocab_size == 257
+
+    def test_endless_words_make_neither_endless_tokens_nor_endless_work(self):
+        began = time.perf_counter()
+        assert max(map(len, bpe.train("x" * 400_000, 400).tokens)) <= bpe.MAX_TOKEN_BYTES
+        assert time.perf_counter() - began < 10, "it takes half a second, and minutes where words are not cut"
+
+    def test_half_a_surrogate_pair_teaches_nothing_and_stops_nothing(self):
+        assert bpe.train("\ud800".join("abab"), 300).tokens[256:] == bpe.train("abab", 300).tokens[256:]
+
+    @pytest.mark.parametrize("size", [255, 0, bpe.MAX_TOKENS + 1])
+    def test_sizes_out_of_range(self, size):
+        with pytest.raises(UsageError, match=rf"vocabulary of {size}, expected 256 to 1048576"):
+            bpe.train("abc", size)
+
+    def test_it_tells_how_far_it_is(self):
+        told = []
+        bpe.train(SAMPLE * 100, 300, lambda what, share: told.append(share))
+        assert len(told) > 2
+        assert told == sorted(told)
+        assert told[-1] == 1
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("tok", [TOKENIZER, BPETokenizer(BYTES, ("<|endoftext|>", "<|é|>"))])
+def test_json_gives_an_equal_tokenizer(tok):
+    assert tokenizer.from_json(json.loads(json.dumps(tok.to_json()))) == tok
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"pattern": r"(a+)+$"}, "split pattern"),
+        ({"pattern": 3}, "not a tokenizer"),
+        ({"more": 1}, "not a tokenizer"),
+        ({"tokens": BYTES[:9]}, "not a tokenizer"),
+        ({"tokens": []}, "no token for 256 of the 256 bytes"),
+        ({"tokens": [chr(byte) for byte in range(255)]}, r"no token for 1 .* such as b'\\xff'"),
+        ({"tokens": [chr(byte) for byte in [*range(256), 7]]}, "twice"),
+        ({"tokens": [*map(chr, range(256)), ""]}, "empty or longer"),
+        ({"tokens": [*map(chr, range(256)), "x" * 257]}, "empty or longer"),
+        ({"tokens": [*map(chr, range(256)), "中"]}, "latin-1"),
+        ({"tokens": [*map(chr, range(256)), 3]}, "token 3, expected a string"),
+        ({"special": ["<|a|>", "<|a|>"]}, "twice"),
+        ({"special": ["\ud800"]}, "utf-8"),
+        ({"special": [None]}, "expected a string"),
+        ({"special": list(map(str, range(2**20)))}, "at most 1,048,576"),
+    ],
+)
+def test_a_file_that_describes_no_bpe_is_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        tokenizer.from_json({**BPETokenizer(BYTES).to_json(), **change})
+
+
+@pytest.mark.parametrize(
+    ("library", "use"),
+    [("tiktoken", lambda: BPETokenizer(BYTES).encode("a")), ("tokenizers", lambda: bpe.train("a", 300))],
+)
+def test_without_its_library_it_says_what_to_install(monkeypatch, library, use):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UsageError, match=rf"needs {library}.*pip install {library} \(or 'jaxgpt\[bpe\]'\)"):
+        use()

@@ -1,0 +1,254 @@
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import files as disk
+from jaxgpt.checkpoint import CheckpointError, Checkpoints, DamagedError, abstract
+from jaxgpt.step import TrainState, init_state
+
+
+def at(state, step):
+    return TrainState(jnp.int32(step), jax.tree.map(lambda x: x + step, state.params), state.opt_state)
+
+
+@pytest.fixture
+def state(tiny):
+    return init_state(tiny)
+
+
+@pytest.mark.smoke
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path, state):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(at(state, 7), 1.5)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 7
+        restored = checkpoints.restore(7, abstract(jax.eval_shape(lambda: state)))
+    jax.tree.map(np.testing.assert_array_equal, restored, at(state, 7))
+    params = Checkpoints(tmp_path).restore_params(7, abstract(state.params))
+    jax.tree.map(np.testing.assert_array_equal, params, restored.params)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path, state):
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: float("nan"), 45: float("-inf"), 50: None, 60: 4.0}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest is checkpoints.best is None
+        for step, loss in losses.items():
+            checkpoints.save(at(state, step), loss)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [20, 50, 60]
+        assert checkpoints.latest == 60
+        assert checkpoints.best == 20
+
+
+def test_a_run_that_was_never_evaluated_has_its_newest_as_best(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 5), None)
+        checkpoints.settle(wait=True)
+        assert checkpoints.best == 5
+
+
+def test_a_step_is_saved_once(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 5), 1.0)
+        with pytest.raises(CheckpointError, match=r"step 5 was not saved in .*: there is one already"):
+            checkpoints.save(at(state, 5), 2.0)
+    assert Checkpoints(tmp_path).manifest(5).val_loss == 1.0
+
+
+def test_what_has_no_name_of_a_step_is_none(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 5), 1.0)
+    (tmp_path / "40").touch()
+    for name in ("0040", "-3", "6.damaged", "x"):
+        (tmp_path / name).mkdir()
+    assert Checkpoints(tmp_path).steps == [5]
+
+
+def test_room_that_cannot_be_made_does_not_undo_the_save(tmp_path, state, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        monkeypatch.setattr(checkpoints, "_prune", refuse)
+        checkpoints.save(at(state, 5), 1.0)
+        assert checkpoints.settle(wait=True) == 5
+        assert checkpoints.not_pruned.errno == 28
+
+
+def test_what_ends_the_block_is_not_hidden_by_a_save_that_fails(tmp_path, state, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxgpt.files.sync", full)
+
+    def broken_off():
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            checkpoints.save(at(state, 5), 1.0)
+            raise KeyError("this comes first")
+
+    with pytest.raises(KeyError) as caught:
+        broken_off()
+    assert "step 5 was not saved" in caught.value.__notes__[0]
+
+
+def test_donating_the_state_after_save_does_no_harm(tmp_path, state):
+    spend = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    expected = jax.tree.map(np.asarray, at(state, 5))
+    saved = at(state, 5)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(saved, None)
+        spend(saved)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(5, abstract(state))
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_writer_only(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 5))
+    for name in (".6.abcd.part", ".6.abcd.part.orbax-checkpoint-tmp"):
+        shutil.copytree(tmp_path / "5", tmp_path / name)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [5]
+    assert len(list(tmp_path.iterdir())) == 3
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.steps == [5]
+    assert [path.name for path in tmp_path.iterdir()] == ["5"]
+
+
+def test_every_so_manieth_is_kept_too(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1, keep_every=20) as checkpoints:
+        for step in range(10, 80, 10):
+            checkpoints.save(at(state, step))
+    assert Checkpoints(tmp_path).steps == [20, 40, 60, 70]
+
+
+def test_what_does_not_fit_is_named(tmp_path, state, tiny, change):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 5))
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"step 9 is not in .*; \[5\] are"):
+            checkpoints.restore(9, abstract(state))
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.restore(5, abstract(init_state(change(tiny, n_embd=32))))
+        assert "params/h_0/attn/c_proj/bias: float32[16] in the checkpoint, float32[32] expected" in str(caught.value)
+        half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), state.params)
+        with pytest.raises(CheckpointError, match=r"float32\[16\] in the checkpoint, bfloat16\[16\] expected"):
+            checkpoints.restore_params(5, half)
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    if not data:
+        path.write_bytes(b"x")
+        return
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] if data else b"x")
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, lambda path: path.unlink()], ids=["flip", "truncate", "delete"])
+def test_harm_to_any_file_is_seen_and_the_file_named(tmp_path, state, harm):
+    with Checkpoints(tmp_path / "whole", keep=1) as checkpoints:
+        checkpoints.save(at(state, 5), 1.0)
+    names = files(tmp_path / "whole" / "5")
+    assert "manifest.json" in names
+    assert len(names) > 5
+    for name in names:
+        copy = tmp_path / "copy"
+        shutil.copytree(tmp_path / "whole", copy)
+        harm(copy / "5" / name)
+        for load in (
+            lambda c=copy: Checkpoints(c).restore(5, abstract(state)),
+            lambda c=copy: Checkpoints(c).restore_params(5, abstract(state.params)),
+        ):
+            with pytest.raises(DamagedError) as caught:
+                load()
+            assert str(copy / "5" / name) in str(caught.value)
+        shutil.rmtree(copy)
+
+
+def test_a_damaged_step_is_set_aside_and_its_number_free_again(tmp_path, state):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for _ in range(2):
+            checkpoints.save(at(state, 5), 1.0)
+            checkpoints.settle(wait=True)
+            checkpoints.set_aside(5)
+        checkpoints.save(at(state, 5), 2.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "5.damaged", "5.damaged1"]
+    assert Checkpoints(tmp_path).best == 5
+
+
+def test_a_damaged_manifest_does_not_stop_later_saves_nor_lose_its_step(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 5))
+        checkpoints.settle(wait=True)
+        flip(tmp_path / "5" / "manifest.json")
+        checkpoints.save(at(state, 6))
+        checkpoints.save(at(state, 7))
+    assert Checkpoints(tmp_path).steps == [5, 7]
+    with pytest.raises(DamagedError):
+        _ = Checkpoints(tmp_path).best
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a limit on the size of files is a matter of POSIX")
+def test_a_full_disk_is_one_line(tmp_path, state, caplog):
+    import resource
+
+    before, later = resource.getrlimit(resource.RLIMIT_FSIZE), at(state, 5)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+        try:
+            checkpoints.save(later)
+            with pytest.raises(CheckpointError) as caught:
+                checkpoints.settle(wait=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(caught.value) == f"step 5 was not saved in {tmp_path}: File too large"
+    assert caplog.records == []
+
+
+def test_a_checkpoint_of_another_program_is_refused(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 5))
+    path = tmp_path / "5" / "manifest.json"
+    tree = disk.unseal(path.read_bytes())
+    path.write_text(disk.seal({**tree, "program": "another"}))
+    with pytest.raises(DamagedError, match="expected 'jaxgpt checkpoint 1', step 5, found 'another'"):
+        Checkpoints(tmp_path).manifest(5)
+    path.write_text(disk.seal(tree))
+    (tmp_path / "5").rename(tmp_path / "6")
+    with pytest.raises(DamagedError, match="step 6, found 'jaxgpt checkpoint 1', step 5"):
+        Checkpoints(tmp_path).manifest(6)
+
+
+def test_a_failed_save_is_told_leaves_nothing_and_does_not_stop_the_next(tmp_path, state, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr("jaxgpt.files.sync", full)
+            checkpoints.save(at(state, 5))
+            with pytest.raises(CheckpointError, match=r"step 5 was not saved in .*No space left on device"):
+                checkpoints.settle(wait=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("jaxgpt.checkpoint.ocp.save_async", lambda *_: full())
+            with pytest.raises(CheckpointError, match=r"step 6 was not saved in .*No space left on device"):
+                checkpoints.save(at(state, 6))
+        assert list(tmp_path.iterdir()) == []
+        checkpoints.save(at(state, 7))
+        assert checkpoints.settle(wait=True) == 7
+        assert checkpoints.settle() is None

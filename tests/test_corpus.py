@@ -1,0 +1,310 @@
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgpt import corpus as corpora
+from jaxgpt import files as disk
+from jaxgpt import gpt2
+from jaxgpt.bpe import BPETokenizer
+from jaxgpt.config import DataConfig, UsageError
+from jaxgpt.corpus import CorpusError
+from jaxgpt.prepare.build import prepare_corpus, tokenize
+from jaxgpt.prepare.sources import Source, SourceError
+from jaxgpt.tokenizer import ByteTokenizer, CharTokenizer, UnknownCharacterError
+
+
+@pytest.fixture
+def verse(verse, tmp_path):
+    """A copy, which may be changed."""
+    return Path(shutil.copy(verse, tmp_path))
+
+
+@pytest.fixture
+def prepared(verse, tmp_path):
+    return prepare_corpus(str(verse), data_dir=tmp_path / "data")
+
+
+def test_prepare_writes_tokens_that_load_gives_back(prepared, verse):
+    loaded = corpora.load(prepared.folder)
+    assert isinstance(loaded.tokens, np.memmap)
+    assert loaded.tokens.dtype == np.uint16
+    assert loaded.tokenizer.decode(loaded.tokens) == verse.read_text()
+    meta = json.loads((prepared.folder / "tokens.json").read_text())
+    assert meta["count"] == len(verse.read_text())
+    assert meta["dtype"] == "uint16"
+    assert meta["sha256"] == hashlib.sha256((prepared.folder / "tokens-00000.bin").read_bytes()).hexdigest()
+    assert meta["source_sha256"] == hashlib.sha256(verse.read_bytes()).hexdigest()
+    assert meta["tokenizer"]["chars"] == "\n acehmnost"
+    assert meta["origin"] == str(verse)
+    assert "840 tokens" in prepared.corpus.summary
+    assert sorted(path.name for path in prepared.folder.iterdir()) == ["tokens-00000.bin", "tokens.json"]
+
+
+def test_prepare_again_reuses_and_a_changed_text_gets_a_folder_of_its_own(prepared, verse, tmp_path):
+    again = prepare_corpus(str(verse), data_dir=tmp_path / "data")
+    assert again.reused
+    assert again.folder == prepared.folder
+    verse.write_text(verse.read_text() + "a\n")
+    changed = prepare_corpus(str(verse), data_dir=tmp_path / "data")
+    assert not changed.reused
+    assert changed.folder != prepared.folder
+    assert corpora.load(prepared.folder).meta == prepared.corpus.meta
+
+
+def test_a_prepared_folder_can_be_given(prepared):
+    again = prepare_corpus(str(prepared.folder))
+    assert again.reused
+    assert again.corpus.meta == prepared.corpus.meta
+    assert prepare_corpus(str(prepared.folder), str(prepared.folder)).reused
+    with pytest.raises(CorpusError, match="was prepared with char, but --tokenizer is byte: give --tokenizer"):
+        prepare_corpus(str(prepared.folder), "byte")
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_texts_beside_a_tokens_json_are_no_prepared_folder(prepared, verse, tmp_path, ours):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    shutil.copy(verse, folder / "a.txt")
+    shutil.copy(prepared.folder / "tokens.json", folder)
+    if not ours:
+        (folder / "tokens.json").write_text('{"tokens": 3}')
+    vocabulary = str(prepared.folder) if ours else "byte"
+    found = prepare_corpus(str(folder), vocabulary, data_dir=tmp_path / "data").corpus
+    text = found.tokenizer.decode(found.tokens)
+    assert text == verse.read_text() + ("" if ours else '\n{"tokens": 3}')
+    assert found.meta["notes"][0].startswith(
+        "tokens.json: " + ("left out, a vocabulary" if ours else "read as plain text")
+    )
+
+
+def test_a_prepared_folder_without_its_tokens_is_not_read_as_text(prepared):
+    for damage in ((prepared.folder / "tokens-00000.bin").unlink, (prepared.folder / "tokens.json").write_text):
+        shutil.copytree(prepared.folder, copy := prepared.folder.with_name("copy"))
+        damage(*[""] * (damage.__name__ == "write_text"))
+        with pytest.raises(CorpusError, match=r"tokens-00000\.bin is missing|tokens\.json: it is not JSON"):
+            prepare_corpus(str(prepared.folder))
+        shutil.rmtree(prepared.folder)
+        copy.rename(prepared.folder)
+
+
+def test_texts_of_equal_ids_do_not_share_a_folder(verse, tmp_path):
+    first = prepare_corpus(str(verse), data_dir=tmp_path / "data")
+    verse.write_text(verse.read_text().replace("a", "b"))
+    second = prepare_corpus(str(verse), data_dir=tmp_path / "data")
+    assert first.corpus.meta["sha256"] == second.corpus.meta["sha256"]
+    assert first.folder != second.folder
+
+
+def test_a_corpus_with_both_halves_of_a_split_emoji_is_read_again(tmp_path):
+    path = tmp_path / "halves.jsonl"
+    path.write_text(
+        r'{"text": "split \ud83d emoji"}' + "\n" + r'{"text": "\ude00, and a whole one \ud83d\ude00"}' + "\n"
+    )
+    done = prepare_corpus(str(path), data_dir=tmp_path / "data")
+    loaded = corpora.load(done.folder)
+    assert loaded.tokenizer == done.corpus.tokenizer
+    assert loaded.tokenizer.decode(loaded.tokens) == "split \ud83d emoji\n\n\ude00, and a whole one 😀"
+    assert prepare_corpus(str(path), data_dir=tmp_path / "data").reused
+    assert prepare_corpus(str(done.folder)).corpus.meta == loaded.meta
+
+
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "tokens.json"])
+def test_a_damaged_corpus_is_replaced_by_the_text_in_hand(prepared, verse, tmp_path, name):
+    (prepared.folder / name).write_text("damage")
+    again = prepare_corpus(str(verse), data_dir=tmp_path / "data")
+    assert not again.reused
+    assert corpora.load(prepared.folder).meta == prepared.corpus.meta
+
+
+def test_split_is_the_notes_ninety_ten(prepared):
+    train, val = prepared.corpus.split(DataConfig())
+    n = int(0.9 * len(prepared.corpus.tokens))
+    assert (len(train), len(val)) == (n, len(prepared.corpus.tokens) - n)
+    np.testing.assert_array_equal(np.concatenate([train, val]), prepared.corpus.tokens)
+
+
+def test_a_large_validation_split_is_cut_and_the_rest_trains(prepared):
+    tokens = prepared.corpus.tokens
+    train, val = prepared.corpus.split(DataConfig(val_tokens=20))
+    np.testing.assert_array_equal(train, tokens[:-20])
+    np.testing.assert_array_equal(val, tokens[-20:])
+    assert prepared.corpus.training_parts(DataConfig(val_tokens=20)) == ((len(tokens) - 20, 1.0),)
+    for enough in (0, 84, 85, 2**31 - 1):
+        assert len(prepared.corpus.split(DataConfig(val_tokens=enough))[1]) == 84
+
+
+def test_the_default_limit_changes_only_large_texts():
+    """Tiny Shakespeare, python-docs and python-stdlib (data/README.md) stay whole; OpenWebText does not."""
+    tokenizer = ByteTokenizer()
+    for n, expected in ((1_115_394, 111_540), (465_126, 46_513), (11_054_222, 1_105_423), (9 * 10**9, 4_000_000)):
+        text = np.broadcast_to(np.uint16(0), n)
+        assert len(corpora.Corpus(text, tokenizer, {}).split(DataConfig())[1]) == expected
+
+
+def test_wide_vocabularies_take_uint32():
+    text = "".join(chr(0x10000 + i) for i in range(2**16 + 1))
+    corpus = tokenize(Source("wide", text, "here"))
+    assert corpus.tokens.dtype == np.uint32
+    assert corpus.tokenizer.decode(corpus.tokens) == text
+    narrow = tokenize(Source("narrow", text[:-1], "here"))
+    assert narrow.tokens.dtype == np.uint16
+
+
+def test_another_vocabulary_can_be_used_and_unknown_characters_skipped(prepared, tmp_path):
+    spec = str(prepared.folder / "tokens.json")
+    source = Source("other", "the zebra sat", "here")
+    with pytest.raises(UnknownCharacterError, match="'z'"):
+        tokenize(source, spec)
+    skipped = tokenize(source, spec, "skip")
+    assert skipped.tokenizer == prepared.corpus.tokenizer
+    assert skipped.tokenizer.decode(skipped.tokens) == "the ea sat"
+    assert skipped.meta["skipped_characters"] == 3
+    assert tokenize(source, str(prepared.folder), "skip").meta == skipped.meta
+
+
+def test_bytes_encode_anything():
+    corpus = tokenize(Source("é", "é\n", "here"), "byte")
+    assert corpus.tokens.tolist() == [0xC3, 0xA9, 10]
+
+
+def test_too_little_text_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefghij" * 4)
+    with pytest.raises(CorpusError, match=r"validation split of a has 4 tokens.*block_size \+ 1 = 9"):
+        prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=8)
+    with pytest.raises(CorpusError, match="training split"):
+        prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=8, val_fraction=0.9)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_column_is_refused_where_there_is_none(verse, prepared, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps({"body": verse.read_text()}, indent=1))
+    (folder / "b.ndjson").write_text(json.dumps({"body": verse.read_text()}))
+    for corpus in (str(verse), "python-docs", str(folder / "a.json"), f"1*{verse} + 1*python-docs"):
+        with pytest.raises(SourceError, match=r"--column is body, but .* is plain text"):
+            prepare_corpus(corpus, data_dir=tmp_path / "none", column="body")
+    assert not (tmp_path / "none").exists()
+    for corpus in (str(folder / "b.ndjson"), str(folder), f"1*{verse} + 1*{folder}/b.ndjson"):
+        assert "documents of column 'body'" in str(
+            prepare_corpus(corpus, data_dir=tmp_path / "new", column="body").corpus.meta["notes"]
+        )
+    assert prepare_corpus(str(prepared.folder), column="body").reused
+
+
+def test_no_such_tokenizer():
+    for spec in ("words", "~words", "bpe", "bpe:", "bpe:many", "bpe:-300", "bpe:4_096", "bpe:99999999"):
+        with pytest.raises(
+            CorpusError, match="expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, or the path"
+        ):
+            tokenize(Source("a", "text", "here"), spec)
+    with pytest.raises(UsageError, match="vocabulary of 255, expected 256 to"):
+        tokenize(Source("a", "text", "here"), "bpe:255")
+
+
+def test_a_bpe_is_learnt_saved_and_used_again(verse, tmp_path):
+    done = prepare_corpus(str(verse), "bpe:300", data_dir=tmp_path / "data")
+    assert done.folder.name.startswith("text-bpe-")
+    loaded = corpora.load(done.folder)
+    assert loaded.tokenizer.decode(loaded.tokens) == verse.read_text()
+    assert 256 < loaded.tokenizer.vocab_size <= 300
+    assert len(loaded.tokens) < len(verse.read_text()) / 2
+    assert prepare_corpus(str(verse), "bpe:300", data_dir=tmp_path / "data").reused
+    other = tokenize(Source("other", "the zebra \ud800 sat", "here"), str(done.folder), "skip")
+    assert other.tokenizer == loaded.tokenizer
+    assert other.tokenizer.decode(other.tokens) == "the zebra  sat"
+    assert other.meta["skipped_characters"] == 1
+    learnt = tokenize(Source("other", "the zebra \ud800 sat", "here"), "bpe:300", "skip")
+    assert learnt.meta["skipped_characters"] == 1
+
+
+def test_gpt2_is_a_tokenizer_of_that_name(monkeypatch):
+    tok = BPETokenizer(tuple(ByteTokenizer().token_bytes), ("<|endoftext|>",))
+    monkeypatch.setattr(gpt2, "load", lambda: tok)
+    corpus = tokenize(Source("a", "é<|endoftext|>", "here"), "gpt2")
+    assert corpus.tokens.tolist() == list("é<|endoftext|>".encode())
+    assert corpus.tokenizer.vocab_size == 257
+
+
+OTHER = {"file": "tokens-00001.bin", "sha256": ""}
+PART = {"source": "a", "count": 420, "sha256": ""}
+
+
+def damage(folder, name, change):
+    path = folder / name
+    if change is None:
+        path.unlink()
+    elif name == "tokens-00000.bin":
+        data = bytearray(path.read_bytes())
+        change(data)
+        path.write_bytes(data)
+    else:
+        meta = disk.unseal(path.read_bytes())
+        change(meta)
+        path.write_text(disk.seal(meta))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("tokens-00000.bin", None, "is missing; jaxgpt prepare makes it"),
+        ("tokens-00000.bin", lambda data: data.pop(), "1,679 bytes, expected 1,680"),
+        ("tokens-00000.bin", lambda data: data.__setitem__(5, data[5] ^ 1), "is damaged"),
+        ("tokens.json", None, "cannot be read"),
+        ("tokens.json", lambda meta: meta.pop("sha256"), "no sha256 of type str"),
+        ("tokens.json", lambda meta: meta.update(count="840"), "no count of type int"),
+        ("tokens.json", lambda meta: meta.update(dtype="object"), "dtype object"),
+        ("tokens.json", lambda meta: meta.update(format=99), "format 99"),
+        ("tokens.json", lambda meta: meta.update(tokenizer={"kind": "words"}), "not a tokenizer"),
+        ("tokens.json", lambda meta: meta.pop("shards"), "no shards of type list"),
+        (
+            "tokens.json",
+            lambda meta: meta["shards"][0].update(file="../tokens-00000.bin"),
+            "expected file tokens-00000",
+        ),
+        ("tokens.json", lambda meta: meta["shards"].append(OTHER | {"count": 0}), "its shard 1 is"),
+        ("tokens.json", lambda meta: meta.update(parts=[]), r"its parts are \[\], expected a list of two or more"),
+        (
+            "tokens.json",
+            lambda meta: meta.update(parts=[{"source": "a"}] * 2),
+            "expected a source, a count and a sha256",
+        ),
+        ("tokens.json", lambda meta: meta.update(parts=[PART] * 2), "it is that of a mixture in a run"),
+    ],
+)
+def test_damage_is_named(prepared, name, change, said):
+    damage(prepared.folder, name, change)
+    with pytest.raises(CorpusError, match=said):
+        corpora.load(prepared.folder)
+
+
+def test_what_is_verified_already_is_checked_for_its_size(prepared):
+    damage(prepared.folder, "tokens-00000.bin", lambda data: data.__setitem__(5, data[5] ^ 1))
+    assert len(corpora.load(prepared.folder, verified=True).tokens) == 840
+    damage(prepared.folder, "tokens-00000.bin", lambda data: data.pop())
+    with pytest.raises(CorpusError, match="1,679 bytes, expected 1,680"):
+        corpora.load(prepared.folder, verified=True)
+
+
+def test_a_tokens_json_that_is_no_json(prepared):
+    (prepared.folder / "tokens.json").write_text("{")
+    with pytest.raises(CorpusError, match="not JSON"):
+        corpora.load(prepared.folder)
+
+
+def test_a_failed_write_leaves_nothing_half_written(prepared, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(CorpusError, match="cannot be written: No space left on device; name another folder"):
+        corpora.save(prepared.corpus, tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_vocabulary_order_is_the_sorted_characters(prepared):
+    assert prepared.corpus.tokenizer == CharTokenizer("\n acehmnost")

@@ -1,0 +1,81 @@
+import dataclasses
+import itertools
+
+import jax
+import pytest
+
+from jaxgpt import cost
+from jaxgpt import model as nn
+from jaxgpt.config import ModelConfig
+
+SMALL = ModelConfig(vocab_size=13, block_size=8, n_layer=2, n_head=2, n_embd=16)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bigram"])
+def test_n_params_is_what_init_params_makes(kind):
+    shapes = itertools.product((1, 3), (8, 48), (1, 17), (5, 301), (False, True), (False, True))
+    for L, C, T, V, bias, tie in shapes:
+        config = ModelConfig(
+            kind=kind, n_layer=L, n_head=2, n_embd=C, block_size=T, vocab_size=V, bias=bias, tie_weights=tie
+        )
+        params = jax.eval_shape(lambda key, config=config: nn.init_params(config, key), jax.random.key(0))
+        assert cost.n_params(config) == sum(leaf.size for leaf in jax.tree.leaves(params)), config
+
+
+OPTIONS = [
+    {"norm": "rms"},
+    {"norm": "rms", "bias": True},
+    {"mlp": "swiglu", "bias": True},
+    {"mlp": "relu2", "n_kv_head": 1, "bias": True},
+    {"n_kv_head": 2, "n_head": 4, "value_embed": True},
+    {"position": "rope", "qk_norm": True, "smear": True, "bigram_embed": True},
+    {"zero_init": True, "softcap": 15.0, "window": 3, "tie_weights": False},
+]
+
+
+@pytest.mark.parametrize("change", OPTIONS, ids=str)
+def test_n_params_counts_every_option(change):
+    config = dataclasses.replace(SMALL, **change)
+    params = jax.eval_shape(lambda key: nn.init_params(config, key), jax.random.key(0))
+    assert cost.n_params(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def products(jaxpr):
+    """Operations of all dot_generals of a jaxpr: two for each term of each sum."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            terms = eqn.outvars[0].aval.size
+            for axis in contracted:
+                terms *= eqn.invars[0].aval.shape[axis]
+            total += 2 * terms
+        total += sum(products(value.jaxpr) for value in eqn.params.values() if hasattr(value, "jaxpr"))
+    return total
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"n_layer": 3, "bias": True}, {"tie_weights": False}, {"kind": "bigram"}, *OPTIONS]
+)
+def test_flops_are_those_of_the_products_in_the_traced_forward_pass(change):
+    config, B = dataclasses.replace(SMALL, **change), 3
+    params = jax.eval_shape(lambda key: nn.init_params(config, key), jax.random.key(0))
+    idx = jax.ShapeDtypeStruct((B, config.block_size), "int32")
+    traced = jax.make_jaxpr(lambda params, idx: nn.forward(config, params, idx))(params, idx)
+    assert cost.flops_per_token(config) * B * config.block_size == products(traced.jaxpr)
+
+
+def test_training_takes_three_times_the_products_of_the_forward_pass():
+    params = jax.eval_shape(lambda key: nn.init_params(SMALL, key), jax.random.key(0))
+    idx = jax.ShapeDtypeStruct((3, SMALL.block_size), "int32")
+    backward = jax.make_jaxpr(jax.grad(lambda params, idx: nn.forward(SMALL, params, idx).sum()))(params, idx)
+    assert 3 * cost.flops_per_token(SMALL) * 3 * SMALL.block_size == products(backward.jaxpr)
+
+
+def test_activations_by_hand():
+    C, T, H, L, V = 16, 8, 2, 2, 13
+    assert cost.activation_bytes(SMALL, 3) == 4 * 3 * T * (L * (16 * C + 2 * H * T) + 2 * C + V)
+    dropped = dataclasses.replace(SMALL, dropout=0.1)
+    assert cost.activation_bytes(dropped, 3) - cost.activation_bytes(SMALL, 3) == 4 * 3 * T * L * H * T
+    assert cost.activation_bytes(SMALL, 3, recomputed=True) == 4 * 3 * T * (L * (10 * C + H * T) + V)
+    assert cost.activation_bytes(dataclasses.replace(SMALL, kind="bigram"), 3) == 4 * 3 * T * V

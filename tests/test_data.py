@@ -1,0 +1,185 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxgpt import data as batches
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.mark.smoke
+@given(SEEDS, st.integers(1, 3000), st.integers(0, 10**6))
+def test_permute_is_a_permutation(seed, n, epoch):
+    image = batches.permute(np.arange(n), n, seed, epoch)
+    assert sorted(image) == list(range(n))
+
+
+def test_permutations_differ_by_seed_and_epoch_and_are_not_the_identity():
+    images = {tuple(batches.permute(np.arange(100), 100, seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}
+    assert len(images) == 4
+    assert tuple(range(100)) not in images
+
+
+def test_permute_spreads_each_index_evenly():
+    """Over many epochs, index 0 falls on every place about equally often (chi-squared, 5 sigma)."""
+    n, epochs = 16, 4000
+    counts = np.bincount([int(batches.permute(np.array([0]), n, 7, e)[0]) for e in range(epochs)], minlength=n)
+    chi2 = ((counts - epochs / n) ** 2 / (epochs / n)).sum()
+    assert chi2 < (n - 1) + 5 * (2 * (n - 1)) ** 0.5
+
+
+@pytest.mark.smoke
+@given(SEEDS, st.integers(1, 9), st.integers(2, 200), st.integers(1, 7))
+def test_an_epoch_takes_every_window_once(seed, T, extra, B):
+    """n steps of B windows are exactly B epochs: each epoch's starts are n distinct places, T apart."""
+    N = T + extra
+    n = batches.n_windows(N, T)
+    starts = batches.chunk_starts(seed, 0, n, N, T, B).reshape(B, n)
+    for epoch in starts:
+        assert sorted(epoch - epoch.min()) == list(range(0, n * T, T))
+        assert epoch.min() >= 0
+        assert epoch.max() + T + 1 <= N
+
+
+def test_each_epoch_has_a_phase_of_its_own_and_all_tokens_are_seen():
+    N, T = 103, 8
+    n = batches.n_windows(N, T)
+    starts = batches.chunk_starts(0, 0, 200, N, T, n)  # an epoch a step
+    phases = set(starts.min(axis=1))
+    assert phases == set(range(N - n * T)), "every offset at which n windows fit occurs"
+    assert starts.min() == 0
+    assert starts.max() + T + 1 == N
+
+
+@given(SEEDS, st.integers(1, 9), st.integers(1, 200))
+def test_random_starts_stay_inside(seed, T, extra):
+    starts = batches.chunk_starts(seed, 0, 5, T + extra, T, 16, "random")
+    assert starts.min() >= 0
+    assert starts.max() + T + 1 <= T + extra
+
+
+@pytest.mark.parametrize("sampling", ["epoch", "random"])
+def test_the_last_window_ends_at_the_last_token(sampling):
+    """'Off by one in the data?' No: over many steps the furthest target is the last token, and none lies beyond."""
+    N, T = 50, 8
+    tokens = np.arange(N, dtype=np.uint16)
+    starts = batches.chunk_starts(3, 0, 500, N, T, 4, sampling).reshape(-1)
+    batch = batches.take(tokens, starts, T)
+    assert batch.targets.max() == N - 1
+    assert batch.inputs.min() == 0
+
+
+@pytest.mark.smoke
+def test_targets_are_inputs_one_later():
+    tokens = np.random.default_rng(0).integers(0, 9, 100).astype(np.uint16)
+    starts = batches.window_starts(1, 0, 100, 8, 4)
+    inputs, targets = batches.take(tokens, starts, 8)
+    assert inputs.shape == targets.shape == (4, 8)
+    assert inputs.dtype == targets.dtype == np.int32
+    np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
+    for row, start in enumerate(starts):
+        np.testing.assert_array_equal(targets[row], tokens[start + 1 : start + 9])
+
+
+@pytest.mark.parametrize("sampling", ["epoch", "random"])
+def test_a_batch_depends_on_seed_and_step_alone(sampling):
+    alone = [batches.window_starts(5, step, 1000, 8, 4, sampling) for step in range(30)]
+    together = batches.chunk_starts(5, 0, 30, 1000, 8, 4, sampling)
+    later = batches.chunk_starts(5, 17, 30, 1000, 8, 4, sampling)
+    np.testing.assert_array_equal(np.stack(alone), together)
+    np.testing.assert_array_equal(together[17:], later)
+    assert (batches.chunk_starts(6, 0, 30, 1000, 8, 4, sampling) != together).any()
+
+
+def test_corpora_beyond_32_bits():
+    N = 9_000_000_000
+    for sampling in ("epoch", "random"):
+        starts = batches.chunk_starts(0, 0, 50, N, 1024, 64, sampling)
+        assert starts.max() > 2**32
+        assert starts.max() + 1025 <= N
+
+
+def test_device_memory_map_and_gathered_windows_give_the_same_batch(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 60_000, 500).astype(np.uint16)
+    tokens.tofile(tmp_path / "tokens.bin")
+    mapped = np.memmap(tmp_path / "tokens.bin", np.uint16, mode="r")
+    starts = batches.chunk_starts(0, 0, 3, 500, 8, 4)
+    expected = batches.take(tokens, starts, 8)
+    compiled = jax.jit(batches.take, static_argnums=2)
+    for got in (
+        batches.take(mapped, starts, 8),
+        batches.cut(batches.gather(mapped, starts, 8)),
+        compiled(jnp.asarray(tokens), starts.astype(np.int32), 8),
+    ):
+        np.testing.assert_array_equal(got.inputs, expected.inputs)
+        np.testing.assert_array_equal(got.targets, expected.targets)
+
+
+def test_estimates_draw_from_a_stream_of_their_own():
+    drawn = batches.estimate_starts(0, 3, 1000, 8, 64)
+    assert (drawn != batches.window_starts(0, 3, 1000, 8, 64, "random")).any()
+    assert drawn.min() >= 0
+    assert drawn.max() + 9 <= 1000
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="8 tokens hold no window of 8"):
+        batches.window_starts(0, 0, 8, 8, 1)
+    with pytest.raises(ValueError, match="expected 'epoch' or 'random'"):
+        batches.window_starts(0, 0, 100, 8, 1, "shuffled")
+
+
+class TestMixtures:
+    PARTS = (batches.Part(100, 0.7), batches.Part(61, 0.2), batches.Part(200, 0.1))
+
+    def of(self, starts):
+        """Which part each start lies in."""
+        return np.searchsorted(np.cumsum([n for n, _ in self.PARTS]), starts, side="right")
+
+    @pytest.mark.parametrize("sampling", ["epoch", "random"])
+    def test_each_part_has_exactly_its_share_of_every_thousand_windows(self, sampling):
+        starts = batches.mixed_starts(3, 0, 300, self.PARTS, 8, 10, sampling)
+        for block in starts.reshape(3, 1000):
+            assert np.bincount(self.of(block)).tolist() == [700, 200, 100]
+
+    @pytest.mark.parametrize("sampling", ["epoch", "random"])
+    def test_a_step_alone_is_the_step_in_a_chunk(self, sampling):
+        whole = batches.mixed_starts(3, 0, 220, self.PARTS, 8, 10, sampling)
+        for step in (0, 1, 99, 100, 157, 219):
+            alone = batches.mixed_starts(3, step, step + 1, self.PARTS, 8, 10, sampling)
+            np.testing.assert_array_equal(alone[0], whole[step])
+
+    def test_an_epoch_of_a_part_is_what_it_is_alone(self):
+        starts, first = batches.mixed_starts(3, 0, 200, self.PARTS, 8, 10).reshape(-1), 0
+        for i, (n, _) in enumerate(self.PARTS):
+            mine = starts[self.of(starts) == i] - first
+            alone = batches.chunk_starts(3, 0, len(mine), n, 8, 1).reshape(-1)
+            np.testing.assert_array_equal(mine, alone)
+            first += n
+
+    def test_no_window_crosses_into_the_next_part(self):
+        for sampling in ("epoch", "random"):
+            starts = batches.mixed_starts(3, 0, 200, self.PARTS, 8, 10, sampling)
+            np.testing.assert_array_equal(self.of(starts), self.of(starts + 8))
+
+    @pytest.mark.parametrize(
+        ("shares", "counts"),
+        [
+            ((1.5, 1, 997.5), [2, 1, 997]),
+            ((0.08525, 0.0037, 0.0001, 0.01095), [853, 37, 1, 109]),
+            ((0.7, 0.2, 0.1), [700, 200, 100]),
+            ((1, 1, 1), [333, 334, 333]),
+        ],
+    )
+    def test_a_part_with_the_share_of_one_window_has_one(self, shares, counts):
+        of, _ = batches._parts_of(3, np.arange(2000, 3000), shares)
+        assert np.bincount(of, minlength=len(shares)).tolist() == counts
+
+    def test_the_order_is_no_pattern(self):
+        of = self.of(batches.mixed_starts(3, 0, 100, self.PARTS, 8, 10).reshape(-1))
+        other = self.of(batches.mixed_starts(3, 100, 200, self.PARTS, 8, 10).reshape(-1))
+        assert (of != other).sum() > 300
+        assert 400 < (of[1:] == 0).sum() - (np.diff(of)[of[1:] == 0] != 0).sum() < 600  # 490 expected after itself

@@ -1,0 +1,109 @@
+import dataclasses
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxgpt import model as nn
+from jaxgpt.config import ModelConfig
+from jaxgpt.evaluation import estimate, evaluate, rows_at_once, text_size
+from jaxgpt.step import init_state
+from jaxgpt.tokenizer import ByteTokenizer, CharTokenizer
+
+BIGRAM = ModelConfig(kind="bigram", vocab_size=5, block_size=8)
+PARAMS = nn.init_params(BIGRAM, jax.random.key(0))
+TOKENIZER = CharTokenizer("abcdé")
+
+
+def tokens(n):
+    return np.random.default_rng(n).integers(0, 5, n).astype(np.uint16)
+
+
+def by_hand(ids):
+    """The bigram's loss of each prediction, one pair at a time."""
+    table = np.asarray(PARAMS["token_embedding_table"]["embedding"], np.float64)
+    return np.array([np.log(np.exp(table[a]).sum()) - table[a, b] for a, b in itertools.pairwise(ids)])
+
+
+@pytest.mark.smoke
+@settings(max_examples=25)
+@given(st.integers(9, 60), st.integers(1, 9))
+def test_every_predicted_token_counts_once(n, batch_size):
+    result = evaluate(BIGRAM, PARAMS, tokens(n), TOKENIZER, batch_size)
+    assert result.n_tokens == n - 1
+    np.testing.assert_allclose(result.loss, by_hand(tokens(n)).mean(), rtol=1e-5)
+
+
+def test_a_gpt_sees_windows_that_do_not_overlap_but_for_the_last(tiny, change):
+    """Against a loop over windows: [0, 8), [8, 16), and the last one, ending at the last token, for what is left."""
+    config = change(tiny, dropout=0.5).model
+    params = init_state(tiny).params
+    ids = np.random.default_rng(1).integers(0, 13, 22).astype(np.uint16)  # 21 predictions: 8 + 8 + 5
+    total = 0.0
+    for start, first in ((0, 0), (8, 0), (13, 3)):
+        window = ids[start : start + 9].astype(np.int32)
+        losses = nn.token_losses(nn.forward(config, params, window[None, :-1]), window[None, 1:])
+        total += float(losses[0, first:].sum())
+    result = evaluate(config, params, ids, CharTokenizer("abcdefghijklm"))
+    np.testing.assert_allclose(result.loss, total / 21, rtol=1e-5)
+
+
+def test_the_result_does_not_depend_on_the_batch_size(tiny):
+    params = init_state(tiny).params
+    ids = np.random.default_rng(1).integers(0, 13, 300).astype(np.uint16)
+    results = [evaluate(tiny.model, params, ids, CharTokenizer("abcdefghijklm"), size) for size in (None, 1, 7, 64)]
+    for result in results[1:]:
+        np.testing.assert_allclose(dataclasses.astuple(result), dataclasses.astuple(results[0]), rtol=1e-6)
+    assert results[0] == evaluate(tiny.model, params, ids, CharTokenizer("abcdefghijklm")), "and is deterministic"
+
+
+@given(st.integers(1, 100_000), st.integers(1, 512), st.integers(2, 60_000), st.integers(1, 9))
+def test_little_is_computed_for_nothing(n, T, V, models):
+    """Of few windows a batch is less than twice as many, or 32; of many it is what a device takes."""
+    config = ModelConfig(vocab_size=V, block_size=T)
+    batch, most = rows_at_once(config, n, models), rows_at_once(config, 10**9, models)
+    assert batch <= max(2 * n - 1, 32)
+    assert batch == most if n >= most else batch >= n
+    assert most == 1 or models * most * T <= 8192
+    assert most == 1 or models * most * T * V <= 2**26
+
+
+def test_bits_are_per_character_and_byte_of_the_predicted_text():
+    ids = TOKENIZER.encode("aéé" * 10).astype(np.uint16)
+    result = evaluate(BIGRAM, PARAMS, ids, TOKENIZER)
+    bits = by_hand(ids).sum() / math.log(2)
+    np.testing.assert_allclose(result.bits_per_char, bits / 29, rtol=1e-5)
+    np.testing.assert_allclose(result.bits_per_byte, bits / 49, rtol=1e-5)  # é has two bytes
+
+
+@given(st.text(min_size=1))
+def test_text_size_counts_characters_and_bytes_for_any_tokenizer(text):
+    for tok in (CharTokenizer.train(text), ByteTokenizer()):
+        assert text_size(tok, tok.encode(text)) == (len(text), len(text.encode()))
+
+
+def test_the_standard_error_is_that_of_the_window_means():
+    """With windows of equal length, it is the textbook's standard error of their means."""
+    ids = tokens(8 * 12 + 1)
+    means = by_hand(ids).reshape(12, 8).mean(axis=1)
+    result = evaluate(BIGRAM, PARAMS, ids, TOKENIZER)
+    np.testing.assert_allclose(result.standard_error, means.std(ddof=1) / math.sqrt(12), rtol=1e-4)
+
+
+def test_one_window_has_no_standard_error_and_none_is_refused():
+    assert math.isnan(evaluate(BIGRAM, PARAMS, tokens(9), TOKENIZER).standard_error)
+    with pytest.raises(ValueError, match="8 tokens hold no window"):
+        evaluate(BIGRAM, PARAMS, tokens(8), TOKENIZER)
+
+
+def test_the_estimate_is_a_noisy_mean_and_a_function_of_the_step(tiny, change):
+    config = change(tiny, kind="bigram", vocab_size=5, eval_batches=200)
+    ids = tokens(1000)
+    one = estimate(config, PARAMS, ids, 3)
+    assert one == estimate(config, PARAMS, ids, 3)
+    assert one != estimate(config, PARAMS, ids, 4)
+    assert abs(one - by_hand(ids).mean()) < 0.05

@@ -1,0 +1,223 @@
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import filters
+from jaxgpt import model as nn
+from jaxgpt.generate import CHUNK, LONGEST, generate, stream
+
+KEY = jax.random.key(0)
+forward = jax.jit(nn.forward, static_argnums=0)
+
+
+@lru_cache
+def weights(config):
+    """Parameters far from a uniform guess, so that a fault shows."""
+    params = jax.jit(nn.init_params, static_argnums=0)(config, KEY)
+    return jax.tree.map(lambda x: 8 * x, params)
+
+
+@pytest.fixture
+def model(tiny, change):
+    config = change(tiny, dropout=0.0).model
+    return config, weights(config)
+
+
+def by_hand(config, params, prompt, n, choose):
+    """Greedy or sampled continuation in plain Python: one forward pass of the visible tokens a step.
+
+    Those are the last block_size of the prompt and all that follow; when block_size were read, half of them.
+    """
+    W = config.block_size
+    ids = list(prompt)[-W:]
+    written = []
+    for i in range(n):
+        padded = np.zeros((1, W), int)
+        padded[0, : len(ids)] = ids
+        written.append(int(choose(forward(config, params, padded)[0, len(ids) - 1], i)))
+        ids = [*ids, written[-1]] if len(ids) < W else [*ids, written[-1]][-max(1, W // 2) :]
+    return written
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("length", [1, 5, 8, 30])
+def test_greedy_is_the_plain_loop_for_short_and_long_prompts(model, length):
+    config, params = model
+    prompt = np.random.default_rng(length).integers(0, 13, length)
+    got = generate(config, params, prompt[None], 20, KEY, temperature=0)
+    assert got[0].tolist() == by_hand(config, params, prompt, 20, lambda logits, i: logits.argmax())
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_a_cache_smaller_than_block_size_holds_all_that_is_read(tiny, change, position):
+    """A prompt of 3 and 20 more, of which the last is not read, get 32 slots of 64; so do the 17 that 15 more make."""
+    config = change(tiny, block_size=64, dropout=0.0, position=position).model
+    params, ids = weights(config), np.random.default_rng(0).integers(0, 13, (64, 3))
+    prompts = ids
+    for n in range(3, 23):
+        logits = forward(config, params, np.pad(ids, [(0, 0), (0, 64 - n)]))[:, n - 1]
+        ids = np.append(ids, logits.argmax(axis=-1)[:, None], axis=1)
+    for n in (20, 15):
+        got = generate(config, params, prompts, n, KEY, temperature=0)
+        np.testing.assert_array_equal(got, ids[:, 3 : 3 + n])
+
+
+def test_sampling_draws_from_the_softmax_at_that_temperature(model):
+    config, params = model
+    many = generate(config, params, np.full((20_000, 1), 3), 1, KEY, temperature=2.0)
+    counts = np.bincount(np.asarray(many)[:, 0], minlength=13) / 20_000
+    expected = jax.nn.softmax(nn.forward(config, params, jnp.array([[3]]))[0, 0] / 2)
+    np.testing.assert_allclose(counts, expected, atol=5 * np.sqrt(0.25 / 20_000))
+
+
+@pytest.mark.smoke
+def test_top_k_of_one_is_greedy(model):
+    config, params = model
+    greedy = generate(config, params, [[1, 2]], 20, KEY, temperature=0)
+    np.testing.assert_array_equal(generate(config, params, [[1, 2]], 20, KEY, top_k=1), greedy)
+
+
+@pytest.mark.parametrize("n", [0, 1, CHUNK, CHUNK + 1, LONGEST + 3])
+def test_a_stream_joined_is_the_whole(model, n):
+    config, params = model
+    pieces = list(stream(config, params, [[1], [2]], n, KEY))
+    whole = generate(config, params, [[1], [2]], n, KEY)
+    assert whole.shape == (2, n)
+    np.testing.assert_array_equal(np.concatenate([np.empty((2, 0)), *pieces], axis=1), whole)
+
+
+def test_the_same_key_writes_the_same_and_another_key_something_else(model):
+    config, params = model
+    one, two = (generate(config, params, [[1]], 30, KEY) for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    assert (generate(config, params, [[1]], 30, jax.random.key(1)) != one).any()
+
+
+def test_a_sequence_does_not_depend_on_the_rest_of_its_batch(model):
+    config, params = model
+    prompts = np.array([[1], [1], [2]])
+    together = generate(config, params, prompts, 20, KEY)
+    np.testing.assert_array_equal(generate(config, params, prompts[:1], 20, KEY)[0], together[0])
+    assert (together[0] != together[1]).any(), "equal prompts are continued differently"
+
+
+def test_padded_ids_are_never_drawn(model):
+    config, params = model
+    assert int(generate(config, params, np.full((50, 1), 1), 30, KEY, temperature=5.0).max()) >= 4
+    assert int(generate(config, params, np.full((50, 1), 1), 30, KEY, temperature=5.0, n_ids=4).max()) < 4
+
+
+@pytest.fixture
+def compiled():
+    """How many programs were compiled since, by JAX's own count."""
+    count = 0
+
+    def listen(event, *_, **__):
+        nonlocal count
+        count += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: count
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_another_prompt_length_number_of_tokens_or_temperature_compiles_nothing(tiny, change, compiled, position):
+    config = change(tiny, block_size=64, n_layer=1, position=position).model
+
+    def write(P, n, **how):
+        given = config, weights(config), np.ones((2, P), int), n, jax.random.key(n)
+        np.asarray(generate(*given, **how))
+        list(stream(*given, **how))
+
+    write(17, 100, temperature=0.5, top_p=0.9, min_p=0.1)
+    before = compiled()
+    assert before > 0
+    for P, n in ((18, 30), (32, 200), (25, 9)):
+        write(P, n, temperature=0.7, top_p=0.8, min_p=0.2)
+    assert compiled() == before
+    write(18, 15, temperature=0.7, top_p=0.8, min_p=0.2)
+    assert compiled() > before, "no more than 32 tokens get a cache of 32, half as much to look back on"
+    before = compiled()
+    write(33, 100, temperature=0.7, top_p=0.8, min_p=0.2)
+    assert compiled() > before, "prompts of 33 and more are padded to 64"
+
+
+def test_rotated_positions_slide(tiny, change):
+    config = change(tiny, dropout=0.0, position="rope", n_layer=1).model
+    params, ids = weights(config), [3]
+    for _ in range(30):  # with one block, sliding is reading the last block_size tokens again
+        padded = np.zeros((1, 8), int)
+        padded[0, : len(ids[-8:])] = ids[-8:]
+        ids.append(int(forward(config, params, padded)[0, len(ids[-8:]) - 1].argmax()))
+    assert generate(config, params, [[3]], 30, KEY, temperature=0)[0].tolist() == ids[1:]
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_the_shortest_contexts(tiny, change, block_size):
+    for position in ("learned", "rope"):
+        config = change(tiny, block_size=block_size, n_layer=1, position=position).model
+        got = generate(config, weights(config), [[1, 2, 3, 4]], 9, KEY, temperature=0)[0].tolist()
+        if position == "learned":
+            assert got == by_hand(config, weights(config), [1, 2, 3, 4], 9, lambda logits, i: logits.argmax())
+        assert len(got) == 9
+
+
+def test_a_bigram_sees_the_last_token_alone(tiny, change):
+    config = change(tiny, kind="bigram").model
+    table = 8 * np.random.default_rng(0).standard_normal((13, 13))
+    ids = [4]
+    for _ in range(20):
+        ids.append(int(table[ids[-1]].argmax()))
+    params = {"token_embedding_table": {"embedding": jnp.asarray(table, jnp.float32)}}
+    assert generate(config, params, [[7, 4]], 20, KEY, temperature=0)[0].tolist() == ids[1:]
+
+
+def test_tokens_are_drawn_with_the_key_of_their_sequence_and_number(model):
+    config, params = model
+    got = generate(config, params, [[1, 2], [1, 2]], 12, KEY, temperature=0.7, top_k=5, min_p=0.01)
+    for b in range(2):
+        key = jax.random.fold_in(KEY, b)
+
+        def choose(logits, i, key=key):
+            logits = filters.min_p(filters.top_k(logits / 0.7, 5), 0.01)
+            return jax.random.categorical(jax.random.fold_in(key, i), logits)
+
+        assert got[b].tolist() == by_hand(config, params, [1, 2], 12, choose)
+
+
+def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(model):
+    config, params = model
+    greedy = generate(config, params, [[1, 2]], 20, KEY, temperature=0)
+    for how in ({"top_p": 1e-6}, {"min_p": 1.0}):
+        np.testing.assert_array_equal(generate(config, params, [[1, 2]], 20, KEY, **how), greedy)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "said"),
+    [
+        ([[]], {}, "at least one token"),
+        ([1, 2], {}, r"expected \(B, P\)"),
+        (np.zeros((0, 3)), {}, "at least one token"),
+        ([[1, 99]], {}, "ids from 1 to 99, expected ids from 0 to 1"),
+        ([[-1, 1]], {}, "ids from -1 to 1"),
+        ([[1]], {"n_ids": 99}, r"n_ids is 99, expected 0 \(all\) to the model's 1"),
+        ([[1]], {"n_ids": -1}, "n_ids is -1"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+        ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+        ([[1]], {"temperature": 1e-40}, "temperature is 1e-40"),
+        ([[1]], {"top_k": -1}, "top_k is -1"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0, expected a number above 0"),
+        ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
+        ([[1]], {"min_p": -0.1}, "min_p is -0.1, expected a number from 0"),
+        ([[1]], {"min_p": float("nan")}, "min_p is nan"),
+    ],
+)
+def test_refusals(model, prompt, options, said):
+    config, params = model
+    with pytest.raises(ValueError, match=said):
+        generate(config, params, prompt, 5, KEY, **options)

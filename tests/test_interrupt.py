@@ -1,0 +1,92 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from jaxgpt.interrupt import interruption
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_first_signal_is_noted_and_a_second_one_acts(number):
+    heard = []
+    before = signal.signal(number, lambda *_: heard.append("second"))
+    try:
+        with interruption() as interrupted_by:
+            assert interrupted_by() == 0
+            os.kill(os.getpid(), number)
+            assert interrupted_by() == number
+            assert heard == []
+            os.kill(os.getpid(), number)
+            assert heard == ["second"]
+        assert signal.getsignal(number) is not before
+    finally:
+        signal.signal(number, before)
+
+
+def test_in_another_thread_nothing_is_noted():
+    import threading
+
+    told = []
+
+    def ask():
+        with interruption() as interrupted_by:
+            told.append(interrupted_by())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert told == [0]
+
+
+def test_what_was_ignored_stays_ignored():
+    """As under nohup, which a run is to outlive its terminal by."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruption() as interrupted_by:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupted_by() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+ONE_OF_TWO = """
+import sys, time
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from jaxgpt.interrupt import interruption
+with interruption() as interrupted_by:
+    for step in range(1, 2000):
+        print("step", step, flush=True)
+        if number := interrupted_by():
+            print("stopped at", step, "by", int(number), flush=True)
+            break
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_of_several_processes_all_stop_after_the_same_step(number):
+    """A signal to one of two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", ONE_OF_TWO, address]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
+    try:
+        for process in both:  # in the loop
+            while (line := process.stdout.readline()) != "step 3\n":
+                assert line, process.stderr.read()
+        both[1].send_signal(number)
+        ends = [process.communicate(timeout=300)[0].splitlines()[-1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert ends[0] == ends[1]
+    assert ends[0].startswith("stopped at ")
+    assert ends[0].endswith(f"by {int(number)}")

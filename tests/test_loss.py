@@ -1,0 +1,29 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.loss import cross_entropy, token_losses
+
+LOGITS = jax.random.normal(jax.random.key(0), (2, 3, 5)) * 4
+TARGETS = jnp.array([[0, 1, 2], [3, 4, 0]])
+
+
+def test_loss_is_minus_the_log_of_the_softmax():
+    p = np.exp(LOGITS) / np.exp(LOGITS).sum(-1, keepdims=True)
+    expected = -np.log(np.take_along_axis(p, np.asarray(TARGETS)[..., None], -1)[..., 0])
+    np.testing.assert_allclose(token_losses(LOGITS, TARGETS), expected, rtol=1e-5)
+    np.testing.assert_allclose(cross_entropy(LOGITS, TARGETS), expected.mean(), rtol=1e-5)
+
+
+def test_its_gradient_is_softmax_minus_one_hot():
+    grad = jax.grad(lambda x: cross_entropy(x, TARGETS))(LOGITS)
+    np.testing.assert_allclose(grad, (jax.nn.softmax(LOGITS) - jax.nn.one_hot(TARGETS, 5)) / 6, rtol=1e-5, atol=1e-7)
+
+
+def test_a_uniform_guess_costs_the_log_of_V():
+    np.testing.assert_allclose(cross_entropy(jnp.zeros((1, 1, 65)), jnp.array([[3]])), np.log(65), rtol=1e-6)
+
+
+def test_huge_and_bfloat16_logits_are_safe():
+    assert cross_entropy(jnp.array([[[1e4, -1e4]]]), jnp.array([[1]])) == 2e4
+    assert cross_entropy(LOGITS.astype(jnp.bfloat16), TARGETS).dtype == jnp.float32

@@ -1,0 +1,210 @@
+import os
+import re
+import resource
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxgpt import memory
+from jaxgpt.config import UsageError, check
+from jaxgpt.step import init_state, train_steps
+
+N = 500
+
+
+def lowered(config, state):
+    return train_steps.lower(
+        config, state, jnp.zeros(N, jnp.uint16), jnp.zeros((2, config.train.batch_size), jnp.int32)
+    )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"dropout": 0.0, "batch_size": 16},
+        {"accumulate": 2},
+        {"kind": "bigram", "vocab_size": 65, "block_size": 64, "batch_size": 16, "accumulate": 1},
+        {"kind": "bigram", "vocab_size": 512},
+        {"n_layer": 1, "n_embd": 128, "batch_size": 1, "dropout": 0.0},
+        {"n_layer": 1, "block_size": 128, "batch_size": 4},
+        {"n_layer": 1, "vocab_size": 4096, "tie_weights": True},
+    ],
+    ids=str,
+)
+def test_the_count_on_paper_stays_below_the_compilers_by_at_most_some_two_times(tiny, change, shape):
+    config = change(tiny, **shape)
+    held, more = memory.compiled_bytes(lowered(config, jax.eval_shape(init_state, config)).compile())
+    assert 1.0 <= (held + more) / memory.needed(config, N).total <= 2.2
+
+
+def test_the_state_counts_to_the_byte(tiny):
+    state, counted = jax.eval_shape(init_state, tiny), memory.needed(tiny, N)
+    n_bytes = [sum(4 * leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.opt_state)]
+    assert [counted.parameters, counted.optimizer_state + 4] == n_bytes  # and Adam's count of steps
+    assert counted.tokens == 2 * N
+
+
+def test_gradients_count_beside_activations_only_where_they_are_summed(tiny, change):
+    one, two = memory.needed(tiny, 0), memory.needed(change(tiny, accumulate=2), 0)
+    assert one.total == 3 * one.parameters + max(one.gradients, one.activations)
+    assert two.total == 3 * two.parameters + two.gradients + two.activations
+    assert two.activations == one.activations // 2
+
+
+def refusal(config, free, **more):
+    with pytest.raises(memory.OutOfMemoryError) as caught:
+        memory.require(config, N, free, **more)
+    assert isinstance(caught.value, UsageError)
+    return str(caught.value)
+
+
+def test_what_fits_to_the_byte_is_let_through(tiny):
+    total = memory.needed(tiny, 0).total  # the CPU maps the tokens' file
+    memory.require(tiny, N, total)
+    refusal(tiny, total - 1)
+
+
+def test_the_refusal_has_the_numbers(tiny, change):
+    message = refusal(change(tiny, n_layer=24, n_embd=2048, n_head=16, block_size=1024), 22_100_000_000)
+    assert message.startswith("a training step needs at least 46.8 GB: parameters 4.8 GB, optimizer state 9.7 GB")
+    assert "activations 32.3 GB or, after them, gradients 4.8 GB, tokens 0.0 MB; 22.1 GB are free: try " in message
+
+
+@pytest.mark.parametrize(
+    ("shape", "changed", "expected"),
+    [
+        ({"batch_size": 12}, {"accumulate": 3}, "--accumulate 3"),
+        ({"batch_size": 12, "accumulate": 2}, {"accumulate": 6}, "--accumulate 6"),
+        ({"batch_size": 2}, {"batch_size": 1}, "--batch-size 1 --accumulate 1"),
+        ({"n_embd": 8, "block_size": 64}, {"batch_size": 1, "block_size": 16}, "--block-size 16"),
+    ],
+)
+def test_the_knob_is_the_smallest_change_that_fits(tiny, change, shape, changed, expected):
+    config = change(tiny, **shape)
+    free = memory.needed(change(config, **changed), 0).total
+    message = refusal(config, free)
+    assert message.endswith(expected)
+    options = re.findall(r"--([a-z-]+) (\d+)", message)
+    typed = check(change(config, **{name.replace("-", "_"): int(value) for name, value in options}))
+    memory.require(typed, N, free)
+
+
+def test_the_knob_of_last_resort(tiny, change):
+    assert refusal(tiny, 100).endswith("try a smaller model (--n-embd, --n-layer)")
+    assert refusal(change(tiny, kind="bigram"), 100).endswith("try a smaller vocabulary (--tokenizer)")
+    assert refusal(tiny, 100, new=False).endswith(memory.ELSEWHERE)
+
+
+def test_an_accelerator_counts_the_tokens_and_only_what_cannot_be_computed_again(tiny, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    lean = memory.needed(tiny, N, recomputed=True)
+    assert lean.total < memory.needed(tiny, N).total
+    memory.require(tiny, N, lean.total)
+    refusal(tiny, lean.total - 1)
+
+
+def test_nothing_is_refused_where_nobody_knows(tiny, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: None)
+    memory.require(tiny, N)
+    memory.require_compiled(compiled_of(1, 10**18), tiny)
+
+
+def compiled_of(held, more):
+    stats = types.SimpleNamespace(
+        argument_size_in_bytes=held, temp_size_in_bytes=more, output_size_in_bytes=held, alias_size_in_bytes=held
+    )
+    return types.SimpleNamespace(memory_analysis=lambda: stats)
+
+
+def test_the_compilers_figures_refuse_what_paper_let_through(tiny, change):
+    config = change(tiny, batch_size=12)
+    paper = memory.needed(config, 0)
+    held = 3 * paper.parameters
+    more = 2 * paper.total - held  # twice what paper says
+    memory.require_compiled(compiled_of(held, more), config, more)
+    with pytest.raises(memory.OutOfMemoryError, match=r"beside its state .* are free: try --accumulate 2$"):
+        memory.require_compiled(compiled_of(held, more), config, more - 1)
+    room = 2 * memory.needed(change(config, accumulate=3), 0).total - held
+    with pytest.raises(memory.OutOfMemoryError, match=r"try --accumulate 3$"):  # 2 would fit on paper alone
+        memory.require_compiled(compiled_of(held, more), config, room)
+    with pytest.raises(memory.OutOfMemoryError, match=memory.ELSEWHERE):
+        memory.require_compiled(compiled_of(held, more), config, more - 1, new=False)
+    memory.require_compiled(types.SimpleNamespace(memory_analysis=lambda: None), config, 0)
+
+
+def test_a_check_of_the_compiled_step_compiles_nothing_more(tiny, change):
+    tiny = change(tiny, kind="bigram", dropout=0.0)
+    seen = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: seen.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    restored = jax.device_put(jax.device_get(init_state(tiny)), jax.local_devices()[0])
+    tokens, starts = jnp.zeros(N, jnp.uint16), jnp.zeros((3, 4), jnp.int32)
+    memory.require_compiled(train_steps.lower(tiny, restored, tokens, starts).compile(), tiny)
+    assert len(seen) > 0
+    del seen[:]
+    jax.block_until_ready(train_steps(tiny, restored, tokens, starts))
+    assert seen == []
+
+
+def machine(path, files):
+    for name, text in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    return memory.host_available(path / "proc", path / "cgroup")
+
+
+MEMINFO = {"proc/meminfo": "MemTotal:  4000 kB\nMemAvailable:   3000 kB\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 3000 * 1024),
+        ({"proc/self/cgroup": "0::/a/b\n", "cgroup/a/b/memory.max": "max\n"}, 3000 * 1024),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "cgroup/a/b/memory.max": "max\n",
+                "cgroup/a/memory.max": "9000\n",
+                "cgroup/a/memory.current": "8000\n",
+                "cgroup/a/memory.stat": "file 700\ninactive_file 500\nactive_file 70\n",
+            },
+            1570,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,memory:/c\n1:pids:/\n",
+                "cgroup/memory/c/memory.limit_in_bytes": "9000",
+                "cgroup/memory/c/memory.usage_in_bytes": "9900",
+            },
+            0,
+        ),
+    ],
+    ids=["meminfo", "no limit", "version 2, of a parent", "version 1, exceeded"],
+)
+def test_the_machine_has_what_the_tightest_limit_leaves(tmp_path, files, expected):
+    assert machine(tmp_path, MEMINFO | files) == expected
+
+
+def test_an_address_space_limit_counts(tmp_path, monkeypatch):
+    page = os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (100 * page, 100 * page))
+    assert machine(tmp_path, MEMINFO | {"proc/self/statm": "40 1 1 1 0 1 0\n"}) == 60 * page
+
+
+def test_a_machine_without_proc_has_its_physical_memory(tmp_path):
+    assert machine(tmp_path, {}) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_device_that_says_what_it_has(monkeypatch):
+    def device(stats):
+        return lambda: [types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)]
+
+    monkeypatch.setattr(jax, "local_devices", device({"bytes_limit": 1000, "bytes_in_use": 300}))
+    assert memory.available() == 700
+    monkeypatch.setattr(jax, "local_devices", device(None))
+    assert memory.available() is None

@@ -1,0 +1,301 @@
+"""A run over a mesh computes what a run on one device does."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import data as batches
+from jaxgpt import feed, kernels, loss, mesh, sharding
+from jaxgpt import model as nn
+from jaxgpt.attention import attention, causal_mask
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.data import Batch
+from jaxgpt.evaluation import evaluate, window_losses
+from jaxgpt.feed import feeder
+from jaxgpt.mesh import MeshError, Placement, Sizes
+from jaxgpt.placement import ONE_DEVICE, fresh, like
+from jaxgpt.step import init_state
+from jaxgpt.tokenizer import CharTokenizer
+
+PLAIN = ["data=8", "fsdp=8", "tensor=8", "context=8", "data=2,fsdp=2,tensor=2"]
+MIXED = ["data=4,fsdp=2", "data=2,tensor=2,context=2", "fsdp=4,context=2", "fsdp=2,tensor=2,context=2"]
+TOKENS = np.random.default_rng(0).integers(0, 16, 400).astype(np.uint16)
+BOUND = 2e-5
+"""How far losses over 20 steps may differ, in nats: float32 sums in another order."""
+
+
+@pytest.fixture(scope="module")
+def results():
+    """What was computed on one device, by config."""
+    return {}
+
+
+@pytest.fixture
+def small(tiny, change):
+    """`tiny` in sizes that every mesh here divides."""
+    return change(tiny, vocab_size=16, n_head=4, n_embd=32, batch_size=8, steps=20, scan_steps=10, dropout=0.0)
+
+
+@pytest.fixture
+def rich(small, change):
+    """With what the loop of blocks, dropout, micro-batches and recomputing add."""
+    options = dict(n_layer=2, dropout=0.1, scan_layers=True, remat="blocks", tie_weights=True, n_kv_head=2)
+    return change(small, batch_size=16, accumulate=2, algorithm="muon", mlp="swiglu", position="rope", **options)
+
+
+def place(text):
+    sizes = Sizes.parse(text)
+    return Placement(sizes, tuple(jax.devices()[: sizes.devices]))
+
+
+def trained(config, placement, tokens=TOKENS):
+    """20 steps in two chunks: their metrics, the parameters after them, and the losses of some windows and of all
+    tokens."""
+    feed, steps, K = feeder(config, tokens, placement), placement.steps(config), config.train.scan_steps
+    with placement.scope():
+        state, chunks, programs = fresh(config, placement), [], []
+        for begin in range(0, 2 * K, K):
+            state, metrics = steps(config, state, *feed(begin, begin + K))
+            chunks.append(jax.device_get(metrics))
+            programs.append(steps._cache_size())
+        assert programs[0] == programs[1]  # the second chunk compiled nothing
+        idx = np.arange(40).reshape(5, 8) % 16
+        losses = window_losses(config.model, state.params, Batch(idx, idx), np.zeros(5, int))
+        whole = evaluate(config.model, state.params, TOKENS, CharTokenizer("abcdefghijklmnop")).loss
+        losses = np.append(jax.device_get(losses), whole)
+    return jax.tree.map(lambda *x: np.concatenate(x), *chunks), jax.device_get(state.params), losses
+
+
+def same(config, text, results):
+    if config not in results:
+        results[config] = trained(config, ONE_DEVICE)
+    (metrics, params, losses), (over, spread, theirs) = results[config], trained(config, place(text))
+    np.testing.assert_allclose(over.loss, metrics.loss, atol=BOUND, rtol=0)
+    np.testing.assert_allclose(over.grad_norm, metrics.grad_norm, rtol=1e-3)
+    np.testing.assert_allclose(theirs, losses, atol=8 * BOUND, rtol=0)
+    assert abs(metrics.loss[-1] - metrics.loss[0]) > 1000 * BOUND  # it did learn
+    for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_training_over_a_mesh_is_training_on_one_device(small, results, text):
+    same(small, text, results)
+
+
+@pytest.mark.parametrize("text", PLAIN + MIXED)
+def test_so_it_is_with_dropout_micro_batches_a_loop_of_blocks_and_muon(rich, results, text):
+    same(rich, text, results)
+
+
+def test_so_it_is_with_a_bigram_of_which_each_device_takes_its_part_of_the_logits(small, change, results):
+    config = change(small, kind="bigram")
+    same(config, "data=2,fsdp=2,context=2", results)
+    over = place("data=2,fsdp=2,context=2")
+    with over.scope():
+        text = over.steps(config).lower(config, like(config, over), *feeder(config, TOKENS, over)(0, 1)).compile()
+    assert re.search(r"f32\[2,4,16\]", text.as_text()), "of 8 sequences of 8 tokens"
+    assert "f32[8,8,16]" not in text.as_text()
+
+
+def test_one_device_pays_nothing(rich):
+    """Without a mesh the program holds no word of one; with it, it does."""
+    tokens, starts = jnp.asarray(TOKENS), jnp.zeros((1, 16), jnp.int32)
+    for placement, split in ((ONE_DEVICE, False), (place("data=2,tensor=2"), True)):
+        with placement.scope():
+            text = placement.steps(rich).lower(rich, like(rich, placement), tokens, starts).as_text()
+        assert ("sdy.sharding_constraint" in text) == split
+
+
+@pytest.mark.parametrize("text", ["data=2,fsdp=2,tensor=2", "data=2,context=2"])
+def test_a_corpus_on_disk_is_read_by_those_who_need_it(small, results, monkeypatch, text):
+    """Each part of the batch is read once; the losses are those of a corpus on one device."""
+    read, config, plain, mine = [], small, batches.gather, TOKENS.copy()
+    if config not in results:
+        results[config] = trained(config, ONE_DEVICE)
+
+    def gather(tokens, starts, T):
+        if tokens is mine:  # and no chunk that a reader before this one is still ahead with
+            read.append(starts)
+        return plain(tokens, starts, T)
+
+    monkeypatch.setattr(feed, "DEVICE_TOKENS", 0)
+    monkeypatch.setattr(batches, "gather", gather)
+    served = trained(config, place(text), mine)[0]
+    np.testing.assert_allclose(served.loss, results[config][0].loss, atol=BOUND, rtol=0)
+    over, plan = place(text).sizes, batches.chunk_starts(config.train.seed, 0, 10, len(TOKENS), 8, 8)
+    first = read[: over.data * over.fsdp]
+    assert all(starts.shape == (10, 8 // (over.data * over.fsdp)) for starts in first)
+    assert sorted(np.concatenate(first, axis=1).ravel()) == sorted(plan.ravel())
+    with place(text).scope():
+        windows = feeder(config, TOKENS, place(text))(0, 10)[1]
+    assert windows.addressable_shards[0].data.shape == (10, 8 // (over.data * over.fsdp), 9)
+
+
+def test_a_batch_lies_where_it_is_computed(small):
+    """Each of four devices has two sequences, and no more of the parameters than its share."""
+    placement = place("fsdp=4")
+    with placement.scope():
+        state = fresh(small, placement)
+        idx = jax.jit(lambda x: sharding.constrain(x, "batch", None))(jnp.zeros((8, 3), int))
+    assert idx.addressable_shards[0].data.shape == (2, 3)
+    kernel = state.params["h_0"]["mlp"]["c_fc"]["kernel"]
+    assert kernel.shape == (32, 128)
+    assert kernel.addressable_shards[0].data.shape == (8, 128)
+    moments = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if "['c_fc']['kernel']" in jax.tree_util.keystr(path)
+    ]
+    assert len(moments) == 2
+    assert all(moment.sharding == kernel.sharding for moment in moments)
+
+
+ALL = dict(bias=True, tie_weights=False, smear=True, bigram_embed=True, value_embed=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, ALL, ALL | {"mlp": "swiglu", "scan_layers": True}, {"kind": "bigram"}], ids=lambda o: "+".join(o)
+)
+def test_every_parameter_has_exactly_one_rule(small, change, options):
+    config = change(small, **options)
+    shapes = jax.eval_shape(init_state, config)
+    shardings = place("fsdp=4,tensor=2").shardings(shapes)
+    for leaf, sharding_ in zip(jax.tree.leaves(shapes.params), jax.tree.leaves(shardings.params), strict=True):
+        assert len(sharding_.spec) == len(leaf.shape)
+    split = [s for s in jax.tree.leaves(shardings.params) if any(s.spec)]
+    assert len(split) >= 6 or config.model.kind == "bigram"
+
+
+def test_a_parameter_without_a_rule_is_refused():
+    with pytest.raises(MeshError, match=r"'h_0/attn/gate/kernel' \[4, 4\]: expected exactly one rule for it, found 0"):
+        mesh.spec("h_0/attn/gate/kernel", (4, 4))
+    with pytest.raises(MeshError, match="its rule has 2 dimensions"):
+        mesh.spec("h_0/attn/query/kernel", (4, 4, 4))
+
+
+def test_what_a_mesh_does_not_divide_is_named(small, change):
+    config = change(small, vocab_size=65, batch_size=12, accumulate=2)
+    with pytest.raises(MeshError) as caught:
+        mesh.check(config, Sizes(data=4, tensor=2, context=3))
+    said = str(caught.value)
+    for line in (
+        "context = 3 does not divide 8 tokens of a context (block_size): try --block-size 9",
+        "data x fsdp = 4 does not divide 6 sequences of a micro-batch (batch_size / accumulate): try --batch-size 16",
+        "tensor = 2 does not divide 65 tokens of the vocabulary (vocab_size): try --vocab-size 66",
+    ):
+        assert line in said
+    assert said.count("\n") == 3
+
+
+def test_sizes_are_read_and_written():
+    assert Sizes.parse("fsdp=4,data=8") == Sizes(data=8, fsdp=4)
+    assert str(Sizes(data=8, fsdp=4)) == "data=8,fsdp=4"
+    assert Sizes.parse(str(Sizes())) == Sizes()
+    for bad in ("", "data", "data=0", "data=2,data=2", "rows=2", "data=2;fsdp=2"):
+        with pytest.raises(MeshError, match=re.escape(f"--mesh {bad}: expected auto")):
+            Sizes.parse(bad)
+
+
+def test_auto_splits_no_more_than_it_must(small, change):
+    big = change(small, n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, batch_size=480)
+    sizes, why = mesh.choose(big, 8, 80 * 10**9)
+    assert sizes == Sizes(data=8)
+    assert "2.6 GB of 80 GB a device, whole on each device" in why
+    sizes, why = mesh.choose(big, 8, 2 * 10**9)
+    assert sizes == Sizes(data=2, fsdp=4)
+    assert "split over 4 devices" in why
+    sizes, why = mesh.choose(change(big, batch_size=528, n_embd=1600, n_head=25, n_layer=48), 6, 24 * 10**9)
+    assert sizes == Sizes(data=3, fsdp=2), "not whole, though 3 and 6 divide no channels"
+    sizes, why = mesh.choose(change(big, batch_size=4), 8, None)
+    assert sizes == Sizes(data=4, tensor=2)
+    assert "tensor takes the other 2" in why
+    sizes, why = mesh.choose(change(big, batch_size=3), 9, None)
+    assert sizes == Sizes(data=3, tensor=3)
+    sizes, why = mesh.choose(change(big, batch_size=5, n_head=8), 7, None)
+    assert sizes == Sizes(data=1)
+    assert "6 of 7 devices stay idle" in why
+    assert "--accumulate" not in why
+    # nanoGPT's settings, of which 12 sequences are a micro-batch: a context of 1024 is not cut into 64.
+    small = change(big, accumulate=40)
+    sizes, why = mesh.choose(small, 8, 80 * 10**9)
+    assert sizes == Sizes(data=4, tensor=2)
+    assert "better, all 8 take a part of the batch: --accumulate 5" in why
+    assert mesh.choose(change(small, accumulate=5), 8, 80 * 10**9)[0] == Sizes(data=8)
+    sizes, why = mesh.choose(small, 256, 16 * 10**9)
+    assert sizes == Sizes(data=4)
+    assert "252 of 256 devices stay idle, as only 4 divide a micro-batch" in why
+
+
+def test_where_it_trains_and_why_is_told(small, monkeypatch):
+    told = mesh.place(small, None)[1]
+    assert told == "on cpu: the 8 devices of one CPU share its cores; --mesh data=8 takes them all"
+    monkeypatch.setattr(jax, "process_count", lambda: 8)  # then they are not of one
+    told = mesh.place(small, None)[1]
+    assert re.fullmatch(r"on 8 of 8 x cpu as data=8: parameters, .*, whole on each device", told)
+    with pytest.raises(MeshError, match=r"leaves 4 of the 8 devices .*; start fewer, or name a mesh of 8 devices"):
+        mesh.place(small, Sizes(data=4))
+    monkeypatch.undo()
+    with pytest.raises(MeshError, match="wants 16 devices, and there are 8: --mesh auto takes those"):
+        mesh.place(small, Sizes(data=8, context=2))
+
+
+def test_long_contexts_split_over_devices_are_attended_exactly(small, change):
+    config = change(small, block_size=512).model
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 512, 8))
+    placement = place("context=4,tensor=2")
+    with placement.scope():
+        assert kernels.kernel(config, 512, dropped=False) == "blocked"
+        found = jax.jit(lambda *x: kernels.causal_attention(config, *x))(q, k, v)
+    expected = attention(q, k, v, causal_mask(512)[None, None])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["data=4,context=2", "data=2,fsdp=2,tensor=2", "fsdp=8"])
+def test_the_loss_in_parts_and_its_gradients_are_those_of_the_whole(text):
+    x, kernel = jax.random.normal(jax.random.key(0), (8, 12, 8)), jax.random.normal(jax.random.key(1), (8, 50))
+    targets = jax.random.randint(jax.random.key(2), (8, 12), 0, 50)
+    weights = jax.random.normal(jax.random.key(3), (8, 12))
+
+    def parts(x, kernel):
+        losses = loss.losses_of(jnp.matmul, x, kernel, targets, chunk=200)
+        return (weights * losses).sum(), losses
+
+    def whole(x, kernel):
+        losses = nn.token_losses(x @ kernel, targets)
+        return (weights * losses).sum(), losses
+
+    with place(text).scope():
+        assert "scan" in str(jax.make_jaxpr(parts)(x, kernel))
+        found = jax.jit(jax.grad(parts, (0, 1), has_aux=True))(x, kernel)
+    expected = jax.grad(whole, (0, 1), has_aux=True)(x, kernel)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_goes_from_any_mesh_to_any_other(small, tmp_path):
+    with place("fsdp=4,tensor=2").scope():
+        state = fresh(small, place("fsdp=4,tensor=2"))
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(state)
+    for placement in (ONE_DEVICE, place("data=2,fsdp=2")):
+        with Checkpoints(tmp_path) as checkpoints:
+            found = checkpoints.restore(0, like(small, placement))
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(state))
+        shardings = placement.shardings(found)
+        assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, found, shardings)))
+
+
+def test_stacked_blocks_are_the_blocks(rich, change):
+    config = dataclasses.replace(rich.model, dropout=0.0)
+    plain = dataclasses.replace(config, scan_layers=False)
+    init, forward = (jax.jit(function, static_argnums=0) for function in (nn.init_params, nn.forward))
+    params, apart = init(config, jax.random.key(0)), init(plain, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, nn.unstacked(params), apart)
+    jax.tree.map(np.testing.assert_array_equal, nn.stacked(apart), params)
+    idx = np.arange(16).reshape(2, 8)
+    np.testing.assert_allclose(forward(config, params, idx), forward(plain, apart, idx), atol=1e-5)

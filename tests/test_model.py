@@ -1,0 +1,166 @@
+"""Laws of the models behind the seam: shapes, causality, initialisation, dropout."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import layers
+from jaxgpt import model as nn
+from jaxgpt.config import ModelConfig, UsageError
+
+GPT = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16)
+BIGRAM = ModelConfig(kind="bigram", vocab_size=11, block_size=8)
+KEY = jax.random.key(0)
+IDX = jax.random.randint(jax.random.key(1), (3, 8), 0, 11)
+init_params, forward, logits_and_loss = (
+    jax.jit(function, static_argnums=0) for function in (nn.init_params, nn.forward, nn.logits_and_loss)
+)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("config", [GPT, BIGRAM])
+def test_logits_are_B_T_V(config):
+    params = init_params(config, KEY)
+    assert forward(config, params, IDX).shape == (3, 8, 11)
+    for T in (1, 5):
+        assert jax.eval_shape(partial(nn.forward, config), params, IDX[:, :T]).shape == (3, T, 11)
+    with pytest.raises(ValueError, match="9 tokens are longer than block_size, 8"):
+        forward(config, params, jnp.zeros((1, 9), jnp.int32))
+
+
+@pytest.mark.parametrize("config", [GPT, BIGRAM])
+def test_the_notes_interface(config):
+    """The notes: loss None without targets; logits (B*T, C) and targets (B*T,) with them."""
+    params = init_params(config, KEY)
+    logits, loss = logits_and_loss(config, params, IDX)
+    assert loss is None
+    assert logits.shape == (3, 8, 11)
+    targets = jnp.roll(IDX, -1, axis=1)
+    flat, loss = logits_and_loss(config, params, IDX, targets)
+    assert flat.shape == (24, 11)
+    assert loss.shape == ()
+    np.testing.assert_array_equal(flat.reshape(3, 8, 11), logits)
+    by_hand = [-jax.nn.log_softmax(flat[i])[targets.reshape(-1)[i]] for i in range(24)]
+    np.testing.assert_allclose(loss, np.mean(by_hand), rtol=1e-6)
+
+
+def test_the_bigram_reads_logits_directly_off_its_table():
+    params = init_params(BIGRAM, KEY)
+    (table,) = jax.tree.leaves(params)
+    assert table.shape == (11, 11)
+    np.testing.assert_array_equal(forward(BIGRAM, params, IDX), table[IDX])
+
+
+@pytest.mark.smoke
+def test_causality_by_gradients():
+    """The logits at t have zero gradient with respect to the embeddings after t, and non-zero up to it."""
+    params = init_params(GPT, KEY)
+    idx = jnp.arange(8)[None]  # each token once, so that row i of wte is the input at position i alone
+
+    def logits_at(wte, t):
+        untied = {**params, "wte": {"embedding": wte}, "lm_head": {"kernel": params["wte"]["embedding"].T}}
+        config = ModelConfig(**{**vars(GPT), "tie_weights": False})
+        return forward(config, untied, idx)[0, t].sum()
+
+    wte, gradient = params["wte"]["embedding"], jax.jit(jax.grad(logits_at))
+    for t in range(8):
+        sizes = np.abs(gradient(wte * 50, t)).sum(axis=1)[:8]
+        assert (sizes[: t + 1] > 0).all()
+        np.testing.assert_array_equal(sizes[t + 1 :], np.zeros(7 - t))
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bigram"])
+def test_without_a_vocabulary_there_are_no_parameters(kind):
+    with pytest.raises(UsageError, match="vocab_size is 0, expected at least 1"):
+        nn.init_params(ModelConfig(kind), jax.random.key(0))
+
+
+def test_initialisation_is_nanogpts():
+    config = ModelConfig(vocab_size=500, block_size=64, n_layer=4, n_head=4, n_embd=256, bias=True, tie_weights=False)
+    params = init_params(config, KEY)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("bias"):
+            np.testing.assert_array_equal(leaf, 0)
+        elif name.endswith("scale"):
+            np.testing.assert_array_equal(leaf, 1)
+        else:
+            expected = 0.02 / np.sqrt(8) if "c_proj" in name else 0.02
+            assert abs(float(leaf.std()) / expected - 1) < 0.05, name
+            assert abs(float(leaf.mean())) < expected / 50, name
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_the_first_loss_is_near_a_uniform_guess():
+    _, loss = logits_and_loss(GPT, init_params(GPT, KEY), IDX, jnp.roll(IDX, -1, axis=1))
+    assert abs(float(loss) - np.log(11)) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        # wte 11*16, wpe 8*16, two blocks of (4 attention + 8 MLP) * 16*16 and two norms, a last norm
+        ({}, 11 * 16 + 8 * 16 + 2 * (12 * 256 + 32) + 16),
+        ({"tie_weights": False}, 2 * 11 * 16 + 8 * 16 + 2 * (12 * 256 + 32) + 16),
+        ({"bias": True}, 11 * 16 + 8 * 16 + 2 * (12 * 256 + 64 + 4 * 16 + 5 * 16) + 32),
+    ],
+)
+def test_parameter_counts(options, count):
+    params = init_params(ModelConfig(**{**vars(GPT), **options}), KEY)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+def test_gpt2_has_124_million_parameters():
+    """Shapes alone, no memory: GPT-2's smallest model as published, 124,439,808 with biases."""
+    config = ModelConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True)
+    shapes = jax.eval_shape(lambda: init_params(config, KEY))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 124_439_808
+
+
+def test_dropout_needs_a_key_and_follows_it():
+    config = ModelConfig(**{**vars(GPT), "dropout": 0.5})
+    params = init_params(config, KEY)
+    calm = forward(config, params, IDX)
+    np.testing.assert_array_equal(calm, forward(GPT, params, IDX))
+    one, two, other = (forward(config, params, IDX, jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, two)
+    assert (one != other).any()
+    assert (one != calm).any()
+
+
+def test_dropout_keeps_the_mean():
+    """A dropped activation is made up for by the others: the mean over many masks of a linear model is no mask."""
+    import flax.linen as linen
+
+    x = jnp.ones((1, 10_000))
+    dropped = linen.Dropout(0.2, deterministic=False).apply({}, x, rngs={"dropout": KEY})
+    assert abs(float(dropped.mean()) - 1) < 0.02
+    assert abs(float((dropped == 0).mean()) - 0.2) < 0.02
+
+
+def test_the_norm_is_pytorchs():
+    """(x - mean) / sqrt(var + 1e-5), the variance without Bessel's correction; Flax's own epsilon is 1e-6."""
+    x = jnp.array([[1e-3, -1e-3, 3e-3, 5e-3]])
+    norm = layers.norm(GPT, "ln")
+    got = norm.apply(norm.init(KEY, x), x)
+    np.testing.assert_allclose(got, (x - x.mean()) / np.sqrt(x.var() + 1e-5), rtol=1e-5)
+
+
+def test_gelu_is_a_choice():
+    params = init_params(GPT, KEY)
+    params = jax.tree.map(lambda x: 30 * x, params)
+    exact = forward(GPT, params, IDX)
+    tanh = forward(ModelConfig(**{**vars(GPT), "gelu": "tanh"}), params, IDX)
+    assert 0 < float(jnp.abs(exact - tanh).max()) < 0.1
+
+
+def test_the_models_can_be_mapped_and_differentiated_as_values():
+    keys = jax.random.split(KEY, 4)
+    many = jax.vmap(lambda key: init_params(GPT, key))(keys)
+    logits = jax.vmap(lambda params: forward(GPT, params, IDX))(many)
+    assert logits.shape == (4, 3, 8, 11)
+    one = jax.tree.map(lambda x: x[2], many)
+    np.testing.assert_allclose(logits[2], forward(GPT, one, IDX), rtol=2e-5, atol=2e-6)

@@ -1,0 +1,191 @@
+"""The way back: to the newest step that is whole, loudly; never to nothing."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxgpt import corpus as corpora
+from jaxgpt import files as disk
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.journal import Evaluated, Notice
+from jaxgpt.run import Run, RunError
+from jaxgpt.start import load_checkpoint, resume, start
+from jaxgpt.train import fit
+
+
+@pytest.fixture
+def config(tiny, change, verse):
+    return change(tiny, corpus=str(verse), vocab_size=0, steps=15, scan_steps=5, eval_every=5)
+
+
+@pytest.fixture
+def done(config, tmp_path):
+    """A finished run of three saves, and its corpus."""
+    run, corpus = start(config, "one", tmp_path / "runs", tmp_path / "data")
+    fit(run, corpus)
+    assert Checkpoints(run.checkpoints).steps[-2:] == [10, 15]
+    return run, corpus
+
+
+def harm(run, step):
+    data = next((run.checkpoints / str(step) / "state" / "d").iterdir())
+    damaged = bytearray(data.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    data.write_bytes(damaged)
+    return data
+
+
+def content(run):
+    return {str(path): path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.smoke
+def test_a_damaged_newest_step_is_named_set_aside_and_trained_again(done):
+    run, corpus = done
+    before = run.metrics_file.read_bytes()
+    params = load_checkpoint(run, "last")[1]
+    bad, events = harm(run, 15), []
+    fit(run, corpus, events.append)
+    first, second = (event for event in events if isinstance(event, Notice))
+    assert str(bad) in first.text
+    assert "has another SHA-256" in first.text
+    assert "set aside as" in first.text
+    assert second.text == "going back to step 10, the newest that is whole with its lines of metrics"
+    assert (run.checkpoints / "15.damaged").is_dir()
+    assert run.metrics_file.read_bytes() == before
+    again = load_checkpoint(run, "last")
+    assert again[0] == 15
+    np.testing.assert_array_equal(again[1]["wte"]["embedding"], params["wte"]["embedding"])
+
+
+def test_where_no_step_is_whole_nothing_is_written_and_all_is_named(done):
+    run, corpus = done
+    bad = [harm(run, step) for step in Checkpoints(run.checkpoints).steps]
+    before = content(run)
+    with pytest.raises(RunError, match=r"has no step that is whole .* not started again from nothing") as caught:
+        fit(run, corpus)
+    assert all(str(path) in str(caught.value) for path in bad)
+    assert content(run) == before
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again_from_nothing(done, config, tmp_path):
+    run, _ = done
+    shutil.rmtree(run.checkpoints)
+    before = run.metrics_file.read_bytes()
+    with pytest.raises(RunError, match=r"step 15 was saved, but .* holds no checkpoint"):
+        fit(run, resume(run.config, run, tmp_path / "data"))
+    assert run.metrics_file.read_bytes() == before
+    with pytest.raises(RunError, match="no checkpoint yet"):
+        load_checkpoint(run)
+
+
+def test_a_run_killed_before_its_first_save_starts_again(config, tmp_path):
+    run, corpus = start(config, "one", tmp_path / "runs", tmp_path / "data")
+    run.event("start", step=0)
+    run.metrics_file.write_text('{"step": 0, "torn')
+    assert fit(run, corpus).step == 15
+
+
+@pytest.mark.parametrize("harmed", ["flipped", "short", "missing"])
+def test_lines_that_are_not_what_was_saved_are_never_built_upon(done, harmed):
+    run, corpus = done
+    whole = run.metrics_file.read_bytes()
+    match harmed:
+        case "flipped":
+            run.metrics_file.write_bytes(whole.replace(b"1", b"2", 1))
+        case "short":
+            run.metrics_file.write_bytes(whole[:40])
+        case "missing":
+            run.metrics_file.unlink()
+    before = content(run)
+    with pytest.raises(RunError, match=r"metrics.jsonl has (another SHA-256|\d+ bytes, expected)"):
+        fit(run, corpus)
+    assert content(run) == before
+
+
+def test_damage_to_the_last_lines_goes_back_to_before_them(done):
+    run, corpus = done
+    whole = run.metrics_file.read_bytes()
+    run.metrics_file.write_bytes(whole[:-10])
+    events = []
+    fit(run, corpus, events.append)
+    first, second = (event for event in events if isinstance(event, Notice))
+    assert "metrics.jsonl has" in first.text
+    assert "going back to step 10" in second.text
+    assert (run.checkpoints / "15.damaged").is_dir()
+    assert run.metrics_file.read_bytes() == whole
+    assert Checkpoints(run.checkpoints).latest == 15
+
+
+def test_a_config_that_was_changed_behind_the_runs_back_is_refused(done, change):
+    run, corpus = done
+    edited = run.with_config(change(run.config, dropout=0.3, steps=20))
+    with pytest.raises(RunError, match=r"dropout: 0.1 in the run, 0.3 asked for"):
+        fit(edited, corpus)
+
+
+def test_tokens_and_vocabulary_must_be_those_of_the_checkpoint(done):
+    run, corpus = done
+    other = corpora.Corpus(corpus.tokens, corpus.tokenizer, {**corpus.meta, "sha256": "0" * 64})
+    with pytest.raises(RunError, match=f"the tokens of step 15 have SHA-256 {corpus.meta['sha256']}"):
+        fit(run, other)
+    letters = {"kind": "char", "chars": "\n abcdefgh"}
+    other = corpora.Corpus(corpus.tokens, corpus.tokenizer, {**corpus.meta, "tokenizer": letters})
+    with pytest.raises(RunError, match="the tokenizer of step 15"):
+        fit(run, other)
+
+
+def test_another_version_of_jax_is_told(done):
+    run, corpus = done
+    run.event("start", step=15, jax="0.0.1", backend="cpu", device="cpu")
+    events = []
+    fit(run, corpus, events.append)
+    (notice,) = (event for event in events if isinstance(event, Notice))
+    assert "was 0.0.1: the bits that follow may differ" in notice.text
+
+
+def test_a_step_that_says_nothing_of_its_run_is_refused(done):
+    run, corpus = done
+    path = run.checkpoints / "15" / "manifest.json"
+    path.write_text(disk.seal({**disk.unseal(path.read_bytes()), "about": {}}))
+    with pytest.raises(RunError, match="is no step of a run"):
+        fit(Run(run.path), corpus)
+
+
+def test_after_damage_to_the_lines_every_later_save_counts(config, change, tmp_path):
+    """Steps whose lines are gone stand in no later save's way, and push no whole step out."""
+    run, corpus = start(change(config, steps=30, keep=3), "one", tmp_path / "runs", tmp_path / "data")
+    fit(run, corpus)
+    whole = run.metrics_file.read_bytes()
+    assert Checkpoints(run.checkpoints).steps[-3:] == [20, 25, 30]
+    run.metrics_file.write_bytes(whole[: whole.index(b'{"step": 23,')])
+
+    class Stop(Exception):
+        pass
+
+    def stop_in_30(event):
+        if isinstance(event, Evaluated) and event.step == 30:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(run, corpus, stop_in_30)
+    assert Checkpoints(run.checkpoints).steps[-3:] == [20, 25, 30]
+    assert [event["event"] for event in run.events()][-2:] == ["save", "broken-off"]
+    fit(run, corpus)
+    assert run.metrics_file.read_bytes() == whole
+    assert Checkpoints(run.checkpoints).latest == 30
+
+
+def test_a_checkpoint_of_another_run_is_not_written_with(done, config, change, tmp_path):
+    run, _ = done
+    (tmp_path / "other.txt").write_text("some other text of quite other letters\n" * 30)
+    other = change(config, corpus=str(tmp_path / "other.txt"), vocab_size=run.config.model.vocab_size + 9)
+    mine = change(config, vocab_size=run.config.model.vocab_size + 9)
+    runs = [start(c, name, tmp_path / "runs", tmp_path / "data") for c, name in ((mine, "mine"), (other, "other"))]
+    for each in runs:
+        fit(*each)
+    shutil.rmtree(runs[0][0].checkpoints)
+    shutil.copytree(runs[1][0].checkpoints, runs[0][0].checkpoints)
+    with pytest.raises(RunError, match=r"corpus: .* in the run|the tokens of step"):
+        load_checkpoint(runs[0][0], "last")

@@ -1,0 +1,183 @@
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from jaxgpt.config import Config
+from jaxgpt.report import facts
+from jaxgpt.run import Run, RunError
+
+META = {"format": 1, "dtype": "uint16", "count": 3, "sha256": "0", "source": "a", "origin": "b", "source_sha256": "0"}
+META |= {"tokenizer": {"kind": "char", "chars": "ab"}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run.create(tmp_path / "runs", "one", Config(), META)
+
+
+def test_a_new_run_holds_its_config_and_vocabulary(run):
+    assert run.config == Config()
+    assert run.tokenizer.chars == "ab"
+    assert sorted(path.name for path in run.path.parent.iterdir()) == ["one"], "no temporary folder is left"
+
+
+def test_an_existing_run_is_never_overwritten(run, tmp_path):
+    before = (run.path / "config.json").read_bytes()
+    with pytest.raises(RunError, match="--run one --resume continues it"):
+        Run.create(tmp_path / "runs", "one", Config(), META)
+    with pytest.raises(RunError, match="exists"):
+        Run.require_free(tmp_path / "runs", "one")
+    assert (run.path / "config.json").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_and_a_full_disk_are_told_apart(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(RunError, match="exists and is no run: remove it"):
+        Run.create(tmp_path, "x", Config(), META)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match="y cannot be made: No space left on device"):
+        Run.create(tmp_path, "y", Config(), META)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/x", ".hidden", "a b", "-x", "a\n", "x" * 101, "é"])
+def test_names_are_plain(tmp_path, name):
+    with pytest.raises(RunError, match="expected letters"):
+        Run.create(tmp_path, name, Config(), META)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_open_by_name_or_path_and_what_there_is_otherwise(run, tmp_path):
+    assert Run.open(tmp_path / "runs", "one") == run
+    assert Run.open(tmp_path, str(run.path)) == run
+    with pytest.raises(RunError, match="there are one"):
+        Run.open(tmp_path / "runs", "two")
+    with pytest.raises(RunError, match="jaxgpt train gpt-demo makes one"):
+        Run.open(tmp_path / "empty", "two")
+    with pytest.raises(RunError, match=r"no run in .*runs/two: no such folder"):
+        Run.open(tmp_path / "runs", str(tmp_path / "runs" / "two"))
+    with pytest.raises(RunError, match="no run in ~nosuch/two: no such folder"):
+        Run.open(tmp_path / "runs", "~nosuch/two")
+    with pytest.raises(RunError, match=r"no run in .*runs: it holds no config\.json"):
+        Run.open(tmp_path / "runs", str(tmp_path / "runs"))
+    (run.path / "model.safetensors").touch()
+    with pytest.raises(RunError, match="is an export and no run: jaxgpt sample writes with it"):
+        Run.open(tmp_path, str(run.path))
+
+
+def test_a_damaged_config_is_named(run):
+    whole = (run.path / "config.json").read_bytes()
+    edited = whole.replace(b'"n_layer": 4', b'"n_layer": 5')
+    assert edited != whole
+    for data, said in ((b"{", "it is not JSON"), (b"\xff{}", "it is not JSON"), (edited, "does not match its seal")):
+        (run.path / "config.json").write_bytes(data)
+        with pytest.raises(RunError, match=rf"config\.json: .*{said}"):
+            _ = Run(run.path).config
+
+
+def test_events_are_lines_with_a_time(run):
+    run.event("start", step=3)
+    run.event("end")
+    lines = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "end"]
+    assert lines[0]["step"] == 3
+    assert lines[0]["time"].endswith("Z")
+
+
+def test_a_torn_line_of_the_diary_is_passed_over(run):
+    run.event("start", step=3)
+    with run.events_file.open("ab") as file:
+        file.write(b'{"time": "2026')
+    run.event("end")
+    assert [event["event"] for event in run.events()] == ["start", "end"]
+
+
+def test_a_damaged_line_of_metrics_is_named(run):
+    run.metrics_file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert run.metrics() == [{"step": 1, "loss": 2.0}], "the last is still being written"
+    for line in ('{"step": 1, "loss', "2", '{"loss": 2.0}', ""):
+        run.metrics_file.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
+        with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: it is damaged; .*jaxgpt train --run one --resume"):
+            run.metrics()
+
+
+def test_what_goes_on_with_a_run_can_be_typed(tmp_path):
+    assert Run(Path("runs/one")).resume_command == "jaxgpt train --run one --resume"
+    there = tmp_path / "my runs"
+    assert Run(there / "one").resume_command == f"jaxgpt train --run one --resume --runs-dir '{there}'"
+
+
+def test_a_link_that_leaves_the_runs_folder_is_no_run_of_it(run, tmp_path):
+    elsewhere = Run.create(tmp_path / "elsewhere", "two", Config(), META)
+    (tmp_path / "runs" / "two").symlink_to(elsewhere.path)
+    (tmp_path / "runs" / "dangling").symlink_to(tmp_path / "nowhere")
+    for find in (Run.open, Run.named):
+        with pytest.raises(RunError, match=r"is a link to .*elsewhere/two: name that folder itself"):
+            find(tmp_path / "runs", "two")
+    for name in ("two", "dangling"):
+        with pytest.raises(RunError, match="exists"):
+            Run.create(tmp_path / "runs", name, Config(), META)
+    assert Run.open(tmp_path / "runs", str(elsewhere.path)) == elsewhere
+
+
+def test_a_name_is_not_a_path(run, tmp_path):
+    for name in ("../runs/one", str(run.path), ".."):
+        with pytest.raises(RunError, match="expected letters"):
+            Run.named(tmp_path / "runs", name)
+
+
+def test_a_holder_that_died_is_followed_by_the_next(run):
+    (run.path / "holder.json").write_text('{"process": 1, "host": "a", "since": "b", "command": "c"}')
+    with run.exclusive():
+        assert json.loads((run.path / "holder.json").read_text())["process"] == os.getpid()
+    assert not (run.path / "holder.json").exists()
+
+
+def test_a_run_whose_process_was_killed_is_known_by_it(run):
+    assert not run.cut_off
+    spawn = multiprocessing.get_context("spawn")
+    held, release = spawn.Event(), spawn.Event()
+    holder = spawn.Process(target=_hold, args=(run.path, held, release))
+    holder.start()
+    assert held.wait(30)
+    assert not run.cut_off
+    holder.kill()
+    holder.join(30)
+    assert run.cut_off
+    assert not facts.gather(run).running
+    with pytest.raises(RunError, match="refused"), run.exclusive():
+        raise RunError("refused")
+    assert run.cut_off, "it was not gone on with"
+    with run.exclusive():
+        assert not run.cut_off
+        run.event("start", step=0)
+    assert not run.cut_off
+    (run.path / "holder.json").write_text(f'{{"process": {holder.pid}, "host": "another", "since": "", "command": ""}}')
+    assert not run.cut_off, "of another machine nothing is known"
+
+
+def _hold(path, held, release):
+    with Run(path).exclusive():
+        held.set()
+        release.wait(30)
+
+
+def test_one_process_holds_a_run(run):
+    spawn = multiprocessing.get_context("spawn")
+    held, release = spawn.Event(), spawn.Event()
+    holder = spawn.Process(target=_hold, args=(run.path, held, release))
+    holder.start()
+    assert held.wait(30)
+    with pytest.raises(RunError, match=rf"in use by process {holder.pid} on .* since 20"), run.exclusive():
+        pass
+    release.set()
+    holder.join(30)
+    with run.exclusive():
+        pass

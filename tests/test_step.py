@@ -1,0 +1,172 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import data as batches
+from jaxgpt import model as nn
+from jaxgpt import step as steps
+from jaxgpt.step import init_state, train_steps
+
+loss_and_grads, train_step = (jax.jit(f, static_argnums=0) for f in (steps.loss_and_grads, steps.train_step))
+
+TOKENS = np.random.default_rng(0).integers(0, 13, 200).astype(np.uint16)
+
+
+def starts(config, begin, end):
+    train = config.train
+    return batches.chunk_starts(train.seed, begin, end, len(TOKENS), config.model.block_size, train.batch_size)
+
+
+def run(config, state, begin, end):
+    return train_steps(config, state, jnp.asarray(TOKENS), starts(config, begin, end).astype(np.int32))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.smoke
+def test_a_scan_of_steps_is_the_steps_one_by_one(tiny):
+    scanned, metrics = run(tiny, init_state(tiny), 0, 5)
+    state = init_state(tiny)
+    for i, row in enumerate(starts(tiny, 0, 5)):
+        state, one = train_step(tiny, state, batches.take(TOKENS, row, tiny.model.block_size))
+        np.testing.assert_allclose(metrics.loss[i], one.loss, rtol=1e-5)
+        np.testing.assert_allclose(metrics.grad_norm[i], one.grad_norm, rtol=1e-4)
+    assert int(scanned.step) == int(state.step) == 5
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), scanned.params, state.params)
+
+
+@pytest.mark.smoke
+def test_splitting_a_scan_changes_no_bit(tiny):
+    whole, _ = run(tiny, init_state(tiny), 0, 10)
+    half, _ = run(tiny, init_state(tiny), 0, 5)
+    halves, _ = run(tiny, half, 5, 10)
+    assert_equal(whole, halves)
+
+
+def test_gathered_windows_train_the_same_bits_as_the_whole_corpus(tiny):
+    """A corpus that does not fit on the device is served a few windows at a time."""
+    whole, metrics = run(tiny, init_state(tiny), 0, 5)
+    windows = batches.gather(TOKENS, starts(tiny, 0, 5), tiny.model.block_size)
+    served, served_metrics = train_steps(tiny, init_state(tiny), None, windows)
+    assert_equal(whole, served)
+    assert_equal(metrics, served_metrics)
+
+
+def test_the_second_call_compiles_nothing(tiny):
+    state, _ = run(tiny, init_state(tiny), 0, 5)
+    compiled = train_steps._cache_size()
+    state, _ = run(tiny, state, 5, 10)
+    run(tiny, state, 10, 15)
+    assert train_steps._cache_size() == compiled
+
+
+def test_the_state_is_donated(tiny):
+    state = init_state(tiny)
+    run(tiny, state, 0, 5)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize("A", [2, 4])
+def test_accumulated_gradients_equal_the_full_batch(tiny, change, A):
+    config = change(tiny, dropout=0.0)
+    params = init_state(config).params
+    batch = batches.take(TOKENS, starts(config, 0, 1)[0], 8)
+    loss, grads = loss_and_grads(config, params, batch, None)
+    loss_a, grads_a = loss_and_grads(change(config, accumulate=A), params, batch, None)
+    np.testing.assert_allclose(loss, loss_a, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), grads, grads_a)
+
+
+def test_micro_batches_have_dropout_masks_of_their_own(tiny, change):
+    """Both halves of the batch are the same sequences; with one mask for both, accumulation would change nothing."""
+    config = change(tiny, dropout=0.5)
+    params, key = init_state(config).params, jax.random.key(0)
+    half = batches.take(TOKENS, starts(config, 0, 1)[0][:2], 8)
+    twice = jax.tree.map(lambda x: np.concatenate([x, x]), half)
+    loss, _ = loss_and_grads(change(config, accumulate=2), params, twice, key)
+    first, _ = loss_and_grads(config, params, half, jax.random.fold_in(key, 0))
+    second, _ = loss_and_grads(config, params, half, jax.random.fold_in(key, 1))
+    assert first != second
+    np.testing.assert_allclose(loss, (first + second) / 2, rtol=1e-5)
+
+
+def test_dropout_depends_on_seed_and_step_alone(tiny, change):
+    """Two states at the same step see the same mask, at another step or seed another one."""
+
+    def loss(config, step):
+        state = init_state(tiny)
+        state = type(state)(jnp.int32(step), state.params, state.opt_state)
+        batch = batches.take(TOKENS, starts(tiny, 0, 1)[0], 8)
+        return float(train_step(config, state, batch)[1].loss)
+
+    assert loss(tiny, 0) == loss(tiny, 0)
+    assert len({loss(tiny, 0), loss(tiny, 1), loss(change(tiny, seed=1), 0)}) == 3
+
+
+def test_the_gradient_norm_is_that_before_clipping(tiny, change):
+    config = change(tiny, grad_clip=1e-6, dropout=0.0)
+    batch = batches.take(TOKENS, starts(config, 0, 1)[0], 8)
+    _, metrics = train_step(config, init_state(config), batch)
+    _, grads = loss_and_grads(config, init_state(config).params, batch, None)
+    np.testing.assert_allclose(
+        metrics.grad_norm, np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads))), rtol=1e-5
+    )
+
+
+def test_the_initial_state_is_a_function_of_the_seed(tiny, change):
+    assert_equal(init_state(tiny), init_state(tiny))
+    other = init_state(change(tiny, seed=1))
+    assert (other.params["wte"]["embedding"] != init_state(tiny).params["wte"]["embedding"]).any()
+    assert int(other.step) == 0
+
+
+def test_many_models_train_as_one_program(tiny, change):
+    """The step can be mapped over states: a sweep is a vmap."""
+    config = change(tiny, dropout=0.0)
+    seeds = [init_state(change(config, seed=seed)) for seed in range(3)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *seeds)
+    batch = batches.take(TOKENS, starts(config, 0, 1)[0], 8)
+    together, _ = jax.jit(jax.vmap(lambda state: steps.train_step(config, state, batch)))(stacked)
+    alone, _ = train_step(config, seeds[1], batch)
+    for a, b in zip(jax.tree.leaves(together.params), jax.tree.leaves(alone.params), strict=True):
+        np.testing.assert_allclose(a[1], b, rtol=1e-3, atol=1e-5)
+
+
+def test_it_learns_a_text_that_repeats(tiny, change):
+    config = change(tiny, dropout=0.0, steps=300, decay_steps=300, learning_rate=1e-2, warmup_steps=10)
+    tokens = jnp.asarray(np.tile(np.arange(13, dtype=np.uint16), 20))
+    plan = batches.chunk_starts(0, 0, 300, len(tokens), 8, 4).astype(np.int32)
+    state, metrics = train_steps(config, init_state(config), tokens, plan)
+    assert metrics.loss[0] > 2.4
+    assert metrics.loss[-1] < 0.05
+    logits = nn.forward(config.model, state.params, jnp.arange(8)[None])
+    np.testing.assert_array_equal(logits[0, 1:].argmax(-1), np.arange(2, 9))
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient", "update"])
+def test_a_step_without_a_number_changes_nothing_but_the_count(tiny, change, monkeypatch, bad):
+    config = change(tiny, dropout=0.0, warmup_steps=0, learning_rate=3e38 if bad == "update" else 1e-3)
+    batch = batches.take(TOKENS, starts(config, 0, 1)[0], 8)
+
+    def poisoned(*args):
+        loss, grads = real(*args)
+        if bad == "loss":
+            return loss * jnp.nan, grads
+        if bad == "gradient":
+            grads["wte"]["embedding"] = grads["wte"]["embedding"].at[2, 3].set(jnp.inf)
+        return loss, grads
+
+    real = steps.loss_and_grads
+    before = init_state(config)
+    monkeypatch.setattr(steps, "loss_and_grads", poisoned)
+    after, metrics = jax.jit(lambda s, b: steps.train_step(config, s, b))(before, batch)
+    assert not metrics.applied
+    assert int(after.step) == 1
+    assert_equal((after.params, after.opt_state), (before.params, before.opt_state))
+    monkeypatch.undo()
+    fine, metrics = train_step(change(config, learning_rate=1e-3), after, batch)
+    assert metrics.applied
+    assert (fine.params["wte"]["embedding"] != before.params["wte"]["embedding"]).any()

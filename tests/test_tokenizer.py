@@ -1,0 +1,137 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxgpt import tokenizer
+from jaxgpt.tokenizer import ByteTokenizer, CharTokenizer, UnknownCharacterError
+
+ANY_TEXT = st.text(st.characters())  # surrogates included
+
+
+@pytest.mark.smoke
+@given(ANY_TEXT.filter(bool))
+def test_char_decode_inverts_encode(text):
+    tok = CharTokenizer.train(text)
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    assert list(tok.chars) == sorted(set(text))
+    assert ids.shape == (len(text),)
+
+
+@pytest.mark.smoke
+@given(ANY_TEXT)
+def test_byte_decode_inverts_encode(text):
+    tok = ByteTokenizer()
+    assert tok.decode(tok.encode(text)) == text
+
+
+@given(ANY_TEXT.filter(bool))
+def test_json_gives_an_equal_tokenizer(text):
+    for tok in (CharTokenizer.train(text), ByteTokenizer()):
+        assert tokenizer.from_json(json.loads(json.dumps(tok.to_json()))) == tok
+
+
+@pytest.mark.parametrize("chars", ["\ud83d\ude00", "a\ud800\udbff\udc00\udfff😀"])
+def test_json_does_not_join_the_halves_of_a_surrogate_pair(chars):
+    tok = CharTokenizer(chars)
+    assert tokenizer.from_json(json.loads(json.dumps(tok.to_json()))) == tok
+    assert tok.decode(tok.encode(chars)) == chars
+
+
+@given(st.text(min_size=1))
+def test_token_bytes_are_the_bytes_of_the_text(text):
+    for tok in (CharTokenizer.train(text), ByteTokenizer()):
+        assert b"".join(tok.token_bytes[i] for i in tok.encode(text)) == text.encode()
+        assert len(tok.token_bytes) == tok.vocab_size
+
+
+def test_the_notes_list_of_integers():
+    """The notes: 'encoder: take a string, output a list of integers; decoder: take a list of integers'."""
+    tok = CharTokenizer.train("hello")
+    assert tok.encode("hello").tolist() == [1, 0, 2, 2, 3]
+    assert tok.decode([1, 0, 2, 2, 3]) == "hello"
+
+
+def test_an_unknown_character_is_shown_with_its_place():
+    with pytest.raises(UnknownCharacterError) as caught:
+        CharTokenizer("abc").encode("abéc")
+    assert caught.value.position == 2
+    for said in ("'é'", "U+00E9", "E WITH ACUTE", "position 2", "3 characters", "--unknown skip"):
+        assert said in str(caught.value)
+
+
+def test_knows_marks_what_can_be_encoded():
+    assert CharTokenizer("ab").knows("a\U0010ffffb").tolist() == [True, False, True]
+    assert ByteTokenizer().knows("é").all()
+
+
+@pytest.mark.parametrize("tok", [CharTokenizer("abc"), ByteTokenizer()])
+@pytest.mark.parametrize("ids", [[-1], [0, 256]])
+def test_ids_outside_the_vocabulary_are_refused(tok, ids):
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        tok.decode(ids)
+
+
+def test_ids_are_integers():
+    with pytest.raises(ValueError, match="integers"):
+        CharTokenizer("abc").decode([0.5])
+    assert CharTokenizer("abc").decode([]) == ""
+
+
+def test_torn_bytes_decode_to_a_replacement():
+    assert ByteTokenizer().decode([0xC3]) == "�"
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        *({}, None, [], {"kind": "bpe"}, {"kind": "byte", "x": 1}, {"kind": "char"}, {"kind": "char", "chars": 3}),
+        *({"kind": "char", "chars": codes} for codes in ([-1], [0x110000], ["a"], [1.0], [True])),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(tree):
+    with pytest.raises(ValueError, match="not a tokenizer"):
+        tokenizer.from_json(tree)
+
+
+@pytest.mark.parametrize("chars", ["", "aa"])
+def test_a_vocabulary_has_each_character_once(chars):
+    with pytest.raises(ValueError, match="each of them once"):
+        CharTokenizer(chars)
+
+
+@pytest.mark.parametrize(
+    ("tok", "typed", "expected"),
+    [
+        (CharTokenizer("\nab"), "a\r\nb\r", "a\nb\n"),
+        (ByteTokenizer(), "\ufeffa\r\n\r\nb", "a\n\nb"),
+        (CharTokenizer("\n\rab"), "a\r\nb\r", "a\r\nb\r"),
+    ],
+)
+def test_what_is_typed_has_the_line_ends_of_the_training_text(tok, typed, expected):
+    assert tokenizer.as_prepared(tok, typed) == expected
+
+
+def test_encoding_is_vectorised():
+    """The work on a million characters is a few array operations, not a million steps: it counts the Python calls."""
+    import sys
+
+    text = "the cat sat on the mat" * 50_000
+    tok = CharTokenizer.train(text)
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        ids = tok.encode(text)
+    finally:
+        sys.setprofile(None)
+    assert len(ids) == len(text)
+    assert calls < 200
+    assert isinstance(ids, np.ndarray)

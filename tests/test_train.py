@@ -1,0 +1,411 @@
+"""The laws of a run: equal runs are equal, ended and resumed ones too, and looking changes nothing."""
+
+import json
+import math
+import os
+import signal
+import threading
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import config as configs
+from jaxgpt import data as batches
+from jaxgpt import feed, nans, placement, step
+from jaxgpt import matmul as numerics
+from jaxgpt import train as loop
+from jaxgpt.checkpoint import Checkpoints, abstract
+from jaxgpt.config import DataConfig
+from jaxgpt.journal import DivergedError, Evaluated, Notice, Progress
+from jaxgpt.prepare.build import prepare_corpus
+from jaxgpt.run import Run, RunError
+from jaxgpt.start import resolve, start
+from jaxgpt.start import resume as take_up
+from jaxgpt.step import init_state
+from jaxgpt.train import fit
+from tests.processes import resume, wait_for
+
+
+@pytest.fixture
+def tiny(tiny, change, verse):
+    return change(tiny, corpus=str(verse), vocab_size=0, scan_steps=5, eval_every=10)
+
+
+@pytest.fixture
+def new_run(tmp_path):
+    def make(name, config):
+        return start(config, name, tmp_path / "runs", tmp_path / "data")
+
+    return make
+
+
+def last_state(run):
+    with Checkpoints(run.checkpoints) as checkpoints:
+        return checkpoints.restore(checkpoints.latest, abstract(jax.eval_shape(init_state, run.config)))
+
+
+def assert_same_run(a, b):
+    assert (a.path / "metrics.jsonl").read_bytes() == (b.path / "metrics.jsonl").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, last_state(a), last_state(b))
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(step):
+    def watch(event):
+        if isinstance(event, Progress) and event.step >= step:
+            raise Stop
+
+    return watch
+
+
+@pytest.mark.smoke
+def test_fit_tells_its_story(tiny, new_run):
+    events = []
+    run, corpus = new_run("one", tiny)
+    done = fit(run, corpus, events.append)
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [0, 10, 20]
+    assert [event.step for event in events if isinstance(event, Progress)] == [5, 10, 15, 20]
+    assert (done.step, done.steps, done.interrupted_by) == (20, 20, 0)
+    assert [scored.step for scored in done.scores] == [0, 10, 20]
+    assert done.best.evaluation.loss == min(scored.evaluation.loss for scored in done.scores)
+    assert done.scores[-1].evaluation.loss < done.scores[0].evaluation.loss
+    assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 21))
+    kinds = [json.loads(line)["event"] for line in (run.path / "events.jsonl").read_text().splitlines()]
+    assert kinds == ["start", "save", "save", "end"]
+
+
+def test_two_runs_of_one_config_are_equal(tiny, new_run):
+    a, b = (fit(*new_run(name, tiny)).run for name in ("a", "b"))
+    assert_same_run(a, b)
+
+
+def test_looking_more_often_changes_nothing_that_is_learnt(tiny, change, new_run):
+    often = fit(*new_run("often", change(tiny, eval_every=5, eval_batches=7))).run
+    never = fit(*new_run("never", change(tiny, eval_every=0, eval_batches=0))).run
+    steps = [[line for line in run.metrics() if "loss" in line] for run in (often, never)]
+    assert steps[0] == steps[1]
+    jax.tree.map(np.testing.assert_array_equal, last_state(often).params, last_state(never).params)
+
+
+@pytest.mark.parametrize("step", [5, 10, 15])
+def test_a_run_that_died_goes_on_as_if_it_had_not(tiny, new_run, step):
+    unbroken = fit(*new_run("unbroken", tiny)).run
+    broken, corpus = new_run("broken", tiny)
+    with pytest.raises(Stop):
+        fit(broken, corpus, stop_after(step))
+    fit(broken, corpus)
+    assert_same_run(unbroken, broken)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_that_ends_before_a_score_goes_on_with_it(tiny, new_run, monkeypatch, killed):
+    """Asked to end in the chunk before it, the run does not make whoever asked wait for the score; killed in it, it has
+    lost nothing else. Even the manifests are those of a run that was not ended."""
+    unbroken = fit(*new_run("unbroken", tiny)).run
+    broken, corpus = new_run("broken", tiny)
+
+    def ask(event):
+        if isinstance(event, Progress) and event.step == 5:  # told when the chunk to 10 is under way
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def die(config, corpus, state, score=loop.score):
+        if state.step == 10:
+            raise Stop
+        return score(config, corpus, state)
+
+    if killed:
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "score", die)
+            with pytest.raises(Stop):
+                fit(broken, corpus)
+    else:
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            done = fit(broken, corpus, ask)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert [scored.step for scored in done.scores] == [0]
+    checkpoints = Checkpoints(broken.checkpoints)
+    assert checkpoints.steps == [10]
+    assert checkpoints.manifest(10).val_loss is None
+    fit(broken, corpus)
+    assert_same_run(unbroken, broken)
+    for saved in (10, 20):
+        found, wanted = (Checkpoints(run.checkpoints).verify(saved) for run in (broken, unbroken))
+        assert (found.val_loss, found.about) == (wanted.val_loss, wanted.about)
+        assert found.val_loss is not None
+
+
+def test_lines_are_on_disk_before_the_save_that_follows_them(tiny, new_run, monkeypatch):
+    run, corpus = new_run("one", tiny)
+    save, seen = Checkpoints.save, []
+
+    def look_then_save(checkpoints, state, about):
+        seen.append((int(state.step), run.metrics()[-1]["step"]))
+        assert about["metrics"]["bytes"] == run.metrics_file.stat().st_size
+        save(checkpoints, state, about=about)
+
+    monkeypatch.setattr(Checkpoints, "save", look_then_save)
+    fit(run, corpus)
+    assert seen == [(10, 10), (20, 20)]
+
+
+def test_a_finished_run_has_nothing_left_to_do(tiny, new_run):
+    run, corpus = new_run("one", tiny)
+    first = fit(run, corpus)
+    before = (run.path / "metrics.jsonl").read_bytes()
+    again = fit(run, corpus)
+    assert (run.path / "metrics.jsonl").read_bytes() == before
+    assert again.scores == first.scores
+
+
+def test_a_corpus_on_disk_gives_the_same_run_as_one_on_the_device(tiny, new_run, monkeypatch):
+    on_device = fit(*new_run("device", tiny)).run
+    monkeypatch.setattr(feed, "DEVICE_TOKENS", 0)
+    on_disk = fit(*new_run("disk", tiny)).run
+    assert_same_run(on_device, on_disk)
+
+
+def test_a_corpus_that_cannot_be_read_any_more_ends_the_run(tiny, new_run, monkeypatch):
+    def torn(tokens, starts, T, gather=batches.gather):
+        if starts.min() >= 0 and monkeypatched.pop():
+            raise OSError(5, "Input/output error")
+        return gather(tokens, starts, T)
+
+    monkeypatched = [True, False, False, False]  # the fourth time
+    monkeypatch.setattr(feed, "DEVICE_TOKENS", 0)
+    monkeypatch.setattr(batches, "gather", torn)
+    with pytest.raises(OSError, match="Input/output error"):
+        fit(*new_run("torn", tiny))
+
+
+def test_a_mixture_trains_and_goes_on_to_the_same_bits(tiny, change, tmp_path, verse):
+    (tmp_path / "b.txt").write_text("a hat on a cat\n" * 30)
+    config = change(tiny, corpus=f"0.7*{verse} + 0.3*{tmp_path / 'b.txt'}", vocab_size=0)
+    whole, broken = (start(config, name, tmp_path / "runs", tmp_path / "data") for name in ("whole", "broken"))
+    fit(*whole)
+    run, corpus = broken
+    fit(run, corpus, config=change(run.config, steps=10))
+    longer = change(run.config, steps=20)
+    fit(run, take_up(longer, run, tmp_path / "data"), config=longer)
+    assert_same_run(whole[0], run)
+
+
+def test_a_signal_in_the_last_chunk_finds_the_run_done(tiny, new_run):
+    run, corpus = new_run("one", tiny)
+
+    def late(event):
+        if isinstance(event, Progress) and event.step == 15:  # told when the last chunk is under way
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        done = fit(run, corpus, late)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (done.step, done.interrupted_by) == (20, 0)
+
+
+def test_an_interrupted_run_whose_end_is_moved_to_where_it_stands_is_scored_there(tiny, new_run, change):
+    run, corpus = new_run("one", change(tiny, steps=40, eval_every=20))
+
+    def early(event):
+        if isinstance(event, Progress) and event.step == 5:  # told when the chunk to 10 is under way
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        done = fit(run, corpus, early)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (done.step, done.interrupted_by) == (10, signal.SIGTERM)
+    again = fit(run, corpus, config=change(run.config, steps=10))
+    assert [scored.step for scored in again.scores] == [0, 10]
+
+
+def test_a_run_may_leave_out_the_score_of_the_untrained_model(tiny, change, new_run):
+    """And whether it does changes nothing else: every line but that of step 0 is the same."""
+    runs = {start: new_run(str(start), change(tiny, eval_start=start)) for start in (True, False)}
+    done = {start: fit(*each) for start, each in runs.items()}
+    assert [scored.step for scored in done[False].scores] == [10, 20]
+    lines = {start: run.metrics_file.read_text().splitlines() for start, (run, _) in runs.items()}
+    assert lines[True][1:] == lines[False]
+
+
+def test_auto_is_settled_when_a_run_starts(tiny, change, new_run, monkeypatch):
+    """So a run that goes on elsewhere keeps its precision."""
+    monkeypatch.setattr(numerics, "resolve", lambda precision: "bfloat16" if precision == "auto" else precision)
+    run, _ = new_run("one", change(tiny, precision="auto"))
+    assert run.config.model.precision == "bfloat16"
+    assert new_run("two", tiny)[0].config.model.precision == "float32"
+
+
+def test_a_new_run_compiles_its_steps_once(tiny, change, new_run, caplog):
+    """Ahead and beside, for the shapes of a state that is still being made; the call with the state finds that program:
+    the loop itself, which this log is of, compiles no other."""
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        fit(*new_run("one", change(tiny, steps=10)))
+    compiled = [record.getMessage().split()[1] for record in caplog.records if "Compiling" in record.getMessage()]
+    assert "jit(window_losses)" in compiled
+    assert "jit(train_steps)" not in compiled
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """poisoned(steps): from now on, the loss of these steps (from 1) is no number."""
+
+    def poison(*numbers):
+        honest = step.train_step
+
+        def train_step(config, state, batch):
+            with monkeypatch.context() as patch:
+                bad = jnp.isin(state.step + 1, jnp.array(numbers))
+                losses, here = step.nn.losses, threading.get_ident()
+
+                def poisoned(*args):
+                    found = losses(*args)  # another thread may be tracing an evaluation now
+                    return found + jnp.log(jnp.where(bad, -1.0, 1.0)) if threading.get_ident() == here else found
+
+                patch.setattr(step.nn, "losses", poisoned)
+                return honest(config, state, batch)
+
+        monkeypatch.setattr(step, "train_step", train_step)
+        monkeypatch.setattr(nans, "train_step", train_step)
+
+        @partial(jax.jit, static_argnums=0, donate_argnums=1)
+        def train_steps(config, state, tokens, starts):
+            return step.train_steps.__wrapped__(config, state, tokens, starts)
+
+        monkeypatch.setattr(placement, "train_steps", train_steps)
+
+    return poison
+
+
+@pytest.mark.smoke
+def test_a_step_without_a_number_is_left_out_and_written_down(tiny, new_run, poisoned):
+    whole = fit(*new_run("whole", tiny)).run
+    poisoned(13)
+    events = []
+    run = fit(*new_run("one", tiny), events.append).run
+    lines, before = ([line for line in each.metrics() if "loss" in line] for each in (run, whole))
+    assert lines[:12] == before[:12]
+    assert lines[12]["skipped"]
+    assert lines[12]["loss"] is None
+    assert lines[12]["learning_rate"] == before[12]["learning_rate"]
+    assert len(lines[12]["window_starts"]) == tiny.train.batch_size
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert not any("skipped" in line for line in lines[:12] + lines[13:])
+    assert all(math.isfinite(line["loss"]) for line in lines[13:])
+    (notice,) = (event for event in events if isinstance(event, Notice))
+    assert (notice.kind, notice.step) == ("skip", 13)
+    assert "left out" in notice.text
+    assert [event["step"] for event in run.events() if event["event"] == "skip"] == [13]
+
+
+def test_the_windows_of_a_skipped_step_are_those_that_it_saw(tiny, new_run, poisoned):
+    poisoned(3)
+    run, corpus = new_run("one", tiny)
+    fit(run, corpus)
+    (line,) = (line for line in run.metrics() if line.get("skipped"))
+    starts = batches.window_starts(
+        tiny.train.seed, 2, len(corpus.split(DataConfig())[0]), tiny.model.block_size, tiny.train.batch_size
+    )
+    assert line["window_starts"] == starts.tolist()
+
+
+@pytest.mark.parametrize("resumed_after", [None, 10])
+def test_too_many_in_a_row_end_the_run_at_its_last_save(tiny, change, new_run, poisoned, resumed_after):
+    poisoned(6, 9, 10, 11, 12)
+    run, corpus = new_run("one", change(tiny, max_skipped=4))
+    if resumed_after:  # the row is counted across a resume
+        with pytest.raises(Stop):
+            fit(run, corpus, stop_after(resumed_after))
+    with pytest.raises(DivergedError, match=r"step 12: loss nan.* 4 steps in a row were left out"):
+        fit(run, corpus)
+    with Checkpoints(run.checkpoints) as checkpoints:
+        assert checkpoints.steps == [10]
+    for leaf in jax.tree.leaves(last_state(run)):
+        assert np.isfinite(leaf).all()
+    assert run.metrics()[-1]["step"] == 12
+
+
+@pytest.mark.smoke
+def test_debugging_names_the_step_and_the_operation(tiny, new_run, change, poisoned):
+    poisoned(13)
+    run, corpus = new_run("one", change(tiny, kind="bigram"))  # whose step is few operations, done one by one
+    with pytest.raises(DivergedError, match=r"step 13: loss nan.*nan generated by primitive: log"):
+        fit(run, corpus, debug_nans=True)
+    with Checkpoints(run.checkpoints) as checkpoints:
+        assert checkpoints.steps == [10]
+
+
+def test_a_number_that_grows_beyond_float32_is_never_saved(tiny, change, new_run):
+    run, corpus = new_run("one", change(tiny, learning_rate=1e38, warmup_steps=0, schedule="constant"))
+    with pytest.raises(DivergedError, match=r"step 5: .* 5 steps in a row"):
+        fit(run, corpus)
+    assert run.events()[1]["event"] == "skip"
+    with Checkpoints(run.checkpoints) as checkpoints:
+        assert checkpoints.steps == []
+
+
+def test_a_run_in_use_is_left_as_it_is(tiny, new_run, change):
+    run, corpus = new_run("one", tiny)
+    with run.exclusive(), pytest.raises(RunError, match="in use by process"):
+        fit(run, corpus, config=change(run.config, steps=40))
+    assert Run(run.path).config == run.config
+
+
+# With processes that really end.
+
+
+@pytest.fixture
+def long(tiny, change):
+    """A run of a few seconds, with a save every tenth of it."""
+    return change(tiny, steps=3000, decay_steps=3000, scan_steps=50, eval_every=300, n_layer=1)
+
+
+def write_recipe_run(tmp_path, name, config):
+    corpus = prepare_corpus(config.data.corpus, data_dir=tmp_path / "data").corpus
+    return Run.create(tmp_path / "runs", name, resolve(config, corpus), corpus.meta)
+
+
+def test_killed_and_resumed_processes_give_the_bits_of_an_unbroken_one(tmp_path, long, as_a_user):
+    unbroken = write_recipe_run(tmp_path, "unbroken", long)
+    out, _ = resume(unbroken).communicate(timeout=300)
+    assert "step 3,000" in out, out
+    broken = write_recipe_run(tmp_path, "broken", long)
+    kills = 0
+    for target in (300, 1200, 2100):
+        process = resume(broken)
+        wait_for(lambda target=target: (broken.checkpoints / str(target)).is_dir(), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 3
+    assert len(broken.metrics()) < len(unbroken.metrics())
+    out, _ = resume(broken).communicate(timeout=300)
+    assert "step 3,000" in out, out
+    assert_same_run(unbroken, broken)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, change, long, number, code):
+    run = write_recipe_run(tmp_path, "one", configs.check(change(long, steps=60_000)))
+    process = resume(run)
+    wait_for(lambda: (run.checkpoints / "300").is_dir(), process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == code, out
+    assert "jaxgpt train --run one --resume" in out
+    with Checkpoints(run.checkpoints) as checkpoints:
+        step = checkpoints.latest
+    assert 300 <= step < 60_000
+    assert f"interrupted at step {step:,} of 60,000" in out
+    assert max(line["step"] for line in run.metrics()) == step

@@ -1,0 +1,207 @@
+"""The proof must see what it is to see: a changed bit, a line lost, a line twice."""
+
+import contextlib
+import dataclasses
+import re
+import shutil
+
+import jax.numpy as jnp
+import pytest
+
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.cli import run_verb
+from jaxgpt.config import check
+from jaxgpt.journal import Evaluated, Progress
+from jaxgpt.placement import ONE_DEVICE, like
+from jaxgpt.recipes import RECIPES
+from jaxgpt.run import Run
+from jaxgpt.start import resume, start
+from jaxgpt.train import fit
+from jaxgpt.verify import resume as verify
+from jaxgpt.verify.resume import Kill, compare, scaled_down, verify_resume
+
+
+@pytest.fixture
+def config(tiny, change, verse):
+    return change(tiny, corpus=str(verse), vocab_size=0, keep=9)
+
+
+@pytest.fixture
+def pair(config, tmp_path):
+    run, corpus = start(config, "a", tmp_path / "runs", tmp_path / "data")
+    fit(run, corpus)
+    shutil.copytree(run.path, tmp_path / "runs" / "b")
+    return run, Run(tmp_path / "runs" / "b")
+
+
+def test_equal_runs_are_found_equal(pair):
+    verdict = compare(*pair)
+    assert verdict.difference is None
+    assert verdict.lines == 23
+    assert verdict.checkpoints == 2
+
+
+def test_one_bit_of_one_array_is_found_and_named(pair):
+    a, b = pair
+    with Checkpoints(b.checkpoints, keep=9) as checkpoints:
+        state, manifest = checkpoints.restore(10, like(b.config, ONE_DEVICE)), checkpoints.manifest(10)
+        shutil.rmtree(b.checkpoints / "10")
+        bias = state.params["h_0"]["attn"]["c_proj"]["bias"]
+        state.params["h_0"]["attn"]["c_proj"]["bias"] = bias.at[3].set(jnp.nextafter(bias[3], 9.0))
+        checkpoints.save(state, manifest.val_loss, manifest.about)
+    difference = compare(a, b).difference
+    assert difference.startswith("step 10, params/h_0/attn/c_proj/bias[3]: ")
+    assert difference.endswith("1 of its 16 numbers differ")
+
+
+@pytest.mark.parametrize("harm", ["lost", "twice", "torn", "other"])
+def test_a_line_that_differs_is_found(pair, harm):
+    a, b = pair
+    lines = b.metrics_file.read_bytes().splitlines(keepends=True)
+    match harm:
+        case "lost":
+            del lines[7]
+        case "twice":
+            lines.insert(7, lines[7])
+        case "torn":
+            lines[-1] = lines[-1][:-9]
+        case "other":
+            lines[7] = lines[7].replace(b"loss", b"lost")
+    assert lines != b.metrics_file.read_bytes().splitlines(keepends=True)
+    b.metrics_file.write_bytes(b"".join(lines))
+    number = 23 if harm == "torn" else 8 if harm != "twice" else 9
+    assert compare(a, b).difference.startswith(f"metrics.jsonl, line {number}: ")
+
+
+def test_equal_runs_that_both_lost_a_step_are_not_accepted(pair):
+    for run in pair:
+        lines = run.metrics_file.read_bytes().splitlines(keepends=True)
+        run.metrics_file.write_bytes(b"".join(lines[:7] + lines[8:]))
+    assert compare(*pair).difference == "metrics.jsonl does not hold each step from 1 to 20 once"
+    for run in pair:
+        shutil.rmtree(run.checkpoints / "20")
+    shutil.rmtree(pair[0].checkpoints / "10")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_verified_in_part(name):
+    config = RECIPES[name].config
+    part = check(scaled_down(config))
+    assert part.optimizer.decay_steps == config.train.steps
+    assert part.model == config.model
+    assert part.train.scan_steps < part.train.eval_every < part.train.steps <= config.train.steps
+
+
+@pytest.mark.smoke
+def test_a_recipe_killed_and_resumed(jaxgpt, verse):
+    small = {"n-layer": 1, "n-embd": 16, "n-head": 2, "block-size": 8, "scan-steps": 20, "eval-every": 60, "steps": 300}
+    flags = [word for name, value in small.items() for word in (f"--{name}", value)]
+    done = jaxgpt("verify-resume", "gpt-demo", "--corpus", verse, *flags, "--kills", 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"IDENTICAL after 3 kills \(\d in a save\): 306 lines of metrics", done.stdout), done.stdout
+    assert done.stdout.count("killed at step") == 3 + done.stdout.count("does not count")
+
+
+class Stopped(Exception):
+    """In place of a SIGKILL."""
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """trained(STOP, ...): processes that train a run in this process, each until STOP(event), or to its end (None)."""
+
+    def planned(*stops):
+        left = iter(stops)
+
+        @contextlib.contextmanager
+        def train(run, data_dir):
+            yield Process(run, data_dir, next(left))
+
+        monkeypatch.setattr(verify, "train", train)
+
+    class Process:
+        returncode = None
+
+        def __init__(self, run, data_dir, stop):
+            self.run, self.data_dir, self.stop = run, data_dir, stop
+
+        def poll(self):
+            if self.returncode is None:
+                self.returncode = self.trains()
+            return None if self.returncode else 0
+
+        def trains(self):
+            def watch(event):
+                if self.stop and self.stop(event):
+                    raise Stopped
+
+            try:
+                fit(self.run, resume(self.run.config, self.run, self.data_dir), watch)
+            except Stopped:
+                return -9
+            return 0
+
+        def kill(self):
+            pass
+
+        wait = poll
+
+    return planned
+
+
+def after_the_save(event):
+    return isinstance(event, Evaluated) and event.step == 20
+
+
+def between_saves(event):
+    return isinstance(event, Progress) and event.step in (15, 25)
+
+
+FLAGS = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 8 --batch-size 4 --steps 30 --scan-steps 5 --eval-every 10"
+FLAGS += " --eval-batches 0 --kills 1 --kill-seed 1"  # which waits for step 13
+
+
+@pytest.mark.parametrize(
+    ("stops", "code", "said"),
+    [
+        ([None, after_the_save, None, None], 1, "NOT SHOWN: 0 of 1 kills"),
+        ([None, after_the_save, between_saves, None], 0, "IDENTICAL after 1 kills"),
+        ([None, between_saves, None], 0, "IDENTICAL after 1 kills"),
+    ],
+)
+def test_a_kill_after_which_nothing_is_computed_again_does_not_count(
+    trained, verse, tmp_path, monkeypatch, capsys, stops, code, said
+):
+    monkeypatch.chdir(tmp_path)
+    trained(*stops)
+    assert run_verb(["verify-resume", "gpt-demo", "--corpus", str(verse), *FLAGS.split()]) == code
+    out = capsys.readouterr().out
+    assert said in out
+    assert ("killed at step 20; back to step 20: no step is computed again" in out) == (after_the_save in stops)
+    again = "step 25; back to step 20" if after_the_save in stops else "step 15; back to step 10"
+    assert (f"killed at {again}\n" in out) == (between_saves in stops)
+
+
+def test_a_kill_counts_where_the_next_process_has_steps_to_compute_again():
+    assert Kill(30, 20, False).counts
+    assert not Kill(20, 20, False).counts
+    assert not Kill(15, 0, False).counts, "nothing was resumed"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--kills", "0"], "kills is 0, expected 1 or more"),
+        (["--eval-every", "0"], "eval_every is 0, expected 1 to 299"),
+        (["--eval-every", "300"], "eval_every is 300, expected 1 to 299"),
+    ],
+)
+def test_what_would_show_nothing_is_refused(flags, said, verse, capsys):
+    assert run_verb(["verify-resume", "gpt-demo", "--corpus", str(verse), *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_that_fails_by_itself_is_told(config, tmp_path):
+    broken = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e38))
+    with pytest.raises(RuntimeError, match=r"(?s)ended with 1 by itself.*steps in a row were left out"):
+        verify_resume(broken, tmp_path / "runs", tmp_path / "data", 1, 0, print)
