@@ -123,8 +123,6 @@ def test_who_takes_nothing_is_broken_off_and_who_is_slow_is_not(server):
 
 
 def test_uvicorn_whose_internals_are_used_has_an_upper_bound():
-    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
-    (uvicorn,) = (each for each in extras["serve"] if each.startswith("uvicorn"))
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (uvicorn,) = (each for each in project["optional-dependencies"]["serve"] if each.startswith("uvicorn"))
     assert "<" in uvicorn
