@@ -85,7 +85,8 @@ class ModelConfig:
     gelu: Literal["exact", "tanh"] = "exact"
     """exact, as nanoGPT; tanh is the approximation of GPT-2 (gelu_new)."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Operands of products; parameters and sums are float32. auto: the faster one here, fixed when a run starts."""
+    """Compute dtype of matmuls; parameters and sums are float32. auto: bfloat16 on TPUs, GPUs of compute capability 8
+    and up, and CPUs with amx_bf16 or avx512_bf16, else float32; fixed when a run starts."""
     position: Literal["learned", "rope"] = "learned"
     """How a block knows where: learned, a table of block_size rows added to the tokens; rope, queries and keys rotated
     by their place (Su et al. 2021, arXiv:2104.09864)."""

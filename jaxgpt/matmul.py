@@ -1,70 +1,52 @@
 """The arithmetic under the layers: which dtypes products and norms use, and the paths that are fast.
 
-Parameters, sums and gradients are float32. A precision says what the operands of products are: "float32", or
-"bfloat16", whose products are added up in float32; "auto" is the one of these that is faster here (`resolve`).
+Parameters, sums and gradients are float32. A precision is the compute dtype of matmuls: "float32", or "bfloat16" with
+float32 accumulation; "auto" is one of the two, by a table of devices (`resolve`).
 """
 
 import math
-import statistics
-import time
-import warnings
-from functools import lru_cache, partial
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxgpt import sharding
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
-FASTER = 1.25
-"""How many times the rate of float32 makes bfloat16 worth its rounding."""
 
-
-@lru_cache
 def resolve(precision: Precision) -> Precision:
     """What "auto" means here, "float32" or "bfloat16"; any other precision is itself.
 
-    TPUs, and GPUs from compute capability 8 on, have units for bfloat16. A CPU is asked: a small product in both, some
-    milliseconds once a process.
+    A table, so that two starts on one machine decide alike: bfloat16 on TPUs, on GPUs of compute capability 8 and up,
+    and on CPUs whose flags list amx_bf16 or avx512_bf16; float32 elsewhere.
     """
     if precision != "auto":
         return precision
-    if sharding.platform() != "cpu":
-        capability = getattr(jax.local_devices()[0], "compute_capability", "8")
-        return "bfloat16" if float(capability) >= 8 else "float32"
-    with jax.ensure_compile_time_eval():
-        try:
-            float32, bfloat16 = _seconds()
-        except (RuntimeError, NotImplementedError) as error:
-            warnings.warn(f"products of bfloat16 do not run here, float32 is used: {error}", stacklevel=2)
-            return "float32"
-    return "bfloat16" if float32 > FASTER * bfloat16 else "float32"
+    match sharding.platform():
+        case "tpu":
+            fast = True
+        case "gpu":  # "8.0", "gfx90a" of AMD; the GPUs of a plan need not be attached
+            capability = str(getattr(jax.local_devices()[0], "compute_capability", "8"))
+            fast = not capability.startswith("gfx") and float(capability) >= 8
+        case "cpu":
+            fast = not _cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
+        case _:
+            fast = False
+    return "bfloat16" if fast else "float32"
 
 
-def _seconds() -> tuple[float, float]:
-    """The median time of a product in float32 and in bfloat16, of ten in turn: what disturbs one disturbs the other. Of
-    up to a hundred while neither is clearly ahead, as on a machine that does other work. (The least times will not do:
-    beside other work one of the two may find both cores free, and the other never.)"""
-    x, w, head = (jax.device_put(np.ones(shape, np.float32)) for shape in ((512, 256), (256, 1024), (65, 256)))
-    # An odd size, forward and backward: XLA has refused some of these.
-    odd = jax.jit(jax.grad(lambda x, head: dot(x, head.T, "bfloat16").sum(), (0, 1)))
-    jax.block_until_ready(odd(x, head))
-    products = [jax.jit(partial(dot, precision=precision)) for precision in ("float32", "bfloat16")]
-    jax.block_until_ready([product(x, w) for product in products])  # compiled
-    times: list[list[float]] = [[], []]
-    while len(times[1]) < 100:
-        for product, seconds in zip(products, times, strict=True):
-            began = time.perf_counter()
-            jax.block_until_ready(product(x, w))
-            seconds.append(time.perf_counter() - began)
-        float32, bfloat16 = map(statistics.median, times)
-        if len(times[1]) >= 10 and not 1 / FASTER < float32 / bfloat16 < FASTER**2:
-            break
-    return float32, bfloat16
+@cache
+def _cpu_flags() -> frozenset[str]:
+    """The instruction sets of the CPU, as Linux lists them; empty on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
 
 
 def operand(x: jax.Array, precision: Precision) -> jax.Array:
@@ -122,9 +104,12 @@ def matmul(x: jax.Array, y: jax.Array, precision: Precision = "float32") -> jax.
 
 
 def _product(a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
-    """A product of bfloat16 operands, added up in float32."""
-    cpu = sharding.platform() == "cpu"
-    return lax.dot(a, b, preferred_element_type=jnp.float32 if cpu else dtype or jnp.bfloat16)
+    """A matmul of bfloat16 matrices, accumulated in float32."""
+    if sharding.platform() != "cpu":
+        return lax.dot(a, b, preferred_element_type=dtype or jnp.bfloat16)
+    # Without the barrier, XLA folds a transpose of the result into the matmul, as that of a tied head's gradient, and
+    # then may have no kernel for it: "UNIMPLEMENTED: ... BF16 x BF16 = F32".
+    return lax.optimization_barrier(lax.dot(a, b, preferred_element_type=jnp.float32))
 
 
 def transposed(x: jax.Array) -> jax.Array:
