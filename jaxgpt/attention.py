@@ -75,7 +75,7 @@ def rotate(x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
     """
     T, D = x.shape[-2:]
     rates = 10000.0 ** (-jnp.arange(0, D, 2) / D)
-    angles = (start + jnp.arange(T))[:, None] * rates[None]  # (T, D/2)
+    angles = (start + jnp.arange(T)).astype(jnp.float32)[:, None] * rates[None]  # (T, D/2)
     cos, sin = jnp.cos(angles)[None, None], jnp.sin(angles)[None, None]
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)

@@ -27,7 +27,7 @@ def learning_rate(config: Config) -> optax.Schedule:
         match opt.schedule:
             case "cosine":
                 alpha = 0.0 if off(peak) else low / peak
-                fallen = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(n, length) / length))
+                fallen = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(n, length).astype(jnp.float32) / length))
                 return peak * ((1 - alpha) * fallen + alpha)
             case "linear":
                 return (peak - low) * (1 - jnp.clip(n, 0, length) / length) + low
@@ -69,7 +69,13 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             optax.scale(opt.muon_learning_rate / opt.learning_rate),
         )
         adamw = optax.partition({"muon": muon, "adamw": adamw}, kinds)
-    return adamw if off(opt.grad_clip) else optax.chain(optax.clip_by_global_norm(opt.grad_clip), adamw)
+    inner = adamw if off(opt.grad_clip) else optax.chain(optax.clip_by_global_norm(opt.grad_clip), adamw)
+
+    def update(*args: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of its int32 count
+            return inner.update(*args)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def kinds(params: Params) -> Params:

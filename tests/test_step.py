@@ -170,3 +170,19 @@ def test_a_step_without_a_number_changes_nothing_but_the_count(tiny, change, mon
     fine, metrics = train_step(change(config, learning_rate=1e-3), after, batch)
     assert metrics.applied
     assert (fine.params["wte"]["embedding"] != before.params["wte"]["embedding"]).any()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"position": "rope"}, {"algorithm": "muon", "schedule": "linear"}, {"accumulate": 2}]
+)
+def test_training_and_sampling_work_where_dtype_promotion_is_strict(tiny, change, options):
+    from jaxgpt.sampling.generate import generate
+
+    config, idx = change(tiny, **options), jnp.zeros((1, 8), jnp.int32)
+    with jax.numpy_dtype_promotion("strict"):
+        state = jax.eval_shape(lambda: init_state(config))
+        tokens, windows = jnp.asarray(TOKENS), starts(config, 0, 5).astype(np.int32)
+        after, _ = jax.eval_shape(lambda state: train_steps(config, state, tokens, windows), state)
+        jax.eval_shape(lambda params: nn.losses(config.model, params, idx, idx), state.params)
+        generate(config.model, nn.init_params(config.model, jax.random.key(0)), idx, 3, jax.random.key(1))
+    assert after == state
