@@ -1,0 +1,339 @@
+"""One-line faults, each of which the tests named beside it must catch: `scripts/mutate` plants them one at a time.
+
+They stand for the kinds of mistake that the suite promises to notice: a wrong mask, a shifted target, a random key used
+twice, a hash that is not compared, a lock that is not taken, an off-by-one in a window.
+"""
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """A fault: in `file` (below jaxgpt/), `old`, which stands there once, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    """Files and folders below tests/, separated by spaces; one of them must fail."""
+
+
+MUTATIONS = [
+    # Attention and the model.
+    Mutation(
+        "a token attends to the next one",
+        "attention.py",
+        "if window else distance >= 0",
+        "if window else distance >= -1",
+        "test_attention.py",
+    ),
+    Mutation(
+        "a window is one token too long",
+        "attention.py",
+        "(distance < window)",
+        "(distance <= window)",
+        "test_attention.py test_model_options.py",
+    ),
+    Mutation(
+        "attention is scaled by 1/D",
+        "attention.py",
+        "q.shape[-1] ** -0.5 if scale",
+        "q.shape[-1] ** -1.0 if scale",
+        "test_attention.py test_goldens.py",
+    ),
+    Mutation(
+        "rotary embedding turns the wrong way in one half",
+        "attention.py",
+        "a * sin + b * cos",
+        "a * sin - b * cos",
+        "test_attention.py test_model_options.py",
+    ),
+    Mutation(
+        "cached decoding rotates every token as the first",
+        "heads.py",
+        "first = 0 if start is None else start",
+        "first = 0",
+        "test_cache.py",
+    ),
+    Mutation(
+        "the ring of the cache is written one slot further",
+        "cache.py",
+        "start % S, axis=2",
+        "(start + 1) % S, axis=2",
+        "test_cache.py",
+    ),
+    Mutation(
+        "cached attention reads slots that nothing was written to",
+        "cache.py",
+        "& (places >= 0)[None]",
+        "& (places >= -S)[None]",
+        "test_cache.py",
+    ),
+    Mutation(
+        "dropout does not rescale what it keeps",
+        "layers.py",
+        "x / jnp.asarray(keep, x.dtype)",
+        "x",
+        "test_model.py test_step.py test_model_options.py",
+    ),
+    Mutation(
+        "residual projections start too large",
+        "layers.py",
+        "0.02 * (2 * config.n_layer) ** -0.5",
+        "0.02 * config.n_layer**-0.5",
+        "test_model.py",
+    ),
+    Mutation(
+        "smear mixes a token with itself",
+        "gpt.py",
+        "share[None, None] * previous(x, before)",
+        "share[None, None] * x",
+        "test_model_options.py",
+    ),
+    Mutation(
+        "the first token gets the embedding of a pair",
+        "gpt.py",
+        "jnp.where(places[None, :, None] > 0, pairs, 0)",
+        "pairs",
+        "test_model_options.py",
+    ),
+    Mutation(
+        "soft-capping is not applied",
+        "matmul.py",
+        "return cap * jnp.tanh(x / cap)",
+        "return x",
+        "test_model_options.py",
+    ),
+    Mutation(
+        "KV heads are shared in the wrong order",
+        "kernels.py",
+        "jnp.repeat(x, H // x.shape[1], axis=1)",
+        "jnp.tile(x, (1, H // x.shape[1], 1, 1))",
+        "test_model_options.py test_attention.py",
+    ),
+    Mutation(
+        "RMSNorm divides by the mean square",
+        "matmul.py",
+        "x * lax.rsqrt(jnp.mean(",
+        "x / (jnp.mean(",
+        "test_model_options.py",
+    ),
+    # The training step.
+    Mutation(
+        "dropout uses one key for every step",
+        "step.py",
+        "jax.random.fold_in(stream_key(config, DROPOUT), state.step)",
+        "stream_key(config, DROPOUT)",
+        "test_step.py",
+    ),
+    Mutation(
+        "micro-batches share a dropout key",
+        "step.py",
+        "jax.random.fold_in(dropout_key, i)",
+        "dropout_key",
+        "test_step.py",
+    ),
+    Mutation(
+        "gradients of micro-batches are summed",
+        "step.py",
+        "lambda x: x / A, total",
+        "lambda x: x, total",
+        "test_step.py",
+    ),
+    Mutation("a non-finite update is applied", "step.py", " & jnp.isfinite(update_norm)", "", "test_step.py"),
+    Mutation("a non-finite loss is applied", "step.py", "jnp.isfinite(loss) & ", "", "test_step.py"),
+    Mutation(
+        "embeddings do not decay",
+        "optimizer.py",
+        'DECAYED = ("kernel", "embedding")',
+        'DECAYED = ("kernel",)',
+        "test_optimizer.py test_goldens.py",
+    ),
+    Mutation(
+        "the warm-up starts at zero",
+        "optimizer.py",
+        "first = peak / (warmup + 1)",
+        "first = 0.0 * peak",
+        "test_optimizer.py",
+    ),
+    Mutation(
+        "the cosine goes up again after its end",
+        "optimizer.py",
+        "jnp.minimum(n, length).astype",
+        "n.astype",
+        "test_optimizer.py",
+    ),
+    Mutation(
+        "Muon's polynomial has a wrong sign",
+        "muon.py",
+        "(3.4445, -4.7750, 2.0315)",
+        "(3.4445, 4.7750, 2.0315)",
+        "test_muon.py",
+    ),
+    # Batches and evaluation.
+    Mutation(
+        "targets are the inputs",
+        "data.py",
+        "Batch(windows[..., :-1], windows[..., 1:])",
+        "Batch(windows[..., :-1], windows[..., :-1])",
+        "test_data.py",
+    ),
+    Mutation(
+        "random windows never reach the last token",
+        "data.py",
+        "raw[here] % (n_tokens - T)",
+        "raw[here] % (n_tokens - T - 1)",
+        "test_data.py",
+    ),
+    Mutation(
+        "every epoch has the same order",
+        "data.py",
+        "permute(positions[mine], n, seed, int(epoch))",
+        "permute(positions[mine], n, seed, 0)",
+        "test_data.py",
+    ),
+    Mutation(
+        "a mixture repeats the windows of its first block",
+        "data.py",
+        "block * count + earlier[places[here]]",
+        "earlier[places[here]]",
+        "test_data.py",
+    ),
+    Mutation(
+        "estimates draw from the stream of the training batches",
+        "data.py",
+        "_raw(seed, ESTIMATE, step, n)",
+        "_raw(seed, RANDOM, step, n)",
+        "test_data.py",
+    ),
+    Mutation(
+        "the last window counts tokens twice",
+        "data.py",
+        "np.maximum(starts - (N - 1 - T), 0)",
+        "np.zeros_like(starts)",
+        "test_evaluation.py",
+    ),
+    Mutation(
+        "the standard error is of n windows, not n - 1",
+        "evaluation.py",
+        "(n * (n - 1))",
+        "(n * n)",
+        "test_evaluation.py",
+    ),
+    # Sampling.
+    Mutation(
+        "each token of a text is drawn with the same key",
+        "generate.py",
+        "token = draw(logits, _at(keys, step))\n        return",
+        "token = draw(logits, keys)\n        return",
+        "test_generate.py",
+    ),
+    Mutation(
+        "sequences of a batch share a key",
+        "generate.py",
+        "(None, 0))(key, jnp.arange(B))",
+        "(None, 0))(key, jnp.zeros(B, jnp.int32))",
+        "test_generate.py",
+    ),
+    Mutation(
+        "top-k keeps one more",
+        "filters.py",
+        "jax.lax.top_k(logits, k)[0]",
+        "jax.lax.top_k(logits, k + 1)[0]",
+        "test_filters.py",
+    ),
+    Mutation(
+        "top-p leaves out the token that reaches p",
+        "filters.py",
+        "jnp.ones_like(ordered[..., :1], bool), before < p",
+        "jnp.ones_like(ordered[..., :1], bool), before < p / 2",
+        "test_filters.py",
+    ),
+    Mutation(
+        "padded ids are drawn",
+        "draw.py",
+        "logits = logits[:, : self.n_ids]",
+        "logits = logits[:, :]",
+        "test_generate.py test_write.py",
+    ),
+    Mutation(
+        "a text ends after its stop",
+        "write.py",
+        "yield held[: min(found)[1]]",
+        "yield held[: min(found)[0]]",
+        "test_write.py",
+    ),
+    # Files, checkpoints, runs.
+    Mutation(
+        "the hash of a checkpoint is not compared",
+        "checkpoint.py",
+        "if disk.sha256(path) != sha256:",
+        "if False:",
+        "test_checkpoint.py",
+    ),
+    Mutation(
+        "the best checkpoint is pruned", "checkpoint.py", "and step != best and not", "and not", "test_checkpoint.py"
+    ),
+    Mutation("a sealed file may be edited", "files.py", "if end != f'", "if False and end != f'", "test_files.py"),
+    Mutation("the run directory is not locked", "run.py", "lock.acquire()", "pass", "test_run.py"),
+    Mutation(
+        "metrics beyond the checkpoint are kept at a resume",
+        "journal.py",
+        "self._file.truncate(n_bytes)",
+        "pass",
+        "test_journal.py test_train.py",
+    ),
+    Mutation(
+        "a resume does not look at the metrics before its checkpoint",
+        "recovery.py",
+        "if problem := _metrics_problem(run, manifest):",
+        "if problem := None:",
+        "test_recovery.py",
+    ),
+    Mutation(
+        "a resume may change what is computed", "recovery.py", "    if refused:", "    if False:", "test_recovery.py"
+    ),
+    Mutation(
+        "an interrupted run is not saved",
+        "train.py",
+        "if due(config, end) or stop:",
+        "if due(config, end):",
+        "test_train.py test_interrupt.py",
+    ),
+    Mutation(
+        "the validation split is taken from the start",
+        "corpus.py",
+        "(text[:n], text[n:])",
+        "(text[-n:], text[:-n])",
+        "test_corpus.py",
+    ),
+    # Rooms.
+    Mutation(
+        "the gradient of softmax forgets its mean",
+        "lecture/backprop.py",
+        "p * (d_out - (p * d_out).sum(axis=-1, keepdims=True))",
+        "p * d_out",
+        "lecture",
+    ),
+    Mutation(
+        "any host name is served",
+        "serve/guard.py",
+        'name == "localhost" or name in self.hosts or is_address(name)',
+        "True",
+        "serve/test_refusals.py serve/test_app.py",
+    ),
+    Mutation(
+        "an export's epsilon is wrong",
+        "huggingface/gpt2.py",
+        '"layer_norm_epsilon": 1e-5,\n        "attn',
+        '"layer_norm_epsilon": 1e-6,\n        "attn',
+        "huggingface",
+    ),
+    Mutation(
+        "verify-resume does not compare arrays",
+        "verify/resume.py",
+        "if x.tobytes() != y.tobytes():",
+        "if False:",
+        "verify",
+    ),
+]
