@@ -232,11 +232,11 @@ def from_json(tree: Any) -> Tokenizer:
         case {"kind": "byte", **rest} if not rest:
             return ByteTokenizer()
         case {"kind": "bpe", "pattern": str(pattern), "tokens": list(tokens), "special": list(special), **rest} if (
-            not rest or (list(rest) == ["leading"] and type(rest["leading"]) is int)
+            rest.keys() <= {"leading"} and type(leading := rest.get("leading", 0)) is int
         ):
             from jaxgpt import bpe  # it imports this module
 
-            return bpe.from_plain(pattern, tokens, special, tree.get("leading", 0))
+            return bpe.from_plain(pattern, tokens, special, leading)
     raise ValueError(
         f"not a tokenizer: {shown(tree)}; expected the kind 'char' with its chars, 'byte', or 'bpe' with its "
         "pattern, tokens and special tokens"

@@ -198,9 +198,7 @@ def test_a_column_is_refused_where_there_is_none(verse, prepared, tmp_path):
 
 def test_no_such_tokenizer():
     for spec in ("words", "~words", "bpe", "bpe:", "bpe:many", "bpe:-300", "bpe:4_096", "bpe:99999999"):
-        with pytest.raises(
-            CorpusError, match="expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, or the path"
-        ):
+        with pytest.raises(CorpusError, match="expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, the path"):
             tokenize(Source("a", "text", "here"), spec)
     with pytest.raises(UsageError, match="vocabulary of 255, expected 256 to"):
         tokenize(Source("a", "text", "here"), "bpe:255")

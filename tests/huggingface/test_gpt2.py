@@ -213,7 +213,7 @@ def test_pickles_are_never_loaded_and_come_with_a_way_to_convert_them(folder, na
 def test_the_converter_of_the_docs_reads_nanogpts_checkpoints(folder, tmp_path, bias):
     """TINY, turned into what nanoGPT saves and back: linear layers the other way round, a compiled module's names."""
     torch = pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "import.md").read_text("utf-8"), re.DOTALL)
+    (code,) = re.findall(r"```py\n(.*?)```", (DOCS / "import.md").read_text("utf-8"), re.DOTALL)
     theirs = {name: torch.tensor(x) for name, x in load_file(TINY / "model.safetensors").items()}
     model = {
         f"_orig_mod.{name}": x.T if re.search(r"\.c_\w+\.weight", name) else x
