@@ -1,10 +1,10 @@
-"""Training state to disk and back, every byte accounted for: the only module that knows Orbax.
+"""Training state to disk and back, with every byte verified: the only module that uses Orbax.
 
 checkpoints/250/                 the state after 250 steps, as Orbax writes it
 checkpoints/250/manifest.json    the size and SHA-256 of each of its files, sealed
-checkpoints/250.damaged/         one that was found damaged, set aside
+checkpoints/250.damaged/         one that was found damaged and set aside
 
-A step is written under a temporary name, hashed, and renamed last: what has a step's name is whole.
+A step is written under a temporary name, hashed, and renamed last: a directory named by a step is whole.
 """
 
 import logging
@@ -13,11 +13,11 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -27,10 +27,12 @@ from jaxgpt import files as disk
 from jaxgpt import processes
 from jaxgpt.step import TrainState
 
-PROGRAM = "jaxgpt checkpoint 1"
+PROGRAM = "jaxgpt checkpoint 2"
+READABLE = (PROGRAM, "jaxgpt checkpoint 1")  # whose manifests held the validation loss, too
+NO_LOSSES: Mapping[int, float] = {}
 STEP = re.compile("0|[1-9][0-9]{0,17}")
 
-# Each thread of a save that fails logs a traceback, and raises; `_finish` reports it, once.
+# Each thread of a save that fails logs a traceback besides raising its error, which `_finish` reports.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in Path(record.pathname).parts))
 
 
@@ -44,43 +46,35 @@ class DamagedError(CheckpointError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a saved step consists of."""
+    """The manifest.json of a saved step, written once."""
 
     step: int
-    val_loss: float | None
-    """Nats per token; None where it was not evaluated, or is no number."""
     about: dict[str, Any]
-    """What the run said of itself when it saved."""
+    """What the run must have in common with the checkpoint: `start.identity`."""
     arrays: dict[str, str]
     """Path of each array to its dtype and shape."""
     files: dict[str, list[Any]]
     """Path of each file to its size in bytes and its SHA-256."""
-    program: str = PROGRAM
 
 
 class Checkpoints:
     """The checkpoints of one run, by step.
 
-    Saving is asynchronous. An error in it surfaces at the next `settle`, `save` or end of the `with` block; the steps
-    saved before stand, and a later save may succeed. Of several processes, which all save, the first hashes, names and
-    makes room.
+    Saving is asynchronous: an error surfaces at the next `settle` or `save`, or at the end of the `with` block. Earlier
+    steps stand, and a later save may succeed. Of several processes all save, and process 0 hashes, renames and prunes.
 
     Args:
-      keep: how many of the newest to keep, beside the one of lowest validation loss; 0 only reads, and leaves the
-        folder as it is, so that a run may be looked at while it trains.
+      keep: how many of the newest to keep; 0 only reads, so that a run can be inspected while it trains.
       keep_every: keep the multiples of this step too; 0 keeps no more.
+      losses: validation loss by step, read at each pruning: the best step is kept too.
     """
 
-    def __init__(self, directory: Path, keep: int = 0, keep_every: int = 0):
-        self.directory, self._keep, self._keep_every = directory, keep, keep_every
+    def __init__(self, directory: Path, keep: int = 0, keep_every: int = 0, losses: Mapping[int, float] = NO_LOSSES):
+        self.directory, self._keep_every, self._losses = directory, keep_every, losses
+        self._keep = keep if processes.first() else 0
         self._pending: Future[int] | None = None
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._verified: dict[int, Manifest] = {}
-        self._spare: set[int] = set()
-        self.not_pruned: OSError | None = None
-        """Why the last save, itself whole, did not make room."""
-        if not processes.first():
-            self._keep = 0
         if self._keep:
             directory.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -88,9 +82,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             self.settle(wait=True)
         except CheckpointError as failed:
@@ -100,9 +92,8 @@ class Checkpoints:
         finally:
             self._worker.shutdown()
             self._sweep()
-            if self._keep:
-                with suppress(OSError):
-                    self._prune(last=True)
+            with suppress(OSError):
+                self._prune()
 
     @property
     def steps(self) -> list[int]:
@@ -115,25 +106,13 @@ class Checkpoints:
         """The newest saved step, None if there is none."""
         return max(self.steps, default=None)
 
-    @property
-    def best(self) -> int | None:
-        """The saved step of lowest validation loss; the newest if none was evaluated.
-
-        Raises:
-          DamagedError: what a step says of its loss cannot be read.
-        """
-        losses = {}
-        for step in self.steps:
-            try:
-                losses[step] = self.manifest(step).val_loss
-            except DamagedError:
-                if step in self.steps:  # else it has just made room
-                    raise
-        scored = [(loss, step) for step, loss in losses.items() if loss is not None]
-        return min(scored)[1] if scored else self.latest
-
-    def save(self, state: TrainState, val_loss: float | None = None, about: dict[str, Any] | None = None) -> None:
+    def save(
+        self, state: TrainState, about: dict[str, Any] | None = None, then: Callable[[], None] = lambda: None
+    ) -> None:
         """Start to save `state` under its step; `state` may be donated after.
+
+        Args:
+          then: called in a thread, once the step is saved.
 
         Raises:
           CheckpointError: the last save failed, this one cannot begin, or that step is saved already.
@@ -142,29 +121,17 @@ class Checkpoints:
         self._sweep()
         step = int(state.step)
         if processes.told(step in self.steps):
-            raise CheckpointError(f"step {step} was not saved in {self.directory}: there is one already")
+            raise CheckpointError(f"step {step} was not saved in {self.directory}: it is there already")
         partial = self.directory / f".{step}.{processes.told(secrets.randbits(31)):08x}.part"
-        known = Manifest(step, _finite(val_loss), about or {}, _arrays(state), {})
+        manifest = Manifest(step, about or {}, _arrays(state), {})
         try:
             response = ocp.save_async(partial.resolve(), state)
         except Exception as error:
-            _remove(partial)
-            raise CheckpointError(f"step {step} was not saved in {self.directory}: {_reason(error)}") from error
-        self._pending = self._worker.submit(self._finish, known, partial, response)
-
-    def score(self, step: int, val_loss: float, about: dict[str, Any]) -> None:
-        """Let the manifest of a saved step say its validation loss, and `about` in place of what it said.
-
-        Raises:
-          DamagedError: the manifest is missing, damaged, or of another program.
-          OSError: it cannot be written.
-        """
-        scored = replace(self.manifest(step), val_loss=_finite(val_loss), about=about)
-        disk.write_atomically(self._path(step) / "manifest.json", disk.seal(asdict(scored)).encode())
-        self._verified.pop(step, None)
+            raise self._failed(step, partial, error) from error
+        self._pending = self._worker.submit(self._finish, manifest, partial, response, then)
 
     def settle(self, wait: bool = False) -> int | None:
-        """The step whose save has ended well since the last call, None if none has.
+        """The step whose save has succeeded since the last call, None if none has.
 
         Args:
           wait: until the save under way has ended.
@@ -178,28 +145,26 @@ class Checkpoints:
         return pending.result()
 
     def manifest(self, step: int) -> Manifest:
-        """What `step` says it consists of.
+        """The manifest of `step`, whose files may still be damaged.
 
         Raises:
-          DamagedError: its manifest is missing, damaged, or of another program.
+          DamagedError: it is missing, damaged, or of another program.
         """
         path = self._path(step) / "manifest.json"
         try:
             tree = disk.unseal(path.read_bytes())
-        except OSError as error:
-            raise DamagedError(f"{path}: {error.strerror}") from error
-        except disk.SealError as error:
-            raise DamagedError(f"{path}: {error}") from error
-        if tree.get("program") != PROGRAM or tree.get("step") != step:
+        except (OSError, disk.SealError) as error:
+            raise DamagedError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        if tree.get("program") not in READABLE or tree.get("step") != step:
             found = f"{tree.get('program')!r}, step {tree.get('step')}"
             raise DamagedError(f"{path}: expected {PROGRAM!r}, step {step}, found {found}")
-        return Manifest(**tree)
+        return Manifest(step, tree["about"], tree["arrays"], tree["files"])
 
     def verify(self, step: int) -> Manifest:
-        """Its manifest, once every file of `step` was found to be what was written.
+        """The manifest of `step`, after checking the size and SHA-256 of every file.
 
         Raises:
-          DamagedError: one is not, and which.
+          DamagedError: one differs, and which.
         """
         if step in self._verified:
             return self._verified[step]
@@ -224,18 +189,14 @@ class Checkpoints:
         return self._load(step, like)
 
     def restore_params(self, step: int, like: Any) -> Any:
-        """The parameters alone of a saved step, without its optimizer state.
-
-        Raises:
-          CheckpointError: as `restore`.
-        """
+        """The parameters of a saved step without its optimizer state; as `restore`."""
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
             return self._load(step, {"params": like})["params"]
 
     def set_aside(self, step: int) -> Path:
-        """Rename a step that is not to be gone on from, so that it stands in nobody's way; its new path."""
+        """Rename a step that must not be resumed from, so that its number is free again; its new path."""
         path, n = self._path(step).with_suffix(".damaged"), 1
         while path.exists():
             path, n = path.with_suffix(f".damaged{n}"), n + 1
@@ -250,11 +211,10 @@ class Checkpoints:
         if step not in self.steps:
             raise CheckpointError(f"step {step} is not in {self.directory}; {self.steps} are")
         found = (self.verify(step) if processes.first() else self.manifest(step)).arrays
-        wanted = _arrays(like)
         wrong = [
-            f"  {name}: {found.get(name, 'nothing')} in the checkpoint, {wanted[name]} expected"
-            for name in wanted
-            if found.get(name) != wanted[name]
+            f"  {name}: {found.get(name, 'nothing')} in the checkpoint, {expected} expected"
+            for name, expected in _arrays(like).items()
+            if found.get(name) != expected
         ]
         if wrong:
             raise CheckpointError(f"{self._path(step)} is of another model:\n" + "\n".join(wrong[:5]))
@@ -263,55 +223,56 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(f"{self._path(step)} cannot be read: {error.__cause__ or error}") from error
 
-    def _finish(self, known: Manifest, partial: Path, response: Any) -> int:
-        """Wait for Orbax, write the manifest, give the step its name; runs beside the training."""
+    def _finish(self, manifest: Manifest, partial: Path, response: Any, then: Callable[[], None]) -> int:
+        """Wait for Orbax, write the manifest, rename the directory to the step; runs beside the training."""
+        step = manifest.step
         try:
             response.result()
             if not processes.first():
-                return known.step
+                return step
             for path in sorted(partial.rglob("*")):
                 disk.sync(path)
                 if path.is_file():
-                    known.files[str(path.relative_to(partial))] = [path.stat().st_size, disk.sha256(path)]
-            disk.write_atomically(partial / "manifest.json", disk.seal(asdict(known)).encode())
-            partial.rename(self._path(known.step))
+                    manifest.files[str(path.relative_to(partial))] = [path.stat().st_size, disk.sha256(path)]
+            sealed = disk.seal({"program": PROGRAM, **asdict(manifest)})
+            disk.write_atomically(partial / "manifest.json", sealed.encode())
+            partial.rename(self._path(step))
             disk.sync(self.directory)
         except Exception as error:
-            _remove(partial)
-            raise CheckpointError(f"step {known.step} was not saved in {self.directory}: {_reason(error)}") from error
-        try:
+            raise self._failed(step, partial, error) from error
+        then()
+        with suppress(OSError):  # the next save tries again
             self._prune()
-            self.not_pruned = None
-        except OSError as error:
-            self.not_pruned = error
-        return known.step
+        return step
+
+    def _failed(self, step: int, partial: Path, error: Exception) -> CheckpointError:
+        """Remove what a failed save left; its error, as in "No space left on device", without temporary paths."""
+        _remove(partial)
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)
+        return CheckpointError(f"step {step} was not saved in {self.directory}: {reason}")
 
     def _sweep(self) -> None:
-        """Remove what saves have left that were killed, or that failed while Orbax was still writing."""
+        """Remove what is left of saves that were killed, or that failed while Orbax was still writing."""
         if self._keep and self.directory.is_dir():
             for left in self.directory.glob(".*.part*"):
                 shutil.rmtree(left, ignore_errors=True)
 
-    def _prune(self, last: bool = False) -> None:
-        """Remove what need not be kept; a step whose manifest cannot be read is left for a person to look at.
+    def _prune(self) -> None:
+        """Remove the steps that need not be kept; a reader that loses one to it looks again."""
+        steps = self.steps if self._keep else []
+        kept = {*steps[-self._keep :], best_step(steps, self._losses)}
+        for step in steps:
+            if step not in kept and not (self._keep_every and step % self._keep_every == 0):
+                doomed = self.directory / f".{step}.{secrets.token_hex(4)}.part"
+                self._path(step).rename(doomed)  # first, so that a kill leaves no half of a step under its name
+                _remove(doomed)
 
-        Until the `last` time, what can be spared stays for one save longer: somebody may be reading it.
-        """
-        losses = {}
-        for step in self.steps:
-            try:
-                losses[step] = self.manifest(step).val_loss
-            except DamagedError:
-                continue
-        newest = sorted(losses)[-self._keep :]
-        best = min(((loss, step) for step, loss in losses.items() if loss is not None), default=(0.0, -1))[1]
-        every = self._keep_every
-        spare = {step for step in losses if step not in newest and step != best and not (every and step % every == 0)}
-        for step in spare if last else spare & self._spare:
-            doomed = self.directory / f".{step}.{secrets.token_hex(4)}.part"
-            self._path(step).rename(doomed)  # first, so that a kill leaves no half of a step under its name
-            _remove(doomed)
-        self._spare = spare
+
+def best_step(steps: Sequence[int], losses: Mapping[int, float | None]) -> int | None:
+    """The step of lowest validation loss among `steps`; the newest if none has a finite one."""
+    scored = [(loss, step) for step in steps if (loss := losses.get(step)) is not None and math.isfinite(loss)]
+    return min(scored)[1] if scored else max(steps, default=None)
 
 
 def abstract(tree: Any) -> Any:
@@ -327,17 +288,6 @@ def _arrays(tree: Any) -> dict[str, str]:
 
 
 def _remove(partial: Path) -> None:
-    """Remove what a save left, also under the name that Orbax writes to before it renames."""
+    """Remove a directory, also under the name that Orbax writes to before it renames."""
     for path in partial.parent.glob(f"{partial.name}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _reason(error: Exception) -> str:
-    """Why a save failed, as in "No space left on device", without the temporary file that TensorStore names."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)
-
-
-def _finite(val_loss: float | None) -> float | None:
-    """What is no number is never the best."""
-    return val_loss if val_loss is not None and math.isfinite(val_loss) else None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from jaxgpt import processes
 from jaxgpt.config import UsageError
-from jaxgpt.interrupt import heard
+from jaxgpt.signals import handlers
 
 GRACE = 10.0
 """Seconds that processes have to end by themselves once one of them has died, as most wait for it in vain, or once they
@@ -116,7 +116,7 @@ def group(words: Sequence[str], n: int) -> int:
             ends = min(ends, time.monotonic() + GRACE)
         tell(number if asked < 3 else signal.SIGKILL)
 
-    before = heard()
+    before = handlers()
     for number in before:
         signal.signal(number, forward)
     try:

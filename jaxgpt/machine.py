@@ -1,4 +1,4 @@
-"""The machine that something runs on, as far as it says without any library."""
+"""The CPU of this machine."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cpu_info() -> str:
-    """What Linux says of the first core; nothing elsewhere."""
+    """The entry of the first core in /proc/cpuinfo; empty elsewhere than on Linux."""
     try:
         return Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -15,7 +15,7 @@ def cpu_info() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name, as its maker writes it where that is told."""
+    """The model name where Linux gives it, else what Python knows."""
     model = re.search(r"^model name\s*:\s*(.+)$", cpu_info(), re.M)
     return model[1] if model else platform.processor() or platform.machine()
 

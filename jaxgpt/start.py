@@ -1,184 +1,241 @@
-"""The way into a run: from a config to a new one, or back into one that exists."""
+"""Starting and resuming a run: a new directory, or the newest checkpoint that everything still agrees with."""
 
-import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import corpus as corpora
-from jaxgpt import files as disk
+import jaxgpt
+from jaxgpt import config as configs
+from jaxgpt import machine
 from jaxgpt import matmul as numerics
-from jaxgpt import memory, processes
 from jaxgpt import model as nn
-from jaxgpt.checkpoint import CheckpointError, Checkpoints, abstract
-from jaxgpt.config import Config, ModelConfig, UsageError, check
-from jaxgpt.corpus import Corpus, CorpusError
+from jaxgpt.checkpoint import CheckpointError, Checkpoints, DamagedError, Manifest, abstract, best_step
+from jaxgpt.config import Config, ModelConfig, check, differences
+from jaxgpt.corpus import Corpus
 from jaxgpt.optimizer import make_optimizer
-from jaxgpt.prepare import sources
-from jaxgpt.prepare.build import prepare_corpus, ready
-from jaxgpt.recovery import about, require_own, require_same
 from jaxgpt.run import Run, RunError
 from jaxgpt.step import TrainState, init_state
 from jaxgpt.tokenizer import Tokenizer
 
+MAY_CHANGE = ["eval_batches", "eval_every", "eval_start", "keep", "keep_every"]
+MAY_CHANGE += ["max_skipped", "on_save_error", "scan_steps", "steps"]
+"""What a resume may change: how long to train, what to evaluate and to keep; nothing that the weights depend on."""
 TRIES = 5
-"""How often to look for a checkpoint while the run that writes them goes on."""
+"""How often to look for a checkpoint that may be pruned meanwhile, by the process that trains the run."""
 
 
-def start(
-    config: Config,
-    name: str,
-    runs_dir: Path,
-    data_dir: Path,
-    weights: nn.Params | None = None,
-    origin: str = "",
-    require_room: Callable[[Config], None] = memory.require,
-) -> tuple[Run, Corpus]:
-    """Check everything, prepare the corpus, and make the folder of a new run.
+def new_run(
+    config: Config, corpus: Corpus, name: str, runs_dir: Path, weights: nn.Params | None = None, origin: str = ""
+) -> Run:
+    """Create the directory of a run of `config` on `corpus`.
 
     Args:
-      weights: what to begin with in place of random ones, from `origin`; they are in the folder when it gets its name.
-      require_room: raises UsageError where the devices cannot train a config; its vocabulary may still be unknown.
+      weights: to start from in place of random ones; from `origin`. They are saved as step 0.
 
     Raises:
-      UsageError: the config cannot run, the run exists, or the text cannot be had; before anything is written. Or the
-        config cannot run, or is too large, with the vocabulary of the text, which has been prepared by then.
+      UsageError: the config cannot run with this vocabulary, or the directory cannot be created.
     """
-    check(config, new=True)
-    Run.require_free(runs_dir, name)
-    disk.require_writable(runs_dir, "--runs-dir")
-    require_room(config)
-    corpus = tokens_of(config, data_dir)
     config = resolve(config, corpus)
-    require_room(config)  # the size of the vocabulary is known only now
 
-    def put_weights(run: Run) -> None:
+    def save_weights(run: Run) -> None:
         if weights is None:
             return
         state = TrainState(jnp.int32(0), weights, make_optimizer(config).init(weights))
         with Checkpoints(run.checkpoints, config.train.keep) as checkpoints:
-            checkpoints.save(state, None, about(config, corpus.meta))
+            checkpoints.save(state, identity(config, corpus.meta))
         run.event("import", step=0, origin=origin)
 
-    return Run.create(runs_dir, name, config, corpus.meta, put_weights), corpus
-
-
-def resume(config: Config, run: Run, data_dir: Path) -> Corpus:
-    """The tokens of `run`, to `fit` it with under `config`, which may differ from its own in what a resume may change.
-
-    Raises:
-      RunError: `config` changes what the run computes; each such field is named.
-      CorpusError: the tokens that it learnt from are not to be had.
-    """
-    check(config)
-    require_same(run, run.config, config)
-    return corpus_of(run, data_dir)
-
-
-def corpus_of(run: Run, data_dir: Path) -> Corpus:
-    """The tokens that `run` learns from: as prepared then, or prepared anew and found to be the same.
-
-    Of several processes the first is to call it before the others, which do without its checks.
-
-    Raises:
-      SourceError, CorpusError: they are not to be had, or are not the same.
-    """
-    if found := ready(run.config.data.corpus, run.corpus_meta, data_dir, verified=not processes.first()):
-        return found
-    wanted = run.corpus_meta["sha256"]
-    folders = " and ".join(map(str, corpora.folders_of(run.corpus_meta, data_dir)))
-    was = f"run {run.path.name!r} learns from {run.corpus_meta['origin']} (tokens of SHA-256 {wanted})"
-    by_hand = f"put the tokens-*.bin and tokens.json of then into {folders}, or name the folder around: --data-dir"
-    try:
-        found = tokens_of(run.config, data_dir)
-    except UsageError as error:
-        raise CorpusError(f"{was}, which cannot be prepared again: {error}; {by_hand}") from error
-    if found.meta["sha256"] != wanted:
-        raise CorpusError(f"{was}, but {run.config.data.corpus!r} now gives SHA-256 {found.meta['sha256']}; {by_hand}")
-    return found
+    return Run.create(runs_dir, name, config, corpus.meta, save_weights)
 
 
 def resolve(config: Config, corpus: Corpus) -> Config:
-    """`config` with what it leaves open filled in: the vocabulary's size, the precision that "auto" is here, the
-    schedule's end, the text's full path.
+    """`config` with the vocabulary size, the compute dtype that "auto" means here, and the end of the schedule set.
 
-    So a run that is later made longer, or goes on elsewhere, keeps the schedule and the precision of its start.
+    So a run that is made longer, or resumed elsewhere, keeps the schedule and the dtype it started with.
 
     Raises:
       ConfigError: it cannot run with that vocabulary.
     """
-    data, model, optimizer = config.data, config.model, config.optimizer
-    data = dataclasses.replace(data, corpus=sources.absolute(data.corpus))
-    vocab_size, precision = model.vocab_size or corpus.tokenizer.vocab_size, numerics.resolve(model.precision)
-    model = dataclasses.replace(model, vocab_size=vocab_size, precision=precision)
-    optimizer = dataclasses.replace(optimizer, decay_steps=optimizer.decay_steps or config.train.steps)
-    return check(Config(data, model, optimizer, config.train))
+    vocab_size = config.model.vocab_size or corpus.tokenizer.vocab_size
+    model = replace(config.model, vocab_size=vocab_size, precision=numerics.resolve(config.model.precision))
+    optimizer = replace(config.optimizer, decay_steps=config.optimizer.decay_steps or config.train.steps)
+    return check(replace(config, model=model, optimizer=optimizer))
 
 
-def complete(config: Config, data_dir: Path) -> Config:
-    """`config`, checked, with its vocabulary's size: if nobody has said it, its text is prepared to know it.
+def require_resumable(run: Run, was: Config, now: Config) -> None:
+    """Check that `now` continues what `was` computed.
 
     Raises:
-      UsageError: the config cannot run, or the text cannot be had.
+      RunError: it differs in more than MAY_CHANGE; each such field is named.
     """
-    if check(config).model.vocab_size:
-        return config
-    V = tokens_of(config, data_dir).tokenizer.vocab_size
-    return check(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=V)))
+    refused = [
+        f"  {name}: {old!r} in the run, {new!r} asked for"
+        for name, old, new in differences(was, now)
+        if name not in MAY_CHANGE
+    ]
+    if refused:
+        raise RunError(
+            f"run {run.path.name!r} cannot be resumed with another\n" + "\n".join(refused) + "\n"
+            f"a resume may change {', '.join(MAY_CHANGE)}; for the rest start a new run: --run OTHER-NAME"
+        )
 
 
-def tokens_of(config: Config, data_dir: Path) -> Corpus:
-    """The tokens of a config, prepared if need be.
+def identity(config: Config, corpus_meta: dict[str, Any], metrics: tuple[int, str] | None = None) -> dict[str, Any]:
+    """What a checkpoint records of its run, and a resume must find again.
+
+    Args:
+      metrics: length in bytes and SHA-256 of metrics.jsonl up to the checkpoint; None where it is empty.
+    """
+    n_bytes, sha256 = metrics or (0, hashlib.sha256().hexdigest())
+    tokenizer = json.dumps(corpus_meta["tokenizer"], sort_keys=True)
+    return {
+        "config": configs.to_tree(config),
+        "tokens": corpus_meta["sha256"],
+        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
+        "metrics": {"bytes": n_bytes, "sha256": sha256},
+    }
+
+
+def require_own(run: Run, config: Config, corpus_meta: dict[str, Any], manifest: Manifest) -> None:
+    """Check that a checkpoint belongs to this config, corpus and tokenizer.
 
     Raises:
-      UsageError: they cannot be had, or are too few.
+      RunError: it does not.
     """
-    return prepare_corpus(
-        config.data.corpus,
-        config.data.tokenizer,
-        unknown=config.data.unknown,
-        data_dir=data_dir,
-        block_size=config.model.block_size,
-        val_fraction=config.data.val_fraction,
-        vocab_size=config.model.vocab_size,
-        column=config.data.column,
-    ).corpus
+    saved, now = manifest.about, identity(config, corpus_meta)
+    if not saved.keys() >= now.keys():
+        raise RunError(f"step {manifest.step} of {run.path} does not record its config and corpus: it is not of a run")
+    require_resumable(run, configs.from_tree(saved["config"]), config)
+    for name in ("tokens", "tokenizer"):
+        if saved[name] != now[name]:
+            raise RunError(
+                f"run {run.path.name!r}: the {name} of step {manifest.step} have SHA-256 {saved[name]}, those of "
+                f"{corpus_meta['source']} have {now[name]}: name the folder of the right ones, --data-dir"
+            )
+
+
+def newest_whole(
+    run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, warn: Callable[[str, int, str], None]
+) -> Manifest | None:
+    """The newest step whose files and lines of metrics.jsonl are what was saved; None if nothing was saved yet.
+
+    Newer steps are set aside, each with a warning (kind, step, text); so is another version of jax or another device
+    than before worth one. If no step is whole, nothing is changed.
+
+    Raises:
+      RunError: every step is damaged or gone, or one is of another config, corpus or tokenizer.
+    """
+    problems: dict[int, str] = {}
+    for step in reversed(checkpoints.steps):
+        try:
+            manifest = checkpoints.verify(step)
+            require_own(run, config, corpus.meta, manifest)
+            _verify_metrics(run, manifest)
+        except DamagedError as error:
+            problems[step] = str(error)
+            continue
+        for bad, problem in problems.items():
+            warn("damage", bad, f"{problem}; step {bad} was set aside as {checkpoints.set_aside(bad)}")
+        if problems:
+            warn("damage", step, f"resuming from step {step}, the newest that is whole with its lines of metrics")
+        starts = [event for event in run.events() if event["event"] == "start"]
+        for name, now in environment().items() if starts else ():
+            if name in ("jax", "backend", "device") and (was := starts[-1].get(name, now)) != now:
+                warn("version", step, f"{name} is {now} now and was {was}: the bits that follow may differ")
+        return manifest
+    found = [f"step {step}: {problem}" for step, problem in problems.items()]
+    saved = [event["step"] for event in run.events() if event["event"] in ("save", "import")]
+    if not found and saved:
+        found = [f"step {max(saved)} was saved, but {checkpoints.directory} holds no checkpoint"]
+    if found:
+        raise RunError(
+            f"run {run.path.name!r} has no step that is whole with its lines of metrics, and is not started over:\n  "
+            + "\n  ".join(found)
+            + "\nrestore a copy of those files, or start a new run: --run OTHER-NAME (a whole checkpoint alone is "
+            "enough for jaxgpt sample and export, with --checkpoint last)"
+        )
+    return None
+
+
+def _verify_metrics(run: Run, manifest: Manifest) -> None:
+    """Check that the lines of metrics.jsonl up to a step are those that were there when it was saved.
+
+    Raises:
+      DamagedError: they are not.
+    """
+    expected = manifest.about["metrics"]
+    data = run.metrics_file.read_bytes() if run.metrics_file.exists() else b""
+    if len(data) < expected["bytes"]:
+        raise DamagedError(f"{run.metrics_file} has {len(data):,} bytes, expected {expected['bytes']:,} or more")
+    if hashlib.sha256(data[: expected["bytes"]]).hexdigest() != expected["sha256"]:
+        raise DamagedError(f"{run.metrics_file} has another SHA-256 up to there than when it was saved")
+
+
+def environment() -> dict[str, Any]:
+    """What a start records of its process: the bits of a run depend on jax, backend and device, and on nothing else."""
+    return {
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "jaxgpt": jaxgpt.__version__,
+        "python": platform.python_version(),
+        "cpu": machine.cpu_name(),
+        "cores": machine.cores(),
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "host": platform.node(),
+        "process": os.getpid(),
+        "command": shlex.join(["jaxgpt", *sys.argv[1:]]),
+    }
 
 
 def load_model(run: Run, which: str = "best") -> tuple[ModelConfig, nn.Params, Tokenizer]:
-    """All that writing needs of a run: its model, the weights of a checkpoint, its tokenizer."""
+    """The model config, the parameters of a checkpoint and the tokenizer of a run: what sampling needs."""
     return run.config.model, load_checkpoint(run, which)[1], run.tokenizer
 
 
 def load_checkpoint(run: Run, which: str | int = "best") -> tuple[int, nn.Params]:
     """The step and the parameters of a run's "best" or "last" checkpoint, or of that of a step.
 
+    The best is that of lowest validation loss in metrics.jsonl, and the last if none was evaluated.
+
     Raises:
-      RunError: nothing was saved yet, or not that.
-      CheckpointError: the checkpoint is damaged.
+      RunError: there is no such checkpoint.
+      CheckpointError: it is damaged.
     """
     if which not in ("best", "last") and type(which) is not int:
         raise RunError(f"checkpoint is {which!r}, expected 'best', 'last' or the number of a step")
     like = abstract(jax.eval_shape(init_state, run.config).params)
-    with Checkpoints(run.checkpoints) as checkpoints:
-        for _ in range(TRIES):
-            step = which if isinstance(which, int) else None
-            try:
-                if not isinstance(which, int):
-                    step = checkpoints.best if which == "best" else checkpoints.latest
-                if step is None:
-                    break
-                if step == which and checkpoints.steps and step not in checkpoints.steps:
-                    there = ", ".join(map(str, checkpoints.steps))
-                    raise RunError(f"run {run.path.name!r} has no checkpoint of step {step}; there are {there}")
-                require_own(run, run.config, run.corpus_meta, checkpoints.verify(step))
-                return step, checkpoints.restore_params(step, like)
-            except CheckpointError as error:
-                if step is None or step in checkpoints.steps:  # else it has just made room for a newer one
-                    raise CheckpointError(
-                        f"the {which} checkpoint cannot be used: {error}; {run.resume_command} goes back to the newest "
-                        "that is whole"
-                    ) from error
-    raise RunError(f"run {run.path.name!r} has no checkpoint yet: let it train on, or {run.resume_command}")
+    checkpoints = Checkpoints(run.checkpoints)
+    for _ in range(TRIES):
+        steps = checkpoints.steps
+        if not steps:
+            raise RunError(f"run {run.path.name!r} has no checkpoint yet: let it train, or {run.resume_command}")
+        if type(which) is int and which not in steps:
+            raise RunError(
+                f"run {run.path.name!r} has no checkpoint of step {which}; there are {', '.join(map(str, steps))}"
+            )
+        step = which if isinstance(which, int) else steps[-1]
+        if which == "best" and run.metrics_file.exists():
+            losses = {line["step"]: line["val_loss"] for line in run.metrics() if "val_loss" in line}
+            step = best_step(steps, losses) or step
+        try:
+            require_own(run, run.config, run.corpus_meta, checkpoints.verify(step))
+            return step, checkpoints.restore_params(step, like)
+        except CheckpointError as error:
+            if step in checkpoints.steps:  # else it was pruned just now
+                raise CheckpointError(
+                    f"the {which} checkpoint cannot be used: {error}; {run.resume_command} resumes from the newest "
+                    "that is whole"
+                ) from error
+    raise RunError(f"run {run.path.name!r}: each checkpoint was pruned while it was being read; try again")

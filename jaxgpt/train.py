@@ -1,4 +1,4 @@
-"""fit(): the story of a run."""
+"""fit(): the training loop of a run, with its evaluations and saves."""
 
 import time
 from collections.abc import Callable
@@ -9,22 +9,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import checkify
 
 from jaxgpt import memory, processes
 from jaxgpt import model as nn
-from jaxgpt.checkpoint import Checkpoints, Manifest
+from jaxgpt.checkpoint import CheckpointError, Checkpoints, Manifest
 from jaxgpt.config import Config
 from jaxgpt.corpus import Corpus
+from jaxgpt.data import cut, take
 from jaxgpt.evaluation import Evaluation, estimate, evaluate
-from jaxgpt.feed import Feed, chunks, device_tokens, feeder, window_starts
-from jaxgpt.interrupt import interruption
-from jaxgpt.journal import DivergedError, Evaluated, Event, Journal, notify
-from jaxgpt.nans import blame
+from jaxgpt.feed import chunks, device_tokens, feeder, window_starts
+from jaxgpt.metrics_log import DivergedError, Evaluated, Event, MetricsLog, Sampled, notify
 from jaxgpt.placement import ONE_DEVICE, Placement, fresh, like
-from jaxgpt.recovery import circumstances, newest_good, surroundings
 from jaxgpt.run import Run, RunError
-from jaxgpt.saving import Saving
-from jaxgpt.step import TrainState
+from jaxgpt.signals import stop_signals
+from jaxgpt.start import environment, identity, newest_whole
+from jaxgpt.step import TrainState, train_step
 
 
 @dataclass(frozen=True)
@@ -49,117 +49,181 @@ class Summary:
 def fit(
     run: Run,
     corpus: Corpus,
-    watch: Callable[[Event], None] = lambda event: None,
+    on_event: Callable[[Event], None] = lambda event: None,
     config: Config | None = None,
     debug_nans: bool = False,
     placement: Placement = ONE_DEVICE,
-    write: Callable[[nn.Params], str] | None = None,
+    sample: Callable[[nn.Params], str] | None = None,
 ) -> Summary:
     """Train `run` from its newest checkpoint, or from the start, to its last step; log, evaluate and save.
 
-    What metrics.jsonl and the checkpoints hold depends on the run's config and the tokens alone: not on how often the
-    run was ended and resumed, nor on `watch`, which is told of each event. (A run that came to its end and is then made
-    longer was scored at that end, too: a line that a run which was long from the start has only where it is due.)
+    metrics.jsonl and the checkpoints depend on the run's config and the tokens alone, not on how often the run was
+    stopped and resumed.
 
     Args:
-      config: takes the place of the run's own, where `start.resume` allowed it to differ.
-      debug_nans: end the run at the first step that comes to no number, and name the operation; slower.
-      placement: the devices to train on. What is computed is the same on all but for float32 reassociation.
-      write: makes a line of text from the parameters, for `watch` to be told after each evaluation between the ends.
+      config: replaces the run's own, within what a resume may change.
+      debug_nans: end the run at the first non-finite step, and name the operation; slower.
+      placement: the devices to train on; results agree on all but for float32 reassociation.
+      sample: parameters to a text, reported after each evaluation but the first and the last.
 
     Raises:
-      OutOfMemoryError: it does not fit, by a count on paper or by the compiler's.
-      RunError: another process holds the run, its files do not belong together, or none of its steps is whole.
-      DivergedError: too many steps in a row came to no number; the checkpoints before them stand.
-      CheckpointError: the last checkpoint was not written, or any was not where the config says to stop then.
+      OutOfMemoryError: it does not fit, by an estimate or by the compiler's figures.
+      RunError: another process holds the run, its files do not belong together, or no checkpoint is whole.
+      DivergedError: too many steps in a row were not finite; the checkpoints before them stand.
+      CheckpointError: the last checkpoint was not written, or any where on_save_error is "stop".
     """
     config, began = config or run.config, time.perf_counter()
     train_tokens, _ = corpus.split(config.data)
     parts = corpus.training_parts(config.data)
     steps = placement.steps(config)
 
+    def compiled_steps(begin: int, end: int) -> Any:
+        """The program of some steps, compiled for the shapes of a state."""
+        with placement.scope():
+            return steps.lower(config, like(config, placement), *feed(begin, end)).compile()
+
     with (
         placement.scope(),
-        run.exclusive(),
-        interruption() as interrupted_by,
+        run.lock(),
+        stop_signals() as stop_signal,
         ThreadPoolExecutor(1, "reader") as reading,
         ThreadPoolExecutor(1, "compile") as background,
-        Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every) as checkpoints,
     ):
         feed = feeder(config, train_tokens, placement, parts, reading)
-        found = newest(run, config, corpus, checkpoints, watch)
-        memory.require(config, device_tokens(config, len(train_tokens)), new=found is None, parts=placement.parts)
+        saved = Checkpoints(run.checkpoints)
+        found = newest(run, config, corpus, saved, on_event)
+        new = found is None
+        memory.require(config, device_tokens(config, len(train_tokens)), new=new, parts=placement.parts)
         # Several processes must run, and some compile, the same programs in the same order.
-        early = processes.alone() and not found
-        ahead = background.submit(compile_ahead, config, feed, placement, steps) if early else None
-        state = checkpoints.restore(found.step, like(config, placement)) if found else fresh(config, placement)
+        early = new and processes.alone()
+        ahead = background.submit(compiled_steps, *next(chunks(config, 0))) if early else None
+        state = saved.restore(found.step, like(config, placement)) if found else fresh(config, placement)
         if config != run.config:
             run = processes.by_first(partial(run.with_config, config)) or Run(run.path)
-        run.event("start", step=int(state.step), **surroundings(), **circumstances())
+        step, stop, programs = int(state.step), 0, dict[int, Any]()
+        run.event("start", step=step, **environment())
         n_bytes = found.about["metrics"]["bytes"] if found else 0
         with (
-            Journal(run, n_bytes, partial(window_starts, config, parts), watch) as journal,
-            Saving(run, config, corpus, checkpoints, journal) as saving,
+            MetricsLog(run, n_bytes, partial(window_starts, config, parts), on_event) as log,
+            Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every, log.losses) as checkpoints,
         ):
-            step = int(state.step)
-            if not step and config.train.eval_start:
-                journal.evaluated(*score(config, corpus, state))
-            elif step and due(config, step) and (not journal.scores or journal.scores[-1].step < step):
-                # it ended between save and score, or its last step came nearer
-                journal.evaluated(*score(config, corpus, state))
-                saving.scored()
-            stop, compiled = 0, None
-            for begin, end in chunks(config, int(state.step)):
+            saves = Saves(run, corpus, checkpoints, log)
+            if (due(config, step) if step else config.train.eval_start) and step not in log.losses:
+                log.add_evaluation(*score(config, corpus, state))  # a checkpoint is saved before it is evaluated
+            for begin, end in chunks(config, step):
                 served = feed(begin, end)
-                if not compiled:
-                    if ahead:
-                        ahead.result()
-                    compiled = steps.lower(config, state, *served).compile()  # and kept for the call below
-                    memory.require_compiled(compiled, config, new=found is None, parts=placement.parts)
+                if end - begin not in programs:
+                    program = ahead.result() if ahead and not programs else compiled_steps(begin, end)
+                    memory.require_compiled(program, config, new=new, parts=placement.parts)
+                    programs[end - begin] = program
                 before = jax.tree.map(jnp.copy, state) if debug_nans else None
-                state, metrics = steps(config, state, *served)
+                state, metrics = programs[end - begin](state, *served)
                 if before and not metrics.applied.all():
-                    raise DivergedError(blame(config, before, *served))
-                journal.trained(begin, metrics)
-                saving.look()
+                    raise DivergedError(find_nan(config, before, *served))
+                log.add(begin, metrics)
+                saves.settle(wait=False)
                 more = end < config.train.steps
-                stop = interrupted_by() if more else 0
+                stop = stop_signal() if more else 0
                 if due(config, end) or stop:
-                    saving.save(state)  # before it is scored: whoever ends the run may not wait so long
+                    saves.save(state)  # first: a signal may leave no time for the evaluation
                 if due(config, end) and not stop:
-                    journal.evaluated(*score(config, corpus, state))
-                    saving.scored()
-                    if write and more:
-                        journal.sampled(end, write(state.params))
-                    stop = interrupted_by() if more else 0
+                    log.add_evaluation(*score(config, corpus, state))
+                    if sample and more:
+                        on_event(Sampled(end, sample(state.params)))
+                        log.restart_clock()
+                    stop = stop_signal() if more else 0
                 if stop:
                     break
-            saving.end(state)
+            saves.finish(state)
             run.event("end", step=int(state.step), seconds=time.perf_counter() - began)
     seconds = time.perf_counter() - began
-    return Summary(
-        run,
-        int(state.step),
-        config.train.steps,
-        journal.scores,
-        seconds,
-        journal.tokens_per_second,
-        stop,
-    )
+    return Summary(run, int(state.step), config.train.steps, log.scores, seconds, log.tokens_per_second, stop)
+
+
+class Saves:
+    """The saves of a run in training: metrics.jsonl first, then the state. One that fails in any process is reported in
+    all; then the run ends or the next save tries again, as on_save_error says."""
+
+    def __init__(self, run: Run, corpus: Corpus, checkpoints: Checkpoints, log: MetricsLog):
+        self._run, self._corpus, self._checkpoints, self._log = run, corpus, checkpoints, log
+        self._step = 0
+        self._failure: CheckpointError | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Start to save `state`, once the last save has ended.
+
+        Raises:
+          CheckpointError: a save failed, and on_save_error is "stop".
+        """
+        self.settle()
+        self._step, self._failure = int(state.step), None
+        if self._try(self._log.sync):
+            tokens, seconds = self._log.trained
+            speed = {"tokens_per_second": self._log.tokens_per_second}
+            speed |= {"trained_tokens": tokens, "trained_seconds": seconds}
+            about = identity(self._run.config, self._corpus.meta, self._log.position)
+            record = partial(self._run.event, "save", step=self._step, **speed)
+            self._try(partial(self._checkpoints.save, state, about, record))
+        self._log.restart_clock()
+
+    def settle(self, wait: bool = True) -> None:
+        """Report a save that has failed; as `save`."""
+        if wait or processes.alone():  # processes ask each other together, or not at all
+            self._try(partial(self._checkpoints.settle, wait))
+
+    def finish(self, state: TrainState) -> None:
+        """Wait for the last save, that of `state`, and try once more if it failed.
+
+        Raises:
+          CheckpointError: it failed again, or the last lines of metrics.jsonl cannot be written.
+        """
+        self.settle()
+        if self._failure:
+            self.save(state)
+            self.settle()
+        if self._failure or not self._try(self._log.sync):
+            raise CheckpointError(f"{self._failure}; {self._stands()}: make room, then {self._run.resume_command}")
+
+    def _try(self, action: Callable[[], Any]) -> bool:
+        """Whether `action` succeeds in every process; if not, the failure is reported."""
+        failure = None
+        try:
+            action()
+        except CheckpointError as error:
+            failure = error
+        except OSError as error:
+            failure = CheckpointError(f"{self._run.metrics_file} takes no more lines: {error.strerror}")
+        if not processes.most(failure is not None):
+            return True
+        self._failure = failure or CheckpointError(
+            f"step {self._step}: another process failed to save it, and says why"
+        )
+        stop = self._run.config.train.on_save_error == "stop"
+        then = "and the next save tries again: make room"
+        if stop:
+            then = f"and the run ends, as --on-save-error says: make room, then {self._run.resume_command}"
+        text = f"{self._failure}; {self._stands()}, {then}"
+        notify(self._run, self._log.on_event, "save-failed", self._step, text)
+        if stop:
+            raise CheckpointError(text) from failure
+        return False
+
+    def _stands(self) -> str:
+        latest = self._checkpoints.latest
+        return "no step is saved yet" if latest is None else f"step {latest} is saved"
 
 
 def newest(
-    run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, watch: Callable[[Event], None]
+    run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, on_event: Callable[[Event], None]
 ) -> Manifest | None:
-    """The manifest of the newest step that is whole, which every process goes on from; None if the run is new."""
-    found = processes.by_first(lambda: newest_good(run, config, corpus, checkpoints, partial(notify, run, watch)))
+    """The manifest of the step that every process resumes from; None if the run is new."""
+    warn = partial(notify, run, on_event)
+    found = processes.by_first(lambda: newest_whole(run, config, corpus, checkpoints, warn))
     step = processes.told(found.step if found else -1)
     if step >= 0 and not processes.first():
         found = checkpoints.manifest(step)
-    if found and found.step > config.train.steps:
-        raise RunError(
-            f"run {run.path.name!r} is at step {found.step} already, beyond the {config.train.steps} asked for"
-        )
+    if step > config.train.steps:
+        raise RunError(f"run {run.path.name!r} is at step {step} already, beyond the {config.train.steps} asked for")
     return found
 
 
@@ -174,14 +238,26 @@ def score(config: Config, corpus: Corpus, state: TrainState) -> tuple[int, Evalu
     return step, exact, noisy
 
 
-def compile_ahead(config: Config, feed: Feed, placement: Placement, steps: Any) -> None:
-    """Compile the first chunk of a new run, while its state is being made and scored; its first call finds that."""
-    begin, end = next(chunks(config, 0))
-    with placement.scope():
-        steps.lower(config, like(config, placement), *feed(begin, end)).compile()
-
-
 def due(config: Config, step: int) -> bool:
-    """Whether to evaluate and save after `step` steps."""
+    """Whether to save and evaluate after `step` steps."""
     every = config.train.eval_every
     return step == config.train.steps or bool(every and step % every == 0)
+
+
+def find_nan(config: Config, state: TrainState, tokens: jax.Array | None, windows: jax.Array) -> str:
+    """The first non-finite step on `windows`, as `train_steps` takes them, and the operation that made it so.
+
+    The steps are computed again one by one from `state`, the non-finite one with a check after every operation
+    (`jax.experimental.checkify`).
+    """
+    one_step = jax.jit(partial(train_step, config))
+    checked = jax.jit(checkify.checkify(partial(train_step, config), errors=checkify.float_checks))
+    for row in windows:
+        batch = cut(row) if tokens is None else take(tokens, row, config.model.block_size)
+        after, metrics = one_step(state, batch)
+        if not metrics.applied:
+            error, _ = checked(state, batch)
+            found = error.get() or "no single operation made a NaN: a value may have grown beyond float32"
+            return f"step {int(after.step)}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: {found}"
+        state = after
+    return "a step was not finite in the compiled scan, but is when computed alone: it is at the edge of float32"

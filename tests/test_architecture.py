@@ -28,7 +28,6 @@ TO_BE_REMOVED = {
     ("lecture", "prepare"),
     ("monitor", "report"),
     ("profile", "bench"),
-    ("start", "prepare"),
     ("tokenizer", "prepare"),
 }
 """Imports across rooms that the rules do not allow and that still stand."""

@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jaxgpt.cli.runs import start
 from jaxgpt.evaluation import evaluate
 from jaxgpt.recipes import recipe
-from jaxgpt.start import load_checkpoint, start
+from jaxgpt.start import load_checkpoint
 from jaxgpt.train import fit
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import files as disk
-from jaxgpt.checkpoint import CheckpointError, Checkpoints, DamagedError, abstract
+from jaxgpt.checkpoint import CheckpointError, Checkpoints, DamagedError, abstract, best_step
 from jaxgpt.step import TrainState, init_state
 
 
@@ -23,7 +23,7 @@ def state(tiny):
 @pytest.mark.smoke
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path, state):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(at(state, 7), 1.5)
+        checkpoints.save(at(state, 7))
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest == 7
         restored = checkpoints.restore(7, abstract(jax.eval_shape(lambda: state)))
@@ -34,34 +34,30 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, state):
 
 def test_the_newest_and_the_best_are_kept(tmp_path, state):
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: float("nan"), 45: float("-inf"), 50: None, 60: 4.0}
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.latest is checkpoints.best is None
+    known = {}  # a step is saved before it is evaluated
+    with Checkpoints(tmp_path, keep=2, losses=known) as checkpoints:
+        assert checkpoints.latest is None
         for step, loss in losses.items():
-            checkpoints.save(at(state, step), loss)
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.steps == [20, 50, 60]
-        assert checkpoints.latest == 60
-        assert checkpoints.best == 20
-
-
-def test_a_run_that_was_never_evaluated_has_its_newest_as_best(tmp_path, state):
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(at(state, 5), None)
-        checkpoints.settle(wait=True)
-        assert checkpoints.best == 5
+            checkpoints.save(at(state, step))
+            known[step] = loss
+    assert Checkpoints(tmp_path).steps == [20, 50, 60]
+    assert Checkpoints(tmp_path).latest == 60
+    assert best_step([10, 20, 60], losses) == 20
+    assert best_step([40, 45, 50], losses) == 50, "none has a finite loss"
+    assert best_step([], losses) is None
 
 
 def test_a_step_is_saved_once(tmp_path, state):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(at(state, 5), 1.0)
-        with pytest.raises(CheckpointError, match=r"step 5 was not saved in .*: there is one already"):
-            checkpoints.save(at(state, 5), 2.0)
-    assert Checkpoints(tmp_path).manifest(5).val_loss == 1.0
+        checkpoints.save(at(state, 5), {"config": 1})
+        with pytest.raises(CheckpointError, match=r"step 5 was not saved in .*: it is there already"):
+            checkpoints.save(at(state, 5), {"config": 2})
+    assert Checkpoints(tmp_path).manifest(5).about == {"config": 1}
 
 
 def test_what_has_no_name_of_a_step_is_none(tmp_path, state):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(at(state, 5), 1.0)
+        checkpoints.save(at(state, 5))
     (tmp_path / "40").touch()
     for name in ("0040", "-3", "6.damaged", "x"):
         (tmp_path / name).mkdir()
@@ -74,9 +70,8 @@ def test_room_that_cannot_be_made_does_not_undo_the_save(tmp_path, state, monkey
 
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         monkeypatch.setattr(checkpoints, "_prune", refuse)
-        checkpoints.save(at(state, 5), 1.0)
+        checkpoints.save(at(state, 5))
         assert checkpoints.settle(wait=True) == 5
-        assert checkpoints.not_pruned.errno == 28
 
 
 def test_what_ends_the_block_is_not_hidden_by_a_save_that_fails(tmp_path, state, monkeypatch):
@@ -87,7 +82,7 @@ def test_what_ends_the_block_is_not_hidden_by_a_save_that_fails(tmp_path, state,
 
     def broken_off():
         with Checkpoints(tmp_path, keep=1) as checkpoints:
-            checkpoints.save(at(state, 5), 1.0)
+            checkpoints.save(at(state, 5))
             raise KeyError("this comes first")
 
     with pytest.raises(KeyError) as caught:
@@ -100,7 +95,7 @@ def test_donating_the_state_after_save_does_no_harm(tmp_path, state):
     expected = jax.tree.map(np.asarray, at(state, 5))
     saved = at(state, 5)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(saved, None)
+        checkpoints.save(saved)
         spend(saved)
     with Checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.restore(5, abstract(state))
@@ -120,7 +115,7 @@ def test_what_a_killed_save_left_is_removed_by_the_next_writer_only(tmp_path, st
     assert [path.name for path in tmp_path.iterdir()] == ["5"]
 
 
-def test_every_so_manieth_is_kept_too(tmp_path, state):
+def test_multiples_of_keep_every_are_kept_too(tmp_path, state):
     with Checkpoints(tmp_path, keep=1, keep_every=20) as checkpoints:
         for step in range(10, 80, 10):
             checkpoints.save(at(state, step))
@@ -162,7 +157,7 @@ def truncate(path):
 @pytest.mark.parametrize("harm", [flip, truncate, lambda path: path.unlink()], ids=["flip", "truncate", "delete"])
 def test_harm_to_any_file_is_seen_and_the_file_named(tmp_path, state, harm):
     with Checkpoints(tmp_path / "whole", keep=1) as checkpoints:
-        checkpoints.save(at(state, 5), 1.0)
+        checkpoints.save(at(state, 5))
     names = files(tmp_path / "whole" / "5")
     assert "manifest.json" in names
     assert len(names) > 5
@@ -183,24 +178,21 @@ def test_harm_to_any_file_is_seen_and_the_file_named(tmp_path, state, harm):
 def test_a_damaged_step_is_set_aside_and_its_number_free_again(tmp_path, state):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for _ in range(2):
-            checkpoints.save(at(state, 5), 1.0)
+            checkpoints.save(at(state, 5))
             checkpoints.settle(wait=True)
             checkpoints.set_aside(5)
-        checkpoints.save(at(state, 5), 2.0)
+        checkpoints.save(at(state, 5))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "5.damaged", "5.damaged1"]
-    assert Checkpoints(tmp_path).best == 5
 
 
-def test_a_damaged_manifest_does_not_stop_later_saves_nor_lose_its_step(tmp_path, state):
+def test_a_damaged_manifest_does_not_stop_later_saves(tmp_path, state):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(at(state, 5))
         checkpoints.settle(wait=True)
         flip(tmp_path / "5" / "manifest.json")
         checkpoints.save(at(state, 6))
         checkpoints.save(at(state, 7))
-    assert Checkpoints(tmp_path).steps == [5, 7]
-    with pytest.raises(DamagedError):
-        _ = Checkpoints(tmp_path).best
+    assert Checkpoints(tmp_path).steps == [7]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a limit on the size of files is a matter of POSIX")
@@ -226,15 +218,15 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path, state):
     path = tmp_path / "5" / "manifest.json"
     tree = disk.unseal(path.read_bytes())
     path.write_text(disk.seal({**tree, "program": "another"}))
-    with pytest.raises(DamagedError, match="expected 'jaxgpt checkpoint 1', step 5, found 'another'"):
+    with pytest.raises(DamagedError, match="expected 'jaxgpt checkpoint 2', step 5, found 'another'"):
         Checkpoints(tmp_path).manifest(5)
     path.write_text(disk.seal(tree))
     (tmp_path / "5").rename(tmp_path / "6")
-    with pytest.raises(DamagedError, match="step 6, found 'jaxgpt checkpoint 1', step 5"):
+    with pytest.raises(DamagedError, match="step 6, found 'jaxgpt checkpoint 2', step 5"):
         Checkpoints(tmp_path).manifest(6)
 
 
-def test_a_failed_save_is_told_leaves_nothing_and_does_not_stop_the_next(tmp_path, state, monkeypatch):
+def test_a_failed_save_is_reported_leaves_nothing_and_does_not_stop_the_next(tmp_path, state, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import feed
+from jaxgpt.cli.runs import start
 from jaxgpt.feed import chunks, feeder
-from jaxgpt.start import start
 from jaxgpt.train import fit
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from jaxgpt import model as nn
+from jaxgpt.cli.runs import resume
 from jaxgpt.config import replaced
 from jaxgpt.evaluation import evaluate
 from jaxgpt.huggingface.folders import load_export
 from jaxgpt.run import Run
-from jaxgpt.start import load_model, resume
+from jaxgpt.start import load_model
 from jaxgpt.train import fit
 
 SAVED = Path(__file__).parent / "goldens" / "version-0.1"
@@ -48,7 +49,7 @@ def test_a_saved_run_scores_as_it_did(saved):
     run = Run.open(saved / "runs", "small")
     config, params, tokenizer = load_model(run, "last")
     corpus = resume(run.config, run, saved / "data")
-    _, val_tokens = corpus.split(run.config.data.val_fraction)
+    _, val_tokens = corpus.split(run.config.data)
     assert evaluate(config, params, val_tokens, tokenizer).loss == pytest.approx(
         run.metrics()[-1]["val_loss"], abs=1e-5
     )

@@ -73,8 +73,8 @@ def test_a_signal_to_the_group_saves_and_ends_it(tmp_path):
     process.send_signal(signal.SIGINT)
     out = finish(process, 130)
     assert "interrupted at step" in out
-    assert out.count("Go on with") == 1
-    assert "Go on with: jaxgpt launch --processes 2 -- train --run two --resume --mesh data=2" in " ".join(out.split())
+    assert out.count("Resume with") == 1
+    assert "Resume with: jaxgpt launch --processes 2 -- train --run two --resume --mesh data=2" in " ".join(out.split())
 
 
 def test_a_signal_while_process_0_prepares_ends_those_that_wait_for_it(tmp_path, begin_with):

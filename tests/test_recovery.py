@@ -1,4 +1,4 @@
-"""The way back: to the newest step that is whole, loudly; never to nothing."""
+"""Resuming after damage: from the newest step that is whole, with a warning; never from nothing."""
 
 import shutil
 
@@ -8,9 +8,10 @@ import pytest
 from jaxgpt import corpus as corpora
 from jaxgpt import files as disk
 from jaxgpt.checkpoint import Checkpoints
-from jaxgpt.journal import Evaluated, Notice
+from jaxgpt.cli.runs import resume, start
+from jaxgpt.metrics_log import Evaluated, Notice
 from jaxgpt.run import Run, RunError
-from jaxgpt.start import load_checkpoint, resume, start
+from jaxgpt.start import load_checkpoint
 from jaxgpt.train import fit
 
 
@@ -51,7 +52,7 @@ def test_a_damaged_newest_step_is_named_set_aside_and_trained_again(done):
     assert str(bad) in first.text
     assert "has another SHA-256" in first.text
     assert "set aside as" in first.text
-    assert second.text == "going back to step 10, the newest that is whole with its lines of metrics"
+    assert second.text == "resuming from step 10, the newest that is whole with its lines of metrics"
     assert (run.checkpoints / "15.damaged").is_dir()
     assert run.metrics_file.read_bytes() == before
     again = load_checkpoint(run, "last")
@@ -63,7 +64,7 @@ def test_where_no_step_is_whole_nothing_is_written_and_all_is_named(done):
     run, corpus = done
     bad = [harm(run, step) for step in Checkpoints(run.checkpoints).steps]
     before = content(run)
-    with pytest.raises(RunError, match=r"has no step that is whole .* not started again from nothing") as caught:
+    with pytest.raises(RunError, match=r"has no step that is whole .* is not started over") as caught:
         fit(run, corpus)
     assert all(str(path) in str(caught.value) for path in bad)
     assert content(run) == before
@@ -107,12 +108,12 @@ def test_lines_that_are_not_what_was_saved_are_never_built_upon(done, harmed):
 def test_damage_to_the_last_lines_goes_back_to_before_them(done):
     run, corpus = done
     whole = run.metrics_file.read_bytes()
-    run.metrics_file.write_bytes(whole[:-10])
+    run.metrics_file.write_bytes(whole[: whole.rindex(b'{"step": 15, "val_loss"') - 10])
     events = []
     fit(run, corpus, events.append)
     first, second = (event for event in events if isinstance(event, Notice))
     assert "metrics.jsonl has" in first.text
-    assert "going back to step 10" in second.text
+    assert "resuming from step 10" in second.text
     assert (run.checkpoints / "15.damaged").is_dir()
     assert run.metrics_file.read_bytes() == whole
     assert Checkpoints(run.checkpoints).latest == 15
@@ -136,7 +137,7 @@ def test_tokens_and_vocabulary_must_be_those_of_the_checkpoint(done):
         fit(run, other)
 
 
-def test_another_version_of_jax_is_told(done):
+def test_another_version_of_jax_is_reported(done):
     run, corpus = done
     run.event("start", step=15, jax="0.0.1", backend="cpu", device="cpu")
     events = []
@@ -149,7 +150,7 @@ def test_a_step_that_says_nothing_of_its_run_is_refused(done):
     run, corpus = done
     path = run.checkpoints / "15" / "manifest.json"
     path.write_text(disk.seal({**disk.unseal(path.read_bytes()), "about": {}}))
-    with pytest.raises(RunError, match="is no step of a run"):
+    with pytest.raises(RunError, match="it is not of a run"):
         fit(Run(run.path), corpus)
 
 

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -33,16 +34,16 @@ def test_an_existing_run_is_never_overwritten(run, tmp_path):
     assert (run.path / "config.json").read_bytes() == before
 
 
-def test_a_folder_that_is_no_run_and_a_full_disk_are_told_apart(tmp_path, monkeypatch):
+def test_a_folder_that_is_no_run_and_a_full_disk_are_distinguished(tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()
-    with pytest.raises(RunError, match="exists and is no run: remove it"):
+    with pytest.raises(RunError, match="exists but is not a run directory: remove it"):
         Run.create(tmp_path, "x", Config(), META)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RunError, match="y cannot be made: No space left on device"):
+    with pytest.raises(RunError, match="y cannot be created: No space left on device"):
         Run.create(tmp_path, "y", Config(), META)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
@@ -65,10 +66,10 @@ def test_open_by_name_or_path_and_what_there_is_otherwise(run, tmp_path):
         Run.open(tmp_path / "runs", str(tmp_path / "runs" / "two"))
     with pytest.raises(RunError, match="no run in ~nosuch/two: no such folder"):
         Run.open(tmp_path / "runs", "~nosuch/two")
-    with pytest.raises(RunError, match=r"no run in .*runs: it holds no config\.json"):
+    with pytest.raises(RunError, match=r"no run in .*runs: it has no config\.json"):
         Run.open(tmp_path / "runs", str(tmp_path / "runs"))
     (run.path / "model.safetensors").touch()
-    with pytest.raises(RunError, match="is an export and no run: jaxgpt sample writes with it"):
+    with pytest.raises(RunError, match=r"is an export, not a run directory: jaxgpt sample .* samples from it"):
         Run.open(tmp_path, str(run.path))
 
 
@@ -91,7 +92,7 @@ def test_events_are_lines_with_a_time(run):
     assert lines[0]["time"].endswith("Z")
 
 
-def test_a_torn_line_of_the_diary_is_passed_over(run):
+def test_a_torn_line_of_the_events_is_ignored(run):
     run.event("start", step=3)
     with run.events_file.open("ab") as file:
         file.write(b'{"time": "2026')
@@ -108,7 +109,7 @@ def test_a_damaged_line_of_metrics_is_named(run):
             run.metrics()
 
 
-def test_what_goes_on_with_a_run_can_be_typed(tmp_path):
+def test_the_resume_command_can_be_typed(tmp_path):
     assert Run(Path("runs/one")).resume_command == "jaxgpt train --run one --resume"
     there = tmp_path / "my runs"
     assert Run(there / "one").resume_command == f"jaxgpt train --run one --resume --runs-dir '{there}'"
@@ -135,7 +136,7 @@ def test_a_name_is_not_a_path(run, tmp_path):
 
 def test_a_holder_that_died_is_followed_by_the_next(run):
     (run.path / "holder.json").write_text('{"process": 1, "host": "a", "since": "b", "command": "c"}')
-    with run.exclusive():
+    with run.lock():
         assert json.loads((run.path / "holder.json").read_text())["process"] == os.getpid()
     assert not (run.path / "holder.json").exists()
 
@@ -152,19 +153,24 @@ def test_a_run_whose_process_was_killed_is_known_by_it(run):
     holder.join(30)
     assert run.cut_off
     assert not facts.gather(run).running
-    with pytest.raises(RunError, match="refused"), run.exclusive():
+    with pytest.raises(RunError, match="refused"), run.lock():
         raise RunError("refused")
-    assert run.cut_off, "it was not gone on with"
-    with run.exclusive():
+    assert run.cut_off, "it was not resumed"
+    with run.lock():
+        run.event("start", step=0, process=os.getpid(), host=platform.node())
         assert not run.cut_off
-        run.event("start", step=0)
-    assert not run.cut_off
-    (run.path / "holder.json").write_text(f'{{"process": {holder.pid}, "host": "another", "since": "", "command": ""}}')
+    run.event("start", step=0, process=holder.pid, host="another")
     assert not run.cut_off, "of another machine nothing is known"
+    run.event("start", step=0, process=holder.pid, host=platform.node())
+    assert run.cut_off
+    run.event("broken-off", step=5)
+    assert not run.cut_off
 
 
 def _hold(path, held, release):
-    with Run(path).exclusive():
+    run = Run(path)
+    with run.lock():
+        run.event("start", step=0, process=os.getpid(), host=platform.node())
         held.set()
         release.wait(30)
 
@@ -175,9 +181,9 @@ def test_one_process_holds_a_run(run):
     holder = spawn.Process(target=_hold, args=(run.path, held, release))
     holder.start()
     assert held.wait(30)
-    with pytest.raises(RunError, match=rf"in use by process {holder.pid} on .* since 20"), run.exclusive():
+    with pytest.raises(RunError, match=rf"in use by process {holder.pid} on .* since 20"), run.lock():
         pass
     release.set()
     holder.join(30)
-    with run.exclusive():
+    with run.lock():
         pass

@@ -9,13 +9,14 @@ from jaxgpt import files as disk
 from jaxgpt import memory, processes
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.cli import evaluate
+from jaxgpt.cli.runs import complete, corpus_of, resume, start
 from jaxgpt.config import ConfigError, DataConfig
 from jaxgpt.corpus import CorpusError
 from jaxgpt.memory import OutOfMemoryError
 from jaxgpt.prepare import encode
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.run import Run, RunError
-from jaxgpt.start import complete, corpus_of, load_checkpoint, resume, start
+from jaxgpt.start import load_checkpoint
 from jaxgpt.train import fit
 
 

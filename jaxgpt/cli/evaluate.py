@@ -21,10 +21,11 @@ class Eval:
 
 def run(args: list[str]) -> int:
     given = parse(Eval, args, "eval")
+    from jaxgpt.cli.runs import corpus_of
     from jaxgpt.evaluation import estimate, evaluate
     from jaxgpt.monitor.terminal import describe
     from jaxgpt.run import Run
-    from jaxgpt.start import corpus_of, load_checkpoint
+    from jaxgpt.start import load_checkpoint
 
     use_compile_cache()
     if given.eval_batches < 0:

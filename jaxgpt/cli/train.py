@@ -1,4 +1,4 @@
-"""`jaxgpt train`: a recipe to a run, or a run further on."""
+"""`jaxgpt train`: train a recipe, or resume a run."""
 
 import argparse
 import re
@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -16,29 +16,33 @@ from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import RECIPES, recipe
 from jaxgpt.run import Run
 
+if TYPE_CHECKING:
+    from jaxgpt.monitor.terminal import RunConsole
+    from jaxgpt.train import Summary
+
 DEFAULT_RECIPE = "gpt-demo"
 
 
 @dataclass(frozen=True)
 class Train:
     run: str
-    """Name of the run, a new folder in the runs folder."""
+    """Name of the run, its directory in the runs folder."""
     config: Config
     folders: Folders = field(default_factory=Folders)
     resume: bool = False
-    """Go on with an existing run: its own settings hold, but for the ones given here."""
+    """Resume an existing run with its own settings, except the ones given here."""
     log: tyro.conf.UseAppendAction[tuple[Literal["tensorboard", "wandb", "trackio"], ...]] = ()
-    """Send the numbers to another program too; may be given several times."""
+    """Send the metrics to another program too; may be given several times."""
     debug_nans: bool = False
-    """End the run at the first step that comes to no number, and name the operation; slower."""
+    """End the run at the first non-finite step, and name the operation; slower."""
     mesh: str = "auto"
-    """How the devices share the work: sizes of data, fsdp, tensor and context, as in data=8,fsdp=4; or auto."""
+    """The device mesh: sizes of data, fsdp, tensor and context, as in data=8,fsdp=4; or auto."""
     distributed: bool = False
-    """One of several processes; SLURM, Open MPI, Kubernetes or Cloud TPU say which, and where the others are."""
+    """One of several processes that SLURM, Open MPI, Kubernetes or Cloud TPU has started and knows."""
     coordinator: str = ""
-    """Where nobody says it: the address of process 0, host:port; with num_processes and process_id."""
+    """Elsewhere, the address of process 0, host:port; with num_processes and process_id."""
     num_processes: int = 1
-    """How many processes the run has."""
+    """How many processes train the run."""
     process_id: int = 0
     """Which of them this is, from 0."""
 
@@ -82,71 +86,79 @@ def _fit(given: Train, existing: Run | None) -> int:
 
     from jaxgpt import launch, mesh, processes
     from jaxgpt import model as nn
+    from jaxgpt.cli.runs import resume, start
     from jaxgpt.memory import OutOfMemoryError
     from jaxgpt.monitor import loggers
     from jaxgpt.monitor.glimpse import glimpse
-    from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay, describe, duration
+    from jaxgpt.monitor.spikes import with_spikes
+    from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay
     from jaxgpt.monitor.utilisation import rate
-    from jaxgpt.start import resume, start
     from jaxgpt.train import fit
 
     loggers.require(given.log)
     sizes = None if given.mesh == "auto" else mesh.Sizes.parse(given.mesh)
     if not given.coordinator and (given.num_processes, given.process_id) != (1, 0):
-        raise UsageError("--num-processes and --process-id want to know where process 0 is: --coordinator HOST:PORT")
+        raise UsageError("--num-processes and --process-id need the address of process 0: --coordinator HOST:PORT")
     if given.distributed or given.coordinator:
         launch.join(given.coordinator, given.num_processes, given.process_id)
     use_compile_cache()
-    folders, config = given.folders, given.config
-    if existing:
-        run, prepared = existing, processes.by_first(lambda: resume(config, existing, folders.data_dir))
-    else:
+    runs_dir, data_dir = given.folders.runs_dir, given.folders.data_dir
+    run, config, corpus = existing, given.config, None
+    if not run:
         room = partial(mesh.require_room, sizes=sizes)
-        made = processes.by_first(
-            lambda: start(config, given.run, folders.runs_dir, folders.data_dir, require_room=room)
-        )
-        run, prepared = made or (Run.named(folders.runs_dir, given.run), None)
+        made = processes.by_first(lambda: start(config, given.run, runs_dir, data_dir, require_room=room))
+        run, corpus = made or (Run.named(runs_dir, given.run), None)
         config = run.config
-    corpus = prepared or resume(config, run, folders.data_dir)
-    console = RunConsole(quiet=not processes.first())
+    else:
+        corpus = processes.by_first(partial(resume, config, run, data_dir))
+    corpus = corpus or resume(config, run, data_dir)
+    console, primary = RunConsole(quiet=not processes.first()), processes.first()
     console.print(corpus.summary)
     try:
         placement, why = mesh.place(config, sizes)
         with placement.scope():
             console.print(nn.describe(config.model))
         console.print(why)
-        leads = processes.first()
         with (
             TrainingDisplay(console, config.train.steps, rate(config)) as display,
-            loggers.logged(run, given.log if leads else (), display) as watch,
+            loggers.logged(run, given.log if primary else (), display) as log,
         ):
-            alone = jax.device_count() == 1 and display.live
-            write = glimpse(config.model, corpus.tokenizer) if alone else None
-            done = fit(run, corpus, watch, config, given.debug_nans, placement, write)
+            live = jax.device_count() == 1 and display.live
+            sample = glimpse(config.model, corpus.tokenizer) if live else None
+            done = fit(run, corpus, with_spikes(run, log), config, given.debug_nans, placement, sample)
     except (OutOfMemoryError, mesh.MeshError):
-        if not existing and processes.first():  # nothing was trained, and another attempt needs the name
+        if not existing and primary:  # nothing was trained, and another attempt needs the name
             shutil.rmtree(run.path)
         raise
     if display.notices:
-        console.print(f"{display.notices} warnings on the way stand in {run.events_file}", style="bold yellow")
+        console.print(f"{display.notices} warnings: see {run.events_file}", style="bold yellow")
     if done.interrupted_by:
-        flags = [*(["--mesh", given.mesh] if sizes else []), *(["--distributed"] if given.distributed else [])]
-        again = words("train", run.path, given.folders, "--resume", *flags)
-        if given.coordinator.startswith("127."):  # all processes are on this machine, as launch starts them
-            again = again.replace("train", f"launch --processes {given.num_processes} -- train", 1)
-        elif given.coordinator:
-            again += f" --coordinator {given.coordinator} --num-processes {given.num_processes} --process-id 0, 1, ..."
-        console.print(f"interrupted at step {done.step:,} of {done.steps:,}; saved. Go on with: {again}")
+        again = _resume_command(given, run)
+        console.print(f"interrupted at step {done.step:,} of {done.steps:,}; saved. Resume with: {again}")
         return 128 + done.interrupted_by
+    _print_summary(console, done)
+    console.print(f"Sample from it: {words('sample', run.path, given.folders)}")
+    return 0
+
+
+def _resume_command(given: Train, run: Run) -> str:
+    flags = [] if given.mesh == "auto" else ["--mesh", given.mesh]
+    command = words("train", run.path, given.folders, "--resume", *flags, *["--distributed"] * given.distributed)
+    if given.coordinator.startswith("127."):  # all processes are on this machine, as launch starts them
+        return command.replace("train", f"launch --processes {given.num_processes} -- train", 1)
+    if given.coordinator:
+        command += f" --coordinator {given.coordinator} --num-processes {given.num_processes} --process-id 0, 1, ..."
+    return command
+
+
+def _print_summary(console: "RunConsole", done: "Summary") -> None:
+    from jaxgpt.monitor.terminal import describe, duration
+
     first, last, best = done.scores[0], done.scores[-1], done.best
-    console.print(
-        f"{run.path}: step {done.step:,} in {duration(done.seconds)}"
-        + (f", {done.tokens_per_second:,.0f} tokens/s" if done.tokens_per_second else "")
-    )
+    speed = f", {done.tokens_per_second:,.0f} tokens/s" if done.tokens_per_second else ""
+    console.print(f"{done.run.path}: step {done.step:,} in {duration(done.seconds)}{speed}")
     if first is not last:
         console.print(f"  before  {describe(first.evaluation)}")
     console.print(f"  after   {describe(last.evaluation)}")
     if best.step != last.step:
         console.print(f"  best    {describe(best.evaluation)}, at step {best.step:,}")
-    console.print(f"Write with it: {words('sample', run.path, given.folders)}")
-    return 0

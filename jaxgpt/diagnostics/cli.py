@@ -42,13 +42,14 @@ class Diagnose:
 def run(args: list[str]) -> int:
     given = parse(Diagnose, args, "diagnose")
     from jaxgpt import files as disk
+    from jaxgpt.cli.runs import corpus_of
     from jaxgpt.diagnostics import plots as diagnosis_plots
     from jaxgpt.diagnostics import view as diagnoses
     from jaxgpt.diagnostics.diagnose import DIAGNOSES, Effort, Subject, require
     from jaxgpt.display import plots
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.run import Run
-    from jaxgpt.start import corpus_of, load_checkpoint
+    from jaxgpt.start import load_checkpoint
     from jaxgpt.tokenizer import UnknownCharacterError, encode_typed
 
     use_compile_cache()

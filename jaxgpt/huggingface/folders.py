@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxgpt import corpus as corpora
 from jaxgpt import gpt2 as gpt2_vocabulary
+from jaxgpt.cli.runs import start, tokens_of
 from jaxgpt.config import Config, ModelConfig, replaced
 from jaxgpt.corpus import CorpusError
 from jaxgpt.huggingface import gpt2
@@ -19,7 +20,7 @@ from jaxgpt.huggingface.gpt2 import InteropError
 from jaxgpt.model import Params
 from jaxgpt.recipes import command
 from jaxgpt.run import Run, RunError
-from jaxgpt.start import load_checkpoint, start, tokens_of
+from jaxgpt.start import load_checkpoint
 from jaxgpt.tokenizer import Tokenizer
 
 FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]

@@ -12,7 +12,7 @@ from typing import Any
 from jaxgpt import config as configs
 from jaxgpt import files as disk
 from jaxgpt.config import MissingExtraError
-from jaxgpt.journal import Evaluated, Event, Progress, notify
+from jaxgpt.metrics_log import Evaluated, Event, Progress, notify
 from jaxgpt.run import Run
 
 Log = Callable[[int, dict[str, float]], Any]

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from jaxgpt.display.oneline import ASCII, BLOCKS, sparkline, visible
 from jaxgpt.evaluation import Evaluation
-from jaxgpt.journal import Evaluated, Event, Notice, Progress, Sampled
+from jaxgpt.metrics_log import Evaluated, Event, Notice, Progress, Sampled
 
 PLAIN_SECONDS = 5.0
 """Where the output is no terminal, progress lines are at least so far apart."""

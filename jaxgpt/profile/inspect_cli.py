@@ -44,11 +44,11 @@ def run(args: list[str]) -> int:
 
     from jaxgpt import files as disk
     from jaxgpt.bench import table
+    from jaxgpt.cli.runs import complete
     from jaxgpt.display import plots
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.profile import findings, measured
     from jaxgpt.profile import roofline_plot as rooflines
-    from jaxgpt.start import complete
 
     disk.require_file(given.out, "--out")
     disk.require_file(given.roofline, "--roofline")

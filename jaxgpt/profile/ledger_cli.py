@@ -43,11 +43,11 @@ def run(args: list[str]) -> int:
     from jaxgpt import files as disk
     from jaxgpt import memory
     from jaxgpt.bench import table
+    from jaxgpt.cli.runs import complete
     from jaxgpt.display import plots
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.profile import ledger_plot as ledgers
     from jaxgpt.profile import measured
-    from jaxgpt.start import complete
 
     name = Path(name).stem  # of a recipe that is a file
     out = given.out or Path(f"ledger-{name}.json")

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from jaxgpt import model as nn
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
+from jaxgpt.cli.runs import corpus_of
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.corpus import Corpus
 from jaxgpt.display.baselines import Limits, limits, occurrences, stretches
 from jaxgpt.report import embedding, passage
 from jaxgpt.run import Run
-from jaxgpt.start import corpus_of, load_checkpoint
+from jaxgpt.start import load_checkpoint
 from jaxgpt.step import init_state
 from jaxgpt.tokenizer import Ids, Tokenizer
 from jaxgpt.write import write

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from jaxgpt.config import UsageError
-from jaxgpt.interrupt import SIGNALS
 from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.scheduler import Scheduler, warm
 from jaxgpt.serve.writer import Writer
+from jaxgpt.signals import SIGNALS
 from jaxgpt.start import load_model
 
 SHORTEST = 16

@@ -143,7 +143,7 @@ def run(
     and no weights are kept.
 
     Args:
-      configs: complete, as `start.resolve` gives them, of one corpus.
+      configs: complete, as `runs.resolve` gives them, of one corpus.
       devices: over which members are split.
     """
     programs: dict[Any, Program] = {}

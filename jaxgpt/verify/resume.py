@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from jaxgpt.checkpoint import Checkpoints, abstract
+from jaxgpt.cli.runs import start
 from jaxgpt.config import Config, UsageError, check, replaced
 from jaxgpt.run import Run
-from jaxgpt.start import start
 from jaxgpt.step import init_state
 
 

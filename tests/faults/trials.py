@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jaxgpt.checkpoint import Checkpoints, DamagedError
+from jaxgpt.cli.runs import start
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.cost import n_params
 from jaxgpt.run import Run, RunError
-from jaxgpt.start import start
 from jaxgpt.verify.resume import compare
 from tests.faults import child
 
@@ -146,6 +146,7 @@ def corruptions(folder: Path, trials: int, seed: int) -> Count:
     count.require(process.exitcode == 0, f"the run ended with {process.exitcode}")
     newest = str(Checkpoints(run.checkpoints).latest)
     data = next((folder / "data").iterdir())
+    os.truncate(run.metrics_file, Checkpoints(run.checkpoints).manifest(int(newest)).about["metrics"]["bytes"])
     files = [path for path in sorted((run.checkpoints / newest).rglob("*")) if path.is_file()]
     files += [run.path / name for name in ("config.json", "tokens.json", "metrics.jsonl")]
     files += [data / name for name in ("tokens.json", "tokens-00000.bin")]
@@ -174,15 +175,15 @@ def short(config: Config) -> Config:
 
 def told(run: Run, data_dir: Path, newest: int) -> str:
     """What a resume says that is wrong with `run`; it does all but train."""
-    from jaxgpt.recovery import newest_good, require_same
-    from jaxgpt.start import corpus_of
+    from jaxgpt.cli.runs import corpus_of
+    from jaxgpt.start import newest_whole, require_resumable
 
     run, said = Run(run.path), []
     aside = run.checkpoints / f"{newest}.damaged"
     try:
-        require_same(run, run.config, run.config)
+        require_resumable(run, run.config, run.config)
         corpus = corpus_of(run, data_dir)
-        found = newest_good(run, run.config, corpus, Checkpoints(run.checkpoints), lambda *what: said.append(what[2]))
+        found = newest_whole(run, run.config, corpus, Checkpoints(run.checkpoints), lambda *what: said.append(what[2]))
         back = found is not None and (found.step < newest) == bool(said)
         if aside.exists():
             aside.rename(run.checkpoints / str(newest))

@@ -51,7 +51,7 @@ def test_in_fine_tuned_out_and_in_again(imported, tmp_path):
     (text,) = ("".join(pieces) for pieces in write(*load_model(imported), "def ", 20))
     assert len(text) == 24
 
-    from jaxgpt.start import corpus_of
+    from jaxgpt.cli.runs import corpus_of
 
     done = fit(imported, corpus_of(imported, tmp_path / "data"))
     assert done.scores[-1].evaluation.loss < 2.7 < 4.5 < done.scores[0].evaluation.loss
@@ -134,7 +134,7 @@ def test_an_import_takes_the_vocabulary_of_its_folder(with_vocabulary, verse, tm
     config = change(FINETUNE, corpus=str(verse))
     where = tmp_path / "runs", tmp_path / "data"
     run = folders.import_run(folder, config, "own", *where)
-    from jaxgpt.start import corpus_of
+    from jaxgpt.cli.runs import corpus_of
 
     assert corpus_of(run, tmp_path / "data").tokens.tolist() == theirs.encode(verse.read_text()).ids
     folders.export_run(run, tmp_path / "out")
@@ -229,8 +229,8 @@ def test_a_command_makes_its_config_again(name, change):
 
 
 def test_an_imported_run_never_begins_with_random_weights(imported, tmp_path):
+    from jaxgpt.cli.runs import corpus_of
     from jaxgpt.run import RunError
-    from jaxgpt.start import corpus_of
 
     shutil.rmtree(imported.checkpoints / "0")
     with pytest.raises(RunError, match=r"step 0 was saved, but .* holds no checkpoint"):

@@ -6,7 +6,7 @@ import pytest
 
 from jaxgpt import cli
 from jaxgpt.evaluation import Evaluation
-from jaxgpt.journal import Evaluated, Notice, Progress, Sampled
+from jaxgpt.metrics_log import Evaluated, Notice, Progress, Sampled
 from jaxgpt.monitor import loggers
 from jaxgpt.run import Run
 from tests.test_run import META

@@ -1,10 +1,10 @@
 import pytest
 
 import jaxgpt
-from jaxgpt.journal import Evaluated, Sampled
+from jaxgpt.cli.runs import start
+from jaxgpt.metrics_log import Evaluated, Sampled
 from jaxgpt.monitor.glimpse import glimpse
 from jaxgpt.run import RunError
-from jaxgpt.start import start
 from jaxgpt.train import fit
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from jaxgpt.evaluation import Evaluation
-from jaxgpt.journal import Evaluated, Progress, Sampled
+from jaxgpt.metrics_log import Evaluated, Progress, Sampled
 from jaxgpt.monitor import terminal
 from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay, describe, duration
 

@@ -161,7 +161,7 @@ def test_what_cannot_be_run_is_refused_before_it_is_compiled(monkeypatch):
 
 
 def test_a_run_is_inspected_by_its_name(tmp_path, monkeypatch, verse):
-    from jaxgpt.start import start
+    from jaxgpt.cli.runs import start
 
     run, _ = start(
         Config(

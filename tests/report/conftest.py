@@ -1,8 +1,8 @@
 import pytest
 
+from jaxgpt.cli.runs import start
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.report.looks import look
-from jaxgpt.start import start
 from jaxgpt.train import fit
 
 HOSTILE = "</script><script>alert('x')</script><b>\"&amp;"

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgpt import journal as journals
+from jaxgpt import metrics_log
 from jaxgpt.display import baselines as counting
 from jaxgpt.display.baselines import limits, published
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.report import facts
 from jaxgpt.run import Run
-from jaxgpt.saving import Saving
 from jaxgpt.step import Metrics
+from jaxgpt.train import Saves
 from tests.test_run import META
 
 LINE = {"grad_norm": 1.0, "learning_rate": 0.1}
@@ -92,58 +92,57 @@ def test_a_thinned_curve_keeps_its_ends_and_extremes(seed, length, n):
 class Slow:
     """Checkpoints whose saves keep the loop for 100 s, and end when they are waited for."""
 
-    not_pruned, latest, saved = None, None, None
-
     def __init__(self, now):
-        self.now = now
+        self.now, self.record = now, lambda: None
 
-    def save(self, state, about):
-        self.saved, self.now[0] = state.step, self.now[0] + 100
+    def save(self, state, about, record):
+        self.record, self.now[0] = record, self.now[0] + 100
 
     def settle(self, wait):
-        step = self.saved if wait else None
-        self.saved = self.saved if step is None else None
-        return step
+        if wait:
+            self.record()
+            self.record = lambda: None
 
 
 def test_speed_between_saves_is_that_of_their_own_steps(run, tiny, monkeypatch):
     """Chunks of 5 steps that take 7 s, 5 s, 10 s and 20 s, and scores of 50 s: the first chunk counts for nothing."""
     now, losses = [0.0], jnp.ones(5)
-    monkeypatch.setattr(journals, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(metrics_log, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     chunk = Metrics(losses, losses, losses, losses > 0)
     run.event("start", step=0)
-    journal = journals.Journal(run, 0, lambda step: None, lambda event: None)
+    log = metrics_log.MetricsLog(run, 0, lambda step: None, lambda event: None)
 
     def score(step):
         now[0] += 50
-        journal.evaluated(step, Evaluation(2.0, 0.1, 3.0, 3.0, 100), {})
+        log.add_evaluation(step, Evaluation(2.0, 0.1, 3.0, 3.0, 100), {})
 
     corpus = SimpleNamespace(meta=META)
-    with journal, Saving(run, tiny, corpus, Slow(now), journal) as saving:
+    with log:
+        saves = Saves(run, corpus, Slow(now), log)
         score(0)
         for begin, seconds in ((0, 7), (5, 5), (10, 10), (15, 20)):
-            journal.trained(begin, chunk)
-            saving.look()
+            log.add(begin, chunk)
+            saves.settle(wait=False)
             now[0] += seconds
-            journal.flush()
+            log.flush()
             if begin in (5, 15):
                 score(begin + 5)
-                saving.save(SimpleNamespace(step=begin + 5))
-        saving.look(wait=True)
+                saves.save(SimpleNamespace(step=begin + 5))
+        saves.settle()
     per_step = 4 * 8
     assert facts.gather(run).speed == [(10, per_step * 5 / 5), (20, per_step * 10 / 30)]
-    assert facts.gather(run).tokens_per_second == journal.tokens_per_second == per_step * 15 / 35
+    assert facts.gather(run).tokens_per_second == log.tokens_per_second == per_step * 15 / 35
     again = {"event": "save", "step": 30, "trained_tokens": 640, "trained_seconds": 10.0}
     assert facts.speeds([*run.events(), {"event": "start", "step": 20}, again])[-1] == (30, 64.0)
 
 
 def test_what_breaks_a_run_off_says_where(run, tiny):
     losses = jnp.ones(5)
-    with journals.Journal(run, 0, lambda step: None, lambda event: None) as journal:
-        journal.trained(0, Metrics(losses, losses, losses, losses > 0))
-        journal.flush()
-        with pytest.raises(KeyError), Saving(run, tiny, SimpleNamespace(meta=META), Slow([0.0]), journal):
-            raise KeyError("gone")
+    log = metrics_log.MetricsLog(run, 0, lambda step: None, lambda event: None)
+    log.add(0, Metrics(losses, losses, losses, losses > 0))
+    log.flush()
+    with pytest.raises(KeyError), log:
+        raise KeyError("gone")
     assert facts.gather(run).noted == [(5, "broken-off", "KeyError: 'gone'")]
 
 

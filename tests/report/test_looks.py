@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 
 from jaxgpt import model as nn
+from jaxgpt.cli.runs import corpus_of
 from jaxgpt.config import DataConfig
 from jaxgpt.report import embedding, looks, passage
-from jaxgpt.start import corpus_of, load_checkpoint
+from jaxgpt.start import load_checkpoint
 
 
 def test_everything_is_there(trained, seen):

@@ -9,13 +9,14 @@ import pytest
 
 from jaxgpt import cli
 from jaxgpt import model as nn
+from jaxgpt.cli.runs import start
 from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxgpt.serve.app import application
 from jaxgpt.serve.library import Library
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.scheduler import Scheduler
 from jaxgpt.serve.writer import Writer
-from jaxgpt.start import load_model, start
+from jaxgpt.start import load_model
 
 SMALL = "--block-size 32 --n-layer 1 --n-head 4 --n-embd 32 --batch-size 16 --scan-steps 100 --warmup-steps 20 "
 SMALL += "--eval-every 0 --no-eval-start --eval-batches 0 --learning-rate 1e-2 --steps 300"

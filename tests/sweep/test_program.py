@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxgpt.cli.runs import start
 from jaxgpt.config import replaced
 from jaxgpt.placement import ONE_DEVICE, fresh
-from jaxgpt.start import start
 from jaxgpt.sweep import program as sweep
 from jaxgpt.sweep.chunks import split
 from jaxgpt.sweep.program import Program

@@ -10,12 +10,12 @@ import pytest
 
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli import run_verb
+from jaxgpt.cli.runs import resume, start
 from jaxgpt.config import check
-from jaxgpt.journal import Evaluated, Progress
+from jaxgpt.metrics_log import Evaluated, Progress
 from jaxgpt.placement import ONE_DEVICE, like
 from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run
-from jaxgpt.start import resume, start
 from jaxgpt.train import fit
 from jaxgpt.verify import resume as verify
 from jaxgpt.verify.resume import Kill, compare, scaled_down, verify_resume
@@ -48,7 +48,7 @@ def test_one_bit_of_one_array_is_found_and_named(pair):
         shutil.rmtree(b.checkpoints / "10")
         bias = state.params["h_0"]["attn"]["c_proj"]["bias"]
         state.params["h_0"]["attn"]["c_proj"]["bias"] = bias.at[3].set(jnp.nextafter(bias[3], 9.0))
-        checkpoints.save(state, manifest.val_loss, manifest.about)
+        checkpoints.save(state, manifest.about)
     difference = compare(a, b).difference
     assert difference.startswith("step 10, params/h_0/attn/c_proj/bias[3]: ")
     assert difference.endswith("1 of its 16 numbers differ")
@@ -203,5 +203,5 @@ def test_what_would_show_nothing_is_refused(flags, said, verse, capsys):
 
 def test_a_run_that_fails_by_itself_is_told(config, tmp_path):
     broken = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e38))
-    with pytest.raises(RuntimeError, match=r"(?s)ended with 1 by itself.*steps in a row were left out"):
+    with pytest.raises(RuntimeError, match=r"(?s)ended with 1 by itself.*steps in a row were skipped"):
         verify_resume(broken, tmp_path / "runs", tmp_path / "data", 1, 0, print)

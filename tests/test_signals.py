@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxgpt.interrupt import interruption
+from jaxgpt.signals import stop_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -14,10 +14,10 @@ def test_a_first_signal_is_noted_and_a_second_one_acts(number):
     heard = []
     before = signal.signal(number, lambda *_: heard.append("second"))
     try:
-        with interruption() as interrupted_by:
-            assert interrupted_by() == 0
+        with stop_signals() as asked:
+            assert asked() == 0
             os.kill(os.getpid(), number)
-            assert interrupted_by() == number
+            assert asked() == number
             assert heard == []
             os.kill(os.getpid(), number)
             assert heard == ["second"]
@@ -32,8 +32,8 @@ def test_in_another_thread_nothing_is_noted():
     told = []
 
     def ask():
-        with interruption() as interrupted_by:
-            told.append(interrupted_by())
+        with stop_signals() as asked:
+            told.append(asked())
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -45,9 +45,9 @@ def test_what_was_ignored_stays_ignored():
     """As under nohup, which a run is to outlive its terminal by."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with interruption() as interrupted_by:
+        with stop_signals() as asked:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert interrupted_by() == 0
+            assert asked() == 0
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -57,11 +57,11 @@ import sys, time
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from jaxgpt.interrupt import interruption
-with interruption() as interrupted_by:
+from jaxgpt.signals import stop_signals
+with stop_signals() as asked:
     for step in range(1, 2000):
         print("step", step, flush=True)
-        if number := interrupted_by():
+        if number := asked():
             print("stopped at", step, "by", int(number), flush=True)
             break
         time.sleep(0.05)

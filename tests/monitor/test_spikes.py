@@ -1,0 +1,53 @@
+import math
+
+import numpy as np
+
+from jaxgpt.metrics_log import Notice, Progress
+from jaxgpt.monitor.spikes import Spikes, with_spikes
+from jaxgpt.run import Run
+from tests.test_run import META
+
+
+def leaps(losses):
+    spikes = Spikes()
+    return [i for i, loss in enumerate(losses) if spikes.usual(loss) is not None]
+
+
+def falling(n, seed=0):
+    """A loss that falls as losses do, with noise."""
+    return 2.0 + 2.5 * np.exp(-np.arange(n) / 200) + np.random.default_rng(seed).normal(0, 0.08, n)
+
+
+def test_a_falling_noisy_loss_has_no_leaps():
+    assert [leaps(falling(5000, seed)) for seed in range(5)] == [[]] * 5
+
+
+def test_a_leap_is_told_once_and_a_second_one_again():
+    losses = falling(1000)
+    losses[400:405] += 3
+    losses[800] += 3
+    assert leaps(losses) == [400, 800]
+
+
+def test_what_it_leapt_from_is_told():
+    spikes = Spikes()
+    for loss in [2.0, 2.1] * 40:
+        assert spikes.usual(loss) is None
+    assert math.isclose(spikes.usual(5.0), 2.05)
+
+
+def test_the_first_losses_and_what_is_no_number_are_no_leaps():
+    assert leaps([1.0] * 49 + [100.0]) == []
+    assert leaps([2.0, 2.1] * 50 + [math.nan, math.inf, 2.0]) == []
+
+
+def test_a_spike_is_reported_once_and_recorded(tmp_path, tiny):
+    run, events = Run.create(tmp_path, "one", tiny, META), []
+    watch = with_spikes(run, events.append)
+    losses = [2.0 + i % 3 / 100 for i in range(60)] + [9.0, 9.5, 2.0]
+    for end in range(7, 64, 7):
+        watch(Progress(end, 100, losses[end - 1], None, None, losses=tuple(losses[end - 7 : end])))
+    (notice,) = (event for event in events if isinstance(event, Notice))
+    assert (notice.kind, notice.step) == ("spike", 61)
+    assert notice.text == "loss 9.0000; the loss before was about 2.0100"
+    assert [(event["event"], event["step"]) for event in run.events()] == [("spike", 61)]
