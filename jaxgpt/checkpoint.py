@@ -260,7 +260,8 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Remove the steps that need not be kept; a reader that loses one to it looks again."""
-        steps = self.steps if self._keep else []
+        if not self._keep or not (steps := self.steps):
+            return
         kept = {*steps[-self._keep :], best_step(steps, self._losses)}
         for step in steps:
             if step not in kept and not (self._keep_every and step % self._keep_every == 0):
@@ -269,10 +270,10 @@ class Checkpoints:
                 _remove(doomed)
 
 
-def best_step(steps: Sequence[int], losses: Mapping[int, float | None]) -> int | None:
+def best_step(steps: Sequence[int], losses: Mapping[int, float]) -> int:
     """The step of lowest validation loss among `steps`; the newest if none has a finite one."""
-    scored = [(loss, step) for step in steps if (loss := losses.get(step)) is not None and math.isfinite(loss)]
-    return min(scored)[1] if scored else max(steps, default=None)
+    scored = [(losses[step], step) for step in steps if math.isfinite(losses.get(step, math.nan))]
+    return min(scored)[1] if scored else max(steps)
 
 
 def abstract(tree: Any) -> Any:

@@ -203,6 +203,12 @@ class Run:
             )
         return [line for line in lines if line]
 
+    def val_losses(self) -> dict[int, float]:
+        """Validation loss by step, in nats per token. Damaged lines are ignored: a checkpoint is usable without."""
+        lines = self.metrics_file.read_bytes().split(b"\n") if self.metrics_file.exists() else []
+        scored = [line for each in lines if b'"val_loss"' in each and (line := _parsed(each, "val_loss"))]
+        return {line.get("step", -1): line["val_loss"] for line in scored if isinstance(line["val_loss"], float)}
+
     def events(self) -> list[dict[str, Any]]:
         """The lines of events.jsonl, oldest first, without any torn by a kill."""
         lines = self.events_file.read_bytes().split(b"\n") if self.events_file.exists() else []

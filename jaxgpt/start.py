@@ -161,8 +161,8 @@ def newest_whole(
         raise RunError(
             f"run {run.path.name!r} has no step that is whole with its lines of metrics, and is not started over:\n  "
             + "\n  ".join(found)
-            + "\nrestore a copy of those files, or start a new run: --run OTHER-NAME (a whole checkpoint alone is "
-            "enough for jaxgpt sample and export, with --checkpoint last)"
+            + "\nrestore a copy of those files, or start a new run: --run OTHER-NAME (jaxgpt sample and export "
+            "need only a checkpoint)"
         )
     return None
 
@@ -226,9 +226,8 @@ def load_checkpoint(run: Run, which: str | int = "best") -> tuple[int, nn.Params
                 f"run {run.path.name!r} has no checkpoint of step {which}; there are {', '.join(map(str, steps))}"
             )
         step = which if isinstance(which, int) else steps[-1]
-        if which == "best" and run.metrics_file.exists():
-            losses = {line["step"]: line["val_loss"] for line in run.metrics() if "val_loss" in line}
-            step = best_step(steps, losses) or step
+        if which == "best":
+            step = best_step(steps, run.val_losses())
         try:
             require_own(run, run.config, run.corpus_meta, checkpoints.verify(step))
             return step, checkpoints.restore_params(step, like)

@@ -109,6 +109,12 @@ def test_a_damaged_line_of_metrics_is_named(run):
             run.metrics()
 
 
+def test_validation_losses_are_read_past_damaged_lines(run):
+    assert run.val_losses() == {}
+    run.metrics_file.write_text('{"step": 0, "val_loss": 3.0}\n{"step": 5, "val_lo\n{"step": 5, "val_loss": null}\n')
+    assert run.val_losses() == {0: 3.0}
+
+
 def test_the_resume_command_can_be_typed(tmp_path):
     assert Run(Path("runs/one")).resume_command == "jaxgpt train --run one --resume"
     there = tmp_path / "my runs"

@@ -35,7 +35,7 @@ def test_a_glimpse_changes_no_bit_of_what_is_learnt(trained, tmp_path):
     for name, write in (("plain", None), ("watched", glimpse(run.config.model, run.tokenizer))):
         again, corpus = start(run.config, name, tmp_path, data_dir)
         seen.clear()
-        fit(again, corpus, seen.append, write=write)
+        fit(again, corpus, seen.append, sample=write)
         numbers.append(again.metrics_file.read_bytes())
     assert numbers[0] == numbers[1]
     kinds = [(type(event), event.step) for event in seen if isinstance(event, Evaluated | Sampled)]
