@@ -15,7 +15,7 @@ _HOME = {
     "take": "data",
     "window_starts": "data",
     "prepare_corpus": "prepare.build",
-    "BPETokenizer": "bpe",
+    "BPETokenizer": "tokenizer",
     "ByteTokenizer": "tokenizer",
     "CharTokenizer": "tokenizer",
     "cross_entropy": "model",

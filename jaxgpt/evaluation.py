@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from jaxgpt import model as nn
 from jaxgpt import sharding
 from jaxgpt.config import Config, ModelConfig
+from jaxgpt.corpus import pieces_of
 from jaxgpt.data import Batch, Ids, Starts, estimate_starts, take, windows
-from jaxgpt.shards import pieces_of
 from jaxgpt.tokenizer import Tokenizer
 
 

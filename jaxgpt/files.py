@@ -72,6 +72,12 @@ def require_file(path: Path | None, option: str) -> None:
     require_writable(path.parent, option)
 
 
+def cache_dir() -> Path | None:
+    """The user's cache folder; None for a user without a home folder who names none in $XDG_CACHE_HOME."""
+    folder = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    return None if folder.parts[0] == "~" else folder / "jaxgpt"
+
+
 def seal(tree: dict[str, Any]) -> str:
     """`tree` as indented JSON that ends with the SHA-256 of all before it; `unseal` gives it back."""
     return _text({**tree, "seal": hashlib.sha256(_text(tree).encode()).hexdigest()})

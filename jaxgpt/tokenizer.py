@@ -1,29 +1,49 @@
-"""Strings to integers and back. A tokenizer is a value: immutable, and plain JSON on disk."""
+"""Text to token ids and back, by characters, by UTF-8 bytes, or by byte-level BPE as GPT-2 has it.
+
+A tokenizer is an immutable value that is plain JSON on disk.
+"""
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxgpt.config import UsageError, shown
-from jaxgpt.prepare.files import plain
+from jaxgpt.config import MissingExtraError, UsageError, shown
 
 Ids = NDArray[np.integer[Any]]
-Progress = Callable[[str, float], None]
-"""Is told now and then what is being done, and what share of it is done, from 0 to 1."""
 
+MAX_TOKENS, MAX_TOKEN_BYTES = 2**20, 256
+"""The largest BPE vocabulary that is learned or read from a file; GPT-2's longest token has 128 bytes."""
+PATTERNS = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"}
+"""Regular expressions that split text into words before BPE, by the name that a file may give.
 
-def unseen(what: str, share: float) -> None:
-    """A `Progress` that shows nothing."""
+"gpt2" is the pattern of GPT-2's encoder.py, in tiktoken's faster spelling (tiktoken_ext/openai_public.py).
+"""
+CHUNK = 2**18
+"""Characters that BPE encodes at once: tiktoken's regular expression overflows its stack on more than a million white
+space characters that other text follows."""
+LONGEST_WORD = 2**22
+"""Text without white space, such as base64 or a genome, is cut after so many characters, to bound memory."""
+
+# Before a white space character and another kind. Python's \s has four separators that the pattern's \s has not.
+_WORD_START = re.compile(r"(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
+_LAST_WORD_START = re.compile(rf".*{_WORD_START.pattern}", re.DOTALL)
 
 
 class UnknownCharacterError(UsageError):
-    """A text holds a character that the vocabulary does not."""
+    """A text has a character that is not in the vocabulary.
+
+    Args:
+      position: of the character in the text, from 0.
+      known: the characters that the vocabulary has, in words.
+      where: a place to name in the message instead of the position.
+    """
 
     def __init__(self, character: str, position: int, known: str, where: str = ""):
         name = unicodedata.name(character, "no name")
@@ -35,23 +55,20 @@ class UnknownCharacterError(UsageError):
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package asks of a tokenizer."""
+    """The interface of all tokenizers. Ids run from 0 to V - 1."""
 
     @property
     def vocab_size(self) -> int:
-        """V: ids run from 0 to V - 1."""
+        """V."""
         ...
 
     @property
     def token_bytes(self) -> Sequence[bytes]:
-        """The UTF-8 bytes that each id stands for, V of them."""
+        """The UTF-8 bytes of each token, V of them."""
         ...
 
-    def encode(self, text: str, progress: Progress = unseen) -> Ids:
-        """Integer ids, (N,).
-
-        Args:
-          progress: told how far it is by a tokenizer that takes its time.
+    def encode(self, text: str) -> Ids:
+        """Token ids, (N,).
 
         Raises:
           UnknownCharacterError: a character is not in the vocabulary.
@@ -59,11 +76,11 @@ class Tokenizer(Protocol):
         ...
 
     def knows(self, text: str) -> NDArray[np.bool_]:
-        """Whether each character of `text` is in the vocabulary, (len(text),)."""
+        """Whether each character is in the vocabulary, (len(text),)."""
         ...
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of the ids, the inverse of `encode`.
+        """The inverse of `encode`. Bytes that are not UTF-8, such as half a character, become U+FFFD.
 
         Raises:
           ValueError: an id is outside the vocabulary.
@@ -71,7 +88,7 @@ class Tokenizer(Protocol):
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values that `from_json` turns back into an equal tokenizer."""
+        """Plain values from which `from_json` makes an equal tokenizer."""
         ...
 
 
@@ -95,16 +112,11 @@ class CharTokenizer:
             raise ValueError("a character vocabulary needs at least one character, and each of them once")
 
     @classmethod
-    def train(cls, text: str) -> "CharTokenizer":
-        """The vocabulary of `text`: its different characters, sorted."""
-        return cls.learn([text])
-
-    @classmethod
-    def learn(cls, parts: Iterable[str]) -> "CharTokenizer":
-        """The vocabulary of a text in parts."""
+    def train(cls, text: str | Iterable[str]) -> "CharTokenizer":
+        """The vocabulary of a text, which may be given in pieces: its distinct characters, sorted."""
         seen = np.zeros(0x110000, bool)
-        for part in parts:
-            seen[code_points(part)] = True
+        for piece in [text] if isinstance(text, str) else text:
+            seen[code_points(piece)] = True
         return cls("".join(map(chr, np.flatnonzero(seen))))
 
     @property
@@ -118,18 +130,19 @@ class CharTokenizer:
     @cached_property
     def _id_of_code(self) -> NDArray[np.int32]:
         codes = code_points(self.chars)
-        table = np.full(int(codes.max()) + 2, -1, np.int32)  # the last entry stands for all codes beyond
+        table = np.full(int(codes.max()) + 2, -1, np.int32)  # the last entry stands for all larger code points
         table[codes] = np.arange(len(codes), dtype=np.int32)
         return table
 
     def _ids(self, text: str) -> NDArray[np.int32]:
+        """The id of each character, -1 for those outside the vocabulary."""
         table = self._id_of_code
         return table[np.minimum(code_points(text), len(table) - 1)]
 
     def knows(self, text: str) -> NDArray[np.bool_]:
         return self._ids(text) >= 0
 
-    def encode(self, text: str, progress: Progress = unseen) -> Ids:
+    def encode(self, text: str) -> Ids:
         ids = self._ids(text)
         if ids.size and ids.min() < 0:
             position = int(np.argmin(ids >= 0))
@@ -141,15 +154,14 @@ class CharTokenizer:
         return code_points(self.chars)[checked].tobytes().decode("utf-32-le", "surrogatepass")
 
     def to_json(self) -> dict[str, Any]:
-        """As `Tokenizer.to_json`; code points in place of a string that JSON would not give back, since it makes one
-        character of the two halves of a surrogate pair."""
+        """Code points replace the string where JSON would join the two halves of a surrogate pair."""
         halves = re.search("[\ud800-\udbff][\udc00-\udfff]", self.chars)
         return {"kind": "char", "chars": code_points(self.chars).tolist() if halves else self.chars}
 
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """One id per UTF-8 byte: 256 ids, and no text that it cannot encode.
+    """One id per UTF-8 byte: 256 ids, which encode any text.
 
     >>> ByteTokenizer().encode("é").tolist()
     [195, 169]
@@ -166,11 +178,10 @@ class ByteTokenizer:
     def knows(self, text: str) -> NDArray[np.bool_]:
         return np.ones(len(text), bool)
 
-    def encode(self, text: str, progress: Progress = unseen) -> Ids:
+    def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int32)
 
     def decode(self, ids: ArrayLike) -> str:
-        """As `Tokenizer.decode`; bytes that are no UTF-8, such as a sample's torn end, become U+FFFD."""
         data = checked_ids(ids, 256).astype(np.uint8).tobytes()
         try:
             return data.decode("utf-8", "surrogatepass")
@@ -181,47 +192,91 @@ class ByteTokenizer:
         return {"kind": "byte"}
 
 
-def as_prepared(tokenizer: Tokenizer, text: str) -> str:
-    """`text` as `prepare` reads a file: with LF line ends and no byte order mark.
+@dataclass(frozen=True)
+class BPETokenizer:
+    """One id per token, in the order in which BPE merges them, with special tokens after or before them.
 
-    It stays as it is if CR is in a vocabulary of characters: then the training text kept its line ends.
+    No text encodes to a special token: "<|endoftext|>" in a text is thirteen ordinary characters. A surrogate is an
+    unknown character, since UTF-8 has none.
+
+    >>> tokenizer = BPETokenizer((*ByteTokenizer().token_bytes, b"th", b"the"))
+    >>> tokenizer.encode("the hat").tolist()
+    [257, 32, 104, 97, 116]
     """
-    if isinstance(tokenizer, CharTokenizer) and tokenizer.knows("\r").all():
-        return text
-    return "".join(plain([text], []))
 
+    tokens: tuple[bytes, ...] = field(repr=False)
+    special: tuple[str, ...] = ()
+    pattern: str = "gpt2"
+    leading: int = 0
+    """How many of the special tokens have the first ids; the others have the last."""
 
-def encode_typed(tokenizer: Tokenizer, text: str | bytes) -> Ids:
-    """The ids of a text `as_prepared`, which may be given as bytes; those need not be UTF-8 for a byte tokenizer.
+    def __post_init__(self) -> None:
+        problem = ""
+        if self.pattern not in PATTERNS:
+            problem = f"split pattern {self.pattern!r}, expected {', '.join(PATTERNS)}"
+        elif self.vocab_size > MAX_TOKENS:
+            problem = f"{self.vocab_size:,} tokens, expected at most {MAX_TOKENS:,}"
+        elif not all(0 < len(token) <= MAX_TOKEN_BYTES for token in (*self.tokens, *self.special)):
+            problem = f"a token is empty or longer than {MAX_TOKEN_BYTES} bytes"
+        elif len(set(self.tokens)) < len(self.tokens) or len(set(self.special)) < len(self.special):
+            problem = "a token is listed twice"
+        elif not 0 <= self.leading <= len(self.special):
+            problem = f"{self.leading} leading special tokens, expected 0 to {len(self.special)}"
+        elif missing := {bytes([byte]) for byte in range(256)} - set(self.tokens):
+            problem = f"no token for {len(missing)} of the 256 bytes, such as {min(missing)!r}"
+        if problem:
+            raise ValueError(f"not a BPE vocabulary: {problem}")
 
-    Raises:
-      UsageError: the bytes are not UTF-8, and it is another tokenizer.
-      UnknownCharacterError: as `Tokenizer.encode`.
-    """
-    if isinstance(text, str):
-        return tokenizer.encode(as_prepared(tokenizer, text))
-    if isinstance(tokenizer, ByteTokenizer):
-        return np.frombuffer(text, np.uint8).astype(np.int32)
-    try:
-        return tokenizer.encode(as_prepared(tokenizer, text.decode()))
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"byte 0x{text[error.start]:02x} at offset {error.start} of the text is not UTF-8, which only a run with "
-            "--tokenizer byte takes"
-        ) from error
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens) + len(self.special)
 
+    @cached_property
+    def token_bytes(self) -> Sequence[bytes]:
+        special = [name.encode() for name in self.special]
+        return [*special[: self.leading], *self.tokens, *special[self.leading :]]
 
-def without_unknown(tokenizer: Tokenizer, text: str) -> str:
-    """`text` without the characters that are outside the vocabulary."""
-    known = tokenizer.knows(text)
-    return text if known.all() else "".join(char for char, keep in zip(text, known, strict=True) if keep)
+    @cached_property
+    def _encoding(self) -> Any:
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise MissingExtraError("encoding with a BPE vocabulary", "tiktoken", "bpe") from error
+        ranks = {token: rank for rank, token in enumerate(self.tokens, self.leading)}
+        return tiktoken.Encoding("jaxgpt", pat_str=PATTERNS[self.pattern], mergeable_ranks=ranks, special_tokens={})
+
+    def knows(self, text: str) -> NDArray[np.bool_]:
+        codes = code_points(text)
+        return (codes < 0xD800) | (codes > 0xDFFF)
+
+    def encode(self, text: str) -> Ids:
+        ids, begin = [np.zeros(0, np.int32)], 0
+        for chunk in split_words([text], CHUNK):
+            try:
+                chunk.encode()  # tiktoken would silently replace surrogates
+            except UnicodeEncodeError as error:
+                at = error.start
+                raise UnknownCharacterError(chunk[at], begin + at, "characters that UTF-8 can write") from error
+            ids.append(np.array(self._encoding.encode_ordinary(chunk), np.int32))
+            begin += len(chunk)
+        return np.concatenate(ids)
+
+    def decode(self, ids: ArrayLike) -> str:
+        table = self.token_bytes
+        return b"".join(table[i] for i in checked_ids(ids, self.vocab_size)).decode("utf-8", "replace")
+
+    def to_json(self) -> dict[str, Any]:
+        """The bytes of a token are written as the characters of Latin-1."""
+        tokens = [token.decode("latin-1") for token in self.tokens]
+        tree = {"kind": "bpe", "pattern": self.pattern, "tokens": tokens, "special": list(self.special)}
+        return tree | ({"leading": self.leading} if self.leading else {})
 
 
 def from_json(tree: Any) -> Tokenizer:
-    """The tokenizer that `to_json` described.
+    """The inverse of `to_json`. The values come from a file: all of them are checked.
 
     Raises:
-      ValueError: the description is not one of a tokenizer.
+      ValueError: they do not describe a tokenizer.
     """
     match tree:
         case {"kind": "char", "chars": str(chars), **rest} if not rest:
@@ -232,15 +287,98 @@ def from_json(tree: Any) -> Tokenizer:
         case {"kind": "byte", **rest} if not rest:
             return ByteTokenizer()
         case {"kind": "bpe", "pattern": str(pattern), "tokens": list(tokens), "special": list(special), **rest} if (
-            rest.keys() <= {"leading"} and type(leading := rest.get("leading", 0)) is int
+            rest.keys() <= {"leading"} and type(rest.get("leading", 0)) is int
         ):
-            from jaxgpt import bpe  # it imports this module
-
-            return bpe.from_plain(pattern, tokens, special, leading)
+            if other := [value for value in (*tokens, *special) if not isinstance(value, str)]:
+                raise ValueError(f"not a BPE vocabulary: token {shown(other[0])}, expected a string")
+            try:
+                "".join(special).encode()
+                found = tuple(token.encode("latin-1") for token in tokens)
+            except UnicodeEncodeError as error:
+                token = error.object[:40]
+                raise ValueError(f"not a BPE vocabulary: token {token!r} is not {error.encoding}") from error
+            return BPETokenizer(found, tuple(special), pattern, tree.get("leading", 0))
     raise ValueError(
         f"not a tokenizer: {shown(tree)}; expected the kind 'char' with its chars, 'byte', or 'bpe' with its "
         "pattern, tokens and special tokens"
     )
+
+
+def as_prepared(tokenizer: Tokenizer, text: str) -> str:
+    """`text` with LF line ends and no byte order mark, as `prepare` reads a file.
+
+    It is not changed if CR is in a vocabulary of characters: then the training text kept its line ends.
+    """
+    if isinstance(tokenizer, CharTokenizer) and tokenizer.knows("\r").all():
+        return text
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def encode_typed(tokenizer: Tokenizer, text: str | bytes) -> Ids:
+    """The ids of a user's text, made like the training text by `as_prepared`. Bytes are UTF-8, or anything for a
+    ByteTokenizer.
+
+    Raises:
+      UsageError: the bytes are not UTF-8, and it is another tokenizer.
+      UnknownCharacterError: as `Tokenizer.encode`.
+    """
+    if isinstance(text, bytes):
+        if isinstance(tokenizer, ByteTokenizer):
+            return np.frombuffer(text, np.uint8).astype(np.int32)
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"byte 0x{text[error.start]:02x} at offset {error.start} of the text is not UTF-8, which only a run "
+                "with --tokenizer byte takes"
+            ) from error
+    return tokenizer.encode(as_prepared(tokenizer, text))
+
+
+def without_unknown(tokenizer: Tokenizer, text: str) -> str:
+    """`text` without the characters that are outside the vocabulary."""
+    known = tokenizer.knows(text)
+    return text if known.all() else "".join(char for char, keep in zip(text, known, strict=True) if keep)
+
+
+def split_words(pieces: Iterable[str], size: int) -> Iterator[str]:
+    """A text in pieces, cut anew into parts of about `size` characters whose BPE ids together are those of the whole.
+
+    A part ends where a word starts with white space. No word continues with white space after another character, and of
+    several white space characters the split pattern leaves the last to the word that follows. The cut does not change
+    the word before it either: the pattern looks ahead only past white space, and takes white space at the end whole.
+
+    A word longer than LONGEST_WORD is cut at multiples of it, whatever `size` below it is, so that parts
+    are themselves split only where the whole is.
+    """
+    held = ""
+    for block in regroup(pieces, size):
+        begin = max(0, len(held) - 1)  # a word start is seen by two characters
+        held += block
+        first = _WORD_START.search(held, begin)
+        end = first.start() if first else len(held)
+        bounds = [0, *range(LONGEST_WORD, end, LONGEST_WORD)]
+        if first and (last := _LAST_WORD_START.match(held, end)):
+            bounds += [end, last.end()]
+        yield from (held[i:j] for i, j in pairwise(bounds) if i < j)
+        held = held[bounds[-1] :]
+    if held:
+        yield held
+
+
+def regroup(pieces: Iterable[str], size: int) -> Iterator[str]:
+    """A text in pieces, as blocks of exactly `size` characters, but for the last."""
+    held, length = list[str](), 0
+    for piece in pieces:
+        begin = 0
+        while length + len(piece) - begin >= size:
+            end = begin + size - length
+            yield "".join([*held, piece[begin:end]])
+            held, length, begin = [], 0, end
+        held.append(piece[begin:])
+        length += len(held[-1])
+    if length:
+        yield "".join(held)
 
 
 def code_points(text: str) -> NDArray[np.uint32]:
@@ -252,7 +390,7 @@ def checked_ids(ids: ArrayLike, vocab_size: int) -> Ids:
     """`ids` as int32.
 
     Raises:
-      ValueError: one is no integer, or outside a vocabulary of `vocab_size`.
+      ValueError: they are not integers, or one is outside the vocabulary.
     """
     array = np.asarray(ids)
     if array.size == 0:

@@ -2,6 +2,7 @@ import json
 import sys
 import time
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,14 +10,14 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import bpe, tokenizer
-from jaxgpt.bpe import BPETokenizer
+from jaxgpt import tokenizer
 from jaxgpt.config import UsageError
-from jaxgpt.tokenizer import ByteTokenizer, UnknownCharacterError
+from jaxgpt.prepare.vocabularies import learn_bpe
+from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer, UnknownCharacterError, split_words
 
 BYTES = tuple(ByteTokenizer().token_bytes)
 SAMPLE = "the cat sat on the mat, that cat's hat  \n\n    it'll be 1234 été 中文 🙂\n" * 9
-TOKENIZER = bpe.train(SAMPLE, 300)
+TOKENIZER = learn_bpe([SAMPLE], 300)
 # What the split pattern tells apart: letters, digits, signs, contractions, and white space that Python and the
 # pattern see alike or, as 0x1c, do not.
 HARD = st.text(st.sampled_from("tha's1.中é\u0301🙂 \n\t\u00a0\u2028\u3000\x1c\x85\u200b"), max_size=60)
@@ -56,29 +57,44 @@ def test_merges_really_happen():
     assert len(TOKENIZER.encode(SAMPLE)) < 0.6 * len(SAMPLE.encode())
 
 
-@given(HARD, st.integers(1, 20))
+@given(HARD, st.integers(1, 20), st.integers(1, 9))
 @settings(max_examples=300)
-def test_the_parts_encode_to_what_the_whole_encodes_to(text, size):
-    spans = list(bpe.spans(text, size))
-    assert "".join(text[begin:end] for begin, end in spans) == text
-    assert all(end - begin >= size for begin, end in spans[:-1])
+def test_the_parts_encode_to_what_the_whole_encodes_to(text, size, step):
+    parts = list(split_words([text[i : i + step] for i in range(0, len(text), step)], size))
+    assert "".join(parts) == text
+    assert parts == list(split_words([text], size))
     for split in (TOKENIZER._encoding.encode_ordinary, lambda text: regex.findall(ORIGINAL, text)):
-        assert [part for begin, end in spans for part in split(text[begin:end])] == split(text)
+        assert [ids for part in parts for ids in split(part)] == split(text)
 
 
 def test_a_text_is_cut_as_often_as_it_can_be():
-    parts = [SAMPLE[begin:end] for begin, end in bpe.spans(SAMPLE, 10)]
-    assert max(map(len, parts)) < 20
+    assert max(map(len, split_words([SAMPLE], 10))) < 20
 
 
-def test_a_text_of_many_parts_encodes_as_one_and_tells_how_far_it_is(monkeypatch):
-    monkeypatch.setattr(bpe, "CHUNK", 100)
-    told = []
-    ids = TOKENIZER.encode(SAMPLE, lambda what, share: told.append(share))
-    assert ids.tolist() == TOKENIZER._encoding.encode_ordinary(SAMPLE)
-    assert len(told) > 5
-    assert told == sorted(told)
-    assert told[-1] == 1
+@given(st.text(st.sampled_from("abc d\x1c"), max_size=90), st.lists(st.integers(1, 7), min_size=2, max_size=2))
+def test_words_without_end_are_cut_at_places_that_no_size_changes(text, sizes):
+    with mock.patch.object(tokenizer, "LONGEST_WORD", 8):
+        forced = []
+        for size in sizes:
+            parts = list(split_words([text], size))
+            assert "".join(parts) == text
+            assert max(map(len, parts), default=0) <= 8 + size
+            ends = np.cumsum([len(part) for part in parts])[:-1].tolist()
+            forced.append([end for end in ends if not tokenizer._WORD_START.match(text, end)])
+    assert forced[0] == forced[1]
+
+
+def test_a_text_without_white_space_is_cut_in_a_time_that_grows_with_its_length():
+    with mock.patch.object(tokenizer, "LONGEST_WORD", 5000):
+        assert [len(part) for part in split_words(["x" * 1000] * 2000, 1000)] == [5000] * 400
+    began = time.perf_counter()
+    assert sum(len(part) for part in split_words(["x" * 2**20] * 64, 2**18)) == 2**26
+    assert time.perf_counter() - began < 10, "it takes a second, and minutes where all is searched again"
+
+
+def test_a_text_of_many_chunks_encodes_as_one(monkeypatch):
+    monkeypatch.setattr(tokenizer, "CHUNK", 100)
+    assert TOKENIZER.encode(SAMPLE).tolist() == TOKENIZER._encoding.encode_ordinary(SAMPLE)
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\t", " \n"])
@@ -102,7 +118,7 @@ def test_half_a_surrogate_pair_is_an_unknown_character(text, code):
 
 
 def test_the_place_of_an_unknown_character_is_that_in_the_whole_text(monkeypatch):
-    monkeypatch.setattr(bpe, "CHUNK", 100)
+    monkeypatch.setattr(tokenizer, "CHUNK", 100)
     with pytest.raises(UnknownCharacterError) as caught:
         TOKENIZER.encode(SAMPLE[:500] + "\ud800" + SAMPLE)
     assert caught.value.position == 500
@@ -122,45 +138,6 @@ def test_torn_bytes_and_ids_outside():
         TOKENIZER.decode([300])
 
 
-class TestTraining:
-    def test_the_first_merge_is_the_most_frequent_pair(self):
-        assert bpe.train("aab aab aab cab", 257).tokens[256] == b"ab"
-
-    def test_it_is_a_function_of_the_text(self):
-        assert bpe.train(SAMPLE, 300) == TOKENIZER
-        assert bpe.train(SAMPLE[5:], 300) != TOKENIZER
-
-    @pytest.mark.parametrize("size", [256, 257, 290])
-    def test_the_vocabulary_has_the_size_asked_for(self, size):
-        tok = bpe.train(SAMPLE, size)
-        assert tok.vocab_size == size
-        assert tok.tokens == TOKENIZER.tokens[:size]
-        assert set(tok.tokens[:256]) == set(BYTES)
-
-    def test_a_short_text_has_no_more_pairs(self):
-        assert bpe.train("ab", 300).vocab_size == 257
-
-    def test_endless_words_make_neither_endless_tokens_nor_endless_work(self):
-        began = time.perf_counter()
-        assert max(map(len, bpe.train("x" * 400_000, 400).tokens)) <= bpe.MAX_TOKEN_BYTES
-        assert time.perf_counter() - began < 10, "it takes half a second, and minutes where words are not cut"
-
-    def test_half_a_surrogate_pair_teaches_nothing_and_stops_nothing(self):
-        assert bpe.train("\ud800".join("abab"), 300).tokens[256:] == bpe.train("abab", 300).tokens[256:]
-
-    @pytest.mark.parametrize("size", [255, 0, bpe.MAX_TOKENS + 1])
-    def test_sizes_out_of_range(self, size):
-        with pytest.raises(UsageError, match=rf"vocabulary of {size}, expected 256 to 1048576"):
-            bpe.train("abc", size)
-
-    def test_it_tells_how_far_it_is(self):
-        told = []
-        bpe.train(SAMPLE * 100, 300, lambda what, share: told.append(share))
-        assert len(told) > 2
-        assert told == sorted(told)
-        assert told[-1] == 1
-
-
 @pytest.mark.smoke
 @pytest.mark.parametrize("tok", [TOKENIZER, BPETokenizer(BYTES, ("<|endoftext|>", "<|é|>"))])
 def test_json_gives_an_equal_tokenizer(tok):
@@ -176,12 +153,12 @@ def test_json_gives_an_equal_tokenizer(tok):
         ({"tokens": BYTES[:9]}, "not a tokenizer"),
         ({"tokens": []}, "no token for 256 of the 256 bytes"),
         ({"tokens": [chr(byte) for byte in range(255)]}, r"no token for 1 .* such as b'\\xff'"),
-        ({"tokens": [chr(byte) for byte in [*range(256), 7]]}, "twice"),
+        ({"tokens": [chr(byte) for byte in [*range(256), 7]]}, "listed twice"),
         ({"tokens": [*map(chr, range(256)), ""]}, "empty or longer"),
         ({"tokens": [*map(chr, range(256)), "x" * 257]}, "empty or longer"),
         ({"tokens": [*map(chr, range(256)), "中"]}, "latin-1"),
         ({"tokens": [*map(chr, range(256)), 3]}, "token 3, expected a string"),
-        ({"special": ["<|a|>", "<|a|>"]}, "twice"),
+        ({"special": ["<|a|>", "<|a|>"]}, "listed twice"),
         ({"special": ["\ud800"]}, "utf-8"),
         ({"special": [None]}, "expected a string"),
         ({"special": list(map(str, range(2**20)))}, "at most 1,048,576"),
@@ -194,7 +171,7 @@ def test_a_file_that_describes_no_bpe_is_refused(change, said):
 
 @pytest.mark.parametrize(
     ("library", "use"),
-    [("tiktoken", lambda: BPETokenizer(BYTES).encode("a")), ("tokenizers", lambda: bpe.train("a", 300))],
+    [("tiktoken", lambda: BPETokenizer(BYTES).encode("a")), ("tokenizers", lambda: learn_bpe(["a"], 300))],
 )
 def test_without_its_library_it_says_what_to_install(monkeypatch, library, use):
     monkeypatch.setitem(sys.modules, library, None)

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxgpt import corpus as corpora
 from jaxgpt import files as disk
-from jaxgpt import gpt2
-from jaxgpt.bpe import BPETokenizer
 from jaxgpt.config import DataConfig, UsageError
 from jaxgpt.corpus import CorpusError
-from jaxgpt.prepare.build import prepare_corpus, tokenize
-from jaxgpt.prepare.sources import Source, SourceError
-from jaxgpt.tokenizer import ByteTokenizer, CharTokenizer, UnknownCharacterError
+from jaxgpt.prepare import vocabularies
+from jaxgpt.prepare.build import prepare_corpus
+from jaxgpt.prepare.sources import SourceError
+from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, UnknownCharacterError
 
 
 @pytest.fixture
@@ -26,6 +27,19 @@ def verse(verse, tmp_path):
 @pytest.fixture
 def prepared(verse, tmp_path):
     return prepare_corpus(str(verse), data_dir=tmp_path / "data")
+
+
+@pytest.fixture
+def tokenize(tmp_path):
+    """tokenize(text, ...): the corpus of a text, which may hold surrogates."""
+
+    def tokenize(text, *spec, **how):
+        (tmp_path / "other.jsonl").write_text(json.dumps({"text": text}))
+        return prepare_corpus(
+            str(tmp_path / "other.jsonl"), *spec, data_dir=tmp_path / "tokenized", block_size=0, **how
+        ).corpus
+
+    return tokenize
 
 
 def test_prepare_writes_tokens_that_load_gives_back(prepared, verse):
@@ -145,29 +159,28 @@ def test_the_default_limit_changes_only_large_texts():
         assert len(corpora.Corpus(text, tokenizer, {}).split(DataConfig())[1]) == expected
 
 
-def test_wide_vocabularies_take_uint32():
+def test_wide_vocabularies_take_uint32(tokenize):
     text = "".join(chr(0x10000 + i) for i in range(2**16 + 1))
-    corpus = tokenize(Source("wide", text, "here"))
+    corpus = tokenize(text)
     assert corpus.tokens.dtype == np.uint32
     assert corpus.tokenizer.decode(corpus.tokens) == text
-    narrow = tokenize(Source("narrow", text[:-1], "here"))
+    narrow = tokenize(text[:-1])
     assert narrow.tokens.dtype == np.uint16
 
 
-def test_another_vocabulary_can_be_used_and_unknown_characters_skipped(prepared, tmp_path):
-    spec = str(prepared.folder / "tokens.json")
-    source = Source("other", "the zebra sat", "here")
+def test_another_vocabulary_can_be_used_and_unknown_characters_skipped(prepared, tokenize):
+    spec, text = str(prepared.folder / "tokens.json"), "the zebra sat"
     with pytest.raises(UnknownCharacterError, match="'z'"):
-        tokenize(source, spec)
-    skipped = tokenize(source, spec, "skip")
+        tokenize(text, spec)
+    skipped = tokenize(text, spec, unknown="skip")
     assert skipped.tokenizer == prepared.corpus.tokenizer
     assert skipped.tokenizer.decode(skipped.tokens) == "the ea sat"
     assert skipped.meta["skipped_characters"] == 3
-    assert tokenize(source, str(prepared.folder), "skip").meta == skipped.meta
+    assert tokenize(text, str(prepared.folder), unknown="skip").meta == skipped.meta
 
 
-def test_bytes_encode_anything():
-    corpus = tokenize(Source("é", "é\n", "here"), "byte")
+def test_bytes_encode_anything(tokenize):
+    corpus = tokenize("é\n", "byte")
     assert corpus.tokens.tolist() == [0xC3, 0xA9, 10]
 
 
@@ -196,15 +209,15 @@ def test_a_column_is_refused_where_there_is_none(verse, prepared, tmp_path):
     assert prepare_corpus(str(prepared.folder), column="body").reused
 
 
-def test_no_such_tokenizer():
+def test_no_such_tokenizer(tokenize):
     for spec in ("words", "~words", "bpe", "bpe:", "bpe:many", "bpe:-300", "bpe:4_096", "bpe:99999999"):
         with pytest.raises(CorpusError, match="expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, the path"):
-            tokenize(Source("a", "text", "here"), spec)
+            tokenize("text", spec)
     with pytest.raises(UsageError, match="vocabulary of 255, expected 256 to"):
-        tokenize(Source("a", "text", "here"), "bpe:255")
+        tokenize("text", "bpe:255")
 
 
-def test_a_bpe_is_learnt_saved_and_used_again(verse, tmp_path):
+def test_a_bpe_is_learned_saved_and_used_again(verse, tmp_path, tokenize):
     done = prepare_corpus(str(verse), "bpe:300", data_dir=tmp_path / "data")
     assert done.folder.name.startswith("text-bpe-")
     loaded = corpora.load(done.folder)
@@ -212,18 +225,18 @@ def test_a_bpe_is_learnt_saved_and_used_again(verse, tmp_path):
     assert 256 < loaded.tokenizer.vocab_size <= 300
     assert len(loaded.tokens) < len(verse.read_text()) / 2
     assert prepare_corpus(str(verse), "bpe:300", data_dir=tmp_path / "data").reused
-    other = tokenize(Source("other", "the zebra \ud800 sat", "here"), str(done.folder), "skip")
+    other = tokenize("the zebra \ud800 sat", str(done.folder), unknown="skip")
     assert other.tokenizer == loaded.tokenizer
     assert other.tokenizer.decode(other.tokens) == "the zebra  sat"
     assert other.meta["skipped_characters"] == 1
-    learnt = tokenize(Source("other", "the zebra \ud800 sat", "here"), "bpe:300", "skip")
-    assert learnt.meta["skipped_characters"] == 1
+    learned = tokenize("the zebra \ud800 sat", "bpe:300", unknown="skip")
+    assert learned.meta["skipped_characters"] == 1
 
 
-def test_gpt2_is_a_tokenizer_of_that_name(monkeypatch):
+def test_gpt2_is_a_tokenizer_of_that_name(monkeypatch, tokenize):
     tok = BPETokenizer(tuple(ByteTokenizer().token_bytes), ("<|endoftext|>",))
-    monkeypatch.setattr(gpt2, "load", lambda: tok)
-    corpus = tokenize(Source("a", "é<|endoftext|>", "here"), "gpt2")
+    monkeypatch.setattr(vocabularies, "load_gpt2", lambda: tok)
+    corpus = tokenize("é<|endoftext|>", "gpt2")
     assert corpus.tokens.tolist() == list("é<|endoftext|>".encode())
     assert corpus.tokenizer.vocab_size == 257
 
@@ -294,15 +307,41 @@ def test_a_tokens_json_that_is_no_json(prepared):
         corpora.load(prepared.folder)
 
 
-def test_a_failed_write_leaves_nothing_half_written(prepared, tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(CorpusError, match="cannot be written: No space left on device; name another folder"):
-        corpora.save(prepared.corpus, tmp_path / "new")
-    assert list((tmp_path / "new").iterdir()) == []
-
-
 def test_vocabulary_order_is_the_sorted_characters(prepared):
     assert prepared.corpus.tokenizer == CharTokenizer("\n acehmnost")
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.data())
+def test_joined_arrays_are_read_like_one(sizes, data):
+    whole = np.arange(sum(sizes)).astype(np.uint16)
+    tokens = corpora.Joined(np.split(whole, np.cumsum(sizes)[:-1]))
+    begin, end = (data.draw(st.integers(-7, 30)) for _ in range(2))
+    np.testing.assert_array_equal(np.asarray(tokens[begin:end]), whole[begin:end])
+    assert len(tokens) == len(whole)
+    if len(whole):
+        places = np.array(data.draw(st.lists(st.lists(st.integers(0, len(whole) - 1), min_size=2, max_size=2))), int)
+        np.testing.assert_array_equal(tokens[places.reshape(-1, 2)], whole[places.reshape(-1, 2)])
+    with pytest.raises(IndexError, match="tokens"):
+        tokens[np.array([len(whole)])]
+
+
+def test_one_array_is_itself():
+    one = np.zeros(3, np.uint16)
+    assert corpora.joined([one]) is one
+
+
+def test_only_weights_and_parts_are_a_mixture():
+    assert corpora.mixture("0.7*a + .3*b c") == [(0.7, "a"), (0.3, "b c")]
+    for one in ("a.txt", "a + b.txt", "0.5*a.txt", "2*a + b"):
+        assert corpora.mixture(one) == [(1.0, one)]
+    with pytest.raises(CorpusError, match="parts that differ, each with a weight above 0"):
+        corpora.mixture("0*a + 1*b")
+    with pytest.raises(CorpusError, match="parts that differ"):
+        corpora.mixture("1*a + 1*a")
+    assert corpora.absolute("1*/x/a + 2*python-docs") == "1*/x/a + 2*python-docs"
+    assert corpora.absolute("gs://bucket/a.txt") == "gs://bucket/a.txt"
+    for shares in ([2e6, 4e3], [5e-5, 1e-6], [0.123456789, 0.1]):  # what a config holds is read again
+        text = corpora.absolute(f"{shares[0]:.12f}*/x/a + {shares[1]:.12f}*/x/b")
+        assert corpora.mixture(text) == [(shares[0], "/x/a"), (shares[1], "/x/b")]
+    with pytest.raises(CorpusError, match=r"the least weight is 0\.0005 of all"):
+        corpora.mixture("1*a + 1999*b")

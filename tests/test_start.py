@@ -145,7 +145,7 @@ def test_a_mixture_is_found_as_it_was_prepared_by_many_at_once(mixture, folders,
     run, corpus = start(config, "one", *folders)
     again = Run.open(folders[0], "one")
     with monkeypatch.context() as patched, ThreadPoolExecutor(3) as pool:
-        patched.setattr(encode, "_encoded", None)  # nothing is encoded
+        patched.setattr("jaxgpt.prepare.build.encode", None)  # nothing is encoded
         for found in pool.map(corpus_of, [again] * 3, [folders[1]] * 3):
             assert found.meta == corpus.meta
             assert found.training_parts(DataConfig()) == corpus.training_parts(DataConfig())

@@ -6,12 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import cli
-from jaxgpt.bpe import BPETokenizer
 from jaxgpt.cli.runs import start
 from jaxgpt.config import UsageError
 from jaxgpt.generate import CHUNK
 from jaxgpt.start import load_model
-from jaxgpt.tokenizer import ByteTokenizer, CharTokenizer, UnknownCharacterError, encode_typed
+from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, UnknownCharacterError, encode_typed
 from jaxgpt.train import fit
 from jaxgpt.write import until, write
 

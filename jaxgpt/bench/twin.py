@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from jaxgpt.config import Config, MissingExtraError, ModelConfig
 from jaxgpt.data import Ids
-from jaxgpt.prepare import sources
-from jaxgpt.prepare.build import tokenize
+from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.recipes import RECIPES, recipe
 
 try:
@@ -243,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--began", type=float, default=began, help="time.monotonic() before this process was started")
     given = parser.parse_args(argv)
     config = recipe(given.recipe).config
-    text = tokenize(sources.read(given.data))
+    text = prepare_corpus(given.data, data_dir=given.out.parent / "data").corpus
     train_tokens, val_tokens = text.split(config.data)
     config = replace(
         config,

@@ -66,14 +66,8 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
     Raises:
       SourceError, CorpusError: it is unavailable, or not the same.
     """
-    try:
-        from jaxgpt.prepare.build import ready
-
-        found = ready(run.config.data.corpus, run.corpus_meta, data_dir, verified=not processes.first())
-    except ModuleNotFoundError:
-        folder = corpora.folder_of(run.corpus_meta, data_dir)
-        found = corpora.load(folder) if folder.is_dir() else None
-    if found:
+    name, verified = run.config.data.corpus, not processes.first()
+    if found := corpora.find_prepared(name, run.corpus_meta, data_dir, verified):
         return found
     wanted = run.corpus_meta["sha256"]
     folders = " and ".join(map(str, corpora.folders_of(run.corpus_meta, data_dir)))
@@ -100,9 +94,7 @@ def tokens_of(config: Config, data_dir: Path) -> Corpus:
     except ModuleNotFoundError as error:
         if not (Path(data.corpus) / "tokens.json").is_file():
             raise UsageError(f"{data.corpus} is not a prepared corpus, and jaxgpt.prepare is not installed") from error
-        found = corpora.load(Path(data.corpus))
-        corpora.require_fit(found, model.block_size, data.val_fraction, model.vocab_size)
-        return found
+        return corpora.load(Path(data.corpus))
     return prepare_corpus(
         data.corpus,
         data.tokenizer,
@@ -117,13 +109,7 @@ def tokens_of(config: Config, data_dir: Path) -> Corpus:
 
 def resolve(config: Config, corpus: Corpus) -> Config:
     """`config` as `start.resolve` completes it, with the path of its text in full."""
-    try:
-        from jaxgpt.prepare.sources import absolute
-    except ModuleNotFoundError:
-        path = str(Path(config.data.corpus).resolve())
-    else:
-        path = absolute(config.data.corpus)
-    return core.resolve(configs.replaced(config, corpus=path), corpus)
+    return core.resolve(configs.replaced(config, corpus=corpora.absolute(config.data.corpus)), corpus)
 
 
 def complete(config: Config, data_dir: Path) -> Config:

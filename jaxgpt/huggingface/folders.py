@@ -10,8 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import corpus as corpora
-from jaxgpt import gpt2 as gpt2_vocabulary
+from jaxgpt import vocabulary
 from jaxgpt.cli.runs import start, tokens_of
 from jaxgpt.config import Config, ModelConfig, replaced
 from jaxgpt.corpus import CorpusError
@@ -28,8 +27,8 @@ FILES += [
     "tokens.json",
     "tokenizer_config.json",
     "added_tokens.json",
-    *gpt2_vocabulary.FILES,
-    *gpt2_vocabulary.OTHER_FILES,
+    *vocabulary.FILES,
+    *vocabulary.OTHER_FILES,
 ]
 
 
@@ -102,7 +101,7 @@ def with_own_vocabulary(config: Config, source: Path, data_dir: Path, vocab_size
       UsageError: the text is unavailable.
     """
     named = config.data.tokenizer
-    if not corpora.has_tokenizer(source):
+    if not vocabulary.has_tokenizer(source):
         if named == "gpt2" and vocab_size < 50_257:
             raise InteropError(
                 f"{source} holds no vocabulary, and its model of {vocab_size:,} ids cannot have GPT-2's 50,257: "
@@ -113,7 +112,7 @@ def with_own_vocabulary(config: Config, source: Path, data_dir: Path, vocab_size
     if named == "gpt2" or Path(named).resolve() == own.resolve():
         return replaced(config, tokenizer=str(own.resolve()))
     try:
-        mine = corpora.tokenizer_of(own)
+        mine = vocabulary.read_tokenizer(own)
     except CorpusError:
         if is_export(source):
             raise
@@ -161,7 +160,7 @@ def load_export(folder: Path) -> tuple[ModelConfig, Params, Tokenizer]:
       InteropError, CorpusError: a file is missing or damaged, or the vocabulary is larger than the model's.
     """
     config, params = gpt2.load(folder)
-    tokenizer = corpora.tokenizer_of(folder)
+    tokenizer = vocabulary.read_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise InteropError(
             f"{folder / 'tokens.json'} has {tokenizer.vocab_size} ids, expected at most the model's {config.vocab_size}"

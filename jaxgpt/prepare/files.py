@@ -6,9 +6,10 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from jaxgpt.config import MissingExtraError, UsageError, shown
 
@@ -34,45 +35,48 @@ MAGIC = {
     b"\xff\xd8\xff": "is a JPEG image, expected UTF-8 text",
     b"GIF8": "is a GIF image, expected UTF-8 text",
 }
-"""What is said of a file that is not UTF-8, by its first bytes."""
+"""What a file that is not UTF-8 is, by its first bytes."""
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
-Seen = Callable[[int], None]
-"""Is told how many bytes were read since it was told last."""
 
 
 class SourceError(UsageError):
-    """A text cannot be had or read."""
+    """A text is unavailable or cannot be read."""
 
 
-def unseen(n: int) -> None:
-    """A `Seen` that shows nothing."""
+@dataclass
+class Reading:
+    """How far a text has been read, and what was changed in it."""
+
+    n_bytes: int = 0
+    """Bytes of the files that were read so far."""
+    notes: list[str] = field(default_factory=list)
+    """What was changed, such as line ends."""
 
 
-def read_text(path: Path, column: str = "text") -> tuple[str, tuple[str, ...]]:
-    """The text of a file, and notes on what was changed; as `pieces`."""
-    notes: list[str] = []
-    return "".join(pieces(path, column, notes)), tuple(notes)
+def read_text(path: Path, column: str = "text") -> tuple[str, list[str]]:
+    """The text of a file and notes on what was changed; as `pieces`."""
+    reading = Reading()
+    return "".join(pieces(path, column, reading)), reading.notes
 
 
-def pieces(path: Path, column: str, notes: list[str], seen: Seen = unseen) -> Iterator[str]:
-    """The text of a file with LF line ends, piece by piece; `notes` on what was changed are added at its end.
+def pieces(path: Path, column: str, reading: Reading) -> Iterator[str]:
+    """The text of a file with LF line ends, piece by piece; notes are added at its end.
 
-    Files that `holds_documents` have the text of each in `column`; a blank line is put between two. Any other file is
-    UTF-8.
+    Of JSON Lines and Parquet it is the documents in `column` with a blank line between two. Any other file is UTF-8.
 
     Raises:
-      SourceError: the file is out of reach, damaged, no UTF-8, or a row has no string in `column`.
+      SourceError: the file cannot be read, is damaged or not UTF-8, or a row has no string in `column`.
     """
-    name = name_of(path).lower()
+    name, notes = name_of(path).lower(), list[str]()
     if not holds_documents(path, column):
-        yield from plain(utf8(_bytes(path, seen), str(path)), notes)
+        yield from plain(utf8(_bytes(path, reading), str(path)), reading.notes)
         if name.endswith(".json"):
-            notes.append("read as plain text: it is not JSON Lines (one object a line)")
+            reading.notes.append("read as plain text: it is not JSON Lines (one object a line)")
         return
-    documents = (_parquet if name.endswith(".parquet") else _json_lines)(path, column, seen)
-    count, changes = 0, list[str]()
+    documents = (_parquet if name.endswith(".parquet") else _json_lines)(path, column, reading)
+    count = 0
 
-    def joined() -> Iterator[str]:
+    def with_blank_lines() -> Iterator[str]:
         nonlocal count
         for document in documents:
             if count:
@@ -80,8 +84,8 @@ def pieces(path: Path, column: str, notes: list[str], seen: Seen = unseen) -> It
             count += 1
             yield document
 
-    yield from plain(joined(), changes)
-    notes += [f"put a blank line between {count:,} documents of column {column!r}", *changes]
+    yield from plain(with_blank_lines(), notes)
+    reading.notes += [f"put a blank line between {count:,} documents of column {column!r}", *notes]
 
 
 def name_of(path: Path) -> str:
@@ -94,14 +98,14 @@ def holds_documents(path: Path, column: str) -> bool:
     object, and either that has the column or another line follows; else it is one value, such as a configuration.
 
     Raises:
-      SourceError: a `.json` file is out of reach, damaged or not UTF-8.
+      SourceError: a `.json` file cannot be read, is damaged or not UTF-8.
     """
     name = name_of(path).lower()
     if name.endswith(".parquet") or (unpacked := name.removesuffix(".gz")).endswith(JSON_LINES):
         return True
     if not unpacked.endswith(".json"):
         return False
-    text = plain(utf8(_json_bytes(path, unseen), str(path)), [])
+    text = plain(utf8(_bytes(path, Reading()), str(path)), [])
     first = next((piece for piece in text if piece.strip()), "")
     if not first.lstrip().startswith("{"):  # without reading on: an array may be one line of gigabytes
         return False
@@ -110,7 +114,7 @@ def holds_documents(path: Path, column: str) -> bool:
         row = json.loads(next(lines))
     except (ValueError, RecursionError):
         return False
-    return column in _names(row) or next(lines, None) is not None
+    return column in _columns(row) or next(lines, None) is not None
 
 
 def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
@@ -120,47 +124,33 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
       SourceError: it is not UTF-8, or holds a NUL byte, as UTF-16 and files of tokens do; `origin` is named.
     """
     decoder, start, read = codecs.getincrementaldecoder("utf-8")(), b"", 0
-    for chunk in data:
-        start = start or chunk[:8]
+    for chunk in itertools.chain(data, [b""]):
+        start, problem = start or chunk[:8], ""
+        held = len(decoder.getstate()[0])  # the first bytes of a character at the end of the last chunk
         if (nul := chunk.find(b"\0")) >= 0:
-            raise SourceError(f"{origin} {_known(start) or _nul(chunk, nul, read)}")
-        yield _decoded(decoder, chunk, start, read, origin)
+            kind, width = ("UTF-32", 4) if chunk[nul : nul + 2] == b"\0\0" else ("UTF-16", 2)
+            order = "LE" if (read + nul) % width else "BE"
+            problem = (
+                f"has a NUL byte at offset {read + nul:,}, so it is not UTF-8 text; if it is {kind}, convert it: "
+                f"iconv -f {kind}{order} -t UTF-8; if it is a file of tokens such as nanoGPT's train.bin, prepare the "
+                "text that they were made from; if it is text with stray NUL bytes, remove them: tr -d '\\0'"
+            )
+        else:
+            try:
+                yield decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                problem = (
+                    f"is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {read - held + error.start} "
+                    f"({error.reason}); convert it: iconv -f LATIN1 -t UTF-8"
+                )
+        if problem:
+            known = next((what for magic, what in MAGIC.items() if start.startswith(magic)), problem)
+            raise SourceError(f"{origin} {known}")
         read += len(chunk)
-    yield _decoded(decoder, b"", start, read, origin, final=True)
-
-
-def _known(start: bytes) -> str | None:
-    """What a file that begins with these bytes is, and what to do with it; None if that is not known."""
-    return next((what for magic, what in MAGIC.items() if start.startswith(magic)), None)
-
-
-def _nul(chunk: bytes, at: int, read: int) -> str:
-    """Why a chunk with a NUL byte is refused; `read` bytes came before it."""
-    kind, width = ("UTF-32", 4) if chunk[at : at + 2] == b"\0\0" else ("UTF-16", 2)
-    kind += "LE" if (read + at) % width else "BE"
-    return (
-        f"has a NUL byte at offset {read + at:,}, so it is not UTF-8 text; if it is {kind[:6]}, convert it: "
-        f"iconv -f {kind} -t UTF-8; if it is a file of tokens such as nanoGPT's train.bin, prepare the text that they "
-        "were made from; if it is text with stray NUL bytes, remove them: tr -d '\\0'"
-    )
-
-
-def _decoded(
-    decoder: codecs.IncrementalDecoder, chunk: bytes, start: bytes, read: int, origin: str, final: bool = False
-) -> str:
-    held = len(decoder.getstate()[0])  # the first bytes of a character that the last chunk ended in
-    try:
-        return decoder.decode(chunk, final)
-    except UnicodeDecodeError as error:
-        known = _known(start) or (
-            f"is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {read - held + error.start} "
-            f"({error.reason}); convert it: iconv -f LATIN1 -t UTF-8"
-        )
-        raise SourceError(f"{origin} {known}") from error
 
 
 def plain(text: Iterable[str], notes: list[str]) -> Iterator[str]:
-    """`text` with LF line ends and no byte order mark; `notes` on what was changed are added at its end."""
+    """`text` with LF line ends and no byte order mark; notes on what was changed are added at its end."""
     decoder, first, marked, returns = io.IncrementalNewlineDecoder(None, translate=True), True, False, 0
     for piece in text:
         if first and piece:
@@ -175,51 +165,31 @@ def plain(text: Iterable[str], notes: list[str]) -> Iterator[str]:
         notes.append(f"turned {returns:,} CR or CRLF line ends into LF")
 
 
-def _bytes(path: Path, seen: Seen) -> Iterator[bytes]:
+def _bytes(path: Path, reading: Reading) -> Iterator[bytes]:
+    """The bytes of a file in chunks; those of a packed JSON file are unpacked."""
+    before, size, limit = reading.n_bytes, 0, float("inf")
     try:
-        with path.open("rb") as file:
-            yield from chunks(file, seen)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def chunks(file: IO[bytes], seen: Seen) -> Iterator[bytes]:
-    """What is left of an open file."""
-    while chunk := file.read(PIECE):
-        seen(len(chunk))
-        yield chunk
-
-
-def _unpacked(path: Path, seen: Seen) -> Iterator[bytes]:
-    unpacked, size = 0, 0
-    try:
-        size = path.stat().st_size
-        limit = max(ALWAYS_ALLOWED, MAX_GROWTH * size)
-        with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as file:
-            before = 0
+        with path.open("rb") as raw:
+            file: Any = raw
+            if name_of(path).lower().endswith((".json.gz", *(f"{name}.gz" for name in JSON_LINES))):
+                packed = path.stat().st_size
+                file, limit = gzip.GzipFile(fileobj=raw), max(ALWAYS_ALLOWED, MAX_GROWTH * packed)
             while chunk := file.read(PIECE):
-                unpacked += len(chunk)
-                if unpacked > limit:
+                size += len(chunk)
+                if size > limit:
                     raise SourceError(
                         f"{path} unpacks to more than {limit:,} bytes, expected at most {MAX_GROWTH} times its "
-                        f"{size:,}; if it is meant to, unpack it first: gunzip"
+                        f"{packed:,}; if it is meant to, unpack it first: gunzip"
                     )
-                seen(packed.tell() - before)
-                before = packed.tell()
+                reading.n_bytes = before + raw.tell()
                 yield chunk
-    except gzip.BadGzipFile as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"{path} is not gzip, or is damaged: {error}") from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (EOFError, zlib.error) as error:
-        raise SourceError(f"{path} is not gzip, or is damaged: {error}") from error
 
 
-def _json_bytes(path: Path, seen: Seen) -> Iterator[bytes]:
-    return (_unpacked if name_of(path).lower().endswith(".gz") else _bytes)(path, seen)
-
-
-def _json_lines(path: Path, column: str, seen: Seen) -> Iterator[str]:
+def _json_lines(path: Path, column: str, reading: Reading) -> Iterator[str]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
         if len(row) < len(pairs):  # of other keys the last counts, as everywhere in Python
@@ -228,7 +198,7 @@ def _json_lines(path: Path, column: str, seen: Seen) -> Iterator[str]:
                 raise ValueError(f"the key {twice!r} appears twice in one object")
         return row
 
-    for number, line in enumerate(_lines(plain(utf8(_json_bytes(path, seen), str(path)), [])), 1):
+    for number, line in enumerate(_lines(plain(utf8(_bytes(path, reading), str(path)), [])), 1):
         if not line.strip():
             continue
         where, wanted = f"{path}, line {number}", f'expected an object such as {{"{column}": "..."}}'
@@ -243,17 +213,17 @@ def _json_lines(path: Path, column: str, seen: Seen) -> Iterator[str]:
 
 def _lines(text: Iterable[str]) -> Iterator[str]:
     """Split at LF alone, unlike splitlines(): a JSON string may hold the other line ends that Python knows."""
-    open_line: list[str] = []
+    held: list[str] = []
     for piece in text:
         head, *lines = piece.split("\n")
-        open_line.append(head)
+        held.append(head)
         for line in lines:
-            yield "".join(open_line)
-            open_line = [line]
-    yield "".join(open_line)
+            yield "".join(held)
+            held = [line]
+    yield "".join(held)
 
 
-def _parquet(path: Path, column: str, seen: Seen) -> Iterator[str]:
+def _parquet(path: Path, column: str, reading: Reading) -> Iterator[str]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -263,26 +233,24 @@ def _parquet(path: Path, column: str, seen: Seen) -> Iterator[str]:
     try:
         with path.open("rb") as raw, parquet.ParquetFile(raw) as file:
             names = [file.schema.column(i).path for i in range(len(file.schema))]
-            if names.count(column) > 1:
-                raise SourceError(
-                    f"{path} has {names.count(column)} columns {column!r}, expected one: rename the others"
-                )
-            if column not in names:
+            if (found := names.count(column)) > 1:
+                raise SourceError(f"{path} has {found} columns {column!r}, expected one: rename the others")
+            if not found:
                 raise _no_column(str(path), column, names)
-            size, rows = path.stat().st_size, max(1, file.metadata.num_rows)
+            row_size = path.stat().st_size / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 for row in batch.to_pylist():
                     number += 1
                     yield _string(row, f"{path}, row {number}", column)
-                seen(size * batch.num_rows // rows)
+                reading.n_bytes += int(row_size * batch.num_rows)
     except SourceError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # a date may be none that Python has
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # Python may lack a date that it has
         raise SourceError(f"{path} is no Parquet file of strings, or is damaged: {error}") from error
 
 
-def _names(row: dict[str, Any]) -> Iterator[str]:
-    """The columns of a row; those of an object in it have its name before a dot."""
+def _columns(row: dict[str, Any]) -> Iterator[str]:
+    """The columns of a row; those of an object in it have its name before a dot. Not recursive: it may be deep."""
     waiting = list(row.items())
     while waiting:
         name, value = waiting.pop(0)
@@ -292,19 +260,19 @@ def _names(row: dict[str, Any]) -> Iterator[str]:
             yield name
 
 
-def _no_column(where: str, column: str, names: Iterable[str]) -> SourceError:
-    return SourceError(f"{where} has no column {column!r}; it has {', '.join(names) or 'none'}: --column NAME")
-
-
 def _string(row: dict[str, Any], where: str, column: str) -> str:
-    """The text of a row: that at `column`, or at meta.text that of the object `meta`."""
+    """The text of a row: that of the key `column`, or for meta.text that of the key `text` in the object `meta`."""
     value: Any = row
     for name in [column] if column in row else column.split("."):
         if value is None:
             break
         if not isinstance(value, dict) or name not in value:
-            raise _no_column(where, column, _names(row))
+            raise _no_column(where, column, _columns(row))
         value = value[name]
     if not isinstance(value, str):
         raise SourceError(f"{where}: column {column!r} holds {shown(value)}, expected a string")
     return value
+
+
+def _no_column(where: str, column: str, names: Iterable[str]) -> SourceError:
+    return SourceError(f"{where} has no column {column!r}; it has {', '.join(names) or 'none'}: --column NAME")

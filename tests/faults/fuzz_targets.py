@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt import bpe, corpus, gpt2, tokenizer
 from jaxgpt import config as configs
+from jaxgpt import corpus, tokenizer, vocabulary
 from jaxgpt import files as disk
 from jaxgpt.huggingface import gpt2 as gpt2_folder
 from jaxgpt.prepare import files
-from jaxgpt.tokenizer import ByteTokenizer, CharTokenizer, UnknownCharacterError
+from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, UnknownCharacterError
 
 TINY = Path(__file__).parents[1] / "goldens" / "hf-gpt2-tiny"
 TEXT = "the cat sat\n"
@@ -128,9 +128,9 @@ def seeds_gpt2_folder() -> list[bytes]:
 
 def run_vocabulary(data: bytes) -> None:
     """vocab.bpe, a zero byte, encoder.json."""
-    merges, _, vocabulary = data.decode("utf-8", "replace").partition("\0")
+    merges, _, ids = data.decode("utf-8", "replace").partition("\0")
     try:
-        tok = gpt2.parse(merges, vocabulary)
+        tok = vocabulary.parse(merges, ids)
     except ValueError as error:
         _require_plain(error)
         return
@@ -138,9 +138,9 @@ def run_vocabulary(data: bytes) -> None:
 
 
 def seeds_vocabulary() -> list[bytes]:
-    letters = {byte: letter for letter, byte in bpe.byte_of_letter().items()}
+    letters = {byte: letter for letter, byte in vocabulary.byte_of_letter().items()}
     tokens = ["".join(letters[byte] for byte in token) for token in _tiny_bpe().tokens]
-    ids = {token: i for i, token in enumerate([*tokens, gpt2.END_OF_TEXT])}
+    ids = {token: i for i, token in enumerate([*tokens, "<|endoftext|>"])}
     return [f"#version: 0.2\nt h\nth e\n\0{json.dumps(ids, ensure_ascii=False)}".encode(), b"\0{}"]
 
 
@@ -256,8 +256,8 @@ def _require_plain(error: ValueError) -> None:
         raise error
 
 
-def _tiny_bpe() -> bpe.BPETokenizer:
-    return bpe.BPETokenizer((*ByteTokenizer().token_bytes, b"th", b"the"), ("<|endoftext|>",))
+def _tiny_bpe() -> BPETokenizer:
+    return BPETokenizer((*ByteTokenizer().token_bytes, b"th", b"the"), ("<|endoftext|>",))
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """A text of any size becomes the ids that it would become in memory."""
 
 import gzip
+import hashlib
 import json
 import shutil
 import signal
@@ -13,20 +14,15 @@ from unittest import mock
 import filelock
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from jaxgpt import bpe
 from jaxgpt import files as disk
 from jaxgpt.config import DataConfig
 from jaxgpt.corpus import CorpusError, load
-from jaxgpt.prepare import build as prepare_module
 from jaxgpt.prepare import encode, sources
-from jaxgpt.prepare.build import prepare_corpus, tokenize
-from jaxgpt.prepare.encode import EncodeError, WaitedError
-from jaxgpt.prepare.sources import Source, SourceError
-from jaxgpt.shards import Joined, joined
-from jaxgpt.tokenizer import UnknownCharacterError
+from jaxgpt.prepare.build import prepare_corpus
+from jaxgpt.prepare.encode import WaitedError, WorkFolder
+from jaxgpt.prepare.sources import SourceError
+from jaxgpt.tokenizer import ByteTokenizer, UnknownCharacterError
 
 LINES = "".join(f"{i} the cat sat on the mat, that cat has a hat\n" for i in range(300))
 
@@ -35,67 +31,9 @@ LINES = "".join(f"{i} the cat sat on the mat, that cat has a hat\n" for i in ran
 def small(monkeypatch):
     """Parts and shards so small that a short text has many."""
     monkeypatch.setattr(encode, "PART", 40)
+    monkeypatch.setattr("jaxgpt.tokenizer.LONGEST_WORD", 80)
     monkeypatch.setattr(encode, "SHARD", 700)
     monkeypatch.setattr("jaxgpt.prepare.files.PIECE", 64)
-
-
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.data())
-def test_joined_arrays_are_read_like_one(sizes, data):
-    whole = np.arange(sum(sizes)).astype(np.uint16)
-    tokens = Joined(np.split(whole, np.cumsum(sizes)[:-1]))
-    begin, end = (data.draw(st.integers(-7, 30)) for _ in range(2))
-    np.testing.assert_array_equal(np.asarray(tokens[begin:end]), whole[begin:end])
-    assert len(tokens) == len(whole)
-    if len(whole):
-        places = np.array(data.draw(st.lists(st.lists(st.integers(0, len(whole) - 1), min_size=2, max_size=2))), int)
-        np.testing.assert_array_equal(tokens[places.reshape(-1, 2)], whole[places.reshape(-1, 2)])
-    with pytest.raises(IndexError, match="tokens"):
-        tokens[np.array([len(whole)])]
-
-
-def test_one_array_is_itself():
-    one = np.zeros(3, np.uint16)
-    assert joined([one]) is one
-
-
-@settings(max_examples=30)
-@given(st.text(st.sampled_from("ab \n\u3000é\r"), max_size=200), st.integers(1, 20))
-@pytest.mark.parametrize("spans", [encode.even, bpe.spans])
-def test_a_text_in_pieces_is_cut_as_the_whole(spans, text, size):
-    pieces = [text[i : i + 7] for i in range(0, len(text), 7)]
-    parts = list(encode.cut(pieces, spans, size))
-    assert "".join(parts) == text
-    ends = set(np.cumsum([end - begin for begin, end in spans(text, size)]))
-    assert set(np.cumsum([len(part) for part in parts])) == ends
-
-
-def test_a_text_without_white_space_is_searched_about_twice():
-    searched, size, piece = [], 1000, "x" * 1000
-
-    def spans(text, size):
-        searched.append(len(text))
-        return bpe.spans(text, size)
-
-    assert [len(part) for part in encode.cut([piece] * 200, spans, size)] == [200_000]
-    assert sum(searched) < 4 * 200_000
-    with mock.patch.object(bpe, "LONGEST", 5000):
-        assert [len(part) for part in encode.cut([piece] * 2000, spans, size)] == [5000] * 400
-    assert sum(searched) < 4 * 2_200_000
-
-
-@given(st.text(st.sampled_from("abc d"), max_size=90), st.lists(st.integers(1, 8), min_size=2, max_size=2))
-def test_words_without_end_are_cut_at_places_that_no_size_changes(text, sizes):
-    with mock.patch.object(bpe, "LONGEST", 8):
-        forced = []
-        for size in sizes:
-            ends = np.cumsum([end - begin for begin, end in bpe.spans(text, size)])[:-1].tolist()
-            assert all(end - begin <= size + 8 for begin, end in bpe.spans(text, size))
-            forced.append([end for end in ends if not bpe._CUT.match(text, end)])
-            for step in (1, 3, 30):
-                parts = list(encode.cut((text[i : i + step] for i in range(0, len(text), step)), bpe.spans, size))
-                assert "".join(parts) == text
-                assert np.cumsum([len(part) for part in parts])[:-1].tolist() == ends
-        assert forced[0] == forced[1]
 
 
 @pytest.mark.parametrize("spec", ["char", "byte", "bpe:300"])
@@ -109,10 +47,9 @@ def test_shards_hold_what_the_text_encodes_to(tmp_path, small, spec):
     assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]  # nothing half-done is left
     found = load(done.folder)
     np.testing.assert_array_equal(np.asarray(found.tokens), found.tokenizer.encode(LINES))
-    whole = tokenize(Source("a", LINES, str(path)), spec)
-    assert whole.tokenizer == found.tokenizer
-    for name in ("sha256", "source_sha256", "count"):
-        assert whole.meta[name] == found.meta[name]
+    assert found.meta["sha256"] == hashlib.sha256(np.asarray(found.tokens).tobytes()).hexdigest()
+    assert found.meta["source_sha256"] == hashlib.sha256(LINES.encode()).hexdigest()
+    assert found.meta["count"] == len(found.tokens)
     assert prepare_corpus(str(path), spec, data_dir=tmp_path / "data").reused
     assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
 
@@ -144,7 +81,7 @@ def test_of_an_attempt_that_failed_whole_shards_stay(tmp_path, small, n, stay):
     (tmp_path / "a.txt").write_text("a" * n + "é")
     with pytest.raises(UnknownCharacterError):
         prepare_corpus(str(tmp_path / "a.txt"), "ascii", data_dir=tmp_path / "data")
-    assert len(list((tmp_path / "data").iterdir())) == bool(stay)
+    assert (tmp_path / "data").exists() == bool(stay)
     left = sorted(path.name for path in (tmp_path / "data").glob("*/*"))
     assert [name for name in left if name != encode.LOCK] == stay
 
@@ -180,9 +117,8 @@ def killed(tmp_path):
 def again(path, monkeypatch):
     """Prepare it: the corpus, and how many characters were encoded."""
     encoded = []
-    tok = type(tokenize(Source("a", "a", "here"), "byte").tokenizer)
-    plain = tok.encode
-    monkeypatch.setattr(tok, "encode", lambda self, text: encoded.append(len(text)) or plain(self, text))
+    plain = ByteTokenizer.encode
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: encoded.append(len(text)) or plain(self, text))
     return prepare_corpus(str(path), "byte", data_dir=path.parent / "data"), sum(encoded)
 
 
@@ -209,7 +145,7 @@ def test_what_a_kill_cut_short_is_in_no_folder(killed, small, monkeypatch, tmp_p
 
 def test_a_text_that_grew_after_a_kill_has_the_shards_of_the_whole(tmp_path, small, monkeypatch):
     (tmp_path / "a.txt").write_text("a" * 1480)  # parts of 40, two whole shards
-    ended = mock.patch.object(prepare_module, "_finish", side_effect=KeyboardInterrupt)
+    ended = mock.patch.object(WorkFolder, "finish", side_effect=KeyboardInterrupt)
     with ended, pytest.raises(KeyboardInterrupt):
         prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
     (tmp_path / "a.txt").write_text("a" * 3000)
@@ -250,17 +186,17 @@ def when_waiting(monkeypatch):
 
 
 def test_two_processes_do_not_write_the_same_shards(tmp_path, when_waiting, capsys):
-    with encode._Shards(tmp_path / "work") as one:
+    with WorkFolder(tmp_path / "work") as one:
         one.add(np.zeros(3, np.uint16))
         when_waiting(lambda: one.__exit__(KeyboardInterrupt))
-        with pytest.raises(WaitedError), encode._Shards(tmp_path / "work") as other:
-            other.add(np.zeros(3, np.uint16))
+        with pytest.raises(WaitedError), WorkFolder(tmp_path / "work"):
+            pass
     assert f"another process is preparing this text in {tmp_path / 'work'}; waiting for it" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_who_finds_a_text_being_prepared_waits_and_reads_it(tmp_path, small, monkeypatch, when_waiting, capsys):
-    path, finish = tmp_path / "a.txt", prepare_module._finish
+    path, finish = tmp_path / "a.txt", WorkFolder.finish
     path.write_text(LINES)
     held, waiting = threading.Event(), threading.Event()
     when_waiting(waiting.set)
@@ -270,7 +206,7 @@ def test_who_finds_a_text_being_prepared_waits_and_reads_it(tmp_path, small, mon
         assert waiting.wait(60)
         finish(*args)
 
-    monkeypatch.setattr(prepare_module, "_finish", slow)
+    monkeypatch.setattr(WorkFolder, "finish", slow)
     with ThreadPoolExecutor(1) as other:
         first = other.submit(prepare_corpus, str(path), "byte", data_dir=tmp_path / "data")
         assert held.wait(60)
@@ -285,9 +221,9 @@ def test_who_finds_a_text_being_prepared_waits_and_reads_it(tmp_path, small, mon
 def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, small):
     (tmp_path / "a.txt").write_text(LINES)
     full = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
-    with full, pytest.raises(EncodeError, match=r"\.part cannot be written: No space left on device; name another"):
+    with full, pytest.raises(CorpusError, match=r"\.part cannot be written: No space left on device; name another"):
         prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
-    assert list((tmp_path / "data").iterdir()) == []
+    assert not (tmp_path / "data").exists()
 
 
 def test_what_another_process_writes_is_not_looked_at_or_removed(killed, tmp_path, when_waiting):
@@ -295,8 +231,7 @@ def test_what_another_process_writes_is_not_looked_at_or_removed(killed, tmp_pat
     (work,) = (tmp_path / "data").iterdir()
     (work / encode.PROGRESS).write_text("{}")
     killed.write_text("another " + LINES)
-    holder, seen = encode._Shards(work), []
-    holder._hold()
+    holder, seen = WorkFolder(work).__enter__(), []
 
     def end():
         seen.extend(work.glob("tokens-*.bin"))
@@ -356,10 +291,10 @@ def test_a_folder_that_another_process_made_meanwhile_is_whole_when_it_goes(tmp_
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text(LINES)
-    finish, remove, whole = prepare_module._finish, shutil.rmtree, []
+    finish, remove, whole = WorkFolder.finish, shutil.rmtree, []
 
-    def later(work, meta, folder):
-        monkeypatch.setattr(prepare_module, "_finish", finish)
+    def later(held, meta, folder):
+        monkeypatch.setattr(WorkFolder, "finish", finish)
         prepare_corpus(str(tmp_path / "two" / "a.txt"), "byte", data_dir=tmp_path / "data")
 
         def removed(path, **how):
@@ -367,9 +302,9 @@ def test_a_folder_that_another_process_made_meanwhile_is_whole_when_it_goes(tmp_
             whole.append(load(folder).meta["count"])
 
         monkeypatch.setattr(shutil, "rmtree", removed)
-        finish(work, meta, folder)
+        finish(held, meta, folder)
 
-    monkeypatch.setattr(prepare_module, "_finish", later)
+    monkeypatch.setattr(WorkFolder, "finish", later)
     done = prepare_corpus(str(tmp_path / "one" / "a.txt"), "byte", data_dir=tmp_path / "data")
     assert whole
     assert load(done.folder).meta["origin"] == str(tmp_path / "one" / "a.txt")
@@ -441,23 +376,6 @@ def test_a_mixture_has_its_parts_and_one_vocabulary(tmp_path):
         prepare_corpus(f"1*{prepared[0]} + 1*{tmp_path}/c.txt", data_dir=tmp_path / "data")
 
 
-def test_only_weights_and_parts_are_a_mixture():
-    assert sources.mixture("0.7*a + .3*b c") == [(0.7, "a"), (0.3, "b c")]
-    for one in ("a.txt", "a + b.txt", "0.5*a.txt", "2*a + b"):
-        assert sources.mixture(one) == [(1.0, one)]
-    with pytest.raises(SourceError, match="parts that differ, each with a weight above 0"):
-        sources.mixture("0*a + 1*b")
-    with pytest.raises(SourceError, match="parts that differ"):
-        sources.mixture("1*a + 1*a")
-    assert sources.absolute("1*/x/a + 2*python-docs") == "1*/x/a + 2*python-docs"
-    assert sources.absolute("gs://bucket/a.txt") == "gs://bucket/a.txt"
-    for shares in ([2e6, 4e3], [5e-5, 1e-6], [0.123456789, 0.1]):  # what a config holds is read again
-        text = sources.absolute(f"{shares[0]:.12f}*/x/a + {shares[1]:.12f}*/x/b")
-        assert sources.mixture(text) == [(shares[0], "/x/a"), (shares[1], "/x/b")]
-    with pytest.raises(sources.SourceError, match=r"the least weight is 0\.0005 of all"):
-        sources.mixture("1*a + 1999*b")
-
-
 PART = {"source": "a", "count": 1, "sha256": ""}
 
 
@@ -524,7 +442,8 @@ class TestStores:
 
     @pytest.mark.parametrize("given", [{"parts": []}, {"parts": [PART, PART]}, {}, {"parts": [], "shards": None}])
     def test_no_shard_is_written_outside_the_cache(self, tmp_path, given):
-        meta = tokenize(Source("a", LINES, "here"), "byte").meta
+        (tmp_path / "a.txt").write_text(LINES)
+        meta = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data").corpus.meta
         evil = meta | {"shards": [meta["shards"][0] | {"file": "../../../escaped.txt"}]} | given
         data = np.frombuffer(LINES.encode(), np.uint8).astype(np.uint16).tobytes()
         self.files.pipe("/store/evil/tokens.json", disk.seal(evil).encode())
@@ -538,7 +457,7 @@ class TestStores:
     @pytest.mark.parametrize("name", ["gs://bucket/x", "1*gs://bucket/x + 1*python-docs"])
     def test_a_store_without_its_package_says_what_to_install(self, tmp_path, monkeypatch, name):
         monkeypatch.setitem(sys.modules, "gcsfs", None)
-        with pytest.raises(SourceError, match=r"gs://bucket/x cannot be had: .*gcsfs.*; pip install what it names"):
+        with pytest.raises(SourceError, match=r"gs://bucket/x is unavailable: .*gcsfs.*; pip install what it names"):
             prepare_corpus(name, data_dir=tmp_path / "data")
 
     @pytest.mark.parametrize("call", ["isfile", "_open"])
@@ -549,7 +468,7 @@ class TestStores:
 
         self.files.pipe(name, b"the cat sat\n")
         monkeypatch.setattr(type(self.files), call, expired)
-        with pytest.raises(SourceError, match=r"memory://.* cannot be had: the token has expired"):
+        with pytest.raises(SourceError, match=r"memory://.* is unavailable: the token has expired"):
             prepare_corpus("memory://texts", data_dir=tmp_path / "data")
 
     def test_without_the_extra_it_says_what_to_install(self, monkeypatch):

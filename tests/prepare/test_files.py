@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from jaxgpt.config import UsageError
-from jaxgpt.prepare import files, sources
+from jaxgpt.prepare import files
 from jaxgpt.prepare.sources import SourceError
+from tests.prepare.texts import read
 
 DOCUMENTS = ["The cat\nsat.", "", "é \u2028 中 \x85 🙂", "on the mat\n"]
 
@@ -32,7 +33,7 @@ KINDS = pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson", "a
 @pytest.mark.smoke
 @KINDS
 def test_documents_are_joined_by_a_blank_line(tmp_path, name):
-    source = sources.read(str(write(tmp_path / name, "text", DOCUMENTS)))
+    source = read(str(write(tmp_path / name, "text", DOCUMENTS)))
     assert source.text == "\n\n".join(DOCUMENTS)
     assert source.name == "a"
     assert source.notes == ("put a blank line between 4 documents of column 'text'",)
@@ -41,11 +42,11 @@ def test_documents_are_joined_by_a_blank_line(tmp_path, name):
 @KINDS
 def test_another_column_and_line_ends(tmp_path, name):
     write(tmp_path / name, "body", ["a\r\nb", "c"])
-    source = sources.read(str(tmp_path / name), "body")
+    source = read(str(tmp_path / name), "body")
     assert source.text == "a\nb\n\nc"
     assert "1 CR or CRLF" in source.notes[1]
     with pytest.raises(SourceError, match=rf"{name}.* has no column 'text'; it has id, body: --column NAME"):
-        sources.read(str(tmp_path / name))
+        read(str(tmp_path / name))
 
 
 @KINDS
@@ -55,21 +56,21 @@ def test_a_value_that_is_no_string_is_named_with_its_place(tmp_path, name, value
     write(tmp_path / name, "text", values)
     place = f"(row|line) {values.index(value) + 1}"
     with pytest.raises(SourceError, match=rf"{place}: column 'text' holds {said}, expected a string"):
-        sources.read(str(tmp_path / name))
+        read(str(tmp_path / name))
 
 
 @KINDS
 def test_a_column_of_an_object_is_named_after_a_dot(tmp_path, name):
     write(tmp_path / name, "meta", [{"text": "a", "more": {"title": "A"}}, {"text": "b", "more": {"title": "B"}}])
-    assert sources.read(str(tmp_path / name), "meta.text").text == "a\n\nb"
-    assert sources.read(str(tmp_path / name), "meta.more.title").text == "A\n\nB"
+    assert read(str(tmp_path / name), "meta.text").text == "a\n\nb"
+    assert read(str(tmp_path / name), "meta.more.title").text == "A\n\nB"
     with pytest.raises(SourceError, match=r"no column 'meta.body'; it has id, meta\.text, meta\.more\.title: --column"):
-        sources.read(str(tmp_path / name), "meta.body")
+        read(str(tmp_path / name), "meta.body")
     write(tmp_path / name, "meta.text", ["a dot in the name", "b"])
-    assert sources.read(str(tmp_path / name), "meta.text").text == "a dot in the name\n\nb"
+    assert read(str(tmp_path / name), "meta.text").text == "a dot in the name\n\nb"
     write(tmp_path / name, "meta", [{"text": "a"}, None])
     with pytest.raises(SourceError, match=r"(row|line) 2: column 'meta.text' holds None, expected a string"):
-        sources.read(str(tmp_path / name), "meta.text")
+        read(str(tmp_path / name), "meta.text")
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
@@ -77,13 +78,13 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
     for names in (["text", "text", "meta"], ["meta.text", "text", "meta"]):
         parquet.write_table(pyarrow.table([["a"], ["b"], struct], names=names), tmp_path / "a.parquet")
         with pytest.raises(SourceError, match=rf"a\.parquet has 2 columns '{names[0]}', expected one"):
-            sources.read(str(tmp_path / "a.parquet"), names[0])
-    assert sources.read(str(tmp_path / "a.parquet")).text == "b"
+            read(str(tmp_path / "a.parquet"), names[0])
+    assert read(str(tmp_path / "a.parquet")).text == "b"
     (tmp_path / "a.jsonl").write_text('{"id": 1, "id": 2, "text": "a"}\n{"text": "b", "text": "c"}')
     with pytest.raises(
         SourceError, match=r"a\.jsonl, line 2 is not JSON \(the key 'text' appears twice in one object\)"
     ):
-        sources.read(str(tmp_path / "a.jsonl"))
+        read(str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -99,12 +100,12 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
 )
 def test_a_json_file_is_documents_if_it_is_json_lines(tmp_path, data, text):
     (tmp_path / "a.json").write_text(data)
-    source = sources.read(str(tmp_path / "a.json"))
+    source = read(str(tmp_path / "a.json"))
     assert source.text == (text or data)
     assert source.notes[0] == "read as plain text: it is not JSON Lines (one object a line)" or text
     (tmp_path / "a.json").write_text('{"body": "a"}\n{"body": "b"}\n')
     with pytest.raises(SourceError, match="no column 'text'; it has body"):
-        sources.read(str(tmp_path / "a.json"))
+        read(str(tmp_path / "a.json"))
 
 
 def test_an_array_on_one_line_is_not_read_whole_to_see_that_it_is_one(tmp_path, monkeypatch):
@@ -135,7 +136,7 @@ def test_json_lines_give_back_any_strings(tmp_path_factory, documents):
 def test_a_bad_line_is_named_by_its_number(tmp_path, line, said):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n' + line + "\n")
     with pytest.raises(SourceError, match=said):
-        sources.read(str(tmp_path / "a.jsonl"))
+        read(str(tmp_path / "a.jsonl"))
 
 
 @KINDS
@@ -144,7 +145,7 @@ def test_damage_is_named(tmp_path, name, damage):
     path = write(tmp_path / name, "text", DOCUMENTS)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(SourceError, match=name):
-        sources.read(str(path))
+        read(str(path))
 
 
 @pytest.mark.parametrize(
@@ -154,14 +155,14 @@ def test_damage_is_named(tmp_path, name, damage):
 def test_a_column_of_dates_that_python_has_not_is_refused(tmp_path, value, kind):
     parquet.write_table(pyarrow.table({"text": pyarrow.array([value], kind)}), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match=r"a\.parquet"):
-        sources.read(str(tmp_path / "a.parquet"))
+        read(str(tmp_path / "a.parquet"))
 
 
 def test_a_folder_may_hold_shards(tmp_path):
     for name, text in (("1.parquet", "A"), ("0.jsonl", "B")):
         write(tmp_path / name, "body", [text, "x"])
     (tmp_path / "2.txt").write_text("C")
-    source = sources.read(str(tmp_path), "body")
+    source = read(str(tmp_path), "body")
     assert source.text == "B\n\nx\nA\n\nx\nC"
     assert source.notes == ("put a blank line between 4 documents of column 'body', in 2 files, the first 0.jsonl",)
 
@@ -170,4 +171,4 @@ def test_without_pyarrow_it_says_what_to_install(tmp_path, monkeypatch):
     write(tmp_path / "a.parquet", "text", DOCUMENTS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r"a\.parquet, a Parquet file, needs pyarrow.*pip install pyarrow"):
-        sources.read(str(tmp_path / "a.parquet"))
+        read(str(tmp_path / "a.parquet"))

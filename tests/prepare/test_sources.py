@@ -10,16 +10,19 @@ import threading
 import numpy as np
 import pytest
 
+from jaxgpt import files as disk
+from jaxgpt.corpus import absolute
 from jaxgpt.prepare import files, sources
 from jaxgpt.prepare.sources import SourceError
+from tests.prepare.texts import read
 
 
 @pytest.mark.parametrize("name", ["python-docs", "python-stdlib"])
 def test_embedded_corpora_need_no_download(name):
-    source = sources.read(name)
+    source = read(name)
     assert len(source.text) > 400_000
     assert "CPython 3." in source.origin
-    assert source == sources.read(name)
+    assert source == read(name)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +36,7 @@ def test_embedded_corpora_need_no_download(name):
 )
 def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, note):
     (tmp_path / "a.txt").write_bytes(data)
-    source = sources.read(str(tmp_path / "a.txt"))
+    source = read(str(tmp_path / "a.txt"))
     assert source.text == text
     assert source.sha256 == hashlib.sha256(text.encode()).hexdigest()
     assert (note is None and source.notes == ()) or note in source.notes[0]
@@ -65,7 +68,7 @@ def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, note)
 def test_what_is_no_text_is_refused_with_the_reason(tmp_path, data, said):
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(SourceError, match=said):
-        sources.read(str(tmp_path / "a.txt"))
+        read(str(tmp_path / "a.txt"))
 
 
 def test_a_name_that_begins_with_a_tilde_is_a_path_unless_it_is_a_users_home(tmp_path, monkeypatch):
@@ -74,10 +77,10 @@ def test_a_name_that_begins_with_a_tilde_is_a_path_unless_it_is_a_users_home(tmp
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "b.txt").write_text("at home")
     (tmp_path / "~draft.txt").write_text("a draft")
-    assert sources.read("~draft.txt").text == "a draft"
-    assert sources.absolute("~draft.txt") == str(tmp_path / "~draft.txt")
-    assert sources.read("~/b.txt").text == "at home"
-    assert sources.absolute("~/b.txt") == str(tmp_path / "home" / "b.txt")
+    assert read("~draft.txt").text == "a draft"
+    assert absolute("~draft.txt") == str(tmp_path / "~draft.txt")
+    assert read("~/b.txt").text == "at home"
+    assert absolute("~/b.txt") == str(tmp_path / "home" / "b.txt")
 
 
 def test_a_folder_is_its_files_in_order_without_the_hidden_ones(tmp_path):
@@ -85,7 +88,7 @@ def test_a_folder_is_its_files_in_order_without_the_hidden_ones(tmp_path):
     (tmp_path / ".git").mkdir()
     for name, text in {"b.txt": "B", "a.txt": "A\r\n", "sub/c.md": "C", ".hidden": "H", ".git/x": "X"}.items():
         (tmp_path / name).write_text(text, newline="")
-    source = sources.read(str(tmp_path))
+    source = read(str(tmp_path))
     assert source.text == "A\n\nB\nC"
     assert source.origin == f"3 files in {tmp_path}"
     assert source.notes == ("a.txt: turned 1 CR or CRLF line ends into LF",)
@@ -107,26 +110,26 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     }.items():
         (folder / link).symlink_to(target)
     (elsewhere / "back").symlink_to(folder)
-    source = sources.read(str(folder))
+    source = read(str(folder))
     assert source.text == "A\nB\nA"
     found = {note.split(":")[0] for note in source.notes}
     assert found == {"linked/deep/back", "sub/loop", "missing", "self"}
     assert all("left out, a link to nothing or to a folder that it is in" in note for note in source.notes)
     (tmp_path / "link").symlink_to(folder)
-    assert sources.read(str(tmp_path / "link")).text == source.text, "a corpus may be a link itself"
+    assert read(str(tmp_path / "link")).text == source.text, "a corpus may be a link itself"
 
 
 def test_a_named_corpus_is_taken_before_a_local_one_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "python-docs").write_text("mine")
-    assert "CPython" in sources.read("python-docs").origin
+    assert "CPython" in read("python-docs").origin
     assert (
         "python-docs is the named corpus; to read the file or folder of that name, give ./" in capsys.readouterr().err
     )
-    assert sources.read("./python-docs").text == "mine"
-    assert sources.absolute("./python-docs") == str(tmp_path / "python-docs")
+    assert read("./python-docs").text == "mine"
+    assert absolute("./python-docs") == str(tmp_path / "python-docs")
     (tmp_path / "python-docs").unlink()
-    sources.read("python-docs")
+    read("python-docs")
     assert capsys.readouterr().err == ""
 
 
@@ -138,20 +141,20 @@ def test_a_pipe_is_read_once_and_its_text_as_often_as_is_wanted(tmp_path):
     writer = threading.Thread(target=(tmp_path / "fifo").write_bytes, args=[data])
     writer.start()
     for path in (f"/dev/fd/{end}", str(tmp_path / "fifo")):
-        stream = sources.open_stream(path)
+        text = sources.open_text(path)
         for _ in range(2):
             notes = []
-            assert "".join(stream.pieces(notes)) == "the\ncat"
+            assert "".join(text.pieces(notes)) == "the\ncat"
             assert notes == ["turned 1 CR or CRLF line ends into LF"]
-        assert (stream.name, stream.origin, stream.size) == ("pipe", path, len(data))
-        assert sources.absolute(path) == path
+        assert (text.name, text.origin, text.size) == ("pipe", path, len(data))
+        assert absolute(path) == path
     writer.join()
     os.close(end)
 
 
 def test_a_device_is_refused():
     with pytest.raises(SourceError, match="/dev/null is a device or a socket, expected a file, a folder or a pipe"):
-        sources.open_stream("/dev/null")
+        sources.open_text("/dev/null")
 
 
 def test_a_folder_of_many_changed_files_has_one_note_of_each_kind(tmp_path):
@@ -160,7 +163,7 @@ def test_a_folder_of_many_changed_files_has_one_note_of_each_kind(tmp_path):
     for name in "xy":
         (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     (tmp_path / "z.txt").write_bytes(b"\xef\xbb\xbfmark")
-    assert sources.read(str(tmp_path)).notes == (
+    assert read(str(tmp_path)).notes == (
         "turned 2,400 CR or CRLF line ends into LF, in 1,200 files, the first 0000.txt",
         "put a blank line between 4 documents of column 'text', in 2 files, the first x.jsonl",
         "z.txt: dropped a byte order mark",
@@ -173,8 +176,8 @@ def test_where_a_character_is_in_a_folder(tmp_path, monkeypatch, size):
     for name, text in {"a.txt": "one\r\ntwo", "b.txt": "\n\n", "c/d.txt": "thrée\nfour\n"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text.encode())
-    stream = sources.open_stream(str(tmp_path))
-    text = "".join(stream.pieces([]))
+    source = sources.open_text(str(tmp_path))
+    text = "".join(source.pieces([]))
     assert text == "one\ntwo\n\n\n\nthrée\nfour\n"
     for sought, place in {
         "o": "line 1, column 1 of the text in {}/a.txt",
@@ -185,21 +188,21 @@ def test_where_a_character_is_in_a_folder(tmp_path, monkeypatch, size):
         "é": "line 1, column 4 of the text in {}/c/d.txt",
         "u": "line 2, column 3 of the text in {}/c/d.txt",
     }.items():
-        assert stream.where(text.index(sought)) == place.format(tmp_path)
+        assert source.where(text.index(sought)) == place.format(tmp_path)
     (tmp_path / "one.txt").write_text("first\nsecond")
-    one = sources.open_stream(str(tmp_path / "one.txt"))
+    one = sources.open_text(str(tmp_path / "one.txt"))
     assert one.where(8) == f"line 2, column 3 of the text in {tmp_path}/one.txt"
 
 
 def test_a_folder_with_a_bad_file_names_the_file(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     with pytest.raises(SourceError, match=r"image\.png is a PNG image, expected UTF-8 text"):
-        sources.read(str(tmp_path))
+        read(str(tmp_path))
 
 
 def test_no_such_corpus_names_those_that_exist():
     with pytest.raises(SourceError, match="python-docs, python-stdlib, shakespeare") as caught:
-        sources.read("no-such-corpus")
+        read("no-such-corpus")
     assert "mixture" not in str(caught.value)
 
 
@@ -211,9 +214,9 @@ def test_what_was_meant_as_a_mixture_is_told_how_one_is_written(tmp_path, monkey
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text("b")
     with pytest.raises(SourceError, match=r"; a mixture is written '0\.7\*a\.txt \+ 0\.3\*b\.txt'"):
-        sources.read(name)
+        read(name)
     (tmp_path / name).write_text("a file by that very name")
-    assert sources.read(name).text == "a file by that very name"
+    assert read(name).text == "a file by that very name"
 
 
 def test_an_unreadable_file_is_a_clear_error(tmp_path, monkeypatch):
@@ -225,7 +228,7 @@ def test_an_unreadable_file_is_a_clear_error(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(SourceError, match=r"a\.txt cannot be read: Permission denied"):
-        sources.read(str(tmp_path / "a.txt"))
+        read(str(tmp_path / "a.txt"))
 
 
 @pytest.fixture
@@ -305,7 +308,7 @@ class TestShakespeare:
     def test_a_local_copy_is_found_by_file_or_folder(self, shakespeare, monkeypatch):
         for given in (shakespeare, shakespeare.parent):
             monkeypatch.setenv("JAXGPT_DATA", str(given))
-            source = sources.read("shakespeare")
+            source = read("shakespeare")
             assert len(source.text) == sources.SHAKESPEARE_BYTES
             assert len(set(source.text)) == 65
             assert source.sha256 == sources.SHAKESPEARE_SHA256
@@ -314,26 +317,26 @@ class TestShakespeare:
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / "tinyshakespeare.txt").write_text("To be")
         with pytest.raises(SourceError, match="not the expected file"):
-            sources.read("shakespeare")
+            read("shakespeare")
 
     def test_a_wrong_path_is_refused(self, monkeypatch):
         monkeypatch.setenv("JAXGPT_DATA", "/no/such/place")
         with pytest.raises(SourceError, match="JAXGPT_DATA is /no/such/place"):
-            sources.read("shakespeare")
+            read("shakespeare")
 
     def test_without_a_cache_folder_it_is_put_into_data(self, tmp_path, server, monkeypatch):
         data = b"To be, or not to be"
         (tmp_path / "www" / "input.txt").write_bytes(data)
         monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server}/input.txt")
         monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(data).hexdigest())
-        monkeypatch.setattr(sources, "cache_dir", lambda: None)
-        assert sources.read("shakespeare").origin == "data/tinyshakespeare.txt"
+        monkeypatch.setattr(disk, "cache_dir", lambda: None)
+        assert read("shakespeare").origin == "data/tinyshakespeare.txt"
 
     def test_else_it_is_downloaded_into_the_cache(self, tmp_path, server, monkeypatch):
         data = b"To be, or not to be"
         (tmp_path / "www" / "input.txt").write_bytes(data)
         monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server}/input.txt")
         monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(data).hexdigest())
-        assert sources.read("shakespeare").text == data.decode()
+        assert read("shakespeare").text == data.decode()
         (tmp_path / "www" / "input.txt").unlink()
-        assert sources.read("shakespeare").text == data.decode(), "the second time it comes from the cache"
+        assert read("shakespeare").text == data.decode(), "the second time it comes from the cache"

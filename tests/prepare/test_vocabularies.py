@@ -1,0 +1,182 @@
+import hashlib
+import json
+import sys
+import time
+
+import pytest
+import tiktoken
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from jaxgpt.config import UsageError
+from jaxgpt.prepare import vocabularies
+from jaxgpt.prepare.sources import SourceError
+from jaxgpt.prepare.vocabularies import learn_bpe, load_gpt2
+from jaxgpt.tokenizer import MAX_TOKEN_BYTES, MAX_TOKENS, PATTERNS, BPETokenizer, ByteTokenizer
+from jaxgpt.vocabulary import MERGES, VOCABULARY, parse
+
+TEXT = "the cat sat on the mat, that cat's hat été 中文\n" * 9
+
+
+class TestLearning:
+    def test_the_first_merge_is_the_most_frequent_pair(self):
+        assert learn_bpe(["aab aab aab cab"], 257).tokens[256] == b"ab"
+
+    def test_it_is_a_function_of_the_text(self):
+        assert learn_bpe([TEXT], 300) == learn_bpe(list(TEXT), 300)
+        assert learn_bpe([TEXT[5:]], 300) != learn_bpe([TEXT], 300)
+
+    @pytest.mark.parametrize("size", [256, 257, 280])
+    def test_the_vocabulary_has_the_size_asked_for(self, size):
+        tok = learn_bpe([TEXT], size)
+        assert tok.vocab_size == size
+        assert tok.tokens == learn_bpe(list(TEXT), 300).tokens[:size]
+        assert set(tok.tokens[:256]) == set(ByteTokenizer().token_bytes)
+
+    def test_a_short_text_has_no_more_pairs(self):
+        assert learn_bpe(["ab"], 300).vocab_size == 257
+
+    def test_endless_words_make_neither_endless_tokens_nor_endless_work(self):
+        began = time.perf_counter()
+        assert max(map(len, learn_bpe(["x" * 400_000], 400).tokens)) <= MAX_TOKEN_BYTES
+        assert time.perf_counter() - began < 10, "it takes half a second, and minutes where words are not cut"
+
+    def test_half_a_surrogate_pair_teaches_nothing_and_stops_nothing(self):
+        assert learn_bpe(["\ud800".join("abab")], 300).tokens[256:] == learn_bpe(["abab"], 300).tokens[256:]
+
+    @pytest.mark.parametrize("size", [255, 0, MAX_TOKENS + 1])
+    def test_sizes_out_of_range(self, size):
+        with pytest.raises(UsageError, match=rf"vocabulary of {size}, expected 256 to 1048576"):
+            learn_bpe(["abc"], size)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAXGPT_DATA", raising=False)
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A small vocabulary in GPT-2's two files, written by another library, and their hashes expected."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    )
+    folder = tmp_path / "written"
+    folder.mkdir()
+    model.model.save(str(folder))
+    merges, vocabulary = folder / "merges.txt", folder / "vocab.json"
+    vocabulary.write_text(json.dumps(json.loads(vocabulary.read_text()) | {"<|endoftext|>": 280}))
+    for names, path in ((MERGES, merges), (VOCABULARY, vocabulary)):
+        monkeypatch.setitem(vocabularies.SHA256, names, hashlib.sha256(path.read_bytes()).hexdigest())
+    return merges, vocabulary
+
+
+@pytest.fixture
+def expected():
+    return BPETokenizer(learn_bpe([TEXT], 280).tokens, ("<|endoftext|>",))
+
+
+@pytest.mark.smoke
+def test_parsing_gives_back_the_vocabulary_that_was_written(files, expected):
+    tok = parse(*(path.read_text() for path in files))
+    assert tok == expected
+    assert tok.vocab_size == 281
+    assert tok.decode([280]) == "<|endoftext|>"
+
+
+def test_files_that_do_not_agree_are_refused(files):
+    merges, vocabulary = (path.read_text() for path in files)
+    swapped = merges.splitlines()
+    swapped[1:3] = swapped[2:0:-1]
+    for wrong in ("\n".join(swapped), merges.rsplit("\n", 2)[0], merges + "a b\n"):
+        with pytest.raises(ValueError, match="do not agree"):
+            parse(wrong, vocabulary)
+    holed = json.loads(vocabulary) | {"<|endoftext|>": 281}
+    with pytest.raises(ValueError, match="do not agree"):
+        parse(merges, json.dumps(holed))
+
+
+@pytest.mark.parametrize("names", [("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json")])
+@pytest.mark.parametrize("place", ["data", "cache/jaxgpt", "mine", "beside"])
+def test_the_files_are_found(files, expected, tmp_path, monkeypatch, names, place):
+    (tmp_path / place).mkdir(parents=True)
+    for path, name in zip(files, names, strict=True):
+        path.rename(tmp_path / place / name)
+    if place == "mine":
+        monkeypatch.setenv("JAXGPT_DATA", str(tmp_path / place))
+    if place == "beside":
+        monkeypatch.setenv("JAXGPT_DATA", str(tmp_path / place / "tinyshakespeare.txt"))
+    assert load_gpt2() == expected
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_other_files_of_those_names_are_refused(files, monkeypatch, which):
+    monkeypatch.setenv("JAXGPT_DATA", str(files[0].parent))
+    files[which].write_text(files[which].read_text() + "\n")
+    with pytest.raises(SourceError, match=rf"{files[which].name} is not the expected file: SHA-256"):
+        load_gpt2()
+
+
+def test_the_hashes_are_those_that_tiktoken_pins(monkeypatch):
+    from tiktoken_ext import openai_public
+
+    asked = {}
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **kwargs: asked.update(kwargs))
+    pattern = openai_public.gpt2()["pat_str"]
+    assert asked["vocab_bpe_file"] == vocabularies.URL + MERGES[0]
+    assert asked["encoder_json_file"] == vocabularies.URL + VOCABULARY[0]
+    assert (asked["vocab_bpe_hash"], asked["encoder_json_hash"]) == (
+        vocabularies.SHA256[MERGES],
+        vocabularies.SHA256[VOCABULARY],
+    )
+    assert pattern == PATTERNS["gpt2"]
+
+
+def test_else_tiktoken_is_asked(expected, monkeypatch):
+    ranks = {token: rank for rank, token in enumerate(expected.tokens)}
+    known = tiktoken.Encoding(
+        "gpt2", pat_str=PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 280}
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": known}.__getitem__)
+    assert load_gpt2() == expected
+
+
+def test_else_it_says_what_to_fetch_and_where_to_put_it(monkeypatch, tmp_path):
+    def unreachable(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    monkeypatch.setenv("JAXGPT_DATA", str(tmp_path))
+    with pytest.raises(SourceError) as caught:
+        load_gpt2()
+    for said in (
+        "no network",
+        str(tmp_path),
+        "data",
+        "cache/jaxgpt",
+        vocabularies.URL + "vocab.bpe",
+        vocabularies.URL + "encoder.json",
+    ):
+        assert said in str(caught.value)
+    for names, sha256 in vocabularies.SHA256.items():
+        assert all(said in str(caught.value) for said in (*names, sha256))
+
+
+def test_the_real_one_where_its_files_are_given(monkeypatch, request):
+    given = request.config.rootpath / "data"
+    if not (given / "vocab.bpe").is_file():
+        pytest.skip("needs GPT-2's vocab.bpe and encoder.json in data/")
+    monkeypatch.setenv("JAXGPT_DATA", str(given))
+    tok = load_gpt2()
+    assert tok.vocab_size == 50257
+    assert tok.encode("hello world").tolist() == [31373, 995]  # tiktoken's README
+    assert tok.decode([50256]) == "<|endoftext|>"
+
+
+def test_without_tiktoken_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(UsageError, match=r"GPT-2's vocabulary needs tiktoken.*pip install tiktoken"):
+        load_gpt2()

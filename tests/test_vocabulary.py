@@ -1,0 +1,95 @@
+import json
+
+import pytest
+from tokenizers import ByteLevelBPETokenizer
+
+from jaxgpt import tokenizer, vocabulary
+from jaxgpt.corpus import CorpusError
+
+TEXT = "the cat sat on the mat, that cat's hat été 中文\n" * 9
+
+
+def trained(special):
+    """A byte-level BPE as Hugging Face's own trainer makes it: its special tokens have the first ids."""
+    theirs = ByteLevelBPETokenizer()
+    theirs.train_from_iterator([TEXT], vocab_size=280 + len(special), special_tokens=special, show_progress=False)
+    return theirs
+
+
+@pytest.mark.parametrize("special", [[], ["<|endoftext|>"], ["<s>", "[PAD]"]])
+@pytest.mark.parametrize("form", ["tokenizer.json", "two files"])
+def test_a_folders_own_vocabulary_gives_the_ids_of_its_library(tmp_path, special, form):
+    theirs = trained(special)
+    theirs.add_special_tokens(["<|late|>"])
+    if form == "tokenizer.json":
+        theirs.save(str(tmp_path / form))
+    else:
+        theirs.save_model(str(tmp_path))
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<|late|>": 280 + len(special)}))
+    tok = vocabulary.read_tokenizer(tmp_path)
+    assert tok == vocabulary.read_folder(tmp_path) == tokenizer.from_json(json.loads(json.dumps(tok.to_json())))
+    assert tok.encode(TEXT + "  12 <pad>").tolist() == theirs.encode(TEXT + "  12 <pad>").ids
+    assert tok.decode(tok.encode(TEXT)) == TEXT
+    assert [tok.decode([i]) for i in (*range(len(special)), 280 + len(special))] == [*special, "<|late|>"]
+
+
+def test_files_saved_with_a_byte_order_mark_or_crlf_are_read(tmp_path):
+    trained([]).save_model(str(tmp_path))
+    expected = vocabulary.read_folder(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        text = (tmp_path / name).read_text("utf-8").replace("\n", "\r\n")
+        (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    assert vocabulary.read_folder(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"normalizer": {"type": "NFC"}}, "the normalizer is .*NFC"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "type is 'Metaspace', expected 'ByteLevel'"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space is True"),
+        ({"pre_tokenizer": None}, "expected a model, a pre_tokenizer"),
+        ({"added_tokens": [{"content": "  ", "id": 280, "special": False}]}, "added token .* special true"),
+        ({"added_tokens": [{"content": "<x>", "id": 300, "special": True}]}, "do not agree"),
+        ({"added_tokens": [{"content": "<x>", "id": "280", "special": True}]}, "added token"),
+        ({"model": {"type": "Unigram"}}, "type is 'Unigram', expected 'BPE'"),
+        ({"model": {"type": "BPE", "dropout": 0.1}}, "dropout is 0.1"),
+        ({"model": {"vocab": {"a": 0}, "merges": [["a"]]}}, r"merge \['a'\], expected two tokens"),
+        ({"model": {"vocab": {"a": "b"}, "merges": []}}, "no JSON object|not a JSON object"),
+    ],
+)
+def test_a_vocabulary_that_gives_text_other_ids_is_refused(tmp_path, edit, said):
+    path = tmp_path / "tokenizer.json"
+    trained([]).save(str(path))
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    with pytest.raises(CorpusError, match=f"the vocabulary of .* cannot be used: .*{said}"):
+        vocabulary.read_tokenizer(path)
+
+
+def test_vocabularies_of_other_kinds_and_halves_are_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[UNK]\nthe\n")
+    with pytest.raises(CorpusError, match=r"expected tokenizer\.json, or vocab\.json and merges\.txt"):
+        vocabulary.read_tokenizer(tmp_path)
+    trained([]).save_model(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    with pytest.raises(ValueError, match="add_prefix_space is true"):
+        vocabulary.read_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "added_tokens.json").write_text('{"the": 280}')  # text with that word would become other ids
+    with pytest.raises(ValueError, match="do not agree"):
+        vocabulary.read_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
+        vocabulary.read_folder(tmp_path)
+
+
+def test_merges_that_the_merges_before_them_never_reach_are_refused(tmp_path):
+    """With "ab" merged first, "a" and "bc" never meet: their library leaves "ab", "c"; tiktoken would make "abc"."""
+    letters = sorted(vocabulary.byte_of_letter())
+    words = [*letters, "ab", "bc", "abc"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nb c\na bc\n")
+    theirs = ByteLevelBPETokenizer.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    assert theirs.encode("abc").tokens == ["ab", "c"]
+    with pytest.raises(ValueError, match="the merge a bc is not reached"):
+        vocabulary.read_folder(tmp_path)
