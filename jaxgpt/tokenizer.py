@@ -1,6 +1,14 @@
 """Text to token ids and back, by characters, by UTF-8 bytes, or by byte-level BPE as GPT-2 has it.
 
-A tokenizer is an immutable value that is plain JSON on disk.
+A tokenizer is an immutable value that is plain JSON on disk. All three have
+
+- `vocab_size`: V; ids run from 0 to V - 1.
+- `token_bytes`: the UTF-8 bytes of each token, V of them.
+- `encode(text)`: ids (N,); raises UnknownCharacterError if a character is not in the vocabulary.
+- `knows(text)`: whether each character is in the vocabulary, bool (len(text),).
+- `decode(ids)`: the inverse of `encode`. Bytes that are not UTF-8, such as half a character, become U+FFFD. Raises
+  ValueError if an id is outside the vocabulary.
+- `to_json()`: plain values from which `from_json` makes an equal tokenizer.
 """
 
 import re
@@ -9,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -52,44 +60,6 @@ class UnknownCharacterError(UsageError):
             f"among the {known}; --unknown skip leaves such characters out"
         )
         self.character, self.position, self.known = character, position, known
-
-
-class Tokenizer(Protocol):
-    """The interface of all tokenizers. Ids run from 0 to V - 1."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        ...
-
-    @property
-    def token_bytes(self) -> Sequence[bytes]:
-        """The UTF-8 bytes of each token, V of them."""
-        ...
-
-    def encode(self, text: str) -> Ids:
-        """Token ids, (N,).
-
-        Raises:
-          UnknownCharacterError: a character is not in the vocabulary.
-        """
-        ...
-
-    def knows(self, text: str) -> NDArray[np.bool_]:
-        """Whether each character is in the vocabulary, (len(text),)."""
-        ...
-
-    def decode(self, ids: ArrayLike) -> str:
-        """The inverse of `encode`. Bytes that are not UTF-8, such as half a character, become U+FFFD.
-
-        Raises:
-          ValueError: an id is outside the vocabulary.
-        """
-        ...
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values from which `from_json` makes an equal tokenizer."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -272,6 +242,9 @@ class BPETokenizer:
         return tree | ({"leading": self.leading} if self.leading else {})
 
 
+Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer
+
+
 def from_json(tree: Any) -> Tokenizer:
     """The inverse of `to_json`. The values come from a file: all of them are checked.
 
@@ -320,7 +293,7 @@ def encode_typed(tokenizer: Tokenizer, text: str | bytes) -> Ids:
 
     Raises:
       UsageError: the bytes are not UTF-8, and it is another tokenizer.
-      UnknownCharacterError: as `Tokenizer.encode`.
+      UnknownCharacterError: as `encode`.
     """
     if isinstance(text, bytes):
         if isinstance(tokenizer, ByteTokenizer):

@@ -15,7 +15,7 @@ class Prepare:
     """python-docs, python-stdlib, shakespeare, or a file or folder of UTF-8, JSON Lines or Parquet, here or at a URL
     such as gs://bucket/texts; or a pipe such as /dev/stdin; or a mixture of such by weight: "0.7*a.txt + 0.3*b.txt"."""
     tokenizer: str = "char"
-    """char, ascii, byte, gpt2, bpe:SIZE (learnt from the text, such as bpe:4096), or a tokens.json whose vocabulary
+    """char, ascii, byte, gpt2, bpe:SIZE (learned from the text, such as bpe:4096), or a tokens.json whose vocabulary
     is to be used again."""
     unknown: Literal["error", "skip"] = "error"
     """What to do with a character outside the vocabulary."""

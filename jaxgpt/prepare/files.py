@@ -246,7 +246,7 @@ def _parquet(path: Path, column: str, reading: Reading) -> Iterator[str]:
     except SourceError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # Python may lack a date that it has
-        raise SourceError(f"{path} is no Parquet file of strings, or is damaged: {error}") from error
+        raise SourceError(f"{path} is not a Parquet file of strings, or is damaged: {error}") from error
 
 
 def _columns(row: dict[str, Any]) -> Iterator[str]:

@@ -17,7 +17,7 @@ import pytest
 
 from jaxgpt import files as disk
 from jaxgpt.config import DataConfig
-from jaxgpt.corpus import CorpusError, load
+from jaxgpt.corpus import CorpusError, find_prepared, load
 from jaxgpt.prepare import encode, sources
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.prepare.encode import WaitedError, WorkFolder
@@ -424,7 +424,7 @@ class TestStores:
     def test_a_prepared_folder_is_fetched_once_and_checked(self, tmp_path, small):
         (tmp_path / "a.txt").write_text(LINES)
         folder = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
-        self.files.put(str(folder), "/prepared", recursive=True)
+        self.files.put(f"{folder}/", "/prepared/", recursive=True)
         found = prepare_corpus("memory://prepared").corpus
         assert found.meta == load(folder).meta
         np.testing.assert_array_equal(np.asarray(found.tokens), np.asarray(load(folder).tokens))
@@ -439,6 +439,25 @@ class TestStores:
         with pytest.raises(CorpusError, match=r"memory://prepared/tokens-00000.bin has SHA-256 .*, expected"):
             prepare_corpus("memory://prepared")
         assert not (cached / "tokens-00000.bin").exists()
+
+    def test_a_run_finds_the_copy_of_a_prepared_folder_without_the_store(self, tmp_path):
+        (tmp_path / "a.txt").write_text(LINES)
+        folder = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
+        self.files.put(f"{folder}/", "/prepared/", recursive=True)
+        meta = prepare_corpus("memory://prepared").corpus.meta
+        self.files.store.clear()
+        assert find_prepared("memory://prepared", meta, tmp_path / "none").meta == meta
+        assert find_prepared("memory://prepared", meta | {"sha256": "0" * 64}, tmp_path / "none") is None
+
+    def test_a_copy_of_any_name_is_inside_the_cache(self, tmp_path):
+        (tmp_path / "a.txt").write_text(LINES)
+        folder = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
+        self.files.put(f"{folder}/", "/prepared/", recursive=True)
+        meta = disk.unseal((folder / "tokens.json").read_bytes()) | {"source": "../../../escaped"}
+        self.files.pipe("/prepared/tokens.json", disk.seal(meta).encode())
+        prepare_corpus("memory://prepared")
+        (cached,) = (tmp_path / "cache" / "jaxgpt" / "corpora").iterdir()
+        assert cached.name.startswith("escaped-char-")
 
     @pytest.mark.parametrize("given", [{"parts": []}, {"parts": [PART, PART]}, {}, {"parts": [], "shards": None}])
     def test_no_shard_is_written_outside_the_cache(self, tmp_path, given):
