@@ -86,7 +86,8 @@ class WorkFolder:
         try:
             yield
         except OSError as error:
-            raise CorpusError(f"{self.path} cannot be written: {error.strerror}; name another: --data-dir") from error
+            problem = f"{self.path.parent} cannot be written: {error.strerror}"
+            raise CorpusError(f"{problem}; name another folder: --data-dir") from error
 
     def left_over(self, dtype: np.dtype[Any]) -> dict[str, Any] | None:
         """The progress of an attempt that was killed, if its shards are whole. All else in the folder is removed."""

@@ -221,7 +221,12 @@ def test_who_finds_a_text_being_prepared_waits_and_reads_it(tmp_path, small, mon
 def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, small):
     (tmp_path / "a.txt").write_text(LINES)
     full = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
-    with full, pytest.raises(CorpusError, match=r"\.part cannot be written: No space left on device; name another"):
+    with (
+        full,
+        pytest.raises(
+            CorpusError, match=r"data cannot be written: No space left on device; name another folder: --data-dir"
+        ),
+    ):
         prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
