@@ -28,7 +28,7 @@ _HOME = {
     "train_steps": "step",
     "evaluate": "evaluation",
     "fit": "train",
-    "generate": "generate",
+    "generate": "sample",
     "load": "monitor.notebook",
 }
 

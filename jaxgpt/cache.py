@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxgpt.attention import attention, sees
 from jaxgpt.config import ModelConfig
-from jaxgpt.matmul import Precision, operand
+from jaxgpt.matmul import Precision, in_32_bits, operand
 
 
 class Cache(NamedTuple):
@@ -19,6 +19,7 @@ class Cache(NamedTuple):
     last: jax.Array  # (B,) int32: the last token read
 
 
+@in_32_bits
 def init_cache(config: ModelConfig, B: int, size: int) -> Cache:
     """An empty cache for B sequences, with S = `size` slots in each block.
 

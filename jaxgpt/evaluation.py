@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxgpt import matmul as numerics
 from jaxgpt import model as nn
 from jaxgpt import sharding
 from jaxgpt.config import Config, ModelConfig
@@ -118,6 +119,7 @@ def rows_at_once(config: ModelConfig, n: int, side_by_side: int = 1) -> int:
 
 
 @partial(jax.jit, static_argnums=0)
+@numerics.in_32_bits
 def window_losses(config: ModelConfig, params: nn.Params, batch: Batch, skip: jax.Array) -> jax.Array:
     """Summed loss of each window, (B,) float32, without its first `skip` (B,) predictions and without dropout."""
     losses = nn.losses(config, params, batch.inputs, batch.targets)

@@ -5,9 +5,10 @@ float32 accumulation; "auto" is one of the two, by a table of devices (`resolve`
 """
 
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,29 @@ from jax import lax
 from jaxgpt import sharding
 
 Precision = Literal["auto", "float32", "bfloat16"]
+P = ParamSpec("P")
+R = TypeVar("R")
+NARROW = {"float64": jnp.float32, "int64": jnp.int32, "uint64": jnp.uint32}
+
+
+def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` with the same bits under JAX_ENABLE_X64 as without it, eager or traced: 64-bit arrays among its
+    arguments become 32-bit ones, and it makes no others."""
+
+    @wraps(function)
+    def narrow(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not jax.config.values["jax_enable_x64"]:
+            return function(*args, **kwargs)
+        with jax.enable_x64(False):
+            args, kwargs = jax.tree.map(_narrowed, (args, kwargs))
+            return function(*args, **kwargs)
+
+    return narrow
+
+
+def _narrowed(x: Any) -> Any:
+    narrow = NARROW.get(str(getattr(x, "dtype", "")))
+    return x if narrow is None else x.astype(narrow)
 
 
 def resolve(precision: Precision) -> Precision:

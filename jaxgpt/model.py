@@ -44,6 +44,7 @@ def model(config: ModelConfig) -> GPT | Bigram:
     return Bigram(config) if config.kind == "bigram" else GPT(config)
 
 
+@numerics.in_32_bits
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters, a pure function of (config, key); the same numbers with scan_layers as without.
 
@@ -90,6 +91,7 @@ def forward(config: ModelConfig, params: Params, idx: jax.Array, dropout_key: ja
     return _apply(config, params, dropout_key, idx)
 
 
+@numerics.in_32_bits
 def extend(
     config: ModelConfig, params: Params, cache: Cache, idx: jax.Array, length: jax.Array | int | None = None
 ) -> tuple[jax.Array, Cache]:
@@ -164,6 +166,7 @@ def logit_lens(config: ModelConfig, params: Params, idx: jax.Array) -> jax.Array
     return cast(jax.Array, _look_inside(config, params, idx, "logit_lens")["logits"][0])
 
 
+@numerics.in_32_bits
 def _look_inside(config: ModelConfig, params: Params, idx: jax.Array, collection: str) -> Any:
     """What a forward pass leaves in a collection of Flax, block by block."""
     _require_short(config, idx)
@@ -171,6 +174,7 @@ def _look_inside(config: ModelConfig, params: Params, idx: jax.Array, collection
     return model(config).apply({"params": unstacked(params)}, idx, mutable=[collection])[1][collection]
 
 
+@numerics.in_32_bits
 def _apply(config: ModelConfig, params: Params, dropout_key: jax.Array | None, idx: jax.Array, *more: Any) -> jax.Array:
     _require_short(config, idx)
     rngs = None if dropout_key is None else {"dropout": dropout_key}

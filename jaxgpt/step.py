@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxgpt import matmul as numerics
 from jaxgpt import model as nn
+from jaxgpt import prng
 from jaxgpt.config import Config, off
 from jaxgpt.data import Batch, cut, take
 from jaxgpt.optimizer import learning_rate, make_optimizer
@@ -37,12 +39,14 @@ class Metrics(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
+@numerics.in_32_bits
 def init_state(config: Config) -> TrainState:
     """The state at step 0, a pure function of the config."""
     params = nn.init_params(config.model, stream_key(config, INIT))
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
 
 
+@numerics.in_32_bits
 def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One optimizer step on `batch` ((B, T) inputs and targets), pure and traceable.
 
@@ -68,6 +72,7 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
+@numerics.in_32_bits
 def train_steps(
     config: Config, state: TrainState, tokens: jax.Array | None, windows: jax.Array
 ) -> tuple[TrainState, Metrics]:
@@ -114,4 +119,4 @@ def loss_and_grads(
 
 def stream_key(config: Config, stream: int) -> jax.Array:
     """The key of one purpose (INIT, DROPOUT) for this config's seed."""
-    return jax.random.fold_in(jax.random.key(config.train.seed), stream)
+    return jax.random.fold_in(prng.key(config.train.seed), stream)

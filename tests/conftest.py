@@ -81,6 +81,23 @@ def hasty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture
+def set_flags() -> Iterator[Callable[..., None]]:
+    """set_flags(jax_enable_x64=True): flags of JAX for all threads, as its environment variables set them, until the
+    test ends. What was compiled before is forgotten."""
+    before = dict(jax.config.values)
+    changed: set[str] = set()
+
+    def change(**flags: Any) -> None:
+        changed.update(flags)
+        for name, value in flags.items():
+            jax.config.update(name, value)
+        jax.clear_caches()
+
+    yield change
+    change(**{name: before[name] for name in changed})
+
+
+@pytest.fixture
 def as_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that this test starts optimize what they compile: it is about their bits."""
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)

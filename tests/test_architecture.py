@@ -86,6 +86,13 @@ def test_a_library_is_known_to_one_place(library, places):
     assert known <= places
 
 
+def test_random_keys_are_made_in_one_module():
+    """Where no flag of JAX changes their stream."""
+    makers = ("jax.random.key(", "PRNGKey(", "wrap_key_data(")
+    known = {path.name for path in FILES if any(name in path.read_text("utf-8") for name in makers)}
+    assert known == {"prng.py"}
+
+
 LOADERS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy", "code", "imp"}
 RUNNERS = {"eval", "exec", "compile", "__import__"}
 

@@ -32,6 +32,17 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, state):
     jax.tree.map(np.testing.assert_array_equal, params, restored.params)
 
 
+def test_a_state_saved_as_float64_is_read_as_float32(tmp_path, state):
+    """As jaxgpt once saved it where JAX_ENABLE_X64 was set."""
+    with jax.enable_x64(True), Checkpoints(tmp_path, keep=2) as checkpoints:
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
+        checkpoints.save(at(wide, 5))
+    with Checkpoints(tmp_path) as checkpoints:
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(5, abstract(state)), at(state, 5))
+        params = checkpoints.restore_params(5, abstract(state.params))
+    assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path, state):
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: float("nan"), 45: float("-inf"), 60: 4.0}
     known = {}  # a step is saved before it is evaluated

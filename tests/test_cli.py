@@ -419,6 +419,8 @@ def test_the_command_is_installed_and_a_closed_pipe_is_no_fault(tmp_path):
 
 def test_main_exits_with_the_code(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["jaxgpt", "nonsense"])
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
     with pytest.raises(SystemExit) as done:
         cli.main()
     assert done.value.code == 2
+    assert os.environ["JAX_ENABLE_X64"] == "0", "commands compute in float32"

@@ -7,7 +7,7 @@ import pytest
 
 from jaxgpt import filters
 from jaxgpt import model as nn
-from jaxgpt.generate import CHUNK, LONGEST, generate, stream
+from jaxgpt.sample import CHUNK, LONGEST, generate, stream
 
 KEY = jax.random.key(0)
 forward = jax.jit(nn.forward, static_argnums=0)

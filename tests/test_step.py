@@ -5,6 +5,7 @@ import pytest
 
 from jaxgpt import data as batches
 from jaxgpt import model as nn
+from jaxgpt import prng
 from jaxgpt import step as steps
 from jaxgpt.step import init_state, train_steps
 
@@ -36,6 +37,21 @@ def test_a_scan_of_steps_is_the_steps_one_by_one(tiny):
         np.testing.assert_allclose(metrics.grad_norm[i], one.grad_norm, rtol=1e-4)
     assert int(scanned.step) == int(state.step) == 5
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), scanned.params, state.params)
+
+
+def test_64_bits_allowed_change_no_bit(tiny, change):
+    """Also where the caller's arrays are of 64 bits, and eager."""
+    config = change(tiny, algorithm="muon", accumulate=2, scan_steps=2)
+    state, metrics = run(config, init_state(config), 0, 2)
+    with jax.enable_x64(True):
+        wide, wide_metrics = train_steps(config, init_state(config), jnp.asarray(TOKENS), starts(config, 0, 2))
+        idx = jnp.asarray(TOKENS[None, :8], jnp.int64)
+        logits = nn.forward(config.model, jax.tree.map(lambda x: x.astype(jnp.float64), wide.params), idx)
+        fresh = nn.init_params(config.model, prng.key(1))
+    assert_equal((state, metrics), (wide, wide_metrics))
+    assert {x.dtype.name for x in jax.tree.leaves((wide, wide_metrics, logits, fresh))} <= {"float32", "int32", "bool"}
+    assert_equal(logits, nn.forward(config.model, state.params, TOKENS[None, :8].astype(np.int32)))
+    assert_equal(fresh, nn.init_params(config.model, prng.key(1)))
 
 
 @pytest.mark.smoke
@@ -176,7 +192,7 @@ def test_a_step_without_a_number_changes_nothing_but_the_count(tiny, change, mon
     "options", [{}, {"position": "rope"}, {"algorithm": "muon", "schedule": "linear"}, {"accumulate": 2}]
 )
 def test_training_and_sampling_work_where_dtype_promotion_is_strict(tiny, change, options):
-    from jaxgpt.sampling.generate import generate
+    from jaxgpt.sample import generate
 
     config, idx = change(tiny, **options), jnp.zeros((1, 8), jnp.int32)
     with jax.numpy_dtype_promotion("strict"):

@@ -24,6 +24,8 @@ from jaxgpt.config import DataConfig
 from jaxgpt.metrics_log import DivergedError, Evaluated, Notice, Progress
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.run import Run, RunError
+from jaxgpt.sample import write
+from jaxgpt.start import load_model
 from jaxgpt.step import init_state
 from jaxgpt.train import fit
 from tests.processes import resume, wait_for
@@ -50,6 +52,13 @@ def last_state(run):
 def assert_same_run(a, b):
     assert (a.path / "metrics.jsonl").read_bytes() == (b.path / "metrics.jsonl").read_bytes()
     jax.tree.map(np.testing.assert_array_equal, last_state(a), last_state(b))
+
+
+DEFAULTS = dict(jax.config.values)
+FLAGS = {
+    "x64": {"jax_enable_x64": True},
+    "prng": {"jax_default_prng_impl": "rbg", "jax_threefry_partitionable": False, "jax_random_seed_offset": 7},
+}
 
 
 class Stop(Exception):
@@ -83,6 +92,27 @@ def test_fit_tells_its_story(tiny, new_run):
 def test_two_runs_of_one_config_are_equal(tiny, new_run):
     a, b = (fit(*new_run(name, tiny)).run for name in ("a", "b"))
     assert_same_run(a, b)
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_a_run_is_the_same_whatever_the_flags_of_jax(tiny, change, new_run, set_flags, flags):
+    """Begun with them and resumed without, and the other way round: initial weights, dropout, sums, what is sampled."""
+    tiny = change(tiny, dropout=0.2, accumulate=2)
+    plain, corpus = new_run("plain", tiny)
+    fit(plain, corpus)
+    ways = {name: new_run(name, tiny)[0] for name in ("before", "after")}
+    with pytest.raises(Stop):
+        fit(ways["after"], corpus, stop_after(10))
+    set_flags(**flags)
+    with pytest.raises(Stop):
+        fit(ways["before"], corpus, stop_after(10))
+    fit(ways["after"], corpus)
+    text = ["".join(pieces) for pieces in write(*load_model(plain), "the", 20, top_p=0.9, samples=2)]
+    set_flags(**{name: DEFAULTS[name] for name in flags})
+    fit(ways["before"], corpus)
+    for run in ways.values():
+        assert_same_run(plain, run)
+    assert text == ["".join(pieces) for pieces in write(*load_model(plain), "the", 20, top_p=0.9, samples=2)]
 
 
 def test_looking_more_often_changes_nothing_that_is_learnt(tiny, change, new_run):

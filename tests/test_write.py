@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 from jaxgpt import cli
 from jaxgpt.cli.runs import start
 from jaxgpt.config import UsageError
-from jaxgpt.generate import CHUNK
+from jaxgpt.sample import CHUNK, until, write
 from jaxgpt.start import load_model
 from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, UnknownCharacterError, encode_typed
 from jaxgpt.train import fit
-from jaxgpt.write import until, write
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def test_the_first_of_many_is_the_only_one(run):
 
 def test_characters_split_between_pieces_stay_whole(run):
     """16 tokens a piece and two bytes an é: joined pieces must decode as the whole does."""
-    from jaxgpt.write import _texts
+    from jaxgpt.sample import _texts
 
     ids = run.tokenizer.encode("é" * 20)
     pieces = [ids[:15], ids[15:16], ids[16:]]
@@ -106,7 +105,7 @@ def test_unknown_characters_of_a_prompt_are_an_error_or_skipped(run, tmp_path, t
 def test_bytes_of_the_command_line_that_are_not_utf8_reach_a_byte_model_as_they_are(run, monkeypatch, capsys):
     """Python hands such an argument over with surrogates: \\xff as U+DCFF."""
     asked = []
-    monkeypatch.setattr("jaxgpt.write.stream", lambda config, params, ids, *args, **how: asked.append(ids) or [])
+    monkeypatch.setattr("jaxgpt.sample.stream", lambda config, params, ids, *args, **how: asked.append(ids) or [])
     for prompt in (b"\xff\xfe", b"caf\xc3", "é".encode()):
         assert cli.run_verb(["sample", str(run.path), "--prompt", os.fsdecode(prompt)]) == 0
         assert asked.pop().tolist() == [list(prompt)]
@@ -173,9 +172,9 @@ def test_writing_ends_before_a_stop_in_one_text_and_in_many(run, monkeypatch):
             read.append(piece.shape[1])
             yield piece
 
-    from jaxgpt.generate import stream
+    from jaxgpt.sample import stream
 
-    monkeypatch.setattr("jaxgpt.write.stream", counted)
+    monkeypatch.setattr("jaxgpt.sample.stream", counted)
     (text,) = texts(run, prompt, 1000, stop=stop)
     assert text == expected[0]
     assert sum(read) <= 20 + 2 + CHUNK

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import memory
+from jaxgpt import memory, prng
 from jaxgpt import model as nn
 from jaxgpt.bench.worker import forget_peak, peak_resident_bytes, resident
 from jaxgpt.config import from_tree
 from jaxgpt.feed import feeder
-from jaxgpt.generate import generate
 from jaxgpt.mesh import Sizes, place
 from jaxgpt.placement import ONE_DEVICE, fresh
+from jaxgpt.sample import generate
 from jaxgpt.step import Metrics
 
 
@@ -100,9 +100,9 @@ class Sampling(OnJax):
     def __init__(self, config: Any, batch_size: int, n_tokens: int, temperature: float, top_k: int):
         super().__init__()
         self.model, self.n_tokens = from_tree(config).model, n_tokens
-        self.params = jax.jit(nn.init_params, static_argnums=0)(self.model, jax.random.key(0))
+        self.params = jax.jit(nn.init_params, static_argnums=0)(self.model, prng.key(0))
         self.prompt, self.draw = np.zeros((batch_size, 1), np.int32), {"temperature": temperature, "top_k": top_k}
-        self.key = jax.random.key(1)
+        self.key = prng.key(1)
         jax.block_until_ready(self.params)
         began = time.perf_counter()
         self.run()
@@ -118,7 +118,7 @@ class Product(OnJax):
 
     def __init__(self, n: int, dtype: str):
         super().__init__()
-        self.x = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
+        self.x = jax.random.normal(prng.key(0), (n, n), jnp.dtype(dtype))
         self.product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
         self.run()
 

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    os.environ["JAX_ENABLE_X64"] = "0"  # float32 is part of what a command computes; JAX is not imported yet
     code, ended = _attempt(sys.argv[1:] if argv is None else argv)
     try:
         sys.stdout.flush()

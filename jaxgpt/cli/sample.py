@@ -41,7 +41,7 @@ class Sample:
 
 def run(args: list[str]) -> int:
     given = parse(Sample, args, "sample")
-    from jaxgpt.write import write
+    from jaxgpt.sample import write
 
     use_compile_cache()
     config, params, tokenizer = _load_model(given.run, given.runs_dir, given.checkpoint)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxgpt import cost, memory
+from jaxgpt import cost, memory, prng
 from jaxgpt import model as nn
 from jaxgpt.config import Config, UsageError
 from jaxgpt.data import Batch, Ids, estimate_starts, take
@@ -246,4 +246,4 @@ def _starts(text: Ids, config: Config, seed: int, purpose: int, n: int) -> Any:
 
 
 def _key(seed: int, purpose: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(seed), purpose)
+    return jax.random.fold_in(prng.key(seed), purpose)

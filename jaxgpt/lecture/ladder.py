@@ -14,6 +14,7 @@ import optax
 
 from jaxgpt import data as batches
 from jaxgpt import model as nn
+from jaxgpt import prng
 from jaxgpt.config import UsageError
 from jaxgpt.data import Ids, take
 from jaxgpt.display import ngrams
@@ -110,7 +111,7 @@ def climb(
 
 def _apart(rung: Rung, seed: int) -> float:
     """How far the three ways of averaging are apart, on random numbers: rounding, and nothing else."""
-    x = jax.random.normal(jax.random.key(seed), (4, rung.block_size, 2))
+    x = jax.random.normal(prng.key(seed), (4, rung.block_size, 2))
     ways = [np.asarray(way(x)) for way in (averaging.by_loop, averaging.by_matmul, averaging.by_softmax)]
     return max(float(np.abs(way - ways[0]).max()) for way in ways)
 
@@ -132,7 +133,7 @@ def learn(rung: Rung, train: Ids, vocab_size: int, seed: int) -> Params:
     """The rung's parameters: counted, or trained with AdamW at a constant rate as in the lecture."""
     if rung.kind not in TRAINED:
         return count(rung.kind, train, vocab_size)
-    init_key, dropout_key = jax.random.split(jax.random.key(seed))
+    init_key, dropout_key = jax.random.split(prng.key(seed))
     params = init_params(rung, vocab_size, init_key)
     state = params, _adamw(rung).init(params)
     tokens = jnp.asarray(np.asarray(train))
@@ -185,7 +186,7 @@ def _loss_sums(rung: Rung, params: Params, batch: batches.Batch, skip: jax.Array
 def write(rung: Rung, params: Params, n: int, seed: int) -> list[int]:
     """`n` ids, each drawn from what the last block_size ids say, beginning with id 0 as the lecture does."""
     ids, T = [0], rung.block_size
-    for key in jax.random.split(jax.random.key(seed), n):
+    for key in jax.random.split(prng.key(seed), n):
         seen = ids[-T:]
         ids.append(int(_draw(rung, params, jnp.array(seen + [0] * (T - len(seen))), len(seen) - 1, key)))
     return ids[1:]

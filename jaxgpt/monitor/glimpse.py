@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import Params
+from jaxgpt.sample import write
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.write import write
 
 TOKENS = 60
 

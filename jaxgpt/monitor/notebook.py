@@ -13,9 +13,9 @@ from jaxgpt.display.style import Spec
 from jaxgpt.report.charts import loss
 from jaxgpt.report.facts import Facts, gather
 from jaxgpt.run import Run
+from jaxgpt.sample import write
 from jaxgpt.start import load_checkpoint
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.write import write
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxgpt import model as nn
+from jaxgpt import prng
 from jaxgpt.config import ModelConfig
 
 
@@ -21,7 +22,7 @@ class Row(NamedTuple):
 
 def rows(config: ModelConfig) -> list[Row]:
     """Every parameter of `nn.init_params`; equal ones of all blocks in one row."""
-    params = jax.eval_shape(lambda key: nn.init_params(config, key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: nn.init_params(config, key), prng.key(0))
     arrays: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, shape, times in _arrays(params, config):
         arrays[name, shape] = arrays.get((name, shape), 0) + times

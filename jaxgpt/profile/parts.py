@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import attention, cost, kernels, layers, loss
+from jaxgpt import attention, cost, kernels, layers, loss, prng
 from jaxgpt import matmul as numerics
 from jaxgpt.config import ModelConfig
 
@@ -93,7 +93,7 @@ def _norm(config: ModelConfig, x: Shape) -> Part:
     norm: Any = layers.norm(config, "norm")
     if config.norm == "rms":
         return Part("norms", 2 * config.n_layer + 1, lambda p, x: norm(x), {}, (x,))
-    params = jax.eval_shape(norm.init, jax.random.key(0), x)["params"]
+    params = jax.eval_shape(norm.init, prng.key(0), x)["params"]
     return Part("norms", 2 * config.n_layer + 1, lambda p, x: norm.apply({"params": p}, x), params, (x,))
 
 

@@ -19,10 +19,10 @@ from jaxgpt.corpus import Corpus
 from jaxgpt.display.baselines import Limits, limits, occurrences, stretches
 from jaxgpt.report import embedding, passage
 from jaxgpt.run import Run
+from jaxgpt.sample import write
 from jaxgpt.start import load_checkpoint
 from jaxgpt.step import init_state
 from jaxgpt.tokenizer import Ids, Tokenizer
-from jaxgpt.write import write
 
 SEED, TEMPERATURE, PROMPT, WRITTEN = 1337, 0.8, 16, 300
 """How a report samples, and how many tokens: those given, and those written after them."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgpt import filters
+from jaxgpt import filters, prng
 from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
 
@@ -62,7 +62,7 @@ def empty(config: ModelConfig, R: int) -> Rows:
         jax.tree.map(lambda x: jnp.zeros((R, *x.shape), x.dtype), cache),
         token,
         step,
-        jax.random.split(jax.random.key(0), R),
+        jax.random.split(prng.key(0), R),
         Settings(jnp.zeros(R), top_k, jnp.ones(R), jnp.zeros(R)),
     )
 
@@ -82,7 +82,7 @@ def read(config: ModelConfig, params: nn.Params, rows: Rows, new: dict[str, Any]
         none; the number `step` of the token to draw; the `seed` and the settings `how`.
       n_ids: ids below this only are drawn.
     """
-    key = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(new["seed"])
+    key = jax.vmap(lambda seed: jax.random.fold_in(prng.key(seed), 0))(new["seed"])
 
     def one(idx: jax.Array, length: jax.Array) -> tuple[jax.Array, nn.Cache]:
         logits, cache = nn.extend(config, params, nn.init_cache(config, 1, config.block_size), idx[None], length)

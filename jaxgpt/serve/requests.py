@@ -4,9 +4,8 @@ import json
 from typing import Any
 
 from jaxgpt.config import UsageError, shown
-from jaxgpt.draw import draw
-from jaxgpt.generate import bucket
 from jaxgpt.run import RunError
+from jaxgpt.sample import bucket, draw
 from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.writer import Request

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
-from jaxgpt.generate import bucket
+from jaxgpt.sample import bucket
 from jaxgpt.serve import batch
 from jaxgpt.serve.batch import CHUNK, Drawn, Settings
 from jaxgpt.serve.library import Served

@@ -223,14 +223,14 @@ MUTATIONS = [
     # Sampling.
     Mutation(
         "each token of a text is drawn with the same key",
-        "generate.py",
+        "sample.py",
         "token = draw(logits, _at(keys, step))\n        return",
         "token = draw(logits, keys)\n        return",
         "test_generate.py",
     ),
     Mutation(
         "sequences of a batch share a key",
-        "generate.py",
+        "sample.py",
         "(None, 0))(key, jnp.arange(B))",
         "(None, 0))(key, jnp.zeros(B, jnp.int32))",
         "test_generate.py",
@@ -251,14 +251,14 @@ MUTATIONS = [
     ),
     Mutation(
         "padded ids are drawn",
-        "draw.py",
+        "sample.py",
         "logits = logits[:, : self.n_ids]",
         "logits = logits[:, :]",
         "test_generate.py test_write.py",
     ),
     Mutation(
         "a text ends after its stop",
-        "write.py",
+        "sample.py",
         "yield held[: min(found)[1]]",
         "yield held[: min(found)[0]]",
         "test_write.py",

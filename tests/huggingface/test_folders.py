@@ -18,9 +18,9 @@ from jaxgpt.huggingface import folders, gpt2
 from jaxgpt.huggingface.gpt2 import InteropError
 from jaxgpt.recipes import FINETUNE, RECIPES, command
 from jaxgpt.run import Run
+from jaxgpt.sample import write
 from jaxgpt.start import load_checkpoint, load_model
 from jaxgpt.train import fit
-from jaxgpt.write import write
 
 TINY = Path(__file__).parents[1] / "goldens" / "hf-gpt2-tiny"
 IDX = jnp.arange(24).reshape(1, 24)

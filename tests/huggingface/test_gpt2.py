@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
-from jaxgpt.generate import generate
 from jaxgpt.huggingface import folders, gpt2
 from jaxgpt.huggingface.gpt2 import InteropError
+from jaxgpt.sample import generate
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 DOCS = Path(__file__).parents[2] / "docs"

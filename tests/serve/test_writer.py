@@ -8,8 +8,7 @@ import pytest
 
 from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
-from jaxgpt.draw import draw
-from jaxgpt.generate import generate
+from jaxgpt.sample import draw, generate
 from jaxgpt.serve import batch
 from jaxgpt.serve.writer import End, Job, Piece, Request, Writer
 

@@ -1,0 +1,37 @@
+"""Random keys whose stream is a function of the seed alone, whatever JAX's flags and environment say.
+
+The stream of `jax.random.key(seed)` depends on JAX_DEFAULT_PRNG_IMPL, JAX_THREEFRY_PARTITIONABLE and
+JAX_RANDOM_SEED_OFFSET. Keys made here are always threefry2x32 in its partitionable form, JAX's default.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.random import define_prng_impl, threefry_prng_impl
+
+
+def _partitionable(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    # JAX calls these functions when it lowers a program, so a scope around the tracing would come too early.
+    def pinned(*args: Any) -> jax.Array:
+        with jax.threefry_partitionable(True):
+            return function(*args)
+
+    return pinned
+
+
+THREEFRY = define_prng_impl(
+    key_shape=threefry_prng_impl.key_shape,
+    seed=threefry_prng_impl.seed,
+    split=_partitionable(threefry_prng_impl.split),
+    random_bits=_partitionable(threefry_prng_impl.random_bits),
+    fold_in=threefry_prng_impl.fold_in,
+    name="threefry2x32_partitionable",
+    tag="fry",
+)
+
+
+def key(seed: jax.Array | int) -> jax.Array:
+    """The key of a seed from 0 to 2**32 - 1, which may be traced: by default the stream of `jax.random.key(seed)`."""
+    return jax.random.wrap_key_data(jnp.array([0, seed], jnp.uint32), impl=THREEFRY)
