@@ -18,7 +18,6 @@ SHARED = {"monitor", "display", "cli"}
 MAY_ALSO_IMPORT = {"scaling_law": {"sweep"}, "report": {"diagnostics"}, "serve": {"diagnostics"}, "plan": {"profile"}}
 TO_BE_REMOVED = {
     ("__main__", "cli"),
-    ("bench", "prepare"),
     ("cli", "huggingface"),
     ("cli", "prepare"),
     ("diagnostics", "lecture"),
@@ -26,7 +25,6 @@ TO_BE_REMOVED = {
     ("display", "report"),
     ("lecture", "prepare"),
     ("monitor", "report"),
-    ("profile", "bench"),
 }
 """Imports across rooms that the rules do not allow and that still stand."""
 
@@ -74,8 +72,8 @@ def test_the_core_imports_no_room_and_rooms_import_the_core():
         *((library, {"monitor"}) for library in ("tensorboard", "wandb", "trackio")),
         ("starlette", {"serve"}),
         ("uvicorn", {"serve"}),
-        ("torch", {"bench"}),
-        ("transformers", {"bench"}),
+        ("torch", set()),
+        ("transformers", set()),
         ("tiktoken", {"tokenizer", "prepare"}),
         ("tokenizers", {"prepare"}),
         ("pyarrow", {"prepare"}),
@@ -161,7 +159,6 @@ def test_heavy_imports_wait_for_their_use():
     assert "jax" not in loaded_after(f"import {verbs}", *heavy), "a command's help waits for no JAX"
     assert loaded_after("import jaxgpt.corpus, jaxgpt.data", *heavy) == ["numpy"]
     assert loaded_after("import jaxgpt.monitor.progress, jaxgpt.display.oneline", "jax") == []
-    assert loaded_after("import jaxgpt.bench.modes, jaxgpt.bench.worker", *heavy) == []
     assert "orbax" not in loaded_after("import jaxgpt; jaxgpt.train_steps; jaxgpt.generate", *heavy)
 
 

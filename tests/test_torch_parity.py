@@ -17,7 +17,7 @@ from jaxgpt.step import loss_and_grads
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
 
-from jaxgpt.bench.twin import Twin, gpt2_tensors  # noqa: E402 (after the skip)
+from scripts.benchmarks.twin import Twin, gpt2_tensors  # noqa: E402 (after the skip)
 
 CONFIGS = st.builds(
     lambda head_size, **kwargs: ModelConfig(n_embd=head_size * kwargs["n_head"], **kwargs),

@@ -208,4 +208,4 @@ def read(compiled: Any, config: Config, chip: Chip | None, sizes: Sizes, seconds
         collectives=hlo.collectives(text),
         precision=config.model.precision,
     )
-    return Plan(step, sorted(hlo.custom_calls(text)), hlo.products(text), seconds)
+    return Plan(step, sorted(hlo.custom_calls(text)), hlo.matmul_dtypes(text), seconds)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxgpt.bench.ledger import JIT, STAGES
-from jaxgpt.bench.table import Report
 from jaxgpt.display import plots
+from jaxgpt.profile.ledger import JIT, STAGES
+from jaxgpt.profile.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,35 +1,40 @@
-"""Where each part of a model stands under the roof of this machine: operations, bytes, least time and measured time.
+"""The roofline of this machine, and where each part of a model stands under it.
 
-A part that does F operations on M bytes takes at least max(F / peak, M / bandwidth) (Williams, Waterman and Patterson,
-"Roofline", 2009). Above F / M = peak / bandwidth, the ridge, products bound it; below, memory does.
+A part with F FLOPs and M bytes of memory traffic takes at least max(F / peak, M / bandwidth) (Williams, Waterman and
+Patterson, "Roofline", 2009). Above F / M = peak / bandwidth, the ridge, compute is the limit; below, memory is.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxgpt import model as nn
-from jaxgpt.config import Config
+from jaxgpt import kernels, layers, model
+from jaxgpt.config import Config, ModelConfig
+from jaxgpt.gpt import MLP
+from jaxgpt.heads import MultiHeadAttention
 from jaxgpt.optimizer import make_optimizer
-from jaxgpt.profile.parts import Part, parts
-from jaxgpt.profile.seams import products, xla
+from jaxgpt.profile.programs import Program, xla_counts
+from jaxgpt.profile.rounds import repeat
 from jaxgpt.step import init_state
+
+N = 2048
+"""Rows and columns of the matrices that measure peak FLOP/s: 2 N³ FLOPs."""
+STREAMED = 2**26
+"""float32 numbers in the array that measures bandwidth: 256 MB, more than most caches."""
 
 
 class Machine(NamedTuple):
-    """What a device can do at most."""
-
-    flops: float  # operations of products per second
-    bandwidth: float  # bytes per second
+    flops: float  # matmul FLOP/s
+    bandwidth: float  # bytes/s
 
     @property
     def ridge(self) -> float:
-        """Operations per byte from which on products are the limit."""
+        """FLOPs per byte above which compute is the limit."""
         return self.flops / self.bandwidth
 
     def least(self, work: "Work") -> float:
@@ -38,99 +43,150 @@ class Machine(NamedTuple):
 
 
 class Work(NamedTuple):
-    """One pass of a part, forward alone or with the backward pass."""
+    """One pass of a part: forward alone, or forward and backward."""
 
     part: str
     training: bool
     times: int
-    """How often a step of one micro-batch does it."""
+    """Runs in a step of one micro-batch; 0 for what is inside another part."""
     flops: float
-    """By XLA's count before it optimises, products and all else, or of the products alone where that is more: XLA does
-    not look into a library's kernels."""
-    products: int
-    """Operations of the products alone."""
+    """By XLA's count before it optimises, or of the matmuls alone if that is more: XLA does not see into kernels."""
+    matmul_flops: int
     bytes: int
     """Of its arguments and results, each moved once."""
     call: Callable[[], Any]
-    """Runs it on zeros, compiled; returns before the device is done."""
+    """Runs it on ones, compiled; does not wait for the device."""
 
-    @property
-    def intensity(self) -> float:
-        """Operations per byte."""
-        return self.flops / self.bytes
+
+class Norm(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layers.norm(self.config, "norm")(x)
 
 
 def works(config: Config) -> list[Work]:
-    """What a training step of one micro-batch consists of, part by part: each forward alone, and with its backward
-    pass; then the optimizer. Nothing is compiled yet."""
-    B = config.train.batch_size // config.train.accumulate
-    found = []
-    for part in parts(config.model, B):
-        found += [_forward(part), _training(part)]
-    return [*found, _optimizer(config)]
+    """The parts of a training step of one micro-batch, forward and with backward pass, and the optimizer.
+
+    They are the model's own modules, and together have its parameters and matmuls. Nothing is compiled yet.
+    """
+    cfg, B = config.model, config.train.batch_size // config.train.accumulate
+    T, C, L = cfg.block_size, cfg.n_embd, cfg.n_layer
+    idx, x = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T, C), jnp.float32)
+    rest = replace(cfg, n_layer=0, scan_layers=False)
+    params = jax.eval_shape(lambda key: model.init_params(rest, key), jax.random.key(0))
+    found = _passes(
+        "embeddings, head, loss",
+        1,
+        lambda p, idx, targets: model.losses(rest, p, idx, targets).mean(),
+        params,
+        idx,
+        idx,
+    )
+    if cfg.kind == "gpt":
+        D = C // cfg.n_head
+        q, k = (jax.ShapeDtypeStruct((B, n, T, D), jnp.float32) for n in (cfg.n_head, cfg.n_kv_head or cfg.n_head))
+        found += _passes("norm", 2 * L, *_module(Norm(cfg), x))
+        found += _passes("attention", L, *_module(MultiHeadAttention(cfg), x, idx=idx))
+        found += _passes(
+            "attention's kernel", 0, lambda p, q, k, v: kernels.causal_attention(cfg, q, k, v), {}, q, k, k
+        )
+        found += _passes("MLP", L, *_module(MLP(cfg), x))
+
+    def update(params: model.Params, opt_state: Any, grads: model.Params) -> Any:
+        updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
+        return jax.tree.map(lambda p, u: p - 1e-3 * u, params, updates), opt_state
+
+    state = jax.eval_shape(init_state, config)
+    return [*found, _work("optimizer", True, 1, update, (state.params, state.opt_state, state.params))]
 
 
-def measure(found: Sequence[Work], rounds: int = 5, seconds: float = 0.02) -> list[float]:
-    """Seconds of each, the median of rounds in turn; in a round each is run for `seconds`, at least once."""
-    for work in found:
-        jax.block_until_ready(work.call())
-    times: list[list[float]] = [[] for _ in found]
-    for _ in range(rounds):
-        for work, each in zip(found, times, strict=True):
-            n, began = 0, time.perf_counter()
-            while not n or time.perf_counter() - began < seconds:
-                jax.block_until_ready(work.call())
-                n += 1
-            each.append((time.perf_counter() - began) / n)
-    return [statistics.median(each) for each in times]
+def _module(module: nn.Module, x: Any, **ids: Any) -> tuple[Any, ...]:
+    """A module as (function of params, x and ids, the shapes of these)."""
+    variables = jax.eval_shape(module.init, jax.random.key(0), x, **ids)
+
+    def apply(params: Any, x: jax.Array, *arrays: jax.Array) -> jax.Array:
+        settings: dict[str, Any] = dict(zip(ids, arrays, strict=True))
+        out: jax.Array = module.apply({"params": params}, x, **settings)  # type: ignore[assignment]
+        return out
+
+    return apply, variables.get("params", {}), x, *ids.values()
 
 
-def _forward(part: Part) -> Work:
-    return _work(part.name, False, part.times, part.function, (part.params, *part.inputs))
-
-
-def _training(part: Part) -> Work:
-    """Forward and backward: the result, and the gradient of all that is no id."""
-    out = jax.eval_shape(part.function, part.params, *part.inputs)
+def _passes(name: str, times: int, function: Callable[..., Any], *shapes: Any) -> list[Work]:
+    """The forward pass, and forward and backward: the result, and the gradient of all that is no id."""
 
     def both(cotangent: Any, *args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
         floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
-        def function(*values: Any) -> Any:
-            whole = list(leaves)
-            for i, value in zip(floats, values, strict=True):
-                whole[i] = value
-            return part.function(*jax.tree.unflatten(tree, whole))
+        def of_floats(*values: Any) -> Any:
+            whole = [values[floats.index(i)] if i in floats else leaf for i, leaf in enumerate(leaves)]
+            return function(*jax.tree.unflatten(tree, whole))
 
-        result, back = jax.vjp(function, *(leaves[i] for i in floats))
-        return result, back(cotangent)
+        result, backward = jax.vjp(of_floats, *(leaves[i] for i in floats))
+        return result, backward(cotangent)
 
-    return _work(part.name, True, part.times, both, (out, part.params, *part.inputs))
-
-
-def _optimizer(config: Config) -> Work:
-    """Clipping, the optimizer and the sum, of all parameters, once a step."""
-    state = jax.eval_shape(init_state, config)
-
-    def update(params: nn.Params, opt_state: Any, grads: nn.Params) -> Any:
-        updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
-        return jax.tree.map(lambda p, u: p - 1e-3 * u, params, updates), opt_state
-
-    return _work("optimizer", True, 1, update, (state.params, state.opt_state, state.params))
+    out = jax.eval_shape(function, *shapes)
+    return [_work(name, False, times, function, shapes), _work(name, True, times, both, (out, *shapes))]
 
 
 def _work(name: str, training: bool, times: int, function: Callable[..., Any], shapes: Any) -> Work:
-    traced = jax.jit(function).trace(*shapes)
-    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((shapes, traced.out_info)))
-    lowered, ours = traced.lower(), products(traced.jaxpr.jaxpr)
-    theirs = sum(value for key, value in xla(lowered).items() if key != "bytes accessed")
-    ready: list[Any] = []
+    program = Program(jax.jit(function), shapes, 0)
+    counted = sum(value for key, value in xla_counts(program.lowered).items() if key != "bytes accessed")
+    arrays: list[Any] = []
 
     def call() -> Any:
-        if not ready:
-            ready.extend([lowered.compile(), jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), shapes)])
-        compiled, arrays = ready
-        return compiled(*arrays)
+        if not arrays:
+            arrays.extend(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes))
+        return program.compiled(*arrays)
 
-    return Work(name, training, times, max(float(ours), theirs), ours, moved, call)
+    matmul_flops = program.matmul_flops
+    return Work(name, training, times, max(float(matmul_flops), counted), matmul_flops, program.bytes, call)
+
+
+def measure(works: Sequence[Work], rounds: int = 5, seconds: float = 0.02) -> list[float]:
+    """Seconds of each work, the median of rounds in turn; in a round each runs for `seconds`, at least once."""
+
+    def one_round(work: Work) -> float:
+        def run() -> int:
+            jax.block_until_ready(work.call())
+            return 1
+
+        n, took = repeat(run, seconds)
+        return took / n
+
+    for work in works:
+        jax.block_until_ready(work.call())  # compiles
+    times = [[one_round(work) for work in works] for _ in range(rounds)]
+    return [statistics.median(each) for each in zip(*times, strict=True)]
+
+
+def measure_machine(dtype: str, n: int = N, streamed: int = STREAMED, seconds: float = 0.4, rounds: int = 3) -> Machine:
+    """The best of some rounds of JAX on its first device.
+
+    The bandwidth is that of an array read, scaled and written in place, 8 bytes a number as STREAM counts its "scale"
+    (McCalpin 1995). On a CPU a new array would cost a page fault every 4 kB, several times as slow as memory.
+    """
+    x = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
+    matmul = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
+    scale = jax.jit(lambda x: -1 * x, donate_argnums=0)
+    array = [jnp.ones(streamed, jnp.float32)]
+
+    def multiply() -> int:
+        jax.block_until_ready(matmul(x))
+        return 2 * n**3
+
+    def stream() -> int:
+        array[0] = jax.block_until_ready(scale(array[0]))
+        return 8 * streamed
+
+    best = [0.0, 0.0]
+    multiply()  # compiles
+    stream()
+    for _ in range(rounds):
+        for i, run in enumerate((multiply, stream)):
+            units, took = repeat(run, seconds)
+            best[i] = max(best[i], units / took)
+    return Machine(*best)

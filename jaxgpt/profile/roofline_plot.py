@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxgpt.bench.table import Report
 from jaxgpt.display import plots
+from jaxgpt.profile.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

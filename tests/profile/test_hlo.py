@@ -91,4 +91,66 @@ ENTRY %main (p: f32[64]) -> f32[8] {
         ("all-reduce", 2): (12, 12 * 20),
         ("reduce-scatter", 4): (12, 12 * 2048),
     }
-    assert hlo.products(text) == {"bf16 x bf16": 1}
+    assert hlo.matmul_dtypes(text) == {"bf16 x bf16": 1}
+
+
+HLO = """
+%fused (p0: bf16[8,4], p1: bf16[4,2]) -> f32[8,2] {
+  %p0 = bf16[8,4]{1,0} parameter(0)
+  %p1 = bf16[4,2]{1,0} parameter(1)
+  ROOT %d = f32[8,2]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%sum (p3: f32[], p4: f32[]) -> f32[] {
+  %p3 = f32[] parameter(0)
+  %p4 = f32[] parameter(1)
+  ROOT %s = f32[] add(%p3, %p4)
+}
+
+%loop (p2: f32[8,2]) -> f32[8,2] {
+  %p2 = f32[8,2]{1,0} parameter(0)
+  %m = f32[8,2]{1,0} multiply(%p2, %p2)
+  ROOT %a = f32[8,2]{1,0} add(%m, %p2)
+}
+
+ENTRY %main (a: bf16[8,4], b: bf16[4,2]) -> f32[8,2] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %b = bf16[4,2]{1,0} parameter(1)
+  %y = f32[8,2]{1,0} fusion(%a, %b), kind=kCustom, calls=%fused, backend_config={"fusion_config":{"kind":"KIND"}}
+  %c = (f32[8,2]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="TARGET", backend_config={DIMS}
+  %l = f32[8,2]{1,0} fusion(%y), kind=kLoop, calls=%loop, metadata={op_name="jit(step)/jvp(GPT)/h_1/mlp/mul"}
+  %z = f32[] constant(0)
+  %t = f32[8]{0} reduce(%l, %z), dimensions={1}, to_apply=%sum
+  ROOT %r = f32[8,2]{1,0} add(%l, %y)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "names"),
+    [
+        ("__ynn_fusion", "__onednn$matmul", ("YNNPACK", "oneDNN")),
+        ("__triton_gemm", "__cublas$gemm", ("Triton", "cuBLAS")),
+        ("__xnn_fusion", "__cudnn$fmhaSoftmax", ("XNNPACK", "cuDNN")),
+        ("__other", "mine", ("__other", "mine")),
+    ],
+)
+def test_kernels_are_known_by_their_marks(kind, target, names):
+    dims = '"lhs_contracting_dimensions":["1"]' if "cublas" in target else ""
+    text = HLO.replace("KIND", kind).replace("TARGET", target).replace("DIMS", dims)
+    found = hlo.instructions(text)
+    assert (found["y"].kernel, found["c"].kernel) == names
+    assert found["l"].kernel == "XLA fusion (kLoop)"
+    assert found["l"].inside == ("multiply", "add")
+    assert found["l"].origin == "jvp(GPT)/h_*/mlp/mul"
+    assert found["l"].bytes == 4 * 8 * 2
+    assert "m" not in found, "it is inside a fusion"
+    assert "s" not in found, "it is what a reduction does to each pair"
+    assert found["t"].kernel == "XLA reduce"
+    assert [each.name for each in hlo.fusions(found)] == ["l", "y"]
+    done = {matmul.kernel: matmul for matmul in hlo.matmuls(text)}
+    assert done[names[0]].flops == 2 * 8 * 4 * 2
+    assert done[names[0]].shapes == "bf16[8,4] x bf16[4,2]"
+    counted = target in ("__cublas$gemm", "__onednn$matmul")
+    assert (names[1] in done) == counted
+    assert not counted or done[names[1]].flops == 2 * 8 * 4 * 2

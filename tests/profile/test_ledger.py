@@ -1,18 +1,15 @@
 import dataclasses
 import json
-import sys
 
 import jax
 import pytest
 
 from jaxgpt import cli
-from jaxgpt.bench import ledger, stages, story, table
-from jaxgpt.bench.ledger import VARIANTS, choose
-from jaxgpt.bench.ruler import series
-from jaxgpt.bench.story import break_even
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError, to_tree
-from jaxgpt.profile import ledger_plot as ledgers
-from jaxgpt.profile import measured
+from jaxgpt.profile import ledger, ledger_plot, report, stages
+from jaxgpt.profile.ledger import VARIANTS, break_even, choose
+from jaxgpt.profile.rounds import series
+from jaxgpt.profile.trace import Span
 from jaxgpt.recipes import recipe
 
 
@@ -26,11 +23,9 @@ def test_compiling_is_paid_for_when_both_have_taken_as_long():
     assert break_even(-extra, fast, slow) is None
 
 
-def figures(trace=None, compile=None, first=1.0, **given):
-    seconds = {"trace": trace, "compile": compile, "first call": first}
-    stages = {name: series([each]) for name, each in seconds.items() if each is not None}
-    if "trace" in stages:
-        stages["lower"] = series([0.5])
+def figures(trace, compile, first=1.0, **given):
+    seconds = {"trace": trace, "lower": 0.5, "compile": compile, "first call": first}
+    stages = {name: series([each]) for name, each in seconds.items()}
     names = ("programs", "dispatches", "faults", "loss", "step_bytes", "process_bytes")
     nothing = dict.fromkeys(names)
     return {"stages": stages, **nothing, **given}
@@ -41,77 +36,54 @@ DONE = {
     "jit": figures(1.0, 8.0, 0.5, programs=1, dispatches=1.0, faults=2000.0, step_bytes=70_000_000),
     "scan of 10": figures(1.0, 9.0, 0.5, programs=1, dispatches=0.1, faults=250.0, step_bytes=60_000_000),
     "remat blocks": figures(1.0, 9.0, 0.5, programs=1, dispatches=1.0, step_bytes=77_000_000),
-    "torch": figures(first=2.0),
+    "ahead of time": figures(0.5, 0.5, 0.5),
 }
 STEPS = {
     "eager": [1.0, 2.0],
     "jit": [4.0, 8.0],
     "scan of 10": [5.0, 9.0],
     "remat blocks": [3.0, 9.0],
-    "torch": [5.0, 10.0],
+    "ahead of time": [5.0, 10.0],
 }
 
 
 def test_the_tables_hold_what_was_measured():
-    first = {row["variant"]: row for row in ledger.beforehand(DONE)}
+    first = {row["variant"]: row for row in ledger.first_step_rows(DONE)}
     assert first["jit"]["in all, s"] == 10.0
-    assert first["torch"]["in all, s"] == 2.0
-    assert first["torch"]["compile, s"] is None
-    then = {row["variant"]: row for row in ledger.afterwards(DONE, STEPS)}
+    assert first["jit"]["compile, s"]["median"] == 8.0
+    then = {row["variant"]: row for row in ledger.steady_rows(DONE, STEPS)}
     assert then["jit"]["steady, ms"] == {"median": 187.5, "low": 125.0, "high": 250.0, "n": 2}
     assert then["eager"]["speed, of jit's"]["median"] == 0.25
     assert (then["eager"]["pays after, steps"], then["jit"]["speed, of jit's"]) == (None, None)
     assert then["jit"]["pays after, steps"] == round((10.0 - 4.5) / (1 / 1.5 - 1 / 6))
-    assert then["torch"]["pays after, steps"] == 0, "it began sooner, and is faster"
+    assert then["ahead of time"]["pays after, steps"] == 0, "it began sooner, and is faster"
     assert (then["jit"]["dispatches"], then["scan of 10"]["dispatches"]) == (1, 0.1)
 
 
-def test_the_story_is_of_these_numbers():
-    said = story.told("tiny", 768, DONE, STEPS)
+def test_the_summary_is_of_these_numbers():
+    said = ledger.summary("tiny", 768, DONE, STEPS)
     assert "takes 166.7 ms (4,608 tokens/s)" in said
-    assert "spends 1.00 s tracing, 0.50 s lowering and 8.00 s compiling: as much as 60 steps" in said
-    assert "in 2,000 programs, 4.0 times as long" in said
-    assert "so compiling has paid for itself after 11 steps (12 s from the start)" in said
-    assert (
-        "A scan of 10 steps is 1.19x as fast (1.12 to 1.25): it hands over 0.1 programs a step and takes memory for "
-        "temporaries once a program (250 page faults a step, 2,000 without it)." in said
-    )
-    assert "Remat blocks saves no memory here (110%); the step is the same within the noise (0.75 to 1.12x" in said
-    assert "compiled JAX is 0.80x as fast (0.80 to 0.80), and is never paid for against it" in said
-    assert story.told("tiny", 768, {"torch": DONE["torch"]}, STEPS) == ""
-    unseen = {name: figures | {"dispatches": None, "faults": None} for name, figures in DONE.items()}
-    assert "A scan of 10 steps is 1.19x as fast (1.12 to 1.25). " in story.told("tiny", 768, unseen, STEPS)
+    assert "traces for 1.00 s, lowers for 0.50 s and compiles for 8.00 s: all in all as long as 60 steps" in said
+    assert "4.0 times as long, and the first is done after 4.5 s: against it, compiling has paid off after 11" in said
+    assert ledger.summary("tiny", 768, {"eager": DONE["eager"]}, STEPS) == ""
 
 
-def test_what_runs_is_known_before_anything_starts(tiny, change, monkeypatch):
-    monkeypatch.setattr(ledger.importlib.util, "find_spec", lambda name: name)
+def test_what_runs_is_known_before_anything_starts(tiny, change):
     asked = change(tiny, precision="auto", remat="blocks", accumulate=2)
     small = ledger.baseline(asked)
     assert small == change(tiny, accumulate=2)
-    assert ledger.own_settings(asked) == [
-        "the config's own precision auto and remat blocks apply to no variant but those named after them"
-    ]
-    assert ledger.own_settings(small) == []
-    assert ledger.spec(small, VARIANTS["jit"], "cpu")["config"]["train"]["accumulate"] == 2
+    assert "precision auto and remat blocks apply only to" in ledger._own_settings(asked)[0]
+    assert ledger._own_settings(small) == []
+    assert ledger.spec(small, VARIANTS["jit"])["config"]["train"]["accumulate"] == 2
     ledger.require_not_varied(change(asked, precision="float32", n_layer=3), asked)
-    chosen, left_out = choose(small, ["torch", "jit", "eager"])
-    assert list(chosen) == ["eager", "jit", "torch"], "in the order of the ledger"
-    assert left_out == {}
-    assert list(choose(small, ["cache, full"])[0]) == ["cache, empty", "cache, full"]  # which is filled by the other
-    chosen, left_out = choose(change(small, position="rope"), ["torch", "jit"])
-    assert list(chosen) == ["jit"]
-    assert "nanoGPT" in left_out["torch"]
-    with monkeypatch.context() as without:
-        without.setattr(ledger.importlib.util, "find_spec", lambda name: None)
-        assert "pip install 'jaxgpt[torch]'" in choose(small, ["torch", "jit"])[1]["torch"]
+    assert list(choose(["jit", "eager"])) == ["eager", "jit"], "in the order of the ledger"
+    assert list(choose(["cache, full"])) == ["cache, empty", "cache, full"], "which is filled by the other"
     with pytest.raises(UsageError, match="no variant 'fast', expected some of 'op by op', "):
-        choose(small, ["fast"])
-    with pytest.raises(UsageError, match="torch: the twin is"):
-        choose(change(small, position="rope"), ["torch"])
-    with pytest.raises(UsageError, match=r"2 processes need about .* 1.0 MB are free: name fewer"):
+        choose(["fast"])
+    with pytest.raises(UsageError, match="no variants are named"):
+        choose([])
+    with pytest.raises(UsageError, match=r"2 processes at a time need about .* 1.0 MB are free: name fewer"):
         ledger.require_room(small, dict.fromkeys(["a", "b"]), 1_000_000)
-    assert ledger.twin_does(recipe("shakespeare-cpu").config)
-    assert not ledger.twin_does(recipe("speedrun-cpu").config)
 
 
 CACHED = {"JAX_COMPILATION_CACHE_DIR": "here", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -122,11 +94,11 @@ def test_the_cache_is_asked_for_in_words_that_jax_knows():
 
 
 def test_each_variant_differs_from_jit_in_one_thing(tiny):
-    jit = ledger.spec(tiny, VARIANTS["jit"], "cpu")
+    jit = ledger.spec(tiny, VARIANTS["jit"])
     for name, variant in VARIANTS.items():
-        if variant.torch or name == "jit":
+        if name == "jit":
             continue
-        found, env = ledger.spec(tiny, variant, "cpu"), ledger.environment(variant, "here")
+        found, env = ledger.spec(tiny, variant), ledger.environment(variant, "here")
         changed = {
             key: value
             for section, fields in found["config"].items()
@@ -167,7 +139,7 @@ def test_a_scan_hands_over_one_program_for_all_its_steps(run):
 
 
 def test_faults_are_counted_a_step(run, monkeypatch):
-    monkeypatch.setattr(stages.worker, "page_faults", iter([100, 1100]).__next__)
+    monkeypatch.setattr(stages, "page_faults", iter([100, 1100]).__next__)
     assert run["scan"].faults(4) == 1000 / 4 / 5
 
 
@@ -182,52 +154,30 @@ def test_stages_are_those_of_what_was_compiled(run):
 
 def test_what_runs_has_been_compiled(run):
     for way in ("jit", "scan", "eager"):
-        with stages.stages() as spans:
+        with stages.compile_spans() as spans:
             assert run[way].run() == (5 if way == "scan" else 1)
-        assert [name for name, *_ in spans if name == "compile"] == [], way
-
-
-def test_bench_trains_without_compiling_again():
-    """The state that a step gives back lies as the first one did, so the first round is no second compile."""
-    from jaxgpt.bench.ours import Training
-
-    training = Training(to_tree(TABLE))
-    with stages.stages() as spans:
-        training.run()
-        training.wait()
-    assert spans == []
+        assert [span for span in spans if span.name == "compile"] == [], way
 
 
 def test_a_stage_inside_another_counts_once():
-    spans = [("trace", 1.0, 2.0), ("compile", 2.5, 3.0), ("trace", 0.0, 4.0), ("lower", 4.0, 6.0)]
-    assert stages.seconds_of(spans) == {"trace": 3.5, "lower": 2.0, "compile": 0.5}
+    spans = [Span("trace", 1.0, 1.0), Span("compile", 2.5, 0.5), Span("trace", 0.0, 4.0), Span("lower", 4.0, 2.0)]
+    assert stages.stage_seconds(spans) == {"trace": 3.5, "lower": 2.0, "compile": 0.5}
 
 
 @pytest.fixture(scope="module")
-def report():
-    """Of two real processes; on 13 ids, so that they compile in a second."""
-    from jaxgpt.bench.shapes import config_of
-
-    return ledger.measure(config_of("micro", "cpu"), "micro", ["jit"], rounds=2, seconds=0.01, tell=lambda line: None)
+def found():
+    """Of a real process; a bigram, so that it compiles in a second."""
+    return ledger.measure(TABLE, "bigram", ["jit"], rounds=2, seconds=0.01)
 
 
-def test_a_report_of_real_processes(report, capsys):
-    assert report["failed"] == {}
-    (first,), (then,) = (each["rows"] for each in report["tables"])
+def test_a_report_of_a_real_process(found):
+    assert found["failed"] == {}
+    (first,), (then,) = (each["rows"] for each in found["tables"])
     assert first["variant"] == then["variant"] == "jit"
     assert first["in all, s"] > first["compile, s"]["median"] > 0
     assert then["steady, ms"]["n"] == 2
     assert then["step, MB"] < then["process, MB"]
-    text = table.markdown(json.loads(json.dumps(report)))
-    assert "## the ledger of micro" in text
-    assert report["story"] in text
-    from rich.console import Console
-
-    for part in measured.parts(report, 200):
-        Console(width=100).print(part)
-    out = capsys.readouterr().out
-    assert "steady, ms" in out
-    assert max(map(len, out.splitlines())) <= 100
+    assert found["story"] in report.markdown(json.loads(json.dumps(found)))
 
 
 def test_the_plot_shows_every_stage(tmp_path, monkeypatch):
@@ -237,7 +187,7 @@ def test_the_plot_shows_every_stage(tmp_path, monkeypatch):
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.append(self), save(self, *a, **k)))
     whole = {"figures": DONE, "steps_per_second": STEPS, "tables": [{"title": "A step of tiny: first"}]}
-    ledgers.draw(whole, tmp_path / "a.png")
+    ledger_plot.draw(whole, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     first, then = kept[0].axes
     widths = [[bar.get_width() for bar in container] for container in first.containers]
@@ -272,19 +222,19 @@ def test_bad_input_starts_nothing(args, said, capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_verb_leaves_a_table_a_plot_and_json(capsys, tmp_path, monkeypatch, report):
+def test_the_command_writes_a_table_a_plot_and_json(capsys, tmp_path, monkeypatch, found):
     asked = {}
 
     def measure(config, name, *given):
         asked.update(config=config, name=name, given=given)
-        return report
+        return found
 
     monkeypatch.setattr(ledger, "measure", measure)
     monkeypatch.chdir(tmp_path)
     line = ["ledger", "gpt-demo", "--vocab-size", "13", "--variants", "jit", "eager", "--plot", "a.svg", "--markdown"]
     assert cli.run_verb(line) == 0
-    assert capsys.readouterr().out.startswith("## the ledger of micro")
-    assert json.loads((tmp_path / "ledger-gpt-demo.json").read_text()) == json.loads(json.dumps(report))
+    assert capsys.readouterr().out.startswith("## the ledger of bigram")
+    assert json.loads((tmp_path / "ledger-gpt-demo.json").read_text()) == json.loads(json.dumps(found))
     assert (tmp_path / "a.svg").exists()
     assert asked["given"][:2] == (("jit", "eager"), "cpu")
     assert asked["config"] == dataclasses.replace(
@@ -292,6 +242,5 @@ def test_the_verb_leaves_a_table_a_plot_and_json(capsys, tmp_path, monkeypatch, 
     )
 
 
-def test_who_asks_imports_no_jax():
+def test_the_process_that_asks_imports_no_jax():
     assert "jax" not in vars(ledger)
-    assert sys.modules["jaxgpt.bench.ledger"] is ledger

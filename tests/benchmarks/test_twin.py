@@ -17,7 +17,7 @@ from jaxgpt.tokenizer import CharTokenizer
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
 
-from jaxgpt.bench import twin  # noqa: E402 (after the skip)
+from scripts.benchmarks import twin  # noqa: E402 (after the skip)
 
 
 @pytest.fixture

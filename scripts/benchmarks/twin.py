@@ -4,7 +4,7 @@ The model, its initialisation, the optimizer's groups, the schedule, the batches
 model.py, train.py and sample.py. Where PyTorch has become faster since, the twin is, too: its AdamW is fused on every
 device that has one. As a program it does nanoGPT's job from start to end, without evaluating on the way:
 
-    python -m jaxgpt.bench.twin --data TEXT --out FILE --steps 2000 --seed 1337
+    python -m scripts.benchmarks.twin --data TEXT --out FILE --steps 2000 --seed 1337
 """
 
 import argparse
@@ -231,7 +231,7 @@ def score(twin: Twin, tokens: Ids, batch_size: int = 128) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train from a text to weights on disk, note the time, and only then score the validation split."""
     began = time.monotonic()
-    parser = argparse.ArgumentParser(prog="python -m jaxgpt.bench.twin", description="Train the PyTorch twin.")
+    parser = argparse.ArgumentParser(prog="python -m scripts.benchmarks.twin", description="Train the PyTorch twin.")
     parser.add_argument("--data", required=True, help="the text: a file, or a named corpus")
     parser.add_argument("--out", type=Path, required=True, help="JSON; the weights go beside it, as .safetensors")
     parser.add_argument("--recipe", choices=RECIPES, default="shakespeare-cpu", help="its settings are nanoGPT's")

@@ -5,18 +5,20 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxgpt.bench.facts import facts
-from jaxgpt.bench.table import Report
-from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, check
+from jaxgpt.cli.compile_cache import use_compile_cache
+from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, UsageError, check
 from jaxgpt.corpus import Corpus
 from jaxgpt.evaluation import evaluate
 from jaxgpt.feed import chunks, feeder
 from jaxgpt.placement import ONE_DEVICE, fresh
+from jaxgpt.prepare.build import prepare_corpus
+from jaxgpt.profile.report import Report, facts
 from jaxgpt.recipes import MODERN, MUON
 from jaxgpt.step import train_steps
 
@@ -24,7 +26,7 @@ Change = tuple[dict[str, Any], dict[str, Any]]
 """Fields of the model, and of the optimizer."""
 
 PLAIN: Change = ({"tie_weights": False}, {"schedule": "linear", "min_learning_rate": 0.0, "learning_rate": 4e-3})
-"""The block of GPT-2 with a head of its own, and AdamW at a rate that suits a short run."""
+"""GPT-2's block with an untied head, and AdamW with a learning rate for a short run."""
 ALL: Change = ({**MODERN, "smear": True, "bigram_embed": True}, {**MUON, "muon_momentum": 0.85})
 ADDED: dict[str, Change] = {
     "bfloat16": ({"precision": "bfloat16"}, {}),
@@ -56,37 +58,49 @@ REMOVED: dict[str, Change] = {
 }
 
 
-def ablate(corpus: Corpus, seeds: Sequence[int], steps: int, n_layer: int = 2, show: Any = print) -> Report:
-    """Train with each option added to a plain GPT, then with each left out of a modern one; `show` gets each row."""
-    tables = []
+def ablate(
+    corpus: str = "shakespeare", seeds: int = 3, steps: int = 300, layers: int = 2, data_dir: Path = Path("data")
+) -> Report:
+    """What each option of the model and the optimizer is worth: validation losses of short runs on a CPU.
+
+    Each option is added to a plain GPT, then left out of a modern one. Takes some ten minutes on two cores.
+
+    Args:
+      corpus: a corpus or a text file
+      seeds: runs of each option
+      steps: of each run
+      layers: of the model
+      data_dir: folder of all prepared corpora
+    """
+    if seeds < 1 or steps < 3:
+        raise UsageError(f"seeds is {seeds} and steps {steps}, expected 1 or more and 3 or more")
+    use_compile_cache()
+    prepared, tables = prepare_corpus(corpus, data_dir=data_dir).corpus, []
     for title, base, changes in [
         ("Added to the plain block, AdamW", PLAIN, ADDED),
         ("Left out of the modern block, Muon", ALL, REMOVED),
     ]:
-        show(title)
-        baseline = trained(corpus, base, seeds, steps, n_layer)
+        print(title)
+        baseline = trained(prepared, base, seeds, steps, layers)
         rows = [row("(nothing)", baseline, baseline)]
-        show(rows[-1])
         for name, (model, optimizer) in changes.items():
-            losses = trained(corpus, ({**base[0], **model}, {**base[1], **optimizer}), seeds, steps, n_layer)
-            rows.append(row(name, losses, baseline))
-            show(rows[-1])
+            results = trained(prepared, ({**base[0], **model}, {**base[1], **optimizer}), seeds, steps, layers)
+            rows.append(row(name, results, baseline))
+            print(rows[-1], flush=True)
         tables.append({"title": title, "rows": rows})
     notes = [
-        f"{n_layer} layers, 4 heads, 128 channels, context 64, {steps} steps of 12 sequences, {len(seeds)} seeds: mean "
+        f"{layers} layers, 4 heads, 128 channels, context 64, {steps} steps of 12 sequences, {seeds} seeds: mean "
         "validation loss over the whole split with its standard error, in nats per token",
-        "change is the mean over seeds of the difference from the first row, with its standard error; below zero is "
+        "change: the mean over seeds of the difference from the first row, with its standard error; below zero is "
         "better. Nothing else was tuned again, which favours the first row",
     ]
     return {"mode": "ablation", "facts": facts("cpu"), "notes": notes, "failed": {}, "tables": tables}
 
 
-def trained(
-    corpus: Corpus, change: Change, seeds: Sequence[int], steps: int, n_layer: int
-) -> list[tuple[float, float]]:
-    """(validation loss, seconds a step after the first chunk) of each seed."""
-    results = [one(corpus, change, seed, steps, n_layer) for seed in seeds]
-    jax.clear_caches()  # the programs of thirty blocks would fill gigabytes
+def trained(corpus: Corpus, change: Change, seeds: int, steps: int, n_layer: int) -> list[tuple[float, float]]:
+    """(validation loss, seconds per step after the first chunk) of each seed."""
+    results = [one(corpus, change, 1337 + i, steps, n_layer) for i in range(seeds)]
+    jax.clear_caches()  # the programs of thirty configs would fill gigabytes
     return results
 
 
@@ -102,7 +116,7 @@ def one(corpus: Corpus, change: Change, seed: int, steps: int, n_layer: int) -> 
     )
     train_tokens, val_tokens = corpus.split(config.data)
     feed, state, times = feeder(config, train_tokens), fresh(config, ONE_DEVICE), []
-    program = replace(config, train=replace(config.train, seed=0))  # nothing is dropped: one program for all seeds
+    program = replace(config, train=replace(config.train, seed=0))  # no dropout: one program for all seeds
     for begin, end in chunks(config, 0):
         began = time.perf_counter()
         state, _ = train_steps(program, state, *feed(begin, end))
@@ -113,17 +127,17 @@ def one(corpus: Corpus, change: Change, seed: int, steps: int, n_layer: int) -> 
 
 
 def row(name: str, results: list[tuple[float, float]], baseline: list[tuple[float, float]]) -> dict[str, Any]:
-    """A line of the table from (loss, seconds) of each seed, beside those of the first line."""
+    """A row of the table from (loss, seconds) of each seed, beside those of the first row."""
     losses = [loss for loss, _ in results]
     changes = [loss - other for loss, (other, _) in zip(losses, baseline, strict=True)]
     return {
         "option": name,
         "loss": f"{statistics.mean(losses):.4f} ± {standard_error(losses):.4f}",
         "change": "" if results is baseline else f"{statistics.mean(changes):+.4f} ± {standard_error(changes):.4f}",
-        "ms a step": round(1000 * float(np.median([seconds for _, seconds in results])), 1),
+        "ms/step": round(1000 * float(np.median([seconds for _, seconds in results])), 1),
     }
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of `values`; nan for a single one."""
+    """Of the mean of `values`; NaN for a single one."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -1,0 +1,80 @@
+"""What a device did, from a trace by JAX's profiler.
+
+The trace stays on disk for XProf and TensorBoard (`tensorboard --logdir FOLDER`) and for https://ui.perfetto.dev, which
+opens its .trace.json.gz.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+EXECUTE = re.compile(r"Executable::Execute(?!Prepare)")
+"""Names of the events in which XLA's runtimes dispatch a compiled program."""
+
+
+class Span(NamedTuple):
+    """An event with a duration, of one thread or stream; any unit of time."""
+
+    name: str
+    start: float
+    duration: float
+    op: str = ""
+    """The HLO instruction that ran, if one did."""
+
+
+class Operation(NamedTuple):
+    """An HLO instruction, all its runs together."""
+
+    name: str
+    runs: int
+    seconds: float  # without those of instructions inside it
+
+
+def capture(folder: Path, run: Callable[[], Any]) -> list[list[Span]]:
+    """Trace `run()`, which waits for the device, into `folder`: the spans of each thread or stream.
+
+    Python calls are left out: they would be most of the trace, and slow `run` down.
+    """
+    import jax
+
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(str(folder), profiler_options=options):
+        run()
+    newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime_ns)
+    planes = jax.profiler.ProfileData.from_file(str(newest)).planes
+    return [
+        [Span(e.name, e.start_ns, e.duration_ns, str(dict(e.stats).get("hlo_op", ""))) for e in line.events]
+        for plane in planes
+        for line in plane.lines
+    ]
+
+
+def operations(lines: Iterable[list[Span]]) -> list[Operation]:
+    """The HLO instructions that ran, those that took longest first."""
+    runs, nanoseconds = Counter[str](), Counter[str]()
+    for line in lines:
+        for span, own, _ in nested(span for span in line if span.op and not span.name.startswith("end: ")):
+            runs[span.op] += 1
+            nanoseconds[span.op] += own  # type: ignore[assignment]
+    return [Operation(op, runs[op], ns / 1e9) for op, ns in nanoseconds.most_common()]
+
+
+def dispatches(lines: Iterable[list[Span]]) -> int:
+    """How many compiled programs were dispatched. A runtime's call may contain further ones, which do not count."""
+    return sum(depth == 0 for line in lines for *_, depth in nested(s for s in line if EXECUTE.search(s.name)))
+
+
+def nested(spans: Iterable[Span]) -> Iterator[tuple[Span, float, int]]:
+    """Each span, its duration without the spans inside it, and how many spans it is inside."""
+    stack: list[tuple[Span, float, int]] = []
+    for span in sorted(spans, key=lambda span: (span.start, -span.duration)):
+        while stack and stack[-1][0].start + stack[-1][0].duration < span.start + span.duration:
+            yield stack.pop()
+        if stack:
+            outer, own, depth = stack.pop()
+            stack.append((outer, own - span.duration, depth))
+        stack.append((span, span.duration, len(stack)))
+    yield from stack

@@ -1,0 +1,303 @@
+"""Whole programs, from the start of their process to its end, as a person who types them waits for them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import UsageError
+from jaxgpt.profile import rounds
+from jaxgpt.profile.report import Report, facts
+from jaxgpt.recipes import RECIPES
+from jaxgpt.recipes import recipe as recipe_of
+from scripts.benchmarks.rates import Way, require
+from scripts.benchmarks.shapes import Device
+
+DEFAULTS = {"cpu": ("speedrun-cpu",), "gpu": ("shakespeare-gpu",)}
+TWINS: dict[str, tuple[str, Way]] = {
+    "cpu": ("shakespeare-cpu", "float32"),
+    "gpu": ("shakespeare-gpu", "bfloat16+compile"),
+}
+"""nanoGPT's own settings, and the way in which it computes by default."""
+SPEEDRUN_NOTES = (
+    "jaxgpt: seconds from the start of a `jaxgpt train` process to its end: imports, the text prepared, compiling, "
+    "training, evaluation, saves. Loss: the last over the whole validation split, in windows of the recipe's own "
+    "block_size. cold: with an empty compile cache. warm: the same command again, with the cache that the first left.",
+    "torch: the project's twin of nanoGPT, from the start of its process to its weights on disk, without any "
+    "evaluation; its loss is computed after that, over the whole validation split in windows of its block_size.",
+    "Processes run one at a time and in turn, each seed a round; ratios are the twin's seconds divided by ours, round "
+    "by round: above 1 jaxgpt is faster.",
+)
+STARTUP_NOTES = (
+    "help: a `jaxgpt --help` process. first step: from the start of a `jaxgpt train` process until the line of its "
+    "first step is in metrics.jsonl (with --scan-steps 1, when the second step runs). It includes imports, preparing "
+    "the text, scoring the untrained model on the whole validation split, and compiling.",
+    "cold: with an empty compile cache. warm: the same command again, with the cache that the first left.",
+)
+SWEEP_NOTES = (
+    "Seconds from the start of the first process to the end of the last, from an empty compile cache. runs: each "
+    "process finds what those before it compiled; it also saves its weights and makes nanoGPT-style loss estimates "
+    "beside the whole-split evaluation, which a sweep does not.",
+    "difference: the largest of a seed's last loss over the whole validation split.",
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder for all that a `jaxgpt` process reads and writes: compile cache, corpora, runs."""
+
+    folder: Path
+    device: Device
+
+    def run(self, words: Sequence[str], until: Callable[[], bool] | None = None) -> tuple[float, float]:
+        """Run `python -m WORDS` to its end or, with `until`, until that holds: (seconds, share of others).
+
+        Raises:
+          WorkerError: it failed; with the last line that it printed.
+        """
+        caches = {"XDG_CACHE_HOME": "cache", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        env = rounds.environment(self.device) | {name: str(self.folder / below) for name, below in caches.items()}
+        before, own, began = rounds.machine_seconds(), _children_seconds(), time.monotonic()
+        words = [word.replace("{began}", repr(began)) for word in words]
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen([sys.executable, "-m", *words], env=env, stdout=output, stderr=output)
+            try:
+                met = False
+                while until and not met and process.poll() is None:
+                    time.sleep(0.005)
+                    met = until()
+                seconds = time.monotonic() - began
+                if met:
+                    process.terminate()
+                process.wait()
+                seconds = seconds if met else time.monotonic() - began
+            finally:
+                process.kill()
+                process.wait()
+            output.seek(0)
+            last = output.read().decode(errors="replace").strip().splitlines()[-1:] or [""]
+        if not met and (until or process.returncode):
+            raise rounds.WorkerError(f"{' '.join(words)}: exit code {process.returncode}: {last[0][:300]}")
+        return seconds, rounds.others(before, rounds.machine_seconds(), _children_seconds() - own)
+
+    def train(self, name: str, words: Sequence[str], until: Callable[[], bool] | None = None) -> tuple[float, float]:
+        """`jaxgpt train WORDS` as run `name`, with a corpora folder of its own, so that each prepares its text."""
+        folders = ["--runs-dir", str(self.folder / "runs"), "--data-dir", str(self.folder / f"data-{name}")]
+        return self.run(["jaxgpt", "train", *words, "--run", name, *folders], until)
+
+    def metrics(self, name: str) -> Path:
+        return self.folder / "runs" / name / "metrics.jsonl"
+
+    def scores(self, name: str) -> list[float]:
+        """The losses of a run over the whole validation split, the untrained model's first."""
+        lines = map(json.loads, self.metrics(name).read_text().splitlines())
+        return [line["val_loss"] for line in lines if "val_loss" in line]
+
+
+def _children_seconds() -> float:
+    """Processor seconds of all child processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def _corpus(corpus: str | None) -> list[str]:
+    """The option that names a corpus, as an absolute path if it is a file."""
+    return ["--corpus", os.path.abspath(corpus) if os.path.exists(corpus) else corpus] if corpus else []
+
+
+def speedrun(
+    corpus: str = "shakespeare",
+    device: Device = "cpu",
+    recipes: tuple[str, ...] = (),
+    repeats: int = 5,
+    seed: int = 1337,
+    bound: float = 1.88,
+    steps: int = 0,
+    twin_steps: int = 0,
+) -> Report:
+    """Whole processes, from their start to a trained model, against the twin's.
+
+    Args:
+      corpus: the text: a file, or a named corpus
+      device: where both sides compute
+      recipes: of jaxgpt, to be run against the twin with nanoGPT's settings
+      repeats: how many seeds, the same on both sides
+      seed: the first seed
+      bound: the loss to reach
+      steps: fewer than the recipe's, to try this out
+      twin_steps: fewer than nanoGPT's, to try this out
+    """
+    recipes = recipes or tuple(name for name in DEFAULTS[device] if name in RECIPES)
+    for name in recipes:
+        recipe_of(name)
+    require("torch")
+    runs: dict[str, list[dict[str, Any]]] = {}
+    names = ["torch", *(f"{name} {cache}" for name in recipes for cache in ("cold", "warm"))]
+
+    def run(name: str) -> float:
+        """The seconds of the next seed of "torch", "RECIPE cold" or "RECIPE warm"."""
+        turn = len(runs.setdefault(name, []))
+        if name == "torch":
+            done = run_twin(corpus, Place(Path(root) / f"torch-{turn}", device), seed + turn, twin_steps)
+        else:
+            cold, cache = name.replace(" warm", " cold"), name.split()[1]
+            if cache == "warm" and len(runs.get(cold, [])) <= turn:
+                raise rounds.WorkerError("the cold run before it failed, and left no cache")
+            place = Place(Path(root) / f"{name.split()[0]}-{turn}", device)
+            done = run_ours(corpus, place, name.split()[0], cache, seed + turn, steps)
+        runs[name].append(done)
+        _log(f"{name}, seed {seed + turn}: {done['seconds']:.1f} s, loss {done['loss']:.4f}")
+        return float(done["seconds"])
+
+    with tempfile.TemporaryDirectory(prefix="jaxgpt-bench-") as root:
+        times, failed = rounds.alternate(names, repeats, run)
+    shares = [done["others"] for each in runs.values() for done in each]
+    theirs = times.get("torch", [])
+    rows = [speedrun_row(name, found, theirs, runs[name], bound) for name, found in times.items()]
+    notes = [*SPEEDRUN_NOTES, rounds.disturbance(shares)]
+    tables = [{"title": f"From process start to process end, {len(theirs)} seeds", "rows": rows}]
+    return _report("speedrun", device, tables, notes, failed) | {"runs": runs}
+
+
+def run_ours(corpus: str, place: Place, name: str, cache: str, seed: int, steps: int) -> dict[str, Any]:
+    """One `jaxgpt train`. A cold run is the first in its place, and leaves its caches to the warm run after it."""
+    words = [name, *_corpus(corpus), "--seed", str(seed), *(["--steps", str(steps)] if steps else [])]
+    seconds, others = place.train(cache, words)
+    loss = place.scores(cache)[-1]
+    if cache == "warm":
+        shutil.rmtree(place.folder)
+    return {"seed": seed, "seconds": seconds, "loss": loss, "others": others}
+
+
+def run_twin(corpus: str, place: Place, seed: int, steps: int) -> dict[str, Any]:
+    """One run of the twin's program, which notes the time at which its weights are saved."""
+    recipe, way = TWINS[place.device]
+    place.folder.mkdir(parents=True)
+    out = place.folder / "twin.json"
+    words = ["scripts.benchmarks.twin", "--data", corpus, "--out", str(out), "--recipe", recipe, "--way", way]
+    words += ["--device", "cuda" if place.device == "gpu" else "cpu", "--seed", str(seed), "--began", "{began}"]
+    _, others = place.run(words + (["--steps", str(steps)] if steps else []))
+    return json.loads(out.read_text()) | {"others": others}
+
+
+def speedrun_row(
+    name: str, seconds: list[float], theirs: list[float], runs: list[dict[str, Any]], bound: float
+) -> dict[str, Any]:
+    losses = [each["loss"] for each in runs]
+    n = min(len(seconds), len(theirs))
+    return {
+        "run": name,
+        "torch / this": rounds.ratio(theirs[:n], seconds[:n]) if n else None,
+        "seconds": rounds.series(seconds),
+        "within torch's time": all(a <= b for a, b in zip(seconds, theirs, strict=False)) if n else None,
+        "mean loss": f"{sum(losses) / len(losses):.4f}",
+        f"reached {bound}": f"{sum(loss <= bound for loss in losses)} of {len(losses)}",
+        "losses": ", ".join(f"{loss:.4f}" for loss in losses),
+    }
+
+
+def startup(corpus: str = "", device: Device = "cpu", recipe: str = "gpt-demo", repeats: int = 5) -> Report:
+    """How long the help and the first training step take.
+
+    Args:
+      corpus: the text, instead of the recipe's
+      device: where to train
+      recipe: by default one of the shape tiny, on the text that every Python carries
+      repeats: processes of each kind
+    """
+    turns: dict[str, int] = {}
+    shares: list[float] = []
+
+    def run(name: str) -> float:
+        turn = turns[name] = turns.get(name, -1) + 1
+        place, cache = Place(Path(root) / str(turn), device), name.split()[-1]
+        if name == "help":
+            seconds, others = place.run(["jaxgpt", "--help"])
+        else:
+            metrics = place.metrics(cache)
+            words = [recipe, *_corpus(corpus), "--scan-steps", "1", "--eval-every", "0", "--eval-batches", "0"]
+            seconds, others = place.train(
+                cache, words, lambda: metrics.exists() and b'"grad_norm"' in metrics.read_bytes()
+            )
+        shares.append(others)
+        _log(f"{name}: {seconds:.2f} s")
+        return seconds
+
+    with tempfile.TemporaryDirectory(prefix="jaxgpt-bench-") as root:
+        names = ["help", "first step cold", "first step warm"]
+        times, failed = rounds.alternate(names, repeats, run)
+    rows = [{"what": name, "seconds": rounds.series(found)} for name, found in times.items()]
+    notes = [*STARTUP_NOTES, f"recipe: {recipe}", rounds.disturbance(shares)]
+    return _report("startup", device, [{"title": "Seconds from process start", "rows": rows}], notes, failed)
+
+
+def sweep(
+    corpus: str = "shakespeare",
+    device: Device = "cpu",
+    recipe: str = "shakespeare-cpu",
+    seeds: int = 8,
+    repeats: int = 1,
+    steps: int = 0,
+) -> Report:
+    """Many seeds by one `jaxgpt sweep`, and by as many `jaxgpt train` one after another.
+
+    Args:
+      corpus: the text: a file, or a named corpus
+      device: where to train
+      recipe: of jaxgpt
+      seeds: how many
+      repeats: how often both are measured
+      steps: fewer than the recipe's, to try this out; the warm-up is shortened likewise
+    """
+    config, shares = recipe_of(recipe).config, list[float]()
+    losses: dict[str, list[float]] = {"sweep": [], "runs": []}
+    words = [recipe, *_corpus(corpus)]
+    if steps:
+        warmup = config.optimizer.warmup_steps * steps // config.train.steps
+        words += ["--steps", str(steps), "--warmup-steps", str(warmup), "--eval-every", "0"]
+        words += ["--scan-steps", str(min(config.train.scan_steps, steps))]
+    if steps < 0 or seeds < 1:
+        raise UsageError(f"steps is {steps} and seeds {seeds}, expected 0 or more and 1 or more")
+
+    def run(name: str) -> float:
+        place = Place(Path(root) / f"{name}-{len(losses[name])}", device)
+        if name == "sweep":
+            folders = ["--sweeps-dir", str(place.folder / "sweeps"), "--data-dir", str(place.folder / "data")]
+            options = ["--name", "all", "--seeds", str(seeds), *folders]
+            timed = [place.run(["jaxgpt", "sweep", *words, *options])]
+            lines = (place.folder / "sweeps" / "all" / "results.jsonl").read_text().splitlines()
+            done = {line["seed"]: line["val_loss"] for line in map(json.loads, lines) if line["done"]}
+            losses[name] += [done[seed] for seed in sorted(done)]
+        else:
+            numbers = range(config.train.seed, config.train.seed + seeds)
+            timed = [place.train(str(seed), [*words, "--seed", str(seed)]) for seed in numbers]
+            losses[name] += [place.scores(str(seed))[-1] for seed in numbers]
+        shares.extend(others for _, others in timed)
+        seconds = sum(seconds for seconds, _ in timed)
+        _log(f"{name}: {seconds:.1f} s")
+        return seconds
+
+    with tempfile.TemporaryDirectory(prefix="jaxgpt-bench-") as root:
+        times, failed = rounds.alternate(["sweep", "runs"], repeats, run)
+    rows: list[dict[str, Any]] = [{"what": name, "seconds": rounds.series(found)} for name, found in times.items()]
+    if len(times) == 2:
+        rows[0]["runs / this"] = rounds.ratio(times["runs"], times["sweep"])
+        pairs = zip(losses["runs"], losses["sweep"], strict=True)
+        rows[0]["difference, nats"] = f"{max(abs(a - b) for a, b in pairs):.1e}"
+    tables = [{"title": f"{seeds} seeds of {recipe}, {steps or config.train.steps} steps", "rows": rows}]
+    return _report("sweep", device, tables, [*SWEEP_NOTES, rounds.disturbance(shares)], failed) | {"losses": losses}
+
+
+def _report(mode: str, device: Device, tables: list[Any], notes: list[str], failed: dict[str, str]) -> Report:
+    return {"mode": mode, "facts": facts(device), "tables": tables, "notes": notes, "failed": failed}
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,203 @@
+"""The arithmetic and the refusals of `scripts/bench`, with programs that are made up."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxgpt.config import MissingExtraError, ModelConfig, OptimizerConfig, UsageError, to_tree
+from jaxgpt.profile import rounds
+from scripts.benchmarks import ablation, contestants, programs, rates
+from scripts.benchmarks.programs import Place
+from scripts.benchmarks.shapes import config_of
+
+
+def test_a_ratio_is_against_the_best_of_each_kind():
+    found = {"jaxgpt float32": [6.0], "torch float32": [1.0], "torch float32+compile": [2.0], "torch bfloat16": [3.0]}
+    (row,) = rates.training_ratios(found)
+    assert [value["median"] for value in row.values() if isinstance(value, dict)] == [2.0, 3.0, 3.0]
+    assert row["the best torch"] == "bfloat16"
+    assert rates.training_ratios({"jaxgpt float32": [6.0]})[0]["/ best torch"] is None
+
+
+def test_the_best_has_the_highest_median():
+    found = {"a": [1.0, 9.0, 1.0], "b": [2.0, 2.0, 2.0], "c": [8.0, 8.0, 8.0]}
+    assert rates.best(found, ["a", "b", "gone"]) == "b"
+    assert rates.best(found, ["gone"]) is None
+
+
+def test_on_a_gpu_float32_is_not_tf32():
+    config = config_of("baby", "gpu")
+    settings = {name: env for name, (_, env) in rates.training_entrants(config, "gpu", rates.WAYS["gpu"]).items()}
+    assert settings["jaxgpt float32"] != settings["jaxgpt tf32"]
+    assert {"torch float32", "torch tf32", "torch bfloat16", "torch bfloat16+compile"} <= set(settings)
+
+
+@pytest.mark.parametrize("case", ["tiny", "tiny:", "tiny:0:5", "tiny:x", "tiny:1:2:3", "huge:1:5"])
+def test_other_cases_are_refused(case):
+    with pytest.raises(UsageError, match=r"expected|no shape"):
+        rates.parse_case(case)
+
+
+def test_cases_are_read():
+    assert rates.parse_case("tiny:64") == ("tiny", 64, 512)
+    assert rates.parse_case("baby:1:7") == ("baby", 1, 7)
+
+
+def test_without_pytorch_the_error_names_the_package(monkeypatch):
+    monkeypatch.setattr(rates.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"needs torch, which is not installed: .*jaxgpt\[torch\]"):
+        rates.train()
+    code = "import sys; sys.modules['torch'] = None; import scripts.benchmarks.twin"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "MissingExtraError: the PyTorch twin needs torch" in done.stderr
+
+
+def test_both_sides_count_the_same_tokens():
+    pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
+    tree = to_tree(config_of("micro", "cpu"))
+    for task, settings in {"train jaxgpt": {}, "train torch": {"way": "float32", "device": "cpu"}}.items():
+        contestant = contestants.build(task, tree, **settings)
+        assert contestant.run() == 2 * 2 * 8, "2 steps of 2 windows of 8 tokens"
+        contestant.wait()
+        assert contestant.peak_bytes() > 1e7
+        assert contestant.about["compile_seconds"] >= 0
+
+
+def test_a_process_is_timed_to_its_end(tmp_path):
+    seconds, others = Place(tmp_path, "cpu").run(["timeit", "-n", "1", "-r", "1", "import time; time.sleep(0.2)"])
+    assert seconds > 0.2
+    assert 0 <= others <= 1
+
+
+def test_a_process_is_timed_until_something_holds(tmp_path):
+    path = tmp_path / "there"
+    code = f"open({str(path)!r}, 'w').close(); import time; time.sleep(60)"
+    seconds, _ = Place(tmp_path, "cpu").run(["timeit", "-n", "1", "-r", "1", code], until=path.exists)
+    assert seconds < 50
+
+
+@pytest.mark.parametrize("until", [None, lambda: False])
+def test_why_a_process_failed_is_reported(until, tmp_path):
+    with pytest.raises(rounds.WorkerError, match=r"jaxgpt nonsense: exit code 2: .*"):
+        Place(tmp_path, "cpu").run(["jaxgpt", "nonsense"], until)
+
+
+def test_a_speedrun_in_turn(monkeypatch):
+    """The ratio is the twin's time divided by ours, and losses are held to the bound."""
+    pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
+    ran = []
+
+    def ours(corpus, place, name, cache, seed, steps):
+        ran.append((f"{name} {cache}", seed))
+        seconds = (10.0, 20.0, 30.0)[seed - 7] / (2 if cache == "warm" else 1)
+        return {"seconds": seconds, "loss": (1.87, 1.88, 1.89)[seed - 7], "others": 0.0}
+
+    def twin(corpus, place, seed, steps):
+        ran.append(("torch", seed))
+        return {"seconds": 20.0, "loss": 1.9, "others": 0.5}
+
+    monkeypatch.setattr(programs, "run_ours", ours)
+    monkeypatch.setattr(programs, "run_twin", twin)
+    report = programs.speedrun("text", recipes=("shakespeare-cpu",), repeats=3, seed=7)
+    names = ("torch", "shakespeare-cpu cold", "shakespeare-cpu warm")
+    assert ran == [(name, seed) for seed in (7, 8, 9) for name in names]
+    theirs, cold, warm = report["tables"][0]["rows"]
+    assert cold["torch / this"] == {"median": 1.0, "low": pytest.approx(2 / 3), "high": 2.0, "n": 3}
+    assert warm["torch / this"]["median"] == 2.0
+    assert (cold["within torch's time"], warm["within torch's time"]) == (False, True)
+    assert (cold["reached 1.88"], theirs["reached 1.88"]) == ("2 of 3", "0 of 3")
+    assert cold["mean loss"] == "1.8800"
+    assert "NOT QUIET" in report["notes"][-1]
+    with pytest.raises(UsageError, match="no recipe 'nonsense'"):
+        programs.speedrun("text", recipes=("nonsense",))
+
+
+def test_a_warm_run_needs_its_cold_run(monkeypatch):
+    pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
+
+    def ours(corpus, place, name, cache, seed, steps):
+        assert cache == "cold"
+        raise rounds.WorkerError("no disk")
+
+    monkeypatch.setattr(programs, "run_ours", ours)
+    monkeypatch.setattr(programs, "run_twin", lambda *given: {"seconds": 2.0, "loss": 1.9, "others": 0.0})
+    report = programs.speedrun("text", recipes=("shakespeare-cpu",), repeats=2)
+    assert set(report["failed"]) == {"shakespeare-cpu cold", "shakespeare-cpu warm"}
+    assert [row["run"] for row in report["tables"][0]["rows"]] == ["torch"]
+
+
+def test_starting_up_in_turn(monkeypatch):
+    ran = []
+
+    def run(place, words, until=None):
+        ran.append((place.folder.name, words[1], "--run" in words and words[words.index("--run") + 1]))
+        return (1.0 if words[1] == "--help" else 3.0), 0.0
+
+    monkeypatch.setattr(Place, "run", run)
+    report = programs.startup(repeats=2)
+    kinds = (("--help", False), ("train", "cold"), ("train", "warm"))
+    assert ran == [(turn, *kind) for turn in ("0", "1") for kind in kinds], "a warm run finds what the cold one left"
+    rows = {row["what"]: row["seconds"]["median"] for row in report["tables"][0]["rows"]}
+    assert rows == {"help": 1.0, "first step cold": 3.0, "first step warm": 3.0}
+
+
+def test_a_sweep_is_measured_against_as_many_runs(monkeypatch):
+    asked = []
+
+    def run(place, words, until=None):
+        command, _, *rest = words[1:]
+        options = dict(zip(rest[::2], rest[1::2], strict=True))
+        asked.append((command, options))
+        if command == "sweep":
+            file = Path(options["--sweeps-dir"]) / options["--name"] / "results.jsonl"
+            lines = [{"seed": seed, "val_loss": 2.0 + seed, "done": True} for seed in (1338, 1337)]
+        else:
+            file = Path(options["--runs-dir"]) / options["--run"] / "metrics.jsonl"
+            lines = [{"val_loss": 9.0}, {"val_loss": 2.25 + int(options["--seed"])}]
+        file.parent.mkdir(parents=True)
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return (3.0 if command == "sweep" else 2.0), 0.0
+
+    monkeypatch.setattr(Place, "run", run)
+    report = programs.sweep("python-docs", seeds=2, steps=100)
+    assert [command for command, _ in asked] == ["sweep", "train", "train"]
+    assert [options["--seed"] for _, options in asked[1:]] == ["1337", "1338"]
+    assert {options["--steps"] for _, options in asked} == {"100"}
+    assert asked[1][1]["--data-dir"] != asked[2][1]["--data-dir"], "each prepares its text"
+    first, second = report["tables"][0]["rows"]
+    assert (first["what"], first["seconds"]["median"], second["seconds"]["median"]) == ("sweep", 3.0, 4.0)
+    assert first["runs / this"]["median"] == pytest.approx(4 / 3)
+    assert first["difference, nats"] == "2.5e-01"
+    with pytest.raises(UsageError, match="seeds 0"):
+        programs.sweep("python-docs", seeds=0)
+
+
+def test_a_row_of_the_ablation_is_means_and_their_errors():
+    baseline = [(2.0, 0.010), (2.2, 0.012)]
+    results = [(1.9, 0.020), (2.0, 0.022)]
+    row = ablation.row("muon", results, baseline)
+    assert row == {"option": "muon", "loss": "1.9500 ± 0.0500", "change": "-0.1500 ± 0.0500", "ms/step": 21.0}
+    assert ablation.row("(nothing)", baseline, baseline)["change"] == ""
+    assert math.isnan(ablation.standard_error([1.0]))
+    with pytest.raises(UsageError, match="seeds is 0"):
+        ablation.ablate(seeds=0)
+
+
+@pytest.mark.parametrize(("base", "changes"), [(ablation.PLAIN, ablation.ADDED), (ablation.ALL, ablation.REMOVED)])
+def test_every_ablation_changes_something(base, changes):
+    model, optimizer = base
+    for name, (more, others) in changes.items():
+        assert {**model, **more} != model or {**optimizer, **others} != optimizer, name
+        dataclasses.replace(ModelConfig(), **{**model, **more})
+        dataclasses.replace(OptimizerConfig(), **{**optimizer, **others})
+
+
+def test_every_option_of_a_block_is_in_the_ablation():
+    plain, options = ModelConfig(), {name for model, _ in ablation.ADDED.values() for name in model}
+    sizes = {"kind", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights"}
+    assert options == set(vars(plain)) - sizes - {"init_scale", "gelu", "remat", "scan_layers"}
