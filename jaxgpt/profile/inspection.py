@@ -32,7 +32,7 @@ NOTES = (
     "XLA: all operations, one for each element where it is no matmul, before and after XLA optimises. It counts the "
     "body of a loop (scanned blocks, micro-batches) once, and custom calls as nothing.",
     "compulsory: arguments and results of a program, once. XLA's bytes: what each operation reads and writes, before "
-    "optimising of all operations, then of fusions, which keep what is between to themselves.",
+    "optimising of all operations, then of fusions, whose inner results stay in registers or caches.",
 )
 
 
@@ -44,7 +44,7 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: P
       trace_folder: where to write a trace of some steps.
 
     Raises:
-      OutOfMemoryError: what is to be measured does not fit.
+      OutOfMemoryError: a step does not fit into memory.
     """
     if measured or trace_folder:
         memory.require(config)

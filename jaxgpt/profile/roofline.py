@@ -48,7 +48,7 @@ class Work(NamedTuple):
     part: str
     training: bool
     times: int
-    """Runs in a step of one micro-batch; 0 for what is inside another part."""
+    """Runs in a step of one micro-batch; 0 for a part inside another."""
     flops: float
     """By XLA's count before it optimises, or of the matmuls alone if that is more: XLA does not see into kernels."""
     matmul_flops: int

@@ -93,7 +93,7 @@ def training_entrants(config: Config, device: Device, ways: Sequence[str]) -> En
     for precision in PRECISIONS:
         tree = to_tree(replace(config, model=replace(config.model, precision=precision)))
         spec = {"task": "train jaxgpt", "config": tree}
-        if device == "gpu" and precision == "float32":  # XLA uses TF32 unless told otherwise
+        if device == "gpu" and precision == "float32":  # XLA uses TF32 by default
             found["jaxgpt tf32"] = spec, {}
             found["jaxgpt float32"] = spec, {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}
         else:

@@ -1,8 +1,7 @@
-"""The same GPT in PyTorch, as nanoGPT trains and samples it: what `jaxgpt` is measured against.
+"""The same GPT in PyTorch, as nanoGPT trains and samples it: what jaxgpt is measured against.
 
-The model, its initialisation, the optimizer's groups, the schedule, the batches and the sampling are those of nanoGPT's
-model.py, train.py and sample.py. Where PyTorch has become faster since, the twin is, too: its AdamW is fused on every
-device that has one. As a program it does nanoGPT's job from start to end, without evaluating on the way:
+Model, initialisation, parameter groups, schedule, batches and sampling are those of nanoGPT's model.py, train.py and
+sample.py, with fused AdamW. As a program it does nanoGPT's whole job, without evaluating on the way:
 
     python -m scripts.benchmarks.twin --data TEXT --out FILE --steps 2000 --seed 1337
 """
@@ -35,14 +34,14 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class Way:
-    """How PyTorch is asked to compute."""
+    """How PyTorch computes."""
 
     bfloat16: bool = False
-    """Under autocast: products of bfloat16, parameters and their update of float32."""
+    """bf16 matmuls under autocast; parameters and updates in float32."""
     compiled: bool = False
-    """The model goes through torch.compile."""
+    """torch.compile of the model."""
     tf32: bool = False
-    """set_float32_matmul_precision("high"), as nanoGPT does on CUDA; else float32 products are float32."""
+    """set_float32_matmul_precision("high"), as nanoGPT does on CUDA; else "highest"."""
 
 
 WAYS = {
@@ -104,7 +103,7 @@ class Twin(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, idx: torch.Tensor, last: bool = False) -> torch.Tensor:
-        """(B, T) ids -> (B, T, V) logits; (B, 1, V) with `last`, as nanoGPT computes no others to sample."""
+        """(B, T) ids -> (B, T, V) logits, or with `last` those of the last position alone, (B, 1, V)."""
         x = self.drop(self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device)))
         for block in self.h:
             x = block(x)
@@ -115,9 +114,9 @@ class Twin(nn.Module):
 def gpt2_tensors(
     twin: Twin, what: Callable[[nn.Parameter], torch.Tensor] = lambda p: p.detach()
 ) -> dict[str, NDArray[np.float32]]:
-    """The twin's parameters (or `what` of each) by GPT-2's names and, as there, with linear layers (in, out).
+    """Copies of the twin's parameters (or `what` of each), by GPT-2's names and with linear layers as (in, out).
 
-    Copies, which later steps leave alone; `interop.gpt2.to_params` makes our parameters of them.
+    `huggingface.gpt2.to_params` converts them to ours.
     """
     tensors = {name: what(p).cpu().numpy() for name, p in twin.named_parameters()}
     return {name: np.array(x.T if x.ndim == 2 and ".c_" in name else x, order="C") for name, x in tensors.items()}
@@ -156,7 +155,7 @@ class Training:
         self.batch = self.next_batch()
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random windows with replacement, inputs and targets (B, T), on the device or on their way to it."""
+        """Random windows with replacement, inputs and targets (B, T), on the device or being copied to it."""
         T, B = self.config.model.block_size, self.config.train.batch_size
         starts = torch.randint(len(self.tokens) - T, (B,)).tolist()
         windows = torch.stack([torch.from_numpy(self.tokens[i : i + T + 1].astype(np.int64)) for i in starts])
@@ -169,7 +168,7 @@ class Training:
         )
 
     def step(self) -> torch.Tensor:
-        """One step: forward, backward, clipping, AdamW. Its loss, which nobody has waited for."""
+        """One step: forward, backward, clipping, AdamW. Returns its loss without waiting for the device."""
         opt = self.config.optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.steps)
@@ -181,7 +180,7 @@ class Training:
                 loss = F.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1)) / A
             loss.backward()
             total += loss.detach()
-        self.batch = self.next_batch()  # while the device is at work
+        self.batch = self.next_batch()  # while the device computes
         if opt.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.twin.parameters(), opt.grad_clip)
         self.optimizer.step()
@@ -198,7 +197,7 @@ def autocast(way: Way, device: str) -> AbstractContextManager[object]:
 def sample(
     twin: Twin, idx: torch.Tensor, n_tokens: int, temperature: float = 0.8, top_k: int = 40, way: Way = WAYS["float32"]
 ) -> torch.Tensor:
-    """nanoGPT's `generate`: the whole window through the model for each token. (B, P) ids -> (B, P + n_tokens)."""
+    """nanoGPT's `generate`, which runs the whole window for each token: (B, P) ids -> (B, P + n_tokens)."""
     for _ in range(n_tokens):
         with autocast(way, idx.device.type):
             logits = twin(idx[:, -twin.block_size :], last=True)[:, -1] / temperature
@@ -210,9 +209,9 @@ def sample(
 
 @torch.inference_mode()
 def score(twin: Twin, tokens: Ids, batch_size: int = 128) -> float:
-    """Nats per token over the whole of `tokens`, each of the N - 1 predictions once: as `training.evaluate.evaluate`.
+    """Nats per token over all N - 1 predictions in `tokens` (N,), as `jaxgpt.evaluation.evaluate`.
 
-    Windows of block_size in a row; the last one ends at the last token, and leaves out what was counted before.
+    Windows of block_size in a row; the last one ends at the last token and skips what was scored before.
     """
     twin.eval()
     T, N, device = twin.block_size, len(tokens), next(twin.parameters()).device
@@ -229,7 +228,7 @@ def score(twin: Twin, tokens: Ids, batch_size: int = 128) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train from a text to weights on disk, note the time, and only then score the validation split."""
+    """Train from a text to weights on disk, record the time, then score the validation split."""
     began = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m scripts.benchmarks.twin", description="Train the PyTorch twin.")
     parser.add_argument("--data", required=True, help="the text: a file, or a named corpus")
