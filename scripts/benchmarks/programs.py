@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import UsageError
 from jaxgpt.profile import rounds
 from jaxgpt.profile.report import Report, facts
 from jaxgpt.recipes import RECIPES
@@ -40,12 +39,6 @@ STARTUP_NOTES = (
     "first step is in metrics.jsonl (with --scan-steps 1, when the second step runs). It includes imports, preparing "
     "the text, scoring the untrained model on the whole validation split, and compiling.",
     "cold: with an empty compile cache. warm: the same command again, with the cache that the first left.",
-)
-SWEEP_NOTES = (
-    "Seconds from the start of the first process to the end of the last, from an empty compile cache. runs: each "
-    "process finds what those before it compiled; it also saves its weights and makes nanoGPT-style loss estimates "
-    "beside the whole-split evaluation, which a sweep does not.",
-    "difference: the largest of a seed's last loss over the whole validation split.",
 )
 
 
@@ -236,63 +229,6 @@ def startup(corpus: str = "", device: Device = "cpu", recipe: str = "gpt-demo", 
     rows = [{"what": name, "seconds": rounds.series(found)} for name, found in times.items()]
     notes = [*STARTUP_NOTES, f"recipe: {recipe}", rounds.disturbance(shares)]
     return _report("startup", device, [{"title": "Seconds from process start", "rows": rows}], notes, failed)
-
-
-def sweep(
-    corpus: str = "shakespeare",
-    device: Device = "cpu",
-    recipe: str = "shakespeare-cpu",
-    seeds: int = 8,
-    repeats: int = 1,
-    steps: int = 0,
-) -> Report:
-    """Many seeds by one `jaxgpt sweep`, and by as many `jaxgpt train` one after another.
-
-    Args:
-      corpus: the text: a file, or a named corpus
-      device: where to train
-      recipe: of jaxgpt
-      seeds: how many
-      repeats: how often both are measured
-      steps: fewer than the recipe's, to try this out; the warm-up is shortened likewise
-    """
-    config, shares = recipe_of(recipe).config, list[float]()
-    losses: dict[str, list[float]] = {"sweep": [], "runs": []}
-    words = [recipe, *_corpus(corpus)]
-    if steps:
-        warmup = config.optimizer.warmup_steps * steps // config.train.steps
-        words += ["--steps", str(steps), "--warmup-steps", str(warmup), "--eval-every", "0"]
-        words += ["--scan-steps", str(min(config.train.scan_steps, steps))]
-    if steps < 0 or seeds < 1:
-        raise UsageError(f"steps is {steps} and seeds {seeds}, expected 0 or more and 1 or more")
-
-    def run(name: str) -> float:
-        place = Place(Path(root) / f"{name}-{len(losses[name])}", device)
-        if name == "sweep":
-            folders = ["--sweeps-dir", str(place.folder / "sweeps"), "--data-dir", str(place.folder / "data")]
-            options = ["--name", "all", "--seeds", str(seeds), *folders]
-            timed = [place.run(["jaxgpt", "sweep", *words, *options])]
-            lines = (place.folder / "sweeps" / "all" / "results.jsonl").read_text().splitlines()
-            done = {line["seed"]: line["val_loss"] for line in map(json.loads, lines) if line["done"]}
-            losses[name] += [done[seed] for seed in sorted(done)]
-        else:
-            numbers = range(config.train.seed, config.train.seed + seeds)
-            timed = [place.train(str(seed), [*words, "--seed", str(seed)]) for seed in numbers]
-            losses[name] += [place.scores(str(seed))[-1] for seed in numbers]
-        shares.extend(others for _, others in timed)
-        seconds = sum(seconds for seconds, _ in timed)
-        _log(f"{name}: {seconds:.1f} s")
-        return seconds
-
-    with tempfile.TemporaryDirectory(prefix="jaxgpt-bench-") as root:
-        times, failed = rounds.alternate(["sweep", "runs"], repeats, run)
-    rows: list[dict[str, Any]] = [{"what": name, "seconds": rounds.series(found)} for name, found in times.items()]
-    if len(times) == 2:
-        rows[0]["runs / this"] = rounds.ratio(times["runs"], times["sweep"])
-        pairs = zip(losses["runs"], losses["sweep"], strict=True)
-        rows[0]["difference, nats"] = f"{max(abs(a - b) for a, b in pairs):.1e}"
-    tables = [{"title": f"{seeds} seeds of {recipe}, {steps or config.train.steps} steps", "rows": rows}]
-    return _report("sweep", device, tables, [*SWEEP_NOTES, rounds.disturbance(shares)], failed) | {"losses": losses}
 
 
 def _report(mode: str, device: Device, tables: list[Any], notes: list[str], failed: dict[str, str]) -> Report:

@@ -1,11 +1,9 @@
 """The arithmetic and the refusals of `scripts/bench`, with programs that are made up."""
 
 import dataclasses
-import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -144,37 +142,6 @@ def test_starting_up_in_turn(monkeypatch):
     assert ran == [(turn, *kind) for turn in ("0", "1") for kind in kinds], "a warm run finds what the cold one left"
     rows = {row["what"]: row["seconds"]["median"] for row in report["tables"][0]["rows"]}
     assert rows == {"help": 1.0, "first step cold": 3.0, "first step warm": 3.0}
-
-
-def test_a_sweep_is_measured_against_as_many_runs(monkeypatch):
-    asked = []
-
-    def run(place, words, until=None):
-        command, _, *rest = words[1:]
-        options = dict(zip(rest[::2], rest[1::2], strict=True))
-        asked.append((command, options))
-        if command == "sweep":
-            file = Path(options["--sweeps-dir"]) / options["--name"] / "results.jsonl"
-            lines = [{"seed": seed, "val_loss": 2.0 + seed, "done": True} for seed in (1338, 1337)]
-        else:
-            file = Path(options["--runs-dir"]) / options["--run"] / "metrics.jsonl"
-            lines = [{"val_loss": 9.0}, {"val_loss": 2.25 + int(options["--seed"])}]
-        file.parent.mkdir(parents=True)
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return (3.0 if command == "sweep" else 2.0), 0.0
-
-    monkeypatch.setattr(Place, "run", run)
-    report = programs.sweep("python-docs", seeds=2, steps=100)
-    assert [command for command, _ in asked] == ["sweep", "train", "train"]
-    assert [options["--seed"] for _, options in asked[1:]] == ["1337", "1338"]
-    assert {options["--steps"] for _, options in asked} == {"100"}
-    assert asked[1][1]["--data-dir"] != asked[2][1]["--data-dir"], "each prepares its text"
-    first, second = report["tables"][0]["rows"]
-    assert (first["what"], first["seconds"]["median"], second["seconds"]["median"]) == ("sweep", 3.0, 4.0)
-    assert first["runs / this"]["median"] == pytest.approx(4 / 3)
-    assert first["difference, nats"] == "2.5e-01"
-    with pytest.raises(UsageError, match="seeds 0"):
-        programs.sweep("python-docs", seeds=0)
 
 
 def test_a_row_of_the_ablation_is_means_and_their_errors():
