@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt import cost, memory
+from jaxgpt import cost, memory, prng
 from jaxgpt import matmul as numerics
 from jaxgpt import model as nn
 from jaxgpt.config import Config, ModelConfig
@@ -88,7 +88,7 @@ def texts(config: Config, jaxpr: Sequence[str], hlo: Sequence[str]) -> Iterator[
 
 def parameter_rows(config: ModelConfig) -> list[dict[str, Any]]:
     """A row for each array of parameters, equal ones of all blocks in one, and the total."""
-    params = jax.eval_shape(lambda key: nn.init_params(config, key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: nn.init_params(config, key), prng.key(0))
     sizes: Counter[tuple[str, tuple[int, ...]]] = Counter()
     blocks: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

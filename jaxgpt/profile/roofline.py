@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import kernels, layers, model
+from jaxgpt import kernels, layers, model, prng
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.gpt import MLP
 from jaxgpt.heads import MultiHeadAttention
@@ -75,7 +75,7 @@ def works(config: Config) -> list[Work]:
     T, C, L = cfg.block_size, cfg.n_embd, cfg.n_layer
     idx, x = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T, C), jnp.float32)
     rest = replace(cfg, n_layer=0, scan_layers=False)
-    params = jax.eval_shape(lambda key: model.init_params(rest, key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: model.init_params(rest, key), prng.key(0))
     found = _passes(
         "embeddings, head, loss",
         1,
@@ -104,7 +104,7 @@ def works(config: Config) -> list[Work]:
 
 def _module(module: nn.Module, x: Any, **ids: Any) -> tuple[Any, ...]:
     """A module as (function of params, x and ids, the shapes of these)."""
-    variables = jax.eval_shape(module.init, jax.random.key(0), x, **ids)
+    variables = jax.eval_shape(module.init, prng.key(0), x, **ids)
 
     def apply(params: Any, x: jax.Array, *arrays: jax.Array) -> jax.Array:
         settings: dict[str, Any] = dict(zip(ids, arrays, strict=True))
@@ -169,7 +169,7 @@ def measure_machine(dtype: str, n: int = N, streamed: int = STREAMED, seconds: f
     The bandwidth is that of an array read, scaled and written in place, 8 bytes a number as STREAM counts its "scale"
     (McCalpin 1995). On a CPU a new array would cost a page fault every 4 kB, several times as slow as memory.
     """
-    x = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
+    x = jax.random.normal(prng.key(0), (n, n), jnp.dtype(dtype))
     matmul = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
     scale = jax.jit(lambda x: -1 * x, donate_argnums=0)
     array = [jnp.ones(streamed, jnp.float32)]

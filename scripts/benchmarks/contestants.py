@@ -65,10 +65,10 @@ def jaxgpt_training(config: Any) -> Contestant:
 def jaxgpt_sampling(config: Any, batch_size: int, n_tokens: int, temperature: float, top_k: int) -> Contestant:
     """One `generate` of `n_tokens` for each of `batch_size` sequences a piece."""
     import jax
-    from jaxgpt.generate import generate
 
     from jaxgpt import model as nn
     from jaxgpt.profile.stages import JaxContestant
+    from jaxgpt.sample import generate
 
     class Sampling(JaxContestant):
         def __init__(self) -> None:
