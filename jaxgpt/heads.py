@@ -1,34 +1,12 @@
-"""Attention heads with their projections: one as the notes write it, and many side by side."""
+"""Multi-head attention: the projections of keys, queries and values, and back."""
 
 import flax.linen as nn
 import jax
 
 from jaxgpt import cache, kernels, layers, sharding
 from jaxgpt import matmul as numerics
-from jaxgpt.attention import attention, attention_weights, causal_mask, rotate
+from jaxgpt.attention import attention_weights, causal_mask, rotate
 from jaxgpt.config import ModelConfig
-
-
-class Head(nn.Module):
-    """One head, as the notes write it: key, query and value without bias, each C -> head_size."""
-
-    head_size: int
-    scale: float | None = None
-    """As in `attention`; the notes leave it out: 1.0."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """(B, T, C) -> (B, T, head_size).
-
-        Args:
-          context: (B, S, C), where keys and values come from (cross-attention, to all of it). None: from `x` itself
-            (self-attention, to the past).
-        """
-        source, mask = (x, causal_mask(x.shape[1])[None]) if context is None else (context, None)
-        k = nn.Dense(self.head_size, use_bias=False, name="key")(source)  # (B, S, 16)
-        q = nn.Dense(self.head_size, use_bias=False, name="query")(x)  # (B, T, 16)
-        v = nn.Dense(self.head_size, use_bias=False, name="value")(source)
-        return attention(q, k, v, mask, scale=self.scale)
 
 
 class MultiHeadAttention(nn.Module):
@@ -40,7 +18,6 @@ class MultiHeadAttention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        context: jax.Array | None = None,
         *,
         idx: jax.Array | None = None,
         start: jax.Array | int | None = None,
@@ -48,7 +25,6 @@ class MultiHeadAttention(nn.Module):
         """(B, T, C) -> (B, T, C).
 
         Args:
-          context: (B, S, C), as in `Head`.
           idx: (B, T), the tokens, for value_embed.
           start: the position of the first token, where those before it are in the cache, Flax's collection "cache".
             None: 0, and no cache.
@@ -61,12 +37,9 @@ class MultiHeadAttention(nn.Module):
         key, value = (layers.dense(cfg, kv * D, name) for name in ("key", "value"))
 
         def heads(x: jax.Array) -> jax.Array:
-            return x.reshape(B, x.shape[1], -1, D).swapaxes(1, 2)  # (B, H or kv, T or S, D)
+            return x.reshape(B, T, -1, D).swapaxes(1, 2)  # (B, H or kv, T, D)
 
-        if context is None:
-            q, k, v = layers.joined(x, [query, key, value])
-        else:
-            (q,), (k, v) = layers.joined(x, [query]), layers.joined(context, [key, value])
+        q, k, v = layers.joined(x, [query, key, value])
         if cfg.value_embed and idx is not None:
             table = layers.embed(cfg.vocab_size, kv * D, "value_embed", stddev=0.0)
             v = v + (sharding.rows(table.embedding, idx) if start is None else table(idx))
@@ -75,13 +48,11 @@ class MultiHeadAttention(nn.Module):
         k, v = (sharding.constrain(heads(x), "batch", "width", None, None) for x in (k, v))
         if cfg.qk_norm:
             q, k = numerics.rms_norm(q), numerics.rms_norm(k)
-        if cfg.position == "rope" and context is None:
+        if cfg.position == "rope":
             first = 0 if start is None else start
             q, k = rotate(q, first), rotate(k, first)
         drop = layers.dropout(self, "drop_weights") if layers.drops(self) else None
-        if context is not None:
-            out = attention(q, *(kernels.repeated(x, H) for x in (k, v)), drop=drop, precision=cfg.precision)
-        elif self.is_mutable_collection("attention_maps"):
+        if self.is_mutable_collection("attention_maps"):
             out = self.shown_attention(q, k, v)
         elif start is None:
             out = kernels.causal_attention(cfg, q, k, v, drop)

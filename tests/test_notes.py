@@ -10,7 +10,7 @@ import pytest
 from jaxgpt import model as nn
 from jaxgpt.attention import attention_weights, causal_mask
 from jaxgpt.config import ModelConfig
-from jaxgpt.heads import Head
+from jaxgpt.lecture.attention import Head
 from jaxgpt.tokenizer import CharTokenizer
 
 pytestmark = pytest.mark.smoke
@@ -103,13 +103,9 @@ def test_cross_attention_has_other_sources():
     assert head.apply({"params": HEAD}, X, CONTEXT).shape == (B, T, 16)
 
 
-def test_multi_head_attention_takes_a_context_too():
-    config = ModelConfig(vocab_size=V, block_size=T, n_layer=1, n_head=2, n_embd=C)
-    module = nn.heads.MultiHeadAttention(config)
-    params = jax.jit(module.init)(jax.random.key(0), X)
-    assert jax.eval_shape(module.apply, params, X, CONTEXT).shape == (B, T, C)
-    # Every row of the context is heard by every position, and without one the future is not.
-    heard = jax.jit(jax.jacobian(lambda c: module.apply(params, X[:1], c).sum(-1)))(jnp.asarray(CONTEXT[:1]))
+def test_a_head_sees_all_of_its_context_and_only_the_past_of_its_own_text():
+    head, params = Head(16), {"params": HEAD}
+    heard = jax.jit(jax.jacobian(lambda c: head.apply(params, X[:1], c).sum(-1)))(jnp.asarray(CONTEXT[:1]))
     assert (np.abs(heard).sum(-1)[0, :, 0] > 0).all()
-    heard = jax.jit(jax.jacobian(lambda x: module.apply(params, x).sum(-1)))(jnp.asarray(X[:1]))
+    heard = jax.jit(jax.jacobian(lambda x: head.apply(params, x).sum(-1)))(jnp.asarray(X[:1]))
     np.testing.assert_array_equal(np.abs(heard).sum(-1)[0, :, 0] > 0, np.tri(T, dtype=bool))

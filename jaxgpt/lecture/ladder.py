@@ -1,9 +1,8 @@
-"""The rungs, and the climb: train each, score it on the whole validation split, let it write."""
+"""The ladder: train each model, score it on the whole validation split, and sample from it."""
 
-import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,23 +17,29 @@ from jaxgpt import prng
 from jaxgpt.config import UsageError
 from jaxgpt.data import Ids, take
 from jaxgpt.display import ngrams
-from jaxgpt.lecture import averaging
+from jaxgpt.lecture.attention import mean_by_loop, mean_by_matmul, mean_by_softmax
 from jaxgpt.lecture.model import Params, Rung, forward, init_params
 from jaxgpt.tokenizer import Tokenizer
 
 _MORE = Rung(
-    "residual", "three blocks that add to a stream", (2.08,), n_layer=3, n_head=4, feed_forward=4, residual=True
+    "residual",
+    "three blocks with residual connections",
+    (2.08,),
+    n_layer=3,
+    n_head=4,
+    feed_forward=4,
+    residual=True,
 )
 
 RUNGS = (
-    Rung("uniform", "every character is as likely: ln V", kind="uniform"),
+    Rung("uniform", "every character equally likely: ln V", kind="uniform"),
     Rung("unigram", "how often each character occurs", kind="unigram"),
     Rung("bigram counts", "how often each follows each", kind="bigram counts"),
     Rung("bigram", "a (V, V) table, trained", (2.5,), kind="bigram", learning_rate=1e-2, steps=3000),
     Rung("averaging", "the mean of the past by loop, matmul and softmax", kind="averaging"),
     Rung("one head", "self-attention, 32 channels", (2.4,)),
     Rung("four heads", "of 8 channels each", (2.28,), n_head=4),
-    Rung("feed-forward", "each node computes on its own", (2.24, 2.27), n_head=4, feed_forward=1),
+    Rung("feed-forward", "each position computes on its own", (2.24, 2.27), n_head=4, feed_forward=1),
     _MORE,
     replace(
         _MORE, name="layer norm", about="before each layer, and at the end", lecture=(2.06,), layer_norm=True
@@ -54,13 +59,13 @@ FULL = replace(
 
 
 TRAINED = ("bigram", "transformer")
-"""The kinds of rung that learn by gradients."""
+"""The kinds of rung that are trained by gradient descent."""
 
 
 def configure(
     rungs: tuple[Rung, ...], scale_by: str = "head-size", init: str = "torch", steps: int = 0
 ) -> tuple[Rung, ...]:
-    """`rungs` with the two settings that the lecture's code changed over time, and every training cut to `steps`.
+    """`rungs` with the two settings that the lecture's code changed over time, and all training runs of `steps` steps.
 
     Args:
       scale_by, init: as in `Rung`.
@@ -77,30 +82,23 @@ def configure(
 
 @dataclass(frozen=True)
 class Result:
-    """What a rung came to."""
-
     rung: Rung
     loss: float | None
-    """Nats per character over the whole validation split, in windows of the rung's block_size; None if it has none."""
+    """Nats per character over the whole validation split; None for the averaging rung."""
     n_params: int
     seconds: float
     sample: str
 
 
-def to_json(results: Sequence[Result], **about: Any) -> str:
-    """The results, and what else is given to say about them, as indented JSON."""
-    return json.dumps({**about, "rungs": [asdict(result) for result in results]}, indent=2) + "\n"
-
-
 def climb(
     rungs: tuple[Rung, ...], train: Ids, val: Ids, tokenizer: Tokenizer, seed: int = 1337, sample: int = 100
 ) -> Iterator[Result]:
-    """Each rung's result as it comes. `train` and `val` are ids (N,); `sample` characters are written by each."""
+    """Train and score each rung, in turn. `train` and `val` are ids (N,); `sample` is the characters to sample."""
     for rung in rungs:
         began = time.perf_counter()
         if rung.kind == "averaging":
-            said = f"the three ways differ by {_apart(rung, seed):.0e} at most"
-            yield Result(rung, None, 0, time.perf_counter() - began, said)
+            sample_text = f"the three ways differ by {_apart(rung, seed):.0e} at most"
+            yield Result(rung, None, 0, time.perf_counter() - began, sample_text)
             continue
         params = learn(rung, train, tokenizer.vocab_size, seed)
         loss = score(rung, params, val)
@@ -110,14 +108,14 @@ def climb(
 
 
 def _apart(rung: Rung, seed: int) -> float:
-    """How far the three ways of averaging are apart, on random numbers: rounding, and nothing else."""
+    """The largest difference between the three averages on random numbers: rounding error."""
     x = jax.random.normal(prng.key(seed), (4, rung.block_size, 2))
-    ways = [np.asarray(way(x)) for way in (averaging.by_loop, averaging.by_matmul, averaging.by_softmax)]
+    ways = [np.asarray(mean(x)) for mean in (mean_by_loop, mean_by_matmul, mean_by_softmax)]
     return max(float(np.abs(way - ways[0]).max()) for way in ways)
 
 
 def count(kind: str, train: Ids, vocab_size: int) -> Params:
-    """Logits by counting in `train` (N,), as in `text.ngrams`: a row (V,) for any position, or a table (V, V)."""
+    """Logits from counts in `train` (N,), smoothed as in `ngrams`: a row (V,) for all positions, or a table (V, V)."""
     V = vocab_size
     if kind == "uniform":
         return {"row": jnp.zeros(V)}
@@ -130,7 +128,7 @@ def count(kind: str, train: Ids, vocab_size: int) -> Params:
 
 
 def learn(rung: Rung, train: Ids, vocab_size: int, seed: int) -> Params:
-    """The rung's parameters: counted, or trained with AdamW at a constant rate as in the lecture."""
+    """The rung's parameters: from counts, or trained with AdamW at a constant learning rate as in the lecture."""
     if rung.kind not in TRAINED:
         return count(rung.kind, train, vocab_size)
     init_key, dropout_key = jax.random.split(prng.key(seed))
@@ -164,7 +162,7 @@ def _train(rung: Rung, state: Any, tokens: jax.Array, starts: jax.Array, key: ja
 
 
 def score(rung: Rung, params: Params, val: Ids, n_windows: int = 256) -> float:
-    """Mean loss over the whole of `val`, each token but the first predicted once, in windows as `evaluate` has them."""
+    """Mean loss over the whole of `val`, each token but the first predicted once, in the windows of `evaluate`."""
     T = rung.block_size
     starts, skip = batches.windows(len(val), T)
     cuts = range(n_windows, len(starts), n_windows)
@@ -177,14 +175,14 @@ def score(rung: Rung, params: Params, val: Ids, n_windows: int = 256) -> float:
 
 @partial(jax.jit, static_argnums=0)
 def _loss_sums(rung: Rung, params: Params, batch: batches.Batch, skip: jax.Array) -> jax.Array:
-    """Of each window (B,) without its first `skip` (B,) predictions, to be added in float64: float32 would lose a digit
-    over thousands of tokens."""
+    """The sum over each window, (B,), without its first `skip` (B,) predictions. The caller adds them in float64, for
+    float32 would lose a digit over thousands of tokens."""
     losses = nn.token_losses(forward(rung, params, batch.inputs), batch.targets)
     return jnp.where(jnp.arange(rung.block_size)[None] >= skip[:, None], losses, 0).sum(axis=-1)
 
 
 def write(rung: Rung, params: Params, n: int, seed: int) -> list[int]:
-    """`n` ids, each drawn from what the last block_size ids say, beginning with id 0 as the lecture does."""
+    """`n` ids, sampled one by one given the last block_size ids, after id 0 as in the lecture."""
     ids, T = [0], rung.block_size
     for key in jax.random.split(prng.key(seed), n):
         seen = ids[-T:]

@@ -1,4 +1,4 @@
-"""Every model of the ladder as one pure function of its rung: no framework, nothing but arrays."""
+"""Every model of the ladder as one pure function of its rung, without a framework."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,27 +13,27 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rung:
-    """A step of the ladder; each differs from the one below in a field or two."""
+    """A model of the ladder; each differs from the one before it in a field or two."""
 
     name: str
     about: str
     lecture: tuple[float, ...] = ()
-    """The loss that the lecture shows, or third parties report: one figure, or the two ends of a range."""
+    """The loss in the lecture, or reported by others: one figure, or the two ends of a range."""
     lecture_size: str = ""
-    """Where the lecture's model is larger: its size."""
+    """The size of the lecture's model, if it is larger."""
     kind: Literal["uniform", "unigram", "bigram counts", "averaging", "bigram", "transformer"] = "transformer"
     n_layer: int = 1
     n_head: int = 1
     feed_forward: int = 0
-    """Width of the hidden layer in channels; 0: none; 1: a single layer, as when the lecture first adds it."""
+    """Width of the hidden layer, in multiples of the channels; 0: none; 1: a single layer, as first in the lecture."""
     residual: bool = False
-    """Add each layer to its input, behind a projection."""
+    """Project the output of each layer and add it to its input."""
     layer_norm: bool = False
     dropout: float = 0.0
     scale_by: Literal["head-size", "channels"] = "head-size"
-    """What attention is scaled by the root of: the lecture's code had the channels before a later fix."""
+    """Attention is scaled by one over the root of this; the lecture's code first had the channels, a bug."""
     init: Literal["torch", "normal"] = "torch"
-    """torch: PyTorch's defaults, as in the video; normal: 0.02, which came after it."""
+    """torch: PyTorch's defaults, as in the video; normal: standard deviation 0.02, as in later code."""
     channels: int = 32
     block_size: int = 8
     batch_size: int = 32

@@ -1,4 +1,4 @@
-"""What a person reads of the lecture's ladder: a line per rung as it comes, then a table and the samples."""
+"""The ladder on a terminal: a line per rung, then a table and the samples."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ from jaxgpt.lecture.model import Rung
 
 
 def line(result: Result) -> str:
-    """A rung that has just finished, on one line."""
-    said = result.sample if result.loss is None else f"loss {result.loss:.4f}"
-    return f"{result.rung.name:<18} {said}  {result.seconds:.1f}s"
+    """The result of a rung on one line."""
+    found = result.sample if result.loss is None else f"loss {result.loss:.4f}"
+    return f"{result.rung.name:<18} {found}  {result.seconds:.1f}s"
 
 
 def ladder(results: Sequence[Result]) -> Table:
@@ -45,10 +45,10 @@ def published(rung: Rung) -> str:
 
 
 def samples(results: Sequence[Result], width: int = 56) -> Table:
-    """The beginning of what each rung writes, on one line each."""
+    """The beginning of the sample of each rung, on one line each."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("rung", no_wrap=True)
-    table.add_column("it writes", no_wrap=True)
+    table.add_column("sample", no_wrap=True)
     for result in results:
         if result.loss is not None:
             table.add_row(result.rung.name, Text(visible(result.sample)[:width]))

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.lecture import averaging
+from jaxgpt.lecture import attention
 
-WAYS = {way.__name__: way for way in (averaging.by_loop, averaging.by_matmul, averaging.by_softmax)}
+WAYS = {way.__name__: way for way in (attention.mean_by_loop, attention.mean_by_matmul, attention.mean_by_softmax)}
 
 
 @pytest.mark.parametrize("way", WAYS)
