@@ -20,14 +20,12 @@ from jaxgpt.loss import cross_entropy, token_losses
 __all__ = [
     "Cache",
     "Params",
-    "attention_maps",
     "cross_entropy",
     "describe",
     "extend",
     "forward",
     "init_cache",
     "init_params",
-    "logit_lens",
     "logits_and_loss",
     "losses",
     "model",
@@ -135,43 +133,6 @@ def losses(
       ValueError: as `forward`.
     """
     return _apply(config, params, dropout_key, idx, targets)
-
-
-def attention_maps(config: ModelConfig, params: Params, idx: jax.Array) -> jax.Array:
-    """How much each token attends to each: (B, T) ids -> (L, B, H, T, T), of block l, head h, from t (row) to s.
-
-    Rows sum to one; above the diagonal, and outside a window, there are zeros. They are the weights of the reference
-    attention, without dropout, whatever kernel `forward` uses. All maps exist at once: L B H T**2 floats.
-
-    Raises:
-      ValueError: as `forward`, or the model is a bigram, which attends to nothing.
-    """
-    if config.kind == "bigram":
-        raise ValueError("a bigram has no attention: a model of kind gpt is expected")
-    found = _look_inside(config, params, idx, "attention_maps")
-    return jnp.stack([found[f"h_{i}"]["attn"]["weights"][0] for i in range(config.n_layer)])
-
-
-def logit_lens(config: ModelConfig, params: Params, idx: jax.Array) -> jax.Array:
-    """What the last norm and the head make of the residual stream at every depth: (B, T) ids -> (L + 1, B, T, V).
-
-    At depth 0 of the embeddings, at depth l of what block l writes; the last are the logits of `forward`
-    (nostalgebraist 2020, "interpreting GPT: the logit lens"). A bigram has depth 0 alone.
-
-    Raises:
-      ValueError: as `forward`.
-    """
-    if config.kind == "bigram":
-        return forward(config, params, idx)[None]
-    return cast(jax.Array, _look_inside(config, params, idx, "logit_lens")["logits"][0])
-
-
-@numerics.in_32_bits
-def _look_inside(config: ModelConfig, params: Params, idx: jax.Array, collection: str) -> Any:
-    """What a forward pass leaves in a collection of Flax, block by block."""
-    _require_short(config, idx)
-    config = dataclasses.replace(config, scan_layers=False, remat="none")
-    return model(config).apply({"params": unstacked(params)}, idx, mutable=[collection])[1][collection]
 
 
 @numerics.in_32_bits

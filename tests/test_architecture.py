@@ -20,10 +20,8 @@ TO_BE_REMOVED = {
     ("__main__", "cli"),
     ("cli", "huggingface"),
     ("cli", "prepare"),
-    ("diagnostics", "lecture"),
     ("display", "lecture"),
     ("display", "report"),
-    ("lecture", "prepare"),
     ("monitor", "report"),
 }
 """Imports across rooms that the rules do not allow and that still stand."""

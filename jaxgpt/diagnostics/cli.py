@@ -1,4 +1,4 @@
-"""`jaxgpt diagnose`: derivatives of a run's loss, and what happens inside its model."""
+"""`jaxgpt diagnose`: derivatives of a run's loss, and a look inside its model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,15 +16,15 @@ Name = Literal["noise", "curvature", "landscape", "influence", "lens", "attentio
 class Diagnose:
     run: RunName
     only: tuple[Name, ...] = ()
-    """Which diagnoses to make; none named: all that the model has."""
+    """Which diagnoses to make; default: all that the model has."""
     text: str | None = None
-    """What lens, attention, tokens and influence look at; None: the start of the validation split."""
+    """The text for lens, attention, tokens and influence; None: the start of the validation split."""
     windows: int = 256
-    """Windows of training text whose gradients are taken one by one: noise, influence."""
+    """Windows of training text for per-example gradients: noise, influence."""
     batch: int = 32
-    """Windows in the batch whose loss is curved: curvature, landscape; and that means are over: lens, attention."""
+    """Windows in the batch of curvature, landscape, lens and attention."""
     steps: int = 20
-    """Steps of Lanczos, each a product with the Hessian; as many vectors of all parameters are held."""
+    """Lanczos steps, each a Hessian-vector product; as many vectors of all parameters are held."""
     probes: int = 8
     """Random vectors that estimate the trace of the Hessian."""
     grid: int = 13
@@ -32,7 +32,7 @@ class Diagnose:
     seed: int = 0
     """Fixes the windows and the random directions."""
     plots: Path | None = None
-    """A folder, made where there is none, for a PNG of each; None draws nothing."""
+    """A folder for a PNG of each, created if needed; None draws nothing."""
     json: Path | None = None
     """Where to write all numbers as JSON; None writes nothing."""
     checkpoint: Checkpoint = "best"

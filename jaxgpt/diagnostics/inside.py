@@ -1,52 +1,89 @@
-"""What happens between a model's embeddings and its logits: the logit lens, and where attention looks."""
+"""A look inside a model: attention maps, the logit lens, and the loss of every token of a text."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
-from jaxgpt.diagnostics.losses import exact
+from jaxgpt.data import Ids
+from jaxgpt.diagnostics.derivatives import exact
+
+
+def attention_maps(config: ModelConfig, params: nn.Params, idx: jax.Array) -> jax.Array:
+    """How much each token attends to each: (B, T) ids -> (L, B, H, T, T), from query t (row) to key s.
+
+    Rows sum to one; above the diagonal, and outside a window, there are zeros. They are the weights of the reference
+    attention, without dropout, whichever kernel `forward` uses. All maps exist at once: L B H T**2 floats.
+
+    Raises:
+      ValueError: T is longer than block_size, or the model is a bigram.
+    """
+    if config.kind == "bigram":
+        raise ValueError("a bigram has no attention: a model of kind gpt is expected")
+    found = _sown(config, params, idx, "attention_maps")
+    return jnp.stack([found[f"h_{i}"]["attn"]["weights"][0] for i in range(config.n_layer)])
+
+
+def logit_lens(config: ModelConfig, params: nn.Params, idx: jax.Array) -> jax.Array:
+    """The last norm and the head applied to the residual stream at every depth: (B, T) ids -> (L + 1, B, T, V).
+
+    Depth 0 is the embeddings, depth l the output of block l; the last are the logits of `forward` (nostalgebraist 2020,
+    "interpreting GPT: the logit lens"). A bigram has only depth 0.
+
+    Raises:
+      ValueError: T is longer than block_size.
+    """
+    if config.kind == "bigram":
+        return nn.forward(config, params, idx)[None]
+    return jnp.asarray(_sown(config, params, idx, "logit_lens")["logits"][0])
+
+
+def _sown(config: ModelConfig, params: nn.Params, idx: jax.Array, collection: str) -> Any:
+    """What a forward pass stores in a Flax collection, block by block."""
+    if idx.shape[1] > config.block_size:
+        raise ValueError(f"{idx.shape[1]} tokens are longer than block_size, {config.block_size}")
+    config = replace(config, scan_layers=False, remat="none")
+    return nn.model(config).apply({"params": nn.unstacked(params)}, idx, mutable=[collection])[1][collection]
 
 
 class Lens(NamedTuple):
-    """The next token as each depth of the model would have it, 0 the embeddings, L the logits."""
+    """The prediction of the next token at each depth of the model."""
 
     losses: jax.Array  # (L + 1, B, T) nats, of the targets
-    divergence: jax.Array  # (L + 1, B, T) nats, KL(last || this): what the blocks above still change
-    top: jax.Array  # (L + 1, B, T) the id of greatest probability
+    divergence: jax.Array  # (L + 1, B, T) nats, KL(last || this)
+    top: jax.Array  # (L + 1, B, T) the most likely id
     probability: jax.Array  # (L + 1, B, T) of that id
 
 
 def lens(config: ModelConfig, params: nn.Params, batch: Any) -> Lens:
-    """The logit lens (nostalgebraist 2020) on a batch of (B, T) inputs and targets, in float32.
-
-    All depths' logits exist at once, (L + 1) B T V floats.
-    """
+    """`logit_lens` in float32 on a batch of (B, T) inputs and targets. Holds all (L + 1) B T V logits at once."""
     with jax.default_matmul_precision("highest"):
-        logits = nn.logit_lens(exact(config), params, batch.inputs)
-    chances = jax.nn.log_softmax(logits)
-    last = chances[-1][None]
-    divergence = (jnp.exp(last) * (last - chances)).sum(axis=-1)
+        logits = logit_lens(exact(config), params, batch.inputs)
+    log_p = jax.nn.log_softmax(logits)
+    last = log_p[-1][None]
+    divergence = (jnp.exp(last) * (last - log_p)).sum(axis=-1)
     targets = jnp.broadcast_to(batch.targets, logits.shape[:-1])
-    top = logits.argmax(axis=-1)
-    return Lens(nn.token_losses(logits, targets), divergence, top, jnp.exp(chances.max(axis=-1)))
+    return Lens(nn.token_losses(logits, targets), divergence, logits.argmax(axis=-1), jnp.exp(log_p.max(axis=-1)))
 
 
 class Attention(NamedTuple):
     """Where the heads of each block look: means over all tokens."""
 
-    entropy: jax.Array  # (L, H) nats; exp of it is about how many tokens a head looks at
-    uniform: jax.Array  # () nats, the entropy of a head that has no preference among the past
-    distance: jax.Array  # (L, H) tokens back, by the weights
+    entropy: jax.Array  # (L, H) nats; its exponential is about the number of tokens that a head attends to
+    uniform: jax.Array  # () nats, the entropy of uniform attention to the past
+    distance: jax.Array  # (L, H) mean distance to the key, in tokens
 
 
 def attention(config: ModelConfig, params: nn.Params, idx: jax.Array) -> Attention:
-    """Entropy and reach of attention on (B, T) ids, from `exact_maps`; the maps of one window exist at a time.
+    """Entropy and reach of attention on (B, T) ids, in float32; the maps of one window exist at a time.
 
     Raises:
-      ValueError: as `nn.attention_maps`.
+      ValueError: as `attention_maps`.
     """
     T = idx.shape[1]
     back = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]  # (T, S) tokens back
@@ -61,11 +98,64 @@ def attention(config: ModelConfig, params: nn.Params, idx: jax.Array) -> Attenti
 
 
 def exact_maps(config: ModelConfig, params: nn.Params, idx: jax.Array) -> jax.Array:
-    """`nn.attention_maps` in float32, whatever the precision of the model: (B, T) ids -> (L, B, H, T, T)."""
+    """`attention_maps` in float32, whatever the precision of the model."""
     with jax.default_matmul_precision("highest"):
-        return nn.attention_maps(exact(config), params, idx)
+        return attention_maps(exact(config), params, idx)
 
 
 def entropy(weights: jax.Array) -> jax.Array:
-    """-sum(w log w) of each row in nats, (..., S) -> (...); a weight of 0 adds nothing."""
+    """-sum(w log w) of each row in nats: (..., S) -> (...)."""
     return -jax.scipy.special.xlogy(weights, weights).sum(axis=-1)
+
+
+class Scores(NamedTuple):
+    """The N - 1 tokens after the first of a text, in order."""
+
+    losses: Any  # (N - 1,) nats: -log of the probability of the token
+    ids: Any  # (N - 1, k) the most likely tokens in its place, the likeliest first
+    probabilities: Any  # (N - 1, k) of these
+
+
+def token_scores(
+    config: ModelConfig, params: nn.Params, tokens: Ids, k: int = 5, stride: int = 0, n_ids: int = 0
+) -> Scores:
+    """The loss of each token of a text (N,) given those before it, in float32, and the k likeliest in its place.
+
+    Args:
+      stride: how far windows of block_size are apart. 0: block_size, as in `evaluate`, whose loss is then their mean;
+        1: each token sees all of the block_size tokens before it, at block_size times the cost.
+      n_ids: ids from here on are padding of the vocabulary and are never among the k; 0: there are none.
+
+    Raises:
+      ValueError: fewer than 2 tokens, or k or stride is out of range.
+    """
+    N, T, n_ids = len(tokens), min(config.block_size, len(tokens) - 1), n_ids or config.vocab_size
+    stride = stride or T
+    if N < 2:
+        raise ValueError(f"{N} tokens have none to predict, expected at least 2")
+    if not 1 <= k <= n_ids:
+        raise ValueError(f"k is {k}, expected 1 to {n_ids}, the vocabulary")
+    if not 1 <= stride <= T:
+        raise ValueError(f"stride is {stride}, expected 1 to {T}, the tokens of a window")
+    starts = np.minimum(np.arange(0, N - 1 - T + stride, stride), N - 1 - T)
+    inputs = starts[:, None] + np.arange(T)[None]  # (windows, T) the position of each input token
+    tokens = np.asarray(tokens, np.int32)
+    scores = jax.device_get(_scores(exact(config), k, n_ids, params, tokens[inputs], tokens[inputs + 1]))
+    # A token in several windows counts in the first of them, where it has the most context.
+    first = np.unique(inputs, return_index=True)[1]
+    return Scores(*(x.reshape(-1, *x.shape[2:])[first] for x in scores))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _scores(
+    config: ModelConfig, k: int, n_ids: int, params: nn.Params, inputs: jax.Array, targets: jax.Array
+) -> Scores:
+    """Scores (windows, T, ...), one window at a time: the logits of all of them may not fit."""
+
+    def one(window: tuple[jax.Array, jax.Array]) -> Scores:
+        with jax.default_matmul_precision("highest"):
+            logits = nn.forward(config, params, window[0][None])[0]
+        probabilities, ids = jax.lax.top_k(jax.nn.softmax(logits)[:, :n_ids], k)
+        return Scores(nn.token_losses(logits, window[1]), ids, probabilities)
+
+    return jax.lax.map(one, (inputs, targets))

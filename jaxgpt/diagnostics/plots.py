@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxgpt.diagnostics.curvature import density
+from jaxgpt.diagnostics.derivatives import NoiseScale, density
 from jaxgpt.diagnostics.diagnose import Attention, Curvature, Influence, Landscape, Lens
-from jaxgpt.diagnostics.gradients import NoiseScale
-from jaxgpt.diagnostics.tokens import Scores
+from jaxgpt.diagnostics.inside import Scores
 from jaxgpt.diagnostics.view import Words
 from jaxgpt.display.plots import LECTURE, LIMIT, OURS, QUIET, require, save
 

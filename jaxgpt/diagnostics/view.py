@@ -1,4 +1,4 @@
-"""What a person reads of diagnoses, and what a program does."""
+"""The results of diagnoses as lines of text and as JSON."""
 
 import json
 import math
@@ -9,25 +9,25 @@ import numpy as np
 
 from jaxgpt import cost
 from jaxgpt.data import Ids
+from jaxgpt.diagnostics.derivatives import NoiseScale
 from jaxgpt.diagnostics.diagnose import Attention, Curvature, Effort, Influence, Landscape, Lens, Subject
-from jaxgpt.diagnostics.gradients import NoiseScale
-from jaxgpt.diagnostics.tokens import Scores
-from jaxgpt.lecture.view import visible
+from jaxgpt.diagnostics.inside import Scores
+from jaxgpt.display.oneline import visible
 from jaxgpt.tokenizer import Tokenizer
 
 LONGEST = 20_000
-"""Numbers of an array that are written as JSON; of a larger one its shape is."""
+"""Elements of an array, at most, that are written as JSON; of a larger array only the shape is."""
 
 
 class Words:
-    """Tokens of a subject as a person reads them."""
+    """The tokens of a subject as text on one line."""
 
     def __init__(self, tokenizer: Tokenizer, subject: Subject):
         self.subject, self.config = subject, subject.config
         self._bytes = tokenizer.token_bytes
 
     def token(self, i: Any) -> str:
-        """One token on one line; a vocabulary that was rounded up has ids without any."""
+        """One token; "?" for the padding of the vocabulary."""
         return visible(self._bytes[int(i)].decode("utf-8", "replace")) if int(i) < len(self._bytes) else "?"
 
     def text(self, ids: Ids) -> str:
@@ -39,19 +39,19 @@ class Words:
 
 
 def lines(name: str, found: Any, words: Words) -> Iterator[str]:
-    """What a diagnosis found, in a few lines; the first begins with its name."""
-    tell: dict[str, Any] = dict(
+    """The result of a diagnosis in a few lines; the first begins with its name."""
+    views: dict[str, Any] = dict(
         noise=_noise, curvature=_curvature, landscape=_landscape, influence=_influence, lens=_lens,
         attention=_attention, tokens=_tokens,
     )  # fmt: skip
-    for i, line in enumerate(tell[name](found, words)):
+    for i, line in enumerate(views[name](found, words)):
         yield f"  {'' if i else name:<10} {line}"
 
 
 def _noise(found: NoiseScale, words: Words) -> Iterator[str]:
     T, B = words.config.model.block_size, words.config.train.batch_size
     if found.signal <= 0:
-        yield f"the noise drowns the gradient: more than {len(found.norms)} windows are needed (--windows)"
+        yield f"the noise exceeds the gradient: more than {len(found.norms)} windows are needed (--windows)"
     else:
         yield (
             f"gradient noise scale {found.scale:,.0f} ± {found.standard_error:,.0f} windows of {T} tokens; "
@@ -68,28 +68,28 @@ def _curvature(found: Curvature, words: Words) -> Iterator[str]:
         f"{traces.mean():.3g} ± {traces.std(ddof=1) / math.sqrt(len(traces)):.2g}, nats/token"
     )
     stable = f"plain gradient descent is stable up to a learning rate of 2/{values[-1]:.3g} = {2 / values[-1]:.2g}"
-    said = stable if values[-1] > 0 else "none of them is above 0, so no learning rate is stable"
-    yield f"over {cost.n_params(words.config.model):,} parameters; {said}"
+    unstable = "none of them is above 0, so no learning rate is stable"
+    yield f"over {cost.n_params(words.config.model):,} parameters; {stable if values[-1] > 0 else unstable}"
 
 
 def _landscape(found: Landscape, words: Words) -> Iterator[str]:
     losses = np.asarray(found.losses)
     edge = np.concatenate([losses[0], losses[-1], losses[:, 0], losses[:, -1]])
     yield (
-        f"loss {np.interp(1, found.shares, found.path):.3f} here, {edge.min():.3f} to {edge.max():.3f} where random "
-        "directions are as long as the filters"
+        f"loss {np.interp(1, found.shares, found.path):.3f} here, {edge.min():.3f} to {edge.max():.3f} at one filter "
+        "norm along random directions"
     )
     first, least = np.interp(0, found.shares, found.path), int(np.argmin(found.path))
     yield (
-        f"on the line from the first parameters, at {first:.3f}: least at {found.shares[least]:.2f} of the way, "
+        f"on the line from the initial parameters, at {first:.3f}: least at {found.shares[least]:.2f} of the way, "
         f"{found.path[least]:.3f}"
     )
 
 
 def _influence(found: Influence, words: Words) -> Iterator[str]:
     order = np.argsort(np.asarray(found.products))
-    asked = words.text(words.subject.text[: words.config.model.block_size + 1])
-    yield f"on the loss of {asked[:64]!r}, of training windows"
+    window = words.text(words.subject.text[: words.config.model.block_size + 1])
+    yield f"of training windows on the loss of {window[:64]!r}"
     for what, chosen in (("lowered most by", order[::-1][:3]), ("raised most by", order[:3])):
         for i in chosen:
             yield f"{what:<16} {found.products[i]:+8.3f}  {words.window(found.starts[i])[:64]!r}"
@@ -103,10 +103,9 @@ def _lens(found: Lens, words: Words) -> Iterator[str]:
 
 
 def _attention(found: Attention, words: Words) -> Iterator[str]:
-    yield f"entropy in nats (without preference: {found.mean.uniform:.2f}) and tokens back, by head"
+    yield f"entropy in nats (uniform: {found.mean.uniform:.2f}) and mean distance in tokens, by head"
     for block, (entropies, distances) in enumerate(zip(found.mean.entropy, found.mean.distance, strict=True)):
-        told = "  ".join(f"{e:.2f}/{d:.0f}" for e, d in zip(entropies, distances, strict=True))
-        yield f"block {block:<3} {told}"
+        yield f"block {block:<3} " + "  ".join(f"{e:.2f}/{d:.0f}" for e, d in zip(entropies, distances, strict=True))
 
 
 def _tokens(found: Scores, words: Words) -> Iterator[str]:
@@ -121,7 +120,7 @@ def _tokens(found: Scores, words: Words) -> Iterator[str]:
 
 
 def to_json(found: dict[str, Any], run: str, step: int, effort: Effort) -> str:
-    """All numbers of the diagnoses; of arrays of over 20,000 their shape, what is no number as null."""
+    """All numbers of the diagnoses; of arrays of over 20,000 the shape, of non-finite values null."""
     return json.dumps({"run": run, "step": step, "effort": effort._asdict(), **_plain(found)}, allow_nan=False) + "\n"
 
 

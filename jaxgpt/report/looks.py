@@ -16,8 +16,9 @@ from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.runs import corpus_of
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.corpus import Corpus
+from jaxgpt.diagnostics import inside
 from jaxgpt.display.baselines import Limits, limits, occurrences, stretches
-from jaxgpt.report import embedding, passage
+from jaxgpt.report import embedding
 from jaxgpt.run import Run
 from jaxgpt.sample import write
 from jaxgpt.start import load_checkpoint
@@ -46,7 +47,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Passage:
-    """`passage.Passage` with its tokens as text."""
+    """`inside.Scores` with its tokens as text."""
 
     tokens: list[str]
     losses: list[float]
@@ -56,7 +57,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Attention:
-    """`nn.attention_maps` of one text."""
+    """`inside.attention_maps` of one text."""
 
     tokens: list[str]
     weights: NDArray[np.float32]  # (L, H, T, T)
@@ -152,21 +153,26 @@ def samples(run: Run, prompt: str | None) -> list[Sample]:
 
 def read(model: ModelConfig, params: nn.Params, val: Ids, start: int, tokenizer: Tokenizer) -> Passage:
     """The validation split from `start` on, or from a little later, token by token."""
-    before = max(0, start - model.block_size + model.block_size // 2 - 1)
-    found = passage.read(model, params, val[before:], READ, ALTERNATIVES, tokenizer.vocab_size)
-    names = Names(tokenizer)
+    T, half, V = model.block_size, max(1, model.block_size // 2), tokenizer.vocab_size
+    before = max(0, start - T + T // 2 - 1)
+    windows = min(-(-READ // half), (len(val) - before - 1 - T) // half + 1)
+    if windows < 1:
+        raise ValueError(f"{len(val) - before} tokens hold no window of {T} inputs and a target")
+    ids = val[before : before + (windows - 1) * half + T + 1]
+    found = inside.token_scores(model, params, ids, min(ALTERNATIVES, V), half, V)
+    names, first = Names(tokenizer), T - half  # of the first window, the first half is context only
     likely = [
         [(names[i], float(p)) for i, p in zip(*both, strict=True)]
-        for both in zip(found.likely, found.chances, strict=True)
+        for both in zip(found.ids[first:], found.probabilities[first:], strict=True)
     ]
-    return Passage([names[i] for i in found.ids], found.losses.tolist(), likely)
+    return Passage([names[i] for i in ids[1 + first :]], found.losses[first:].tolist(), likely)
 
 
 def attend(model: ModelConfig, params: nn.Params, val: Ids, tokenizer: Tokenizer) -> Attention:
     """Who looks at whom in the beginning of `val` (M,)."""
     T = max(2, min(model.block_size, 64, math.isqrt(2 * WEIGHTS // (model.n_layer * model.n_head))))
     ids = np.asarray(val[:T], np.int32)
-    maps = jax.jit(nn.attention_maps, static_argnums=0)(model, params, jnp.asarray(ids)[None])
+    maps = jax.jit(inside.attention_maps, static_argnums=0)(model, params, jnp.asarray(ids)[None])
     names = Names(tokenizer)
     return Attention([names[i] for i in ids], np.asarray(maps[:, 0], np.float32))
 

@@ -15,6 +15,7 @@ from jax import lax
 from jaxgpt import filters, prng
 from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
+from jaxgpt.diagnostics import inside
 
 CHUNK = 16
 """The most tokens that a row gets at once."""
@@ -135,7 +136,7 @@ def look(config: ModelConfig, params: nn.Params, idx: jax.Array, length: jax.Arr
     chances, likely = lax.top_k(jax.nn.softmax(logits[0, :n_ids]), min(LIKELY, n_ids))
     if config.kind == "bigram":
         return jnp.zeros((0, 0, idx.shape[1])), likely, chances
-    maps = nn.attention_maps(config, params, idx)
+    maps = inside.attention_maps(config, params, idx)
     # Layer by layer, which XLA does before it puts them together: of deep models it then holds two at once.
     rows = [lax.dynamic_index_in_dim(maps[i, 0], length - 1, 1, keepdims=False) for i in range(config.n_layer)]
     return jnp.stack(rows), likely, chances

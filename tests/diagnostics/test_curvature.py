@@ -10,8 +10,8 @@ import pytest
 from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import Batch
-from jaxgpt.diagnostics import curvature
-from jaxgpt.diagnostics.losses import mean_loss
+from jaxgpt.diagnostics import derivatives
+from jaxgpt.diagnostics.derivatives import mean_loss
 
 P = 12
 Q = np.linalg.qr(np.random.default_rng(0).normal(size=(P, P)))[0]
@@ -28,9 +28,9 @@ def quadratic(params, matrix):
 
 
 PARAMS = {"x": jnp.asarray(np.random.default_rng(1).normal(size=P), jnp.float32)}
-trace = jax.jit(curvature.trace, static_argnums=(0, 4))
-hvp = jax.jit(curvature.hvp, static_argnums=0)
-spectrum = jax.jit(curvature.spectrum, static_argnums=0, static_argnames=("steps", "probes"))
+trace = jax.jit(derivatives.trace, static_argnums=(0, 4))
+hvp = jax.jit(derivatives.hvp, static_argnums=0)
+spectrum = jax.jit(derivatives.spectrum, static_argnums=0, static_argnames=("steps", "probes"))
 EIGENVALUES = np.array([-3.0, -1.0, 0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0, 20.0])
 
 
@@ -72,7 +72,7 @@ def test_the_vector_of_the_greatest_is_one_where_the_start_is_spent():
 
 def test_the_density_has_an_integral_of_one_and_stands_at_the_eigenvalues():
     at = np.linspace(-5, 25, 3001)
-    found = curvature.density([[0.0, 20.0]], [[0.75, 0.25]], at, width=0.3)
+    found = derivatives.density([[0.0, 20.0]], [[0.75, 0.25]], at, width=0.3)
     np.testing.assert_allclose(found.sum() * 0.01, 1, rtol=1e-6)
     np.testing.assert_allclose(found[at > 10].sum() * 0.01, 0.25, rtol=1e-6)
 
@@ -138,4 +138,4 @@ def test_bfloat16_has_no_forward_derivative_so_the_loss_of_diagnoses_has_no_bflo
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jit(lambda params: jax.jvp(as_it_trains, (params,), (params,))).lower(params)
     assert "bf16" in str(jax.make_jaxpr(as_it_trains)(params))
-    assert "bf16" not in str(jax.make_jaxpr(partial(curvature.hvp, mean_loss(config)))(params, batch, params))
+    assert "bf16" not in str(jax.make_jaxpr(partial(derivatives.hvp, mean_loss(config)))(params, batch, params))

@@ -10,9 +10,7 @@ import pytest
 from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import Batch
-from jaxgpt.diagnostics.gradients import noise_scale, per_example
-from jaxgpt.diagnostics.influence import influence
-from jaxgpt.diagnostics.losses import mean_loss
+from jaxgpt.diagnostics.derivatives import influence, mean_loss, noise_scale, per_example
 
 V, T = 7, 6
 BIGRAM = ModelConfig(kind="bigram", vocab_size=V, block_size=T)
@@ -107,5 +105,5 @@ def test_the_noise_scale_is_that_of_two_batch_sizes_and_its_error_that_of_leavin
     np.testing.assert_allclose(found.norms, np.linalg.norm(rows, axis=1), rtol=1e-5)
     others = np.array([formula(np.delete(rows, i, axis=0)) for i in range(6)])
     np.testing.assert_allclose(found.standard_error, np.sqrt(5 / 6 * ((others - others.mean()) ** 2).sum()), rtol=1e-3)
-    with pytest.raises(ValueError, match="2 examples have no scatter"):
+    with pytest.raises(ValueError, match="2 examples are too few"):
         noise_scale(linear, jnp.zeros(3), jnp.asarray(rows[:2]))

@@ -1,17 +1,19 @@
-"""Laws of the lens, of attention's statistics and of token scores."""
+"""Attention maps, the logit lens, the statistics of attention and the losses of tokens."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgpt import attention, kernels
 from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import Batch
 from jaxgpt.diagnostics import inside
-from jaxgpt.diagnostics.tokens import token_scores
+from jaxgpt.diagnostics.inside import token_scores
 from jaxgpt.evaluation import evaluate
 from jaxgpt.tokenizer import CharTokenizer
 
@@ -20,6 +22,15 @@ BIGRAM = ModelConfig(kind="bigram", vocab_size=11, block_size=8)
 PARAMS = jax.tree.map(lambda p: 5 * p, jax.jit(lambda key: nn.init_params(CONFIG, key))(jax.random.key(0)))
 forward = jax.jit(nn.forward, static_argnums=0)
 IDS = np.random.default_rng(0).integers(0, 11, 29)
+
+
+SMALL = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=4, n_embd=16)
+MODERN = dataclasses.replace(
+    SMALL, position="rope", norm="rms", mlp="relu2", qk_norm=True, n_kv_head=2, window=3, softcap=5.0,
+    value_embed=True, smear=True, tie_weights=False, dropout=0.3, remat="blocks", scan_layers=True,
+)  # fmt: skip
+IDX = jax.random.randint(jax.random.key(1), (3, 8), 0, 11)
+maps_of = jax.jit(inside.attention_maps, static_argnums=0)
 
 
 def test_the_lens_ends_with_the_loss_of_the_model_and_nothing_left_to_change():
@@ -51,7 +62,7 @@ def test_entropy_of_certainty_is_zero_and_has_no_nan():
 
 
 def test_scores_of_a_text_have_the_mean_that_evaluation_gives():
-    found = token_scores(CONFIG, PARAMS, IDS, k=3, batch_size=2)
+    found = token_scores(CONFIG, PARAMS, IDS, k=3)
     assert found.losses.shape == (28,)
     exact = evaluate(CONFIG, PARAMS, IDS, CharTokenizer("abcdefghijk"))
     np.testing.assert_allclose(found.losses.mean(), exact.loss, rtol=1e-5)
@@ -82,3 +93,81 @@ def test_a_text_shorter_than_a_window_and_what_cannot_be_scored():
             token_scores(BIGRAM, params, *arguments)
     with pytest.raises(ValueError, match="a bigram has no attention"):
         inside.attention(BIGRAM, params, IDS[None, :8])
+
+
+def noisy(config):
+    """Parameters none of which is zero."""
+    shapes, rng = jax.eval_shape(partial(nn.init_params, config), jax.random.key(0)), np.random.default_rng(0)
+    return jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape) + (x.ndim == 1)).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module", params=[SMALL, MODERN], ids=["gpt2", "modern"])
+def seen(request):
+    """(config, params, attention maps, lens, logits)."""
+    config, params = request.param, noisy(request.param)
+
+    @jax.jit
+    def look(params):
+        return tuple(look(config, params, IDX) for look in (inside.attention_maps, inside.logit_lens, nn.forward))
+
+    return config, params, *look(params)
+
+
+def test_maps_are_causal_and_rows_sum_to_one(seen):
+    config, _, maps, _, _ = seen
+    assert maps.shape == (2, 3, 4, 8, 8)
+    np.testing.assert_allclose(maps.sum(-1), np.ones((2, 3, 4, 8)), rtol=1e-5)
+    np.testing.assert_array_equal(maps > 0, np.broadcast_to(attention.causal_mask(8, config.window), maps.shape))
+
+
+def test_maps_are_the_weights_that_the_values_are_gathered_by():
+    """One block of GPT-2 by hand, with the maps in the place of queries and keys, is `forward`."""
+    config = dataclasses.replace(SMALL, n_layer=1)
+    params = jax.tree.map(np.asarray, noisy(config))
+    block, (maps,) = params["h_0"], np.asarray(maps_of(config, params, IDX))
+
+    def norm(x, scale):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale["scale"][None, None]
+
+    x = params["wte"]["embedding"][IDX] + params["wpe"]["embedding"][None]
+    values = (norm(x, block["ln_1"]) @ block["attn"]["value"]["kernel"]).reshape(3, 8, 4, 4)
+    gathered = np.einsum("bhts,bshd->bthd", maps, values).reshape(3, 8, 16)
+    x = x + gathered @ block["attn"]["c_proj"]["kernel"]
+    hidden = jax.nn.gelu(norm(x, block["ln_2"]) @ block["mlp"]["c_fc"]["kernel"], approximate=False)
+    x = x + hidden @ block["mlp"]["c_proj"]["kernel"]
+    logits = norm(x, params["ln_f"]) @ params["wte"]["embedding"].T
+    np.testing.assert_allclose(logits, forward(config, params, IDX), rtol=1e-4, atol=1e-4)
+
+
+def test_maps_are_there_whatever_kernel_computes_the_logits(monkeypatch):
+    """Also where attention goes by blocks, which never hold all weights."""
+    config = dataclasses.replace(SMALL, n_layer=1)
+    expected = maps_of(config, noisy(config), IDX)
+    monkeypatch.setattr(kernels, "kernel", lambda *_: "blocked")
+    np.testing.assert_array_equal(
+        jax.jit(lambda params: inside.attention_maps(config, params, IDX))(noisy(config)), expected
+    )
+
+
+def test_the_lens_ends_with_the_logits_and_skips_the_blocks_above(seen):
+    config, params, _, lens, logits = seen
+    assert lens.shape == (3, 3, 8, 11)
+    np.testing.assert_allclose(lens[-1], logits, rtol=1e-5, atol=1e-5)
+    first = {name: value for name, value in nn.unstacked(params).items() if name != "h_1"}
+    shallow = dataclasses.replace(config, n_layer=1, scan_layers=False)
+    np.testing.assert_allclose(lens[1], forward(shallow, first, IDX), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bigram_has_one_depth_and_no_attention():
+    config = ModelConfig(kind="bigram", vocab_size=11, block_size=8)
+    params = nn.init_params(config, jax.random.key(0))
+    np.testing.assert_array_equal(inside.logit_lens(config, params, IDX), nn.forward(config, params, IDX)[None])
+    with pytest.raises(ValueError, match="a bigram has no attention"):
+        inside.attention_maps(config, params, IDX)
+
+
+def test_no_more_than_block_size():
+    params = jax.eval_shape(partial(nn.init_params, SMALL), jax.random.key(0))
+    for look in (inside.attention_maps, inside.logit_lens):
+        with pytest.raises(ValueError, match="9 tokens are longer than block_size, 8"):
+            look(SMALL, params, jnp.zeros((1, 9), jnp.int32))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.diagnostics import landscape
+from jaxgpt.diagnostics import derivatives
 
 A = jnp.array([[3.0, 1.0], [1.0, 2.0]])
 
@@ -15,7 +15,7 @@ def quadratic(params, batch):
 def test_along_a_line_and_in_a_plane_are_the_losses_there():
     params, right, up = ({"x": jnp.array(x)} for x in ([1.0, -1.0], [0.5, 0.0], [0.0, 2.0]))
     xs, ys = jnp.array([-1.0, 0.0, 2.0]), jnp.array([0.0, 1.0])
-    found = jax.jit(landscape.plane, static_argnums=0)(quadratic, params, 10.0, right, up, xs, ys)
+    found = jax.jit(derivatives.plane, static_argnums=0)(quadratic, params, 10.0, right, up, xs, ys)
     assert found.shape == (2, 3)
     for (j, i), value in np.ndenumerate(found):
         point = np.array([1 + 0.5 * xs[i], -1 + 2 * ys[j]])
@@ -25,7 +25,7 @@ def test_along_a_line_and_in_a_plane_are_the_losses_there():
 def test_from_one_set_of_parameters_to_another():
     one, other = ({"x": jnp.array(x)} for x in ([1.0, -1.0], [4.0, 2.0]))
     way = jax.tree.map(jnp.subtract, other, one)
-    found = jax.jit(landscape.along, static_argnums=0)(quadratic, one, 0.0, way, jnp.array([0.0, 1.0]))
+    found = jax.jit(derivatives.along, static_argnums=0)(quadratic, one, 0.0, way, jnp.array([0.0, 1.0]))
     np.testing.assert_allclose(found, [quadratic(one, 0.0), quadratic(other, 0.0)], rtol=1e-6)
 
 
@@ -33,7 +33,7 @@ def test_from_one_set_of_parameters_to_another():
 def test_every_filter_moves_by_its_own_length_and_biases_stay(L):
     shapes = {"kernel": (4, 6), "bias": (6,), "embedding": (5, 4), "scale": (4,)}
     params = {"h": {name: np.random.default_rng(1).normal(size=(*L, *shape)) for name, shape in shapes.items()}}
-    moves = jax.jit(landscape.filter_normalised)(params, jax.random.key(1))["h"]
+    moves = jax.jit(derivatives.filter_normalised)(params, jax.random.key(1))["h"]
     assert {name: d.shape for name, d in moves.items()} == {name: (*L, *shape) for name, shape in shapes.items()}
     for name, axis in (("kernel", -2), ("embedding", -1)):  # a column makes an output, a row stands for a token
         d, p = moves[name], params["h"][name]

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ import pytest
 from jaxgpt import model as nn
 from jaxgpt.cli.runs import corpus_of
 from jaxgpt.config import DataConfig
-from jaxgpt.report import embedding, looks, passage
+from jaxgpt.report import embedding, looks
 from jaxgpt.start import load_checkpoint
 
 
@@ -29,16 +31,17 @@ def test_the_loss_of_a_token_is_that_of_its_window(trained):
     run, data_dir = trained
     config, (_, params) = run.config.model, load_checkpoint(run)
     _, val = corpus_of(run, data_dir).split(DataConfig())
-    found = passage.read(config, params, val, 40, 5, config.vocab_size)
-    np.testing.assert_array_equal(found.ids, val[5:45])  # 8 - 4 + 1 tokens are context only
+    found, names = looks.read(config, params, val[:45], 4, run.tokenizer), looks.Names(run.tokenizer)
+    assert found.tokens == [names[i] for i in val[5:45]]  # the 8 - 4 + 1 before them are context only
     windows = np.stack([val[start : start + 9] for start in range(0, 40, 4)]).astype(np.int32)
     alone = jax.jit(nn.losses, static_argnums=0)(config, params, windows[:, :-1], windows[:, 1:])
-    np.testing.assert_allclose(found.losses.reshape(10, 4), alone[:, 4:], atol=1e-5)
-    assert (np.diff(found.chances, axis=1) <= 0).all()
-    hit = found.likely[:, 0] == found.ids
-    np.testing.assert_allclose(np.exp(-found.losses[hit]), found.chances[hit, 0], rtol=1e-4)
+    np.testing.assert_allclose(np.reshape(found.losses, (-1, 4)), alone[:, 4:], atol=1e-5)
+    for token, loss, likely in zip(found.tokens, found.losses, found.likely, strict=True):
+        chances = [chance for _, chance in likely]
+        assert chances == sorted(chances, reverse=True)
+        assert likely[0][0] != token or math.exp(-loss) == pytest.approx(chances[0], rel=1e-4)
     with pytest.raises(ValueError, match="no window"):
-        passage.read(config, params, val[:8], 40, 5, config.vocab_size)
+        looks.read(config, params, val[:8], 0, run.tokenizer)
 
 
 @pytest.mark.parametrize("T", [8, 32, 59])

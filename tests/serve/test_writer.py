@@ -8,6 +8,7 @@ import pytest
 
 from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
+from jaxgpt.diagnostics import inside
 from jaxgpt.sample import draw, generate
 from jaxgpt.serve import batch
 from jaxgpt.serve.writer import End, Job, Piece, Request, Writer
@@ -140,7 +141,7 @@ def test_a_look_shows_the_attention_of_the_last_token(models):
     config, params = models["rope"]
     ids = np.array([[1, 2, 3, 4, 5]])
     weights, likely, chances = Writer(config, params, 12, 3).look(ids[0].tolist())
-    maps = jax.jit(nn.attention_maps, static_argnums=0)(config, params, ids)
+    maps = jax.jit(inside.attention_maps, static_argnums=0)(config, params, ids)
     np.testing.assert_allclose(weights, maps[:, 0, :, 4], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     expected = softmax(forward(config, params, ids)[0, 4, :12])

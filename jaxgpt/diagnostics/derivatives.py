@@ -1,0 +1,266 @@
+"""Derivatives of a loss: per-example gradients, influence, the Hessian, and the loss along lines and planes.
+
+All functions take a loss of (parameters, batch), any pytrees.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from numpy.typing import NDArray
+
+from jaxgpt import model as nn
+from jaxgpt.config import ModelConfig
+
+Loss = Callable[[Any, Any], jax.Array]
+"""(params, batch) -> (), the mean over the examples of the batch: each leaf of a batch is (B, ...)."""
+
+
+def exact(config: ModelConfig) -> ModelConfig:
+    """`config` with float32 matmuls, without dropout and without rematerialization.
+
+    A bf16 matmul has a `jax.custom_vjp`: no forward-mode derivative, and its rounding shows in Hessian-vector products.
+    The fused attention kernels have no second derivative at all.
+    """
+    return replace(config, precision="float32", dropout=0.0, remat="none")
+
+
+def mean_loss(config: ModelConfig, chunk: int = 16) -> Loss:
+    """The loss of a model in nats per token, of params and a batch of (B, T) inputs and targets.
+
+    Larger batches are split into chunks of at most `chunk` windows, which the backward pass recomputes, so that memory
+    does not grow with B.
+    """
+    config = exact(config)
+
+    def chunk_loss(params: nn.Params, batch: Any) -> jax.Array:
+        with jax.default_matmul_precision("highest"):  # accelerators round the inputs of float32 matmuls too
+            return nn.losses(config, params, batch.inputs, batch.targets).mean()
+
+    def loss(params: nn.Params, batch: Any) -> jax.Array:
+        B = batch.inputs.shape[0]
+        chunks = next(n for n in range(1, B + 1) if B % n == 0 and B // n <= chunk)
+        if chunks == 1:
+            return chunk_loss(params, batch)
+        split = jax.tree.map(lambda x: x.reshape(chunks, B // chunks, *x.shape[1:]), batch)
+        return jax.lax.map(lambda each: jax.checkpoint(chunk_loss)(params, each), split).mean()
+
+    return loss
+
+
+def per_example(
+    loss: Loss, params: Any, batch: Any, take: Callable[[Any], Any] = lambda gradient: gradient, chunk: int = 8
+) -> Any:
+    """`take(gradient)` of the loss of each of the B examples, (B, ...), as `vmap(grad)` gives it.
+
+    Args:
+      take: a function of a gradient, a tree like `params`; only its results are kept. The default keeps the gradients:
+        B times the memory of the parameters.
+      chunk: how many gradients are computed at once.
+    """
+
+    def one(example: Any) -> Any:
+        return take(jax.grad(loss)(params, jax.tree.map(lambda x: x[None], example)))
+
+    return jax.lax.map(one, batch, batch_size=chunk)
+
+
+class NoiseScale(NamedTuple):
+    """How much per-example gradients differ: float32 scalars, except `norms`."""
+
+    scale: jax.Array  # B_simple, in examples: noise / signal
+    standard_error: jax.Array  # of scale, by the jackknife
+    signal: jax.Array  # |G|**2 of the true gradient G, an unbiased estimate: may be negative if noise dominates
+    noise: jax.Array  # tr(Sigma), the summed variance of an example's gradient
+    norms: jax.Array  # (B,) of each example's gradient
+
+
+def noise_scale(loss: Loss, params: Any, batch: Any, chunk: int = 8) -> NoiseScale:
+    """The simple gradient noise scale (McCandlish et al. 2018, "An empirical model of large-batch training",
+    arXiv:1812.06162, eq. 2.9 and appendix A.1): about the largest batch that still learns as much per example.
+
+    Their unbiased estimates from gradients of two batch sizes, here 1 and B. The ratio has a small bias, and is precise
+    only if B is near the scale itself: see its standard error.
+
+    Args:
+      batch: B independent examples, at least 3.
+
+    Raises:
+      ValueError: fewer than 3 examples.
+    """
+    B = jax.tree.leaves(batch)[0].shape[0]
+    if B < 3:
+        raise ValueError(f"{B} examples are too few for a variance, expected at least 3")
+    mean = jax.grad(loss)(params, batch)
+
+    def dots(gradient: Any) -> tuple[jax.Array, jax.Array]:
+        return optax.tree.vdot(gradient, gradient), optax.tree.vdot(gradient, mean)
+
+    def estimates(square_of_mean: jax.Array, mean_of_squares: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+        """(signal, noise) of n gradients."""
+        noise = (mean_of_squares - square_of_mean) * n / (n - 1)
+        return square_of_mean - noise / n, noise
+
+    squares, with_mean = per_example(loss, params, batch, dots, chunk)
+    square_of_mean = optax.tree.vdot(mean, mean)
+    signal, noise = estimates(square_of_mean, squares.mean(), B)
+    # The jackknife: the same estimates without each example in turn.
+    without = (B * B * square_of_mean - 2 * B * with_mean + squares) / (B - 1) ** 2
+    signals, noises = estimates(without, (squares.sum() - squares) / (B - 1), B - 1)
+    error = jnp.sqrt((B - 1) * jnp.var(noises / signals))
+    return NoiseScale(noise / signal, error, signal, noise, jnp.sqrt(squares))
+
+
+def influence(loss: Loss, params: Any, train: Any, val: Any, chunk: int = 8) -> jax.Array:
+    """The dot product of the gradients of each validation and each training example, (N_val, N_train).
+
+    To first order, a step of gradient descent with learning rate r on a training example lowers the loss of a
+    validation example by r times it. This is one term of TracIn (Pruthi et al. 2020, arXiv:2002.08484), which sums over
+    checkpoints, each times its learning rate. Units: nats per token, per unit of learning rate. AdamW and Muon take
+    other steps, so use it to rank examples, not to predict losses.
+
+    Memory: the gradients of all validation examples, and of `chunk` training examples.
+    """
+    wanted = per_example(loss, params, val, lambda gradient: ravel_pytree(gradient)[0], chunk)  # (N_val, P)
+
+    def dots(gradient: Any) -> jax.Array:
+        return jnp.matmul(wanted, ravel_pytree(gradient)[0], precision="highest")
+
+    return per_example(loss, params, train, dots, chunk).T
+
+
+def hvp(loss: Loss, params: Any, batch: Any, v: Any) -> Any:
+    """The Hessian of the loss times `v`, a tree like `params`: the forward-mode derivative of the gradient along v.
+
+    Costs about two gradients (Pearlmutter 1994, "Fast exact multiplication by the Hessian").
+    """
+    return jax.jvp(lambda params: jax.grad(loss)(params, batch), (params,), (v,))[1]
+
+
+class Lanczos(NamedTuple):
+    """The result of K Lanczos steps with a symmetric (P, P) matrix. Its eigenvalues below are Ritz values, in ascending
+    order; those at the ends of the spectrum converge first."""
+
+    values: jax.Array  # (K,)
+    weights: jax.Array  # (K,) the share of the start vector along each; they sum to 1
+    errors: jax.Array  # (K,) distance to the nearest eigenvalue, at most, or the rounding error if that is larger
+    top: jax.Array  # (P,) the unit eigenvector of the largest
+
+
+def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, steps: int) -> Lanczos:
+    """The Lanczos iteration with full reorthogonalization (Golub and Van Loan, "Matrix computations", 10.1 to 10.3).
+
+    Args:
+      product: (P,) -> (P,), multiplies by the symmetric matrix.
+      start: (P,), not zero.
+      steps: K, up to P. K vectors of P floats are held.
+    """
+    P, K = start.size, min(steps, start.size)
+    dot = partial(jnp.dot, precision="highest")
+
+    def step(carry: Any, k: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        basis, q, first, size = carry
+        basis = basis.at[k].set(q)
+        w = product(q)
+        along = dot(q, w)
+        for _ in range(2):  # twice, because of rounding
+            w = w - dot(basis.T, dot(basis, w))
+        length = jnp.linalg.norm(w)
+        alive = (q @ q) > 0
+        first = jnp.where(k == 0, along, first)
+        size = jnp.maximum(size, jnp.where(alive, jnp.abs(along) + length, 0))
+        more = length > 1e-5 * size  # otherwise the basis spans all that the start vector reaches
+        # Later steps repeat the first Rayleigh quotient, which lies within the spectrum and leaves its ends unchanged.
+        diagonal = jnp.where(alive, along, first)
+        length = jnp.where(more, length, 0)
+        q = jnp.where(more, w / jnp.where(more, length, 1), 0)
+        return (basis, q, first, size), (diagonal, length)
+
+    zero = jnp.zeros((), start.dtype)
+    begin = (jnp.zeros((K, P), start.dtype), start / jnp.linalg.norm(start), zero, zero)
+    (basis, *_), (diagonal, beside) = jax.lax.scan(step, begin, jnp.arange(K))
+    values, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1))
+    eps, weights = jnp.finfo(start.dtype).eps, vectors[0] ** 2
+    errors = jnp.maximum(jnp.abs(beside[-1] * vectors[-1]), eps * jnp.abs(values).max())
+    top = dot(vectors[:, jnp.argmax(jnp.where(weights > eps, values, -jnp.inf))], basis)  # not of a repeated step
+    return Lanczos(values, weights, errors, top / jnp.linalg.norm(top))
+
+
+def spectrum(loss: Loss, params: Any, batch: Any, key: jax.Array, steps: int = 32, probes: int = 1) -> Lanczos:
+    """The spectrum of the Hessian by `lanczos` from random starts, each leaf of the result (probes, ...).
+
+    The weights at the Ritz values approximate the eigenvalue density (stochastic Lanczos quadrature: Ghorbani et al.
+    2019, arXiv:1901.10159). Eigenvalues are in nats per token per squared unit of a parameter; `top` is flat, in the
+    order of `ravel_pytree`. Memory: `steps` times the parameters; the starts run one after another.
+    """
+    flat, unravel = ravel_pytree(params)
+
+    def product(v: jax.Array) -> jax.Array:
+        return ravel_pytree(hvp(loss, params, batch, unravel(v)))[0]
+
+    def one(key: jax.Array) -> Lanczos:
+        return lanczos(product, jax.random.normal(key, flat.shape, flat.dtype), steps)
+
+    return jax.lax.map(one, jax.random.split(key, probes))
+
+
+def trace(loss: Loss, params: Any, batch: Any, key: jax.Array, probes: int = 16) -> jax.Array:
+    """Unbiased estimates of the trace of the Hessian, (probes,): v . H v for vectors v of random signs (Hutchinson
+    1989). Their variance is twice the sum of the squared off-diagonal entries of H."""
+    flat, unravel = ravel_pytree(params)
+
+    def one(key: jax.Array) -> jax.Array:
+        v = jax.random.rademacher(key, flat.shape, flat.dtype)
+        return jnp.dot(v, ravel_pytree(hvp(loss, params, batch, unravel(v)))[0], precision="highest")
+
+    return jax.lax.map(one, jax.random.split(key, probes))
+
+
+def density(values: Any, weights: Any, at: Any, width: float) -> NDArray[np.float64]:
+    """The eigenvalue density at the points `at` (N,) -> (N,), with an integral of 1: each Ritz value of `spectrum`
+    (probes, K) as a Gaussian of standard deviation `width`, averaged over the probes."""
+    values, weights, at = (np.asarray(x, np.float64) for x in (values, weights, at))
+    bells = np.exp(-0.5 * ((at[:, None, None] - values[None]) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+    return (bells * weights[None]).sum(axis=(1, 2)) / len(values)
+
+
+def filter_normalised(params: Any, key: jax.Array) -> Any:
+    """A random direction, each filter scaled to the norm of that filter of `params` (Li et al. 2018, "Visualizing the
+    loss landscape of neural nets", arXiv:1712.09913), so that landscapes of models of different scale compare.
+
+    A filter is a column of a kernel (..., K, N) or a row of an embedding. Biases and norm scales do not move, as in the
+    paper.
+    """
+    leaves, shape = jax.tree_util.tree_flatten_with_path(params)
+    keys = jax.random.split(key, len(leaves))
+
+    def one(key: jax.Array, path: tuple[Any, ...], p: jax.Array) -> jax.Array:
+        axis = {"kernel": -2, "embedding": -1}.get(path[-1].key)
+        if axis is None:
+            return jnp.zeros_like(p)
+        d = jax.random.normal(key, p.shape, p.dtype)
+        return d * (jnp.linalg.norm(p, axis=axis, keepdims=True) / jnp.linalg.norm(d, axis=axis, keepdims=True))
+
+    return jax.tree.unflatten(shape, [one(key, path, p) for key, (path, p) in zip(keys, leaves, strict=True)])
+
+
+def moved(params: Any, direction: Any, distance: jax.Array | float) -> Any:
+    """`params + distance * direction`."""
+    return jax.tree.map(lambda p, d: p + distance * d, params, direction)
+
+
+def along(loss: Loss, params: Any, batch: Any, direction: Any, distances: jax.Array) -> jax.Array:
+    """The loss at `params + distance * direction`: (N,) distances -> (N,). With the difference of two sets of
+    parameters as the direction, it interpolates between them (Goodfellow et al. 2015, arXiv:1412.6544)."""
+    return jax.lax.map(lambda distance: loss(moved(params, direction, distance), batch), distances)
+
+
+def plane(loss: Loss, params: Any, batch: Any, first: Any, second: Any, xs: jax.Array, ys: jax.Array) -> jax.Array:
+    """The loss at `params + x * first + y * second`: (X,) and (Y,) distances -> (Y, X)."""
+    return jax.lax.map(lambda y: along(loss, moved(params, second, y), batch, first, xs), ys)
