@@ -1,13 +1,12 @@
-"""What a training step would need on devices that are not attached: the real step, compiled for them here."""
+"""The training step compiled for devices that are not attached, and meshes ranked by estimate."""
 
-import dataclasses
 import importlib.util
 import math
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,44 +14,42 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.config import Config, UsageError
+from jaxgpt.config import Config, UsageError, replaced
+from jaxgpt.config import problems as config_problems
 from jaxgpt.matmul import Precision
 from jaxgpt.memory import compiled_bytes
-from jaxgpt.mesh import Placement, Sizes, check, choose
+from jaxgpt.mesh import Placement, Sizes, check, choose, divisors, problems
 from jaxgpt.monitor.chips import CHIPS, Chip
 from jaxgpt.placement import like
-from jaxgpt.plan import estimate
-from jaxgpt.plan.estimate import Step
+from jaxgpt.plan.estimate import TOKENS, Step, estimate, flops, updated
 from jaxgpt.profile import hlo
 
 Effort = Literal["least", "full"]
 
 
 class PlanError(UsageError):
-    """A plan cannot be made."""
+    """A step cannot be planned."""
 
 
 class TooLargeError(PlanError):
-    """The compiler finds that a step does not fit."""
+    """The compiler reports that a step does not fit in memory."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A step as it was compiled for the chips of a topology."""
+    """A step compiled for the chips of a topology."""
 
     step: Step
     kernels: list[str]
-    """Custom kernels in the program."""
-    products: Counter[str]
-    """Types of the operands of its products, outside of these kernels."""
+    """Names of the custom kernels in the program."""
+    matmuls: Counter[str]
+    """Input types of the matmuls outside of these kernels."""
     seconds_to_compile: float
 
 
 def chip(name: str) -> Chip:
-    """The chip of that name.
-
-    Raises:
-      PlanError: there is none.
+    """Raises:
+    PlanError: no chip has that name.
     """
     if name not in CHIPS:
         raise PlanError(f"no chip {name!r}: expected one of {', '.join(CHIPS)}")
@@ -60,11 +57,10 @@ def chip(name: str) -> Chip:
 
 
 def topology(name: str) -> tuple[Chip | None, list[Any]]:
-    """The chip and the devices of "v5e:16x16", which need not be attached, or of "cpu:8", virtual ones of this machine
-    (as many as the first use of JAX in this process made).
+    """The chip and the devices of "v5e:16x16", which need not be attached, or of "cpu:8", virtual devices.
 
     Raises:
-      PlanError: it is no known chip, nothing here compiles for it, or its chips are two devices each.
+      PlanError: the chip is unknown, no compiler for it is installed, or each chip is two devices.
     """
     kind, _, arrangement = name.partition(":")
     if kind == "cpu" and arrangement.isdecimal() and int(arrangement):
@@ -73,11 +69,11 @@ def topology(name: str) -> tuple[Chip | None, list[Any]]:
         tpus = ", ".join(name for name, chip in CHIPS.items() if chip.torus and name != "v4")  # see below
         raise PlanError(
             f"--topology {name}: expected a TPU and its arrangement, as in v5e:16x16, of {tpus}, or cpu:8; GPUs are "
-            "planned on paper only, --chips 8 --chip h100"
+            "only estimated, --chips 8 --chip h100"
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this is no machine of Google's
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for Google's metadata server
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used that another process could want
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used, so no other process is disturbed
     from jax.experimental import topologies
 
     try:
@@ -91,14 +87,14 @@ def topology(name: str) -> tuple[Chip | None, list[Any]]:
     chips = len({tuple(device.coords) for device in devices})
     if chips < len(devices):
         raise PlanError(
-            f"--topology {name}: expected one device a chip, found {len(devices)} of {chips} chips, of which JAX makes "
-            f"no mesh; {kind} is planned on paper only, --chips {chips} --chip {kind}"
+            f"--topology {name}: expected one device per chip, found {len(devices)} on {chips} chips; "
+            f"{kind} can only be estimated, --chips {chips} --chip {kind}"
         )
     return CHIPS[kind], devices
 
 
 def _host(arrangement: str) -> dict[str, Any]:
-    """What the compiler has to know of the chips of a host: they are 2 x 2, or fewer where there are no more."""
+    """The compiler option for the chips per host: 2 x 2, or fewer in a smaller arrangement."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(x[1-9]\d*)?", arrangement):
         return {}
     x, y, *_ = map(int, arrangement.split("x"))
@@ -106,7 +102,7 @@ def _host(arrangement: str) -> dict[str, Any]:
 
 
 def _virtual(n: int) -> list[Any]:
-    with suppress(RuntimeError):  # JAX has begun
+    with suppress(RuntimeError):  # JAX is already initialized
         jax.config.update("jax_num_cpu_devices", n)
     if len(jax.devices("cpu")) < n:
         raise PlanError(f"--topology cpu:{n}: there are {len(jax.devices('cpu'))} devices, JAX_NUM_CPU_DEVICES={n}")
@@ -114,34 +110,32 @@ def _virtual(n: int) -> list[Any]:
 
 
 def resolved(config: Config, precision: Precision = "bfloat16") -> Config:
-    """`config` with what "auto" means on the chips."""
-    if config.model.precision != "auto":
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
+    """`config` with the compute dtype that "auto" means on the chips."""
+    return replaced(config, precision=precision) if config.model.precision == "auto" else config
 
 
 def mesh(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes | None = None) -> Sizes:
-    """`sizes`, or those that "auto" is, for a config whose vocabulary is known.
+    """`sizes`, or the mesh of "auto" for None.
 
     Raises:
       MeshError: the mesh does not divide what it splits.
-      PlanError: it wants more devices than there are, or "auto" cannot use them all.
+      PlanError: the mesh needs more devices than there are, or "auto" cannot use them all.
     """
     if sizes is None:
         sizes, why = choose(config, len(devices), int(chip.memory) if chip else None)
         if sizes.devices < len(devices):
-            raise PlanError(f"{why}: say another --batch-size or a --mesh, or let --sweep rank them all")
+            raise PlanError(f"{why}: give another --batch-size or a --mesh, or rank all meshes by --sweep")
     check(config, sizes)
     if sizes.devices > len(devices):
-        raise PlanError(f"the mesh {sizes} wants {sizes.devices} devices, the topology has {len(devices)}")
+        raise PlanError(f"the mesh {sizes} needs {sizes.devices} devices, the topology has {len(devices)}")
     return sizes
 
 
 def plan(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes, effort: Effort = "least") -> Plan:
-    """Compile one step of `config`, its vocabulary known, for `devices` and a mesh that `mesh` has checked.
+    """Compile one step of `config` for `devices` and sizes that `mesh` has checked.
 
     Raises:
-      TooLargeError, PlanError: the compiler refuses.
+      TooLargeError, PlanError: as `compile_step`.
     """
     config = resolved(config, "bfloat16" if chip else "float32")
     began = time.perf_counter()
@@ -150,34 +144,34 @@ def plan(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes, ef
 
 
 def compile_step(config: Config, placement: Placement, effort: Effort = "least") -> Any:
-    """The training step, one at a time, compiled for the devices of a placement.
+    """The training step compiled for the devices of a placement.
 
     Args:
-      effort: of the compiler to make it fast, "full" as in training. By "least" it takes a fifth of the time; what the
-        program holds and sends hardly changes.
+      effort: of the compiler; "full" is that of training. "least" takes a fifth of the time; memory and communication
+        of the program hardly change.
 
     Raises:
-      TooLargeError: it does not fit, in the compiler's words.
-      PlanError: the compiler refuses for another reason.
+      TooLargeError: the step does not fit, in the compiler's words.
+      PlanError: the compiler fails for another reason.
     """
     dtype = jnp.uint16 if config.model.vocab_size <= 2**16 else jnp.uint32
-    tokens = jax.ShapeDtypeStruct((estimate.TOKENS,), dtype, sharding=placement.everywhere)
+    tokens = jax.ShapeDtypeStruct((TOKENS,), dtype, sharding=placement.everywhere)
     starts = jax.ShapeDtypeStruct((1, config.train.batch_size), jnp.int32, sharding=placement.everywhere)
     with placement.scope():
         lowered = placement.steps(config).lower(config, like(config, placement), tokens, starts)
         try:
-            with _not_kept():
+            with _without_cache():
                 return lowered.compile({"exec_time_optimization_effort": -1.0} if effort == "least" else None)
         except Exception as error:
             why = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" in why:
                 raise TooLargeError(why) from error
-            raise PlanError(f"the compiler refuses: {why}") from error
+            raise PlanError(f"the compiler failed: {why}") from error
 
 
 @contextmanager
-def _not_kept() -> Iterator[None]:
-    """What is compiled in the block goes to no cache: a program for chips that are not here cannot be read back."""
+def _without_cache() -> Iterator[None]:
+    """Keep programs for absent chips out of the compile cache: they cannot be read back."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
     jax.config.update(name, math.inf)
@@ -188,24 +182,108 @@ def _not_kept() -> Iterator[None]:
 
 
 def read(compiled: Any, config: Config, chip: Chip | None, sizes: Sizes, seconds: float) -> Plan:
-    """What a compiled step says of itself.
+    """The figures of a compiled step.
 
     Raises:
-      PlanError: its compiler gives no figures.
+      PlanError: the compiler reports no memory.
     """
     figures = compiled_bytes(compiled)
     if figures is None:
-        raise PlanError("the compiler gives no figures of memory")
+        raise PlanError("the compiler reports no memory")
     text = compiled.as_text() or ""
-    flops, computed = estimate.operations(config, sizes)
+    useful, computed = flops(config, sizes)
     step = Step(
         sizes,
         chip,
         *figures,
-        flops=flops,
+        flops=useful,
         computed=computed,
-        updated=estimate.updated(config, sizes),
+        updated=updated(config, sizes),
         collectives=hlo.collectives(text),
         precision=config.model.precision,
     )
     return Plan(step, sorted(hlo.custom_calls(text)), hlo.matmul_dtypes(text), seconds)
+
+
+def ranked(config: Config, chip: Chip, n: int, batches: Sequence[int] = ()) -> list[tuple[Config, Step]]:
+    """The config on n chips with each mesh that divides it and each batch size, most tokens per second first, if
+    communication is not overlapped; steps that do not fit come last.
+
+    A batch size that n does not divide is tried as it is and rounded up. Micro-batches are as few as fit.
+
+    Args:
+      batches: sequences per step; default: the config's own.
+
+    Raises:
+      PlanError: no mesh divides the config, or n chips exceed a pod and the rate between pods is unknown.
+    """
+    reachable(chip, n)
+    B = config.train.batch_size
+    found = []
+    for batch in sorted({size for one in batches or (B,) for size in (one, -(-one // n) * n)}):
+        for sizes in meshes(n):
+            found += list(_smallest(config, chip, sizes, batch))[:1]
+    if not found:
+        raise PlanError(f"no mesh of {n} chips divides the model and {B} sequences: try --batch-size {n}")
+    return sorted(found, key=lambda item: (not item[1].fits, item[1].bounds[1] / item[0].train.batch_size))
+
+
+def batches(config: Config) -> list[int]:
+    """The batch sizes of a sweep: a quarter, half, once, twice and four times the config's, if whole."""
+    return [config.train.batch_size * k // 4 for k in (1, 2, 4, 8, 16) if config.train.batch_size * k % 4 == 0]
+
+
+def possible(config: Config, chip: Chip, sizes: Sizes) -> bool:
+    """Whether a config can run on a mesh of such chips, memory aside."""
+    if sizes.data % chip.slices(sizes.devices) or problems(config, sizes) or config_problems(config):
+        return False
+    return sizes.devices <= chip.pod or bool(chip.network_rate)
+
+
+def _smallest(config: Config, chip: Chip, sizes: Sizes, batch: int) -> Iterator[tuple[Config, Step]]:
+    """The step of a mesh with the fewest micro-batches that fit, or the most if none fits. Empty if it cannot run."""
+    tried = None
+    for accumulate in divisors(batch):
+        changed = replaced(config, batch_size=batch, accumulate=accumulate)
+        if not possible(changed, chip, sizes):
+            continue
+        tried = changed, estimate(changed, chip, sizes)
+        if tried[1].fits:
+            yield tried
+            return
+    if tried:
+        yield tried
+
+
+def estimated(config: Config, chip: Chip, sizes: Sizes, chips: Sequence[int]) -> Step:
+    """The step on a given mesh.
+
+    Raises:
+      MeshError: the mesh does not divide the config.
+      PlanError: `chips` is not the size of the mesh, or the pods do not divide its data axis.
+    """
+    check(config, sizes)
+    if list(chips) != [sizes.devices]:
+        raise PlanError(f"the mesh {sizes} has {sizes.devices} chips: give --chips {sizes.devices}")
+    reachable(chip, sizes.devices)
+    if sizes.data % (slices := chip.slices(sizes.devices)):
+        raise PlanError(f"the mesh {sizes} spans {slices} pods of {chip.pod}: data must be a multiple of {slices}")
+    return estimate(config, chip, sizes)
+
+
+def reachable(chip: Chip, n: int) -> None:
+    """Raises:
+    PlanError: n chips are more than a pod, and the rate between pods is unknown.
+    """
+    if n > chip.pod and not chip.network_rate:
+        raise PlanError(
+            f"{n} chips are more than the {chip.pod} of a pod, and the rate between pods of this chip is unknown"
+        )
+
+
+def meshes(n: int) -> Iterator[Sizes]:
+    """All meshes of n devices."""
+    for context in divisors(n):
+        for tensor in divisors(n // context):
+            for fsdp in divisors(n // context // tensor):
+                yield Sizes(n // context // tensor // fsdp, fsdp, tensor, context)
