@@ -1,4 +1,4 @@
-"""`jaxgpt export`: a run to a Hugging Face folder."""
+"""`jaxgpt export`: a Hugging Face folder from a run."""
 
 import shlex
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Export:
 
     run: RunName
     out: Path
-    """The folder to make."""
+    """The new folder."""
     format: Literal["hf"] = "hf"
     """hf: Hugging Face's GPT-2."""
     checkpoint: Checkpoint = "best"

@@ -1,4 +1,4 @@
-"""Runs from Hugging Face folders, and self-contained folders from runs."""
+"""Runs from Hugging Face folders, and folders from runs."""
 
 import os
 import re
@@ -22,21 +22,16 @@ from jaxgpt.run import Run, RunError
 from jaxgpt.start import load_checkpoint
 from jaxgpt.tokenizer import Tokenizer
 
-FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
-FILES += [
-    "tokens.json",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    *vocabulary.FILES,
-    *vocabulary.OTHER_FILES,
-]
+FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "tokens.json"]
+FILES += ["tokenizer_config.json", "added_tokens.json", *vocabulary.FILES, *vocabulary.OTHER_FILES]
+"""What is downloaded of a model."""
 
 
 def find(name: str) -> Path:
-    """A local folder, or a model of the Hugging Face hub, fetched into the hub's cache.
+    """A local folder, or a model of the Hugging Face hub, downloaded into the hub's cache.
 
     Raises:
-      InteropError: there is no such folder, and the hub cannot be reached or knows no such model.
+      InteropError: there is no such folder, and no such model on the hub, or the hub is unreachable.
     """
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
@@ -60,8 +55,8 @@ def find(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        said = str(error).partition("\n")[0]
-        raise InteropError(f"{name!r} cannot be fetched ({said}); {by_hand}") from error
+        reason = str(error).partition("\n")[0]
+        raise InteropError(f"{name!r} cannot be fetched ({reason}); {by_hand}") from error
 
 
 def import_run(
@@ -74,30 +69,29 @@ def import_run(
     block_size: int = 0,
     dropout: float = 0.0,
 ) -> Run:
-    """A run at step 0 whose weights are a GPT-2's, to sample, evaluate, and go on with as with any run.
+    """A run at step 0 with the weights of a GPT-2.
 
     Args:
-      config: the data, the optimizer and the training of what follows; its model is taken from the folder.
-      block_size, dropout: as `gpt2.load`, and for what follows.
+      config: data, optimizer and training for fine-tuning; its model is ignored.
+      block_size: as `gpt2.load`.
+      dropout: for fine-tuning.
 
     Raises:
-      UsageError: the folder holds no GPT-2, or the run cannot start.
+      UsageError: as `gpt2.load`, `with_own_vocabulary` and `start`.
     """
     model, params = gpt2.load(source, block_size)
     config = with_own_vocabulary(config, source, data_dir, model.vocab_size)
-    model = ModelConfig(**{**vars(model), "dropout": dropout})
-    config = Config(config.data, model, config.optimizer, config.train)
+    config = replaced(config, **(vars(model) | {"dropout": dropout}))
     params = jax.tree.map(jnp.asarray, params)
     return start(config, name, runs_dir, data_dir, params, origin=str(source.resolve()))[0]
 
 
 def with_own_vocabulary(config: Config, source: Path, data_dir: Path, vocab_size: int) -> Config:
-    """`config` with the folder's own vocabulary, which its weights were trained with, unless another one is named.
-
-    "gpt2" counts as no name: a folder without a vocabulary has GPT-2's.
+    """`config` with the folder's own vocabulary if its tokenizer is "gpt2", the default; a folder without one has
+    GPT-2's.
 
     Raises:
-      InteropError: the one that is named differs from the folder's, or the model is too small for GPT-2's.
+      InteropError: the tokenizer of `config` differs from the folder's, or the model is too small for GPT-2's.
       UsageError: the text is unavailable.
     """
     named = config.data.tokenizer
@@ -105,7 +99,7 @@ def with_own_vocabulary(config: Config, source: Path, data_dir: Path, vocab_size
         if named == "gpt2" and vocab_size < 50_257:
             raise InteropError(
                 f"{source} holds no vocabulary, and its model of {vocab_size:,} ids cannot have GPT-2's 50,257: "
-                f"copy its tokenizer.json there, or name its tokenizer: --tokenizer"
+                f"copy its tokenizer.json there, or give its tokenizer: --tokenizer"
             )
         return config
     own = source / "tokens.json" if is_export(source) else source
@@ -116,7 +110,7 @@ def with_own_vocabulary(config: Config, source: Path, data_dir: Path, vocab_size
     except CorpusError:
         if is_export(source):
             raise
-        return config  # of a kind that is not supported: the one that is named takes its place
+        return config  # of an unsupported kind: the tokenizer of `config` replaces it
     if tokens_of(replaced(config, vocab_size=0), data_dir).tokenizer.to_json() != mine.to_json():
         raise InteropError(
             f"{source} was trained with a vocabulary of its own, and --tokenizer {named} is another: "
@@ -126,11 +120,12 @@ def with_own_vocabulary(config: Config, source: Path, data_dir: Path, vocab_size
 
 
 def export_run(run: Run, folder: Path, which: str = "best") -> int:
-    """Write a run's weights, config, vocabulary and a model card into a new folder, whole or not at all; its step.
+    """Write a checkpoint, its config, vocabulary and a model card into a new folder, whole or not at all. Returns its
+    step.
 
     Raises:
-      InteropError: the folder exists, or the model is no GPT.
-      RunError: nothing was saved yet.
+      InteropError: the folder exists, or the model is not a GPT-2.
+      RunError: there is no checkpoint yet.
     """
     if folder.exists():
         raise InteropError(f"{folder} exists; give a folder that does not: --out OTHER-FOLDER")
@@ -149,12 +144,12 @@ def export_run(run: Run, folder: Path, which: str = "best") -> int:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder is one that `export_run` wrote."""
+    """Whether `export_run` wrote the folder."""
     return (folder / "model.safetensors").is_file() and (folder / "tokens.json").is_file()
 
 
 def load_export(folder: Path) -> tuple[ModelConfig, Params, Tokenizer]:
-    """The model, its weights and its tokenizer, of a folder that `export_run` wrote.
+    """Model, weights and tokenizer of a folder that `export_run` wrote.
 
     Raises:
       InteropError, CorpusError: a file is missing or damaged, or the vocabulary is larger than the model's.
@@ -169,10 +164,10 @@ def load_export(folder: Path) -> tuple[ModelConfig, Params, Tokenizer]:
 
 
 def card(run: Run, step: int) -> str:
-    """A model card: what it is, what it learnt from, how well, and the command that makes it again."""
+    """The model card: sizes, loss, text, and the command that reproduces the run."""
     meta, config = run.corpus_meta, run.config
     scored = []
-    with suppress(RunError, FileNotFoundError):  # an import has no lines, and damaged ones are no matter of the weights
+    with suppress(RunError, FileNotFoundError):  # an import has no metrics, and damaged ones do not concern the weights
         scored = [line for line in run.metrics() if line["step"] == step and "val_loss" in line]
     loss = "not evaluated at this step"
     if scored:

@@ -1,8 +1,8 @@
-"""GPT-2 in the format of Hugging Face, in and out: one table of names serves both ways.
+"""GPT-2 in the format of Hugging Face, in and out, by one table of tensor names.
 
-A folder holds `config.json` and `model.safetensors` (or shards and `model.safetensors.index.json`). Tensors are looked
-up by the names of the table alone, and read only once names, shapes and kinds of number are those of the table; nothing
-is executed, and no path is made from a tensor's name.
+A folder holds `config.json` and `model.safetensors` (or shards and `model.safetensors.index.json`). Names, shapes and
+dtypes are checked against the table before any tensor is read; nothing is executed, and no path is made from a name
+in a file.
 """
 
 import json
@@ -11,9 +11,9 @@ import re
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,98 +22,87 @@ from jaxgpt.config import ModelConfig, UsageError, shown
 from jaxgpt.model import Params, unstacked
 
 Tensors = dict[str, NDArray[np.float32]]
-NUMBERS = ("F32", "BF16", "F16")
+DTYPES = ("F32", "BF16", "F16")
 """What a file may hold; each is read as float32."""
-
-
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-"""How files of PyTorch are named that are not read."""
-
-
-NOT_GPT2 = (
-    "position",
-    "norm",
-    "mlp",
-    "qk_norm",
-    "n_kv_head",
-    "window",
-    "softcap",
-    "smear",
-    "bigram_embed",
-    "value_embed",
-)
-"""Options of our blocks that a GPT-2 is without."""
+"""Suffixes of PyTorch's files, which are not read."""
+NOT_GPT2 = ("position", "norm", "mlp", "qk_norm", "n_kv_head", "window", "softcap", "smear", "bigram_embed")
+NOT_GPT2 += ("value_embed",)
+"""Options of our blocks that GPT-2 does not have."""
+SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head"}
+SIZES |= {"n_embd": "n_embd"}
+"""Fields of `config.json`, and ours."""
 
 
 class InteropError(UsageError):
-    """A folder holds no GPT-2 that this model can be."""
+    """A folder holds no GPT-2 that can be loaded, or a model cannot be written as one."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One tensor of theirs, and the parameters of ours that it is made of.
+class Row(NamedTuple):
+    """A tensor of Hugging Face's, and our parameters that are concatenated along its last axis."""
 
-    Several parameters stand side by side in their tensor's last axis. `transposed` tensors are the other way round.
-    """
-
-    theirs: str
+    name: str
     ours: tuple[str, ...]
+    shape: tuple[int, ...]
     transposed: bool = False
 
 
 def table(config: ModelConfig) -> list[Row]:
-    """Every tensor of a GPT-2 of that shape. Their linear layers are (in, out), as Flax's kernels are."""
-    rows = [Row("wte.weight", ("wte/embedding",)), Row("wpe.weight", ("wpe/embedding",))]
+    """All tensors of a GPT-2 of that shape. Its linear layers are (in, out), as Flax's kernels are."""
+    C, V = config.n_embd, config.vocab_size
+    rows = [
+        Row("wte.weight", ("wte/embedding",), (V, C)),
+        Row("wpe.weight", ("wpe/embedding",), (config.block_size, C)),
+    ]
+
+    def add(name: str, ours: tuple[str, ...], shape: tuple[int, ...], weight: str) -> None:
+        rows.append(Row(f"{name}.weight", tuple(f"{each}/{weight}" for each in ours), shape))
+        if config.bias:
+            rows.append(Row(f"{name}.bias", tuple(f"{each}/bias" for each in ours), shape[-1:]))
+
     for i in range(config.n_layer):
-        ours, theirs = f"h_{i}", f"h.{i}"
-        rows += _norm(config, f"{theirs}.ln_1", f"{ours}/ln_1") + _norm(config, f"{theirs}.ln_2", f"{ours}/ln_2")
-        for layer, parts in {
-            "attn.c_attn": ("attn/query", "attn/key", "attn/value"),
-            "attn.c_proj": ("attn/c_proj",),
-            "mlp.c_fc": ("mlp/c_fc",),
-            "mlp.c_proj": ("mlp/c_proj",),
-        }.items():
-            rows.append(Row(f"{theirs}.{layer}.weight", tuple(f"{ours}/{part}/kernel" for part in parts)))
-            if config.bias:
-                rows.append(Row(f"{theirs}.{layer}.bias", tuple(f"{ours}/{part}/bias" for part in parts)))
-    rows += _norm(config, "ln_f", "ln_f")
+        add(f"h.{i}.ln_1", (f"h_{i}/ln_1",), (C,), "scale")
+        add(f"h.{i}.ln_2", (f"h_{i}/ln_2",), (C,), "scale")
+        query_key_value = tuple(f"h_{i}/attn/{name}" for name in ("query", "key", "value"))
+        add(f"h.{i}.attn.c_attn", query_key_value, (C, 3 * C), "kernel")
+        add(f"h.{i}.attn.c_proj", (f"h_{i}/attn/c_proj",), (C, C), "kernel")
+        add(f"h.{i}.mlp.c_fc", (f"h_{i}/mlp/c_fc",), (C, 4 * C), "kernel")
+        add(f"h.{i}.mlp.c_proj", (f"h_{i}/mlp/c_proj",), (4 * C, C), "kernel")
+    add("ln_f", ("ln_f",), (C,), "scale")
     if not config.tie_weights:
-        rows.append(Row("lm_head.weight", ("lm_head/kernel",), transposed=True))
+        rows.append(Row("lm_head.weight", ("lm_head/kernel",), (V, C), transposed=True))
     return rows
 
 
-def _norm(config: ModelConfig, theirs: str, ours: str) -> list[Row]:
-    scale = Row(f"{theirs}.weight", (f"{ours}/scale",))
-    return [scale, Row(f"{theirs}.bias", (f"{ours}/bias",))] if config.bias else [scale]
-
-
 def to_params(config: ModelConfig, tensors: Tensors) -> Params:
-    """Our parameters from their tensors.
+    """Our parameters from Hugging Face's tensors.
 
     Raises:
-      InteropError: names are missing or left over, or shapes differ; all of them are told at once.
+      InteropError: all missing and unknown names, and all wrong shapes.
     """
     _require_fit(config, {name: tensor.shape for name, tensor in tensors.items()})
     params: Params = {}
     for row in table(config):
-        tensor = tensors[row.theirs].T if row.transposed else tensors[row.theirs]
+        tensor = tensors[row.name].T if row.transposed else tensors[row.name]
         for path, part in zip(row.ours, np.split(tensor, len(row.ours), axis=-1), strict=True):
-            _put(params, path.split("/"), np.ascontiguousarray(part, np.float32))
+            *outer, leaf = path.split("/")
+            reduce(lambda tree, name: tree.setdefault(name, {}), outer, params)[leaf] = np.ascontiguousarray(
+                part, np.float32
+            )
     return params
 
 
 def _require_fit(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Check the names and shapes of tensors, at no cost that a number in a file could raise."""
+    """Check the names and shapes of tensors, at a cost that no number in a file can raise."""
     if config.n_layer > len(found):
         raise InteropError(f"n_layer is {config.n_layer}, expected at most the number of tensors, {len(found)}")
-    expected = shapes(config)
-    wanted = {row.theirs: expected[row.theirs] for row in table(config)}
+    wanted = {row.name: row.shape for row in table(config)}
     wrong = [f"  missing   {name}" for name in wanted if name not in found]
     wrong += [f"  not known {_printable(name)} {found[name]}" for name in found if name not in wanted]
     wrong += [
-        f"  misshapen {name}: expected {wanted[name]}, found {found[name]}"
-        for name in wanted
-        if name in found and found[name] != wanted[name]
+        f"  misshapen {name}: expected {shape}, found {found[name]}"
+        for name, shape in wanted.items()
+        if found.get(name, shape) != shape
     ]
     if wrong:
         more = [f"  and {len(wrong) - 100:,} more"] if len(wrong) > 100 else []
@@ -125,44 +114,31 @@ def _printable(name: str) -> str:
 
 
 def to_tensors(config: ModelConfig, params: Params) -> Tensors:
-    """Their tensors from our parameters, the inverse of `to_params`. A model without biases gets zeros, as GPT-2 has
-    no other way to say so."""
+    """Hugging Face's tensors from our parameters, the inverse of `to_params`. GPT-2 always has biases: a model without
+    gets zeros."""
     tensors, params = Tensors(), unstacked(params)
-    biased = ModelConfig(**{**vars(config), "bias": True})
-    expected = shapes(biased)
-    for row in table(biased):
-        if not config.bias and row.ours[0].endswith("/bias"):
-            tensors[row.theirs] = np.zeros(expected[row.theirs], np.float32)
+    for row in table(ModelConfig(**{**vars(config), "bias": True})):
+        if not config.bias and row.name.endswith(".bias"):
+            tensors[row.name] = np.zeros(row.shape, np.float32)
             continue
-        joined = np.concatenate([np.asarray(_get(params, path.split("/"))) for path in row.ours], axis=-1)
-        tensors[row.theirs] = np.ascontiguousarray(joined.T if row.transposed else joined)
+        leaves = [reduce(lambda tree, name: tree[name], path.split("/"), params) for path in row.ours]
+        tensor = np.concatenate([np.asarray(leaf) for leaf in leaves], axis=-1)
+        tensors[row.name] = np.ascontiguousarray(tensor.T if row.transposed else tensor)
     return tensors
-
-
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each of their tensors."""
-    C, V, T = config.n_embd, config.vocab_size, config.block_size
-    sizes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (T, C), "lm_head.weight": (V, C)}
-    linear = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-    for row in table(config):
-        if row.theirs not in sizes:
-            layer, kind = re.sub(r"^h\.\d+\.", "", row.theirs).rsplit(".", 1)
-            shape = linear.get(layer, (C,))
-            sizes[row.theirs] = shape if kind == "weight" else shape[-1:]
-    return sizes
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The model that a Hugging Face `config.json` describes.
 
     Raises:
-      InteropError: it is missing, damaged, of another kind of model, or has a feature that GPT-2 has not.
+      InteropError: it is missing or damaged, or the model has a feature that our GPT-2 does not have.
     """
-    tree = _read_json(folder / "config.json")
+    file = folder / "config.json"
+    tree = _read_json(file)
     if tree.get("model_type") != "gpt2":
         raise InteropError(f"{folder} holds a model of type {shown(tree.get('model_type'))}, expected 'gpt2'")
     gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
-    wanted = {
+    allowed_values: dict[str, tuple[Any, ...]] = {  # the default of transformers first
         "activation_function": tuple(gelus),
         "layer_norm_epsilon": (1e-5,),
         "scale_attn_weights": (True,),
@@ -170,21 +146,16 @@ def read_config(folder: Path) -> ModelConfig:
         "tie_word_embeddings": (True, False),
         "n_inner": (None, 4 * tree["n_embd"] if isinstance(tree.get("n_embd"), int) else None),
     }
-    defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
-    for name, allowed in wanted.items():
-        value = tree.get(name, defaults.get(name, allowed[0]))
-        if value not in allowed:
-            raise InteropError(f"{folder / 'config.json'}: {name} is {shown(value)}, expected {allowed[0]!r}")
-    sizes = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head"}
-    sizes["n_embd"] = "n_embd"
-    for name in sizes:
+    for name, allowed in allowed_values.items():
+        if tree.get(name, allowed[0]) not in allowed:
+            raise InteropError(f"{file}: {name} is {shown(tree[name])}, expected {allowed[0]!r}")
+    for name in SIZES:
         if type(tree.get(name)) is not int or not 0 < tree[name] < 2**31:
-            value = shown(tree.get(name))
-            raise InteropError(f"{folder / 'config.json'}: {name} is {value}, expected a whole number")
+            raise InteropError(f"{file}: {name} is {shown(tree.get(name))}, expected a whole number")
     if tree["n_embd"] % tree["n_head"]:
-        raise InteropError(f"{folder / 'config.json'}: n_head {tree['n_head']} does not divide n_embd {tree['n_embd']}")
+        raise InteropError(f"{file}: n_embd {tree['n_embd']} must be divisible by n_head {tree['n_head']}")
     return ModelConfig(
-        **{ours: tree[theirs] for theirs, ours in sizes.items()},
+        **{ours: tree[theirs] for theirs, ours in SIZES.items()},
         bias=True,
         tie_weights=bool(tree.get("tie_word_embeddings", True)),
         gelu=gelus[tree.get("activation_function", "gelu_new")],  # type: ignore[arg-type]
@@ -192,12 +163,11 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_tensors(folder: Path, config: ModelConfig) -> Tensors:
-    """The tensors of a folder as float32, by their names in the table: without the prefix "transformer." and without
-    what is no parameter (the causal masks that older files hold).
+    """The tensors of a folder as float32, without the prefix "transformer." and the causal masks of older files.
 
     Raises:
-      InteropError: a file is missing or damaged, or lies outside the folder; or, before any tensor is read, as
-        `to_params`. A tied head that is stored too is let through.
+      InteropError: a file is missing or damaged, or is outside the folder; or, before any tensor is read, as
+        `to_params`. A tied head that is stored too is accepted.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -213,10 +183,10 @@ def read_tensors(folder: Path, config: ModelConfig) -> Tensors:
                     if masks.fullmatch(name):
                         continue
                     if name in found:
-                        raise InteropError(f"{path} holds {_printable(name)}, which is there already")
-                    if part.get_dtype() not in NUMBERS:
+                        raise InteropError(f"{path} holds {_printable(name)} a second time")
+                    if part.get_dtype() not in DTYPES:
                         raise InteropError(
-                            f"{path}: {_printable(name)} is {part.get_dtype()}, expected {', '.join(NUMBERS)}"
+                            f"{path}: {_printable(name)} is {part.get_dtype()}, expected {', '.join(DTYPES)}"
                         )
                     places[name], found[name] = (file, key), tuple(part.get_shape())
             except (SafetensorError, OSError) as error:
@@ -230,26 +200,26 @@ def read_tensors(folder: Path, config: ModelConfig) -> Tensors:
 
 
 def _files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or the shards that the index names; in the folder itself and nowhere else."""
+    """`model.safetensors`, or the shards of the index; in the folder itself and nowhere else."""
     index, names = folder / "model.safetensors.index.json", list[Any](["model.safetensors"])
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for name in names:
-        known = isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
-        if not known or not os.path.isfile(folder / name):
+        plain = isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
+        if not plain or not os.path.isfile(folder / name):
             raise InteropError(f"{folder} has no file {shown(name)}; {wanted(folder)}")
     return [folder / name for name in sorted(set(names))]
 
 
 def wanted(folder: Path) -> str:
-    """What a folder without tensors should hold, and how to get there from the pickles in it."""
+    """What a folder without tensors should hold, or how to convert the pickles in it."""
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
     if any(name.startswith("pytorch_model") for name in pickles):
         code = "from sys import argv; from transformers import GPT2LMHeadModel as M; "
         code += "M.from_pretrained(argv[1]).save_pretrained(argv[1])"
         return (
-            f"pytorch_model.bin is a pickle, which can run code and is never loaded. Where torch and transformers are "
+            f"pytorch_model.bin is a pickle, which can run code and is never loaded. If torch and transformers are "
             f"installed, this writes model.safetensors beside it: {shlex.join(['python', '-c', code, str(folder)])}"
         )
     if pickles:
@@ -263,7 +233,7 @@ def load(folder: Path, block_size: int = 0) -> tuple[ModelConfig, Params]:
     """The model of a Hugging Face folder.
 
     Args:
-      block_size: keep the first positions only; 0 keeps all.
+      block_size: keep only the first positions; 0 keeps all.
 
     Raises:
       InteropError: as `read_config`, `read_tensors` and `to_params`; or there are fewer positions than `block_size`.
@@ -288,7 +258,7 @@ def save(folder: Path, config: ModelConfig, params: Params) -> None:
     """Write `config.json` and `model.safetensors` into a folder, as `transformers` loads them.
 
     Raises:
-      InteropError: the model is no GPT-2.
+      InteropError: the model is not a GPT-2.
     """
     from safetensors.numpy import save_file
 
@@ -297,16 +267,13 @@ def save(folder: Path, config: ModelConfig, params: Params) -> None:
     plain = ModelConfig(n_kv_head=config.n_head if config.n_kv_head == config.n_head else 0)
     others = [f"{name} {getattr(config, name)}" for name in NOT_GPT2 if getattr(config, name) != getattr(plain, name)]
     if others:
-        raise InteropError(f"GPT-2 has no way to say {', '.join(others)}: a model with that cannot be exported")
-    tensors = to_tensors(config, params)
-    names = {name: name if name == "lm_head.weight" else f"transformer.{name}" for name in tensors}
-    save_file({names[name]: x for name, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n", "utf-8")
-
-
-def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` of `transformers.GPT2LMHeadModel` for a model of ours."""
-    return {
+        raise InteropError(f"GPT-2 does not have {', '.join(others)}: such a model cannot be exported")
+    tensors = {
+        name if name == "lm_head.weight" else f"transformer.{name}": tensor
+        for name, tensor in to_tensors(config, params).items()
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    tree = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
@@ -324,6 +291,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": None,
         "dtype": "float32",
     }
+    (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -336,15 +304,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InteropError(f"{path} holds no JSON object")
     return tree
-
-
-def _put(params: Params, path: list[str], value: Any) -> None:
-    for name in path[:-1]:
-        params = params.setdefault(name, {})
-    params[path[-1]] = value
-
-
-def _get(params: Params, path: list[str]) -> Any:
-    for name in path:
-        params = params[name]
-    return params

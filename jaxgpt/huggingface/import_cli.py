@@ -1,4 +1,4 @@
-"""`jaxgpt import-gpt2`: a Hugging Face folder to a run."""
+"""`jaxgpt import-gpt2`: a run from a Hugging Face folder."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -14,16 +14,16 @@ from jaxgpt.recipes import FINETUNE
 class ImportGPT2:
     """Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune with train --resume.
 
-    Text is encoded with the folder's own vocabulary, or with GPT-2's where the folder has none."""
+    Text is encoded with the folder's own vocabulary, or with GPT-2's if it has none."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder of config.json and model.safetensors, or a name on the Hugging Face hub, such as gpt2."""
     run: str
     """Name of the run, a new folder in the runs folder."""
     block_size: int = 0
-    """Keep the first positions only; 0 keeps all."""
+    """Keep only the first positions; 0 keeps all."""
     dropout: float = 0.0
-    """Probability of dropping an activation in fine-tuning."""
+    """Dropout rate for fine-tuning."""
     data: DataConfig = FINETUNE.data
     optimizer: OptimizerConfig = FINETUNE.optimizer
     train: TrainConfig = FINETUNE.train

@@ -107,7 +107,7 @@ def run_gpt2_folder(data: bytes) -> None:
         return
     found = gpt2_folder.to_tensors(config, params)
     assert {key: tensor.shape for key, tensor in found.items()} == {
-        row.theirs: gpt2_folder.shapes(config)[row.theirs] for row in gpt2_folder.table(config)
+        row.name: row.shape for row in gpt2_folder.table(config)
     }
     assert {tensor.dtype for tensor in found.values()} == {np.dtype(np.float32)}
 

@@ -75,7 +75,7 @@ def test_params_come_back_bit_for_bit():
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, template), "exactly the parameters of the model"
 
 
-def test_everything_that_does_not_fit_is_told_at_once(folder):
+def test_everything_that_does_not_fit_is_listed_at_once(folder):
     def change(tensors):
         tensors["transformer.ln_f.gamma"] = tensors.pop("transformer.ln_f.weight")
         tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:5]
@@ -155,7 +155,7 @@ def test_positions_can_be_cropped():
         ({"n_inner": 100}, "n_inner is 100"),
         ({"n_layer": "2"}, "n_layer is '2'"),
         ({"n_embd": None}, "n_embd is None"),
-        ({"n_head": 5}, "n_head 5 does not divide"),
+        ({"n_head": 5}, "must be divisible by n_head 5"),
         ({"n_layer": 3}, "missing   h.2.attn.c_attn.weight"),
     ],
 )
@@ -245,7 +245,7 @@ def test_a_bigram_cannot_be_exported(tmp_path):
 def test_what_gpt2_has_not_cannot_be_exported(tmp_path, options):
     config = ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=2, n_embd=8, **options)
     ((name, value),) = options.items()
-    with pytest.raises(InteropError, match=f"GPT-2 has no way to say {name} {value}"):
+    with pytest.raises(InteropError, match=f"GPT-2 does not have {name} {value}"):
         gpt2.save(tmp_path, config, nn.init_params(config, jax.random.key(0)))
     assert list(tmp_path.iterdir()) == []
 
