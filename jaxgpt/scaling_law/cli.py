@@ -1,4 +1,4 @@
-"""`jaxgpt scaling-fit`: a family of sizes trained, and the law that its losses follow."""
+"""`jaxgpt scaling-fit`: train a family of sizes and fit a scaling law."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,17 +14,17 @@ from jaxgpt.sweep.cli import SweepsDir, require_name, show_plots, use_cores
 @dataclass(frozen=True)
 class ScalingFit:
     name: str = "scaling"
-    """Name of the sweep, a folder in the sweeps folder. The same command again goes on where it was ended."""
+    """Name of the sweep, a folder in the sweeps folder. The same command again resumes it."""
     sizes: tuple[str, ...] = ("2x16", "2x32", "3x48", "4x64", "4x96", "5x128")
     """LAYERSxCHANNELS of each model."""
     tokens: tuple[int, ...] = (125_000, 250_000, 500_000, 1_000_000)
-    """How many tokens each model learns from, each amount a run with a schedule of its own."""
+    """Tokens to train on; each amount is a run with its own schedule."""
     seeds: int = 1
-    """Runs of each size and amount."""
+    """Runs per size and amount."""
     at_once: int = 0
-    """Runs that are trained together, at most; 0 for what the memory holds."""
+    """Runs to train together, at most; 0: as many as the memory holds."""
     flops: tuple[float, ...] = (1e12, 1e13, 1e14, 1e15)
-    """Budgets of operations to say the best size and amount for."""
+    """FLOP budgets to print the best size and amount for."""
     data: DataConfig = field(default_factory=DataConfig)
     sweeps_dir: SweepsDir = Path("sweeps")
     data_dir: DataDir = Path("data")
@@ -54,11 +54,11 @@ def run(args: list[str]) -> int:
     from jaxgpt.scaling_law import family
     from jaxgpt.scaling_law import view as laws
     from jaxgpt.scaling_law.law import fit
-    from jaxgpt.sweep import folder as sweep_folder
-    from jaxgpt.sweep import view as sweeps
+    from jaxgpt.sweep.results import SweepFolder, prepare
+    from jaxgpt.sweep.view import SweepDisplay
 
     base = replaced(family.BASE, **vars(given.data))
-    members = family.family(base, [family.Size.parse(text) for text in given.sizes], given.tokens, given.seeds)
+    members = family.family(base, [family.parse_size(text) for text in given.sizes], given.tokens, given.seeds)
     amounts = sorted({family.tokens_seen(member.config) for member in members})
     if 1 < len(amounts) < len(given.tokens):
         raise UsageError(
@@ -68,21 +68,21 @@ def run(args: list[str]) -> int:
     if len(set(given.sizes)) < 3 or len(amounts) < 3:
         raise UsageError(
             f"{len(set(given.sizes))} sizes and {len(amounts)} amounts of tokens ({', '.join(map(str, amounts))}, in "
-            "whole scans of steps): a fit wants at least 3 --sizes and 3 --tokens"
+            "whole scans of steps): a fit needs at least 3 --sizes and 3 --tokens"
         )
     disk.require_writable(given.sweeps_dir, "--sweeps-dir")
-    members, corpus = sweep_folder.prepare(base, members, given.data_dir)
+    members, corpus = prepare(base, members, given.data_dir)
     asked: dict[str, Any] = {"program": "jaxgpt scaling-fit 1", "config": to_tree(base), "seeds": given.seeds}
     asked |= {"sizes": given.sizes, "amounts": given.tokens, "tokens": corpus.meta["sha256"]}
     path, console = given.sweeps_dir / given.name, RunConsole()
     console.print(corpus.summary)
-    with sweep_folder.SweepFolder.held(path, asked, "--name OTHER") as folder:
-        with sweeps.SweepDisplay(console, members, folder.lines) as display:
+    with SweepFolder.held(path, asked, "--name OTHER") as folder:
+        with SweepDisplay(console, members, folder.lines) as display:
             folder.train(members, corpus, jax.devices(), given.at_once, display)
         trained = family.points(members, folder.lines)
     points = [point for point in trained if math.isfinite(point[2])]
     if lost := len(trained) - len(points):
-        console.print(f"{lost} of {len(trained)} runs have diverged, and are left out of the fit")
+        console.print(f"{lost} of {len(trained)} runs diverged and are left out of the fit")
     found = fit([N for N, _, _ in points], [D for _, D, _ in points], [loss for _, _, loss in points])
     for line in laws.lines(found, points, given.flops):
         console.print(line)

@@ -1,8 +1,8 @@
-"""How the loss falls with parameters and tokens: L(N, D) = E + A / N^a + B / D^b, fitted to finished runs.
+"""The scaling law L(N, D) = E + A / N^a + B / D^b of parameters and tokens, fitted to finished runs.
 
-Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", arXiv:2203.15556, section 3.3: the Huber loss of
-the difference in log L, from several starts; by Gauss and Newton's method in place of L-BFGS, which takes tens of
-times as long over a valley as narrow as this one. Imports no jax.
+Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", arXiv:2203.15556, section 3.3: minimizes the
+Huber loss of log L from several starts; by Gauss-Newton, since L-BFGS takes tens of times as long in this narrow
+valley. Does not import jax.
 """
 
 import itertools
@@ -17,25 +17,24 @@ from numpy.typing import NDArray
 from jaxgpt.config import UsageError
 
 DELTA = 1e-2
-"""Where the Huber loss turns from a square to a line, in log L: about a percent, which is how far small runs scatter.
-The paper has 1e-3, for larger ones."""
+"""Threshold of the Huber loss in log L: about the scatter of small runs. The paper has 1e-3, for larger runs."""
 LOW, HIGH = (-7.0, -7.0, -7.0, 0.02, 0.02), (3.0, 3.0, 3.0, 2.5, 2.5)
-"""Bounds of log E, of the logarithms of A / N^a and B / D^b in the middle of the runs, and of a and b."""
+"""Bounds of log E, of log(A / N^a) and log(B / D^b) at the geometric mean of the runs, and of a and b."""
 STARTS = (0.15, 0.3, 0.6, 1.0)
-"""Exponents to start from, each pair with the E, A and B that fit best then."""
+"""Exponents to start from, each pair with the best E, A and B for it."""
 RESAMPLES = 300
 INTERVAL = 0.9
 FLOPS = 6
-"""Operations of training per parameter and token, of its products: two forward, four backward."""
+"""Training FLOPs per parameter and token: two forward, four backward."""
 
 Array = NDArray[np.float64]
 
 
 class Law(NamedTuple):
-    """The coefficients; nats per token."""
+    """The coefficients, in nats per token."""
 
     E: float
-    """The loss that no size and no amount of text goes below."""
+    """The irreducible loss."""
     A: float
     B: float
     a: float
@@ -46,7 +45,7 @@ class Law(NamedTuple):
         return self.E + self.A / N**self.a + self.B / D**self.b
 
     def optimum(self, flops: float) -> tuple[float, float]:
-        """The N and D of least loss for so many operations, 6 N D of them (equation 4 of the paper)."""
+        """The N and D of least loss for a budget of 6 N D FLOPs (equation 4 of the paper)."""
         ratio = (self.a * self.A / (self.b * self.B)) ** (1 / (self.a + self.b))
         N = ratio * (flops / FLOPS) ** (self.b / (self.a + self.b))
         return N, flops / FLOPS / N
@@ -54,18 +53,18 @@ class Law(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """A law, how far the runs are from it, and what it might have been."""
+    """A law, its residuals, and bootstrap resamples of it."""
 
     law: Law
     resampled: tuple[Law, ...]
-    """The laws of runs whose distances from it were dealt out anew."""
+    """Laws fitted to runs with resampled residuals."""
     error: float
-    """The root of the mean square of log L's distances."""
+    """The root mean square of the residuals of log L."""
     bounded: tuple[str, ...] = ()
-    """Coefficients that came to the end of what was tried: these runs do not tell them."""
+    """Coefficients at their bounds: these runs do not determine them."""
 
     def to_json(self, points: Sequence[tuple[int, int, float]]) -> str:
-        """With its intervals, and the (N, D, loss) that it was fitted to, as indented JSON."""
+        """The law, its intervals and the (N, D, loss) that it was fitted to, as indented JSON."""
         intervals = {name: self.interval(lambda law, name=name: getattr(law, name)) for name in Law._fields}
         tree = {"law": self.law._asdict(), f"intervals_{INTERVAL:.0%}": intervals, "error": self.error}
         tree |= {"at_their_bounds": self.bounded}
@@ -73,51 +72,50 @@ class Fit:
         return json.dumps(tree | {"runs": runs}, indent=2) + "\n"
 
     def interval(self, of: Any) -> tuple[float, float]:
-        """Where the middle 90% of the resampled laws have `of(law)`."""
+        """The middle 90% of `of(law)` over the resampled laws."""
         low, high = np.quantile([of(law) for law in self.resampled], [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
         return float(low), float(high)
 
 
 def fit(N: Sequence[float], D: Sequence[float], losses: Sequence[float], resamples: int | None = None) -> Fit:
-    """The law of runs of N parameters and D tokens that came to `losses`, (n,) each.
+    """Fit runs of N parameters and D tokens that ended with `losses`, (n,) each.
 
-    The intervals are of a bootstrap of residuals (Efron 1979): sizes and tokens stay as they were chosen; the distances
-    from the law, widened for the five numbers that it was given, are dealt out to the runs anew.
+    The intervals come from a bootstrap of the residuals (Efron 1979), scaled up for the five fitted coefficients.
 
     Raises:
-      UsageError: fewer than 6 runs, 3 sizes or 3 amounts of tokens, or a loss that is no number.
+      UsageError: fewer than 6 runs, 3 sizes or 3 amounts of tokens, or a loss is not a number above 0.
     """
     x, y, found = (np.asarray(each, np.float64) for each in (N, D, losses))
     if len(found) < 6 or len(set(x)) < 3 or len(set(y)) < 3:
         raise UsageError(
-            f"{len(found)} runs of {len(set(x))} sizes and {len(set(y))} amounts of tokens: a fit of five numbers "
-            "wants at least 6 runs, 3 sizes and 3 amounts"
+            f"{len(found)} runs of {len(set(x))} sizes and {len(set(y))} amounts of tokens: a fit of five coefficients "
+            "needs at least 6 runs, 3 sizes and 3 amounts"
         )
     if not (np.isfinite(found).all() and (found > 0).all()):
         raise UsageError("a run has no loss above 0: leave it out")
     logs = np.log(found)
     law = _best(x, y, logs, [_start(x, y, found, a, b) for a, b in itertools.product(STARTS, STARTS)])
-    distances = logs - np.log(law.loss(x, y))
-    spread = distances - distances.mean()
+    residuals = logs - np.log(law.loss(x, y))
+    spread = residuals - residuals.mean()
     spread *= np.sqrt(len(logs) / max(1, len(logs) - len(law)))
     random = np.random.Generator(np.random.Philox(0))
     resampled = []
     for _ in range(RESAMPLES if resamples is None else resamples):
-        dealt = np.log(law.loss(x, y)) + random.choice(spread, len(logs))
-        starts = [_logs(law), *(_start(x, y, np.exp(dealt), a, b) for a, b in ((0.3, 0.3), (law.a, law.b)))]
-        resampled.append(_best(x, y, dealt, starts))
-    return Fit(law, tuple(resampled), float(np.sqrt((distances**2).mean())), _bounded(law, x, y))
+        sample = np.log(law.loss(x, y)) + random.choice(spread, len(logs))
+        starts = [_logs(law), *(_start(x, y, np.exp(sample), a, b) for a, b in ((0.3, 0.3), (law.a, law.b)))]
+        resampled.append(_best(x, y, sample, starts))
+    return Fit(law, tuple(resampled), float(np.sqrt((residuals**2).mean())), _bounded(law, x, y))
 
 
 def _bounded(law: Law, N: Array, D: Array) -> tuple[str, ...]:
-    """The coefficients that are at LOW or HIGH, but for rounding."""
+    """The coefficients that are at LOW or HIGH."""
     found = _centred(_logs(law), np.log(N).mean(), np.log(D).mean())
     at = np.isclose(found, LOW, atol=1e-3) | np.isclose(found, HIGH, atol=1e-3)
     return tuple(name for name, bounded in zip(Law._fields, at, strict=True) if bounded)
 
 
 def _centred(logs: Array, middle_N: float, middle_D: float) -> Array:
-    """(log E, log A, log B, a, b) with the terms of A and B in the middle of the runs, as LOW and HIGH have them."""
+    """(log E, log A, log B, a, b) with the terms of A and B at the geometric mean of the runs, as in LOW and HIGH."""
     e, A, B, a, b = logs
     return np.array([e, A - a * middle_N, B - b * middle_D, a, b])
 
@@ -127,10 +125,10 @@ def _logs(law: Law) -> Array:
 
 
 def _start(N: Array, D: Array, losses: Array, a: float, b: float) -> Array:
-    """(log E, log A, log B, a, b) that fit best for these exponents, none of the first three below 0."""
+    """(log E, log A, log B, a, b) of the best E, A and B above 0 for these exponents."""
     from scipy.optimize import nnls
 
-    # Columns of about one, so that none is lost in rounding.
+    # Columns of order one, for precision.
     columns = np.stack([np.ones_like(N), (N / N.min()) ** -a, (D / D.min()) ** -b], axis=1)
     E, A, B = nnls(columns, losses)[0]
     floor = 1e-3 * losses.min()
@@ -146,18 +144,18 @@ def _start(N: Array, D: Array, losses: Array, a: float, b: float) -> Array:
 
 
 def _best(N: Array, D: Array, logs: Array, starts: Sequence[Array]) -> Law:
-    """The law of least Huber loss that is found from any of the starts."""
+    """The law of least Huber loss from any of the starts."""
     from scipy.optimize import least_squares
 
     log_N, log_D = np.log(N), np.log(D)
-    # About the middle of the sizes and tokens, where an exponent can turn without its factor having to follow.
+    # Centred, so that an exponent can change without its factor.
     middle_N, middle_D = log_N.mean(), log_D.mean()
 
     def terms(x: Array) -> Array:
         e, A, B, a, b = x
         return np.stack([np.full_like(logs, e), A - a * (log_N - middle_N), B - b * (log_D - middle_D)])
 
-    def distances(x: Array) -> Array:
+    def residuals(x: Array) -> Array:
         return np.asarray(logsumexp(terms(x)) - logs)
 
     def slopes(x: Array) -> Array:
@@ -169,7 +167,7 @@ def _best(N: Array, D: Array, logs: Array, starts: Sequence[Array]) -> Law:
     for start in starts:
         x = np.clip(_centred(start, middle_N, middle_D), LOW, HIGH)
         tries.append(
-            least_squares(distances, x, slopes, (LOW, HIGH), loss="huber", f_scale=DELTA, x_scale=1.0, max_nfev=300)
+            least_squares(residuals, x, slopes, (LOW, HIGH), loss="huber", f_scale=DELTA, x_scale=1.0, max_nfev=300)
         )
     e, A, B, a, b = min(tries, key=lambda found: found.cost).x
     return Law(*(float(x) for x in (np.exp(e), np.exp(A + a * middle_N), np.exp(B + b * middle_D), a, b)))

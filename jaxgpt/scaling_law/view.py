@@ -1,4 +1,4 @@
-"""What a person reads and sees of a scaling law."""
+"""A scaling law as lines of text, and as a plot."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,23 +18,23 @@ Point = tuple[int, int, float]
 
 
 def lines(found: Fit, points: Sequence[Point], flops: Sequence[float]) -> Iterator[str]:
-    """A fit to `points`, and the best size and amount of text for some budgets, line by line."""
+    """A fit to `points`, and the best size and amount of text for budgets of FLOPs."""
     trained = [FLOPS * N * D for N, D, _ in points]
     least, most = min(trained), max(trained)
     E, A, B, a, b = found.law
     yield f"L(N, D) = {E:.3f} + {A:.3g} / N^{a:.3f} + {B:.3g} / D^{b:.3f} nats/token"
-    yield f"  off by {found.error:.2%} (root mean square); {INTERVAL:.0%} intervals of resampled residuals:"
+    yield f"  residuals of {found.error:.2%} (root mean square); {INTERVAL:.0%} intervals by bootstrap:"
     for name in found.law._fields:
         low, high = found.interval(lambda law, name=name: getattr(law, name))
         yield f"  {name}  {getattr(found.law, name):>8.3g}  {low:.3g} to {high:.3g}"
     if bounded := found.bounded:
-        they = "is at its bound" if len(bounded) == 1 else "are at their bounds"
-        yield f"  {' and '.join(bounded)} {they}: these runs do not tell what it would be"
-    yield f"best parameters and tokens for a budget of operations, {FLOPS} N D of them:"
+        they, which = ("is at its bound", "it") if len(bounded) == 1 else ("are at their bounds", "them")
+        yield f"  {' and '.join(bounded)} {they}: these runs do not determine {which}"
+    yield f"best parameters and tokens for a budget of {FLOPS} N D FLOPs:"
     for budget in flops:
         N, D = found.law.optimum(budget)
         low_N, high_N = found.interval(lambda law, budget=budget: law.optimum(budget)[0])
-        beyond = "" if least <= budget <= most else ", a guess beyond these runs"
+        beyond = "" if least <= budget <= most else ", extrapolated"
         yield (
             f"  {budget:.0e}  {N:>13,.0f} parameters ({low_N:,.0f} to {high_N:,.0f}), {D:,.0f} tokens, "
             f"loss {found.law.loss(N, D):.3f}{beyond}"

@@ -1,4 +1,4 @@
-"""Which members of a sweep train together: those of one program and one length, as many as fit."""
+"""Which members of a sweep train together: those with the same program and length, as many as fit in memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,45 +14,44 @@ MAPPED = (
     *("learning_rate", "min_learning_rate", "min_lr_ratio", "warmup_steps", "decay_steps", "beta1", "beta2", "eps"),
     *("weight_decay", "grad_clip", "muon_learning_rate", "muon_momentum", "dropout", "init_scale", "seed"),
 )
-"""Settings that one program takes as numbers, float32 but for the seed."""
+"""Settings that a program takes as arguments: float32, except the seed."""
 OFF = ("learning_rate", "warmup_steps", "grad_clip", "dropout")
-"""Of these, those whose 0 is no number but switches something off: that is a program of its own."""
+"""Of these, those whose 0 switches something off: members with 0 run another program."""
 AT_ONCE_ON_CPU = 8
-"""Members that a CPU trains together, at most: enough for its cores, and few enough that little is lost when they are
-ended."""
+"""Members that a CPU trains together, at most: enough for its cores, and few enough that an interrupt loses little."""
 SHARE = 0.3
-"""Of the free memory of an accelerator that members may take on paper; compiled, a step of *tiny* takes over twice as
-much."""
+"""The share of an accelerator's free memory that members may take by estimate; a compiled step of *tiny* takes over
+twice the estimate."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Members that are trained together."""
+    """Members that train together."""
 
     base: Config
-    """One of them; it has the settings that they share."""
+    """The config of one of them, with the settings that they share."""
     names: tuple[str, ...]
     """The settings that are mapped."""
     members: tuple[int, ...]
-    """Their places in the list of all."""
+    """Their indices in the list of all."""
     devices: int
-    """Over how many: no more than there are members, for a device that has none would only repeat another's."""
+    """How many devices they use: no more than there are members."""
 
     @property
     def size(self) -> int:
-        """With those that only fill the devices up."""
+        """The number of members, padded to a multiple of the devices."""
         return -(-len(self.members) // self.devices) * self.devices
 
 
 def split(
     configs: Sequence[Config], devices: int, at_once: int = 0, finished: frozenset[int] = frozenset()
 ) -> list[Chunk]:
-    """The chunks of a sweep: members of one program and one length, as many together as fit.
+    """The chunks of a sweep: members with the same program and length, as many together as fit.
 
     Args:
-      at_once: members of a chunk, at most; 0 for what the memory holds.
-      finished: members that are in no chunk. Settings in which only they differ are mapped all the same: a setting that
-        is a constant is rounded otherwise.
+      at_once: members of a chunk, at most; 0: as many as the memory holds.
+      finished: members to leave out. A setting in which only they differ is mapped all the same: a constant would be
+        rounded differently.
 
     Raises:
       OutOfMemoryError: not even one fits.
@@ -76,7 +75,7 @@ def split(
 
 
 def most(config: Config, devices: int, at_once: int = 0) -> int:
-    """How many members of a size train at once on so many devices; a multiple of these.
+    """How many members train at once, a multiple of `devices`.
 
     Raises:
       OutOfMemoryError: not one for each device.
@@ -89,7 +88,7 @@ def most(config: Config, devices: int, at_once: int = 0) -> int:
         limit = at_once
     elif free is None:
         limit = AT_ONCE_ON_CPU
-    elif cpu:  # a member holds its state all the time, and what it works with in its turn
+    elif cpu:  # members take turns: each always holds its state, but only one per device its activations
         state = need.parameters + need.optimizer_state
         limit = min(AT_ONCE_ON_CPU, (free - devices * (need.total - state)) // max(1, state))
     else:
@@ -99,7 +98,7 @@ def most(config: Config, devices: int, at_once: int = 0) -> int:
 
 @contextmanager
 def fewer_would_fit(members: int) -> Iterator[None]:
-    """Add to what is told of too little memory that fewer members at once need less."""
+    """Add to an OutOfMemoryError that fewer members at once need less memory."""
     try:
         yield
     except memory.OutOfMemoryError as error:

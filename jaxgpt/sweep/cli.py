@@ -1,4 +1,4 @@
-"""`jaxgpt sweep`: seeds and settings of a recipe, trained together."""
+"""`jaxgpt sweep`: train seeds and settings of a recipe together."""
 
 import math
 import os
@@ -16,7 +16,6 @@ from jaxgpt.config import Config, UsageError, to_json, to_tree
 from jaxgpt.recipes import recipe
 from jaxgpt.run import NAME
 from jaxgpt.sweep import grid
-from jaxgpt.sweep.grid import Member
 
 if TYPE_CHECKING:
     from jaxgpt.monitor.terminal import RunConsole
@@ -27,16 +26,16 @@ SweepsDir = Annotated[Path, tyro.conf.arg(help="Folder of all sweeps.")]
 @dataclass(frozen=True)
 class Sweep:
     name: str
-    """Name of the sweep, a folder in the sweeps folder. The same command again goes on where it was ended."""
+    """Name of the sweep, a folder in the sweeps folder. The same command again resumes it."""
     config: Config
     seeds: int = 4
-    """How many seeds each setting has, from --seed on."""
+    """Seeds of each setting, counted from --seed."""
     lr: str = ""
-    """Learning rates: a range LOW:HIGH:HOW-MANY, as in 3e-4:3e-2:6, or a list with commas; as --set learning_rate."""
+    """Learning rates: a range LOW:HIGH:HOW-MANY, as in 3e-4:3e-2:6, or a list with commas."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=VALUE,VALUE or NAME=LOW:HIGH:HOW-MANY of any setting of the model or of training; may be given again."""
+    """NAME=VALUE,VALUE or NAME=LOW:HIGH:HOW-MANY of any setting of the model or of training; may be repeated."""
     at_once: int = 0
-    """Members that are trained together, at most; 0 for what the memory holds."""
+    """Members to train together, at most; 0: as many as the memory holds."""
     sweeps_dir: SweepsDir = Path("sweeps")
     data_dir: DataDir = Path("data")
 
@@ -56,31 +55,26 @@ def run(args: list[str]) -> int:
         "values": {axis.name: list(axis.values) for axis in axes},
         "seeds": given.seeds,
     }
-    return _sweep(given, members, asked)
-
-
-def _sweep(given: Sweep, members: list[Member], asked: dict[str, Any]) -> int:
     use_compile_cache()
     use_cores(len(members))
     import jax
 
     from jaxgpt import files as disk
     from jaxgpt.monitor.terminal import RunConsole
-    from jaxgpt.sweep import folder as sweep_folder
     from jaxgpt.sweep import plots as sweep_plots
     from jaxgpt.sweep import view as sweeps
     from jaxgpt.sweep.chunks import split
-    from jaxgpt.sweep.compare import outcomes
+    from jaxgpt.sweep.results import SweepFolder, outcomes, prepare
 
     disk.require_writable(given.sweeps_dir, "--sweeps-dir")
     devices = jax.devices()[: len(members)]
-    split([member.config for member in members], len(devices), given.at_once)  # each fits, on paper
-    members, corpus = sweep_folder.prepare(given.config, members, given.data_dir)
+    split([member.config for member in members], len(devices), given.at_once)  # raises if one does not fit
+    members, corpus = prepare(given.config, members, given.data_dir)
     asked |= {"tokens": corpus.meta["sha256"], "precision": members[0].config.model.precision}
     path, console = given.sweeps_dir / given.name, RunConsole()
     console.print(corpus.summary)
     console.print(f"{len(members)} members in {path}, over {len(devices)} x {devices[0].device_kind}")
-    with sweep_folder.SweepFolder.held(path, asked, "--name OTHER") as folder:
+    with SweepFolder.held(path, asked, "--name OTHER") as folder:
         if folder.finished:
             console.print(f"{len(folder.finished)} of them are finished already")
         with sweeps.SweepDisplay(console, members, folder.lines) as display:
@@ -98,7 +92,7 @@ def _sweep(given: Sweep, members: list[Member], asked: dict[str, Any]) -> int:
 
 
 def require_name(name: str) -> None:
-    """Check that a sweep of that name is a folder of the sweeps folder, and that NAME-best can name a run.
+    """Check that NAME is a single folder name, and that NAME-best can name a run.
 
     Raises:
       UsageError: it is not.
@@ -111,7 +105,7 @@ def require_name(name: str) -> None:
 
 
 def show_plots(console: "RunConsole", draw: Callable[[], list[Path]]) -> None:
-    """Print the files that `draw` makes, or what keeps it from that: results do without plots."""
+    """Print the files that `draw` makes, or why it cannot; the results are complete without plots."""
     try:
         for plot in draw():
             console.print(f"{plot}")
@@ -120,7 +114,7 @@ def show_plots(console: "RunConsole", draw: Callable[[], list[Path]]) -> None:
 
 
 def use_cores(most: int) -> None:
-    """Let each core of a CPU be a device, up to `most`, unless the environment says how many there are."""
+    """Make each core of a CPU a device, up to `most`, unless the environment sets the number."""
     import jax
 
     unset = jax.config.values["jax_num_cpu_devices"] < 0

@@ -1,4 +1,4 @@
-"""What a sweep is asked for: axes of values, and the configs that are their product. Imports no jax."""
+"""The grid of a sweep: axes of values, and a config for every combination. Does not import jax."""
 
 import dataclasses
 import difflib
@@ -13,13 +13,13 @@ from jaxgpt import config as configs
 from jaxgpt.config import Config, ConfigError, UsageError, replaced
 
 SHORT = {"lr": "learning_rate"}
-MOST = 10_000
-"""Members of a sweep; more are a slip of the keyboard."""
+MAX_MEMBERS = 10_000
+"""More are taken for a typo."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One setting and the values that it takes."""
+    """A setting and its values."""
 
     name: str
     values: tuple[Any, ...]
@@ -31,52 +31,52 @@ class Member:
 
     config: Config
     setting: dict[str, Any]
-    """The value on each axis, the seed left out: members that differ in their seed alone are of one setting."""
+    """The value on each axis, without the seed: runs that differ only in their seed share a setting."""
 
 
 def parse(text: str) -> Axis:
-    """ "n_embd=64,128", or a range "lr=3e-4:3e-2:6": low, high and how many, in equal ratios where low is above 0
-    and in equal steps where it is 0.
+    """Parse "n_embd=64,128", or a range "lr=3e-4:3e-2:6" of low, high and how many: spaced geometrically, or evenly if
+    low is 0.
 
     >>> parse("lr=1e-3:1e-1:3").values, parse("dropout=0:0.2:3").values
     ((0.001, 0.01, 0.1), (0.0, 0.1, 0.2))
 
     Raises:
-      UsageError: it is none of these, or no setting that a sweep can vary.
+      UsageError: the form is wrong, or a sweep cannot vary the setting.
     """
-    name, equals, said = text.partition("=")
+    name, equals, value = text.partition("=")
     name = SHORT.get(name, name.replace("-", "_"))
-    if not equals or not said:
+    if not equals or not value:
         raise UsageError(f"--set {text}: expected NAME=VALUE,VALUE or NAME=LOW:HIGH:HOW-MANY, as in n_embd=64,128")
     kinds = _kinds()
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"--set {text}: no setting {name!r}; {hint}a sweep varies those of the model and of training")
+        raise UsageError(f"--set {text}: no setting {name!r}; {hint}a sweep varies the model and training")
     if name == "seed":
-        raise UsageError(f"--set {text}: seeds are counted from --seed on: --seeds 8")
+        raise UsageError(f"--set {text}: give the number of seeds: --seeds 8")
     kind = kinds[name]
-    values = _range(text, said, kind) if ":" in said else tuple(_read(text, kind, each) for each in said.split(","))
+    values = _range(text, value, kind) if ":" in value else tuple(_read(text, kind, each) for each in value.split(","))
     if len(set(values)) < len(values):
         raise UsageError(f"--set {text}: {name} has the same value twice: {', '.join(map(str, values))}")
     return Axis(name, values)
 
 
 def members(base: Config, axes: Sequence[Axis], seeds: int) -> list[Member]:
-    """Every combination of values, each with `seeds` seeds from that of `base` on, seeds running fastest.
+    """Every combination of values with `seeds` seeds, beginning with that of `base`; seeds vary fastest.
 
     Raises:
       UsageError: a setting has two axes, or there are too many members.
-      ConfigError: a combination cannot run; it is named.
+      ConfigError: names a combination that cannot run.
     """
     names = [axis.name for axis in axes]
     if double := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"{', '.join(sorted(double))}: two lists of values, expected one")
+        raise UsageError(f"{', '.join(sorted(double))}: given twice, expected one list of values")
     if seeds < 1:
         raise UsageError(f"--seeds is {seeds}, expected at least 1")
     n = seeds * math.prod(len(axis.values) for axis in axes)
-    if n > MOST:
-        raise UsageError(f"the sweep would have {n:,} members, expected at most {MOST:,}: fewer values, or --seeds")
+    if n > MAX_MEMBERS:
+        raise UsageError(f"the sweep would have {n:,} members, expected at most {MAX_MEMBERS:,}: fewer --seeds?")
     found = []
     for values in itertools.product(*(axis.values for axis in axes)):
         setting = dict(zip(names, values, strict=True))
@@ -85,10 +85,10 @@ def members(base: Config, axes: Sequence[Axis], seeds: int) -> list[Member]:
     return found
 
 
-def told(setting: dict[str, Any]) -> str:
-    """A setting for a person.
+def describe(setting: dict[str, Any]) -> str:
+    """A setting as text.
 
-    >>> told({"learning_rate": 0.003, "n_embd": 64})
+    >>> describe({"learning_rate": 0.003, "n_embd": 64})
     'learning_rate 0.003, n_embd 64'
     """
     return ", ".join(
@@ -98,43 +98,43 @@ def told(setting: dict[str, Any]) -> str:
 
 def _checked(config: Config, setting: dict[str, Any]) -> Config:
     try:
-        return configs.check(configs.from_tree(configs.to_tree(config)), new=True)  # a list has any values
+        return configs.check(configs.from_tree(configs.to_tree(config)), new=True)  # check types too
     except ConfigError as error:
-        raise ConfigError(f"with {told(setting)}: {error}" if setting else str(error)) from error
+        raise ConfigError(f"with {describe(setting)}: {error}" if setting else str(error)) from error
 
 
 def _kinds() -> dict[str, Any]:
-    """The type of every setting but those of the data and the vocabulary, which is the text's (losses on different
-    texts cannot be compared), and those of checkpoints and estimates, of which a sweep makes none."""
+    """The type of every setting, without those of the data and vocabulary (losses on different texts cannot be
+    compared), and of checkpoints and loss estimates, which a sweep does not make."""
     sections = [field.type for field in dataclasses.fields(Config) if field.name != "data"]
     kinds = {name: kind for section in sections for name, kind in typing.get_type_hints(section).items()}
-    kinds["min_learning_rate"] = float  # None is its default alone
+    kinds["min_learning_rate"] = float  # None is only its default
     for name in ("vocab_size", "eval_batches", "keep", "keep_every", "on_save_error"):
         del kinds[name]
     return kinds
 
 
-def _read(text: str, kind: Any, said: str) -> Any:
+def _read(text: str, kind: Any, value: str) -> Any:
     if kind is bool:
-        if said.lower() in ("true", "false"):
-            return said.lower() == "true"
-        raise UsageError(f"--set {text}: expected true or false, found {said!r}")
+        if value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        raise UsageError(f"--set {text}: expected true or false, found {value!r}")
     if kind not in (int, float):
-        return said  # one of a few words, checked with the whole config
+        return value  # a Literal, checked with the whole config
     try:
-        return kind(said)
+        return kind(value)
     except ValueError:
-        raise UsageError(f"--set {text}: expected a number ({kind.__name__}), found {said!r}") from None
+        raise UsageError(f"--set {text}: expected a number ({kind.__name__}), found {value!r}") from None
 
 
-def _range(text: str, said: str, kind: Any) -> tuple[Any, ...]:
-    parts = said.split(":")
+def _range(text: str, value: str, kind: Any) -> tuple[Any, ...]:
+    parts = value.split(":")
     if kind not in (int, float) or len(parts) != 3:
         raise UsageError(f"--set {text}: expected LOW:HIGH:HOW-MANY of a number, as in lr=3e-4:3e-2:6")
     low, high, n = float(_read(text, kind, parts[0])), float(_read(text, kind, parts[1])), _read(text, int, parts[2])
-    if not 0 <= low < high < math.inf or not 2 <= n <= MOST:
+    if not 0 <= low < high < math.inf or not 2 <= n <= MAX_MEMBERS:
         raise UsageError(f"--set {text}: expected 0 <= LOW < HIGH and at least 2 values")
     shares = [i / (n - 1) for i in range(n)]
     between = [low * (high / low) ** share if low else high * share for share in shares[1:-1]]
-    short = [float(f"{x:.4g}") for x in between]  # as a person would write it
+    short = [float(f"{x:.4g}") for x in between]
     return tuple(kind(round(x) if kind is int else x) for x in [low, *short, high])

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from jaxgpt.display import plots
 from jaxgpt.display.plots import COLOURS, MARKERS, QUIET, plain
-from jaxgpt.sweep.compare import Outcome
-from jaxgpt.sweep.grid import told
+from jaxgpt.sweep.grid import describe
+from jaxgpt.sweep.results import Outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +70,7 @@ def curves(found: Sequence[Outcome], path: Path) -> None:
             marker=marker,
             markersize=4,
             color=colour,
-            label=told(outcome.setting) or "as it is",
+            label=describe(outcome.setting) or "as it is",
             linewidth=1.6,
         )
         low = [mean - error for mean, error in zip(means, errors, strict=True)]
@@ -81,7 +81,7 @@ def curves(found: Sequence[Outcome], path: Path) -> None:
     axes.set_ylabel(LABEL, color=QUIET)
     axes.set_xlabel(f"step{over}", color=QUIET)
     plain(axes)
-    if len(shown) > 1 or told(shown[0].setting):
+    if len(shown) > 1 or describe(shown[0].setting):
         title = f"the {len(shown)} best of {len(found)}" if len(found) > len(shown) else None
         figure.legend(title=title, loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=QUIET)
     plots.save(figure, path)
@@ -94,7 +94,7 @@ def _panel(axes: "Axes", found: Sequence[Outcome], name: str) -> None:
     lines: dict[str, list[Outcome]] = {}
     for outcome in found:
         others = {other: value for other, value in outcome.setting.items() if other != name}
-        lines.setdefault(told(others), []).append(outcome)
+        lines.setdefault(describe(others), []).append(outcome)
     if len(lines) > len(COLOURS):
         axes.plot(
             [place[o.setting[name]] for o in found], [o.mean for o in found], "o", color="#b0b0b0", markersize=3.5

@@ -30,12 +30,12 @@ from jaxgpt.sweep.chunks import Chunk, fewer_would_fit, program_of, setting, spl
 from jaxgpt.train import due
 
 SCORED_BY_A_CORE = 2048
-"""Tokens in a batch of an evaluation on a CPU: few enough to stay in the caches of a core."""
+"""Tokens per batch of an evaluation on a CPU: they fit in the caches of a core."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The members of a chunk have done `step` of `steps`; their newest losses."""
+    """The members of a chunk after `step` of `steps`, with their newest losses."""
 
     members: tuple[int, ...]
     step: int
@@ -50,12 +50,11 @@ class Scored:
     member: int
     step: int
     evaluation: Evaluation | None
-    """Over the whole validation split; None where it has diverged."""
+    """Over the whole validation split; None if it diverged."""
     train_loss: float | None
     """The mean of its last scan_steps steps, in nats per token; None before the first."""
     done: bool
-    """Whether it has come to its end: to its last step, or to the end of the patience (max_skipped) that a run has
-    with steps without a finite loss."""
+    """Whether it ended: at its last step, or after max_skipped steps in a row without a finite loss."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +136,14 @@ def run(
     at_once: int = 0,
     finished: frozenset[int] = frozenset(),
 ) -> Iterator[Progress | list[Scored]]:
-    """Train every config that is not `finished`, chunk by chunk; what is told of them as it comes.
+    """Train every config that is not `finished`, chunk by chunk; yields progress and scores.
 
-    A member is scored when a run of its config would be (eval_every, eval_start). No nanoGPT-style estimates are made,
-    and no weights are kept.
+    Members are evaluated when runs of their configs would be (eval_every, eval_start). There are no random-batch
+    estimates (eval_batches), and no weights are kept.
 
     Args:
-      configs: complete, as `runs.resolve` gives them, of one corpus.
-      devices: over which members are split.
+      configs: completed by `runs.resolve`, of one corpus.
+      devices: to split the members over.
     """
     programs: dict[Any, Program] = {}
     for chunk in split(configs, len(devices), at_once, finished):
@@ -156,7 +155,7 @@ def run(
 def train(
     program: Program, chunk: Chunk, configs: Sequence[Config], corpus: Corpus
 ) -> Iterator[Progress | list[Scored]]:
-    """Train the members of one chunk to their ends.
+    """Train the members of one chunk.
 
     Raises:
       OutOfMemoryError: the compiled step does not fit.
@@ -172,7 +171,7 @@ def train(
     on_device = jax.device_put(np.asarray(train_tokens), program.everywhere) if whole else None
 
     def feed(begin: int, end: int) -> tuple[jax.Array | None, jax.Array]:
-        """The tokens on the devices and the windows of these steps, as `train_steps` takes them, M of them."""
+        """The tokens on the devices, and the windows (M, K, ...) of these steps, as `train_steps` takes them."""
         starts = np.stack([chunk_starts(config, parts, begin, end) for config in filled])
         windows = starts.astype(np.int32) if whole else batches.gather(train_tokens, starts, base.model.block_size)
         return on_device, jax.device_put(windows, program.over_members)
@@ -181,7 +180,7 @@ def train(
         scores = evaluate(program, state.params, corpus, val_tokens, chunk.size)
         return watch.scored(members, step, scores, step == steps)
 
-    if not chunk.names:  # one member, or none that differ: the map still wants its length
+    if not chunk.names:  # one member, or equal ones: the map still needs an axis
         values = {"seed": jax.device_put(_column(filled, "seed"), program.over_members)}
     with ThreadPoolExecutor(1, "compile") as background:
         tokens, first = feed(*next(chunks(base, 0)))
@@ -202,12 +201,12 @@ def train(
         if due(base, end):
             watch.flush()
             yield score(state, end)
-            if all(watch.ended):
+            if watch.ended.all():
                 return
 
 
 def evaluate(program: Program, params: Any, corpus: Corpus, tokens: batches.Ids, M: int) -> list[Evaluation]:
-    """The loss of each of M members over the whole of `tokens`, as `training.evaluate.evaluate`."""
+    """The loss of each of M members over the whole of `tokens`, as `evaluation.evaluate`."""
     model = program.base.model
     starts, skip = batches.windows(len(tokens), model.block_size)
     B, side_by_side = None, -(-M // len(program.devices))
@@ -221,36 +220,34 @@ def evaluate(program: Program, params: Any, corpus: Corpus, tokens: batches.Ids,
 
 
 class Watch:
-    """The losses of the members of a chunk, read one scan late, and which of them have diverged."""
+    """The losses of the members of a chunk, read one scan late, and which of them diverged."""
 
     def __init__(self, base: Config, n: int):
         self._patience, self._n = base.train.max_skipped, n
         self._unread: Metrics | None = None
         self._skipped = np.zeros(n, int)
-        self.ended = [False] * n
+        self.ended = np.zeros(n, bool)
         self._over = set[int]()
         self._means: list[float | None] = [None] * n
 
     def trained(self, metrics: Metrics) -> None:
-        """Note metrics (M, K) that the devices may still be working on."""
+        """Keep metrics (M, K) that the devices may still be computing."""
         self._unread = metrics
 
     def flush(self) -> list[float]:
-        """The newest loss of each member, waiting for it if need be; an empty list if there is nothing new."""
+        """The newest loss of each member, which may wait for the devices; an empty list if there are no new ones."""
         if self._unread is None:
             return []
         metrics, self._unread = jax.device_get(self._unread), None
         losses, applied = metrics.loss[: self._n], metrics.applied[: self._n]
         for one in applied.T:
             self._skipped = np.where(one, 0, self._skipped + 1)
-            self.ended = [
-                ended or bool(n >= self._patience) for ended, n in zip(self.ended, self._skipped, strict=True)
-            ]
+            self.ended |= self._skipped >= self._patience
         self._means = [float(x) for x in losses.mean(axis=1, dtype=np.float64)]
         return [float(x) for x in losses[:, -1]]
 
     def scored(self, members: Sequence[int], step: int, scores: Sequence[Evaluation], last: bool) -> list[Scored]:
-        """What is told of the members after `step` steps; those that have diverged are told of once."""
+        """The scores of the members after `step` steps; members that ended by divergence are scored once."""
         found = []
         for i, member in enumerate(members):
             if i in self._over:
@@ -260,10 +257,10 @@ class Watch:
             mean = mean if mean is not None and math.isfinite(mean) else None
             if self.ended[i]:
                 self._over.add(i)
-            found.append(Scored(member, step, None if lost else scores[i], mean, last or self.ended[i]))
+            found.append(Scored(member, step, None if lost else scores[i], mean, bool(last or self.ended[i])))
         return found
 
 
 def _column(configs: Sequence[Config], name: str) -> NDArray[Any]:
-    """A mapped setting of M members, (M,)."""
+    """A mapped setting of M members: (M,)."""
     return np.array([setting(config, name) for config in configs], np.uint32 if name == "seed" else np.float32)

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: a live table on a terminal, plain lines elsewhere, and the best in the end."""
+"""A sweep on a terminal: a live table or plain lines, and the best setting at the end."""
 
 import math
 import time
@@ -13,31 +13,30 @@ from rich.table import Table
 from jaxgpt import cost
 from jaxgpt.config import Config
 from jaxgpt.monitor.terminal import PLAIN_SECONDS, RunConsole, duration
-from jaxgpt.sweep.compare import LEVEL, Outcome, difference, outcomes
-from jaxgpt.sweep.grid import Member, told
+from jaxgpt.sweep.grid import Member, describe
 from jaxgpt.sweep.program import Progress
+from jaxgpt.sweep.results import LEVEL, Outcome, difference, outcomes
 
 ROWS = 24
-"""Settings in a table, the best ones; a live one of more would not stay on the screen."""
+"""Settings in a table, at most, so that a live one fits on the screen."""
 
 
 class SweepDisplay:
-    """Shows a sweep as it goes; use it as a context manager."""
+    """Shows the progress of a sweep; a context manager."""
 
     def __init__(self, console: RunConsole, members: Sequence[Member], lines: Sequence[dict[str, Any]]):
-        """`lines`: the results so far, a list that grows."""
+        """`lines`: the results so far, a list that the sweep appends to."""
         self._console, self._members, self._lines = console, members, lines
-        self._began, self._printed = time.monotonic(), time.monotonic()
-        self._costs = [flops_of_a_step(member.config) for member in members]
-        self._all = sum(map(self._cost, range(len(members))))
-        self._before = sum(self._cost(line["member"]) for line in lines if line["done"])
-        self._ended, self._over, self._at, self._now = set[int](), 0, 0, "compiling"
+        self._began = self._printed = time.monotonic()
+        self._flops = [flops_of_a_step(member.config) * member.config.train.steps for member in members]
+        self._before = sum(self._flops[i] for i in self._ended())
+        self._running: Progress | None = None
         self._live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> "SweepDisplay":
         if self._live:
             self._live.start()
-            self._live.update(self._table())
+            self._live.update(self._table("compiling"))
         return self
 
     def __exit__(
@@ -46,74 +45,58 @@ class SweepDisplay:
         if self._live:
             self._live.stop()
         if kind is KeyboardInterrupt:
-            done = sum(line["done"] for line in self._lines)
             self._console.print(
-                f"{done} of {len(self._members)} members are done, and kept; the same command again trains the others, "
-                "those that were under way from their start"
+                f"{len(self._ended())} of {len(self._members)} members are done and kept; the same command again "
+                "trains the others, unfinished ones from their start"
             )
 
     def __call__(self, event: Progress | list[dict[str, Any]]) -> None:
+        """Show progress, or new lines of results."""
+        now = time.monotonic()
         if isinstance(event, Progress):
-            self._progress(event)
+            self._running = event
+            finite = [loss for loss in event.losses if math.isfinite(loss)]
+            losses = f"losses {min(finite):.3f} to {max(finite):.3f}" if finite else "no finite loss"
+            n, at = len(event.members), f"step {event.step:,} of {event.steps:,}, {losses}{self.left()}"
         else:
-            self._scored(event)
-
-    def _progress(self, event: Progress) -> None:
-        self._at = event.step * sum(self._costs[i] for i in event.members if i not in self._ended)
-        finite = [loss for loss in event.losses if math.isfinite(loss)]
-        losses = f"losses {min(finite):.3f} to {max(finite):.3f}" if finite else "no loss is a number"
-        which = self._which(event.members)
-        self._now = f"{which}: step {event.step:,} of {event.steps:,}, {losses}{self._left()}"
-        self._show()
-
-    def _scored(self, new: Sequence[dict[str, Any]]) -> None:
-        for line in new:
-            if line["done"]:
-                self._ended.add(line["member"])
-                self._over += self._cost(line["member"])
-                self._at = 0
-        self._show(at_once=True)
-        if not self._live:
-            losses = [line["val_loss"] for line in new if line["val_loss"] is not None]
-            lost = len(new) - len(losses)
-            low = f"validation losses {min(losses):.4f} to {max(losses):.4f}" if losses else ""
-            told_of = f"{low}{f', {lost} diverged' if lost else ''}".lstrip(", ")
-            self._console.print(f"{self._which([line['member'] for line in new])}: step {new[0]['step']:,}, {told_of}")
-            self._printed = time.monotonic()
-
-    def _which(self, members: Sequence[int]) -> str:
-        return f"{len(members)} of {len(self._members)} members"
-
-    def _cost(self, member: int) -> int:
-        """Operations of all its steps."""
-        return self._costs[member] * self._members[member].config.train.steps
-
-    def _left(self) -> str:
-        done = self._over + self._at
-        seconds = (time.monotonic() - self._began) * (self._all - self._before - done) / done if done else 0
-        return f", {duration(seconds)} left" if done else ""
-
-    def _show(self, at_once: bool = False) -> None:
+            finite = [line["val_loss"] for line in event if line["val_loss"] is not None]
+            found = [f"validation losses {min(finite):.4f} to {max(finite):.4f}"] if finite else []
+            found += [f"{len(event) - len(finite)} diverged"] if len(finite) < len(event) else []
+            n, at = len(event), f"step {event[0]['step']:,}, {', '.join(found)}"
+        text = f"{n} of {len(self._members)} members: {at}"
         if self._live:
-            self._live.update(self._table())
-        elif not at_once and time.monotonic() - self._printed > PLAIN_SECONDS:
-            self._console.print(self._now)
-            self._printed = time.monotonic()
+            self._live.update(self._table(text))
+        elif not isinstance(event, Progress) or now - self._printed > PLAIN_SECONDS:
+            self._console.print(text)
+            self._printed = now
 
-    def _table(self) -> Table:
+    def left(self) -> str:
+        """The time left, by the FLOPs done and left."""
+        ended, event = self._ended(), self._running
+        done = sum(self._flops[i] for i in ended) - self._before
+        if event:
+            done += sum(self._flops[i] * event.step // event.steps for i in event.members if i not in ended)
+        if not done:
+            return ""
+        seconds = (time.monotonic() - self._began) * (sum(self._flops) - self._before - done) / done
+        return f", {duration(seconds)} left"
+
+    def _ended(self) -> set[int]:
+        return {line["member"] for line in self._lines if line["done"]}
+
+    def _table(self, caption: str) -> Table:
         shown = table(outcomes(self._lines, so_far=True), self._members)
-        shown.caption = self._now
+        shown.caption = caption
         return shown
 
 
 def flops_of_a_step(config: Config) -> int:
-    """Operations of its products."""
     train = config.train
     return 3 * cost.flops_per_token(config.model) * config.model.block_size * train.batch_size
 
 
 def table(found: Sequence[Outcome], members: Sequence[Member]) -> Table:
-    """A row for each setting that has finished members, best first."""
+    """A row per setting, best first."""
     n_seeds, names = len({member.config.train.seed for member in members}), list(members[0].setting)
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     for name in names or ["setting"]:
@@ -121,40 +104,42 @@ def table(found: Sequence[Outcome], members: Sequence[Member]) -> Table:
     for name in ("seeds", "step", "validation loss", "± s.e.", "diverged"):
         shown.add_column(name, justify="right", no_wrap=True)
     for outcome in found[:ROWS]:
-        values = [_cell(outcome.setting[name]) for name in names] or ["as it is"]
+        values = [_cell(outcome.setting[name]) for name in names] or ["the only one"]
         mean = "-" if math.isnan(outcome.mean) else f"{outcome.mean:.4f}"
         error = "-" if math.isnan(outcome.standard_error) else f"{outcome.standard_error:.4f}"
         step = f"{outcome.curve[-1][0]:,}" if outcome.curve else "-"
         shown.add_row(*values, f"{len(outcome.losses)}/{n_seeds}", step, mean, error, str(outcome.diverged or ""))
     if len(found) > ROWS:
-        shown.caption = f"and {len(found) - ROWS} settings more"
+        shown.caption = f"and {len(found) - ROWS} more settings"
     return shown
 
 
 def verdict(found: Sequence[Outcome]) -> str:
-    """The best setting, and how far the next one is behind it, with an interval that allows for the choice."""
+    """The best setting, and the difference to the next with an interval corrected for the choice of the best."""
     best, k = found[0], len(found)
     if math.isnan(best.mean):
-        return "every setting has diverged with a seed or more: try smaller learning rates"
+        return "every setting diverged with at least one seed: try smaller learning rates"
     error = "" if math.isnan(best.standard_error) else f" ± {best.standard_error:.4f}"
     n = len(best.losses)
     seeds = f"the mean of {n} seeds" if n > 1 else "one seed"
-    said = f"best: {told(best.setting) or 'the only setting'}: {best.mean:.4f}{error} nats/token, {seeds}"
+    text = f"best: {describe(best.setting) or 'the only setting'}: {best.mean:.4f}{error} nats/token, {seeds}"
     if k < 2:
-        return said
+        return text
     after = found[1]
     if after.diverged:
-        return f"{said}; the next, {told(after.setting)}, diverged with {after.diverged} of {len(after.losses)} seeds"
+        return (
+            f"{text}; the next, {describe(after.setting)}, diverged with {after.diverged} of {len(after.losses)} seeds"
+        )
     paired = difference(best, after, k)
-    said += f"; the next, {told(after.setting)}, is {paired.mean:.4f} higher"
+    text += f"; the next, {describe(after.setting)}, is {paired.mean:.4f} higher"
     if paired.interval is None:
-        return f"{said}; one seed gives no interval, so nothing shows that it is worse: --seeds 4"
+        return f"{text}; one seed gives no interval and does not show that it is worse: --seeds 4"
     low, high = paired.interval
     how = f"Student's t, {paired.n} seeds paired"
     if k > 2:
-        how += f", Bonferroni over the {math.comb(k, 2)} pairs of {k} settings, from which the best was chosen"
-    said += f" ({LEVEL:.0%} interval {low:.4f} to {high:.4f}: {how})"
-    return said if low > 0 else f"{said}; 0 is within it: these seeds do not show that it is worse, more --seeds may"
+        how += f", Bonferroni over the {math.comb(k, 2)} pairs of {k} settings"
+    text += f" ({LEVEL:.0%} interval {low:.4f} to {high:.4f}: {how})"
+    return text if low > 0 else f"{text}; 0 is within it: these seeds do not show that it is worse, more --seeds may"
 
 
 def _cell(value: Any) -> str:

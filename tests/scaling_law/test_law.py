@@ -20,15 +20,15 @@ def test_without_noise_it_is_exact():
     assert found.error < 1e-9
 
 
-def test_a_coefficient_that_the_runs_do_not_tell_is_named():
+def test_a_coefficient_that_the_runs_do_not_determine_is_named():
     free = TRUE._replace(E=1e-6)
     assert fit(N, D, free.loss(N, D), resamples=1).bounded == ("E",)
     assert fit(N, D, TRUE.loss(N, D), resamples=1).bounded == ()
-    told = list(laws.lines(fit(N, D, free.loss(N, D), resamples=2), list(zip(N, D, N, strict=True)), [1e12, 1e15]))
-    assert "  E is at its bound: these runs do not tell what it would be" in told
-    assert told[-2].startswith("  1e+12")
-    assert "beyond" not in told[-2]
-    assert told[-1].endswith(", a guess beyond these runs")
+    lines = list(laws.lines(fit(N, D, free.loss(N, D), resamples=2), list(zip(N, D, N, strict=True)), [1e12, 1e15]))
+    assert "  E is at its bound: these runs do not determine it" in lines
+    assert lines[-2].startswith("  1e+12")
+    assert "extrapolated" not in lines[-2]
+    assert lines[-1].endswith(", extrapolated")
 
 
 def test_with_noise_it_is_inside_the_intervals():

@@ -25,7 +25,7 @@ def test_members_of_one_shape_are_one_program(base):
     assert set(chunk.names) == {"seed", "learning_rate", "min_learning_rate", "warmup_steps"}
     wider = [replaced(config, n_embd=32) for config in few]
     assert [each.members for each in split([*few, *wider], 4)] == [tuple(range(8)), tuple(range(8, 16))]
-    # What a 0 switches off is no number: another program.
+    # A 0 that switches something off makes another program.
     off = [replaced(base, dropout=rate) for rate in (0.0, 0.1, 0.2)]
     assert [(each.members, each.names) for each in split(off, 4)] == [((0,), ()), ((1, 2), ("dropout",))]
 

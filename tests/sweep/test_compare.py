@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxgpt.sweep.compare import Difference, difference, outcomes
+from jaxgpt.sweep.results import Difference, difference, outcomes
 from jaxgpt.sweep.view import verdict
 
 
@@ -72,14 +72,14 @@ def test_the_choice_of_the_best_is_allowed_for():
         ([(2.0, 2.2), (2.1, 2.5)], "0.2000 higher (95% interval -1.0706 to 1.4706: Student's t, 2 seeds paired); 0 is"),
         (
             [(2.0, 2.2), (2.1, 2.5), (3.0, 3.0)],
-            "Bonferroni over the 3 pairs of 3 settings, from which the best",
+            "Bonferroni over the 3 pairs of 3 settings",
         ),
         (
             [(2.0,), (2.1,)],
-            "is 0.1000 higher; one seed gives no interval, so nothing shows that it is worse: --seeds 4",
+            "is 0.1000 higher; one seed gives no interval and does not show that it is worse: --seeds 4",
         ),
         ([(2.0, 2.2), (1.0, None)], "; the next, learning_rate 1, diverged with 1 of 2 seeds"),
-        ([(2.0, None), (None, 1.0)], "every setting has diverged with a seed or more"),
+        ([(2.0, None), (None, 1.0)], "every setting diverged with at least one seed"),
     ],
 )
 def test_the_verdict_claims_no_more_than_the_seeds_show(losses, said):

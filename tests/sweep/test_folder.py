@@ -10,7 +10,8 @@ from jaxgpt.cli import run_verb
 from jaxgpt.recipes import recipe
 from jaxgpt.run import Run
 from jaxgpt.scaling_law import family, law
-from jaxgpt.sweep.folder import SweepFolder
+from jaxgpt.scaling_law.cli import ScalingFit
+from jaxgpt.sweep.results import SweepFolder
 
 TRUE = law.Law(E=1.1, A=40.0, B=60.0, a=0.42, b=0.31)
 
@@ -50,7 +51,7 @@ def test_a_sweep_that_is_cut_off_goes_on_to_the_same_results(sweep, tmp_path, mo
 
     monkeypatch.setattr(SweepFolder, "add", cut_off)
     assert sweep("cut") == 130
-    assert "2 of 4 members are done, and kept; the same command again trains the others" in capsys.readouterr().out
+    assert "2 of 4 members are done and kept; the same command again trains the others" in capsys.readouterr().out
     monkeypatch.setattr(SweepFolder, "add", lambda *given: calls.append([0]) or add(*given))
     assert len((tmp_path / "sweeps/cut/results.jsonl").read_bytes().splitlines()) == 10
     assert sweep("cut") == 0
@@ -63,8 +64,8 @@ def test_a_sweep_that_is_cut_off_goes_on_to_the_same_results(sweep, tmp_path, mo
     # Other settings are refused, and what is there stays.
     assert sweep("cut", "--lr", "1e-3,1e-2", "--beta2", "0.9") == 2
     said = capsys.readouterr().err
-    assert "values.learning_rate: [0.001, 0.1] there, [0.001, 0.01] asked for" in said
-    assert "config.optimizer.beta2: 0.99 there, 0.9 asked for" in said
+    assert "values.learning_rate: [0.001, 0.1] there, [0.001, 0.01] given" in said
+    assert "config.optimizer.beta2: 0.99 there, 0.9 given" in said
     assert (tmp_path / "sweeps/cut/results.jsonl").read_bytes() == whole
 
     # The best is a recipe, and its run comes to what its member came to.
@@ -78,12 +79,12 @@ def test_a_sweep_that_is_cut_off_goes_on_to_the_same_results(sweep, tmp_path, mo
         assert (best.parent / plot).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_damaged_result_is_told_of(sweep, tmp_path, capsys):
+def test_a_damaged_result_is_reported(sweep, tmp_path, capsys):
     assert sweep("hurt", "--lr", "1e-1", "--steps", "10") == 0
     for text in ("{}\n", "null\n", "{"):
         (tmp_path / "sweeps/hurt/results.jsonl").write_text(text)
         assert sweep("hurt", "--lr", "1e-1", "--steps", "10") == 2
-        assert "results.jsonl was damaged: " in capsys.readouterr().err
+        assert "results.jsonl is damaged: " in capsys.readouterr().err
 
 
 def test_what_cannot_be_swept_leaves_nothing(sweep, tmp_path, capsys):
@@ -107,7 +108,7 @@ def test_what_cannot_be_swept_leaves_nothing(sweep, tmp_path, capsys):
     (tmp_path / "sweeps/bad").mkdir(parents=True)
     (tmp_path / "sweeps/bad/mine.txt").write_text("")
     assert sweep("bad") == 2
-    assert "exists and is no sweep" in capsys.readouterr().err
+    assert "exists but is not a sweep" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "sweeps/bad").iterdir()] == ["mine.txt"]
 
 
@@ -120,13 +121,13 @@ def test_a_sweep_without_matplotlib_is_whole_and_says_what_is_missing(sweep, tmp
 
 def test_nothing_is_recommended_where_all_has_diverged(sweep, tmp_path, capsys):
     assert sweep("lost", "--lr", "1e38", "--weight-decay", "1", "--steps", "10") == 0
-    assert "every setting has diverged" in capsys.readouterr().out
+    assert "every setting diverged" in capsys.readouterr().out
     assert not (tmp_path / "sweeps/lost/best.json").exists()
 
 
 def test_the_family_spans_its_sizes_and_its_amounts():
     base = configs.replaced(family.BASE, vocab_size=103)
-    sizes = [family.Size(*shape) for shape in family.SHAPES]
+    sizes = [family.parse_size(text) for text in ScalingFit().sizes]
     members = family.family(base, sizes, (125_000, 250_000, 500_000, 1_000_000))
     counts = sorted({family.parameters(member.config) for member in members})
     assert 5_000 < counts[0] < 12_000
@@ -135,7 +136,7 @@ def test_the_family_spans_its_sizes_and_its_amounts():
         assert family.tokens_seen(member.config) == pytest.approx(asked, rel=0.05)
         assert member.config.optimizer.decay_steps == member.config.train.steps
     with pytest.raises(configs.UsageError, match="LAYERSxCHANNELS"):
-        family.Size.parse("4x100")
+        family.parse_size("4x100")
 
 
 def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeypatch, capsys):
@@ -152,7 +153,7 @@ def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeyp
     N, D = TRUE.optimum(1e13)
     assert f"{N:,.0f} parameters" in out
     assert f"{D:,.0f} tokens" in out
-    assert "1 of 24 runs have diverged" in out
+    assert "1 of 24 runs diverged" in out
     found = json.loads((tmp_path / "sweeps/scaling/law.json").read_text())
     assert law.Law(**found["law"]) == pytest.approx(TRUE, rel=1e-5)
     assert (tmp_path / "sweeps/scaling/law.png").read_bytes().startswith(b"\x89PNG")

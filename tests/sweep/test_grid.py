@@ -65,7 +65,7 @@ def test_a_combination_that_cannot_run_is_named():
         grid.members(Config(), [grid.parse("n_embd=64,66"), grid.parse("n_head=2,4")], 1)
     with pytest.raises(ConfigError, match=r"with schedule up: .*cosine, linear, constant"):
         grid.members(Config(), [grid.parse("schedule=linear,up")], 1)
-    with pytest.raises(UsageError, match="two lists"):
+    with pytest.raises(UsageError, match="given twice"):
         grid.members(Config(), [grid.parse("lr=1,2"), grid.parse("lr=3,4")], 1)
     with pytest.raises(UsageError, match="--seeds is 0"):
         grid.members(Config(), [], 0)

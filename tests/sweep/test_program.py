@@ -51,7 +51,7 @@ def configs(runs):
 
 @pytest.fixture(scope="module")
 def swept(configs, runs):
-    """The scores of the four, and of a fifth that comes to no number, by member; a sixth only fills a device up."""
+    """The scores of the four, and of a fifth that diverges, by member; a sixth is padding."""
     events = list(sweep.run(configs, runs[1], jax.devices()[:2]))
     scores = [score for each in events if isinstance(each, list) for score in each]
     return [[score for score in scores if score.member == i] for i in range(len(configs))]
@@ -81,12 +81,12 @@ def test_each_member_is_the_run_of_its_config(runs, swept):
     assert apart > 100 * BOUND, "the bound means nothing where all learn the same"
 
 
-def test_a_member_that_comes_to_no_number_is_told_of(swept):
+def test_a_member_that_diverges_is_reported(swept):
     first, second = swept[-1]
     assert first.evaluation
     assert second.evaluation is None
     assert second.done
-    assert second.step == 10, "after max_skipped steps, told at the next score"
+    assert second.step == 10, "after max_skipped steps, reported at the next score"
 
 
 def test_side_by_side_is_one_after_another(configs, runs, swept, monkeypatch):

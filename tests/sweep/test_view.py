@@ -1,4 +1,4 @@
-"""What is told of a sweep while it goes."""
+"""The display of a sweep."""
 
 from jaxgpt.monitor.terminal import RunConsole, duration
 from jaxgpt.sweep import view as sweeps
@@ -11,11 +11,13 @@ def test_the_time_left_is_that_of_the_work_left(tiny, change, monkeypatch):
     monkeypatch.setattr(sweeps.time, "monotonic", lambda: now[0])
     small, large = (Member(change(tiny, steps=1000, n_layer=n), {}) for n in (1, 4))
     costs = [sweeps.flops_of_a_step(member.config) for member in (small, large)]
-    shown = sweeps.SweepDisplay(RunConsole(), [small, small, large], [])
+    lines = []
+    shown = sweeps.SweepDisplay(RunConsole(), [small, small, large], lines)
     now[0] += 60
     shown(Progress((0, 1), 500, 1000, [3.0, 3.0]))
-    assert shown._left() == f", {duration(60 + 60 * costs[1] / costs[0])} left"
-    # One comes to no number and ends; its steps to come are not done twice.
-    shown([{"member": 1, "step": 500, "val_loss": None, "done": True}])
+    assert shown.left() == f", {duration(60 + 60 * costs[1] / costs[0])} left"
+    # One diverges and ends; its remaining steps are not counted again.
+    lines.append({"member": 1, "step": 500, "val_loss": None, "done": True})
+    shown(lines)
     shown(Progress((0, 1), 1000, 1000, [3.0, 3.0]))
-    assert shown._left() == f", {duration(60 * costs[1] / costs[0] / 2)} left"
+    assert shown.left() == f", {duration(60 * costs[1] / costs[0] / 2)} left"
