@@ -1,4 +1,4 @@
-"""`jaxgpt verify-resume`: that a kill costs nothing, shown."""
+"""`jaxgpt verify-resume`: kill and resume a run, and compare it with one that was not killed."""
 
 import shutil
 import signal
@@ -16,9 +16,9 @@ from jaxgpt.recipes import recipe
 class Verify:
     config: Config
     kills: int = 5
-    """How often to kill the second run; only kills count after which it resumes and computes steps again."""
+    """How often to kill the second run; a kill counts if the run then computes steps again."""
     kill_seed: int = 0
-    """Fixes the steps at which it is killed; the moments in them are left to chance."""
+    """Fixes the steps at which it is killed, though not the moments within them."""
     data_dir: DataDir = Path("data")
 
 
@@ -28,14 +28,14 @@ def run(args: list[str]) -> int:
     name, args = take_recipe(Verify, args, "which recipe? jaxgpt verify-resume gpt-demo")
     default = Verify(scaled_down(recipe(name).config))
     about = (
-        f"Train the first steps of {name} twice, once in one process and once in one that is killed (SIGKILL) at "
+        f"Train the first steps of {name} twice, in one process and in processes that are killed (SIGKILL) at "
         "random moments and resumed, and compare every line and every bit. Any setting of the recipe can be given. "
-        "(On a GPU the two may differ where attention is cuDNN's and contexts are longer than 256: not repeatable.)"
+        "(On a GPU, cuDNN attention is not repeatable for contexts longer than 256: the runs may differ.)"
     )
     given = parse(Verify, args, f"verify-resume {name}", about, default=default)
     if given.kills < 1:
         raise UsageError(f"kills is {given.kills}, expected 1 or more")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was begun is cleaned up
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the folder is removed
     folder = Path(tempfile.mkdtemp(prefix="jaxgpt-verify-"))
     try:
         verdict = verify_resume(given.config, folder, given.data_dir, given.kills, given.kill_seed, print)
@@ -48,13 +48,13 @@ def run(args: list[str]) -> int:
     shutil.rmtree(folder)
     if len(verdict.kills) < given.kills:
         print(
-            f"NOT SHOWN: {len(verdict.kills)} of {given.kills} kills made the run compute steps again before it ended; "
-            "fewer --kills, more --steps, or an --eval-every of several --scan-steps leave more room for them"
+            f"NOT SHOWN: only {len(verdict.kills)} of {given.kills} kills made the run compute steps again; try fewer "
+            "--kills, more --steps, or an --eval-every of several --scan-steps"
         )
         return 1
     saves = sum(kill.saving for kill in verdict.kills)
     print(
-        f"IDENTICAL after {len(verdict.kills)} kills ({saves} in a save): {verdict.lines:,} lines of metrics, and "
+        f"IDENTICAL after {len(verdict.kills)} kills ({saves} during a save): {verdict.lines:,} lines of metrics, and "
         f"{verdict.arrays} arrays of parameters and optimizer state at each of {verdict.checkpoints} saved steps, "
         "bit for bit"
     )

@@ -1,4 +1,4 @@
-"""Proof that a run which is killed and resumed is the run that was not: with processes that really die."""
+"""Check that a run which is killed and resumed equals one that is not, with processes that are really killed."""
 
 import dataclasses
 import random
@@ -25,57 +25,56 @@ from jaxgpt.step import init_state
 
 @dataclass(frozen=True)
 class Kill:
-    """One SIGKILL of a process that trained."""
+    """A SIGKILL of a training process."""
 
     at: int
-    """The last step that this process had written to metrics.jsonl."""
+    """The last step in metrics.jsonl."""
     back_to: int
-    """The step of the checkpoint that the next process resumes from; 0 if there is none."""
+    """The checkpoint that the next process resumes from; 0 if there is none."""
     saving: bool
-    """Whether a save was under way."""
+    """Whether a save was in progress."""
 
     @property
     def counts(self) -> bool:
-        """Whether there was something to prove: a checkpoint to resume from, and steps beyond it to compute again."""
+        """Whether there is a checkpoint to resume from, and steps after it to compute again."""
         return 0 < self.back_to < self.at
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the two runs compare."""
+    """The comparison of the two runs."""
 
     kills: list[Kill]
     """Those that count."""
     lines: int
     """Of metrics.jsonl in each run."""
     checkpoints: int
-    """Steps saved in both runs, each of whose arrays was compared."""
+    """Steps saved in both runs, whose arrays were compared."""
     arrays: int
     difference: str | None
-    """The first thing that differs, None if every bit is the same."""
+    """The first difference; None if every bit is equal."""
 
 
 def scaled_down(config: Config) -> Config:
-    """The first six scans of `config`, saved and scored after every second one, on the schedule of the whole.
-
-    A kill counts only between a line of metrics and the checkpoint that covers it, so not every scan is saved.
-    """
+    """The first six scans of `config` on its whole schedule, saved and evaluated after every second one: a kill counts
+    only between a line of metrics and the next checkpoint."""
     end = config.optimizer.decay_steps or config.train.steps
     scan = max(1, min(config.train.scan_steps, config.train.steps // 6))
     return replaced(config, decay_steps=end, steps=6 * scan, scan_steps=scan, eval_every=2 * scan)
 
 
 def verify_resume(
-    config: Config, folder: Path, data_dir: Path, kills: int, seed: int, tell: Callable[[str], None]
+    config: Config, folder: Path, data_dir: Path, kills: int, seed: int, report: Callable[[str], None]
 ) -> Verdict:
-    """Train `config` in one process, then again in one that is killed at `kills` random moments and resumed; compare.
+    """Train `config` in one process, and again in processes that are killed `kills` times and resumed; compare.
 
-    A kill after which no step is computed again is repeated. If the run ends first, the verdict holds fewer than
-    `kills`.
+    A kill after which no step is computed again does not count and is repeated. If the run ends first, the verdict
+    has fewer than `kills`.
 
     Args:
-      folder: where the two runs are made, "straight" and "killed".
-      seed: of the moments.
+      folder: for the two runs, "straight" and "killed".
+      seed: of the random steps at which processes are killed.
+      report: called with a line of text after each event.
 
     Raises:
       UsageError: the config cannot run, or has no checkpoint before its last step.
@@ -84,8 +83,8 @@ def verify_resume(
     steps, every = check(config).train.steps, config.train.eval_every
     if not 0 < every < steps:
         raise UsageError(
-            f"eval_every is {every}, expected 1 to {steps - 1}, below the {steps} steps: without a checkpoint on the "
-            "way, a killed run starts again from step 0 and a resume is never tested"
+            f"eval_every is {every}, expected 1 to {steps - 1}, below the {steps} steps: without an earlier "
+            "checkpoint, a killed run starts again from step 0 and nothing is resumed"
         )
     straight, killed = (start(config, name, folder, data_dir)[0] for name in ("straight", "killed"))
     with train(straight, data_dir) as process:
@@ -94,7 +93,7 @@ def verify_resume(
         wait_for(steps, straight, process, 1)
         chunk_seconds = (time.perf_counter() - began) * config.train.scan_steps / steps
         process.wait()
-    tell(f"straight: {steps:,} steps")
+    report(f"straight: {steps:,} steps")
     dice, died = random.Random(seed), list[Kill]()
     targets = sorted(dice.choices(range(every + 1, steps + 1), k=kills))
     while (counted := sum(kill.counts for kill in died)) < kills and len(died) < 5 * kills:
@@ -103,78 +102,78 @@ def verify_resume(
             time.sleep(dice.uniform(0, min(1.0, chunk_seconds)))
             process.kill()
             process.wait()
-        if process.returncode == 0:  # it was done before
+        if process.returncode == 0:  # it ended before the kill
             break
         died.append(kill := state_of(killed))
-        tell(
-            f"killed at step {kill.at:,}{', in a save' * kill.saving}; back to step {kill.back_to:,}"
+        report(
+            f"killed at step {kill.at:,}{', during a save' * kill.saving}; back to step {kill.back_to:,}"
             + ("" if kill.counts else ": no step is computed again, this one does not count")
         )
     with train(killed, data_dir) as process:
         process.wait()
-    resumed = zip(died, starts(killed)[1:], strict=False)  # what the run itself recorded has the last word
+    resumed = zip(died, starts(killed)[1:], strict=False)  # the step that the run itself recorded
     proven = [kill for was, step in resumed if (kill := dataclasses.replace(was, back_to=step)).counts]
     return compare(straight, killed, proven)
 
 
 def wait_for(step: int, run: Run, process: "subprocess.Popen[bytes]", number: int) -> None:
-    """Wait until `process`, the `number`-th to train `run`, has computed and recorded a step, and `step` is reached; or
+    """Wait until `process`, the `number`-th to train `run`, has recorded a step of its own and `step` is reached; or
     until it ends."""
     before = written(run)
     while process.poll() is None:
         began = starts(run)
-        # The lines that a killed process left beyond its checkpoint stand there until the next one has dropped them.
+        # Lines after the checkpoint of a killed process remain until the next process removes them.
         if len(began) == number and written(run) != before and last_step(run) >= max(step, began[-1] + 1):
             return
         time.sleep(0.01)
 
 
 def starts(run: Run) -> list[int]:
-    """The step that each process which trained `run` began at."""
+    """The step at which each process that trained `run` began."""
     return [event["step"] for event in run.events() if event["event"] == "start"]
 
 
 def written(run: Run) -> int:
-    """When metrics.jsonl was last changed, in ns; 0 before there is one."""
+    """The modification time of metrics.jsonl in ns; 0 if there is none."""
     return run.metrics_file.stat().st_mtime_ns if run.metrics_file.exists() else 0
 
 
 @contextmanager
 def train(run: Run, data_dir: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that trains `run` from its newest step to its end; it does not outlive the block.
+    """A process that resumes `run`; it is killed at the end of the block.
 
     Raises:
-      RuntimeError: it failed by itself; with what it printed.
+      RuntimeError: it failed by itself; with its output.
     """
     words = ["-m", "jaxgpt", "train", "--run", run.path.name, "--resume", "--runs-dir", str(run.path.parent)]
     command = [sys.executable, *words, "--data-dir", str(data_dir)]
-    with tempfile.TemporaryFile() as said:  # not a pipe, which would fill up unread
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    with tempfile.TemporaryFile() as output:  # not a pipe, which would fill up
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
             yield process
         finally:
             process.kill()
             process.wait()
         if process.returncode > 0:
-            said.seek(0)
-            out = said.read().decode(errors="replace")
-            raise RuntimeError(f"jaxgpt train ended with {process.returncode} by itself:\n{out}")
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+            raise RuntimeError(f"jaxgpt train failed with exit code {process.returncode}:\n{text}")
 
 
 def last_step(run: Run) -> int:
-    """The step of the last whole line of metrics.jsonl, -1 before the first."""
+    """The step of the last whole line of metrics.jsonl; -1 if there is none."""
     lines = run.metrics() if run.metrics_file.exists() else []
     return lines[-1]["step"] if lines else -1
 
 
 def state_of(run: Run) -> Kill:
-    """How a kill left `run`."""
+    """The state of a killed run."""
     saving = any(run.checkpoints.glob(".*.part*"))
     return Kill(max(0, last_step(run)), Checkpoints(run.checkpoints).latest or 0, saving)
 
 
 def compare(a: Run, b: Run, kills: list[Kill] | None = None) -> Verdict:
-    """Whether two runs of one config hold the same lines and, at each step that both have saved, the same bits."""
+    """Compare the metrics of two runs of one config, line by line, and their checkpoints, bit by bit."""
     steps = sorted(set(Checkpoints(a.checkpoints).steps) & set(Checkpoints(b.checkpoints).steps))
     lines = a.metrics_file.read_bytes().splitlines(), b.metrics_file.read_bytes().splitlines()
     like = abstract(jax.eval_shape(init_state, a.config))

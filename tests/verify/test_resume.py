@@ -1,4 +1,4 @@
-"""The proof must see what it is to see: a changed bit, a line lost, a line twice."""
+"""verify-resume finds a changed bit, a lost line, a repeated line."""
 
 import contextlib
 import dataclasses
@@ -98,7 +98,7 @@ def test_a_recipe_killed_and_resumed(jaxgpt, verse):
     flags = [word for name, value in small.items() for word in (f"--{name}", value)]
     done = jaxgpt("verify-resume", "gpt-demo", "--corpus", verse, *flags, "--kills", 3)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"IDENTICAL after 3 kills \(\d in a save\): 306 lines of metrics", done.stdout), done.stdout
+    assert re.search(r"IDENTICAL after 3 kills \(\d during a save\): 306 lines of metrics", done.stdout), done.stdout
     assert done.stdout.count("killed at step") == 3 + done.stdout.count("does not count")
 
 
@@ -164,7 +164,7 @@ FLAGS += " --eval-batches 0 --kills 1 --kill-seed 1"  # which waits for step 13
 @pytest.mark.parametrize(
     ("stops", "code", "said"),
     [
-        ([None, after_the_save, None, None], 1, "NOT SHOWN: 0 of 1 kills"),
+        ([None, after_the_save, None, None], 1, "NOT SHOWN: only 0 of 1 kills"),
         ([None, after_the_save, between_saves, None], 0, "IDENTICAL after 1 kills"),
         ([None, between_saves, None], 0, "IDENTICAL after 1 kills"),
     ],
@@ -201,7 +201,7 @@ def test_what_would_show_nothing_is_refused(flags, said, verse, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_a_run_that_fails_by_itself_is_told(config, tmp_path):
+def test_a_run_that_fails_by_itself_is_reported(config, tmp_path):
     broken = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e38))
     with pytest.raises(RuntimeError, match=r"(?s)ended with 1 by itself.*steps in a row were skipped"):
         verify_resume(broken, tmp_path / "runs", tmp_path / "data", 1, 0, print)
