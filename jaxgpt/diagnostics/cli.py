@@ -24,7 +24,7 @@ class Diagnose:
     batch: int = 32
     """Windows in the batch of curvature, landscape, lens and attention."""
     steps: int = 20
-    """Lanczos steps, each a Hessian-vector product; as many vectors of all parameters are held."""
+    """Lanczos steps, each a Hessian-vector product; the memory is as many times the parameters."""
     probes: int = 8
     """Random vectors that estimate the trace of the Hessian."""
     grid: int = 13

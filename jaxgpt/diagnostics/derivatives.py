@@ -153,11 +153,11 @@ class Lanczos(NamedTuple):
     top: jax.Array  # (P,) the unit eigenvector of the largest
 
 
-def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, steps: int) -> Lanczos:
+def lanczos(matvec: Callable[[jax.Array], jax.Array], start: jax.Array, steps: int) -> Lanczos:
     """The Lanczos iteration with full reorthogonalization (Golub and Van Loan, "Matrix computations", 10.1 to 10.3).
 
     Args:
-      product: (P,) -> (P,), multiplies by the symmetric matrix.
+      matvec: (P,) -> (P,), multiplies by the symmetric matrix.
       start: (P,), not zero.
       steps: K, up to P. K vectors of P floats are held.
     """
@@ -167,7 +167,7 @@ def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, steps: 
     def step(carry: Any, k: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         basis, q, first, size = carry
         basis = basis.at[k].set(q)
-        w = product(q)
+        w = matvec(q)
         along = dot(q, w)
         for _ in range(2):  # twice, because of rounding
             w = w - dot(basis.T, dot(basis, w))
@@ -201,11 +201,11 @@ def spectrum(loss: Loss, params: Any, batch: Any, key: jax.Array, steps: int = 3
     """
     flat, unravel = ravel_pytree(params)
 
-    def product(v: jax.Array) -> jax.Array:
+    def matvec(v: jax.Array) -> jax.Array:
         return ravel_pytree(hvp(loss, params, batch, unravel(v)))[0]
 
     def one(key: jax.Array) -> Lanczos:
-        return lanczos(product, jax.random.normal(key, flat.shape, flat.dtype), steps)
+        return lanczos(matvec, jax.random.normal(key, flat.shape, flat.dtype), steps)
 
     return jax.lax.map(one, jax.random.split(key, probes))
 

@@ -1,4 +1,4 @@
-"""The diagnoses of a run as `jaxgpt diagnose` makes, tells and draws them."""
+"""The diagnoses of a run as `jaxgpt diagnose` makes, prints and draws them."""
 
 import json
 
@@ -22,7 +22,7 @@ HAS = [name for name in DIAGNOSES if name != "attention"]
 
 @pytest.fixture(scope="module")
 def call(tmp_path_factory):
-    """Run a verb in a folder with a run of a bigram, which compiles fast: (exit code, folder)."""
+    """Run a command in a folder with a run of a bigram, which compiles fast: (exit code, folder)."""
     folder = tmp_path_factory.mktemp("diagnose")
     (folder / "text.txt").write_text("the cat sat on the mat\nthat $cat$ has a hat\n" * 20)
     with pytest.MonkeyPatch.context() as patch:
@@ -36,12 +36,12 @@ def call(tmp_path_factory):
         yield run
 
 
-def test_all_of_them_are_told_drawn_and_written_down(call, capsys):
+def test_all_of_them_are_printed_drawn_and_written(call, capsys):
     code, folder = call("diagnose", "one", *LITTLE, "--text", TEXT, "--plots", "new/pics", "--json", "all.json")
     out = capsys.readouterr().out
     assert code == 0
-    told = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert told == HAS
+    printed = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2] != " "]
+    assert printed == HAS
     drawn = {path.stem: path.read_bytes() for path in (folder / "new/pics").iterdir()}
     assert set(drawn) == set(HAS)
     for picture in drawn.values():
@@ -62,7 +62,7 @@ def test_all_of_them_are_told_drawn_and_written_down(call, capsys):
     assert {name: written[name] for name in again} == again, "the same numbers, alone or among others"
 
 
-def test_attention_is_told_and_drawn(tmp_path, tiny):
+def test_attention_is_printed_and_drawn(tmp_path, tiny):
     tokens, tokenizer = np.arange(40) % 13, CharTokenizer("abcdefghijklm")
     params = jax.jit(lambda key: nn.init_params(tiny.model, key))(jax.random.key(0))
     subject = Subject(tiny, params, tokens, tokens, tokens[:20])

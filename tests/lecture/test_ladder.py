@@ -230,7 +230,7 @@ FEW = ("uniform", "bigram counts", "bigram", "averaging", "feed-forward", "dropo
 
 @pytest.fixture
 def lecture(tmp_path, monkeypatch, capsys):
-    """Run the verb on rungs small enough for a test: (exit code, stdout, stderr)."""
+    """Run the command on rungs small enough for a test: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(ladder, "RUNGS", tuple(small(name) for name in FEW))
@@ -243,21 +243,21 @@ def lecture(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_verb_climbs_and_draws_and_writes(lecture, verse, tmp_path):
+def test_the_command_climbs_and_draws_and_writes(lecture, verse, tmp_path):
     code, out, _ = lecture("--corpus", verse, "--steps", 2, "--plot", "lecture.png", "--json", "lecture.json")
     assert code == 0, out
     assert all(out.count(name) >= 2 for name in FEW)
     assert "2.24-2.27" in out
     assert "* at 6 layers, 384 channels, context 256" in out
     assert (tmp_path / "lecture.png").read_bytes().startswith(b"\x89PNG")
-    told = json.loads((tmp_path / "lecture.json").read_text("utf-8"))
-    assert [each["rung"]["name"] for each in told["rungs"]] == list(FEW)
-    assert all(each["rung"]["steps"] == 2 for each in told["rungs"] if each["rung"]["kind"] == "transformer")
-    assert told["rungs"][0]["loss"] == pytest.approx(np.log(11), abs=1e-6)
-    assert told["seed"] == 1337
+    written = json.loads((tmp_path / "lecture.json").read_text("utf-8"))
+    assert [each["rung"]["name"] for each in written["rungs"]] == list(FEW)
+    assert all(each["rung"]["steps"] == 2 for each in written["rungs"] if each["rung"]["kind"] == "transformer")
+    assert written["rungs"][0]["loss"] == pytest.approx(np.log(11), abs=1e-6)
+    assert written["seed"] == 1337
 
 
-def test_the_verb_in_full_writes_nothing_but_the_corpus(lecture, verse, tmp_path):
+def test_the_command_in_full_writes_nothing_but_the_corpus(lecture, verse, tmp_path):
     code, out, _ = lecture("--corpus", verse, "--steps", 1, "--full", "--init", "normal", "--scale-by", "channels")
     assert code == 0
     assert "in full" in out
