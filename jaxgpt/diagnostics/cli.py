@@ -13,12 +13,9 @@ Name = Literal["noise", "curvature", "landscape", "influence", "lens", "attentio
 
 
 @dataclass(frozen=True)
-class Diagnose:
-    run: RunName
-    only: tuple[Name, ...] = ()
-    """Which diagnoses to make; default: all that the model has."""
-    text: str | None = None
-    """The text for lens, attention, tokens and influence; None: the start of the validation split."""
+class Effort:
+    """How much a diagnosis computes."""
+
     windows: int = 256
     """Windows of training text for per-example gradients: noise, influence."""
     batch: int = 32
@@ -31,6 +28,16 @@ class Diagnose:
     """Points on each side of the plane of the landscape."""
     seed: int = 0
     """Fixes the windows and the random directions."""
+
+
+@dataclass(frozen=True)
+class Diagnose:
+    run: RunName
+    only: tuple[Name, ...] = ()
+    """Which diagnoses to make; default: all that the model has."""
+    text: str | None = None
+    """The text for lens, attention, tokens and influence; None: the start of the validation split."""
+    effort: Effort = field(default_factory=Effort)
     plots: Path | None = None
     """A folder for a PNG of each, created if needed; None draws nothing."""
     json: Path | None = None
@@ -45,7 +52,7 @@ def run(args: list[str]) -> int:
     from jaxgpt.cli.runs import corpus_of
     from jaxgpt.diagnostics import plots as diagnosis_plots
     from jaxgpt.diagnostics import view as diagnoses
-    from jaxgpt.diagnostics.diagnose import DIAGNOSES, Effort, Subject, require
+    from jaxgpt.diagnostics.diagnose import DIAGNOSES, Subject, require
     from jaxgpt.display import plots
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.run import Run
@@ -71,8 +78,7 @@ def run(args: list[str]) -> int:
     names: Sequence[str] = given.only or tuple(
         name for name in DIAGNOSES if name != "attention" or config.model.kind == "gpt"
     )
-    effort = Effort(given.windows, given.batch, given.steps, given.probes, given.grid, given.seed)
-    require(config, effort, names, text)
+    require(config, given.effort, names, text)
     step, params = load_checkpoint(run, given.checkpoint)
 
     console, found = RunConsole(), dict[str, Any]()
@@ -80,12 +86,12 @@ def run(args: list[str]) -> int:
     show = diagnoses.Words(corpus.tokenizer, subject)
     console.print(f"{run.path.name}, step {step:,}, without dropout, in float32")
     for name in names:
-        found[name] = DIAGNOSES[name](subject, effort)
+        found[name] = DIAGNOSES[name](subject, given.effort)
         for line in diagnoses.lines(name, found[name], show):
             console.print(line)
         if given.plots:
             given.plots.mkdir(parents=True, exist_ok=True)
             diagnosis_plots.draw(name, found[name], show, given.plots / f"{name}.png")
     if given.json:
-        disk.write_atomically(given.json, diagnoses.to_json(found, run.path.name, step, effort).encode())
+        disk.write_atomically(given.json, diagnoses.to_json(found, run.path.name, step, given.effort).encode())
     return 0

@@ -14,6 +14,7 @@ from jaxgpt import model as nn
 from jaxgpt.config import Config, UsageError
 from jaxgpt.data import Batch, Ids, estimate_starts, take
 from jaxgpt.diagnostics import derivatives, inside
+from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.derivatives import Lanczos, NoiseScale, mean_loss
 from jaxgpt.step import init_state
 
@@ -26,17 +27,6 @@ class Subject(NamedTuple):
     train: Ids
     val: Ids
     text: Ids  # for the diagnoses of single tokens; its first block_size + 1 are one window
-
-
-class Effort(NamedTuple):
-    """How much a diagnosis computes."""
-
-    windows: int = 256  # of training text, for per-example gradients
-    batch: int = 32  # windows of the batch for curvature, landscape, lens and attention
-    steps: int = 20  # of Lanczos
-    probes: int = 8  # random vectors for the trace
-    grid: int = 13  # points on each side of the plane
-    seed: int = 0
 
 
 BATCH, WINDOWS, VAL, SPECTRUM, TRACE, FIRST, SECOND = range(7)

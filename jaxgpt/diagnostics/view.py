@@ -3,14 +3,16 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from jaxgpt import cost
 from jaxgpt.data import Ids
+from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.derivatives import NoiseScale
-from jaxgpt.diagnostics.diagnose import Attention, Curvature, Effort, Influence, Landscape, Lens, Subject
+from jaxgpt.diagnostics.diagnose import Attention, Curvature, Influence, Landscape, Lens, Subject
 from jaxgpt.diagnostics.inside import Scores
 from jaxgpt.display.oneline import visible
 from jaxgpt.tokenizer import Tokenizer
@@ -121,7 +123,7 @@ def _tokens(found: Scores, words: Words) -> Iterator[str]:
 
 def to_json(found: dict[str, Any], run: str, step: int, effort: Effort) -> str:
     """All numbers of the diagnoses; of arrays of over 20,000 the shape, of non-finite values null."""
-    return json.dumps({"run": run, "step": step, "effort": effort._asdict(), **_plain(found)}, allow_nan=False) + "\n"
+    return json.dumps({"run": run, "step": step, "effort": asdict(effort), **_plain(found)}, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -219,10 +219,9 @@ def ranked(config: Config, chip: Chip, n: int, batches: Sequence[int] = ()) -> l
     """
     reachable(chip, n)
     B = config.train.batch_size
-    found = []
-    for batch in sorted({size for one in batches or (B,) for size in (one, -(-one // n) * n)}):
-        for sizes in meshes(n):
-            found += list(_smallest(config, chip, sizes, batch))[:1]
+    batch_sizes = sorted({size for one in batches or (B,) for size in (one, -(-one // n) * n)})
+    tried = [_smallest(config, chip, sizes, batch) for batch in batch_sizes for sizes in meshes(n)]
+    found = [step for step in tried if step]
     if not found:
         raise PlanError(f"no mesh of {n} chips divides the model and {B} sequences: try --batch-size {n}")
     return sorted(found, key=lambda item: (not item[1].fits, item[1].bounds[1] / item[0].train.batch_size))
@@ -240,19 +239,16 @@ def possible(config: Config, chip: Chip, sizes: Sizes) -> bool:
     return sizes.devices <= chip.pod or bool(chip.network_rate)
 
 
-def _smallest(config: Config, chip: Chip, sizes: Sizes, batch: int) -> Iterator[tuple[Config, Step]]:
-    """The step of a mesh with the fewest micro-batches that fit, or the most if none fits. Empty if it cannot run."""
+def _smallest(config: Config, chip: Chip, sizes: Sizes, batch: int) -> tuple[Config, Step] | None:
+    """The step with the fewest micro-batches that fit, or the most if none fits; None if the mesh cannot run it."""
     tried = None
     for accumulate in divisors(batch):
         changed = replaced(config, batch_size=batch, accumulate=accumulate)
-        if not possible(changed, chip, sizes):
-            continue
-        tried = changed, estimate(changed, chip, sizes)
-        if tried[1].fits:
-            yield tried
-            return
-    if tried:
-        yield tried
+        if possible(changed, chip, sizes):
+            tried = changed, estimate(changed, chip, sizes)
+            if tried[1].fits:
+                break
+    return tried
 
 
 def estimated(config: Config, chip: Chip, sizes: Sizes, chips: Sequence[int]) -> Step:

@@ -41,12 +41,10 @@ def run(args: list[str]) -> int:
         raise UsageError(f"--seeds is {given.seeds}, expected at least 1")
     if given.at_once < 0:
         raise UsageError(f"--at-once is {given.at_once}, expected 0 or more")
-    for what, values in (("--sizes", given.sizes), ("--tokens", given.tokens)):
-        if len(set(values)) < len(values):
-            raise UsageError(f"{what} {' '.join(map(str, values))}: the same value twice would count its runs twice")
+    if len(set(given.sizes)) < len(given.sizes):
+        raise UsageError(f"--sizes {' '.join(given.sizes)}: the same value twice would count its runs twice")
     use_compile_cache()
-    n = len(given.sizes) * len(given.tokens) * given.seeds
-    use_cores(n)
+    use_cores(len(given.sizes) * len(given.tokens) * given.seeds)
     import jax
 
     from jaxgpt import files as disk
@@ -65,9 +63,9 @@ def run(args: list[str]) -> int:
             f"--tokens {' '.join(map(str, given.tokens))} are {len(amounts)} amounts in whole scans of steps "
             f"({', '.join(map(str, amounts))}): runs of the same length would count twice"
         )
-    if len(set(given.sizes)) < 3 or len(amounts) < 3:
+    if len(given.sizes) < 3 or len(amounts) < 3:
         raise UsageError(
-            f"{len(set(given.sizes))} sizes and {len(amounts)} amounts of tokens ({', '.join(map(str, amounts))}, in "
+            f"{len(given.sizes)} sizes and {len(amounts)} amounts of tokens ({', '.join(map(str, amounts))}, in "
             "whole scans of steps): a fit needs at least 3 --sizes and 3 --tokens"
         )
     disk.require_writable(given.sweeps_dir, "--sweeps-dir")

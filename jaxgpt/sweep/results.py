@@ -138,16 +138,14 @@ def prepare(base: Config, members: Sequence[Member], data_dir: Path) -> tuple[li
 
 def _line(member: Member, score: sweep.Scored) -> dict[str, Any]:
     """The line of a score; null for non-finite numbers."""
-    found = score.evaluation
-    values = {"loss": None, "standard_error": None, "bits_per_char": None, "bits_per_byte": None}
-    if found:
-        values = {name: x if math.isfinite(x := getattr(found, name)) else None for name in values}
+    found, names = score.evaluation, ("loss", "standard_error", "bits_per_char", "bits_per_byte")
+    values = [getattr(found, name) if found else math.nan for name in names]
     return {
         "member": score.member,
         "setting": member.setting,
         "seed": member.config.train.seed,
         "step": score.step,
-        **{f"val_{name}": value for name, value in values.items()},
+        **{f"val_{name}": x if math.isfinite(x) else None for name, x in zip(names, values, strict=True)},
         "train_loss": score.train_loss,
         "diverged": found is None,
         "done": score.done,

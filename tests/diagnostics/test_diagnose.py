@@ -11,7 +11,8 @@ from jaxgpt import model as nn
 from jaxgpt.config import Config, ModelConfig, UsageError
 from jaxgpt.diagnostics import plots as diagnosis_plots
 from jaxgpt.diagnostics import view as diagnoses
-from jaxgpt.diagnostics.diagnose import DIAGNOSES, Effort, Subject, require
+from jaxgpt.diagnostics.cli import Effort
+from jaxgpt.diagnostics.diagnose import DIAGNOSES, Subject, require
 from jaxgpt.tokenizer import CharTokenizer
 
 SMALL = ("--block-size", 8, "--steps", 5, "--scan-steps", 5, "--eval-every", 0, "--batch-size", 4, "--eval-batches", 0)
