@@ -8,8 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +34,12 @@ class TooLargeError(PlanError):
     """The compiler reports that a step does not fit in memory."""
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """A step compiled for the chips of a topology."""
 
     step: Step
-    kernels: list[str]
-    """Names of the custom kernels in the program."""
-    matmuls: Counter[str]
-    """Input types of the matmuls outside of these kernels."""
+    kernels: list[str]  # names of the custom kernels in the program
+    matmuls: Counter[str]  # input types of the matmuls outside of these kernels
     seconds_to_compile: float
 
 

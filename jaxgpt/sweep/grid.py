@@ -6,8 +6,7 @@ import itertools
 import math
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxgpt import config as configs
 from jaxgpt.config import Config, ConfigError, UsageError, replaced
@@ -17,21 +16,18 @@ MAX_MEMBERS = 10_000
 """More are taken for a typo."""
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """A setting and its values."""
 
     name: str
     values: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One run of a sweep."""
 
     config: Config
-    setting: dict[str, Any]
-    """The value on each axis, without the seed: runs that differ only in their seed share a setting."""
+    setting: dict[str, Any]  # the value on each axis, without the seed: runs that differ only in it share a setting
 
 
 def parse(text: str) -> Axis:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,8 +33,7 @@ SCORED_BY_A_CORE = 2048
 """Tokens per batch of an evaluation on a CPU: they fit in the caches of a core."""
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """The members of a chunk after `step` of `steps`, with their newest losses."""
 
     members: tuple[int, ...]
@@ -43,18 +42,14 @@ class Progress:
     losses: list[float]
 
 
-@dataclass(frozen=True)
-class Scored:
+class Scored(NamedTuple):
     """A member after `step` steps."""
 
     member: int
     step: int
-    evaluation: Evaluation | None
-    """Over the whole validation split; None if it diverged."""
-    train_loss: float | None
-    """The mean of its last scan_steps steps, in nats per token; None before the first."""
-    done: bool
-    """Whether it ended: at its last step, or after max_skipped steps in a row without a finite loss."""
+    evaluation: Evaluation | None  # over the whole validation split; None if it diverged
+    train_loss: float | None  # the mean of its last scan_steps steps, in nats per token; None before the first
+    done: bool  # it ended: at its last step, or after max_skipped steps in a row without a finite loss
 
 
 @dataclass(frozen=True)

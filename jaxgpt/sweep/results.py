@@ -6,14 +6,13 @@ best.json        the best setting as a config: jaxgpt train FOLDER/best.json --r
 *.png            plots
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
@@ -133,7 +132,7 @@ def prepare(base: Config, members: Sequence[Member], data_dir: Path) -> tuple[li
     """
     longest = max(member.config.model.block_size for member in members)
     corpus = start.tokens_of(replaced(base, block_size=longest), data_dir)
-    return [dataclasses.replace(each, config=start.resolve(each.config, corpus)) for each in members], corpus
+    return [each._replace(config=start.resolve(each.config, corpus)) for each in members], corpus
 
 
 def _line(member: Member, score: sweep.Scored) -> dict[str, Any]:
@@ -161,13 +160,10 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, f"{path}.{name}".lstrip("."))
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     setting: dict[str, Any]
-    losses: dict[int, float]
-    """The last loss of each seed over the whole validation split, in nats per token; nan if it diverged."""
-    curve: tuple[tuple[int, float, float], ...]
-    """(step, mean, standard error) of each evaluation, without diverged members."""
+    losses: dict[int, float]  # of each seed: the last over the whole validation split, nats per token; nan if diverged
+    curve: tuple[tuple[int, float, float], ...]  # (step, mean, standard error) of each evaluation that did not diverge
 
     @property
     def mean(self) -> float:
@@ -184,17 +180,13 @@ class Outcome:
         return sum(math.isnan(loss) for loss in self.losses.values())
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """How much higher the loss of one setting is than that of another, paired by seed: members with the same seed see
     the same windows."""
 
-    mean: float
-    """In nats per token."""
-    n: int
-    """Seeds."""
-    interval: tuple[float, float] | None
-    """Student's t interval of the mean; None for fewer than two seeds."""
+    mean: float  # in nats per token
+    n: int  # seeds
+    interval: tuple[float, float] | None  # Student's t interval of the mean; None for fewer than two seeds
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -1,6 +1,5 @@
 """Check that a run which is killed and resumed equals one that is not, with processes that are really killed."""
 
-import dataclasses
 import random
 import subprocess
 import sys
@@ -8,10 +7,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,16 +21,12 @@ from jaxgpt.run import Run
 from jaxgpt.step import init_state
 
 
-@dataclass(frozen=True)
-class Kill:
+class Kill(NamedTuple):
     """A SIGKILL of a training process."""
 
-    at: int
-    """The last step in metrics.jsonl."""
-    back_to: int
-    """The checkpoint that the next process resumes from; 0 if there is none."""
-    saving: bool
-    """Whether a save was in progress."""
+    at: int  # the last step in metrics.jsonl
+    back_to: int  # the checkpoint that the next process resumes from; 0 if there is none
+    saving: bool  # whether a save was in progress
 
     @property
     def counts(self) -> bool:
@@ -40,19 +34,14 @@ class Kill:
         return 0 < self.back_to < self.at
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The comparison of the two runs."""
 
-    kills: list[Kill]
-    """Those that count."""
-    lines: int
-    """Of metrics.jsonl in each run."""
-    checkpoints: int
-    """Steps saved in both runs, whose arrays were compared."""
+    kills: list[Kill]  # those that count
+    lines: int  # of metrics.jsonl in each run
+    checkpoints: int  # steps saved in both runs, whose arrays were compared
     arrays: int
-    difference: str | None
-    """The first difference; None if every bit is equal."""
+    difference: str | None  # the first; None if every bit is equal
 
 
 def scaled_down(config: Config) -> Config:
@@ -112,7 +101,7 @@ def verify_resume(
     with train(killed, data_dir) as process:
         process.wait()
     resumed = zip(died, starts(killed)[1:], strict=False)  # the step that the run itself recorded
-    proven = [kill for was, step in resumed if (kill := dataclasses.replace(was, back_to=step)).counts]
+    proven = [kill for was, step in resumed if (kill := was._replace(back_to=step)).counts]
     return compare(straight, killed, proven)
 
 

@@ -80,7 +80,7 @@ def test_what_the_compiler_cannot_do_is_refused():
         with pytest.raises(PlanError, match="expected an arrangement as in v5e:4x4") as error:
             plan.topology(name)
         assert "pip install" not in str(error.value)
-    with pytest.raises(PlanError, match=r"found 8 of 4 chips.*v4 can only be estimated, --chips 4 --chip v4"):
+    with pytest.raises(PlanError, match=r"found 8 on 4 chips; v4 can only be estimated, --chips 4 --chip v4"):
         plan.topology("v4:2x2x1")
 
 
@@ -109,7 +109,7 @@ def compiler(monkeypatch):
 
 def test_chips_of_two_devices_are_only_estimated(compiler):
     compiler += [(0, 0, 0), (0, 0, 0), (1, 0, 0), (1, 0, 0)]
-    with pytest.raises(PlanError, match=r"found 4 of 2 chips, .* v4 can only be estimated, --chips 2 --chip v4"):
+    with pytest.raises(PlanError, match=r"found 4 on 2 chips; v4 can only be estimated, --chips 2 --chip v4"):
         plan.topology("v4:2x1x1")
 
 
