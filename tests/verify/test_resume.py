@@ -203,5 +203,5 @@ def test_what_would_show_nothing_is_refused(flags, said, verse, capsys):
 
 def test_a_run_that_fails_by_itself_is_reported(config, tmp_path):
     broken = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e38))
-    with pytest.raises(RuntimeError, match=r"(?s)ended with 1 by itself.*steps in a row were skipped"):
+    with pytest.raises(RuntimeError, match=r"(?s)failed with exit code 1.*steps in a row were skipped"):
         verify_resume(broken, tmp_path / "runs", tmp_path / "data", 1, 0, print)
