@@ -115,7 +115,8 @@ def lens(subject: Subject, effort: Effort) -> Lens:
 
     means = jax.jit(lambda batch: tuple(x.mean(axis=0) for x in jax.lax.map(one, batch)))
     text = jax.jit(inside.lens, static_argnums=0)(config, params, _first_window(subject))
-    return Lens(*means(_windows(subject, effort.seed, VAL, effort.batch)), text)
+    losses, divergence, agreement = means(_windows(subject, effort.seed, VAL, effort.batch))
+    return Lens(losses, divergence, agreement, text)
 
 
 class Attention(NamedTuple):

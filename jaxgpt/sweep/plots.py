@@ -119,7 +119,7 @@ def _panel(axes: "Axes", found: Sequence[Outcome], name: str) -> None:
         axes.minorticks_off()
     axes.set_xlabel(name, color=QUIET)
     plain(axes)
-    if len(lines) > 1 or (lines and next(iter(lines))):
+    if len(lines) > 1 or any(lines):
         _legend(axes)
 
 
