@@ -38,10 +38,10 @@ def run(args: list[str]) -> int:
     from rich.console import Console
 
     from jaxgpt import files as disk
+    from jaxgpt.cli.runs import tokens_of
     from jaxgpt.display import plots
     from jaxgpt.lecture import ladder
     from jaxgpt.lecture import view as tables
-    from jaxgpt.start import tokens_of
 
     use_compile_cache()
     rungs = ladder.configure(

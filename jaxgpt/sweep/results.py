@@ -18,7 +18,7 @@ import filelock
 import numpy as np
 
 from jaxgpt import files as disk
-from jaxgpt import start
+from jaxgpt.cli import runs
 from jaxgpt.config import Config, UsageError, replaced
 from jaxgpt.corpus import Corpus
 from jaxgpt.sweep import program as sweep
@@ -125,14 +125,14 @@ class SweepFolder:
 
 
 def prepare(base: Config, members: Sequence[Member], data_dir: Path) -> tuple[list[Member], Corpus]:
-    """The corpus of a sweep, and its members with configs completed by `start.resolve`.
+    """The corpus of a sweep, and its members with configs completed by `runs.resolve`.
 
     Raises:
-      UsageError: as `start.tokens_of`.
+      UsageError: as `runs.tokens_of`.
     """
     longest = max(member.config.model.block_size for member in members)
-    corpus = start.tokens_of(replaced(base, block_size=longest), data_dir)
-    return [each._replace(config=start.resolve(each.config, corpus)) for each in members], corpus
+    corpus = runs.tokens_of(replaced(base, block_size=longest), data_dir)
+    return [each._replace(config=runs.resolve(each.config, corpus)) for each in members], corpus
 
 
 def _line(member: Member, score: sweep.Scored) -> dict[str, Any]:
