@@ -71,7 +71,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 0, keep_every: int = 0, losses: Mapping[int, float] = NO_LOSSES):
         self.directory, self._keep_every, self._losses = directory, keep_every, losses
-        self._keep = keep if processes.first() else 0
+        self._keep = keep if processes.is_primary() else 0
         self._pending: Future[int] | None = None
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._verified: dict[int, Manifest] = {}
@@ -120,9 +120,9 @@ class Checkpoints:
         self.settle(wait=True)
         self._sweep()
         step = int(state.step)
-        if processes.told(step in self.steps):
+        if processes.broadcast(step in self.steps):
             raise CheckpointError(f"step {step} was not saved in {self.directory}: it is there already")
-        partial = self.directory / f".{step}.{processes.told(secrets.randbits(31)):08x}.part"
+        partial = self.directory / f".{step}.{processes.broadcast(secrets.randbits(31)):08x}.part"
         manifest = Manifest(step, about or {}, _arrays(state), {})
         try:
             response = ocp.save_async(partial.resolve(), state)
@@ -210,7 +210,7 @@ class Checkpoints:
     def _load(self, step: int, like: Any) -> Any:
         if step not in self.steps:
             raise CheckpointError(f"step {step} is not in {self.directory}; {self.steps} are")
-        arrays = (self.verify(step) if processes.first() else self.manifest(step)).arrays
+        arrays = (self.verify(step) if processes.is_primary() else self.manifest(step)).arrays
         # Runs were float64 once where JAX_ENABLE_X64 was set; Orbax rounds them to what `like` asks for.
         found = {name: array.replace("float64", "float32") for name, array in arrays.items()}
         wrong = [
@@ -230,7 +230,7 @@ class Checkpoints:
         step = manifest.step
         try:
             response.result()
-            if not processes.first():
+            if not processes.is_primary():
                 return step
             for path in sorted(partial.rglob("*")):
                 disk.sync(path)

@@ -113,7 +113,7 @@ class MetricsLog:
         self._skipped = 0
         self._unread: tuple[int, Metrics] | None = None
         kept = run.metrics_file.read_bytes()[:n_bytes] if n_bytes else b""
-        self._file = run.metrics_file.open("ab", buffering=0) if processes.first() else None
+        self._file = run.metrics_file.open("ab", buffering=0) if processes.is_primary() else None
         if self._file:
             self._file.truncate(n_bytes)
             disk.sync(run.path)  # a new file's name must last, too

@@ -216,7 +216,7 @@ class Run:
 
     def event(self, name: str, **values: Any) -> None:
         """Append a line with the time of day to events.jsonl, in process 0. A full disk is no reason to stop."""
-        if not processes.first():
+        if not processes.is_primary():
             return
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": name, **values}
         with suppress(OSError), self.events_file.open("ab+", buffering=0) as file:
@@ -240,7 +240,7 @@ class Run:
           RunError: another process holds it, and which; or the directory cannot be written to.
         """
         with ExitStack() as stack:
-            processes.by_first(lambda: stack.enter_context(self._locked()))
+            processes.on_primary(lambda: stack.enter_context(self._locked()))
             yield
 
     @contextmanager

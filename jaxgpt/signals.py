@@ -30,7 +30,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     received = 0
 
     def asked() -> int:
-        return processes.most(received)
+        return processes.any_process(received)
 
     def note(number: int, frame: object) -> None:
         nonlocal received

@@ -95,11 +95,11 @@ def fit(
         new = found is None
         memory.require(config, device_tokens(config, len(train_tokens)), new=new, parts=placement.parts)
         # Several processes must run, and some compile, the same programs in the same order.
-        early = new and processes.alone()
+        early = new and processes.single_process()
         ahead = background.submit(compiled_steps, *next(chunks(config, 0))) if early else None
         state = saved.restore(found.step, like(config, placement)) if found else fresh(config, placement)
         if config != run.config:
-            run = processes.by_first(partial(run.with_config, config)) or Run(run.path)
+            run = processes.on_primary(partial(run.with_config, config)) or Run(run.path)
         step, stop, programs = int(state.step), 0, dict[int, Any]()
         run.event("start", step=step, **environment())
         n_bytes = found.about["metrics"]["bytes"] if found else 0
@@ -168,7 +168,7 @@ class Saves:
 
     def settle(self, wait: bool = True) -> None:
         """Report a save that has failed; as `save`."""
-        if wait or processes.alone():  # processes ask each other together, or not at all
+        if wait or processes.single_process():  # processes ask each other together, or not at all
             self._try(partial(self._checkpoints.settle, wait))
 
     def finish(self, state: TrainState) -> None:
@@ -193,7 +193,7 @@ class Saves:
             failure = error
         except OSError as error:
             failure = CheckpointError(f"{self._run.metrics_file} takes no more lines: {error.strerror}")
-        if not processes.most(failure is not None):
+        if not processes.any_process(failure is not None):
             return True
         self._failure = failure or CheckpointError(
             f"step {self._step}: another process failed to save it, and says why"
@@ -218,9 +218,9 @@ def newest(
 ) -> Manifest | None:
     """The manifest of the step that every process resumes from; None if the run is new."""
     warn = partial(notify, run, on_event)
-    found = processes.by_first(lambda: newest_whole(run, config, corpus, checkpoints, warn))
-    step = processes.told(found.step if found else -1)
-    if step >= 0 and not processes.first():
+    found = processes.on_primary(lambda: newest_whole(run, config, corpus, checkpoints, warn))
+    step = processes.broadcast(found.step if found else -1)
+    if step >= 0 and not processes.is_primary():
         found = checkpoints.manifest(step)
     if step > config.train.steps:
         raise RunError(f"run {run.path.name!r} is at step {step} already, beyond the {config.train.steps} asked for")

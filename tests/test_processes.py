@@ -2,10 +2,9 @@
 
 import json
 import os
+import re
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
 import time
 
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import launch
+from jaxgpt import processes as agree
 from jaxgpt.cli import run_verb
 from tests.faults.groups import BOUND, curve, ended, members, new, on, train, wait_for_lines
 
@@ -74,19 +73,22 @@ def test_a_signal_to_the_group_saves_and_ends_it(tmp_path):
     out = finish(process, 130)
     assert "interrupted at step" in out
     assert out.count("Resume with") == 1
-    assert "Resume with: jaxgpt launch --processes 2 -- train --run two --resume --mesh data=2" in " ".join(out.split())
+    resume = (
+        r"Resume with: jaxgpt train --run two --resume --mesh data=2 --coordinator 127\.0\.0\.1:\d+ --num-processes 2"
+    )
+    assert re.search(resume, " ".join(out.split()))
 
 
 def test_a_signal_while_process_0_prepares_ends_those_that_wait_for_it(tmp_path, begin_with):
     begin_with("""
         import time
-        from jaxgpt import start
+        from jaxgpt.cli import runs
 
         def slowly(*_, **__):
             print("preparing", flush=True)
             time.sleep(600)
 
-        start.start = slowly
+        runs.start = slowly
     """)
     process = train(tmp_path, new(tmp_path, "two"), 2)
     while process.stdout.readline() != "preparing\n":
@@ -116,113 +118,13 @@ def test_an_error_that_nobody_foresaw_in_one_process_is_told_and_ends_all(tmp_pa
     assert last["text"] == "ValueError: nobody foresaw this"
 
 
-# Groups of actors, which do in no time what processes of a run would do at length.
-
-
-@pytest.fixture
-def acted(tmp_path):
-    """acted(code, first): a process that runs `first` and launches two, which run `code` in place of jaxgpt."""
-    started = []
-
-    def act(code, first=""):
-        actor = tmp_path / "actor"
-        actor.write_text(f"#!{sys.executable}\nimport os, signal, sys, time\n{textwrap.dedent(code)}\ntime.sleep(60)\n")
-        actor.chmod(0o700)
-        head = f"import signal, sys; from jaxgpt import launch; sys.executable = {str(actor)!r}; {first}"
-        command = [sys.executable, "-c", f"{head}\nsys.exit(launch.group([], 2))"]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        return started[0], sorted(started[0].stdout.readline() for _ in range(2))
-
-    yield act
-    started[0].kill()
-    started[0].communicate()
-
-
-DEAF = """
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN)
-print("deaf", flush=True)
-"""
-
-
-def test_of_several_that_ended_at_once_the_killed_one_is_told(acted):
-    """The others ended because of it, as their connections did; on busy cores the launcher sees both at one look."""
-    code = """
-        print("begun", flush=True)
-        if sys.argv[-1] == "1":
-            open(f"{__file__}.killed", "x").close()
-            os.kill(os.getpid(), signal.SIGKILL)
-        while not os.path.exists(f"{__file__}.killed"):
-            time.sleep(0.01)
-        time.sleep(0.1)  # as long as it takes to hear of it
-        os._exit(1)
-    """
-    process, _ = acted(code, "import time; sleep = time.sleep; time.sleep = lambda seconds: sleep(2)")
-    assert process.wait(timeout=60) == 137
-
-
-def test_after_a_second_signal_a_group_has_a_little_time(acted):
-    process, _ = acted(DEAF, "launch.GRACE = 1.0")
-    process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1.5)
-    process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.5)
-    assert process.wait(20) == 137
-
-
-def test_what_fails_in_the_haste_of_a_second_signal_ended_by_it(acted):
-    code = """
-        signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
-        asked = []
-        print("begun", flush=True)
-        while len(asked) < 2:
-            time.sleep(0.01)
-        os._exit(1)  # as one whose connections broke
-    """
-    process, _ = acted(code)
-    for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-    assert process.wait(20) == 130
-
-
-def test_a_third_signal_ends_a_group_at_once(acted):
-    process, _ = acted(DEAF, "launch.GRACE = 60.0")
-    for _ in range(3):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
-    assert process.wait(20) == 137
-
-
-def test_a_group_outlives_its_terminal_but_not_its_launcher(acted):
-    """Under nohup, and killed; each of its processes has a GPU of its own, where there are some."""
-    code = """
-        def end(number, frame):
-            os.write(1, b"ended by %d\\n" % number)  # whole lines: both write to one pipe
-            sys.exit()
-
-        signal.signal(signal.SIGTERM, end)
-        print(sys.argv[-1], os.environ["JAX_LOCAL_DEVICE_IDS"], signal.getsignal(signal.SIGHUP).name, flush=True)
-    """
-    process, said = acted(code, "signal.signal(signal.SIGHUP, signal.SIG_IGN)")
-    assert said == ["0 0 SIG_IGN\n", "1 1 SIG_IGN\n"]
-    process.send_signal(signal.SIGHUP)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.5)
-    process.kill()
-    if sys.platform == "linux":
-        assert process.communicate(timeout=20)[0] == "ended by 15\n" * 2
-
-
 def test_processes_wait_for_each_other_for_days(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_collective_timeout_seconds=5")
     given = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: given.append((*args, os.environ["XLA_FLAGS"])))
-    monkeypatch.setattr(launch.processes, "most", lambda value: value)
-    monkeypatch.setattr(launch, "_find", lambda host, port: None)
-    launch.join("localhost:1", 2, 1)
+    monkeypatch.setattr(agree, "any_process", lambda value: value)
+    monkeypatch.setattr(agree, "_wait_for_port", lambda host, port: None)
+    agree.join("localhost:1", 2, 1)
     [(*args, flags)] = given
     assert args == ["localhost:1", 2, 1]
     assert flags.split() == [f"--xla_cpu_collective_timeout_seconds={seconds}" for seconds in (7 * 24 * 3600, 5)]
@@ -240,8 +142,8 @@ def test_what_cannot_be_joined_is_refused_before_anyone_waits(capsys):
 
 
 def test_a_process_0_that_is_nowhere_is_told_and_that_it_is_waited_for(monkeypatch, capsys):
-    monkeypatch.setattr(launch, "PATIENCE", 0.5)
-    monkeypatch.setattr(launch, "SILENCE", 0.1)
+    monkeypatch.setattr(agree, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(agree, "NOTICE_SECONDS", 0.1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"  # where nobody listens
@@ -250,7 +152,7 @@ def test_a_process_0_that_is_nowhere_is_told_and_that_it_is_waited_for(monkeypat
     err = capsys.readouterr().err
     assert f"process 1 of 2 waits for the others at {address}" in err
     assert f"no process 0 at {address} for 0 s (" in err
-    assert "say where process 0 is, --coordinator HOST:PORT" in err
+    assert "give the address of process 0, --coordinator HOST:PORT" in err
 
 
 def test_what_ends_the_first_process_ends_all(tmp_path):

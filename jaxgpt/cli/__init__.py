@@ -29,7 +29,6 @@ COMMANDS = {  # its module, and its line in the overview
         "huggingface.import_cli",
         "Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune.",
     ),
-    "launch": ("cli.launch", "Train in several processes on this machine."),
     "sweep": ("sweep.cli", "Train seeds and settings of a recipe together, and find the best."),
     "scaling-fit": ("scaling_law.cli", "Train a family of sizes and fit how the loss falls with size and text."),
     "plan": ("plan.cli", "Compile a recipe for chips that are not attached: does it fit, how fast might it be."),

@@ -66,7 +66,7 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
     Raises:
       SourceError, CorpusError: it is unavailable, or not the same.
     """
-    name, verified = run.config.data.corpus, not processes.first()
+    name, verified = run.config.data.corpus, not processes.is_primary()
     if found := corpora.find_prepared(name, run.corpus_meta, data_dir, verified):
         return found
     wanted = run.corpus_meta["sha256"]

@@ -84,7 +84,7 @@ def _about(name: str) -> str:
 def _fit(given: Train, existing: Run | None) -> int:
     import jax
 
-    from jaxgpt import launch, mesh, processes
+    from jaxgpt import mesh, processes
     from jaxgpt import model as nn
     from jaxgpt.cli.runs import resume, start
     from jaxgpt.memory import OutOfMemoryError
@@ -100,19 +100,19 @@ def _fit(given: Train, existing: Run | None) -> int:
     if not given.coordinator and (given.num_processes, given.process_id) != (1, 0):
         raise UsageError("--num-processes and --process-id need the address of process 0: --coordinator HOST:PORT")
     if given.distributed or given.coordinator:
-        launch.join(given.coordinator, given.num_processes, given.process_id)
+        processes.join(given.coordinator, given.num_processes, given.process_id)
     use_compile_cache()
     runs_dir, data_dir = given.folders.runs_dir, given.folders.data_dir
     run, config, corpus = existing, given.config, None
     if not run:
         room = partial(mesh.require_room, sizes=sizes)
-        made = processes.by_first(lambda: start(config, given.run, runs_dir, data_dir, require_room=room))
+        made = processes.on_primary(lambda: start(config, given.run, runs_dir, data_dir, require_room=room))
         run, corpus = made or (Run.named(runs_dir, given.run), None)
         config = run.config
     else:
-        corpus = processes.by_first(partial(resume, config, run, data_dir))
+        corpus = processes.on_primary(partial(resume, config, run, data_dir))
     corpus = corpus or resume(config, run, data_dir)
-    console, primary = RunConsole(quiet=not processes.first()), processes.first()
+    console, primary = RunConsole(quiet=not processes.is_primary()), processes.is_primary()
     console.print(corpus.summary)
     try:
         placement, why = mesh.place(config, sizes)
@@ -144,8 +144,6 @@ def _fit(given: Train, existing: Run | None) -> int:
 def _resume_command(given: Train, run: Run) -> str:
     flags = [] if given.mesh == "auto" else ["--mesh", given.mesh]
     command = words("train", run.path, given.folders, "--resume", *flags, *["--distributed"] * given.distributed)
-    if given.coordinator.startswith("127."):  # all processes are on this machine, as launch starts them
-        return command.replace("train", f"launch --processes {given.num_processes} -- train", 1)
     if given.coordinator:
         command += f" --coordinator {given.coordinator} --num-processes {given.num_processes} --process-id 0, 1, ..."
     return command

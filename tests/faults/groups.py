@@ -15,6 +15,8 @@ import numpy as np
 
 from tests.faults.trials import Count
 
+LAUNCHER = str(Path(__file__).parents[1] / "processes.py")
+
 BOUND = 2e-5
 """How far losses may differ, in nats: float32 sums in another order, over 120 steps."""
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 8, "dropout": 0.1}
@@ -23,8 +25,8 @@ TIMES = {"steps": 120, "scan_steps": 10, "eval_every": 20, "eval_batches": 2, "w
 
 def train(folder: Path, words: list[str], processes: int = 1, devices: int = 1) -> subprocess.Popen[str]:
     """`jaxgpt train *words` in `folder`, in so many processes with so many devices each."""
-    launch = ["launch", "--processes", str(processes), "--"] if processes > 1 else []
-    command = [sys.executable, "-m", "jaxgpt", *launch, "train", *words]
+    start = ["-m", "jaxgpt"] if processes == 1 else [LAUNCHER, str(processes)]
+    command = [sys.executable, *start, "train", *words]
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
     pipe, joined = subprocess.PIPE, subprocess.STDOUT
     return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=joined, text=True)
