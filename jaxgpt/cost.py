@@ -1,35 +1,34 @@
-"""What a model costs, counted on paper from its config alone: parameters, operations, bytes.
+"""The size of a model and the FLOPs of its matmuls, from the config alone.
 
-C, L, H, T and V are n_embd, n_layer, n_head, block_size and vocab_size; a float has four bytes.
+C, L, H, T and V are n_embd, n_layer, n_head, block_size and vocab_size.
 """
+
+import dataclasses
+from functools import lru_cache
 
 from jaxgpt.config import ModelConfig
 
 FLOAT = 4
 """Bytes of a float32."""
 LOGITS = 2**26
-"""Logits that may exist at once in training, 256 MiB of float32; of more, part by part."""
+"""Logits that may exist at once in training, 256 MiB of float32; more are computed chunk by chunk."""
 BLOCKED = 256
-"""Contexts from here on may be attended a block of queries at a time."""
+"""Shortest context whose attention may be computed by blocks of queries."""
 
 
+@lru_cache(maxsize=1024)
 def n_params(config: ModelConfig) -> int:
-    """How many numbers `nn.init_params` makes, exactly.
+    """Number of parameters; an unknown vocab_size (0) counts as 1."""
+    import jax
 
-    A block has its kernels (12 C² for that of GPT-2), with biases as many numbers as they have columns, and two norms
-    of C, with biases 2 C, or of nothing for RMSNorm. Around the blocks are V C for the tokens, T C for learned
-    positions, a last norm, V C for a head of its own, and what smear and the embeddings of pairs and values add. The
-    bigram is a table of V².
-    """
-    C, V, L = config.n_embd, config.vocab_size, config.n_layer
-    if config.kind == "bigram":
-        return V * V
-    shapes = kernels(config)
-    norm = 0 if config.norm == "rms" else C * (1 + config.bias)
-    block = sum(k * n for k, n in shapes.values()) + config.bias * sum(n for _, n in shapes.values()) + 2 * norm
-    tables = (2 - config.tie_weights) * V * C + (config.position == "learned") * config.block_size * C
-    tables += config.smear * C + config.bigram_embed * V * V * C + L * config.value_embed * V * shapes["value"][1]
-    return L * block + tables + norm
+    from jaxgpt.model import init_params  # which imports this module
+
+    one_block = dataclasses.replace(config, n_layer=1, vocab_size=max(1, config.vocab_size))  # all blocks are alike
+    shapes = jax.eval_shape(lambda: init_params(one_block, jax.random.key(0)))
+    return sum(
+        leaf.size * (config.n_layer if path[0].key in ("h", "h_0") else 1)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    )
 
 
 def kernels(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -48,52 +47,15 @@ def swiglu_width(C: int) -> int:
 
 
 def flops_per_token(config: ModelConfig) -> int:
-    """Operations of the products of a forward pass per token of a full context: L (24 C² + 4 T C) + 2 V C for GPT-2's
-    blocks.
+    """FLOPs of the matmuls of a forward pass, per token of a full context: L (24 C² + 4 T C) + 2 V C for GPT-2.
 
-    (M, K) @ (K, N) is 2 M K N: 24 C² for a block's kernels, 4 T C for its scores and weighted values (as if the masked
-    half was computed too, which not every kernel does), 2 V C for the head. Training is three times that: the backward
-    pass has two products for each. Left out is all that is no product: look-ups (so the bigram has none), norms,
-    softmax, GELU, dropout, the loss and the optimizer.
+    (M, K) @ (K, N) is 2 M K N: 24 C² for the kernels of a block, 4 T C for its attention scores and weighted values
+    (counting the masked half, which some kernels skip), 2 V C for the head. Training takes three times as many, since
+    the backward pass has two matmuls for each. Everything else is left out: embedding look-ups (so a bigram has 0),
+    norms, softmax, activation functions, dropout, the loss and the optimizer.
     """
     C, T = config.n_embd, config.block_size
     if config.kind == "bigram":
         return 0
     block = 2 * sum(k * n for k, n in kernels(config).values()) + 4 * T * C
     return config.n_layer * block + 2 * config.vocab_size * C
-
-
-def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool = False) -> int:
-    """Bytes that the backward pass of `batch_size` full contexts needs of the forward pass: an estimate from below.
-
-    In floats per token, for GPT-2's blocks L (16 C + 2 H T) + 2 C + V:
-
-    - of a block, 16 C: what goes into its norms (2 C), kernels (C, C, C, 4 C) and GELU (4 C), and q, k and v (3 C)
-    - and 2 H T: the attention weights before and after they are divided by their sum; with dropout 3 H T
-    - after the blocks: what goes into the last norm and out of it, and the logits
-
-    The gradient of the logits may take their place, so it is not counted again; nor are masks and temporaries. Where
-    operands are bfloat16, a float counts two bytes; weights of attention that may be made block by block, what remat
-    makes again, and logits beyond a part are not counted.
-
-    Args:
-      recomputed: count the results of products only, L (10 C + H T) + V. All else follows from them, and compilers for
-        accelerators compute it again where memory is short.
-    """
-    C, T, V, L = config.n_embd, config.block_size, config.vocab_size, config.n_layer
-    low = config.precision != "float32"
-    logits = min(V, LOGITS // (batch_size * T) + 1)
-    if config.kind == "bigram":
-        return FLOAT * batch_size * T * V
-    columns = {name: n for name, (_, n) in kernels(config).items()}
-    hidden = columns["c_fc"]
-    weights = config.n_head * T if config.dropout or (T < BLOCKED and not low) else 0
-    if config.remat == "blocks":
-        block = C
-    elif recomputed or config.remat == "products":
-        block = sum(columns.values()) + C + weights  # of the kernels, and of the weighted values
-    else:
-        inputs = 5 * C + sum(columns[name] for name in ("query", "key", "value"))  # of norms and kernels; q, k, v
-        block = inputs + (1 if config.mlp == "relu2" else 2) * hidden + (3 if config.dropout else 2) * weights
-    floats = L * block + (0 if recomputed else 2 * C) + logits
-    return (FLOAT // 2 if low else FLOAT) * batch_size * T * floats

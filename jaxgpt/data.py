@@ -1,38 +1,50 @@
-"""(seed, step) to batches: which windows of the corpus step n trains on, as pure functions.
+"""(seed, step) to window starts to batches, and the loaders that serve them to the device.
 
-Nothing here has state. The window starts are exact 64-bit integers drawn from Philox, a counter-based generator:
-key and counter are (seed, purpose, step or epoch), so any step's batch can be computed alone, in any process, on any
-machine, and a resumed run sees the batches that an unbroken one would have seen.
+The window starts of a step are a pure function of (seed, step). They are exact 64-bit integers drawn from Philox, a
+counter-based generator with key (seed, purpose) and counter (step or epoch). So any process on any machine can compute
+the batch of any step alone, and a resumed run sees the batches that an unbroken one would have seen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from fractions import Fraction
-from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar
+from functools import lru_cache
+from itertools import accumulate, islice
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxgpt.config import Config
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
 Array = TypeVar("Array", bound=Any)
 Ids = NDArray[np.integer[Any]]
 Starts = NDArray[np.int64]
+Loader = Callable[[int, int], tuple[Any, Any]]
+"""(begin, end) to the (tokens, windows) of these steps, as `train_steps` takes them."""
 
-# What a stream of random numbers is for; part of the key, so that no stream can touch another.
+# Purposes of random numbers. They are part of the key, so that streams are independent.
 RANDOM, OFFSET, PERMUTATION, ESTIMATE, MIXTURE = range(5)
 MIX = 1000
-"""Of so many windows in a row each part of a mixture has its share."""
+"""Each part of a mixture has its exact share of every MIX windows in a row."""
+DEVICE_TOKENS = 2**28
+"""Largest corpus that is kept on the device. Of a larger one, windows are read from disk chunk by chunk."""
 
 
 class Part(NamedTuple):
-    """A part of a mixture."""
+    """A part of a mixture of corpora."""
 
     n_tokens: int
     share: float
-    """Of the windows, in any unit."""
+    """Share of the windows, in any unit."""
 
 
 class Batch(NamedTuple):
-    """What one step learns from: `targets` is `inputs` one token later."""
+    """What one step trains on: `targets` is `inputs` one token later."""
 
     inputs: Any  # (B, T) int32
     targets: Any  # (B, T) int32
@@ -41,8 +53,8 @@ class Batch(NamedTuple):
 def window_starts(seed: int, step: int, n_tokens: int, T: int, B: int, sampling: str = "epoch") -> Starts:
     """First token of each window of step `step`, (B,); a window is T inputs and the token after them.
 
-    "epoch": every window once per epoch, in a keyed order; an epoch cuts the tokens into n_windows(n_tokens, T)
-    windows that do not overlap, at an offset of its own, so that boundaries move between epochs.
+    "epoch": every window once per epoch, in a keyed order. Each epoch cuts the tokens into n_windows(n_tokens, T)
+    disjoint windows at its own offset, so that boundaries move between epochs.
     "random": each start uniform over all n_tokens - T, with replacement, as nanoGPT.
 
     Raises:
@@ -59,11 +71,10 @@ def chunk_starts(seed: int, begin: int, end: int, n_tokens: int, T: int, B: int,
 def mixed_starts(
     seed: int, begin: int, end: int, parts: Sequence[Part], T: int, B: int, sampling: str = "epoch"
 ) -> Starts:
-    """`chunk_starts` in several parts, which lie one after another; each has its share of the windows.
+    """`chunk_starts` in a mixture, whose parts are concatenated; each part has its share of the windows.
 
-    Window n of the run belongs to a part by a keyed order of every MIX windows, of which each part has its share, to
-    one; and it is window j of that part, where j of the run's windows before it were, so that an epoch of a part is
-    what it is alone.
+    A keyed order of every MIX windows assigns each window to a part. The j-th window of a part is window j of a run on
+    that part alone, so that its epochs are unchanged.
 
     Raises:
       ValueError: a part has fewer than T + 1 tokens, or an unknown sampling.
@@ -88,29 +99,29 @@ def mixed_starts(
 def _parts_of(
     seed: int, windows: NDArray[np.int64], shares: Sequence[float]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The part that each window belongs to, and which of the part's windows it is. Shapes: (n,) to (n,) and (n,)."""
+    """The part of each window (n,), and the window's index within that part (n,)."""
     if len(shares) == 1:
         return np.zeros_like(windows), windows
-    # Each part has a run of places; rounding goes to the nearest, so that they add up to MIX. A half goes up, by the
-    # decimals that were written: a part with the share of one place then has one.
+    # Counts are differences of rounded cumulative shares, so that they add up to MIX. Fractions of the written decimals
+    # round a half up, so that a share of 0.001 is one window.
     weights = [Fraction(str(share)) for share in shares]
-    ends = np.array([int(MIX * reach / sum(weights) + Fraction(1, 2)) for reach in accumulate(weights)])
+    ends = np.array([int(MIX * total / sum(weights) + Fraction(1, 2)) for total in accumulate(weights)])
     counts = np.diff(ends, prepend=0)
     of, index = np.empty_like(windows), np.empty_like(windows)
-    blocks, places = np.divmod(windows, MIX)
+    blocks, positions = np.divmod(windows, MIX)
     for block in np.unique(blocks):
         order = np.searchsorted(ends, permute(np.arange(MIX), MIX, seed, int(block), MIXTURE), side="right")
         mine = blocks == block
-        of[mine] = order[places[mine]]
+        of[mine] = order[positions[mine]]
         for i, count in enumerate(counts):
             earlier = np.cumsum(order == i) - (order == i)
             here = mine & (of == i)
-            index[here] = block * count + earlier[places[here]]
+            index[here] = block * count + earlier[positions[here]]
     return of, index
 
 
 def _epoch_starts(seed: int, index: NDArray[np.int64], n_tokens: int, T: int) -> NDArray[np.int64]:
-    """The starts of the windows `index` (n,) of all epochs, one epoch after another."""
+    """The starts (n,) of windows `index` (n,), counted through all epochs."""
     n = n_windows(n_tokens, T)
     epochs, positions = np.divmod(index, n)
     starts = np.empty_like(positions)
@@ -121,8 +132,9 @@ def _epoch_starts(seed: int, index: NDArray[np.int64], n_tokens: int, T: int) ->
     return starts
 
 
-def windows(N: int, T: int) -> tuple[Starts, Starts]:
-    """Where windows start that cover N tokens, and how many predictions of each another has counted, (n_windows,) both.
+def evaluation_windows(N: int, T: int) -> tuple[Starts, Starts]:
+    """(starts, skip) of windows that cover N tokens, both (n_windows,): the first `skip` predictions of the last window
+    are also in the window before it.
 
     Raises:
       ValueError: fewer than T + 1 tokens.
@@ -135,12 +147,12 @@ def windows(N: int, T: int) -> tuple[Starts, Starts]:
 
 
 def estimate_starts(seed: int, step: int, n_tokens: int, T: int, n: int) -> Starts:
-    """Uniform window starts for a noisy estimate at `step`, (n,): a stream apart, so that looking changes nothing."""
+    """Uniform window starts (n,) for a noisy estimate at `step`, from their own stream: training is unaffected."""
     return _raw(seed, ESTIMATE, step, n) % (n_tokens - T)
 
 
 def n_windows(n_tokens: int, T: int) -> int:
-    """Windows in an epoch: one fewer than fit, so that the offset has at least T values to choose from."""
+    """Windows in an epoch: one fewer than fit, so that the offset has at least T possible values."""
     return max(1, n_tokens // T - 1)
 
 
@@ -171,23 +183,102 @@ def take(tokens: Array, starts: Any, T: int) -> Batch:
 
     `tokens` may be a memory map, or a device array inside or outside `jit`: the same code serves both.
     """
-    return cut(tokens[_places(starts, T)])
+    return inputs_and_targets(tokens[_positions(starts, T)])
 
 
-def cut(windows: Any) -> Batch:
+def inputs_and_targets(windows: Any) -> Batch:
     """Windows (..., T + 1) of ids as inputs and targets, (..., T) int32."""
     windows = windows.astype(np.int32)
     return Batch(windows[..., :-1], windows[..., 1:])
 
 
 def gather(tokens: Ids, starts: Starts, T: int) -> Ids:
-    """The windows at `starts` (any shape), (..., T + 1), read from a corpus that is too large for the device."""
-    return np.ascontiguousarray(tokens[_places(starts, T)])
+    """The windows at `starts` (...), (..., T + 1), read from a memory map."""
+    return np.ascontiguousarray(tokens[_positions(starts, T)])
 
 
-def _places(starts: Any, T: int) -> Any:
-    """The T + 1 places of each window, (..., T + 1)."""
+def _positions(starts: Any, T: int) -> Any:
+    """The T + 1 positions of each window, (..., T + 1)."""
     return starts[..., None] + np.arange(T + 1).reshape((1,) * starts.ndim + (-1,))
+
+
+def config_starts(config: Config, parts: Sequence[Part], begin: int, end: int) -> Starts:
+    """The window starts (end - begin, B) of some steps of a run."""
+    train = config.train
+    return mixed_starts(train.seed, begin, end, parts, config.model.block_size, train.batch_size, train.sampling)
+
+
+def chunks(config: Config, step: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of each scan from `step` on; ends are multiples of scan_steps, and the last step."""
+    K = config.train.scan_steps
+    while step < config.train.steps:
+        end = min((step // K + 1) * K, config.train.steps)
+        yield step, end
+        step = end
+
+
+def device_tokens(config: Config, n_tokens: int) -> int:
+    """Tokens on the device: the corpus, or the windows of one chunk of a larger one."""
+    windows = config.train.scan_steps * config.train.batch_size * (config.model.block_size + 1)
+    return n_tokens if n_tokens <= DEVICE_TOKENS else windows
+
+
+def loader(
+    config: Config, tokens: Ids, mesh: "Mesh", parts: Sequence[Part] | None = None, pool: Executor | None = None
+) -> Loader:
+    """Serves the training tokens: from the device, or from disk where there are more than DEVICE_TOKENS.
+
+    Args:
+      parts: of which `tokens` consists; None for one.
+      pool: reads the next chunk from disk while the device computes; None reads nothing ahead.
+    """
+    parts = parts or [Part(len(tokens), 1.0)]
+    if len(tokens) > DEVICE_TOKENS:
+        return _disk_loader(config, tokens, mesh, parts, pool)
+    import jax
+
+    from jaxgpt.mesh import replicated
+
+    def put(x: NDArray[Any]) -> Any:
+        return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
+
+    on_device = put(np.asarray(tokens))
+    return lambda begin, end: (on_device, put(config_starts(config, parts, begin, end).astype(np.int32)))
+
+
+def _disk_loader(config: Config, tokens: Ids, mesh: "Mesh", parts: Sequence[Part], pool: Executor | None) -> Loader:
+    """Each process reads the windows of its own devices only. It may be called by several threads: a chunk that is
+    pending is not read again."""
+    import jax
+
+    from jaxgpt.mesh import window_sharding
+
+    lock, pending = Lock(), dict[tuple[int, int], Future[Any]]()
+    T = config.model.block_size
+
+    def read(begin: int, end: int) -> Any:
+        starts = config_starts(config, parts, begin, end)
+
+        @lru_cache  # devices along `tensor` and `context` have the same windows
+        def rows(first: int | None, last: int | None) -> Ids:
+            return gather(tokens, starts[:, first:last], T)
+
+        def shard(index: Any) -> Ids:
+            return rows(index[1].start, index[1].stop)
+
+        return jax.make_array_from_callback((*starts.shape, T + 1), window_sharding(mesh), shard)
+
+    def load(begin: int, end: int) -> tuple[None, Any]:
+        if not pool:
+            return None, read(begin, end)
+        with lock:  # two threads ask for a new run's first chunk: one to compile for it, one to train on it
+            wanted = [(begin, end), *islice(chunks(config, end), 1)]
+            kept = {chunk: pending.get(chunk) or pool.submit(read, *chunk) for chunk in wanted}
+            pending.clear()
+            pending.update(kept)
+        return None, kept[begin, end].result()
+
+    return load
 
 
 def _raw(seed: int, purpose: int, counter: int, n: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Loss over a whole split: exact, deterministic, the same for every batch size."""
+"""Loss over a whole split: exact, deterministic, and the same for every batch size."""
 
 import math
 from collections.abc import Callable
@@ -15,8 +15,11 @@ from jaxgpt import model as nn
 from jaxgpt import sharding
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.corpus import pieces_of
-from jaxgpt.data import Batch, Ids, Starts, estimate_starts, take, windows
+from jaxgpt.data import Batch, Ids, Starts, estimate_starts, evaluation_windows, take
 from jaxgpt.tokenizer import Tokenizer
+
+BATCH_TOKENS, BATCH_LOGITS = 8192, 2**26
+"""Most tokens, and logits, in an evaluation batch on each device."""
 
 
 @dataclass(frozen=True)
@@ -26,33 +29,36 @@ class Evaluation:
     loss: float
     """Nats per token."""
     standard_error: float
-    """Of `loss`, over windows; nan for a single window."""
+    """Of `loss`, over windows; NaN for a single window."""
     bits_per_char: float
     bits_per_byte: float
     n_tokens: int
-    """How many tokens were predicted: all but the first."""
+    """Number of predicted tokens: all except the first."""
 
 
 def evaluate(
     config: ModelConfig, params: nn.Params, tokens: Ids, tokenizer: Tokenizer, batch_size: int | None = None
 ) -> Evaluation:
-    """Loss over the whole of `tokens` (N,) in windows of block_size, each of the N - 1 predictions counted once.
+    """Loss over all of `tokens` (N,) in windows of block_size; each of the N - 1 predictions counts once.
 
-    The last window ends at the last token; what the window before it has counted already is left out.
+    The last window ends at the last token and skips what the window before it has counted.
 
     Args:
-      batch_size: windows at once; None picks one. The result does not depend on it but for float32 reassociation.
+      batch_size: windows per batch; None picks one. Results agree up to float32 reassociation.
 
     Raises:
       ValueError: fewer than block_size + 1 tokens.
     """
-    starts, skip = windows(len(tokens), config.block_size)
-    sums = loss_sums(config, params, tokens, starts, skip, batch_size)
+    starts, skip = evaluation_windows(len(tokens), config.block_size)
+    losses = partial(window_losses, config, params)
+    sums = loss_sums(
+        losses, tokens, config.block_size, starts, skip, batch_size or windows_per_batch(config, len(starts))
+    )
     return evaluation(sums, config.block_size - skip, tokens, tokenizer)
 
 
 def evaluation(sums: NDArray[np.float64], counts: Starts, tokens: Ids, tokenizer: Tokenizer) -> Evaluation:
-    """From the summed loss of each window (n_windows,) and how many predictions that is, for all of `tokens`."""
+    """From the summed loss and the number of predictions of each window, both (n_windows,), of all of `tokens`."""
     n = len(sums)
     loss = float(sums.sum() / counts.sum())
     # The loss is a ratio of two sums over windows; this is the standard error of such a ratio.
@@ -66,15 +72,16 @@ def evaluation(sums: NDArray[np.float64], counts: Starts, tokens: Ids, tokenizer
 def estimate(config: Config, params: nn.Params, tokens: Ids, step: int) -> float:
     """Mean loss over `eval_batches` random batches, as nanoGPT's estimate_loss: noisy, for comparison only.
 
-    A pure function of (config, params, tokens, step), with a random stream of its own.
+    A pure function of (config, params, tokens, step), with its own random stream.
     """
     T, n = config.model.block_size, config.train.eval_batches * config.train.batch_size
     starts = estimate_starts(config.train.seed, step, len(tokens), T, n)
-    return float(loss_sums(config.model, params, tokens, starts, np.zeros_like(starts)).sum() / (n * T))
+    losses, B = partial(window_losses, config.model, params), windows_per_batch(config.model, n)
+    return float(loss_sums(losses, tokens, T, starts, np.zeros_like(starts), B).sum() / (n * T))
 
 
 def text_size(tokenizer: Tokenizer, tokens: Ids) -> tuple[int, int]:
-    """Characters and bytes of the text that `tokens` stand for. A character counts where its first byte is."""
+    """Characters and bytes of the text of `tokens`. A character belongs to the token with its first byte."""
     counts = sum(np.bincount(piece, minlength=tokenizer.vocab_size) for piece in pieces_of(tokens))
     chars = np.array([sum(byte & 0xC0 != 0x80 for byte in data) for data in tokenizer.token_bytes])
     sizes = np.array([len(data) for data in tokenizer.token_bytes])
@@ -82,40 +89,27 @@ def text_size(tokenizer: Tokenizer, tokens: Ids) -> tuple[int, int]:
 
 
 def loss_sums(
-    config: ModelConfig,
-    params: nn.Params,
-    tokens: Ids,
-    starts: Starts,
-    skip: Starts,
-    batch_size: int | None = None,
-    *,
-    side_by_side: int = 1,
-    losses: Callable[..., jax.Array] | None = None,
+    losses: Callable[[Batch, Starts], jax.Array], tokens: Ids, T: int, starts: Starts, skip: Starts, B: int
 ) -> NDArray[np.float64]:
-    """Summed loss of each window but for its first `skip` predictions, (n_windows,).
+    """Summed loss of each window without its first `skip` predictions, in batches of B: (n_windows,).
 
     Args:
-      side_by_side: models that are scored at once on a device.
-      losses: in place of `window_losses`; that of many models gives (M, B), and so here (M, n_windows).
+      losses: (batch, skip) -> (B,), as `window_losses` of a model; (M, B) of M models, which gives (M, n_windows).
     """
-    T, n = config.block_size, len(starts)
-    B = batch_size or rows_at_once(config, n, side_by_side)
-    padding = (0, -n % B)  # a last batch of the same shape, so that one program serves
-    sums = [
-        (losses or window_losses)(config, params, take(tokens, starts, T), skip)
-        for starts, skip in zip(
-            np.pad(starts, padding).reshape(-1, B), np.pad(skip, padding).reshape(-1, B), strict=True
-        )
-    ]
+    n, padding = len(starts), (0, -len(starts) % B)  # the last batch is padded, so that one program serves
+    batches = zip(np.pad(starts, padding).reshape(-1, B), np.pad(skip, padding).reshape(-1, B), strict=True)
+    sums = [losses(take(tokens, starts, T), skip) for starts, skip in batches]
     return np.concatenate(jax.device_get(sums), axis=-1).astype(np.float64)[..., :n]
 
 
-def rows_at_once(config: ModelConfig, n: int, side_by_side: int = 1) -> int:
-    """How many of n windows are scored in a batch: some 8,192 tokens on each device, fewer of a large vocabulary; of
-    few windows a power of two of them, so that splits of like sizes share a program."""
-    parts = sharding.parts("batch")
-    most = max(1, min(8192, 2**26 // config.vocab_size) // config.block_size // side_by_side)
-    return parts * min(most, max(32, 1 << (-(-n // parts) - 1).bit_length()))
+def windows_per_batch(config: ModelConfig, n: int, models: int = 1) -> int:
+    """Batch size for n windows and `models` evaluated at once: BATCH_TOKENS or BATCH_LOGITS per device.
+
+    For few windows it is a power of two, so that splits of similar sizes share a program.
+    """
+    shards = sharding.parts("batch")
+    most = max(1, min(BATCH_TOKENS, BATCH_LOGITS // config.vocab_size) // config.block_size // models)
+    return shards * min(most, max(32, 1 << (-(-n // shards) - 1).bit_length()))
 
 
 @partial(jax.jit, static_argnums=0)

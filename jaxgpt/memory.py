@@ -1,7 +1,7 @@
-"""Whether a run fits: the memory that a training step needs, what there is, and a refusal that names the knob.
+"""The memory of a training step, and the refusal of a run that cannot fit, with the setting to change.
 
-What is counted on paper stays below what a compiled step takes, so that nothing that fits is refused before it is
-compiled; the compiler's own figures, where it gives them, then say it exactly.
+The estimate stays below what a compiled step takes, so nothing that fits is refused before compilation. The compiler's
+own figures, where the backend gives them, are exact.
 """
 
 import math
@@ -11,120 +11,138 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from jaxgpt import cost
-from jaxgpt.config import Config, UsageError
+from jaxgpt.config import Config, ModelConfig, UsageError
+from jaxgpt.mesh import Shards
+
+ONE = Shards()
+ELSEWHERE = "a run that has begun cannot be made smaller; resume it where there is more memory"
 
 
 class OutOfMemoryError(UsageError):
     """A run needs more memory than there is."""
 
 
-class Parts(NamedTuple):
-    """Into how many parts the devices of a run split what they hold."""
-
-    state: int = 1
-    batch: int = 1
-    per_host: int = 1
-    """Devices that share the memory of a host, where they have none of their own."""
-
-
-WHOLE = Parts()
-
-
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a training step needs at least on each device."""
+    """Least bytes of a training step on each device."""
 
     parameters: int
     gradients: int
-    """There all at once, as whether a step is applied hangs on all of them."""
+    """All at once, since whether a step is applied depends on all of them."""
     optimizer_state: int
-    """AdamW's two moments, Muon's one."""
+    """Two moments of AdamW, one of Muon."""
     activations: int
-    """Of one micro-batch, as `cost.activation_bytes`."""
+    """Of one micro-batch, as `activation_bytes`."""
     tokens: int
-    """The text on the device."""
+    """The corpus on the device."""
     total: int
-    """At the worst moment. Gradients replace activations in the backward pass, so of the two the larger counts; a sum
-    over micro-batches is there beside the activations, so then both do."""
+    """At the peak. Gradients replace activations during the backward pass, so the larger counts. With several
+    micro-batches their sum exists beside the activations, so both count."""
 
 
-def needed(config: Config, n_tokens_on_device: int, *, recomputed: bool = False, parts: Parts = WHOLE) -> Memory:
-    """What a step of `config`, its vocab_size known, needs at least; `recomputed` as in `cost.activation_bytes`."""
+def needed(config: Config, n_tokens_on_device: int, *, recomputed: bool = False, shards: Shards = ONE) -> Memory:
+    """The least memory of a step of `config`, its vocab_size known; `recomputed` as in `activation_bytes`."""
     train = config.train
-    parameters = gradients = cost.FLOAT * cost.n_params(config.model) // parts.state
-    micro = max(1, train.batch_size // train.accumulate // parts.batch)
-    activations = cost.activation_bytes(config.model, micro, recomputed=recomputed)
+    parameters = gradients = cost.FLOAT * cost.n_params(config.model) // shards.state
+    micro_batch = max(1, train.batch_size // train.accumulate // shards.batch)
+    activations = activation_bytes(config.model, micro_batch, recomputed=recomputed)
     tokens = n_tokens_on_device * (2 if config.model.vocab_size <= 2**16 else 4)
-    worst = gradients + activations if train.accumulate > 1 else max(gradients, activations)
+    peak = gradients + activations if train.accumulate > 1 else max(gradients, activations)
     moments = 2 * parameters
     if config.optimizer.algorithm == "muon" and config.model.kind == "gpt":
-        inside = config.model.n_layer * sum(k * n for k, n in cost.kernels(config.model).values())
-        moments -= cost.FLOAT * inside // parts.state
-    total = parameters + moments + worst + tokens
-    return Memory(parameters, gradients, moments, activations, tokens, total)
+        inside_blocks = config.model.n_layer * sum(k * n for k, n in cost.kernels(config.model).values())
+        moments -= cost.FLOAT * inside_blocks // shards.state
+    return Memory(parameters, gradients, moments, activations, tokens, parameters + moments + peak + tokens)
+
+
+def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool = False) -> int:
+    """Least bytes that the backward pass of `batch_size` full contexts needs from the forward pass.
+
+    In floats per token, for GPT-2's blocks L (16 C + 2 H T) + 2 C + V:
+
+    - per block, 16 C: the inputs of norms (2 C), kernels (C, C, C, 4 C) and GELU (4 C), and q, k and v (3 C)
+    - and 2 H T: the attention weights before and after normalisation; 3 H T with dropout
+    - after the blocks: the input and output of the last norm, and the logits
+
+    Not counted: the gradient of the logits, which may replace them, masks, temporaries, attention weights that can be
+    computed by blocks, what remat recomputes, and logits beyond one chunk. With bf16 matmuls a float has two bytes.
+
+    Args:
+      recomputed: count the results of matmuls only, L (10 C + H T) + V. Compilers for accelerators can recompute the
+        rest from them where memory is short.
+    """
+    C, T, V, L = config.n_embd, config.block_size, config.vocab_size, config.n_layer
+    low = config.precision != "float32"
+    logits = min(V, cost.LOGITS // (batch_size * T) + 1)
+    if config.kind == "bigram":
+        return cost.FLOAT * batch_size * T * V
+    columns = {name: n for name, (_, n) in cost.kernels(config).items()}
+    weights = config.n_head * T if config.dropout or (T < cost.BLOCKED and not low) else 0
+    if config.remat == "blocks":
+        block = C
+    elif recomputed or config.remat == "products":
+        block = sum(columns.values()) + C + weights  # results of the kernels, and the weighted values
+    else:
+        inputs = 5 * C + sum(columns[name] for name in ("query", "key", "value"))  # of norms and kernels; q, k, v
+        hidden = (1 if config.mlp == "relu2" else 2) * columns["c_fc"]
+        block = inputs + hidden + (3 if config.dropout else 2) * weights
+    floats = L * block + (0 if recomputed else 2 * C) + logits
+    return (cost.FLOAT // 2 if low else cost.FLOAT) * batch_size * T * floats
 
 
 def require(
-    config: Config, n_tokens: int = 0, free: int | None = None, *, new: bool = True, parts: Parts = WHOLE
+    config: Config, n_tokens: int = 0, free: int | None = None, *, new: bool = True, shards: Shards = ONE
 ) -> None:
-    """Check, before anything is compiled or the state is made, that a step of `config` can fit.
+    """Check, before anything is compiled or allocated, that a step of `config` can fit.
 
     Args:
-      n_tokens: tokens that go to the device. They do not count on a CPU, which maps their file.
+      n_tokens: tokens on the device. On a CPU they do not count: their file is memory-mapped.
       free: bytes; None for `available()`.
       new: whether the run's settings can still be changed.
 
     Raises:
-      OutOfMemoryError: it cannot; with the numbers, and the setting to change.
+      OutOfMemoryError: it cannot fit; with the numbers, and the setting to change.
     """
     free = available() if free is None else free
-    memory = _paper(config, n_tokens, parts)
-    if free is None or memory.total * _sharing(parts) <= free:
+    memory = _estimate(config, n_tokens, shards)
+    if free is None or memory.total * _sharing(shards) <= free:
         return
     working = f"activations {size(memory.activations)} {'and' if config.train.accumulate > 1 else 'or, after them,'} "
     raise OutOfMemoryError(
         f"a training step needs at least {size(memory.total)}: parameters {size(memory.parameters)}, optimizer state "
         f"{size(memory.optimizer_state)}, {working}gradients {size(memory.gradients)}, tokens {size(memory.tokens)}; "
-        f"{size(free)} are free{_each(parts)}: {knob(config, n_tokens, free, parts) if new else ELSEWHERE}"
+        f"{size(free)} are free{_for_all(shards)}: {smaller(config, n_tokens, free, shards) if new else ELSEWHERE}"
     )
 
 
 def require_compiled(
-    compiled: Any, config: Config, free: int | None = None, *, new: bool = True, parts: Parts = WHOLE
+    compiled: Any, config: Config, free: int | None = None, *, new: bool = True, shards: Shards = ONE
 ) -> None:
     """Check that a compiled `train_steps` fits beside its arguments, which are on the device already.
 
-    Args:
-      compiled: `train_steps.lower(config, state, tokens, starts).compile()`. Of the arrays and not of their shapes: a
-        call of `train_steps` then finds the same program, also where a restored state is tied to its device.
-      free, new: as in `require`.
-
     Raises:
-      OutOfMemoryError: it does not. Nothing is checked where the compiler gives no figures.
+      OutOfMemoryError: it does not fit. Nothing is checked where the compiler gives no figures.
     """
     free = available() if free is None else free
     figures = compiled_bytes(compiled)
-    if figures is None or free is None or figures[1] * _sharing(parts) <= free:
+    if figures is None or free is None or figures[1] * _sharing(shards) <= free:
         return
-    held, more = (figure * _sharing(parts) for figure in figures)
-    # What a change saves is known on paper only: the room there shrinks by as much as the compiler takes more.
-    room = int((held + free) * _paper(config, 0, parts).total * _sharing(parts) / (held + more))
+    held, more = (figure * _sharing(shards) for figure in figures)
+    # The effect of a change is known for the estimate only, so the free memory is scaled down to it.
+    room = int((held + free) * _estimate(config, 0, shards).total * _sharing(shards) / (held + more))
     raise OutOfMemoryError(
         f"the compiled training step needs {size(more)} beside its state and tokens of {size(held)}; {size(free)} are "
-        f"free{_each(parts)}: {knob(config, 0, room, parts) if new else ELSEWHERE}"
+        f"free{_for_all(shards)}: {smaller(config, 0, room, shards) if new else ELSEWHERE}"
     )
 
 
-ELSEWHERE = "a run that has begun cannot be made smaller; go on with it where there is more memory"
-
-
 def compiled_bytes(compiled: Any) -> tuple[int, int] | None:
-    """(bytes of its arguments, bytes that a run of it takes beside them), None where the backend does not say."""
+    """(bytes of its arguments, further bytes that a call takes), None where the backend does not report them."""
     with suppress(NotImplementedError, RuntimeError):
         if stats := compiled.memory_analysis():
             more = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -132,23 +150,23 @@ def compiled_bytes(compiled: Any) -> tuple[int, int] | None:
     return None
 
 
-def knob(config: Config, n_tokens: int, free: int, parts: Parts = WHOLE) -> str:
-    """The smallest change that fits into `free` bytes on paper, as the options to type.
+def smaller(config: Config, n_tokens: int, free: int, shards: Shards = ONE) -> str:
+    """The smallest change of settings whose estimate fits into `free` bytes, as options to type.
 
-    Smaller micro-batches come first, which learn the same; then smaller batches, shorter contexts, a smaller model.
+    Smaller micro-batches come first: they train the same. Then smaller batches, shorter contexts, a smaller model.
     """
     B, T = config.train.batch_size, config.model.block_size
     divisors = {A for i in range(1, math.isqrt(B) + 1) if B % i == 0 for A in (i, B // i)}
-    halves = [B >> i for i in range(1, B.bit_length())]
-    lengths = [T >> i for i in range(1, T.bit_length())]
-    changes: list[tuple[dict[str, Any], dict[str, Any]]]
-    changes = [({"accumulate": A}, {}) for A in sorted(divisors) if config.train.accumulate < A]
-    changes += [({"batch_size": b, "accumulate": 1}, {}) for b in halves]
-    changes += [({"batch_size": 1, "accumulate": 1}, {"block_size": t}) for t in lengths]
+    changes: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        *(({"accumulate": A}, {}) for A in sorted(divisors) if config.train.accumulate < A),
+        *(({"batch_size": B >> i, "accumulate": 1}, {}) for i in range(1, B.bit_length())),
+        *(({"batch_size": 1, "accumulate": 1}, {"block_size": T >> i}) for i in range(1, T.bit_length())),
+    ]
     for train, model in changes:
-        smaller = replace(config, train=replace(config.train, **train), model=replace(config.model, **model))
-        micro = smaller.train.batch_size // smaller.train.accumulate
-        if micro % parts.batch == 0 and _paper(smaller, n_tokens, parts).total * _sharing(parts) <= free:
+        changed = replace(config, train=replace(config.train, **train), model=replace(config.model, **model))
+        micro_batch = changed.train.batch_size // changed.train.accumulate
+        fits = _estimate(changed, n_tokens, shards).total * _sharing(shards) <= free
+        if fits and micro_batch % shards.batch == 0:
             return "try " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in (train | model).items())
     if config.model.kind == "bigram":
         return "try a smaller vocabulary (--tokenizer)"
@@ -156,7 +174,7 @@ def knob(config: Config, n_tokens: int, free: int, parts: Parts = WHOLE) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """Bytes for a person, in powers of ten.
+    """Bytes as text, in powers of ten.
 
     >>> size(84_200_000_000), size(1_234_000)
     ('84.2 GB', '1.2 MB')
@@ -165,7 +183,7 @@ def size(n_bytes: float) -> str:
 
 
 def available() -> int | None:
-    """Bytes that are free on the device that a step runs on, None where nobody says."""
+    """Free bytes of the device that a step runs on, None where it does not report them."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return host_available()
@@ -179,14 +197,14 @@ def available() -> int | None:
 def host_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes of the machine's memory that this process may still take, without swap.
 
-    The least of what Linux has available, what the process's control groups leave and what its limit of address space
-    (`ulimit -v`) leaves; the whole physical memory where there is no /proc.
+    The least of MemAvailable, of what control groups leave, and of what RLIMIT_AS (`ulimit -v`) leaves. Without /proc,
+    the whole physical memory.
     """
-    left = _control_groups_left(proc, cgroups)
+    left = _cgroups_left(proc, cgroups)
     if found := re.search(r"^MemAvailable:\s*(\d+) kB", _read(proc / "meminfo"), re.M):
         left.append(int(found[1]) * 1024)
     elif not left:
-        with suppress(AttributeError, ValueError, OSError):  # no sysconf on Windows
+        with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
             left.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if sys.platform != "win32":
         import resource
@@ -197,11 +215,8 @@ def host_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgr
     return max(0, min(left)) if left else None
 
 
-def _control_groups_left(proc: Path, root: Path) -> list[int]:
-    """Limit minus usage of each control group, version 2 or 1, from the root down to the process's own.
-
-    The pages of files count as free: the kernel gives them up when memory is short.
-    """
+def _cgroups_left(proc: Path, root: Path) -> list[int]:
+    """Limit minus usage of each control group (version 2 or 1) of the process, up to the root. Page cache is free."""
     left = []
     for line in _read(proc / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -220,19 +235,19 @@ def _control_groups_left(proc: Path, root: Path) -> list[int]:
     return left
 
 
-def _paper(config: Config, n_tokens: int, parts: Parts) -> Memory:
-    """`needed` as it holds on this backend."""
+def _estimate(config: Config, n_tokens: int, shards: Shards) -> Memory:
+    """`needed` on this backend."""
     on_cpu = jax.default_backend() == "cpu"
-    return needed(config, 0 if on_cpu else n_tokens, recomputed=not on_cpu, parts=parts)
+    return needed(config, 0 if on_cpu else n_tokens, recomputed=not on_cpu, shards=shards)
 
 
-def _sharing(parts: Parts) -> int:
-    """How many devices take from the memory that `available` counts."""
-    return parts.per_host if jax.default_backend() == "cpu" else 1
+def _sharing(shards: Shards) -> int:
+    """How many devices share the memory that `available` reports."""
+    return shards.per_host if jax.default_backend() == "cpu" else 1
 
 
-def _each(parts: Parts) -> str:
-    return f" for all {parts.per_host} devices" if _sharing(parts) > 1 else ""
+def _for_all(shards: Shards) -> str:
+    return f" for all {shards.per_host} devices" if _sharing(shards) > 1 else ""
 
 
 def _read(path: Path) -> str:

@@ -1,88 +1,119 @@
-"""The optimizer of a config: schedule, clipping, and AdamW or Muon, which decay by parameter path."""
+"""The optimizer of a config: learning-rate schedule, clipping, and AdamW or Muon with decoupled weight decay."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgpt.config import Config, off
+from jaxgpt.config import Config
 from jaxgpt.model import Params
 from jaxgpt.muon import scale_by_muon
 
 DECAYED = ("kernel", "embedding")
 
 
-def learning_rate(config: Config) -> optax.Schedule:
-    """Step (0-based) to learning rate: linear warm-up to the peak, then the way down; constant after its end.
+class Hyperparameters(NamedTuple):
+    """The settings of a training step that may be traced: Python numbers in a run, arrays of shape () in a sweep.
 
-    The warm-up's first step is at learning_rate / (warmup_steps + 1), as in nanoGPT.
+    The config stays static. Where 0 switches something off (learning_rate, warmup_steps, grad_clip, dropout), the
+    config decides, so a traced value must be 0 exactly where that of the config is.
     """
-    opt = config.optimizer
-    peak, low, warmup = opt.learning_rate, opt.final_learning_rate, opt.warmup_steps
-    length = (config.train.steps if off(opt.decay_steps) else opt.decay_steps) - warmup
 
-    def after(n: Any) -> Any:
+    learning_rate: Any
+    min_learning_rate: Any  # at the end of the schedule
+    warmup_steps: Any
+    decay_steps: Any  # the step at which the schedule ends
+    beta1: Any
+    beta2: Any
+    eps: Any
+    weight_decay: Any
+    grad_clip: Any
+    muon_learning_rate: Any
+    muon_momentum: Any
+    dropout: Any
+    init_scale: Any
+    seed: Any
+
+
+def hyperparameters(config: Config) -> Hyperparameters:
+    """Those of a config, as Python numbers."""
+    values = vars(config.optimizer) | vars(config.model) | vars(config.train)
+    values["min_learning_rate"] = config.optimizer.final_learning_rate
+    values["decay_steps"] = config.optimizer.decay_steps or config.train.steps
+    return Hyperparameters(**{name: values[name] for name in Hyperparameters._fields})
+
+
+def learning_rate(config: Config, hyper: Hyperparameters | None = None) -> optax.Schedule:
+    """Step (0-based) to learning rate: linear warm-up to the peak, then the decay schedule; constant after its end.
+
+    The first step has learning_rate / (warmup_steps + 1), as in nanoGPT.
+    """
+    hyper = hyper or hyperparameters(config)
+    peak, low, warmup = hyper.learning_rate, hyper.min_learning_rate, hyper.warmup_steps
+    length = hyper.decay_steps - warmup
+
+    def decayed(n: Any) -> Any:
         """The rate `n` steps after the warm-up."""
-        match opt.schedule:
+        match config.optimizer.schedule:
             case "cosine":
-                alpha = 0.0 if off(peak) else low / peak
-                fallen = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(n, length).astype(jnp.float32) / length))
-                return peak * ((1 - alpha) * fallen + alpha)
+                alpha = low / peak if config.optimizer.learning_rate else 0.0
+                cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(n, length).astype(jnp.float32) / length))
+                return peak * ((1 - alpha) * cosine + alpha)
             case "linear":
                 return (peak - low) * (1 - jnp.clip(n, 0, length) / length) + low
             case "constant":
                 return peak
 
     def rate(step: Any) -> Any:
-        if off(warmup):
-            return after(step)
+        if not config.optimizer.warmup_steps:
+            return decayed(step)
         first = peak / (warmup + 1)
-        before = (first - peak) * (1 - jnp.clip(step, 0, warmup) / warmup) + peak
-        return jnp.where(step < warmup, before, after(step - warmup))
+        rising = (first - peak) * (1 - jnp.clip(step, 0, warmup) / warmup) + peak
+        return jnp.where(step < warmup, rising, decayed(step - warmup))
 
     return rate
 
 
 def decay_mask(params: Params) -> Params:
-    """True where weight decay applies: every leaf named kernel or embedding, no bias and no norm's scale.
+    """True where weight decay applies: kernels and embeddings, but no biases and no norm scales.
 
-    By name and not by `ndim`, so that stacked layers decay as separate ones do. For nanoGPT's model this is the same
-    choice as its "two or more dimensions".
+    By name and not by `ndim`, so that stacked layers decay as separate ones do. For nanoGPT's model both are the same.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW for a learning rate of 1: its updates are still to be scaled by
-    -`learning_rate(config)` of the step, so that a step which is left out does not hold the schedule back.
+def make_optimizer(config: Config, hyper: Hyperparameters | None = None) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW, or Muon for the kernels inside blocks and AdamW for the rest.
 
-    With "muon", the kernels inside blocks get Muon's updates instead, in proportion to `muon_learning_rate`.
+    Updates are for a learning rate of 1 (Muon's for muon_learning_rate / learning_rate). The caller multiplies them by
+    -`learning_rate(config)(step)`, so that the schedule advances in steps that are not applied too.
     """
-    opt = config.optimizer
-    decay = optax.add_decayed_weights(opt.weight_decay, decay_mask)
-    adamw = optax.chain(optax.scale_by_adam(opt.beta1, opt.beta2, opt.eps), decay)
+    opt, hyper = config.optimizer, hyper or hyperparameters(config)
+    decay = optax.add_decayed_weights(hyper.weight_decay, decay_mask)
+    optimizer = optax.chain(optax.scale_by_adam(hyper.beta1, hyper.beta2, hyper.eps), decay)
     if opt.algorithm == "muon":
         muon = optax.chain(
-            scale_by_muon(opt.muon_momentum, opt.muon_steps, config.model.precision),
+            scale_by_muon(hyper.muon_momentum, opt.muon_steps, config.model.precision),
             decay,
-            optax.scale(opt.muon_learning_rate / opt.learning_rate),
+            optax.scale(hyper.muon_learning_rate / hyper.learning_rate),
         )
-        adamw = optax.partition({"muon": muon, "adamw": adamw}, kinds)
-    inner = adamw if off(opt.grad_clip) else optax.chain(optax.clip_by_global_norm(opt.grad_clip), adamw)
+        optimizer = optax.partition({"muon": muon, "adamw": optimizer}, optimizer_labels)
+    if opt.grad_clip:
+        optimizer = optax.chain(optax.clip_by_global_norm(hyper.grad_clip), optimizer)
 
     def update(*args: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of its int32 count
-            return inner.update(*args)
+            return optimizer.update(*args)
 
-    return optax.GradientTransformation(inner.init, update)
+    return optax.GradientTransformation(optimizer.init, update)
 
 
-def kinds(params: Params) -> Params:
-    """ "muon" for the kernels inside blocks, "adamw" for all else: embeddings, the head, biases, scales."""
+def optimizer_labels(params: Params) -> Params:
+    """ "muon" for kernels inside blocks, "adamw" for embeddings, the head, biases and norm scales."""
 
-    def kind(path: tuple[Any, ...], leaf: jax.Array) -> str:
+    def label(path: tuple[Any, ...], leaf: jax.Array) -> str:
         block = path[0].key == "h" or path[0].key.startswith("h_")
         return "muon" if block and path[-1].key == "kernel" else "adamw"
 
-    return jax.tree_util.tree_map_with_path(kind, params)
+    return jax.tree_util.tree_map_with_path(label, params)

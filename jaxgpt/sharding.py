@@ -31,8 +31,8 @@ def platform() -> str:
 
 def _splits() -> bool:
     """Whether the compiler splits anything here: the mesh in scope has one of these axes, and that of a sweep none."""
-    axes = jax.sharding.get_abstract_mesh().auto_axes
-    return any(axis in axes for names in AXES.values() for axis in names)
+    axes, sizes = jax.sharding.get_abstract_mesh().auto_axes, jax.sharding.get_abstract_mesh().shape
+    return any(axis in axes and sizes[axis] > 1 for names in AXES.values() for axis in names)
 
 
 def parts(dim: str) -> int:

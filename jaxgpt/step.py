@@ -1,19 +1,22 @@
-"""Loss to weights: one step as a pure function, and K of them as one compiled program."""
+"""One training step as a pure function, K of them as one scan, and how they are compiled for a mesh."""
 
+import dataclasses
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from jaxgpt import matmul as numerics
 from jaxgpt import model as nn
 from jaxgpt import prng
-from jaxgpt.config import Config, off
-from jaxgpt.data import Batch, cut, take
-from jaxgpt.optimizer import learning_rate, make_optimizer
+from jaxgpt.config import Config
+from jaxgpt.data import Batch, inputs_and_targets, take
+from jaxgpt.mesh import replicated, state_shardings
+from jaxgpt.optimizer import Hyperparameters, hyperparameters, learning_rate, make_optimizer
 
 # Streams of random keys, folded into the key of the seed. Batches have a generator of their own.
 INIT, DROPOUT = range(2)
@@ -30,35 +33,42 @@ class TrainState:
 
 
 class Metrics(NamedTuple):
-    """What a step reports: scalars, float32 but for the last."""
+    """What a step reports: scalars, float32 except the last."""
 
     loss: jax.Array  # nats per token, of the batch before the update
     grad_norm: jax.Array  # global, before clipping
     learning_rate: jax.Array
-    applied: jax.Array  # bool: False where the loss, a gradient or an update was no finite number
+    applied: jax.Array  # bool: False where the loss, a gradient or an update was NaN or infinite
 
 
 @partial(jax.jit, static_argnums=0)
 @numerics.in_32_bits
-def init_state(config: Config) -> TrainState:
-    """The state at step 0, a pure function of the config."""
-    params = nn.init_params(config.model, stream_key(config, INIT))
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+def init_state(config: Config, hyper: Hyperparameters | None = None) -> TrainState:
+    """The state at step 0, a pure function of the config; `hyper` as in `train_step`."""
+    hyper = hyper or hyperparameters(config)
+    params = nn.init_params(_model(config, hyper), stream_key(hyper.seed, INIT))
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config, hyper).init(params))
 
 
 @numerics.in_32_bits
-def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+def train_step(
+    config: Config, state: TrainState, batch: Batch, hyper: Hyperparameters | None = None
+) -> tuple[TrainState, Metrics]:
     """One optimizer step on `batch` ((B, T) inputs and targets), pure and traceable.
 
-    Where the loss, a gradient or an update is not finite, the step is counted but not applied: parameters and
-    optimizer state stay as they are, bit for bit. So a finite state is followed by finite states only.
+    If the loss, a gradient or an update is not finite, the step is counted but not applied: parameters and optimizer
+    state keep every bit. So a finite state is followed by finite states only.
+
+    Args:
+      hyper: traced values in place of those of the config, in a sweep; None for those of the config.
     """
+    hyper = hyper or hyperparameters(config)
     dropout_key = None
-    if not off(config.model.dropout):
-        dropout_key = jax.random.fold_in(stream_key(config, DROPOUT), state.step)
-    loss, grads = loss_and_grads(config, state.params, batch, dropout_key)
-    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-    rate = jnp.float32(learning_rate(config)(state.step))
+    if config.model.dropout:
+        dropout_key = jax.random.fold_in(stream_key(hyper.seed, DROPOUT), state.step)
+    loss, grads = loss_and_grads(config, state.params, batch, dropout_key, hyper)
+    updates, opt_state = make_optimizer(config, hyper).update(grads, state.opt_state, state.params)
+    rate = jnp.float32(learning_rate(config, hyper)(state.step))
     updates = jax.tree.map(lambda u: -rate * u, updates)
     # A finite global norm bounds each entry by 2e19, so neither Adam's squares nor the sums below can overflow.
     grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
@@ -71,36 +81,44 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     return TrainState(state.step + 1, params, opt_state), Metrics(loss, grad_norm, rate, applied)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
 @numerics.in_32_bits
 def train_steps(
-    config: Config, state: TrainState, tokens: jax.Array | None, windows: jax.Array
+    config: Config,
+    state: TrainState,
+    tokens: jax.Array | None,
+    windows: jax.Array,
+    hyper: Hyperparameters | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """K steps as one program; the windows are taken from the tokens on the device. `state` is donated.
+    """K steps as one scan, pure and traceable.
 
     Args:
       tokens: (N,) ids on the device: the corpus. None where that is too large.
-      windows: (K, B) int32 window starts, from `batches.chunk_starts`; without tokens the windows themselves,
-        (K, B, T + 1), from `batches.gather`.
+      windows: (K, B) int32 window starts; without tokens the windows themselves, (K, B, T + 1).
+      hyper: as in `train_step`.
 
     Returns:
-      The state K steps later and the K steps' metrics, each (K,).
+      The state K steps later and the metrics of the K steps, each (K,).
     """
 
     def body(state: TrainState, windows: jax.Array) -> tuple[TrainState, Metrics]:
-        batch = cut(windows) if tokens is None else take(tokens, windows, config.model.block_size)
-        return train_step(config, state, batch)
+        batch = inputs_and_targets(windows) if tokens is None else take(tokens, windows, config.model.block_size)
+        return train_step(config, state, batch, hyper)
 
     return jax.lax.scan(body, state, windows)
 
 
 def loss_and_grads(
-    config: Config, params: nn.Params, batch: Batch, dropout_key: jax.Array | None
+    config: Config,
+    params: nn.Params,
+    batch: Batch,
+    dropout_key: jax.Array | None,
+    hyper: Hyperparameters | None = None,
 ) -> tuple[jax.Array, nn.Params]:
     """Mean loss over the batch and its gradient, in `accumulate` micro-batches one after another."""
+    model = _model(config, hyper or hyperparameters(config))
 
     def loss(params: nn.Params, batch: Batch, key: jax.Array | None) -> jax.Array:
-        return nn.losses(config.model, params, batch.inputs, batch.targets, key).mean()
+        return nn.losses(model, params, batch.inputs, batch.targets, key).mean()
 
     A = config.train.accumulate
     if A == 1:
@@ -117,6 +135,37 @@ def loss_and_grads(
     return jax.tree.map(lambda x: x / A, total)
 
 
-def stream_key(config: Config, stream: int) -> jax.Array:
-    """The key of one purpose (INIT, DROPOUT) for this config's seed."""
-    return jax.random.fold_in(prng.key(config.train.seed), stream)
+def _model(config: Config, hyper: Hyperparameters) -> Any:
+    """The model's config with the rates that it uses, which a sweep traces."""
+    return dataclasses.replace(config.model, dropout=hyper.dropout, init_scale=hyper.init_scale)
+
+
+def stream_key(seed: Any, stream: int) -> jax.Array:
+    """The key of one purpose (INIT, DROPOUT) for a seed."""
+    return jax.random.fold_in(prng.key(seed), stream)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """The shapes, dtypes and shardings of a train state of `config`."""
+    shapes = jax.eval_shape(init_state, config)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        state_shardings(mesh, shapes),
+    )
+
+
+def sharded_init(config: Config, mesh: Mesh) -> TrainState:
+    """`init_state`, each shard of it made on its own device."""
+    shardings = state_shardings(mesh, jax.eval_shape(init_state, config))
+    return jax.jit(init_state, static_argnums=0, out_shardings=shardings)(config)
+
+
+@lru_cache(maxsize=16)
+def jit_train_steps(config: Config, mesh: Mesh) -> Any:
+    """`train_steps` of `config`, jitted: (state, tokens, windows) -> (state, metrics).
+
+    The state is donated and keeps its shardings. It is traced and called under `jax.set_mesh(mesh)`.
+    """
+    shardings = state_shardings(mesh, jax.eval_shape(init_state, config))
+    return jax.jit(partial(train_steps, config), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

@@ -10,21 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
+from jax.sharding import Mesh
 
 from jaxgpt import memory, processes
 from jaxgpt import model as nn
 from jaxgpt.checkpoint import CheckpointError, Checkpoints, Manifest
 from jaxgpt.config import Config
 from jaxgpt.corpus import Corpus
-from jaxgpt.data import cut, take
+from jaxgpt.data import chunks, config_starts, device_tokens, inputs_and_targets, loader, take
 from jaxgpt.evaluation import Evaluation, estimate, evaluate
-from jaxgpt.feed import chunks, device_tokens, feeder, window_starts
+from jaxgpt.mesh import num_shards, one_device
 from jaxgpt.metrics_log import DivergedError, Evaluated, Event, MetricsLog, Sampled, notify
-from jaxgpt.placement import ONE_DEVICE, Placement, fresh, like
 from jaxgpt.run import Run, RunError
 from jaxgpt.signals import stop_signals
 from jaxgpt.start import environment, identity, newest_whole
-from jaxgpt.step import TrainState, train_step
+from jaxgpt.step import TrainState, abstract_state, jit_train_steps, sharded_init, train_step
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def fit(
     on_event: Callable[[Event], None] = lambda event: None,
     config: Config | None = None,
     debug_nans: bool = False,
-    placement: Placement = ONE_DEVICE,
+    mesh: Mesh | None = None,
     sample: Callable[[nn.Params], str] | None = None,
 ) -> Summary:
     """Train `run` from its newest checkpoint, or from the start, to its last step; log, evaluate and save.
@@ -63,7 +63,7 @@ def fit(
     Args:
       config: replaces the run's own, within what a resume may change.
       debug_nans: end the run at the first non-finite step, and name the operation; slower.
-      placement: the devices to train on; results agree on all but for float32 reassociation.
+      mesh: the devices to train on, None for one; results are the same on all up to float32 reassociation.
       sample: parameters to a text, reported after each evaluation but the first and the last.
 
     Raises:
@@ -75,46 +75,50 @@ def fit(
     config, began = config or run.config, time.perf_counter()
     train_tokens, _ = corpus.split(config.data)
     parts = corpus.training_parts(config.data)
-    steps = placement.steps(config)
+    mesh = mesh or one_device()
+    steps, shards = jit_train_steps(config, mesh), num_shards(mesh)
 
     def compiled_steps(begin: int, end: int) -> Any:
         """The program of some steps, compiled for the shapes of a state."""
-        with placement.scope():
-            return steps.lower(config, like(config, placement), *feed(begin, end)).compile()
+        with jax.set_mesh(mesh):
+            return steps.lower(abstract_state(config, mesh), *load(begin, end)).compile()
+
+    def starts_of(step: int) -> Any:
+        return config_starts(config, parts, step, step + 1)[0]
 
     with (
-        placement.scope(),
+        jax.set_mesh(mesh),
         run.lock(),
         stop_signals() as stop_signal,
         ThreadPoolExecutor(1, "reader") as reading,
         ThreadPoolExecutor(1, "compile") as background,
     ):
-        feed = feeder(config, train_tokens, placement, parts, reading)
+        load = loader(config, train_tokens, mesh, parts, reading)
         saved = Checkpoints(run.checkpoints)
         found = newest(run, config, corpus, saved, on_event)
         new = found is None
-        memory.require(config, device_tokens(config, len(train_tokens)), new=new, parts=placement.parts)
+        memory.require(config, device_tokens(config, len(train_tokens)), new=new, shards=shards)
         # Several processes must run, and some compile, the same programs in the same order.
         early = new and processes.single_process()
         ahead = background.submit(compiled_steps, *next(chunks(config, 0))) if early else None
-        state = saved.restore(found.step, like(config, placement)) if found else fresh(config, placement)
+        state = saved.restore(found.step, abstract_state(config, mesh)) if found else sharded_init(config, mesh)
         if config != run.config:
             run = processes.on_primary(partial(run.with_config, config)) or Run(run.path)
         step, stop, programs = int(state.step), 0, dict[int, Any]()
         run.event("start", step=step, **environment())
         n_bytes = found.about["metrics"]["bytes"] if found else 0
         with (
-            MetricsLog(run, n_bytes, partial(window_starts, config, parts), on_event) as log,
+            MetricsLog(run, n_bytes, starts_of, on_event) as log,
             Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every, log.losses) as checkpoints,
         ):
             saves = Saves(run, corpus, checkpoints, log)
             if (due(config, step) if step else config.train.eval_start) and step not in log.losses:
                 log.add_evaluation(*score(config, corpus, state))  # a checkpoint is saved before it is evaluated
             for begin, end in chunks(config, step):
-                served = feed(begin, end)
+                served = load(begin, end)
                 if end - begin not in programs:
                     program = ahead.result() if ahead and not programs else compiled_steps(begin, end)
-                    memory.require_compiled(program, config, new=new, parts=placement.parts)
+                    memory.require_compiled(program, config, new=new, shards=shards)
                     programs[end - begin] = program
                 before = jax.tree.map(jnp.copy, state) if debug_nans else None
                 state, metrics = programs[end - begin](state, *served)
@@ -253,7 +257,7 @@ def find_nan(config: Config, state: TrainState, tokens: jax.Array | None, window
     one_step = jax.jit(partial(train_step, config))
     checked = jax.jit(checkify.checkify(partial(train_step, config), errors=checkify.float_checks))
     for row in windows:
-        batch = cut(row) if tokens is None else take(tokens, row, config.model.block_size)
+        batch = inputs_and_targets(row) if tokens is None else take(tokens, row, config.model.block_size)
         after, metrics = one_step(state, batch)
         if not metrics.applied:
             error, _ = checked(state, batch)

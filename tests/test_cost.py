@@ -70,12 +70,3 @@ def test_training_takes_three_times_the_products_of_the_forward_pass():
     idx = jax.ShapeDtypeStruct((3, SMALL.block_size), "int32")
     backward = jax.make_jaxpr(jax.grad(lambda params, idx: nn.forward(SMALL, params, idx).sum()))(params, idx)
     assert 3 * cost.flops_per_token(SMALL) * 3 * SMALL.block_size == products(backward.jaxpr)
-
-
-def test_activations_by_hand():
-    C, T, H, L, V = 16, 8, 2, 2, 13
-    assert cost.activation_bytes(SMALL, 3) == 4 * 3 * T * (L * (16 * C + 2 * H * T) + 2 * C + V)
-    dropped = dataclasses.replace(SMALL, dropout=0.1)
-    assert cost.activation_bytes(dropped, 3) - cost.activation_bytes(SMALL, 3) == 4 * 3 * T * L * H * T
-    assert cost.activation_bytes(SMALL, 3, recomputed=True) == 4 * 3 * T * (L * (10 * C + H * T) + V)
-    assert cost.activation_bytes(dataclasses.replace(SMALL, kind="bigram"), 3) == 4 * 3 * T * V

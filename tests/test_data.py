@@ -111,7 +111,7 @@ def test_device_memory_map_and_gathered_windows_give_the_same_batch(tmp_path):
     compiled = jax.jit(batches.take, static_argnums=2)
     for got in (
         batches.take(mapped, starts, 8),
-        batches.cut(batches.gather(mapped, starts, 8)),
+        batches.inputs_and_targets(batches.gather(mapped, starts, 8)),
         compiled(jnp.asarray(tokens), starts.astype(np.int32), 8),
     ):
         np.testing.assert_array_equal(got.inputs, expected.inputs)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig
-from jaxgpt.evaluation import estimate, evaluate, rows_at_once, text_size
+from jaxgpt.evaluation import estimate, evaluate, text_size, windows_per_batch
 from jaxgpt.step import init_state
 from jaxgpt.tokenizer import ByteTokenizer, CharTokenizer
 
@@ -65,7 +65,7 @@ def test_the_result_does_not_depend_on_the_batch_size(tiny):
 def test_little_is_computed_for_nothing(n, T, V, models):
     """Of few windows a batch is less than twice as many, or 32; of many it is what a device takes."""
     config = ModelConfig(vocab_size=V, block_size=T)
-    batch, most = rows_at_once(config, n, models), rows_at_once(config, 10**9, models)
+    batch, most = windows_per_batch(config, n, models), windows_per_batch(config, 10**9, models)
     assert batch <= max(2 * n - 1, 32)
     assert batch == most if n >= most else batch >= n
     assert most == 1 or models * most * T <= 8192

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from jaxgpt import feed
+from jaxgpt import data
 from jaxgpt.cli.runs import start
-from jaxgpt.feed import chunks, feeder
+from jaxgpt.data import chunks, loader
+from jaxgpt.mesh import one_device
 from jaxgpt.train import fit
 
 
@@ -23,10 +24,10 @@ def test_chunks_end_at_multiples_of_scan_steps(tiny, change, step, steps, expect
 
 def test_what_is_read_from_disk_is_what_the_device_would_take(tiny, monkeypatch):
     tokens = np.arange(200, dtype=np.uint16) * 7 % 13
-    on_device = feeder(tiny, tokens)
-    monkeypatch.setattr(feed, "DEVICE_TOKENS", len(tokens) - 1)
+    on_device = loader(tiny, tokens, one_device())
+    monkeypatch.setattr(data, "DEVICE_TOKENS", len(tokens) - 1)
     with ThreadPoolExecutor(1) as pool:
-        for on_disk in feeder(tiny, tokens), feeder(tiny, tokens, pool=pool):
+        for on_disk in loader(tiny, tokens, one_device()), loader(tiny, tokens, one_device(), pool=pool):
             require_the_same_windows(tiny, on_device, on_disk)
 
 
@@ -41,20 +42,20 @@ def require_the_same_windows(tiny, on_device, on_disk):
 
 def test_a_run_reads_each_chunk_once_and_leaves_no_thread(tiny, change, verse, tmp_path, monkeypatch):
     """Also the first one, for which a thread compiles while the run evaluates."""
-    read, starts = Counter(), feed.chunk_starts
-    monkeypatch.setattr(feed, "DEVICE_TOKENS", 0)
-    monkeypatch.setattr(feed, "chunk_starts", lambda *args: read.update([args[2:]]) or starts(*args))
+    read, starts = Counter(), data.config_starts
+    monkeypatch.setattr(data, "DEVICE_TOKENS", 0)
+    monkeypatch.setattr(data, "config_starts", lambda *args: read.update([args[2:]]) or starts(*args))
     fit(*start(change(tiny, corpus=str(verse)), "read", tmp_path / "runs", tmp_path / "data"))
     assert read == {chunk: 1 for chunk in chunks(tiny, 0)}
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("reader")]
 
 
 def test_threads_that_ask_for_a_chunk_together_read_it_once(tiny, monkeypatch):
-    read, starts, both = Counter(), feed.chunk_starts, threading.Barrier(2)
-    monkeypatch.setattr(feed, "DEVICE_TOKENS", 0)
-    monkeypatch.setattr(feed, "chunk_starts", lambda *args: read.update([args[2:]]) or starts(*args))
+    read, starts, both = Counter(), data.config_starts, threading.Barrier(2)
+    monkeypatch.setattr(data, "DEVICE_TOKENS", 0)
+    monkeypatch.setattr(data, "config_starts", lambda *args: read.update([args[2:]]) or starts(*args))
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(2) as threads:
-        on_disk = feeder(tiny, np.arange(200, dtype=np.uint16) % 13, pool=pool)
+        on_disk = loader(tiny, np.arange(200, dtype=np.uint16) % 13, one_device(), pool=pool)
 
         def first_chunk(_):
             both.wait()

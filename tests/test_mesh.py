@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 
 from jaxgpt import data as batches
-from jaxgpt import feed, kernels, loss, mesh, sharding
+from jaxgpt import kernels, loss, mesh, sharding
 from jaxgpt import model as nn
 from jaxgpt.attention import attention, causal_mask
 from jaxgpt.checkpoint import Checkpoints
-from jaxgpt.data import Batch
+from jaxgpt.data import Batch, loader
 from jaxgpt.evaluation import evaluate, window_losses
-from jaxgpt.feed import feeder
-from jaxgpt.mesh import MeshError, Placement, Sizes
-from jaxgpt.placement import ONE_DEVICE, fresh, like
-from jaxgpt.step import init_state
+from jaxgpt.mesh import MeshError, Sizes, make_mesh, one_device, state_shardings
+from jaxgpt.step import abstract_state, init_state, jit_train_steps, sharded_init, train_steps
 from jaxgpt.tokenizer import CharTokenizer
 
 PLAIN = ["data=8", "fsdp=8", "tensor=8", "context=8", "data=2,fsdp=2,tensor=2"]
@@ -47,19 +45,18 @@ def rich(small, change):
     return change(small, batch_size=16, accumulate=2, algorithm="muon", mlp="swiglu", position="rope", **options)
 
 
-def place(text):
-    sizes = Sizes.parse(text)
-    return Placement(sizes, tuple(jax.devices()[: sizes.devices]))
+def mesh_of(text):
+    return make_mesh(Sizes.parse(text))
 
 
-def trained(config, placement, tokens=TOKENS):
+def trained(config, over, tokens=TOKENS):
     """20 steps in two chunks: their metrics, the parameters after them, and the losses of some windows and of all
     tokens."""
-    feed, steps, K = feeder(config, tokens, placement), placement.steps(config), config.train.scan_steps
-    with placement.scope():
-        state, chunks, programs = fresh(config, placement), [], []
+    load, steps, K = loader(config, tokens, over), jit_train_steps(config, over), config.train.scan_steps
+    with jax.set_mesh(over):
+        state, chunks, programs = sharded_init(config, over), [], []
         for begin in range(0, 2 * K, K):
-            state, metrics = steps(config, state, *feed(begin, begin + K))
+            state, metrics = steps(state, *load(begin, begin + K))
             chunks.append(jax.device_get(metrics))
             programs.append(steps._cache_size())
         assert programs[0] == programs[1]  # the second chunk compiled nothing
@@ -72,8 +69,8 @@ def trained(config, placement, tokens=TOKENS):
 
 def same(config, text, results):
     if config not in results:
-        results[config] = trained(config, ONE_DEVICE)
-    (metrics, params, losses), (over, spread, theirs) = results[config], trained(config, place(text))
+        results[config] = trained(config, one_device())
+    (metrics, params, losses), (over, spread, theirs) = results[config], trained(config, mesh_of(text))
     np.testing.assert_allclose(over.loss, metrics.loss, atol=BOUND, rtol=0)
     np.testing.assert_allclose(over.grad_norm, metrics.grad_norm, rtol=1e-3)
     np.testing.assert_allclose(theirs, losses, atol=8 * BOUND, rtol=0)
@@ -95,20 +92,25 @@ def test_so_it_is_with_dropout_micro_batches_a_loop_of_blocks_and_muon(rich, res
 def test_so_it_is_with_a_bigram_of_which_each_device_takes_its_part_of_the_logits(small, change, results):
     config = change(small, kind="bigram")
     same(config, "data=2,fsdp=2,context=2", results)
-    over = place("data=2,fsdp=2,context=2")
-    with over.scope():
-        text = over.steps(config).lower(config, like(config, over), *feeder(config, TOKENS, over)(0, 1)).compile()
+    over = mesh_of("data=2,fsdp=2,context=2")
+    with jax.set_mesh(over):
+        served = loader(config, TOKENS, over)(0, 1)
+        text = jit_train_steps(config, over).lower(abstract_state(config, over), *served).compile()
     assert re.search(r"f32\[2,4,16\]", text.as_text()), "of 8 sequences of 8 tokens"
     assert "f32[8,8,16]" not in text.as_text()
 
 
-def test_one_device_pays_nothing(rich):
-    """Without a mesh the program holds no word of one; with it, it does."""
+def test_the_mesh_of_one_device_costs_nothing(rich):
+    """Its program has no sharding constraints, and computes the bits that the plain function computes."""
     tokens, starts = jnp.asarray(TOKENS), jnp.zeros((1, 16), jnp.int32)
-    for placement, split in ((ONE_DEVICE, False), (place("data=2,tensor=2"), True)):
-        with placement.scope():
-            text = placement.steps(rich).lower(rich, like(rich, placement), tokens, starts).as_text()
-        assert ("sdy.sharding_constraint" in text) == split
+    for over, constrained in ((one_device(), False), (mesh_of("data=2,tensor=2"), True)):
+        with jax.set_mesh(over):
+            text = jit_train_steps(rich, over).lower(abstract_state(rich, over), tokens, starts).as_text()
+        assert ("sdy.sharding_constraint" in text) == constrained
+    plain = jax.jit(train_steps, static_argnums=0)(rich, init_state(rich), tokens, starts)
+    with jax.set_mesh(one_device()):
+        alone = jit_train_steps(rich, one_device())(sharded_init(rich, one_device()), tokens, starts)
+    jax.tree.map(np.testing.assert_array_equal, alone, plain)
 
 
 @pytest.mark.parametrize("text", ["data=2,fsdp=2,tensor=2", "data=2,context=2"])
@@ -116,31 +118,30 @@ def test_a_corpus_on_disk_is_read_by_those_who_need_it(small, results, monkeypat
     """Each part of the batch is read once; the losses are those of a corpus on one device."""
     read, config, plain, mine = [], small, batches.gather, TOKENS.copy()
     if config not in results:
-        results[config] = trained(config, ONE_DEVICE)
+        results[config] = trained(config, one_device())
 
     def gather(tokens, starts, T):
         if tokens is mine:  # and no chunk that a reader before this one is still ahead with
             read.append(starts)
         return plain(tokens, starts, T)
 
-    monkeypatch.setattr(feed, "DEVICE_TOKENS", 0)
+    monkeypatch.setattr(batches, "DEVICE_TOKENS", 0)
     monkeypatch.setattr(batches, "gather", gather)
-    served = trained(config, place(text), mine)[0]
+    served = trained(config, mesh_of(text), mine)[0]
     np.testing.assert_allclose(served.loss, results[config][0].loss, atol=BOUND, rtol=0)
-    over, plan = place(text).sizes, batches.chunk_starts(config.train.seed, 0, 10, len(TOKENS), 8, 8)
+    over, plan = Sizes.parse(text), batches.chunk_starts(config.train.seed, 0, 10, len(TOKENS), 8, 8)
     first = read[: over.data * over.fsdp]
     assert all(starts.shape == (10, 8 // (over.data * over.fsdp)) for starts in first)
     assert sorted(np.concatenate(first, axis=1).ravel()) == sorted(plan.ravel())
-    with place(text).scope():
-        windows = feeder(config, TOKENS, place(text))(0, 10)[1]
+    windows = loader(config, TOKENS, mesh_of(text))(0, 10)[1]
     assert windows.addressable_shards[0].data.shape == (10, 8 // (over.data * over.fsdp), 9)
 
 
 def test_a_batch_lies_where_it_is_computed(small):
     """Each of four devices has two sequences, and no more of the parameters than its share."""
-    placement = place("fsdp=4")
-    with placement.scope():
-        state = fresh(small, placement)
+    over = mesh_of("fsdp=4")
+    with jax.set_mesh(over):
+        state = sharded_init(small, over)
         idx = jax.jit(lambda x: sharding.constrain(x, "batch", None))(jnp.zeros((8, 3), int))
     assert idx.addressable_shards[0].data.shape == (2, 3)
     kernel = state.params["h_0"]["mlp"]["c_fc"]["kernel"]
@@ -164,7 +165,7 @@ ALL = dict(bias=True, tie_weights=False, smear=True, bigram_embed=True, value_em
 def test_every_parameter_has_exactly_one_rule(small, change, options):
     config = change(small, **options)
     shapes = jax.eval_shape(init_state, config)
-    shardings = place("fsdp=4,tensor=2").shardings(shapes)
+    shardings = state_shardings(mesh_of("fsdp=4,tensor=2"), shapes)
     for leaf, sharding_ in zip(jax.tree.leaves(shapes.params), jax.tree.leaves(shardings.params), strict=True):
         assert len(sharding_.spec) == len(leaf.shape)
     split = [s for s in jax.tree.leaves(shardings.params) if any(s.spec)]
@@ -185,7 +186,7 @@ def test_what_a_mesh_does_not_divide_is_named(small, change):
     said = str(caught.value)
     for line in (
         "context = 3 does not divide 8 tokens of a context (block_size): try --block-size 9",
-        "data x fsdp = 4 does not divide 6 sequences of a micro-batch (batch_size / accumulate): try --batch-size 16",
+        "data x fsdp = 4 does not divide 6 sequences per micro-batch (batch_size / accumulate): try --batch-size 16",
         "tensor = 2 does not divide 65 tokens of the vocabulary (vocab_size): try --vocab-size 66",
     ):
         assert line in said
@@ -224,7 +225,7 @@ def test_auto_splits_no_more_than_it_must(small, change):
     small = change(big, accumulate=40)
     sizes, why = mesh.choose(small, 8, 80 * 10**9)
     assert sizes == Sizes(data=4, tensor=2)
-    assert "better, all 8 take a part of the batch: --accumulate 5" in why
+    assert "better, all 8 share the batch: --accumulate 5" in why
     assert mesh.choose(change(small, accumulate=5), 8, 80 * 10**9)[0] == Sizes(data=8)
     sizes, why = mesh.choose(small, 256, 16 * 10**9)
     assert sizes == Sizes(data=4)
@@ -232,23 +233,22 @@ def test_auto_splits_no_more_than_it_must(small, change):
 
 
 def test_where_it_trains_and_why_is_told(small, monkeypatch):
-    told = mesh.place(small, None)[1]
+    told = mesh.mesh_for(small, None)[1]
     assert told == "on cpu: the 8 devices of one CPU share its cores; --mesh data=8 takes them all"
     monkeypatch.setattr(jax, "process_count", lambda: 8)  # then they are not of one
-    told = mesh.place(small, None)[1]
+    told = mesh.mesh_for(small, None)[1]
     assert re.fullmatch(r"on 8 of 8 x cpu as data=8: parameters, .*, whole on each device", told)
     with pytest.raises(MeshError, match=r"leaves 4 of the 8 devices .*; start fewer, or name a mesh of 8 devices"):
-        mesh.place(small, Sizes(data=4))
+        mesh.mesh_for(small, Sizes(data=4))
     monkeypatch.undo()
-    with pytest.raises(MeshError, match="wants 16 devices, and there are 8: --mesh auto takes those"):
-        mesh.place(small, Sizes(data=8, context=2))
+    with pytest.raises(MeshError, match="needs 16 devices, and there are 8: --mesh auto takes those"):
+        mesh.mesh_for(small, Sizes(data=8, context=2))
 
 
 def test_long_contexts_split_over_devices_are_attended_exactly(small, change):
     config = change(small, block_size=512).model
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 512, 8))
-    placement = place("context=4,tensor=2")
-    with placement.scope():
+    with jax.set_mesh(mesh_of("context=4,tensor=2")):
         assert kernels.kernel(config, 512, dropped=False) == "blocked"
         found = jax.jit(lambda *x: kernels.causal_attention(config, *x))(q, k, v)
     expected = attention(q, k, v, causal_mask(512)[None, None])
@@ -269,7 +269,7 @@ def test_the_loss_in_parts_and_its_gradients_are_those_of_the_whole(text):
         losses = nn.token_losses(x @ kernel, targets)
         return (weights * losses).sum(), losses
 
-    with place(text).scope():
+    with jax.set_mesh(mesh_of(text)):
         assert "scan" in str(jax.make_jaxpr(parts)(x, kernel))
         found = jax.jit(jax.grad(parts, (0, 1), has_aux=True))(x, kernel)
     expected = jax.grad(whole, (0, 1), has_aux=True)(x, kernel)
@@ -278,15 +278,15 @@ def test_the_loss_in_parts_and_its_gradients_are_those_of_the_whole(text):
 
 
 def test_a_checkpoint_goes_from_any_mesh_to_any_other(small, tmp_path):
-    with place("fsdp=4,tensor=2").scope():
-        state = fresh(small, place("fsdp=4,tensor=2"))
+    with jax.set_mesh(over := mesh_of("fsdp=4,tensor=2")):
+        state = sharded_init(small, over)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(state)
-    for placement in (ONE_DEVICE, place("data=2,fsdp=2")):
+    for over in (one_device(), mesh_of("data=2,fsdp=2")):
         with Checkpoints(tmp_path) as checkpoints:
-            found = checkpoints.restore(0, like(small, placement))
+            found = checkpoints.restore(0, abstract_state(small, over))
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(state))
-        shardings = placement.shardings(found)
+        shardings = state_shardings(over, found)
         assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, found, shardings)))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxgpt import muon
 from jaxgpt.data import Batch
-from jaxgpt.optimizer import kinds, make_optimizer
+from jaxgpt.optimizer import make_optimizer, optimizer_labels
 from jaxgpt.step import init_state, train_step
 
 KEY = jax.random.key(0)
@@ -78,7 +78,7 @@ def test_it_trains_kernels_of_blocks_and_adamw_the_rest(tiny, change):
     config = change(tiny, algorithm="muon", learning_rate=1e-3, muon_learning_rate=2e-2, weight_decay=0.0)
     config = change(config, warmup_steps=0, schedule="constant", dropout=0.0, grad_clip=0.0)
     state = init_state(config)
-    for path, kind in jax.tree_util.tree_leaves_with_path(kinds(state.params)):
+    for path, kind in jax.tree_util.tree_leaves_with_path(optimizer_labels(state.params)):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert kind == ("muon" if name.startswith("h_") and name.endswith("kernel") else "adamw"), name
     idx = jax.random.randint(KEY, (4, 8), 0, 13)

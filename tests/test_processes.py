@@ -48,7 +48,7 @@ def begin_with(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("processes", "devices", "mesh"), [(2, 2, "data=2,fsdp=2"), (4, 1, "auto")])
 def test_several_processes_train_as_one_does(tmp_path, unbroken, begin_with, processes, devices, mesh):
     if processes == 4:  # from disk, each what is its own
-        begin_with("from jaxgpt import feed\nfeed.DEVICE_TOKENS = 0")
+        begin_with("from jaxgpt import data\ndata.DEVICE_TOKENS = 0")
     out = finish(train(tmp_path, [*new(tmp_path, "many"), "--mesh", mesh], processes, devices))
     assert out.count("validation loss") == 7  # told by one process
     np.testing.assert_allclose(curve(tmp_path, "many"), unbroken, atol=BOUND, rtol=0)

@@ -7,7 +7,8 @@ from jaxgpt import data as batches
 from jaxgpt import model as nn
 from jaxgpt import prng
 from jaxgpt import step as steps
-from jaxgpt.step import init_state, train_steps
+from jaxgpt.mesh import one_device
+from jaxgpt.step import init_state, jit_train_steps, sharded_init
 
 loss_and_grads, train_step = (jax.jit(f, static_argnums=0) for f in (steps.loss_and_grads, steps.train_step))
 
@@ -20,7 +21,9 @@ def starts(config, begin, end):
 
 
 def run(config, state, begin, end):
-    return train_steps(config, state, jnp.asarray(TOKENS), starts(config, begin, end).astype(np.int32))
+    return jit_train_steps(config, one_device())(
+        state, jnp.asarray(TOKENS), starts(config, begin, end).astype(np.int32)
+    )
 
 
 def assert_equal(a, b):
@@ -44,7 +47,7 @@ def test_64_bits_allowed_change_no_bit(tiny, change):
     config = change(tiny, algorithm="muon", accumulate=2, scan_steps=2)
     state, metrics = run(config, init_state(config), 0, 2)
     with jax.enable_x64(True):
-        wide, wide_metrics = train_steps(config, init_state(config), jnp.asarray(TOKENS), starts(config, 0, 2))
+        wide, wide_metrics = run(config, init_state(config), 0, 2)
         idx = jnp.asarray(TOKENS[None, :8], jnp.int64)
         logits = nn.forward(config.model, jax.tree.map(lambda x: x.astype(jnp.float64), wide.params), idx)
         fresh = nn.init_params(config.model, prng.key(1))
@@ -66,17 +69,17 @@ def test_gathered_windows_train_the_same_bits_as_the_whole_corpus(tiny):
     """A corpus that does not fit on the device is served a few windows at a time."""
     whole, metrics = run(tiny, init_state(tiny), 0, 5)
     windows = batches.gather(TOKENS, starts(tiny, 0, 5), tiny.model.block_size)
-    served, served_metrics = train_steps(tiny, init_state(tiny), None, windows)
+    served, served_metrics = jit_train_steps(tiny, one_device())(init_state(tiny), None, windows)
     assert_equal(whole, served)
     assert_equal(metrics, served_metrics)
 
 
 def test_the_second_call_compiles_nothing(tiny):
-    state, _ = run(tiny, init_state(tiny), 0, 5)
-    compiled = train_steps._cache_size()
+    state, _ = run(tiny, sharded_init(tiny, one_device()), 0, 5)
+    compiled = jit_train_steps(tiny, one_device())._cache_size()
     state, _ = run(tiny, state, 5, 10)
     run(tiny, state, 10, 15)
-    assert train_steps._cache_size() == compiled
+    assert jit_train_steps(tiny, one_device())._cache_size() == compiled
 
 
 def test_the_state_is_donated(tiny):
@@ -155,7 +158,7 @@ def test_it_learns_a_text_that_repeats(tiny, change):
     config = change(tiny, dropout=0.0, steps=300, decay_steps=300, learning_rate=1e-2, warmup_steps=10)
     tokens = jnp.asarray(np.tile(np.arange(13, dtype=np.uint16), 20))
     plan = batches.chunk_starts(0, 0, 300, len(tokens), 8, 4).astype(np.int32)
-    state, metrics = train_steps(config, init_state(config), tokens, plan)
+    state, metrics = jit_train_steps(config, one_device())(init_state(config), tokens, plan)
     assert metrics.loss[0] > 2.4
     assert metrics.loss[-1] < 0.05
     logits = nn.forward(config.model, state.params, jnp.arange(8)[None])
@@ -198,7 +201,7 @@ def test_training_and_sampling_work_where_dtype_promotion_is_strict(tiny, change
     with jax.numpy_dtype_promotion("strict"):
         state = jax.eval_shape(lambda: init_state(config))
         tokens, windows = jnp.asarray(TOKENS), starts(config, 0, 5).astype(np.int32)
-        after, _ = jax.eval_shape(lambda state: train_steps(config, state, tokens, windows), state)
+        after, _ = jax.eval_shape(lambda state: steps.train_steps(config, state, tokens, windows), state)
         jax.eval_shape(lambda params: nn.losses(config.model, params, idx, idx), state.params)
         generate(config.model, nn.init_params(config.model, jax.random.key(0)), idx, 3, jax.random.key(1))
     assert after == state

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import threading
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,8 @@ import pytest
 
 from jaxgpt import config as configs
 from jaxgpt import data as batches
-from jaxgpt import feed, placement, step
 from jaxgpt import matmul as numerics
+from jaxgpt import step
 from jaxgpt import train as loop
 from jaxgpt.checkpoint import Checkpoints, abstract
 from jaxgpt.cli.runs import resolve, start
@@ -195,7 +194,7 @@ def test_a_finished_run_has_nothing_left_to_do(tiny, new_run):
 
 def test_a_corpus_on_disk_gives_the_same_run_as_one_on_the_device(tiny, new_run, monkeypatch):
     on_device = fit(*new_run("device", tiny)).run
-    monkeypatch.setattr(feed, "DEVICE_TOKENS", 0)
+    monkeypatch.setattr(batches, "DEVICE_TOKENS", 0)
     on_disk = fit(*new_run("disk", tiny)).run
     assert_same_run(on_device, on_disk)
 
@@ -207,7 +206,7 @@ def test_a_corpus_that_cannot_be_read_any_more_ends_the_run(tiny, new_run, monke
         return gather(tokens, starts, T)
 
     monkeypatched = [True, False, False, False]  # the fourth time
-    monkeypatch.setattr(feed, "DEVICE_TOKENS", 0)
+    monkeypatch.setattr(batches, "DEVICE_TOKENS", 0)
     monkeypatch.setattr(batches, "gather", torn)
     with pytest.raises(OSError, match="Input/output error"):
         fit(*new_run("torn", tiny))
@@ -292,7 +291,7 @@ def poisoned(monkeypatch):
     def poison(*numbers):
         honest = step.train_step
 
-        def train_step(config, state, batch):
+        def train_step(config, state, batch, hyper=None):
             with monkeypatch.context() as patch:
                 bad = jnp.isin(state.step + 1, jnp.array(numbers))
                 losses, here = step.nn.losses, threading.get_ident()
@@ -302,18 +301,14 @@ def poisoned(monkeypatch):
                     return found + jnp.log(jnp.where(bad, -1.0, 1.0)) if threading.get_ident() == here else found
 
                 patch.setattr(step.nn, "losses", poisoned)
-                return honest(config, state, batch)
+                return honest(config, state, batch, hyper)
 
         monkeypatch.setattr(step, "train_step", train_step)
         monkeypatch.setattr(loop, "train_step", train_step)
+        step.jit_train_steps.cache_clear()
 
-        @partial(jax.jit, static_argnums=0, donate_argnums=1)
-        def train_steps(config, state, tokens, starts):
-            return step.train_steps.__wrapped__(config, state, tokens, starts)
-
-        monkeypatch.setattr(placement, "train_steps", train_steps)
-
-    return poison
+    yield poison
+    step.jit_train_steps.cache_clear()
 
 
 @pytest.mark.smoke

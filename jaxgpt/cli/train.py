@@ -84,10 +84,10 @@ def _about(name: str) -> str:
 def _fit(given: Train, existing: Run | None) -> int:
     import jax
 
-    from jaxgpt import mesh, processes
+    from jaxgpt import memory, processes
+    from jaxgpt import mesh as meshes
     from jaxgpt import model as nn
     from jaxgpt.cli.runs import resume, start
-    from jaxgpt.memory import OutOfMemoryError
     from jaxgpt.monitor import loggers
     from jaxgpt.monitor.glimpse import glimpse
     from jaxgpt.monitor.spikes import with_spikes
@@ -96,7 +96,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     from jaxgpt.train import fit
 
     loggers.require(given.log)
-    sizes = None if given.mesh == "auto" else mesh.Sizes.parse(given.mesh)
+    sizes = None if given.mesh == "auto" else meshes.Sizes.parse(given.mesh)
     if not given.coordinator and (given.num_processes, given.process_id) != (1, 0):
         raise UsageError("--num-processes and --process-id need the address of process 0: --coordinator HOST:PORT")
     if given.distributed or given.coordinator:
@@ -105,7 +105,10 @@ def _fit(given: Train, existing: Run | None) -> int:
     runs_dir, data_dir = given.folders.runs_dir, given.folders.data_dir
     run, config, corpus = existing, given.config, None
     if not run:
-        room = partial(mesh.require_room, sizes=sizes)
+
+        def room(config: Config) -> None:
+            memory.require(config, shards=meshes.num_shards(meshes.mesh_for(config, sizes)[0]))
+
         made = processes.on_primary(lambda: start(config, given.run, runs_dir, data_dir, require_room=room))
         run, corpus = made or (Run.named(runs_dir, given.run), None)
         config = run.config
@@ -115,8 +118,8 @@ def _fit(given: Train, existing: Run | None) -> int:
     console, primary = RunConsole(quiet=not processes.is_primary()), processes.is_primary()
     console.print(corpus.summary)
     try:
-        placement, why = mesh.place(config, sizes)
-        with placement.scope():
+        mesh, why = meshes.mesh_for(config, sizes)
+        with jax.set_mesh(mesh):
             console.print(nn.describe(config.model))
         console.print(why)
         with (
@@ -125,8 +128,8 @@ def _fit(given: Train, existing: Run | None) -> int:
         ):
             live = jax.device_count() == 1 and display.live
             sample = glimpse(config.model, corpus.tokenizer) if live else None
-            done = fit(run, corpus, with_spikes(run, log), config, given.debug_nans, placement, sample)
-    except (OutOfMemoryError, mesh.MeshError):
+            done = fit(run, corpus, with_spikes(run, log), config, given.debug_nans, mesh, sample)
+    except (memory.OutOfMemoryError, meshes.MeshError):
         if not existing and primary:  # nothing was trained, and another attempt needs the name
             shutil.rmtree(run.path)
         raise

@@ -164,7 +164,7 @@ def _train(rung: Rung, state: Any, tokens: jax.Array, starts: jax.Array, key: ja
 def score(rung: Rung, params: Params, val: Ids, n_windows: int = 256) -> float:
     """Mean loss over the whole of `val`, each token but the first predicted once, in the windows of `evaluate`."""
     T = rung.block_size
-    starts, skip = batches.windows(len(val), T)
+    starts, skip = batches.evaluation_windows(len(val), T)
     cuts = range(n_windows, len(starts), n_windows)
     sums = [
         _loss_sums(rung, params, take(val, part, T), done)

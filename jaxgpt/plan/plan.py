@@ -12,16 +12,17 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxgpt.config import Config, UsageError, replaced
 from jaxgpt.config import problems as config_problems
 from jaxgpt.matmul import Precision
 from jaxgpt.memory import compiled_bytes
-from jaxgpt.mesh import Placement, Sizes, check, choose, divisors, problems
+from jaxgpt.mesh import Sizes, check, choose, divisors, make_mesh, problems, replicated
 from jaxgpt.monitor.chips import CHIPS, Chip
-from jaxgpt.placement import like
 from jaxgpt.plan.estimate import TOKENS, Step, estimate, flops, updated
 from jaxgpt.profile import hlo
+from jaxgpt.step import abstract_state, jit_train_steps
 
 Effort = Literal["least", "full"]
 
@@ -135,12 +136,12 @@ def plan(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes, ef
     """
     config = resolved(config, "bfloat16" if chip else "float32")
     began = time.perf_counter()
-    compiled = compile_step(config, Placement(sizes, tuple(devices[: sizes.devices])), effort)
+    compiled = compile_step(config, make_mesh(sizes, devices[: sizes.devices]), effort)
     return read(compiled, config, chip, sizes, time.perf_counter() - began)
 
 
-def compile_step(config: Config, placement: Placement, effort: Effort = "least") -> Any:
-    """The training step compiled for the devices of a placement.
+def compile_step(config: Config, mesh: Mesh, effort: Effort = "least") -> Any:
+    """The training step compiled for the devices of a mesh.
 
     Args:
       effort: of the compiler; "full" is that of training. "least" takes a fifth of the time; memory and communication
@@ -151,10 +152,10 @@ def compile_step(config: Config, placement: Placement, effort: Effort = "least")
       PlanError: the compiler fails for another reason.
     """
     dtype = jnp.uint16 if config.model.vocab_size <= 2**16 else jnp.uint32
-    tokens = jax.ShapeDtypeStruct((TOKENS,), dtype, sharding=placement.everywhere)
-    starts = jax.ShapeDtypeStruct((1, config.train.batch_size), jnp.int32, sharding=placement.everywhere)
-    with placement.scope():
-        lowered = placement.steps(config).lower(config, like(config, placement), tokens, starts)
+    tokens = jax.ShapeDtypeStruct((TOKENS,), dtype, sharding=replicated(mesh))
+    starts = jax.ShapeDtypeStruct((1, config.train.batch_size), jnp.int32, sharding=replicated(mesh))
+    with jax.set_mesh(mesh):
+        lowered = jit_train_steps(config, mesh).lower(abstract_state(config, mesh), tokens, starts)
         try:
             with _without_cache():
                 return lowered.compile({"exec_time_optimization_effort": -1.0} if effort == "least" else None)

@@ -16,12 +16,13 @@ from jaxgpt import matmul as numerics
 from jaxgpt import model as nn
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.data import Batch
-from jaxgpt.placement import ONE_DEVICE, fresh
+from jaxgpt.mesh import one_device, replicated
 from jaxgpt.profile import hlo, roofline, trace
 from jaxgpt.profile.programs import Program, programs, xla_counts
 from jaxgpt.profile.report import Report, facts
 from jaxgpt.profile.roofline import Machine, Work
 from jaxgpt.profile.rounds import disturbance, machine_seconds, others, repeat
+from jaxgpt.step import sharded_init
 
 SHOWN = 12
 """Rows of long tables: matmuls, fusions, operations of a trace."""
@@ -201,10 +202,10 @@ class Stepper:
     """The compiled step with a state and a batch of random tokens."""
 
     def __init__(self, config: Config, step: Program):
-        self.compiled, self.text, self.state = step.compiled, step.text, fresh(config, ONE_DEVICE)
+        self.compiled, self.text, self.state = step.compiled, step.text, sharded_init(config, one_device())
         shape = (2, config.train.batch_size, config.model.block_size)
         ids = np.random.default_rng(0).integers(config.model.vocab_size, size=shape).astype(np.int32)
-        self.batch = Batch(*jax.device_put(ids, ONE_DEVICE.everywhere))
+        self.batch = Batch(*jax.device_put(ids, replicated(one_device())))
         self.run()
 
     def run(self) -> int:

@@ -64,7 +64,7 @@ def programs(config: Config) -> dict[str, Program]:
         return nn.losses(config.model, params, batch.inputs, batch.targets).mean()
 
     def gradient(params: nn.Params, batch: Batch) -> Any:
-        key = stream_key(config, DROPOUT) if config.model.dropout else None
+        key = stream_key(config.train.seed, DROPOUT) if config.model.dropout else None
         return loss_and_grads(config, params, batch, key)
 
     def program(function: Callable[..., Any], flops: int, *shapes: Any, **settings: Any) -> Program:

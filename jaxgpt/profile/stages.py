@@ -16,10 +16,10 @@ import numpy as np
 from jaxgpt.config import Config, from_tree
 from jaxgpt.data import chunk_starts, take
 from jaxgpt.memory import compiled_bytes
-from jaxgpt.placement import ONE_DEVICE, fresh
+from jaxgpt.mesh import one_device, replicated
 from jaxgpt.profile import rounds, trace
 from jaxgpt.profile.trace import Span
-from jaxgpt.step import Metrics, TrainState, train_step, train_steps
+from jaxgpt.step import Metrics, TrainState, sharded_init, train_step, train_steps
 
 Way = Literal["op by op", "eager", "jit", "donated", "ahead of time", "scan"]
 
@@ -70,8 +70,8 @@ class Stages(JaxContestant):
         self.config = from_tree(config)
         self.K, self.step, self.unread = (self.config.train.scan_steps if way == "scan" else 1), 0, None
         self.scope = jax.disable_jit if way == "op by op" else nullcontext
-        self.tokens = jax.device_put(random_tokens(self.config.model.vocab_size), ONE_DEVICE.everywhere)
-        self.state = jax.block_until_ready(fresh(self.config, ONE_DEVICE))
+        self.tokens = jax.device_put(random_tokens(self.config.model.vocab_size), replicated(one_device()))
+        self.state = jax.block_until_ready(sharded_init(self.config, one_device()))
         with compile_spans() as spans:
             began = time.perf_counter()
             self.call, figures = self.prepare(way)
@@ -90,8 +90,8 @@ class Stages(JaxContestant):
         """The function of (state, tokens, starts) that a step calls, and the compiler's memory figures."""
         if way in ("op by op", "eager"):
             return partial(one_step, self.config), None
-        donated = 1 if way == "donated" else ()
-        function: Any = train_steps if way == "scan" else jax.jit(one_step, static_argnums=0, donate_argnums=donated)
+        donated = 1 if way in ("donated", "scan") else ()
+        function: Any = jax.jit(train_steps if way == "scan" else one_step, static_argnums=0, donate_argnums=donated)
         compiled = function.lower(self.config, self.state, self.tokens, self.starts()).compile()
         # A call of the function finds the program that was compiled here.
         return compiled if way == "ahead of time" else partial(function, self.config), compiled_bytes(compiled)

@@ -8,13 +8,12 @@ from typing import Any
 import jax
 
 from jaxgpt import memory
-from jaxgpt.config import Config, off, replaced
+from jaxgpt.config import Config, replaced
+from jaxgpt.mesh import Shards
+from jaxgpt.optimizer import Hyperparameters
 
-MAPPED = (
-    *("learning_rate", "min_learning_rate", "min_lr_ratio", "warmup_steps", "decay_steps", "beta1", "beta2", "eps"),
-    *("weight_decay", "grad_clip", "muon_learning_rate", "muon_momentum", "dropout", "init_scale", "seed"),
-)
-"""Settings that a program takes as arguments: float32, except the seed."""
+MAPPED = Hyperparameters._fields
+"""Settings that one program takes as arrays, float32 except the seed."""
 OFF = ("learning_rate", "warmup_steps", "grad_clip", "dropout")
 """Of these, those whose 0 switches something off: members with 0 run another program."""
 AT_ONCE_ON_CPU = 8
@@ -82,7 +81,7 @@ def most(config: Config, devices: int, at_once: int = 0) -> int:
     """
     cpu = jax.default_backend() == "cpu"
     with fewer_would_fit(devices if cpu else 1):
-        memory.require(config, parts=memory.Parts(per_host=devices if cpu else 1))
+        memory.require(config, shards=Shards(per_host=devices if cpu else 1))
     free, need = memory.available(), memory.needed(config, 0, recomputed=not cpu)
     if at_once:
         limit = at_once
@@ -109,8 +108,8 @@ def fewer_would_fit(members: int) -> Iterator[None]:
 
 def program_of(config: Config) -> Config:
     """What members of one program have in common: the config without what is mapped, and without its length."""
-    common = {name: 1 for name in MAPPED if not (name in OFF and off(setting(config, name)))}
-    return replaced(config, **common, steps=1)
+    common = {name: 1 for name in MAPPED if not (name in OFF and setting(config, name) == 0)}
+    return replaced(config, **common, min_lr_ratio=1, steps=1)
 
 
 def setting(config: Config, name: str) -> Any:

@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 
 from jaxgpt import data as batches
 from jaxgpt import memory
-from jaxgpt.config import Config, replaced
+from jaxgpt.config import Config
 from jaxgpt.corpus import Corpus
-from jaxgpt.evaluation import Evaluation, evaluation, loss_sums, window_losses
-from jaxgpt.feed import DEVICE_TOKENS, chunk_starts, chunks
+from jaxgpt.data import DEVICE_TOKENS, chunks, config_starts
+from jaxgpt.evaluation import Evaluation, evaluation, loss_sums, window_losses, windows_per_batch
+from jaxgpt.mesh import Shards
+from jaxgpt.optimizer import Hyperparameters, hyperparameters
 from jaxgpt.step import Metrics, TrainState, init_state, train_steps
 from jaxgpt.sweep.chunks import Chunk, fewer_would_fit, program_of, setting, split
 from jaxgpt.train import due
@@ -77,34 +79,33 @@ class Program:
     def everywhere(self) -> NamedSharding:
         return NamedSharding(self.mesh, P())
 
-    def config(self, values: dict[str, jax.Array]) -> Config:
-        """The config of a member, with traced scalars in the place of what is mapped."""
-        return replaced(self.base, **values)
+    def hyper(self, values: dict[str, jax.Array]) -> Hyperparameters:
+        """Those of a member: `values` where they are mapped, else those of the base config."""
+        return hyperparameters(self.base)._replace(**values)
 
     @cached_property
     def init(self) -> Any:
         """values {name: (M,)} -> states of M members."""
-        init = getattr(init_state, "__wrapped__")  # noqa: B009 (which its type does not know)
-        return jax.jit(self._spread(lambda values: init(self.config(values)), shared=0))
+        return jax.jit(self._spread(lambda values: init_state(self.base, self.hyper(values)), shared=0))
 
     @cached_property
     def steps(self) -> Any:
         """tokens (N,) or None, states, values, windows (M, K, ...) -> states K steps later, metrics (M, K). Donates
         states."""
-        steps = getattr(train_steps, "__wrapped__")  # noqa: B009
 
         def of_one(
             tokens: jax.Array | None, state: TrainState, values: dict[str, jax.Array], windows: jax.Array
         ) -> Any:
-            return steps(self.config(values), state, tokens, windows)
+            return train_steps(self.base, state, tokens, windows, self.hyper(values))
 
         return jax.jit(self._spread(of_one, shared=1), donate_argnums=1)
 
     @cached_property
     def losses(self) -> Any:
-        """batch (B, T), skip (B,), params -> `window_losses` of M members, (M, B)."""
-        losses = getattr(window_losses, "__wrapped__")  # noqa: B009
-        return jax.jit(self._spread(lambda batch, skip, params: losses(self.base.model, params, batch, skip), shared=2))
+        """params, batch (B, T), skip (B,) -> `window_losses` of M members, (M, B)."""
+        model = self.base.model
+        of_all = self._spread(lambda batch, skip, params: window_losses(model, params, batch, skip), shared=2)
+        return jax.jit(lambda params, batch, skip: of_all(batch, skip, params))
 
     def _spread(self, function: Any, shared: int) -> Any:
         """`function` of one member for M of them: its first `shared` arguments are the same for all, the others have an
@@ -167,7 +168,7 @@ def train(
 
     def feed(begin: int, end: int) -> tuple[jax.Array | None, jax.Array]:
         """The tokens on the devices, and the windows (M, K, ...) of these steps, as `train_steps` takes them."""
-        starts = np.stack([chunk_starts(config, parts, begin, end) for config in filled])
+        starts = np.stack([config_starts(config, parts, begin, end) for config in filled])
         windows = starts.astype(np.int32) if whole else batches.gather(train_tokens, starts, base.model.block_size)
         return on_device, jax.device_put(windows, program.over_members)
 
@@ -186,7 +187,7 @@ def train(
         if base.train.eval_start:
             yield score(state, 0)
         with fewer_would_fit(chunk.size):
-            memory.require_compiled(ahead.result(), base, parts=memory.Parts(per_host=len(program.devices)))
+            memory.require_compiled(ahead.result(), base, shards=Shards(per_host=len(program.devices)))
     for begin, end in chunks(base, 0):
         tokens, found = feed(begin, end)
         state, metrics = program.steps(tokens, state, values, found)
@@ -203,14 +204,13 @@ def train(
 def evaluate(program: Program, params: Any, corpus: Corpus, tokens: batches.Ids, M: int) -> list[Evaluation]:
     """The loss of each of M members over the whole of `tokens`, as `evaluation.evaluate`."""
     model = program.base.model
-    starts, skip = batches.windows(len(tokens), model.block_size)
-    B, side_by_side = None, -(-M // len(program.devices))
+    starts, skip = batches.evaluation_windows(len(tokens), model.block_size)
     if program.one_by_one:
-        B, side_by_side = max(1, SCORED_BY_A_CORE // model.block_size), 1
-    sums = loss_sums(
-        model, params, tokens, starts, skip, B, side_by_side=side_by_side,
-        losses=lambda _, params, batch, skip: program.losses(batch, skip, params),
-    )  # fmt: skip
+        B = max(1, SCORED_BY_A_CORE // model.block_size)
+    else:
+        B = windows_per_batch(model, len(starts), -(-M // len(program.devices)))
+    losses = partial(program.losses, params)
+    sums = loss_sums(losses, tokens, model.block_size, starts, skip, B)
     return [evaluation(each, model.block_size - skip, tokens, corpus.tokenizer) for each in sums]
 
 

@@ -14,13 +14,13 @@ import numpy as np
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, UsageError, check
 from jaxgpt.corpus import Corpus
+from jaxgpt.data import chunks, loader
 from jaxgpt.evaluation import evaluate
-from jaxgpt.feed import chunks, feeder
-from jaxgpt.placement import ONE_DEVICE, fresh
+from jaxgpt.mesh import one_device
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.profile.report import Report, facts
 from jaxgpt.recipes import MODERN, MUON
-from jaxgpt.step import train_steps
+from jaxgpt.step import jit_train_steps, sharded_init
 
 Change = tuple[dict[str, Any], dict[str, Any]]
 """Fields of the model, and of the optimizer."""
@@ -115,11 +115,11 @@ def one(corpus: Corpus, change: Change, seed: int, steps: int, n_layer: int) -> 
         )
     )
     train_tokens, val_tokens = corpus.split(config.data)
-    feed, state, times = feeder(config, train_tokens), fresh(config, ONE_DEVICE), []
+    feed, state, times = loader(config, train_tokens, one_device()), sharded_init(config, one_device()), []
     program = replace(config, train=replace(config.train, seed=0))  # no dropout: one program for all seeds
     for begin, end in chunks(config, 0):
         began = time.perf_counter()
-        state, _ = train_steps(program, state, *feed(begin, end))
+        state, _ = jit_train_steps(program, one_device())(state, *feed(begin, end))
         jax.block_until_ready(state)
         times.append((time.perf_counter() - began) / (end - begin))
     loss = evaluate(config.model, state.params, val_tokens, corpus.tokenizer).loss

@@ -31,26 +31,28 @@ def jaxgpt_training(config: Any) -> Contestant:
     """`scan_steps` steps a piece, loaded and read as `fit` does."""
     import jax
 
-    from jaxgpt.feed import feeder
-    from jaxgpt.placement import ONE_DEVICE, fresh
+    from jaxgpt.data import loader
+    from jaxgpt.mesh import one_device
     from jaxgpt.profile.stages import JaxContestant
-    from jaxgpt.step import train_steps
+    from jaxgpt.step import jit_train_steps, sharded_init
 
     K = config.train.scan_steps
 
     class Training(JaxContestant):
         def __init__(self) -> None:
             super().__init__()
-            self.feed, self.step, self.unread = feeder(config, random_tokens(config.model.vocab_size)), 0, None
-            self.state = jax.block_until_ready(fresh(config, ONE_DEVICE))
+            mesh = one_device()
+            self.load, self.step, self.unread = loader(config, random_tokens(config.model.vocab_size), mesh), 0, None
+            self.train_steps = jit_train_steps(config, mesh)
+            self.state = jax.block_until_ready(sharded_init(config, mesh))
             began = time.perf_counter()
-            train_steps.lower(config, self.state, *self.feed(0, K)).compile()
+            self.train_steps.lower(self.state, *self.load(0, K)).compile()
             self.about["compile_seconds"] = time.perf_counter() - began
             self.run()
             self.wait()
 
         def run(self) -> int:
-            self.state, metrics = train_steps(config, self.state, *self.feed(self.step, self.step + K))
+            self.state, metrics = self.train_steps(self.state, *self.load(self.step, self.step + K))
             if self.unread:
                 jax.device_get(self.unread)
             self.unread, self.step = metrics, self.step + K

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from jaxgpt.config import UsageError
-from jaxgpt.mesh import MeshError, Placement, Sizes
+from jaxgpt.mesh import MeshError, Sizes, make_mesh
 from jaxgpt.monitor.chips import CHIPS
 from jaxgpt.plan import cli, plan
 from jaxgpt.plan import view as plans
@@ -43,8 +43,8 @@ def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
     config, sizes = recipes[name], Sizes.parse(text)
     C, V, L = config.model.n_embd, config.model.vocab_size, config.model.n_layer
     chip, devices = plan.topology("v5e:16x16")
-    placement = Placement(sizes, tuple(devices))
-    compiled = plan.compile_step(config, placement)
+    mesh = make_mesh(sizes, devices)
+    compiled = plan.compile_step(config, mesh)
     found = plan.read(compiled, config, chip, sizes, 0.0)
     step = found.step
     assert step.fits

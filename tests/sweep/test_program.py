@@ -6,7 +6,8 @@ import pytest
 
 from jaxgpt.cli.runs import start
 from jaxgpt.config import replaced
-from jaxgpt.placement import ONE_DEVICE, fresh
+from jaxgpt.mesh import one_device
+from jaxgpt.step import sharded_init
 from jaxgpt.sweep import program as sweep
 from jaxgpt.sweep.chunks import split
 from jaxgpt.sweep.program import Program
@@ -63,7 +64,7 @@ def test_initial_parameters_are_exactly_those_of_the_runs(configs):
     program = Program(chunk.base, chunk.names, tuple(jax.devices()[:2]))
     states = program.init({name: sweep._column(configs, name) for name in chunk.names})
     for i in (1, 2):
-        alone = fresh(configs[i], ONE_DEVICE)
+        alone = sharded_init(configs[i], one_device())
         jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), states, alone)
 
 

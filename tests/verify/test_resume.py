@@ -12,10 +12,11 @@ from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli import run_verb
 from jaxgpt.cli.runs import resume, start
 from jaxgpt.config import check
+from jaxgpt.mesh import one_device
 from jaxgpt.metrics_log import Evaluated, Progress
-from jaxgpt.placement import ONE_DEVICE, like
 from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run
+from jaxgpt.step import abstract_state
 from jaxgpt.train import fit
 from jaxgpt.verify import resume as verify
 from jaxgpt.verify.resume import Kill, compare, scaled_down, verify_resume
@@ -44,7 +45,7 @@ def test_equal_runs_are_found_equal(pair):
 def test_one_bit_of_one_array_is_found_and_named(pair):
     a, b = pair
     with Checkpoints(b.checkpoints, keep=9) as checkpoints:
-        state, manifest = checkpoints.restore(10, like(b.config, ONE_DEVICE)), checkpoints.manifest(10)
+        state, manifest = checkpoints.restore(10, abstract_state(b.config, one_device())), checkpoints.manifest(10)
         shutil.rmtree(b.checkpoints / "10")
         bias = state.params["h_0"]["attn"]["c_proj"]["bias"]
         state.params["h_0"]["attn"]["c_proj"]["bias"] = bias.at[3].set(jnp.nextafter(bias[3], 9.0))
