@@ -1,5 +1,7 @@
 """The optimizer of a config: learning-rate schedule, clipping, and AdamW or Muon with decoupled weight decay."""
 
+import itertools
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import jax
@@ -7,10 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from jaxgpt.config import Config
+from jaxgpt.matmul import Precision, matmul, transposed
 from jaxgpt.model import Params
-from jaxgpt.muon import scale_by_muon
 
 DECAYED = ("kernel", "embedding")
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic that moves singular values from (0, 1] to about 1 (Jordan et al. 2024)."""
 
 
 class Hyperparameters(NamedTuple):
@@ -117,3 +121,56 @@ def optimizer_labels(params: Params) -> Params:
         return "muon" if block and path[-1].key == "kernel" else "adamw"
 
     return jax.tree_util.tree_map_with_path(label, params)
+
+
+class MuonState(NamedTuple):
+    """The momentum of each matrix."""
+
+    momentum: optax.Updates  # as the parameters
+
+
+def scale_by_muon(momentum: float, n_steps: int, precision: Precision) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, made orthogonal.
+
+    Updates (..., K, N) have orthonormal rows or columns, up to the error of `n_steps` Newton-Schulz iterations, times
+    sqrt(max(1, N / K)). Kernels are (in, out) here, and (out, in) on that page.
+    """
+
+    def init(params: optax.Params) -> MuonState:
+        return MuonState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: optax.Updates, state: MuonState, params: Any = None) -> tuple[optax.Updates, MuonState]:
+        mean = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, updates)
+        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mean, updates)
+        leaves, tree = jax.tree.flatten(ahead)
+        done = [x * max(1.0, x.shape[-1] / x.shape[-2]) ** 0.5 for x in orthogonal_by_shape(leaves, n_steps, precision)]
+        return jax.tree.unflatten(tree, done), MuonState(mean)
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonal_by_shape(matrices: list[jax.Array], n_steps: int, precision: Precision) -> list[jax.Array]:
+    """`orthogonal` of matrices (K, N) or stacks (n, K, N). Those of one shape, up to transposition, form one batch."""
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, x in enumerate(matrices):
+        groups[tuple(sorted(x.shape[-2:]))].append(i)
+    done: dict[int, jax.Array] = {}
+    for (rows, columns), members in groups.items():
+        tall = [matrices[i].shape[-2] > matrices[i].shape[-1] for i in members]
+        wide = [matrices[i].mT if turn else matrices[i] for i, turn in zip(members, tall, strict=True)]
+        batch = jnp.concatenate([x.reshape(-1, rows, columns) for x in wide])
+        ends = list(itertools.accumulate(x.size // (rows * columns) for x in wide))[:-1]
+        for i, turn, x in zip(members, tall, jnp.split(orthogonal(batch, n_steps, precision), ends), strict=True):
+            done[i] = (x.mT if turn else x).reshape(matrices[i].shape)
+    return [done[i] for i in range(len(matrices))]
+
+
+def orthogonal(x: jax.Array, n_steps: int, precision: Precision) -> jax.Array:
+    """(n, rows, columns), rows <= columns, to roughly the nearest matrices with orthonormal rows: singular values end
+    between about 0.7 and 1.2. Newton-Schulz: X <- a X + (b A + c A²) X with A = X Xᵀ, from X of Frobenius norm 1."""
+    a, b, c = NEWTON_SCHULZ
+    x = x / (jnp.sqrt(jnp.sum(x * x, axis=(1, 2), keepdims=True)) + 1e-7)
+    for _ in range(n_steps):
+        A = matmul(x, transposed(x), precision=precision)
+        x = a * x + matmul(b * A + c * matmul(A, A, precision=precision), x, precision=precision)
+    return x

@@ -1,11 +1,11 @@
-"""Muon: updates that are orthogonal, the same whichever way they are computed, for the kernels of blocks alone."""
+"""Muon: orthogonal updates, for the kernels inside blocks only."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import muon
+from jaxgpt import optimizer as muon
 from jaxgpt.data import Batch
 from jaxgpt.optimizer import make_optimizer, optimizer_labels
 from jaxgpt.step import init_state, train_step
@@ -32,9 +32,9 @@ def test_singular_values_come_near_one_and_directions_stay(precision, shape):
     assert np.abs(off).max() < (1e-3 if precision == "float32" else 0.1)
 
 
-def test_steps_taken_together_are_steps_one_by_one():
+def test_newton_schulz_by_hand():
     x = jax.random.normal(KEY, (2, 16, 64))
-    a, b, c = muon.COEFFICIENTS
+    a, b, c = muon.NEWTON_SCHULZ
     y = x / np.linalg.norm(np.asarray(x), axis=(1, 2), keepdims=True)
     for n_steps in range(1, 8):
         A = y @ y.swapaxes(1, 2)
@@ -44,7 +44,7 @@ def test_steps_taken_together_are_steps_one_by_one():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_gradients_of_low_rank_do_not_explode(precision):
-    """As the first ones are; rounding errors of products of products would grow on them (AT_ONCE)."""
+    """As the first ones are; rounding errors of matmuls would grow on them."""
     x = jax.random.normal(KEY, (1, 64, 2)) @ jax.random.normal(KEY, (1, 2, 256)) * 1e-4
     for n_steps in range(1, 9):
         assert singular_values(muon.orthogonal(x, n_steps, precision)).max() < 1.5
