@@ -238,7 +238,7 @@ def test_where_it_trains_and_why_is_told(small, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 8)  # then they are not of one
     told = mesh.mesh_for(small, None)[1]
     assert re.fullmatch(r"on 8 of 8 x cpu as data=8: parameters, .*, whole on each device", told)
-    with pytest.raises(MeshError, match=r"leaves 4 of the 8 devices .*; start fewer, or name a mesh of 8 devices"):
+    with pytest.raises(MeshError, match=r"leaves 4 of the 8 devices .*: start fewer, or name a mesh of 8 devices"):
         mesh.mesh_for(small, Sizes(data=4))
     monkeypatch.undo()
     with pytest.raises(MeshError, match="needs 16 devices, and there are 8: --mesh auto takes those"):
