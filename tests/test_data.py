@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import data as batches
+from jaxgpt.cli.runs import start
 from jaxgpt.data import chunks, loader
 from jaxgpt.mesh import one_device
-from jaxgpt.start import start
 from jaxgpt.train import fit
 
 SEEDS = st.integers(0, 2**32 - 1)
