@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxgpt.config import Config
-from jaxgpt.report import facts
+from jaxgpt.monitor import facts
 from jaxgpt.run import Run, RunError
 
 META = {"format": 1, "dtype": "uint16", "count": 3, "sha256": "0", "source": "a", "origin": "b", "source_sha256": "0"}

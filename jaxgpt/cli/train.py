@@ -89,10 +89,10 @@ def _fit(given: Train, existing: Run | None) -> int:
     from jaxgpt import model as nn
     from jaxgpt.cli.runs import resume, start
     from jaxgpt.monitor import loggers
+    from jaxgpt.monitor.chips import rate
     from jaxgpt.monitor.glimpse import glimpse
     from jaxgpt.monitor.spikes import with_spikes
     from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay
-    from jaxgpt.monitor.utilisation import rate
     from jaxgpt.train import fit
 
     loggers.require(given.log)

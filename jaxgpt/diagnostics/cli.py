@@ -50,10 +50,10 @@ def run(args: list[str]) -> int:
     given = parse(Diagnose, args, "diagnose")
     from jaxgpt import files as disk
     from jaxgpt.cli.runs import corpus_of
-    from jaxgpt.diagnostics import plots as diagnosis_plots
+    from jaxgpt.diagnostics import plots
     from jaxgpt.diagnostics import view as diagnoses
     from jaxgpt.diagnostics.diagnose import DIAGNOSES, Subject, require
-    from jaxgpt.display import plots
+    from jaxgpt.display import charts
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.run import Run
     from jaxgpt.start import load_checkpoint
@@ -64,7 +64,7 @@ def run(args: list[str]) -> int:
     config = run.config
     disk.require_file(given.json, "--json")
     if given.plots:
-        plots.require(given.plots / "noise.png")
+        charts.require()
         disk.require_writable(given.plots, "--plots")
     corpus = corpus_of(run, given.folders.data_dir)
     train, val = corpus.split(config.data)
@@ -91,7 +91,7 @@ def run(args: list[str]) -> int:
             console.print(line)
         if given.plots:
             given.plots.mkdir(parents=True, exist_ok=True)
-            diagnosis_plots.draw(name, found[name], show, given.plots / f"{name}.png")
+            plots.draw(name, found[name], show, given.plots / f"{name}.png")
     if given.json:
         disk.write_atomically(given.json, diagnoses.to_json(found, run.path.name, step, given.effort).encode())
     return 0

@@ -1,7 +1,7 @@
-"""Pictures of diagnoses, one of each."""
+"""Charts of the diagnoses, one of each."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -9,247 +9,267 @@ from jaxgpt.diagnostics.derivatives import NoiseScale, density
 from jaxgpt.diagnostics.diagnose import Attention, Curvature, Influence, Landscape, Lens
 from jaxgpt.diagnostics.inside import Scores
 from jaxgpt.diagnostics.view import Words
-from jaxgpt.display.plots import LECTURE, LIMIT, OURS, QUIET, require, save
+from jaxgpt.display import charts
+from jaxgpt.display.charts import ACCENT, MONO, QUIET, Spec, chart, columns, label, layer, quantity, ticks
+from jaxgpt.display.text import spaced
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-COLORS = "cividis"  # for the colour-blind as for others
-COLUMNS = 64
-"""Characters on a line of a text."""
-SHOWN = 48
-"""Tokens of a window whose attention is drawn."""
+APART = {"legend": {"color": "independent"}}
+"""Each panel has its own legend."""
+SECOND, THIRD = "#d1661c", "#3b8048"
+SCHEME = "cividis"  # for the colour-blind as for others
+COLUMNS, LINES = 64, 6
+"""Characters on a line of a text, and lines."""
+SHOWN, HEADS = 48, 6
+"""Tokens of a window whose attention is drawn, at most, and blocks and heads."""
+DASHED = [6, 4]
 
 
 def draw(name: str, found: Any, words: Words, path: Path) -> None:
-    """Draw what the diagnosis `name` found; the file is written whole or not at all.
+    """Draw what the diagnosis `name` found.
 
     Raises:
-      UsageError: matplotlib is missing, or the name of the file ends in no format.
+      UsageError: as `charts.save`.
     """
-    require(path)
-    from matplotlib.figure import Figure
-
-    pictures: dict[str, Any] = dict(
+    specs: dict[str, Any] = dict(
         noise=_noise, curvature=_curvature, landscape=_landscape, influence=_influence, lens=_lens,
         attention=_attention, tokens=_tokens,
     )  # fmt: skip
-    figure = Figure(dpi=90, layout="constrained")
-    pictures[name](figure, found, words)
-    save(figure, path)
+    charts.save(specs[name](found, words), path)
 
 
-def _noise(figure: "Figure", found: NoiseScale, words: Words) -> None:
-    figure.set_size_inches(8.4, 3.3)
-    left, right = figure.subplots(1, 2)
-    T, B, scale, error = (
-        words.config.model.block_size,
-        words.config.train.batch_size,
-        float(found.scale),
-        float(found.standard_error),
-    )
-    left.hist(np.asarray(found.norms), bins=24, color=OURS, alpha=0.8)
-    _label(left, "norm of a window's gradient, nats/token", "training windows")
+def attention_maps(maps: Any) -> Spec:
+    """A map for each block and head of weights (L, H, T, T): rows attend to columns."""
+    block, head, t, s = np.nonzero(np.broadcast_to(np.tril(np.ones(maps.shape[2:])), maps.shape))
+    blank = {"labels": False, "ticks": False, "grid": False, "domain": False}
+    x, y = ({"field": name, "type": "ordinal", "axis": blank, "title": None} for name in ("s", "t"))
+    scale = {"type": "sqrt", "domain": [0, 1], "scheme": SCHEME}
+    color = {
+        "field": "weight",
+        "type": "quantitative",
+        "scale": scale,
+        "legend": {"title": "weight", "orient": "right"},
+    }
+    header = {"title": None, "labelFontSize": 12}
+    weight = np.asarray(maps)[block, head, t, s].round(3)
+    return {
+        "data": {"values": columns(block=block, head=head, t=t, s=s, weight=weight)},
+        "facet": {
+            "row": {"field": "block", "type": "ordinal", "header": {**header, "labelExpr": "'block ' + datum.value"}},
+            "column": {"field": "head", "type": "ordinal", "header": {**header, "labelExpr": "'head ' + datum.value"}},
+        },
+        "spec": {"width": 110, "height": 110, "mark": "rect", "encoding": {"x": x, "y": y, "color": color}},
+        "spacing": 6,
+    }  # fmt: skip
+
+
+def _noise(found: NoiseScale, words: Words) -> Spec:
+    T, B = words.config.model.block_size, words.config.train.batch_size
+    scale, error = float(found.scale), float(found.standard_error)
+    counts, edges = np.histogram(np.asarray(found.norms), 24)
+    bins = columns(begin=edges[:-1], end=edges[1:], count=counts)
+    x = quantity("begin", "norm of a window's gradient, nats/token", {"grid": False, "tickCount": 7})
+    y = quantity("count", "training windows", zero=True)
+    x["bin"] = "binned"
+    left = [layer(bins, "bar", {"x": x, "x2": {"field": "end"}, "y": y}, color=ACCENT, opacity=0.8, binSpacing=0)]
     if found.signal <= 0:
-        right.text(0.5, 0.5, "the noise drowns the gradient", ha="center", transform=right.transAxes, color=QUIET)
-        return
+        left.append(label("the noise drowns the gradient", {"value": 150}, {"value": -8}))
+        return chart(hconcat=[_panel(left)])
     signal = float(np.sqrt(found.signal))
-    left.axvline(signal, color=LECTURE, linewidth=2)
-    left.margins(y=0.35)
-    left.annotate(
-        f"norm of the true\ngradient, about {signal:.2g}", (signal, 0.97), (6, 0), ("data", "axes fraction"),
-        "offset points", va="top", size=9, color=LECTURE,
-    )  # fmt: skip
-    sizes = np.geomspace(1, max(16 * scale, 4 * B), 200)
-    low, high = (1 / (1 + max(scale + sign * error, 0) / sizes) for sign in (1, -1))
-    right.fill_between(sizes, low, high, color=OURS, alpha=0.2, linewidth=0)
-    right.plot(sizes, 1 / (1 + scale / sizes), color=OURS, linewidth=2)
-    for x, text, color in (
-        (B, f"batch_size {B}", LECTURE),
-        (scale, f"noise scale\n{scale:,.0f} ± {error:,.0f}", LIMIT),
-    ):
-        right.plot(x, 1 / (1 + scale / x), "o", color=color, zorder=3)
-        right.annotate(
-            text, (x, 1 / (1 + scale / x)), (-8, 6), textcoords="offset points", ha="right", size=9, color=color
+    at = {"datum": signal, "type": "quantitative"}
+    left.append(layer([{}], "rule", {"x": at}, color=SECOND, strokeWidth=2))
+    left.append(
+        label(
+            f"norm of the true gradient, about {signal:.2g}", at, {"value": -8}, SECOND, align="left", baseline="bottom"
         )
-    right.set_xscale("log")
-    right.set_ylim(0, 1)
-    _label(right, f"batch size, windows of {T} tokens", "gain per step, share of the largest")
+    )
+    sizes = np.geomspace(1, max(16 * scale, 4 * B), 200)
+    low, high, gain = (1 / (1 + max(scale + sign * error, 0) / sizes) for sign in (1, -1, 0))
+    axis = {"values": ticks(1, sizes[-1]), "format": ",d"}
+    x = quantity("size", f"batch size, windows of {T} tokens", axis, type="log", nice=False)
+    y = quantity("gain", "gain per step, share of the largest", domain=[0, 1])
+    band, right = columns(size=sizes, gain=gain, low=low, high=high), list[Spec]()
+    right.append(layer(band, "area", {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}}, opacity=0.2))
+    right.append(layer(band, "line", {"x": x, "y": y}, color=ACCENT))
+    for size, text, colour in (
+        (B, f"batch_size {B}", SECOND),
+        (scale, f"noise scale\n{scale:,.0f} ± {error:,.0f}", THIRD),
+    ):
+        point = columns(size=size, gain=1 / (1 + scale / size))
+        right.append(layer(point, "point", {"x": x, "y": y}, filled=True, size=70, opacity=1, color=colour))
+        right.append(_beside(point, x, y, text, colour, align="right", dx=-8, dy=-16))
+    return chart(hconcat=[_panel(left), _panel(right)])
 
 
-def _curvature(figure: "Figure", found: Curvature, words: Words) -> None:
-    figure.set_size_inches(8.4, 3.3)
-    left, right = figure.subplots(1, 2)
+def _curvature(found: Curvature, words: Words) -> Spec:
     values, weights = np.asarray(found.spectrum.values), np.asarray(found.spectrum.weights)
     span = (values[-1] - values[0]) or 1.0  # a loss may be flat
-    at = np.linspace(values[0] - 0.2 * span, values[-1] + 0.08 * span, 500)
+    at = np.linspace(values[0] - 0.2 * span, values[-1] + 0.08 * span, 400)
     heights = density(values[None], weights[None], at, span / 80)
-    left.fill_between(at, heights, 1e-12, color=OURS, alpha=0.25, linewidth=0)
-    left.plot(at, heights, color=OURS, linewidth=1.5)
-    left.set_yscale("log")
-    left.set_ylim(max(1e-9, weights[weights > 0].min() / span), 4 * heights.max())
-    left.plot(values, [0.03] * len(values), "|", color=LECTURE, markersize=9, transform=left.get_xaxis_transform())
-    for value, side in ((values[0], "right"), (values[-1], "center")):
-        height = density(values[None], weights[None], [value], span / 80)[0]
-        left.annotate(f"{value:.3g}", (value, height), (0, 4), textcoords="offset points", ha=side, color=LECTURE)
-    _label(left, "eigenvalue of the Hessian, nats/token", "density of eigenvalues")
-    x, middle = np.asarray(found.distances), np.asarray(found.losses)[len(found.distances) // 2]
-    right.plot(
-        x,
-        middle + found.slope * x + 0.5 * values[-1] * x**2,
-        "--",
-        color=LECTURE,
-        label="parabola of the greatest eigenvalue",
+    low, high = max(1e-9, weights[weights > 0].min() / span), 4 * heights.max()
+    x = quantity("value", "eigenvalue of the Hessian, nats/token", {"grid": False, "tickCount": 7})
+    axis = {"values": ticks(low, high), "format": "~e"}
+    y = quantity("density", "density of eigenvalues", axis, type="log", domain=[float(low), float(high)], nice=False)
+    curve = columns(value=at, density=np.maximum(heights, low), low=low)
+    ends = [values[0], values[-1]]
+    tops = columns(value=ends, density=density(values[None], weights[None], ends, span / 80).clip(low))
+    text = {"field": "value", "type": "quantitative", "format": ".3~g"}
+    left = [
+        layer(curve, "area", {"x": x, "y": y, "y2": {"field": "low"}}, color=ACCENT, opacity=0.25),
+        layer(curve, "line", {"x": x, "y": y}, color=ACCENT, strokeWidth=1.5),
+        layer(columns(value=values), "tick", {"x": x, "y": {"value": 232}}, color=SECOND, size=10),
+        layer(tops, "text", {"x": x, "y": y, "text": text}, dy=-10, color=SECOND),
+    ]
+    distance, losses = np.asarray(found.distances), np.asarray(found.losses)
+    parabola = losses[len(losses) // 2] + found.slope * distance + 0.5 * values[-1] * distance**2
+    x = quantity("distance", "distance along its eigenvector", {"grid": False, "tickCount": 7})
+    y = quantity("loss", "loss of the batch, nats/token")
+    names, rows = ["loss", "parabola of the greatest eigenvalue"], list[Spec]()
+    for name, line in zip(names, (losses, parabola), strict=True):
+        rows += columns(line=name, distance=distance, loss=line)
+    encoding = {
+        "x": x,
+        "y": y,
+        "color": charts.category(
+            "line", names, (ACCENT, SECOND), {"title": None, "labelLimit": 300, "symbolType": "stroke"}
+        ),
+    }
+    dash = {**charts.category("line", names, ([1, 0], DASHED)), "legend": None}
+    right = [layer(rows, "line", {**encoding, "strokeDash": dash})]
+    right.append(layer(rows[: len(losses)], "point", encoding, filled=True, size=30, opacity=1))
+    return chart(hconcat=[_panel(left), _panel(right)], resolve=APART)
+
+
+def _landscape(found: Landscape, words: Words) -> Spec:
+    places = np.asarray(found.places)
+    ys, xs = np.meshgrid(places, places, indexing="ij")
+    half = (places[1] - places[0]) / 2
+    cells = columns(x=xs - half, right=xs + half, y=ys - half, top=ys + half, loss=np.asarray(found.losses))
+    bounds = [float(places[0] - half), float(places[-1] + half)]
+    x, y = (
+        quantity(name, f"{order} direction, filter lengths", {"grid": False}, domain=bounds, nice=False)
+        for name, order in (("x", "first"), ("y", "second"))
     )
-    right.plot(x, found.losses, "o-", color=OURS, markersize=4, label="loss")
-    right.legend(frameon=False, fontsize=9, loc="upper center")
-    right.margins(y=0.25)
-    _label(right, "distance along its eigenvector", "loss of the batch, nats/token")
+    legend = {"title": "loss, nats/token", "orient": "right", "gradientLength": 200}
+    color = {"field": "loss", "type": "quantitative", "scale": {"scheme": SCHEME, "zero": False}, "legend": legend}
+    origin = {"x": {"datum": 0}, "y": {"datum": 0}}
+    left = [
+        layer(cells, "rect", {"x": x, "x2": {"field": "right"}, "y": y, "y2": {"field": "top"}, "color": color}),
+        layer([{}], "point", origin, shape="cross", color="white", filled=True, size=90, opacity=1),
+    ]
+    x = quantity("share", "share of the way", {"grid": False})
+    y = quantity("loss", "loss, nats/token", padding=20)
+    right = [layer(columns(share=found.shares, loss=found.path), "line", {"x": x, "y": y}, color=ACCENT)]
+    for share, text, place in (
+        (0, "first parameters", {"align": "left", "dx": 10}),
+        (1, "this checkpoint", {"dy": -14}),
+    ):
+        point = columns(share=share, loss=np.interp(share, found.shares, found.path))
+        right.append(layer(point, "point", {"x": x, "y": y}, filled=True, size=70, opacity=1, color=SECOND))
+        right.append(_beside(point, x, y, text, SECOND, **place))
+    return chart(hconcat=[_panel(left, 240), _panel(right)], resolve=APART)
 
 
-def _landscape(figure: "Figure", found: Landscape, words: Words) -> None:
-    figure.set_size_inches(8.4, 3.5)
-    left, right = figure.subplots(1, 2)
-    shades = left.contourf(found.places, found.places, found.losses, 10, cmap=COLORS)
-    lines = left.contour(found.places, found.places, found.losses, 7, colors="white", linewidths=0.7)
-    left.clabel(lines, fontsize=8, fmt="%.1f")
-    left.plot(0, 0, "+", color="white", markersize=10, markeredgewidth=2)
-    figure.colorbar(shades, ax=left, label="loss, nats/token")
-    left.set_aspect("equal")
-    _label(left, "first direction, filter lengths", "second direction, filter lengths")
-    right.plot(found.shares, found.path, color=OURS, linewidth=2)
-    for share, text in ((0, "first\nparameters"), (1, "this\ncheckpoint")):
-        y = np.interp(share, found.shares, found.path)
-        right.plot(share, y, "o", color=LECTURE, zorder=3)
-        right.annotate(text, (share, y), (0, 10), textcoords="offset points", ha="center", size=9, color=LECTURE)
-    right.margins(y=0.2)
-    _label(right, "share of the way", "loss, nats/token")
-
-
-def _influence(figure: "Figure", found: Influence, words: Words) -> None:
-    figure.set_size_inches(8.4, 4.2)
-    axes = figure.subplots()
+def _influence(found: Influence, words: Words) -> Spec:
     products = np.asarray(found.products)
     order = np.argsort(products)[::-1]
     chosen = np.concatenate([order[:6], order[-6:]]) if len(order) > 12 else order
-    signs = products[chosen] > 0
-    axes.barh(range(len(chosen)), products[chosen], color=np.where(signs, OURS, LECTURE))
-    axes.axvline(0, color=QUIET, linewidth=0.8)
-    labels = [words.window(found.starts[i])[:48].replace("$", r"\$") for i in chosen]
-    axes.set_yticks(range(len(chosen)), labels, family="monospace", size=8)
-    axes.set_ylim(len(chosen) - 0.4, -0.6)
+    rows = columns(row=np.arange(len(chosen)), product=products[chosen])
+    for row, i in zip(rows, chosen, strict=True):
+        row["window"] = words.window(found.starts[i])[:48]
+    x = quantity("product", "product of gradients, nats/token per unit of learning rate", {"grid": False}, zero=True)
+    y = {"field": "row", "type": "ordinal", "axis": None}
+    sign = {"condition": {"test": "datum.product > 0", "value": ACCENT}, "value": SECOND}
+    names = {"x": {"value": -8}, "y": y, "text": {"field": "window"}}
+    layers = [
+        layer(rows, "bar", {"x": x, "y": y, "color": sign}),
+        layer([{}], "rule", {"x": {"datum": 0}}, color=QUIET),
+        layer(rows, "text", names, align="right", font=MONO, fontSize=11),
+    ]
     if len(order) > 12:
-        axes.axhline(5.5, color=QUIET, linewidth=0.8, linestyle=":")
-    asked = words.text(words.subject.text)[: words.config.model.block_size].replace("$", r"\$")
-    figure.suptitle(f"the loss of  {asked[:72]}", family="monospace", size=9, x=0.01, ha="left")
-    said = "product of gradients, nats/token per unit of learning rate"
-    _label(axes, f"{said}\n(blue: a step on it lowers that loss; orange: raises it)", "")
+        layers.append(layer([{}], "rule", {"y": {"value": 6 * 22}}, color=QUIET, strokeDash=[2, 3]))
+    text = words.text(words.subject.text[: words.config.model.block_size])[:72]
+    about = "blue: a step on this window of training text lowers that loss; orange: raises it"
+    title = {"text": f"the loss of  {text}", "font": MONO, "fontSize": 12, "subtitle": about, "subtitleColor": QUIET}
+    return chart(layer=layers, title=title, width=420, height={"step": 22})
 
 
-def _lens(figure: "Figure", found: Lens, words: Words) -> None:
-    depths = len(found.losses)
-    figure.set_size_inches(8.8, 1.6 + 0.36 * depths)
-    left, right = figure.subplots(1, 2, width_ratios=[4, 1])
-    N = min(24, found.text.top.shape[2])
-    shades = left.imshow(
-        np.asarray(found.text.probability)[:, 0, :N], cmap=COLORS, vmin=0, vmax=1, aspect="auto", origin="lower"
+def _lens(found: Lens, words: Words) -> Spec:
+    depths, N = len(found.losses), min(24, found.text.top.shape[2])
+    depth, t = np.divmod(np.arange(depths * N), N)
+    cells = columns(depth=depth, t=t, probability=np.asarray(found.text.probability)[depth, 0, t])
+    for cell in cells:
+        cell["top"] = spaced(words.token(found.text.top[cell["depth"], 0, cell["t"]]))[:6]
+    read = [{"t": i, "token": spaced(words.token(token))[:6]} for i, token in enumerate(words.subject.text[:N])]
+    x: Spec = {"field": "t", "type": "ordinal", "title": None, "axis": None}
+    y: Spec = {"field": "depth", "type": "ordinal", "sort": "descending", "title": "blocks before the head"}
+    legend = {"title": "its probability", "orient": "right", "gradientLength": 120}
+    scale = {"domain": [0, 1], "scheme": SCHEME}
+    ink = {"condition": {"test": "datum.probability > 0.5", "value": "black"}, "value": "white"}
+    color = {"field": "probability", "type": "quantitative", "scale": scale, "legend": legend}
+    left = [
+        layer(cells, "rect", {"x": x, "y": y, "color": color}),
+        layer(cells, "text", {"x": x, "y": y, "text": {"field": "top"}, "color": ink}, font=MONO),
+        layer(
+            read, "text", {"x": x, "y": {"value": 26 * depths + 12}, "text": {"field": "token"}}, font=MONO, fontSize=12
+        ),
+        label("token read; in each cell the likeliest next one", {"value": 13 * N}, {"value": 26 * depths + 32}),
+    ]
+    rows = columns(depth=np.arange(depths), loss=found.losses)
+    x = quantity(
+        "loss", "loss, nats/token", {"grid": False, "tickCount": 4}, domain=[0, 1.45 * float(np.max(found.losses))]
     )
-    for (depth, t), p in np.ndenumerate(np.asarray(found.text.probability)[:, 0, :N]):
-        token = _cell(words.token(found.text.top[depth, 0, t]))
-        left.text(
-            t, depth, token, ha="center", va="center", size=9, family="monospace", color="black" if p > 0.5 else "white"
-        )
-    left.set_xticks(range(N), [_cell(words.token(i)) for i in words.subject.text[:N]], family="monospace")
-    left.set_yticks(range(depths))
-    _label(left, "token read; in each cell the likeliest next one", "blocks before the head")
-    figure.colorbar(shades, ax=left, label="its probability", pad=0.01)
-    right.plot(found.losses, range(depths), "o-", color=OURS)
-    for depth, loss in enumerate(found.losses):
-        right.annotate(
-            f"{loss:.2f}", (loss, depth), (7, 0), textcoords="offset points", va="center", size=9, color=OURS
-        )
-    right.set_yticks(range(depths), [""] * depths)
-    right.set_ylim(-0.5, depths - 0.5)
-    right.set_xlim(0, 1.45 * float(np.max(found.losses)))
-    _label(right, "loss, nats/token", "")
+    y = {**y, "axis": {"labels": False, "ticks": False}, "title": None}
+    text = {"field": "loss", "type": "quantitative", "format": ".2f"}
+    right = [
+        layer(rows, "line", {"x": x, "y": y}, color=ACCENT, point={"color": ACCENT}, orient="vertical"),
+        layer(rows, "text", {"x": x, "y": y, "text": text}, align="left", dx=8, color=ACCENT),
+    ]
+    height = 26 * depths
+    panels = [{**_panel(left, 26 * N), "height": height}, {**_panel(right, 150), "height": height}]
+    return chart(hconcat=panels, resolve=APART)
 
 
-def _attention(figure: "Figure", found: Attention, words: Words) -> None:
-    L, H, T = (min(n, most) for n, most in zip(np.shape(found.maps), (6, 6, SHOWN), strict=False))
-    figure.set_size_inches(2.9 + 1.1 * H, 0.8 + 1.0 * L)
-    left, right = figure.subplots(1, 2, width_ratios=[1.1 * H + 0.5, 2.2])
-    tiles = np.full((L, T + 3, H, T + 3), np.nan)  # a map beside a map, with white between them and for the future
-    past = np.tril(np.ones((T, T), bool))
-    maps = np.where(past, np.asarray(found.maps)[:L, :H, :T, :T], np.nan)
-    tiles[:, :T, :, :T] = maps.transpose(0, 2, 1, 3)
-    tiles = tiles.reshape(L * (T + 3), H * (T + 3))
-    shades = left.imshow(np.sqrt(tiles), cmap=COLORS, vmin=0, vmax=1, interpolation="nearest")
-    middles = (T + 3) * np.arange(max(L, H)) + T / 2
-    left.set_xticks(middles[:H], [f"head {head}" for head in range(H)])
-    left.set_yticks(middles[:L], [f"block {block}" for block in range(L)])
-    left.tick_params(length=0)
-    bar = figure.colorbar(shades, ax=left, label="weight", pad=0.01)
-    bar.set_ticks(np.sqrt([0, 0.1, 0.3, 0.6, 1]).tolist(), labels=["0", "0.1", "0.3", "0.6", "1"])
-    _label(left, f"in each: token looked at, the first {T}", "in each: token that looks")
-    left.spines[:].set_visible(False)
+def _attention(found: Attention, words: Words) -> Spec:
+    T = min(SHOWN, found.maps.shape[-1])
+    maps = attention_maps(np.asarray(found.maps)[:HEADS, :HEADS, :T, :T])
+    maps["title"] = {"text": f"from each token (row) to those before it (column), the first {T}", "fontSize": 12}
     entropies, uniform = np.asarray(found.mean.entropy), float(found.mean.uniform)
-    for head in range(entropies.shape[1]):
-        right.plot(entropies[:, head], range(len(entropies)), "o", color=OURS, alpha=0.7)
-    right.axvline(uniform, color=LIMIT, linestyle="--")
-    right.annotate(
-        "no preference", (uniform, 1), (-4, -4), ("data", "axes fraction"), "offset points",
-        rotation=90, ha="right", va="top", size=9, color=LIMIT,
-    )  # fmt: skip
-    right.set_yticks(range(len(entropies)))
-    right.set_ylim(len(entropies) - 0.5, -0.5)
-    right.set_xlim(0, 1.1 * uniform)
-    _label(right, "entropy of a head, nats", "block")
+    block = np.arange(entropies.size) // entropies.shape[1]
+    x = quantity("entropy", "entropy of a head, nats", {"grid": False, "tickCount": 5}, domain=[0, 1.1 * uniform])
+    y = {"field": "block", "type": "ordinal", "title": "block", "axis": {"grid": True}}
+    at = {"datum": uniform, "type": "quantitative"}
+    dots = columns(entropy=entropies.ravel(), block=block)
+    layers = [
+        layer(dots, "point", {"x": x, "y": y}, filled=True, size=60, opacity=0.7, color=ACCENT),
+        layer([{}], "rule", {"x": at}, color=THIRD, strokeDash=DASHED),
+        label("no preference", at, {"value": -8}, THIRD),
+    ]
+    return chart(hconcat=[maps, {"width": 220, "height": {"step": 44}, "layer": layers}], spacing=30, resolve=APART)
 
 
-def _tokens(figure: "Figure", found: Scores, words: Words) -> None:
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.patches import Rectangle
-
-    colors = colormaps["Oranges"]
-    shades = ScalarMappable(Normalize(0, 6), colors)
-    axes = figure.subplots()
-    place = 0
-    for i, token in enumerate(map(words.token, words.subject.text[: 6 * COLUMNS])):
-        if place // COLUMNS >= 6:
-            break
-        loss = float(found.losses[i - 1]) if i else 0.0
-        for char in token:
-            y, x = divmod(place, COLUMNS)
-            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color=colors(min(loss / 6, 1.0)), linewidth=0))
-            axes.text(
-                x,
-                y,
-                char.replace("$", r"\$"),
-                ha="center",
-                va="center",
-                family="monospace",
-                size=9,
-                color="white" if loss > 4 else "black",
-            )
-            place += 1
-    rows = -(-place // COLUMNS)
-    figure.set_size_inches(8.4, 0.7 + 0.26 * rows)
-    axes.set_xlim(-0.5, COLUMNS - 0.5)
-    axes.set_ylim(rows - 0.5, -0.5)
-    axes.set_axis_off()
-    figure.colorbar(shades, ax=axes, label="loss, nats", extend="max", pad=0.01)
+def _tokens(found: Scores, words: Words) -> Spec:
+    rows: list[Spec] = []
+    for i, token in enumerate(map(words.token, words.subject.text[: LINES * COLUMNS])):
+        loss = round(float(found.losses[i - 1]), 3) if i else 0.0
+        rows += [{"char": char, "loss": loss} for char in token]
+    rows = rows[: LINES * COLUMNS]
+    for place, row in enumerate(rows):
+        row["y"], row["x"] = divmod(place, COLUMNS)
+    x, y = ({"field": name, "type": "ordinal", "axis": None, "scale": {"padding": 0}} for name in ("x", "y"))
+    ink = {"condition": {"test": "datum.loss > 4", "value": "white"}, "value": "black"}
+    legend = {"title": "loss, nats", "orient": "right", "gradientLength": 110}
+    scale = {"domain": [0, 6], "scheme": "oranges", "clamp": True}
+    color = {"field": "loss", "type": "quantitative", "scale": scale, "legend": legend}
+    layers = [
+        layer(rows, "rect", {"x": x, "y": y, "color": color}),
+        layer(rows, "text", {"x": x, "y": y, "text": {"field": "char"}, "color": ink}, font=MONO, fontSize=12),
+    ]
+    return chart(layer=layers, width={"step": 11}, height={"step": 24})
 
 
-def _cell(token: str) -> str:
-    """A token in a cell: its blanks to be seen, no mathematics, no more than fits."""
-    return token[:6].replace(" ", "␣").replace("$", r"\$")
+def _panel(layers: list[Spec], width: int = 320) -> Spec:
+    return {"width": width, "height": 240, "layer": layers}
 
 
-def _label(axes: "Axes", x: str, y: str) -> None:
-    axes.set_xlabel(x, color=QUIET)
-    axes.set_ylabel(y, color=QUIET)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(color="#b0b0b0", labelcolor=QUIET)
+def _beside(point: list[Spec], x: Spec, y: Spec, text: str, colour: str, **properties: Any) -> Spec:
+    return layer(point, "text", {"x": x, "y": y}, text=text.split("\n"), color=colour, fontSize=11, **properties)

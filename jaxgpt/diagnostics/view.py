@@ -14,7 +14,7 @@ from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.derivatives import NoiseScale
 from jaxgpt.diagnostics.diagnose import Attention, Curvature, Influence, Landscape, Lens, Subject
 from jaxgpt.diagnostics.inside import Scores
-from jaxgpt.display.oneline import visible
+from jaxgpt.display.text import token_texts, visible
 from jaxgpt.tokenizer import Tokenizer
 
 LONGEST = 20_000
@@ -26,11 +26,11 @@ class Words:
 
     def __init__(self, tokenizer: Tokenizer, subject: Subject):
         self.subject, self.config = subject, subject.config
-        self._bytes = tokenizer.token_bytes
+        self._texts = token_texts(tokenizer)
 
     def token(self, i: Any) -> str:
-        """One token; "?" for the padding of the vocabulary."""
-        return visible(self._bytes[int(i)].decode("utf-8", "replace")) if int(i) < len(self._bytes) else "?"
+        """One token on one line; "?" for the padding of the vocabulary."""
+        return visible(self._texts[int(i)]) if int(i) < len(self._texts) else "?"
 
     def text(self, ids: Ids) -> str:
         return "".join(map(self.token, ids))

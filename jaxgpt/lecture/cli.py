@@ -27,7 +27,7 @@ class Lecture:
     full: bool = False
     """Train the last model at the lecture's own size: for a GPU."""
     plot: Path | None = None
-    """File for a plot of the losses, a PNG, SVG or PDF; None draws nothing."""
+    """Where to draw the losses, a .png, .svg, .pdf or .json (Vega-Lite); None draws nothing."""
     json: Path | None = None
     """File for the results as JSON; None writes nothing."""
     data_dir: DataDir = Path("data")
@@ -39,8 +39,8 @@ def run(args: list[str]) -> int:
 
     from jaxgpt import files as disk
     from jaxgpt.cli.runs import tokens_of
-    from jaxgpt.display import plots
-    from jaxgpt.lecture import ladder
+    from jaxgpt.display import charts
+    from jaxgpt.lecture import ladder, plots
     from jaxgpt.lecture import view as tables
 
     use_compile_cache()
@@ -50,7 +50,7 @@ def run(args: list[str]) -> int:
     disk.require_file(given.plot, "--plot")
     disk.require_file(given.json, "--json")
     if given.plot:
-        plots.require(given.plot)
+        charts.require(given.plot)
     longest = ModelConfig(block_size=max(rung.block_size for rung in rungs))
     config = check(Config(DataConfig(corpus=given.corpus), longest, train=TrainConfig(seed=given.seed)))
     corpus = tokens_of(config, given.data_dir)
@@ -63,7 +63,7 @@ def run(args: list[str]) -> int:
     console.print(tables.ladder(results))
     console.print(tables.samples(results))
     if given.plot:
-        plots.ladder(results, given.plot)
+        charts.save(plots.ladder(results), given.plot)
     if given.json:
         tree = {"corpus": corpus.summary, "seed": given.seed, "rungs": [asdict(result) for result in results]}
         disk.write_atomically(given.json, (json.dumps(tree, indent=2) + "\n").encode())

@@ -16,7 +16,7 @@ from jaxgpt import model as nn
 from jaxgpt import prng
 from jaxgpt.config import UsageError
 from jaxgpt.data import Ids, take
-from jaxgpt.display import ngrams
+from jaxgpt.display import baselines
 from jaxgpt.lecture.attention import mean_by_loop, mean_by_matmul, mean_by_softmax
 from jaxgpt.lecture.model import Params, Rung, forward, init_params
 from jaxgpt.tokenizer import Tokenizer
@@ -115,15 +115,15 @@ def _apart(rung: Rung, seed: int) -> float:
 
 
 def count(kind: str, train: Ids, vocab_size: int) -> Params:
-    """Logits from counts in `train` (N,), smoothed as in `ngrams`: a row (V,) for all positions, or a table (V, V)."""
+    """Logits by counting in `train` (N,), smoothed as in `display.baselines`: a row (V,), or a table (V, V)."""
     V = vocab_size
     if kind == "uniform":
         return {"row": jnp.zeros(V)}
-    single = ngrams.unigram(np.bincount(train, minlength=V))
+    single = baselines.unigram(np.bincount(train, minlength=V))
     if kind == "unigram":
         return {"row": jnp.log(jnp.asarray(single, jnp.float32))}
     pairs = np.bincount(train[:-1].astype(np.int64) * V + train[1:], minlength=V * V).reshape(V, V)
-    table = ngrams.bigram(pairs, pairs.sum(axis=1, keepdims=True), single[None])
+    table = baselines.bigram(pairs, pairs.sum(axis=1, keepdims=True), single[None])
     return {"table": jnp.log(jnp.asarray(table, jnp.float32))}
 
 

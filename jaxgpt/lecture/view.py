@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from jaxgpt.display.oneline import visible
+from jaxgpt.display.text import visible
 from jaxgpt.lecture.ladder import Result
 from jaxgpt.lecture.model import Rung
 

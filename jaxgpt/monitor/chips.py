@@ -1,7 +1,13 @@
-"""What chips can do, by their makers' pages."""
+"""Published rates of accelerators, and the share of them that training uses."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import jax
+
+from jaxgpt import cost
+from jaxgpt.config import Config
 
 
 @dataclass(frozen=True)
@@ -9,30 +15,30 @@ class Chip:
     """Published rates of one chip."""
 
     flops: float
-    """Products of bfloat16 per second, dense."""
+    """bfloat16 FLOP/s of dense matmuls."""
     float32: float
-    """Those of float32 as JAX does them by default: of TF32, dense, on GPUs, and of bfloat16 on TPUs."""
+    """float32 FLOP/s as JAX computes matmuls by default: in TF32 on GPUs, in bfloat16 on TPUs."""
     memory: float
     """Bytes."""
     memory_rate: float
-    """Bytes per second to and from it."""
+    """Bytes per second between the chip and its memory."""
     link_rate: float
-    """Bytes per second that a chip sends to its neighbours, over all its links, one way."""
+    """Bytes per second to its neighbours, over all its links, one way."""
     torus: int
-    """Dimensions of the torus of its links; 0 where a switch links all."""
+    """Dimensions of the torus of its links; 0 where a switch connects all chips."""
     pod: int
-    """Chips that are linked so: of a slice, or in one machine."""
+    """Chips that these links connect: a TPU pod, or one GPU machine."""
     network_rate: float
-    """Bytes per second that it sends beyond, its share of the host's network: 0 if not known."""
+    """Bytes per second to other pods, its share of the host's network; 0 if unknown."""
     source: str
 
     def rate(self, precision: str) -> float:
-        """Products per second of operands of a resolved precision."""
+        """FLOP/s of matmuls in a resolved precision."""
         return self.float32 if precision == "float32" else self.flops
 
     def sending_rate(self, n: int, chips: int) -> float:
-        """Bytes per second, one way, of a collective of n chips out of so many: neighbours along one dimension of the
-        torus use its links alone, more chips those of more dimensions. All its sides are taken as equal."""
+        """Bytes per second, one way, of a collective of `n` out of `chips`. Neighbours along one dimension of the torus
+        use only its links, more chips those of more dimensions; all sides are taken as equally long."""
         if not self.torus or n <= 1:
             return self.link_rate
         side = chips ** (1 / self.torus)
@@ -40,7 +46,7 @@ class Chip:
         return self.link_rate * used / self.torus
 
     def slices(self, chips: int) -> int:
-        """How many pods it takes."""
+        """How many pods it takes to hold `chips`."""
         return math.ceil(chips / self.pod)
 
 
@@ -57,12 +63,12 @@ CHIPS = {
     "h100-nvl": Chip(835e12, 417.5e12, 94e9, 3900e9, 300e9, 0, 2, 0, DGX + "h100/"),
     "h200": Chip(989e12, 494.7e12, 141e9, 4800e9, 450e9, 0, 8, 50e9, DGX + "h200/"),
 }
-"""Link rates are half of the published ones, which count both ways; that of v4 is its pod's rate of all-reduce by its
-chips. The network of v5e is its pod's by its chips; of GPUs, one adapter each, as in a DGX."""
+"""Link rates are half of the published ones, which count both directions; that of v4 is the pod's all-reduce rate per
+chip. The network of v5e is the pod's per chip; GPUs have one adapter each, as in a DGX."""
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """The chip that JAX or PyTorch calls so, None where its rates are not known here.
+    """The chip that JAX or PyTorch calls `device_kind`; None if its rates are unknown.
 
     >>> of_kind("NVIDIA H100 80GB HBM3") is CHIPS["h100"], of_kind("NVIDIA H100 PCIe") is CHIPS["h100-pcie"]
     (True, True)
@@ -73,3 +79,20 @@ def of_kind(device_kind: str) -> Chip | None:
     said = [{"v5": "v5p"}.get(word, word) for word in said]
     found = [name for name in CHIPS if set(name.split("-")) <= set(said)]
     return CHIPS[max(found, key=len)] if found else None
+
+
+def peak(device_kind: str, n_devices: int) -> float | None:
+    """Published bfloat16 FLOP/s of `n_devices` together; None if unknown."""
+    chip = of_kind(device_kind)
+    return chip.flops * n_devices if chip else None
+
+
+def utilisation(config: Config, tokens_per_second: float, peak: float) -> float:
+    """Model FLOPs utilisation: the share of `peak` that training uses, at 3 * `cost.flops_per_token` per token."""
+    return 3 * cost.flops_per_token(config.model) * tokens_per_second / peak
+
+
+def rate(config: Config) -> Callable[[float], float] | None:
+    """A function from tokens per second to the `utilisation` of the devices here; None if their peak is unknown."""
+    most = peak(jax.devices()[0].device_kind, jax.device_count())
+    return (lambda speed: utilisation(config, speed, most)) if most else None

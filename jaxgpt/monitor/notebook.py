@@ -1,5 +1,6 @@
-"""A run in a notebook: all that it keeps, with a summary that is shown by itself."""
+"""A run in a notebook: its metrics, weights, samples and loss chart."""
 
+import html
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,11 +8,9 @@ from typing import Any
 
 from jaxgpt import model as nn
 from jaxgpt.config import Config
-from jaxgpt.display import vega
-from jaxgpt.display.markup import element
-from jaxgpt.display.style import Spec
-from jaxgpt.report.charts import loss
-from jaxgpt.report.facts import Facts, gather
+from jaxgpt.display import charts
+from jaxgpt.monitor.curves import loss
+from jaxgpt.monitor.facts import Facts, gather
 from jaxgpt.run import Run
 from jaxgpt.sample import write
 from jaxgpt.start import load_checkpoint
@@ -42,63 +41,61 @@ class Loaded:
 
     @cached_property
     def facts(self) -> Facts:
-        """What the run's folder says, in short."""
+        """The run's directory as plain values."""
         return gather(self.run)
 
     def sample(self, prompt: str | None = None, tokens: int = 300, **how: Any) -> str:
-        """A text that begins with `prompt`; `how` as `sampling.write.write` takes it for one text: temperature, top_k,
-        seed, ..."""
+        """A text that begins with `prompt`; `how` is passed to `jaxgpt.write.write`: temperature, top_k, seed, ..."""
         (pieces,) = write(self.config.model, self.params, self.tokenizer, prompt, tokens, **how)
         return "".join(pieces)
 
     def plot(self) -> "Chart":
         """Training and validation loss over steps."""
-        spec = loss([self.facts], [])
+        spec = loss([self.facts])
         if spec is None:
-            raise ValueError(f"run {self.run.path.name!r} has no numbers yet: let it train on")
+            raise ValueError(f"run {self.run.path.name!r} has no metrics yet: train it further")
         return Chart(spec)
 
     def __repr__(self) -> str:
-        return "\n".join(f"{name}: {value}" for name, value in self._told())
+        return "\n".join(f"{name}: {value}" for name, value in self._summary())
 
     def _repr_html_(self) -> str:
-        rows = (element("tr", element("th", name), element("td", value)) for name, value in self._told())
-        return element("table", *rows)
+        rows = (f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in self._summary())
+        return f"<table>{''.join(rows)}</table>"
 
-    def _told(self) -> list[tuple[str, str]]:
-        """The summary, line by line."""
+    def _summary(self) -> list[tuple[str, str]]:
         facts, best = self.facts, self.facts.best
-        told = [
+        lines = [
             ("run", str(self.run.path)),
-            ("made by", facts.command),
+            ("command", facts.command),
             ("weights", f"{facts.n_params:,} parameters after step {self.step:,}"),
-            ("learnt from", f"{facts.corpus['source']}, {facts.corpus['count']:,} tokens"),
+            ("corpus", f"{facts.corpus['source']}, {facts.corpus['count']:,} tokens"),
         ]
         if best:
             error = f" ± {best.standard_error:.4f}" if best.standard_error is not None else ""
             bits = f"{best.bits_per_char:.4f} bits/char, {best.bits_per_byte:.4f} bits/byte"
-            told.append(("best", f"loss {best.loss:.4f}{error} nats/token, {bits}, at step {best.step:,}"))
+            lines.append(("best", f"loss {best.loss:.4f}{error} nats/token, {bits}, at step {best.step:,}"))
         if facts.took:
-            told.append(("trained", f"{facts.step:,} steps in {facts.took}"))
-        return told
+            lines.append(("trained", f"{facts.step:,} steps in {facts.took}"))
+        return lines
 
 
 @dataclass(frozen=True)
 class Chart:
     """A Vega-Lite chart that a notebook shows by itself."""
 
-    spec: Spec
+    spec: charts.Spec
 
     def save(self, path: str | Path) -> None:
-        """Draw it to a .png or .svg file."""
-        vega.picture(self.spec, Path(path))
+        """Write it as .png, .svg, .pdf or .json."""
+        charts.save(self.spec, Path(path))
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
-        return {"image/svg+xml": vega.render(self.spec, ".svg").decode()}
+        return {"image/svg+xml": charts.render(self.spec, ".svg").decode()}
 
 
 def load(run: str | Path, checkpoint: str = "best", runs_dir: str | Path = "runs") -> Loaded:
-    """A run by its name in `runs_dir` or by its folder, with the weights of its "best" or "last" checkpoint.
+    """A run by its name in `runs_dir` or by its path, with the weights of its "best" or "last" checkpoint.
 
     Raises:
       RunError: there is no such run, or nothing was saved yet.

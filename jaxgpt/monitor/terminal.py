@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.text import Text
 
-from jaxgpt.display.oneline import ASCII, BLOCKS, sparkline, visible
+from jaxgpt.display.text import ASCII, BLOCKS, sparkline, visible
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated, Event, Notice, Progress, Sampled
 

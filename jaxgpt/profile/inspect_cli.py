@@ -31,7 +31,7 @@ class Inspect:
     profile: Path | None = None
     """Write a trace of five steps into this folder, for XProf or Perfetto, and print its longest operations."""
     roofline: Path | None = None
-    """Draw the parts under the machine's roofline into this file, a PNG, SVG or PDF; None draws nothing."""
+    """Where to draw the parts under the machine's roof, a .png, .svg, .pdf or .json (Vega-Lite); None draws nothing."""
     markdown: bool = False
     """Print Markdown instead of terminal tables."""
     out: Path | None = None
@@ -48,8 +48,8 @@ def run(args: list[str]) -> int:
 
     from jaxgpt import files
     from jaxgpt.cli.runs import complete
-    from jaxgpt.display import plots
-    from jaxgpt.profile import inspection, report, roofline_plot
+    from jaxgpt.display import charts
+    from jaxgpt.profile import inspection, plots, report
 
     files.require_file(given.out, "--out")
     files.require_file(given.roofline, "--roofline")
@@ -57,7 +57,7 @@ def run(args: list[str]) -> int:
         if path:
             files.require_writable(path, option)
     if given.roofline:
-        plots.require(given.roofline)
+        charts.require(given.roofline)
         if not given.measure:
             raise UsageError("--roofline needs measurements: leave out --no-measure")
     if given.to and not given.jaxpr and not given.hlo:
@@ -75,7 +75,7 @@ def run(args: list[str]) -> int:
     if given.out:
         report.save(found, given.out)
     if given.roofline:
-        roofline_plot.draw(found, given.roofline)
+        charts.save(plots.roofline(found), given.roofline)
     report.show(found, given.markdown)
     return 0
 

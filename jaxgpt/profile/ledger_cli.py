@@ -34,7 +34,7 @@ class Ledger:
     out: Path | None = None
     """The JSON file to write; None is ledger-RECIPE.json in the current folder."""
     plot: Path | None = None
-    """Draw stages and steps into this file, a PNG, SVG or PDF; None draws nothing."""
+    """Where to draw the stages and the steps, a .png, .svg, .pdf or .json (Vega-Lite); None draws nothing."""
     data_dir: DataDir = Path("data")
 
 
@@ -48,20 +48,20 @@ def run(args: list[str]) -> int:
 
     from jaxgpt import files, memory
     from jaxgpt.cli.runs import complete
-    from jaxgpt.display import plots
-    from jaxgpt.profile import ledger_plot, report
+    from jaxgpt.display import charts
+    from jaxgpt.profile import plots, report
 
     name = Path(name).stem  # of a recipe that is a file
     out = given.out or Path(f"ledger-{name}.json")
     files.require_file(out, "--out")
     files.require_file(given.plot, "--plot")
     if given.plot:
-        plots.require(given.plot)
+        charts.require(given.plot)
     config = complete(given.config, given.data_dir)
     free = memory.host_available() if given.device == "cpu" else None
     found = ledger.measure(config, name, given.variants, given.device, given.rounds, given.seconds, given.starts, free)
     report.save(found, out)
     if given.plot:
-        ledger_plot.draw(found, given.plot)
+        charts.save(plots.ledger(found), given.plot)
     report.show(found, given.markdown)
     return 0

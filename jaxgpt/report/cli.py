@@ -1,4 +1,4 @@
-"""`jaxgpt report`: runs to a page that can be kept."""
+"""`jaxgpt report`: an HTML page of one or more runs."""
 
 import time
 from dataclasses import dataclass, field
@@ -15,46 +15,48 @@ from jaxgpt.config import UsageError
 @dataclass(frozen=True)
 class Report:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Names of runs, or their folders, as ./NAME."""
+    """Names of runs, or their paths, as ./NAME."""
     out: Path | None = None
-    """The HTML file; by default report.html in the folder of the run, or of several in the runs folder."""
+    """The HTML file; by default report.html in the run's folder, or for several runs in the runs folder."""
     png: Path | None = None
-    """Draw the figures into this folder too, as PNG and SVG."""
+    """Draw the charts into this folder too, as PNG and SVG."""
     watch: bool = False
-    """Make it again while the run trains, until it ends; the page then loads itself again."""
+    """Update the page until the run ends; meanwhile it reloads itself."""
     every: int = 30
-    """With --watch, seconds between two."""
+    """With --watch, seconds between updates."""
     folders: Folders = field(default_factory=Folders)
 
 
 def run(args: list[str]) -> int:
     given = parse(Report, args, "report")
     if not given.runs:
-        raise UsageError("no run is named, expected one or more: jaxgpt report RUN [RUN ...]")
+        raise UsageError("expected the names of one or more runs: jaxgpt report RUN [RUN ...]")
     if given.every < 1:
         raise UsageError(f"every is {given.every}, expected 1 second or more")
-    from jaxgpt.display import vega
-    from jaxgpt.report.reporter import Reporter, require_ours
+    from jaxgpt.display import charts
+    from jaxgpt.report import page
+    from jaxgpt.report.reporter import Reporter, require_replaceable
     from jaxgpt.run import Run
 
-    vega.require()
+    charts.require()
+    page.require()
     named = [Run.open(given.folders.runs_dir, name) for name in given.runs]
     runs = list({run.path.resolve(): run for run in named}.values())
     out = given.out or (runs[0].path if len(runs) == 1 else given.folders.runs_dir) / "report.html"
-    require_ours(out)
+    require_replaceable(out)
     use_compile_cache()
-    reporter, made, goes_on = Reporter(runs, given.folders.data_dir), None, True
+    reporter, made, watching = Reporter(runs, given.folders.data_dir), None, True
     try:
-        while goes_on:
+        while watching:
             made = reporter.make()
-            goes_on = given.watch and made.running
-            size = made.write(out, refresh=given.every if goes_on else 0)
-            print(f"{out}  {size / 1e6:.2f} MB, {made.said}", flush=True)
-            time.sleep(given.every if goes_on else 0)
+            watching = given.watch and made.running
+            size = made.write(out, refresh=given.every if watching else 0)
+            print(f"{out}  {size / 1e6:.2f} MB, {made.summary}", flush=True)
+            time.sleep(given.every if watching else 0)
     except KeyboardInterrupt:
         if not made:
             raise
-        made.write(out)  # the page of last, which does not load itself again
+        made.write(out)  # the last page, which does not reload itself
     assert made
     if given.png:
         print(f"{given.png}  {', '.join(path.name for path in made.draw(given.png))}")

@@ -1,7 +1,7 @@
-"""What a run's weights say when they are asked: texts, losses token by token, attention, embeddings."""
+"""What a run's weights show: samples, losses token by token, attention and embeddings."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.runs import corpus_of
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.corpus import Corpus
-from jaxgpt.diagnostics import inside
+from jaxgpt.diagnostics.inside import exact_maps, token_scores
 from jaxgpt.display.baselines import Limits, limits, occurrences, stretches
+from jaxgpt.display.text import token_texts
 from jaxgpt.report import embedding
 from jaxgpt.run import Run
 from jaxgpt.sample import write
@@ -26,38 +27,37 @@ from jaxgpt.step import init_state
 from jaxgpt.tokenizer import Ids, Tokenizer
 
 SEED, TEMPERATURE, PROMPT, WRITTEN = 1337, 0.8, 16, 300
-"""How a report samples, and how many tokens: those given, and those written after them."""
+"""How a report samples: PROMPT tokens are given, WRITTEN are sampled after them."""
 READ, ALTERNATIVES = 480, 5
-"""Tokens of the passage, and how many alternatives are told of each."""
+"""Tokens of the passage, and how many alternatives are shown for each."""
 WEIGHTS = 2**18
-"""Attention weights in a report, at most: of large models fewer tokens are looked at."""
+"""Attention weights in a report, at most: for large models, of fewer tokens."""
 SHOWN, NEAR = 200, 5
-"""The most frequent tokens, whose embeddings are shown, and how many neighbours of each."""
+"""How many of the most frequent tokens are shown by their embeddings, and how many neighbours of each."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was written after `step` steps."""
+    """A sample after `step` steps."""
 
     step: int
     prompt: str
     text: str
-    """What came after it."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """`inside.Scores` with its tokens as text."""
+    """Consecutive tokens of the validation split, with their losses in nats."""
 
     tokens: list[str]
     losses: list[float]
     likely: list[list[tuple[str, float]]]
-    """Of each, the most likely tokens in its place, with their probabilities."""
+    """For each, the most likely tokens in its place, with their probabilities."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """`inside.attention_maps` of one text."""
+    """The attention maps of one text."""
 
     tokens: list[str]
     weights: NDArray[np.float32]  # (L, H, T, T)
@@ -65,17 +65,17 @@ class Attention:
 
 @dataclass(frozen=True)
 class Embedding:
-    """The most frequent tokens, where they lie in the plane, and who is near whom."""
+    """The most frequent tokens, their places in the plane, and their nearest neighbours."""
 
     tokens: list[str]
     projection: embedding.Projection
     near: list[list[tuple[str, float]]]
-    """Of each, its neighbours with their cosines."""
+    """For each, its neighbours with their cosines."""
 
 
 @dataclass
 class Looks:
-    """What could be had; why the rest could not stands in `missing`, by its name."""
+    """What was available; `missing` gives the reason for each part that was not."""
 
     step: int | None = None
     """Of the weights."""
@@ -88,7 +88,7 @@ class Looks:
 
 
 def look(run: Run, data_dir: Path) -> Looks:
-    """All looks at the best checkpoint of `run`. What is not to be had yet, or here, is said and left out."""
+    """Look at the best checkpoint of `run`; a part that is not available is left out, with the reason."""
     looks = Looks()
 
     def attempt(name: str, get: Callable[[], Any]) -> Any:
@@ -119,8 +119,8 @@ def look(run: Run, data_dir: Path) -> Looks:
 
 
 def place(val: Ids, tokenizer: Tokenizer, n: int, T: int) -> int:
-    """Where to read about `n` tokens of `val` (M,): of 32 places evenly apart, the one with the most letters, where a
-    line begins if then there is a window of T inputs and a target left."""
+    """Where to read about `n` tokens of `val` (M,): of 32 evenly spaced places the one with the most letters, moved to
+    the start of a line if that leaves room for a window of T inputs and a target."""
     letters = np.array([sum(map(str.isalpha, data.decode("utf-8", "ignore"))) for data in tokenizer.token_bytes])
     ends = np.array([data.endswith(b"\n") for data in tokenizer.token_bytes])
     last = max(0, len(val) - T - 1)
@@ -131,20 +131,20 @@ def place(val: Ids, tokenizer: Tokenizer, n: int, T: int) -> int:
 
 
 def steps(run: Run) -> list[int]:
-    """The steps whose weights can be had: the kept checkpoints, and 0, which is computed anew."""
+    """The steps whose weights are available: the kept checkpoints, and 0, which is initialised again."""
     saved = Checkpoints(run.checkpoints).steps
     imported = any(event["event"] == "import" for event in run.events())
     return saved if imported else sorted({0, *saved})
 
 
 def samples(run: Run, prompt: str | None) -> list[Sample]:
-    """One text by each of `steps`, all with the same seed, and the same beginning if it can be encoded."""
+    """One text for each of `steps`, all with the same seed and prompt."""
     model, tokenizer, found = run.config.model, run.tokenizer, []
     for step in steps(run):
         try:
             fresh = step == 0 and step not in Checkpoints(run.checkpoints).steps
             params = init_state(run.config).params if fresh else load_checkpoint(run, step)[1]
-        except (CheckpointError, UsageError):  # it has just made room for a newer one
+        except (CheckpointError, UsageError):  # it was pruned just now
             continue
         (pieces,) = write(model, params, tokenizer, prompt, WRITTEN, temperature=TEMPERATURE, seed=SEED)
         found.append(Sample(step, next(pieces), "".join(pieces)))
@@ -152,53 +152,40 @@ def samples(run: Run, prompt: str | None) -> list[Sample]:
 
 
 def read(model: ModelConfig, params: nn.Params, val: Ids, start: int, tokenizer: Tokenizer) -> Passage:
-    """The validation split from `start` on, or from a little later, token by token."""
-    T, half, V = model.block_size, max(1, model.block_size // 2), tokenizer.vocab_size
-    before = max(0, start - T + T // 2 - 1)
-    windows = min(-(-READ // half), (len(val) - before - 1 - T) // half + 1)
-    if windows < 1:
-        raise ValueError(f"{len(val) - before} tokens hold no window of {T} inputs and a target")
-    ids = val[before : before + (windows - 1) * half + T + 1]
-    found = inside.token_scores(model, params, ids, min(ALTERNATIVES, V), half, V)
-    names, first = Names(tokenizer), T - half  # of the first window, the first half is context only
+    """About READ tokens of the validation split (M,) from `start` on, each predicted from at least half of block_size
+    before it: near the beginning of the split they start a little later."""
+    half = max(1, model.block_size // 2)
+    before = max(0, start - half)
+    text = np.asarray(val[before : start + READ])
+    first = min(max(start - before, half), len(text) - 1)
+    k, stride = min(ALTERNATIVES, tokenizer.vocab_size), min(half, len(text) - 1)
+    found, names = token_scores(model, params, text, k, stride), token_texts(tokenizer)
     likely = [
-        [(names[i], float(p)) for i, p in zip(*both, strict=True)]
-        for both in zip(found.ids[first:], found.probabilities[first:], strict=True)
+        [(names[i], float(p)) for i, p in zip(ids, chances, strict=True) if i < len(names)]  # V may be rounded up
+        for ids, chances in zip(found.ids[first - 1 :], found.probabilities[first - 1 :], strict=True)
     ]
-    return Passage([names[i] for i in ids[1 + first :]], found.losses[first:].tolist(), likely)
+    return Passage([names[i] for i in text[first:]], found.losses[first - 1 :].tolist(), likely)
 
 
 def attend(model: ModelConfig, params: nn.Params, val: Ids, tokenizer: Tokenizer) -> Attention:
-    """Who looks at whom in the beginning of `val` (M,)."""
+    """The attention maps of the beginning of `val` (M,)."""
     T = max(2, min(model.block_size, 64, math.isqrt(2 * WEIGHTS // (model.n_layer * model.n_head))))
     ids = np.asarray(val[:T], np.int32)
-    maps = jax.jit(inside.attention_maps, static_argnums=0)(model, params, jnp.asarray(ids)[None])
-    names = Names(tokenizer)
+    maps = jax.jit(exact_maps, static_argnums=0)(model, params, jnp.asarray(ids)[None])
+    names = token_texts(tokenizer)
     return Attention([names[i] for i in ids], np.asarray(maps[:, 0], np.float32))
 
 
 def embedded(model: ModelConfig, params: nn.Params, tokenizer: Tokenizer, ids: Ids) -> Embedding:
     """The embeddings of the tokens `ids` (N,), among each other."""
     rows = embedding.table(model, params)[ids]
-    names, (near, cosines) = Names(tokenizer), embedding.neighbours(rows, NEAR)
-    return Embedding(
-        [names[i] for i in ids],
-        embedding.project(rows),
-        [[(names[ids[j]], float(c)) for j, c in zip(*both, strict=True)] for both in zip(near, cosines, strict=True)],
-    )
+    texts, (near, cosines) = token_texts(tokenizer), embedding.neighbours(rows, NEAR)
+    names = [texts[i] for i in ids]
+    pairs = [[(names[j], float(c)) for j, c in zip(*both, strict=True)] for both in zip(near, cosines, strict=True)]
+    return Embedding(names, embedding.project(rows), pairs)
 
 
 def frequent(tokens: Ids | None, V: int, n: int) -> Ids:
-    """The n most frequent ids of `tokens`, the most frequent first; the first n where there are none."""
+    """The n most frequent ids of `tokens`, the most frequent first; without tokens, the first n."""
     counts = np.zeros(V) if tokens is None else occurrences(stretches(tokens), V)
     return np.argsort(-counts, kind="stable")[: min(n, max(2, np.count_nonzero(counts) or V))]
-
-
-class Names:
-    """What each id stands for, as text: bytes that are no UTF-8 by themselves as \\xNN."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._bytes: Sequence[bytes] = tokenizer.token_bytes
-
-    def __getitem__(self, id: Any) -> str:
-        return self._bytes[int(id)].decode("utf-8", "backslashreplace")

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the charts and lets a reader ask for more of a token. The page holds all that it reads.
+// Draws the charts and shows details of the token that a reader points at. The page holds all data.
 const read = (id) => JSON.parse(document.getElementById(id)?.textContent ?? "null");
 const percent = (p) => (p < 0.0005 ? "< 0.1%" : (100 * p).toFixed(p < 0.0995 ? 1 : 0) + "%");
 const shown = (token) => token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
@@ -19,7 +19,7 @@ for (const [name, spec] of Object.entries(read("charts") ?? {})) {
   if (node) window.vegaEmbed(node, spec, { renderer: "svg", actions, tooltip: { theme: "custom" }, ast: true });
 }
 
-// A printer shows what is open alone.
+// Printing shows only open details, so open all of them.
 let closed = [];
 addEventListener("beforeprint", () => {
   closed = [...document.querySelectorAll("section > details:not([open])")];
@@ -27,7 +27,7 @@ addEventListener("beforeprint", () => {
 });
 addEventListener("afterprint", () => { for (const each of closed) each.open = false; });
 
-// A text of tokens: `tell(i)` is called for the one that the pointer, a finger or the keyboard is on.
+// A text of tokens: `tell(i)` is called for the one under the pointer, a finger or the keyboard focus.
 function choose(holder, tell) {
   const spans = [...holder.querySelectorAll("[data-i]")];
   const pick = (i, focus) => {
@@ -57,7 +57,7 @@ if (passage) {
     const loss = passage.losses[i];
     told.replaceChildren();
     make("b", shown(passage.tokens[i]), told);
-    make("span", ` had probability ${percent(Math.exp(-loss))}, a loss of ${loss.toFixed(2)} nats. Most likely here:`, told);
+    make("span", ` has probability ${percent(Math.exp(-loss))}, a loss of ${loss.toFixed(2)} nats. Most likely here:`, told);
     const list = make("ol", "", told);
     for (const [token, p] of passage.likely[i]) {
       const item = make("li", "", list);
@@ -101,7 +101,7 @@ if (attention) {
     paint(map, layer, head, token);
     told.replaceChildren();
     make("b", shown(attention.tokens[i]), told);
-    make("span", `, token ${i + 1}, in layer ${layer + 1}, head ${head + 1}, takes most from:`, told);
+    make("span", `, token ${i + 1}, in layer ${layer + 1}, head ${head + 1}, attends most to:`, told);
     const list = make("ol", "", told);
     const order = weights.map((w, s) => [w, s]).sort((a, b) => b[0] - a[0]).slice(0, 5);
     for (const [w, s] of order.filter(([w]) => w > 0)) {

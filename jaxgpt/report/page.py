@@ -1,22 +1,31 @@
-"""Facts and looks to one HTML file that needs nothing else: no network, no other file."""
+"""The report as one HTML file that needs nothing else: no network, no other file. The markup is in page.html."""
 
 import base64
 import hashlib
+import math
+import time
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
-from string import Template
 from typing import Any
 
 import numpy as np
 
-from jaxgpt.display import vega
-from jaxgpt.display.markup import Html, data, join, text
-from jaxgpt.display.style import Spec
-from jaxgpt.report import closeups, sections
-from jaxgpt.report.charts import asked
-from jaxgpt.report.facts import Facts
-from jaxgpt.report.looks import Attention, Looks
+import jaxgpt
+from jaxgpt.config import MissingExtraError
+from jaxgpt.display.baselines import COUNTED, published
+from jaxgpt.display.charts import Spec, script
+from jaxgpt.display.text import spaced
+from jaxgpt.monitor.facts import Facts, differing, kinds
+from jaxgpt.monitor.terminal import duration
+from jaxgpt.recipes import RECIPES
+from jaxgpt.report.charts import chosen, same_tokens
+from jaxgpt.report.looks import TEMPERATURE, Attention, Looks, Sample
+
+NEWEST = 500
+"""Events that are listed, the last ones."""
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+"""Control characters, which no page may hold, to their symbols."""
 
 
 def page(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec], refresh: int = 0) -> str:
@@ -25,50 +34,209 @@ def page(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec],
     Args:
       looks: of each run, in the same order.
       charts: as `charts.charts` makes them of both.
-      refresh: the page loads itself again after so many seconds; 0: never.
+      refresh: the page reloads itself after so many seconds; 0: never.
     """
-    which = asked(runs, looks)
-    closely = looks[which]
-    blocks = [data(charts, "charts")]
-    if closely.passage:
-        passage = closely.passage
-        losses, likely = [round(loss, 3) for loss in passage.losses], [_short(each) for each in passage.likely]
-        blocks.append(data({"tokens": passage.tokens, "losses": losses, "likely": likely}, "passage-data"))
-    if closely.attention:
-        blocks.append(data(packed(closely.attention), "attention-data"))
-    return Template(_file("page.html")).substitute(
-        title=text(sections.title(runs)),
-        allowed=" ".join(f"'sha256-{_sha256(script)}'" for script in (vega.script(), _file("page.js"))),
-        refresh=f'<meta http-equiv="refresh" content="{int(refresh)}">' if refresh else "",
-        css=_file("page.css"),
-        body=body(runs, looks, charts, which),
-        footer=sections.footer(),
-        data=join(*blocks),
-        vega=vega.script(),
-        script=_file("page.js"),
-    )
+    several, which = len(runs) > 1, chosen(runs, looks)
+    look = looks[which]
+    values: dict[str, Any] = {}
+    if look.passage:
+        top = (look.limits.uniform if look.limits else max(look.passage.losses)) or 1.0  # 0 for a single character
+        likely = [[(token, round(p, 4)) for token, p in each] for each in look.passage.likely]
+        losses = [round(loss, 3) for loss in look.passage.losses]
+        values["passage"] = {"tokens": look.passage.tokens, "losses": losses, "likely": likely}
+        values |= {"top": top, "shades": [f"{min(1.0, loss / top):.2f}" for loss in losses]}
+    if look.attention:
+        values["attention"] = packed(look.attention)
+    if look.embedding:
+        pairs = zip(look.embedding.tokens[:60], look.embedding.near, strict=False)
+        values["neighbours"] = [
+            (spaced(token), "   ".join(f"{spaced(name)} {cosine:.2f}" for name, cosine in near))
+            for token, near in pairs
+        ]
+    if not several and runs[0].best:
+        values |= {"numbers": numbers(runs[0]), "protocol": protocol(runs[0]), "baselines": baselines(runs[0])}
+    if several:
+        values |= {"comparison": comparison(runs), "differing": [(name, *each) for name, each in differing(runs)]}
+    return environment().get_template("page.html").render(
+        title=runs[0].name if not several else f"{len(runs)} runs: {', '.join(facts.name for facts in runs)}",
+        allowed=" ".join(f"'sha256-{_sha256(text)}'" for text in (script(), _file("page.js"))),
+        of=f": {runs[which].name}" if several else "",
+        names=[facts.name for facts in runs],
+        missing=[f"{facts.name}, {name}: {why}" for facts, each in zip(runs, looks, strict=True)
+                 for name, why in each.missing.items()],
+        runs=runs, look=look, charts=charts, several=several, refresh=refresh, newest=NEWEST, temperature=TEMPERATURE,
+        summary=summary(runs), samples=samples(runs, looks), same_tokens=same_tokens(runs),
+        configuration=configuration, settings=settings, events=events,
+        version=jaxgpt.__version__, time=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        css=_file("page.css"), vega=script(), script=_file("page.js"), **values,
+    )  # fmt: skip
 
 
-def body(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec], which: int) -> Html:
-    """All of it, the outcome first.
+def require() -> Any:
+    """The module jinja2.
 
-    Args:
-      which: the run whose passage, attention and embeddings are shown.
+    Raises:
+      MissingExtraError: it is not installed.
     """
-    of = "" if len(runs) == 1 else f": {runs[which].name}"
-    closely = looks[which]
-    return join(
-        sections.head(runs),
-        sections.outcome(runs, charts) if len(runs) == 1 else sections.comparison(runs, charts),
-        sections.curves(runs, charts),
-        closeups.samples(runs, looks),
-        closeups.passage(closely, of),
-        closeups.attention(closely, of),
-        closeups.embedding(closely, charts, of),
-        *(sections.what_was_run(each, len(runs) > 1) for each in runs),
-        *(sections.diary(each, len(runs) > 1) for each in runs),
-        sections.missing(runs, looks),
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingExtraError("a report", "jinja2", "report") from error
+    return jinja2
+
+
+@cache
+def environment() -> Any:
+    """The environment of the templates: every value is escaped as text unless it is marked as safe."""
+    jinja2 = require()
+    made = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_file), autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters |= {"number": lambda n: f"{n:,}", "fixed": lambda x, digits: f"{x:.{digits}f}"}
+    made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return made
+
+
+def _printable(value: object) -> str:
+    """A value as text without control characters and lone surrogates, which become U+FFFD."""
+    if hasattr(value, "__html__"):
+        return value  # type: ignore[return-value]
+    return str(value).translate(CONTROLS).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def summary(runs: Sequence[Facts]) -> str:
+    """In two lines, what was trained on what, and whether it has ended."""
+    facts = runs[0]
+    model, train = facts.config.model, facts.config.train
+    kind = "bigram table" if model.kind == "bigram" else f"GPT of {model.n_layer} x {model.n_embd} (layers x channels)"
+    tokens = facts.step * train.batch_size * model.block_size
+    text = (
+        f"{facts.n_params:,} parameters, a {kind}, trained on {facts.corpus['source']} for {facts.step:,} of "
+        f"{train.steps:,} steps ({tokens:,} tokens)."
     )
+    if len(runs) > 1:
+        text = "Their curves in one chart, the settings that differ, and the outcome of each."
+    if any(each.running for each in runs):
+        text += " Training has not ended: these are the numbers so far."
+    if killed := [each.resume for each in runs if each.cut_off]:
+        text += f" Its process was killed; resume it with: {killed[0]}"
+    return text
+
+
+def numbers(facts: Facts) -> list[tuple[str, str, str]]:
+    """(name, value, note) of the best evaluation in every unit, and of time and speed."""
+    best = facts.best
+    assert best
+    error = best.standard_error
+    relative = error / best.loss if error is not None and best.loss else None
+    bits = [
+        (f"bits per {unit}", f"{value:.4f}", "" if relative is None else f"± {value * relative:.4f}")
+        for unit, value in (("character", best.bits_per_char), ("byte", best.bits_per_byte))
+    ]
+    found = [
+        ("validation loss", f"{best.loss:.4f}", "nats per token" if error is None else f"± {error:.4f} nats per token"),
+        *bits,
+        ("perplexity", f"{math.exp(min(best.loss, 700)):.3f}", "exp of the loss, per token"),
+    ]
+    if facts.seconds is not None:
+        speed = f"{facts.tokens_per_second:,.0f} tokens/s" if facts.tokens_per_second else "from start to end"
+        found.append(("time" if facts.ended else "time, at least", duration(facts.seconds), speed))
+    if (used := facts.utilisation) is not None:
+        found.append(("utilisation", f"{used:.1%}", "of the published bfloat16 rate"))
+    return found
+
+
+def protocol(facts: Facts) -> str:
+    """What the best evaluation was computed on, and what to compare it with."""
+    best = facts.best
+    assert best
+    text = f"Evaluated on all {best.n_tokens:,} tokens of the validation split after {best.step:,} steps, each once."
+    if not facts.changes:
+        text += f" The recipe {facts.recipe} states: {RECIPES[facts.recipe].loss}."
+    if published(facts.corpus):
+        text += " Published figures are from random batches: another evaluation protocol."
+    return text
+
+
+def baselines(facts: Facts) -> str:
+    text = "Baselines without a model, counted on the training split and evaluated on the validation split."
+    if facts.corpus["count"] > COUNTED:
+        text += f" Of each split, at most {COUNTED:,} tokens are used, in evenly spaced stretches."
+    return text
+
+
+def comparison(runs: Sequence[Facts]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """A table with a row for each run, the best first."""
+    names = ("run", "loss, nats per token", "bits/char", "bits/byte", "at step", "parameters", "tokens/s", "time")
+    rows: list[Sequence[str]] = []
+    for facts in sorted(runs, key=lambda facts: facts.best.bits_per_byte if facts.best else math.inf):
+        scored, at = ("not evaluated yet", "", ""), f"{facts.step:,}"
+        if best := facts.best:
+            error = f" ± {best.standard_error:.4f}" if best.standard_error is not None else ""
+            scored = (f"{best.loss:.4f}{error}", f"{best.bits_per_char:.4f}", f"{best.bits_per_byte:.4f}")
+            at = f"{best.step:,} of {facts.step:,}"
+        speed = f"{facts.tokens_per_second:,.0f}" if facts.tokens_per_second else ""
+        rows.append((facts.name, *scored, at, f"{facts.n_params:,}", speed, facts.took))
+    return names, rows
+
+
+def samples(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, Sample]]:
+    """(heading, sample) of every step; of several runs, the last sample of each."""
+    found = []
+    for facts, look in zip(runs, looks, strict=True):
+        losses = {score.step: score.loss for score in facts.scores}
+        for sample in look.samples if len(runs) == 1 else look.samples[-1:]:
+            loss = f", validation loss {losses[sample.step]:.3f}" if sample.step in losses else ""
+            name = "" if len(runs) == 1 else f"{facts.name}, "
+            found.append((f"{name}after {sample.step:,} steps{loss}", sample))
+    return found
+
+
+def configuration(facts: Facts) -> list[tuple[str, list[str], bool]]:
+    """(name, lines, whether they are code) of recipe, commands, data, versions and hardware."""
+    corpus, data, start = facts.corpus, facts.config.data, facts.starts[-1] if facts.starts else {}
+    versions = (("jaxgpt", "jaxgpt"), ("JAX", "jax"), ("Python", "python"))
+    device = start.get("device", "")
+    if start.get("backend") == "cpu" and "cpu" in start:
+        device = f"{start['cpu']}, {start['cores']} cores"
+    elif facts.n_devices > 1:
+        device = f"{facts.n_devices} x {device}"
+    few = 0 < data.val_tokens < corpus["count"] * data.val_fraction
+    held_out = f"{data.val_tokens:,}" if few else f"{data.val_fraction:.0%}"
+    changes = ", ".join(f"{field} {value} (recipe: {was})" for field, was, value in facts.changes)
+    rows: list[tuple[str, Any, bool]] = [
+        ("recipe", f"{facts.recipe}: {RECIPES[facts.recipe].about}", False),
+        ("differences", changes or "none", False),
+        ("command", facts.command, True),
+        ("as typed", [start["command"] for start in facts.starts if "command" in start], True),
+        ("text", f"{corpus['source']}, from {corpus['origin']}", False),
+        ("tokens", f"{corpus['count']:,}, {corpus['tokenizer']['kind']}, {held_out} of them for validation", False),
+        ("SHA-256 of the tokens", corpus["sha256"], True),
+        ("SHA-256 of the text", corpus["source_sha256"], True),
+        ("versions", " · ".join(f"{name} {start[key]}" for name, key in versions if key in start), False),
+        ("hardware", device, False),
+        ("processes", start.get("processes", ""), False),
+    ]
+    return [(name, value if isinstance(value, list) else [value] if value else [], code) for name, value, code in rows]
+
+
+def settings(facts: Facts) -> list[tuple[str, Any]]:
+    """Every setting, as section.name."""
+    sections = vars(facts.config).items()
+    return [(f"{section}.{name}", value) for section, values in sections for name, value in vars(values).items()]
+
+
+def events(facts: Facts) -> list[dict[str, Any]]:
+    """A row for each event: time, step, kind and details, and whether its kind is usual."""
+    rows = []
+    for event, kind in zip(facts.events, kinds(facts.events), strict=True):
+        speed = event.get("tokens_per_second")
+        details = event.get("text") or event.get("origin") or (f"{speed:,.0f} tokens/s so far" if speed else "")
+        usual = kind in ("start", "save", "end", "import")
+        row = {"time": event.get("time", ""), "step": event.get("step", ""), "kind": kind, "details": details}
+        rows.append({**row, "usual": usual})
+    return rows
 
 
 def packed(attention: Attention) -> dict[str, Any]:
@@ -80,13 +248,9 @@ def packed(attention: Attention) -> dict[str, Any]:
     return {"layers": L, "heads": H, "size": T, "tokens": tokens, "weights": base64.b64encode(weights).decode()}
 
 
-def _short(likely: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    return [(token, round(chance, 4)) for token, chance in likely]
-
-
-def _sha256(script: str) -> str:
-    """As a Content-Security-Policy names a script: no other one runs, whatever got into the page."""
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+def _sha256(text: str) -> str:
+    """As a Content-Security-Policy names a script: no other one runs, whatever text the page holds."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Runs to a report, again and again while they train: what costs is asked anew only of new weights."""
+"""Reports of runs, made again and again while they train: the weights are looked at only when they are new."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from jaxgpt import files as disk
 from jaxgpt.config import UsageError
-from jaxgpt.display import vega
-from jaxgpt.report.charts import asked, charts, maps
-from jaxgpt.report.facts import POINTS, Facts, gather
+from jaxgpt.display.charts import save
+from jaxgpt.monitor.facts import POINTS, Facts, gather
+from jaxgpt.report.charts import charts, chosen, maps
 from jaxgpt.report.looks import Looks, look, steps
 from jaxgpt.report.page import page
 from jaxgpt.run import Run
 
-OURS = b'content="jaxgpt report"'
+GENERATOR = b'content="jaxgpt report"'
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,19 @@ class Made:
 
     @property
     def running(self) -> bool:
-        """Whether one of the runs may still come to more."""
+        """Whether one of the runs is still training."""
         return any(facts.running for facts in self.runs)
 
     @property
-    def said(self) -> str:
-        """On one line, how far the runs are."""
+    def summary(self) -> str:
+        """The step and best loss of each run, on one line."""
         return ", ".join(
             f"{facts.name} at step {facts.step:,}" + (f", best loss {facts.best.loss:.4f}" if facts.best else "")
             for facts in self.runs
         )
 
     def write(self, path: Path, refresh: int = 0) -> int:
-        """Write the page, whole or not at all; its size in bytes.
+        """Write the page atomically; its size in bytes.
 
         Raises:
           UsageError: it cannot be written.
@@ -51,17 +51,19 @@ class Made:
         return len(data)
 
     def draw(self, folder: Path) -> list[Path]:
-        """Draw every figure into `folder`, as PNG and SVG.
+        """Draw every chart into `folder`, as PNG and SVG.
 
         Raises:
           UsageError: it cannot be written to.
         """
         specs = charts(self.runs, self.looks)
-        if attention := self.looks[asked(self.runs, self.looks)].attention:
+        if attention := self.looks[chosen(self.runs, self.looks)].attention:
             specs["attention"] = maps(attention)
-        paths = [folder / f"{name}{suffix}" for name in specs for suffix in vega.FORMATS]
+        disk.require_writable(folder, "--png")
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{name}{suffix}" for name in specs for suffix in (".png", ".svg")]
         for path in paths:
-            vega.picture(specs[path.stem], path)
+            save(specs[path.stem], path)
         return paths
 
 
@@ -92,15 +94,15 @@ class Reporter:
         return self._seen[run.path][1]
 
 
-def require_ours(path: Path) -> None:
-    """Check that nothing but an older report is in the way of a new one.
+def require_replaceable(path: Path) -> None:
+    """Check that `path` is free, or holds an older report.
 
     Raises:
-      UsageError: `path` is a folder, or a file that no report was written to.
+      UsageError: `path` is a folder, or a file that is not a report.
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder, expected the name of a file: --out {path / 'report.html'}")
     if path.exists():
         with path.open("rb") as file:
-            if OURS not in file.read(1024):
-                raise UsageError(f"{path} exists and is no report of jaxgpt: remove it, or name another file: --out")
+            if GENERATOR not in file.read(1024):
+                raise UsageError(f"{path} exists but is not a jaxgpt report: remove it, or name another file: --out")

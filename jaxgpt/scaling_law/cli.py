@@ -49,7 +49,7 @@ def run(args: list[str]) -> int:
 
     from jaxgpt import files as disk
     from jaxgpt.monitor.terminal import RunConsole
-    from jaxgpt.scaling_law import family
+    from jaxgpt.scaling_law import family, plots
     from jaxgpt.scaling_law import view as laws
     from jaxgpt.scaling_law.law import fit
     from jaxgpt.sweep.results import SweepFolder, prepare
@@ -85,5 +85,5 @@ def run(args: list[str]) -> int:
     for line in laws.lines(found, points, given.flops):
         console.print(line)
     disk.write_atomically(path / "law.json", found.to_json(points).encode())
-    show_plots(console, lambda: laws.draw(found, points, path))
+    show_plots(console, lambda: plots.draw(found, points, path))
     return 0

@@ -14,7 +14,7 @@ def test_a_loaded_run_shows_itself(trained, tmp_path):
     assert loaded.step == 20
     assert loaded.config == run.config
     assert loaded.metrics[-1]["val_loss"] == loaded.facts.best.loss
-    assert "made by: jaxgpt train" in repr(loaded)
+    assert "command: jaxgpt train" in repr(loaded)
     assert f"{loaded.facts.best.loss:.4f}" in repr(loaded)
     assert loaded._repr_html_().startswith("<table><tr><th>run</th>")
     text = loaded.sample("the ", 20, seed=1)

@@ -6,7 +6,8 @@ import pytest
 
 from jaxgpt import cli
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError, to_tree
-from jaxgpt.profile import ledger, ledger_plot, report, stages
+from jaxgpt.display import charts
+from jaxgpt.profile import ledger, plots, report, stages
 from jaxgpt.profile.ledger import VARIANTS, break_even, choose
 from jaxgpt.profile.rounds import series
 from jaxgpt.profile.trace import Span
@@ -180,21 +181,17 @@ def test_a_report_of_a_real_process(found):
     assert found["story"] in report.markdown(json.loads(json.dumps(found)))
 
 
-def test_the_plot_shows_every_stage(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    kept = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.append(self), save(self, *a, **k)))
+def test_the_chart_shows_every_stage(tmp_path):
     whole = {"figures": DONE, "steps_per_second": STEPS, "tables": [{"title": "A step of tiny: first"}]}
-    ledger_plot.draw(whole, tmp_path / "a.png")
+    spec = plots.ledger(whole)
+    charts.save(spec, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    first, then = kept[0].axes
-    widths = [[bar.get_width() for bar in container] for container in first.containers]
-    assert [sum(each) for each in zip(*widths, strict=True)] == [4.5, 10.0, 11.0, 11.0, 2.0]
-    assert [text.get_text() for text in first.get_yticklabels()] == list(DONE)
-    assert "seconds" in first.get_xlabel()
-    assert "ms of each step" in then.get_xlabel()
+    (bars, totals), (times, *_) = (panel["layer"] for panel in spec["hconcat"])
+    assert [row["seconds"] for row in totals["data"]["values"]] == [4.5, 10.0, 11.0, 11.0, 2.0]
+    assert sum(row["seconds"] for row in bars["data"]["values"]) == 38.5
+    assert [row["variant"] for row in times["data"]["values"]] == list(DONE)
+    assert "seconds" in bars["encoding"]["x"]["title"]
+    assert "ms of each step" in times["encoding"]["x"]["title"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxgpt.report import facts, reporter
+from jaxgpt.monitor import facts
+from jaxgpt.report import reporter
 from jaxgpt.report.looks import Attention
 from tests.report.test_page import EVENTS
 
@@ -70,7 +71,7 @@ def test_a_reader_can_look_at_everything(shown):
 
     token, told = shown.locator("#passage [data-i='30']"), shown.locator("#passage-told")
     token.click()
-    assert re.search(r"had probability .*%, a loss of \d+\.\d\d nats", told.text_content())
+    assert re.search(r"has probability .*%, a loss of \d+\.\d\d nats", told.text_content())
     assert told.locator("li").count() == 5
     top = token.bounding_box()["y"]
     before = told.text_content()
@@ -82,7 +83,7 @@ def test_a_reader_can_look_at_everything(shown):
     button = shown.locator("#heads button").last
     button.click()
     assert button.get_attribute("aria-pressed") == "true"
-    assert "takes most from" in shown.locator("#attention-told").text_content()
+    assert "attends most to" in shown.locator("#attention-told").text_content()
     painted = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(x => x > 0)"
     assert shown.locator("#map").evaluate(painted)
     shown.locator("#attention [data-i='0']").click()

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import cli
-from jaxgpt.config import UsageError
-from jaxgpt.display import markup, vega
-from jaxgpt.report import charts, facts, page, reporter, sections
+from jaxgpt.display.charts import COLOURS
+from jaxgpt.monitor import curves, facts
+from jaxgpt.report import charts, page, reporter
 from jaxgpt.report.looks import Attention
 from tests.report.conftest import HOSTILE
 
@@ -91,11 +91,11 @@ def test_a_name_of_a_run_is_no_markup_either(made):
 @settings(max_examples=20)
 @given(st.text())
 def test_any_text_comes_back_as_text(value):
-    parser = Elements(markup.element("p", value, title=value))
-    assert [tag for tag, _ in parser.found] == ["p"]
-    assert not re.search("[\x00-\x08\x0b-\x1f]", markup.text(value))
-    markup.text(value).encode()
-    block = markup.data({"x": value}, "id")
+    text = page.environment().from_string('<p title="{{ x }}">{{ x }}</p>').render(x=value)
+    assert [tag for tag, _ in Elements(text).found] == ["p"]
+    assert not re.search("[\x00-\x08\x0b-\x1f]", text)
+    text.encode()
+    block = page.environment().from_string('<script>{{ {"x": x} | tojson }}</script>').render(x=value)
     assert block.count("<") == 2
     (_, inside), *more = Elements(block).scripts
     assert not more
@@ -110,11 +110,7 @@ def test_every_chart_is_drawn(made, tmp_path, capfd):
         data = path.read_bytes()
         assert data.startswith(b"\x89PNG" if path.suffix == ".png" else b"<svg")
         assert b"var(--" not in data, "a picture has no page to take its colours from"
-    assert {
-        name for spec in charts.charts(made.runs, made.looks).values() for name in used(spec)
-    } <= vega.COLOURS.keys()
-    with pytest.raises(UsageError, match=r"\.jpg"):
-        vega.picture({}, tmp_path / "x.jpg")
+    assert {name for spec in charts.charts(made.runs, made.looks).values() for name in used(spec)} <= COLOURS.keys()
 
 
 def used(spec):
@@ -123,7 +119,7 @@ def used(spec):
 
 def test_the_page_knows_the_colours_of_its_charts():
     css = page._file("page.css")
-    for name, value in vega.COLOURS.items():
+    for name, value in COLOURS.items():
         assert f"--{name}: {value};" in css, "pictures are as the light theme"
         assert len(re.findall(rf"--{name}: ", css)) == 2, "the dark theme has it too"
 
@@ -194,11 +190,11 @@ def test_others_figures_stand_only_beside_runs_of_their_text(made):
         assert ("published" in {row["kind"] for row in rows}) == there
 
 
-def test_the_outcome_is_told_in_words_too(made, written):
+def test_the_outcome_is_in_words_too(made, written):
     text = html.unescape(written)
     for row in charts.charts(made.runs, made.looks)["outcome"]["data"]["values"]:
         assert f"<li>{row['what']}: {row['loss']:.4f} nats per token</li>" in text
-    assert "counting pairs of tokens: " in text
+    assert "bigram counts: " in text
 
 
 EVENTS = [
@@ -215,24 +211,28 @@ EVENTS = [{"time": "2026-01-01T00:00:00Z", **event} for event in EVENTS]
 def test_resumes_and_spikes_stand_on_the_curve(made):
     (run,), looks = made.runs, made.looks
     run = replace(run, events=EVENTS)
-    spec = charts.loss([run], looks)
-    rows = [(row["step"], row["kind"], row["told"]) for row in layer(spec, "point")]
+    spec = charts.loss([run], charts.limits([run], looks))
+    rows = [(row["step"], row["kind"], row["text"]) for row in layer(spec, "point")]
     assert rows == [(10, "resume", "cpu"), (12, "spike", "loss 9"), (20, "broken-off", "DivergedError: it is over")]
-    assert "Upright lines" in page.page([run], looks, {"loss": spec})
+    assert "Vertical lines" in page.page([run], looks, {"loss": spec})
     many = replace(run, events=[{"event": "spike", "step": i, "text": ""} for i in range(10**4)], scores=[])
     many = replace(many, loss=[(10**4, 1.0)])
-    assert len(layer(charts.loss([many], looks), "point")) == charts.APART
+    assert len(layer(curves.loss([many]), "point")) == curves.APART
     quiet = replace(run, events=EVENTS[:2])
-    assert layer(charts.loss([quiet], [replace(looks[0], limits=None)]), "rule") == []
-    assert "Upright lines" not in page.page([quiet], looks, charts.charts([quiet], looks))
+    assert layer(curves.loss([quiet]), "rule") == []
+    assert "Vertical lines" not in page.page([quiet], looks, charts.charts([quiet], looks))
 
 
-def test_a_long_diary_says_what_it_leaves_out(made):
+def test_only_the_newest_of_many_events_are_listed(made):
+    def listed(run):
+        text = page.page([run], made.looks, {})
+        return text.partition("<h2>Events</h2>")[2].partition("</section>")[0]
+
     spikes = [{"event": "spike", "step": i, "text": ""} for i in range(700)]
-    text = sections.diary(replace(made.runs[0], events=[*spikes, *({"event": "save", "step": 700},) * 400]), False)
-    assert "1,100 events, 700 of them beyond starts, saves and ends; the last 500 are told" in text
+    text = listed(replace(made.runs[0], events=[*spikes, *({"event": "save", "step": 700},) * 400]))
+    assert "1,100 events, 700 besides starts, saves and ends; the last 500 are listed" in text
     assert text.count("<tr>") == 501
-    assert "told</summary>" not in sections.diary(made.runs[0], False)
+    assert "listed</summary>" not in listed(made.runs[0])
 
 
 def test_a_killed_runs_time_is_the_least(made):
@@ -258,12 +258,12 @@ def test_watching_asks_again_only_of_new_weights(trained, made, monkeypatch):
 
 @pytest.fixture
 def quick(made, monkeypatch):
-    """The verb, with the looks of `made` in the place of new ones."""
+    """The command, with the looks of `made` in the place of new ones."""
     monkeypatch.setattr(reporter, "look", lambda run, data_dir: made.looks[0])
     monkeypatch.setattr("jaxgpt.report.cli.use_compile_cache", lambda: None)
 
 
-def test_the_verb_writes_a_page_and_no_other_file(quick, trained, tmp_path, capsys):
+def test_the_command_writes_a_page_and_no_other_file(quick, trained, tmp_path, capsys):
     run, data_dir = trained
     out = tmp_path / "new" / "page.html"
     where = ["--runs-dir", str(run.path.parent), "--data-dir", str(data_dir)]
@@ -277,20 +277,20 @@ def test_the_verb_writes_a_page_and_no_other_file(quick, trained, tmp_path, caps
     assert capsys.readouterr().out.count("best loss") == 1, "a run that is named twice is shown once"
     out.write_text("dear diary")
     assert cli.run_verb(["report", "hostile", "--out", str(out), *where]) == 2
-    assert "is no report" in capsys.readouterr().err
+    assert "is not a jaxgpt report" in capsys.readouterr().err
     assert out.read_text() == "dear diary"
     assert cli.run_verb(["report", "nobody", *where]) == 2
     assert cli.run_verb(["report", *where]) == 2
 
 
 def test_a_page_loads_itself_again_only_while_its_run_trains(quick, trained, tmp_path, monkeypatch):
-    from jaxgpt.report import cli as verb
+    from jaxgpt.report import cli as command
 
     run, data_dir = trained
     out, pages = tmp_path / "page.html", []
     ends = iter([True, True, False])
     monkeypatch.setattr(reporter.Made, "running", property(lambda made: next(ends)))
-    monkeypatch.setattr(verb.time, "sleep", lambda seconds: pages.append((seconds, out.read_text())))
+    monkeypatch.setattr(command.time, "sleep", lambda seconds: pages.append((seconds, out.read_text())))
     words = ["--watch", "--every", "7", "--out", str(out), "--data-dir", str(data_dir)]
     assert cli.run_verb(["report", str(run.path), *words]) == 0
     assert [('content="7"' in text, seconds) for seconds, text in pages] == [(True, 7), (True, 7), (False, 0)]

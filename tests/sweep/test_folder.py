@@ -112,10 +112,10 @@ def test_what_cannot_be_swept_leaves_nothing(sweep, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "sweeps/bad").iterdir()] == ["mine.txt"]
 
 
-def test_a_sweep_without_matplotlib_is_whole_and_says_what_is_missing(sweep, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def test_a_sweep_without_vl_convert_is_whole_and_says_what_is_missing(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
     assert sweep("bare", "--lr", "1e-1", "--steps", "10") == 0
-    assert "no plots were drawn: a plot needs matplotlib: pip install 'jaxgpt[plot]'" in capsys.readouterr().out
+    assert "no plots were drawn: a chart needs vl-convert-python, which is not installed" in capsys.readouterr().out
     assert (tmp_path / "sweeps/bare/best.json").exists()
 
 
@@ -158,9 +158,9 @@ def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeyp
     assert law.Law(**found["law"]) == pytest.approx(TRUE, rel=1e-5)
     assert (tmp_path / "sweeps/scaling/law.png").read_bytes().startswith(b"\x89PNG")
     with monkeypatch.context() as bare:
-        bare.setitem(sys.modules, "matplotlib", None)
+        bare.setitem(sys.modules, "vl_convert", None)
         assert run_verb(["scaling-fit", "--corpus", str(verse), "--flops", "1e13", "--name", "bare"]) == 0
-    assert "no plots were drawn: a plot needs matplotlib: pip install 'jaxgpt[plot]'" in capsys.readouterr().out
+    assert "no plots were drawn: a chart needs vl-convert-python, which is not installed" in capsys.readouterr().out
     assert run_verb(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32"]) == 2
     assert run_verb(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "4000"]) == 2
     assert "3 sizes" not in (said := capsys.readouterr().err)

@@ -1,6 +1,5 @@
-"""What a run's folder says of it, as plain values: no model is loaded here, and nothing is written."""
+"""A run as plain values, read from its directory: loads no model, writes nothing."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -8,12 +7,12 @@ from typing import Any
 
 from jaxgpt import cost, recipes
 from jaxgpt.config import Config, differences
+from jaxgpt.monitor.chips import peak, utilisation
 from jaxgpt.monitor.terminal import duration
-from jaxgpt.monitor.utilisation import peak, utilisation
 from jaxgpt.run import Run
 
 POINTS = 3000
-"""Of a curve, at most about so many points are shown, shared among the runs of a report."""
+"""Points of a curve that are kept, about, shared among the runs of a report."""
 
 Points = list[tuple[int, float]]
 """(step, value), by step."""
@@ -33,35 +32,35 @@ class Score:
 
 @dataclass(frozen=True)
 class Facts:
-    """A run as its folder tells it."""
+    """What a run's directory holds."""
 
     name: str
     config: Config
     recipe: str
-    """The recipe nearest to it."""
+    """The recipe with the fewest differences."""
     changes: list[tuple[str, Any, Any]]
-    """(field, in the recipe, here) of every setting that differs."""
+    """(field, value in the recipe, value here) of every setting that differs."""
     command: str
-    """What makes such a run again."""
+    """The command that trains such a run."""
     corpus: dict[str, Any]
     """Its tokens.json."""
     n_params: int
     starts: list[dict[str, Any]]
-    """When, on what and with which versions it was started and resumed."""
+    """Start events: time, hardware and versions of each start and resume."""
     events: list[dict[str, Any]]
-    """Its diary."""
+    """The lines of events.jsonl."""
     cut_off: bool
     """Whether its process was killed."""
     resume: str
-    """What goes on with it."""
+    """The command that resumes it."""
     step: int
     scores: list[Score]
     loss: Points
-    """Of training, the extremes of long runs kept."""
+    """Training loss; a long curve keeps its extremes."""
     grad_norm: Points
     learning_rate: Points
     speed: Points
-    """Tokens per second of training between two saves, at the later one."""
+    """Tokens per second of training between two saves, at the step of the later one."""
 
     @property
     def best(self) -> Score | None:
@@ -70,31 +69,32 @@ class Facts:
 
     @property
     def overfits_from(self) -> int | None:
-        """The step of lowest validation loss, where the last one is worse by more than its standard error."""
+        """The step of the best evaluation, if the last one is worse by more than its standard error."""
         if not self.best or self.scores[-1].loss <= self.best.loss + (self.scores[-1].standard_error or 0):
             return None
         return self.best.step
 
     @property
     def seconds(self) -> float | None:
-        """From each start to its end, compiling and evaluating included; None if nothing is known. A process that was
-        killed, or goes on, counts up to its last save."""
+        """From each start to its end, with compilation and evaluations; None if unknown. A process that was killed or
+        is still running counts up to its last save."""
         return sum(map(lasted, self._processes)) or None
 
     @property
     def ended(self) -> bool:
-        """Whether every process of it has come to its end, or to where it broke off: else `seconds` are the least."""
+        """Whether every process has ended or failed; otherwise `seconds` is a lower bound."""
         return all(each[-1]["event"] in ("end", "broken-off") for each in self._processes)
 
     @property
     def took(self) -> str:
-        """`seconds` as people say them, empty if nothing is known."""
-        said = "" if self.seconds is None else duration(self.seconds)
-        return said if self.ended or not said else f"at least {said}"
+        """`seconds` as text, empty if unknown."""
+        if self.seconds is None:
+            return ""
+        return ("" if self.ended else "at least ") + duration(self.seconds)
 
     @property
     def _processes(self) -> list[list[dict[str, Any]]]:
-        """Of each process that trained: its start, its saves, and how it ended if it could say so."""
+        """For each process that trained: its start, its saves, and its end if it was recorded."""
         found: list[list[dict[str, Any]]] = []
         for event in self.events:
             if event["event"] == "start":
@@ -105,7 +105,7 @@ class Facts:
 
     @property
     def noted(self) -> list[tuple[int, str, str]]:
-        """(step, kind, what was told or the device) of each resume, each spike, and what broke it off."""
+        """(step, kind, message or device) of each resume, spike and failure."""
         return [
             (event["step"], kind, event.get("text", event.get("device", "")))
             for kind, event in zip(kinds(self.events), self.events, strict=True)
@@ -114,9 +114,9 @@ class Facts:
 
     @property
     def running(self) -> bool:
-        """Whether more is to come: it has just been made, or it trains."""
-        told = (event["event"] for event in reversed(self.events))
-        last = next((kind for kind in told if kind in ("start", "end", "broken-off", "import")), "start")
+        """Whether it is new or still training."""
+        names = (event["event"] for event in reversed(self.events))
+        last = next((kind for kind in names if kind in ("start", "end", "broken-off", "import")), "start")
         return last == "start" and not self.cut_off
 
     @property
@@ -125,24 +125,24 @@ class Facts:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of training since it was last started, as its last save tells it."""
-        told = (event.get("tokens_per_second") for event in reversed(self.events))
-        return next((speed for speed in told if speed), None)
+        """Training speed since the last start, from the newest save."""
+        speeds = (event.get("tokens_per_second") for event in reversed(self.events))
+        return next((speed for speed in speeds if speed), None)
 
     @property
     def utilisation(self) -> float | None:
-        """Share of the published rate of its devices that it came to at `tokens_per_second`, None if not known."""
+        """Share of its devices' published FLOP/s that it used at `tokens_per_second`; None if unknown."""
         most = peak(self.starts[-1].get("device", ""), self.n_devices) if self.starts else None
         speed = self.tokens_per_second
         return utilisation(self.config, speed, most) if most and speed else None
 
 
 def gather(run: Run, points: int = POINTS, called: str = "") -> Facts:
-    """What the folder of `run` says; lines that are still being written are left out.
+    """Read the directory of `run`; lines that are still being written are left out.
 
     Args:
-      points: of a curve, at most.
-      called: its name in the report; by default that of its folder.
+      points: how many points of a curve to keep, at most.
+      called: its name in a report; by default that of its directory.
 
     Raises:
       RunError, CorpusError: its configuration or its tokens.json is damaged.
@@ -151,7 +151,7 @@ def gather(run: Run, points: int = POINTS, called: str = "") -> Facts:
     lines = run.metrics() if run.metrics_file.exists() else []
     steps = [line for line in lines if "loss" in line]
     as_typed = config
-    if config.model.vocab_size == run.tokenizer.vocab_size:  # which 0 stands for
+    if config.model.vocab_size == run.tokenizer.vocab_size:  # the default, 0, stands for it
         as_typed = replace(config, model=replace(config.model, vocab_size=0))
     name = recipes.nearest(as_typed)
 
@@ -180,13 +180,13 @@ def gather(run: Run, points: int = POINTS, called: str = "") -> Facts:
 
 
 def score(line: dict[str, Any]) -> Score:
-    """The evaluation that a line of metrics.jsonl holds."""
+    """The evaluation in a line of metrics.jsonl."""
     names = ("loss", "standard_error", "bits_per_char", "bits_per_byte", "n_tokens")
     return Score(line["step"], *(line[f"val_{name}"] for name in names))
 
 
 def thinned(points: Points, n: int) -> Points:
-    """At most about `n` of the points, the ends, the least and the greatest of each stretch among them.
+    """At most about `n` of the points: both ends, and the lowest and highest of each stretch.
 
     >>> thinned([(0, 1.0), (1, 9.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 0.0), (6, 1.0), (7, 1.0)], 6)
     [(0, 1.0), (1, 9.0), (4, 1.0), (5, 0.0), (7, 1.0)]
@@ -202,13 +202,13 @@ def thinned(points: Points, n: int) -> Points:
 
 
 def speeds(events: Iterable[dict[str, Any]]) -> Points:
-    """Tokens per second of training between saves: each save tells what its process had trained by then."""
+    """Tokens per second of training between saves, from the totals that each save records for its process."""
     found: Points = []
     before = 0, 0.0
     for event in events:
         if event["event"] == "start":
             before = 0, 0.0
-        elif event["event"] == "save" and "trained_seconds" in event:  # older ones told of a later step's
+        elif event["event"] == "save" and "trained_seconds" in event:  # version 0.1 recorded those of a later step
             now = event["trained_tokens"], event["trained_seconds"]
             if now[1] > before[1]:
                 found.append((event["step"], (now[0] - before[0]) / (now[1] - before[1])))
@@ -217,13 +217,13 @@ def speeds(events: Iterable[dict[str, Any]]) -> Points:
 
 
 def lasted(process: Sequence[dict[str, Any]]) -> float:
-    """Seconds from the first of its events to the last, by the process's own clock if it came to its end."""
+    """Seconds from the first of its events to the last, by the process's own clock if it recorded its end."""
     begun, ended = (datetime.fromisoformat(process[i]["time"]) for i in (0, -1))
     return float(process[-1].get("seconds", max(0.0, (ended - begun).total_seconds())))
 
 
 def kinds(events: Iterable[dict[str, Any]]) -> list[str]:
-    """What each event is; a start after another, or from a step on, is a resume.
+    """The kind of each event: a start is a "resume" if it follows another or begins after step 0.
 
     >>> kinds([{"event": "start", "step": 0}, {"event": "save", "step": 5}, {"event": "start", "step": 5}])
     ['start', 'save', 'resume']
@@ -237,14 +237,10 @@ def kinds(events: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def differing(all_facts: Sequence[Facts]) -> list[tuple[str, list[Any]]]:
-    """(field, its value in each run) of every setting in which runs differ."""
+    """(field, its value in each run) of every setting that differs between runs."""
     fields = {name for facts in all_facts for name, _, _ in differences(all_facts[0].config, facts.config)}
     flat = [
         {name: value for section in vars(facts.config).values() for name, value in vars(section).items()}
         for facts in all_facts
     ]
     return [(name, [values[name] for values in flat]) for name in flat[0] if name in fields]
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700))

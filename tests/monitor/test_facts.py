@@ -1,8 +1,5 @@
 import dataclasses
-import itertools
 import json
-import math
-from collections import Counter
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -12,10 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import metrics_log
-from jaxgpt.display import baselines as counting
-from jaxgpt.display.baselines import limits, published
 from jaxgpt.evaluation import Evaluation
-from jaxgpt.report import facts
+from jaxgpt.monitor import facts
 from jaxgpt.run import Run
 from jaxgpt.step import Metrics
 from jaxgpt.train import Saves
@@ -176,39 +171,3 @@ def test_a_process_that_was_killed_counts_up_to_its_last_save(run):
     ):
         found = dataclasses.replace(found, events=events)
         assert (found.seconds, found.took) == (seconds, took)
-
-
-def test_the_limits_are_what_counting_by_hand_gives():
-    rng = np.random.default_rng(0)
-    train, val, V = rng.integers(0, 5, 200), rng.integers(0, 6, 50), 7  # one id is never seen, one only in validation
-    single, pairs = Counter(train.tolist()), Counter(itertools.pairwise(train.tolist()))
-    before = Counter(train[:-1].tolist())
-
-    def p(b):
-        return (single[b] + 1) / (200 + V)
-
-    found, val = limits(train.astype(np.uint16), val.astype(np.uint16), V), val.tolist()
-    assert found.uniform == math.log(V)
-    assert found.unigram == pytest.approx(-np.mean([math.log(p(b)) for b in val[1:]]))
-    by_hand = [(pairs[a, b] + p(b)) / (before[a] + 1) for a, b in itertools.pairwise(val)]
-    assert found.bigram == pytest.approx(-np.mean(np.log(by_hand)))
-    assert sum((pairs[0, b] + p(b)) / (before[0] + 1) for b in range(V)) == pytest.approx(1)
-
-
-def test_of_a_large_split_stretches_from_end_to_end_are_counted(monkeypatch):
-    """The parts of a mixture lie one after another: the first alone would say nothing of the others."""
-    monkeypatch.setattr(counting, "COUNTED", 128)
-    rng = np.random.default_rng(0)
-    halves = [np.concatenate([rng.integers(0, 2, n), rng.integers(2, 4, n)]) for n in (4000, 500)]
-    found = limits(*halves, 4)
-    assert found.unigram == pytest.approx(math.log(4), abs=0.1)
-    assert found.bigram == pytest.approx(math.log(2), abs=0.1)
-    (first, *_, last) = counting.stretches(np.arange(1000))
-    assert (first[0], last[-1]) == (0, 999)
-    assert [part.tolist() for part in counting.stretches(np.arange(128))] == [list(range(128))]
-
-
-def test_figures_are_told_of_the_corpus_that_they_are_of():
-    meta = {"source": "shakespeare", "tokenizer": {"kind": "char"}}
-    assert len(published(meta)) == 2
-    assert published(meta | {"source": "verse"}) == ()

@@ -1,36 +1,53 @@
-"""Curves and texts on one line. Imports no jax."""
+"""Curves, texts and tokens on one line. Imports no jax."""
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxgpt.tokenizer import Tokenizer
 
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 
 
 def sparkline(values: Sequence[float], width: int, levels: str = BLOCKS) -> str:
-    """`values` as at most `width` characters, each the mean of its share, from the least to the greatest level.
+    """`values` as at most `width` characters, each the mean of its share, from the lowest to the highest level.
 
     >>> sparkline([4, 3, 2, 1], 8), sparkline([1, 1, 2, 2], 2, ASCII), sparkline([math.nan, 1.0], 8)
     ('█▆▃▁', '_#', ' ▁')
     """
     n = min(width, len(values))
     shares = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
-    means = [_mean(share) for share in shares]
+    means = [_finite_mean(share) for share in shares]
     known = [mean for mean in means if mean is not None]
     low = min(known, default=0.0)
     step = (max(known, default=0.0) - low) / (len(levels) - 1) or 1.0
     return "".join(" " if mean is None else levels[round((mean - low) / step)] for mean in means)
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    """Of the numbers among them."""
+def _finite_mean(values: Sequence[float]) -> float | None:
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else None
 
 
+def token_texts(tokenizer: "Tokenizer") -> list[str]:
+    r"""The text of each token id; bytes that are not UTF-8 by themselves as \xNN."""
+    return [data.decode("utf-8", "backslashreplace") for data in tokenizer.token_bytes]
+
+
 def visible(text: str) -> str:
-    r"""`text` on one line.
+    r"""`text` on one line, with a sign for each character that cannot be printed.
 
     >>> visible("two\nlines")
     'two↵lines'
     """
     return "".join("↵" if char == "\n" else char if char.isprintable() else "·" for char in text)
+
+
+def spaced(text: str) -> str:
+    """`visible`, with a sign for blanks too.
+
+    >>> spaced(" the")
+    '␣the'
+    """
+    return visible(text).replace(" ", "␣")

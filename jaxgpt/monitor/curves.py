@@ -1,0 +1,120 @@
+"""Charts of one or more runs over steps: the loss, and other values of each step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxgpt.display.charts import INK, QUIET, SERIES, WARM, Spec, category, chart, layer, quantity, ticks
+from jaxgpt.monitor.facts import Facts
+
+APART = 200
+"""Marks of one kind along the axis of steps, at most."""
+ZOOM: Spec = {
+    "name": "zoom",
+    "bind": "scales",
+    "select": {
+        "type": "interval",
+        "zoom": "wheel![event.shiftKey]",
+        "translate": "[pointerdown[event.shiftKey], window:pointerup] > window:pointermove!",
+    },
+}
+"""With Shift held, the wheel zooms and the pointer drags; without it, the page scrolls."""
+
+
+def loss(runs: Sequence[Facts], limits: Sequence[tuple[str, float]] = ()) -> Spec | None:
+    """Training and validation loss of every run, with its best evaluation and the step from which it overfits.
+
+    Args:
+      limits: (name, nats per token) of horizontal lines.
+    """
+    train, scores = _rows(runs, "loss"), list[Spec]()
+    for facts in runs:
+        for score in facts.scores:
+            error = score.standard_error or 0
+            row = {"run": facts.name, "step": score.step, "value": score.loss}
+            scores.append({**row, "low": score.loss - error, "high": score.loss + error})
+    if not train and not scores:
+        return None
+    last = max(row["step"] for row in [*train, *scores])
+    best = [_best(facts) for facts in runs if facts.best]
+    over = [_best(facts) for facts in runs if facts.overfits_from is not None]
+    noted = [row for facts in runs for row in _noted(facts, last)]
+    rules = [{"what": what, "value": value} for what, value in limits]
+    x, y, color = _steps(last), quantity("value", "loss, nats per token"), _by_run(runs)
+    at: Spec = {"x": x, "y": y, "color": color}
+    sign: Spec = {"x": x, "color": {"condition": {"test": "datum.kind === 'resume'", "value": QUIET}, "value": WARM}}
+    sign["tooltip"] = [{"field": name} for name in ("run", "step", "kind", "text")]
+    name: Spec = {"y": y, "x": {"value": {"expr": "width"}}, "text": {"field": "what"}}
+    thin = {**at, "color": {"value": QUIET}} if len(runs) == 1 else at
+    note = {"align": "right", "dx": -8, "dy": -16, "color": INK, "fontWeight": 600}
+    curve = layer(train, "line", thin, strokeWidth=1, opacity=0.55)
+    curve["params"] = [ZOOM]
+    layers = [
+        layer(rules, "rule", {"y": y}, strokeDash=[2, 4], color=QUIET),
+        layer(rules, "text", name, align="right", dy=-6, color=QUIET, fontSize=11),
+        layer(noted, "rule", sign, opacity=0.4),
+        layer(noted, "point", {**sign, "y": {"value": 6}}, shape="triangle-down", filled=True, size=90, opacity=0.9),
+        curve,
+        layer(scores, "area", {**at, "y": {**y, "field": "low"}, "y2": {"field": "high"}}, opacity=0.18),
+        layer(scores, "line", {**at, "tooltip": _tooltip(".4f")}, strokeWidth=2.5, point={"size": 45, "filled": True}),
+        layer(over, "rule", {"x": x}, color=WARM, strokeDash=[5, 3], strokeWidth=1.5),
+        layer(best, "point", at, shape="circle", size=190, strokeWidth=2, filled=False),
+        layer(best if len(runs) == 1 else [], "text", {"x": x, "y": y, "text": {"field": "text"}}, **note),
+    ]
+    return chart(layer=[each for each in layers if each["data"]["values"]], height=340)
+
+
+def curves(runs: Sequence[Facts], field: str) -> Spec | None:
+    """One field of every run's facts over steps: learning_rate, grad_norm (on a logarithmic axis) or speed."""
+    rows = _rows(runs, field)
+    if not rows:
+        return None
+    values = [row["value"] for row in rows]
+    y = quantity("value", axis={"tickCount": 5, "format": ".1~e" if field == "learning_rate" else "~s"})
+    y["scale"]["zero"] = field == "speed"
+    if field == "grad_norm" and min(values) > 0:
+        y["scale"] = {"type": "log", "nice": False}
+        y["axis"] = {"values": ticks(min(values), max(values)), "format": "~g"}
+    encoding = {"x": _steps(max(row["step"] for row in rows)), "y": y, "color": _by_run(runs, legend=False)}
+    encoding["tooltip"] = _tooltip(".4~g")
+    mark = {"type": "line", "strokeWidth": 1.5, "point": field == "speed"}
+    return chart(data={"values": rows}, params=[ZOOM], mark=mark, encoding=encoding, height=170)
+
+
+def _rows(runs: Sequence[Facts], field: str) -> list[Spec]:
+    return [
+        {"run": facts.name, "step": step, "value": float(f"{value:.6g}")}
+        for facts in runs
+        for step, value in getattr(facts, field)
+    ]
+
+
+def _best(facts: Facts) -> Spec:
+    assert facts.best
+    text = f"best, {facts.best.loss:.3f}" + ("; it overfits from here" if facts.overfits_from is not None else "")
+    return {"run": facts.name, "step": facts.best.step, "value": facts.best.loss, "text": text}
+
+
+def _noted(facts: Facts, last: int) -> list[Spec]:
+    """Resumes, spikes and failures up to the step `last`; of those too close to tell apart, the first of each kind."""
+    rows: dict[tuple[str, int], Spec] = {}
+    for step, kind, text in facts.noted:
+        if step <= last:
+            row = {"run": facts.name, "step": step, "kind": kind, "text": text}
+            rows.setdefault((kind, APART * step // max(1, last)), row)
+    return list(rows.values())
+
+
+def _steps(last: int) -> Spec:
+    axis = {"format": ",d", "tickMinStep": 1, "tickCount": 8}
+    return quantity("step", "step", axis, domain=[0, last], nice=False, padding=8)
+
+
+def _by_run(runs: Sequence[Facts], legend: bool = True) -> Spec:
+    if len(runs) == 1:
+        return {"value": SERIES[0]}
+    return category("run", [facts.name for facts in runs], SERIES, {"title": None} if legend else None)
+
+
+def _tooltip(form: str) -> list[dict[str, Any]]:
+    step = {"field": "step", "type": "quantitative", "format": ",d"}
+    return [{"field": "run"}, step, {"field": "value", "type": "quantitative", "format": form}]

@@ -1,0 +1,45 @@
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from jaxgpt.display import baselines
+from jaxgpt.display.baselines import limits, published
+
+
+def test_limits_equal_counts_by_hand():
+    rng = np.random.default_rng(0)
+    train, val, V = rng.integers(0, 5, 200), rng.integers(0, 6, 50), 7  # one id is never seen, one only in validation
+    single, pairs = Counter(train.tolist()), Counter(itertools.pairwise(train.tolist()))
+    before = Counter(train[:-1].tolist())
+
+    def p(b):
+        return (single[b] + 1) / (200 + V)
+
+    found, val = limits(train.astype(np.uint16), val.astype(np.uint16), V), val.tolist()
+    assert found.uniform == math.log(V)
+    assert found.unigram == pytest.approx(-np.mean([math.log(p(b)) for b in val[1:]]))
+    by_hand = [(pairs[a, b] + p(b)) / (before[a] + 1) for a, b in itertools.pairwise(val)]
+    assert found.bigram == pytest.approx(-np.mean(np.log(by_hand)))
+    assert sum((pairs[0, b] + p(b)) / (before[0] + 1) for b in range(V)) == pytest.approx(1)
+
+
+def test_a_large_split_is_counted_in_stretches_from_end_to_end(monkeypatch):
+    """The parts of a mixture lie one after another: the first alone would say nothing of the others."""
+    monkeypatch.setattr(baselines, "COUNTED", 128)
+    rng = np.random.default_rng(0)
+    halves = [np.concatenate([rng.integers(0, 2, n), rng.integers(2, 4, n)]) for n in (4000, 500)]
+    found = limits(*halves, 4)
+    assert found.unigram == pytest.approx(math.log(4), abs=0.1)
+    assert found.bigram == pytest.approx(math.log(2), abs=0.1)
+    (first, *_, last) = baselines.stretches(np.arange(1000))
+    assert (first[0], last[-1]) == (0, 999)
+    assert [part.tolist() for part in baselines.stretches(np.arange(128))] == [list(range(128))]
+
+
+def test_published_figures_belong_to_their_corpus():
+    meta = {"source": "shakespeare", "tokenizer": {"kind": "char"}}
+    assert len(published(meta)) == 2
+    assert published(meta | {"source": "verse"}) == ()

@@ -1,0 +1,69 @@
+import json
+import math
+import struct
+import sys
+import xml.etree.ElementTree as ET
+import zlib
+
+import numpy as np
+import pytest
+
+from jaxgpt.config import MissingExtraError, UsageError
+from jaxgpt.display import charts
+
+SPEC = charts.chart(
+    **charts.layer(
+        charts.columns(x=np.arange(3), y=[1.0, math.nan, 2.0]),
+        "line",
+        {"x": charts.quantity("x", "step"), "y": charts.quantity("y", "loss")},
+        color=charts.ACCENT,
+    ),
+    height=200,
+)
+
+
+def test_a_file_is_of_the_format_that_its_name_says(tmp_path):
+    for suffix in charts.FORMATS:
+        charts.save(SPEC, tmp_path / f"a{suffix}", width=300)
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    assert json.loads((tmp_path / "a.json").read_text()) == SPEC
+    svg = (tmp_path / "a.svg").read_bytes()
+    assert ET.fromstring(svg).get("width") == "300"
+    assert charts.COLOURS["accent"].encode() in svg
+    assert b"var(--" not in svg, "a picture has no page to take its colours from"
+    assert {path.name for path in tmp_path.iterdir()} == {f"a{suffix}" for suffix in charts.FORMATS}
+
+
+def test_a_png_is_small_and_whole(tmp_path):
+    charts.save(SPEC, tmp_path / "a.png", width=300)
+    data = (tmp_path / "a.png").read_bytes()
+    assert len(data) < 30_000
+    at, kinds, pixels = 8, [], b""
+    while at < len(data):
+        size, kind = struct.unpack(">I4s", data[at : at + 8])
+        body = data[at + 8 : at + 8 + size]
+        assert struct.unpack(">I", data[at + 8 + size : at + 12 + size]) == (zlib.crc32(kind + body),)
+        kinds, pixels, at = [*kinds, kind], pixels + (body if kind == b"IDAT" else b""), at + 12 + size
+    assert (kinds[0], kinds[-1]) == (b"IHDR", b"IEND")
+    width, height = struct.unpack(">II", data[16:24])
+    assert width == 600, "two pixels for each of the width"
+    assert len(zlib.decompress(pixels)) == height * (1 + 4 * width)
+
+
+def test_a_bad_path_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"'\.txt', expected one of \.png"):
+        charts.save(SPEC, tmp_path / "a.txt")
+    with pytest.raises(UsageError, match="cannot be written: No such file"):
+        charts.save(SPEC, tmp_path / "nowhere" / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_vl_convert_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(MissingExtraError, match=r"a chart needs vl-convert-python, .*'jaxgpt\[plot\]'"):
+        charts.save(SPEC, tmp_path / "a.png")
+
+
+def test_columns_repeat_scalars_and_hold_no_nan():
+    rows = charts.columns(name="a", x=np.float32([0.1, 2]), y=[math.inf, 1.23456789])
+    assert rows == [{"name": "a", "x": 0.1, "y": None}, {"name": "a", "x": 2.0, "y": 1.23457}]
