@@ -90,13 +90,9 @@ def _noise(found: NoiseScale, words: Words) -> Spec:
     band, right = columns(size=sizes, gain=gain, low=low, high=high), list[Spec]()
     right.append(layer(band, "area", {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}}, opacity=0.2))
     right.append(layer(band, "line", {"x": x, "y": y}, color=ACCENT))
-    for size, text, colour in (
-        (B, f"batch_size {B}", SECOND),
-        (scale, f"noise scale\n{scale:,.0f} ± {error:,.0f}", THIRD),
-    ):
-        point = columns(size=size, gain=1 / (1 + scale / size))
-        right.append(layer(point, "point", {"x": x, "y": y}, filled=True, size=70, opacity=1, color=colour))
-        right.append(_beside(point, x, y, text, colour, align="right", dx=-8, dy=-16))
+    place, text = {"align": "right", "dx": -8, "dy": -16}, f"noise scale\n{scale:,.0f} ± {error:,.0f}"
+    right += _mark(x, y, (B, 1 / (1 + scale / B)), f"batch_size {B}", SECOND, **place)
+    right += _mark(x, y, (scale, 0.5), text, THIRD, **place)
     return chart(hconcat=[_panel(left), _panel(right)])
 
 
@@ -159,13 +155,9 @@ def _landscape(found: Landscape, words: Words) -> Spec:
     x = quantity("share", "share of the way", {"grid": False})
     y = quantity("loss", "loss, nats/token", padding=20)
     right = [layer(columns(share=found.shares, loss=found.path), "line", {"x": x, "y": y}, color=ACCENT)]
-    for share, text, place in (
-        (0, "first parameters", {"align": "left", "dx": 10}),
-        (1, "this checkpoint", {"dy": -14}),
-    ):
-        point = columns(share=share, loss=np.interp(share, found.shares, found.path))
-        right.append(layer(point, "point", {"x": x, "y": y}, filled=True, size=70, opacity=1, color=SECOND))
-        right.append(_beside(point, x, y, text, SECOND, **place))
+    first, here = (float(np.interp(share, found.shares, found.path)) for share in (0, 1))
+    right += _mark(x, y, (0, first), "first parameters", SECOND, align="left", dx=10)
+    right += _mark(x, y, (1, here), "this checkpoint", SECOND, dy=-14)
     return chart(hconcat=[_panel(left, 240), _panel(right)], resolve=APART)
 
 
@@ -271,5 +263,8 @@ def _panel(layers: list[Spec], width: int = 320) -> Spec:
     return {"width": width, "height": 240, "layer": layers}
 
 
-def _beside(point: list[Spec], x: Spec, y: Spec, text: str, colour: str, **properties: Any) -> Spec:
-    return layer(point, "text", {"x": x, "y": y}, text=text.split("\n"), color=colour, fontSize=11, **properties)
+def _mark(x: Spec, y: Spec, at: tuple[float, float], text: str, colour: str, **place: Any) -> list[Spec]:
+    """A dot with a text beside it."""
+    row = columns(**{x["field"]: at[0], y["field"]: at[1]})
+    dot = layer(row, "point", {"x": x, "y": y}, filled=True, size=70, opacity=1, color=colour)
+    return [dot, layer(row, "text", {"x": x, "y": y}, text=text.split("\n"), color=colour, fontSize=11, **place)]

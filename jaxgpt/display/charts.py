@@ -84,7 +84,7 @@ def layer(rows: list[Spec], mark: str, encoding: Spec, **properties: Any) -> Spe
 
 
 def quantity(field: str, title: str | None = None, axis: Spec | None = None, **scale: Any) -> Spec:
-    """A quantitative channel; its scale does not start at zero unless it is told to."""
+    """A quantitative channel; unless `zero` is given, its scale need not start at zero."""
     return {
         "field": field,
         "type": "quantitative",

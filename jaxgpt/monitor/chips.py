@@ -75,9 +75,10 @@ def of_kind(device_kind: str) -> Chip | None:
     >>> of_kind("TPU v5 lite") is CHIPS["v5e"], of_kind("TPU v5") is CHIPS["v5p"], of_kind("cpu")
     (True, True, None)
     """
-    said = device_kind.lower().replace(" lite", "e").replace("-", " ").split()
-    said = [{"v5": "v5p"}.get(word, word) for word in said]
-    found = [name for name in CHIPS if set(name.split("-")) <= set(said)]
+    words = {
+        {"v5": "v5p"}.get(word, word) for word in device_kind.lower().replace(" lite", "e").replace("-", " ").split()
+    }
+    found = [name for name in CHIPS if set(name.split("-")) <= words]
     return CHIPS[max(found, key=len)] if found else None
 
 

@@ -74,8 +74,8 @@ def curves(runs: Sequence[Facts], field: str) -> Spec | None:
     if field == "grad_norm" and min(values) > 0:
         y["scale"] = {"type": "log", "nice": False}
         y["axis"] = {"values": ticks(min(values), max(values)), "format": "~g"}
-    encoding = {"x": _steps(max(row["step"] for row in rows)), "y": y, "color": _by_run(runs, legend=False)}
-    encoding["tooltip"] = _tooltip(".4~g")
+    x, color = _steps(max(row["step"] for row in rows)), _by_run(runs, legend=False)
+    encoding = {"x": x, "y": y, "color": color, "tooltip": _tooltip(".4~g")}
     mark = {"type": "line", "strokeWidth": 1.5, "point": field == "speed"}
     return chart(data={"values": rows}, params=[ZOOM], mark=mark, encoding=encoding, height=170)
 

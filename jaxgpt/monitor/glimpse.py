@@ -1,4 +1,4 @@
-"""A line of what a model writes, while it is trained."""
+"""A line that the model writes while it trains."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ TOKENS = 60
 
 
 def glimpse(config: ModelConfig, tokenizer: Tokenizer) -> Callable[[Params], str]:
-    """Parameters to a short text, always with the same seed, which is none of the training's. Where there is no room
-    for it, it is empty: a glimpse is no reason to end a run."""
+    """A function from parameters to a short text, always with the same seed, which training does not use. Where memory
+    runs out the text is empty: a glimpse does not end a run."""
 
     def look(params: Params) -> str:
         try:

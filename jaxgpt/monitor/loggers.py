@@ -1,4 +1,4 @@
-"""The numbers of a run to other programs that show them, while it trains. metrics.jsonl stays the truth."""
+"""Metrics to TensorBoard, Weights & Biases and trackio while a run trains. metrics.jsonl remains the record."""
 
 import math
 import secrets
@@ -16,12 +16,12 @@ from jaxgpt.metrics_log import Evaluated, Event, Progress, notify
 from jaxgpt.run import Run
 
 Log = Callable[[int, dict[str, float]], Any]
-"""Takes the numbers of a step, by name."""
+"""Takes a step and its metrics by name."""
 
 
 @contextmanager
 def tensorboard(run: Run) -> Iterator[Log]:
-    """Into the folder tensorboard of the run: tensorboard --logdir runs."""
+    """Into the folder tensorboard of the run; view with: tensorboard --logdir runs."""
     from tensorboard.summary import Writer
 
     writer = Writer(str(run.path / "tensorboard"))
@@ -39,7 +39,7 @@ def tensorboard(run: Run) -> Iterator[Log]:
 
 @contextmanager
 def wandb(run: Run) -> Iterator[Log]:
-    """To Weights & Biases, as its own settings say; a resumed run goes on under its name."""
+    """To Weights & Biases, by its own settings; a resumed run keeps its id."""
     import wandb
 
     config = configs.to_tree(run.config)
@@ -54,7 +54,7 @@ def wandb(run: Run) -> Iterator[Log]:
 
 @contextmanager
 def trackio(run: Run) -> Iterator[Log]:
-    """To trackio, on this machine unless its own settings say otherwise."""
+    """To trackio, by its own settings: on this machine by default."""
     import trackio
 
     trackio.init(project="jaxgpt", name=run.path.name, config=configs.to_tree(run.config), resume="allow")
@@ -65,14 +65,14 @@ def trackio(run: Run) -> Iterator[Log]:
 
 
 LOGGERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
-"""What --log can say."""
+"""The values of --log."""
 
 
 def require(names: Sequence[str]) -> None:
-    """Check that what they need is installed.
+    """Check that the libraries of these loggers are installed.
 
     Raises:
-      MissingExtraError: it is not.
+      MissingExtraError: one is not.
     """
     for name in names:
         if not find_spec(name):
@@ -81,34 +81,34 @@ def require(names: Sequence[str]) -> None:
 
 @contextmanager
 def logged(run: Run, names: Sequence[str], watch: Callable[[Event], None]) -> Iterator[Callable[[Event], None]]:
-    """`watch`, and after it each of LOGGERS that is named. One that fails is left alone from then on, which is told
-    and put into the diary once: it is no reason to end a run."""
+    """`watch`, followed by the named LOGGERS. One that fails is dropped, with one warning and one event: it does not
+    end the run."""
     logs: dict[str, Log] = {}
 
-    def alone(name: str, step: int, do: Callable[[], Any]) -> Any:
+    def guarded(name: str, step: int, do: Callable[[], Any]) -> Any:
         try:
             return do()
         except Exception as error:
             logs.pop(name, None)
-            notify(run, watch, "log-failed", step, f"--log {name} is left out from here: {error!r}")
+            notify(run, watch, "log-failed", step, f"--log {name} failed and is dropped: {error!r}")
 
-    def told(event: Event) -> None:
+    def watch_and_log(event: Event) -> None:
         watch(event)
-        if values := numbers(event):
+        if values := metrics(event):
             for name, log in list(logs.items()):
-                alone(name, event.step, partial(log, event.step, values))
+                guarded(name, event.step, partial(log, event.step, values))
 
     with ExitStack() as stack:
         for name in names:
             logger = LOGGERS[name](run)
-            if log := alone(name, 0, logger.__enter__):
+            if log := guarded(name, 0, logger.__enter__):
                 logs[name] = log
-                stack.callback(alone, name, 0, partial(logger.__exit__, None, None, None))
-        yield told
+                stack.callback(guarded, name, 0, partial(logger.__exit__, None, None, None))
+        yield watch_and_log
 
 
-def numbers(event: Event) -> dict[str, float]:
-    """What an event comes to as numbers by name; those that are none are left out."""
+def metrics(event: Event) -> dict[str, float]:
+    """The finite metrics of an event by name."""
     values: dict[str, float | None] = {}
     if isinstance(event, Progress):
         names = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
@@ -119,8 +119,8 @@ def numbers(event: Event) -> dict[str, float]:
 
 
 def identity(run: Run) -> str:
-    """A name for this very run, the same after a resume and another for another run of its name: drawn once, and kept
-    in its folder, for a file's time or place may change where a run is moved to go on."""
+    """An id that survives a resume and a move, and differs between runs of one name: drawn once, and kept in the run's
+    directory."""
     kept = run.path / "wandb-id"
     if not kept.exists():
         disk.write_atomically(kept, f"{run.path.name}-{secrets.token_hex(4)}".encode())

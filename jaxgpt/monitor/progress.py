@@ -1,4 +1,4 @@
-"""A bar for work that has no events of its own, such as the encoding of a large text. Imports no jax."""
+"""A progress bar for work outside training, such as encoding a large text. Imports no jax."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 @contextmanager
 def patient_bar(console: Console, patience: float = 2.0) -> Iterator[Callable[[str, float], None]]:
-    """A function of (what is done, share of it from 0 to 1) that shows a bar on a terminal after `patience` seconds."""
+    """A function of (description, share done from 0 to 1) that shows a bar on a terminal after `patience` seconds."""
     began = time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn()
     bar = Progress(*columns, console=console, transient=True)

@@ -1,4 +1,4 @@
-"""What a person sees of a training run: a live line on a terminal, plain lines elsewhere."""
+"""The display of a training run: a live line on a terminal, plain lines elsewhere."""
 
 import os
 import sys
@@ -18,16 +18,16 @@ from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated, Event, Notice, Progress, Sampled
 
 PLAIN_SECONDS = 5.0
-"""Where the output is no terminal, progress lines are at least so far apart."""
+"""Seconds between progress lines, at least, if the output is not a terminal."""
 WIDE = 72
-"""Columns from which on there is room for the bar and for all numbers."""
+"""Columns that the bar and all numbers need."""
 CURVE = 1000
-"""Points that a curve keeps, at most; an even number."""
+"""Points that a curve keeps, at most; even."""
 
 
 class RunConsole(Console):
-    """A console that falls silent when whoever read it has gone, and loses what a full disk does not take: neither is
-    a reason to end a run."""
+    """A console that goes quiet when its reader has gone, and drops lines that a full disk does not take: neither ends
+    a run."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(highlight=False, markup=False, soft_wrap=True, **kwargs)
@@ -38,12 +38,12 @@ class RunConsole(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        if self.file is sys.stdout:  # its last flush, at exit, must not find the broken pipe again
+        if self.file is sys.stdout:  # else the flush at exit raises again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Curve:
-    """The losses so far, as fewer than CURVE means of as many losses each: its x axis is even."""
+    """The losses so far, as fewer than CURVE means over equally many losses each."""
 
     def __init__(self) -> None:
         self._means: list[float] = []
@@ -61,7 +61,7 @@ class Curve:
 
     @property
     def points(self) -> list[float]:
-        """The means, the last one of what there is for it yet."""
+        """The means; the last one may be of fewer losses."""
         return [*self._means, *([_mean(self._open)] if self._open else [])]
 
 
@@ -69,16 +69,16 @@ class TrainingDisplay:
     """Shows the events of `fit`; use it as a context manager and as `fit`'s `watch`.
 
     Args:
-      utilisation: tokens per second to the share of what the devices can do at most, where that is known.
+      utilisation: from tokens per second to the share of the devices' peak, if that is known.
     """
 
     def __init__(self, console: Console, steps: int, utilisation: Callable[[float], float] | None = None):
         self._console, self._printed = console, time.monotonic()
         self._utilisation = utilisation
         self.live = console.is_terminal and not console.is_dumb_terminal
-        """Whether there is a terminal that lines can be drawn on again and again."""
+        """Whether the terminal can redraw lines."""
         self.notices = 0
-        self._curve, self._ends = Curve(), list[float]()  # and the first loss and the newest
+        self._curve, self._ends = Curve(), list[float]()  # the first loss and the newest
         self._best: Evaluated | None = None
         self._sample = ""
         self._bar = LiveBar(self._below, console, disable=not self.live)
@@ -96,7 +96,7 @@ class TrainingDisplay:
     def __call__(self, event: Event) -> None:
         match event:
             case Evaluated(step, evaluation):
-                self._scored(event)
+                self._keep_best(event)
                 self._print(f"step {step:>6,}  validation {describe(evaluation)}")
             case Notice(_, step, text):
                 self.notices += 1
@@ -106,12 +106,12 @@ class TrainingDisplay:
             case Progress():
                 self._progress(event)
 
-    def _scored(self, scored: Evaluated) -> None:
+    def _keep_best(self, scored: Evaluated) -> None:
         self._best = min(filter(None, (self._best, scored)), key=lambda each: each.rank)
 
     def _progress(self, event: Progress) -> None:
         if event.best:
-            self._scored(event.best)
+            self._keep_best(event.best)
         self._curve.add(event.loss)
         self._ends = [*self._ends[:1], event.loss]
         short = f"loss {event.loss:.4f}"
@@ -127,16 +127,16 @@ class TrainingDisplay:
             self._print(f"step {event.step:>6,}/{event.steps:,}  {numbers}")
 
     def _below(self) -> Iterator[Text]:
-        """The lines under the bar: the loss so far, and what the model wrote last."""
+        """The lines under the bar: the loss so far, and the newest sample."""
         width = self._console.width
         if len(self._ends) > 1:
             levels = BLOCKS if self._console.encoding.startswith("utf") else ASCII
-            said = f"  {self._ends[0]:.2f} to {self._ends[1]:.2f}"
+            text = f"  {self._ends[0]:.2f} to {self._ends[1]:.2f}"
             if self._best:
-                said += f"  best {self._best.evaluation.loss:.4f} at {self._best.step:,}"
-            room, points = min(60, width - len(said) - 5), self._curve.points
-            curve = sparkline(points, room, levels) if width > len(said) + 15 else ""
-            yield Text(f"loss {curve}{said}", no_wrap=True, overflow="crop")
+                text += f"  best {self._best.evaluation.loss:.4f} at {self._best.step:,}"
+            room, points = min(60, width - len(text) - 5), self._curve.points
+            curve = sparkline(points, room, levels) if width > len(text) + 15 else ""
+            yield Text(f"loss {curve}{text}", no_wrap=True, overflow="crop")
         if self._sample:
             yield Text(visible(self._sample), style="dim", no_wrap=True, overflow="crop")
 
@@ -172,7 +172,7 @@ def describe(evaluation: Evaluation) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them.
+    """Seconds in the two largest units.
 
     >>> duration(75), duration(3700)
     ('1m15s', '1h01m')

@@ -4,10 +4,8 @@ from jaxgpt.display.charts import INK, QUIET, Spec, category, chart, columns, la
 from jaxgpt.profile.ledger import JIT, STAGES
 from jaxgpt.profile.report import Report
 
-COLOURS = ("#0072b2", "#56b4e9", "#e69f00", "#009e73")
-"""Of the stages, from the palette of Okabe and Ito (2008), for colour-blind readers."""
-DARK = ("#0072b2", "#b87d00", "#009e73", "#b0568a", "#2f8fc4", "#d55e00", "#6a6a6a", "#000000")
-"""The same palette, dark enough for white digits."""
+COLOURS = ("#0072b2", "#b87d00", "#009e73", "#b0568a", "#2f8fc4", "#d55e00", "#6a6a6a", "#000000")
+"""The palette of Okabe and Ito (2008), for colour-blind readers, dark enough for white digits."""
 
 
 def ledger(report: Report) -> Spec:
@@ -38,8 +36,8 @@ def ledger(report: Report) -> Spec:
     for name in names:
         times = sorted(1e3 / rate for rate in rates[name])
         middle = times[len(times) // 2]
-        text = f"{middle:,.0f}" if middle >= 100 else f"{middle:.3g}"
-        steady.append({"variant": name, "low": times[0], "middle": middle, "high": times[-1], "text": text})
+        shown = f"{middle:,.0f}" if middle >= 100 else f"{middle:.3g}"
+        steady.append({"variant": name, "low": times[0], "middle": middle, "high": times[-1], "text": shown})
     low, high = min(row["low"] for row in steady), max(row["high"] for row in steady)
     domain = [low / 1.3, high * (high / low) ** 0.15 * 1.2]
     axis = {"values": ticks(*domain), "labelExpr": "format(datum.value, ',~g')"}
@@ -91,7 +89,7 @@ def roofline(report: Report) -> Spec:
     y = quantity(
         "rate", "GFLOP/s", {**axis, "values": ticks(bottom, 2 * top)}, type="log", domain=[bottom, 2 * top], nice=False
     )
-    color = category("part", list(names.values()), DARK, {"title": None, "orient": "right", "labelLimit": 300})
+    color = category("part", list(names.values()), COLOURS, {"title": None, "orient": "right", "labelLimit": 300})
     roof = columns(intensity=[low, ridge, high], rate=[low / ridge * top, top, top])
     forward, training = ([point for point in points if point["training"] is each] for each in (False, True))
     number = {"x": x, "y": y, "text": {"field": "number"}}

@@ -81,11 +81,11 @@ def outcome(runs: Sequence[Facts], looks: Sequence[Looks]) -> Spec | None:
 
 def plane(embedding: Embedding) -> Spec:
     """Tokens at the two principal components of their embeddings."""
-    first, second = embedding.projection.shares
+    first, second = embedding.shares
     rows = [
         {"token": visible(token)[:12], "x": round(float(x), 4), "y": round(float(y), 4), "kind": kind(token)}
         | {"near": ", ".join(visible(name)[:12] for name, _ in near)}
-        for token, (x, y), near in zip(embedding.tokens, embedding.projection.points, embedding.near, strict=True)
+        for token, (x, y), near in zip(embedding.tokens, embedding.points, embedding.near, strict=True)
     ]
     axis = {"labels": False, "ticks": False, "grid": False}
     encoding: Spec = {

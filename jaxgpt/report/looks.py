@@ -19,7 +19,6 @@ from jaxgpt.corpus import Corpus
 from jaxgpt.diagnostics.inside import exact_maps, token_scores
 from jaxgpt.display.baselines import Limits, limits, occurrences, stretches
 from jaxgpt.display.text import token_texts
-from jaxgpt.report import embedding
 from jaxgpt.run import Run
 from jaxgpt.sample import write
 from jaxgpt.start import load_checkpoint
@@ -34,6 +33,9 @@ WEIGHTS = 2**18
 """Attention weights in a report, at most: for large models, of fewer tokens."""
 SHOWN, NEAR = 200, 5
 """How many of the most frequent tokens are shown by their embeddings, and how many neighbours of each."""
+
+
+Floats = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Embedding:
     """The most frequent tokens, their places in the plane, and their nearest neighbours."""
 
     tokens: list[str]
-    projection: embedding.Projection
+    points: Floats  # (N, 2)
+    shares: tuple[float, float]
+    """Share of the variance along each axis of the plane."""
     near: list[list[tuple[str, float]]]
     """For each, its neighbours with their cosines."""
 
@@ -178,11 +182,39 @@ def attend(model: ModelConfig, params: nn.Params, val: Ids, tokenizer: Tokenizer
 
 def embedded(model: ModelConfig, params: nn.Params, tokenizer: Tokenizer, ids: Ids) -> Embedding:
     """The embeddings of the tokens `ids` (N,), among each other."""
-    rows = embedding.table(model, params)[ids]
-    texts, (near, cosines) = token_texts(tokenizer), embedding.neighbours(rows, NEAR)
+    rows = table(model, params)[ids]
+    texts, (near, cosines) = token_texts(tokenizer), neighbours(rows, NEAR)
     names = [texts[i] for i in ids]
     pairs = [[(names[j], float(c)) for j, c in zip(*both, strict=True)] for both in zip(near, cosines, strict=True)]
-    return Embedding(names, embedding.project(rows), pairs)
+    return Embedding(names, *project(rows), pairs)
+
+
+def table(config: ModelConfig, params: nn.Params) -> Floats:
+    """The embedding of each token, (V, C); for a bigram its table of logits, (V, V)."""
+    rows = params["token_embedding_table" if config.kind == "bigram" else "wte"]["embedding"]
+    return np.asarray(rows, np.float64)
+
+
+def project(rows: Floats) -> tuple[Floats, tuple[float, float]]:
+    """`rows` (N, C) at their two principal components, (N, 2), and the share of the variance along each."""
+    centred = rows - rows.mean(axis=0)
+    variances, axes = np.linalg.eigh(centred.T @ centred)  # ascending
+    total = max(float(variances.sum()), np.finfo(float).tiny)
+    first, second = axes[:, -1], axes[:, -2] if axes.shape[1] > 1 else np.zeros(1)
+    points = centred @ np.stack([first, second], axis=1)
+    points *= np.where(
+        points[np.abs(points).argmax(axis=0), [0, 1]] < 0, -1, 1
+    )  # the sign of an axis is arbitrary: fix it
+    return points, (float(variances[-1] / total), float(sum(variances[-2:-1]) / total))
+
+
+def neighbours(rows: Floats, k: int) -> tuple[NDArray[np.int64], Floats]:
+    """The k nearest other rows of each of `rows` (N, C) by cosine, the nearest first: indices and cosines, (N, k)."""
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(float).tiny)
+    cosines = unit @ unit.T
+    np.fill_diagonal(cosines, -np.inf)
+    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, : min(k, len(rows) - 1)]
+    return nearest, np.take_along_axis(cosines, nearest, axis=1)
 
 
 def frequent(tokens: Ids | None, V: int, n: int) -> Ids:

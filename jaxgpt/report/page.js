@@ -27,13 +27,13 @@ addEventListener("beforeprint", () => {
 });
 addEventListener("afterprint", () => { for (const each of closed) each.open = false; });
 
-// A text of tokens: `tell(i)` is called for the one under the pointer, a finger or the keyboard focus.
-function choose(holder, tell) {
+// A text of tokens: `show(i)` is called for the one under the pointer, a finger or the keyboard focus.
+function choose(holder, show) {
   const spans = [...holder.querySelectorAll("[data-i]")];
   const pick = (i, focus) => {
     spans.forEach((span, j) => { span.tabIndex = i === j ? 0 : -1; span.classList.toggle("chosen", i === j); });
     if (focus) spans[i].focus();
-    tell(i, spans);
+    show(i, spans);
   };
   const at = (event) => spans.indexOf(event.target.closest("[data-i]"));
   for (const kind of ["pointerover", "click", "focusin"])
@@ -52,13 +52,13 @@ function choose(holder, tell) {
 // Loss by token.
 const passage = read("passage-data");
 if (passage) {
-  const told = document.getElementById("passage-told");
+  const answer = document.getElementById("passage-answer");
   choose(document.getElementById("passage"), (i) => {
     const loss = passage.losses[i];
-    told.replaceChildren();
-    make("b", shown(passage.tokens[i]), told);
-    make("span", ` has probability ${percent(Math.exp(-loss))}, a loss of ${loss.toFixed(2)} nats. Most likely here:`, told);
-    const list = make("ol", "", told);
+    answer.replaceChildren();
+    make("b", shown(passage.tokens[i]), answer);
+    make("span", ` has probability ${percent(Math.exp(-loss))}, a loss of ${loss.toFixed(2)} nats. Most likely here:`, answer);
+    const list = make("ol", "", answer);
     for (const [token, p] of passage.likely[i]) {
       const item = make("li", "", list);
       make("b", shown(token), item);
@@ -93,16 +93,16 @@ if (attention) {
     canvas.getContext("2d").putImageData(image, 0, 0);
   }
 
-  const told = document.getElementById("attention-told");
+  const answer = document.getElementById("attention-answer");
   const text = choose(document.getElementById("attention"), (i, spans) => {
     token = i;
     const weights = spans.map((_, s) => weight(layer, head, token, s) / 255);
     spans.forEach((span, s) => span.style.setProperty("--w", weights[s] / Math.max(...weights)));
     paint(map, layer, head, token);
-    told.replaceChildren();
-    make("b", shown(attention.tokens[i]), told);
-    make("span", `, token ${i + 1}, in layer ${layer + 1}, head ${head + 1}, attends most to:`, told);
-    const list = make("ol", "", told);
+    answer.replaceChildren();
+    make("b", shown(attention.tokens[i]), answer);
+    make("span", `, token ${i + 1}, in layer ${layer + 1}, head ${head + 1}, attends most to:`, answer);
+    const list = make("ol", "", answer);
     const order = weights.map((w, s) => [w, s]).sort((a, b) => b[0] - a[0]).slice(0, 5);
     for (const [w, s] of order.filter(([w]) => w > 0)) {
       const item = make("li", "", list);

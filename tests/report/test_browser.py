@@ -69,7 +69,7 @@ def test_a_reader_can_look_at_everything(shown):
     assert wide <= window, "nothing hangs over the side"
     shown.evaluate("document.querySelectorAll('section > details').forEach(each => each.open = false)")
 
-    token, told = shown.locator("#passage [data-i='30']"), shown.locator("#passage-told")
+    token, told = shown.locator("#passage [data-i='30']"), shown.locator("#passage-answer")
     token.click()
     assert re.search(r"has probability .*%, a loss of \d+\.\d\d nats", told.text_content())
     assert told.locator("li").count() == 5
@@ -78,16 +78,16 @@ def test_a_reader_can_look_at_everything(shown):
     shown.keyboard.press("ArrowRight")
     assert shown.evaluate("document.activeElement.dataset.i") == "31"
     assert told.text_content() != before
-    assert token.bounding_box()["y"] == top, "what is told moves nothing"
+    assert token.bounding_box()["y"] == top, "the answer moves nothing"
 
     button = shown.locator("#heads button").last
     button.click()
     assert button.get_attribute("aria-pressed") == "true"
-    assert "attends most to" in shown.locator("#attention-told").text_content()
+    assert "attends most to" in shown.locator("#attention-answer").text_content()
     painted = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(x => x > 0)"
     assert shown.locator("#map").evaluate(painted)
     shown.locator("#attention [data-i='0']").click()
-    assert "(1) 100%" in shown.locator("#attention-told").text_content(), "the first token has itself alone"
+    assert "(1) 100%" in shown.locator("#attention-answer").text_content(), "the first token has itself alone"
 
 
 def test_several_runs_are_shown_and_printed_whole(browser, trained, seen, tmp_path):

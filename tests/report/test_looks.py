@@ -6,7 +6,7 @@ from jaxgpt import model as nn
 from jaxgpt.cli.runs import corpus_of
 from jaxgpt.config import DataConfig
 from jaxgpt.display.text import token_texts
-from jaxgpt.report import embedding, looks
+from jaxgpt.report import looks
 from jaxgpt.start import load_checkpoint
 
 
@@ -93,15 +93,15 @@ def test_principal_components_of_a_flat_cloud():
     rng = np.random.default_rng(0)
     flat = rng.standard_normal((50, 2)) * [3, 1]
     axes = np.linalg.qr(rng.standard_normal((6, 2)))[0].T
-    found = embedding.project(flat @ axes + 7)
-    assert sum(found.shares) == pytest.approx(1)
+    points, shares = looks.project(flat @ axes + 7)
+    assert sum(shares) == pytest.approx(1)
     centred = flat - flat.mean(axis=0)
-    np.testing.assert_allclose(found.points @ found.points.T, centred @ centred.T, atol=1e-9)
+    np.testing.assert_allclose(points @ points.T, centred @ centred.T, atol=1e-9)
 
 
 def test_neighbours_by_angle():
     rows = np.array([[1.0, 0.0], [10.0, 1.0], [0.0, 1.0], [-1.0, 0.0]])
-    near, cosines = embedding.neighbours(rows, 9)
+    near, cosines = looks.neighbours(rows, 9)
     assert near[:, 0].tolist() == [1, 0, 1, 2]
     assert near.shape == (4, 3)
     assert cosines[0].tolist() == pytest.approx([10 / 101**0.5, 0, -1])
@@ -110,4 +110,4 @@ def test_neighbours_by_angle():
 def test_the_table_of_a_bigram(tiny, change):
     config = change(tiny, kind="bigram").model
     params = nn.init_params(config, jax.random.key(0))
-    assert embedding.table(config, params).shape == (13, 13)
+    assert looks.table(config, params).shape == (13, 13)
