@@ -164,7 +164,7 @@ def test_process_0_checks_the_tokens_for_all(config, folders, monkeypatch):
     monkeypatch.setattr(disk, "sha256", None)
     with pytest.raises(TypeError):
         corpus_of(run, folders[1])
-    monkeypatch.setattr(processes, "first", lambda: False)
+    monkeypatch.setattr(processes, "is_primary", lambda: False)
     assert corpus_of(run, folders[1]).meta == corpus.meta
 
 
