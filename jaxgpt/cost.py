@@ -21,10 +21,11 @@ def n_params(config: ModelConfig) -> int:
     """Number of parameters; an unknown vocab_size (0) counts as 1."""
     import jax
 
+    from jaxgpt import prng
     from jaxgpt.model import init_params  # which imports this module
 
     one_block = dataclasses.replace(config, n_layer=1, vocab_size=max(1, config.vocab_size))  # all blocks are alike
-    shapes = jax.eval_shape(lambda: init_params(one_block, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(one_block, prng.key(0)))
     return sum(
         leaf.size * (config.n_layer if path[0].key in ("h", "h_0") else 1)
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)

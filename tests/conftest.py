@@ -30,6 +30,9 @@ QUICK: dict[str, Any] = {"xla_cpu_parallel_codegen_split_count": 1}
 if jaxlib.version.__version_info__ < (0, 11):  # newer ones have no other
     QUICK["xla_cpu_use_fusion_emitters"] = False
 
+HOSTILE = "</script><script>alert('x')</script><b>\"&amp;"
+"""Text that changes a page which takes it for markup."""
+
 settings.register_profile("jaxgpt", deadline=None, max_examples=50)
 settings.load_profile("jaxgpt")
 
@@ -145,6 +148,26 @@ def verse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("verse") / "text.txt"
     path.write_text("the cat sat on the mat\nthat cat has a hat\n" * 20)
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A run of 20 steps, and the folder of its tokens; its text contains HOSTILE."""
+    from jaxgpt.cli.runs import start
+    from jaxgpt.train import fit
+
+    folder = tmp_path_factory.mktemp("report")
+    text = folder / "text.txt"
+    text.write_text(f"the cat sat on the mat\n{HOSTILE}\n" * 40)
+    config = Config(
+        data=DataConfig(corpus=str(text)),
+        model=ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16),
+        optimizer=OptimizerConfig(warmup_steps=2, learning_rate=1e-2),
+        train=TrainConfig(steps=20, batch_size=4, scan_steps=5, eval_every=10, eval_batches=0),
+    )
+    run, corpus = start(config, "hostile", folder / "runs", folder / "data")
+    fit(run, corpus)
+    return run, folder / "data"
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ import pytest
 
 from jaxgpt import cli, cost
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError
-from jaxgpt.profile import inspection, report, roofline, roofline_plot, stages
+from jaxgpt.display import charts
+from jaxgpt.profile import inspection, plots, report, roofline, stages
 from jaxgpt.profile.roofline import Machine, Work
 
 CONFIG = Config(
@@ -111,21 +112,18 @@ def test_a_profile_names_the_operations_of_the_step(found):
     assert any("1 programs dispatched per step" in note for note in found["notes"])
 
 
-def test_the_plot_has_a_point_for_each_pass_of_each_part(found, tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    kept = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.append(self), save(self, *a, **k)))
-    roofline_plot.draw(found, tmp_path / "a.png")
-    (axes,) = kept[0].axes
-    points = [line for line in axes.lines if line.get_marker() in ("o", "s")]
-    assert len(points) == len(found["roofline"]["works"])
-    roof = axes.lines[0]
-    assert list(roof.get_ydata())[1:] == [1.0, 1.0], "GFLOP/s"
-    assert roof.get_xdata()[1] == 10.0
-    assert "FLOP/byte" in axes.get_xlabel()
-    assert "GFLOP/s" in axes.get_ylabel()
+def test_the_chart_has_a_point_for_each_pass_of_each_part(found, tmp_path):
+    spec = plots.roofline(found)
+    rows = [
+        row for each in spec["layer"] if each["mark"]["type"] in ("point", "square") for row in each["data"]["values"]
+    ]
+    works = found["roofline"]["works"]
+    assert sorted(row["intensity"] for row in rows) == sorted(work["flops"] / work["bytes"] for work in works)
+    (roof,) = [each["data"]["values"] for each in spec["layer"] if each["mark"]["type"] == "line"]
+    assert [row["rate"] for row in roof[1:]] == [1.0, 1.0], "GFLOP/s"
+    assert roof[1]["intensity"] == 10.0
+    charts.save(spec, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_jaxprs_and_hlo_are_printed_or_written(capsys, tmp_path, monkeypatch):

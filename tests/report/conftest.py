@@ -1,9 +1,6 @@
 import pytest
 
 from jaxgpt.report.looks import look
-from tests.monitor.conftest import HOSTILE, trained
-
-__all__ = ["HOSTILE", "trained"]
 
 
 @pytest.fixture(scope="session")

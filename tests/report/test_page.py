@@ -16,7 +16,7 @@ from jaxgpt.display.charts import COLOURS
 from jaxgpt.monitor import curves, facts
 from jaxgpt.report import charts, page, reporter
 from jaxgpt.report.looks import Attention
-from tests.report.conftest import HOSTILE
+from tests.conftest import HOSTILE
 
 
 class Elements(html.parser.HTMLParser):
