@@ -1,11 +1,14 @@
 """Attention as the notes write it: nodes of a directed graph that gather from the nodes that point to them."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxgpt import matmul as numerics
+from jaxgpt.config import ModelConfig
 from jaxgpt.matmul import Precision, matmul
 
 Drop = Callable[[jax.Array], jax.Array]
@@ -58,10 +61,10 @@ def attention_weights(
 def causal_mask(T: int, window: int = 0) -> jax.Array:
     """(T, T), True on and below the diagonal: each node is pointed to by itself and its past, or by the last `window`
     of these."""
-    return sees(jnp.arange(T), jnp.arange(T), window)
+    return attention_mask(jnp.arange(T), jnp.arange(T), window)
 
 
-def sees(t: jax.Array, s: jax.Array, window: int = 0) -> jax.Array:
+def attention_mask(t: jax.Array, s: jax.Array, window: int = 0) -> jax.Array:
     """(T, S), True where the token at position t (T,) attends to the one at s (S,): its past, itself included."""
     distance = t[:, None] - s[None, :]
     return (distance >= 0) & (distance < window) if window else distance >= 0
@@ -79,3 +82,65 @@ def rotate(x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
     cos, sin = jnp.cos(angles)[None, None], jnp.sin(angles)[None, None]
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+class Cache(NamedTuple):
+    """What `extend` needs to know of the tokens before."""
+
+    blocks: dict[str, Any]  # the keys and values of each block, (B, kv, S, D): Flax's collection "cache"
+    read: jax.Array | int  # () how many; the number 0 where a cache is known to be empty while compiling
+    last: jax.Array  # (B,) int32: the last token read
+
+
+@numerics.in_32_bits
+def init_cache(config: ModelConfig, B: int, size: int) -> Cache:
+    """An empty cache for B sequences, with S = `size` slots in each block.
+
+    The slots are a ring: the token at position p is in slot p % S, until another takes its place. Keys are kept as
+    attention uses them, normed and rotated by their position, in the dtype of the operands of products; on CPUs in
+    float32, for XLA converts bfloat16 there, all slots for each token. A bigram, which looks back on nothing, keeps
+    nothing.
+    """
+    blocks: dict[str, Any] = {}
+    precision = "float32" if jax.default_backend() == "cpu" else config.precision
+    if config.kind == "gpt":
+        shape = (B, config.n_kv_head or config.n_head, size, config.n_embd // config.n_head)
+        for i in range(config.n_layer):
+            keys, values = (numerics.to_compute_dtype(jnp.zeros(shape), precision) for _ in range(2))
+            blocks[f"h_{i}"] = {"attn": {"keys": keys, "values": values}}
+    return Cache(blocks, 0, jnp.zeros(B, jnp.int32))
+
+
+def update_cache(slots: jax.Array, x: jax.Array, start: jax.Array | int) -> jax.Array:
+    """`slots` (B, kv, S, D) with `x` (B, kv, T, D), of positions start, start + 1, ..., in their places."""
+    T, S = x.shape[2], slots.shape[2]
+    x = x.astype(slots.dtype)
+    if T == 1 or isinstance(start, int):  # not over the end of the ring: written where it is, without a copy
+        return lax.dynamic_update_slice_in_dim(slots, x, start % S, axis=2)
+    return slots.at[:, :, (start + jnp.arange(T)) % S].set(x)
+
+
+def cached_attention(
+    config: ModelConfig, q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array | int
+) -> jax.Array:
+    """`attention` of T queries at positions start, start + 1, ... to the slots (B, kv, S, D) that hold their past.
+
+    Each sees the last block_size tokens (or `config.window`), itself among them. The keys and values of shared heads
+    are not repeated: the queries that share one are rows of the same product.
+
+    Args:
+      q: (B, H, T, D).
+
+    Returns:
+      (B, H, T, D).
+    """
+    B, H, T, D = q.shape
+    kv, S = keys.shape[1:3]
+    newest = start + T - 1
+    places = newest - (newest - jnp.arange(S)) % S  # (S,) the position in each slot; below 0 where nothing was written
+    reach = min(config.window or config.block_size, config.block_size)
+    mask = attention_mask(start + jnp.arange(T), places, reach) & (places >= 0)[None]
+    rows, mask = q.reshape(B, kv, H // kv * T, D), jnp.tile(mask, (H // kv, 1))
+    precision: Precision = "bfloat16" if keys.dtype == jnp.bfloat16 else "float32"
+    out = attention(rows, keys, values, mask[None, None], precision=precision)
+    return out.reshape(B, H, T, D)

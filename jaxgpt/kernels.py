@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from jaxgpt import matmul as numerics
 from jaxgpt import sharding
-from jaxgpt.attention import Drop, attention, causal_mask, sees
+from jaxgpt.attention import Drop, attention, attention_mask, causal_mask
 from jaxgpt.config import ModelConfig
 from jaxgpt.cost import BLOCKED
-from jaxgpt.matmul import operand
+from jaxgpt.matmul import to_compute_dtype
 
 Kernel = Literal["reference", "blocked", "cudnn", "splash"]
 
@@ -65,15 +65,15 @@ def causal_attention(
         case "cudnn":
             return sharding.by_device(partial(_cudnn, window=config.window), "batch", "width")(q, k, v)
         case "splash":
-            k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
+            k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
             return sharding.by_device(_splash, "batch", "width")(q, k, v)
         case "blocked":
-            return blocked(config, q, repeated(k, q.shape[1]), repeated(v, q.shape[1]))
-    k, v, mask = repeated(k, q.shape[1]), repeated(v, q.shape[1]), causal_mask(T, config.window)
+            return blocked(config, q, repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1]))
+    k, v, mask = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1]), causal_mask(T, config.window)
     return attention(q, k, v, mask[None, None], drop=drop, precision=config.precision)
 
 
-def repeated(x: jax.Array, H: int) -> jax.Array:
+def repeat_kv(x: jax.Array, H: int) -> jax.Array:
     """(B, kv, T, D) -> (B, H, T, D), each head H / kv times in a row."""
     return x if x.shape[1] == H else jnp.repeat(x, H // x.shape[1], axis=1)
 
@@ -91,7 +91,7 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
 
     @partial(jax.checkpoint, static_argnums=(3, 4))
     def block(q: jax.Array, k: jax.Array, v: jax.Array, start: int, first: int) -> jax.Array:
-        mask = sees(start + jnp.arange(q.shape[2]), first + jnp.arange(k.shape[2]), config.window)
+        mask = attention_mask(start + jnp.arange(q.shape[2]), first + jnp.arange(k.shape[2]), config.window)
         return attention(q, k, v, mask[None, None], precision=config.precision)
 
     done = []
@@ -114,7 +114,7 @@ def _blocked_split(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array
     def block(each: tuple[jax.Array, jax.Array]) -> jax.Array:
         q, places = each
         q = sharding.constrain(q, "batch", "width", "time", None, None)
-        mask = sees(places.reshape(-1), jnp.arange(T), config.window).reshape(over, size, T)
+        mask = attention_mask(places.reshape(-1), jnp.arange(T), config.window).reshape(over, size, T)
         return attention(q, k[:, :, None], v[:, :, None], mask[None, None], precision=config.precision)
 
     out = jax.lax.map(block, (blocks, places))
@@ -123,7 +123,7 @@ def _blocked_split(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
     """cuDNN's flash attention, through jax.nn."""
-    q, k, v = (operand(x.swapaxes(1, 2), "bfloat16") for x in (q, k, v))
+    q, k, v = (to_compute_dtype(x.swapaxes(1, 2), "bfloat16") for x in (q, k, v))
     local = (window - 1, 0) if window else None
     out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
     return out.swapaxes(1, 2)
@@ -137,5 +137,5 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     H, T = q.shape[1:3]
     mask = masks.MultiHeadMask([masks.CausalMask((T, T)) for _ in range(H)])
     run = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
-    q, k, v = (operand(x, "bfloat16") for x in (q * q.shape[-1] ** -0.5, k, v))
+    q, k, v = (to_compute_dtype(x, "bfloat16") for x in (q * q.shape[-1] ** -0.5, k, v))
     return jax.vmap(run)(q, k, v)

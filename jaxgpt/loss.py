@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxgpt import sharding
 from jaxgpt.cost import LOGITS
-from jaxgpt.matmul import Precision, operand
+from jaxgpt.matmul import Precision, to_compute_dtype
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -58,4 +58,4 @@ def losses_of(
         split = x.reshape(parts, -1, x.shape[-1]), targets.reshape(parts, -1)
         return jax.lax.map(part, split).reshape(targets.shape)
 
-    return sharding.by_rows(all_parts, x, kernel, targets, operand(kernel, precision).dtype)
+    return sharding.by_rows(all_parts, x, kernel, targets, to_compute_dtype(kernel, precision).dtype)

@@ -73,7 +73,7 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
 
 
-def operand(x: jax.Array, precision: Precision) -> jax.Array:
+def to_compute_dtype(x: jax.Array, precision: Precision) -> jax.Array:
     """`x` as an operand of a product."""
     return x.astype(jnp.bfloat16) if resolve(precision) == "bfloat16" else x
 
@@ -116,14 +116,14 @@ _dot_bfloat16.defvjp(_dot_forward, _dot_backward)
 
 
 def _dot_split(x: jax.Array, w: jax.Array, precision: Precision) -> jax.Array:
-    x, w = operand(x, precision), operand(w, precision)
+    x, w = to_compute_dtype(x, precision), to_compute_dtype(w, precision)
     out = lax.dot_general(x, w, (((2,), (0,)), ((), ())))
     return out.astype(jnp.float32) if sharding.platform() == "cpu" else out
 
 
 def matmul(x: jax.Array, y: jax.Array, precision: Precision = "float32") -> jax.Array:
     """`x @ y` in float32, (..., M, K) @ (..., K, N) -> (..., M, N), for products that are no layer's."""
-    x, y = operand(x, precision), operand(y, precision)
+    x, y = to_compute_dtype(x, precision), to_compute_dtype(y, precision)
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 

@@ -58,7 +58,7 @@ def test_the_core_imports_no_room_and_rooms_import_the_core():
 @pytest.mark.parametrize(
     ("library", "places"),
     [
-        ("flax", {"gpt", "heads", "layers", "bigram", "lecture", "profile", "model", "diagnostics"}),
+        ("flax", {"model", "lecture", "profile", "diagnostics"}),
         ("orbax", {"checkpoint"}),
         ("rich", {"monitor", "display", "cli", *ROOMS}),
         ("tyro", set(ROOMS)),

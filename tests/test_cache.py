@@ -128,7 +128,7 @@ def windowed(monkeypatch, config, params, idx):
         H, N = q.shape[1:3]
         distance = np.subtract.outer(np.arange(N), np.arange(N))
         mask = (distance >= 0) & (distance < (config.window or config.block_size))
-        return attention.attention(q, kernels.repeated(k, H), kernels.repeated(v, H), mask[None, None])
+        return attention.attention(q, kernels.repeat_kv(k, H), kernels.repeat_kv(v, H), mask[None, None])
 
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "causal_attention", attend)

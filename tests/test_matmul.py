@@ -82,7 +82,7 @@ def test_auto_is_a_precision_and_stays_it():
     assert numerics.resolve("float32") == "float32"
     assert numerics.resolve("bfloat16") == "bfloat16"
     assert numerics.resolve("auto") in ("float32", "bfloat16")
-    jitted = jax.jit(lambda x: numerics.operand(x, "auto"))(jnp.ones(3))
+    jitted = jax.jit(lambda x: numerics.to_compute_dtype(x, "auto"))(jnp.ones(3))
     assert jitted.dtype == jnp.dtype(numerics.resolve("auto"))
 
 

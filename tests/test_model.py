@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import layers
 from jaxgpt import model as nn
 from jaxgpt.config import ModelConfig, UsageError
 
@@ -144,7 +143,7 @@ def test_dropout_keeps_the_mean():
 def test_the_norm_is_pytorchs():
     """(x - mean) / sqrt(var + 1e-5), the variance without Bessel's correction; Flax's own epsilon is 1e-6."""
     x = jnp.array([[1e-3, -1e-3, 3e-3, 5e-3]])
-    norm = layers.norm(GPT, "ln")
+    norm = nn.norm(GPT, "ln")
     got = norm.apply(norm.init(KEY, x), x)
     np.testing.assert_allclose(got, (x - x.mean()) / np.sqrt(x.var() + 1e-5), rtol=1e-5)
 

@@ -13,10 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import kernels, layers, model, prng
+from jaxgpt import kernels, model, prng
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.gpt import MLP
-from jaxgpt.heads import MultiHeadAttention
+from jaxgpt.model import MLP, MultiHeadAttention
 from jaxgpt.optimizer import make_optimizer
 from jaxgpt.profile.programs import Program, xla_counts
 from jaxgpt.profile.rounds import repeat
@@ -63,7 +62,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return layers.norm(self.config, "norm")(x)
+        return model.norm(self.config, "norm")(x)
 
 
 def works(config: Config) -> list[Work]:

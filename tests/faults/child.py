@@ -3,8 +3,7 @@
 from pathlib import Path
 
 # All that a run needs, imported before the fork: a trial then takes a second instead of four.
-import jaxgpt.bigram
-import jaxgpt.gpt  # noqa: F401
+import jaxgpt.model  # noqa: F401
 from jaxgpt.cli.runs import corpus_of
 from jaxgpt.run import Run
 from jaxgpt.train import fit
