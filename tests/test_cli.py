@@ -242,7 +242,7 @@ def test_too_much_memory_of_a_text_is_told_without_a_models_options(call, monkey
     def exhaust(args):
         raise MemoryError
 
-    monkeypatch.setattr("jaxgpt.cli.prepare.run", exhaust)
+    monkeypatch.setattr("jaxgpt.prepare.cli.run", exhaust)
     code, _, err = call("prepare", "a.txt")
     assert code == 1
     assert err.startswith("jaxgpt: out of memory; it holds parts of the text for each core: ")

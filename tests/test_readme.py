@@ -60,8 +60,12 @@ def test_every_recipe_has_its_row():
             assert said in row, f"the README's row of {name} does not say {said!r}"
 
 
-def test_the_map_of_the_house_names_every_file():
-    (plan,) = re.findall(r"```\njaxgpt/\n(.*?)```", README, re.S)
-    for path in (ROOT / "jaxgpt").rglob("*.py"):
-        if not path.stem.startswith("__"):
-            assert path.name in plan, f"{path} is missing in the map"
+def test_the_architecture_page_names_every_file_of_the_core_and_every_room():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    for path in (ROOT / "jaxgpt").iterdir():
+        if path.suffix == ".py" and not path.stem.startswith("__"):
+            assert f"`{path.name}`" in page
+        if (path / "__init__.py").exists():
+            assert f"`{path.name}/`" in page
+    for name in re.findall(r"`(\w+\.py)`", page):
+        assert list((ROOT / "jaxgpt").rglob(name)), f"there is no {name}"

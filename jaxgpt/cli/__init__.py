@@ -17,7 +17,7 @@ from typing import NoReturn
 from jaxgpt.config import UsageError
 
 COMMANDS = {  # its module, and its line in the overview
-    "prepare": ("cli.prepare", "Turn a text into shards of tokens and tokens.json."),
+    "prepare": ("prepare.cli", "Turn a text into shards of tokens and tokens.json."),
     "train": ("cli.train", "Train a recipe, or resume a run."),
     "sample": ("cli.sample", "Write text with a trained run."),
     "serve": ("serve.cli", "Play with runs in a browser: watch them write, look inside."),
@@ -34,7 +34,7 @@ COMMANDS = {  # its module, and its line in the overview
     "plan": ("plan.cli", "Compile a recipe for chips that are not attached: does it fit, how fast might it be."),
     "export": ("huggingface.export_cli", "Write a run as a folder that transformers loads."),
     "lecture": ("lecture.cli", "Climb the lecture's ladder, from a uniform guess to the transformer."),
-    "ledger": ("profile.ledger_cli", "One step every way JAX can run it: what jit costs and saves, beside PyTorch."),
+    "ledger": ("profile.ledger_cli", "One step every way JAX can run it: what jit costs and saves."),
     "inspect": ("profile.inspect_cli", "What a recipe or a run is made of, and what the compiler makes of it."),
     "recipes": ("cli.list_recipes", "List the recipes."),
 }

@@ -71,12 +71,13 @@ def run(args: list[str]) -> int:
 
 def _load_model(name: str, runs_dir: Path, checkpoint: str) -> Any:
     """(model config, params, tokenizer) of a run or of an exported folder."""
-    from jaxgpt.huggingface import folders
     from jaxgpt.run import Run
     from jaxgpt.start import load_model
 
-    if folders.is_export(Path(name)) and not Run.exists(runs_dir, name):
-        if checkpoint != "best":
-            raise UsageError(f"{name} is an export, with one set of weights: leave out --checkpoint {checkpoint}")
-        return folders.load_export(Path(name))
-    return load_model(Run.open(runs_dir, name), checkpoint)
+    if Run.exists(runs_dir, name) or not (Path(name) / "model.safetensors").is_file():
+        return load_model(Run.open(runs_dir, name), checkpoint)
+    from jaxgpt.huggingface.folders import load_export
+
+    if checkpoint != "best":
+        raise UsageError(f"{name} is an export, with one set of weights: leave out --checkpoint {checkpoint}")
+    return load_export(Path(name))
