@@ -34,7 +34,7 @@ def attention(
         without any True gives NaN, as a node that nobody points to has nothing to gather.
       scale: multiplies `q @ k.T`; None for D**-0.5. The notes leave it out: 1.0.
       drop: applied to the weights; None for nothing.
-      precision: of the two products.
+      precision: of the two matmuls.
 
     Returns:
       (..., T, E).
@@ -73,8 +73,8 @@ def attention_mask(t: jax.Array, s: jax.Array, window: int = 0) -> jax.Array:
 def rotate(x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
     """Rotary position embedding (Su et al. 2021): (B, H, T, D) at positions start, start + 1, ... -> the same shape.
 
-    Channels i and i + D/2 turn by the position times 10000^(-2i / D), so that a product of a query and a key depends on
-    their distance alone.
+    Channels i and i + D/2 turn by the position times 10000^(-2i / D), so that the dot product of a query and a key
+    depends on their distance alone.
     """
     T, D = x.shape[-2:]
     rates = 10000.0 ** (-jnp.arange(0, D, 2) / D)
@@ -97,7 +97,7 @@ def init_cache(config: ModelConfig, B: int, size: int) -> Cache:
     """An empty cache for B sequences, with S = `size` slots in each block.
 
     The slots are a ring: the token at position p is in slot p % S, until another takes its place. Keys are kept as
-    attention uses them, normed and rotated by their position, in the dtype of the operands of products; on CPUs in
+    attention uses them, normed and rotated by their position, in the compute dtype; on CPUs in
     float32, for XLA converts bfloat16 there, all slots for each token. A bigram, which looks back on nothing, keeps
     nothing.
     """
@@ -126,7 +126,7 @@ def cached_attention(
     """`attention` of T queries at positions start, start + 1, ... to the slots (B, kv, S, D) that hold their past.
 
     Each sees the last block_size tokens (or `config.window`), itself among them. The keys and values of shared heads
-    are not repeated: the queries that share one are rows of the same product.
+    are not repeated: the queries that share one are rows of one matmul.
 
     Args:
       q: (B, H, T, D).

@@ -93,7 +93,7 @@ class ModelConfig:
     norm: Literal["layer", "rms"] = "layer"
     """layer: LayerNorm; rms: RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), here without a gain."""
     mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"
-    """gelu: as GPT-2; relu2: the square of ReLU (So et al. 2021, arXiv:2109.08668); swiglu: a gate times a product, of
+    """gelu: as GPT-2; relu2: the square of ReLU (So et al. 2021, arXiv:2109.08668); swiglu: a gate times a matmul, of
     2/3 of the width (Shazeer 2020, arXiv:2002.05202)."""
     qk_norm: bool = False
     """RMSNorm of queries and keys (Henry et al. 2020, arXiv:2010.04245)."""
@@ -118,8 +118,8 @@ class ModelConfig:
     value_embed: bool = False
     """Add an embedding of the token to the values of every block, from zero (modded-nanogpt 2024, after value residual
     learning, Zhou et al. 2024, arXiv:2410.17897)."""
-    remat: Literal["none", "products", "blocks"] = "none"
-    """What the backward pass computes again to save memory: nothing; all but the results of products; whole blocks."""
+    remat: Literal["none", "matmuls", "blocks"] = "none"
+    """What the backward pass recomputes to save memory: nothing; all but the results of matmuls; whole blocks."""
     scan_layers: bool = False
     """Keep the blocks' parameters stacked and run the blocks as one loop: deep models compile many times faster."""
 
@@ -374,6 +374,8 @@ def to_tree(config: Config) -> dict[str, Any]:
 
 BEFORE = {"val_tokens": 0}
 """What older versions did, where that is not the default: the value of a field that a saved section lacks."""
+RENAMED = {("model.remat", "products"): "matmuls"}
+"""(field, value in saved configs of older versions) to its value now."""
 
 
 def from_tree(tree: Any) -> Config:
@@ -407,7 +409,7 @@ def _value(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(typing.cast("type[Any]", kind), value, path)
     if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
+        choices, value = typing.get_args(kind), RENAMED.get((path, value) if isinstance(value, str) else "", value)
         if value not in choices:
             raise ConfigError(f"{path}: expected one of {', '.join(choices)}, found {shown(value)}")
         return value

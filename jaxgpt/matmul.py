@@ -1,4 +1,4 @@
-"""The arithmetic under the layers: which dtypes products and norms use, and the paths that are fast.
+"""Compute dtype, matmuls and norms: the arithmetic under the layers, in the ways that are fast.
 
 Parameters, sums and gradients are float32. A precision is the compute dtype of matmuls: "float32", or "bfloat16" with
 float32 accumulation; "auto" is one of the two, by a table of devices (`resolve`).
@@ -74,41 +74,41 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def to_compute_dtype(x: jax.Array, precision: Precision) -> jax.Array:
-    """`x` as an operand of a product."""
+    """`x` in the dtype that matmuls of this precision take."""
     return x.astype(jnp.bfloat16) if resolve(precision) == "bfloat16" else x
 
 
 def dot(x: jax.Array, w: jax.Array, precision: Precision = "float32") -> jax.Array:
-    """(..., K) @ (K, N) -> (..., N), as one two-dimensional product.
+    """(..., K) @ (K, N) -> (..., N), as one two-dimensional matmul.
 
     The result is float32, on accelerators in "bfloat16" of that type, which halves what is written.
     """
-    if x.ndim == 3 and sharding.parts("time") > 1:  # (B, T) split both ways are no rows of one matrix
+    if x.ndim == 3 and sharding.parts("time") > 1:  # (B, T), both sharded, cannot be merged into rows
         return _dot_split(x, w, precision)
     rows = x.reshape(-1, x.shape[-1])
-    product = rows @ w if resolve(precision) == "float32" else _dot_bfloat16(rows, w)
-    return product.reshape(*x.shape[:-1], w.shape[-1])
+    out = rows @ w if resolve(precision) == "float32" else _dot_bfloat16(rows, w)
+    return out.reshape(*x.shape[:-1], w.shape[-1])
 
 
 @jax.custom_vjp
 def _dot_bfloat16(x: jax.Array, w: jax.Array) -> jax.Array:
-    return _product(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+    return _matmul_bfloat16(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
 
 
 def _dot_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
     low = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    return _product(*low), (*low, jnp.zeros((), x.dtype), jnp.zeros((), w.dtype))
+    return _matmul_bfloat16(*low), (*low, jnp.zeros((), x.dtype), jnp.zeros((), w.dtype))
 
 
 def _dot_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w, like_x, like_w = saved
     g = g.astype(jnp.bfloat16)
-    dx = _product(g, transposed(w))
-    # Of the two ways to the same product, the one that transposes the smaller operand.
+    dx = _matmul_bfloat16(g, transposed(w))
+    # Of the two ways to compute the same matmul, the one that transposes the smaller matrix.
     if x.shape[1] <= g.shape[1]:
-        dw = _product(transposed(x), g, jnp.float32)
+        dw = _matmul_bfloat16(transposed(x), g, jnp.float32)
     else:
-        dw = transposed(_product(transposed(g), x, jnp.float32))
+        dw = transposed(_matmul_bfloat16(transposed(g), x, jnp.float32))
     return dx.astype(like_x.dtype), dw.astype(like_w.dtype)
 
 
@@ -122,12 +122,12 @@ def _dot_split(x: jax.Array, w: jax.Array, precision: Precision) -> jax.Array:
 
 
 def matmul(x: jax.Array, y: jax.Array, precision: Precision = "float32") -> jax.Array:
-    """`x @ y` in float32, (..., M, K) @ (..., K, N) -> (..., M, N), for products that are no layer's."""
+    """`x @ y` in float32, (..., M, K) @ (..., K, N) -> (..., M, N), for matmuls of activations."""
     x, y = to_compute_dtype(x, precision), to_compute_dtype(y, precision)
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
-def _product(a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
+def _matmul_bfloat16(a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
     """A matmul of bfloat16 matrices, accumulated in float32."""
     if sharding.platform() != "cpu":
         return lax.dot(a, b, preferred_element_type=dtype or jnp.bfloat16)
@@ -137,10 +137,10 @@ def _product(a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
 
 
 def transposed(x: jax.Array) -> jax.Array:
-    """(..., a, b) -> (..., b, a), for a product.
+    """(..., a, b) -> (..., b, a), as an argument of a matmul.
 
-    XLA's CPU backend folds a plain transpose into the product and then misses its fast kernels, half the speed. It does
-    not see through this one, by way of a third dimension.
+    XLA's CPU backend folds a plain transpose into the matmul and then misses its fast kernels, at half the speed. It
+    does not recognize this one, by way of a third dimension.
     """
     *batch, a, b = x.shape
     pieces = math.gcd(b, 4)

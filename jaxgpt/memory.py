@@ -85,7 +85,7 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
     weights = config.n_head * T if config.dropout or (T < cost.BLOCKED and not low) else 0
     if config.remat == "blocks":
         block = C
-    elif recomputed or config.remat == "products":
+    elif recomputed or config.remat == "matmuls":
         block = sum(columns.values()) + C + weights  # results of the kernels, and the weighted values
     else:
         inputs = 5 * C + sum(columns[name] for name in ("query", "key", "value"))  # of norms and kernels; q, k, v

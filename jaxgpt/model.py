@@ -66,7 +66,7 @@ class Linear(nn.Module):
 
 
 def fused_linear(x: jax.Array, linears: Sequence[Linear]) -> list[jax.Array]:
-    """Each layer's result for the same `x`, as one product: side by side, kernels make fuller use of a processor."""
+    """The outputs of several layers for the same `x`, computed by one matmul with their kernels side by side."""
     kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in linears), strict=True)
     precision = linears[0].config.precision
     if sharding.parts("width") > 1:  # each kernel is split by its own columns
@@ -270,7 +270,7 @@ class GPT(nn.Module):
         x = dropout(self, "drop")(sharding.constrain(x, "batch", "time", None))
         block = Block
         if cfg.remat != "none" and cache is None:
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "products" else None
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "matmuls" else None
             block = nn.remat(Block, policy=policy)
         stream = [x]  # what each block reads, and what the last writes
         if cfg.scan_layers and cache is None:
@@ -357,7 +357,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters, a pure function of (config, key); the same numbers with scan_layers as without.
 
     Raises:
-      UsageError: nobody has said how many ids there are.
+      UsageError: vocab_size is 0.
     """
     if config.vocab_size < 1:
         raise UsageError("vocab_size is 0, expected at least 1: that of the tokenizer (start.resolve fills it in)")
@@ -458,16 +458,16 @@ def _require_short(config: ModelConfig, idx: jax.Array) -> None:
 
 
 def describe(config: ModelConfig) -> str:
-    """What computes a model here, for a person: size, precision, the kernel of its attention, and whether training with
-    it is not repeatable."""
-    told = f"{cost.n_params(config):,} parameters, {numerics.resolve(config.precision)} products"
+    """One line for people: the size of a model, its compute dtype and attention kernel here, and whether training with
+    that kernel is not repeatable."""
+    line = f"{cost.n_params(config):,} parameters, {numerics.resolve(config.precision)} matmuls"
     if config.kind == "bigram":
-        return told
+        return line
     plain, dropped = (kernels.kernel(config, config.block_size, dropped) for dropped in (False, config.dropout > 0))
-    told += f", attention: {plain}" + (f" ({dropped} while weights are dropped)" if dropped != plain else "")
+    line += f", attention: {plain}" + (f" ({dropped} while weights are dropped)" if dropped != plain else "")
     if not kernels.repeatable(dropped, config.block_size):
-        told += "; its gradients are not repeatable, so a resumed run is equal up to rounding, not bit for bit"
-    return told
+        line += "; its gradients are not repeatable, so a resumed run is equal up to rounding, not bit for bit"
+    return line
 
 
 def logits_and_loss(

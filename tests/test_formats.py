@@ -39,6 +39,7 @@ def test_a_saved_run_is_resumed(saved):
     before = run.metrics_file.read_bytes()
     config = replaced(run.config, steps=15)
     corpus = resume(config, run, saved / "data")
+    assert config.model.remat == "matmuls", "products in version 0.1"
     assert fit(run, corpus, config=config).step == 15
     after = run.metrics_file.read_bytes()
     assert after.startswith(before)

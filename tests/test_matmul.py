@@ -28,7 +28,7 @@ def test_products_of_layers_are_two_dimensional(precision):
 @pytest.mark.smoke
 @pytest.mark.parametrize(("K", "N"), [(8, 12), (12, 8), (8, 65), (3, 5)])
 def test_bfloat16_rounds_operands_and_nothing_else(K, N):
-    """The product and both its gradients equal float32 products of rounded operands: sums are float32."""
+    """The matmul and both its gradients equal float32 matmuls of rounded matrices: sums are float32."""
     x, w, g = (jax.random.normal(key, s) for key, s in zip(KEYS, [(6, K), (K, N), (6, N)], strict=True))
 
     def rounded(x):

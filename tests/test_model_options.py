@@ -191,7 +191,7 @@ def test_all_logits_never_exist_at_once_where_they_are_many():
     assert largest(jax.make_jaxpr(whole)(x, kernel).jaxpr) == 24 * 50
 
 
-@pytest.mark.parametrize("remat", ["products", "blocks"])
+@pytest.mark.parametrize("remat", ["matmuls", "blocks"])
 def test_what_is_computed_again_is_the_same(remat):
     params = noisy(SMALL)
 

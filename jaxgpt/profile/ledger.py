@@ -48,7 +48,7 @@ VARIANTS = {
     "ahead of time": Variant("the compiled program is called directly", "ahead of time"),
     "cache, empty": Variant("compiled programs are saved on disk", cache=True),
     "cache, full": Variant("programs that the variant before saved are loaded", cache=True),
-    "remat products": Variant("all but matmul results recomputed", model=(("remat", "products"),)),
+    "remat matmuls": Variant("all but matmul results recomputed", model=(("remat", "matmuls"),)),
     "remat blocks": Variant("blocks recomputed", model=(("remat", "blocks"),)),
     "bfloat16": Variant("bf16 matmuls", model=(("precision", "bfloat16"),)),
 }
@@ -141,7 +141,7 @@ def require_not_varied(config: Config, recipe: Config) -> None:
     """
     measured_by = {
         "precision": "bfloat16",
-        "remat": "remat products, remat blocks",
+        "remat": "remat matmuls, remat blocks",
         "scan_steps": "scan of 10, scan of 50",
     }
     varied = {name for name, *_ in differences(config, baseline(config))} | {"scan_steps"}

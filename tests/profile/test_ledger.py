@@ -206,7 +206,7 @@ def test_the_chart_shows_every_stage(tmp_path):
         (["gpt-demo", "--n-head", "3"], "heads"),
         (["gpt-demo", "--precision", "bfloat16"], "--precision bfloat16: the variants set precision"),
         (["gpt-demo", "--precision", "auto"], "--precision auto: the variants set precision"),
-        (["gpt-demo", "--remat", "blocks"], "compare jit with remat products, remat blocks (--variants)"),
+        (["gpt-demo", "--remat", "blocks"], "compare jit with remat matmuls, remat blocks (--variants)"),
         (["gpt-demo", "--scan-steps", "20"], "compare jit with scan of 10, scan of 50 (--variants)"),
     ],
 )
