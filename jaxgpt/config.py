@@ -409,7 +409,8 @@ def _value(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(typing.cast("type[Any]", kind), value, path)
     if typing.get_origin(kind) is Literal:
-        choices, value = typing.get_args(kind), RENAMED.get((path, value) if isinstance(value, str) else "", value)
+        choices = typing.get_args(kind)
+        value = RENAMED.get((path, value), value) if isinstance(value, str) else value
         if value not in choices:
             raise ConfigError(f"{path}: expected one of {', '.join(choices)}, found {shown(value)}")
         return value
