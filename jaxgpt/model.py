@@ -361,7 +361,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """
     if config.vocab_size < 1:
         raise UsageError("vocab_size is 0, expected at least 1: that of the tokenizer (start.resolve fills it in)")
-    idx = jnp.zeros((1, config.block_size), jnp.int32)
+    idx = jnp.zeros((1, 1), jnp.int32)  # no parameter depends on the length
     params = model(dataclasses.replace(config, scan_layers=False)).init(key, idx, mutable=["params"])["params"]
     if not isinstance(config.init_scale, float) or config.init_scale != 1.0:
         params = jax.tree_util.tree_map_with_path(
