@@ -5,6 +5,7 @@ opens its .trace.json.gz.
 """
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -44,12 +45,15 @@ def capture(folder: Path, run: Callable[[], Any]) -> list[list[Span]]:
     with jax.profiler.trace(str(folder), profiler_options=options):
         run()
     newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime_ns)
-    planes = jax.profiler.ProfileData.from_file(str(newest)).planes
-    return [
-        [Span(e.name, e.start_ns, e.duration_ns, str(dict(e.stats).get("hlo_op", ""))) for e in line.events]
-        for plane in planes
-        for line in plane.lines
-    ]
+    profile = jax.profiler.ProfileData.from_file(str(newest))  # planes, lines and events are views of it
+    with warnings.catch_warnings():
+        # From Python 3.12 on the binding's own types warn; made an error, that aborts the process (jaxlib 0.12.0).
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return [
+            [Span(e.name, e.start_ns, e.duration_ns, str(dict(e.stats).get("hlo_op", ""))) for e in line.events]
+            for plane in profile.planes
+            for line in plane.lines
+        ]
 
 
 def operations(lines: Iterable[list[Span]]) -> list[Operation]:
