@@ -122,7 +122,7 @@ def test_a_header_claims_no_more_than_its_file_holds(tmp_path):
 def test_two_names_for_one_tensor_are_refused(tmp_path):
     one = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     header = {"wte.weight": one, "transformer.wte.weight": one | {"data_offsets": [4, 8]}}
-    with pytest.raises(InteropError, match="holds wte.weight a second time"):
+    with pytest.raises(InteropError, match=r"holds wte\.weight a second time"):
         gpt2.load(folder_of(tmp_path, header, 8))
 
 
