@@ -261,8 +261,15 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
 
     def _prune(self) -> None:
-        """Remove the steps that need not be kept; a reader that loses one to it looks again."""
-        if not self._keep or not (steps := self.steps):
+        """Remove the steps that need not be kept; a reader that loses one to it looks again. A step whose manifest is
+        damaged stays, for a person to look at."""
+        if not self._keep:
+            return
+        steps = list[int]()
+        for step in self.steps:
+            with suppress(DamagedError):
+                steps.append(self.manifest(step).step)
+        if not steps:
             return
         kept = {*steps[-self._keep :], best_step(steps, self._losses)}
         for step in steps:

@@ -195,17 +195,19 @@ def test_a_damaged_step_is_set_aside_and_its_number_free_again(tmp_path, state):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "5.damaged", "5.damaged1"]
 
 
-def test_a_damaged_manifest_does_not_stop_later_saves(tmp_path, state):
+def test_a_damaged_manifest_does_not_stop_later_saves_nor_lose_its_step(tmp_path, state):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(at(state, 5))
         checkpoints.settle(wait=True)
         flip(tmp_path / "5" / "manifest.json")
         checkpoints.save(at(state, 6))
         checkpoints.save(at(state, 7))
-    assert Checkpoints(tmp_path).steps == [7]
+    assert Checkpoints(tmp_path).steps == [5, 7]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a limit on the size of files is a matter of POSIX")
+# Orbax closes its event loop at the first write that fails; others that fail later find it closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_one_line(tmp_path, state, caplog):
     import resource
 
