@@ -1,4 +1,4 @@
-"""Attention as the notes write it: nodes of a directed graph that gather from the nodes that point to them."""
+"""Attention as the notes write it, positions and masks, and the KV cache of decoding."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Logits to logits: what of a distribution to keep before drawing from it."""
+"""Sampling filters: temperature, top-k, top-p and min-p, each from logits to logits."""
 
 import jax
 import jax.numpy as jnp
