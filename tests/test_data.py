@@ -243,3 +243,9 @@ def test_threads_that_ask_for_a_chunk_together_read_it_once(tiny, monkeypatch):
         one, other = threads.map(first_chunk, range(2))
     assert one is other
     assert read == {(0, 5): 1, (5, 10): 1}
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    n = batches.n_windows(1000, 8)
+    first, second = (np.argsort(batches.window_starts(7, epoch, 1000, 8, n)) for epoch in (0, 1))
+    assert not np.array_equal(first, second)
