@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgpt import matmul as numerics
+from jaxgpt import matmul
 from jaxgpt.config import ModelConfig
-from jaxgpt.matmul import Precision, matmul
+from jaxgpt.matmul import Precision
 
 Drop = Callable[[jax.Array], jax.Array]
 
@@ -40,7 +40,7 @@ def attention(
       (..., T, E).
     """
     weights = attention_weights(q, k, mask, scale=scale, precision=precision)
-    return matmul(drop(weights) if drop else weights, v, precision)
+    return matmul.matmul(drop(weights) if drop else weights, v, precision)
 
 
 def attention_weights(
@@ -52,10 +52,10 @@ def attention_weights(
     precision: Precision = "float32",
 ) -> jax.Array:
     """The data-dependent weights of `attention`, (..., T, S): rows sum to one, zero where the mask is False."""
-    affinity = matmul(q * (q.shape[-1] ** -0.5 if scale is None else scale), k.swapaxes(-1, -2), precision)
+    affinity = matmul.matmul(q * (q.shape[-1] ** -0.5 if scale is None else scale), k.swapaxes(-1, -2), precision)
     if mask is not None:
         affinity = jnp.where(mask, affinity, -jnp.inf)
-    return numerics.softmax(affinity)
+    return matmul.softmax(affinity)
 
 
 def causal_mask(T: int, window: int = 0) -> jax.Array:
@@ -92,7 +92,7 @@ class Cache(NamedTuple):
     last: jax.Array  # (B,) int32: the last token read
 
 
-@numerics.in_32_bits
+@matmul.in_32_bits
 def init_cache(config: ModelConfig, B: int, size: int) -> Cache:
     """An empty cache for B sequences, with S = `size` slots in each block.
 
@@ -106,7 +106,7 @@ def init_cache(config: ModelConfig, B: int, size: int) -> Cache:
     if config.kind == "gpt":
         shape = (B, config.n_kv_head or config.n_head, size, config.n_embd // config.n_head)
         for i in range(config.n_layer):
-            keys, values = (numerics.to_compute_dtype(jnp.zeros(shape), precision) for _ in range(2))
+            keys, values = (matmul.to_compute_dtype(jnp.zeros(shape), precision) for _ in range(2))
             blocks[f"h_{i}"] = {"attn": {"keys": keys, "values": values}}
     return Cache(blocks, 0, jnp.zeros(B, jnp.int32))
 

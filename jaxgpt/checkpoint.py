@@ -23,8 +23,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxgpt import files as disk
-from jaxgpt import processes
+from jaxgpt import files, processes
 from jaxgpt.step import TrainState
 
 PROGRAM = "jaxgpt checkpoint 2"
@@ -152,8 +151,8 @@ class Checkpoints:
         """
         path = self._path(step) / "manifest.json"
         try:
-            tree = disk.unseal(path.read_bytes())
-        except (OSError, disk.SealError) as error:
+            tree = files.unseal(path.read_bytes())
+        except (OSError, files.SealError) as error:
             raise DamagedError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
         if tree.get("program") not in READABLE or tree.get("step") != step:
             found = f"{tree.get('program')!r}, step {tree.get('step')}"
@@ -175,7 +174,7 @@ class Checkpoints:
                 raise DamagedError(f"{path} is missing")
             if path.stat().st_size != size:
                 raise DamagedError(f"{path} has {path.stat().st_size:,} bytes, expected {size:,}")
-            if disk.sha256(path) != sha256:
+            if files.sha256(path) != sha256:
                 raise DamagedError(f"{path} has another SHA-256 than when it was saved")
         self._verified[step] = manifest
         return manifest
@@ -233,13 +232,13 @@ class Checkpoints:
             if not processes.is_primary():
                 return step
             for path in sorted(partial.rglob("*")):
-                disk.sync(path)
+                files.sync(path)
                 if path.is_file():
-                    manifest.files[str(path.relative_to(partial))] = [path.stat().st_size, disk.sha256(path)]
-            sealed = disk.seal({"program": PROGRAM, **asdict(manifest)})
-            disk.write_atomically(partial / "manifest.json", sealed.encode())
+                    manifest.files[str(path.relative_to(partial))] = [path.stat().st_size, files.sha256(path)]
+            sealed = files.seal({"program": PROGRAM, **asdict(manifest)})
+            files.write_atomically(partial / "manifest.json", sealed.encode())
             partial.rename(self._path(step))
-            disk.sync(self.directory)
+            files.sync(self.directory)
         except Exception as error:
             raise self._failed(step, partial, error) from error
         then()

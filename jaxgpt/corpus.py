@@ -13,8 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from jaxgpt import files as disk
-from jaxgpt import tokenizer
+from jaxgpt import files, tokenizer
 from jaxgpt.config import DataConfig, UsageError, shown
 from jaxgpt.data import Part
 from jaxgpt.tokenizer import Ids, Tokenizer
@@ -165,7 +164,7 @@ def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: 
     tokens = np.memmap(path, dtype, mode="r")
     if verified:
         return tokens
-    if (digest := disk.sha256(path)) != shard["sha256"]:
+    if (digest := files.sha256(path)) != shard["sha256"]:
         raise CorpusError(f"{path} has SHA-256 {digest}, expected {shard['sha256']}: {again}")
     largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
     if largest >= tok.vocab_size:
@@ -183,7 +182,7 @@ def read_meta(path: Path) -> dict[str, Any]:
       CorpusError: it is missing, damaged, edited, or was not written by `prepare`.
     """
     try:
-        return checked_meta(disk.unseal(path.read_bytes()))
+        return checked_meta(files.unseal(path.read_bytes()))
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror}; jaxgpt prepare makes it") from error
     except ValueError as error:
@@ -291,7 +290,7 @@ def folders_of(meta: dict[str, Any], data_dir: Path) -> list[Path]:
 
 def cached_folder(name: str) -> Path | None:
     """Where the copy of a prepared folder at a URL is kept, by the name that `folder_of` gives."""
-    cache = disk.cache_dir()
+    cache = files.cache_dir()
     return cache / "corpora" / name if cache else None
 
 

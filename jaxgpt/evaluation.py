@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxgpt import matmul as numerics
-from jaxgpt import model as nn
-from jaxgpt import sharding
+from jaxgpt import matmul, model, sharding
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.corpus import pieces_of
 from jaxgpt.data import Batch, Ids, Starts, estimate_starts, evaluation_windows, take
@@ -37,7 +35,7 @@ class Evaluation:
 
 
 def evaluate(
-    config: ModelConfig, params: nn.Params, tokens: Ids, tokenizer: Tokenizer, batch_size: int | None = None
+    config: ModelConfig, params: model.Params, tokens: Ids, tokenizer: Tokenizer, batch_size: int | None = None
 ) -> Evaluation:
     """Loss over all of `tokens` (N,) in windows of block_size; each of the N - 1 predictions counts once.
 
@@ -69,7 +67,7 @@ def evaluation(sums: NDArray[np.float64], counts: Starts, tokens: Ids, tokenizer
     return Evaluation(loss, error, bits / n_chars, bits / n_bytes, int(counts.sum()))
 
 
-def estimate(config: Config, params: nn.Params, tokens: Ids, step: int) -> float:
+def estimate(config: Config, params: model.Params, tokens: Ids, step: int) -> float:
     """Mean loss over `eval_batches` random batches, as nanoGPT's estimate_loss: noisy, for comparison only.
 
     A pure function of (config, params, tokens, step), with its own random stream.
@@ -113,9 +111,9 @@ def windows_per_batch(config: ModelConfig, n: int, models: int = 1) -> int:
 
 
 @partial(jax.jit, static_argnums=0)
-@numerics.in_32_bits
-def window_losses(config: ModelConfig, params: nn.Params, batch: Batch, skip: jax.Array) -> jax.Array:
+@matmul.in_32_bits
+def window_losses(config: ModelConfig, params: model.Params, batch: Batch, skip: jax.Array) -> jax.Array:
     """Summed loss of each window, (B,) float32, without its first `skip` (B,) predictions and without dropout."""
-    losses = nn.losses(config, params, batch.inputs, batch.targets)
+    losses = model.losses(config, params, batch.inputs, batch.targets)
     counted = jnp.arange(losses.shape[1])[None, :] >= skip[:, None]
     return sharding.constrain(jnp.where(counted, losses, 0).sum(axis=1), None)

@@ -6,8 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import matmul as numerics
-from jaxgpt import sharding
+from jaxgpt import matmul, sharding
 from jaxgpt.attention import Drop, attention, attention_mask, causal_mask
 from jaxgpt.config import ModelConfig
 from jaxgpt.cost import BLOCKED
@@ -26,7 +25,7 @@ def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
       dropped: whether weights are dropped, as in training with dropout, which the fused kernels cannot.
     """
     backend, D = sharding.platform(), config.n_embd // config.n_head
-    low = numerics.resolve(config.precision) == "bfloat16"
+    low = matmul.resolve(config.precision) == "bfloat16"
     if dropped:
         return "reference"
     if sharding.parts("time") > 1:  # the fused ones want whole contexts

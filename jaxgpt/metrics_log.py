@@ -12,8 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxgpt import files as disk
-from jaxgpt import processes
+from jaxgpt import files, processes
 from jaxgpt.data import Starts
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.run import Run
@@ -116,7 +115,7 @@ class MetricsLog:
         self._file = run.metrics_file.open("ab", buffering=0) if processes.is_primary() else None
         if self._file:
             self._file.truncate(n_bytes)
-            disk.sync(run.path)  # a new file's name must last, too
+            files.sync(run.path)  # a new file's name must last, too
         self._unwritten, self._n_bytes, self._hash = b"", n_bytes, hashlib.sha256(kept)
         for line in map(json.loads, kept.splitlines()):
             self._count(line)

@@ -12,8 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import cost, kernels, loss, sharding
-from jaxgpt import matmul as numerics
+from jaxgpt import cost, kernels, loss, matmul, sharding
 from jaxgpt.attention import (
     Cache,
     attention_weights,
@@ -70,10 +69,10 @@ def fused_linear(x: jax.Array, linears: Sequence[Linear]) -> list[jax.Array]:
     kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in linears), strict=True)
     precision = linears[0].config.precision
     if sharding.parts("width") > 1:  # each kernel is split by its own columns
-        outs = [numerics.dot(x, kernel, precision) for kernel in kernels]
+        outs = [matmul.dot(x, kernel, precision) for kernel in kernels]
     else:
         ends = [sum(layer.features for layer in linears[: i + 1]) for i in range(len(linears) - 1)]
-        outs = jnp.split(numerics.dot(x, jnp.concatenate(kernels, axis=1), precision), ends, axis=-1)
+        outs = jnp.split(matmul.dot(x, jnp.concatenate(kernels, axis=1), precision), ends, axis=-1)
     return [
         out if bias is None else out + bias.reshape((1,) * (out.ndim - 1) + (-1,))
         for out, bias in zip(outs, biases, strict=True)
@@ -101,7 +100,7 @@ def embed(rows: int, features: int, name: str, stddev: float = 0.02) -> nn.Embed
 def norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
     """(..., C) -> (..., C): RMSNorm, or LayerNorm with epsilon 1e-5 as in GPT-2 and PyTorch."""
     if config.norm == "rms":
-        return numerics.rms_norm
+        return matmul.rms_norm
     return nn.LayerNorm(epsilon=1e-5, use_bias=config.bias, use_fast_variance=False, name=name)
 
 
@@ -165,7 +164,7 @@ class MultiHeadAttention(nn.Module):
         q = sharding.constrain(heads(q), "batch", "width", "time", None)
         k, v = (sharding.constrain(heads(x), "batch", "width", None, None) for x in (k, v))
         if cfg.qk_norm:
-            q, k = numerics.rms_norm(q), numerics.rms_norm(k)
+            q, k = matmul.rms_norm(q), matmul.rms_norm(k)
         if cfg.position == "rope":
             first = 0 if start is None else start
             q, k = rotate(q, first), rotate(k, first)
@@ -185,7 +184,7 @@ class MultiHeadAttention(nn.Module):
         mask = causal_mask(T, cfg.window)[None, None]
         weights = attention_weights(q, kernels.repeat_kv(k, H), mask, precision=cfg.precision)
         self.sow("attention_maps", "weights", weights)
-        return numerics.matmul(weights, kernels.repeat_kv(v, H), cfg.precision)
+        return matmul.matmul(weights, kernels.repeat_kv(v, H), cfg.precision)
 
     def decode(self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | int) -> jax.Array:
         """Causal attention of T new tokens to themselves and to the cache, which remembers them: (B, H, T, D)."""
@@ -290,9 +289,9 @@ class GPT(nn.Module):
             kernel, _ = head.weights(C)
 
         def logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            out = numerics.dot(x, kernel, cfg.precision).astype(jnp.float32)
+            out = matmul.dot(x, kernel, cfg.precision).astype(jnp.float32)
             out = sharding.constrain(out, *["batch", "time", None][: x.ndim - 1], "width")
-            return numerics.softcap(out, cfg.softcap) if cfg.softcap else out
+            return matmul.softcap(out, cfg.softcap) if cfg.softcap else out
 
         if self.is_mutable_collection("logit_lens"):
             self.sow("logit_lens", "logits", jnp.stack([logits(final_norm(x), kernel) for x in stream]))
@@ -352,7 +351,7 @@ def model(config: ModelConfig) -> GPT | Bigram:
     return Bigram(config) if config.kind == "bigram" else GPT(config)
 
 
-@numerics.in_32_bits
+@matmul.in_32_bits
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters, a pure function of (config, key); the same numbers with scan_layers as without.
 
@@ -399,7 +398,7 @@ def forward(config: ModelConfig, params: Params, idx: jax.Array, dropout_key: ja
     return _apply(config, params, dropout_key, idx)
 
 
-@numerics.in_32_bits
+@matmul.in_32_bits
 def extend(
     config: ModelConfig, params: Params, cache: Cache, idx: jax.Array, length: jax.Array | int | None = None
 ) -> tuple[jax.Array, Cache]:
@@ -445,7 +444,7 @@ def losses(
     return _apply(config, params, dropout_key, idx, targets)
 
 
-@numerics.in_32_bits
+@matmul.in_32_bits
 def _apply(config: ModelConfig, params: Params, dropout_key: jax.Array | None, idx: jax.Array, *more: Any) -> jax.Array:
     _require_short(config, idx)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
@@ -460,7 +459,7 @@ def _require_short(config: ModelConfig, idx: jax.Array) -> None:
 def describe(config: ModelConfig) -> str:
     """One line for people: the size of a model, its compute dtype and attention kernel here, and whether training with
     that kernel is not repeatable."""
-    line = f"{cost.n_params(config):,} parameters, {numerics.resolve(config.precision)} matmuls"
+    line = f"{cost.n_params(config):,} parameters, {matmul.resolve(config.precision)} matmuls"
     if config.kind == "bigram":
         return line
     plain, dropped = (kernels.kernel(config, config.block_size, dropped) for dropped in (False, config.dropout > 0))

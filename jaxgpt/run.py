@@ -31,8 +31,7 @@ import filelock
 
 from jaxgpt import config as configs
 from jaxgpt import corpus as corpora
-from jaxgpt import files as disk
-from jaxgpt import processes, tokenizer
+from jaxgpt import files, processes, tokenizer
 from jaxgpt.config import Config, UsageError
 from jaxgpt.tokenizer import Tokenizer
 
@@ -68,11 +67,11 @@ class Run:
         path, partial = runs_dir / name, runs_dir / f".{name}.{secrets.token_hex(4)}.part"
         try:
             (partial / "checkpoints").mkdir(parents=True)
-            disk.write_atomically(partial / "config.json", disk.seal(configs.to_tree(config)).encode())
-            disk.write_atomically(partial / "tokens.json", disk.seal(corpus_meta).encode())
+            files.write_atomically(partial / "config.json", files.seal(configs.to_tree(config)).encode())
+            files.write_atomically(partial / "tokens.json", files.seal(corpus_meta).encode())
             fill(cls(partial))
             partial.rename(path)
-            disk.sync(runs_dir)
+            files.sync(runs_dir)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process was first
                 cls.require_free(runs_dir, name)
@@ -142,8 +141,8 @@ class Run:
     @cached_property
     def config(self) -> Config:
         try:
-            return configs.from_tree(disk.unseal((self.path / "config.json").read_bytes()))
-        except (configs.ConfigError, disk.SealError, OSError) as error:
+            return configs.from_tree(files.unseal((self.path / "config.json").read_bytes()))
+        except (configs.ConfigError, files.SealError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise RunError(f"{self.path / 'config.json'}: {reason}; restore the file of the run") from error
 
@@ -184,7 +183,7 @@ class Run:
           RunError: it cannot be written.
         """
         try:
-            disk.write_atomically(self.path / "config.json", disk.seal(configs.to_tree(config)).encode())
+            files.write_atomically(self.path / "config.json", files.seal(configs.to_tree(config)).encode())
         except OSError as error:
             raise RunError(f"{self.path / 'config.json'} cannot be written: {error.strerror}; make room") from error
         return Run(self.path)
@@ -258,7 +257,7 @@ class Run:
         me["since"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with lock:
             with suppress(OSError):  # a full disk: the lock holds without it
-                disk.write_atomically(holder, json.dumps(me).encode())
+                files.write_atomically(holder, json.dumps(me).encode())
             try:
                 yield
             finally:

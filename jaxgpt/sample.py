@@ -17,9 +17,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import ArrayLike, NDArray
 
-from jaxgpt import filters, prng
-from jaxgpt import matmul as numerics
-from jaxgpt import model as nn
+from jaxgpt import filters, matmul, model, prng
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.tokenizer import Tokenizer, as_prepared, encode_typed, without_unknown
 
@@ -99,21 +97,21 @@ def draw(
 class Decoding(NamedTuple):
     """Where a generation stands."""
 
-    cache: nn.Cache  # of all tokens but the last
+    cache: model.Cache  # of all tokens but the last
     token: jax.Array  # (B,) int32: the last, drawn and not yet read
     step: jax.Array  # () int32: tokens drawn so far
     keys: jax.Array  # (B,) one key per sequence
 
 
 def generate(
-    config: ModelConfig, params: nn.Params, prompt: ArrayLike, n_tokens: int, key: jax.Array, **how: Any
+    config: ModelConfig, params: model.Params, prompt: ArrayLike, n_tokens: int, key: jax.Array, **how: Any
 ) -> jax.Array:
     """Continue each prompt by `n_tokens`: ids (B, P) -> (B, n_tokens) int32.
 
     Token i of sequence b depends on (key, b, i) and its own past alone, not on the rest of the batch. Of the past, the
     last block_size tokens of a prompt are read. As long as all tokens together are no more than block_size, each is
-    drawn from the logits that `nn.forward` gives for those before it. Beyond, it depends on the positions (`nn.extend`
-    says why):
+    drawn from the logits that `model.forward` gives for those before it. Beyond, it depends on the positions
+    (`model.extend` says why):
 
     - rotated ones slide: a token sees the block_size before it, and through these what they saw
     - learned ones cannot: whenever block_size tokens were read, the last half of them (block_size // 2) is read again
@@ -131,7 +129,7 @@ def generate(
 
 
 def stream(
-    config: ModelConfig, params: nn.Params, prompt: ArrayLike, n_tokens: int, key: jax.Array, **how: Any
+    config: ModelConfig, params: model.Params, prompt: ArrayLike, n_tokens: int, key: jax.Array, **how: Any
 ) -> Iterator[NDArray[np.int32]]:
     """As `generate`, in pieces (B, up to CHUNK) as they come; joined, they are what `generate` returns."""
     return _pieces(config, params, prompt, n_tokens, key, CHUNK, how)
@@ -139,7 +137,7 @@ def stream(
 
 def _pieces(
     config: ModelConfig,
-    params: nn.Params,
+    params: model.Params,
     prompt: ArrayLike,
     n_tokens: int,
     key: jax.Array,
@@ -160,7 +158,7 @@ def _pieces(
 
 def _write(
     config: ModelConfig,
-    params: nn.Params,
+    params: model.Params,
     text: NDArray[np.int32],
     n_tokens: int,
     key: jax.Array,
@@ -200,29 +198,29 @@ def bucket(n: int, W: int) -> int:
 
 
 @partial(jax.jit, static_argnames=("config", "slots"))
-@numerics.in_32_bits
+@matmul.in_32_bits
 def _read(
-    config: ModelConfig, params: nn.Params, text: tuple[Any, Any], step: Any, key: jax.Array, draw: Draw, slots: int
+    config: ModelConfig, params: model.Params, text: tuple[Any, Any], step: Any, key: jax.Array, draw: Draw, slots: int
 ) -> tuple[Decoding, jax.Array]:
     """A text, ids (B, T) and how many of the T are real, read into a new cache of `slots`; token number `step`, drawn,
     (B, 1)."""
     (idx, length), B = text, len(text[0])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-    logits, cache = nn.extend(config, params, nn.init_cache(config, B, slots), idx, length)
+    logits, cache = model.extend(config, params, model.init_cache(config, B, slots), idx, length)
     token = draw(logits, _at(keys, step))
     return Decoding(cache, token, step + 1, keys), token[:, None]
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
-@numerics.in_32_bits
+@matmul.in_32_bits
 def _decode(
-    config: ModelConfig, params: nn.Params, state: Decoding, n: jax.Array, draw: Draw
+    config: ModelConfig, params: model.Params, state: Decoding, n: jax.Array, draw: Draw
 ) -> tuple[Decoding, jax.Array]:
     """`n` more tokens: the state after them, and the tokens (B, LONGEST), of which the first n are real."""
 
     def body(i: jax.Array, carry: tuple[Decoding, jax.Array]) -> tuple[Decoding, jax.Array]:
         (cache, token, step, keys), tokens = carry
-        logits, cache = nn.extend(config, params, cache, token[:, None])
+        logits, cache = model.extend(config, params, cache, token[:, None])
         token = draw(logits, _at(keys, step))
         return Decoding(cache, token, step + 1, keys), lax.dynamic_update_index_in_dim(tokens, token, i, axis=1)
 
@@ -237,7 +235,7 @@ def _at(keys: jax.Array, step: jax.Array) -> jax.Array:
 
 def write(
     config: ModelConfig,
-    params: nn.Params,
+    params: model.Params,
     tokenizer: Tokenizer,
     prompt: str | bytes | None,
     n_tokens: int,

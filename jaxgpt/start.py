@@ -16,9 +16,7 @@ import jax.numpy as jnp
 
 import jaxgpt
 from jaxgpt import config as configs
-from jaxgpt import machine
-from jaxgpt import matmul as numerics
-from jaxgpt import model as nn
+from jaxgpt import machine, matmul, model
 from jaxgpt.checkpoint import CheckpointError, Checkpoints, DamagedError, Manifest, abstract, best_step
 from jaxgpt.config import Config, ModelConfig, check, differences
 from jaxgpt.corpus import Corpus
@@ -35,7 +33,7 @@ TRIES = 5
 
 
 def new_run(
-    config: Config, corpus: Corpus, name: str, runs_dir: Path, weights: nn.Params | None = None, origin: str = ""
+    config: Config, corpus: Corpus, name: str, runs_dir: Path, weights: model.Params | None = None, origin: str = ""
 ) -> Run:
     """Create the directory of a run of `config` on `corpus`.
 
@@ -67,7 +65,7 @@ def resolve(config: Config, corpus: Corpus) -> Config:
       ConfigError: it cannot run with that vocabulary.
     """
     vocab_size = config.model.vocab_size or corpus.tokenizer.vocab_size
-    model = replace(config.model, vocab_size=vocab_size, precision=numerics.resolve(config.model.precision))
+    model = replace(config.model, vocab_size=vocab_size, precision=matmul.resolve(config.model.precision))
     optimizer = replace(config.optimizer, decay_steps=config.optimizer.decay_steps or config.train.steps)
     return check(replace(config, model=model, optimizer=optimizer))
 
@@ -199,12 +197,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def load_model(run: Run, which: str = "best") -> tuple[ModelConfig, nn.Params, Tokenizer]:
+def load_model(run: Run, which: str = "best") -> tuple[ModelConfig, model.Params, Tokenizer]:
     """The model config, the parameters of a checkpoint and the tokenizer of a run: what sampling needs."""
     return run.config.model, load_checkpoint(run, which)[1], run.tokenizer
 
 
-def load_checkpoint(run: Run, which: str | int = "best") -> tuple[int, nn.Params]:
+def load_checkpoint(run: Run, which: str | int = "best") -> tuple[int, model.Params]:
     """The step and the parameters of a run's "best" or "last" checkpoint, or of that of a step.
 
     The best is that of lowest validation loss in metrics.jsonl, and the last if none was evaluated.

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxgpt import matmul as numerics
-from jaxgpt import model as nn
-from jaxgpt import prng
+from jaxgpt import matmul, model, prng
 from jaxgpt.config import Config
 from jaxgpt.data import Batch, inputs_and_targets, take
 from jaxgpt.mesh import replicated, state_shardings
@@ -28,7 +26,7 @@ class TrainState:
     """All that changes in training."""
 
     step: jax.Array  # () int32, the optimizer steps done
-    params: nn.Params
+    params: model.Params
     opt_state: Any  # of make_optimizer(config)
 
 
@@ -42,15 +40,15 @@ class Metrics(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-@numerics.in_32_bits
+@matmul.in_32_bits
 def init_state(config: Config, hyper: Hyperparameters | None = None) -> TrainState:
     """The state at step 0, a pure function of the config; `hyper` as in `train_step`."""
     hyper = hyper or hyperparameters(config)
-    params = nn.init_params(_model(config, hyper), stream_key(hyper.seed, INIT))
+    params = model.init_params(_model(config, hyper), stream_key(hyper.seed, INIT))
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config, hyper).init(params))
 
 
-@numerics.in_32_bits
+@matmul.in_32_bits
 def train_step(
     config: Config, state: TrainState, batch: Batch, hyper: Hyperparameters | None = None
 ) -> tuple[TrainState, Metrics]:
@@ -81,7 +79,7 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), Metrics(loss, grad_norm, rate, applied)
 
 
-@numerics.in_32_bits
+@matmul.in_32_bits
 def train_steps(
     config: Config,
     state: TrainState,
@@ -109,16 +107,16 @@ def train_steps(
 
 def loss_and_grads(
     config: Config,
-    params: nn.Params,
+    params: model.Params,
     batch: Batch,
     dropout_key: jax.Array | None,
     hyper: Hyperparameters | None = None,
-) -> tuple[jax.Array, nn.Params]:
+) -> tuple[jax.Array, model.Params]:
     """Mean loss over the batch and its gradient, in `accumulate` micro-batches one after another."""
-    model = _model(config, hyper or hyperparameters(config))
+    shape = _model(config, hyper or hyperparameters(config))
 
-    def loss(params: nn.Params, batch: Batch, key: jax.Array | None) -> jax.Array:
-        return nn.losses(model, params, batch.inputs, batch.targets, key).mean()
+    def loss(params: model.Params, batch: Batch, key: jax.Array | None) -> jax.Array:
+        return model.losses(shape, params, batch.inputs, batch.targets, key).mean()
 
     A = config.train.accumulate
     if A == 1:

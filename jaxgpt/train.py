@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jax.sharding import Mesh
 
-from jaxgpt import memory, processes
-from jaxgpt import model as nn
+from jaxgpt import memory, model, processes
 from jaxgpt.checkpoint import CheckpointError, Checkpoints, Manifest
 from jaxgpt.config import Config
 from jaxgpt.corpus import Corpus
@@ -53,7 +52,7 @@ def fit(
     config: Config | None = None,
     debug_nans: bool = False,
     mesh: Mesh | None = None,
-    sample: Callable[[nn.Params], str] | None = None,
+    sample: Callable[[model.Params], str] | None = None,
 ) -> Summary:
     """Train `run` from its newest checkpoint, or from the start, to its last step; log, evaluate and save.
 

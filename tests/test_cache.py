@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import attention, kernels
-from jaxgpt import model as nn
+from jaxgpt import attention, kernels, model
 from jaxgpt.config import ModelConfig
 
 SMALL = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=4, n_embd=16)
@@ -40,13 +39,13 @@ EVERYTHING = {name: value for option in [*OPTIONS, OTHERS] for name, value in op
 EVERYTHING |= {"kind": "gpt", "n_kv_head": 2}
 TOGETHER = [EVERYTHING, EVERYTHING | {"position": "learned", "window": 0, "mlp": "swiglu", "bias": False}]
 RING = [{}, {"n_kv_head": 2, "qk_norm": True}, {"window": 3, "smear": True, "bigram_embed": True, "value_embed": True}]
-forward = jax.jit(nn.forward, static_argnums=0)
+forward = jax.jit(model.forward, static_argnums=0)
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 
 def noisy(config):
     """Parameters none of which is zero."""
-    shapes, rng = jax.eval_shape(partial(nn.init_params, config), KEY), np.random.default_rng(0)
+    shapes, rng = jax.eval_shape(partial(model.init_params, config), KEY), np.random.default_rng(0)
     return jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape) + (x.ndim == 1)).astype(np.float32), shapes)
 
 
@@ -58,10 +57,10 @@ def changed(**options):
 def read(config, params, idx, T, size=8):
     """The logits after every T tokens of `idx`, (B, N / T, V), read T at a time."""
     pieces = idx.reshape(len(idx), -1, T).swapaxes(0, 1)
-    empty = nn.init_cache(config, len(idx), size)._replace(read=jnp.int32(0))
+    empty = model.init_cache(config, len(idx), size)._replace(read=jnp.int32(0))
 
     def body(state, piece):
-        logits, state = nn.extend(config, params, state, piece)
+        logits, state = model.extend(config, params, state, piece)
         return state, logits
 
     return jax.lax.scan(body, empty, pieces)[1].swapaxes(0, 1)
@@ -75,12 +74,12 @@ def after_a_prompt(config, params, idx):
 
     def of_prompt(P):
         noise = jnp.where(jnp.arange(W)[None] < P, idx, 10 - idx)
-        logits, state = nn.extend(config, params, nn.init_cache(config, B, W), noise, P)
+        logits, state = model.extend(config, params, model.init_cache(config, B, W), noise, P)
         done = jnp.zeros((W, *logits.shape)).at[P - 1].set(logits)
 
         def body(n, carry):
             state, done = carry
-            logits, state = nn.extend(config, params, state, jax.lax.dynamic_slice_in_dim(idx, n, 1, axis=1))
+            logits, state = model.extend(config, params, state, jax.lax.dynamic_slice_in_dim(idx, n, 1, axis=1))
             return state, done.at[n].set(logits)
 
         return jax.lax.fori_loop(P, W, body, (state, done))[1]
@@ -115,7 +114,7 @@ def test_products_of_bfloat16_are_no_further_from_exact_ones():
 
 
 def test_the_cache_has_the_heads_of_keys_and_values_alone():
-    blocks = nn.init_cache(changed(n_kv_head=2), 3, 8).blocks
+    blocks = model.init_cache(changed(n_kv_head=2), 3, 8).blocks
     assert {x.shape for x in jax.tree.leaves(blocks)} == {(3, 2, 8, 4)}
     assert len(jax.tree.leaves(blocks)) == 2 * 2
 
@@ -132,7 +131,7 @@ def windowed(monkeypatch, config, params, idx):
 
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "causal_attention", attend)
-        return jax.jit(partial(nn.forward, whole))(params, idx)
+        return jax.jit(partial(model.forward, whole))(params, idx)
 
 
 @pytest.mark.parametrize("options", RING, ids=lambda o: "+".join(o) or "rope")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import files as disk
+from jaxgpt import files
 from jaxgpt.checkpoint import CheckpointError, Checkpoints, DamagedError, abstract, best_step
 from jaxgpt.step import TrainState, init_state
 
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_named(tmp_path, state, tiny, change):
             checkpoints.restore_params(5, half)
 
 
-def files(folder):
+def contents(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
@@ -168,7 +168,7 @@ def truncate(path):
 def test_harm_to_any_file_is_seen_and_the_file_named(tmp_path, state, harm):
     with Checkpoints(tmp_path / "whole", keep=1) as checkpoints:
         checkpoints.save(at(state, 5))
-    names = files(tmp_path / "whole" / "5")
+    names = contents(tmp_path / "whole" / "5")
     assert "manifest.json" in names
     assert len(names) > 5
     for name in names:
@@ -228,11 +228,11 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path, state):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(at(state, 5))
     path = tmp_path / "5" / "manifest.json"
-    tree = disk.unseal(path.read_bytes())
-    path.write_text(disk.seal({**tree, "program": "another"}))
+    tree = files.unseal(path.read_bytes())
+    path.write_text(files.seal({**tree, "program": "another"}))
     with pytest.raises(DamagedError, match="expected 'jaxgpt checkpoint 2', step 5, found 'another'"):
         Checkpoints(tmp_path).manifest(5)
-    path.write_text(disk.seal(tree))
+    path.write_text(files.seal(tree))
     (tmp_path / "5").rename(tmp_path / "6")
     with pytest.raises(DamagedError, match="step 6, found 'jaxgpt checkpoint 2', step 5"):
         Checkpoints(tmp_path).manifest(6)

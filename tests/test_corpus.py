@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import corpus as corpora
-from jaxgpt import files as disk
+from jaxgpt import files
 from jaxgpt.config import DataConfig, UsageError
 from jaxgpt.corpus import CorpusError
 from jaxgpt.prepare import vocabularies
@@ -254,9 +254,9 @@ def damage(folder, name, change):
         change(data)
         path.write_bytes(data)
     else:
-        meta = disk.unseal(path.read_bytes())
+        meta = files.unseal(path.read_bytes())
         change(meta)
-        path.write_text(disk.seal(meta))
+        path.write_text(files.seal(meta))
 
 
 @pytest.mark.parametrize(

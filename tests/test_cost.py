@@ -4,8 +4,7 @@ import itertools
 import jax
 import pytest
 
-from jaxgpt import cost
-from jaxgpt import model as nn
+from jaxgpt import cost, model
 from jaxgpt.config import ModelConfig
 
 SMALL = ModelConfig(vocab_size=13, block_size=8, n_layer=2, n_head=2, n_embd=16)
@@ -18,7 +17,7 @@ def test_n_params_is_what_init_params_makes(kind):
         config = ModelConfig(
             kind=kind, n_layer=L, n_head=2, n_embd=C, block_size=T, vocab_size=V, bias=bias, tie_weights=tie
         )
-        params = jax.eval_shape(lambda key, config=config: nn.init_params(config, key), jax.random.key(0))
+        params = jax.eval_shape(lambda key, config=config: model.init_params(config, key), jax.random.key(0))
         assert cost.n_params(config) == sum(leaf.size for leaf in jax.tree.leaves(params)), config
 
 
@@ -36,7 +35,7 @@ OPTIONS = [
 @pytest.mark.parametrize("change", OPTIONS, ids=str)
 def test_n_params_counts_every_option(change):
     config = dataclasses.replace(SMALL, **change)
-    params = jax.eval_shape(lambda key: nn.init_params(config, key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
     assert cost.n_params(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -59,14 +58,14 @@ def products(jaxpr):
 )
 def test_flops_are_those_of_the_products_in_the_traced_forward_pass(change):
     config, B = dataclasses.replace(SMALL, **change), 3
-    params = jax.eval_shape(lambda key: nn.init_params(config, key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
     idx = jax.ShapeDtypeStruct((B, config.block_size), "int32")
-    traced = jax.make_jaxpr(lambda params, idx: nn.forward(config, params, idx))(params, idx)
+    traced = jax.make_jaxpr(lambda params, idx: model.forward(config, params, idx))(params, idx)
     assert cost.flops_per_token(config) * B * config.block_size == products(traced.jaxpr)
 
 
 def test_training_takes_three_times_the_products_of_the_forward_pass():
-    params = jax.eval_shape(lambda key: nn.init_params(SMALL, key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: model.init_params(SMALL, key), jax.random.key(0))
     idx = jax.ShapeDtypeStruct((3, SMALL.block_size), "int32")
-    backward = jax.make_jaxpr(jax.grad(lambda params, idx: nn.forward(SMALL, params, idx).sum()))(params, idx)
+    backward = jax.make_jaxpr(jax.grad(lambda params, idx: model.forward(SMALL, params, idx).sum()))(params, idx)
     assert 3 * cost.flops_per_token(SMALL) * 3 * SMALL.block_size == products(backward.jaxpr)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgpt import files as disk
+from jaxgpt import files
 from jaxgpt.config import UsageError
 from jaxgpt.files import SealError
 
@@ -15,29 +15,29 @@ trees = st.dictionaries(st.text().filter(lambda key: key != "seal"), values)
 
 @given(trees)
 def test_what_is_sealed_comes_back(tree):
-    assert repr(disk.unseal(disk.seal(tree).encode())) == repr(tree)
+    assert repr(files.unseal(files.seal(tree).encode())) == repr(tree)
 
 
 @given(trees, st.data())
 def test_no_byte_of_a_sealed_text_changes_unseen(tree, data):
-    whole = disk.seal(tree).encode()
+    whole = files.seal(tree).encode()
     place = data.draw(st.integers(0, len(whole) - 1))
     flipped = bytes([whole[place] ^ (1 << data.draw(st.integers(0, 7)))])
     for damaged in (whole[:place], whole[:place] + flipped + whole[place + 1 :], whole + b" "):
         with pytest.raises(SealError):
-            disk.unseal(damaged)
+            files.unseal(damaged)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{}", b'{"seal": 3}', b"[" * 100_000, b"\xff"])
 def test_what_was_never_sealed_is_refused(data):
     with pytest.raises(SealError):
-        disk.unseal(data)
+        files.unseal(data)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, call):
     path = tmp_path / "file"
-    disk.write_atomically(path, b"old")
+    files.write_atomically(path, b"old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -46,25 +46,25 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, call):
         patch.setattr(os, call, full)
         patch.setattr("pathlib.Path.replace" if call == "replace" else "os.fsync", full)
         with pytest.raises(OSError, match="No space"):
-            disk.write_atomically(path, b"new")
+            files.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-    disk.write_atomically(path, b"new")
+    files.write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
 
 
 def test_a_folder_that_cannot_be_written_to_is_named_and_one_that_can_is_left_empty(tmp_path):
-    disk.require_writable(tmp_path / "new" / "folder", "--runs-dir")
+    files.require_writable(tmp_path / "new" / "folder", "--runs-dir")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file" / "x", tmp_path / "file"):
         with pytest.raises(UsageError, match=r"cannot be written to: .*; name another folder: --runs-dir"):
-            disk.require_writable(folder, "--runs-dir")
+            files.require_writable(folder, "--runs-dir")
 
 
 def test_a_file_that_cannot_be_written_is_told_before_there_is_anything_to_write(tmp_path):
-    disk.require_file(None, "--out")
-    disk.require_file(tmp_path / "new.json", "--out")
+    files.require_file(None, "--out")
+    files.require_file(tmp_path / "new.json", "--out")
     assert list(tmp_path.iterdir()) == []
     for path, said in (
         (tmp_path, "is a folder or a device: name a file, --out FILE"),
@@ -72,4 +72,4 @@ def test_a_file_that_cannot_be_written_is_told_before_there_is_anything_to_write
         (tmp_path / "no" / "x.json", "there is no folder"),
     ):
         with pytest.raises(UsageError, match=said):
-            disk.require_file(path, "--out")
+            files.require_file(path, "--out")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.cli.runs import resume
 from jaxgpt.config import replaced
 from jaxgpt.evaluation import evaluate
@@ -62,5 +62,5 @@ def test_a_saved_export_computes_the_logits_of_its_run(saved):
     exported_config, exported_params, exported_tokenizer = load_export(saved / "exported")
     assert exported_tokenizer == tokenizer
     idx = jax.numpy.arange(8)[None]
-    expected = nn.forward(config, params, idx)
-    np.testing.assert_allclose(nn.forward(exported_config, exported_params, idx), expected, atol=1e-5)
+    expected = model.forward(config, params, idx)
+    np.testing.assert_allclose(model.forward(exported_config, exported_params, idx), expected, atol=1e-5)

@@ -5,23 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import filters
-from jaxgpt import model as nn
+from jaxgpt import filters, model
 from jaxgpt.sample import CHUNK, LONGEST, generate, stream
 
 KEY = jax.random.key(0)
-forward = jax.jit(nn.forward, static_argnums=0)
+forward = jax.jit(model.forward, static_argnums=0)
 
 
 @lru_cache
 def weights(config):
     """Parameters far from a uniform guess, so that a fault shows."""
-    params = jax.jit(nn.init_params, static_argnums=0)(config, KEY)
+    params = jax.jit(model.init_params, static_argnums=0)(config, KEY)
     return jax.tree.map(lambda x: 8 * x, params)
 
 
 @pytest.fixture
-def model(tiny, change):
+def tiny_model(tiny, change):
     config = change(tiny, dropout=0.0).model
     return config, weights(config)
 
@@ -44,8 +43,8 @@ def by_hand(config, params, prompt, n, choose):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("length", [1, 5, 8, 30])
-def test_greedy_is_the_plain_loop_for_short_and_long_prompts(model, length):
-    config, params = model
+def test_greedy_is_the_plain_loop_for_short_and_long_prompts(tiny_model, length):
+    config, params = tiny_model
     prompt = np.random.default_rng(length).integers(0, 13, length)
     got = generate(config, params, prompt[None], 20, KEY, temperature=0)
     assert got[0].tolist() == by_hand(config, params, prompt, 20, lambda logits, i: logits.argmax())
@@ -65,47 +64,47 @@ def test_a_cache_smaller_than_block_size_holds_all_that_is_read(tiny, change, po
         np.testing.assert_array_equal(got, ids[:, 3 : 3 + n])
 
 
-def test_sampling_draws_from_the_softmax_at_that_temperature(model):
-    config, params = model
+def test_sampling_draws_from_the_softmax_at_that_temperature(tiny_model):
+    config, params = tiny_model
     many = generate(config, params, np.full((20_000, 1), 3), 1, KEY, temperature=2.0)
     counts = np.bincount(np.asarray(many)[:, 0], minlength=13) / 20_000
-    expected = jax.nn.softmax(nn.forward(config, params, jnp.array([[3]]))[0, 0] / 2)
+    expected = jax.nn.softmax(model.forward(config, params, jnp.array([[3]]))[0, 0] / 2)
     np.testing.assert_allclose(counts, expected, atol=5 * np.sqrt(0.25 / 20_000))
 
 
 @pytest.mark.smoke
-def test_top_k_of_one_is_greedy(model):
-    config, params = model
+def test_top_k_of_one_is_greedy(tiny_model):
+    config, params = tiny_model
     greedy = generate(config, params, [[1, 2]], 20, KEY, temperature=0)
     np.testing.assert_array_equal(generate(config, params, [[1, 2]], 20, KEY, top_k=1), greedy)
 
 
 @pytest.mark.parametrize("n", [0, 1, CHUNK, CHUNK + 1, LONGEST + 3])
-def test_a_stream_joined_is_the_whole(model, n):
-    config, params = model
+def test_a_stream_joined_is_the_whole(tiny_model, n):
+    config, params = tiny_model
     pieces = list(stream(config, params, [[1], [2]], n, KEY))
     whole = generate(config, params, [[1], [2]], n, KEY)
     assert whole.shape == (2, n)
     np.testing.assert_array_equal(np.concatenate([np.empty((2, 0)), *pieces], axis=1), whole)
 
 
-def test_the_same_key_writes_the_same_and_another_key_something_else(model):
-    config, params = model
+def test_the_same_key_writes_the_same_and_another_key_something_else(tiny_model):
+    config, params = tiny_model
     one, two = (generate(config, params, [[1]], 30, KEY) for _ in range(2))
     np.testing.assert_array_equal(one, two)
     assert (generate(config, params, [[1]], 30, jax.random.key(1)) != one).any()
 
 
-def test_a_sequence_does_not_depend_on_the_rest_of_its_batch(model):
-    config, params = model
+def test_a_sequence_does_not_depend_on_the_rest_of_its_batch(tiny_model):
+    config, params = tiny_model
     prompts = np.array([[1], [1], [2]])
     together = generate(config, params, prompts, 20, KEY)
     np.testing.assert_array_equal(generate(config, params, prompts[:1], 20, KEY)[0], together[0])
     assert (together[0] != together[1]).any(), "equal prompts are continued differently"
 
 
-def test_padded_ids_are_never_drawn(model):
-    config, params = model
+def test_padded_ids_are_never_drawn(tiny_model):
+    config, params = tiny_model
     assert int(generate(config, params, np.full((50, 1), 1), 30, KEY, temperature=5.0).max()) >= 4
     assert int(generate(config, params, np.full((50, 1), 1), 30, KEY, temperature=5.0, n_ids=4).max()) < 4
 
@@ -177,8 +176,8 @@ def test_a_bigram_sees_the_last_token_alone(tiny, change):
     assert generate(config, params, [[7, 4]], 20, KEY, temperature=0)[0].tolist() == ids[1:]
 
 
-def test_tokens_are_drawn_with_the_key_of_their_sequence_and_number(model):
-    config, params = model
+def test_tokens_are_drawn_with_the_key_of_their_sequence_and_number(tiny_model):
+    config, params = tiny_model
     got = generate(config, params, [[1, 2], [1, 2]], 12, KEY, temperature=0.7, top_k=5, min_p=0.01)
     for b in range(2):
         key = jax.random.fold_in(KEY, b)
@@ -190,8 +189,8 @@ def test_tokens_are_drawn_with_the_key_of_their_sequence_and_number(model):
         assert got[b].tolist() == by_hand(config, params, [1, 2], 12, choose)
 
 
-def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(model):
-    config, params = model
+def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(tiny_model):
+    config, params = tiny_model
     greedy = generate(config, params, [[1, 2]], 20, KEY, temperature=0)
     for how in ({"top_p": 1e-6}, {"min_p": 1.0}):
         np.testing.assert_array_equal(generate(config, params, [[1, 2]], 20, KEY, **how), greedy)
@@ -217,7 +216,7 @@ def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(model):
         ([[1]], {"min_p": float("nan")}, "min_p is nan"),
     ],
 )
-def test_refusals(model, prompt, options, said):
-    config, params = model
+def test_refusals(tiny_model, prompt, options, said):
+    config, params = tiny_model
     with pytest.raises(ValueError, match=said):
         generate(config, params, prompt, 5, KEY, **options)

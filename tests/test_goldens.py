@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.data import Batch
 from jaxgpt.huggingface import gpt2
@@ -75,9 +75,9 @@ def assert_params_close(config, ours, theirs, relative):
 def test_logits_and_loss(golden):
     config, arrays, params = golden
     inputs, targets = batch(arrays, 0)
-    logits = jax.jit(nn.forward, static_argnums=0)(config.model, params("param"), inputs)
+    logits = jax.jit(model.forward, static_argnums=0)(config.model, params("param"), inputs)
     assert_close(logits, arrays["logits"], 1e-5)
-    np.testing.assert_allclose(nn.cross_entropy(logits, targets), arrays["loss"], rtol=1e-5)
+    np.testing.assert_allclose(model.cross_entropy(logits, targets), arrays["loss"], rtol=1e-5)
 
 
 @pytest.mark.smoke

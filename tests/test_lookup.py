@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import kernels, sharding
-from jaxgpt import model as nn
+from jaxgpt import kernels, model, sharding
 from jaxgpt.config import ModelConfig
 
 V, C = 13, 5
@@ -77,8 +76,8 @@ def added_up(jaxpr):
     ],
 )
 def test_no_two_rows_are_added_to_one_place_at_a_time(gpu, config, once):
-    params = jax.eval_shape(lambda: nn.init_params(config, jax.random.key(0)))
-    grad = jax.grad(lambda params, idx: nn.losses(config, params, idx[:, :-1], idx[:, 1:]).mean())
+    params = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+    grad = jax.grad(lambda params, idx: model.losses(config, params, idx[:, :-1], idx[:, 1:]).mean())
     found = list(added_up(jax.make_jaxpr(grad)(params, jax.ShapeDtypeStruct((4, 9), jnp.int32)).jaxpr))
     assert any(shape[0] in (V, V * V) and unique for shape, unique in found)
     assert {shape for shape, unique in found if not unique} == once
@@ -91,7 +90,7 @@ def test_cudnn_attends_to_even_contexts_alone(gpu):
 
 def test_a_kernel_that_is_not_repeatable_is_named_at_the_start(gpu):
     config = ModelConfig(vocab_size=V, block_size=1024, n_head=2, n_embd=128, precision="bfloat16")
-    assert "attention: cudnn; its gradients are not repeatable" in nn.describe(config)
+    assert "attention: cudnn; its gradients are not repeatable" in model.describe(config)
     for other in (dict(block_size=256), dict(precision="float32"), dict(dropout=0.1), dict(block_size=1023)):
-        assert "repeatable" not in nn.describe(dataclasses.replace(config, **other))
-    assert "repeatable" not in nn.describe(ModelConfig(kind="bigram", vocab_size=V, precision="bfloat16"))
+        assert "repeatable" not in model.describe(dataclasses.replace(config, **other))
+    assert "repeatable" not in model.describe(ModelConfig(kind="bigram", vocab_size=V, precision="bfloat16"))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import matmul as numerics
+from jaxgpt import matmul
 from jaxgpt.step import init_state, train_steps
 
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -14,13 +14,13 @@ KEYS = jax.random.split(jax.random.key(0), 3)
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5)])
 def test_dot_is_the_dense_product(shape):
     x, w = jax.random.normal(KEYS[0], shape), jax.random.normal(KEYS[1], (5, 7))
-    np.testing.assert_allclose(numerics.dot(x, w), np.asarray(x) @ np.asarray(w), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(matmul.dot(x, w), np.asarray(x) @ np.asarray(w), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_products_of_layers_are_two_dimensional(precision):
     """What makes them fast on a CPU."""
-    jaxpr = jax.make_jaxpr(lambda x, w: numerics.dot(x, w, precision))(jnp.ones((2, 3, 5)), jnp.ones((5, 7)))
+    jaxpr = jax.make_jaxpr(lambda x, w: matmul.dot(x, w, precision))(jnp.ones((2, 3, 5)), jnp.ones((5, 7)))
     shapes = [eqn.invars[0].aval.ndim for eqn in jaxpr.eqns if eqn.primitive.name in ("dot_general", "custom_vjp_call")]
     assert shapes == [2]
 
@@ -34,7 +34,7 @@ def test_bfloat16_rounds_operands_and_nothing_else(K, N):
     def rounded(x):
         return np.asarray(x.astype(jnp.bfloat16), np.float32)
 
-    out, back = jax.vjp(lambda x, w: numerics.dot(x, w, "bfloat16"), x, w)
+    out, back = jax.vjp(lambda x, w: matmul.dot(x, w, "bfloat16"), x, w)
     dx, dw = back(g)
     assert {each.dtype for each in (out, dx, dw)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(out, rounded(x) @ rounded(w), rtol=1e-5, atol=1e-5)
@@ -46,7 +46,7 @@ def test_bfloat16_rounds_operands_and_nothing_else(K, N):
 @pytest.mark.parametrize("shape", [(3, 5), (4, 8), (2, 3, 6, 12)])
 def test_transposed(shape):
     x = jnp.arange(float(np.prod(shape))).reshape(shape)
-    np.testing.assert_array_equal(numerics.transposed(x), np.swapaxes(x, -1, -2))
+    np.testing.assert_array_equal(matmul.transposed(x), np.swapaxes(x, -1, -2))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -55,7 +55,7 @@ def test_bfloat16_gradients_of_a_head_of_any_shape(C, tied):
     """XLA has refused some of these, where the kernel is a transposed embedding."""
 
     def grads(precision, x, weight):
-        return jax.grad(lambda x, w: (numerics.dot(x, w.T if tied else w, precision) ** 2).sum(), (0, 1))(x, weight)
+        return jax.grad(lambda x, w: (matmul.dot(x, w.T if tied else w, precision) ** 2).sum(), (0, 1))(x, weight)
 
     for V in (7, 12, 15, 16, 17, 40):
         x, weight = jax.random.normal(KEYS[0], (32, C)), jax.random.normal(KEYS[1], (V, C) if tied else (C, V))
@@ -79,11 +79,11 @@ def test_a_tied_head_trains_in_bfloat16(tiny, change, precision, C, V, bias):
 
 
 def test_auto_is_a_precision_and_stays_it():
-    assert numerics.resolve("float32") == "float32"
-    assert numerics.resolve("bfloat16") == "bfloat16"
-    assert numerics.resolve("auto") in ("float32", "bfloat16")
-    jitted = jax.jit(lambda x: numerics.to_compute_dtype(x, "auto"))(jnp.ones(3))
-    assert jitted.dtype == jnp.dtype(numerics.resolve("auto"))
+    assert matmul.resolve("float32") == "float32"
+    assert matmul.resolve("bfloat16") == "bfloat16"
+    assert matmul.resolve("auto") in ("float32", "bfloat16")
+    jitted = jax.jit(lambda x: matmul.to_compute_dtype(x, "auto"))(jnp.ones(3))
+    assert jitted.dtype == jnp.dtype(matmul.resolve("auto"))
 
 
 @pytest.mark.parametrize(
@@ -105,26 +105,26 @@ def test_auto_is_a_table(monkeypatch, tmp_path, platform, flags, capability, cho
     info = tmp_path / "cpuinfo"
     if flags is not None:
         info.write_text(f"processor\t: 0\nflags\t\t: {flags}\nprocessor\t: 1\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(numerics, "Path", lambda path: info if path == "/proc/cpuinfo" else None)
-    monkeypatch.setattr(numerics.sharding, "platform", lambda: platform)
+    monkeypatch.setattr(matmul, "Path", lambda path: info if path == "/proc/cpuinfo" else None)
+    monkeypatch.setattr(matmul.sharding, "platform", lambda: platform)
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    numerics._cpu_flags.cache_clear()
+    matmul._cpu_flags.cache_clear()
     try:
-        assert numerics.resolve("auto") == chosen
+        assert matmul.resolve("auto") == chosen
     finally:
-        numerics._cpu_flags.cache_clear()
+        matmul._cpu_flags.cache_clear()
 
 
 def test_softmax_is_computed_in_float32_and_keeps_the_dtype():
     x = jnp.array([[0.0, 1.0, -jnp.inf]])
-    np.testing.assert_allclose(numerics.softmax(x), [[1 / (1 + np.e), np.e / (1 + np.e), 0]], rtol=1e-6)
-    assert numerics.softmax(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(matmul.softmax(x), [[1 / (1 + np.e), np.e / (1 + np.e), 0]], rtol=1e-6)
+    assert matmul.softmax(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_rms_norm_and_softcap():
     x = jax.random.normal(KEYS[0], (3, 8)) * 40
-    np.testing.assert_allclose(np.mean(np.square(numerics.rms_norm(x)), axis=-1), 1, rtol=1e-5)
-    np.testing.assert_allclose(numerics.rms_norm(x), numerics.rms_norm(7 * x), rtol=1e-5)
-    capped = numerics.softcap(x, 15.0)
+    np.testing.assert_allclose(np.mean(np.square(matmul.rms_norm(x)), axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(matmul.rms_norm(x), matmul.rms_norm(7 * x), rtol=1e-5)
+    capped = matmul.softcap(x, 15.0)
     assert np.abs(capped).max() < 15
-    np.testing.assert_allclose(numerics.softcap(x / 1e3, 15.0), x / 1e3, rtol=1e-4)
+    np.testing.assert_allclose(matmul.softcap(x / 1e3, 15.0), x / 1e3, rtol=1e-4)

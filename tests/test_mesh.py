@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import data as batches
-from jaxgpt import kernels, loss, mesh, sharding
-from jaxgpt import model as nn
+from jaxgpt import kernels, loss, mesh, model, sharding
 from jaxgpt.attention import attention, causal_mask
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.data import Batch, loader
@@ -266,7 +265,7 @@ def test_the_loss_in_parts_and_its_gradients_are_those_of_the_whole(text):
         return (weights * losses).sum(), losses
 
     def whole(x, kernel):
-        losses = nn.token_losses(x @ kernel, targets)
+        losses = model.token_losses(x @ kernel, targets)
         return (weights * losses).sum(), losses
 
     with jax.set_mesh(mesh_of(text)):
@@ -293,9 +292,9 @@ def test_a_checkpoint_goes_from_any_mesh_to_any_other(small, tmp_path):
 def test_stacked_blocks_are_the_blocks(rich, change):
     config = dataclasses.replace(rich.model, dropout=0.0)
     plain = dataclasses.replace(config, scan_layers=False)
-    init, forward = (jax.jit(function, static_argnums=0) for function in (nn.init_params, nn.forward))
+    init, forward = (jax.jit(function, static_argnums=0) for function in (model.init_params, model.forward))
     params, apart = init(config, jax.random.key(0)), init(plain, jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, nn.unstacked(params), apart)
-    jax.tree.map(np.testing.assert_array_equal, nn.stacked(apart), params)
+    jax.tree.map(np.testing.assert_array_equal, model.unstacked(params), apart)
+    jax.tree.map(np.testing.assert_array_equal, model.stacked(apart), params)
     idx = np.arange(16).reshape(2, 8)
     np.testing.assert_allclose(forward(config, params, idx), forward(plain, apart, idx), atol=1e-5)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.config import ModelConfig, UsageError
 
 GPT = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16)
@@ -15,7 +15,7 @@ BIGRAM = ModelConfig(kind="bigram", vocab_size=11, block_size=8)
 KEY = jax.random.key(0)
 IDX = jax.random.randint(jax.random.key(1), (3, 8), 0, 11)
 init_params, forward, logits_and_loss = (
-    jax.jit(function, static_argnums=0) for function in (nn.init_params, nn.forward, nn.logits_and_loss)
+    jax.jit(function, static_argnums=0) for function in (model.init_params, model.forward, model.logits_and_loss)
 )
 
 
@@ -25,7 +25,7 @@ def test_logits_are_B_T_V(config):
     params = init_params(config, KEY)
     assert forward(config, params, IDX).shape == (3, 8, 11)
     for T in (1, 5):
-        assert jax.eval_shape(partial(nn.forward, config), params, IDX[:, :T]).shape == (3, T, 11)
+        assert jax.eval_shape(partial(model.forward, config), params, IDX[:, :T]).shape == (3, T, 11)
     with pytest.raises(ValueError, match="9 tokens are longer than block_size, 8"):
         forward(config, params, jnp.zeros((1, 9), jnp.int32))
 
@@ -74,7 +74,7 @@ def test_causality_by_gradients():
 @pytest.mark.parametrize("kind", ["gpt", "bigram"])
 def test_without_a_vocabulary_there_are_no_parameters(kind):
     with pytest.raises(UsageError, match="vocab_size is 0, expected at least 1"):
-        nn.init_params(ModelConfig(kind), jax.random.key(0))
+        model.init_params(ModelConfig(kind), jax.random.key(0))
 
 
 def test_initialisation_is_nanogpts():
@@ -143,7 +143,7 @@ def test_dropout_keeps_the_mean():
 def test_the_norm_is_pytorchs():
     """(x - mean) / sqrt(var + 1e-5), the variance without Bessel's correction; Flax's own epsilon is 1e-6."""
     x = jnp.array([[1e-3, -1e-3, 3e-3, 5e-3]])
-    norm = nn.norm(GPT, "ln")
+    norm = model.norm(GPT, "ln")
     got = norm.apply(norm.init(KEY, x), x)
     np.testing.assert_allclose(got, (x - x.mean()) / np.sqrt(x.var() + 1e-5), rtol=1e-5)
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import attention, kernels, loss
-from jaxgpt import model as nn
+from jaxgpt import attention, kernels, loss, model
 from jaxgpt.config import Config, ConfigError, ModelConfig, check
 
 SMALL = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=4, n_embd=16)
@@ -35,11 +34,11 @@ EVERYTHING = {name: value for option in OPTIONS for name, value in option.items(
 
 def noisy(config):
     """Parameters none of which is zero."""
-    shapes, rng = jax.eval_shape(partial(nn.init_params, config), KEY), np.random.default_rng(0)
+    shapes, rng = jax.eval_shape(partial(model.init_params, config), KEY), np.random.default_rng(0)
     return jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape) + (x.ndim == 1)).astype(np.float32), shapes)
 
 
-forward = jax.jit(nn.forward, static_argnums=0)
+forward = jax.jit(model.forward, static_argnums=0)
 
 
 def changed(**options):
@@ -68,14 +67,14 @@ def test_every_option_changes_something_and_every_parameter_learns(options):
     params = noisy(config)
 
     def mean_loss(params):
-        return nn.losses(config, params, IDX, jnp.roll(IDX, -1, axis=1)).mean()
+        return model.losses(config, params, IDX, jnp.roll(IDX, -1, axis=1)).mean()
 
     value, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
     assert np.isfinite(value)
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         assert np.abs(g).max() > 0, jax.tree_util.keystr(path)
     plain = changed(tie_weights=config.tie_weights)
-    if "zero_init" not in options and shapes(params) == shapes(nn.init_params(plain, KEY)):
+    if "zero_init" not in options and shapes(params) == shapes(model.init_params(plain, KEY)):
         assert (forward(plain, params, IDX) != forward(config, params, IDX)).any()
 
 
@@ -85,13 +84,13 @@ def shapes(params):
 
 def test_zero_init_starts_as_the_uniform_guess():
     config = changed(zero_init=True, tie_weights=False)
-    np.testing.assert_array_equal(forward(config, nn.init_params(config, KEY), IDX), 0)
+    np.testing.assert_array_equal(forward(config, model.init_params(config, KEY), IDX), 0)
 
 
 @pytest.mark.parametrize("option", ["smear", "bigram_embed", "value_embed"])
 def test_what_starts_from_none_changes_nothing_at_the_start(option):
     config = changed(**{option: True})
-    params = nn.init_params(config, KEY)
+    params = model.init_params(config, KEY)
     plain = {name: value for name, value in params.items() if name not in ("smear", "bigram")}
     for block in ("h_0", "h_1"):
         attn = {name: value for name, value in params[block]["attn"].items() if name != "value_embed"}
@@ -179,7 +178,7 @@ def test_all_logits_never_exist_at_once_where_they_are_many():
     targets = jax.random.randint(KEY, (2, 12), 0, 50)
 
     def whole(x, kernel):
-        return nn.token_losses(x @ kernel, targets).sum()
+        return model.token_losses(x @ kernel, targets).sum()
 
     def chunked(x, kernel):
         return loss.losses_of(jnp.matmul, x, kernel, targets, chunk=400).sum()
@@ -196,7 +195,7 @@ def test_what_is_computed_again_is_the_same(remat):
     params = noisy(SMALL)
 
     def grads(config):
-        return jax.jit(jax.grad(lambda params: nn.losses(config, params, IDX, IDX).mean()))(params)
+        return jax.jit(jax.grad(lambda params: model.losses(config, params, IDX, IDX).mean()))(params)
 
     for a, b in zip(jax.tree.leaves(grads(changed(remat=remat))), jax.tree.leaves(grads(SMALL)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -210,7 +209,7 @@ def test_what_is_computed_again_is_the_same(remat):
 
 
 def partial_loss(config):
-    return lambda params: nn.losses(config, params, IDX, IDX).mean()
+    return lambda params: model.losses(config, params, IDX, IDX).mean()
 
 
 @pytest.mark.parametrize(

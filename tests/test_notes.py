@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.attention import attention_weights, causal_mask
 from jaxgpt.config import ModelConfig
 from jaxgpt.lecture.attention import Head
@@ -38,7 +38,7 @@ def test_tokenize_characters_separate_into_tokens_represented_as_integers():
 
 def test_each_token_directly_reads_off_the_logits_for_the_next_token():
     """'it returns out a (B, T, C) batch size by time by channel'; 'if targets is None: loss = None'."""
-    logits, loss = nn.logits_and_loss(BIGRAM, TABLE, IDX)
+    logits, loss = model.logits_and_loss(BIGRAM, TABLE, IDX)
     assert loss is None
     assert logits.shape == (B, T, V)
     np.testing.assert_array_equal(logits, GOLDEN["bigram_logits"])
@@ -46,14 +46,14 @@ def test_each_token_directly_reads_off_the_logits_for_the_next_token():
 
 def test_so_we_need_to_reshape_the_logits_and_targets():
     """'logits = logits.view(B*T,C); targets = targets.view(B*T); loss = F.cross_entropy(logits, targets)'."""
-    logits, loss = nn.logits_and_loss(BIGRAM, TABLE, IDX, TARGETS)
+    logits, loss = model.logits_and_loss(BIGRAM, TABLE, IDX, TARGETS)
     assert logits.shape == (B * T, V)
     close(loss, GOLDEN["bigram_loss"])
-    close(nn.cross_entropy(logits, TARGETS.reshape(B * T)), GOLDEN["bigram_loss"])
+    close(model.cross_entropy(logits, TARGETS.reshape(B * T)), GOLDEN["bigram_loss"])
 
 
 def test_compute_gradients_with_respect_to_loss():
-    grad = jax.grad(lambda table: nn.logits_and_loss(BIGRAM, table, IDX, TARGETS)[1])(TABLE)
+    grad = jax.grad(lambda table: model.logits_and_loss(BIGRAM, table, IDX, TARGETS)[1])(TABLE)
     close(grad["token_embedding_table"]["embedding"], GOLDEN["bigram_grad"])
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.optimizer import decay_mask, learning_rate, make_optimizer
 from jaxgpt.recipes import FINETUNE, RECIPES
@@ -54,7 +54,7 @@ def test_the_schedule_ends_at_a_share_of_the_peak_or_at_a_minimum_of_ones_own(ch
 
 
 def test_decay_is_by_path_and_is_nanogpts_choice(tiny):
-    params = nn.init_params(tiny.model, jax.random.key(0))
+    params = model.init_params(tiny.model, jax.random.key(0))
     mask = decay_mask(params)
     by_ndim = jax.tree.map(lambda x: x.ndim >= 2, params)
     assert mask == by_ndim

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import corpus as corpora
-from jaxgpt import files as disk
+from jaxgpt import files
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli.runs import resume, start
 from jaxgpt.metrics_log import Evaluated, Notice
@@ -149,7 +149,7 @@ def test_another_version_of_jax_is_reported(done):
 def test_a_step_that_says_nothing_of_its_run_is_refused(done):
     run, corpus = done
     path = run.checkpoints / "15" / "manifest.json"
-    path.write_text(disk.seal({**disk.unseal(path.read_bytes()), "about": {}}))
+    path.write_text(files.seal({**files.unseal(path.read_bytes()), "about": {}}))
     with pytest.raises(RunError, match="it is not of a run"):
         fit(Run(run.path), corpus)
 

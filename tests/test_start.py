@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import corpus as corpora
-from jaxgpt import files as disk
-from jaxgpt import memory, processes
+from jaxgpt import files, memory, processes
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.cli import evaluate
 from jaxgpt.cli.runs import complete, corpus_of, resume, start
@@ -161,7 +160,7 @@ def test_a_mixture_is_found_as_it_was_prepared_by_many_at_once(mixture, folders,
 
 def test_process_0_checks_the_tokens_for_all(config, folders, monkeypatch):
     run, corpus = start(config, "one", *folders)
-    monkeypatch.setattr(disk, "sha256", None)
+    monkeypatch.setattr(files, "sha256", None)
     with pytest.raises(TypeError):
         corpus_of(run, folders[1])
     monkeypatch.setattr(processes, "is_primary", lambda: False)

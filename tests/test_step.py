@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import data as batches
-from jaxgpt import model as nn
-from jaxgpt import prng
+from jaxgpt import model, prng
 from jaxgpt import step as steps
 from jaxgpt.mesh import one_device
 from jaxgpt.step import init_state, jit_train_steps, sharded_init
@@ -49,12 +48,12 @@ def test_64_bits_allowed_change_no_bit(tiny, change):
     with jax.enable_x64(True):
         wide, wide_metrics = run(config, init_state(config), 0, 2)
         idx = jnp.asarray(TOKENS[None, :8], jnp.int64)
-        logits = nn.forward(config.model, jax.tree.map(lambda x: x.astype(jnp.float64), wide.params), idx)
-        fresh = nn.init_params(config.model, prng.key(1))
+        logits = model.forward(config.model, jax.tree.map(lambda x: x.astype(jnp.float64), wide.params), idx)
+        fresh = model.init_params(config.model, prng.key(1))
     assert_equal((state, metrics), (wide, wide_metrics))
     assert {x.dtype.name for x in jax.tree.leaves((wide, wide_metrics, logits, fresh))} <= {"float32", "int32", "bool"}
-    assert_equal(logits, nn.forward(config.model, state.params, TOKENS[None, :8].astype(np.int32)))
-    assert_equal(fresh, nn.init_params(config.model, prng.key(1)))
+    assert_equal(logits, model.forward(config.model, state.params, TOKENS[None, :8].astype(np.int32)))
+    assert_equal(fresh, model.init_params(config.model, prng.key(1)))
 
 
 @pytest.mark.smoke
@@ -161,7 +160,7 @@ def test_it_learns_a_text_that_repeats(tiny, change):
     state, metrics = jit_train_steps(config, one_device())(init_state(config), tokens, plan)
     assert metrics.loss[0] > 2.4
     assert metrics.loss[-1] < 0.05
-    logits = nn.forward(config.model, state.params, jnp.arange(8)[None])
+    logits = model.forward(config.model, state.params, jnp.arange(8)[None])
     np.testing.assert_array_equal(logits[0, 1:].argmax(-1), np.arange(2, 9))
 
 
@@ -202,6 +201,6 @@ def test_training_and_sampling_work_where_dtype_promotion_is_strict(tiny, change
         state = jax.eval_shape(lambda: init_state(config))
         tokens, windows = jnp.asarray(TOKENS), starts(config, 0, 5).astype(np.int32)
         after, _ = jax.eval_shape(lambda state: steps.train_steps(config, state, tokens, windows), state)
-        jax.eval_shape(lambda params: nn.losses(config.model, params, idx, idx), state.params)
-        generate(config.model, nn.init_params(config.model, jax.random.key(0)), idx, 3, jax.random.key(1))
+        jax.eval_shape(lambda params: model.losses(config.model, params, idx, idx), state.params)
+        generate(config.model, model.init_params(config.model, jax.random.key(0)), idx, 3, jax.random.key(1))
     assert after == state

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.data import Batch
 from jaxgpt.huggingface import gpt2
@@ -34,7 +34,7 @@ CONFIGS = st.builds(
 
 @partial(jax.jit, static_argnums=0)
 def logits_loss_and_grads(config, params, batch):
-    return nn.forward(config, params, batch.inputs), *loss_and_grads(Config(model=config), params, batch, None)
+    return model.forward(config, params, batch.inputs), *loss_and_grads(Config(model=config), params, batch, None)
 
 
 @settings(max_examples=5)

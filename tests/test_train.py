@@ -13,8 +13,7 @@ import pytest
 
 from jaxgpt import config as configs
 from jaxgpt import data as batches
-from jaxgpt import matmul as numerics
-from jaxgpt import step
+from jaxgpt import matmul, step
 from jaxgpt import train as loop
 from jaxgpt.checkpoint import Checkpoints, abstract
 from jaxgpt.cli.runs import resolve, start
@@ -267,7 +266,7 @@ def test_a_run_may_leave_out_the_score_of_the_untrained_model(tiny, change, new_
 
 def test_auto_is_settled_when_a_run_starts(tiny, change, new_run, monkeypatch):
     """So a run that goes on elsewhere keeps its precision."""
-    monkeypatch.setattr(numerics, "resolve", lambda precision: "bfloat16" if precision == "auto" else precision)
+    monkeypatch.setattr(matmul, "resolve", lambda precision: "bfloat16" if precision == "auto" else precision)
     run, _ = new_run("one", change(tiny, precision="auto"))
     assert run.config.model.precision == "bfloat16"
     assert new_run("two", tiny)[0].config.model.precision == "float32"
@@ -294,13 +293,13 @@ def poisoned(monkeypatch):
         def train_step(config, state, batch, hyper=None):
             with monkeypatch.context() as patch:
                 bad = jnp.isin(state.step + 1, jnp.array(numbers))
-                losses, here = step.nn.losses, threading.get_ident()
+                losses, here = step.model.losses, threading.get_ident()
 
                 def poisoned(*args):
                     found = losses(*args)  # another thread may be tracing an evaluation now
                     return found + jnp.log(jnp.where(bad, -1.0, 1.0)) if threading.get_ident() == here else found
 
-                patch.setattr(step.nn, "losses", poisoned)
+                patch.setattr(step.model, "losses", poisoned)
                 return honest(config, state, batch, hyper)
 
         monkeypatch.setattr(step, "train_step", train_step)

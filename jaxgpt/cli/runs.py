@@ -9,9 +9,7 @@ from pathlib import Path
 
 from jaxgpt import config as configs
 from jaxgpt import corpus as corpora
-from jaxgpt import files as disk
-from jaxgpt import memory, processes
-from jaxgpt import model as nn
+from jaxgpt import files, memory, model, processes
 from jaxgpt import start as core
 from jaxgpt.config import Config, UsageError, check
 from jaxgpt.corpus import Corpus, CorpusError
@@ -23,7 +21,7 @@ def start(
     name: str,
     runs_dir: Path,
     data_dir: Path,
-    weights: nn.Params | None = None,
+    weights: model.Params | None = None,
     origin: str = "",
     require_room: Callable[[Config], None] = memory.require,
 ) -> tuple[Run, Corpus]:
@@ -39,7 +37,7 @@ def start(
     """
     check(config, new=True)
     Run.require_free(runs_dir, name)
-    disk.require_writable(runs_dir, "--runs-dir")
+    files.require_writable(runs_dir, "--runs-dir")
     require_room(config)
     corpus = tokens_of(config, data_dir)
     config = resolve(config, corpus)

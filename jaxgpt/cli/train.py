@@ -84,9 +84,8 @@ def _about(name: str) -> str:
 def _fit(given: Train, existing: Run | None) -> int:
     import jax
 
-    from jaxgpt import memory, processes
+    from jaxgpt import memory, model, processes
     from jaxgpt import mesh as meshes
-    from jaxgpt import model as nn
     from jaxgpt.cli.runs import resume, start
     from jaxgpt.monitor import loggers
     from jaxgpt.monitor.chips import rate
@@ -120,7 +119,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     try:
         mesh, why = meshes.mesh_for(config, sizes)
         with jax.set_mesh(mesh):
-            console.print(nn.describe(config.model))
+            console.print(model.describe(config.model))
         console.print(why)
         with (
             TrainingDisplay(console, config.train.steps, rate(config)) as display,

@@ -48,7 +48,7 @@ class Diagnose:
 
 def run(args: list[str]) -> int:
     given = parse(Diagnose, args, "diagnose")
-    from jaxgpt import files as disk
+    from jaxgpt import files
     from jaxgpt.cli.runs import corpus_of
     from jaxgpt.diagnostics import plots
     from jaxgpt.diagnostics import view as diagnoses
@@ -62,10 +62,10 @@ def run(args: list[str]) -> int:
     use_compile_cache()
     run = Run.open(given.folders.runs_dir, given.run)
     config = run.config
-    disk.require_file(given.json, "--json")
+    files.require_file(given.json, "--json")
     if given.plots:
         charts.require()
-        disk.require_writable(given.plots, "--plots")
+        files.require_writable(given.plots, "--plots")
     corpus = corpus_of(run, given.folders.data_dir)
     train, val = corpus.split(config.data)
     text = val[: max(config.model.block_size, 384) + 1]
@@ -93,5 +93,5 @@ def run(args: list[str]) -> int:
             given.plots.mkdir(parents=True, exist_ok=True)
             plots.draw(name, found[name], show, given.plots / f"{name}.png")
     if given.json:
-        disk.write_atomically(given.json, diagnoses.to_json(found, run.path.name, step, given.effort).encode())
+        files.write_atomically(given.json, diagnoses.to_json(found, run.path.name, step, given.effort).encode())
     return 0

@@ -15,7 +15,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from numpy.typing import NDArray
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.config import ModelConfig
 
 Loss = Callable[[Any, Any], jax.Array]
@@ -39,11 +39,11 @@ def mean_loss(config: ModelConfig, chunk: int = 16) -> Loss:
     """
     config = exact(config)
 
-    def chunk_loss(params: nn.Params, batch: Any) -> jax.Array:
+    def chunk_loss(params: model.Params, batch: Any) -> jax.Array:
         with jax.default_matmul_precision("highest"):  # accelerators round the inputs of float32 matmuls too
-            return nn.losses(config, params, batch.inputs, batch.targets).mean()
+            return model.losses(config, params, batch.inputs, batch.targets).mean()
 
-    def loss(params: nn.Params, batch: Any) -> jax.Array:
+    def loss(params: model.Params, batch: Any) -> jax.Array:
         B = batch.inputs.shape[0]
         chunks = next(n for n in range(1, B + 1) if B % n == 0 and B // n <= chunk)
         if chunks == 1:

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxgpt import cost, memory, prng
-from jaxgpt import model as nn
+from jaxgpt import cost, memory, model, prng
 from jaxgpt.config import Config, UsageError
 from jaxgpt.data import Batch, Ids, estimate_starts, take
 from jaxgpt.diagnostics import derivatives, inside
@@ -23,7 +22,7 @@ class Subject(NamedTuple):
     """A trained model, and its text."""
 
     config: Config
-    params: nn.Params
+    params: model.Params
     train: Ids
     val: Ids
     text: Ids  # for the diagnoses of single tokens; its first block_size + 1 are one window

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import Ids
 from jaxgpt.diagnostics.derivatives import exact
 
 
-def attention_maps(config: ModelConfig, params: nn.Params, idx: jax.Array) -> jax.Array:
+def attention_maps(config: ModelConfig, params: model.Params, idx: jax.Array) -> jax.Array:
     """How much each token attends to each: (B, T) ids -> (L, B, H, T, T), from query t (row) to key s.
 
     Rows sum to one; above the diagonal, and outside a window, there are zeros. They are the weights of the reference
@@ -29,7 +29,7 @@ def attention_maps(config: ModelConfig, params: nn.Params, idx: jax.Array) -> ja
     return jnp.stack([found[f"h_{i}"]["attn"]["weights"][0] for i in range(config.n_layer)])
 
 
-def logit_lens(config: ModelConfig, params: nn.Params, idx: jax.Array) -> jax.Array:
+def logit_lens(config: ModelConfig, params: model.Params, idx: jax.Array) -> jax.Array:
     """The last norm and the head applied to the residual stream at every depth: (B, T) ids -> (L + 1, B, T, V).
 
     Depth 0 is the embeddings, depth l the output of block l; the last are the logits of `forward` (nostalgebraist 2020,
@@ -39,16 +39,16 @@ def logit_lens(config: ModelConfig, params: nn.Params, idx: jax.Array) -> jax.Ar
       ValueError: T is longer than block_size.
     """
     if config.kind == "bigram":
-        return nn.forward(config, params, idx)[None]
+        return model.forward(config, params, idx)[None]
     return jnp.asarray(_sown(config, params, idx, "logit_lens")["logits"][0])
 
 
-def _sown(config: ModelConfig, params: nn.Params, idx: jax.Array, collection: str) -> Any:
+def _sown(config: ModelConfig, params: model.Params, idx: jax.Array, collection: str) -> Any:
     """What a forward pass stores in a Flax collection, block by block."""
     if idx.shape[1] > config.block_size:
         raise ValueError(f"{idx.shape[1]} tokens are longer than block_size, {config.block_size}")
     config = replace(config, scan_layers=False, remat="none")
-    return nn.model(config).apply({"params": nn.unstacked(params)}, idx, mutable=[collection])[1][collection]
+    return model.model(config).apply({"params": model.unstacked(params)}, idx, mutable=[collection])[1][collection]
 
 
 class Lens(NamedTuple):
@@ -60,7 +60,7 @@ class Lens(NamedTuple):
     probability: jax.Array  # (L + 1, B, T) of that id
 
 
-def lens(config: ModelConfig, params: nn.Params, batch: Any) -> Lens:
+def lens(config: ModelConfig, params: model.Params, batch: Any) -> Lens:
     """`logit_lens` in float32 on a batch of (B, T) inputs and targets. Holds all (L + 1) B T V logits at once."""
     with jax.default_matmul_precision("highest"):
         logits = logit_lens(exact(config), params, batch.inputs)
@@ -68,7 +68,7 @@ def lens(config: ModelConfig, params: nn.Params, batch: Any) -> Lens:
     last = log_p[-1][None]
     divergence = (jnp.exp(last) * (last - log_p)).sum(axis=-1)
     targets = jnp.broadcast_to(batch.targets, logits.shape[:-1])
-    return Lens(nn.token_losses(logits, targets), divergence, logits.argmax(axis=-1), jnp.exp(log_p.max(axis=-1)))
+    return Lens(model.token_losses(logits, targets), divergence, logits.argmax(axis=-1), jnp.exp(log_p.max(axis=-1)))
 
 
 class Attention(NamedTuple):
@@ -79,7 +79,7 @@ class Attention(NamedTuple):
     distance: jax.Array  # (L, H) mean distance to the key, in tokens
 
 
-def attention(config: ModelConfig, params: nn.Params, idx: jax.Array) -> Attention:
+def attention(config: ModelConfig, params: model.Params, idx: jax.Array) -> Attention:
     """Entropy and reach of attention on (B, T) ids, in float32; the maps of one window exist at a time.
 
     Raises:
@@ -97,7 +97,7 @@ def attention(config: ModelConfig, params: nn.Params, idx: jax.Array) -> Attenti
     return Attention(entropies.mean(axis=0), uniform, distances.mean(axis=0))
 
 
-def exact_maps(config: ModelConfig, params: nn.Params, idx: jax.Array) -> jax.Array:
+def exact_maps(config: ModelConfig, params: model.Params, idx: jax.Array) -> jax.Array:
     """`attention_maps` in float32, whatever the precision of the model."""
     with jax.default_matmul_precision("highest"):
         return attention_maps(exact(config), params, idx)
@@ -117,7 +117,7 @@ class Scores(NamedTuple):
 
 
 def token_scores(
-    config: ModelConfig, params: nn.Params, tokens: Ids, k: int = 5, stride: int = 0, n_ids: int = 0
+    config: ModelConfig, params: model.Params, tokens: Ids, k: int = 5, stride: int = 0, n_ids: int = 0
 ) -> Scores:
     """The loss of each token of a text (N,) given those before it, in float32, and the k likeliest in its place.
 
@@ -148,14 +148,14 @@ def token_scores(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _scores(
-    config: ModelConfig, k: int, n_ids: int, params: nn.Params, inputs: jax.Array, targets: jax.Array
+    config: ModelConfig, k: int, n_ids: int, params: model.Params, inputs: jax.Array, targets: jax.Array
 ) -> Scores:
     """Scores (windows, T, ...), one window at a time: the logits of all of them may not fit."""
 
     def one(window: tuple[jax.Array, jax.Array]) -> Scores:
         with jax.default_matmul_precision("highest"):
-            logits = nn.forward(config, params, window[0][None])[0]
+            logits = model.forward(config, params, window[0][None])[0]
         probabilities, ids = jax.lax.top_k(jax.nn.softmax(logits)[:, :n_ids], k)
-        return Scores(nn.token_losses(logits, window[1]), ids, probabilities)
+        return Scores(model.token_losses(logits, window[1]), ids, probabilities)
 
     return jax.lax.map(one, (inputs, targets))

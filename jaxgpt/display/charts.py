@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt import files as disk
+from jaxgpt import files
 from jaxgpt.config import MissingExtraError, UsageError
 
 VERSION = "6.4"
@@ -146,7 +146,7 @@ def save(spec: Spec, path: Path, width: int = 760) -> None:
     require(path)
     drawn = render(spec, path.suffix, width)
     try:
-        disk.write_atomically(path, drawn)
+        files.write_atomically(path, drawn)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 

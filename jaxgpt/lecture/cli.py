@@ -37,7 +37,7 @@ def run(args: list[str]) -> int:
     given = parse(Lecture, args, "lecture", Lecture.__doc__)
     from rich.console import Console
 
-    from jaxgpt import files as disk
+    from jaxgpt import files
     from jaxgpt.cli.runs import tokens_of
     from jaxgpt.display import charts
     from jaxgpt.lecture import ladder, plots
@@ -47,8 +47,8 @@ def run(args: list[str]) -> int:
     rungs = ladder.configure(
         (*ladder.RUNGS[:-1], ladder.FULL) if given.full else ladder.RUNGS, given.scale_by, given.init, given.steps
     )
-    disk.require_file(given.plot, "--plot")
-    disk.require_file(given.json, "--json")
+    files.require_file(given.plot, "--plot")
+    files.require_file(given.json, "--json")
     if given.plot:
         charts.require(given.plot)
     longest = ModelConfig(block_size=max(rung.block_size for rung in rungs))
@@ -66,5 +66,5 @@ def run(args: list[str]) -> int:
         charts.save(plots.ladder(results), given.plot)
     if given.json:
         tree = {"corpus": corpus.summary, "seed": given.seed, "rungs": [asdict(result) for result in results]}
-        disk.write_atomically(given.json, (json.dumps(tree, indent=2) + "\n").encode())
+        files.write_atomically(given.json, (json.dumps(tree, indent=2) + "\n").encode())
     return 0

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from jaxgpt import config as configs
-from jaxgpt import files as disk
+from jaxgpt import files
 from jaxgpt.config import MissingExtraError
 from jaxgpt.metrics_log import Evaluated, Event, Progress, notify
 from jaxgpt.run import Run
@@ -123,5 +123,5 @@ def identity(run: Run) -> str:
     directory."""
     kept = run.path / "wandb-id"
     if not kept.exists():
-        disk.write_atomically(kept, f"{run.path.name}-{secrets.token_hex(4)}".encode())
+        files.write_atomically(kept, f"{run.path.name}-{secrets.token_hex(4)}".encode())
     return kept.read_text()

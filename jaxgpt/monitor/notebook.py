@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.display import charts
 from jaxgpt.monitor.curves import loss
@@ -24,7 +24,7 @@ class Loaded:
     run: Run
     step: int
     """Of the weights."""
-    params: nn.Params
+    params: model.Params
 
     @property
     def config(self) -> Config:

@@ -21,7 +21,7 @@ import filelock
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxgpt import files as disk
+from jaxgpt import files
 from jaxgpt.corpus import FORMAT, CorpusError
 from jaxgpt.prepare.sources import Text
 from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError, split_words, without_unknown
@@ -92,12 +92,12 @@ class WorkFolder:
     def left_over(self, dtype: np.dtype[Any]) -> dict[str, Any] | None:
         """The progress of an attempt that was killed, if its shards are whole. All else in the folder is removed."""
         try:
-            progress = disk.unseal((self.path / PROGRESS).read_bytes())
+            progress = files.unseal((self.path / PROGRESS).read_bytes())
             for shard in progress["shards"]:
                 path = self.path / shard["file"]
-                if path.stat().st_size != shard["count"] * dtype.itemsize or disk.sha256(path) != shard["sha256"]:
-                    raise disk.SealError(f"{path} is damaged")
-        except (OSError, disk.SealError, KeyError, TypeError):
+                if path.stat().st_size != shard["count"] * dtype.itemsize or files.sha256(path) != shard["sha256"]:
+                    raise files.SealError(f"{path} is damaged")
+        except (OSError, files.SealError, KeyError, TypeError):
             self.clear()
             return None
         self.clear(progress["shards"])
@@ -131,7 +131,7 @@ class WorkFolder:
             os.fsync(self._file.fileno())
             self._file.close()
             Path(self._file.name).replace(self.path / name)
-            disk.sync(self.path)
+            files.sync(self.path)
         self.shards.append({"file": name, "count": self.count, "sha256": self._sha256.hexdigest()})
         self.count, self._file, self._sha256 = 0, None, hashlib.sha256()
 
@@ -139,20 +139,20 @@ class WorkFolder:
         """Let the next attempt continue after the complete shards, which hold so many parts of the text."""
         progress = {"shards": self.shards, "parts": n_parts, "parts_sha256": parts_sha256}
         with self._write_errors():
-            disk.write_atomically(self.path / PROGRESS, disk.seal(progress).encode())
+            files.write_atomically(self.path / PROGRESS, files.seal(progress).encode())
 
     def finish(self, meta: dict[str, Any], folder: Path) -> None:
         """Add tokens.json and rename the work folder to `folder`; a damaged one there is replaced."""
         aside = self.path.with_suffix(".old")
         with self._write_errors():
-            disk.write_atomically(self.path / "tokens.json", disk.seal(meta).encode())
+            files.write_atomically(self.path / "tokens.json", files.seal(meta).encode())
             (self.path / PROGRESS).unlink(missing_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             if folder.exists():  # damaged, or made by another process since
                 folder.rename(aside)
             self.path.rename(folder)
             (folder / LOCK).unlink()  # after the rename, so that no other process takes it before
-            disk.sync(folder.parent)
+            files.sync(folder.parent)
             shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -11,9 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt import cost, memory, prng
-from jaxgpt import matmul as numerics
-from jaxgpt import model as nn
+from jaxgpt import cost, matmul, memory, model, prng
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.data import Batch
 from jaxgpt.mesh import one_device, replicated
@@ -58,7 +56,7 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: P
         ("Matmuls of a step, and what computes them", matmul_rows(found["step"].text)),
         ("Instructions of a step, by kind", instruction_rows(found["step"].text)),
     ]
-    notes = [nn.describe(config.model), *NOTES, needed(config)]
+    notes = [model.describe(config.model), *NOTES, needed(config)]
     calls = {each.kernel for each in hlo.instructions(found["step"].text).values() if each.op == "custom-call"}
     notes += [f"custom calls: {', '.join(sorted(calls))}"] if calls else []
     device = jax.local_devices()[0]
@@ -89,7 +87,7 @@ def texts(config: Config, jaxpr: Sequence[str], hlo: Sequence[str]) -> Iterator[
 
 def parameter_rows(config: ModelConfig) -> list[dict[str, Any]]:
     """A row for each array of parameters, equal ones of all blocks in one, and the total."""
-    params = jax.eval_shape(lambda key: nn.init_params(config, key), prng.key(0))
+    params = jax.eval_shape(lambda key: model.init_params(config, key), prng.key(0))
     sizes: Counter[tuple[str, tuple[int, ...]]] = Counter()
     blocks: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -217,7 +215,7 @@ class Stepper:
 def measure(config: Config, step: Stepper) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
     """The roofline of each part: table rows, notes, and raw figures."""
     before, own = machine_seconds(), time.process_time()
-    works, precision = roofline.works(config), numerics.resolve(config.model.precision)
+    works, precision = roofline.works(config), matmul.resolve(config.model.precision)
     first = roofline.measure_machine(precision)
     seconds = roofline.measure(works)
     rounds = [repeat(step.run, 0.3) for _ in range(5)]
@@ -260,7 +258,7 @@ def measured_notes(
     Args:
       steps: seconds of a step, round by round.
     """
-    took, precision = statistics.median(steps), numerics.resolve(config.model.precision)
+    took, precision = statistics.median(steps), matmul.resolve(config.model.precision)
     tokens = config.train.batch_size * config.model.block_size
     flops = 3 * cost.flops_per_token(config.model) * tokens
     yield (

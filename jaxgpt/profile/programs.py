@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import cost
-from jaxgpt import model as nn
+from jaxgpt import cost, model
 from jaxgpt.config import Config
 from jaxgpt.data import Batch
 from jaxgpt.step import DROPOUT, init_state, loss_and_grads, stream_key, train_step
@@ -60,10 +59,10 @@ def programs(config: Config) -> dict[str, Program]:
     idx = jax.ShapeDtypeStruct((B, T), jnp.int32)
     forward = cost.flops_per_token(config.model) * B * T
 
-    def loss(params: nn.Params, batch: Batch) -> jax.Array:
-        return nn.losses(config.model, params, batch.inputs, batch.targets).mean()
+    def loss(params: model.Params, batch: Batch) -> jax.Array:
+        return model.losses(config.model, params, batch.inputs, batch.targets).mean()
 
-    def gradient(params: nn.Params, batch: Batch) -> Any:
+    def gradient(params: model.Params, batch: Batch) -> Any:
         key = stream_key(config.train.seed, DROPOUT) if config.model.dropout else None
         return loss_and_grads(config, params, batch, key)
 
@@ -72,7 +71,7 @@ def programs(config: Config) -> dict[str, Program]:
 
     batch, params = Batch(idx, idx), state.params
     return {
-        "forward": program(partial(nn.forward, config.model), forward, params, idx),
+        "forward": program(partial(model.forward, config.model), forward, params, idx),
         "loss": program(loss, forward, params, batch),
         "gradient": program(gradient, 3 * forward, params, batch),
         "step": program(partial(train_step, config), 3 * forward, state, batch, donate_argnums=0),

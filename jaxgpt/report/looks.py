@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.runs import corpus_of
 from jaxgpt.config import ModelConfig, UsageError
@@ -104,21 +104,21 @@ def look(run: Run, data_dir: Path) -> Looks:
 
     corpus: Corpus | None = attempt("tokens", lambda: corpus_of(run, data_dir))
     found = attempt("weights", lambda: load_checkpoint(run))
-    model, V = run.config.model, run.tokenizer.vocab_size
+    config, V = run.config.model, run.tokenizer.vocab_size
     train, val = corpus.split(run.config.data) if corpus else (None, None)
     if train is not None and val is not None:
         looks.limits = limits(train, val, V)
     if not found:
         return looks
     looks.step, params = found
-    start = 0 if val is None else place(val, run.tokenizer, READ, model.block_size)
+    start = 0 if val is None else place(val, run.tokenizer, READ, config.block_size)
     prompt = None if val is None else run.tokenizer.decode(val[start : start + PROMPT])
     looks.samples = attempt("samples", lambda: samples(run, prompt)) or []
-    looks.embedding = attempt("embedding", lambda: embedded(model, params, run.tokenizer, frequent(train, V, SHOWN)))
+    looks.embedding = attempt("embedding", lambda: embedded(config, params, run.tokenizer, frequent(train, V, SHOWN)))
     if val is not None:
-        looks.passage = attempt("passage", lambda: read(model, params, val, start, run.tokenizer))
-        if model.kind == "gpt":
-            looks.attention = attempt("attention", lambda: attend(model, params, val[start:], run.tokenizer))
+        looks.passage = attempt("passage", lambda: read(config, params, val, start, run.tokenizer))
+        if config.kind == "gpt":
+            looks.attention = attempt("attention", lambda: attend(config, params, val[start:], run.tokenizer))
     return looks
 
 
@@ -143,27 +143,27 @@ def steps(run: Run) -> list[int]:
 
 def samples(run: Run, prompt: str | None) -> list[Sample]:
     """One text for each of `steps`, all with the same seed and prompt."""
-    model, tokenizer, found = run.config.model, run.tokenizer, []
+    config, tokenizer, found = run.config.model, run.tokenizer, []
     for step in steps(run):
         try:
             fresh = step == 0 and step not in Checkpoints(run.checkpoints).steps
             params = init_state(run.config).params if fresh else load_checkpoint(run, step)[1]
         except (CheckpointError, UsageError):  # it was pruned just now
             continue
-        (pieces,) = write(model, params, tokenizer, prompt, WRITTEN, temperature=TEMPERATURE, seed=SEED)
+        (pieces,) = write(config, params, tokenizer, prompt, WRITTEN, temperature=TEMPERATURE, seed=SEED)
         found.append(Sample(step, next(pieces), "".join(pieces)))
     return found
 
 
-def read(model: ModelConfig, params: nn.Params, val: Ids, start: int, tokenizer: Tokenizer) -> Passage:
+def read(config: ModelConfig, params: model.Params, val: Ids, start: int, tokenizer: Tokenizer) -> Passage:
     """About READ tokens of the validation split (M,) from `start` on, each predicted from at least half of block_size
     before it: near the beginning of the split they start a little later."""
-    half = max(1, model.block_size // 2)
+    half = max(1, config.block_size // 2)
     before = max(0, start - half)
     text = np.asarray(val[before : start + READ])
     first = min(max(start - before, half), len(text) - 1)
     k, stride = min(ALTERNATIVES, tokenizer.vocab_size), min(half, len(text) - 1)
-    found, names = token_scores(model, params, text, k, stride), token_texts(tokenizer)
+    found, names = token_scores(config, params, text, k, stride), token_texts(tokenizer)
     likely = [
         [(names[i], float(p)) for i, p in zip(ids, chances, strict=True) if i < len(names)]  # V may be rounded up
         for ids, chances in zip(found.ids[first - 1 :], found.probabilities[first - 1 :], strict=True)
@@ -171,25 +171,25 @@ def read(model: ModelConfig, params: nn.Params, val: Ids, start: int, tokenizer:
     return Passage([names[i] for i in text[first:]], found.losses[first - 1 :].tolist(), likely)
 
 
-def attend(model: ModelConfig, params: nn.Params, val: Ids, tokenizer: Tokenizer) -> Attention:
+def attend(config: ModelConfig, params: model.Params, val: Ids, tokenizer: Tokenizer) -> Attention:
     """The attention maps of the beginning of `val` (M,)."""
-    T = max(2, min(model.block_size, 64, math.isqrt(2 * WEIGHTS // (model.n_layer * model.n_head))))
+    T = max(2, min(config.block_size, 64, math.isqrt(2 * WEIGHTS // (config.n_layer * config.n_head))))
     ids = np.asarray(val[:T], np.int32)
-    maps = jax.jit(exact_maps, static_argnums=0)(model, params, jnp.asarray(ids)[None])
+    maps = jax.jit(exact_maps, static_argnums=0)(config, params, jnp.asarray(ids)[None])
     names = token_texts(tokenizer)
     return Attention([names[i] for i in ids], np.asarray(maps[:, 0], np.float32))
 
 
-def embedded(model: ModelConfig, params: nn.Params, tokenizer: Tokenizer, ids: Ids) -> Embedding:
+def embedded(config: ModelConfig, params: model.Params, tokenizer: Tokenizer, ids: Ids) -> Embedding:
     """The embeddings of the tokens `ids` (N,), among each other."""
-    rows = table(model, params)[ids]
+    rows = table(config, params)[ids]
     texts, (near, cosines) = token_texts(tokenizer), neighbours(rows, NEAR)
     names = [texts[i] for i in ids]
     pairs = [[(names[j], float(c)) for j, c in zip(*both, strict=True)] for both in zip(near, cosines, strict=True)]
     return Embedding(names, *project(rows), pairs)
 
 
-def table(config: ModelConfig, params: nn.Params) -> Floats:
+def table(config: ModelConfig, params: model.Params) -> Floats:
     """The embedding of each token, (V, C); for a bigram its table of logits, (V, V)."""
     rows = params["token_embedding_table" if config.kind == "bigram" else "wte"]["embedding"]
     return np.asarray(rows, np.float64)

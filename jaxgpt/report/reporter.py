@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxgpt import files as disk
+from jaxgpt import files
 from jaxgpt.config import UsageError
 from jaxgpt.display.charts import save
 from jaxgpt.monitor.facts import POINTS, Facts, gather
@@ -45,7 +45,7 @@ class Made:
         data = page(self.runs, self.looks, charts(self.runs, self.looks), refresh).encode()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            disk.write_atomically(path, data)
+            files.write_atomically(path, data)
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}; name another file: --out") from error
         return len(data)
@@ -59,7 +59,7 @@ class Made:
         specs = charts(self.runs, self.looks)
         if attention := self.looks[chosen(self.runs, self.looks)].attention:
             specs["attention"] = maps(attention)
-        disk.require_writable(folder, "--png")
+        files.require_writable(folder, "--png")
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{name}{suffix}" for name in specs for suffix in (".png", ".svg")]
         for path in paths:

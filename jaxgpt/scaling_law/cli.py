@@ -47,7 +47,7 @@ def run(args: list[str]) -> int:
     use_cores(len(given.sizes) * len(given.tokens) * given.seeds)
     import jax
 
-    from jaxgpt import files as disk
+    from jaxgpt import files
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.scaling_law import family, plots
     from jaxgpt.scaling_law import view as laws
@@ -68,7 +68,7 @@ def run(args: list[str]) -> int:
             f"{len(given.sizes)} sizes and {len(amounts)} amounts of tokens ({', '.join(map(str, amounts))}, in "
             "whole scans of steps): a fit needs at least 3 --sizes and 3 --tokens"
         )
-    disk.require_writable(given.sweeps_dir, "--sweeps-dir")
+    files.require_writable(given.sweeps_dir, "--sweeps-dir")
     members, corpus = prepare(base, members, given.data_dir)
     asked: dict[str, Any] = {"program": "jaxgpt scaling-fit 1", "config": to_tree(base), "seeds": given.seeds}
     asked |= {"sizes": given.sizes, "amounts": given.tokens, "tokens": corpus.meta["sha256"]}
@@ -84,6 +84,6 @@ def run(args: list[str]) -> int:
     found = fit([N for N, _, _ in points], [D for _, D, _ in points], [loss for _, _, loss in points])
     for line in laws.lines(found, points, given.flops):
         console.print(line)
-    disk.write_atomically(path / "law.json", found.to_json(points).encode())
+    files.write_atomically(path / "law.json", found.to_json(points).encode())
     show_plots(console, lambda: plots.draw(found, points, path))
     return 0

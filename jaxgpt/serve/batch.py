@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgpt import filters, prng
-from jaxgpt import model as nn
+from jaxgpt import filters, model, prng
 from jaxgpt.config import ModelConfig
 from jaxgpt.diagnostics import inside
 
@@ -38,7 +37,7 @@ DTYPES = Settings(np.float32, np.int32, np.float32, np.float32)
 class Rows(NamedTuple):
     """Where R sequences stand."""
 
-    cache: nn.Cache  # of each row one of B = 1: every leaf has an axis of R before its own
+    cache: model.Cache  # of each row one of B = 1: every leaf has an axis of R before its own
     token: jax.Array  # (R,) int32: the last, drawn and not yet read
     step: jax.Array  # (R,) int32: tokens drawn so far
     key: jax.Array  # (R,)
@@ -56,7 +55,7 @@ class Drawn(NamedTuple):
 
 def empty(config: ModelConfig, R: int) -> Rows:
     """R rows that hold nothing."""
-    one = nn.init_cache(config, 1, config.block_size)
+    one = model.init_cache(config, 1, config.block_size)
     cache = one._replace(read=jnp.zeros((), jnp.int32))
     token, step, top_k = (jnp.zeros(R, jnp.int32) for _ in range(3))
     return Rows(
@@ -75,7 +74,7 @@ def bytes_per_row(config: ModelConfig) -> int:
 
 
 @partial(jax.jit, static_argnames=("config", "n_ids"), donate_argnames="rows")
-def read(config: ModelConfig, params: nn.Params, rows: Rows, new: dict[str, Any], n_ids: int) -> tuple[Rows, Drawn]:
+def read(config: ModelConfig, params: model.Params, rows: Rows, new: dict[str, Any], n_ids: int) -> tuple[Rows, Drawn]:
     """N texts read into rows of their own, and the next token of each, (1, N).
 
     Args:
@@ -85,8 +84,8 @@ def read(config: ModelConfig, params: nn.Params, rows: Rows, new: dict[str, Any]
     """
     key = jax.vmap(lambda seed: jax.random.fold_in(prng.key(seed), 0))(new["seed"])
 
-    def one(idx: jax.Array, length: jax.Array) -> tuple[jax.Array, nn.Cache]:
-        logits, cache = nn.extend(config, params, nn.init_cache(config, 1, config.block_size), idx[None], length)
+    def one(idx: jax.Array, length: jax.Array) -> tuple[jax.Array, model.Cache]:
+        logits, cache = model.extend(config, params, model.init_cache(config, 1, config.block_size), idx[None], length)
         return logits[0], cache
 
     logits, cache = jax.vmap(one)(new["idx"], new["length"])
@@ -97,13 +96,15 @@ def read(config: ModelConfig, params: nn.Params, rows: Rows, new: dict[str, Any]
 
 
 @partial(jax.jit, static_argnames=("config", "N", "n_ids"), donate_argnames="rows")
-def decode(config: ModelConfig, params: nn.Params, rows: Rows, n: jax.Array, N: int, n_ids: int) -> tuple[Rows, Drawn]:
+def decode(
+    config: ModelConfig, params: model.Params, rows: Rows, n: jax.Array, N: int, n_ids: int
+) -> tuple[Rows, Drawn]:
     """`n` more tokens, up to CHUNK, for the first N rows: (CHUNK, N), of which the first n are real."""
     key, how = rows.key[:N], jax.tree.map(lambda x: x[:N], rows.how)
     start = jax.tree.map(lambda x: x[:N], (rows.cache, rows.token, rows.step))
 
-    def one(cache: nn.Cache, token: jax.Array) -> tuple[jax.Array, nn.Cache]:
-        logits, cache = nn.extend(config, params, cache, token[None, None])
+    def one(cache: model.Cache, token: jax.Array) -> tuple[jax.Array, model.Cache]:
+        logits, cache = model.extend(config, params, cache, token[None, None])
         return logits[0], cache
 
     def body(i: jax.Array, carry: Any) -> Any:
@@ -129,10 +130,10 @@ def decode(config: ModelConfig, params: nn.Params, rows: Rows, n: jax.Array, N: 
 
 
 @partial(jax.jit, static_argnames=("config", "n_ids"))
-def look(config: ModelConfig, params: nn.Params, idx: jax.Array, length: jax.Array, n_ids: int) -> tuple[Any, ...]:
+def look(config: ModelConfig, params: model.Params, idx: jax.Array, length: jax.Array, n_ids: int) -> tuple[Any, ...]:
     """What the last of `length` tokens, idx (1, T), attends to, (L, H, T), and the likely tokens after it, (K,), with
     their probabilities (K,). A bigram attends to nothing: (0, 0, T)."""
-    logits, _ = nn.extend(config, params, nn.init_cache(config, 1, idx.shape[1]), idx, length)
+    logits, _ = model.extend(config, params, model.init_cache(config, 1, idx.shape[1]), idx, length)
     chances, likely = lax.top_k(jax.nn.softmax(logits[0, :n_ids]), min(LIKELY, n_ids))
     if config.kind == "bigram":
         return jnp.zeros((0, 0, idx.shape[1])), likely, chances

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.sample import bucket
 from jaxgpt.serve import batch
@@ -87,7 +87,7 @@ class Job:
 class Writer:
     """A loaded model, its rows, and the jobs that wait for one. Used by one thread."""
 
-    def __init__(self, config: ModelConfig, params: nn.Params, n_ids: int, places: int):
+    def __init__(self, config: ModelConfig, params: model.Params, n_ids: int, places: int):
         self.config, self.params, self.n_ids = config, params, n_ids
         R = max(1, min(places, MEMORY // max(1, batch.bytes_per_row(config))))
         self.rows = batch.empty(config, R)

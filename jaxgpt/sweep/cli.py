@@ -59,14 +59,14 @@ def run(args: list[str]) -> int:
     use_cores(len(members))
     import jax
 
-    from jaxgpt import files as disk
+    from jaxgpt import files
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.sweep import plots as sweep_plots
     from jaxgpt.sweep import view as sweeps
     from jaxgpt.sweep.chunks import split
     from jaxgpt.sweep.results import SweepFolder, outcomes, prepare
 
-    disk.require_writable(given.sweeps_dir, "--sweeps-dir")
+    files.require_writable(given.sweeps_dir, "--sweeps-dir")
     devices = jax.devices()[: len(members)]
     split([member.config for member in members], len(devices), given.at_once)  # raises if one does not fit
     members, corpus = prepare(given.config, members, given.data_dir)
@@ -84,7 +84,7 @@ def run(args: list[str]) -> int:
         console.print(sweeps.verdict(found))
         best = next(member for member in members if member.setting == found[0].setting)
         if not math.isnan(found[0].mean):
-            disk.write_atomically(path / "best.json", to_json(best.config).encode())
+            files.write_atomically(path / "best.json", to_json(best.config).encode())
             words = ["jaxgpt", "train", str(path / "best.json"), "--run", f"{given.name}-best"]
             console.print(f"Train it: {shlex.join(words)}")
         show_plots(console, lambda: sweep_plots.draw(found, path))

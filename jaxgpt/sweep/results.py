@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import filelock
 import numpy as np
 
-from jaxgpt import files as disk
+from jaxgpt import files
 from jaxgpt.cli import runs
 from jaxgpt.config import Config, UsageError, replaced
 from jaxgpt.corpus import Corpus
@@ -79,7 +79,7 @@ class SweepFolder:
         new = [_line(members[score.member], score) for score in scores]
         self.lines += new
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        disk.write_atomically(self.path / "results.jsonl", text.encode())
+        files.write_atomically(self.path / "results.jsonl", text.encode())
         return new
 
     def train(
@@ -99,11 +99,11 @@ class SweepFolder:
     def _require_same(path: Path, asked: dict[str, Any], restart: str) -> None:
         file = path / "sweep.json"
         if not file.exists():
-            disk.write_atomically(file, disk.seal(asked).encode())
+            files.write_atomically(file, files.seal(asked).encode())
             return
         try:
-            before = disk.unseal(file.read_bytes())
-        except disk.SealError as error:
+            before = files.unseal(file.read_bytes())
+        except files.SealError as error:
             raise SweepError(f"{file}: {error}; choose another folder, {restart}") from error
         was, now = dict(_leaves(before)), dict(_leaves(json.loads(json.dumps(asked))))
         names = [name for name in {**was, **now} if was.get(name) != now.get(name)]

@@ -68,14 +68,14 @@ def jaxgpt_sampling(config: Any, batch_size: int, n_tokens: int, temperature: fl
     """One `generate` of `n_tokens` for each of `batch_size` sequences a piece."""
     import jax
 
-    from jaxgpt import model as nn
+    from jaxgpt import model
     from jaxgpt.profile.stages import JaxContestant
     from jaxgpt.sample import generate
 
     class Sampling(JaxContestant):
         def __init__(self) -> None:
             super().__init__()
-            self.params = jax.jit(nn.init_params, static_argnums=0)(config.model, jax.random.key(0))
+            self.params = jax.jit(model.init_params, static_argnums=0)(config.model, jax.random.key(0))
             self.prompt, self.key = np.zeros((batch_size, 1), np.int32), jax.random.key(1)
             jax.block_until_ready(self.params)
             began = time.perf_counter()

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import Batch
 from jaxgpt.evaluation import evaluate
@@ -63,7 +63,7 @@ def test_its_settings_are_those_of_nanogpt_on_a_cpu():
 def test_it_starts_as_gpt2_does():
     config = ModelConfig(vocab_size=65, n_layer=3, bias=True)
     torch.manual_seed(0)
-    ours = jax.device_get(nn.init_params(config, jax.random.key(0)))
+    ours = jax.device_get(model.init_params(config, jax.random.key(0)))
     theirs = twin.gpt2_tensors(twin.Twin(config))
     for name, mine in gpt2.to_tensors(config, ours).items():
         assert theirs[name].std() == pytest.approx(mine.std(), rel=0.05, abs=1e-9), name

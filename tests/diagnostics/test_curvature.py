@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import Batch
 from jaxgpt.diagnostics import derivatives
@@ -111,7 +111,7 @@ def test_the_hessian_of_a_bigram_is_diag_p_minus_p_pT_of_each_row():
 def gpt():
     """A GPT that trains in bfloat16 with dropout, its loss for derivatives, and what they are taken at."""
     config = ModelConfig(vocab_size=13, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1, precision="bfloat16")
-    rng, shapes = np.random.default_rng(0), jax.eval_shape(partial(nn.init_params, config), KEY)
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(partial(model.init_params, config), KEY)
     params = jax.tree.map(lambda x: (0.1 * rng.standard_normal(x.shape) + (x.ndim == 1)).astype(np.float32), shapes)
     ids = rng.integers(0, 13, (4, 9))
     return config, params, Batch(ids[:, :-1], ids[:, 1:])
@@ -133,7 +133,7 @@ def test_bfloat16_has_no_forward_derivative_so_the_loss_of_diagnoses_has_no_bflo
     config, params, batch = gpt
 
     def as_it_trains(params):
-        return nn.losses(config, params, batch.inputs, batch.targets).mean()
+        return model.losses(config, params, batch.inputs, batch.targets).mean()
 
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jit(lambda params: jax.jvp(as_it_trains, (params,), (params,))).lower(params)

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import cli
-from jaxgpt import model as nn
+from jaxgpt import cli, model
 from jaxgpt.config import Config, ModelConfig, UsageError
 from jaxgpt.diagnostics import plots
 from jaxgpt.diagnostics import view as diagnoses
@@ -65,7 +64,7 @@ def test_all_of_them_are_printed_drawn_and_written(call, capsys):
 
 def test_attention_is_printed_and_drawn(tmp_path, tiny):
     tokens, tokenizer = np.arange(40) % 13, CharTokenizer("abcdefghijklm")
-    params = jax.jit(lambda key: nn.init_params(tiny.model, key))(jax.random.key(0))
+    params = jax.jit(lambda key: model.init_params(tiny.model, key))(jax.random.key(0))
     subject = Subject(tiny, params, tokens, tokens, tokens[:20])
     found, words = DIAGNOSES["attention"](subject, Effort(batch=2)), diagnoses.Words(tokenizer, subject)
     assert found.maps.shape == (1, 2, 8, 8)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import Batch
 from jaxgpt.diagnostics.derivatives import influence, mean_loss, noise_scale, per_example
@@ -69,7 +69,7 @@ def test_a_step_on_a_window_lowers_the_loss_of_another_by_their_influence(tiny):
     def influence_and_step(params):
         return influence(loss, params, train, val)[0, 0], jax.grad(loss)(params, train)
 
-    params = jax.jit(lambda key: nn.init_params(tiny.model, key))(jax.random.key(0))
+    params = jax.jit(lambda key: model.init_params(tiny.model, key))(jax.random.key(0))
     found, gradient = influence_and_step(params)
     before, after = (loss(jax.tree.map(lambda p, g: p - r * g, params, gradient), val) for r in (-1e-2, 1e-2))  # noqa: B023
     assert abs(found) > 0.01

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import attention, kernels
-from jaxgpt import model as nn
+from jaxgpt import attention, kernels, model
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import Batch
 from jaxgpt.diagnostics import inside
@@ -19,8 +18,8 @@ from jaxgpt.tokenizer import CharTokenizer
 
 CONFIG = ModelConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=16)
 BIGRAM = ModelConfig(kind="bigram", vocab_size=11, block_size=8)
-PARAMS = jax.tree.map(lambda p: 5 * p, jax.jit(lambda key: nn.init_params(CONFIG, key))(jax.random.key(0)))
-forward = jax.jit(nn.forward, static_argnums=0)
+PARAMS = jax.tree.map(lambda p: 5 * p, jax.jit(lambda key: model.init_params(CONFIG, key))(jax.random.key(0)))
+forward = jax.jit(model.forward, static_argnums=0)
 IDS = np.random.default_rng(0).integers(0, 11, 29)
 
 
@@ -38,7 +37,7 @@ def test_the_lens_ends_with_the_loss_of_the_model_and_nothing_left_to_change():
     found = jax.jit(inside.lens, static_argnums=0)(CONFIG, PARAMS, batch)
     assert {x.shape for x in found} == {(2, 1, 8)}
     logits = forward(CONFIG, PARAMS, batch.inputs)
-    np.testing.assert_allclose(found.losses[-1], nn.token_losses(logits, batch.targets), rtol=1e-5)
+    np.testing.assert_allclose(found.losses[-1], model.token_losses(logits, batch.targets), rtol=1e-5)
     np.testing.assert_allclose(found.divergence[-1], jnp.zeros((1, 8)), atol=1e-6)
     assert (found.divergence[0] > 0).all()
     np.testing.assert_array_equal(found.top[-1], logits.argmax(axis=-1))
@@ -83,7 +82,7 @@ def test_a_text_shorter_than_a_window_and_what_cannot_be_scored():
     table = jnp.asarray(np.random.default_rng(0).normal(size=(11, 11)), jnp.float32)
     params = {"token_embedding_table": {"embedding": table}}
     found = token_scores(BIGRAM, params, IDS[:3], k=1)
-    np.testing.assert_allclose(found.losses, nn.token_losses(table[IDS[:2]], jnp.asarray(IDS[1:3])), rtol=1e-5)
+    np.testing.assert_allclose(found.losses, model.token_losses(table[IDS[:2]], jnp.asarray(IDS[1:3])), rtol=1e-5)
     for message, arguments in {
         "1 tokens have none to predict": (IDS[:1],),
         "k is 12, expected 1 to 11": (IDS, 12),
@@ -97,7 +96,7 @@ def test_a_text_shorter_than_a_window_and_what_cannot_be_scored():
 
 def noisy(config):
     """Parameters none of which is zero."""
-    shapes, rng = jax.eval_shape(partial(nn.init_params, config), jax.random.key(0)), np.random.default_rng(0)
+    shapes, rng = jax.eval_shape(partial(model.init_params, config), jax.random.key(0)), np.random.default_rng(0)
     return jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape) + (x.ndim == 1)).astype(np.float32), shapes)
 
 
@@ -108,7 +107,7 @@ def seen(request):
 
     @jax.jit
     def look(params):
-        return tuple(look(config, params, IDX) for look in (inside.attention_maps, inside.logit_lens, nn.forward))
+        return tuple(look(config, params, IDX) for look in (inside.attention_maps, inside.logit_lens, model.forward))
 
     return config, params, *look(params)
 
@@ -153,21 +152,21 @@ def test_the_lens_ends_with_the_logits_and_skips_the_blocks_above(seen):
     config, params, _, lens, logits = seen
     assert lens.shape == (3, 3, 8, 11)
     np.testing.assert_allclose(lens[-1], logits, rtol=1e-5, atol=1e-5)
-    first = {name: value for name, value in nn.unstacked(params).items() if name != "h_1"}
+    first = {name: value for name, value in model.unstacked(params).items() if name != "h_1"}
     shallow = dataclasses.replace(config, n_layer=1, scan_layers=False)
     np.testing.assert_allclose(lens[1], forward(shallow, first, IDX), rtol=1e-5, atol=1e-5)
 
 
 def test_a_bigram_has_one_depth_and_no_attention():
     config = ModelConfig(kind="bigram", vocab_size=11, block_size=8)
-    params = nn.init_params(config, jax.random.key(0))
-    np.testing.assert_array_equal(inside.logit_lens(config, params, IDX), nn.forward(config, params, IDX)[None])
+    params = model.init_params(config, jax.random.key(0))
+    np.testing.assert_array_equal(inside.logit_lens(config, params, IDX), model.forward(config, params, IDX)[None])
     with pytest.raises(ValueError, match="a bigram has no attention"):
         inside.attention_maps(config, params, IDX)
 
 
 def test_no_more_than_block_size():
-    params = jax.eval_shape(partial(nn.init_params, SMALL), jax.random.key(0))
+    params = jax.eval_shape(partial(model.init_params, SMALL), jax.random.key(0))
     for look in (inside.attention_maps, inside.logit_lens):
         with pytest.raises(ValueError, match="9 tokens are longer than block_size, 8"):
             look(SMALL, params, jnp.zeros((1, 9), jnp.int32))

@@ -267,7 +267,7 @@ MUTATIONS = [
     Mutation(
         "the hash of a checkpoint is not compared",
         "checkpoint.py",
-        "if disk.sha256(path) != sha256:",
+        "if files.sha256(path) != sha256:",
         "if False:",
         "test_checkpoint.py",
     ),

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import files as disk
-from jaxgpt import model as nn
+from jaxgpt import files, model
 from jaxgpt.cli import sample
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, UsageError
 from jaxgpt.corpus import CorpusError
@@ -38,15 +37,15 @@ def imported(tmp_path):
     return folders.import_run(TINY, config, "tiny", tmp_path / "runs", tmp_path / "data")
 
 
-def logits(model):
-    config, params, _ = model
-    return np.asarray(nn.forward(config, params, IDX))
+def logits(exported):
+    config, params, _ = exported
+    return np.asarray(model.forward(config, params, IDX))
 
 
 @pytest.mark.slow
 def test_in_fine_tuned_out_and_in_again(imported, tmp_path):
     """Import, sample, an epoch of fine-tuning on the embedded corpus, export, re-import: equal logits throughout."""
-    theirs = nn.forward(*gpt2.load(TINY), IDX)
+    theirs = model.forward(*gpt2.load(TINY), IDX)
     np.testing.assert_array_equal(logits(load_model(imported)), theirs)
     (text,) = ("".join(pieces) for pieces in write(*load_model(imported), "def ", 20))
     assert len(text) == 24
@@ -123,8 +122,8 @@ def with_vocabulary(tmp_path):
     theirs.train_from_iterator(["the cat sat on the mat\n"], 270, special_tokens=["<|endoftext|>"], show_progress=False)
     folder = tmp_path / "own"
     folder.mkdir()
-    model = ModelConfig(vocab_size=300, block_size=8, n_layer=1, n_head=1, n_embd=8, bias=True)
-    gpt2.save(folder, model, nn.init_params(model, jax.random.key(0)))
+    config = ModelConfig(vocab_size=300, block_size=8, n_layer=1, n_head=1, n_embd=8, bias=True)
+    gpt2.save(folder, config, model.init_params(config, jax.random.key(0)))
     theirs.save(str(folder / "tokenizer.json"))
     return folder, theirs
 
@@ -163,9 +162,9 @@ def test_a_failed_export_leaves_nothing(imported, tmp_path, monkeypatch):
 
 def test_a_vocabulary_larger_than_the_model_is_refused(imported, tmp_path):
     folders.export_run(imported, tmp_path / "out")
-    meta = disk.unseal((tmp_path / "out" / "tokens.json").read_bytes())
+    meta = files.unseal((tmp_path / "out" / "tokens.json").read_bytes())
     meta["tokenizer"]["chars"] += "é"
-    (tmp_path / "out" / "tokens.json").write_text(disk.seal(meta))
+    (tmp_path / "out" / "tokens.json").write_text(files.seal(meta))
     with pytest.raises(InteropError, match="97 ids, expected at most the model's 96"):
         folders.load_export(tmp_path / "out")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.huggingface import folders, gpt2
 from jaxgpt.huggingface.gpt2 import InteropError
@@ -45,7 +45,7 @@ def test_logits_and_greedy_continuation_are_hugging_faces():
     assert config == ModelConfig(
         vocab_size=96, block_size=32, n_layer=2, n_head=4, n_embd=32, bias=True, tie_weights=True, gelu="tanh"
     )
-    logits = nn.forward(config, params, jnp.asarray(GOLDEN["idx"], jnp.int32))
+    logits = model.forward(config, params, jnp.asarray(GOLDEN["idx"], jnp.int32))
     np.testing.assert_allclose(logits, GOLDEN["logits"], rtol=1e-4, atol=1e-5 * np.abs(GOLDEN["logits"]).max())
     # Theirs ended with its first new token, the end-of-text id 0, behind a prompt of five.
     prompt, expected = GOLDEN["greedy"][:, :5], GOLDEN["greedy"][:, 5:]
@@ -59,19 +59,19 @@ def test_logits_and_greedy_continuation_are_hugging_faces():
 def test_out_and_in_again_gives_equal_logits(tmp_path, options):
     config = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=True)
     config = ModelConfig(**{**vars(config), **options})
-    params = jax.tree.map(lambda x: x + 0.1, nn.init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda x: x + 0.1, model.init_params(config, jax.random.key(0)))
     gpt2.save(tmp_path, config, params)
     again, back = gpt2.load(tmp_path)
     assert again == ModelConfig(**{**vars(config), "bias": True, "scan_layers": False})
     idx = jnp.arange(8)[None]
-    np.testing.assert_array_equal(nn.forward(again, back, idx), nn.forward(config, params, idx))
+    np.testing.assert_array_equal(model.forward(again, back, idx), model.forward(config, params, idx))
 
 
 def test_params_come_back_bit_for_bit():
     config, params = gpt2.load(TINY)
     back = gpt2.to_params(config, gpt2.to_tensors(config, params))
     jax.tree.map(np.testing.assert_array_equal, params, back)
-    template = jax.eval_shape(lambda: nn.init_params(config, jax.random.key(0)))
+    template = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, template), "exactly the parameters of the model"
 
 
@@ -139,7 +139,7 @@ def test_positions_can_be_cropped():
     whole, whole_params = gpt2.load(TINY)
     assert config.block_size == 8
     idx = jnp.arange(8)[None]
-    np.testing.assert_array_equal(nn.forward(config, params, idx), nn.forward(whole, whole_params, idx))
+    np.testing.assert_array_equal(model.forward(config, params, idx), model.forward(whole, whole_params, idx))
     with pytest.raises(InteropError, match="expected at most the 32 positions"):
         gpt2.load(TINY, block_size=64)
 
@@ -235,7 +235,7 @@ def test_the_converter_of_the_docs_reads_nanogpts_checkpoints(folder, tmp_path, 
 def test_a_bigram_cannot_be_exported(tmp_path):
     config = ModelConfig(kind="bigram", vocab_size=5)
     with pytest.raises(InteropError, match="a bigram is no GPT-2"):
-        gpt2.save(tmp_path, config, nn.init_params(config, jax.random.key(0)))
+        gpt2.save(tmp_path, config, model.init_params(config, jax.random.key(0)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -246,7 +246,7 @@ def test_what_gpt2_has_not_cannot_be_exported(tmp_path, options):
     config = ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=2, n_embd=8, **options)
     ((name, value),) = options.items()
     with pytest.raises(InteropError, match=f"GPT-2 does not have {name} {value}"):
-        gpt2.save(tmp_path, config, nn.init_params(config, jax.random.key(0)))
+        gpt2.save(tmp_path, config, model.init_params(config, jax.random.key(0)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -256,10 +256,12 @@ def test_transformers_loads_what_we_write(tmp_path):
     for options in ({}, {"tie_weights": False, "gelu": "exact"}, {"bias": False}):
         config = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=True)
         config = ModelConfig(**{**vars(config), **options})
-        params = jax.tree.map(lambda x: x * 3, nn.init_params(config, jax.random.key(1)))
+        params = jax.tree.map(lambda x: x * 3, model.init_params(config, jax.random.key(1)))
         gpt2.save(tmp_path, config, params)
         theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
         idx = np.arange(8)[None]
         with torch.no_grad():
             logits = theirs(torch.tensor(idx)).logits.numpy()
-        np.testing.assert_allclose(nn.forward(config, params, idx), logits, rtol=1e-4, atol=1e-5 * np.abs(logits).max())
+        np.testing.assert_allclose(
+            model.forward(config, params, idx), logits, rtol=1e-4, atol=1e-5 * np.abs(logits).max()
+        )

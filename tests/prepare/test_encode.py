@@ -15,7 +15,7 @@ import filelock
 import numpy as np
 import pytest
 
-from jaxgpt import files as disk
+from jaxgpt import files
 from jaxgpt.config import DataConfig
 from jaxgpt.corpus import CorpusError, find_prepared, load
 from jaxgpt.prepare import encode, sources
@@ -257,7 +257,7 @@ def test_a_prepared_text_is_read_without_a_lock_or_a_write(tmp_path, small, monk
     first = prepare_corpus(str(tmp_path / "one" / "a.txt"), "byte", data_dir=tmp_path / "data")
     before = {path: path.stat().st_mtime_ns for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]}
     monkeypatch.setattr(filelock, "FileLock", None)
-    monkeypatch.setattr(disk, "write_atomically", None)
+    monkeypatch.setattr(files, "write_atomically", None)
     for name in ("one", "two"):
         again = prepare_corpus(str(tmp_path / name / "a.txt"), "byte", data_dir=tmp_path / "data")
         assert (again.folder, again.reused) == (first.folder, True)
@@ -436,7 +436,7 @@ class TestStores:
         shards = [name for name in self.files.ls("/prepared", detail=False) if name.endswith(".bin")]
         for name in shards[1:]:
             self.files.rm(name)  # they are in the cache
-        with mock.patch.object(filelock, "FileLock", None), mock.patch.object(disk, "write_atomically", None):
+        with mock.patch.object(filelock, "FileLock", None), mock.patch.object(files, "write_atomically", None):
             assert prepare_corpus("memory://prepared").corpus.meta == found.meta
         (cached,) = (tmp_path / "cache" / "jaxgpt" / "corpora").iterdir()
         (cached / "tokens-00000.bin").unlink()
@@ -458,8 +458,8 @@ class TestStores:
         (tmp_path / "a.txt").write_text(LINES)
         folder = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
         self.files.put(f"{folder}/", "/prepared/", recursive=True)
-        meta = disk.unseal((folder / "tokens.json").read_bytes()) | {"source": "../../../escaped"}
-        self.files.pipe("/prepared/tokens.json", disk.seal(meta).encode())
+        meta = files.unseal((folder / "tokens.json").read_bytes()) | {"source": "../../../escaped"}
+        self.files.pipe("/prepared/tokens.json", files.seal(meta).encode())
         prepare_corpus("memory://prepared")
         (cached,) = (tmp_path / "cache" / "jaxgpt" / "corpora").iterdir()
         assert cached.name.startswith("escaped-char-")
@@ -470,7 +470,7 @@ class TestStores:
         meta = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data").corpus.meta
         evil = meta | {"shards": [meta["shards"][0] | {"file": "../../../escaped.txt"}]} | given
         data = np.frombuffer(LINES.encode(), np.uint8).astype(np.uint16).tobytes()
-        self.files.pipe("/store/evil/tokens.json", disk.seal(evil).encode())
+        self.files.pipe("/store/evil/tokens.json", files.seal(evil).encode())
         for place in ("/store/evil/../../../escaped.txt", "/escaped.txt"):
             self.files.pipe(place, data)
         with pytest.raises(CorpusError, match=r"memory://store/evil/tokens\.json: (its|it is|it has)"):

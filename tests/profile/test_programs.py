@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxgpt import cost
-from jaxgpt import model as nn
+from jaxgpt import cost, model
 from jaxgpt.config import Config, ModelConfig, TrainConfig
 from jaxgpt.profile import hlo, inspection
 from jaxgpt.profile.programs import matmul_flops, programs, xla_counts
@@ -31,7 +30,7 @@ def found():
 def test_the_table_of_parameters_is_the_tree(stacked):
     config = of(n_layer=3, bias=True, tie_weights=False, scan_layers=stacked).model
     *rows, whole = inspection.parameter_rows(config)
-    params = jax.eval_shape(lambda key: nn.init_params(config, key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
     assert whole["count"] == cost.n_params(config) == sum(x.size for x in jax.tree.leaves(params))
     assert sum(row["count"] for row in rows) == whole["count"]
     assert sum(row["share, %"] for row in rows) == pytest.approx(100)

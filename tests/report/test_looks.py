@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.cli.runs import corpus_of
 from jaxgpt.config import DataConfig
 from jaxgpt.display.text import token_texts
@@ -37,7 +37,7 @@ def test_the_passage_is_predicted_from_half_a_window_or_more(trained, monkeypatc
     ids = val[first : start + 40]
     assert found.tokens == [texts[i] for i in ids]
     windows = np.stack([val[i : i + 9] for i in range(start + 40)]).astype(np.int32)
-    alone = jax.jit(nn.losses, static_argnums=0)(config, params, windows[:, :-1], windows[:, 1:])
+    alone = jax.jit(model.losses, static_argnums=0)(config, params, windows[:, :-1], windows[:, 1:])
     for i, loss in enumerate(found.losses, first):
         assert min(abs(loss - alone[i - 1 - t, t]) for t in range(3, 8) if i > t) < 1e-4
     for token, loss, likely in zip(found.tokens, found.losses, found.likely, strict=True):
@@ -109,5 +109,5 @@ def test_neighbours_by_angle():
 
 def test_the_table_of_a_bigram(tiny, change):
     config = change(tiny, kind="bigram").model
-    params = nn.init_params(config, jax.random.key(0))
+    params = model.init_params(config, jax.random.key(0))
     assert looks.table(config, params).shape == (13, 13)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import model as nn
+from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.diagnostics import inside
 from jaxgpt.sample import draw, generate
@@ -28,12 +28,12 @@ def models():
     found = {}
     for position in ("learned", "rope"):
         config = ModelConfig(vocab_size=13, block_size=8, n_layer=1, n_head=2, n_embd=16, position=position)
-        params = jax.jit(nn.init_params, static_argnums=0)(config, jax.random.key(0))
+        params = jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0))
         found[position] = config, jax.tree.map(lambda x: 8 * x, params)  # far from a uniform guess: a fault shows
     return found
 
 
-forward = jax.jit(nn.forward, static_argnums=0)
+forward = jax.jit(model.forward, static_argnums=0)
 
 
 def softmax(logits):
@@ -153,6 +153,6 @@ def test_a_look_holds_no_more_than_its_limit_counts():
     """The maps of all layers, and twice those of one; not all of them twice. `requests.MAPS` is a limit to this."""
     L, H, T = 10, 16, 64
     config = ModelConfig(vocab_size=13, block_size=T, n_layer=L, n_head=H, n_embd=2 * H)
-    params = jax.eval_shape(partial(nn.init_params, config), jax.random.key(0))
+    params = jax.eval_shape(partial(model.init_params, config), jax.random.key(0))
     looking = batch.look.lower(config, params, np.zeros((1, T), np.int32), np.int32(T), 13).compile()
     assert looking.memory_analysis().temp_size_in_bytes <= 4 * (L + 2) * H * T**2
