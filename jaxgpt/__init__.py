@@ -18,7 +18,7 @@ _HOME = {
     "BPETokenizer": "tokenizer",
     "ByteTokenizer": "tokenizer",
     "CharTokenizer": "tokenizer",
-    "cross_entropy": "model",
+    "cross_entropy": "loss",
     "forward": "model",
     "init_params": "model",
     "logits_and_loss": "model",
@@ -28,6 +28,7 @@ _HOME = {
     "train_steps": "step",
     "evaluate": "evaluation",
     "fit": "train",
+    "SamplingParams": "sample",
     "generate": "sample",
     "load": "monitor.notebook",
 }

@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgpt import filters
+from jaxgpt.sample import min_p, top_k, top_p
 
 LOGITS = jax.random.normal(jax.random.key(0), (3, 9))
 
 
 @given(st.integers(1, 8))
 def test_top_k_keeps_the_k_largest_and_their_proportions(k):
-    kept = np.asarray(filters.top_k(LOGITS, k))
+    kept = np.asarray(top_k(LOGITS, k))
     for row, logits in zip(kept, np.asarray(LOGITS), strict=True):
         assert set(np.flatnonzero(np.isfinite(row))) == set(np.argsort(logits)[-k:])
     np.testing.assert_array_equal(kept[np.isfinite(kept)], np.asarray(LOGITS)[np.isfinite(kept)])
@@ -20,19 +20,11 @@ def test_top_k_keeps_the_k_largest_and_their_proportions(k):
 
 @pytest.mark.parametrize("k", [0, 9, 100])
 def test_top_k_of_none_or_all_keeps_all(k):
-    np.testing.assert_array_equal(filters.top_k(LOGITS, k), LOGITS)
+    np.testing.assert_array_equal(top_k(LOGITS, k), LOGITS)
 
 
 def test_top_k_keeps_ties():
-    assert np.isfinite(filters.top_k(jnp.array([1.0, 2.0, 2.0]), 1)).tolist() == [False, True, True]
-
-
-def test_temperature_sharpens_below_one():
-    entropy = [
-        -(jax.nn.softmax(x) * jax.nn.log_softmax(x)).sum()
-        for x in (filters.temperature(LOGITS, t) for t in (0.5, 1, 2))
-    ]
-    assert entropy[0] < entropy[1] < entropy[2]
+    assert np.isfinite(top_k(jnp.array([1.0, 2.0, 2.0]), 1)).tolist() == [False, True, True]
 
 
 ROWS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
@@ -46,7 +38,7 @@ def probabilities(logits):
 
 @given(ROWS, SHARES)
 def test_top_p_keeps_the_fewest_that_reach_it(row, p):
-    kept = np.isfinite(filters.top_p(jnp.array([row]), p))[0]
+    kept = np.isfinite(top_p(jnp.array([row]), p))[0]
     q = probabilities(row)
     assert kept.any()
     assert q[kept].min() >= q[~kept].max(initial=0), "the most likely ones"
@@ -57,16 +49,16 @@ def test_top_p_keeps_the_fewest_that_reach_it(row, p):
 
 @given(ROWS, SHARES)
 def test_min_p_keeps_what_is_likely_beside_the_most_likely(row, p):
-    kept = np.isfinite(filters.min_p(jnp.array([row]), p))[0]
+    kept = np.isfinite(min_p(jnp.array([row]), p))[0]
     ratio = probabilities(row) / probabilities(row).max()
     clear = np.abs(ratio - p) > 1e-4 * p
     np.testing.assert_array_equal(kept[clear], ratio[clear] >= p)
     assert kept[np.argmax(row)]
 
 
-@pytest.mark.parametrize("keep", [filters.top_p, filters.min_p])
+@pytest.mark.parametrize("keep", [top_p, min_p])
 def test_what_is_kept_keeps_its_proportions_and_what_was_left_out_stays_out(keep):
-    logits = filters.top_k(LOGITS, 5)
+    logits = top_k(LOGITS, 5)
     kept = np.asarray(keep(logits, 0.3))
     assert np.isfinite(kept).any(axis=-1).all()
     assert not (np.isfinite(kept) & ~np.isfinite(logits)).any()
@@ -74,5 +66,5 @@ def test_what_is_kept_keeps_its_proportions_and_what_was_left_out_stays_out(keep
 
 
 def test_top_p_keeps_one_at_least_and_ties():
-    assert np.isfinite(filters.top_p(jnp.array([0.0, 3.0, 1.0]), 0.01)).tolist() == [False, True, False]
-    assert np.isfinite(filters.top_p(jnp.array([1.0, 3.0, 3.0]), 0.01)).tolist() == [False, True, True]
+    assert np.isfinite(top_p(jnp.array([0.0, 3.0, 1.0]), 0.01)).tolist() == [False, True, False]
+    assert np.isfinite(top_p(jnp.array([1.0, 3.0, 3.0]), 0.01)).tolist() == [False, True, True]

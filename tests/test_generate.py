@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import filters, model
-from jaxgpt.sample import CHUNK, LONGEST, generate, stream
+from jaxgpt import model
+from jaxgpt.sample import CHUNK, LONGEST, SamplingParams, generate, min_p, stream, top_k
 
 KEY = jax.random.key(0)
+GREEDY = SamplingParams(0)
 forward = jax.jit(model.forward, static_argnums=0)
 
 
@@ -46,7 +47,7 @@ def by_hand(config, params, prompt, n, choose):
 def test_greedy_is_the_plain_loop_for_short_and_long_prompts(tiny_model, length):
     config, params = tiny_model
     prompt = np.random.default_rng(length).integers(0, 13, length)
-    got = generate(config, params, prompt[None], 20, KEY, temperature=0)
+    got = generate(config, params, prompt[None], 20, KEY, GREEDY)
     assert got[0].tolist() == by_hand(config, params, prompt, 20, lambda logits, i: logits.argmax())
 
 
@@ -60,13 +61,13 @@ def test_a_cache_smaller_than_block_size_holds_all_that_is_read(tiny, change, po
         logits = forward(config, params, np.pad(ids, [(0, 0), (0, 64 - n)]))[:, n - 1]
         ids = np.append(ids, logits.argmax(axis=-1)[:, None], axis=1)
     for n in (20, 15):
-        got = generate(config, params, prompts, n, KEY, temperature=0)
+        got = generate(config, params, prompts, n, KEY, GREEDY)
         np.testing.assert_array_equal(got, ids[:, 3 : 3 + n])
 
 
 def test_sampling_draws_from_the_softmax_at_that_temperature(tiny_model):
     config, params = tiny_model
-    many = generate(config, params, np.full((20_000, 1), 3), 1, KEY, temperature=2.0)
+    many = generate(config, params, np.full((20_000, 1), 3), 1, KEY, SamplingParams(2.0))
     counts = np.bincount(np.asarray(many)[:, 0], minlength=13) / 20_000
     expected = jax.nn.softmax(model.forward(config, params, jnp.array([[3]]))[0, 0] / 2)
     np.testing.assert_allclose(counts, expected, atol=5 * np.sqrt(0.25 / 20_000))
@@ -75,8 +76,8 @@ def test_sampling_draws_from_the_softmax_at_that_temperature(tiny_model):
 @pytest.mark.smoke
 def test_top_k_of_one_is_greedy(tiny_model):
     config, params = tiny_model
-    greedy = generate(config, params, [[1, 2]], 20, KEY, temperature=0)
-    np.testing.assert_array_equal(generate(config, params, [[1, 2]], 20, KEY, top_k=1), greedy)
+    greedy = generate(config, params, [[1, 2]], 20, KEY, GREEDY)
+    np.testing.assert_array_equal(generate(config, params, [[1, 2]], 20, KEY, SamplingParams(top_k=1)), greedy)
 
 
 @pytest.mark.parametrize("n", [0, 1, CHUNK, CHUNK + 1, LONGEST + 3])
@@ -105,8 +106,8 @@ def test_a_sequence_does_not_depend_on_the_rest_of_its_batch(tiny_model):
 
 def test_padded_ids_are_never_drawn(tiny_model):
     config, params = tiny_model
-    assert int(generate(config, params, np.full((50, 1), 1), 30, KEY, temperature=5.0).max()) >= 4
-    assert int(generate(config, params, np.full((50, 1), 1), 30, KEY, temperature=5.0, n_ids=4).max()) < 4
+    assert int(generate(config, params, np.full((50, 1), 1), 30, KEY, SamplingParams(5.0)).max()) >= 4
+    assert int(generate(config, params, np.full((50, 1), 1), 30, KEY, SamplingParams(5.0), n_ids=4).max()) < 4
 
 
 @pytest.fixture
@@ -128,21 +129,22 @@ def compiled():
 def test_another_prompt_length_number_of_tokens_or_temperature_compiles_nothing(tiny, change, compiled, position):
     config = change(tiny, block_size=64, n_layer=1, position=position).model
 
-    def write(P, n, **how):
-        given = config, weights(config), np.ones((2, P), int), n, jax.random.key(n)
-        np.asarray(generate(*given, **how))
-        list(stream(*given, **how))
+    def write(P, n, temperature=0.7, top_p=0.8, min_p=0.2):
+        sampling = SamplingParams(temperature, 0, top_p, min_p)
+        given = config, weights(config), np.ones((2, P), int), n, jax.random.key(n), sampling
+        np.asarray(generate(*given))
+        list(stream(*given))
 
-    write(17, 100, temperature=0.5, top_p=0.9, min_p=0.1)
+    write(17, 100, 0.5, 0.9, 0.1)
     before = compiled()
     assert before > 0
     for P, n in ((18, 30), (32, 200), (25, 9)):
-        write(P, n, temperature=0.7, top_p=0.8, min_p=0.2)
+        write(P, n)
     assert compiled() == before
-    write(18, 15, temperature=0.7, top_p=0.8, min_p=0.2)
+    write(18, 15)
     assert compiled() > before, "no more than 32 tokens get a cache of 32, half as much to look back on"
     before = compiled()
-    write(33, 100, temperature=0.7, top_p=0.8, min_p=0.2)
+    write(33, 100)
     assert compiled() > before, "prompts of 33 and more are padded to 64"
 
 
@@ -153,14 +155,14 @@ def test_rotated_positions_slide(tiny, change):
         padded = np.zeros((1, 8), int)
         padded[0, : len(ids[-8:])] = ids[-8:]
         ids.append(int(forward(config, params, padded)[0, len(ids[-8:]) - 1].argmax()))
-    assert generate(config, params, [[3]], 30, KEY, temperature=0)[0].tolist() == ids[1:]
+    assert generate(config, params, [[3]], 30, KEY, GREEDY)[0].tolist() == ids[1:]
 
 
 @pytest.mark.parametrize("block_size", [1, 3])
 def test_the_shortest_contexts(tiny, change, block_size):
     for position in ("learned", "rope"):
         config = change(tiny, block_size=block_size, n_layer=1, position=position).model
-        got = generate(config, weights(config), [[1, 2, 3, 4]], 9, KEY, temperature=0)[0].tolist()
+        got = generate(config, weights(config), [[1, 2, 3, 4]], 9, KEY, GREEDY)[0].tolist()
         if position == "learned":
             assert got == by_hand(config, weights(config), [1, 2, 3, 4], 9, lambda logits, i: logits.argmax())
         assert len(got) == 9
@@ -173,17 +175,17 @@ def test_a_bigram_sees_the_last_token_alone(tiny, change):
     for _ in range(20):
         ids.append(int(table[ids[-1]].argmax()))
     params = {"token_embedding_table": {"embedding": jnp.asarray(table, jnp.float32)}}
-    assert generate(config, params, [[7, 4]], 20, KEY, temperature=0)[0].tolist() == ids[1:]
+    assert generate(config, params, [[7, 4]], 20, KEY, GREEDY)[0].tolist() == ids[1:]
 
 
 def test_tokens_are_drawn_with_the_key_of_their_sequence_and_number(tiny_model):
     config, params = tiny_model
-    got = generate(config, params, [[1, 2], [1, 2]], 12, KEY, temperature=0.7, top_k=5, min_p=0.01)
+    got = generate(config, params, [[1, 2], [1, 2]], 12, KEY, SamplingParams(0.7, 5, min_p=0.01))
     for b in range(2):
         key = jax.random.fold_in(KEY, b)
 
         def choose(logits, i, key=key):
-            logits = filters.min_p(filters.top_k(logits / 0.7, 5), 0.01)
+            logits = min_p(top_k(logits / 0.7, 5), 0.01)
             return jax.random.categorical(jax.random.fold_in(key, i), logits)
 
         assert got[b].tolist() == by_hand(config, params, [1, 2], 12, choose)
@@ -191,9 +193,9 @@ def test_tokens_are_drawn_with_the_key_of_their_sequence_and_number(tiny_model):
 
 def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(tiny_model):
     config, params = tiny_model
-    greedy = generate(config, params, [[1, 2]], 20, KEY, temperature=0)
+    greedy = generate(config, params, [[1, 2]], 20, KEY, GREEDY)
     for how in ({"top_p": 1e-6}, {"min_p": 1.0}):
-        np.testing.assert_array_equal(generate(config, params, [[1, 2]], 20, KEY, **how), greedy)
+        np.testing.assert_array_equal(generate(config, params, [[1, 2]], 20, KEY, SamplingParams(**how)), greedy)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +206,6 @@ def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(tiny_model):
         (np.zeros((0, 3)), {}, "at least one token"),
         ([[1, 99]], {}, "ids from 1 to 99, expected ids from 0 to 1"),
         ([[-1, 1]], {}, "ids from -1 to 1"),
-        ([[1]], {"n_ids": 99}, r"n_ids is 99, expected 0 \(all\) to the model's 1"),
-        ([[1]], {"n_ids": -1}, "n_ids is -1"),
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
         ([[1]], {"temperature": 1e-40}, "temperature is 1e-40"),
@@ -219,4 +219,10 @@ def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(tiny_model):
 def test_refusals(tiny_model, prompt, options, said):
     config, params = tiny_model
     with pytest.raises(ValueError, match=said):
-        generate(config, params, prompt, 5, KEY, **options)
+        generate(config, params, prompt, 5, KEY, SamplingParams(**options))
+
+
+@pytest.mark.parametrize("n_ids", [99, -1])
+def test_padding_beyond_the_vocabulary_is_refused(tiny_model, n_ids):
+    with pytest.raises(ValueError, match=rf"n_ids is {n_ids}, expected 0 \(all\) to the model's 1"):
+        generate(*tiny_model, [[1]], 5, KEY, n_ids=n_ids)

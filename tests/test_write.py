@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jaxgpt import cli
 from jaxgpt.cli.runs import start
 from jaxgpt.config import UsageError
-from jaxgpt.sample import CHUNK, until, write
+from jaxgpt.sample import CHUNK, SamplingParams, until, write
 from jaxgpt.start import load_model
 from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, UnknownCharacterError, encode_typed
 from jaxgpt.train import fit
@@ -69,10 +69,10 @@ def test_characters_split_between_pieces_stay_whole(run):
     "options",
     [
         {"n_tokens": -1},
-        {"temperature": -0.1},
-        {"top_k": -1},
-        {"top_p": 0},
-        {"min_p": 2},
+        {"sampling": SamplingParams(temperature=-0.1)},
+        {"sampling": SamplingParams(top_k=-1)},
+        {"sampling": SamplingParams(top_p=0)},
+        {"sampling": SamplingParams(min_p=2)},
         {"stop": ["a", ""]},
         {"samples": 0},
         {"seed": -1},

@@ -41,7 +41,7 @@ class Sample:
 
 def run(args: list[str]) -> int:
     given = parse(Sample, args, "sample")
-    from jaxgpt.sample import write
+    from jaxgpt.sample import SamplingParams, write
 
     use_compile_cache()
     config, params, tokenizer = _load_model(given.run, given.runs_dir, given.checkpoint)
@@ -51,10 +51,7 @@ def run(args: list[str]) -> int:
         tokenizer,
         None if given.prompt is None else typed(given.prompt),
         given.tokens,
-        temperature=given.temperature,
-        top_k=given.top_k,
-        top_p=given.top_p,
-        min_p=given.min_p,
+        SamplingParams(given.temperature, given.top_k, given.top_p, given.min_p),
         stop=given.stop,
         seed=given.seed,
         samples=given.samples,

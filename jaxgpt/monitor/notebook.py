@@ -1,6 +1,7 @@
 """A run in a notebook: its metrics, weights, samples and loss chart."""
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from jaxgpt.display import charts
 from jaxgpt.monitor.curves import loss
 from jaxgpt.monitor.facts import Facts, gather
 from jaxgpt.run import Run
-from jaxgpt.sample import write
+from jaxgpt.sample import SamplingParams, write
 from jaxgpt.start import load_checkpoint
 from jaxgpt.tokenizer import Tokenizer
 
@@ -44,9 +45,17 @@ class Loaded:
         """The run's directory as plain values."""
         return gather(self.run)
 
-    def sample(self, prompt: str | None = None, tokens: int = 300, **how: Any) -> str:
-        """A text that begins with `prompt`; `how` is passed to `jaxgpt.write.write`: temperature, top_k, seed, ..."""
-        (pieces,) = write(self.config.model, self.params, self.tokenizer, prompt, tokens, **how)
+    def sample(
+        self,
+        prompt: str | None = None,
+        tokens: int = 300,
+        sampling: SamplingParams | None = None,
+        seed: int = 1337,
+        stop: Sequence[str] = (),
+    ) -> str:
+        """A text that begins with `prompt` and ends before a `stop`."""
+        given = self.config.model, self.params, self.tokenizer, prompt, tokens, sampling or SamplingParams()
+        (pieces,) = write(*given, seed=seed, stop=stop)
         return "".join(pieces)
 
     def plot(self) -> "Chart":

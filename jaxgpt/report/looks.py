@@ -20,7 +20,7 @@ from jaxgpt.diagnostics.inside import exact_maps, token_scores
 from jaxgpt.display.baselines import Limits, limits, occurrences, stretches
 from jaxgpt.display.text import token_texts
 from jaxgpt.run import Run
-from jaxgpt.sample import write
+from jaxgpt.sample import SamplingParams, write
 from jaxgpt.start import load_checkpoint
 from jaxgpt.step import init_state
 from jaxgpt.tokenizer import Ids, Tokenizer
@@ -150,7 +150,7 @@ def samples(run: Run, prompt: str | None) -> list[Sample]:
             params = init_state(run.config).params if fresh else load_checkpoint(run, step)[1]
         except (CheckpointError, UsageError):  # it was pruned just now
             continue
-        (pieces,) = write(config, params, tokenizer, prompt, WRITTEN, temperature=TEMPERATURE, seed=SEED)
+        (pieces,) = write(config, params, tokenizer, prompt, WRITTEN, SamplingParams(TEMPERATURE), seed=SEED)
         found.append(Sample(step, next(pieces), "".join(pieces)))
     return found
 

@@ -1,7 +1,7 @@
 """What is compiled: texts read into the rows of a batch, and a few tokens more for all its rows at once.
 
 A row is one sequence, with its own position, key and settings; none sees another, and each draws what
-`sampling.generate` would draw for it alone.
+`sample.generate` would draw for it alone.
 """
 
 from functools import partial
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgpt import filters, model, prng
+from jaxgpt import model, prng, sample
+from jaxgpt.attention import Cache, init_cache
 from jaxgpt.config import ModelConfig
 from jaxgpt.diagnostics import inside
 
@@ -23,7 +24,7 @@ LIKELY = 8
 
 
 class Settings(NamedTuple):
-    """How a row draws, each (R,): `sampling.draw`'s words, as values that a compiled program is given."""
+    """How a row draws, each (R,): those of `SamplingParams`, as values that a compiled program is given."""
 
     temperature: Any  # 0 takes the most likely token
     top_k: Any  # int32
@@ -37,7 +38,7 @@ DTYPES = Settings(np.float32, np.int32, np.float32, np.float32)
 class Rows(NamedTuple):
     """Where R sequences stand."""
 
-    cache: model.Cache  # of each row one of B = 1: every leaf has an axis of R before its own
+    cache: Cache  # of each row one of B = 1: every leaf has an axis of R before its own
     token: jax.Array  # (R,) int32: the last, drawn and not yet read
     step: jax.Array  # (R,) int32: tokens drawn so far
     key: jax.Array  # (R,)
@@ -55,7 +56,7 @@ class Drawn(NamedTuple):
 
 def empty(config: ModelConfig, R: int) -> Rows:
     """R rows that hold nothing."""
-    one = model.init_cache(config, 1, config.block_size)
+    one = init_cache(config, 1, config.block_size)
     cache = one._replace(read=jnp.zeros((), jnp.int32))
     token, step, top_k = (jnp.zeros(R, jnp.int32) for _ in range(3))
     return Rows(
@@ -84,8 +85,8 @@ def read(config: ModelConfig, params: model.Params, rows: Rows, new: dict[str, A
     """
     key = jax.vmap(lambda seed: jax.random.fold_in(prng.key(seed), 0))(new["seed"])
 
-    def one(idx: jax.Array, length: jax.Array) -> tuple[jax.Array, model.Cache]:
-        logits, cache = model.extend(config, params, model.init_cache(config, 1, config.block_size), idx[None], length)
+    def one(idx: jax.Array, length: jax.Array) -> tuple[jax.Array, Cache]:
+        logits, cache = model.extend(config, params, init_cache(config, 1, config.block_size), idx[None], length)
         return logits[0], cache
 
     logits, cache = jax.vmap(one)(new["idx"], new["length"])
@@ -103,7 +104,7 @@ def decode(
     key, how = rows.key[:N], jax.tree.map(lambda x: x[:N], rows.how)
     start = jax.tree.map(lambda x: x[:N], (rows.cache, rows.token, rows.step))
 
-    def one(cache: model.Cache, token: jax.Array) -> tuple[jax.Array, model.Cache]:
+    def one(cache: Cache, token: jax.Array) -> tuple[jax.Array, Cache]:
         logits, cache = model.extend(config, params, cache, token[None, None])
         return logits[0], cache
 
@@ -133,7 +134,7 @@ def decode(
 def look(config: ModelConfig, params: model.Params, idx: jax.Array, length: jax.Array, n_ids: int) -> tuple[Any, ...]:
     """What the last of `length` tokens, idx (1, T), attends to, (L, H, T), and the likely tokens after it, (K,), with
     their probabilities (K,). A bigram attends to nothing: (0, 0, T)."""
-    logits, _ = model.extend(config, params, model.init_cache(config, 1, idx.shape[1]), idx, length)
+    logits, _ = model.extend(config, params, init_cache(config, 1, idx.shape[1]), idx, length)
     chances, likely = lax.top_k(jax.nn.softmax(logits[0, :n_ids]), min(LIKELY, n_ids))
     if config.kind == "bigram":
         return jnp.zeros((0, 0, idx.shape[1])), likely, chances
@@ -152,21 +153,21 @@ def padded(texts: list[list[int]], T: int, N: int) -> dict[str, Any]:
 
 
 def _draw(n_ids: int, logits: jax.Array, keys: jax.Array, how: Settings) -> Drawn:
-    """The next token of each row from its logits (N, V) and its key (N,): `sampling.draw.Draw`, with settings (N,)."""
+    """The next token of each row from its logits (N, V) and its key (N,): `sample.next_tokens`, with settings (N,)."""
     logits = logits[:, :n_ids]
     likely_chances, likely = lax.top_k(jax.nn.softmax(logits), min(LIKELY, n_ids))
     t, k, top_p, min_p = (x[:, None] for x in how)
-    kept = filters.temperature(logits, jnp.where(t == 0, 1, t))
+    kept = logits / jnp.where(t == 0, 1, t)
 
     def cut(kept: jax.Array) -> jax.Array:
         ordered = jnp.sort(kept, descending=True)
         smallest = jnp.take_along_axis(ordered, jnp.clip(k - 1, 0, n_ids - 1), axis=1)
         kept = jnp.where((k > 0) & (kept < smallest), -jnp.inf, kept)
-        return jnp.where(top_p < 1, filters.top_p(kept, top_p), kept)
+        return jnp.where(top_p < 1, sample.top_p(kept, top_p), kept)
 
     # Sorting a large vocabulary takes its time: only where some row asks for it.
     kept = lax.cond(jnp.any((k > 0) | (top_p < 1)), cut, lambda kept: kept, kept)
-    kept = filters.min_p(kept, min_p)
+    kept = sample.min_p(kept, min_p)
     sampled = jax.vmap(jax.random.categorical)(keys, kept)
     token = jnp.where(how.temperature == 0, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)
     chance = jnp.take_along_axis(jax.nn.softmax(logits), token[:, None], axis=1)[:, 0]

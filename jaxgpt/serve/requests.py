@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxgpt.config import UsageError, shown
 from jaxgpt.run import RunError
-from jaxgpt.sample import bucket, draw
+from jaxgpt.sample import SamplingParams, bucket, checked
 from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.writer import Request
@@ -52,7 +52,7 @@ def to_write(body: bytes, library: Library, limits: Limits) -> tuple[Served, Req
     if given["temperature"] > 1000:
         raise BadRequestError(f"temperature is {given['temperature']}, expected at most 1000")
     try:
-        draw(run.config.model, **given)
+        checked(SamplingParams(**given))
     except UsageError as error:
         raise BadRequestError(str(error)) from error
     return run, Request(run, ids, tokens, seed=seed, **given)

@@ -70,7 +70,7 @@ def jaxgpt_sampling(config: Any, batch_size: int, n_tokens: int, temperature: fl
 
     from jaxgpt import model
     from jaxgpt.profile.stages import JaxContestant
-    from jaxgpt.sample import generate
+    from jaxgpt.sample import SamplingParams, generate
 
     class Sampling(JaxContestant):
         def __init__(self) -> None:
@@ -83,8 +83,8 @@ def jaxgpt_sampling(config: Any, batch_size: int, n_tokens: int, temperature: fl
             self.about["first_seconds"] = time.perf_counter() - began
 
         def run(self) -> int:
-            draw = {"temperature": temperature, "top_k": top_k}
-            return np.asarray(generate(config.model, self.params, self.prompt, n_tokens, self.key, **draw)).size
+            draw = SamplingParams(temperature, top_k)
+            return np.asarray(generate(config.model, self.params, self.prompt, n_tokens, self.key, draw)).size
 
     return Sampling()
 

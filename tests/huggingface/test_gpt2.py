@@ -15,7 +15,7 @@ from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.huggingface import folders, gpt2
 from jaxgpt.huggingface.gpt2 import InteropError
-from jaxgpt.sample import generate
+from jaxgpt.sample import SamplingParams, generate
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 DOCS = Path(__file__).parents[2] / "docs"
@@ -50,7 +50,7 @@ def test_logits_and_greedy_continuation_are_hugging_faces():
     # Theirs ended with its first new token, the end-of-text id 0, behind a prompt of five.
     prompt, expected = GOLDEN["greedy"][:, :5], GOLDEN["greedy"][:, 5:]
     np.testing.assert_array_equal(prompt, GOLDEN["idx"][:1, :5])
-    np.testing.assert_array_equal(generate(config, params, prompt, 1, jax.random.key(0), temperature=0), expected)
+    np.testing.assert_array_equal(generate(config, params, prompt, 1, jax.random.key(0), SamplingParams(0)), expected)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.diagnostics import inside
-from jaxgpt.sample import draw, generate
+from jaxgpt.sample import SamplingParams, checked, generate, next_tokens
 from jaxgpt.serve import batch
 from jaxgpt.serve.writer import End, Job, Piece, Request, Writer
 
@@ -48,9 +48,9 @@ def asked(i, kinds=ASKED):
 
 def alone(model, request):
     """What `generate` gives, of the first 12 ids alone."""
-    how = {name: getattr(request, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    sampling = SamplingParams(request.temperature, request.top_k, request.top_p, request.min_p)
     key = jax.random.key(request.seed)
-    return generate(*model, [request.ids], request.tokens, key, n_ids=12, **how)[0].tolist()
+    return generate(*model, [request.ids], request.tokens, key, sampling, n_ids=12)[0].tolist()
 
 
 def told(requests, writer, before_turn=lambda turn, jobs: None):
@@ -123,8 +123,8 @@ def test_what_is_told_of_a_token_is_what_forward_gives(models):
 
 
 def test_each_row_draws_as_its_own_settings_say():
-    """120 rows with ten different settings at once, against `draw` with one after another."""
-    config, rng = ModelConfig(vocab_size=20), np.random.default_rng(0)
+    """120 rows with ten different settings at once, against `next_tokens` with one after another."""
+    rng = np.random.default_rng(0)
     settings = [(0.0, 3, 0.5, 1.0), (1.0, 0, 1.0, 0.0), (0.3, 0, 0.5, 0.0), (1.0, 3, 1.0, 0.0), (1.0, 50, 1.0, 0.0)]
     settings += [(1.0, 3, 0.5, 0.2), (2.0, 0, 1e-6, 0.0), (1.0, 0, 1.0, 0.2), (1.0, 0, 1.0, 1.0), (1.0, 19, 1.0, 0.0)]
     logits = rng.normal(size=(120, 20)).astype(np.float32) * 3
@@ -132,8 +132,8 @@ def test_each_row_draws_as_its_own_settings_say():
     columns = zip(*(settings[i % 10] for i in range(120)), strict=True)
     how = batch.Settings(*(np.array(each, dtype) for each, dtype in zip(columns, batch.DTYPES, strict=True)))
     got = jax.jit(batch._draw, static_argnums=0)(18, logits, keys, how).token
-    for i, (t, k, top_p, min_p) in enumerate(settings):
-        expected = draw(config, t, k, top_p, min_p, 18)(logits[i::10], keys[i::10])
+    for i, setting in enumerate(settings):
+        expected = next_tokens(checked(SamplingParams(*setting)), logits[i::10, :18], keys[i::10])
         np.testing.assert_array_equal(got[i::10], expected)
 
 
