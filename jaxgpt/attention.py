@@ -1,4 +1,4 @@
-"""Attention as the notes write it, positions and masks, and the KV cache of decoding."""
+"""Attention as the notes write it, rotary positions, masks, and the KV cache of decoding."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -55,17 +55,17 @@ def attention_weights(
     affinity = matmul.matmul(q * (q.shape[-1] ** -0.5 if scale is None else scale), k.swapaxes(-1, -2), precision)
     if mask is not None:
         affinity = jnp.where(mask, affinity, -jnp.inf)
-    return matmul.softmax(affinity)
+    return jax.nn.softmax(affinity, axis=-1)
 
 
 def causal_mask(T: int, window: int = 0) -> jax.Array:
-    """(T, T), True on and below the diagonal: each node is pointed to by itself and its past, or by the last `window`
-    of these."""
+    """`attention_mask` of positions 0 to T - 1: (T, T)."""
     return attention_mask(jnp.arange(T), jnp.arange(T), window)
 
 
 def attention_mask(t: jax.Array, s: jax.Array, window: int = 0) -> jax.Array:
-    """(T, S), True where the token at position t (T,) attends to the one at s (S,): its past, itself included."""
+    """(T, S), True where the token at position t (T,) attends to the one at s (S,): itself and its past, or the last
+    `window` of these."""
     distance = t[:, None] - s[None, :]
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
@@ -85,21 +85,20 @@ def rotate(x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
 
 
 class Cache(NamedTuple):
-    """What `extend` needs to know of the tokens before."""
+    """The state of decoding: what `model.extend` keeps of the tokens so far."""
 
     blocks: dict[str, Any]  # the keys and values of each block, (B, kv, S, D): Flax's collection "cache"
-    read: jax.Array | int  # () how many; the number 0 where a cache is known to be empty while compiling
-    last: jax.Array  # (B,) int32: the last token read
+    read: jax.Array | int  # () tokens so far; a Python 0 for a cache that is empty at compile time
+    last: jax.Array  # (B,) int32: the last token
 
 
 @matmul.in_32_bits
 def init_cache(config: ModelConfig, B: int, size: int) -> Cache:
     """An empty cache for B sequences, with S = `size` slots in each block.
 
-    The slots are a ring: the token at position p is in slot p % S, until another takes its place. Keys are kept as
-    attention uses them, normed and rotated by their position, in the compute dtype; on CPUs in
-    float32, for XLA converts bfloat16 there, all slots for each token. A bigram, which looks back on nothing, keeps
-    nothing.
+    The slots are a ring buffer: the token at position p is in slot p % S. Keys are kept normed and rotated, in the
+    compute dtype; on CPUs in float32, because XLA would convert all slots from bfloat16 for each token. A bigram has no
+    slots.
     """
     blocks: dict[str, Any] = {}
     precision = "float32" if jax.default_backend() == "cpu" else config.precision
@@ -112,10 +111,10 @@ def init_cache(config: ModelConfig, B: int, size: int) -> Cache:
 
 
 def update_cache(slots: jax.Array, x: jax.Array, start: jax.Array | int) -> jax.Array:
-    """`slots` (B, kv, S, D) with `x` (B, kv, T, D), of positions start, start + 1, ..., in their places."""
+    """`slots` (B, kv, S, D) with `x` (B, kv, T, D) of positions start, start + 1, ... written to them."""
     T, S = x.shape[2], slots.shape[2]
     x = x.astype(slots.dtype)
-    if T == 1 or isinstance(start, int):  # not over the end of the ring: written where it is, without a copy
+    if T == 1 or isinstance(start, int):  # does not wrap around: updated in place
         return lax.dynamic_update_slice_in_dim(slots, x, start % S, axis=2)
     return slots.at[:, :, (start + jnp.arange(T)) % S].set(x)
 
@@ -123,16 +122,10 @@ def update_cache(slots: jax.Array, x: jax.Array, start: jax.Array | int) -> jax.
 def cached_attention(
     config: ModelConfig, q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array | int
 ) -> jax.Array:
-    """`attention` of T queries at positions start, start + 1, ... to the slots (B, kv, S, D) that hold their past.
+    """`attention` of queries (B, H, T, D) at positions start, start + 1, ... to slots (B, kv, S, D) -> (B, H, T, D).
 
-    Each sees the last block_size tokens (or `config.window`), itself among them. The keys and values of shared heads
-    are not repeated: the queries that share one are rows of one matmul.
-
-    Args:
-      q: (B, H, T, D).
-
-    Returns:
-      (B, H, T, D).
+    Each attends to the last block_size tokens (or `config.window`), itself included. Shared KV heads are not repeated:
+    the queries that share one are rows of one matmul.
     """
     B, H, T, D = q.shape
     kv, S = keys.shape[1:3]

@@ -317,14 +317,6 @@ def check(config: Config, new: bool = False) -> Config:
     return config
 
 
-def off(value: Any) -> bool:
-    """Whether a setting is a plain 0, which switches something off.
-
-    What JAX traces in its place, in a sweep of many values at once, never is.
-    """
-    return isinstance(value, int | float) and value == 0
-
-
 def replaced(config: Config, **values: Any) -> Config:
     """`config` with fields of any of its sections replaced, by their names alone, unchecked.
 

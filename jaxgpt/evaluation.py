@@ -27,7 +27,7 @@ class Evaluation:
     loss: float
     """Nats per token."""
     standard_error: float
-    """Of `loss`, over windows; NaN for a single window."""
+    """Of `loss`, over windows; NaN of a single window."""
     bits_per_char: float
     bits_per_byte: float
     n_tokens: int
@@ -47,12 +47,11 @@ def evaluate(
     Raises:
       ValueError: fewer than block_size + 1 tokens.
     """
-    starts, skip = evaluation_windows(len(tokens), config.block_size)
-    losses = partial(window_losses, config, params)
-    sums = loss_sums(
-        losses, tokens, config.block_size, starts, skip, batch_size or windows_per_batch(config, len(starts))
-    )
-    return evaluation(sums, config.block_size - skip, tokens, tokenizer)
+    T = config.block_size
+    starts, skip = evaluation_windows(len(tokens), T)
+    B = batch_size or windows_per_batch(config, len(starts))
+    sums = loss_sums(partial(window_losses, config, params), tokens, T, starts, skip, B)
+    return evaluation(sums, T - skip, tokens, tokenizer)
 
 
 def evaluation(sums: NDArray[np.float64], counts: Starts, tokens: Ids, tokenizer: Tokenizer) -> Evaluation:

@@ -1,4 +1,4 @@
-"""What computes attention on each kind of device, the same as the reference in `attention.py` and faster."""
+"""Causal attention as fast as each kind of device has it; `attention.py` is the reference."""
 
 from functools import partial
 from typing import Literal
@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jaxgpt import matmul, sharding
 from jaxgpt.attention import Drop, attention, attention_mask, causal_mask
 from jaxgpt.config import ModelConfig
-from jaxgpt.cost import BLOCKED
 from jaxgpt.matmul import to_compute_dtype
 
 Kernel = Literal["reference", "blocked", "cudnn", "splash"]
 
+BLOCKED = 256
+"""The shortest context whose attention may be computed by blocks of queries."""
 BLOCK = 128
 """Queries at a time in "blocked" attention, or more for contexts of over 16 blocks."""
 
@@ -24,16 +25,14 @@ def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
     Args:
       dropped: whether weights are dropped, as in training with dropout, which the fused kernels cannot.
     """
-    backend, D = sharding.platform(), config.n_embd // config.n_head
-    low = matmul.resolve(config.precision) == "bfloat16"
     if dropped:
         return "reference"
-    if sharding.parts("time") > 1:  # the fused ones want whole contexts
-        return "blocked" if T >= BLOCKED else "reference"
-    if backend == "gpu" and low and D % 8 == 0 and D <= 128 and T % 2 == 0:
-        return "cudnn"
-    if backend == "tpu" and low and D % 64 == 0 and T % 128 == 0 and not config.window:
-        return "splash"
+    if sharding.parts("time") == 1 and matmul.resolve(config.precision) == "bfloat16":  # of whole contexts
+        backend, D = sharding.platform(), config.n_embd // config.n_head
+        if backend == "gpu" and D % 8 == 0 and D <= 128 and T % 2 == 0:
+            return "cudnn"
+        if backend == "tpu" and D % 64 == 0 and T % 128 == 0 and not config.window:
+            return "splash"
     return "blocked" if T >= BLOCKED else "reference"
 
 
@@ -49,27 +48,18 @@ def repeatable(used: Kernel, T: int) -> bool:
 def causal_attention(
     config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None = None
 ) -> jax.Array:
-    """`attention` of each token to its past, or to the last `config.window` of it, by the fastest `kernel`.
-
-    Args:
-      q: (B, H, T, D).
-      k, v: (B, kv, T, D), kv a divisor of H.
-      drop: applied to the weights; None for nothing.
-
-    Returns:
-      (B, H, T, D).
-    """
-    T = q.shape[2]
-    match kernel(config, T, drop is not None):
-        case "cudnn":
-            return sharding.by_device(partial(_cudnn, window=config.window), "batch", "width")(q, k, v)
-        case "splash":
-            k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
-            return sharding.by_device(_splash, "batch", "width")(q, k, v)
-        case "blocked":
-            return blocked(config, q, repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1]))
-    k, v, mask = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1]), causal_mask(T, config.window)
-    return attention(q, k, v, mask[None, None], drop=drop, precision=config.precision)
+    """`attention` of each token to its past, or to the last `config.window` of it, by the fastest `kernel`: queries
+    (B, H, T, D), keys and values (B, kv, T, D) -> (B, H, T, D). `drop` is applied to the weights."""
+    H, T = q.shape[1:3]
+    used = kernel(config, T, drop is not None)
+    if used == "cudnn":
+        return sharding.by_device(partial(_cudnn, window=config.window), "batch", "width")(q, k, v)
+    k, v = repeat_kv(k, H), repeat_kv(v, H)
+    if used == "splash":
+        return sharding.by_device(_splash, "batch", "width")(q, k, v)
+    if used == "blocked":
+        return blocked(config, q, k, v)
+    return attention(q, k, v, causal_mask(T, config.window)[None, None], drop=drop, precision=config.precision)
 
 
 def repeat_kv(x: jax.Array, H: int) -> jax.Array:
@@ -78,10 +68,10 @@ def repeat_kv(x: jax.Array, H: int) -> jax.Array:
 
 
 def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal `attention` of a block of queries at a time to the keys that they see, (B, H, T, D) each.
+    """Causal `attention` of one block of queries at a time, (B, H, T, D) each.
 
-    The weights of all pairs never exist at once, and most of the masked half never; the backward pass makes those of a
-    block again.
+    The weights of all pairs never exist at once, and most of the masked half never; the backward pass recomputes them
+    block by block.
     """
     T = q.shape[2]
     if sharding.parts("time") > 1:
@@ -102,7 +92,7 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
 
 
 def _blocked_split(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`blocked` where each device has a part of the queries: all at once, they go through theirs block by block."""
+    """`blocked` where the queries are sharded: all devices at once go through theirs block by block."""
     B, H, T, D = q.shape
     over = sharding.parts("time")
     size = next(n for n in range(min(BLOCK, T // over), 0, -1) if T // over % n == 0)

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt import sharding
-from jaxgpt.cost import LOGITS
 from jaxgpt.matmul import Precision, to_compute_dtype
+
+LOGITS = 2**26
+"""Logits that may exist at once in training, 256 MiB of float32; more are computed chunk by chunk."""
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -30,32 +32,31 @@ def losses_of(
     precision: Precision = "float32",
     chunk: int = LOGITS,
 ) -> jax.Array:
-    """`token_losses(logits(x, kernel), targets)`, without all the logits at once where a device has more than
-    `chunk` of them.
+    """`token_losses(logits(x, kernel), targets)` in chunks of rows, each with at most `chunk` logits on a device.
 
-    Its rows are split into equal parts, one after another, and the backward pass makes the logits of a part again.
+    The backward pass recomputes the logits of a chunk.
 
     Args:
       logits: features (..., C) and a kernel (C, V) -> (..., V).
       x: (B, T, C).
       kernel: (C, V).
       targets: (B, T).
-      precision: of the operands of `logits`.
+      precision: of the matmuls in `logits`.
     """
     B, T = targets.shape
     rows = -(-B // sharding.parts("batch")) * -(-T // sharding.parts("time"))
     V = -(-kernel.shape[1] // sharding.parts("width"))
-    parts = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * V <= chunk or n == rows))
-    if parts == 1:
+    n_chunks = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * V <= chunk or n == rows))
+    if n_chunks == 1:
         return token_losses(logits(x, kernel), targets)
 
-    def all_parts(x: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
+    def chunked(x: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
         @jax.checkpoint
-        def part(each: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def one(each: tuple[jax.Array, jax.Array]) -> jax.Array:
             x, targets = each
             return token_losses(logits(x, kernel), targets)
 
-        split = x.reshape(parts, -1, x.shape[-1]), targets.reshape(parts, -1)
-        return jax.lax.map(part, split).reshape(targets.shape)
+        chunks = x.reshape(n_chunks, -1, x.shape[-1]), targets.reshape(n_chunks, -1)
+        return jax.lax.map(one, chunks).reshape(targets.shape)
 
-    return sharding.by_rows(all_parts, x, kernel, targets, to_compute_dtype(kernel, precision).dtype)
+    return sharding.by_rows(chunked, x, kernel, targets, to_compute_dtype(kernel, precision).dtype)

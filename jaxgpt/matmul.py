@@ -1,4 +1,4 @@
-"""Compute dtype, matmuls and norms: the arithmetic under the layers, in the ways that are fast.
+"""Matmuls in the compute dtype, in the forms that are fast on each kind of device.
 
 Parameters, sums and gradients are float32. A precision is the compute dtype of matmuls: "float32", or "bfloat16" with
 float32 accumulation; "auto" is one of the two, by a table of devices (`resolve`).
@@ -6,15 +6,14 @@ float32 accumulation; "auto" is one of the two, by a table of devices (`resolve`
 
 import math
 from collections.abc import Callable
-from functools import cache, wraps
-from pathlib import Path
+from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgpt import sharding
+from jaxgpt import machine, sharding
 
 Precision = Literal["auto", "float32", "bfloat16"]
 P = ParamSpec("P")
@@ -26,20 +25,19 @@ def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
     """`function` with the same bits under JAX_ENABLE_X64 as without it, eager or traced: 64-bit arrays among its
     arguments become 32-bit ones, and it makes no others."""
 
+    def narrowed(x: Any) -> Any:
+        dtype = NARROW.get(str(getattr(x, "dtype", "")))
+        return x if dtype is None else x.astype(dtype)
+
     @wraps(function)
     def narrow(*args: P.args, **kwargs: P.kwargs) -> R:
         if not jax.config.values["jax_enable_x64"]:
             return function(*args, **kwargs)
         with jax.enable_x64(False):
-            args, kwargs = jax.tree.map(_narrowed, (args, kwargs))
+            args, kwargs = jax.tree.map(narrowed, (args, kwargs))
             return function(*args, **kwargs)
 
     return narrow
-
-
-def _narrowed(x: Any) -> Any:
-    narrow = NARROW.get(str(getattr(x, "dtype", "")))
-    return x if narrow is None else x.astype(narrow)
 
 
 def resolve(precision: Precision) -> Precision:
@@ -50,6 +48,7 @@ def resolve(precision: Precision) -> Precision:
     """
     if precision != "auto":
         return precision
+    fast = False
     match sharding.platform():
         case "tpu":
             fast = True
@@ -57,20 +56,8 @@ def resolve(precision: Precision) -> Precision:
             capability = str(getattr(jax.local_devices()[0], "compute_capability", "8"))
             fast = not capability.startswith("gfx") and float(capability) >= 8
         case "cpu":
-            fast = not _cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
-        case _:
-            fast = False
+            fast = not {"amx_bf16", "avx512_bf16"}.isdisjoint(machine.cpu_info().split())
     return "bfloat16" if fast else "float32"
-
-
-@cache
-def _cpu_flags() -> frozenset[str]:
-    """The instruction sets of the CPU, as Linux lists them; empty on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
 
 
 def to_compute_dtype(x: jax.Array, precision: Precision) -> jax.Array:
@@ -78,13 +65,20 @@ def to_compute_dtype(x: jax.Array, precision: Precision) -> jax.Array:
     return x.astype(jnp.bfloat16) if resolve(precision) == "bfloat16" else x
 
 
-def dot(x: jax.Array, w: jax.Array, precision: Precision = "float32") -> jax.Array:
-    """(..., K) @ (K, N) -> (..., N), as one two-dimensional matmul.
+def matmul(x: jax.Array, y: jax.Array, precision: Precision = "float32") -> jax.Array:
+    """Matmul of activations in float32: (..., M, K) @ (..., K, N) -> (..., M, N)."""
+    x, y = to_compute_dtype(x, precision), to_compute_dtype(y, precision)
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
-    The result is float32, on accelerators in "bfloat16" of that type, which halves what is written.
+
+def dot(x: jax.Array, w: jax.Array, precision: Precision = "float32") -> jax.Array:
+    """Matmul of activations and a kernel, as one of two dimensions: (..., K) @ (K, N) -> (..., N).
+
+    The result is float32; on accelerators bfloat16 in that precision, which halves what is written.
     """
     if x.ndim == 3 and sharding.parts("time") > 1:  # (B, T), both sharded, cannot be merged into rows
-        return _dot_split(x, w, precision)
+        out = lax.dot_general(to_compute_dtype(x, precision), to_compute_dtype(w, precision), (((2,), (0,)), ((), ())))
+        return out.astype(jnp.float32) if sharding.platform() == "cpu" else out
     rows = x.reshape(-1, x.shape[-1])
     out = rows @ w if resolve(precision) == "float32" else _dot_bfloat16(rows, w)
     return out.reshape(*x.shape[:-1], w.shape[-1])
@@ -115,51 +109,23 @@ def _dot_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
 _dot_bfloat16.defvjp(_dot_forward, _dot_backward)
 
 
-def _dot_split(x: jax.Array, w: jax.Array, precision: Precision) -> jax.Array:
-    x, w = to_compute_dtype(x, precision), to_compute_dtype(w, precision)
-    out = lax.dot_general(x, w, (((2,), (0,)), ((), ())))
-    return out.astype(jnp.float32) if sharding.platform() == "cpu" else out
-
-
-def matmul(x: jax.Array, y: jax.Array, precision: Precision = "float32") -> jax.Array:
-    """`x @ y` in float32, (..., M, K) @ (..., K, N) -> (..., M, N), for matmuls of activations."""
-    x, y = to_compute_dtype(x, precision), to_compute_dtype(y, precision)
-    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
-
-
-def _matmul_bfloat16(a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
-    """A matmul of bfloat16 matrices, accumulated in float32."""
+def _matmul_bfloat16(a: jax.Array, b: jax.Array, dtype: Any = jnp.bfloat16) -> jax.Array:
+    """A matmul of bfloat16 matrices, accumulated in float32; the result is float32 on CPUs, else `dtype`."""
     if sharding.platform() != "cpu":
-        return lax.dot(a, b, preferred_element_type=dtype or jnp.bfloat16)
+        return lax.dot(a, b, preferred_element_type=dtype)
     # Without the barrier, XLA folds a transpose of the result into the matmul, as that of a tied head's gradient, and
     # then may have no kernel for it: "UNIMPLEMENTED: ... BF16 x BF16 = F32".
     return lax.optimization_barrier(lax.dot(a, b, preferred_element_type=jnp.float32))
 
 
 def transposed(x: jax.Array) -> jax.Array:
-    """(..., a, b) -> (..., b, a), as an argument of a matmul.
+    """(..., M, N) -> (..., N, M), as an argument of a matmul.
 
     XLA's CPU backend folds a plain transpose into the matmul and then misses its fast kernels, at half the speed. It
     does not recognize this one, by way of a third dimension.
     """
-    *batch, a, b = x.shape
-    pieces = math.gcd(b, 4)
+    *batch, M, N = x.shape
+    pieces = math.gcd(N, 4)
     if sharding.platform() != "cpu" or pieces == 1:
         return x.swapaxes(-1, -2)
-    return jnp.moveaxis(x.reshape(*batch, a, pieces, b // pieces), -3, -1).reshape(*batch, b, a)
-
-
-def softmax(x: jax.Array) -> jax.Array:
-    """Softmax over the last axis in float32, (..., T) to (..., T)."""
-    return jax.nn.softmax(x.astype(jnp.float32), axis=-1).astype(x.dtype)
-
-
-def rms_norm(x: jax.Array) -> jax.Array:
-    """(..., C) divided by the root of its mean square, in float32: RMSNorm (Zhang and Sennrich 2019) without a gain."""
-    x = x.astype(jnp.float32)
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-
-
-def softcap(x: jax.Array, cap: float) -> jax.Array:
-    """`cap * tanh(x / cap)`, which stays within (-cap, cap): the logit soft-capping of Gemma 2 (2024)."""
-    return cap * jnp.tanh(x / cap)
+    return jnp.moveaxis(x.reshape(*batch, M, pieces, N // pieces), -3, -1).reshape(*batch, N, M)

@@ -17,6 +17,8 @@ import jax
 
 from jaxgpt import cost
 from jaxgpt.config import Config, ModelConfig, UsageError
+from jaxgpt.kernels import BLOCKED
+from jaxgpt.loss import LOGITS
 from jaxgpt.mesh import Shards
 
 ONE = Shards()
@@ -78,11 +80,11 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
     """
     C, T, V, L = config.n_embd, config.block_size, config.vocab_size, config.n_layer
     low = config.precision != "float32"
-    logits = min(V, cost.LOGITS // (batch_size * T) + 1)
+    logits = min(V, LOGITS // (batch_size * T) + 1)
     if config.kind == "bigram":
         return cost.FLOAT * batch_size * T * V
     columns = {name: n for name, (_, n) in cost.kernels(config).items()}
-    weights = config.n_head * T if config.dropout or (T < cost.BLOCKED and not low) else 0
+    weights = config.n_head * T if config.dropout or (T < BLOCKED and not low) else 0
     if config.remat == "blocks":
         block = C
     elif recomputed or config.remat == "matmuls":

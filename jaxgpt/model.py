@@ -1,11 +1,11 @@
-"""Tokens to logits and loss: GPT, the bigram, their layers, and the functions that the rest of the package calls.
+"""GPT and the bigram: ids to features, logits and losses, as pure functions of (config, params, ids).
 
-Parameters are plain nested dicts of arrays; the models are pure functions of them. Only this module and the rooms that
-look inside a model import Flax.
+Parameters are nested dicts of arrays. Only this module and the rooms that look inside a model import Flax.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -13,36 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt import cost, kernels, loss, matmul, sharding
-from jaxgpt.attention import (
-    Cache,
-    attention_weights,
-    cached_attention,
-    causal_mask,
-    init_cache,
-    rotate,
-    update_cache,
-)
-from jaxgpt.config import ModelConfig, UsageError, off
+from jaxgpt.attention import Cache, Drop, cached_attention, rotate, update_cache
+from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.loss import cross_entropy, token_losses
 
-__all__ = [
-    "Cache",
-    "Params",
-    "cross_entropy",
-    "describe",
-    "extend",
-    "forward",
-    "init_cache",
-    "init_params",
-    "logits_and_loss",
-    "losses",
-    "model",
-    "stacked",
-    "token_losses",
-    "unstacked",
-]
-
 Params = dict[str, Any]
+Rate = jax.Array | float | None
+"""A dropout rate, which may be traced; None: no dropout."""
 
 
 class Linear(nn.Module):
@@ -51,27 +28,29 @@ class Linear(nn.Module):
     config: ModelConfig
     features: int
     stddev: float = 0.02
-    use_bias: bool = False
+    may_have_bias: bool = True
 
     @nn.compact
     def weights(self, K: int) -> tuple[jax.Array, jax.Array | None]:
         """(kernel, bias or None) for inputs of K channels."""
         init = nn.initializers.normal(self.stddev) if self.stddev else nn.initializers.zeros
         kernel = self.param("kernel", init, (K, self.features))
-        return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        if not (self.config.bias and self.may_have_bias):
+            return kernel, None
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return fused_linear(x, [self])[0]
 
 
-def fused_linear(x: jax.Array, linears: Sequence[Linear]) -> list[jax.Array]:
-    """The outputs of several layers for the same `x`, computed by one matmul with their kernels side by side."""
-    kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in linears), strict=True)
-    precision = linears[0].config.precision
+def fused_linear(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
+    """The outputs (..., N) of several layers for one `x` (..., K), by one matmul with their kernels side by side."""
+    kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
+    precision = layers[0].config.precision
     if sharding.parts("width") > 1:  # each kernel is split by its own columns
         outs = [matmul.dot(x, kernel, precision) for kernel in kernels]
     else:
-        ends = [sum(layer.features for layer in linears[: i + 1]) for i in range(len(linears) - 1)]
+        ends = [sum(layer.features for layer in layers[: i + 1]) for i in range(len(layers) - 1)]
         outs = jnp.split(matmul.dot(x, jnp.concatenate(kernels, axis=1), precision), ends, axis=-1)
     return [
         out if bias is None else out + bias.reshape((1,) * (out.ndim - 1) + (-1,))
@@ -79,16 +58,10 @@ def fused_linear(x: jax.Array, linears: Sequence[Linear]) -> list[jax.Array]:
     ]
 
 
-def dense(config: ModelConfig, features: int, name: str) -> Linear:
-    """A linear layer inside a block, normal(0.02)."""
-    return Linear(config, features, use_bias=config.bias, name=name)
-
-
 def residual(config: ModelConfig, name: str) -> Linear:
-    """A linear layer that writes into the residual stream. It starts smaller by sqrt(2 L), as in GPT-2, for 2 L of them
-    add up; or at zero."""
+    """A linear layer that writes into the residual stream: smaller by sqrt(2 L), since 2 L of them add up (GPT-2)."""
     stddev = 0.0 if config.zero_init else 0.02 * (2 * config.n_layer) ** -0.5
-    return Linear(config, config.n_embd, stddev, config.bias, name=name)
+    return Linear(config, config.n_embd, stddev, name=name)
 
 
 def embed(rows: int, features: int, name: str, stddev: float = 0.02) -> nn.Embed:
@@ -100,14 +73,20 @@ def embed(rows: int, features: int, name: str, stddev: float = 0.02) -> nn.Embed
 def norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
     """(..., C) -> (..., C): RMSNorm, or LayerNorm with epsilon 1e-5 as in GPT-2 and PyTorch."""
     if config.norm == "rms":
-        return matmul.rms_norm
+        return rms_norm
     return nn.LayerNorm(epsilon=1e-5, use_bias=config.bias, use_fast_variance=False, name=name)
 
 
-class Dropout(nn.Module):
-    """Zero each entry with probability `rate`, which JAX may trace, and scale up the others."""
+def rms_norm(x: jax.Array) -> jax.Array:
+    """(..., C) divided by the root of its mean square, in float32: RMSNorm (Zhang and Sennrich 2019) without a gain."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
 
-    rate: float
+
+class Dropout(nn.Module):
+    """Zero each entry with probability `rate` and scale up the others. Flax's own cannot take a traced rate."""
+
+    rate: jax.Array | float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -116,29 +95,19 @@ class Dropout(nn.Module):
         return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
 
 
-def drops(module: nn.Module) -> bool:
-    """Whether a module of a model drops activations: it has a rate, and a dropout key was given to `apply`."""
-    return module.has_rng("dropout") and not off(module.config.dropout)
-
-
-def dropout(module: nn.Module, name: str) -> Callable[[jax.Array], jax.Array]:
-    """Dropout at the rate of `module.config` where the module `drops`; else the identity."""
-    return Dropout(module.config.dropout, name=name) if drops(module) else lambda x: x
+def dropout(rate: Rate, name: str) -> Callable[[jax.Array], jax.Array]:
+    """Dropout at `rate`, or the identity."""
+    return (lambda x: x) if rate is None else Dropout(rate, name=name)
 
 
 class MultiHeadAttention(nn.Module):
     """H heads side by side, and a projection back to C channels."""
 
     config: ModelConfig
+    dropout: Rate = None
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        idx: jax.Array | None = None,
-        start: jax.Array | int | None = None,
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, *, idx: jax.Array, start: jax.Array | int | None = None) -> jax.Array:
         """(B, T, C) -> (B, T, C).
 
         Args:
@@ -150,56 +119,46 @@ class MultiHeadAttention(nn.Module):
         B, T, C = x.shape
         H, D = cfg.n_head, C // cfg.n_head
         kv = cfg.n_kv_head or H
-        query = dense(cfg, C, "query")
-        key, value = (dense(cfg, kv * D, name) for name in ("key", "value"))
 
         def heads(x: jax.Array) -> jax.Array:
             return x.reshape(B, T, -1, D).swapaxes(1, 2)  # (B, H or kv, T, D)
 
-        q, k, v = fused_linear(x, [query, key, value])
-        if cfg.value_embed and idx is not None:
+        sizes = {"query": C, "key": kv * D, "value": kv * D}
+        q, k, v = fused_linear(x, [Linear(cfg, size, name=name) for name, size in sizes.items()])
+        if cfg.value_embed:
             table = embed(cfg.vocab_size, kv * D, "value_embed", stddev=0.0)
             v = v + (sharding.rows(table.embedding, idx) if start is None else table(idx))
         # Where the context is split, each device has its queries, and the keys and values of all tokens.
         q = sharding.constrain(heads(q), "batch", "width", "time", None)
         k, v = (sharding.constrain(heads(x), "batch", "width", None, None) for x in (k, v))
         if cfg.qk_norm:
-            q, k = matmul.rms_norm(q), matmul.rms_norm(k)
+            q, k = rms_norm(q), rms_norm(k)
         if cfg.position == "rope":
             first = 0 if start is None else start
             q, k = rotate(q, first), rotate(k, first)
-        drop = dropout(self, "drop_weights") if drops(self) else None
-        if self.is_mutable_collection("attention_maps"):
-            out = self.shown_attention(q, k, v)
-        elif start is None:
-            out = kernels.causal_attention(cfg, q, k, v, drop)
-        else:
-            out = self.decode(q, k, v, start)
-        out = out.swapaxes(1, 2).reshape(B, T, C)
-        return dropout(self, "drop_out")(residual(cfg, "c_proj")(out))
+        drop = None if self.dropout is None else Dropout(self.dropout, name="drop_weights")
+        out = self.attend(q, k, v, start, drop).swapaxes(1, 2).reshape(B, T, C)
+        return dropout(self.dropout, "drop_out")(residual(cfg, "c_proj")(out))
 
-    def shown_attention(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """The reference attention, (B, H, T, D), which leaves its weights in Flax's collection "attention_maps"."""
-        cfg, (H, T) = self.config, q.shape[1:3]
-        mask = causal_mask(T, cfg.window)[None, None]
-        weights = attention_weights(q, kernels.repeat_kv(k, H), mask, precision=cfg.precision)
-        self.sow("attention_maps", "weights", weights)
-        return matmul.matmul(weights, kernels.repeat_kv(v, H), cfg.precision)
-
-    def decode(self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | int) -> jax.Array:
-        """Causal attention of T new tokens to themselves and to the cache, which remembers them: (B, H, T, D)."""
-        keys: nn.Variable[jax.Array] = self.variable("cache", "keys")
-        values: nn.Variable[jax.Array] = self.variable("cache", "values")
-        keys.value, values.value = update_cache(keys.value, k, start), update_cache(values.value, v, start)
-        if isinstance(start, int) and start == 0:  # nothing to look back on: as fast as without a cache
-            return kernels.causal_attention(self.config, q, k, v)
-        return cached_attention(self.config, q, keys.value, values.value, start)
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | int | None, drop: Drop | None
+    ) -> jax.Array:
+        """Causal attention of T tokens to themselves and to the cache, if there is one, which keeps them: queries
+        (B, H, T, D), keys and values (B, kv, T, D) -> (B, H, T, D)."""
+        if start is not None:
+            keys: nn.Variable[jax.Array] = self.variable("cache", "keys")
+            values: nn.Variable[jax.Array] = self.variable("cache", "values")
+            keys.value, values.value = update_cache(keys.value, k, start), update_cache(values.value, v, start)
+            if not isinstance(start, int):  # an int is 0: an empty cache, and attention as fast as without one
+                return cached_attention(self.config, q, keys.value, values.value, start)
+        return kernels.causal_attention(self.config, q, k, v, drop)
 
 
 class MLP(nn.Module):
-    """Computation of each node on its own."""
+    """Computation of each token on its own."""
 
     config: ModelConfig
+    dropout: Rate = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -207,47 +166,40 @@ class MLP(nn.Module):
         cfg, C = self.config, x.shape[-1]
         if cfg.mlp == "swiglu":
             hidden = cost.swiglu_width(C)
-            gate, up = fused_linear(x, [dense(cfg, hidden, name) for name in ("c_gate", "c_fc")])
+            gate, up = fused_linear(x, [Linear(cfg, hidden, name=name) for name in ("c_gate", "c_fc")])
             x = jax.nn.silu(gate) * up
         else:
-            x = dense(cfg, 4 * C, "c_fc")(x)
+            x = Linear(cfg, 4 * C, name="c_fc")(x)
             x = jnp.square(jax.nn.relu(x)) if cfg.mlp == "relu2" else jax.nn.gelu(x, approximate=cfg.gelu == "tanh")
         x = sharding.constrain(x, "batch", "time", "width")
-        return dropout(self, "drop_out")(residual(cfg, "c_proj")(x))
+        return dropout(self.dropout, "drop_out")(residual(cfg, "c_proj")(x))
 
 
 class Block(nn.Module):
     """Communication, then computation, each added to the residual stream."""
 
     config: ModelConfig
+    dropout: Rate = None
 
     @nn.compact
     def __call__(self, x: jax.Array, idx: jax.Array, start: jax.Array | int | None = None) -> jax.Array:
         """(B, T, C) of the tokens (B, T) -> (B, T, C); `start` as in `MultiHeadAttention`."""
-        cfg = self.config
-        x = x + MultiHeadAttention(cfg, name="attn")(norm(cfg, "ln_1")(x), idx=idx, start=start)
-        x = x + MLP(cfg, name="mlp")(norm(cfg, "ln_2")(x))
+        cfg, rate = self.config, self.dropout
+        x = x + MultiHeadAttention(cfg, rate, name="attn")(norm(cfg, "ln_1")(x), idx=idx, start=start)
+        x = x + MLP(cfg, rate, name="mlp")(norm(cfg, "ln_2")(x))
         return sharding.constrain(x, "batch", "time", None)
 
 
 class GPT(nn.Module):
-    """Token and position embeddings, L blocks, a last norm, and a head that may share the token embedding."""
+    """Token and position embeddings, L blocks, and a last norm."""
 
     config: ModelConfig
+    dropout: Rate = None
 
     @nn.compact
-    def __call__(
-        self,
-        idx: jax.Array,
-        targets: jax.Array | None = None,
-        cache: Cache | None = None,
-        length: jax.Array | int | None = None,
-    ) -> jax.Array:
-        """(B, T) ids, T up to block_size -> (B, T, V) logits; with targets (B, T), the loss of each, (B, T).
-
-        With a cache the ids come after those that it holds, and the logits are those of the token `length` - 1 alone,
-        (B, V).
-        """
+    def __call__(self, idx: jax.Array, cache: Cache | None = None) -> jax.Array:
+        """(B, T) ids -> features (B, T, C), which `head` turns into logits. With a cache, the ids come after those that
+        it holds."""
         cfg = self.config
         C, V, T = cfg.n_embd, cfg.vocab_size, idx.shape[1]
         idx = sharding.constrain(idx, "batch", "time")
@@ -266,38 +218,19 @@ class GPT(nn.Module):
             x = x + jnp.where(places[None, :, None] > 0, pairs, 0)  # the first has no token before it
         if cfg.position == "learned":
             x = x + embed(cfg.block_size, C, "wpe")(places)[None]
-        x = dropout(self, "drop")(sharding.constrain(x, "batch", "time", None))
+        x = dropout(self.dropout, "drop")(sharding.constrain(x, "batch", "time", None))
         block = Block
         if cfg.remat != "none" and cache is None:
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "matmuls" else None
             block = nn.remat(Block, policy=policy)
-        stream = [x]  # what each block reads, and what the last writes
         if cfg.scan_layers and cache is None:
             x = self.scanned(block, x, idx)
         else:
             for i in range(cfg.n_layer):
-                x = block(cfg, name=f"h_{i}")(x, idx, start)
-                stream.append(x)
-        if length is not None:
-            x = jax.lax.dynamic_index_in_dim(x, length - 1, axis=1, keepdims=False)
-        final_norm = norm(cfg, "ln_f")
-        x = final_norm(x)
-        if cfg.tie_weights:
-            kernel = wte.embedding.T
-        else:
-            head = Linear(cfg, V, 0.0 if cfg.zero_init else 0.02, name="lm_head")
-            kernel, _ = head.weights(C)
-
-        def logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            out = matmul.dot(x, kernel, cfg.precision).astype(jnp.float32)
-            out = sharding.constrain(out, *["batch", "time", None][: x.ndim - 1], "width")
-            return matmul.softcap(out, cfg.softcap) if cfg.softcap else out
-
-        if self.is_mutable_collection("logit_lens"):
-            self.sow("logit_lens", "logits", jnp.stack([logits(final_norm(x), kernel) for x in stream]))
-        if targets is None:
-            return logits(x, kernel)
-        return loss.losses_of(logits, x, kernel, targets, cfg.precision)
+                x = block(cfg, self.dropout, name=f"h_{i}")(x, idx, start)
+        if not cfg.tie_weights:  # only initialized here
+            Linear(cfg, V, 0.0 if cfg.zero_init else 0.02, may_have_bias=False, name="lm_head").weights(C)
+        return norm(cfg, "ln_f")(x)
 
     def scanned(self, block: type[Block], x: jax.Array, idx: jax.Array) -> jax.Array:
         """The blocks one after another as one loop, which is compiled once: (B, T, C) -> (B, T, C)."""
@@ -308,64 +241,67 @@ class GPT(nn.Module):
         each: dict[Any, Any] = {"params": 0}
         rngs: dict[Any, bool] = {"params": True, "dropout": True}
         loop = nn.scan(body, variable_axes=each, split_rngs=rngs, length=self.config.n_layer)
-        out, _ = loop(block(self.config, name="h"), x, None)
+        out, _ = loop(block(self.config, self.dropout, name="h"), x, None)
         return out
 
 
 def previous(x: jax.Array, before: jax.Array | None = None) -> jax.Array:
-    """(B, T, ...) one step later: what stood at t - 1, and `before` (B, ...) at the first, or zeros."""
+    """(B, T, ...) one step later: at t what was at t - 1, and `before` (B, ...) at the first, or zeros."""
     if before is not None:
         return jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
     return jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))[:, :-1]
 
 
 class Bigram(nn.Module):
-    """An embedding of size (V, V), normal(1) at the start as PyTorch's `nn.Embedding`."""
+    """An embedding of size (V, V), normal(1) at the start as PyTorch's `nn.Embedding`; its features are the logits."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self,
-        idx: jax.Array,
-        targets: jax.Array | None = None,
-        cache: Cache | None = None,
-        length: jax.Array | int | None = None,
-    ) -> jax.Array:
-        """(B, T) ids -> (B, T, V) logits; with targets (B, T), the loss of each, (B, T).
-
-        With a cache, which is nothing to it, the logits of the token `length` - 1 alone, (B, V).
-        """
-        V = self.config.vocab_size
-        table = nn.Embed(V, V, embedding_init=nn.initializers.normal(1.0), name="token_embedding_table")
-        if length is not None:
-            idx = jax.lax.dynamic_index_in_dim(idx, length - 1, axis=1, keepdims=False)
-        logits = sharding.rows(table.embedding, idx) if cache is None else table(idx)
-        if cache is None:
-            logits = sharding.constrain(logits, "batch", "time", None)  # else each device would compute all of them
-        return logits if targets is None else token_losses(logits, targets)
+    def __call__(self, idx: jax.Array, cache: Cache | None = None) -> jax.Array:
+        """(B, T) ids -> (B, T, V) logits, with a cache or without."""
+        table = embed(self.config.vocab_size, self.config.vocab_size, "token_embedding_table", stddev=1.0)
+        if cache is not None:
+            return table(idx)
+        # Else each device would compute all of them.
+        return sharding.constrain(sharding.rows(table.embedding, idx), "batch", "time", None)
 
 
-def model(config: ModelConfig) -> GPT | Bigram:
+def module(config: ModelConfig, dropout: Rate = None) -> GPT | Bigram:
     """The Flax module of `config.kind`."""
-    return Bigram(config) if config.kind == "bigram" else GPT(config)
+    return Bigram(config) if config.kind == "bigram" else GPT(config, dropout)
+
+
+def head_kernel(config: ModelConfig, params: Params) -> jax.Array:
+    """The kernel (C, V) of a GPT's `head`: its own, or the token embedding."""
+    return cast(jax.Array, params["wte"]["embedding"].T if config.tie_weights else params["lm_head"]["kernel"])
+
+
+def head(config: ModelConfig, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Features (..., C) and a kernel (C, V) -> logits (..., V), within softcap (Gemma 2, 2024)."""
+    out = matmul.dot(x, kernel, config.precision).astype(jnp.float32)
+    out = sharding.constrain(out, *["batch", "time", None][: x.ndim - 1], "width")
+    return config.softcap * jnp.tanh(out / config.softcap) if config.softcap else out
 
 
 @matmul.in_32_bits
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
+def init_params(config: ModelConfig, key: jax.Array, init_scale: jax.Array | float | None = None) -> Params:
     """Fresh float32 parameters, a pure function of (config, key); the same numbers with scan_layers as without.
+
+    Args:
+      init_scale: a traced value in place of that of the config.
 
     Raises:
       UsageError: vocab_size is 0.
     """
     if config.vocab_size < 1:
         raise UsageError("vocab_size is 0, expected at least 1: that of the tokenizer (start.resolve fills it in)")
+    scale = config.init_scale if init_scale is None else init_scale
     idx = jnp.zeros((1, 1), jnp.int32)  # no parameter depends on the length
-    params = model(dataclasses.replace(config, scan_layers=False)).init(key, idx, mutable=["params"])["params"]
-    if not isinstance(config.init_scale, float) or config.init_scale != 1.0:
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, x: x * config.init_scale if path[-1].key in ("kernel", "embedding") else x, params
-        )
+    params = module(dataclasses.replace(config, scan_layers=False)).init(key, idx, mutable=["params"])["params"]
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * scale if path[-1].key in ("kernel", "embedding") else x, params
+    )
     return stacked(params) if config.scan_layers else params
 
 
@@ -385,37 +321,70 @@ def unstacked(params: Params) -> Params:
     return rest | {f"h_{i}": jax.tree.map(lambda x, i=i: x[i], params["h"]) for i in range(n)}
 
 
-def forward(config: ModelConfig, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-    """Logits of the next token at every position: (B, T) ids -> (B, T, V).
+@matmul.in_32_bits
+def features(
+    config: ModelConfig, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None, dropout: Rate = None
+) -> jax.Array:
+    """What the head reads: (B, T) ids -> (B, T, C) of a GPT; of a bigram the logits, (B, T, V).
 
     Args:
       idx: ids below V, T up to block_size.
-      dropout_key: None for evaluation; a key switches dropout on.
+      dropout_key: None for evaluation; a key switches dropout on, where the config has any.
+      dropout: a traced rate in place of that of the config.
 
     Raises:
       ValueError: T is longer than block_size.
     """
-    return _apply(config, params, dropout_key, idx)
+    if idx.shape[1] > config.block_size:
+        raise ValueError(f"{idx.shape[1]} tokens are longer than block_size, {config.block_size}")
+    if dropout_key is None or not config.dropout:
+        return cast(jax.Array, module(config).apply({"params": params}, idx))
+    rate = config.dropout if dropout is None else dropout
+    return cast(jax.Array, module(config, rate).apply({"params": params}, idx, rngs={"dropout": dropout_key}))
+
+
+@matmul.in_32_bits
+def forward(config: ModelConfig, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    """Logits of the next token at every position: (B, T) ids -> (B, T, V). Arguments and errors as of `features`."""
+    x = features(config, params, idx, dropout_key)
+    return x if config.kind == "bigram" else head(config, x, head_kernel(config, params))
+
+
+@matmul.in_32_bits
+def losses(
+    config: ModelConfig,
+    params: Params,
+    idx: jax.Array,
+    targets: jax.Array,
+    dropout_key: jax.Array | None = None,
+    dropout: Rate = None,
+) -> jax.Array:
+    """Loss of each target in nats, `token_losses` of `forward`: ids and targets (B, T) -> (B, T).
+
+    Where the logits of all positions would be very many, they never exist at once (`loss.losses_of`). Arguments and
+    errors as of `features`.
+    """
+    x = features(config, params, idx, dropout_key, dropout)
+    if config.kind == "bigram":
+        return token_losses(x, targets)
+    return loss.losses_of(partial(head, config), x, head_kernel(config, params), targets, config.precision)
 
 
 @matmul.in_32_bits
 def extend(
     config: ModelConfig, params: Params, cache: Cache, idx: jax.Array, length: jax.Array | int | None = None
 ) -> tuple[jax.Array, Cache]:
-    """T more tokens after those in the cache: (B, T) ids -> logits of the token after them (B, V), and the cache with
-    them.
+    """Read T more tokens: (B, T) ids -> the logits after them (B, V), and the cache with them.
 
-    Up to block_size tokens, the logits are those of `forward` for all the tokens so far. Beyond, it depends on the
-    positions. Rotated ones slide: each token attends to the block_size tokens up to itself. In the blocks above the
-    first, what these hold was computed from tokens further back, so that logits depend on more than the last block_size
-    tokens, as `forward` of these would not. Learned positions end at block_size: more tokens give NaN.
+    Up to block_size tokens, the logits are those of `forward` for all tokens so far. Beyond, rotated positions slide:
+    each token attends to the block_size tokens up to itself, which in the blocks above the first were computed from
+    tokens further back. Learned positions end: more tokens give NaN.
 
-    A cache of S slots keeps S tokens. That is enough as long as there are no more in all, and for any number of them
-    where S is at least block_size + T - 1.
+    A cache of S slots keeps S tokens: enough for S tokens in all, and for any number where S >= block_size + T - 1.
 
     Args:
-      length: how many of the T tokens are real, 1 to T, where the others are padding on the right: nothing sees it, and
-        the next tokens take its place. None: all.
+      length: how many of the T tokens are real, 1 to T; the others are padding on the right, which nothing attends to
+        and the next tokens replace. None: all.
 
     Raises:
       ValueError: T is greater than S.
@@ -425,35 +394,15 @@ def extend(
         if slots.shape[2] < T:
             raise ValueError(f"{T} tokens are more than the {slots.shape[2]} slots of the cache")
     length = T if length is None else length
+
+    def last(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(x, length - 1, axis=1, keepdims=False)
+
     variables = {"params": unstacked(params), "cache": cache.blocks}
-    logits, kept = model(config).apply(variables, idx, cache=cache, length=length, mutable=["cache"])
-    last = jax.lax.dynamic_index_in_dim(idx, length - 1, axis=1, keepdims=False).astype(jnp.int32)
-    return logits, Cache(kept.get("cache", {}), jnp.asarray(cache.read + length, jnp.int32), last)
-
-
-def losses(
-    config: ModelConfig, params: Params, idx: jax.Array, targets: jax.Array, dropout_key: jax.Array | None = None
-) -> jax.Array:
-    """Loss of each target in nats, `token_losses` of `forward`: ids and targets (B, T) -> (B, T).
-
-    Where the logits of all positions would be very many, they never exist at once (`loss.losses_of`).
-
-    Raises:
-      ValueError: as `forward`.
-    """
-    return _apply(config, params, dropout_key, idx, targets)
-
-
-@matmul.in_32_bits
-def _apply(config: ModelConfig, params: Params, dropout_key: jax.Array | None, idx: jax.Array, *more: Any) -> jax.Array:
-    _require_short(config, idx)
-    rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return cast(jax.Array, model(config).apply({"params": params}, idx, *more, rngs=rngs))
-
-
-def _require_short(config: ModelConfig, idx: jax.Array) -> None:
-    if idx.shape[1] > config.block_size:
-        raise ValueError(f"{idx.shape[1]} tokens are longer than block_size, {config.block_size}")
+    x, kept = module(config).apply(variables, idx, cache, mutable=["cache"])
+    logits = last(x) if config.kind == "bigram" else head(config, last(x), head_kernel(config, params))
+    read = jnp.asarray(cache.read + length, jnp.int32)
+    return logits, Cache(kept.get("cache", {}), read, last(idx).astype(jnp.int32))
 
 
 def describe(config: ModelConfig) -> str:

@@ -1,6 +1,5 @@
 """One training step as a pure function, K of them as one scan, and how they are compiled for a mesh."""
 
-import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -44,7 +43,7 @@ class Metrics(NamedTuple):
 def init_state(config: Config, hyper: Hyperparameters | None = None) -> TrainState:
     """The state at step 0, a pure function of the config; `hyper` as in `train_step`."""
     hyper = hyper or hyperparameters(config)
-    params = model.init_params(_model(config, hyper), stream_key(hyper.seed, INIT))
+    params = model.init_params(config.model, stream_key(hyper.seed, INIT), hyper.init_scale)
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config, hyper).init(params))
 
 
@@ -113,10 +112,10 @@ def loss_and_grads(
     hyper: Hyperparameters | None = None,
 ) -> tuple[jax.Array, model.Params]:
     """Mean loss over the batch and its gradient, in `accumulate` micro-batches one after another."""
-    shape = _model(config, hyper or hyperparameters(config))
+    dropout = (hyper or hyperparameters(config)).dropout
 
     def loss(params: model.Params, batch: Batch, key: jax.Array | None) -> jax.Array:
-        return model.losses(shape, params, batch.inputs, batch.targets, key).mean()
+        return model.losses(config.model, params, batch.inputs, batch.targets, key, dropout).mean()
 
     A = config.train.accumulate
     if A == 1:
@@ -131,11 +130,6 @@ def loss_and_grads(
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
     total, _ = jax.lax.scan(add, zero, (micro_batches, jnp.arange(A)))
     return jax.tree.map(lambda x: x / A, total)
-
-
-def _model(config: Config, hyper: Hyperparameters) -> Any:
-    """The model's config with the rates that it uses, which a sweep traces."""
-    return dataclasses.replace(config.model, dropout=hyper.dropout, init_scale=hyper.init_scale)
 
 
 def stream_key(seed: Any, stream: int) -> jax.Array:
@@ -153,10 +147,13 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     )
 
 
+def _shardings(config: Config, mesh: Mesh) -> TrainState:
+    return jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+
+
 def sharded_init(config: Config, mesh: Mesh) -> TrainState:
     """`init_state`, each shard of it made on its own device."""
-    shardings = state_shardings(mesh, jax.eval_shape(init_state, config))
-    return jax.jit(init_state, static_argnums=0, out_shardings=shardings)(config)
+    return jax.jit(init_state, static_argnums=0, out_shardings=_shardings(config, mesh))(config)
 
 
 @lru_cache(maxsize=16)
@@ -165,5 +162,5 @@ def jit_train_steps(config: Config, mesh: Mesh) -> Any:
 
     The state is donated and keeps its shardings. It is traced and called under `jax.set_mesh(mesh)`.
     """
-    shardings = state_shardings(mesh, jax.eval_shape(init_state, config))
-    return jax.jit(partial(train_steps, config), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    out = _shardings(config, mesh), replicated(mesh)
+    return jax.jit(partial(train_steps, config), donate_argnums=0, out_shardings=out)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import attention, kernels, model
+from jaxgpt.attention import init_cache
 from jaxgpt.config import ModelConfig
 
 SMALL = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=4, n_embd=16)
@@ -57,7 +58,7 @@ def changed(**options):
 def read(config, params, idx, T, size=8):
     """The logits after every T tokens of `idx`, (B, N / T, V), read T at a time."""
     pieces = idx.reshape(len(idx), -1, T).swapaxes(0, 1)
-    empty = model.init_cache(config, len(idx), size)._replace(read=jnp.int32(0))
+    empty = init_cache(config, len(idx), size)._replace(read=jnp.int32(0))
 
     def body(state, piece):
         logits, state = model.extend(config, params, state, piece)
@@ -74,7 +75,7 @@ def after_a_prompt(config, params, idx):
 
     def of_prompt(P):
         noise = jnp.where(jnp.arange(W)[None] < P, idx, 10 - idx)
-        logits, state = model.extend(config, params, model.init_cache(config, B, W), noise, P)
+        logits, state = model.extend(config, params, init_cache(config, B, W), noise, P)
         done = jnp.zeros((W, *logits.shape)).at[P - 1].set(logits)
 
         def body(n, carry):
@@ -114,7 +115,7 @@ def test_products_of_bfloat16_are_no_further_from_exact_ones():
 
 
 def test_the_cache_has_the_heads_of_keys_and_values_alone():
-    blocks = model.init_cache(changed(n_kv_head=2), 3, 8).blocks
+    blocks = init_cache(changed(n_kv_head=2), 3, 8).blocks
     assert {x.shape for x in jax.tree.leaves(blocks)} == {(3, 2, 8, 4)}
     assert len(jax.tree.leaves(blocks)) == 2 * 2
 

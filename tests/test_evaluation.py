@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.evaluation import estimate, evaluate, text_size, windows_per_batch
+from jaxgpt.loss import token_losses
 from jaxgpt.step import init_state
 from jaxgpt.tokenizer import ByteTokenizer, CharTokenizer
 
@@ -46,7 +47,7 @@ def test_a_gpt_sees_windows_that_do_not_overlap_but_for_the_last(tiny, change):
     total = 0.0
     for start, first in ((0, 0), (8, 0), (13, 3)):
         window = ids[start : start + 9].astype(np.int32)
-        losses = model.token_losses(model.forward(config, params, window[None, :-1]), window[None, 1:])
+        losses = token_losses(model.forward(config, params, window[None, :-1]), window[None, 1:])
         total += float(losses[0, first:].sum())
     result = evaluate(config, params, ids, CharTokenizer("abcdefghijklm"))
     np.testing.assert_allclose(result.loss, total / 21, rtol=1e-5)

@@ -14,6 +14,7 @@ from jaxgpt.attention import attention, causal_mask
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.data import Batch, loader
 from jaxgpt.evaluation import evaluate, window_losses
+from jaxgpt.loss import token_losses
 from jaxgpt.mesh import MeshError, Sizes, make_mesh, one_device, state_shardings
 from jaxgpt.step import abstract_state, init_state, jit_train_steps, sharded_init, train_steps
 from jaxgpt.tokenizer import CharTokenizer
@@ -265,7 +266,7 @@ def test_the_loss_in_parts_and_its_gradients_are_those_of_the_whole(text):
         return (weights * losses).sum(), losses
 
     def whole(x, kernel):
-        losses = model.token_losses(x @ kernel, targets)
+        losses = token_losses(x @ kernel, targets)
         return (weights * losses).sum(), losses
 
     with jax.set_mesh(mesh_of(text)):

@@ -10,6 +10,7 @@ import pytest
 
 from jaxgpt import attention, kernels, loss, model
 from jaxgpt.config import Config, ConfigError, ModelConfig, check
+from jaxgpt.loss import token_losses
 
 SMALL = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=4, n_embd=16)
 KEY = jax.random.key(0)
@@ -178,7 +179,7 @@ def test_all_logits_never_exist_at_once_where_they_are_many():
     targets = jax.random.randint(KEY, (2, 12), 0, 50)
 
     def whole(x, kernel):
-        return model.token_losses(x @ kernel, targets).sum()
+        return token_losses(x @ kernel, targets).sum()
 
     def chunked(x, kernel):
         return loss.losses_of(jnp.matmul, x, kernel, targets, chunk=400).sum()
@@ -225,3 +226,12 @@ def partial_loss(config):
 def test_options_out_of_range(options, said):
     with pytest.raises(ConfigError, match=said):
         check(Config(model=changed(**options)))
+
+
+def test_rms_norm_and_softcap():
+    x = 20 * jax.random.normal(KEY, (3, 16))
+    np.testing.assert_allclose(np.mean(np.square(model.rms_norm(x)), axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(model.rms_norm(x), model.rms_norm(7 * x), rtol=1e-5)
+    capped, kernel = changed(softcap=15.0), jnp.eye(16)
+    assert np.abs(model.head(capped, x, kernel)).max() < 15
+    np.testing.assert_allclose(model.head(capped, x / 1e3, kernel), x / 1e3, rtol=1e-4)

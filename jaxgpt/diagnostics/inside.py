@@ -4,14 +4,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import model
+from jaxgpt import kernels, model
+from jaxgpt.attention import attention_weights, causal_mask
 from jaxgpt.config import ModelConfig
 from jaxgpt.data import Ids
 from jaxgpt.diagnostics.derivatives import exact
+from jaxgpt.loss import token_losses
 
 
 def attention_maps(config: ModelConfig, params: model.Params, idx: jax.Array) -> jax.Array:
@@ -25,8 +28,13 @@ def attention_maps(config: ModelConfig, params: model.Params, idx: jax.Array) ->
     """
     if config.kind == "bigram":
         raise ValueError("a bigram has no attention: a model of kind gpt is expected")
-    found = _sown(config, params, idx, "attention_maps")
-    return jnp.stack([found[f"h_{i}"]["attn"]["weights"][0] for i in range(config.n_layer)])
+    mask = causal_mask(idx.shape[1], config.window)[None, None]
+
+    def weights(q: jax.Array, k: jax.Array, *_: Any) -> jax.Array:
+        return attention_weights(q, kernels.repeat_kv(k, config.n_head), mask, precision=config.precision)
+
+    calls = _calls(config, params, idx, model.MultiHeadAttention, "attend")
+    return jnp.stack([weights(*args) for args, _ in calls])
 
 
 def logit_lens(config: ModelConfig, params: model.Params, idx: jax.Array) -> jax.Array:
@@ -40,15 +48,27 @@ def logit_lens(config: ModelConfig, params: model.Params, idx: jax.Array) -> jax
     """
     if config.kind == "bigram":
         return model.forward(config, params, idx)[None]
-    return jnp.asarray(_sown(config, params, idx, "logit_lens")["logits"][0])
+    blocks = _calls(config, params, idx, model.Block, "__call__")
+    norm, kernel = model.norm(config, "ln_f"), model.head_kernel(config, params)
+    if isinstance(norm, nn.Module):
+        norm = norm.bind({"params": params["ln_f"]})
+    stream = [blocks[0][0][0], *(out for _, out in blocks)]  # what the first block reads, and what each returns
+    return jnp.stack([model.head(config, norm(x), kernel) for x in stream])
 
 
-def _sown(config: ModelConfig, params: model.Params, idx: jax.Array, collection: str) -> Any:
-    """What a forward pass stores in a Flax collection, block by block."""
-    if idx.shape[1] > config.block_size:
-        raise ValueError(f"{idx.shape[1]} tokens are longer than block_size, {config.block_size}")
-    config = replace(config, scan_layers=False, remat="none")
-    return model.model(config).apply({"params": model.unstacked(params)}, idx, mutable=[collection])[1][collection]
+def _calls(config: ModelConfig, params: model.Params, idx: jax.Array, kind: Any, method: str) -> list[Any]:
+    """(arguments, result) of each call of a module's method in a forward pass, block by block."""
+    found = []
+
+    def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        out = call(*args, **kwargs)
+        if isinstance(context.module, kind) and context.method_name == method:
+            found.append((args, out))
+        return out
+
+    with nn.intercept_methods(record):
+        model.forward(replace(config, scan_layers=False, remat="none"), model.unstacked(params), idx)
+    return found
 
 
 class Lens(NamedTuple):
@@ -68,7 +88,7 @@ def lens(config: ModelConfig, params: model.Params, batch: Any) -> Lens:
     last = log_p[-1][None]
     divergence = (jnp.exp(last) * (last - log_p)).sum(axis=-1)
     targets = jnp.broadcast_to(batch.targets, logits.shape[:-1])
-    return Lens(model.token_losses(logits, targets), divergence, logits.argmax(axis=-1), jnp.exp(log_p.max(axis=-1)))
+    return Lens(token_losses(logits, targets), divergence, logits.argmax(axis=-1), jnp.exp(log_p.max(axis=-1)))
 
 
 class Attention(NamedTuple):
@@ -156,6 +176,6 @@ def _scores(
         with jax.default_matmul_precision("highest"):
             logits = model.forward(config, params, window[0][None])[0]
         probabilities, ids = jax.lax.top_k(jax.nn.softmax(logits)[:, :n_ids], k)
-        return Scores(model.token_losses(logits, window[1]), ids, probabilities)
+        return Scores(token_losses(logits, window[1]), ids, probabilities)
 
     return jax.lax.map(one, (inputs, targets))

@@ -12,12 +12,13 @@ import numpy as np
 import optax
 
 from jaxgpt import data as batches
-from jaxgpt import model, prng
+from jaxgpt import prng
 from jaxgpt.config import UsageError
 from jaxgpt.data import Ids, take
 from jaxgpt.display import baselines
 from jaxgpt.lecture.attention import mean_by_loop, mean_by_matmul, mean_by_softmax
 from jaxgpt.lecture.model import Params, Rung, forward, init_params
+from jaxgpt.loss import cross_entropy, token_losses
 from jaxgpt.tokenizer import Tokenizer
 
 _MORE = Rung(
@@ -153,7 +154,7 @@ def _train(rung: Rung, state: Any, tokens: jax.Array, starts: jax.Array, key: ja
     def step(state: Any, item: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         (params, opt_state), (starts, key) = state, item
         batch = take(tokens, starts, rung.block_size)
-        grads = jax.grad(lambda p: model.cross_entropy(forward(rung, p, batch.inputs, key), batch.targets))(params)
+        grads = jax.grad(lambda p: cross_entropy(forward(rung, p, batch.inputs, key), batch.targets))(params)
         updates, opt_state = _adamw(rung).update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
@@ -176,7 +177,7 @@ def score(rung: Rung, params: Params, val: Ids, n_windows: int = 256) -> float:
 def _loss_sums(rung: Rung, params: Params, batch: batches.Batch, skip: jax.Array) -> jax.Array:
     """The sum over each window, (B,), without its first `skip` (B,) predictions. The caller adds them in float64, for
     float32 would lose a digit over thousands of tokens."""
-    losses = model.token_losses(forward(rung, params, batch.inputs), batch.targets)
+    losses = token_losses(forward(rung, params, batch.inputs), batch.targets)
     return jnp.where(jnp.arange(rung.block_size)[None] >= skip[:, None], losses, 0).sum(axis=-1)
 
 

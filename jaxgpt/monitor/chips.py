@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 
 from jaxgpt import cost
-from jaxgpt.config import Config
+from jaxgpt.config import Config, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,26 @@ def peak(device_kind: str, n_devices: int) -> float | None:
 
 
 def utilisation(config: Config, tokens_per_second: float, peak: float) -> float:
-    """Model FLOPs utilisation: the share of `peak` that training uses, at 3 * `cost.flops_per_token` per token."""
-    return 3 * cost.flops_per_token(config.model) * tokens_per_second / peak
+    """Model FLOPs utilisation: the share of `peak` that training uses, at 3 * `flops_per_token` per token."""
+    return 3 * flops_per_token(config.model) * tokens_per_second / peak
 
 
 def rate(config: Config) -> Callable[[float], float] | None:
     """A function from tokens per second to the `utilisation` of the devices here; None if their peak is unknown."""
     most = peak(jax.devices()[0].device_kind, jax.device_count())
     return (lambda speed: utilisation(config, speed, most)) if most else None
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """FLOPs of the matmuls of a forward pass, per token of a full context of T: L (24 C² + 4 T C) + 2 V C for GPT-2.
+
+    (M, K) @ (K, N) is 2 M K N: 24 C² for the kernels of a block, 4 T C for its attention scores and weighted values
+    (counting the masked half, which some kernels skip), 2 V C for the head. Training takes three times as many, since
+    the backward pass has two matmuls for each. Everything else is left out: embedding look-ups (so a bigram has 0),
+    norms, softmax, activation functions, dropout, the loss and the optimizer.
+    """
+    C, T = config.n_embd, config.block_size
+    if config.kind == "bigram":
+        return 0
+    block = 2 * sum(k * n for k, n in cost.kernels(config).values()) + 4 * T * C
+    return config.n_layer * block + 2 * config.vocab_size * C

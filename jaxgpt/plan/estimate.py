@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from jaxgpt import cost
 from jaxgpt.config import Config
+from jaxgpt.loss import LOGITS
 from jaxgpt.mesh import Sizes
-from jaxgpt.monitor.chips import Chip
+from jaxgpt.monitor.chips import Chip, flops_per_token
 from jaxgpt.profile.hlo import Collectives
 
 TOKENS = 2**28
@@ -103,7 +104,7 @@ def flops(config: Config, sizes: Sizes) -> tuple[float, float]:
     """`Step.flops` and `Step.computed` of a GPT on one chip."""
     model, train = config.model, config.train
     tokens = train.batch_size * model.block_size / sizes.devices
-    forward = cost.flops_per_token(model)
+    forward = flops_per_token(model)
     head = 2 * model.vocab_size * model.n_embd
     again = (forward - head if model.remat == "blocks" else 0) + (head if _loss_chunks(config, sizes) > 1 else 0)
     # If tensor does not divide the heads, every chip of the axis computes all of them.
@@ -201,4 +202,4 @@ def _sequences(config: Config, sizes: Sizes) -> float:
 def _loss_chunks(config: Config, sizes: Sizes) -> int:
     """About how many chunks `loss.losses_of` computes."""
     tokens = _sequences(config, sizes) * config.model.block_size / sizes.context
-    return math.ceil(tokens * config.model.vocab_size / sizes.tensor / cost.LOGITS)
+    return math.ceil(tokens * config.model.vocab_size / sizes.tensor / LOGITS)

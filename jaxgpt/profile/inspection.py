@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt import cost, matmul, memory, model, prng
+from jaxgpt import matmul, memory, model, prng
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.data import Batch
 from jaxgpt.mesh import one_device, replicated
+from jaxgpt.monitor.chips import flops_per_token
 from jaxgpt.profile import hlo, roofline, trace
 from jaxgpt.profile.programs import Program, programs, xla_counts
 from jaxgpt.profile.report import Report, facts
@@ -25,7 +26,7 @@ from jaxgpt.step import sharded_init
 SHOWN = 12
 """Rows of long tables: matmuls, fusions, operations of a trace."""
 NOTES = (
-    "by formula: FLOPs of the matmuls by cost.flops_per_token, three times that with the backward pass. traced: of the "
+    "by formula: FLOPs of the matmuls by flops_per_token, three times that with the backward pass. traced: of the "
     "matmuls in the jaxpr; fewer where attention skips masked blocks or is a library's kernel, more where remat or "
     "chunked logits compute again, or where Muon orthogonalises.",
     "XLA: all operations, one for each element where it is no matmul, before and after XLA optimises. It counts the "
@@ -260,7 +261,7 @@ def measured_notes(
     """
     took, precision = statistics.median(steps), matmul.resolve(config.model.precision)
     tokens = config.train.batch_size * config.model.block_size
-    flops = 3 * cost.flops_per_token(config.model) * tokens
+    flops = 3 * flops_per_token(config.model) * tokens
     yield (
         f"measured here, by JAX: {machine.flops / 1e9:,.0f} GFLOP/s in {precision} matmuls of {roofline.N} x "
         f"{roofline.N}, {machine.bandwidth / 1e9:.1f} GB/s through an array of {4 * roofline.STREAMED / 1e6:,.0f} MB; "

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import cost, model
+from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.data import Batch
+from jaxgpt.monitor.chips import flops_per_token
 from jaxgpt.step import DROPOUT, init_state, loss_and_grads, stream_key, train_step
 
 
@@ -22,7 +23,7 @@ class Program:
     jitted: Any
     shapes: tuple[Any, ...]
     formula_flops: int
-    """Matmul FLOPs by `cost.flops_per_token`."""
+    """Matmul FLOPs by `flops_per_token`."""
 
     @cached_property
     def traced(self) -> Any:
@@ -57,7 +58,7 @@ def programs(config: Config) -> dict[str, Program]:
     B, T = config.train.batch_size, config.model.block_size
     state = jax.eval_shape(init_state, config)
     idx = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    forward = cost.flops_per_token(config.model) * B * T
+    forward = flops_per_token(config.model) * B * T
 
     def loss(params: model.Params, batch: Batch) -> jax.Array:
         return model.losses(config.model, params, batch.inputs, batch.targets).mean()

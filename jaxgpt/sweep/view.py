@@ -10,8 +10,8 @@ from rich import box
 from rich.live import Live
 from rich.table import Table
 
-from jaxgpt import cost
 from jaxgpt.config import Config
+from jaxgpt.monitor.chips import flops_per_token
 from jaxgpt.monitor.terminal import PLAIN_SECONDS, RunConsole, duration
 from jaxgpt.sweep.grid import Member, describe
 from jaxgpt.sweep.program import Progress
@@ -92,7 +92,7 @@ class SweepDisplay:
 
 def flops_of_a_step(config: Config) -> int:
     train = config.train
-    return 3 * cost.flops_per_token(config.model) * config.model.block_size * train.batch_size
+    return 3 * flops_per_token(config.model) * config.model.block_size * train.batch_size
 
 
 def table(found: Sequence[Outcome], members: Sequence[Member]) -> Table:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from jaxgpt import cost
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError
+from jaxgpt.monitor.chips import flops_per_token
 
 Device = Literal["cpu", "gpu"]
 Precision = Literal["float32", "bfloat16"]
@@ -63,4 +63,4 @@ def tokens_per_step(config: Config) -> int:
 
 def flops_per_step(config: Config) -> int:
     """Matmul FLOPs of a training step: three times those of a forward pass."""
-    return 3 * cost.flops_per_token(config.model) * tokens_per_step(config)
+    return 3 * flops_per_token(config.model) * tokens_per_step(config)

@@ -14,6 +14,7 @@ from jaxgpt.data import Batch
 from jaxgpt.diagnostics import inside
 from jaxgpt.diagnostics.inside import token_scores
 from jaxgpt.evaluation import evaluate
+from jaxgpt.loss import token_losses
 from jaxgpt.tokenizer import CharTokenizer
 
 CONFIG = ModelConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=16)
@@ -37,7 +38,7 @@ def test_the_lens_ends_with_the_loss_of_the_model_and_nothing_left_to_change():
     found = jax.jit(inside.lens, static_argnums=0)(CONFIG, PARAMS, batch)
     assert {x.shape for x in found} == {(2, 1, 8)}
     logits = forward(CONFIG, PARAMS, batch.inputs)
-    np.testing.assert_allclose(found.losses[-1], model.token_losses(logits, batch.targets), rtol=1e-5)
+    np.testing.assert_allclose(found.losses[-1], token_losses(logits, batch.targets), rtol=1e-5)
     np.testing.assert_allclose(found.divergence[-1], jnp.zeros((1, 8)), atol=1e-6)
     assert (found.divergence[0] > 0).all()
     np.testing.assert_array_equal(found.top[-1], logits.argmax(axis=-1))
@@ -82,7 +83,7 @@ def test_a_text_shorter_than_a_window_and_what_cannot_be_scored():
     table = jnp.asarray(np.random.default_rng(0).normal(size=(11, 11)), jnp.float32)
     params = {"token_embedding_table": {"embedding": table}}
     found = token_scores(BIGRAM, params, IDS[:3], k=1)
-    np.testing.assert_allclose(found.losses, model.token_losses(table[IDS[:2]], jnp.asarray(IDS[1:3])), rtol=1e-5)
+    np.testing.assert_allclose(found.losses, token_losses(table[IDS[:2]], jnp.asarray(IDS[1:3])), rtol=1e-5)
     for message, arguments in {
         "1 tokens have none to predict": (IDS[:1],),
         "k is 12, expected 1 to 11": (IDS, 12),

@@ -99,9 +99,9 @@ MUTATIONS = [
     ),
     Mutation(
         "soft-capping is not applied",
-        "matmul.py",
-        "return cap * jnp.tanh(x / cap)",
-        "return x",
+        "model.py",
+        "config.softcap * jnp.tanh(out / config.softcap) if config.softcap else out",
+        "out",
         "test_model_options.py",
     ),
     Mutation(
@@ -113,8 +113,8 @@ MUTATIONS = [
     ),
     Mutation(
         "RMSNorm divides by the mean square",
-        "matmul.py",
-        "x * lax.rsqrt(jnp.mean(",
+        "model.py",
+        "x * jax.lax.rsqrt(jnp.mean(",
         "x / (jnp.mean(",
         "test_model_options.py",
     ),
@@ -224,8 +224,8 @@ MUTATIONS = [
     Mutation(
         "each token of a text is drawn with the same key",
         "sample.py",
-        "token = draw(logits, _at(keys, step))\n        return",
-        "token = draw(logits, keys)\n        return",
+        "logits[:, :n_ids], _at(keys, step))\n        return",
+        "logits[:, :n_ids], keys)\n        return",
         "test_generate.py",
     ),
     Mutation(
@@ -237,14 +237,14 @@ MUTATIONS = [
     ),
     Mutation(
         "top-k keeps one more",
-        "filters.py",
-        "jax.lax.top_k(logits, k)[0]",
-        "jax.lax.top_k(logits, k + 1)[0]",
+        "sample.py",
+        "lax.top_k(logits, k)[0]",
+        "lax.top_k(logits, k + 1)[0]",
         "test_filters.py",
     ),
     Mutation(
         "top-p leaves out the token that reaches p",
-        "filters.py",
+        "sample.py",
         "jnp.ones_like(ordered[..., :1], bool), before < p",
         "jnp.ones_like(ordered[..., :1], bool), before < p / 2",
         "test_filters.py",
@@ -252,8 +252,8 @@ MUTATIONS = [
     Mutation(
         "padded ids are drawn",
         "sample.py",
-        "logits = logits[:, : self.n_ids]",
-        "logits = logits[:, :]",
+        "logits[:, :n_ids], _at(keys, step))\n    return",
+        "logits, _at(keys, step))\n    return",
         "test_generate.py test_write.py",
     ),
     Mutation(

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import model
 from jaxgpt.attention import attention, causal_mask
 from jaxgpt.lecture import backprop
+from jaxgpt.loss import cross_entropy
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "goldens" / "document_snippets.npz"))
 SCALES = {"unscaled": 1.0, "scaled": 16**-0.5}
@@ -39,7 +39,7 @@ def head(x, key, query, value, scale):
 
 # Each compiled for a shape once, however many examples there are.
 bigram_by_hand, head_by_hand = jax.jit(backprop.bigram), jax.jit(backprop.head)
-bigram_by_jax = jax.jit(jax.grad(lambda table, idx, targets: model.cross_entropy(table[idx], targets)))
+bigram_by_jax = jax.jit(jax.grad(lambda table, idx, targets: cross_entropy(table[idx], targets)))
 head_by_jax = jax.jit(lambda d_out, scale, *inputs: pulled_back(lambda *x: head(*x, scale), d_out, *inputs))
 
 
@@ -76,7 +76,7 @@ def test_cross_entropy(seed, shape):
     (logits,) = normal(seed, (n, v))
     targets = jax.random.randint(jax.random.key(seed), (n,), 0, v)
     ours = backprop.cross_entropy(logits, targets)
-    close(ours, jax.grad(model.cross_entropy)(logits, targets))
+    close(ours, jax.grad(cross_entropy)(logits, targets))
     np.testing.assert_allclose(ours.sum(axis=-1), np.zeros(n), atol=1e-6)
 
 

@@ -7,6 +7,7 @@ import pytest
 from jaxgpt import cli, cost
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError
 from jaxgpt.display import charts
+from jaxgpt.monitor.chips import flops_per_token
 from jaxgpt.profile import inspection, plots, report, roofline, stages
 from jaxgpt.profile.roofline import Machine, Work
 
@@ -49,7 +50,7 @@ def test_the_parts_have_the_matmuls_of_the_model(change):
     """All parts together: those of a forward pass, and three times those with the backward pass."""
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, n_layer=2, **change))
     tokens = CONFIG.train.batch_size // CONFIG.train.accumulate * CONFIG.model.block_size
-    forward = cost.flops_per_token(config.model) * tokens
+    forward = flops_per_token(config.model) * tokens
     works = roofline.works(config)
     assert sum(each.times * each.matmul_flops for each in works if not each.training) == forward
     assert sum(each.times * each.matmul_flops for each in works if each.training) == 3 * forward
