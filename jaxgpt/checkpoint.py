@@ -7,8 +7,8 @@ checkpoints/250.damaged/         one that was found damaged and set aside
 A step is written under a temporary name, hashed, and renamed last: a directory named by a step is whole.
 """
 
+import itertools
 import logging
-import math
 import os
 import re
 import secrets
@@ -24,11 +24,11 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxgpt import files, processes
+from jaxgpt.run import Run
 from jaxgpt.step import TrainState
 
 PROGRAM = "jaxgpt checkpoint 2"
 READABLE = (PROGRAM, "jaxgpt checkpoint 1")  # whose manifests held the validation loss, too
-NO_LOSSES: Mapping[int, float] = {}
 STEP = re.compile("0|[1-9][0-9]{0,17}")
 
 # Each thread of a save that fails logs a traceback besides raising its error, which `_finish` reports.
@@ -48,51 +48,43 @@ class Manifest:
     """The manifest.json of a saved step, written once."""
 
     step: int
-    about: dict[str, Any]
-    """What the run must have in common with the checkpoint: `start.identity`."""
-    arrays: dict[str, str]
-    """Path of each array to its dtype and shape."""
-    files: dict[str, list[Any]]
-    """Path of each file to its size in bytes and its SHA-256."""
+    about: dict[str, Any]  # what the run must have in common with the checkpoint: `start.identity`
+    arrays: dict[str, str]  # path of each array to its dtype and shape
+    files: dict[str, list[Any]]  # path of each file to its size in bytes and its SHA-256
 
 
 class Checkpoints:
-    """The checkpoints of one run, by step.
+    """The checkpoints of a run, by step, in its folder `directory`.
 
-    Saving is asynchronous: an error surfaces at the next `settle` or `save`, or at the end of the `with` block. Earlier
-    steps stand, and a later save may succeed. Of several processes all save, and process 0 hashes, renames and prunes.
+    Saving takes a `with` block, and is asynchronous: whatever fails is raised by the next `settle` or `save`, or at the
+    end of the block. Earlier steps stand, and a later save may succeed. Of several processes all save, and process 0
+    hashes, renames and prunes.
 
     Args:
-      keep: how many of the newest to keep; 0 only reads, so that a run can be inspected while it trains.
+      keep: how many of the newest to keep, beside the one of lowest validation loss in metrics.jsonl; 0 only reads.
       keep_every: keep the multiples of this step too; 0 keeps no more.
-      losses: validation loss by step, read at each pruning: the best step is kept too.
     """
 
-    def __init__(self, directory: Path, keep: int = 0, keep_every: int = 0, losses: Mapping[int, float] = NO_LOSSES):
-        self.directory, self._keep_every, self._losses = directory, keep_every, losses
+    def __init__(self, directory: Path, keep: int = 0, keep_every: int = 0):
+        self.directory, self._keep_every = directory, keep_every
         self._keep = keep if processes.is_primary() else 0
-        self._pending: Future[int] | None = None
+        self._pending: Future[None] | None = None
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._verified: dict[int, Manifest] = {}
-        if self._keep:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._sweep()
 
     def __enter__(self) -> "Checkpoints":
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._sweep()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            self.settle(wait=True)
-        except CheckpointError as failed:
-            if error is None:
-                raise
+        failed = self._failure()
+        self._worker.shutdown()
+        self._prune()
+        if failed and not error:
+            raise failed
+        if failed and error:
             error.add_note(str(failed))  # what ended the block comes first
-        finally:
-            self._worker.shutdown()
-            self._sweep()
-            with suppress(OSError):
-                self._prune()
 
     @property
     def steps(self) -> list[int]:
@@ -102,46 +94,40 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest saved step, None if there is none."""
         return max(self.steps, default=None)
 
-    def save(
-        self, state: TrainState, about: dict[str, Any] | None = None, then: Callable[[], None] = lambda: None
-    ) -> None:
+    def save(self, state: TrainState, about: dict[str, Any], then: Callable[[], None] = lambda: None) -> None:
         """Start to save `state` under its step; `state` may be donated after.
 
         Args:
           then: called in a thread, once the step is saved.
 
         Raises:
-          CheckpointError: the last save failed, this one cannot begin, or that step is saved already.
+          CheckpointError: the last save failed; this one has not begun.
         """
-        self.settle(wait=True)
+        self.settle()
         self._sweep()
         step = int(state.step)
-        if processes.broadcast(step in self.steps):
-            raise CheckpointError(f"step {step} was not saved in {self.directory}: it is there already")
         partial = self.directory / f".{step}.{processes.broadcast(secrets.randbits(31)):08x}.part"
-        manifest = Manifest(step, about or {}, _arrays(state), {})
         try:
-            response = ocp.save_async(partial.resolve(), state)
+            written = ocp.save_async(partial.resolve(), state)
         except Exception as error:
-            raise self._failed(step, partial, error) from error
-        self._pending = self._worker.submit(self._finish, manifest, partial, response, then)
+            written = Future()
+            written.set_exception(error)
+        manifest = Manifest(step, about, _arrays(state), {})
+        self._pending = self._worker.submit(self._finish, manifest, partial, written, then)
 
-    def settle(self, wait: bool = False) -> int | None:
-        """The step whose save has succeeded since the last call, None if none has.
+    def settle(self, wait: bool = True) -> None:
+        """Return once the save in progress has ended.
 
         Args:
-          wait: until the save under way has ended.
+          wait: False only reports a failure that is known. Several processes, which must agree, then report nothing.
 
         Raises:
-          CheckpointError: it failed.
+          CheckpointError: it failed. ProcessError: it failed in another process.
         """
-        if self._pending is None or not (wait or self._pending.done()):
-            return None
-        pending, self._pending = self._pending, None
-        return pending.result()
+        if wait or (processes.single_process() and self._pending and self._pending.done()):
+            processes.raise_in_all(self._failure())
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of `step`, whose files may still be damaged.
@@ -165,48 +151,25 @@ class Checkpoints:
         Raises:
           DamagedError: one differs, and which.
         """
-        if step in self._verified:
-            return self._verified[step]
-        manifest = self.manifest(step)
-        for name, (size, sha256) in manifest.files.items():
-            path = self._path(step) / name
-            if not path.is_file():
-                raise DamagedError(f"{path} is missing")
-            if path.stat().st_size != size:
-                raise DamagedError(f"{path} has {path.stat().st_size:,} bytes, expected {size:,}")
-            if files.sha256(path) != sha256:
-                raise DamagedError(f"{path} has another SHA-256 than when it was saved")
-        self._verified[step] = manifest
-        return manifest
+        if step not in self._verified:
+            manifest = self.manifest(step)
+            for name, saved in manifest.files.items():
+                path = self._path(step) / name
+                try:
+                    found = [path.stat().st_size, files.sha256(path)]
+                except OSError as error:
+                    raise DamagedError(f"{path} is missing or unreadable: {error.strerror}") from error
+                if found != saved:
+                    raise DamagedError(f"{path} has {found[0]:,} bytes and another SHA-256 than when it was saved")
+            self._verified[step] = manifest
+        return self._verified[step]
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
+    def restore(self, step: int, like: Any) -> Any:
         """The state saved at `step`, in the shapes, dtypes and shardings of `like` (arrays or shape structs).
 
         Raises:
           CheckpointError: it is missing, damaged, or of another model.
         """
-        return self._load(step, like)
-
-    def restore_params(self, step: int, like: Any) -> Any:
-        """The parameters of a saved step without its optimizer state; as `restore`."""
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            return self._load(step, {"params": like})["params"]
-
-    def set_aside(self, step: int) -> Path:
-        """Rename a step that must not be resumed from, so that its number is free again; its new path."""
-        path, n = self._path(step).with_suffix(".damaged"), 1
-        while path.exists():
-            path, n = path.with_suffix(f".damaged{n}"), n + 1
-        self._path(step).rename(path)
-        self._verified.pop(step, None)
-        return path
-
-    def _path(self, step: int) -> Path:
-        return self.directory / str(step)
-
-    def _load(self, step: int, like: Any) -> Any:
         if step not in self.steps:
             raise CheckpointError(f"step {step} is not in {self.directory}; {self.steps} are")
         arrays = (self.verify(step) if processes.is_primary() else self.manifest(step)).arrays
@@ -224,79 +187,77 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(f"{self._path(step)} cannot be read: {error.__cause__ or error}") from error
 
-    def _finish(self, manifest: Manifest, partial: Path, response: Any, then: Callable[[], None]) -> int:
+    def restore_params(self, step: int, like: Any) -> Any:
+        """The parameters of a saved step without its optimizer state; as `restore`."""
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return self.restore(step, {"params": like})["params"]
+
+    def set_aside(self, step: int) -> Path:
+        """Rename a step that must not be resumed from, so that its number is free again; its new path."""
+        self._verified.pop(step, None)
+        names = (f"{step}.damaged{n or ''}" for n in itertools.count())
+        return self._path(step).rename(next(path for name in names if not (path := self.directory / name).exists()))
+
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _failure(self) -> BaseException | None:
+        """The error of the last save, once it has ended."""
+        pending, self._pending = self._pending, None
+        return pending.exception() if pending else None
+
+    def _finish(self, manifest: Manifest, partial: Path, written: Any, then: Callable[[], None]) -> None:
         """Wait for Orbax, write the manifest, rename the directory to the step; runs beside the training."""
-        step = manifest.step
         try:
-            response.result()
+            written.result()
             if not processes.is_primary():
-                return step
+                return
             for path in sorted(partial.rglob("*")):
                 files.sync(path)
                 if path.is_file():
                     manifest.files[str(path.relative_to(partial))] = [path.stat().st_size, files.sha256(path)]
             sealed = files.seal({"program": PROGRAM, **asdict(manifest)})
             files.write_atomically(partial / "manifest.json", sealed.encode())
-            partial.rename(self._path(step))
+            partial.rename(self._path(manifest.step))
             files.sync(self.directory)
         except Exception as error:
-            raise self._failed(step, partial, error) from error
+            self._sweep()
+            code = re.search(r"os_error_code='(\d+)'", str(error))  # in place of a text with temporary paths
+            reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)
+            raise CheckpointError(f"step {manifest.step} was not saved in {self.directory}: {reason}") from error
         then()
-        with suppress(OSError):  # the next save tries again
-            self._prune()
-        return step
-
-    def _failed(self, step: int, partial: Path, error: Exception) -> CheckpointError:
-        """Remove what a failed save left; its error, as in "No space left on device", without temporary paths."""
-        _remove(partial)
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)
-        return CheckpointError(f"step {step} was not saved in {self.directory}: {reason}")
+        self._prune()
 
     def _sweep(self) -> None:
         """Remove what is left of saves that were killed, or that failed while Orbax was still writing."""
-        if self._keep and self.directory.is_dir():
+        if self._keep:
             for left in self.directory.glob(".*.part*"):
                 shutil.rmtree(left, ignore_errors=True)
 
     def _prune(self) -> None:
         """Remove the steps that need not be kept; a reader that loses one to it looks again. A step whose manifest is
-        damaged stays, for a person to look at."""
-        if not self._keep:
-            return
+        damaged stays, for a person to look at. What cannot be removed now is removed after a later save."""
         steps = list[int]()
-        for step in self.steps:
+        for step in self.steps if self._keep else ():
             with suppress(DamagedError):
                 steps.append(self.manifest(step).step)
-        if not steps:
-            return
-        kept = {*steps[-self._keep :], best_step(steps, self._losses)}
+        kept = {*steps[-self._keep :], best_step(steps, Run(self.directory.parent).val_losses())}
         for step in steps:
             if step not in kept and not (self._keep_every and step % self._keep_every == 0):
-                doomed = self.directory / f".{step}.{secrets.token_hex(4)}.part"
-                self._path(step).rename(doomed)  # first, so that a kill leaves no half of a step under its name
-                _remove(doomed)
+                with suppress(OSError):  # renamed first, so that a kill leaves no half of a step under its name
+                    self._path(step).rename(self.directory / f".{step}.{secrets.token_hex(4)}.part")
+        self._sweep()
 
 
-def best_step(steps: Sequence[int], losses: Mapping[int, float]) -> int:
-    """The step of lowest validation loss among `steps`; the newest if none has a finite one."""
-    scored = [(losses[step], step) for step in steps if math.isfinite(losses.get(step, math.nan))]
-    return min(scored)[1] if scored else max(steps)
-
-
-def abstract(tree: Any) -> Any:
-    """Shapes and dtypes of `tree` placed on the first device, for `restore`."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def best_step(steps: Sequence[int], losses: Mapping[int, float]) -> int | None:
+    """The step of lowest validation loss among `steps`; the newest if none was evaluated, None of none."""
+    evaluated = [step for step in steps if step in losses]
+    return min(evaluated, key=lambda step: losses[step]) if evaluated else max(steps, default=None)
 
 
 def _arrays(tree: Any) -> dict[str, str]:
     """Path of each array in `tree` to its dtype and shape."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
-
-
-def _remove(partial: Path) -> None:
-    """Remove a directory, also under the name that Orbax writes to before it renames."""
-    for path in partial.parent.glob(f"{partial.name}*"):
-        shutil.rmtree(path, ignore_errors=True)

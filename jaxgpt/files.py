@@ -20,10 +20,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     file or the new one is there, whole."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        partial.write_bytes(data)
+        sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -34,7 +32,7 @@ def sync(path: Path) -> None:
     """Make a file, or the names in a folder, last through a loss of power."""
     if os.name == "nt" and path.is_dir():
         return  # where a folder cannot be opened
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -51,8 +49,7 @@ def require_writable(folder: Path, option: str) -> None:
     while not existing.exists():
         existing = existing.parent
     try:
-        with tempfile.TemporaryDirectory(dir=existing, prefix=".jaxgpt-"):
-            pass
+        tempfile.TemporaryDirectory(dir=existing, prefix=".jaxgpt-").cleanup()
     except OSError as error:
         raise UsageError(f"{folder} cannot be written to: {error.strerror}; name another folder: {option}") from error
 
@@ -80,7 +77,8 @@ def cache_dir() -> Path | None:
 
 def seal(tree: dict[str, Any]) -> str:
     """`tree` as indented JSON that ends with the SHA-256 of all before it; `unseal` gives it back."""
-    return _text({**tree, "seal": hashlib.sha256(_text(tree).encode()).hexdigest()})
+    digest = hashlib.sha256((json.dumps(tree, indent=2) + "\n").encode()).hexdigest()
+    return json.dumps({**tree, "seal": digest}, indent=2) + "\n"
 
 
 def unseal(data: bytes) -> dict[str, Any]:
@@ -91,15 +89,12 @@ def unseal(data: bytes) -> dict[str, Any]:
     """
     try:
         tree = json.loads(data)
+        if not isinstance(tree, dict) or tree.pop("seal", None) is None:
+            raise SealError("it has no seal: jaxgpt did not write it")
+        sealed = seal(tree).encode()
     except (ValueError, RecursionError) as error:
-        raise SealError(f"it is not JSON: {error}") from error
-    if not isinstance(tree, dict) or "seal" not in tree:
-        raise SealError("it has no seal: jaxgpt did not write it")
-    del tree["seal"]
-    # What was read is hashed as it stands: to write it again takes the square of its depth.
-    front, _, end = data.rpartition(b'  "seal": "')
-    before = b"{}\n" if front == b"{\n" else front.removesuffix(b",\n") + b"\n}\n"
-    if end != f'{hashlib.sha256(before).hexdigest()}"\n}}\n'.encode():
+        raise error if isinstance(error, SealError) else SealError(f"it is not JSON: {error}") from error
+    if data != sealed:
         raise SealError("it does not match its seal: it was damaged, or edited by hand")
     return tree
 
@@ -108,7 +103,3 @@ def sha256(path: Path) -> str:
     """The hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _text(tree: dict[str, Any]) -> str:
-    return json.dumps(tree, indent=2) + "\n"

@@ -5,7 +5,6 @@ tokens.json      the corpus it trains on: vocabulary, token count, source, SHA-2
 metrics.jsonl    the metrics of every step and evaluation; byte for byte the same for the same config and tokens
 events.jsonl     a log with times: starts, saves, speed, warnings
 checkpoints/     training state, by step
-holder.json      which process trains it, while one does
 wandb-id         the id under which --log wandb resumes it
 report.html, tensorboard/    written by jaxgpt report and --log tensorboard; never read
 """
@@ -18,12 +17,11 @@ import re
 import secrets
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +53,7 @@ class Run:
         corpus_meta: dict[str, Any],
         fill: Callable[["Run"], None] = lambda run: None,
     ) -> "Run":
-        """Create the directory of a new run, whole or not at all.
-
-        Args:
-          fill: adds further files before the directory gets its name.
+        """Create the directory of a new run, whole or not at all; `fill` adds files before it gets its name.
 
         Raises:
           RunError: the name is invalid or taken, or the directory cannot be written.
@@ -82,11 +77,7 @@ class Run:
 
     @classmethod
     def require_free(cls, runs_dir: Path, name: str) -> None:
-        """Check that a run of this name can be created.
-
-        Raises:
-          RunError: the name is invalid or taken.
-        """
+        """Raise a RunError unless a run of this name can be created."""
         path = runs_dir / _valid(name)
         if (path / "config.json").is_file():
             raise RunError(
@@ -104,18 +95,17 @@ class Run:
           RunError: there is no such run, it is a link out of `runs_dir`, or the directory is an export.
         """
         path = Path(os.path.expanduser(name))
-        if cls.exists(runs_dir, name):
+        found = (path / "config.json").is_file()
+        if cls.exists(runs_dir, name) or not (found or len(path.parts) > 1):
             return cls.named(runs_dir, name)
-        if (path / "config.json").is_file():
-            if (path / "model.safetensors").is_file():
-                raise RunError(
-                    f"{path} is an export, not a run directory: jaxgpt sample {shlex.quote(str(path))} samples from "
-                    f"it, jaxgpt import-gpt2 {shlex.quote(str(path))} --run NAME makes a run of it"
-                )
-            return cls(path if path.name else path.resolve())
-        if not NAME.fullmatch(name) and len(path.parts) > 1:
+        if not found:
             raise RunError(f"no run in {path}: {'it has no config.json' if path.is_dir() else 'no such folder'}")
-        return cls.named(runs_dir, name)
+        if (path / "model.safetensors").is_file():
+            raise RunError(
+                f"{path} is an export, not a run directory: jaxgpt sample {shlex.quote(str(path))} samples from "
+                f"it, jaxgpt import-gpt2 {shlex.quote(str(path))} --run NAME makes a run of it"
+            )
+        return cls(path if path.name else path.resolve())
 
     @staticmethod
     def exists(runs_dir: Path, name: str) -> bool:
@@ -130,7 +120,7 @@ class Run:
           RunError: there is no such run, its name is invalid, or it is a link out of `runs_dir`.
         """
         path = runs_dir / _valid(name)
-        if not (path / "config.json").is_file():
+        if not cls.exists(runs_dir, name):
             known = sorted(path.parent.name for path in runs_dir.glob("*/config.json"))
             found = f"there are {', '.join(known)}" if known else "jaxgpt train gpt-demo makes one"
             raise RunError(f"no run {name!r} in {runs_dir}; {found}")
@@ -154,16 +144,6 @@ class Run:
     def tokenizer(self) -> Tokenizer:
         return tokenizer.from_json(self.corpus_meta["tokenizer"])
 
-    def command(self, command: str, *flags: str) -> str:
-        """The command line of `jaxgpt COMMAND` for this run, to be typed where `path` leads to it."""
-        named = ["--run", self.path.name] if command == "train" else [self.path.name]
-        where = [] if self.path.parent == Path("runs") else ["--runs-dir", str(self.path.parent)]
-        return shlex.join(["jaxgpt", command, *named, *flags, *where])
-
-    @property
-    def resume_command(self) -> str:
-        return self.command("train", "--resume")
-
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
@@ -176,12 +156,18 @@ class Run:
     def events_file(self) -> Path:
         return self.path / "events.jsonl"
 
-    def with_config(self, config: Config) -> "Run":
-        """The run with its config.json replaced by `config`.
+    def command(self, command: str, *flags: str) -> str:
+        """The command line of `jaxgpt COMMAND` for this run, to be typed where `path` leads to it."""
+        named = ["--run", self.path.name] if command == "train" else [self.path.name]
+        where = [] if self.path.parent == Path("runs") else ["--runs-dir", str(self.path.parent)]
+        return shlex.join(["jaxgpt", command, *named, *flags, *where])
 
-        Raises:
-          RunError: it cannot be written.
-        """
+    @property
+    def resume_command(self) -> str:
+        return self.command("train", "--resume")
+
+    def with_config(self, config: Config) -> "Run":
+        """The run with its config.json replaced by `config`; a RunError if that cannot be written."""
         try:
             files.write_atomically(self.path / "config.json", files.seal(configs.to_tree(config)).encode())
         except OSError as error:
@@ -189,12 +175,8 @@ class Run:
         return Run(self.path)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, oldest first, without one that is still being written.
-
-        Raises:
-          RunError: a line is damaged.
-        """
-        lines = [_parsed(line, "step") for line in self.metrics_file.read_bytes().split(b"\n")[:-1]]
+        """The lines of metrics.jsonl without one that is still being written; a RunError if a line is damaged."""
+        lines = [_parsed(line, "step") for line in _lines(self.metrics_file)[:-1]]
         if None in lines:
             raise RunError(
                 f"{self.metrics_file}, line {lines.index(None) + 1}: it is damaged; restore a copy of the file, or let "
@@ -203,15 +185,13 @@ class Run:
         return [line for line in lines if line]
 
     def val_losses(self) -> dict[int, float]:
-        """Validation loss by step, in nats per token. Damaged lines are ignored: a checkpoint is usable without."""
-        lines = self.metrics_file.read_bytes().split(b"\n") if self.metrics_file.exists() else []
-        scored = [line for each in lines if b'"val_loss"' in each and (line := _parsed(each, "val_loss"))]
-        return {line.get("step", -1): line["val_loss"] for line in scored if isinstance(line["val_loss"], float)}
+        """Finite validation losses by step, in nats per token. Damaged lines are ignored."""
+        lines = [_parsed(line, "val_loss") for line in _lines(self.metrics_file) if b'"val_loss"' in line]
+        return {line.get("step", -1): line["val_loss"] for line in lines if line and type(line["val_loss"]) is float}
 
     def events(self) -> list[dict[str, Any]]:
         """The lines of events.jsonl, oldest first, without any torn by a kill."""
-        lines = self.events_file.read_bytes().split(b"\n") if self.events_file.exists() else []
-        return [event for line in lines if (event := _parsed(line, "event"))]
+        return [event for line in _lines(self.events_file) if (event := _parsed(line, "event"))]
 
     def event(self, name: str, **values: Any) -> None:
         """Append a line with the time of day to events.jsonl, in process 0. A full disk is no reason to stop."""
@@ -224,12 +204,23 @@ class Run:
             file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
     @property
+    def last_start(self) -> dict[str, Any] | None:
+        """The start event of the process that trained it last, None if that process recorded its end."""
+        events = [event for event in self.events() if event["event"] in ("start", "end", "broken-off")]
+        return events[-1] if events and events[-1]["event"] == "start" else None
+
+    @property
     def cut_off(self) -> bool:
         """Whether the process that trained it last, on this machine, was killed before it could record its end."""
-        ends = [event for event in self.events() if event["event"] in ("start", "end", "broken-off")]
-        if not ends or ends[-1]["event"] != "start" or ends[-1].get("host") != platform.node():
+        start = self.last_start or {}
+        process, here = start.get("process"), start.get("host") == platform.node()
+        if not here or type(process) is not int or os.name != "posix":  # signal 0 only asks, on POSIX alone
             return False
-        return not _alive(ends[-1].get("process"))
+        try:
+            os.kill(process, 0)
+        except OSError as error:  # it lives, and is another user's, where this is not permitted
+            return isinstance(error, ProcessLookupError)
+        return False
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -238,43 +229,29 @@ class Run:
         Raises:
           RunError: another process holds it, and which; or the directory cannot be written to.
         """
-        with ExitStack() as stack:
-            processes.on_primary(lambda: stack.enter_context(self._locked()))
+        lock = filelock.FileLock(self.path / ".lock", timeout=0)
+        processes.on_primary(partial(self._acquire, lock))
+        try:
             yield
+        finally:
+            lock.release()
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock, holder = filelock.FileLock(self.path / ".lock", timeout=0), self.path / "holder.json"
+    def _acquire(self, lock: filelock.BaseFileLock) -> None:
         try:
             lock.acquire()
         except filelock.Timeout:
-            by = _parsed(holder.read_bytes() if holder.exists() else b"", "process")
-            known = by and f"process {by['process']} on {by['host']} since {by['since']} ({by['command']})"
-            raise RunError(f"run {self.path.name!r} is in use by {known or 'another process'}") from None
+            by, start = "another process", None if self.cut_off else self.last_start
+            if start:
+                process, host, command = (start.get(name) for name in ("process", "host", "command"))
+                by = f"process {process} on {host} since {start['time']} ({command})"
+            raise RunError(f"run {self.path.name!r} is in use by {by}") from None
         except OSError as error:
             raise RunError(f"{self.path} cannot be written to: {error.strerror}") from error
-        me = {"process": os.getpid(), "host": platform.node(), "command": " ".join(sys.argv)}
-        me["since"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        with lock:
-            with suppress(OSError):  # a full disk: the lock holds without it
-                files.write_atomically(holder, json.dumps(me).encode())
-            try:
-                yield
-            finally:
-                holder.unlink(missing_ok=True)
 
 
-def _alive(process: Any) -> bool:
-    """Whether a process of this machine lives, as far as can be known: signal 0 only asks, on POSIX alone."""
-    if os.name != "posix" or type(process) is not int:
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
+def _lines(path: Path) -> list[bytes]:
+    """The lines of a file; the last is empty, or still being written. None of a file that is not there."""
+    return path.read_bytes().split(b"\n") if path.exists() else []
 
 
 def _parsed(line: bytes, field: str) -> dict[str, Any] | None:

@@ -5,34 +5,26 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from jaxgpt import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
-def handlers() -> dict[int, Any]:
-    """The handler of each of SIGNALS, without the ignored ones, which stay so: a run under nohup outlives its
-    terminal."""
-    found = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
-    return {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}
-
-
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
     """Yield a function that returns the signal which asked the process to stop, 0 if none did.
 
-    The first signal is only noted, and answered on stderr; a second one acts as without this. Outside the main thread,
-    where Python allows no handlers, none is noted. With several processes (`jax.distributed`) all must ask equally
-    often, and all get the same answer: a signal to any of them is a signal to all.
+    The first signal is only noted, and answered on stderr; a second one acts as without this. Ignored ones stay so: a
+    run under nohup outlives its terminal. Outside the main thread, where Python allows no handlers, none is noted. With
+    several processes all must ask equally often, and all get the same answer: a signal to any is a signal to all.
     """
     received = 0
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
 
-    def asked() -> int:
-        return processes.any_process(received)
-
-    def note(number: int, frame: object) -> None:
+    def handle(number: int, frame: object) -> None:
         nonlocal received
         received = number
         with suppress(OSError):  # the terminal has gone
@@ -43,10 +35,9 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = handlers() if threading.current_thread() is threading.main_thread() else {}
-    for number in before:
-        signal.signal(number, note)
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else handle)
     try:
-        yield asked
+        yield lambda: processes.any_process(received)
     finally:
         restore()

@@ -1,4 +1,4 @@
-"""Starting and resuming a run: a new directory, or the newest checkpoint that everything still agrees with."""
+"""Starting and resuming a run: a new directory, or the newest valid checkpoint."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,20 @@ import jax.numpy as jnp
 
 import jaxgpt
 from jaxgpt import config as configs
-from jaxgpt import machine, matmul, model
-from jaxgpt.checkpoint import CheckpointError, Checkpoints, DamagedError, Manifest, abstract, best_step
+from jaxgpt import machine, matmul, model, processes
+from jaxgpt.checkpoint import CheckpointError, Checkpoints, DamagedError, Manifest, best_step
 from jaxgpt.config import Config, ModelConfig, check, differences
 from jaxgpt.corpus import Corpus
+from jaxgpt.mesh import one_device
+from jaxgpt.metrics_log import Event, notify
 from jaxgpt.optimizer import make_optimizer
 from jaxgpt.run import Run, RunError
-from jaxgpt.step import TrainState, init_state
+from jaxgpt.step import TrainState, abstract_state
 from jaxgpt.tokenizer import Tokenizer
 
 MAY_CHANGE = ["eval_batches", "eval_every", "eval_start", "keep", "keep_every"]
 MAY_CHANGE += ["max_skipped", "on_save_error", "scan_steps", "steps"]
 """What a resume may change: how long to train, what to evaluate and to keep; nothing that the weights depend on."""
-TRIES = 5
-"""How often to look for a checkpoint that may be pruned meanwhile, by the process that trains the run."""
 
 
 def new_run(
@@ -46,12 +47,11 @@ def new_run(
     config = resolve(config, corpus)
 
     def save_weights(run: Run) -> None:
-        if weights is None:
-            return
-        state = TrainState(jnp.int32(0), weights, make_optimizer(config).init(weights))
-        with Checkpoints(run.checkpoints, config.train.keep) as checkpoints:
-            checkpoints.save(state, identity(config, corpus.meta))
-        run.event("import", step=0, origin=origin)
+        if weights is not None:
+            state = TrainState(jnp.int32(0), weights, make_optimizer(config).init(weights))
+            with Checkpoints(run.checkpoints, config.train.keep) as checkpoints:
+                checkpoints.save(state, identity(run, config, corpus.meta))
+            run.event("import", step=0, origin=origin)
 
     return Run.create(runs_dir, name, config, corpus.meta, save_weights)
 
@@ -71,11 +71,7 @@ def resolve(config: Config, corpus: Corpus) -> Config:
 
 
 def require_resumable(run: Run, was: Config, now: Config) -> None:
-    """Check that `now` continues what `was` computed.
-
-    Raises:
-      RunError: it differs in more than MAY_CHANGE; each such field is named.
-    """
+    """Raise a RunError, which names each field, if the two configs differ in more than MAY_CHANGE."""
     refused = [
         f"  {name}: {old!r} in the run, {new!r} asked for"
         for name, old, new in differences(was, now)
@@ -88,95 +84,91 @@ def require_resumable(run: Run, was: Config, now: Config) -> None:
         )
 
 
-def identity(config: Config, corpus_meta: dict[str, Any], metrics: tuple[int, str] | None = None) -> dict[str, Any]:
+def identity(run: Run, config: Config, corpus_meta: dict[str, Any], n_bytes: int | None = None) -> dict[str, Any]:
     """What a checkpoint records of its run, and a resume must find again.
 
     Args:
-      metrics: length in bytes and SHA-256 of metrics.jsonl up to the checkpoint; None where it is empty.
+      n_bytes: of metrics.jsonl up to the checkpoint; None for all that it has now.
     """
-    n_bytes, sha256 = metrics or (0, hashlib.sha256().hexdigest())
+    metrics = run.metrics_file.read_bytes()[:n_bytes] if run.metrics_file.exists() else b""
     tokenizer = json.dumps(corpus_meta["tokenizer"], sort_keys=True)
     return {
         "config": configs.to_tree(config),
         "tokens": corpus_meta["sha256"],
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
-        "metrics": {"bytes": n_bytes, "sha256": sha256},
+        "metrics": {"bytes": len(metrics), "sha256": hashlib.sha256(metrics).hexdigest()},
     }
 
 
 def require_own(run: Run, config: Config, corpus_meta: dict[str, Any], manifest: Manifest) -> None:
-    """Check that a checkpoint belongs to this config, corpus and tokenizer.
-
-    Raises:
-      RunError: it does not.
-    """
-    saved, now = manifest.about, identity(config, corpus_meta)
-    if not saved.keys() >= now.keys():
-        raise RunError(f"step {manifest.step} of {run.path} does not record its config and corpus: it is not of a run")
-    require_resumable(run, configs.from_tree(saved["config"]), config)
+    """Raise a RunError unless a checkpoint belongs to this config, corpus and tokenizer."""
+    saved, now = manifest.about, identity(run, config, corpus_meta)
     for name in ("tokens", "tokenizer"):
-        if saved[name] != now[name]:
+        if saved.get(name) != now[name]:
             raise RunError(
-                f"run {run.path.name!r}: the {name} of step {manifest.step} have SHA-256 {saved[name]}, those of "
+                f"run {run.path.name!r}: the {name} of step {manifest.step} have SHA-256 {saved.get(name)}, those of "
                 f"{corpus_meta['source']} have {now[name]}: name the folder of the right ones, --data-dir"
             )
+    require_resumable(run, configs.from_tree(saved["config"]), config)
 
 
-def newest_whole(
-    run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, warn: Callable[[str, int, str], None]
+def require_metrics(run: Run, manifest: Manifest) -> None:
+    """Raise a DamagedError unless the lines of metrics.jsonl up to a step are those of when it was saved."""
+    saved = manifest.about["metrics"]
+    if identity(run, run.config, run.corpus_meta, saved["bytes"])["metrics"] != saved:
+        raise DamagedError(f"the first {saved['bytes']:,} bytes of {run.metrics_file} are not those that were saved")
+
+
+def find_newest(
+    run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, on_event: Callable[[Event], None]
 ) -> Manifest | None:
-    """The newest step whose files and lines of metrics.jsonl are what was saved; None if nothing was saved yet.
+    """The manifest of the step that every process resumes from; None if nothing was saved yet.
 
-    Newer steps are set aside, each with a warning (kind, step, text); so is another version of jax or another device
-    than before worth one. If no step is whole, nothing is changed.
+    A checkpoint is valid if its files and the lines of metrics.jsonl up to it are those that were saved. Newer ones are
+    set aside, each with a Notice. A change of jax version or device gets a Notice. If none is valid, no file changes.
 
     Raises:
-      RunError: every step is damaged or gone, or one is of another config, corpus or tokenizer.
+      RunError: every checkpoint is damaged or gone; one is of another config, corpus or tokenizer, or beyond the end.
     """
-    problems: dict[int, str] = {}
+    newest = processes.on_primary(partial(_newest_valid, run, config, corpus, checkpoints, on_event))
+    step = processes.broadcast(newest.step if newest else -1)
+    if step > config.train.steps:
+        raise RunError(f"run {run.path.name!r} is at step {step} already, beyond the {config.train.steps} asked for")
+    return checkpoints.manifest(step) if step >= 0 else None
+
+
+def _newest_valid(
+    run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, on_event: Callable[[Event], None]
+) -> Manifest | None:
+    events, problems = run.events(), dict[int, str]()
     for step in reversed(checkpoints.steps):
         try:
             manifest = checkpoints.verify(step)
             require_own(run, config, corpus.meta, manifest)
-            _verify_metrics(run, manifest)
+            require_metrics(run, manifest)
         except DamagedError as error:
             problems[step] = str(error)
             continue
         for bad, problem in problems.items():
-            warn("damage", bad, f"{problem}; step {bad} was set aside as {checkpoints.set_aside(bad)}")
-        if problems:
-            warn("damage", step, f"resuming from step {step}, the newest that is whole with its lines of metrics")
-        starts = [event for event in run.events() if event["event"] == "start"]
-        for name, now in environment().items() if starts else ():
-            if name in ("jax", "backend", "device") and (was := starts[-1].get(name, now)) != now:
-                warn("version", step, f"{name} is {now} now and was {was}: the bits that follow may differ")
+            aside = f"{problem}; step {bad} was set aside as {checkpoints.set_aside(bad)}"
+            notify(run, on_event, "damage", bad, f"{aside}; resuming from step {step}")
+        before = next((event for event in reversed(events) if event["event"] == "start"), dict[str, Any]())
+        for name, now in environment().items():
+            if name in ("jax", "backend", "device") and (was := before.get(name, now)) != now:
+                notify(run, on_event, "version", step, f"{name} is {now} now and was {was}: bits may differ from here")
         return manifest
     found = [f"step {step}: {problem}" for step, problem in problems.items()]
-    saved = [event["step"] for event in run.events() if event["event"] in ("save", "import")]
+    saved = [event["step"] for event in events if event["event"] in ("save", "import")]
     if not found and saved:
         found = [f"step {max(saved)} was saved, but {checkpoints.directory} holds no checkpoint"]
     if found:
         raise RunError(
-            f"run {run.path.name!r} has no step that is whole with its lines of metrics, and is not started over:\n  "
+            f"run {run.path.name!r} has no valid checkpoint, and is not started over:\n  "
             + "\n  ".join(found)
             + "\nrestore a copy of those files, or start a new run: --run OTHER-NAME (jaxgpt sample and export "
             "need only a checkpoint)"
         )
     return None
-
-
-def _verify_metrics(run: Run, manifest: Manifest) -> None:
-    """Check that the lines of metrics.jsonl up to a step are those that were there when it was saved.
-
-    Raises:
-      DamagedError: they are not.
-    """
-    expected = manifest.about["metrics"]
-    data = run.metrics_file.read_bytes() if run.metrics_file.exists() else b""
-    if len(data) < expected["bytes"]:
-        raise DamagedError(f"{run.metrics_file} has {len(data):,} bytes, expected {expected['bytes']:,} or more")
-    if hashlib.sha256(data[: expected["bytes"]]).hexdigest() != expected["sha256"]:
-        raise DamagedError(f"{run.metrics_file} has another SHA-256 up to there than when it was saved")
 
 
 def environment() -> dict[str, Any]:
@@ -211,28 +203,20 @@ def load_checkpoint(run: Run, which: str | int = "best") -> tuple[int, model.Par
       RunError: there is no such checkpoint.
       CheckpointError: it is damaged.
     """
-    if which not in ("best", "last") and type(which) is not int:
-        raise RunError(f"checkpoint is {which!r}, expected 'best', 'last' or the number of a step")
-    like = abstract(jax.eval_shape(init_state, run.config).params)
-    checkpoints = Checkpoints(run.checkpoints)
-    for _ in range(TRIES):
+    checkpoints, like = Checkpoints(run.checkpoints), abstract_state(run.config, one_device()).params
+    while True:  # until the process that trains the run prunes no checkpoint while it is read
         steps = checkpoints.steps
         if not steps:
             raise RunError(f"run {run.path.name!r} has no checkpoint yet: let it train, or {run.resume_command}")
-        if type(which) is int and which not in steps:
-            raise RunError(
-                f"run {run.path.name!r} has no checkpoint of step {which}; there are {', '.join(map(str, steps))}"
-            )
-        step = which if isinstance(which, int) else steps[-1]
-        if which == "best":
-            step = best_step(steps, run.val_losses())
+        step = {"best": best_step(steps, run.val_losses()), "last": steps[-1]}.get(str(which), which)
+        if step not in steps:
+            raise RunError(f"checkpoint is {which!r}, expected 'best', 'last' or a step: {', '.join(map(str, steps))}")
         try:
             require_own(run, run.config, run.corpus_meta, checkpoints.verify(step))
             return step, checkpoints.restore_params(step, like)
         except CheckpointError as error:
-            if step in checkpoints.steps:  # else it was pruned just now
+            if step in checkpoints.steps:
                 raise CheckpointError(
                     f"the {which} checkpoint cannot be used: {error}; {run.resume_command} resumes from the newest "
-                    "that is whole"
+                    "valid one"
                 ) from error
-    raise RunError(f"run {run.path.name!r}: each checkpoint was pruned while it was being read; try again")

@@ -281,7 +281,7 @@ def test_a_checkpoint_goes_from_any_mesh_to_any_other(small, tmp_path):
     with jax.set_mesh(over := mesh_of("fsdp=4,tensor=2")):
         state = sharded_init(small, over)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(state)
+        checkpoints.save(state, {})
     for over in (one_device(), mesh_of("data=2,fsdp=2")):
         with Checkpoints(tmp_path) as checkpoints:
             found = checkpoints.restore(0, abstract_state(small, over))

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import processes as agree
-from jaxgpt.cli import run_verb
+from jaxgpt.cli import join, run_verb
 from tests.faults.groups import BOUND, curve, ended, members, new, on, train, wait_for_lines
 
 
@@ -122,9 +121,9 @@ def test_processes_wait_for_each_other_for_days(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_collective_timeout_seconds=5")
     given = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: given.append((*args, os.environ["XLA_FLAGS"])))
-    monkeypatch.setattr(agree, "any_process", lambda value: value)
-    monkeypatch.setattr(agree, "_wait_for_port", lambda host, port: None)
-    agree.join("localhost:1", 2, 1)
+    monkeypatch.setattr(join, "any_process", lambda value: value)
+    monkeypatch.setattr(join, "_wait_for_port", lambda host, port: None)
+    join.join("localhost:1", 2, 1)
     [(*args, flags)] = given
     assert args == ["localhost:1", 2, 1]
     assert flags.split() == [f"--xla_cpu_collective_timeout_seconds={seconds}" for seconds in (7 * 24 * 3600, 5)]
@@ -142,8 +141,8 @@ def test_what_cannot_be_joined_is_refused_before_anyone_waits(capsys):
 
 
 def test_a_process_0_that_is_nowhere_is_told_and_that_it_is_waited_for(monkeypatch, capsys):
-    monkeypatch.setattr(agree, "CONNECT_SECONDS", 0.5)
-    monkeypatch.setattr(agree, "NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr(join, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(join, "NOTICE_SECONDS", 0.1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"  # where nobody listens

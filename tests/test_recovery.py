@@ -1,4 +1,4 @@
-"""Resuming after damage: from the newest step that is whole, with a warning; never from nothing."""
+"""Resuming after damage: from the newest valid checkpoint, with a warning; never from nothing."""
 
 import shutil
 
@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from jaxgpt import corpus as corpora
-from jaxgpt import files
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli.runs import resume, start
 from jaxgpt.metrics_log import Evaluated, Notice
-from jaxgpt.run import Run, RunError
+from jaxgpt.run import RunError
 from jaxgpt.start import load_checkpoint
 from jaxgpt.train import fit
 
@@ -48,11 +47,11 @@ def test_a_damaged_newest_step_is_named_set_aside_and_trained_again(done):
     params = load_checkpoint(run, "last")[1]
     bad, events = harm(run, 15), []
     fit(run, corpus, events.append)
-    first, second = (event for event in events if isinstance(event, Notice))
-    assert str(bad) in first.text
-    assert "has another SHA-256" in first.text
-    assert "set aside as" in first.text
-    assert second.text == "resuming from step 10, the newest that is whole with its lines of metrics"
+    (notice,) = (event for event in events if isinstance(event, Notice))
+    assert str(bad) in notice.text
+    assert "another SHA-256" in notice.text
+    assert "set aside as" in notice.text
+    assert notice.text.endswith("resuming from step 10")
     assert (run.checkpoints / "15.damaged").is_dir()
     assert run.metrics_file.read_bytes() == before
     again = load_checkpoint(run, "last")
@@ -64,7 +63,7 @@ def test_where_no_step_is_whole_nothing_is_written_and_all_is_named(done):
     run, corpus = done
     bad = [harm(run, step) for step in Checkpoints(run.checkpoints).steps]
     before = content(run)
-    with pytest.raises(RunError, match=r"has no step that is whole .* is not started over") as caught:
+    with pytest.raises(RunError, match=r"has no valid checkpoint, and is not started over") as caught:
         fit(run, corpus)
     assert all(str(path) in str(caught.value) for path in bad)
     assert content(run) == before
@@ -100,7 +99,7 @@ def test_lines_that_are_not_what_was_saved_are_never_built_upon(done, harmed):
         case "missing":
             run.metrics_file.unlink()
     before = content(run)
-    with pytest.raises(RunError, match=r"metrics.jsonl has (another SHA-256|\d+ bytes, expected)"):
+    with pytest.raises(RunError, match=r"bytes of .*metrics.jsonl are not those that were saved"):
         fit(run, corpus)
     assert content(run) == before
 
@@ -111,9 +110,9 @@ def test_damage_to_the_last_lines_goes_back_to_before_them(done):
     run.metrics_file.write_bytes(whole[: whole.rindex(b'{"step": 15, "val_loss"') - 10])
     events = []
     fit(run, corpus, events.append)
-    first, second = (event for event in events if isinstance(event, Notice))
-    assert "metrics.jsonl has" in first.text
-    assert "resuming from step 10" in second.text
+    (notice,) = (event for event in events if isinstance(event, Notice))
+    assert "metrics.jsonl are not those that were saved" in notice.text
+    assert "resuming from step 10" in notice.text
     assert (run.checkpoints / "15.damaged").is_dir()
     assert run.metrics_file.read_bytes() == whole
     assert Checkpoints(run.checkpoints).latest == 15
@@ -143,15 +142,7 @@ def test_another_version_of_jax_is_reported(done):
     events = []
     fit(run, corpus, events.append)
     (notice,) = (event for event in events if isinstance(event, Notice))
-    assert "was 0.0.1: the bits that follow may differ" in notice.text
-
-
-def test_a_step_that_says_nothing_of_its_run_is_refused(done):
-    run, corpus = done
-    path = run.checkpoints / "15" / "manifest.json"
-    path.write_text(files.seal({**files.unseal(path.read_bytes()), "about": {}}))
-    with pytest.raises(RunError, match="it is not of a run"):
-        fit(Run(run.path), corpus)
+    assert "was 0.0.1: bits may differ from here" in notice.text
 
 
 def test_after_damage_to_the_lines_every_later_save_counts(config, change, tmp_path):

@@ -140,13 +140,6 @@ def test_a_name_is_not_a_path(run, tmp_path):
             Run.named(tmp_path / "runs", name)
 
 
-def test_a_holder_that_died_is_followed_by_the_next(run):
-    (run.path / "holder.json").write_text('{"process": 1, "host": "a", "since": "b", "command": "c"}')
-    with run.lock():
-        assert json.loads((run.path / "holder.json").read_text())["process"] == os.getpid()
-    assert not (run.path / "holder.json").exists()
-
-
 def test_a_run_whose_process_was_killed_is_known_by_it(run):
     assert not run.cut_off
     spawn = multiprocessing.get_context("spawn")

@@ -15,16 +15,17 @@ from jaxgpt import config as configs
 from jaxgpt import data as batches
 from jaxgpt import matmul, step
 from jaxgpt import train as loop
-from jaxgpt.checkpoint import Checkpoints, abstract
+from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli.runs import resolve, start
 from jaxgpt.cli.runs import resume as take_up
 from jaxgpt.config import DataConfig
+from jaxgpt.mesh import one_device
 from jaxgpt.metrics_log import DivergedError, Evaluated, Notice, Progress
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.run import Run, RunError
 from jaxgpt.sample import write
 from jaxgpt.start import load_model
-from jaxgpt.step import init_state
+from jaxgpt.step import abstract_state
 from jaxgpt.train import fit
 from tests.processes import resume, wait_for
 
@@ -43,8 +44,8 @@ def new_run(tmp_path):
 
 
 def last_state(run):
-    with Checkpoints(run.checkpoints) as checkpoints:
-        return checkpoints.restore(checkpoints.latest, abstract(jax.eval_shape(init_state, run.config)))
+    checkpoints = Checkpoints(run.checkpoints)
+    return checkpoints.restore(checkpoints.latest, abstract_state(run.config, one_device()))
 
 
 def assert_same_run(a, b):
@@ -69,6 +70,18 @@ def stop_after(step):
             raise Stop
 
     return watch
+
+
+@pytest.fixture
+def sigterm_at():
+    """sigterm_at(step): an `on_event` that sends SIGTERM when `step` is reported, with the next chunk under way."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def at(step):
+        return lambda event: isinstance(event, Progress) and event.step == step and os.kill(os.getpid(), signal.SIGTERM)
+
+    yield at
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.smoke
@@ -132,15 +145,11 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(tiny, new_run, step):
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_run_that_ends_before_a_score_goes_on_with_it(tiny, new_run, monkeypatch, killed):
+def test_a_run_that_ends_before_a_score_goes_on_with_it(tiny, new_run, monkeypatch, sigterm_at, killed):
     """Asked to end in the chunk before it, the run does not make whoever asked wait for the score; killed in it, it has
     lost nothing else. Even the manifests are those of a run that was not ended."""
     unbroken = fit(*new_run("unbroken", tiny)).run
     broken, corpus = new_run("broken", tiny)
-
-    def ask(event):
-        if isinstance(event, Progress) and event.step == 5:  # told when the chunk to 10 is under way
-            os.kill(os.getpid(), signal.SIGTERM)
 
     def die(config, corpus, state, score=loop.score):
         if state.step == 10:
@@ -153,11 +162,7 @@ def test_a_run_that_ends_before_a_score_goes_on_with_it(tiny, new_run, monkeypat
             with pytest.raises(Stop):
                 fit(broken, corpus)
     else:
-        before = signal.signal(signal.SIGTERM, lambda *_: None)
-        try:
-            done = fit(broken, corpus, ask)
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        done = fit(broken, corpus, sigterm_at(5))
         assert [scored.step for scored in done.scores] == [0]
     checkpoints = Checkpoints(broken.checkpoints)
     assert checkpoints.steps == [10]
@@ -223,36 +228,17 @@ def test_a_mixture_trains_and_goes_on_to_the_same_bits(tiny, change, tmp_path, v
     assert_same_run(whole[0], run)
 
 
-def test_a_signal_in_the_last_chunk_finds_the_run_done(tiny, new_run):
-    run, corpus = new_run("one", tiny)
-
-    def late(event):
-        if isinstance(event, Progress) and event.step == 15:  # told when the last chunk is under way
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        done = fit(run, corpus, late)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def test_a_signal_in_the_last_chunk_finds_the_run_done(tiny, new_run, sigterm_at):
+    done = fit(*new_run("one", tiny), sigterm_at(15))
     assert (done.step, done.interrupted_by) == (20, 0)
 
 
-def test_an_interrupted_run_whose_end_is_moved_to_where_it_stands_is_scored_there(tiny, new_run, change):
-    run, corpus = new_run("one", change(tiny, steps=40, eval_every=20))
-
-    def early(event):
-        if isinstance(event, Progress) and event.step == 5:  # told when the chunk to 10 is under way
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        done = fit(run, corpus, early)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def test_an_interrupted_run_whose_end_is_moved_to_where_it_stands_is_scored_there(tiny, new_run, change, sigterm_at):
+    run, corpus = new_run("one", change(tiny, steps=40, eval_every=20, eval_start=False))
+    done = fit(run, corpus, sigterm_at(5))
     assert (done.step, done.interrupted_by) == (10, signal.SIGTERM)
     again = fit(run, corpus, config=change(run.config, steps=10))
-    assert [scored.step for scored in again.scores] == [0, 10]
+    assert [scored.step for scored in again.scores] == [10]
 
 
 def test_a_run_may_leave_out_the_score_of_the_untrained_model(tiny, change, new_run):
@@ -293,17 +279,16 @@ def poisoned(monkeypatch):
         def train_step(config, state, batch, hyper=None):
             with monkeypatch.context() as patch:
                 bad = jnp.isin(state.step + 1, jnp.array(numbers))
-                losses, here = step.model.losses, threading.get_ident()
+                losses, here = step.nn.losses, threading.get_ident()
 
                 def poisoned(*args):
                     found = losses(*args)  # another thread may be tracing an evaluation now
                     return found + jnp.log(jnp.where(bad, -1.0, 1.0)) if threading.get_ident() == here else found
 
-                patch.setattr(step.model, "losses", poisoned)
+                patch.setattr(step.nn, "losses", poisoned)
                 return honest(config, state, batch, hyper)
 
         monkeypatch.setattr(step, "train_step", train_step)
-        monkeypatch.setattr(loop, "train_step", train_step)
         step.jit_train_steps.cache_clear()
 
     yield poison
@@ -315,13 +300,15 @@ def test_a_step_without_a_number_is_left_out_and_written_down(tiny, new_run, poi
     whole = fit(*new_run("whole", tiny)).run
     poisoned(13)
     events = []
-    run = fit(*new_run("one", tiny), events.append).run
+    run, corpus = new_run("one", tiny)
+    fit(run, corpus, events.append)
     lines, before = ([line for line in each.metrics() if "loss" in line] for each in (run, whole))
     assert lines[:12] == before[:12]
     assert lines[12]["skipped"]
     assert lines[12]["loss"] is None
     assert lines[12]["learning_rate"] == before[12]["learning_rate"]
-    assert len(lines[12]["window_starts"]) == tiny.train.batch_size
+    n_tokens, T, B = len(corpus.split(DataConfig())[0]), tiny.model.block_size, tiny.train.batch_size
+    assert lines[12]["window_starts"] == batches.window_starts(tiny.train.seed, 12, n_tokens, T, B).tolist()
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert not any("skipped" in line for line in lines[:12] + lines[13:])
     assert all(math.isfinite(line["loss"]) for line in lines[13:])
@@ -331,28 +318,15 @@ def test_a_step_without_a_number_is_left_out_and_written_down(tiny, new_run, poi
     assert [event["step"] for event in run.events() if event["event"] == "skip"] == [13]
 
 
-def test_the_windows_of_a_skipped_step_are_those_that_it_saw(tiny, new_run, poisoned):
-    poisoned(3)
-    run, corpus = new_run("one", tiny)
-    fit(run, corpus)
-    (line,) = (line for line in run.metrics() if line.get("skipped"))
-    starts = batches.window_starts(
-        tiny.train.seed, 2, len(corpus.split(DataConfig())[0]), tiny.model.block_size, tiny.train.batch_size
-    )
-    assert line["window_starts"] == starts.tolist()
-
-
-@pytest.mark.parametrize("resumed_after", [None, 10])
-def test_too_many_in_a_row_end_the_run_at_its_last_save(tiny, change, new_run, poisoned, resumed_after):
+def test_too_many_in_a_row_end_the_run_at_its_last_save(tiny, change, new_run, poisoned):
+    """And are counted across a resume."""
     poisoned(6, 9, 10, 11, 12)
     run, corpus = new_run("one", change(tiny, max_skipped=4))
-    if resumed_after:  # the row is counted across a resume
-        with pytest.raises(Stop):
-            fit(run, corpus, stop_after(resumed_after))
+    with pytest.raises(Stop):
+        fit(run, corpus, stop_after(10))
     with pytest.raises(DivergedError, match=r"step 12: loss nan.* 4 steps in a row were skipped"):
         fit(run, corpus)
-    with Checkpoints(run.checkpoints) as checkpoints:
-        assert checkpoints.steps == [10]
+    assert Checkpoints(run.checkpoints).steps == [10]
     for leaf in jax.tree.leaves(last_state(run)):
         assert np.isfinite(leaf).all()
     assert run.metrics()[-1]["step"] == 12
@@ -364,8 +338,7 @@ def test_debugging_names_the_step_and_the_operation(tiny, new_run, change, poiso
     run, corpus = new_run("one", change(tiny, kind="bigram"))  # whose step is few operations, done one by one
     with pytest.raises(DivergedError, match=r"step 13: loss nan.*nan generated by primitive: log"):
         fit(run, corpus, debug_nans=True)
-    with Checkpoints(run.checkpoints) as checkpoints:
-        assert checkpoints.steps == [10]
+    assert Checkpoints(run.checkpoints).steps == [10]
 
 
 def test_a_number_that_grows_beyond_float32_is_never_saved(tiny, change, new_run):
@@ -373,13 +346,12 @@ def test_a_number_that_grows_beyond_float32_is_never_saved(tiny, change, new_run
     with pytest.raises(DivergedError, match=r"step 5: .* 5 steps in a row"):
         fit(run, corpus)
     assert run.events()[1]["event"] == "skip"
-    with Checkpoints(run.checkpoints) as checkpoints:
-        assert checkpoints.steps == []
+    assert Checkpoints(run.checkpoints).steps == []
 
 
 def test_a_run_in_use_is_left_as_it_is(tiny, new_run, change):
     run, corpus = new_run("one", tiny)
-    with run.lock(), pytest.raises(RunError, match="in use by process"):
+    with run.lock(), pytest.raises(RunError, match="in use by another process"):
         fit(run, corpus, config=change(run.config, steps=40))
     assert Run(run.path).config == run.config
 
@@ -426,8 +398,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, change, long, 
     out, _ = process.communicate(timeout=300)
     assert process.returncode == code, out
     assert "jaxgpt train --run one --resume" in out
-    with Checkpoints(run.checkpoints) as checkpoints:
-        step = checkpoints.latest
+    step = Checkpoints(run.checkpoints).latest
     assert 300 <= step < 60_000
     assert f"interrupted at step {step:,} of 60,000" in out
     assert max(line["step"] for line in run.metrics()) == step

@@ -86,6 +86,7 @@ def _fit(given: Train, existing: Run | None) -> int:
 
     from jaxgpt import memory, model, processes
     from jaxgpt import mesh as meshes
+    from jaxgpt.cli.join import join
     from jaxgpt.cli.runs import resume, start
     from jaxgpt.monitor import loggers
     from jaxgpt.monitor.chips import rate
@@ -99,7 +100,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     if not given.coordinator and (given.num_processes, given.process_id) != (1, 0):
         raise UsageError("--num-processes and --process-id need the address of process 0: --coordinator HOST:PORT")
     if given.distributed or given.coordinator:
-        processes.join(given.coordinator, given.num_processes, given.process_id)
+        join(given.coordinator, given.num_processes, given.process_id)
     use_compile_cache()
     runs_dir, data_dir = given.folders.runs_dir, given.folders.data_dir
     run, config, corpus = existing, given.config, None

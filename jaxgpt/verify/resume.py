@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxgpt.checkpoint import Checkpoints, abstract
+from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli.runs import start
 from jaxgpt.config import Config, UsageError, check, replaced
+from jaxgpt.mesh import one_device
 from jaxgpt.run import Run
-from jaxgpt.step import init_state
+from jaxgpt.step import abstract_state
 
 
 class Kill(NamedTuple):
@@ -165,7 +166,7 @@ def compare(a: Run, b: Run, kills: list[Kill] | None = None) -> Verdict:
     """Compare the metrics of two runs of one config, line by line, and their checkpoints, bit by bit."""
     steps = sorted(set(Checkpoints(a.checkpoints).steps) & set(Checkpoints(b.checkpoints).steps))
     lines = a.metrics_file.read_bytes().splitlines(), b.metrics_file.read_bytes().splitlines()
-    like = abstract(jax.eval_shape(init_state, a.config))
+    like = abstract_state(a.config, one_device())
     difference = next(_differences(a, b, lines, steps, like), None)
     return Verdict(kills or [], len(lines[0]), len(steps), len(jax.tree.leaves(like)), difference)
 

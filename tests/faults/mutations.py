@@ -267,18 +267,18 @@ MUTATIONS = [
     Mutation(
         "the hash of a checkpoint is not compared",
         "checkpoint.py",
-        "if files.sha256(path) != sha256:",
+        "if found != saved:",
         "if False:",
         "test_checkpoint.py",
     ),
     Mutation(
         "the best checkpoint is pruned",
         "checkpoint.py",
-        "{*steps[-self._keep :], best_step(steps, self._losses)}",
+        "{*steps[-self._keep :], best_step(steps, Run(self.directory.parent).val_losses())}",
         "{*steps[-self._keep :]}",
         "test_checkpoint.py",
     ),
-    Mutation("a sealed file may be edited", "files.py", "if end != f'", "if False and end != f'", "test_files.py"),
+    Mutation("a sealed file may be edited", "files.py", "if data != sealed:", "if False:", "test_files.py"),
     Mutation("the run directory is not locked", "run.py", "lock.acquire()", "pass", "test_run.py"),
     Mutation(
         "metrics beyond the checkpoint are kept at a resume",
@@ -290,7 +290,7 @@ MUTATIONS = [
     Mutation(
         "a resume does not look at the metrics before its checkpoint",
         "start.py",
-        "            _verify_metrics(run, manifest)\n",
+        "            require_metrics(run, manifest)\n",
         "",
         "test_recovery.py",
     ),

@@ -113,7 +113,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, policy):
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 1, out
         assert "oo large" in out, out
-        assert "is saved, and the run ends, as --on-save-error says" in out
+        assert "is saved, and the run ends: make room" in out
     else:
         wait_for(lambda: any(event["event"] == "save-failed" for event in run.events()), process)
         full = latest(run)
@@ -147,7 +147,6 @@ def test_two_writers(tmp_path):
     assert first.poll() is None
     first.kill()
     first.communicate()
-    assert (run.path / "holder.json").exists(), "a killed process cannot tidy up"
     third = resume(run, *LONG)
     reached = latest(run)
     wait_for(lambda: latest(run) > reached, third)

@@ -176,14 +176,16 @@ def short(config: Config) -> Config:
 def told(run: Run, data_dir: Path, newest: int) -> str:
     """What a resume says that is wrong with `run`; it does all but train."""
     from jaxgpt.cli.runs import corpus_of
-    from jaxgpt.start import newest_whole, require_resumable
+    from jaxgpt.start import find_newest, require_resumable
 
     run, said = Run(run.path), []
     aside = run.checkpoints / f"{newest}.damaged"
     try:
         require_resumable(run, run.config, run.config)
         corpus = corpus_of(run, data_dir)
-        found = newest_whole(run, run.config, corpus, Checkpoints(run.checkpoints), lambda *what: said.append(what[2]))
+        found = find_newest(
+            run, run.config, corpus, Checkpoints(run.checkpoints), lambda event: said.append(event.text)
+        )
         back = found is not None and (found.step < newest) == bool(said)
         if aside.exists():
             aside.rename(run.checkpoints / str(newest))

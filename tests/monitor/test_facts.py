@@ -13,7 +13,7 @@ from jaxgpt.evaluation import Evaluation
 from jaxgpt.monitor import facts
 from jaxgpt.run import Run
 from jaxgpt.step import Metrics
-from jaxgpt.train import Saves
+from jaxgpt.train import save
 from tests.test_run import META
 
 LINE = {"grad_norm": 1.0, "learning_rate": 0.1}
@@ -93,7 +93,7 @@ class Slow:
     def save(self, state, about, record):
         self.record, self.now[0] = record, self.now[0] + 100
 
-    def settle(self, wait):
+    def settle(self, wait=True):
         if wait:
             self.record()
             self.record = lambda: None
@@ -113,20 +113,20 @@ def test_speed_between_saves_is_that_of_their_own_steps(run, tiny, monkeypatch):
 
     corpus = SimpleNamespace(meta=META)
     with log:
-        saves = Saves(run, corpus, Slow(now), log)
+        slow = Slow(now)
         score(0)
         for begin, seconds in ((0, 7), (5, 5), (10, 10), (15, 20)):
             log.add(begin, chunk)
-            saves.settle(wait=False)
+            slow.settle(wait=False)
             now[0] += seconds
             log.flush()
             if begin in (5, 15):
                 score(begin + 5)
-                saves.save(SimpleNamespace(step=begin + 5))
-        saves.settle()
+                save(run, corpus, log, slow, SimpleNamespace(step=begin + 5))
+        slow.settle()
     per_step = 4 * 8
     assert facts.gather(run).speed == [(10, per_step * 5 / 5), (20, per_step * 10 / 30)]
-    assert facts.gather(run).tokens_per_second == log.tokens_per_second == per_step * 15 / 35
+    assert facts.gather(run).tokens_per_second == log.speed["tokens_per_second"] == per_step * 15 / 35
     again = {"event": "save", "step": 30, "trained_tokens": 640, "trained_seconds": 10.0}
     assert facts.speeds([*run.events(), {"event": "start", "step": 20}, again])[-1] == (30, 64.0)
 
