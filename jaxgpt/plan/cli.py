@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -27,11 +27,6 @@ class PlanOptions:
         bool,
         tyro.conf.arg(help="Rank meshes and batch sizes, a quarter to four times, by estimate; compile the best."),
     ] = False
-    compiled: Annotated[int, tyro.conf.arg(help="How many of the best --sweep compiles.")] = 1
-    effort: Annotated[
-        Literal["least", "full"],
-        tyro.conf.arg(help="Of the compiler: full is that of training, and five times slower."),
-    ] = "least"
     chips: Annotated[
         tuple[int, ...],
         tyro.conf.arg(help="Only estimate, for this many chips; several numbers give a table of the best of each."),
@@ -48,8 +43,6 @@ def run(args: list[str]) -> int:
     unused = {
         "chip": "" if given.chips else "without --chips",
         "topology": estimated,
-        "effort": estimated,
-        "compiled": estimated or ("" if given.sweep else "without --sweep"),
         "mesh": "with --sweep, which ranks meshes" if given.sweep else "",
     }
     refuse_unused(given, default, unused)
@@ -65,9 +58,10 @@ def run(args: list[str]) -> int:
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for TPUs needs no TPU
     from jaxgpt.monitor.terminal import RunConsole
+    from jaxgpt.plan import plan
 
     console, all_fit = RunConsole(), True
-    for line, fits in _estimated(given, config) if given.chips else _compiled(given, config):
+    for line, fits in _estimated(given, plan.resolved(config)) if given.chips else _compiled(given, config):
         console.print(line)
         all_fit &= fits
     return 0 if all_fit else 1
@@ -76,43 +70,39 @@ def run(args: list[str]) -> int:
 def _estimated(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
     """Lines to print, each with whether the step fits."""
     from jaxgpt.mesh import Sizes
-    from jaxgpt.plan import plan
-    from jaxgpt.plan import view as plans
+    from jaxgpt.plan import plan, view
 
-    chip, config = plan.chip(given.chip), plan.resolved(config)
+    chip = plan.chip(given.chip)
     if given.mesh != "auto":
         step = plan.estimated(config, chip, Sizes.parse(given.mesh), given.chips)
-        yield from ((line, step.fits) for line in plans.estimated(config, given.chip, step))
+        yield from ((line, step.fits) for line in view.estimated(config, given.chip, step))
         return
     batches, shown = plan.batches(config) if given.sweep else (), SHOWN if len(given.chips) == 1 else 1
     steps = [step for n in given.chips for step in plan.ranked(config, chip, n, batches)[:shown]]
-    yield from ((line, steps[0][1].fits) for line in plans.table(steps))
+    yield from ((line, steps[0][1].fits) for line in view.table(steps))
 
 
 def _compiled(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
     from jaxgpt.mesh import Sizes
-    from jaxgpt.plan import plan
-    from jaxgpt.plan import view as plans
+    from jaxgpt.plan import plan, view
     from jaxgpt.plan.estimate import estimate
 
     chip, devices = plan.topology(given.topology)
-    tried = [(config, None if given.mesh == "auto" else Sizes.parse(given.mesh))]
+    config = plan.resolved(config, "bfloat16" if chip else "float32")
+    asked = None if given.mesh == "auto" else Sizes.parse(given.mesh)
     if given.sweep:
         if chip is None:
             raise UsageError("--sweep ranks by the rates of chips, which virtual devices lack: give a TPU's --topology")
-        config = plan.resolved(config)
         steps = plan.ranked(config, chip, len(devices), plan.batches(config))
-        yield from ((line, True) for line in plans.table(steps[:SHOWN]))
-        tried = [(config, step.sizes) for config, step in steps[: given.compiled]]
-    for config, asked in tried:
-        config = plan.resolved(config, "bfloat16" if chip else "float32")
-        sizes = plan.mesh(config, chip, devices, asked)
-        try:
-            found = plan.plan(config, chip, devices, sizes, given.effort)
-        except plan.TooLargeError as error:
-            if chip is None:
-                raise
-            guess = estimate(config, chip, sizes)
-            yield from ((line, False) for line in plans.refused(config, given.topology, str(error), guess))
-        else:
-            yield from ((line, found.step.fits) for line in plans.lines(config, given.topology, found))
+        yield from ((line, True) for line in view.table(steps[:SHOWN]))
+        config, asked = steps[0][0], steps[0][1].sizes
+    sizes = plan.mesh(config, chip, devices, asked)
+    try:
+        found = plan.plan(config, chip, devices, sizes)
+    except plan.TooLargeError as error:
+        if chip is None:
+            raise
+        guess = estimate(config, chip, sizes)
+        yield from ((line, False) for line in view.estimated(config, f"of {given.topology}", guess, str(error)))
+    else:
+        yield from ((line, found.step.fits) for line in view.compiled(config, given.topology, found))

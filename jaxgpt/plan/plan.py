@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,6 @@ from jaxgpt.plan.estimate import TOKENS, Step, estimate, flops, updated
 from jaxgpt.profile import hlo
 from jaxgpt.step import abstract_state, jit_train_steps
 
-Effort = Literal["least", "full"]
-
 
 class PlanError(UsageError):
     """A step cannot be planned."""
@@ -39,7 +37,7 @@ class Plan(NamedTuple):
     """A step compiled for the chips of a topology."""
 
     step: Step
-    kernels: list[str]  # names of the custom kernels in the program
+    kernels: set[str]  # names of the custom kernels in the program
     matmuls: Counter[str]  # input types of the matmuls outside of these kernels
     seconds_to_compile: float
 
@@ -128,24 +126,23 @@ def mesh(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes | N
     return sizes
 
 
-def plan(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes, effort: Effort = "least") -> Plan:
+def plan(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes) -> Plan:
     """Compile one step of `config` for `devices` and sizes that `mesh` has checked.
 
     Raises:
-      TooLargeError, PlanError: as `compile_step`.
+      TooLargeError, PlanError: as `compile_step`; or the compiler reports no memory.
     """
     config = resolved(config, "bfloat16" if chip else "float32")
     began = time.perf_counter()
-    compiled = compile_step(config, make_mesh(sizes, devices[: sizes.devices]), effort)
+    compiled = compile_step(config, make_mesh(sizes, devices[: sizes.devices]))
     return read(compiled, config, chip, sizes, time.perf_counter() - began)
 
 
-def compile_step(config: Config, mesh: Mesh, effort: Effort = "least") -> Any:
+def compile_step(config: Config, mesh: Mesh) -> Any:
     """The training step compiled for the devices of a mesh.
 
-    Args:
-      effort: of the compiler; "full" is that of training. "least" takes a fifth of the time; memory and communication
-        of the program hardly change.
+    The compiler is asked for the least effort: that takes a fifth of the time of training's, and memory and
+    communication of the program hardly change.
 
     Raises:
       TooLargeError: the step does not fit, in the compiler's words.
@@ -158,7 +155,7 @@ def compile_step(config: Config, mesh: Mesh, effort: Effort = "least") -> Any:
         lowered = jit_train_steps(config, mesh).lower(abstract_state(config, mesh), tokens, starts)
         try:
             with _without_cache():
-                return lowered.compile({"exec_time_optimization_effort": -1.0} if effort == "least" else None)
+                return lowered.compile({"exec_time_optimization_effort": -1.0})
         except Exception as error:
             why = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" in why:
@@ -179,27 +176,14 @@ def _without_cache() -> Iterator[None]:
 
 
 def read(compiled: Any, config: Config, chip: Chip | None, sizes: Sizes, seconds: float) -> Plan:
-    """The figures of a compiled step.
-
-    Raises:
-      PlanError: the compiler reports no memory.
-    """
-    figures = compiled_bytes(compiled)
+    """The figures of a compiled step."""
+    figures, text = compiled_bytes(compiled), compiled.as_text() or ""
     if figures is None:
         raise PlanError("the compiler reports no memory")
-    text = compiled.as_text() or ""
     useful, computed = flops(config, sizes)
-    step = Step(
-        sizes,
-        chip,
-        *figures,
-        flops=useful,
-        computed=computed,
-        updated=updated(config, sizes),
-        collectives=hlo.collectives(text),
-        precision=config.model.precision,
-    )
-    return Plan(step, sorted(hlo.custom_calls(text)), hlo.matmul_dtypes(text), seconds)
+    sent, precision = hlo.collectives(text), config.model.precision
+    step = Step(sizes, chip, *figures, useful, computed, updated(config, sizes), sent, precision=precision)
+    return Plan(step, hlo.custom_calls(text), hlo.matmul_dtypes(text), seconds)
 
 
 def ranked(config: Config, chip: Chip, n: int, batches: Sequence[int] = ()) -> list[tuple[Config, Step]]:
@@ -216,9 +200,17 @@ def ranked(config: Config, chip: Chip, n: int, batches: Sequence[int] = ()) -> l
     """
     reachable(chip, n)
     B = config.train.batch_size
-    batch_sizes = sorted({size for one in batches or (B,) for size in (one, -(-one // n) * n)})
-    tried = [_smallest(config, chip, sizes, batch) for batch in batch_sizes for sizes in meshes(n)]
-    found = [step for step in tried if step]
+    found = []
+    for batch in sorted({size for one in batches or (B,) for size in (one, -(-one // n) * n)}):
+        for sizes in meshes(n):
+            tried = None
+            for accumulate in divisors(batch):
+                changed = replaced(config, batch_size=batch, accumulate=accumulate)
+                if possible(changed, chip, sizes):
+                    tried = changed, estimate(changed, chip, sizes)
+                    if tried[1].fits:
+                        break
+            found += [tried] if tried else []
     if not found:
         raise PlanError(f"no mesh of {n} chips divides the model and {B} sequences: try --batch-size {n}")
     return sorted(found, key=lambda item: (not item[1].fits, item[1].bounds[1] / item[0].train.batch_size))
@@ -234,18 +226,6 @@ def possible(config: Config, chip: Chip, sizes: Sizes) -> bool:
     if sizes.data % chip.slices(sizes.devices) or problems(config, sizes) or config_problems(config):
         return False
     return sizes.devices <= chip.pod or bool(chip.network_rate)
-
-
-def _smallest(config: Config, chip: Chip, sizes: Sizes, batch: int) -> tuple[Config, Step] | None:
-    """The step with the fewest micro-batches that fit, or the most if none fits; None if the mesh cannot run it."""
-    tried = None
-    for accumulate in divisors(batch):
-        changed = replaced(config, batch_size=batch, accumulate=accumulate)
-        if possible(changed, chip, sizes):
-            tried = changed, estimate(changed, chip, sizes)
-            if tried[1].fits:
-                break
-    return tried
 
 
 def estimated(config: Config, chip: Chip, sizes: Sizes, chips: Sequence[int]) -> Step:

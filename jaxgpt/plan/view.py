@@ -16,35 +16,21 @@ ASSUMED = (
 )
 
 
-def lines(config: Config, topology: str, plan: Plan) -> Iterator[str]:
-    """A compiled plan for a topology, the verdict last."""
-    yield f"{about(config, plan.step.sizes)} of {topology}; compiled in {plan.seconds_to_compile:.0f} s"
+def compiled(config: Config, topology: str, plan: Plan) -> Iterator[str]:
+    """A plan compiled for a topology, the verdict last."""
     matmuls = ", ".join(f"{n} of {types}" for types, n in plan.matmuls.most_common())
     kernels = "splash attention" if "tpu_custom_call" in plan.kernels else "none"
+    yield f"{about(config, plan.step.sizes)} of {topology}; compiled in {plan.seconds_to_compile:.0f} s"
     yield f"  matmuls in the program: {matmuls or 'none'}; custom kernels: {kernels}"
-    yield "per chip, by the compiler:"
-    yield from costs(config, plan.step)
-    if plan.step.chip:
-        guess = estimate(config, plan.step.chip, plan.step.sizes)
-        yield f"  estimated: {size(guess.memory)}, communication {1000 * guess.seconds['communication']:.1f} ms"
-    yield f"verdict: {verdict(config, plan.step)}"
+    guess = estimate(config, plan.step.chip, plan.step.sizes) if plan.step.chip else None
+    yield from costs(config, plan.step, "by the compiler", guess)
 
 
-def estimated(config: Config, name: str, step: Step) -> Iterator[str]:
-    """An estimate for chips of that name."""
-    yield f"{about(config, step.sizes)} {name}; nothing was compiled"
-    yield "per chip, estimated:"
-    yield from costs(config, step)
-    yield f"verdict: {verdict(config, step)}"
-
-
-def refused(config: Config, topology: str, why: str, step: Step) -> Iterator[str]:
-    """A step that the compiler refuses, in its words, and the estimate."""
-    yield f"{about(config, step.sizes)} of {topology}; the compiler refuses:"
-    yield f"  {why}"
-    yield "per chip, estimated:"
-    yield from costs(config, step)
-    yield f"verdict: it does not fit: {suggestion(config, step)}"
+def estimated(config: Config, name: str, step: Step, why: str = "") -> Iterator[str]:
+    """An estimate for chips of that name; `why` the compiler refuses the step, if it does."""
+    yield f"{about(config, step.sizes)} {name}; " + ("the compiler refuses:" if why else "nothing was compiled")
+    yield from [f"  {why}"] if why else []
+    yield from costs(config, step, "estimated", refused=bool(why))
 
 
 def about(config: Config, sizes: Sizes) -> str:
@@ -55,8 +41,9 @@ def about(config: Config, sizes: Sizes) -> str:
     )
 
 
-def costs(config: Config, step: Step) -> Iterator[str]:
-    """Memory, communication and time of a chip."""
+def costs(config: Config, step: Step, how: str, guess: Step | None = None, refused: bool = False) -> Iterator[str]:
+    """Memory, communication and time of a chip, and the verdict."""
+    yield f"per chip, {how}:"
     held = f"state and tokens {size(step.arguments)}, temporaries {size(step.temporaries)}"
     yield f"  {held}: {size(step.memory)}" + (f" of {size(step.chip.memory)}" if step.chip else "")
     for (kind, n), (times, n_bytes) in step.collectives.items():
@@ -64,20 +51,22 @@ def costs(config: Config, step: Step) -> Iterator[str]:
         yield f"  {kind}{among}: {times:,} per step, {size(n_bytes)}"
     if step.network:
         yield f"  between pods: {size(step.network)}"
-    if step.chip is None:
-        return
-    seconds = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in step.seconds.items())
-    yield f"  {seconds} ({step.flops:.3g} FLOPs, {step.computed / step.flops:.2f} times with recomputation)"
-    n_tokens, (least, most) = config.train.batch_size * config.model.block_size, step.bounds
-    slow, fast = step.utilisation
-    yield (
-        f"  a step in {1000 * most:.0f} to {1000 * least:.0f} ms, {n_tokens / most:,.0f} to {n_tokens / least:,.0f} "
-        f"tokens/s, utilisation {slow:.0%} to {fast:.0%}"
-    )
-    yield ASSUMED
-    if step.precision == "float32":
-        kind = "bfloat16" if step.chip.torus else "TF32"
-        yield f"  (float32 matmuls at the rate of {kind}, which is JAX's default there)"
+    if step.chip:
+        seconds = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in step.seconds.items())
+        yield f"  {seconds} ({step.flops:.3g} FLOPs, {step.computed / step.flops:.2f} times with recomputation)"
+        n_tokens, (least, most) = config.train.batch_size * config.model.block_size, step.bounds
+        slow, fast = step.utilisation
+        yield (
+            f"  a step in {1000 * most:.0f} to {1000 * least:.0f} ms, {n_tokens / most:,.0f} to "
+            f"{n_tokens / least:,.0f} tokens/s, utilisation {slow:.0%} to {fast:.0%}"
+        )
+        yield ASSUMED
+        if step.precision == "float32":
+            kind = "bfloat16" if step.chip.torus else "TF32"
+            yield f"  (float32 matmuls at the rate of {kind}, which is JAX's default there)"
+    if guess:
+        yield f"  estimated: {size(guess.memory)}, communication {1000 * guess.seconds['communication']:.1f} ms"
+    yield f"verdict: {f'it does not fit: {suggestion(config, step)}' if refused else verdict(config, step)}"
 
 
 def verdict(config: Config, step: Step) -> str:

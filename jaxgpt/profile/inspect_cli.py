@@ -24,16 +24,12 @@ class Inspect:
     """Only print the jaxpr of these."""
     hlo: tuple[Program, ...] = ()
     """Only print the optimised HLO of these."""
-    to: Path | None = None
-    """Write the texts of --jaxpr and --hlo into this folder instead."""
     measure: bool = True
-    """Time the machine, each part and the step; otherwise only count and compile."""
+    """Profile some steps, and time the machine and the step; otherwise only count and compile."""
     profile: Path | None = None
-    """Write a trace of five steps into this folder, for XProf or Perfetto, and print its longest operations."""
+    """Keep the profile of five steps in this folder, for XProf or Perfetto."""
     roofline: Path | None = None
     """Where to draw the parts under the machine's roof, a .png, .svg, .pdf or .json (Vega-Lite); None draws nothing."""
-    markdown: bool = False
-    """Print Markdown instead of terminal tables."""
     out: Path | None = None
     """Write the whole report as JSON; None writes nothing."""
 
@@ -42,9 +38,10 @@ def run(args: list[str]) -> int:
     name, args = take_recipe(Inspect, args, "which recipe or run? jaxgpt inspect gpt-demo")
     default = Inspect(_config(name, args))
     given = parse(Inspect, args, f"inspect {name}", ABOUT, default=default)
-    if given.jaxpr or given.hlo:
-        why = "with --jaxpr and --hlo, which print or write nothing else"
-        refuse_unused(given, default, dict.fromkeys(("measure", "profile", "roofline", "markdown", "out"), why))
+    texts, unmeasured = bool(given.jaxpr or given.hlo), "" if given.measure else "with --no-measure"
+    printed = "with --jaxpr and --hlo, which print nothing else" if texts else ""
+    unused = {"measure": printed, "out": printed, "profile": printed or unmeasured, "roofline": printed or unmeasured}
+    refuse_unused(given, default, unused)
 
     from jaxgpt import files
     from jaxgpt.cli.runs import complete
@@ -53,30 +50,25 @@ def run(args: list[str]) -> int:
 
     files.require_file(given.out, "--out")
     files.require_file(given.roofline, "--roofline")
-    for option, path in {"--profile": given.profile, "--to": given.to}.items():
-        if path:
-            files.require_writable(path, option)
+    if given.profile:
+        files.require_writable(given.profile, "--profile")
     if given.roofline:
         charts.require(given.roofline)
-        if not given.measure:
-            raise UsageError("--roofline needs measurements: leave out --no-measure")
-    if given.to and not given.jaxpr and not given.hlo:
-        raise UsageError("--to needs --jaxpr or --hlo: --jaxpr forward step, --hlo step")
     use_compile_cache()
     config = complete(given.config, given.folders.data_dir)
-    if given.jaxpr or given.hlo:
-        for file, text in inspection.texts(config, given.jaxpr, given.hlo):
-            if given.to:
-                given.to.mkdir(parents=True, exist_ok=True)
-                files.write_atomically(given.to / file, text.encode())
-            print(given.to / file if given.to else text)
+    if texts:
+        programs = inspection.programs(config)
+        for each in given.jaxpr:
+            print(programs[each].traced.jaxpr)
+        for each in given.hlo:
+            print(programs[each].text)
         return 0
     found = inspection.inspect(config, name, measured=given.measure, trace_folder=given.profile)
     if given.out:
         report.save(found, given.out)
     if given.roofline:
         charts.save(plots.roofline(found), given.roofline)
-    report.show(found, given.markdown)
+    print(report.markdown(found))
     return 0
 
 

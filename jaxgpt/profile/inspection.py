@@ -2,9 +2,10 @@
 
 import re
 import statistics
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,26 @@ from jaxgpt import matmul, memory, model, prng
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.data import Batch
 from jaxgpt.mesh import one_device, replicated
-from jaxgpt.monitor.chips import flops_per_token
 from jaxgpt.profile import hlo, roofline, trace
 from jaxgpt.profile.programs import Program, programs, xla_counts
-from jaxgpt.profile.report import Report, facts
-from jaxgpt.profile.roofline import Machine, Work
-from jaxgpt.profile.rounds import disturbance, machine_seconds, others, repeat
+from jaxgpt.profile.report import Report, Rows, facts
+from jaxgpt.profile.roofline import Machine
+from jaxgpt.profile.timing import disturbance, machine_seconds, others, repeat
 from jaxgpt.step import sharded_init
 
 SHOWN = 12
-"""Rows of long tables: matmuls, fusions, operations of a trace."""
+"""Rows of long tables: matmuls, instructions, operations of a profile."""
+TRACED = 5
+"""Steps of a profile."""
 NOTES = (
-    "by formula: FLOPs of the matmuls by flops_per_token, three times that with the backward pass. traced: of the "
-    "matmuls in the jaxpr; fewer where attention skips masked blocks or is a library's kernel, more where remat or "
-    "chunked logits compute again, or where Muon orthogonalises.",
-    "XLA: all operations, one for each element where it is no matmul, before and after XLA optimises. It counts the "
-    "body of a loop (scanned blocks, micro-batches) once, and custom calls as nothing.",
+    "by formula: FLOPs of the matmuls by flops_per_token, three times that with the backward pass. compiled: of "
+    "the matmuls in the optimised program; more where remat or chunked logits compute again, or where Muon "
+    "orthogonalises, fewer where attention is a library's kernel.",
+    "XLA: all FLOPs, one for each element where it is no matmul, before and after XLA optimises. It counts the body of "
+    "a loop (scanned blocks, micro-batches) once, and custom calls as nothing.",
     "compulsory: arguments and results of a program, once. XLA's bytes: what each operation reads and writes, before "
     "optimising of all operations, then of fusions, whose inner results stay in registers or caches.",
+    "gradient less loss is what the backward pass adds. memory: donated arguments count once.",
 )
 
 
@@ -40,275 +43,204 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: P
     """A report on `config`, its vocab_size known, called `name`, on the first device.
 
     Args:
-      measured: also time the machine, each part and the step; else only count and compile.
-      trace_folder: where to write a trace of some steps.
+      measured: also profile some steps, and time the machine and the step; else only count and compile.
+      trace_folder: where to keep the profile.
 
     Raises:
       OutOfMemoryError: a step does not fit into memory.
     """
-    if measured or trace_folder:
-        memory.require(config)
-    found = programs(config)
-    tables = [
-        (f"Parameters of {name}", parameter_rows(config.model)),
-        ("FLOPs, in millions", _with_backward({name: flop_counts(each) for name, each in found.items()})),
-        ("Memory traffic, in MB", _with_backward({name: byte_counts(each) for name, each in found.items()})),
-        ("Memory of each program, by XLA", memory_rows(found)),
-        ("Matmuls of a step, and what computes them", matmul_rows(found["step"].text)),
-        ("Instructions of a step, by kind", instruction_rows(found["step"].text)),
-    ]
-    notes = [model.describe(config.model), *NOTES, needed(config)]
-    calls = {each.kernel for each in hlo.instructions(found["step"].text).values() if each.op == "custom-call"}
-    notes += [f"custom calls: {', '.join(sorted(calls))}"] if calls else []
-    device = jax.local_devices()[0]
-    report: Report = {
-        "mode": f"inspecting {name}",
-        "facts": facts(device.platform) | {"device": f"{device.platform}, {device.device_kind}"},
-        "failed": {},
-    }
-    if measured or trace_folder:
-        step = Stepper(config, found["step"])
     if measured:
-        rows, measured_notes, report["roofline"] = measure(config, step)
-        tables.append(("Roofline, part by part", rows))
-        notes += measured_notes
-    if trace_folder:
-        rows, note = traced(step, trace_folder)
-        tables.append(("Operations of a step that took longest", rows))
-        notes.append(note)
-    return report | {"tables": [{"title": title, "rows": rows} for title, rows in tables], "notes": notes}
+        memory.require(config)
+    found, device = programs(config), jax.local_devices()[0]
+    tables = {
+        f"Parameters of {name}": parameter_rows(config.model),
+        "Each program: FLOPs in millions, bytes in MB": program_rows(found),
+        "Matmuls of a step, and what computes them": matmul_rows(found["step"].text),
+        "Instructions of a step, by what computes them": kernel_rows(found["step"].text),
+    }
+    calls = sorted(hlo.custom_calls(found["step"].text))
+    notes = [model.describe(config.model), *NOTES, f"custom calls: {', '.join(calls) or 'none'}"]
+    figures: dict[str, Any] = {}
+    if measured:
+        more, measured_notes, figures = measure(config, found["step"], trace_folder)
+        tables, notes = tables | more, notes + measured_notes
+    return {
+        "mode": f"inspecting {name}",
+        "facts": facts(f"{device.platform}, {device.device_kind}"),
+        "failed": {},
+        "tables": [{"title": title, "rows": rows} for title, rows in tables.items()],
+        "notes": notes,
+        "roofline": figures,
+    }
 
 
-def texts(config: Config, jaxpr: Sequence[str], hlo: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(file name, text) of the jaxpr and of the optimised HLO of the named programs."""
-    found = programs(config)
-    yield from ((f"{name}.jaxpr.txt", str(found[name].traced.jaxpr)) for name in jaxpr)
-    yield from ((f"{name}.hlo.txt", found[name].text) for name in hlo)
-
-
-def parameter_rows(config: ModelConfig) -> list[dict[str, Any]]:
+def parameter_rows(config: ModelConfig) -> Rows:
     """A row for each array of parameters, equal ones of all blocks in one, and the total."""
     params = jax.eval_shape(lambda key: model.init_params(config, key), prng.key(0))
-    sizes: Counter[tuple[str, tuple[int, ...]]] = Counter()
-    blocks: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    found: dict[tuple[str, tuple[int, ...]], list[int]] = {}  # -> (blocks, parameters)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = "/".join(key.key for key in path)
-        stacked = config.scan_layers and name.startswith("h/")
+        stacked = name.startswith("h/")
         key = re.sub(r"^h(_\d+)?/", "h_*/", name), leaf.shape[1:] if stacked else leaf.shape
-        sizes[key] += leaf.size
-        blocks[key] += leaf.shape[0] if stacked else 1
-    rows = [
+        blocks, size = found.get(key, (0, 0))
+        found[key] = [blocks + (leaf.shape[0] if stacked else 1), size + leaf.size]
+    total = sum(size for _, size in found.values())
+    rows: Rows = [
         {
             "module": name,
             "shape": " x ".join(map(str, shape)),
-            "blocks": blocks[name, shape] if name.startswith("h_*") else None,
-            "count": n,
-            "share, %": 100 * n / sizes.total(),
+            "blocks": blocks if name.startswith("h_*") else None,
+            "count": size,
+            "share, %": 100 * size / total,
         }
-        for (name, shape), n in sizes.items()
+        for (name, shape), (blocks, size) in found.items()
     ]
-    return [*rows, {"module": "in all", "count": sizes.total(), "share, %": 100.0}]
+    return [*rows, {"module": "in all", "count": total, "share, %": 100.0}]
 
 
-def flop_counts(program: Program) -> dict[str, float | None]:
-    before, after = xla_counts(program.lowered), xla_counts(program.compiled)
-    return {
-        "matmuls by formula": program.formula_flops / 1e6,
-        "traced": program.matmul_flops / 1e6,
-        "XLA": _millions(before, "flops"),
-        "XLA, optimised": _millions(after, "flops"),
-        "exp, log, roots": _millions(before, "transcendentals"),
+def program_rows(found: dict[str, Program]) -> Rows:
+    """A row for each figure, with a column for each program."""
+    figures = {name: program_figures(program) for name, program in found.items()}
+    keys = dict.fromkeys(key for each in figures.values() for key in each)
+    return [{"figure": key, **{name: each.get(key) for name, each in figures.items()}} for key in keys]
+
+
+def program_figures(program: Program) -> dict[str, float | None]:
+    """By formula, of its HLO, and by XLA's analyses where the backend gives them."""
+    before, after, stats = (
+        xla_counts(program.lowered),
+        xla_counts(program.compiled),
+        program.compiled.memory_analysis(),
+    )
+    found = {
+        "FLOPs of matmuls, by formula": program.formula_flops / 1e6,
+        "FLOPs of matmuls, compiled": sum(each.flops for each in hlo.matmuls(program.text)) / 1e6,
+        "FLOPs, XLA": before.get("flops"),
+        "FLOPs, XLA, optimised": after.get("flops"),
+        "exp, log, roots": before.get("transcendentals"),
+        "bytes, compulsory": program.bytes / 1e6,
+        "bytes, XLA": before.get("bytes accessed"),
+        "bytes, XLA, optimised": after.get("bytes accessed"),
     }
-
-
-def byte_counts(program: Program) -> dict[str, float | None]:
-    return {
-        "compulsory": program.bytes / 1e6,
-        "XLA": _millions(xla_counts(program.lowered), "bytes accessed"),
-        "XLA, optimised": _millions(xla_counts(program.compiled), "bytes accessed"),
+    if stats is None:
+        return found
+    sizes = {
+        "arguments": stats.argument_size_in_bytes,
+        "results": stats.output_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "donated": -stats.alias_size_in_bytes,
     }
+    return found | {f"memory, {key}": size / 1e6 for key, size in (sizes | {"in all": sum(sizes.values())}).items()}
 
 
-def _millions(count: dict[str, float], name: str) -> float | None:
-    return count[name] / 1e6 if name in count else None
-
-
-def _with_backward(counts: dict[str, dict[str, float | None]]) -> list[dict[str, Any]]:
-    """A row for each program, and one for what the backward pass adds."""
-    loss, gradient = counts["loss"], counts["gradient"]
-    backward = {
-        key: None if a is None or b is None else a - b
-        for (key, a), b in zip(gradient.items(), loss.values(), strict=True)
-    }
-    rows = [{"program": name, **count} for name, count in counts.items()]
-    return [*rows[:3], {"program": "backward (gradient - loss)", **backward}, *rows[3:]]
-
-
-def needed(config: Config) -> str:
-    """A note on the memory that a step needs at least."""
-    found = memory.needed(config, 0)
-    kinds = ("parameters", "gradients", "optimizer_state", "activations")
-    sizes = ", ".join(f"{kind.replace('_', ' ')} {memory.size(getattr(found, kind))}" for kind in kinds)
-    return f"a step needs at least {memory.size(found.total)}: {sizes} of a micro-batch; gradients replace activations"
-
-
-def memory_rows(found: dict[str, Program]) -> list[dict[str, Any]]:
-    """XLA's analysis of each program, where the backend gives one."""
-    rows = []
-    for name, program in found.items():
-        if (stats := program.compiled.memory_analysis()) is not None:
-            sizes = {
-                "arguments": stats.argument_size_in_bytes,
-                "results": stats.output_size_in_bytes,
-                "temporaries": stats.temp_size_in_bytes,
-                "donated": -stats.alias_size_in_bytes,
-            }
-            sizes["in all"] = sum(sizes.values())
-            rows.append({"program": name} | {f"{key}, MB": size / 1e6 for key, size in sizes.items()})
-    return rows
-
-
-def matmul_rows(text: str) -> list[dict[str, Any]]:
-    """The matmuls of a program by shape and kernel, and the share of each kernel."""
+def matmul_rows(text: str) -> Rows:
+    """The matmuls of a program by shape and kernel, those with the most FLOPs."""
     found = hlo.matmuls(text)
     total = sum(each.flops for each in found)
-    by_kernel: Counter[str] = Counter()
-    for each in found:
-        by_kernel[each.kernel] += each.flops
-    rows: list[tuple[str, str | None, int | None, int]] = [
-        (each.shapes, each.kernel, each.runs, each.flops) for each in found[:SHOWN]
-    ]
-    if rest := found[SHOWN:]:
-        rows.append(("all others", None, sum(each.runs for each in rest), sum(each.flops for each in rest)))
-    rows += [("in all", kernel, None, flops) for kernel, flops in by_kernel.most_common()]
     return [
-        {"operands": operands, "computed by": kernel, "times": n, "MFLOP": flops / 1e6, "share, %": 100 * flops / total}
-        for operands, kernel, n, flops in rows
+        {
+            "operands": each.shapes,
+            "computed by": each.kernel,
+            "times": each.runs,
+            "MFLOP": each.flops / 1e6,
+            "share, %": 100 * each.flops / total,
+        }
+        for each in found[:SHOWN]
     ]
 
 
-def instruction_rows(text: str) -> list[dict[str, Any]]:
-    """How many instructions of each kind the program runs, and how many operations are fused in them."""
-    runs, fused = Counter[str](), Counter[str]()
+def kernel_rows(text: str) -> Rows:
+    """How many instructions each kernel runs, how many operations are fused in them, and its share of all matmuls."""
+    runs, fused, matmuls = Counter[str](), Counter[str](), Counter[str]()
     for each in hlo.instructions(text).values():
         if each.op not in hlo.FREE:
             runs[each.kernel] += each.runs
-            fused[each.kernel] += each.runs * max(1, len(each.inside))
-    return [{"kind": kind, "times": n, "operations": fused[kind]} for kind, n in runs.most_common(SHOWN)]
+            fused[each.kernel] += each.runs * max(1, sum(inner.op not in hlo.FREE for inner in each.body))
+    for matmul in hlo.matmuls(text):
+        matmuls[matmul.kernel] += matmul.flops
+    total = matmuls.total() or 1
+    return [
+        {"kernel": kernel, "times": n, "operations": fused[kernel], "matmuls, %": 100 * matmuls[kernel] / total}
+        for kernel, n in runs.most_common(SHOWN)
+    ]
 
 
-class Stepper:
-    """The compiled step with a state and a batch of random tokens."""
+def stepper(config: Config, step: Program) -> Callable[[], int]:
+    """Runs the compiled step, on a state of its own and a batch of random tokens; 1, the number of steps."""
+    shape = (2, config.train.batch_size, config.model.block_size)
+    ids = np.random.default_rng(0).integers(config.model.vocab_size, size=shape).astype(np.int32)
+    batch, state = Batch(*jax.device_put(ids, replicated(one_device()))), [sharded_init(config, one_device())]
 
-    def __init__(self, config: Config, step: Program):
-        self.compiled, self.text, self.state = step.compiled, step.text, sharded_init(config, one_device())
-        shape = (2, config.train.batch_size, config.model.block_size)
-        ids = np.random.default_rng(0).integers(config.model.vocab_size, size=shape).astype(np.int32)
-        self.batch = Batch(*jax.device_put(ids, replicated(one_device())))
-        self.run()
-
-    def run(self) -> int:
-        self.state, _ = self.compiled(self.state, self.batch)
-        jax.block_until_ready(self.state)
+    def run() -> int:
+        state[0], _ = step.compiled(state[0], batch)
+        jax.block_until_ready(state[0])
         return 1
 
+    run()
+    return run
 
-def measure(config: Config, step: Stepper) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
-    """The roofline of each part: table rows, notes, and raw figures."""
+
+def measure(config: Config, step: Program, folder: Path | None) -> tuple[dict[str, Rows], list[str], dict[str, Any]]:
+    """The roofline of each part and the longest operations: tables, notes, and raw figures.
+
+    Args:
+      folder: where to keep the profile.
+    """
     before, own = machine_seconds(), time.process_time()
-    works, precision = roofline.works(config), matmul.resolve(config.model.precision)
+    precision, run = matmul.resolve(config.model.precision), stepper(config, step)
     first = roofline.measure_machine(precision)
-    seconds = roofline.measure(works)
-    rounds = [repeat(step.run, 0.3) for _ in range(5)]
+    times = [took / n for n, took in (repeat(run, 0.3) for _ in range(5))]
+    with tempfile.TemporaryDirectory(prefix="jaxgpt-inspect-") as scratch:
+        lines = trace.capture(folder or Path(scratch), lambda: [run() for _ in range(TRACED)])
     last = roofline.measure_machine(precision)  # the machine may have been slower at either end
     machine = Machine(*map(max, zip(first, last, strict=True)))
     busy = [others(before, machine_seconds(), time.process_time() - own)] if before else []
-    figures = {
-        "peak_flops": machine.flops,
-        "bandwidth": machine.bandwidth,
-        "works": [{**work._asdict(), "call": None, "seconds": s} for work, s in zip(works, seconds, strict=True)],
-    }
-    times = [took / n for n, took in rounds]
-    notes = [disturbance(busy), *measured_notes(config, machine, works, seconds, times)]
-    return roofline_rows(works, seconds, machine), notes, figures
-
-
-def roofline_rows(works: list[Work], seconds: list[float], machine: Machine) -> list[dict[str, Any]]:
-    return [
-        {
-            "part": work.part + (", + backward" if work.training and work.part != "optimizer" else ""),
-            "times": work.times or None,
-            "MFLOP": work.flops / 1e6,
-            "MB": work.bytes / 1e6,
-            "FLOP/byte": work.flops / work.bytes,
-            "bound by": "compute" if work.flops / work.bytes > machine.ridge else "memory",
-            "least, ms": 1e3 * machine.least(work),
-            "measured, ms": 1e3 * took,
-            "GFLOP/s": work.flops / took / 1e9,
-            "of the roof, %": 100 * machine.least(work) / took,
-        }
-        for work, took in zip(works, seconds, strict=True)
-    ]
-
-
-def measured_notes(
-    config: Config, machine: Machine, works: list[Work], seconds: list[float], steps: list[float]
-) -> Iterator[str]:
-    """The machine, the share of it that a step uses, and what the parts take one by one.
-
-    Args:
-      steps: seconds of a step, round by round.
-    """
-    took, precision = statistics.median(steps), matmul.resolve(config.model.precision)
-    tokens = config.train.batch_size * config.model.block_size
-    flops = 3 * flops_per_token(config.model) * tokens
-    yield (
+    operations = trace.operations(lines)
+    modules = [name for row in parameter_rows(config.model) for name in row["module"].split("/")[:-1]]
+    parts = roofline.parts(step.text, operations, TRACED, modules)
+    took, tokens = statistics.median(times), config.train.batch_size * config.model.block_size
+    work = sum(each.seconds for each in operations) / TRACED
+    notes = [
+        disturbance(busy),
         f"measured here, by JAX: {machine.flops / 1e9:,.0f} GFLOP/s in {precision} matmuls of {roofline.N} x "
         f"{roofline.N}, {machine.bandwidth / 1e9:.1f} GB/s through an array of {4 * roofline.STREAMED / 1e6:,.0f} MB; "
-        f"the ridge is at {machine.ridge:.1f} FLOP/byte. A part above its roof has its arrays in caches"
-    )
-    yield (
-        f"a step of {tokens:,} tokens takes {1e3 * took:.1f} ms ({1e3 * min(steps):.1f} to {1e3 * max(steps):.1f}), "
-        f"{tokens / took:,.0f} tokens/s: its matmuls, {flops / 1e9:.2f} GFLOP, use {flops / took / machine.flops:.0%} "
-        "of the machine's peak"
-    )
-    spent = {
-        work.part: work.times * s * (1 if work.part == "optimizer" else config.train.accumulate)
-        for work, s in zip(works, seconds, strict=True)
-        if work.training
+        f"the ridge is at {machine.ridge:.1f} FLOP/byte. A part above its roof has its arrays in caches",
+        f"a step of {tokens:,} tokens takes {1e3 * took:.1f} ms ({1e3 * min(times):.1f} to {1e3 * max(times):.1f}), "
+        f"{tokens / took:,.0f} tokens/s: its matmuls, {step.formula_flops / 1e9:.2f} GFLOP, use "
+        f"{step.formula_flops / took / machine.flops:.0%} of the machine's peak",
+        f"profiled: {1e3 * work:.1f} ms of work per step, which threads share, in {len(operations)} operations and "
+        f"{trace.dispatches(lines) / TRACED:g} programs dispatched per step. A fusion counts for the part of its last "
+        "operation. FLOPs and bytes are those of the optimised program, loops included",
+    ]
+    if folder:
+        notes.append(
+            f"the profile of {TRACED} steps is in {folder}: open its .trace.json.gz in https://ui.perfetto.dev, or run "
+            f"tensorboard --logdir {folder} with XProf's plug-in"
+        )
+    tables = {
+        "Roofline, part by part": roofline.rows(parts, machine),
+        "Operations of a step that took longest": operation_rows(operations, step.text),
     }
-    longest, whole = max(spent, key=spent.__getitem__), sum(spent.values())
-    yield (
-        f"the parts one by one, with their backward passes and the optimizer, take {1e3 * whole:.1f} ms, "
-        f"{whole / took:.0%} of the step, most of it {longest}: {1e3 * spent[longest]:.1f} ms"
-    )
+    figures = {"peak_flops": machine.flops, "bandwidth": machine.bandwidth, "parts": [each._asdict() for each in parts]}
+    return tables, notes, figures
 
 
-def traced(step: Stepper, folder: Path, steps: int = 5) -> tuple[list[dict[str, Any]], str]:
-    """Trace some steps into `folder`: rows of the operations by their own time, and a note."""
-    lines = trace.capture(folder, lambda: [step.run() for _ in range(steps)])
-    found, known = trace.operations(lines), hlo.instructions(step.text)
-    total = sum(each.seconds for each in found) or 1.0
-    runs: Counter[tuple[str, str | None]] = Counter()
-    seconds: dict[tuple[str, str | None], float] = {}
-    for each in found:
+def operation_rows(operations: list[trace.Operation], text: str) -> Rows:
+    """The operations of a profile by their own time, equal ones of all blocks in one row."""
+    known, total = hlo.instructions(text), sum(each.seconds for each in operations) or 1.0
+    found: dict[tuple[str, str | None], tuple[int, float]] = {}
+    for each in operations:
         instruction = known.get(each.name)
         key = (instruction.origin or each.name, instruction.kernel) if instruction else (each.name, None)
-        runs[key] += each.runs
-        seconds[key] = seconds.get(key, 0.0) + each.seconds
-    rows = [
+        runs, seconds = found.get(key, (0, 0.0))
+        found[key] = runs + each.runs, seconds + each.seconds
+    return [
         {
             "comes from": origin,
             "computed by": kernel,
-            "times a step": runs[origin, kernel] / steps,
-            "ms a step": 1e3 * seconds[origin, kernel] / steps,
-            "share, %": 100 * seconds[origin, kernel] / total,
+            "times a step": runs / TRACED,
+            "ms a step": 1e3 * seconds / TRACED,
+            "share, %": 100 * seconds / total,
         }
-        for origin, kernel in sorted(seconds, key=lambda key: -seconds[key])[:SHOWN]
+        for (origin, kernel), (runs, seconds) in sorted(found.items(), key=lambda item: -item[1][1])[:SHOWN]
     ]
-    note = (
-        f"{steps} steps were traced into {folder}: {len(found)} operations, {1e3 * total / steps:.1f} ms of work and "
-        f"{trace.dispatches(lines) / steps:g} programs dispatched per step. Open the .trace.json.gz in "
-        f"https://ui.perfetto.dev, or run tensorboard --logdir {folder} with XProf's plug-in"
-    )
-    return rows, note

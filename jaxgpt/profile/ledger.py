@@ -1,26 +1,41 @@
 """What `jit` costs and what it saves: one training step run every way that JAX offers.
 
-Each variant differs from "jit" in one thing and runs in its own process, so that none finds what another compiled; all
-take turns (`rounds`).
+Each variant differs from "jit" in one thing, and starts with JAX's caches cleared, so that none finds what another
+compiled; then all take turns (`timing`).
 """
 
-import json
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import Config, UsageError, differences, to_tree
-from jaxgpt.profile.report import Report, facts
-from jaxgpt.profile.rounds import Contest, Rates, disturbance, ratio, series
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxgpt import memory
+from jaxgpt.config import Config, UsageError, differences
+from jaxgpt.data import chunk_starts, take
+from jaxgpt.mesh import one_device, replicated
+from jaxgpt.profile import trace
+from jaxgpt.profile.report import Report, Rows, facts
+from jaxgpt.profile.timing import Rates, disturbance, machine_seconds, others, ratio, repeat, series
+from jaxgpt.step import Metrics, TrainState, sharded_init, train_step, train_steps
 
 JIT = "jit"
 """The variant that the others are compared with."""
 EAGER = "eager"
 """The variant against which compiling pays off."""
 STAGES = ("trace", "lower", "compile", "first call")
-PROCESS_BYTES = 600_000_000
-"""What a process with JAX and its compiler takes beside the memory of a step, about."""
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""JAX's monitoring event when a program has been compiled, or found in the compile cache."""
+VARIED = {"precision": "bfloat16", "remat": "remat matmuls, remat blocks", "scan_steps": "scan of 10, scan of 50"}
+"""Settings that the variants set -> the variants that do."""
 
 
 @dataclass(frozen=True)
@@ -28,24 +43,27 @@ class Variant:
     """One way to run a step, and how it differs from `jit`."""
 
     about: str
-    way: str = "jit"
-    """As in `stages.Stages`."""
+    compiled: bool = True
+    """As one program."""
+    primitives: bool = False
+    """Each primitive is its own program, even inside functions of jax.numpy (`jax.disable_jit`)."""
+    donated: bool = False
+    """The state may be overwritten."""
+    steps: int = 1
+    """Steps per program: a scan, of more than one."""
     cache: bool = False
     """With a persistent compile cache."""
     model: tuple[tuple[str, Any], ...] = ()
     """Settings of the model."""
-    steps: int = 1
-    """Steps per program."""
 
 
 VARIANTS = {
-    "op by op": Variant("every primitive is its own program (jax.disable_jit)", "op by op"),
-    EAGER: Variant("the step called without jit; functions of jax.numpy are programs", "eager"),
+    "op by op": Variant("every primitive is its own program (jax.disable_jit)", compiled=False, primitives=True),
+    EAGER: Variant("the step called without jit; functions of jax.numpy are programs", compiled=False),
     JIT: Variant("the step as one program"),
-    "jit, donated": Variant("it may overwrite the state", "donated"),
-    "scan of 10": Variant("10 steps in one program, donated", "scan", steps=10),
-    "scan of 50": Variant("50 steps in one program, donated", "scan", steps=50),
-    "ahead of time": Variant("the compiled program is called directly", "ahead of time"),
+    "jit, donated": Variant("it may overwrite the state", donated=True),
+    "scan of 10": Variant("10 steps in one program, donated", donated=True, steps=10),
+    "scan of 50": Variant("50 steps in one program, donated", donated=True, steps=50),
     "cache, empty": Variant("compiled programs are saved on disk", cache=True),
     "cache, full": Variant("programs that the variant before saved are loaded", cache=True),
     "remat matmuls": Variant("all but matmul results recomputed", model=(("remat", "matmuls"),)),
@@ -53,84 +71,73 @@ VARIANTS = {
     "bfloat16": Variant("bf16 matmuls", model=(("precision", "bfloat16"),)),
 }
 NOTES = (
-    "trace, lower, compile: Python to jaxpr, jaxpr to HLO, HLO to machine code, as timed by JAX. first call: the rest "
-    "of the time until the first step, or the first scan, is done. programs: compiled by then; the eager variants also "
-    "compile, each operation once for each shape.",
+    "all but the variants named after them compute in float32, without remat.",
+    "trace, lower, compile: Python to jaxpr, jaxpr to HLO, HLO to machine code. first call: the rest of the time until "
+    "the first step, or the first scan, is done. programs: compiled by then; the eager variants compile in their first "
+    "call, each operation once for each shape.",
     "steady: steps of all variants in turn (A B C A B C), median with minimum and maximum of the rounds; a step's loss "
     "is read while the next step runs. speed: taken round by round, above 1 is faster. dispatches: programs dispatched "
-    "per step, counted by JAX's profiler. page faults: memory pages that the system gives to the process per step, on "
-    "a CPU, for temporaries that each run of a program allocates anew.",
-    "step, MB: arguments, results and temporaries of the program by XLA's analysis, donated memory counted once. "
-    "process, MB: peak memory of the whole process, with libraries and the compiler.",
+    "per step, counted by JAX's profiler. step, MB: arguments, results and temporaries of the program by XLA's "
+    "analysis, donated memory counted once.",
     "pays after: steps until the time spent before the first step is won back, against eager; 0 if the first step came "
     "sooner too.",
 )
 
 
 def measure(
-    config: Config,
-    name: str,
-    variants: Sequence[str] = tuple(VARIANTS),
-    device: str = "cpu",
-    rounds: int = 5,
-    seconds: float = 0.5,
-    starts: int = 1,
-    free: int | None = None,
+    config: Config, name: str, variants: Sequence[str] = tuple(VARIANTS), rounds: int = 5, seconds: float = 0.5
 ) -> Report:
-    """A report on the step of `config`, its vocab_size known, called `name`.
+    """A report on the step of `config`, its vocab_size known, called `name`, on the first device.
 
     Args:
       seconds: how long each variant works in a round, at least.
-      starts: how often each variant is started; stages are those of every start, rounds follow the last.
-      free: bytes of memory for all processes together; None skips the check.
 
     Raises:
-      UsageError: no such variant, or the processes do not fit into memory together.
+      UsageError: no such variant, or a step does not fit into memory.
     """
-    own_settings, config, chosen = _own_settings(config), baseline(config), choose(variants)
-    require_room(config, chosen, free)
-    about: dict[str, list[dict[str, Any]]] = {each: [] for each in chosen}
-    for start in range(starts):
-        with tempfile.TemporaryDirectory(prefix="jaxgpt-ledger-") as cache, Contest(device) as contest:
-            for each, variant in chosen.items():
-                words = ["-m", "jaxgpt.profile.stages", json.dumps(spec(config, variant))]
-                contest.enter(each, words, environment(variant, cache))
-                about[each] += [contest.about[each]] if each in contest.about else []
-            steps = contest.measure(rounds, seconds) if start == starts - 1 else {}
-    figures = {each: _figures(about[each], contest.peak_bytes[each]) for each in steps}
-    tokens = config.train.batch_size * config.model.block_size
-    title = f"A training step of {name}, {tokens:,} tokens"
+    chosen = choose(variants)
+    memory.require(config)
+    ways: dict[str, Way] = {}
+    with tempfile.TemporaryDirectory(prefix="jaxgpt-ledger-") as folder:
+        for each, variant in sorted(chosen.items(), key=lambda item: not item[1].compiled):
+            jax.clear_caches()
+            with compile_cache(folder if variant.cache else None):
+                ways[each] = Way(varied(config, variant), variant)
+    before, own = machine_seconds(), time.process_time()
+    steps: Rates = {each: [] for each in chosen}
+    for way in ways.values():
+        way.run()  # what is not one program may compile again
+    for _ in range(rounds):
+        for each in chosen:
+            n, took = repeat(ways[each].run, seconds, ways[each].wait)
+            steps[each].append(n / took)
+    shares = [others(before, machine_seconds(), time.process_time() - own)] if before else []
+    figures, device = {each: ways[each].figures for each in chosen}, jax.local_devices()[0]
+    title = f"A training step of {name}, {config.train.batch_size * config.model.block_size:,} tokens"
+    first, steady = rows(figures, steps)
     return {
         "mode": f"the ledger of {name}",
-        "facts": facts(device) | contest.facts(),
-        "failed": contest.failed,
+        "facts": facts(f"{device.platform}, {device.device_kind}"),
+        "failed": {},
         "tables": [
-            {"title": f"{title}: until the first is done", "rows": first_step_rows(figures)},
-            {"title": f"{title}: each one after it", "rows": steady_rows(figures, steps)},
+            {"title": f"{title}: until the first is done", "rows": first},
+            {"title": f"{title}: each one after it", "rows": steady},
         ],
-        "story": summary(name, tokens, figures, steps),
         "notes": [
             "; ".join(f"{each}: {variant.about}" for each, variant in chosen.items()),
-            *own_settings,
             *NOTES,
-            same_losses(figures),
-            disturbance(contest.others),
+            "loss of the first step: " + ", ".join(f"{each} {found['loss']:.6f}" for each, found in figures.items()),
+            disturbance(shares),
         ],
-        "about": about,
         "figures": figures,
         "steps_per_second": steps,
     }
 
 
-def baseline(config: Config) -> Config:
-    """The config of "jit", from which each other variant differs in one thing: float32, without remat."""
-    return replace(config, model=replace(config.model, precision="float32", remat="none"))
-
-
-def _own_settings(config: Config) -> list[str]:
-    """A note on what `baseline` changes of `config`, if it does."""
-    changed = [f"{name} {ours}" for name, ours, _ in differences(config, baseline(config))]
-    return [f"the config's own {' and '.join(changed)} apply only to the variants named after them"] * bool(changed)
+def varied(config: Config, variant: Variant) -> Config:
+    """The config of a variant: float32 without remat, except for what it sets."""
+    model = replace(config.model, **({"precision": "float32", "remat": "none"} | dict(variant.model)))
+    return replace(config, model=model, train=replace(config.train, scan_steps=variant.steps))
 
 
 def require_not_varied(config: Config, recipe: Config) -> None:
@@ -139,17 +146,11 @@ def require_not_varied(config: Config, recipe: Config) -> None:
     Raises:
       UsageError: it does; names the variants that show it.
     """
-    measured_by = {
-        "precision": "bfloat16",
-        "remat": "remat matmuls, remat blocks",
-        "scan_steps": "scan of 10, scan of 50",
-    }
-    varied = {name for name, *_ in differences(config, baseline(config))} | {"scan_steps"}
     for name, value, _ in differences(config, recipe):
-        if name in measured_by.keys() & varied:
+        if name in VARIED:
             raise UsageError(
                 f"--{name.replace('_', '-')} {value}: the variants set {name}, so that each differs from {JIT} in one "
-                f"thing; leave it out, and compare {JIT} with {measured_by[name]} (--variants)"
+                f"thing; leave it out, and compare {JIT} with {VARIED[name]} (--variants)"
             )
 
 
@@ -157,137 +158,37 @@ def choose(names: Sequence[str]) -> dict[str, Variant]:
     """The variants of these names, in the ledger's order.
 
     Raises:
-      UsageError: there is no such variant, or none is named.
+      UsageError: there is no such variant.
     """
     for name in names:
         if name not in VARIANTS:
             raise UsageError(f"no variant {name!r}, expected some of {', '.join(map(repr, VARIANTS))}")
-    if not names:
-        raise UsageError("no variants are named: --variants jit eager")
-    if "cache, full" in names:
-        names = (*names, "cache, empty")  # which fills it
-    return {name: variant for name, variant in VARIANTS.items() if name in names}
+    filled = ("cache, empty",) if "cache, full" in names else ()
+    return {name: variant for name, variant in VARIANTS.items() if name in (*names, *filled)}
 
 
-def require_room(config: Config, chosen: dict[str, Variant], free: int | None) -> None:
-    """Check that all processes, each of which keeps its model, fit into `free` bytes together.
-
-    Raises:
-      UsageError: they do not.
-    """
-    from jaxgpt import memory
-
-    each = memory.needed(config, 0).total + PROCESS_BYTES
-    if free is not None and each * len(chosen) > free:
-        raise UsageError(
-            f"{len(chosen)} processes at a time need about {memory.size(each)} each; {memory.size(free)} are free: "
-            "name fewer, as in --variants jit eager, or make the model smaller"
-        )
-
-
-def spec(config: Config, variant: Variant) -> dict[str, Any]:
-    """Arguments of `stages.Stages`."""
-    model = replace(config.model, **dict(variant.model))
-    config = replace(config, model=model, train=replace(config.train, scan_steps=variant.steps, eval_every=0))
-    return {"config": to_tree(config), "way": variant.way}
-
-
-def environment(variant: Variant, cache: str) -> dict[str, str]:
-    """Variables of the variant's process, which keep compiled programs in the folder `cache`, if it does."""
-    if not variant.cache:
-        return {}
-    return {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
-def _figures(starts: list[dict[str, Any]], process_bytes: int) -> dict[str, Any]:
-    """The figures of all starts of one variant; each stage as a series."""
-    stages = {stage: series([start["stages"][stage] for start in starts]) for stage in STAGES}
-    kept = {name: starts[-1][name] for name in ("programs", "dispatches", "faults", "loss")}
-    step_bytes = starts[-1]["compiled_bytes"]
-    return {"stages": stages, **kept, "step_bytes": step_bytes, "process_bytes": process_bytes or None}
-
-
-def first_step_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {"variant": name}
-        | {f"{stage}, s": found["stages"].get(stage) for stage in STAGES}
-        | {"in all, s": first_step_seconds(found), "programs": found["programs"]}
-        for name, found in figures.items()
-    ]
-
-
-def steady_rows(figures: dict[str, Any], steps: Rates) -> list[dict[str, Any]]:
-    """Args:
-    steps: steps per second, round by round.
-    """
-    rows = []
+def rows(figures: dict[str, Any], steps: Rates) -> tuple[Rows, Rows]:
+    """What each variant costs until its first step is done, and then."""
+    first, steady = [], []
     for name, found in figures.items():
-        pays = None
+        seconds, pays = {key: sum(each["stages"].values()) for key, each in figures.items()}, None
         if EAGER in figures and name != EAGER:
-            after = steps_to_pay_off(figures, steps, name, EAGER)
-            pays = "never" if after is None else after
-        dispatched = found["dispatches"]
-        rows.append(
+            slow, fast = (1 / series(steps[each])["median"] for each in (EAGER, name))
+            after = break_even(seconds[name] - seconds[EAGER], slow, fast)
+            pays = "never" if after is None else round(after)
+        stages = {f"{stage}, s": found["stages"].get(stage) for stage in STAGES}
+        first.append({"variant": name, **stages, "in all, s": seconds[name], "programs": found["programs"]})
+        steady.append(
             {
                 "variant": name,
                 "steady, ms": series([1e3 / rate for rate in steps[name]]),
                 "speed, of jit's": ratio(steps[name], steps[JIT]) if JIT in steps and name != JIT else None,
-                "dispatches": int(dispatched) if dispatched and dispatched % 1 == 0 else dispatched,
-                "page faults": None if found["faults"] is None else round(found["faults"]),
+                "dispatches": found["dispatches"],
                 "step, MB": found["step_bytes"] / 1e6 if found["step_bytes"] else None,
-                "process, MB": found["process_bytes"] / 1e6 if found["process_bytes"] else None,
                 "pays after, steps": pays,
             }
         )
-    return rows
-
-
-def same_losses(figures: dict[str, Any]) -> str:
-    """A note: all variants that compute in float32 have the same first loss."""
-    exact = [found["loss"] for name, found in figures.items() if name != "bfloat16"]
-    if len(exact) < 2:
-        return "the first loss: " + ", ".join(f"{found['loss']:.4f}" for found in figures.values())
-    apart = max(exact) - min(exact)
-    same = f"differs by {apart:.1g} at most" if apart else "is bit-identical in all"
-    return f"the first loss of the {len(exact)} variants in float32 is {exact[0]:.4f}, and {same}"
-
-
-def summary(name: str, tokens: int, figures: dict[str, Any], steps: Rates) -> str:
-    """A paragraph: what compiling costs, in steps, and when it has paid for itself. Empty without "jit"."""
-    if JIT not in figures:
-        return ""
-    stages = {stage: each["median"] for stage, each in figures[JIT]["stages"].items()}
-    ms = {each: 1e3 / series(found)["median"] for each, found in steps.items()}
-    before = first_step_seconds(figures[JIT])
-    said = [
-        f"A compiled step of {name} takes {ms[JIT]:.1f} ms ({1e3 * tokens / ms[JIT]:,.0f} tokens/s). Before the first "
-        f"one, `jit` traces for {stages['trace']:.2f} s, lowers for {stages['lower']:.2f} s and compiles for "
-        f"{stages['compile']:.2f} s: all in all as long as {1e3 * before / ms[JIT]:,.0f} steps."
-    ]
-    for other in (EAGER, "op by op"):
-        if other in figures:
-            after = steps_to_pay_off(figures, steps, JIT, other)
-            pays = "never pays off" if after is None else f"has paid off after {after:,.0f} steps"
-            said.append(
-                f"Run {other}, a step takes {ms[other]:.1f} ms, {ms[other] / ms[JIT]:.1f} times as long, and the first "
-                f"is done after {first_step_seconds(figures[other]):.1f} s: against it, compiling {pays}."
-            )
-    if "cache, full" in figures:
-        cached = first_step_seconds(figures["cache, full"])
-        said.append(f"With the compile cache the first step is done after {cached:.1f} s in place of {before:.1f} s.")
-    return " ".join(said)
-
-
-def first_step_seconds(figures: dict[str, Any]) -> float:
-    """Seconds until the first step is done."""
-    return float(sum(stage["median"] for stage in figures["stages"].values()))
-
-
-def steps_to_pay_off(figures: dict[str, Any], steps: Rates, name: str, against: str) -> int | None:
-    """`break_even` of one variant against another, by their medians, in whole steps."""
-    extra = first_step_seconds(figures[name]) - first_step_seconds(figures[against])
-    found = break_even(extra, *(1 / series(steps[each])["median"] for each in (against, name)))
-    return None if found is None else round(found)
+    return first, steady
 
 
 def break_even(extra: float, slow: float, fast: float) -> float | None:
@@ -300,3 +201,100 @@ def break_even(extra: float, slow: float, fast: float) -> float | None:
     if extra <= 0:
         return 0.0 if fast <= slow else None
     return extra / (slow - fast) if slow > fast else None
+
+
+class Way:
+    """The step of `config`, run as a variant does; what it costs until the first call is done is in `figures`."""
+
+    def __init__(self, config: Config, variant: Variant):
+        self.config, self.K, self.step, self.unread = config, variant.steps, 0, None
+        self.scope = jax.disable_jit if variant.primitives else nullcontext
+        tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=1_000_000).astype(np.uint16)
+        self.tokens = jax.device_put(tokens, replicated(one_device()))
+        self.state = jax.block_until_ready(sharded_init(config, one_device()))
+        self.call: Any = partial(one_step, config)
+        times, programs, size = [time.perf_counter()], list[str](), None
+        with listening(programs.append):
+            if variant.compiled:
+                function = partial(train_steps, config) if self.K > 1 else self.call
+                stage = jax.jit(function, donate_argnums=0 if variant.donated else ())
+                for step in ("trace", "lower", "compile"):
+                    given = (self.state, self.tokens, self.starts()) if step == "trace" else ()
+                    stage = getattr(stage, step)(*given)
+                    times.append(time.perf_counter())
+                self.call, size = stage, memory.compiled_bytes(stage)
+            self.run()
+            loss = float(np.asarray(self.unread).ravel()[0])
+            self.wait()
+        times.append(time.perf_counter())
+        stages = [after - before for before, after in pairwise(times)]
+        self.figures: dict[str, Any] = {
+            "stages": dict(zip(STAGES[-len(stages) :], stages, strict=True)),
+            "programs": programs.count(COMPILED),
+            "loss": loss,
+            "step_bytes": sum(size) if size else None,
+            "dispatches": self.dispatches(),
+        }
+
+    def starts(self) -> Any:
+        """Window starts of the next piece: (B,), or (K, B) for a scan."""
+        train, end = self.config.train, self.step + self.K
+        T = self.config.model.block_size
+        found = chunk_starts(train.seed, self.step, end, len(self.tokens), T, train.batch_size, train.sampling)
+        return found.astype(np.int32) if self.K > 1 else found.astype(np.int32)[0]
+
+    def run(self) -> int:
+        """Run one step, or one scan; the number of steps."""
+        with self.scope():
+            self.state, metrics = self.call(self.state, self.tokens, self.starts())
+        if self.unread is not None:
+            jax.block_until_ready(self.unread)  # at most one piece ahead of the device
+        self.unread, self.step = metrics.loss, self.step + self.K
+        return self.K
+
+    def wait(self) -> None:
+        jax.block_until_ready((self.state, self.unread))
+
+    def dispatches(self) -> float | None:
+        """Programs dispatched per step, counted by the profiler; None where it sees none."""
+        self.run()
+        self.wait()
+        with tempfile.TemporaryDirectory(prefix="jaxgpt-ledger-") as folder:
+            lines = trace.capture(Path(folder), lambda: repeat(self.run, 0.0, self.wait))
+        return trace.dispatches(lines) / self.K or None
+
+
+def one_step(config: Config, state: TrainState, tokens: jax.Array, starts: Any) -> tuple[TrainState, Metrics]:
+    """`train_step` on the windows at `starts` (B,) of `tokens` (N,)."""
+    return train_step(config, state, take(tokens, starts, config.model.block_size))
+
+
+@contextmanager
+def compile_cache(folder: str | None) -> Iterator[None]:
+    """Keep compiled programs in `folder`, or keep none."""
+    asked: dict[str, Any] = {"jax_enable_compilation_cache": folder is not None}
+    asked |= {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: jax.config.values[name] for name in asked}
+    try:
+        for name, value in asked.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@contextmanager
+def listening(heard: Callable[[str], Any]) -> Iterator[None]:
+    """Call `heard` with the name of each event of JAX that has a duration."""
+
+    def listen(event: str, duration_secs: float, **about: str | int) -> None:
+        heard(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from jaxgpt.cli.options import DataDir, parse, take_recipe
 from jaxgpt.config import Config, UsageError
-from jaxgpt.profile import ledger
 from jaxgpt.recipes import recipe
 
 ABOUT = (
@@ -19,18 +17,12 @@ ABOUT = (
 @dataclass(frozen=True)
 class Ledger:
     config: Config
-    variants: tuple[str, ...] = tuple(ledger.VARIANTS)
-    """Which ways to run the step."""
-    device: Literal["cpu", "gpu"] = "cpu"
-    """Where to run it."""
+    variants: tuple[str, ...] = ()
+    """Which ways to run the step, as in jit eager "scan of 10"; all by default."""
     rounds: int = 5
     """Rounds of measurement, in which all variants take turns."""
     seconds: float = 0.5
     """Seconds of work of each variant in a round, at least one step or scan."""
-    starts: int = 1
-    """How often to start each variant, to measure its stages again."""
-    markdown: bool = False
-    """Print Markdown instead of terminal tables."""
     out: Path | None = None
     """The JSON file to write; None is ledger-RECIPE.json in the current folder."""
     plot: Path | None = None
@@ -41,27 +33,26 @@ class Ledger:
 def run(args: list[str]) -> int:
     name, args = take_recipe(Ledger, args, "which recipe? jaxgpt ledger gpt-demo")
     given = parse(Ledger, args, f"ledger {name}", ABOUT, default=Ledger(recipe(name).config))
-    for option in ("rounds", "starts"):
-        if getattr(given, option) < 1:
-            raise UsageError(f"{option} is {getattr(given, option)}, expected 1 or more")
-    ledger.require_not_varied(given.config, recipe(name).config)
+    if given.rounds < 1:
+        raise UsageError(f"rounds is {given.rounds}, expected 1 or more")
 
-    from jaxgpt import files, memory
+    from jaxgpt import files
     from jaxgpt.cli.runs import complete
     from jaxgpt.display import charts
-    from jaxgpt.profile import plots, report
+    from jaxgpt.profile import ledger, plots, report
 
+    ledger.require_not_varied(given.config, recipe(name).config)
+    variants = given.variants or tuple(ledger.VARIANTS)
+    ledger.choose(variants)  # raises if there is no such variant
     name = Path(name).stem  # of a recipe that is a file
     out = given.out or Path(f"ledger-{name}.json")
     files.require_file(out, "--out")
     files.require_file(given.plot, "--plot")
     if given.plot:
         charts.require(given.plot)
-    config = complete(given.config, given.data_dir)
-    free = memory.host_available() if given.device == "cpu" else None
-    found = ledger.measure(config, name, given.variants, given.device, given.rounds, given.seconds, given.starts, free)
+    found = ledger.measure(complete(given.config, given.data_dir), name, variants, given.rounds, given.seconds)
     report.save(found, out)
     if given.plot:
         charts.save(plots.ledger(found), given.plot)
-    report.show(found, given.markdown)
+    print(report.markdown(found))
     return 0

@@ -1,5 +1,4 @@
-"""The four programs of training, forward, loss, gradient and step, and the FLOPs and bytes of each: by formula, in its
-jaxpr, and by XLA's count."""
+"""The four programs of training: forward, loss, gradient and step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ class Program:
     jitted: Any
     shapes: tuple[Any, ...]
     formula_flops: int
-    """Matmul FLOPs by `flops_per_token`."""
+    """Matmul FLOPs by `chips.flops_per_token`."""
 
     @cached_property
     def traced(self) -> Any:
@@ -38,16 +37,12 @@ class Program:
         return self.lowered.compile()
 
     @property
-    def matmul_flops(self) -> int:
-        return matmul_flops(self.traced.jaxpr.jaxpr)
-
-    @property
     def bytes(self) -> int:
         """Compulsory memory traffic: arguments and results, once."""
         arrays = jax.tree.leaves((self.shapes, self.traced.out_info))
         return sum(x.size * x.dtype.itemsize for x in arrays)
 
-    @property
+    @cached_property
     def text(self) -> str:
         """Optimised HLO."""
         return self.compiled.as_text() or ""
@@ -56,8 +51,7 @@ class Program:
 def programs(config: Config) -> dict[str, Program]:
     """The programs of `config`, its vocab_size known, by name; nothing is compiled yet."""
     B, T = config.train.batch_size, config.model.block_size
-    state = jax.eval_shape(init_state, config)
-    idx = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    state, idx = jax.eval_shape(init_state, config), jax.ShapeDtypeStruct((B, T), jnp.int32)
     forward = flops_per_token(config.model) * B * T
 
     def loss(params: model.Params, batch: Batch) -> jax.Array:
@@ -70,46 +64,18 @@ def programs(config: Config) -> dict[str, Program]:
     def program(function: Callable[..., Any], flops: int, *shapes: Any, **settings: Any) -> Program:
         return Program(jax.jit(function, **settings), shapes, flops)
 
-    batch, params = Batch(idx, idx), state.params
+    batch = Batch(idx, idx)
     return {
-        "forward": program(partial(model.forward, config.model), forward, params, idx),
-        "loss": program(loss, forward, params, batch),
-        "gradient": program(gradient, 3 * forward, params, batch),
+        "forward": program(partial(model.forward, config.model), forward, state.params, idx),
+        "loss": program(loss, forward, state.params, batch),
+        "gradient": program(gradient, 3 * forward, state.params, batch),
         "step": program(partial(train_step, config), 3 * forward, state, batch, donate_argnums=0),
     }
 
 
-def matmul_flops(jaxpr: Any) -> int:
-    """FLOPs of the matmuls in a jaxpr: all iterations of a scan, the larger side of a branch, one turn of a loop.
-
-    `jax.experimental.roofline` counts the body of a scan once.
-    """
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            terms = eqn.outvars[0].aval.size
-            for axis in contracted:
-                terms *= eqn.invars[0].aval.shape[axis]
-            total += 2 * terms
-            continue
-        inner = [matmul_flops(each) for value in eqn.params.values() for each in _jaxprs(value)]
-        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        total += times * (max(inner, default=0) if eqn.primitive.name == "cond" else sum(inner))
-    return total
-
-
-def _jaxprs(value: Any) -> list[Any]:
-    if hasattr(value, "eqns"):
-        return [value]
-    if hasattr(value, "jaxpr"):
-        return [value.jaxpr]
-    return [each for item in value for each in _jaxprs(item)] if isinstance(value, tuple | list) else []
-
-
 def xla_counts(stage: Any) -> dict[str, float]:
-    """The "flops", "bytes accessed" and "transcendentals" that XLA counts in a lowered or compiled function, if any."""
+    """The "flops", "bytes accessed" and "transcendentals" that XLA counts in a lowered or compiled function, if any, in
+    millions."""
     found = stage.cost_analysis()
-    found = found[0] if isinstance(found, list) and found else found
-    names = ("flops", "bytes accessed", "transcendentals")
-    return {name: float(found[name]) for name in names if name in found} if found else {}
+    found = found[0] if isinstance(found, list) and found else found or {}
+    return {name: found[name] / 1e6 for name in ("flops", "bytes accessed", "transcendentals") if name in found}

@@ -1,30 +1,31 @@
-"""The roofline of this machine, and where each part of a model stands under it.
+"""The roofline of this machine, and where each part of a training step stands under it.
 
 A part with F FLOPs and M bytes of memory traffic takes at least max(F / peak, M / bandwidth) (Williams, Waterman and
 Patterson, "Roofline", 2009). Above F / M = peak / bandwidth, the ridge, compute is the limit; below, memory is.
+
+The parts are the Flax modules that the instructions of the compiled step name: FLOPs and bytes are those of its HLO,
+and times those of its profile.
 """
 
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import re
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import kernels, model, prng
-from jaxgpt.config import Config, ModelConfig
-from jaxgpt.model import MLP, MultiHeadAttention
-from jaxgpt.optimizer import make_optimizer
-from jaxgpt.profile.programs import Program, xla_counts
-from jaxgpt.profile.rounds import repeat
-from jaxgpt.step import init_state
+from jaxgpt import prng
+from jaxgpt.profile import hlo
+from jaxgpt.profile.timing import repeat
+from jaxgpt.profile.trace import Operation
 
 N = 2048
 """Rows and columns of the matrices that measure peak FLOP/s: 2 N³ FLOPs."""
 STREAMED = 2**26
 """float32 numbers in the array that measures bandwidth: 256 MB, more than most caches."""
+OUTSIDE = "embeddings, head, loss"
+"""The part of instructions in no module but the model itself."""
 
 
 class Machine(NamedTuple):
@@ -36,130 +37,77 @@ class Machine(NamedTuple):
         """FLOPs per byte above which compute is the limit."""
         return self.flops / self.bandwidth
 
-    def least(self, work: "Work") -> float:
-        """Seconds that `work` takes at least."""
-        return max(work.flops / self.flops, work.bytes / self.bandwidth)
 
+class Part(NamedTuple):
+    """The forward or the backward pass of one module, in all blocks, or the optimizer; all of one step."""
 
-class Work(NamedTuple):
-    """One pass of a part: forward alone, or forward and backward."""
-
-    part: str
-    training: bool
-    times: int
-    """Runs in a step of one micro-batch; 0 for a part inside another."""
-    flops: float
-    """By XLA's count before it optimises, or of the matmuls alone if that is more: XLA does not see into kernels."""
-    matmul_flops: int
+    name: str
+    backward: bool
+    flops: int
     bytes: int
-    """Of its arguments and results, each moved once."""
-    call: Callable[[], Any]
-    """Runs it on ones, compiled; does not wait for the device."""
+    seconds: float
+
+    def least(self, machine: Machine) -> float:
+        """Seconds that it takes at least."""
+        return max(self.flops / machine.flops, self.bytes / machine.bandwidth)
 
 
-class Norm(nn.Module):
-    config: ModelConfig
+def parts(text: str, operations: Iterable[Operation], steps: int, modules: Iterable[str]) -> list[Part]:
+    """The parts of a compiled step, those that took longest first.
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return model.norm(self.config, "norm")(x)
-
-
-def works(config: Config) -> list[Work]:
-    """The parts of a training step of one micro-batch, forward and with backward pass, and the optimizer.
-
-    They are the model's own modules, and together have its parameters and matmuls. Nothing is compiled yet.
+    Args:
+      text: the optimised HLO of the step.
+      operations: the profile of some steps.
+      steps: how many.
+      modules: the names of the modules in the paths of parameters.
     """
-    cfg, B = config.model, config.train.batch_size // config.train.accumulate
-    T, C, L = cfg.block_size, cfg.n_embd, cfg.n_layer
-    idx, x = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T, C), jnp.float32)
-    rest = replace(cfg, n_layer=0, scan_layers=False)
-    params = jax.eval_shape(lambda key: model.init_params(rest, key), prng.key(0))
-    found = _passes(
-        "embeddings, head, loss",
-        1,
-        lambda p, idx, targets: model.losses(rest, p, idx, targets).mean(),
-        params,
-        idx,
-        idx,
-    )
-    if cfg.kind == "gpt":
-        D = C // cfg.n_head
-        q, k = (jax.ShapeDtypeStruct((B, n, T, D), jnp.float32) for n in (cfg.n_head, cfg.n_kv_head or cfg.n_head))
-        found += _passes("norm", 2 * L, *_module(Norm(cfg), x))
-        found += _passes("attention", L, *_module(MultiHeadAttention(cfg), x, idx=idx))
-        found += _passes(
-            "attention's kernel", 0, lambda p, q, k, v: kernels.causal_attention(cfg, q, k, v), {}, q, k, k
-        )
-        found += _passes("MLP", L, *_module(MLP(cfg), x))
-
-    def update(params: model.Params, opt_state: Any, grads: model.Params) -> Any:
-        updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
-        return jax.tree.map(lambda p, u: p - 1e-3 * u, params, updates), opt_state
-
-    state = jax.eval_shape(init_state, config)
-    return [*found, _work("optimizer", True, 1, update, (state.params, state.opt_state, state.params))]
+    flops, moved = Counter[tuple[str, bool]](), Counter[tuple[str, bool]]()
+    seconds: dict[tuple[str, bool], float] = {}
+    names, known = set(modules), hlo.instructions(text)
+    for each in known.values():
+        key = part_of(each.origin, names)
+        flops[key] += each.runs * each.flops
+        moved[key] += each.runs * each.bytes
+    for operation in operations:
+        if ran := known.get(operation.name):
+            key = part_of(ran.origin, names)
+            seconds[key] = seconds.get(key, 0.0) + operation.seconds / steps
+    found = [Part(*key, flops[key], moved[key], seconds.get(key, 0.0)) for key in moved if moved[key]]
+    return sorted(found, key=lambda part: -part.seconds)
 
 
-def _module(module: nn.Module, x: Any, **ids: Any) -> tuple[Any, ...]:
-    """A module as (function of params, x and ids, the shapes of these)."""
-    variables = jax.eval_shape(module.init, prng.key(0), x, **ids)
+def part_of(origin: str, modules: set[str]) -> tuple[str, bool]:
+    """The part, and whether it is the backward pass, of an instruction by its `hlo.Instruction.origin`.
 
-    def apply(params: Any, x: jax.Array, *arrays: jax.Array) -> jax.Array:
-        settings: dict[str, Any] = dict(zip(ids, arrays, strict=True))
-        out: jax.Array = module.apply({"params": params}, x, **settings)  # type: ignore[assignment]
-        return out
-
-    return apply, variables.get("params", {}), x, *ids.values()
-
-
-def _passes(name: str, times: int, function: Callable[..., Any], *shapes: Any) -> list[Work]:
-    """The forward pass, and forward and backward: the result, and the gradient of all that is no id."""
-
-    def both(cotangent: Any, *args: Any) -> Any:
-        leaves, tree = jax.tree.flatten(args)
-        floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-
-        def of_floats(*values: Any) -> Any:
-            whole = [values[floats.index(i)] if i in floats else leaf for i, leaf in enumerate(leaves)]
-            return function(*jax.tree.unflatten(tree, whole))
-
-        result, backward = jax.vjp(of_floats, *(leaves[i] for i in floats))
-        return result, backward(cotangent)
-
-    out = jax.eval_shape(function, *shapes)
-    return [_work(name, False, times, function, shapes), _work(name, True, times, both, (out, *shapes))]
+    >>> part_of("transpose(jvp(GPT))/h_*/mlp/c_fc/dot_general", {"h_*", "mlp", "c_fc"})
+    ('h_*/mlp/c_fc', True)
+    >>> part_of("sqrt", set()), part_of("", set())
+    (('optimizer', False), ('unnamed', False))
+    """
+    path = "/".join(name for name in re.sub(r"(^|/)h/", r"\1h_*/", origin).split("/") if name in modules)
+    backward = "transpose(" in origin or "rematted" in origin
+    if path or backward or "jvp(" in origin:
+        return path or OUTSIDE, backward
+    return "optimizer" if origin else "unnamed", False
 
 
-def _work(name: str, training: bool, times: int, function: Callable[..., Any], shapes: Any) -> Work:
-    program = Program(jax.jit(function), shapes, 0)
-    counted = sum(value for key, value in xla_counts(program.lowered).items() if key != "bytes accessed")
-    arrays: list[Any] = []
-
-    def call() -> Any:
-        if not arrays:
-            arrays.extend(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes))
-        return program.compiled(*arrays)
-
-    matmul_flops = program.matmul_flops
-    return Work(name, training, times, max(float(matmul_flops), counted), matmul_flops, program.bytes, call)
-
-
-def measure(works: Sequence[Work], rounds: int = 5, seconds: float = 0.02) -> list[float]:
-    """Seconds of each work, the median of rounds in turn; in a round each runs for `seconds`, at least once."""
-
-    def one_round(work: Work) -> float:
-        def run() -> int:
-            jax.block_until_ready(work.call())
-            return 1
-
-        n, took = repeat(run, seconds)
-        return took / n
-
-    for work in works:
-        jax.block_until_ready(work.call())  # compiles
-    times = [[one_round(work) for work in works] for _ in range(rounds)]
-    return [statistics.median(each) for each in zip(*times, strict=True)]
+def rows(found: Iterable[Part], machine: Machine) -> list[dict[str, Any]]:
+    return [
+        {
+            "part": part.name,
+            "pass": "backward" if part.backward else "forward" if part.name not in ("optimizer", "unnamed") else None,
+            "MFLOP": part.flops / 1e6,
+            "MB": part.bytes / 1e6,
+            "FLOP/byte": part.flops / part.bytes,
+            "bound by": "compute" if part.flops / part.bytes > machine.ridge else "memory",
+            "least, ms": 1e3 * part.least(machine),
+            "measured, ms": 1e3 * part.seconds,
+            "GFLOP/s": part.flops / part.seconds / 1e9,
+            "of the roof, %": 100 * part.least(machine) / part.seconds,
+        }
+        for part in found
+        if part.seconds
+    ]
 
 
 def measure_machine(dtype: str, n: int = N, streamed: int = STREAMED, seconds: float = 0.4, rounds: int = 3) -> Machine:

@@ -33,16 +33,17 @@ class ScalingFit:
 def run(args: list[str]) -> int:
     given = parse(ScalingFit, args, "scaling-fit")
     require_name(given.name)
-    if not all(1 <= n < 2**40 for n in given.tokens):
-        raise UsageError(f"--tokens {' '.join(map(str, given.tokens))}: expected numbers of tokens above 0")
-    if not all(0 < flops < float("inf") for flops in given.flops):
-        raise UsageError(f"--flops {' '.join(map(str, given.flops))}: expected numbers above 0")
-    if given.seeds < 1:
-        raise UsageError(f"--seeds is {given.seeds}, expected at least 1")
-    if given.at_once < 0:
-        raise UsageError(f"--at-once is {given.at_once}, expected 0 or more")
-    if len(set(given.sizes)) < len(given.sizes):
-        raise UsageError(f"--sizes {' '.join(given.sizes)}: the same value twice would count its runs twice")
+    for option, valid, what in (
+        ("tokens", all(1 <= n < 2**40 for n in given.tokens), "numbers of tokens above 0"),
+        ("flops", all(0 < flops < float("inf") for flops in given.flops), "numbers above 0"),
+        ("seeds", given.seeds >= 1, "at least 1"),
+        ("at-once", given.at_once >= 0, "0 or more"),
+        ("sizes", len(set(given.sizes)) == len(given.sizes), "different sizes"),
+    ):
+        if not valid:
+            value = getattr(given, option.replace("-", "_"))
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UsageError(f"--{option} {shown}: expected {what}")
     use_compile_cache()
     use_cores(len(given.sizes) * len(given.tokens) * given.seeds)
     import jax
@@ -58,15 +59,10 @@ def run(args: list[str]) -> int:
     base = replaced(family.BASE, **vars(given.data))
     members = family.family(base, [family.parse_size(text) for text in given.sizes], given.tokens, given.seeds)
     amounts = sorted({family.tokens_seen(member.config) for member in members})
-    if 1 < len(amounts) < len(given.tokens):
+    if len(amounts) < len(given.tokens) or min(len(given.sizes), len(amounts)) < 3:
         raise UsageError(
-            f"--tokens {' '.join(map(str, given.tokens))} are {len(amounts)} amounts in whole scans of steps "
-            f"({', '.join(map(str, amounts))}): runs of the same length would count twice"
-        )
-    if len(given.sizes) < 3 or len(amounts) < 3:
-        raise UsageError(
-            f"{len(given.sizes)} sizes and {len(amounts)} amounts of tokens ({', '.join(map(str, amounts))}, in "
-            "whole scans of steps): a fit needs at least 3 --sizes and 3 --tokens"
+            f"{len(given.sizes)} --sizes and {len(amounts)} amounts of --tokens ({', '.join(map(str, amounts))}, in "
+            "whole scans of steps): a fit needs at least 3 of each, all different"
         )
     files.require_writable(given.sweeps_dir, "--sweeps-dir")
     members, corpus = prepare(base, members, given.data_dir)
@@ -74,7 +70,7 @@ def run(args: list[str]) -> int:
     asked |= {"sizes": given.sizes, "amounts": given.tokens, "tokens": corpus.meta["sha256"]}
     path, console = given.sweeps_dir / given.name, RunConsole()
     console.print(corpus.summary)
-    with SweepFolder.held(path, asked, "--name OTHER") as folder:
+    with SweepFolder.held(path, asked) as folder:
         with SweepDisplay(console, members, folder.lines) as display:
             folder.train(members, corpus, jax.devices(), given.at_once, display)
         trained = family.points(members, folder.lines)

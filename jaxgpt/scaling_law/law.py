@@ -121,7 +121,7 @@ def _centred(logs: Array, middle_N: float, middle_D: float) -> Array:
 
 
 def _logs(law: Law) -> Array:
-    return np.array([np.log(law.E), np.log(law.A), np.log(law.B), law.a, law.b])
+    return np.array([*np.log(law[:3]), *law[3:]])
 
 
 def _start(N: Array, D: Array, losses: Array, a: float, b: float) -> Array:
@@ -130,17 +130,8 @@ def _start(N: Array, D: Array, losses: Array, a: float, b: float) -> Array:
 
     # Columns of order one, for precision.
     columns = np.stack([np.ones_like(N), (N / N.min()) ** -a, (D / D.min()) ** -b], axis=1)
-    E, A, B = nnls(columns, losses)[0]
-    floor = 1e-3 * losses.min()
-    return np.array(
-        [
-            np.log(max(E, floor)),
-            np.log(max(A, floor)) + a * np.log(N.min()),
-            np.log(max(B, floor)) + b * np.log(D.min()),
-            a,
-            b,
-        ]
-    )
+    E, A, B = np.log(np.maximum(nnls(columns, losses)[0], 1e-3 * losses.min()))
+    return np.array([E, A + a * np.log(N.min()), B + b * np.log(D.min()), a, b])
 
 
 def _best(N: Array, D: Array, logs: Array, starts: Sequence[Array]) -> Law:
@@ -150,10 +141,11 @@ def _best(N: Array, D: Array, logs: Array, starts: Sequence[Array]) -> Law:
     log_N, log_D = np.log(N), np.log(D)
     # Centred, so that an exponent can change without its factor.
     middle_N, middle_D = log_N.mean(), log_D.mean()
+    x_N, x_D = log_N - middle_N, log_D - middle_D
 
     def terms(x: Array) -> Array:
         e, A, B, a, b = x
-        return np.stack([np.full_like(logs, e), A - a * (log_N - middle_N), B - b * (log_D - middle_D)])
+        return np.stack([np.full_like(logs, e), A - a * x_N, B - b * x_D])
 
     def residuals(x: Array) -> Array:
         return np.asarray(logsumexp(terms(x)) - logs)
@@ -161,14 +153,11 @@ def _best(N: Array, D: Array, logs: Array, starts: Sequence[Array]) -> Law:
     def slopes(x: Array) -> Array:
         each = terms(x)
         e, A, B = np.exp(each - logsumexp(each))
-        return np.stack([e, A, B, -A * (log_N - middle_N), -B * (log_D - middle_D)], axis=1)
+        return np.stack([e, A, B, -A * x_N, -B * x_D], axis=1)
 
-    tries = []
-    for start in starts:
-        x = np.clip(_centred(start, middle_N, middle_D), LOW, HIGH)
-        tries.append(
-            least_squares(residuals, x, slopes, (LOW, HIGH), loss="huber", f_scale=DELTA, x_scale=1.0, max_nfev=300)
-        )
+    settings = {"bounds": (LOW, HIGH), "loss": "huber", "f_scale": DELTA, "x_scale": 1.0, "max_nfev": 300}
+    clipped = [np.clip(_centred(start, middle_N, middle_D), LOW, HIGH) for start in starts]
+    tries = [least_squares(residuals, x, slopes, **settings) for x in clipped]
     e, A, B, a, b = min(tries, key=lambda found: found.cost).x
     return Law(*(float(x) for x in (np.exp(e), np.exp(A + a * middle_N), np.exp(B + b * middle_D), a, b)))
 

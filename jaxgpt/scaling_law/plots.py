@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxgpt.display import charts
 from jaxgpt.display.charts import (
@@ -49,36 +51,28 @@ def law(found: Fit, points: Sequence[tuple[int, int, float]]) -> Spec:
         for n in sizes
         for row in columns(N=f"{n:,}", tokens=along, flops=FLOPS * n * along, loss=found.law.loss(n, along))
     ]
-    amounts = sorted(set(D.tolist()))
-    axis = {"values": amounts, "labelOverlap": False} if len(amounts) <= 8 else {"tickCount": 6}
-
-    def panel(x: Spec, y: Spec) -> Spec:
-        encoding = {"x": x, "y": y, "color": color}
+    low, high = FLOPS * sizes[0] * along[0], FLOPS * sizes[-1] * along[-1]
+    tokens = quantity("tokens", "tokens D", {"format": ".3~s", "tickCount": 6}, type="log", nice=False)
+    axis = {"values": ticks(low, high), "format": ".0~e"}
+    flops = quantity("flops", f"FLOPs, {FLOPS} N D", axis, type="log", nice=False)
+    panels: list[Spec] = []
+    for x in (tokens, flops):
+        encoding = {"x": x, "y": {**y, "title": None if panels else y["title"]}, "color": color}
         lines = layer(curves, "line", encoding, clip=True, strokeWidth=1.6)
         dots = layer(measured, "point", {**encoding, "shape": shape}, filled=True, size=60, opacity=1)
-        return {"width": 400, "height": 340, "layer": [lines, dots]}
-
-    by_tokens = panel(quantity("tokens", "tokens D", {"format": ".3~s", **axis}, type="log", nice=False), y)
-    low, high = FLOPS * sizes[0] * along[0], FLOPS * sizes[-1] * along[-1]
-    x = quantity("flops", f"FLOPs, {FLOPS} N D", {"values": ticks(low, high), "format": ".0~e"}, type="log", nice=False)
-    by_compute = panel(x, {**y, "title": None})
-    by_compute["layer"] += _frontier(found, low, high, x, y)
-    return chart(hconcat=[by_tokens, by_compute])
+        panels.append({"width": 400, "height": 340, "layer": [lines, dots]})
+    panels[1]["layer"] += _frontier(found, np.geomspace(low, high, 60), flops, {**y, "title": None})
+    return chart(hconcat=panels)
 
 
-def _frontier(found: Fit, low: float, high: float, x: Spec, y: Spec) -> list[Spec]:
-    """The least loss for each budget between `low` and `high` FLOPs, and the band of the resampled laws."""
-    budgets, y = np.geomspace(low, high, 60), {**y, "title": None}
-    laws = [found.law, *found.resampled]
-    best, *others = np.array([[law.loss(*law.optimum(budget)) for budget in budgets] for law in laws])
-    layers = [
-        layer(columns(flops=budgets, loss=best), "line", {"x": x, "y": y}, color=INK, strokeDash=[6, 3], clip=True)
-    ]
-    if others:
-        ends = np.quantile(others, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], axis=0)
-        band = columns(flops=budgets, loss=ends[0], high=ends[1])
-        layers.insert(
-            0, layer(band, "area", {"x": x, "y": y, "y2": {"field": "high"}}, color=INK, opacity=0.15, clip=True)
-        )
+def _frontier(found: Fit, budgets: NDArray[Any], x: Spec, y: Spec) -> list[Spec]:
+    """The least loss for each budget of FLOPs, and the band of the resampled laws."""
+    best, *others = (np.array([law.loss(*law.optimum(b)) for b in budgets]) for law in (found.law, *found.resampled))
+    low, high = np.quantile(others or [best], [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], axis=0)
+    band, at = columns(flops=budgets, best=best, loss=low, high=high), {"x": x, "y": y}
     text = f"dashed: least loss for a budget, with its {INTERVAL:.0%} band"
-    return [*layers, label(text, {"value": 400}, {"value": 6}, QUIET, align="right")]
+    return [
+        layer(band, "area", {**at, "y2": {"field": "high"}}, color=INK, opacity=0.15, clip=True),
+        layer(band, "line", {"x": x, "y": {**y, "field": "best"}}, color=INK, strokeDash=[6, 3], clip=True),
+        label(text, {"value": 400}, {"value": 6}, QUIET, align="right"),
+    ]

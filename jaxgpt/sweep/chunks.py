@@ -61,15 +61,14 @@ def split(
     found = []
     for members in programs.values():
         names = tuple(name for name in MAPPED if len({setting(configs[i], name) for i in members}) > 1)
-        lengths: dict[int, list[int]] = {}
-        for i in members:
-            if i not in finished:
-                lengths.setdefault(configs[i].train.steps, []).append(i)
-        for alike in lengths.values():
-            base, over = configs[alike[0]], min(devices, len(alike), at_once or devices)
-            n = -(-len(alike) // most(base, over, at_once))
-            size = -(-len(alike) // n // over) * over
-            found += [Chunk(base, names, tuple(alike[i : i + size]), over) for i in range(0, len(alike), size)]
+        for steps in dict.fromkeys(configs[i].train.steps for i in members):
+            alike = [i for i in members if configs[i].train.steps == steps and i not in finished]
+            if alike:
+                over = min(devices, len(alike), at_once or devices)
+                n = -(-len(alike) // most(configs[alike[0]], over, at_once))
+                size = -(-len(alike) // n // over) * over
+                each = range(0, len(alike), size)
+                found += [Chunk(configs[alike[0]], names, tuple(alike[i : i + size]), over) for i in each]
     return found
 
 

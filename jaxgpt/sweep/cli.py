@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from jaxgpt import machine
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import DataDir, parse, take_recipe
 from jaxgpt.config import Config, UsageError, to_json, to_tree
@@ -74,7 +75,7 @@ def run(args: list[str]) -> int:
     path, console = given.sweeps_dir / given.name, RunConsole()
     console.print(corpus.summary)
     console.print(f"{len(members)} members in {path}, over {len(devices)} x {devices[0].device_kind}")
-    with SweepFolder.held(path, asked, "--name OTHER") as folder:
+    with SweepFolder.held(path, asked) as folder:
         if folder.finished:
             console.print(f"{len(folder.finished)} of them are finished already")
         with sweeps.SweepDisplay(console, members, folder.lines) as display:
@@ -119,5 +120,4 @@ def use_cores(most: int) -> None:
 
     unset = jax.config.values["jax_num_cpu_devices"] < 0
     if unset and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", min(cores, most))
+        jax.config.update("jax_num_cpu_devices", min(machine.cores(), most))

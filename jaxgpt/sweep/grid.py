@@ -77,7 +77,11 @@ def members(base: Config, axes: Sequence[Axis], seeds: int) -> list[Member]:
     for values in itertools.product(*(axis.values for axis in axes)):
         setting = dict(zip(names, values, strict=True))
         for seed in range(base.train.seed, base.train.seed + seeds):
-            found.append(Member(_checked(replaced(base, **setting, seed=seed), setting), setting))
+            tree = configs.to_tree(replaced(base, **setting, seed=seed))
+            try:
+                found.append(Member(configs.check(configs.from_tree(tree), new=True), setting))  # checks types too
+            except ConfigError as error:
+                raise ConfigError(f"with {describe(setting)}: {error}" if setting else str(error)) from error
     return found
 
 
@@ -92,22 +96,14 @@ def describe(setting: dict[str, Any]) -> str:
     )
 
 
-def _checked(config: Config, setting: dict[str, Any]) -> Config:
-    try:
-        return configs.check(configs.from_tree(configs.to_tree(config)), new=True)  # check types too
-    except ConfigError as error:
-        raise ConfigError(f"with {describe(setting)}: {error}" if setting else str(error)) from error
-
-
 def _kinds() -> dict[str, Any]:
-    """The type of every setting, without those of the data and vocabulary (losses on different texts cannot be
-    compared), and of checkpoints and loss estimates, which a sweep does not make."""
+    """The type of every setting that a sweep varies: not of the data and vocabulary (losses on different texts cannot
+    be compared), nor of checkpoints and loss estimates, which it does not make."""
     sections = [field.type for field in dataclasses.fields(Config) if field.name != "data"]
     kinds = {name: kind for section in sections for name, kind in typing.get_type_hints(section).items()}
     kinds["min_learning_rate"] = float  # None is only its default
-    for name in ("vocab_size", "eval_batches", "keep", "keep_every", "on_save_error"):
-        del kinds[name]
-    return kinds
+    fixed = ("vocab_size", "eval_batches", "keep", "keep_every", "on_save_error")
+    return {name: kind for name, kind in kinds.items() if name not in fixed}
 
 
 def _read(text: str, kind: Any, value: str) -> Any:

@@ -1,16 +1,16 @@
 """Many runs as one program: seeds and continuous settings are mapped over, each member a run like any other.
 
-What is mapped is the training step itself: inside the map, the continuous settings of a config are replaced by traced
-numbers. Discrete settings (sizes, kinds) make a program each. The members lie on a mesh of one axis, some on each
-device: side by side there (vmap) on accelerators, one after another (lax.map) on CPUs, where a product gains nothing
-from company, and a device for each core keeps all of them busy.
+The training step itself is mapped: the continuous settings of a config are a pytree of traced numbers. Discrete
+settings (sizes, kinds) make a program each. The members are sharded over a mesh of one axis. On accelerators those of a
+device are computed side by side (vmap), on CPUs one after another (lax.map): batched matmuls are no faster there, and a
+device for each core keeps all of them busy.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -63,21 +63,13 @@ class Program:
     devices: tuple[Any, ...]
 
     @cached_property
-    def mesh(self) -> Mesh:
-        return Mesh(np.array(self.devices), ("member",))
+    def over_members(self) -> NamedSharding:
+        return NamedSharding(Mesh(np.array(self.devices), ("member",)), P("member"))
 
     @property
     def one_by_one(self) -> bool:
-        """Whether the members of a device take turns, and do not go side by side."""
+        """Whether the members of a device take turns, and are not computed side by side."""
         return bool(self.devices[0].platform == "cpu")
-
-    @property
-    def over_members(self) -> NamedSharding:
-        return NamedSharding(self.mesh, P("member"))
-
-    @property
-    def everywhere(self) -> NamedSharding:
-        return NamedSharding(self.mesh, P())
 
     def hyper(self, values: dict[str, jax.Array]) -> Hyperparameters:
         """Those of a member: `values` where they are mapped, else those of the base config."""
@@ -93,19 +85,16 @@ class Program:
         """tokens (N,) or None, states, values, windows (M, K, ...) -> states K steps later, metrics (M, K). Donates
         states."""
 
-        def of_one(
-            tokens: jax.Array | None, state: TrainState, values: dict[str, jax.Array], windows: jax.Array
-        ) -> Any:
+        def of_one(tokens: Any, state: TrainState, values: dict[str, jax.Array], windows: jax.Array) -> Any:
             return train_steps(self.base, state, tokens, windows, self.hyper(values))
 
         return jax.jit(self._spread(of_one, shared=1), donate_argnums=1)
 
     @cached_property
     def losses(self) -> Any:
-        """params, batch (B, T), skip (B,) -> `window_losses` of M members, (M, B)."""
+        """batch (B, T), skip (B,), params -> `window_losses` of M members, (M, B)."""
         model = self.base.model
-        of_all = self._spread(lambda batch, skip, params: window_losses(model, params, batch, skip), shared=2)
-        return jax.jit(lambda params, batch, skip: of_all(batch, skip, params))
+        return jax.jit(self._spread(lambda batch, skip, params: window_losses(model, params, batch, skip), shared=2))
 
     def _spread(self, function: Any, shared: int) -> Any:
         """`function` of one member for M of them: its first `shared` arguments are the same for all, the others have an
@@ -119,8 +108,8 @@ class Program:
 
         def of_all(*given: Any) -> Any:
             specs = (P(),) * shared + (P("member"),) * (len(given) - shared)
-            spread = partial(jax.shard_map, mesh=self.mesh, out_specs=P("member"), check_vma=False)
-            return spread(on_device, in_specs=specs)(*given)
+            mesh = self.over_members.mesh
+            return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P("member"), check_vma=False)(*given)
 
         return of_all
 
@@ -156,46 +145,44 @@ def train(
     Raises:
       OutOfMemoryError: the compiled step does not fit.
     """
-    steps, base, members = chunk.base.train.steps, chunk.base, chunk.members
+    base, members, over = chunk.base, chunk.members, program.over_members
     filled = [configs[i] for i in (*members, *members[-1:] * (chunk.size - len(members)))]
     train_tokens, val_tokens = corpus.split(base.data)
-    values = jax.device_put({name: _column(filled, name) for name in chunk.names}, program.over_members)
-    watch = Watch(base, len(members))
-
-    parts = corpus.training_parts(base.data)
+    parts, watch = corpus.training_parts(base.data), Watch(base, members)
     whole = len(train_tokens) <= DEVICE_TOKENS
-    on_device = jax.device_put(np.asarray(train_tokens), program.everywhere) if whole else None
+    everywhere = NamedSharding(over.mesh, P())
+    on_device = jax.device_put(np.asarray(train_tokens), everywhere) if whole else None
+    # One member, or equal ones: the map still needs an axis.
+    values = jax.device_put({name: _column(filled, name) for name in chunk.names or ("seed",)}, over)
 
-    def feed(begin: int, end: int) -> tuple[jax.Array | None, jax.Array]:
-        """The tokens on the devices, and the windows (M, K, ...) of these steps, as `train_steps` takes them."""
+    def load(begin: int, end: int) -> jax.Array:
+        """The windows (M, K, ...) of these steps, as `train_steps` takes them."""
         starts = np.stack([config_starts(config, parts, begin, end) for config in filled])
         windows = starts.astype(np.int32) if whole else batches.gather(train_tokens, starts, base.model.block_size)
-        return on_device, jax.device_put(windows, program.over_members)
+        return jax.device_put(windows, over)
 
     def score(state: TrainState, step: int) -> list[Scored]:
-        scores = evaluate(program, state.params, corpus, val_tokens, chunk.size)
-        return watch.scored(members, step, scores, step == steps)
+        return watch.scored(step, evaluate(program, state.params, corpus, val_tokens, chunk.size))
 
-    if not chunk.names:  # one member, or equal ones: the map still needs an axis
-        values = {"seed": jax.device_put(_column(filled, "seed"), program.over_members)}
     with ThreadPoolExecutor(1, "compile") as background:
-        tokens, first = feed(*next(chunks(base, 0)))
-        shapes = jax.eval_shape(program.init, values)
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.over_members), shapes)
-        ahead = background.submit(lambda: program.steps.lower(tokens, like, values, first).compile())
+        first, shapes = load(*next(chunks(base, 0))), jax.eval_shape(program.init, values)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over), shapes)
+        ahead = background.submit(lambda: program.steps.lower(on_device, like, values, first).compile())
         state = program.init(values)
         if base.train.eval_start:
             yield score(state, 0)
+        steps = ahead.result()
         with fewer_would_fit(chunk.size):
-            memory.require_compiled(ahead.result(), base, shards=Shards(per_host=len(program.devices)))
+            memory.require_compiled(steps, base, shards=Shards(per_host=len(program.devices)))
     for begin, end in chunks(base, 0):
-        tokens, found = feed(begin, end)
-        state, metrics = program.steps(tokens, state, values, found)
-        if losses := watch.flush():
-            yield Progress(members, begin, steps, losses)
-        watch.trained(metrics)
+        windows = load(begin, end)
+        compiled = steps if windows.shape == first.shape else program.steps
+        state, metrics = compiled(on_device, state, values, windows)
+        if losses := watch.read():
+            yield Progress(members, begin, base.train.steps, losses)
+        watch.unread = metrics
         if due(base, end):
-            watch.flush()
+            watch.read()
             yield score(state, end)
             if watch.ended.all():
                 return
@@ -209,50 +196,44 @@ def evaluate(program: Program, params: Any, corpus: Corpus, tokens: batches.Ids,
         B = max(1, SCORED_BY_A_CORE // model.block_size)
     else:
         B = windows_per_batch(model, len(starts), -(-M // len(program.devices)))
-    losses = partial(program.losses, params)
-    sums = loss_sums(losses, tokens, model.block_size, starts, skip, B)
+    sums = loss_sums(lambda *batch: program.losses(*batch, params), tokens, model.block_size, starts, skip, B)
     return [evaluation(each, model.block_size - skip, tokens, corpus.tokenizer) for each in sums]
 
 
 class Watch:
     """The losses of the members of a chunk, read one scan late, and which of them diverged."""
 
-    def __init__(self, base: Config, n: int):
-        self._patience, self._n = base.train.max_skipped, n
-        self._unread: Metrics | None = None
-        self._skipped = np.zeros(n, int)
+    def __init__(self, base: Config, members: Sequence[int]):
+        n = len(members)
+        self._base, self._members, self._skipped = base, members, np.zeros(n, int)
+        self.unread: Metrics | None = None
+        """Metrics (M, K) that the devices may still be computing."""
         self.ended = np.zeros(n, bool)
-        self._over = set[int]()
-        self._means: list[float | None] = [None] * n
+        """Members without a finite loss in max_skipped steps in a row."""
+        self._over, self._means = set[int](), np.full(n, np.nan)
 
-    def trained(self, metrics: Metrics) -> None:
-        """Keep metrics (M, K) that the devices may still be computing."""
-        self._unread = metrics
-
-    def flush(self) -> list[float]:
+    def read(self) -> list[float]:
         """The newest loss of each member, which may wait for the devices; an empty list if there are no new ones."""
-        if self._unread is None:
+        if self.unread is None:
             return []
-        metrics, self._unread = jax.device_get(self._unread), None
-        losses, applied = metrics.loss[: self._n], metrics.applied[: self._n]
-        for one in applied.T:
-            self._skipped = np.where(one, 0, self._skipped + 1)
-            self.ended |= self._skipped >= self._patience
-        self._means = [float(x) for x in losses.mean(axis=1, dtype=np.float64)]
-        return [float(x) for x in losses[:, -1]]
+        n, metrics, self.unread = len(self.ended), jax.device_get(self.unread), None
+        for applied in metrics.applied[:n].T:
+            self._skipped = np.where(applied, 0, self._skipped + 1)
+            self.ended |= self._skipped >= self._base.train.max_skipped
+        self._means = metrics.loss[:n].mean(axis=1, dtype=np.float64)
+        return [float(x) for x in metrics.loss[:n, -1]]
 
-    def scored(self, members: Sequence[int], step: int, scores: Sequence[Evaluation], last: bool) -> list[Scored]:
-        """The scores of the members after `step` steps; members that ended by divergence are scored once."""
+    def scored(self, step: int, scores: Sequence[Evaluation]) -> list[Scored]:
+        """The scores of the members after `step` steps; one that ended by divergence is scored once."""
         found = []
-        for i, member in enumerate(members):
-            if i in self._over:
-                continue
-            lost = self.ended[i] or not math.isfinite(scores[i].loss)
-            mean = self._means[i]
-            mean = mean if mean is not None and math.isfinite(mean) else None
-            if self.ended[i]:
-                self._over.add(i)
-            found.append(Scored(member, step, None if lost else scores[i], mean, bool(last or self.ended[i])))
+        for member, score, ended, mean in zip(self._members, scores, self.ended, self._means, strict=False):
+            if member not in self._over:
+                lost = ended or not math.isfinite(score.loss)
+                train_loss = float(mean) if math.isfinite(mean) else None
+                done = bool(ended or step == self._base.train.steps)
+                found.append(Scored(member, step, None if lost else score, train_loss, done))
+            if ended:
+                self._over.add(member)
         return found
 
 

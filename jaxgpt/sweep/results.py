@@ -26,6 +26,7 @@ from jaxgpt.sweep.grid import Member
 
 LEVEL = 0.95
 """The probability that all intervals of a sweep hold at once."""
+RESTART = "--name OTHER"
 LINE = {"member", "setting", "seed", "step", "val_loss", "done"}
 """The fields of results.jsonl that are read."""
 
@@ -36,7 +37,7 @@ class SweepError(UsageError):
 
 @dataclass
 class SweepFolder:
-    """A sweep on disk, locked by one process at a time."""
+    """A sweep on files, locked by one process at a time."""
 
     path: Path
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -44,30 +45,27 @@ class SweepFolder:
 
     @classmethod
     @contextmanager
-    def held(cls, path: Path, asked: dict[str, Any], restart: str) -> Iterator["SweepFolder"]:
+    def held(cls, path: Path, asked: dict[str, Any]) -> Iterator["SweepFolder"]:
         """Make the folder, or resume the sweep in it, without the results of unfinished members.
 
         Args:
           asked: everything that the results depend on, as JSON.
-          restart: the option for another folder.
 
         Raises:
           SweepError: another process holds the folder, it is another sweep's, or it is damaged.
         """
         if path.is_dir() and not (path / "sweep.json").exists() and any(e.name != ".lock" for e in path.iterdir()):
-            raise SweepError(f"{path} exists but is not a sweep: choose another folder, {restart}")
+            raise SweepError(f"{path} exists but is not a sweep: choose another folder, {RESTART}")
         path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path / ".lock", timeout=0)
         try:
-            lock.acquire()
+            with filelock.FileLock(path / ".lock", timeout=0):
+                _require_same(path / "sweep.json", asked)
+                found = cls(path, _read(path / "results.jsonl"))
+                finished = found.finished
+                found.lines = [line for line in found.lines if line["member"] in finished]
+                yield found
         except filelock.Timeout:
-            raise SweepError(f"{path} is in use by another process; wait for it, or use {restart}") from None
-        with lock:
-            cls._require_same(path, asked, restart)
-            found = cls(path, cls._read(path / "results.jsonl"))
-            finished = found.finished
-            found.lines = [line for line in found.lines if line["member"] in finished]
-            yield found
+            raise SweepError(f"{path} is in use by another process; wait for it, or use {RESTART}") from None
 
     @property
     def finished(self) -> frozenset[int]:
@@ -78,8 +76,7 @@ class SweepFolder:
         """Add scores to results.jsonl; returns their lines."""
         new = [_line(members[score.member], score) for score in scores]
         self.lines += new
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        files.write_atomically(self.path / "results.jsonl", text.encode())
+        files.write_atomically(self.path / "results.jsonl", "".join(json.dumps(x) + "\n" for x in self.lines).encode())
         return new
 
     def train(
@@ -91,37 +88,36 @@ class SweepFolder:
         watch: Callable[[sweep.Progress | list[dict[str, Any]]], None] = lambda event: None,
     ) -> None:
         """Train the unfinished members; `watch` gets their progress and the lines that are written."""
-        configs = [member.config for member in members]
-        for event in sweep.run(configs, corpus, devices, at_once, self.finished):
+        for event in sweep.run([member.config for member in members], corpus, devices, at_once, self.finished):
             watch(event if isinstance(event, sweep.Progress) else self.add(members, event))
 
-    @staticmethod
-    def _require_same(path: Path, asked: dict[str, Any], restart: str) -> None:
-        file = path / "sweep.json"
-        if not file.exists():
-            files.write_atomically(file, files.seal(asked).encode())
-            return
-        try:
-            before = files.unseal(file.read_bytes())
-        except files.SealError as error:
-            raise SweepError(f"{file}: {error}; choose another folder, {restart}") from error
-        was, now = dict(_leaves(before)), dict(_leaves(json.loads(json.dumps(asked))))
-        names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-        if names:
-            lines = [f"  {name}: {was.get(name)!r} there, {now.get(name)!r} given" for name in names]
-            raise SweepError(
-                f"{path} holds a sweep with other settings; {restart} starts a new one:\n" + "\n".join(lines)
-            )
 
-    @staticmethod
-    def _read(file: Path) -> list[dict[str, Any]]:
-        try:
-            lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-            if not all(isinstance(line, dict) and line.keys() >= LINE for line in lines):
-                raise ValueError(f"a line must have {', '.join(sorted(LINE))}")
-        except ValueError as error:
-            raise SweepError(f"{file} is damaged: {error}; remove it to train its members again") from error
-        return lines
+def _require_same(file: Path, asked: dict[str, Any]) -> None:
+    """Write what is asked, or check that it is what is there."""
+    if not file.exists():
+        files.write_atomically(file, files.seal(asked).encode())
+        return
+    try:
+        before = files.unseal(file.read_bytes())
+    except files.SealError as error:
+        raise SweepError(f"{file}: {error}; choose another folder, {RESTART}") from error
+    was, now = dict(_leaves(before)), dict(_leaves(json.loads(json.dumps(asked))))
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    if names:
+        lines = [f"  {name}: {was.get(name)!r} there, {now.get(name)!r} given" for name in names]
+        raise SweepError(
+            f"{file.parent} holds a sweep with other settings; {RESTART} starts a new one:\n" + "\n".join(lines)
+        )
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    try:
+        lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+        if not all(isinstance(line, dict) and line.keys() >= LINE for line in lines):
+            raise ValueError(f"a line must have {', '.join(sorted(LINE))}")
+    except ValueError as error:
+        raise SweepError(f"{file} is damaged: {error}; remove it to train its members again") from error
+    return lines
 
 
 def prepare(base: Config, members: Sequence[Member], data_dir: Path) -> tuple[list[Member], Corpus]:
@@ -138,7 +134,7 @@ def prepare(base: Config, members: Sequence[Member], data_dir: Path) -> tuple[li
 def _line(member: Member, score: sweep.Scored) -> dict[str, Any]:
     """The line of a score; null for non-finite numbers."""
     found, names = score.evaluation, ("loss", "standard_error", "bits_per_char", "bits_per_byte")
-    values = [getattr(found, name) if found else math.nan for name in names]
+    values = [getattr(found, name, math.nan) for name in names]
     return {
         "member": score.member,
         "setting": member.setting,
@@ -205,13 +201,14 @@ def outcomes(lines: Sequence[dict[str, Any]], *, so_far: bool = False) -> list[O
         by_setting.setdefault(json.dumps(line["setting"]), []).append(line)
     found = []
     for mine in by_setting.values():
-        losses = {line["seed"]: _loss(line) for line in mine if so_far or line["done"]}
         steps: dict[int, list[float]] = {}
         for line in mine:
-            if not math.isnan(loss := _loss(line)):
-                steps.setdefault(line["step"], []).append(loss)
+            if line["val_loss"] is not None:
+                steps.setdefault(line["step"], []).append(line["val_loss"])
         curve = tuple((step, float(np.mean(each)), standard_error(each)) for step, each in sorted(steps.items()))
-        if losses:
+        last = {line["seed"]: line["val_loss"] for line in mine if so_far or line["done"]}
+        if last:
+            losses = {seed: math.nan if loss is None else loss for seed, loss in last.items()}
             found.append(Outcome(mine[0]["setting"], losses, curve))
     return sorted(found, key=lambda outcome: (math.isnan(outcome.mean), outcome.mean))
 
@@ -233,7 +230,3 @@ def difference(best: Outcome, other: Outcome, settings: int = 2) -> Difference:
     tail = (1 - LEVEL) / math.comb(settings, 2) / 2
     around = float(t.isf(tail, len(seeds) - 1)) * standard_error(higher)
     return Difference(mean, len(seeds), (mean - around, mean + around))
-
-
-def _loss(line: dict[str, Any]) -> float:
-    return math.nan if line["val_loss"] is None else float(line["val_loss"])

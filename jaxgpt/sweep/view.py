@@ -3,11 +3,9 @@
 import math
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
-from rich import box
-from rich.live import Live
+from rich import box, progress
 from rich.table import Table
 
 from jaxgpt.config import Config
@@ -15,7 +13,7 @@ from jaxgpt.monitor.chips import flops_per_token
 from jaxgpt.monitor.terminal import PLAIN_SECONDS, RunConsole, duration
 from jaxgpt.sweep.grid import Member, describe
 from jaxgpt.sweep.program import Progress
-from jaxgpt.sweep.results import LEVEL, Outcome, difference, outcomes
+from jaxgpt.sweep.results import LEVEL, Outcome, difference
 
 ROWS = 24
 """Settings in a table, at most, so that a live one fits on the screen."""
@@ -26,68 +24,58 @@ class SweepDisplay:
 
     def __init__(self, console: RunConsole, members: Sequence[Member], lines: Sequence[dict[str, Any]]):
         """`lines`: the results so far, a list that the sweep appends to."""
-        self._console, self._members, self._lines = console, members, lines
-        self._began = self._printed = time.monotonic()
+        self._console, self._lines, self._printed = console, lines, time.monotonic()
         self._flops = [flops_of_a_step(member.config) * member.config.train.steps for member in members]
-        self._before = sum(self._flops[i] for i in self._ended())
-        self._running: Progress | None = None
-        self._live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+        self._bar = progress.Progress(
+            "{task.description}",
+            progress.BarColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            speed_estimate_period=3600,
+            get_time=lambda: time.monotonic(),
+        )
+        done = sum(self._flops[i] for i in self._ended())
+        self._task = self._bar.add_task("compiling", total=sum(self._flops), completed=done)
 
     def __enter__(self) -> "SweepDisplay":
-        if self._live:
-            self._live.start()
-            self._live.update(self._table("compiling"))
+        self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.stop()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._bar.stop()
         if kind is KeyboardInterrupt:
             self._console.print(
-                f"{len(self._ended())} of {len(self._members)} members are done and kept; the same command again "
+                f"{len(self._ended())} of {len(self._flops)} members are done and kept; the same command again "
                 "trains the others, unfinished ones from their start"
             )
 
     def __call__(self, event: Progress | list[dict[str, Any]]) -> None:
         """Show progress, or new lines of results."""
-        now = time.monotonic()
+        ended, now, in_training = self._ended(), time.monotonic(), isinstance(event, Progress)
         if isinstance(event, Progress):
-            self._running = event
-            finite = [loss for loss in event.losses if math.isfinite(loss)]
-            losses = f"losses {min(finite):.3f} to {max(finite):.3f}" if finite else "no finite loss"
-            n, at = len(event.members), f"step {event.step:,} of {event.steps:,}, {losses}{self.left()}"
+            n, losses, at = len(event.members), event.losses, f"step {event.step:,} of {event.steps:,}, losses"
+            running = sum(self._flops[i] * event.step // event.steps for i in event.members if i not in ended)
+            self._bar.update(self._task, completed=sum(self._flops[i] for i in ended) + running)
         else:
-            finite = [line["val_loss"] for line in event if line["val_loss"] is not None]
-            found = [f"validation losses {min(finite):.4f} to {max(finite):.4f}"] if finite else []
-            found += [f"{len(event) - len(finite)} diverged"] if len(finite) < len(event) else []
-            n, at = len(event), f"step {event[0]['step']:,}, {', '.join(found)}"
-        text = f"{n} of {len(self._members)} members: {at}"
-        if self._live:
-            self._live.update(self._table(text))
-        elif not isinstance(event, Progress) or now - self._printed > PLAIN_SECONDS:
+            n, losses = len(event), [math.nan if line["val_loss"] is None else line["val_loss"] for line in event]
+            at = f"step {event[0]['step']:,}, validation losses"
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        between = f"{min(finite):.4f} to {max(finite):.4f}" if finite else "not finite"
+        lost = f", {n - len(finite)} diverged" if 0 < len(finite) < n else ""
+        text = f"{n} of {len(self._flops)} members: {at} {between}{lost}{self.left()}"
+        self._bar.update(self._task, description=text)
+        if not self._console.is_terminal and (not in_training or now - self._printed > PLAIN_SECONDS):
             self._console.print(text)
             self._printed = now
 
     def left(self) -> str:
         """The time left, by the FLOPs done and left."""
-        ended, event = self._ended(), self._running
-        done = sum(self._flops[i] for i in ended) - self._before
-        if event:
-            done += sum(self._flops[i] * event.step // event.steps for i in event.members if i not in ended)
-        if not done:
-            return ""
-        seconds = (time.monotonic() - self._began) * (sum(self._flops) - self._before - done) / done
-        return f", {duration(seconds)} left"
+        seconds = self._bar.tasks[0].time_remaining
+        return f", {duration(seconds)} left" if seconds else ""
 
     def _ended(self) -> set[int]:
         return {line["member"] for line in self._lines if line["done"]}
-
-    def _table(self, caption: str) -> Table:
-        shown = table(outcomes(self._lines, so_far=True), self._members)
-        shown.caption = caption
-        return shown
 
 
 def flops_of_a_step(config: Config) -> int:
@@ -120,18 +108,16 @@ def verdict(found: Sequence[Outcome]) -> str:
     if math.isnan(best.mean):
         return "every setting diverged with at least one seed: try smaller learning rates"
     error = "" if math.isnan(best.standard_error) else f" ± {best.standard_error:.4f}"
-    n = len(best.losses)
-    seeds = f"the mean of {n} seeds" if n > 1 else "one seed"
+    seeds = f"the mean of {len(best.losses)} seeds" if len(best.losses) > 1 else "one seed"
     text = f"best: {describe(best.setting) or 'the only setting'}: {best.mean:.4f}{error} nats/token, {seeds}"
     if k < 2:
         return text
     after = found[1]
+    text += f"; the next, {describe(after.setting)}, "
     if after.diverged:
-        return (
-            f"{text}; the next, {describe(after.setting)}, diverged with {after.diverged} of {len(after.losses)} seeds"
-        )
+        return f"{text}diverged with {after.diverged} of {len(after.losses)} seeds"
     paired = difference(best, after, k)
-    text += f"; the next, {describe(after.setting)}, is {paired.mean:.4f} higher"
+    text += f"is {paired.mean:.4f} higher"
     if paired.interval is None:
         return f"{text}; one seed gives no interval and does not show that it is worse: --seeds 4"
     low, high = paired.interval

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.config import from_tree
-from jaxgpt.profile.rounds import Contestant, answer_rounds, peak_resident_bytes
+from scripts.benchmarks.contest import Contestant, JaxContestant, answer_rounds, peak_resident_bytes
 
 
 def build(task: str, config: Any, **settings: Any) -> Contestant:
@@ -33,7 +33,6 @@ def jaxgpt_training(config: Any) -> Contestant:
 
     from jaxgpt.data import loader
     from jaxgpt.mesh import one_device
-    from jaxgpt.profile.stages import JaxContestant
     from jaxgpt.step import jit_train_steps, sharded_init
 
     K = config.train.scan_steps
@@ -69,7 +68,6 @@ def jaxgpt_sampling(config: Any, batch_size: int, n_tokens: int, temperature: fl
     import jax
 
     from jaxgpt import model
-    from jaxgpt.profile.stages import JaxContestant
     from jaxgpt.sample import SamplingParams, generate
 
     class Sampling(JaxContestant):

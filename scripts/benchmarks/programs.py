@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.profile import rounds
+from jaxgpt.profile import timing
 from jaxgpt.profile.report import Report, facts
 from jaxgpt.recipes import RECIPES
 from jaxgpt.recipes import recipe as recipe_of
+from scripts.benchmarks import contest
 from scripts.benchmarks.rates import Way, require
 from scripts.benchmarks.shapes import Device
 
@@ -56,8 +57,8 @@ class Place:
           WorkerError: it failed; with the last line that it printed.
         """
         caches = {"XDG_CACHE_HOME": "cache", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-        env = rounds.environment(self.device) | {name: str(self.folder / below) for name, below in caches.items()}
-        before, own, began = rounds.machine_seconds(), _children_seconds(), time.monotonic()
+        env = contest.environment(self.device) | {name: str(self.folder / below) for name, below in caches.items()}
+        before, own, began = timing.machine_seconds(), _children_seconds(), time.monotonic()
         words = [word.replace("{began}", repr(began)) for word in words]
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen([sys.executable, "-m", *words], env=env, stdout=output, stderr=output)
@@ -77,8 +78,8 @@ class Place:
             output.seek(0)
             last = output.read().decode(errors="replace").strip().splitlines()[-1:] or [""]
         if not met and (until or process.returncode):
-            raise rounds.WorkerError(f"{' '.join(words)}: exit code {process.returncode}: {last[0][:300]}")
-        return seconds, rounds.others(before, rounds.machine_seconds(), _children_seconds() - own)
+            raise contest.WorkerError(f"{' '.join(words)}: exit code {process.returncode}: {last[0][:300]}")
+        return seconds, timing.others(before, timing.machine_seconds(), _children_seconds() - own)
 
     def train(self, name: str, words: Sequence[str], until: Callable[[], bool] | None = None) -> tuple[float, float]:
         """`jaxgpt train WORDS` as run `name`, with a corpora folder of its own, so that each prepares its text."""
@@ -142,7 +143,7 @@ def speedrun(
         else:
             cold, cache = name.replace(" warm", " cold"), name.split()[1]
             if cache == "warm" and len(runs.get(cold, [])) <= turn:
-                raise rounds.WorkerError("the cold run before it failed, and left no cache")
+                raise contest.WorkerError("the cold run before it failed, and left no cache")
             place = Place(Path(root) / f"{name.split()[0]}-{turn}", device)
             done = run_ours(corpus, place, name.split()[0], cache, seed + turn, steps)
         runs[name].append(done)
@@ -150,11 +151,11 @@ def speedrun(
         return float(done["seconds"])
 
     with tempfile.TemporaryDirectory(prefix="jaxgpt-bench-") as root:
-        times, failed = rounds.alternate(names, repeats, run)
+        times, failed = contest.alternate(names, repeats, run)
     shares = [done["others"] for each in runs.values() for done in each]
     theirs = times.get("torch", [])
     rows = [speedrun_row(name, found, theirs, runs[name], bound) for name, found in times.items()]
-    notes = [*SPEEDRUN_NOTES, rounds.disturbance(shares)]
+    notes = [*SPEEDRUN_NOTES, timing.disturbance(shares)]
     tables = [{"title": f"From process start to process end, {len(theirs)} seeds", "rows": rows}]
     return _report("speedrun", device, tables, notes, failed) | {"runs": runs}
 
@@ -187,8 +188,8 @@ def speedrun_row(
     n = min(len(seconds), len(theirs))
     return {
         "run": name,
-        "torch / this": rounds.ratio(theirs[:n], seconds[:n]) if n else None,
-        "seconds": rounds.series(seconds),
+        "torch / this": timing.ratio(theirs[:n], seconds[:n]) if n else None,
+        "seconds": timing.series(seconds),
         "within torch's time": all(a <= b for a, b in zip(seconds, theirs, strict=False)) if n else None,
         "mean loss": f"{sum(losses) / len(losses):.4f}",
         f"reached {bound}": f"{sum(loss <= bound for loss in losses)} of {len(losses)}",
@@ -225,9 +226,9 @@ def startup(corpus: str = "", device: Device = "cpu", recipe: str = "gpt-demo", 
 
     with tempfile.TemporaryDirectory(prefix="jaxgpt-bench-") as root:
         names = ["help", "first step cold", "first step warm"]
-        times, failed = rounds.alternate(names, repeats, run)
-    rows = [{"what": name, "seconds": rounds.series(found)} for name, found in times.items()]
-    notes = [*STARTUP_NOTES, f"recipe: {recipe}", rounds.disturbance(shares)]
+        times, failed = contest.alternate(names, repeats, run)
+    rows = [{"what": name, "seconds": timing.series(found)} for name, found in times.items()]
+    notes = [*STARTUP_NOTES, f"recipe: {recipe}", timing.disturbance(shares)]
     return _report("startup", device, [{"title": "Seconds from process start", "rows": rows}], notes, failed)
 
 

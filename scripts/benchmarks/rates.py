@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from jaxgpt.config import Config, MissingExtraError, UsageError, to_tree
 from jaxgpt.profile.report import Report, facts
-from jaxgpt.profile.rounds import Contest, Rates, Series, disturbance, ratio, series
+from jaxgpt.profile.timing import Rates, Series, disturbance, ratio, series
+from scripts.benchmarks.contest import Contest
 from scripts.benchmarks.shapes import (
     PRECISIONS,
     Device,

@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from jaxgpt.config import MissingExtraError, ModelConfig, OptimizerConfig, UsageError, to_tree
-from jaxgpt.profile import rounds
-from scripts.benchmarks import ablation, contestants, programs, rates
+from scripts.benchmarks import ablation, contest, contestants, programs, rates
 from scripts.benchmarks.programs import Place
 from scripts.benchmarks.shapes import config_of
 
@@ -81,7 +80,7 @@ def test_a_process_is_timed_until_something_holds(tmp_path):
 
 @pytest.mark.parametrize("until", [None, lambda: False])
 def test_why_a_process_failed_is_reported(until, tmp_path):
-    with pytest.raises(rounds.WorkerError, match=r"jaxgpt nonsense: exit code 2: .*"):
+    with pytest.raises(contest.WorkerError, match=r"jaxgpt nonsense: exit code 2: .*"):
         Place(tmp_path, "cpu").run(["jaxgpt", "nonsense"], until)
 
 
@@ -120,7 +119,7 @@ def test_a_warm_run_needs_its_cold_run(monkeypatch):
 
     def ours(corpus, place, name, cache, seed, steps):
         assert cache == "cold"
-        raise rounds.WorkerError("no disk")
+        raise contest.WorkerError("no disk")
 
     monkeypatch.setattr(programs, "run_ours", ours)
     monkeypatch.setattr(programs, "run_twin", lambda *given: {"seconds": 2.0, "loss": 1.9, "others": 0.0})

@@ -4,122 +4,166 @@ import json
 import jax
 import pytest
 
-from jaxgpt import cli, cost
-from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError
+from jaxgpt import cli, cost, model
+from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, UsageError
 from jaxgpt.display import charts
-from jaxgpt.monitor.chips import flops_per_token
-from jaxgpt.profile import inspection, plots, report, roofline, stages
-from jaxgpt.profile.roofline import Machine, Work
+from jaxgpt.profile import hlo, inspection, plots, report, roofline
+from jaxgpt.profile.programs import programs, xla_counts
+from jaxgpt.profile.roofline import Machine, Part
 
-CONFIG = Config(
-    model=ModelConfig(vocab_size=13, block_size=8, n_layer=1, n_head=2, n_embd=16),
+PLAIN = Config(
+    model=ModelConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=128),
     optimizer=OptimizerConfig(warmup_steps=2),
-    train=TrainConfig(steps=20, batch_size=4, accumulate=2),
+    train=TrainConfig(steps=200, batch_size=8),
 )
+"""Wide for its context, so that matmuls are most of its work."""
 
 
-def work(flops, n_bytes):
-    return Work("it", False, 1, flops, 0, n_bytes, lambda: None)
+def of(**model):
+    return dataclasses.replace(PLAIN, model=dataclasses.replace(PLAIN.model, **model))
 
 
 def test_the_roof_is_the_larger_of_two_times():
     machine = Machine(flops=100.0, bandwidth=10.0)
     assert machine.ridge == 10.0
-    assert machine.least(work(1000.0, 100)) == 10.0, "on the ridge both are the same"
-    assert machine.least(work(2000.0, 100)) == 20.0
-    assert machine.least(work(1000.0, 200)) == 20.0
-    rows = inspection.roofline_rows([work(2000.0, 100), work(500.0, 100)], [40.0, 20.0], machine)
+    works = [Part("mlp", False, 2000, 100, 40.0), Part("mlp", True, 500, 100, 20.0), Part("wpe", True, 1, 100, 0.0)]
+    assert [part.least(machine) for part in works] == [20.0, 10.0, 10.0]
+    rows = roofline.rows(works, machine)
+    assert [row["pass"] for row in rows] == ["forward", "backward"], "what the profile did not see has no row"
     assert [row["bound by"] for row in rows] == ["compute", "memory"]
     assert [row["of the roof, %"] for row in rows] == [50.0, 50.0]
     assert [row["FLOP/byte"] for row in rows] == [20.0, 5.0]
 
 
-OPTIONS = [
-    {},
-    {"bias": True, "tie_weights": False, "scan_layers": True},
-    {"norm": "rms", "mlp": "swiglu", "bias": True},
-    {"mlp": "relu2", "n_kv_head": 2, "n_head": 4, "value_embed": True},
-    {"position": "rope", "qk_norm": True, "smear": True, "bigram_embed": True},
-    {"softcap": 15.0, "window": 3, "precision": "bfloat16"},
-    {"kind": "bigram"},
-]
-
-
-@pytest.mark.parametrize("change", OPTIONS, ids=str)
-def test_the_parts_have_the_matmuls_of_the_model(change):
-    """All parts together: those of a forward pass, and three times those with the backward pass."""
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, n_layer=2, **change))
-    tokens = CONFIG.train.batch_size // CONFIG.train.accumulate * CONFIG.model.block_size
-    forward = flops_per_token(config.model) * tokens
-    works = roofline.works(config)
-    assert sum(each.times * each.matmul_flops for each in works if not each.training) == forward
-    assert sum(each.times * each.matmul_flops for each in works if each.training) == 3 * forward
-
-
-def test_the_memory_traffic_of_parts():
-    works = {each.part: each for each in roofline.works(CONFIG) if not each.training or each.part == "optimizer"}
-    n = 4 * cost.n_params(CONFIG.model)
-    assert works["optimizer"].bytes == pytest.approx(4 * n + 3 * n, rel=1e-2), "reads p, m, v, g; writes p, m, v"
-    assert works["MLP"].bytes == 4 * (2 * 2 * 8 * 16 + 2 * 16 * 64), "input, output, two kernels"
+@pytest.mark.parametrize(
+    ("origin", "part"),
+    [
+        ("jvp(GPT)/h_*/attn/dot_general", ("h_*/attn", False)),
+        ("while/body/transpose(jvp(GPT))/while/body/h/attn/c_proj/transpose", ("h_*/attn/c_proj", True)),
+        ("checkpoint/rematted_computation/h_*/attn/mul", ("h_*/attn", True)),
+        ("transpose(jvp(GPT))/jit(_take)/scatter-add", (roofline.OUTSIDE, True)),
+        ("jvp()/exp", (roofline.OUTSIDE, False)),
+        ("jit(_where)/select_n", ("optimizer", False)),
+        ("", ("unnamed", False)),
+    ],
+)
+def test_an_instruction_belongs_to_the_module_that_it_was_traced_in(origin, part):
+    assert roofline.part_of(origin, {"h_*", "attn", "c_proj"}) == part
 
 
 def test_the_machine_is_measured_by_its_best_rounds():
-    machine = roofline.measure_machine("float32", n=64, streamed=2**22, seconds=0.0, rounds=1)
-    assert min(machine) > 1e6
-    before = stages.page_faults()
+    resource = pytest.importorskip("resource")
+    assert min(roofline.measure_machine("float32", n=64, streamed=2**22, seconds=0.0, rounds=1)) > 1e6
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     roofline.measure_machine("float32", n=64, streamed=2**22, seconds=0.0, rounds=40)
-    assert stages.page_faults() - before < 4 * 4 * 2**22 / 4096, "memory is measured, not the allocation of pages"
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert pages < 4 * 4 * 2**22 / 4096, "memory is measured, not the allocation of pages"
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_table_of_parameters_is_the_tree(stacked):
+    config = of(n_layer=3, bias=True, tie_weights=False, scan_layers=stacked).model
+    *rows, whole = inspection.parameter_rows(config)
+    params = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
+    assert whole["count"] == cost.n_params(config) == sum(x.size for x in jax.tree.leaves(params))
+    assert sum(row["count"] for row in rows) == whole["count"]
+    assert sum(row["share, %"] for row in rows) == pytest.approx(100)
+    names = {row["module"]: row for row in rows}
+    up = names["h_*/mlp/c_fc/kernel"]
+    assert (up["shape"], up["blocks"], up["count"]) == ("128 x 512", 3, 3 * 128 * 512)
+    assert names["lm_head/kernel"]["blocks"] is None
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found():
     jax.config.update("jax_disable_most_optimizations", True)
+    return programs(PLAIN)
+
+
+@pytest.fixture(scope="module")
+def inspected(found, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roofline, "measure_machine", lambda precision: Machine(1e9, 1e8))
-        some = [each for each in roofline.works(CONFIG) if each.part in ("attention", "optimizer")]
-        patch.setattr(roofline, "works", lambda config: some)
-        return inspection.inspect(CONFIG, "small", trace_folder=tmp_path_factory.mktemp("trace"))
+        patch.setattr(inspection, "programs", lambda config: found)
+        return inspection.inspect(PLAIN, "small", trace_folder=tmp_path_factory.mktemp("trace"))
 
 
-def rows(found, title):
-    (only,) = [each["rows"] for each in found["tables"] if each["title"].startswith(title)]
+def test_the_optimised_program_has_the_matmuls_of_the_formula(found):
+    """Whatever computes them: none is lost, none is done twice."""
+    for name, program in found.items():
+        matmuls, passes = hlo.matmuls(program.text), 3 if name in ("gradient", "step") else 1
+        assert sum(each.flops for each in matmuls) == program.formula_flops == passes * found["forward"].formula_flops
+        assert all(each.kernel and "?" not in each.shapes for each in matmuls)
+    rows = inspection.kernel_rows(found["step"].text)
+    assert sum(row["matmuls, %"] for row in rows) == pytest.approx(100)
+
+
+def test_flops_and_bytes_are_those_that_xla_counts(found):
+    for program in found.values():
+        assert 1 < xla_counts(program.lowered)["flops"] / program.formula_flops * 1e6 < 1.1
+        each, counts = hlo.instructions(program.text).values(), xla_counts(program.compiled)
+        assert sum(i.runs * i.flops for i in each) / 1e6 == pytest.approx(counts["flops"], rel=0.01)
+        assert sum(i.runs * i.bytes for i in each) / 1e6 == pytest.approx(counts["bytes accessed"], rel=0.03)
+
+
+def test_bytes_are_those_of_the_arrays(found):
+    B, T, V, n = 8, 16, 64, cost.n_params(PLAIN.model)
+    assert found["forward"].bytes == 4 * (n + B * T + B * T * V)
+    assert found["loss"].bytes == 4 * (n + 2 * B * T + 1)
+    assert found["gradient"].bytes == 4 * (n + 2 * B * T + 1 + n)
+    rows = {row["figure"]: row["step"] for row in inspection.program_rows(found)}
+    assert rows["bytes, XLA"] > rows["bytes, XLA, optimised"] > rows["bytes, compulsory"]
+    state = 4 * 3 * n
+    assert rows["memory, arguments"] == pytest.approx((state + 4 * 2 * B * T) / 1e6, rel=1e-3)
+    assert rows["memory, donated"] == pytest.approx(-state / 1e6, rel=1e-3), "the state is donated"
+
+
+def test_matmuls_that_are_computed_again_are_counted(change):
+    config = change(of(remat="blocks", n_layer=2, scan_layers=True, n_embd=16), algorithm="muon")
+    found = programs(config)
+    gradient, step = (sum(each.flops for each in hlo.matmuls(found[name].text)) for name in ("gradient", "step"))
+    assert gradient > found["gradient"].formula_flops, "remat"
+    assert step > gradient, "Muon"
+
+
+def rows(report, title):
+    (only,) = [each["rows"] for each in report["tables"] if each["title"].startswith(title)]
     return only
 
 
-def test_a_config_is_inspected_from_end_to_end(found, capsys):
-    assert rows(found, "Parameters")[-1]["count"] == cost.n_params(CONFIG.model)
-    assert rows(found, "Matmuls")[-1]["operands"] == "in all"
-    parts = rows(found, "Roofline")
-    assert all(row["measured, ms"] > 0 for row in parts)
-    assert [row["part"] for row in parts] == ["attention", "attention, + backward", "optimizer"]
-    said = " ".join(found["notes"])
+def test_the_parts_are_the_whole_step(found, inspected):
+    parts = inspected["roofline"]["parts"]
+    text = found["step"].text
+    assert sum(part["bytes"] for part in parts) == sum(i.runs * i.bytes for i in hlo.instructions(text).values())
+    C, tokens = 128, 8 * 16
+    for backward in (False, True):
+        (up,) = [each for each in parts if each["name"] == "h_*/mlp/c_fc" and each["backward"] == backward]
+        assert up["flops"] == pytest.approx((1 + backward) * 2 * tokens * 4 * C * C, rel=0.1)
+    (update,) = [part for part in parts if part["name"] == "optimizer"]
+    n = 4 * cost.n_params(PLAIN.model)
+    assert update["bytes"] >= 7 * n * 0.9, "reads p, m, v, g; writes p, m, v"
+    assert sum(part["seconds"] for part in parts if part["name"] != "unnamed") > 0
+
+
+def test_a_config_is_inspected_from_end_to_end(inspected):
+    assert rows(inspected, "Parameters")[-1]["count"] == cost.n_params(PLAIN.model)
+    assert all(row["measured, ms"] > 0 for row in rows(inspected, "Roofline"))
+    said = " ".join(inspected["notes"])
     assert "attention: reference" in said
-    assert "a step needs at least" in said
     assert "the ridge is at 10.0 FLOP/byte" in said
-    assert "a step of 32 tokens takes" in said
-    text = report.markdown(json.loads(json.dumps(found)))
-    assert "**Roofline, part by part**" in text
-    from rich.console import Console
-
-    for part in report.renderables(found, 200):
-        Console(width=140).print(part)
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 140
-
-
-def test_a_profile_names_the_operations_of_the_step(found):
-    longest = rows(found, "Operations of a step")
+    assert "a step of 128 tokens takes" in said
+    assert "1 programs dispatched per step" in said
+    assert "**Roofline, part by part**" in report.markdown(json.loads(json.dumps(inspected)))
+    longest = rows(inspected, "Operations of a step")
     assert longest[0]["ms a step"] >= longest[-1]["ms a step"] > 0
     assert any(row["computed by"] for row in longest), "they are known by the program's own text"
-    assert any("1 programs dispatched per step" in note for note in found["notes"])
 
 
-def test_the_chart_has_a_point_for_each_pass_of_each_part(found, tmp_path):
-    spec = plots.roofline(found)
-    rows = [
-        row for each in spec["layer"] if each["mark"]["type"] in ("point", "square") for row in each["data"]["values"]
-    ]
-    works = found["roofline"]["works"]
-    assert sorted(row["intensity"] for row in rows) == sorted(work["flops"] / work["bytes"] for work in works)
+def test_the_chart_has_a_point_for_each_pass_of_each_part(inspected, tmp_path):
+    spec = plots.roofline(inspected)
+    (points,) = [each["data"]["values"] for each in spec["layer"] if each["mark"]["type"] == "point"]
+    parts = [part for part in inspected["roofline"]["parts"] if part["flops"] and part["seconds"]]
+    assert [row["intensity"] for row in points] == [part["flops"] / part["bytes"] for part in parts]
     (roof,) = [each["data"]["values"] for each in spec["layer"] if each["mark"]["type"] == "line"]
     assert [row["rate"] for row in roof[1:]] == [1.0, 1.0], "GFLOP/s"
     assert roof[1]["intensity"] == 10.0
@@ -127,15 +171,13 @@ def test_the_chart_has_a_point_for_each_pass_of_each_part(found, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_jaxprs_and_hlo_are_printed_or_written(capsys, tmp_path, monkeypatch):
+def test_jaxprs_and_hlo_are_printed(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     size = ["--vocab-size", "13", "--n-layer", "1", "--n-embd", "16", "--block-size", "8", "--batch-size", "2"]
-    assert cli.run_verb(["inspect", "gpt-demo", *size, "--jaxpr", "forward", "loss", "--to", "texts"]) == 0
-    assert capsys.readouterr().out.split() == ["texts/forward.jaxpr.txt", "texts/loss.jaxpr.txt"]
-    assert "dot_general" in (tmp_path / "texts" / "forward.jaxpr.txt").read_text()
-    assert cli.run_verb(["inspect", "gpt-demo", *size, "--hlo", "forward"]) == 0
-    assert "ENTRY" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+    assert cli.run_verb(["inspect", "gpt-demo", *size, "--jaxpr", "forward", "loss", "--hlo", "forward"]) == 0
+    out = capsys.readouterr().out
+    assert "dot_general" in out
+    assert "ENTRY" in out
 
 
 @pytest.mark.parametrize(
@@ -146,8 +188,7 @@ def test_jaxprs_and_hlo_are_printed_or_written(capsys, tmp_path, monkeypatch):
             ["nonsense"],
             "no run 'nonsense' in runs; jaxgpt train gpt-demo makes one; nor is there a recipe of that name",
         ),
-        (["gpt-demo", "--no-measure", "--roofline", "a.png"], "--roofline needs measurements"),
-        (["gpt-demo", "--to", "folder"], "--to needs --jaxpr or --hlo"),
+        (["gpt-demo", "--no-measure", "--roofline", "a.png"], "--roofline has no effect with --no-measure"),
         (["gpt-demo", "--out", "nowhere/a.json"], "there is no folder nowhere"),
         (["gpt-demo", "--n-embd", "30"], "heads"),
         (["gpt-demo", "--jaxpr", "loss", "--out", "a.json"], "--out has no effect with --jaxpr and --hlo"),
@@ -166,7 +207,10 @@ def test_what_cannot_be_run_is_refused_before_it_is_compiled(monkeypatch):
     monkeypatch.setattr(inspection, "programs", None)
     monkeypatch.setattr(inspection.memory, "available", lambda: 1000)
     with pytest.raises(UsageError, match="a training step needs at least"):
-        inspection.inspect(CONFIG, "small")
+        inspection.inspect(PLAIN, "small")
+
+
+EMPTY = {"mode": "", "facts": {}, "failed": {}, "tables": [], "notes": []}
 
 
 def test_a_run_is_inspected_by_its_name(tmp_path, monkeypatch, verse):
@@ -174,19 +218,17 @@ def test_a_run_is_inspected_by_its_name(tmp_path, monkeypatch, verse):
 
     run, _ = start(
         Config(
-            data=type(CONFIG.data)(corpus=str(verse)),
-            model=CONFIG.model,
-            optimizer=CONFIG.optimizer,
-            train=CONFIG.train,
+            data=DataConfig(corpus=str(verse)),
+            model=PLAIN.model,
+            optimizer=PLAIN.optimizer,
+            train=PLAIN.train,
         ),
         "mine",
         tmp_path / "runs",
         tmp_path / "data",
     )
     asked = []
-    monkeypatch.setattr(
-        inspection, "inspect", lambda config, name, **given: asked.append(config) or {"tables": [], "notes": []}
-    )
+    monkeypatch.setattr(inspection, "inspect", lambda config, name, **given: asked.append(config) or EMPTY)
     monkeypatch.chdir(tmp_path)
     assert cli.run_verb(["inspect", "mine"]) == 0
     assert cli.run_verb(["inspect", "mine", "--runs-dir", str(tmp_path / "runs"), "--no-measure"]) == 0

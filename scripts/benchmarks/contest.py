@@ -1,13 +1,11 @@
-"""Compare contestants in rounds: each runs in its own process, all take turns, and ratios are taken within a round.
+"""Contestants in processes of their own take turns, so that the thread pools of PyTorch and XLA never share a process.
 
-A machine's speed drifts. In rounds (A B C A B C) what slows one round down slows every contestant, and ratios stay. A
-contestant's process writes a line of JSON about itself once it has compiled and warmed up, and then answers each line
+A contestant's process writes a line of JSON about itself once it has compiled and warmed up, and then answers each line
 of input, a number of seconds, with the work that it did in about that time.
 """
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,12 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-Series = dict[str, float]
-"""`median`, `low` (minimum), `high` (maximum) and `n`, the number of values."""
-Rates = dict[str, list[float]]
-"""A contestant's name -> its units of work per second in each round."""
-QUIET = 0.1
-"""Share of the machine from which other programs count as a disturbance."""
+from jaxgpt.profile.timing import Rates, machine_seconds, others, repeat
 
 
 class WorkerError(RuntimeError):
@@ -42,23 +35,6 @@ class Contestant(Protocol):
         """Peak memory of the device, or of the process on a CPU."""
 
 
-def series(values: Sequence[float]) -> Series:
-    """
-    >>> series([3.0, 1.0, 2.0, 10.0])
-    {'median': 2.5, 'low': 1.0, 'high': 10.0, 'n': 4}
-    """
-    return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
-
-
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Series:
-    """`ours` / `theirs`, round by round.
-
-    >>> ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
-    {'median': 2.0, 'low': 2.0, 'high': 3.0, 'n': 3}
-    """
-    return series([a / b for a, b in zip(ours, theirs, strict=True)])
-
-
 def alternate(names: Sequence[str], rounds: int, ask: Callable[[str], float]) -> tuple[Rates, dict[str, str]]:
     """Ask each of `names` in turn, `rounds` times: the rates, and why contestants dropped out (by a WorkerError)."""
     rates: Rates = {name: [] for name in names}
@@ -71,15 +47,6 @@ def alternate(names: Sequence[str], rounds: int, ask: Callable[[str], float]) ->
                 except WorkerError as error:
                     failed[name] = str(error)
     return {name: found for name, found in rates.items() if name not in failed}, failed
-
-
-def repeat(run: Callable[[], int], seconds: float, wait: Callable[[], None] = lambda: None) -> tuple[int, float]:
-    """Call `run` until `seconds` have passed, at least once, then `wait`: (sum of its results, seconds it took)."""
-    units, began = 0, time.perf_counter()
-    while not units or time.perf_counter() - began < seconds:
-        units += run()
-    wait()
-    return units, time.perf_counter() - began
 
 
 class Worker:
@@ -219,31 +186,16 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def machine_seconds() -> tuple[float, float] | None:
-    """(busy seconds, all seconds) of all cores since boot; None without /proc."""
-    try:
-        first = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
-    except OSError:
-        return None
-    ticks = [int(word) / os.sysconf("SC_CLK_TCK") for word in first]
-    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)  # without idle and waiting for a disk
+class JaxContestant:
+    """A contestant on JAX's first device."""
 
+    def __init__(self) -> None:
+        import jax
 
-def others(before: tuple[float, float] | None, after: tuple[float, float] | None, own: float) -> float:
-    """Share of the machine, between two readings of `machine_seconds`, that went to others than our `own` seconds.
+        self.device = jax.local_devices()[0]
+        self.about: dict[str, Any] = {"device": self.device.device_kind}
 
-    >>> others((100.0, 200.0), (108.0, 210.0), 6.0)
-    0.2
-    """
-    if not before or not after or after[1] <= before[1]:
-        return 0.0
-    return max(0.0, after[0] - before[0] - own) / (after[1] - before[1])
+    def wait(self) -> None: ...
 
-
-def disturbance(shares: Sequence[float]) -> str:
-    """A note on the shares of `others`. PyTorch's threads wait in busy loops, and suffer most from a missing core."""
-    if not shares:
-        return "the load of other programs is unknown on this system"
-    median, most = 100 * statistics.median(shares), 100 * max(shares)
-    found = f"other programs took {median:.0f}% of the machine ({most:.0f}% at most)"
-    return found if max(shares) < QUIET else f"NOT QUIET: {found}; measure again on a quiet machine"
+    def peak_bytes(self) -> int:
+        return int((self.device.memory_stats() or {}).get("peak_bytes_in_use", 0)) or peak_resident_bytes()
