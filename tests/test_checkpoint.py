@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_named(tmp_path, state, tiny, change):
         checkpoints.restore_params(5, half)
 
 
-def files(folder):
+def files_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
@@ -176,7 +176,7 @@ def truncate(path):
 def test_harm_to_any_file_is_seen_and_the_file_named(tmp_path, state, harm):
     with Checkpoints(tmp_path / "whole", keep=1) as checkpoints:
         checkpoints.save(at(state, 5), {})
-    names = files(tmp_path / "whole" / "5")
+    names = files_in(tmp_path / "whole" / "5")
     assert "manifest.json" in names
     assert len(names) > 5
     for name in names:

@@ -90,8 +90,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     from jaxgpt.cli.runs import resume, start
     from jaxgpt.monitor import loggers
     from jaxgpt.monitor.chips import rate
-    from jaxgpt.monitor.glimpse import glimpse
-    from jaxgpt.monitor.spikes import with_spikes
+    from jaxgpt.monitor.spikes import sampler, with_spikes
     from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay
     from jaxgpt.train import fit
 
@@ -127,7 +126,7 @@ def _fit(given: Train, existing: Run | None) -> int:
             loggers.logged(run, given.log if primary else (), display) as log,
         ):
             live = jax.device_count() == 1 and display.live
-            sample = glimpse(config.model, corpus.tokenizer) if live else None
+            sample = sampler(config.model, corpus.tokenizer) if live else None
             done = fit(run, corpus, with_spikes(run, log), config, given.debug_nans, mesh, sample)
     except (memory.OutOfMemoryError, meshes.MeshError):
         if not existing and primary:  # nothing was trained, and another attempt needs the name

@@ -85,13 +85,8 @@ def layer(rows: list[Spec], mark: str, encoding: Spec, **properties: Any) -> Spe
 
 def quantity(field: str, title: str | None = None, axis: Spec | None = None, **scale: Any) -> Spec:
     """A quantitative channel; unless `zero` is given, its scale need not start at zero."""
-    return {
-        "field": field,
-        "type": "quantitative",
-        "title": title,
-        "scale": {"zero": False, **scale},
-        "axis": axis or {},
-    }
+    scale = {"zero": False, **scale}
+    return {"field": field, "type": "quantitative", "title": title, "scale": scale, "axis": axis or {}}
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -118,14 +113,11 @@ def label(text: str, x: Spec, y: Spec, colour: str = QUIET, **properties: Any) -
 
 
 def require(path: Path | None = None) -> Any:
-    """Check, before any work is done for it, that a chart can be drawn, to `path` if one is given.
-
-    Returns:
-      The module vl_convert.
+    """The module vl_convert. Called before any work is done for a chart, to `path` if one is given.
 
     Raises:
       MissingExtraError: vl-convert is not installed.
-      UsageError: the name of the file ends in none of FORMATS.
+      UsageError: the suffix of `path` is not one of FORMATS.
     """
     try:
         import vl_convert
@@ -137,12 +129,8 @@ def require(path: Path | None = None) -> Any:
 
 
 def save(spec: Spec, path: Path, width: int = 760) -> None:
-    """Write a chart to `path`, atomically, in the colours of the light theme; as .json, its specification.
-
-    Raises:
-      MissingExtraError: vl-convert is not installed.
-      UsageError: the name of the file ends in none of FORMATS, or it cannot be written.
-    """
+    """Write a chart to `path`, atomically, in the colours of the light theme; as .json, its specification. Raises as
+    `require`, and UsageError if it cannot be written."""
     require(path)
     drawn = render(spec, path.suffix, width)
     try:

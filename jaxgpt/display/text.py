@@ -18,16 +18,12 @@ def sparkline(values: Sequence[float], width: int, levels: str = BLOCKS) -> str:
     """
     n = min(width, len(values))
     shares = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
-    means = [_finite_mean(share) for share in shares]
+    finite = [[value for value in share if math.isfinite(value)] for share in shares]
+    means = [sum(share) / len(share) if share else None for share in finite]
     known = [mean for mean in means if mean is not None]
     low = min(known, default=0.0)
     step = (max(known, default=0.0) - low) / (len(levels) - 1) or 1.0
     return "".join(" " if mean is None else levels[round((mean - low) / step)] for mean in means)
-
-
-def _finite_mean(values: Sequence[float]) -> float | None:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else None
 
 
 def token_texts(tokenizer: "Tokenizer") -> list[str]:

@@ -12,28 +12,20 @@ from jaxgpt.config import Config, ModelConfig
 
 @dataclass(frozen=True)
 class Chip:
-    """Published rates of one chip."""
+    """Published rates of one chip, per second."""
 
-    flops: float
-    """bfloat16 FLOP/s of dense matmuls."""
-    float32: float
-    """float32 FLOP/s as JAX computes matmuls by default: in TF32 on GPUs, in bfloat16 on TPUs."""
-    memory: float
-    """Bytes."""
-    memory_rate: float
-    """Bytes per second between the chip and its memory."""
-    link_rate: float
-    """Bytes per second to its neighbours, over all its links, one way."""
-    torus: int
-    """Dimensions of the torus of its links; 0 where a switch connects all chips."""
-    pod: int
-    """Chips that these links connect: a TPU pod, or one GPU machine."""
-    network_rate: float
-    """Bytes per second to other pods, its share of the host's network; 0 if unknown."""
+    flops: float  # bfloat16 FLOPs of dense matmuls
+    float32: float  # FLOPs of float32 matmuls as JAX computes them by default: in TF32 on GPUs, in bfloat16 on TPUs
+    memory: float  # bytes
+    memory_rate: float  # bytes between the chip and its memory
+    link_rate: float  # bytes to its neighbours, over all its links, one way
+    torus: int  # dimensions of the torus of its links; 0: a switch connects all chips
+    pod: int  # chips that these links connect: a TPU pod, or one GPU machine
+    network_rate: float  # bytes to other pods, its share of the host's network; 0 if unknown
     source: str
 
     def rate(self, precision: str) -> float:
-        """FLOP/s of matmuls in a resolved precision."""
+        """FLOP/s of matmuls in `precision`, which is not auto."""
         return self.float32 if precision == "float32" else self.flops
 
     def sending_rate(self, n: int, chips: int) -> float:
@@ -83,7 +75,7 @@ def of_kind(device_kind: str) -> Chip | None:
 
 
 def peak(device_kind: str, n_devices: int) -> float | None:
-    """Published bfloat16 FLOP/s of `n_devices` together; None if unknown."""
+    """Published bfloat16 FLOP/s of `n_devices`; None if unknown."""
     chip = of_kind(device_kind)
     return chip.flops * n_devices if chip else None
 
@@ -94,7 +86,7 @@ def utilisation(config: Config, tokens_per_second: float, peak: float) -> float:
 
 
 def rate(config: Config) -> Callable[[float], float] | None:
-    """A function from tokens per second to the `utilisation` of the devices here; None if their peak is unknown."""
+    """From tokens per second to the `utilisation` of the devices here; None if their peak is unknown."""
     most = peak(jax.devices()[0].device_kind, jax.device_count())
     return (lambda speed: utilisation(config, speed, most)) if most else None
 

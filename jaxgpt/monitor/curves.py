@@ -21,11 +21,8 @@ ZOOM: Spec = {
 
 
 def loss(runs: Sequence[Facts], limits: Sequence[tuple[str, float]] = ()) -> Spec | None:
-    """Training and validation loss of every run, with its best evaluation and the step from which it overfits.
-
-    Args:
-      limits: (name, nats per token) of horizontal lines.
-    """
+    """Training and validation loss of every run, with its best evaluation and the step from which it overfits; `limits`
+    are (name, nats per token) of horizontal lines."""
     train, scores = _rows(runs, "loss"), list[Spec]()
     for facts in runs:
         for score in facts.scores:

@@ -1,7 +1,7 @@
 """A run as plain values, read from its directory: loads no model, writes nothing."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxgpt.monitor.terminal import duration
 from jaxgpt.run import Run
 
 POINTS = 3000
-"""Points of a curve that are kept, about, shared among the runs of a report."""
+"""About how many points of a curve are kept, shared among the runs of a report."""
 
 Points = list[tuple[int, float]]
 """(step, value), by step."""
@@ -20,7 +20,7 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Score:
-    """One evaluation over the whole validation split."""
+    """An evaluation, as in metrics.jsonl."""
 
     step: int
     loss: float
@@ -36,35 +36,23 @@ class Facts:
 
     name: str
     config: Config
-    recipe: str
-    """The recipe with the fewest differences."""
-    changes: list[tuple[str, Any, Any]]
-    """(field, value in the recipe, value here) of every setting that differs."""
-    command: str
-    """The command that trains such a run."""
-    corpus: dict[str, Any]
-    """Its tokens.json."""
+    recipe: str  # with the fewest differences
+    changes: list[tuple[str, Any, Any]]  # (field, value in the recipe, value here) of every setting that differs
+    command: str  # trains such a run
+    resume: str  # the command that resumes it
+    corpus: dict[str, Any]  # tokens.json
     n_params: int
-    starts: list[dict[str, Any]]
-    """Start events: time, hardware and versions of each start and resume."""
-    events: list[dict[str, Any]]
-    """The lines of events.jsonl."""
-    cut_off: bool
-    """Whether its process was killed."""
-    resume: str
-    """The command that resumes it."""
+    events: list[dict[str, Any]]  # events.jsonl
+    cut_off: bool  # whether its process was killed
     step: int
     scores: list[Score]
-    loss: Points
-    """Training loss; a long curve keeps its extremes."""
+    loss: Points  # training loss; a long curve keeps its extremes
     grad_norm: Points
     learning_rate: Points
-    speed: Points
-    """Tokens per second of training between two saves, at the step of the later one."""
+    speed: Points  # tokens per second of training between two saves, at the step of the later one
 
     @property
     def best(self) -> Score | None:
-        """The evaluation of lowest loss."""
         return min(self.scores, key=lambda score: score.loss, default=None)
 
     @property
@@ -75,31 +63,33 @@ class Facts:
         return self.best.step
 
     @property
+    def starts(self) -> list[dict[str, Any]]:
+        """Start events, with time, hardware and versions."""
+        return [event for event in self.events if event["event"] == "start"]
+
+    @property
     def seconds(self) -> float | None:
-        """From each start to its end, with compilation and evaluations; None if unknown. A process that was killed or
-        is still running counts up to its last save."""
+        """Wall time of all processes, with compilation and evaluations; None if unknown. A process that was killed or
+        still runs counts up to its last save."""
         return sum(map(lasted, self._processes)) or None
 
     @property
     def ended(self) -> bool:
-        """Whether every process has ended or failed; otherwise `seconds` is a lower bound."""
+        """Whether every process recorded its end; otherwise `seconds` is a lower bound."""
         return all(each[-1]["event"] in ("end", "broken-off") for each in self._processes)
 
     @property
     def took(self) -> str:
-        """`seconds` as text, empty if unknown."""
-        if self.seconds is None:
-            return ""
-        return ("" if self.ended else "at least ") + duration(self.seconds)
+        return "" if self.seconds is None else ("" if self.ended else "at least ") + duration(self.seconds)
 
     @property
     def _processes(self) -> list[list[dict[str, Any]]]:
-        """For each process that trained: its start, its saves, and its end if it was recorded."""
+        """The start, saves and end of each process that trained."""
         found: list[list[dict[str, Any]]] = []
         for event in self.events:
             if event["event"] == "start":
-                found.append([event])
-            elif found and event["event"] in ("save", "broken-off", "end"):
+                found.append([])
+            if found and event["event"] in ("start", "save", "broken-off", "end"):
                 found[-1].append(event)
         return found
 
@@ -115,9 +105,8 @@ class Facts:
     @property
     def running(self) -> bool:
         """Whether it is new or still training."""
-        names = (event["event"] for event in reversed(self.events))
-        last = next((kind for kind in names if kind in ("start", "end", "broken-off", "import")), "start")
-        return last == "start" and not self.cut_off
+        ends = [event["event"] for event in self.events if event["event"] in ("start", "end", "broken-off", "import")]
+        return ends[-1:] in ([], ["start"]) and not self.cut_off
 
     @property
     def n_devices(self) -> int:
@@ -127,62 +116,54 @@ class Facts:
     def tokens_per_second(self) -> float | None:
         """Training speed since the last start, from the newest save."""
         speeds = (event.get("tokens_per_second") for event in reversed(self.events))
-        return next((speed for speed in speeds if speed), None)
+        return next(filter(None, speeds), None)
 
     @property
     def utilisation(self) -> float | None:
-        """Share of its devices' published FLOP/s that it used at `tokens_per_second`; None if unknown."""
+        """Model FLOPs utilisation at `tokens_per_second`; None if unknown."""
         most = peak(self.starts[-1].get("device", ""), self.n_devices) if self.starts else None
         speed = self.tokens_per_second
         return utilisation(self.config, speed, most) if most and speed else None
 
 
 def gather(run: Run, points: int = POINTS, called: str = "") -> Facts:
-    """Read the directory of `run`; lines that are still being written are left out.
-
-    Args:
-      points: how many points of a curve to keep, at most.
-      called: its name in a report; by default that of its directory.
+    """Read the directory of `run`, keeping at most `points` of each curve; lines still being written are left out.
 
     Raises:
       RunError, CorpusError: its configuration or its tokens.json is damaged.
     """
     config, events = run.config, run.events()
     lines = run.metrics() if run.metrics_file.exists() else []
-    steps = [line for line in lines if "loss" in line]
     as_typed = config
-    if config.model.vocab_size == run.tokenizer.vocab_size:  # the default, 0, stands for it
+    if config.model.vocab_size == run.tokenizer.vocab_size:  # as with the default, 0
         as_typed = replace(config, model=replace(config.model, vocab_size=0))
-    name = recipes.nearest(as_typed)
+    recipe = recipes.nearest(as_typed)
 
     def curve(field: str) -> Points:
-        return thinned([(line["step"], line[field]) for line in steps if line[field] is not None], points)
+        return thinned([(line["step"], line[field]) for line in lines if line.get(field) is not None], points)
 
     return Facts(
         name=called or run.path.resolve().name,
         config=config,
-        recipe=name,
-        changes=recipes.changes(name, as_typed),
+        recipe=recipe,
+        changes=recipes.changes(recipe, as_typed),
         command=recipes.command(as_typed),
         corpus=run.corpus_meta,
         n_params=cost.n_params(config.model),
-        starts=[event for event in events if event["event"] == "start"],
+        resume=run.resume_command,
         events=events,
         cut_off=run.cut_off,
-        resume=run.resume_command,
         step=max((line["step"] for line in lines), default=0),
-        scores=[score(line) for line in lines if line.get("val_loss") is not None],
+        scores=[
+            Score(line["step"], *(line[f"val_{field.name}"] for field in fields(Score)[1:]))
+            for line in lines
+            if line.get("val_loss") is not None
+        ],
         loss=curve("loss"),
         grad_norm=curve("grad_norm"),
         learning_rate=curve("learning_rate"),
         speed=speeds(events),
     )
-
-
-def score(line: dict[str, Any]) -> Score:
-    """The evaluation in a line of metrics.jsonl."""
-    names = ("loss", "standard_error", "bits_per_char", "bits_per_byte", "n_tokens")
-    return Score(line["step"], *(line[f"val_{name}"] for name in names))
 
 
 def thinned(points: Points, n: int) -> Points:
@@ -204,20 +185,19 @@ def thinned(points: Points, n: int) -> Points:
 def speeds(events: Iterable[dict[str, Any]]) -> Points:
     """Tokens per second of training between saves, from the totals that each save records for its process."""
     found: Points = []
-    before = 0, 0.0
+    tokens, seconds = 0, 0.0
     for event in events:
         if event["event"] == "start":
-            before = 0, 0.0
-        elif event["event"] == "save" and "trained_seconds" in event:  # version 0.1 recorded those of a later step
-            now = event["trained_tokens"], event["trained_seconds"]
-            if now[1] > before[1]:
-                found.append((event["step"], (now[0] - before[0]) / (now[1] - before[1])))
-            before = now
+            tokens, seconds = 0, 0.0
+        elif event["event"] == "save" and "trained_seconds" in event:  # not in runs of version 0.1
+            before, (tokens, seconds) = (tokens, seconds), (event["trained_tokens"], event["trained_seconds"])
+            if seconds > before[1]:
+                found.append((event["step"], (tokens - before[0]) / (seconds - before[1])))
     return found
 
 
 def lasted(process: Sequence[dict[str, Any]]) -> float:
-    """Seconds from the first of its events to the last, by the process's own clock if it recorded its end."""
+    """Seconds from the first event of a process to the last, by its own clock if it recorded its end."""
     begun, ended = (datetime.fromisoformat(process[i]["time"]) for i in (0, -1))
     return float(process[-1].get("seconds", max(0.0, (ended - begun).total_seconds())))
 
@@ -228,19 +208,15 @@ def kinds(events: Iterable[dict[str, Any]]) -> list[str]:
     >>> kinds([{"event": "start", "step": 0}, {"event": "save", "step": 5}, {"event": "start", "step": 5}])
     ['start', 'save', 'resume']
     """
-    found, started = list[str](), False
+    found = list[str]()
     for event in events:
-        resumed = event["event"] == "start" and (started or event.get("step"))
-        started = started or event["event"] == "start"
+        resumed = event["event"] == "start" and ("start" in found or event.get("step"))
         found.append("resume" if resumed else event["event"])
     return found
 
 
 def differing(all_facts: Sequence[Facts]) -> list[tuple[str, list[Any]]]:
     """(field, its value in each run) of every setting that differs between runs."""
-    fields = {name for facts in all_facts for name, _, _ in differences(all_facts[0].config, facts.config)}
-    flat = [
-        {name: value for section in vars(facts.config).values() for name, value in vars(section).items()}
-        for facts in all_facts
-    ]
-    return [(name, [values[name] for values in flat]) for name in flat[0] if name in fields]
+    names = {name for facts in all_facts for name, _, _ in differences(all_facts[0].config, facts.config)}
+    flat = [{k: v for section in vars(facts.config).values() for k, v in vars(section).items()} for facts in all_facts]
+    return [(name, [values[name] for values in flat]) for name in flat[0] if name in names]

@@ -21,7 +21,7 @@ Log = Callable[[int, dict[str, float]], Any]
 
 @contextmanager
 def tensorboard(run: Run) -> Iterator[Log]:
-    """Into the folder tensorboard of the run; view with: tensorboard --logdir runs."""
+    """To the folder tensorboard of the run; view with: tensorboard --logdir runs."""
     from tensorboard.summary import Writer
 
     writer = Writer(str(run.path / "tensorboard"))
@@ -31,37 +31,29 @@ def tensorboard(run: Run) -> Iterator[Log]:
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    try:
-        yield log
-    finally:
-        writer.close()
+    yield log
+    writer.close()
 
 
 @contextmanager
 def wandb(run: Run) -> Iterator[Log]:
-    """To Weights & Biases, by its own settings; a resumed run keeps its id."""
+    """To Weights & Biases, as it is configured; a resumed run keeps its id."""
     import wandb
 
-    config = configs.to_tree(run.config)
-    handle = wandb.init(
-        project="jaxgpt", name=run.path.name, id=identity(run), resume="allow", config=config, dir=str(run.path)
-    )
-    try:
-        yield lambda step, values: handle.log(values, step=step)
-    finally:
-        handle.finish()
+    settings = {"config": configs.to_tree(run.config), "id": identity(run), "resume": "allow", "dir": str(run.path)}
+    handle = wandb.init(project="jaxgpt", name=run.path.name, **settings)
+    yield lambda step, values: handle.log(values, step=step)
+    handle.finish()
 
 
 @contextmanager
 def trackio(run: Run) -> Iterator[Log]:
-    """To trackio, by its own settings: on this machine by default."""
+    """To trackio, as it is configured: on this machine by default."""
     import trackio
 
     trackio.init(project="jaxgpt", name=run.path.name, config=configs.to_tree(run.config), resume="allow")
-    try:
-        yield lambda step, values: trackio.log(values, step=step)
-    finally:
-        trackio.finish()
+    yield lambda step, values: trackio.log(values, step=step)
+    trackio.finish()
 
 
 LOGGERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
@@ -69,19 +61,15 @@ LOGGERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
 
 
 def require(names: Sequence[str]) -> None:
-    """Check that the libraries of these loggers are installed.
-
-    Raises:
-      MissingExtraError: one is not.
-    """
+    """Raises MissingExtraError if the library of one of these loggers is not installed."""
     for name in names:
         if not find_spec(name):
             raise MissingExtraError(f"--log {name}", name, name)
 
 
 @contextmanager
-def logged(run: Run, names: Sequence[str], watch: Callable[[Event], None]) -> Iterator[Callable[[Event], None]]:
-    """`watch`, followed by the named LOGGERS. One that fails is dropped, with one warning and one event: it does not
+def logged(run: Run, names: Sequence[str], on_event: Callable[[Event], None]) -> Iterator[Callable[[Event], None]]:
+    """`on_event`, followed by the named LOGGERS. One that fails is dropped, with one warning and one event: it does not
     end the run."""
     logs: dict[str, Log] = {}
 
@@ -90,10 +78,10 @@ def logged(run: Run, names: Sequence[str], watch: Callable[[Event], None]) -> It
             return do()
         except Exception as error:
             logs.pop(name, None)
-            notify(run, watch, "log-failed", step, f"--log {name} failed and is dropped: {error!r}")
+            notify(run, on_event, "log-failed", step, f"--log {name} failed and is dropped: {error!r}")
 
-    def watch_and_log(event: Event) -> None:
-        watch(event)
+    def log_too(event: Event) -> None:
+        on_event(event)
         if values := metrics(event):
             for name, log in list(logs.items()):
                 guarded(name, event.step, partial(log, event.step, values))
@@ -104,7 +92,7 @@ def logged(run: Run, names: Sequence[str], watch: Callable[[Event], None]) -> It
             if log := guarded(name, 0, logger.__enter__):
                 logs[name] = log
                 stack.callback(guarded, name, 0, partial(logger.__exit__, None, None, None))
-        yield watch_and_log
+        yield log_too
 
 
 def metrics(event: Event) -> dict[str, float]:
@@ -119,8 +107,7 @@ def metrics(event: Event) -> dict[str, float]:
 
 
 def identity(run: Run) -> str:
-    """An id that survives a resume and a move, and differs between runs of one name: drawn once, and kept in the run's
-    directory."""
+    """A random id, kept in the run's directory: the same after a resume or a move, different for runs of one name."""
     kept = run.path / "wandb-id"
     if not kept.exists():
         files.write_atomically(kept, f"{run.path.name}-{secrets.token_hex(4)}".encode())

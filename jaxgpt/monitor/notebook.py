@@ -20,11 +20,10 @@ from jaxgpt.tokenizer import Tokenizer
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Loaded:
-    """A run, and the weights of one of its checkpoints."""
+    """A run, and the weights `params` of its checkpoint at `step`."""
 
     run: Run
     step: int
-    """Of the weights."""
     params: model.Params
 
     @property
@@ -42,7 +41,6 @@ class Loaded:
 
     @cached_property
     def facts(self) -> Facts:
-        """The run's directory as plain values."""
         return gather(self.run)
 
     def sample(
@@ -81,17 +79,15 @@ class Loaded:
             ("corpus", f"{facts.corpus['source']}, {facts.corpus['count']:,} tokens"),
         ]
         if best:
-            error = f" ± {best.standard_error:.4f}" if best.standard_error is not None else ""
+            error = "" if best.standard_error is None else f" ± {best.standard_error:.4f}"
             bits = f"{best.bits_per_char:.4f} bits/char, {best.bits_per_byte:.4f} bits/byte"
             lines.append(("best", f"loss {best.loss:.4f}{error} nats/token, {bits}, at step {best.step:,}"))
-        if facts.took:
-            lines.append(("trained", f"{facts.step:,} steps in {facts.took}"))
-        return lines
+        return [*lines, ("trained", f"{facts.step:,} steps in {facts.took}")] if facts.took else lines
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A Vega-Lite chart that a notebook shows by itself."""
+    """A Vega-Lite chart that a notebook displays."""
 
     spec: charts.Spec
 

@@ -1,15 +1,21 @@
-"""Training losses that spike."""
+"""Additions to the events of a run: notices of loss spikes, and a sample now and then."""
 
 import math
 from collections import deque
 from collections.abc import Callable
 
+from jaxgpt.config import ModelConfig
 from jaxgpt.metrics_log import Event, Progress, notify
+from jaxgpt.model import Params
 from jaxgpt.run import Run
+from jaxgpt.sample import write
+from jaxgpt.tokenizer import Tokenizer
 
 WINDOW, FEWEST, DEVIATIONS = 100, 50, 6.0
 """A loss is compared with the last 100, once there are 50. It spikes if it exceeds their mean by 6 of their standard
 deviations, or by 6% of the mean where that is more."""
+TOKENS = 60
+"""Length of a sample."""
 
 
 class Spikes:
@@ -47,3 +53,17 @@ def with_spikes(run: Run, on_event: Callable[[Event], None]) -> Callable[[Event]
                     notify(run, on_event, "spike", step, f"loss {loss:.4f}; the loss before was about {usual:.4f}")
 
     return watch
+
+
+def sampler(config: ModelConfig, tokenizer: Tokenizer) -> Callable[[Params], str]:
+    """The `sample` of `fit`: from parameters to a short text, always with the same seed, which training does not use.
+    Empty where memory runs out, which does not end the run."""
+
+    def sample(params: Params) -> str:
+        try:
+            (pieces,) = write(config, params, tokenizer, None, TOKENS)
+            return "".join(pieces).strip()
+        except (MemoryError, RuntimeError):
+            return ""
+
+    return sample

@@ -3,13 +3,14 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from types import TracebackType
+from statistics import fmean
 from typing import Any
 
 from rich import progress
-from rich.console import Console, RenderableType
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.text import Text
 
@@ -26,8 +27,7 @@ CURVE = 1000
 
 
 class RunConsole(Console):
-    """A console that goes quiet when its reader has gone, and drops lines that a full disk does not take: neither ends
-    a run."""
+    """A console that ignores a full disk, and goes quiet when its reader has gone: neither ends a run."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(highlight=False, markup=False, soft_wrap=True, **kwargs)
@@ -47,51 +47,48 @@ class Curve:
 
     def __init__(self) -> None:
         self._means: list[float] = []
-        self._open: list[float] = []
+        self._rest: list[float] = []
         self._share = 1
 
     def add(self, loss: float) -> None:
-        self._open.append(loss)
-        if len(self._open) == self._share:
-            self._means.append(_mean(self._open))
-            self._open = []
+        self._rest.append(loss)
+        if len(self._rest) == self._share:
+            self._means, self._rest = self.points, []
         if len(self._means) == CURVE:
-            self._means = [_mean(pair) for pair in zip(self._means[::2], self._means[1::2], strict=True)]
+            self._means = [fmean(pair) for pair in zip(self._means[::2], self._means[1::2], strict=True)]
             self._share *= 2
 
     @property
     def points(self) -> list[float]:
         """The means; the last one may be of fewer losses."""
-        return [*self._means, *([_mean(self._open)] if self._open else [])]
+        return [*self._means, *([fmean(self._rest)] if self._rest else [])]
 
 
-class TrainingDisplay:
-    """Shows the events of `fit`; use it as a context manager and as `fit`'s `watch`.
+class TrainingDisplay(Live):
+    """Shows the events of `fit`; a context manager, and the `on_event` of `fit`.
 
     Args:
       utilisation: from tokens per second to the share of the devices' peak, if that is known.
     """
 
     def __init__(self, console: Console, steps: int, utilisation: Callable[[float], float] | None = None):
-        self._console, self._printed = console, time.monotonic()
-        self._utilisation = utilisation
         self.live = console.is_terminal and not console.is_dumb_terminal
         """Whether the terminal can redraw lines."""
         self.notices = 0
-        self._curve, self._ends = Curve(), list[float]()  # the first loss and the newest
+        self._utilisation, self._printed = utilisation, time.monotonic()
+        self._curve, self._ends = Curve(), list[float]()  # the first loss and the last
         self._best: Evaluated | None = None
         self._sample = ""
-        self._bar = LiveBar(self._below, console, disable=not self.live)
+        bar = [BarColumn(bar_width=None)] if console.width >= WIDE else []
+        columns = TextColumn("step"), MofNCompleteColumn(), *bar, TextColumn("{task.fields[numbers]}")
+        self._bar = progress.Progress(*columns, console=console)
         self._task = self._bar.add_task("train", total=steps, numbers="compiling")
+        super().__init__(get_renderable=lambda: Group(self._bar, *self._below()), console=console)
 
     def __enter__(self) -> "TrainingDisplay":
-        self._bar.start()
+        if self.live:
+            self.start()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -106,61 +103,40 @@ class TrainingDisplay:
             case Progress():
                 self._progress(event)
 
-    def _keep_best(self, scored: Evaluated) -> None:
-        self._best = min(filter(None, (self._best, scored)), key=lambda each: each.rank)
+    def _keep_best(self, scored: Evaluated | None) -> None:
+        self._best = min(filter(None, (self._best, scored)), key=lambda each: each.rank, default=None)
 
     def _progress(self, event: Progress) -> None:
-        if event.best:
-            self._keep_best(event.best)
+        self._keep_best(event.best)
         self._curve.add(event.loss)
         self._ends = [*self._ends[:1], event.loss]
-        short = f"loss {event.loss:.4f}"
-        numbers = short
+        numbers = short = f"loss {event.loss:.4f}"
         if event.tokens_per_second and event.seconds_left is not None:
-            left = f"{duration(event.seconds_left)} left"
-            short += f"  {left}"
+            left = f"  {duration(event.seconds_left)} left"
             used = f"  {self._utilisation(event.tokens_per_second):.0%} used" if self._utilisation else ""
-            numbers += f"  {event.tokens_per_second:,.0f} tokens/s{used}  {left}"
-        fitting = numbers if self._console.width >= WIDE else short
+            numbers, short = f"{short}  {event.tokens_per_second:,.0f} tokens/s{used}{left}", short + left
+        fitting = numbers if self.console.width >= WIDE else short
         self._bar.update(self._task, completed=event.step, numbers=fitting)
         if not self.live and time.monotonic() - self._printed > PLAIN_SECONDS:
             self._print(f"step {event.step:>6,}/{event.steps:,}  {numbers}")
 
     def _below(self) -> Iterator[Text]:
         """The lines under the bar: the loss so far, and the newest sample."""
-        width = self._console.width
+        width = self.console.width
         if len(self._ends) > 1:
-            levels = BLOCKS if self._console.encoding.startswith("utf") else ASCII
+            levels = BLOCKS if self.console.encoding.startswith("utf") else ASCII
             text = f"  {self._ends[0]:.2f} to {self._ends[1]:.2f}"
             if self._best:
                 text += f"  best {self._best.evaluation.loss:.4f} at {self._best.step:,}"
-            room, points = min(60, width - len(text) - 5), self._curve.points
-            curve = sparkline(points, room, levels) if width > len(text) + 15 else ""
+            room = min(60, width - len(text) - 5)
+            curve = sparkline(self._curve.points, room, levels) if room > 10 else ""
             yield Text(f"loss {curve}{text}", no_wrap=True, overflow="crop")
         if self._sample:
             yield Text(visible(self._sample), style="dim", no_wrap=True, overflow="crop")
 
     def _print(self, line: str, **style: str) -> None:
         self._printed = time.monotonic()
-        self._console.print(line, **style)  # type: ignore[arg-type]
-
-
-class LiveBar(progress.Progress):
-    """A bar with lines under it."""
-
-    def __init__(self, below: Callable[[], Iterable[Text]], console: Console, disable: bool):
-        self._below = below
-        columns: list[progress.ProgressColumn] = [TextColumn("step"), MofNCompleteColumn()]
-        columns += [BarColumn(bar_width=None)] if console.width >= WIDE else []
-        super().__init__(*columns, TextColumn("{task.fields[numbers]}"), console=console, disable=disable)
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield self.make_tasks_table(self.tasks)
-        yield from self._below()
-
-
-def _mean(losses: Sequence[float]) -> float:
-    return sum(losses) / len(losses)
+        self.console.print(line, **style)  # type: ignore[arg-type]
 
 
 def describe(evaluation: Evaluation) -> str:

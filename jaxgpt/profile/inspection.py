@@ -156,8 +156,8 @@ def kernel_rows(text: str) -> Rows:
         if each.op not in hlo.FREE:
             runs[each.kernel] += each.runs
             fused[each.kernel] += each.runs * max(1, sum(inner.op not in hlo.FREE for inner in each.body))
-    for matmul in hlo.matmuls(text):
-        matmuls[matmul.kernel] += matmul.flops
+    for each in hlo.matmuls(text):
+        matmuls[each.kernel] += each.flops
     total = matmuls.total() or 1
     return [
         {"kernel": kernel, "times": n, "operations": fused[kernel], "matmuls, %": 100 * matmuls[kernel] / total}

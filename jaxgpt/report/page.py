@@ -33,12 +33,11 @@ def page(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec],
 
     Args:
       looks: of each run, in the same order.
-      charts: as `charts.charts` makes them of both.
-      refresh: the page reloads itself after so many seconds; 0: never.
+      charts: from `charts.charts`.
+      refresh: seconds after which the page reloads itself; 0: never.
     """
-    several, which = len(runs) > 1, chosen(runs, looks)
-    look = looks[which]
-    values: dict[str, Any] = {}
+    which = chosen(runs, looks)
+    look, values = looks[which], dict[str, Any]()
     if look.passage:
         top = (look.limits.uniform if look.limits else max(look.passage.losses)) or 1.0  # 0 for a single character
         likely = [[(token, round(p, 4)) for token, p in each] for each in look.passage.likely]
@@ -53,31 +52,23 @@ def page(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec],
             (spaced(token), "   ".join(f"{spaced(name)} {cosine:.2f}" for name, cosine in near))
             for token, near in pairs
         ]
-    if not several and runs[0].best:
-        values |= {"numbers": numbers(runs[0]), "protocol": protocol(runs[0]), "baselines": baselines(runs[0])}
-    if several:
-        values |= {"comparison": comparison(runs), "differing": [(name, *each) for name, each in differing(runs)]}
     return environment().get_template("page.html").render(
-        title=runs[0].name if not several else f"{len(runs)} runs: {', '.join(facts.name for facts in runs)}",
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(facts.name for facts in runs)}",
         allowed=" ".join(f"'sha256-{_sha256(text)}'" for text in (script(), _file("page.js"))),
-        of=f": {runs[which].name}" if several else "",
-        names=[facts.name for facts in runs],
+        of=f": {runs[which].name}" if len(runs) > 1 else "",
         missing=[f"{facts.name}, {name}: {why}" for facts, each in zip(runs, looks, strict=True)
                  for name, why in each.missing.items()],
-        runs=runs, look=look, charts=charts, several=several, refresh=refresh, newest=NEWEST, temperature=TEMPERATURE,
-        summary=summary(runs), samples=samples(runs, looks), same_tokens=same_tokens(runs),
-        configuration=configuration, settings=settings, events=events,
-        version=jaxgpt.__version__, time=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        runs=runs, look=look, charts=charts, refresh=refresh, newest=NEWEST, temperature=TEMPERATURE, counted=COUNTED,
+        samples=samples(runs, looks), same_tokens=same_tokens(runs), recipes=RECIPES, published=published,
+        differing=[(name, *values) for name, values in differing(runs)], numbers=numbers, comparison=comparison,
+        configuration=configuration, settings=settings, events=events, version=jaxgpt.__version__,
+        time=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         css=_file("page.css"), vega=script(), script=_file("page.js"), **values,
     )  # fmt: skip
 
 
 def require() -> Any:
-    """The module jinja2.
-
-    Raises:
-      MissingExtraError: it is not installed.
-    """
+    """The module jinja2; raises MissingExtraError if it is not installed."""
     try:
         import jinja2
     except ImportError as error:
@@ -105,25 +96,6 @@ def _printable(value: object) -> str:
     return str(value).translate(CONTROLS).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def summary(runs: Sequence[Facts]) -> str:
-    """In two lines, what was trained on what, and whether it has ended."""
-    facts = runs[0]
-    model, train = facts.config.model, facts.config.train
-    kind = "bigram table" if model.kind == "bigram" else f"GPT of {model.n_layer} x {model.n_embd} (layers x channels)"
-    tokens = facts.step * train.batch_size * model.block_size
-    text = (
-        f"{facts.n_params:,} parameters, a {kind}, trained on {facts.corpus['source']} for {facts.step:,} of "
-        f"{train.steps:,} steps ({tokens:,} tokens)."
-    )
-    if len(runs) > 1:
-        text = "Their curves in one chart, the settings that differ, and the outcome of each."
-    if any(each.running for each in runs):
-        text += " Training has not ended: these are the numbers so far."
-    if killed := [each.resume for each in runs if each.cut_off]:
-        text += f" Its process was killed; resume it with: {killed[0]}"
-    return text
-
-
 def numbers(facts: Facts) -> list[tuple[str, str, str]]:
     """(name, value, note) of the best evaluation in every unit, and of time and speed."""
     best = facts.best
@@ -145,25 +117,6 @@ def numbers(facts: Facts) -> list[tuple[str, str, str]]:
     if (used := facts.utilisation) is not None:
         found.append(("utilisation", f"{used:.1%}", "of the published bfloat16 rate"))
     return found
-
-
-def protocol(facts: Facts) -> str:
-    """What the best evaluation was computed on, and what to compare it with."""
-    best = facts.best
-    assert best
-    text = f"Evaluated on all {best.n_tokens:,} tokens of the validation split after {best.step:,} steps, each once."
-    if not facts.changes:
-        text += f" The recipe {facts.recipe} states: {RECIPES[facts.recipe].loss}."
-    if published(facts.corpus):
-        text += " Published figures are from random batches: another evaluation protocol."
-    return text
-
-
-def baselines(facts: Facts) -> str:
-    text = "Baselines without a model, counted on the training split and evaluated on the validation split."
-    if facts.corpus["count"] > COUNTED:
-        text += f" Of each split, at most {COUNTED:,} tokens are used, in evenly spaced stretches."
-    return text
 
 
 def comparison(runs: Sequence[Facts]) -> tuple[Sequence[str], list[Sequence[str]]]:
@@ -194,7 +147,7 @@ def samples(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, Sa
 
 
 def configuration(facts: Facts) -> list[tuple[str, list[str], bool]]:
-    """(name, lines, whether they are code) of recipe, commands, data, versions and hardware."""
+    """(name, lines, whether they are code) of the recipe, commands, data, versions and hardware."""
     corpus, data, start = facts.corpus, facts.config.data, facts.starts[-1] if facts.starts else {}
     versions = (("jaxgpt", "jaxgpt"), ("JAX", "jax"), ("Python", "python"))
     device = start.get("device", "")

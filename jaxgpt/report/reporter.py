@@ -1,4 +1,4 @@
-"""Reports of runs, made again and again while they train: the weights are looked at only when they are new."""
+"""Reports of runs, made again while they train; weights are examined only when they are new."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,6 @@ class Made:
 
     @property
     def running(self) -> bool:
-        """Whether one of the runs is still training."""
         return any(facts.running for facts in self.runs)
 
     @property
@@ -37,11 +36,7 @@ class Made:
         )
 
     def write(self, path: Path, refresh: int = 0) -> int:
-        """Write the page atomically; its size in bytes.
-
-        Raises:
-          UsageError: it cannot be written.
-        """
+        """Write the page atomically; its size in bytes. Raises UsageError if it cannot be written."""
         data = page(self.runs, self.looks, charts(self.runs, self.looks), refresh).encode()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,11 +46,7 @@ class Made:
         return len(data)
 
     def draw(self, folder: Path) -> list[Path]:
-        """Draw every chart into `folder`, as PNG and SVG.
-
-        Raises:
-          UsageError: it cannot be written to.
-        """
+        """Draw every chart into `folder`, as PNG and SVG. Raises UsageError if it cannot be written to."""
         specs = charts(self.runs, self.looks)
         if attention := self.looks[chosen(self.runs, self.looks)].attention:
             specs["attention"] = maps(attention)
@@ -68,7 +59,7 @@ class Made:
 
 
 class Reporter:
-    """Makes the report of `runs` as often as it is asked to."""
+    """Makes the report of `runs`, any number of times."""
 
     def __init__(self, runs: Sequence[Run], data_dir: Path):
         self._runs, self._data_dir = runs, data_dir
@@ -77,17 +68,12 @@ class Reporter:
         self._names = names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
     def make(self) -> Made:
-        """The report as of now.
-
-        Raises:
-          RunError, CorpusError: a run's own files are damaged.
-        """
+        """The report as of now. Raises RunError or CorpusError if the files of a run are damaged."""
         points = max(200, POINTS // len(self._runs))
         facts = [gather(run, points, name) for run, name in zip(self._runs, self._names, strict=True)]
         return Made(facts, [self._look(run) for run in self._runs])
 
     def _look(self, run: Run) -> Looks:
-        """`look`, once for each set of checkpoints."""
         there = steps(run)
         if run.path not in self._seen or self._seen[run.path][0] != there:
             self._seen[run.path] = there, look(run, self._data_dir)
@@ -95,11 +81,7 @@ class Reporter:
 
 
 def require_replaceable(path: Path) -> None:
-    """Check that `path` is free, or holds an older report.
-
-    Raises:
-      UsageError: `path` is a folder, or a file that is not a report.
-    """
+    """Raises UsageError if `path` is a folder, or a file that is not a report."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder, expected the name of a file: --out {path / 'report.html'}")
     if path.exists():

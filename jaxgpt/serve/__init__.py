@@ -1,1 +1,1 @@
-"""The playground: runs that write in a browser, for a handful of people at once."""
+"""The playground: runs that generate text in a browser, for a handful of people at once."""

@@ -1,9 +1,9 @@
-"""What the server answers: the page, its runs, texts as they are written, and what a token looked at."""
+"""The ASGI application: the page, the list of runs, texts as server-sent events, and a look at one token."""
 
 import asyncio
 import codecs
 import json
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,185 +12,137 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxgpt.serve import limits, requests
 from jaxgpt.serve.guard import Guard, answer
 from jaxgpt.serve.library import Library
-from jaxgpt.serve.requests import BadRequestError
-from jaxgpt.serve.scheduler import BusyError, Looked, Scheduler, StoppedError
-from jaxgpt.serve.writer import End, Piece
-from jaxgpt.serve.writer import Request as Wanted
+from jaxgpt.serve.scheduler import Scheduler
+from jaxgpt.serve.writer import End, Job, Piece
 from jaxgpt.tokenizer import Tokenizer
 
-FILES = {
-    "/": ("page.html", "text/html"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/page.css": ("page.css", "text/css"),
-}
+FILES = {"/": "page.html", "/page.js": "page.js", "/page.css": "page.css"}
 
 
 def application(library: Library, scheduler: Scheduler, hosts: Iterable[str] = (), token: str = "") -> ASGIApp:
-    """The ASGI application; `hosts` and `token` as `Guard` takes them."""
+    """The whole application; `hosts` and `token` as `Guard` takes them."""
 
     async def runs(request: Request) -> Response:
-        return answer({"runs": library.summaries(), "limits": vars(scheduler.limits), "defaults": requests.FIELDS})
+        found = [library.summary(name) for name in library.names]
+        return answer({"runs": found, "limits": vars(scheduler.limits), "defaults": requests.DEFAULTS})
 
-    async def write(request: Request) -> ASGIApp:
-        run, wanted = requests.to_write(await _body(request), library, scheduler.limits)
-        return Stream(scheduler, wanted, run.tokenizer)
+    async def write(request: Request) -> Response:
+        return Stream(scheduler, requests.to_write(await _body(request), library, scheduler.limits))
 
     async def look(request: Request) -> Response:
-        run, ids = requests.to_look(await _body(request), library)
-        told, put = _mailbox()
-        asked = scheduler.look(run, ids, put)
+        job = requests.to_look(await _body(request), library)
+        messages = _submit(scheduler, job)
         try:
-            looked = await _while_there(told.get(), request.receive)
+            while messages.empty():
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+                await asyncio.sleep(0.02)
         finally:
-            scheduler.cancel(asked)
-        if looked is None:
-            raise ClientDisconnect
-        if not isinstance(looked, Looked):
-            return answer({"error": looked.why}, 503)
-        told_of = likely(run.tokenizer, looked.likely, looked.chances)
-        return answer({"attention": _rounded(looked.weights), "likely": told_of})
+            scheduler.cancel(job)
+        looked = messages.get_nowait()
+        if isinstance(looked, End):
+            return answer({"error": looked.error}, 503)
+        likely = described(job.run.tokenizer, looked.likely, looked.likely_p)
+        return answer({"attention": _rounded(looked.attention), "likely": likely})
 
     async def health(request: Request) -> Response:
         state = scheduler.state
         return answer(state, 200 if state["status"] == "ok" else 503)
 
-    routes = [Route(path, _file(name, kind)) for path, (name, kind) in FILES.items()]
+    async def file(request: Request) -> Response:
+        return FileResponse(Path(__file__).parent / FILES[request.url.path])
+
+    routes = [Route(path, file) for path in FILES]
     routes += [Route("/health", health), Route("/api/runs", runs)]
     routes += [Route("/api/write", write, methods=["POST"]), Route("/api/look", look, methods=["POST"])]
     handlers: Any = {
-        ClientDisconnect: lambda request, error: answer({"error": "the request broke off"}, 400),
-        HTTPException: lambda request, error: answer({"error": error.detail}, error.status_code),
-        BadRequestError: lambda request, error: answer({"error": str(error)}, error.status),
-        BusyError: lambda request, error: answer({"error": str(error)}, 429, retry_after="1"),
-        StoppedError: lambda request, error: answer({"error": str(error)}, 503),
+        HTTPException: lambda request, error: answer({"error": error.detail}, error.status_code, error.headers),
+        ClientDisconnect: lambda request, error: answer({"error": "the client disconnected"}, 400),
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return Guard(app, hosts, token)
 
 
-class Stream:
-    """A text while it is written, as server-sent events: `start`, `tokens`, `tokens`, ..., `end`.
+class Stream(StreamingResponse):
+    """A text while it is generated, as server-sent events: `start`, `tokens`, `tokens`, ..., `end`. If the client
+    disconnects, the job is cancelled."""
 
-    When the client leaves, or its connection is broken off because it takes nothing, its place is given up.
-    """
-
-    def __init__(self, scheduler: Scheduler, wanted: Wanted, tokenizer: Tokenizer):
-        self.scheduler, self.wanted, self.tokenizer = scheduler, wanted, tokenizer
+    def __init__(self, scheduler: Scheduler, job: Job):
+        self.scheduler, self.job = scheduler, job
+        prompt = job.ids
+        super().__init__(_events(job, prompt, _submit(scheduler, job)), media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        told, put = _mailbox()
-        job = self.scheduler.write(self.wanted, put)
         try:
-            await _while_there(self._write(told, scope, receive, send), receive)
+            await super().__call__(scope, receive, send)
         finally:
-            self.scheduler.cancel(job)
-
-    async def _write(self, told: asyncio.Queue[Any], scope: Scope, receive: Receive, send: Send) -> None:
-        piece = await told.get()
-        if isinstance(piece, End):  # before the first token: it could not begin
-            return await answer({"error": piece.why}, 503)(scope, receive, send)
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-        async def event(name: str, tree: Any, more: bool = True) -> None:
-            body = f"event: {name}\ndata: {json.dumps(tree)}\n\n".encode()
-            await send({"type": "http.response.body", "body": body, "more_body": more})
-
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        token_bytes = self.tokenizer.token_bytes
-        prompt = [[i, decoder.decode(token_bytes[i])] for i in self.wanted.ids]
-        await event("start", {"prompt": prompt})
-        while isinstance(piece, Piece):
-            drawn = piece.drawn
-            tokens = [
-                {"id": i, "text": decoder.decode(token_bytes[i]), "p": p, "likely": likely} | _part(token_bytes[i])
-                for i, p, likely in zip(drawn.token.tolist(), _rounded(drawn.chance), self._likely(drawn), strict=True)
-            ]
-            await event("tokens", {"from": piece.first, "tokens": tokens})
-            piece = await told.get()
-        await event("end", {"text": decoder.decode(b"", final=True), "error": piece.why}, more=False)
-
-    def _likely(self, drawn: Any) -> list[Any]:
-        return [likely(self.tokenizer, *each) for each in zip(drawn.likely, drawn.chances, strict=True)]
+            self.scheduler.cancel(self.job)
 
 
-def likely(tokenizer: Tokenizer, ids: Any, chances: Any) -> list[dict[str, Any]]:
-    """(K,) ids and probabilities as a browser is told of them."""
-    token_bytes = tokenizer.token_bytes
-    return [
-        {"id": i, "text": token_bytes[i].decode("utf-8", "ignore"), "p": p} | _part(token_bytes[i])
-        for i, p in zip(ids.tolist(), _rounded(chances), strict=True)
-    ]
+async def _events(job: Job, prompt: list[int], messages: asyncio.Queue[Any]) -> AsyncIterator[str]:
+    def event(name: str, tree: Any) -> str:
+        return f"event: {name}\ndata: {json.dumps(tree)}\n\n"
+
+    tokenizer, decoder = job.run.tokenizer, codecs.getincrementaldecoder("utf-8")(errors="replace")
+    yield event("start", {"prompt": [[i, decoder.decode(tokenizer.token_bytes[i])] for i in prompt]})
+    while isinstance(message := await messages.get(), Piece):
+        tokens = []
+        for token, p, likely, likely_p in zip(*message.drawn, strict=True):
+            (described_token,) = described(tokenizer, [token], [p])
+            text = decoder.decode(tokenizer.token_bytes[token])
+            tokens.append(described_token | {"text": text, "likely": described(tokenizer, likely, likely_p)})
+        yield event("tokens", {"from": message.first, "tokens": tokens})
+    yield event("end", {"text": decoder.decode(b"", final=True), "error": message.error})
 
 
-def _part(token: bytes) -> dict[str, str]:
-    r"""How a token that holds a part of a character is `shown`, as \xNN; of others there is nothing to say."""
-    shown = token.decode("utf-8", "backslashreplace")
-    return {} if shown.encode() == token else {"shown": shown}
+def described(tokenizer: Tokenizer, ids: Any, probabilities: Any) -> list[dict[str, Any]]:
+    r"""Each id with its text and probability; a token that is not UTF-8 by itself also has \xNN in `shown`."""
+    found = []
+    for i, p in zip(np.asarray(ids).tolist(), _rounded(probabilities), strict=True):
+        token = tokenizer.token_bytes[i]
+        text, shown = (token.decode("utf-8", errors) for errors in ("ignore", "backslashreplace"))
+        found.append({"id": i, "text": text, "p": p} | ({} if text.encode() == token else {"shown": shown}))
+    return found
 
 
 def _rounded(x: Any) -> list[Any]:
-    """As plain numbers: JSON knows no nan, which a model that went astray may say."""
-    return np.nan_to_num(np.asarray(x, np.float64)).round(6).tolist()
+    """As JSON numbers: NaN, of a model that diverged, becomes 0."""
+    rounded: list[Any] = np.nan_to_num(np.asarray(x, np.float64)).round(6).tolist()
+    return rounded
 
 
-def _mailbox() -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
-    """A queue of this event loop, and a way to fill it from any thread."""
-    queue: asyncio.Queue[Any] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
+def _submit(scheduler: Scheduler, job: Job) -> asyncio.Queue[Any]:
+    """The queue of what the scheduler's thread sends to `job`. Raises as `Scheduler.submit`."""
+    queue, loop = asyncio.Queue[Any](), asyncio.get_running_loop()
 
-    def put(told: Any) -> None:
-        with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-            loop.call_soon_threadsafe(queue.put_nowait, told)
+    def put(message: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(queue.put_nowait, message)
 
-    return queue, put
-
-
-async def _while_there(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
-    """What `work` gives; None where the client leaves before, which ends it."""
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_leaving(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        leaving.cancel()
-        working.cancel()
-
-
-async def _leaving(receive: Receive) -> None:
-    """Returns when the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    job.put = put
+    scheduler.submit(job)
+    return queue
 
 
 async def _body(request: Request) -> bytes:
-    """The body of a request, if it is JSON of no more than `requests.BODY` bytes and comes in time."""
+    """A JSON body of at most MAX_BODY bytes that arrives within TIMEOUT."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise BadRequestError("expected Content-Type: application/json", 415)
+        raise HTTPException(415, "expected Content-Type: application/json")
     body = b""
     try:
-        async with asyncio.timeout(limits.PATIENCE):
+        async with asyncio.timeout(limits.TIMEOUT):
             async for part in request.stream():
                 body += part
-                if len(body) > requests.BODY:
-                    raise BadRequestError(f"the request is longer than {requests.BODY} bytes", 413)
+                if len(body) > requests.MAX_BODY:
+                    raise HTTPException(413, f"the request is longer than {requests.MAX_BODY} bytes")
     except TimeoutError as error:
-        raise BadRequestError(f"the request did not come within {limits.PATIENCE:g} s", 408) from error
+        raise HTTPException(408, f"the request did not arrive within {limits.TIMEOUT:g} s") from error
     return body
-
-
-def _file(name: str, kind: str) -> Callable[[Request], Any]:
-    data = (Path(__file__).parent / name).read_bytes()
-
-    async def file(request: Request) -> Response:
-        return Response(data, media_type=f"{kind}; charset=utf-8")
-
-    return file

@@ -9,12 +9,13 @@ import tyro
 
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Checkpoint, RunsDir, parse
+from jaxgpt.config import MissingExtraError
 from jaxgpt.serve.limits import Limits
 
 Served = Annotated[
     str,
     tyro.conf.Positional,
-    tyro.conf.arg(metavar="RUN|FOLDER", help="A run's name, or ./FOLDER of one or more."),
+    tyro.conf.arg(metavar="RUN|FOLDER", help="Name of a run, or ./FOLDER of one or more."),
 ]
 
 
@@ -22,13 +23,13 @@ Served = Annotated[
 class Serve:
     served: Served = "runs"
     host: str = "127.0.0.1"
-    """The address to listen on; beyond this machine a token is needed."""
+    """Address to listen on; other machines can reach any but a loopback address, which needs a token."""
     port: int = 8000
-    """The port to listen on; 0 takes one that is free."""
+    """Port to listen on; 0 takes a free one."""
     token: str = ""
-    """What clients must show; the variable JAXGPT_TOKEN, which others on this machine cannot see, gives it too."""
+    """Secret that clients must send; better set in JAXGPT_TOKEN, which other users of this machine cannot see."""
     allow_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A name that this server is known by, beside localhost, addresses and --host; may be given several times."""
+    """Accept requests to this host name, besides localhost, IP addresses and --host; may be repeated."""
     checkpoint: Checkpoint = "best"
     limits: Limits = field(default_factory=Limits)
     runs_dir: RunsDir = Path("runs")
@@ -37,17 +38,16 @@ class Serve:
 def run(args: list[str]) -> int:
     given = parse(Serve, args, "serve")
     from jaxgpt.serve.library import Library
-    from jaxgpt.serve.server import serve
 
+    try:
+        from jaxgpt.serve.server import serve
+    except ImportError as error:
+        raise MissingExtraError("the playground", error.name or "starlette", "serve") from error
     use_compile_cache()
     import jax
 
-    jax.devices()  # where there is none, the server fails now, not at the first request
+    jax.devices()  # without a device, fail now and not at the first request
     library, limits = Library.at(given.served, given.runs_dir), given.limits.check()
     token = given.token or os.environ.get("JAXGPT_TOKEN", "")
-
-    def announce(address: str) -> None:
-        print(f"{', '.join(library.names)}\nThe playground: {address}\nCtrl-C ends it.", flush=True)
-
-    serve(library, given.host, given.port, limits, token, given.allow_host, given.checkpoint, announce)
+    serve(library, given.host, given.port, limits, token, given.allow_host, given.checkpoint)
     return 0

@@ -1,72 +1,98 @@
-"""A connection that keeps nobody waiting: who neither asks nor takes the answer makes room for others."""
+"""Timeouts that uvicorn does not have: clients that send no request or do not read the response are disconnected."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxgpt.serve import limits
 
 
-class Connection(H11Protocol):
-    """It is broken off when its client has sent no whole request, or taken nothing of an answer, for PATIENCE seconds.
+class Connections(dict[tuple[str, int], "Connection"]):
+    """The open connections by client address, at most `most` of them.
 
-    Where there are as many as there may be, the one whose client has been waited for the longest goes at once: silence
-    shuts nobody out. Broken off, not closed: that would wait until the client has taken the rest.
+    A connection is closed when its client has sent no complete request, or has read nothing of a response, for TIMEOUT
+    seconds. A new connection beyond `most` closes the one whose client has been idle for longest, so that idle clients
+    cannot lock out others.
     """
 
-    due: asyncio.TimerHandle | None = None
-    """When it is broken off; None while the client waits for the server."""
-    untaken = 0
-    """Bytes of the answer that the client had not taken when the count began."""
+    def __init__(self, most: int):
+        super().__init__()
+        self.most = most
+
+    def config(self, app: ASGIApp, **how: Any) -> uvicorn.Config:
+        """The settings of a server whose connections these are."""
+
+        async def tracked(scope: Scope, receive: Receive, send: Send) -> None:
+            connection = self[scope["client"]]
+            connection.set(answering=True)
+            try:
+                await app(scope, receive, send)
+            finally:
+                connection.set(answering=False)
+
+        config = uvicorn.Config(tracked, http="h11", ws="none", lifespan="off", **how)
+        config.load()
+        made: Any = partial(Connection, self, config.http_protocol_class)
+        config.http_protocol_class = made
+        return config
+
+
+class Connection(asyncio.Protocol):
+    """Wraps uvicorn's protocol `kind`."""
+
+    def __init__(self, others: Connections, kind: Any, **how: Any):
+        self.others, self.http = others, kind(**how)
+        self.answering = self.paused = False
+        self.timer: asyncio.TimerHandle | None = None
+        """Closes the connection; None while it is the server's turn."""
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        if self.limit_concurrency and len(self.connections) >= self.limit_concurrency:
-            others: Any = self.connections
-            if waits := [each for each in others if each.due]:
-                oldest = min(waits, key=lambda each: each.due.when())
-                oldest.transport.abort()
-                others.discard(oldest)  # now, not at the next turn of the loop: many may come in one
-        self._watch()
+        self.transport, self.address = transport, transport.get_extra_info("peername")[:2]
+        self.http.connection_made(transport)
+        self.others[self.address] = self
+        self.set()
+        if len(self.others) > self.others.most:
+            idle = [(other.timer.when(), other) for other in self.others.values() if other.timer]
+            min(idle, key=lambda pair: pair[0])[1].close()  # of equal times, the first
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._end_watch()
+    def connection_lost(self, error: Exception | None) -> None:
+        self.close()
+        self.http.connection_lost(error)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._watch()
+        self.http.data_received(data)
 
     def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch()
+        self.http.pause_writing()
+        self.set(paused=True)
 
     def resume_writing(self) -> None:
-        super().resume_writing()
-        self._watch()
+        self.http.resume_writing()
+        self.set(paused=False)
 
-    def _watch(self) -> None:
-        """Count the seconds while it is the client's turn: to ask for something, or to take what it is sent."""
-        served = self.cycle and not self.cycle.response_complete and not self.flow.write_paused
-        if served:
-            self._end_watch()
-        elif not self.due:
-            self.untaken = self.transport.get_write_buffer_size()
-            self.due = self.loop.call_later(limits.PATIENCE, self._late)
+    def set(self, **state: bool) -> None:
+        """Start the timer when it becomes the client's turn: to send a request, or to read the response."""
+        vars(self).update(state)
+        if self.timer and self.answering and not self.paused:
+            self.timer.cancel()
+            self.timer = None
+        elif not self.timer and not (self.answering and not self.paused) and not self.transport.is_closing():
+            self.unread = self.transport.get_write_buffer_size()
+            self.timer = asyncio.get_running_loop().call_later(limits.TIMEOUT, self.late)
 
-    def _end_watch(self) -> None:
-        if self.due:
-            self.due.cancel()
-        self.due = None
-
-    def _late(self) -> None:
-        self.due = None
-        if self.transport.get_write_buffer_size() < self.untaken:  # slow is not silent
-            self._watch()
+    def late(self) -> None:
+        self.timer = None
+        if self.transport.get_write_buffer_size() < self.unread:  # it reads, if slowly
+            self.set()
         else:
-            self.transport.abort()
+            self.close()
+
+    def close(self) -> None:
+        """At once: a graceful close would wait until the client has read the rest."""
+        if self.timer:
+            self.timer.cancel()
+        self.others.pop(self.address, None)
+        self.transport.abort()

@@ -1,12 +1,13 @@
-"""Who may ask: the host that was meant, the origin of the page, the token; and what a browser may do with an answer."""
+"""Which requests are answered: by host, origin and token; and the security headers of every response."""
 
 import hmac
 import ipaddress
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,91 +21,54 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-"""Of every answer. There is no Access-Control-Allow-Origin: pages from elsewhere read nothing."""
+"""Of every response. There is no Access-Control-Allow-Origin: other sites can read nothing."""
 OPEN = {"/", "/page.js", "/page.css", "/health"}
-"""What is given without a token: the page, which holds nothing, asks for it."""
+"""Served without a token: the page holds no data, and asks for the token."""
 
 
-def answer(tree: Any, status: int = 200, **headers: str) -> Response:
-    """`tree` as JSON in ASCII, whatever characters it holds."""
-    return Response(json.dumps(tree), status, {name.replace("_", "-"): value for name, value in headers.items()},
-                    "application/json")  # fmt: skip
+def answer(tree: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """`tree` as JSON in ASCII, which can hold any string, lone surrogates too."""
+    return Response(json.dumps(tree), status, headers, "application/json")
 
 
 class Guard:
-    """Lets through to `app` what may ask, and adds HEADERS to what comes back.
+    """ASGI middleware that refuses requests which `app` must not see, and adds HEADERS to every response.
 
     Args:
-      hosts: the names that this server is known by. Addresses and localhost always are: a page that points a name of
-        its own at this machine (DNS rebinding) gives itself away by the name.
-      token: what requests must bring as `Authorization: Bearer`; "" for none.
+      hosts: names of this server, besides localhost and IP addresses. Other names are refused: a site that points its
+        own name at this machine (DNS rebinding) could otherwise read the answers.
+      token: required as `Authorization: Bearer`, unless empty.
     """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str] = (), token: str = ""):
-        self.app, self.hosts, self.token = app, {host.lower() for host in hosts}, token
+        self.app, self.hosts, self.token = app, {"localhost", *(host.lower() for host in hosts)}, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message = {**message, "headers": [*message.get("headers", []), *headers]}
+                message["headers"] = [*message["headers"], *((n.encode(), v.encode()) for n, v in HEADERS.items())]
             await send(message)
 
-        refused = self.refusal(scope)
-        await (refused or self.app)(scope, receive, guarded)
+        await (self.refusal(scope) or self.app)(scope, receive, guarded)
 
     def refusal(self, scope: Scope) -> Response | None:
-        """Why a request is not let through; None if it is."""
-        headers: dict[bytes, list[str]] = {}
-        for name, value in scope["headers"]:
-            headers.setdefault(name.lower(), []).append(value.decode("latin-1"))
-        hosts, origins = headers.get(b"host", []), headers.get(b"origin", [])
+        headers = Headers(scope=scope)
+        hosts, origins = headers.getlist("host"), headers.getlist("origin")
         if len(hosts) != 1 or not self.knows(hosts[0]):
-            return answer({"error": "this server does not go by that name: jaxgpt serve --allow-host NAME"}, 403)
-        if origins and [urlsplit_netloc(origin) for origin in origins] != [hosts[0].lower()]:
-            return answer({"error": "pages from elsewhere may not ask"}, 403)
-        given = headers.get(b"authorization", [""])[0].encode("latin-1")
-        if (
-            self.token
-            and scope["path"] not in OPEN
-            and not hmac.compare_digest(given, b"Bearer " + self.token.encode())
-        ):
-            return answer({"error": "a token is needed: Authorization: Bearer TOKEN"}, 401, www_authenticate="Bearer")
+            return answer({"error": "unknown host name: to allow it, jaxgpt serve --allow-host NAME"}, 403)
+        if origins and [origin.lower().partition("://")[2] for origin in origins] != [hosts[0].lower()]:
+            return answer({"error": "requests from other sites are refused"}, 403)
+        given, expected = headers.get("authorization", "").encode("latin-1"), f"Bearer {self.token}".encode()
+        if self.token and scope["path"] not in OPEN and not hmac.compare_digest(given, expected):
+            wanted = {"error": "a token is required: Authorization: Bearer TOKEN"}
+            return answer(wanted, 401, {"WWW-Authenticate": "Bearer"})
         return None
 
     def knows(self, host: str) -> bool:
-        """Whether a Host header, a name or an address and perhaps a port, means this server."""
+        """Whether a Host header, a name or an IP address and perhaps a port, is this server's."""
         try:
             parts = urlsplit(f"//{host}")
             name, _ = (parts.hostname or "").rstrip("."), parts.port
+            return name in self.hosts or bool(ipaddress.ip_address(name))
         except ValueError:
             return False
-        return name == "localhost" or name in self.hosts or is_address(name)
-
-
-def is_address(name: str) -> bool:
-    """Whether `name` is an IPv4 or IPv6 address.
-
-    >>> is_address("::1"), is_address("127.0.0.1.example.org")
-    (True, False)
-    """
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def urlsplit_netloc(origin: str) -> str:
-    """The host and port of an Origin header; "" of one that is none.
-
-    >>> urlsplit_netloc("http://localhost:8000"), urlsplit_netloc("null")
-    ('localhost:8000', '')
-    """
-    try:
-        return urlsplit(origin).netloc.lower()
-    except ValueError:
-        return ""

@@ -1,32 +1,26 @@
-"""What one server gives at most."""
+"""The limits of one server."""
 
 from dataclasses import dataclass
 
 from jaxgpt.config import UsageError
 
-PATIENCE = 30.0
-"""Seconds that a client may keep the server waiting: for a request, or until it takes more of the answer."""
+TIMEOUT = 30.0
+"""Seconds that a client may take to send a request, or to read more of the response."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for, and how many there may be."""
-
     max_prompt: int = 20_000
-    """Characters of a prompt."""
+    """Characters, or ids, of a prompt."""
     max_tokens: int = 1000
-    """Tokens that one request may write."""
+    """Tokens that one request may generate."""
     places: int = 32
-    """Requests that a model writes for at once; the others wait for their turn."""
+    """Requests that a model serves at once; others wait."""
     max_requests: int = 64
-    """Requests under way, those that wait among them; one more is told to come back."""
+    """Requests under way, including those that wait; more are refused with 429."""
 
     def check(self) -> "Limits":
-        """`self`, if it makes sense.
-
-        Raises:
-          UsageError: a limit below 1.
-        """
+        """`self`, if every limit is at least 1; raises UsageError otherwise."""
         for name, value in vars(self).items():
             if not 1 <= value < 2**31:
                 raise UsageError(f"{name} is {value}, expected 1 or more")

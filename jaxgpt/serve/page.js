@@ -1,4 +1,4 @@
-// The playground: asks the server to write, shows every token as it comes, and looks inside the one that is chosen.
+// The playground: streams text from the server, colours each token by its surprisal, and shows details of the chosen one.
 
 const $ = (selector, within = document) => within.querySelector(selector);
 const make = (name, has = {}, ...inside) => {
@@ -7,27 +7,27 @@ const make = (name, has = {}, ...inside) => {
   return element;
 };
 const NUMBERS = ["temperature", "top_k", "top_p", "min_p", "tokens", "seed"];
-const SIGNS = { " ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", "": "\u2205" };
-const NAMES = { " ": "blank", "\n": "line feed", "\t": "tab", "\r": "carriage return", "": "part of a character" };
-const seen = (text) => [...text].map((each) => SIGNS[each] ?? each).join("") || SIGNS[""];
+const SYMBOLS = { " ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", "": "\u2205" };
+const NAMES = { " ": "space", "\n": "newline", "\t": "tab", "\r": "carriage return", "": "part of a character" };
+const seen = (text) => [...text].map((each) => SYMBOLS[each] ?? each).join("") || SYMBOLS[""];
 const said = (text) => NAMES[text] ?? text;
 const percent = (p) => (p >= 0.0995 ? `${Math.round(100 * p)}%` : p >= 0.001 ? `${(100 * p).toFixed(1)}%` : "<0.1%");
 const bits = (p) => -Math.log2(Math.max(p, 1e-9));
 
 let runs = {};
 let token = sessionStorage.getItem("token") ?? "";
-// By hand: URLSearchParams reads a form, where a + is a blank.
-const handed = plain(location.hash.match(/^#token=(.*)/)?.[1] ?? "");
-if (handed) {
-  sessionStorage.setItem("token", (token = handed));
+// Not URLSearchParams, which reads + as a space.
+const given = plain(location.hash.match(/^#token=(.*)/)?.[1] ?? "");
+if (given) {
+  sessionStorage.setItem("token", (token = given));
   history.replaceState(null, "", location.pathname);
 }
 
-function plain(handed) {
+function plain(given) {
   try {
-    return decodeURIComponent(handed);
+    return decodeURIComponent(given);
   } catch {
-    return handed; // a % that escapes nothing
+    return given; // a literal %
   }
 }
 
@@ -39,7 +39,7 @@ async function ask(path, tree, signal) {
     await admitted();
     return ask(path, tree, signal);
   }
-  if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).error ?? `the server said ${answer.status}`);
+  if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).error ?? `the server answered ${answer.status}`);
   return answer;
 }
 
@@ -67,7 +67,7 @@ async function* events(answer) {
   }
 }
 
-// A frame, so that the page stays awake while more comes than it can show; or a moment, where nobody looks.
+// The next frame, so that the page stays responsive; or a moment later in a hidden tab.
 const painted = () => new Promise((done) => (requestAnimationFrame(() => setTimeout(done)), setTimeout(done, 250)));
 
 class Pane {
@@ -88,15 +88,15 @@ class Pane {
     this.run = runs[run];
     $("h2", this.root).textContent = run;
     const { layers, heads, parameters, block_size, vocabulary, problem } = this.run;
-    const shape = layers ? `${layers} layers of ${heads} heads` : "a bigram table";
+    const shape = layers ? `${layers} layer${layers > 1 ? "s" : ""} of ${heads} head${heads > 1 ? "s" : ""}` : "a bigram table";
     $(".facts", this.root).textContent = problem ? "" :
       `${parameters.toLocaleString("en")} parameters, ${shape}, context ${block_size}, vocabulary ${vocabulary.toLocaleString("en")}`;
-    this.text.setAttribute("aria-label", `Tokens of ${run}. Arrow keys move, Enter looks inside.`);
+    this.text.setAttribute("aria-label", `Tokens of ${run}. Arrow keys move, Enter shows details.`);
     this.show([]);
-    this.tell(problem ?? "");
+    this.fail(problem ?? "");
   }
 
-  tell(fault) {
+  fail(fault) {
     this.fault.textContent = fault;
     this.fault.hidden = !fault;
   }
@@ -137,44 +137,44 @@ class Pane {
     if (low) this.text.scrollTop = this.text.scrollHeight;
   }
 
-  // Writes on from a prompt, a text or ids; `kept` are tokens that are known already.
+  // Continues a prompt, a text or ids; `kept` are the tokens of it that are shown already.
   async write(prompt, kept = []) {
     this.stop();
-    this.tell("");
+    this.fail("");
     this.show(kept);
     const leaving = (this.leaving = new AbortController());
     const settings = Object.fromEntries(NUMBERS.map((name) => [name, Number($(`#${name}`).value)]));
-    let began = 0, written = 0, timed = 0, failed = false; // timed from the second piece on: the first may wait to be compiled
+    let began = 0, written = 0, timed = 0, failed = false; // timed from the second piece on: the first may wait for compilation
     busy();
     try {
-      for await (const [name, told] of events(await ask("api/write", { run: this.run.name, prompt, ...settings }, leaving.signal))) {
-        if (leaving.signal.aborted) break; // what came with it is no longer wanted
+      for await (const [name, data] of events(await ask("api/write", { run: this.run.name, prompt, ...settings }, leaving.signal))) {
+        if (leaving.signal.aborted) break; 
         if (name === "start") {
-          if (!kept.length) this.add(told.prompt.map(([id, text]) => ({ id, text })));
+          if (!kept.length) this.add(data.prompt.map(([id, text]) => ({ id, text })));
         } else if (name === "tokens") {
-          this.add(told.tokens.map((each) => ({ ...each, from: told.from })));
-          if (began) timed += told.tokens.length;
+          this.add(data.tokens.map((each) => ({ ...each, from: data.from })));
+          if (began) timed += data.tokens.length;
           else if (written) began = performance.now();
-          written += told.tokens.length;
-        } else if (told.text) this.text.append(told.text); // part of a character: no token to go on from
-        if (told.error) this.tell(told.error), (failed = true);
+          written += data.tokens.length;
+        } else if (data.text) this.text.append(data.text); // an incomplete character at the end
+        if (data.error) this.fail(data.error), (failed = true);
         this.account(timed, performance.now() - began);
         await painted();
       }
     } catch (error) {
-      if (error.name !== "AbortError") this.tell(error.message), (failed = true);
+      if (error.name !== "AbortError") this.fail(error.message), (failed = true);
     }
     if (this.leaving !== leaving) return;
     this.leaving = null;
     this.heard.textContent = this.text.textContent;
     this.on.hidden = !this.spans.length;
-    this.done = failed ? "" : `${this.run.name} wrote ${written} tokens.`;
+    this.done = failed ? "" : `Sampled ${written} tokens from ${this.run.name}.`;
     busy();
   }
 
   account(timed, spent) {
-    const speed = timed && spent > 50 ? `, ${Math.round((1000 * timed) / spent).toLocaleString("en")} a second` : "";
-    if (this.priced) this.sum.textContent = `${this.priced} tokens${speed}; ${(this.bits / this.priced).toFixed(2)} bits each`;
+    const speed = timed && spent > 50 ? `, ${Math.round((1000 * timed) / spent).toLocaleString("en")} tokens/s` : "";
+    if (this.priced) this.sum.textContent = `${this.priced} tokens${speed}, ${(this.bits / this.priced).toFixed(2)} bits/token`;
   }
 
   stop() {
@@ -193,7 +193,7 @@ class Pane {
     event.stopPropagation();
   }
 
-  // The token on the line above or below that is nearest to token `at`.
+  // The nearest token on the line above or below token `at`.
   line(at, way) {
     const { offsetTop: top, offsetLeft: left } = this.spans[at] ?? {};
     let best = at, line;
@@ -241,10 +241,10 @@ class Pane {
     const from = Math.max(token.from ?? 0, i - this.run.block_size);
     const context = this.tokens.slice(from, i);
     $("h3", this.inside).replaceChildren(make("code", { textContent: seen(token.text || token.shown || "") }),
-      token.p === undefined ? " of the prompt" : ` ${percent(token.p)} likely, ${bits(token.p).toFixed(1)} bits`);
+      token.p === undefined ? " in the prompt" : ` has probability ${percent(token.p)}, ${bits(token.p).toFixed(1)} bits`);
     this.likely.replaceChildren();
     this.none.hidden = i > 0;
-    this.none.textContent = "It is the first: the model was not asked.";
+    this.none.textContent = "The first token: the model did not predict it.";
     this.looked.hidden = true;
     if (token.likely) this.list(i, token.likely);
     this.inside.hidden = false;
@@ -257,7 +257,7 @@ class Pane {
       if (!token.likely) this.list(i, looked.likely);
       this.draw(looked.attention, from, i);
     } catch (error) {
-      if (error.name !== "AbortError") this.tell(error.message);
+      if (error.name !== "AbortError") this.fail(error.message);
     }
   }
 
@@ -268,8 +268,8 @@ class Pane {
       const same = each.id === token.id;
       const button = make("button", { type: "button", disabled: same }, make("code", { textContent: each.shown ?? seen(each.text) }), percent(each.p));
       button.style.setProperty("--p", each.p);
-      button.setAttribute("aria-label", `${each.shown ?? said(each.text)}, ${percent(each.p)}: ${same ? "what stands here" : "continue from it"}`);
-      button.title = same ? "What stands here" : "Continue from it";
+      button.setAttribute("aria-label", `${each.shown ?? said(each.text)}, ${percent(each.p)}: ${same ? "the current token" : "continue with this token"}`);
+      button.title = same ? "The current token" : "Continue with this token";
       button.onclick = () => {
         const kept = [...this.tokens.slice(0, i), { ...each, likely, from: token.from, chosen: true }];
         this.write(kept.map(({ id }) => id), kept);
@@ -279,7 +279,7 @@ class Pane {
     }));
   }
 
-  // Weights (L, H, T) of the tokens from place `from` on: a strip for each head, and the chosen one over the text.
+  // Attention (L, H, T) to the tokens from position `from` on: a strip for each head, and the chosen one on the text.
   draw(weights, from, i) {
     const L = weights.length, H = weights[0]?.length ?? 0;
     this.looked.hidden = !L;
@@ -295,8 +295,8 @@ class Pane {
       return label;
     };
     this.heads.style.setProperty("--n", H);
-    this.heads.setAttribute("aria-label", "Whose attention is drawn over the text");
-    this.heads.replaceChildren(make("span", { textContent: "all" }), cell(mean, "mean", "the mean of all heads", true),
+    this.heads.setAttribute("aria-label", "Head whose attention is shown on the text");
+    this.heads.replaceChildren(make("span", { textContent: "mean" }), cell(mean, "mean", "the mean of all heads", true),
       ...weights.flatMap((heads, l) => [make("span", { textContent: l + 1 }), ...heads.map((row, h) => cell(row, "", `layer ${l + 1}, head ${h + 1}`, false))]));
     this.over(mean, from, "the mean of all heads");
   }
@@ -315,7 +315,7 @@ class Pane {
 }
 Pane.ids = 0;
 
-// A row of weights as a picture, the oldest token on the left; of many that share a pixel, the strongest.
+// A row of weights as a gradient, the oldest token on the left; of several in one stop, the largest.
 function strip(row) {
   const n = Math.min(row.length, 64), most = Math.max(...row);
   const stops = Array.from({ length: n }, (_, k) => {
@@ -330,7 +330,7 @@ let panes = [];
 function busy() {
   const writing = panes.filter((pane) => pane.leaving).map((pane) => pane.run.name);
   $("#stop").disabled = !writing.length;
-  $("#status").textContent = writing.length ? `${writing.join(" and ")} ${writing.length > 1 ? "are" : "is"} writing\u2026` : panes.map((pane) => pane.done).join(" ");
+  $("#status").textContent = writing.length ? `Sampling from ${writing.join(" and ")}\u2026` : panes.map((pane) => pane.done).join(" ");
 }
 
 function arrange() {
@@ -345,25 +345,25 @@ function arrange() {
 }
 
 async function begin() {
-  const told = await (await ask("api/runs")).json();
-  runs = Object.fromEntries(told.runs.map((run) => [run.name, run]));
-  $("#run").append(...told.runs.map(({ name }) => new Option(name)));
-  $("#beside").append(new Option("nothing", ""), ...told.runs.map(({ name }) => new Option(name)));
-  const first = told.runs.find(({ problem }) => !problem);
+  const data = await (await ask("api/runs")).json();
+  runs = Object.fromEntries(data.runs.map((run) => [run.name, run]));
+  $("#run").append(...data.runs.map(({ name }) => new Option(name)));
+  $("#beside").append(new Option("no other run", ""), ...data.runs.map(({ name }) => new Option(name)));
+  const first = data.runs.find(({ problem }) => !problem);
   if (first) $("#run").value = first.name;
   for (const name of NUMBERS) {
     const input = $(`#${name}`), output = $(`output[for=${name}]`);
     const off = { top_k: 0, top_p: 1, min_p: 0 }[name];
-    input.value = told.defaults[name];
-    const tell = () => output && (output.value = Number(input.value) === off ? "off" : name === "temperature" && input.value === "0" ? "greedy" : input.value);
-    input.oninput = tell;
-    tell();
+    input.value = data.defaults[name];
+    const showValue = () => output && (output.value = Number(input.value) === off ? "off" : name === "temperature" && input.value === "0" ? "greedy" : input.value);
+    input.oninput = showValue;
+    showValue();
   }
-  $("#tokens").max = told.limits.max_tokens;
-  $("#prompt").maxLength = told.limits.max_prompt;
+  $("#tokens").max = data.limits.max_tokens;
+  $("#prompt").maxLength = data.limits.max_prompt;
   const wide = matchMedia("(min-width: 50rem)");
   $("#settings").open = wide.matches;
-  wide.onchange = () => ($("#settings").open ||= wide.matches); // where it is wide, there is nothing to open them by
+  wide.onchange = () => ($("#settings").open ||= wide.matches); // the wide layout has no toggle
   $("#run").onchange = $("#beside").onchange = arrange;
   $("#roll").onclick = () => ($("#seed").value = crypto.getRandomValues(new Uint32Array(1))[0]);
   $("#stop").onclick = () => panes.forEach((pane) => pane.stop());

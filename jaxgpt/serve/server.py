@@ -1,23 +1,23 @@
-"""A socket, signals, and a clean end: what holds the application up."""
+"""The server process: its socket, signals and shutdown."""
 
 import asyncio
 import ipaddress
-import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
+import uvicorn
+
 from jaxgpt.config import UsageError
+from jaxgpt.serve.app import application
+from jaxgpt.serve.connection import Connections
 from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.limits import Limits
-from jaxgpt.serve.scheduler import Scheduler, warm
-from jaxgpt.serve.writer import Writer
-from jaxgpt.signals import SIGNALS
+from jaxgpt.serve.scheduler import Scheduler
+from jaxgpt.serve.writer import Job, Writer
 from jaxgpt.start import load_model
 
 SHORTEST = 16
-"""Characters of a token that is worth having."""
+"""Characters of a token, at least."""
 
 
 def serve(
@@ -28,22 +28,12 @@ def serve(
     token: str = "",
     hosts: tuple[str, ...] = (),
     checkpoint: str = "best",
-    announce: Callable[[str], None] = print,
 ) -> None:
-    """Serve until a signal asks for the end; then every text ends where it is, and all clients are told.
+    """Serve until SIGINT or SIGTERM; then end every text where it is, and return.
 
     Raises:
-      UsageError: a host beyond this machine without a token, a poor token, or a port that cannot be had.
+      UsageError: a host that others can reach without a token, a weak token, or an unavailable port.
     """
-    try:
-        import uvicorn
-
-        from jaxgpt.serve.app import application
-        from jaxgpt.serve.connection import Connection
-    except ImportError as error:
-        from jaxgpt.config import MissingExtraError
-
-        raise MissingExtraError("the playground", error.name or "starlette", "serve") from error
     require_token(host, token)
     listening = _listen(host, port)
 
@@ -54,92 +44,44 @@ def serve(
     scheduler = Scheduler(load, limits)
 
     class Server(uvicorn.Server):
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            with _noted(self._end):
-                yield
-
-        def _end(self) -> None:
-            self.should_exit = True
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            """Unlike uvicorn's, does not raise the signal again at the end: the exit code is 0."""
+            self.force_exit, self.should_exit = self.should_exit, True
             scheduler.stop()
-            await super().shutdown(sockets)
 
-    app: Any = application(library, scheduler, {host, *hosts}, token)
-    server = Server(
-        uvicorn.Config(
-            app,
-            http=Connection,
-            ws="none",
-            lifespan="off",
-            log_level="warning",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            limit_concurrency=limits.max_requests + 100,
-            timeout_graceful_shutdown=5,
-        )
-    )
-    if library.only:
-        warm(scheduler, library.run(library.only))
-    announce(f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/")
+    app = application(library, scheduler, {host, *hosts}, token)
+    how = {"log_level": "warning", "access_log": False, "proxy_headers": False, "server_header": False}
+    config = Connections(limits.max_requests + 99).config(app, timeout_graceful_shutdown=5, **how)
+    if library.only:  # load it and compile its programs before anyone asks
+        scheduler.submit(Job(library.run(library.only), [0], tokens=2))
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
+    print(f"{', '.join(library.names)}\nThe playground: {address}\nCtrl-C stops it.", flush=True)
     try:
-        asyncio.run(server.serve(sockets=[listening]))
+        asyncio.run(Server(config).serve(sockets=[listening]))
     finally:
         scheduler.stop()
         scheduler.join()
 
 
 def require_token(host: str, token: str) -> None:
-    """Check that who can reach `host` is either on this machine or must show a token.
-
-    Raises:
-      UsageError: it is open to others without one, or the token is none.
-    """
+    """Raises UsageError for a weak token, or for none where `host` is reachable from other machines."""
     if token and (len(token) < SHORTEST or not token.isascii() or not token.isprintable() or " " in token):
         raise UsageError(f"the token is too easy: expected {SHORTEST} or more ASCII characters without blanks")
-    if not token and not _is_loopback(host):
-        raise UsageError(
-            f"{host} can be reached by others: a token is needed, JAXGPT_TOKEN=$(openssl rand -hex 16) jaxgpt serve ..."
-        )
-
-
-def _is_loopback(host: str) -> bool:
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False
+        loopback = False
+    if not token and not loopback:
+        raise UsageError(
+            f"other machines can reach {host}: set a token, JAXGPT_TOKEN=$(openssl rand -hex 16) jaxgpt serve ..."
+        )
 
 
 def _listen(host: str, port: int) -> socket.socket:
     if not 0 <= port < 2**16:
-        raise UsageError(f"port is {port}, expected 0 (any that is free) to 65535")
+        raise UsageError(f"port is {port}, expected 0 (any free one) to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:  # from now on, who comes early is kept waiting, not refused
+    try:  # early clients wait until the server accepts
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
-        raise UsageError(f"{host}:{port} cannot be listened on: {error.strerror}; try --port 0") from error
-
-
-@contextmanager
-def _noted(act: Callable[[], None]) -> Iterator[None]:
-    """`act` on the first signal that asks for the end; a second one acts as it would have without this."""
-    before = {
-        number: handler or signal.SIG_DFL
-        for number in SIGNALS
-        if (handler := signal.getsignal(number)) is not signal.SIG_IGN
-    }
-
-    def note(number: int, frame: object) -> None:
-        act()
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}; try --port 0") from error

@@ -1,9 +1,9 @@
-"""One model that writes for many at once: who has which row, what each still has to read, and what it is given."""
+"""One model that generates for many requests at once: which request has which row, and what is read or decoded next."""
 
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -19,153 +19,128 @@ from jaxgpt.serve.library import Served
 READ = 512
 """About how many tokens are read at once."""
 PACE = 0.05
-"""Seconds between two pieces of a text: so long a newcomer waits, and so long the row of one who left stays taken."""
+"""Seconds between two pieces of a text: how long a new request waits at most, and a cancelled one keeps its row."""
 MEMORY = 2**30
-"""Bytes that the rows of one model may take."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be written."""
-
-    run: Served
-    ids: tuple[int, ...]
-    """The prompt, at least one token."""
-    tokens: int
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 1337
-
-    @property
-    def how(self) -> Settings:
-        return Settings(self.temperature, min(self.top_k, 2**30), self.top_p, self.min_p)
+"""Bytes that the KV caches of one model may take."""
 
 
 class Piece(NamedTuple):
-    """Tokens that follow those of the piece before."""
+    """The next tokens of a text."""
 
     drawn: Drawn  # (n,) and (n, K)
-    first: int
-    """The place of the first token that they could look back on, in the prompt and all after it."""
+    first: int  # position, in prompt and text, of the first token in their context
+
+
+class Looked(NamedTuple):
+    attention: Any  # (L, H, T), of the last token
+    likely: Any  # (K,) the most likely next tokens
+    likely_p: Any  # (K,)
 
 
 class End(NamedTuple):
     """Nothing more comes."""
 
-    why: str
-    """"" for all done; else what went wrong."""
+    error: str = ""
 
 
 @dataclass(eq=False)
 class Job:
-    """A request under way. `put` is told each `Piece`, then an `End`, from the thread that writes."""
+    """A request and its progress: a text of `tokens` more tokens, or without any the look at the last of `ids`."""
 
-    request: Request
-    put: Callable[[Any], None]
+    run: Served
+    ids: list[int]  # the prompt, at least one token, and what was generated
+    tokens: int = 0  # still to generate
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 1337
+    put: Callable[[Any], None] = lambda message: None  # takes each Piece, or a Looked, then an End, in the JAX thread
     cancelled: bool = False
-    """Its reader has left: its place is free at the next turn."""
     row: int = -1
-    first: int = 0
-    """The place of the first token of what is read."""
-    read: int = 0
-    """How many tokens the row has read, 0 where they must be read again."""
-    since: int = 0
-    """The turn from which on it waits to be read."""
-    written: list[int] = field(default_factory=list)
-
-    @property
-    def left(self) -> int:
-        return self.request.tokens - len(self.written)
-
-    @property
-    def ids(self) -> list[int]:
-        return [*self.request.ids, *self.written]
+    first: int = 0  # position of the first token in the cache
+    read: int = 0  # tokens in the cache; 0 when `ids` must be read, as at the start
+    step: int = 0  # tokens generated
+    since: int = 0  # the turn in which it began to wait to be read
 
 
 class Writer:
-    """A loaded model, its rows, and the jobs that wait for one. Used by one thread."""
+    """A loaded model with its rows. Used by one thread."""
 
     def __init__(self, config: ModelConfig, params: model.Params, n_ids: int, places: int):
         self.config, self.params, self.n_ids = config, params, n_ids
-        R = max(1, min(places, MEMORY // max(1, batch.bytes_per_row(config))))
+        cache = jax.tree.leaves(jax.eval_shape(lambda: batch.empty(config, 1)).cache)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in cache)
+        R = max(1, min(places, MEMORY // max(1, size)))
         self.rows = batch.empty(config, R)
-        self.widths = sorted({min(R, N) for N in (1, 8, R)})
-        """How many of the first rows are decoded together: few where few are taken."""
+        self.widths = sorted({min(R, N) for N in (1, 8, R)})  # numbers of rows that `decode` is compiled for
         self.places: list[Job | None] = [None] * R
         self.waiting: deque[Job] = deque()
         self.slides = config.kind == "bigram" or config.position == "rope"
-        self.seconds = 0.0
-        """What one token took lately."""
+        self.seconds = 0.0  # per token, in the last `decode`
         self.turns = 0
 
     @property
     def jobs(self) -> list[Job]:
-        """All that are under way: those that have a row, and those that wait for one."""
-        return [*filter(None, self.places), *self.waiting]
-
-    @property
-    def idle(self) -> bool:
-        return not self.jobs
+        """All that are under way or waiting."""
+        return [job for job in (*self.places, *self.waiting) if job and not job.cancelled]
 
     def turn(self) -> list[Job]:
-        """One turn for every job: leavers go, newcomers come, some texts are read, all others get a few tokens more.
+        """Answer one look, admit waiting jobs to free rows, read some prompts, and decode a few tokens for all others.
 
         Returns:
-          Those that have all they asked for, and have given their rows back.
+          The jobs that are done.
         """
         self.turns += 1
         self.places = [None if job and job.cancelled else job for job in self.places]
         self.waiting = deque(job for job in self.waiting if not job.cancelled)
+        looks = [job for job in self.waiting if not job.tokens][:1]  # one, so that no text waits for many
+        for look in looks:
+            self.waiting.remove(look)
+            look.put(self._look(look.ids))
         for row, job in enumerate(self.places):
-            if not job and self.waiting:
-                self._enter(row, self.waiting.popleft())
+            if not job and (new := next((job for job in self.waiting if job.tokens), None)):
+                self.waiting.remove(new)
+                new.row, new.since, self.places[row] = row, self.turns, new
+                new.first = max(0, len(new.ids) - self.config.block_size)
+        placed = [job for job in self.places if job]
         until = time.perf_counter() + PACE
-        while (unread := [job for job in self._placed if not job.read and job.left]) and time.perf_counter() < until:
+        while (unread := [job for job in placed if not job.read and job.tokens]) and time.perf_counter() < until:
             self._read(sorted(unread, key=lambda job: job.since))
-        if going := [job for job in self._placed if job.read and job.left]:
+        if going := [job for job in placed if job.read and job.tokens]:
             self._decode(going)
-        done = [job for job in self._placed if not job.left]
-        self.places = [None if job in done else job for job in self.places]
-        return done
+        self.places = [job if job and job.tokens else None for job in self.places]
+        return looks + [job for job in placed if not job.tokens]
 
-    @property
-    def _placed(self) -> list[Job]:
-        return [job for job in self.places if job]
-
-    def look(self, ids: Sequence[int]) -> tuple[Any, Any, Any]:
-        """What the last of `ids`, up to block_size, attends to, (L, H, T), and what is likely after it: (K,) ids and
-        their probabilities."""
+    def _look(self, ids: Sequence[int]) -> Looked | End:
         T = len(ids)
-        text = batch.padded([list(ids)], bucket(T, self.config.block_size), 1)
-        looked = batch.look(self.config, self.params, text["idx"], np.int32(T), self.n_ids)
-        weights, likely, chances = jax.device_get(looked)
-        return weights[:, :, :T], likely, chances
-
-    def _enter(self, row: int, job: Job) -> None:
-        job.row, job.since, self.places[row] = row, self.turns, job
-        job.first = max(0, len(job.request.ids) - self.config.block_size)
+        idx = np.pad(np.array([ids], np.int32), [(0, 0), (0, bucket(T, self.config.block_size) - T)])
+        try:
+            attention, *rest = jax.device_get(batch.look(self.config, self.params, idx, np.int32(T), self.n_ids))
+        except RuntimeError as error:  # out of memory: the texts go on
+            return End(str(error))
+        return Looked(attention[:, :, :T], *rest)
 
     def _read(self, unread: list[Job]) -> None:
-        """Read the texts of the first, and of others about as long, and give each its next token."""
+        """Read the text of the first job, and of others about as long, and draw the next token of each."""
         W, R = self.config.block_size, len(self.places)
-        texts = [job.ids[job.first :] for job in unread]
-        T = bucket(len(texts[0]), W)
+        texts = [(job, job.ids[job.first :]) for job in unread]
+        T = bucket(len(texts[0][1]), W)
         N = max(1, min(8, READ // T, self.widths[-1]))
-        some = [(job, ids) for job, ids in zip(unread, texts, strict=True) if bucket(len(ids), W) == T][:N]
-        spare = N - len(some)  # texts that go nowhere
-        jobs = [job for job, _ in some] + [some[0][0]] * spare
-        how = zip(*(job.request.how for job in jobs), strict=True)
-        new = batch.padded([ids for _, ids in some], T, N) | {
-            "row": np.array([job.row for job, _ in some] + [R] * spare, np.int32),
-            "step": np.array([len(job.written) for job in jobs], np.int32),
-            "seed": np.array([job.request.seed for job in jobs], np.uint32),
-            "how": Settings(*(np.array(each, dtype) for each, dtype in zip(how, batch.DTYPES, strict=True))),
+        texts = [(job, ids) for job, ids in texts if bucket(len(ids), W) == T][:N]
+        padded = texts + texts[:1] * (N - len(texts))
+        settings = zip(*((job.temperature, job.top_k, job.top_p, job.min_p) for job, _ in padded), strict=True)
+        new = {
+            "idx": np.array([ids + [0] * (T - len(ids)) for _, ids in padded], np.int32),
+            "length": np.array([len(ids) for _, ids in padded], np.int32),
+            "row": np.array([job.row for job, _ in texts] + [R] * (N - len(texts)), np.int32),
+            "step": np.array([job.step for job, _ in padded], np.int32),
+            "seed": np.array([job.seed for job, _ in padded], np.uint32),
+            "settings": Settings(*(np.array(x, dtype) for x, dtype in zip(settings, batch.DTYPES, strict=True))),
         }
         self.rows, drawn = batch.read(self.config, self.params, self.rows, new, self.n_ids)
         drawn = jax.device_get(drawn)
-        for i, (job, ids) in enumerate(some):
+        for i, (job, ids) in enumerate(texts):
             job.read = len(ids)
             self._give(job, i, drawn, 1)
 
@@ -180,19 +155,20 @@ class Writer:
         drawn = jax.device_get(drawn)
         self.seconds = (time.perf_counter() - began) / n
         for job in going:
-            m = min(n, self._room(job))  # what a row is given beyond is nobody's
+            m = min(n, self._room(job))  # the rest is discarded
             job.read += m
             self._give(job, job.row, drawn, m)
 
     def _room(self, job: Job) -> int:
-        """How many tokens a job may be given before it ends, or must be read again."""
-        return job.left if self.slides else min(job.left, self.config.block_size - job.read)
+        """Tokens until a job ends or must be read again."""
+        return job.tokens if self.slides else min(job.tokens, self.config.block_size - job.read)
 
-    def _give(self, job: Job, i: int, drawn: Drawn, m: int) -> None:
-        """Tell a job its m tokens; where learned positions end, the later half is read again, as `generate` does."""
-        piece = Drawn(*(x[:m, i] for x in drawn))
-        job.written += piece.token.tolist()
+    def _give(self, job: Job, i: int, drawn: Drawn, n: int) -> None:
+        """Send a job its n tokens. With learned positions, a full context restarts from its second half, as `generate`
+        does."""
+        piece = Drawn(*(x[:n, i] for x in drawn))
+        job.ids = [*job.ids, *piece.token.tolist()]
+        job.tokens, job.step = job.tokens - n, job.step + n
         job.put(Piece(piece, job.first))
         if not self.slides and job.read >= self.config.block_size:
-            again = max(1, self.config.block_size // 2)
-            job.first, job.read, job.since = len(job.request.ids) + len(job.written) - again, 0, self.turns
+            job.first, job.read, job.since = len(job.ids) - max(1, self.config.block_size // 2), 0, self.turns

@@ -36,12 +36,12 @@ def written(run, *lines, events=()):
     return facts.gather(run)
 
 
-def test_a_run_that_has_just_been_made_has_nothing_to_show(run):
+def test_a_new_run_has_no_curves(run):
     found = facts.gather(run)
     assert (found.step, found.best, found.loss, found.running, found.seconds) == (0, None, [], True, None)
 
 
-def test_what_a_run_says_of_itself(run):
+def test_the_facts_of_a_run(run):
     found = written(
         run,
         scored(0, 3.0),
@@ -131,7 +131,7 @@ def test_speed_between_saves_is_that_of_their_own_steps(run, tiny, monkeypatch):
     assert facts.speeds([*run.events(), {"event": "start", "step": 20}, again])[-1] == (30, 64.0)
 
 
-def test_what_breaks_a_run_off_says_where(run, tiny):
+def test_a_failure_is_noted_with_its_step(run, tiny):
     losses = jnp.ones(5)
     log = metrics_log.MetricsLog(run, 0, lambda step: None, lambda event: None)
     log.add(0, Metrics(losses, losses, losses, losses > 0))
@@ -141,7 +141,7 @@ def test_what_breaks_a_run_off_says_where(run, tiny):
     assert facts.gather(run).noted == [(5, "broken-off", "KeyError: 'gone'")]
 
 
-def told(*events):
+def timed(*events):
     return [{"time": f"2026-01-01T00:{minute:02}:00Z", "event": name, **more} for minute, name, more in events]
 
 
@@ -149,18 +149,18 @@ def told(*events):
     ("last", "runs_on"),
     [("start", True), ("end", False), ("broken-off", False), ("import", False)],
 )
-def test_what_a_logger_says_last_makes_no_run_go_on(run, last, runs_on):
+def test_events_of_loggers_do_not_make_a_run_look_alive(run, last, runs_on):
     events = [] if last == "start" else [{"name": last, "step": 9}]
     found = written(run, events=[{"name": "start", "step": 0}, *events, {"name": "log-failed", "step": 0, "text": "x"}])
     assert found.running == runs_on
 
 
 def test_a_process_that_was_killed_counts_up_to_its_last_save(run):
-    killed = told((0, "start", {"step": 0}), (9, "save", {"step": 90}))
-    resumed = told(
+    killed = timed((0, "start", {"step": 0}), (9, "save", {"step": 90}))
+    resumed = timed(
         (30, "version", {"step": 90, "text": "x"}), (30, "start", {"step": 90}), (31, "end", {"seconds": 61.5})
     )
-    broken = told((0, "start", {"step": 0}), (2, "broken-off", {"step": 7, "text": "x"}))
+    broken = timed((0, "start", {"step": 0}), (2, "broken-off", {"step": 7, "text": "x"}))
     found = facts.gather(run)
     for events, seconds, took in (
         ([*killed, *resumed], 9 * 60 + 61.5, "at least 10m02s"),

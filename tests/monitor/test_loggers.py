@@ -18,7 +18,7 @@ EVENTS = [
     Notice("spike", 20, "it leapt"),
     Sampled(20, "text"),
 ]
-TOLD = [
+LOGGED = [
     (0, {"val/loss": 3.0, "val/bits_per_char": 4.0, "val/bits_per_byte": 5.0}),
     (10, {"train/loss": 2.5, "train/grad_norm": 1.5, "train/learning_rate": 0.1}),
     (20, {"train/loss": 2.0, "train/grad_norm": 1.25, "train/learning_rate": 0.2, "train/tokens_per_second": 99.0}),
@@ -30,7 +30,7 @@ def run(tmp_path, tiny):
     return Run.create(tmp_path, "one", tiny, META)
 
 
-def tell(run, *names):
+def log(run, *names):
     seen = []
     with loggers.logged(run, names, seen.append) as watch:
         for event in EVENTS:
@@ -38,63 +38,63 @@ def tell(run, *names):
     return seen
 
 
-def test_tensorboard_reads_what_was_written(run):
+def test_tensorboard_reads_the_metrics(run):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert tell(run, "tensorboard") == EVENTS
+    assert log(run, "tensorboard") == EVENTS
     found = accumulator.EventAccumulator(str(run.path / "tensorboard"))
     found.Reload()
     values = {
         name: [(each.step, each.tensor_proto.float_val[0]) for each in found.Tensors(name)]
         for name in found.Tags()["tensors"]
     }
-    for name in {name for _, numbers in TOLD for name in numbers}:
-        assert dict(values[name]) == pytest.approx({step: numbers[name] for step, numbers in TOLD if name in numbers})
+    for name in {name for _, numbers in LOGGED for name in numbers}:
+        assert dict(values[name]) == pytest.approx({step: numbers[name] for step, numbers in LOGGED if name in numbers})
 
 
-def test_wandb_is_told_of_the_run_and_goes_on_with_it(run, tmp_path, tiny, monkeypatch):
-    told, begun = [], []
+def test_wandb_resumes_the_run_by_its_id(run, tmp_path, tiny, monkeypatch):
+    sent, begun = [], []
 
     def init(**kwargs):
         begun.append(kwargs)
         return SimpleNamespace(
-            log=lambda values, step: told.append((step, values)), finish=lambda: told.append("finished")
+            log=lambda values, step: sent.append((step, values)), finish=lambda: sent.append("finished")
         )
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    tell(run, "wandb")
+    log(run, "wandb")
     run.event("start", step=0)
     run.with_config(run.config)
-    tell(run, "wandb")
+    log(run, "wandb")
     assert begun[0]["id"] == begun[1]["id"]
     other = Run.create(tmp_path / "elsewhere", "one", tiny, META)
     assert loggers.identity(other) != loggers.identity(run) == begun[0]["id"]
-    assert told == [*TOLD, "finished"] * 2
+    assert sent == [*LOGGED, "finished"] * 2
     assert begun[0]["name"] == "one"
     assert begun[0]["config"]["model"]["n_embd"] == 16
     assert begun[0]["resume"] == "allow"
 
 
 def test_trackio(run, monkeypatch):
-    told = []
+    sent = []
     fake = SimpleNamespace(
-        init=lambda **kwargs: told.append(kwargs["name"]),
-        log=lambda values, step: told.append((step, values)),
-        finish=lambda: told.append("finished"),
+        init=lambda **kwargs: sent.append(kwargs["name"]),
+        log=lambda values, step: sent.append((step, values)),
+        finish=lambda: sent.append("finished"),
     )
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    tell(run, "trackio")
-    assert told == ["one", *TOLD, "finished"]
+    log(run, "trackio")
+    assert sent == ["one", *LOGGED, "finished"]
 
 
 @pytest.mark.parametrize("breaks", ["init", "log", "finish"])
-def test_one_that_fails_is_left_out_and_told_of_once(run, monkeypatch, breaks):
+def test_a_logger_that_fails_is_dropped_with_one_warning(run, monkeypatch, breaks):
     def fail(*args, **kwargs):
         raise ConnectionError("no network")
 
     logged = []
     fake = {"init": lambda **kwargs: None, "log": lambda values, step: logged.append(step), "finish": lambda: None}
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(**(fake | {breaks: fail})))
-    seen = tell(run, "trackio")
+    seen = log(run, "trackio")
     (warned,) = [event for event in seen if isinstance(event, Notice) and event.kind == "log-failed"]
     assert "no network" in warned.text
     assert [event for event in seen if event is not warned] == EVENTS
@@ -102,7 +102,7 @@ def test_one_that_fails_is_left_out_and_told_of_once(run, monkeypatch, breaks):
     assert logged == ([0, 10, 20] if breaks == "finish" else [])
 
 
-def test_what_is_not_installed_is_told_before_anything_is_written(tmp_path, monkeypatch, capsys):
+def test_a_missing_library_is_reported_before_anything_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     words = ["train", "gpt-demo", "--log", "wandb", "--runs-dir", str(tmp_path / "runs")]
     assert cli.run_verb(words) == 2

@@ -3,7 +3,7 @@ import pytest
 import jaxgpt
 from jaxgpt.cli.runs import start
 from jaxgpt.metrics_log import Evaluated, Sampled
-from jaxgpt.monitor.glimpse import glimpse
+from jaxgpt.monitor.spikes import sampler
 from jaxgpt.run import RunError
 from jaxgpt.train import fit
 
@@ -29,10 +29,10 @@ def test_a_loaded_run_shows_itself(trained, tmp_path):
         jaxgpt.load("nobody", runs_dir=run.path.parent)
 
 
-def test_a_glimpse_changes_no_bit_of_what_is_learnt(trained, tmp_path):
+def test_samples_while_training_change_no_bit_of_it(trained, tmp_path):
     run, data_dir = trained
     seen, numbers = [], []
-    for name, write in (("plain", None), ("watched", glimpse(run.config.model, run.tokenizer))):
+    for name, write in (("plain", None), ("watched", sampler(run.config.model, run.tokenizer))):
         again, corpus = start(run.config, name, tmp_path, data_dir)
         seen.clear()
         fit(again, corpus, seen.append, sample=write)
@@ -44,9 +44,9 @@ def test_a_glimpse_changes_no_bit_of_what_is_learnt(trained, tmp_path):
     assert text
 
 
-def test_a_glimpse_without_room_is_empty(trained, monkeypatch):
+def test_a_sample_without_memory_is_empty(trained, monkeypatch):
     def full(*args):
         raise MemoryError
 
-    monkeypatch.setattr("jaxgpt.monitor.glimpse.write", full)
-    assert glimpse(trained[0].config.model, trained[0].tokenizer)({}) == ""
+    monkeypatch.setattr("jaxgpt.monitor.spikes.write", full)
+    assert sampler(trained[0].config.model, trained[0].tokenizer)({}) == ""

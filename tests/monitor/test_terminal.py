@@ -1,4 +1,3 @@
-import doctest
 import io
 import itertools
 from dataclasses import replace
@@ -8,7 +7,7 @@ import pytest
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated, Progress, Sampled
 from jaxgpt.monitor import terminal
-from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay, describe, duration
+from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay, duration
 
 RESULT = Evaluation(1.5, 0.01, 2.1640, 2.1500, 1000)
 
@@ -23,7 +22,7 @@ def show(is_terminal, *events, width=100, encoding="utf-8", used=None):
     return out.buffer.getvalue().decode(encoding)
 
 
-def test_plain_lines_where_the_output_is_no_terminal(monkeypatch):
+def test_plain_lines_where_the_output_is_not_a_terminal(monkeypatch):
     monkeypatch.setattr(terminal, "PLAIN_SECONDS", 0.0)
     out = show(
         False,
@@ -43,7 +42,7 @@ def test_plain_lines_are_few():
     assert out == ""
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run():
+def test_a_closed_pipe_does_not_end_the_run():
     class Gone(io.StringIO):
         def write(self, text):
             raise BrokenPipeError
@@ -67,11 +66,11 @@ CURVE = [Progress(10 * (i + 1), 100, 4.0 - i / 2, 1e4, 75.0) for i in range(5)]
 
 
 def last_drawn(out):
-    """The lines that stand on a terminal in the end."""
+    """The last lines drawn on a terminal."""
     return out.replace("\x1b[?25h", "").split("\x1b[2K")[-1].replace("\x1b[2m", "").strip("\n").splitlines()
 
 
-def test_under_the_bar_stand_the_curve_the_best_and_what_was_written_last():
+def test_the_curve_the_best_loss_and_the_newest_sample_are_under_the_bar():
     out = show(True, Evaluated(0, RESULT), *CURVE, Sampled(20, "the cat\nsat"), used=lambda speed: speed / 5e4)
     bar, curve, sample = last_drawn(out)
     assert "loss 2.0000  10,000 tokens/s  20% used  1m15s left" in bar
@@ -88,7 +87,7 @@ def test_no_line_is_wider_than_the_terminal(width):
     assert "loss 2.0" in lines[0] or width < 30
 
 
-def test_a_terminal_that_knows_few_characters_has_a_curve_of_these():
+def test_an_ascii_terminal_has_a_curve_of_ascii():
     assert "loss #*+-_  4.00 to 2.00" in show(True, *CURVE, encoding="ascii")
 
 
@@ -100,13 +99,13 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
     assert out.splitlines()[-1] == "step     50/100  loss 2.0000  10,000 tokens/s  1m15s left"
 
 
-def test_a_resumed_run_knows_the_best_of_before():
+def test_a_resumed_run_shows_the_best_loss_before_it():
     before = Evaluated(70, replace(RESULT, loss=1.25))
     out = show(True, *(replace(event, best=before) for event in CURVE), Evaluated(90, RESULT))
     assert last_drawn(out)[1].endswith("best 1.2500 at 70")
 
 
-def test_a_curve_is_even_and_ends_at_the_newest_loss(monkeypatch):
+def test_a_curve_is_even_short_and_ends_at_the_newest_loss(monkeypatch):
     monkeypatch.setattr(terminal, "CURVE", 8)
     curve = terminal.Curve()
     for n in range(1, 100):
@@ -114,17 +113,10 @@ def test_a_curve_is_even_and_ends_at_the_newest_loss(monkeypatch):
         steps = {b - a for a, b in itertools.pairwise(curve.points[:-1])}
         assert len(steps) <= 1, "a straight line stays straight"
         assert len(curve.points) <= 8
-    out = show(True, *(Progress(i, 100, 100.0 - i, None, None) for i in range(99)))
-    assert "100.00 to 2.00" in last_drawn(out)[1]
-
-
-def test_many_losses_are_kept_as_few(monkeypatch):
-    monkeypatch.setattr(terminal, "CURVE", 8)
-    out = show(True, *(Progress(i, 100, 100.0 - i, None, None) for i in range(100)))
-    curve = last_drawn(out)[1].split()[1]
-    assert 4 <= len(curve) <= 8
-    assert curve[0] == "█"
-    assert curve[-1] == "▁"
+    line = last_drawn(show(True, *(Progress(i, 100, 100.0 - i, None, None) for i in range(99))))[1]
+    assert "100.00 to 2.00" in line
+    assert 4 <= len(line.split()[1]) <= 8
+    assert (line.split()[1][0], line.split()[1][-1]) == ("█", "▁")
 
 
 @pytest.mark.parametrize(
@@ -132,11 +124,3 @@ def test_many_losses_are_kept_as_few(monkeypatch):
 )
 def test_durations(seconds, said):
     assert duration(seconds) == said
-
-
-def test_an_evaluation_on_one_line():
-    assert describe(RESULT).startswith("loss 1.5000 ± 0.0100 nats/token")
-
-
-def test_docstrings_say_the_truth():
-    assert doctest.testmod(terminal).failed == 0

@@ -54,7 +54,7 @@ class Call:
 
     @property
     def ids(self):
-        return [each["id"] for name, told in self.events if name == "tokens" for each in told["tokens"]]
+        return [each["id"] for name, tree in self.events if name == "tokens" for each in tree["tokens"]]
 
 
 def call(app, method, path, tree=None, headers=None, **how):

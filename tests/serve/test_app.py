@@ -1,4 +1,4 @@
-"""The application as clients meet it, in process: what they get."""
+"""The responses of the application, in process."""
 
 import asyncio
 import dataclasses
@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from jaxgpt.run import Run
-from jaxgpt.serve.app import application, likely
+from jaxgpt.serve.app import application, described
 from jaxgpt.serve.requests import to_write
 from jaxgpt.serve.scheduler import Scheduler
-from jaxgpt.serve.writer import Job, Request, Writer
+from jaxgpt.serve.writer import Job, Writer
 from jaxgpt.start import load_model
 from jaxgpt.tokenizer import ByteTokenizer
 from tests.serve.client import JSON, Call, call
 from tests.serve.conftest import LIMITS
 
 
-def test_a_text_is_what_its_writer_writes_and_can_be_continued_from_any_token(app, library):
-    """And that is what `generate` gives: tests/serve/test_writer.py."""
+def test_a_text_is_that_of_the_writer_and_can_be_continued_from_any_token(app, library):
+    """The writer's is that of `generate`: tests/serve/test_writer.py."""
     config, params, tokenizer = load_model(library.run("one"))
     asked = {"run": "one", "prompt": "the cat", "tokens": 30, "temperature": 0.9, "top_k": 5, "seed": 3}
     answer = call(app, "POST", "/api/write", asked)
@@ -32,12 +32,11 @@ def test_a_text_is_what_its_writer_writes_and_can_be_continued_from_any_token(ap
     assert "".join(text for _, text in started["prompt"]) == "the cat"
     ids = tokenizer.encode("the cat").tolist()
     writer, pieces = Writer(config, params, tokenizer.vocab_size, LIMITS.places), []
-    wanted = Request(library.run("one"), tuple(ids), 30, temperature=0.9, top_k=5, seed=3)
-    writer.waiting.append(Job(wanted, pieces.append))
-    while not writer.idle:
+    writer.waiting.append(Job(library.run("one"), ids, 30, temperature=0.9, top_k=5, seed=3, put=pieces.append))
+    while writer.jobs:
         writer.turn()
     assert answer.ids == [i for piece in pieces for i in piece.drawn.token.tolist()]
-    tokens = [each for name, told in answer.events if name == "tokens" for each in told["tokens"]]
+    tokens = [each for name, tree in answer.events if name == "tokens" for each in tree["tokens"]]
     assert "".join(each["text"] for each in tokens) == tokenizer.decode(answer.ids)
     for each in tokens:
         assert {other["id"]: other["p"] for other in each["likely"]}.get(each["id"], each["p"]) == each["p"]
@@ -48,8 +47,8 @@ def test_a_text_is_what_its_writer_writes_and_can_be_continued_from_any_token(ap
 
 def test_line_ends_of_a_prompt_are_those_of_the_training_text(library):
     for prompt in ("the\ncat", "the\r\ncat", "the\rcat"):
-        run, wanted = to_write(json.dumps({"run": "one", "prompt": prompt}).encode(), library, LIMITS)
-        assert list(wanted.ids) == run.tokenizer.encode("the\ncat").tolist()
+        job = to_write(json.dumps({"run": "one", "prompt": prompt}).encode(), library, LIMITS)
+        assert job.ids == job.run.tokenizer.encode("the\ncat").tolist()
 
 
 def test_a_look(app):
@@ -62,34 +61,33 @@ def test_a_look(app):
 
 
 def test_parts_of_characters_are_shown_by_their_bytes():
-    part, whole = likely(ByteTokenizer(), np.array([0xC3, 97]), np.array([0.5, 0.25]))
+    part, whole = described(ByteTokenizer(), np.array([0xC3, 97]), np.array([0.5, 0.25]))
     assert part == {"id": 0xC3, "text": "", "shown": r"\xc3", "p": 0.5}
     assert whole == {"id": 97, "text": "a", "p": 0.25}
 
 
-def test_a_run_made_anew_is_told_of_as_it_is_now(library, app):
+def test_a_run_created_anew_is_listed_as_it_is_now(library, app):
     """Under the name of one that was read, with a smaller vocabulary, which has no line feed."""
     shutil.copytree(library.folder / "pairs", library.folder / "anew")
     before = library.run("anew")
     assert library.run("anew") is before
-    assert told_of(app, "anew")["start"] == "\n"
+    assert summary_of(app, "anew")["start"] == "\n"
     shutil.rmtree(library.folder / "anew")
     model = dataclasses.replace(before.config.model, vocab_size=3)
     meta = before.corpus_meta | {"tokenizer": {"kind": "char", "chars": "abc"}}
     Run.create(library.folder, "anew", dataclasses.replace(before.config, model=model), meta)
     assert library.run("anew") != before
-    assert (told_of(app, "anew")["start"], told_of(app, "anew")["vocabulary"]) == ("a", 3)
+    assert (summary_of(app, "anew")["start"], summary_of(app, "anew")["vocabulary"]) == ("a", 3)
     shutil.rmtree(library.folder / "anew")
 
 
-def told_of(app, name):
-    (told,) = (run for run in call(app, "GET", "/api/runs").tree["runs"] if run["name"] == name)
-    return told
+def summary_of(app, name):
+    (found,) = (run for run in call(app, "GET", "/api/runs").tree["runs"] if run["name"] == name)
+    return found
 
 
 def test_runs_health_and_the_page(app):
-    told = call(app, "GET", "/api/runs").tree
-    runs = {run["name"]: run for run in told["runs"]}
+    runs = {run["name"]: run for run in call(app, "GET", "/api/runs").tree["runs"]}
     assert runs.keys() == {"one", "pairs", "broken"}
     assert "config.json: it has no seal" in runs["broken"]["problem"]
     assert runs["one"]["layers"] == 1
@@ -104,7 +102,7 @@ def test_runs_health_and_the_page(app):
         assert page.headers["x-content-type-options"] == "nosniff"
 
 
-def test_one_too_many_is_told_to_come_back_and_who_leaves_makes_room(app, scheduler):
+def test_one_request_too_many_is_refused_and_one_that_leaves_makes_room(app, scheduler):
     """Three requests without end fill all places; a fourth is refused, until the three have left."""
     asked = json.dumps({"run": "one", "prompt": "a", "tokens": 10**6}).encode()
 
@@ -114,7 +112,7 @@ def test_one_too_many_is_told_to_come_back_and_who_leaves_makes_room(app, schedu
         while not all(b"event: tokens" in each.data for each in calls[:2]):
             await asyncio.sleep(0.01)
         assert scheduler.state["requests"] == 3
-        assert calls[2].data == b"", "two places: the third waits"
+        assert b"event: tokens" not in calls[2].data, "two places: the third waits"
         refused = await Call(app, "POST", "/api/write", asked, JSON).run()
         assert (refused.status, refused.headers["retry-after"]) == (429, "1")
         calls[2].gone.set()  # who leaves while it waits
@@ -137,7 +135,7 @@ def test_one_too_many_is_told_to_come_back_and_who_leaves_makes_room(app, schedu
     asyncio.run(story())
 
 
-def test_who_does_not_wait_for_a_look_gives_its_place_back(library):
+def test_a_client_that_leaves_before_its_look_gives_its_place_back(library):
     loaded = threading.Event()
 
     def load(run):
@@ -148,14 +146,14 @@ def test_who_does_not_wait_for_a_look_gives_its_place_back(library):
     asked = Call(application(library, scheduler), "POST", "/api/look", b'{"run": "one", "ids": [1]}', JSON)
 
     async def story():
-        scheduler.look(library.run("one"), [1], lambda told: None)  # keeps its thread busy
+        scheduler.submit(Job(library.run("one"), [1]))  # keeps its thread busy
         task = asyncio.create_task(asked.run())
         while scheduler.state["requests"] < 2:
             await asyncio.sleep(0.01)
         asked.gone.set()
         await task
         assert asked.status == 400
-        assert [look.cancelled for look in scheduler._inbox] == [True]
+        assert scheduler.state["requests"] == 1
 
     try:
         asyncio.run(story())
@@ -165,8 +163,8 @@ def test_who_does_not_wait_for_a_look_gives_its_place_back(library):
         scheduler.join()
 
 
-def test_what_goes_wrong_while_writing_is_told_and_forgotten(library):
-    """A model that breaks ends its texts with the reason; the next request finds a new one. So does one not loaded."""
+def test_a_failure_is_reported_and_the_next_request_loads_the_run_anew(library):
+    """A model that fails, or is not loaded, ends its texts with the reason."""
     broken = []
 
     def load(run):
@@ -183,9 +181,9 @@ def test_what_goes_wrong_while_writing_is_told_and_forgotten(library):
     try:
         app = application(library, scheduler)
         asked = {"run": "one", "prompt": "a", "tokens": 2}
-        for status, said in ((503, "one: no memory"), (503, "one could not write on: "), (200, "event: end")):
+        for said in ("one: no memory", "one failed: ", '"error": ""'):
             answer = call(app, "POST", "/api/write", asked)
-            assert (answer.status, said in answer.data.decode()) == (status, True)
+            assert (answer.status, answer.events[-1][0], said in answer.data.decode()) == (200, "end", True)
         assert scheduler.state["requests"] == 0
     finally:
         scheduler.stop()

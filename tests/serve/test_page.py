@@ -18,6 +18,7 @@ import pytest
 from jaxgpt import serve
 from jaxgpt.serve.app import FILES, application
 from jaxgpt.serve.library import Library
+from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.scheduler import Scheduler
 from tests.processes import serving
 
@@ -105,7 +106,7 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         page.focus("#prompt")
         page.keyboard.type("The " if run == "demo" else "the ")
         page.keyboard.press("Control+Enter")
-        page.wait_for_selector(f"#status:text-is('{run} wrote 200 tokens.')")
+        page.wait_for_selector(f"#status:text-is('Sampled 200 tokens from {run}.')")
         text = page.inner_text(".heard")
         assert text == page.evaluate("[...document.querySelectorAll('.text span')].map((s) => s.textContent).join('')")
         assert page.locator(".text span").count() == 204
@@ -119,7 +120,7 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         page.wait_for_selector(".heads input")
         assert page.locator(".likely button").count() >= 8
         assert page.locator(".likely button:disabled").count() == 1
-        shape = re.search(r"(\d+) layers of (\d+) heads", page.inner_text(".facts"))
+        shape = re.search(r"(\d+) layers? of (\d+) heads?", page.inner_text(".facts"))
         assert page.locator(".heads input").count() == int(shape[1]) * int(shape[2]) + 1
         weights = page.evaluate(
             "[...document.querySelectorAll('.text span')].map((s) => +s.style.getPropertyValue('--a'))"
@@ -148,7 +149,7 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         before = page.evaluate("[...document.querySelectorAll('.text span')].map((s) => s.textContent)")
         other.focus()
         page.keyboard.press("Enter")
-        page.wait_for_selector(f"#status:text-is('{run} wrote 200 tokens.')")
+        page.wait_for_selector(f"#status:text-is('Sampled 200 tokens from {run}.')")
         after = page.evaluate("[...document.querySelectorAll('.text span')].map((s) => s.textContent)")
         assert after[:119] == before[:119]
         assert after[119] != before[119]
@@ -156,7 +157,7 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         assert "chosen" in page.locator(".text span").nth(119).get_attribute("class")
         page.click(".on")
         until(page, "document.querySelectorAll('.text span').length === 520")
-        page.wait_for_selector(f"#status:text-is('{run} wrote 200 tokens.')")
+        page.wait_for_selector(f"#status:text-is('Sampled 200 tokens from {run}.')")
 
         # Another run, and two side by side; stopped on the way.
         page.select_option("#run", other_run := next(name for name in names if name != run))
@@ -171,7 +172,7 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         until(page, "fetch('health').then((a) => a.json()).then((told) => told.requests === 0)")
         page.fill("#tokens", "120")
         page.click("#write")
-        until(page, "/wrote 120 .* wrote 120 /.test(document.querySelector('#status').textContent)")
+        until(page, "/Sampled 120 .* Sampled 120 /.test(document.querySelector('#status').textContent)")
         page.screenshot(path=keep / "playground-two.png")
 
         # What cannot be done is told, and the page goes on.
@@ -187,7 +188,7 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         small.goto(address)
         small.fill("#prompt", "the ")
         small.tap("#write")
-        small.wait_for_selector("#status:has-text('wrote')")
+        small.wait_for_selector("#status:has-text('Sampled')")
         small.locator(".text span").nth(30).tap()
         small.wait_for_selector(".heads input" if small.inner_text("h2") == run else ".likely button")
         wide_enough(small)
@@ -209,7 +210,7 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
 def test_a_server_with_a_token_lets_in_who_knows_it(browser, runs):
     import uvicorn
 
-    scheduler = Scheduler(lambda name: pytest.fail("nothing is to be written"))
+    scheduler = Scheduler(lambda name: pytest.fail("nothing is requested"), Limits())
     app = application(Library.at(str(runs), runs), scheduler, token="a-token-of-some-length")
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning"))
@@ -270,8 +271,7 @@ def faked(browser):
         def fulfil(route):
             path = urlsplit(route.request.url).path
             if path in FILES:
-                name, kind = FILES[path]
-                return route.fulfill(body=(SERVE / name).read_bytes(), content_type=kind)
+                return route.fulfill(path=SERVE / FILES[path])
             page.asked.append((path, route.request.headers, json.loads(route.request.post_data or "null")))
             if token and page.asked[-1][1].get("authorization") != "Bearer ab+cd%":
                 return route.fulfill(status=401, body="{}")
@@ -303,7 +303,7 @@ def test_a_text_that_was_left_says_no_more(faked):
     page.wait_for_timeout(100)
     assert set(spans(page)) == {"B", "b"}
     page.click("#stop")
-    until(page, "document.querySelector('#status').textContent.startsWith('cat wrote')")
+    until(page, "document.querySelector('#status').textContent.startsWith('Sampled')")
     stopped = spans(page)
     page.wait_for_timeout(100)
     assert spans(page) == stopped
@@ -318,7 +318,7 @@ def test_a_text_that_was_left_says_no_more(faked):
 def test_an_empty_prompt_and_on_from_a_text_that_ends_inside_a_character(faked):
     page = faked(lambda asked: text("s", "a", 2, tail="\ufffd"))
     page.click("#write")
-    page.wait_for_selector("#status:text-is('cat wrote 2 tokens.')")
+    page.wait_for_selector("#status:text-is('Sampled 2 tokens from cat.')")
     assert page.asked[-1][2]["prompt"] == "s", "what the run begins with where nothing is said"
     assert page.text_content(".text") == page.text_content(".heard") == "saa\ufffd"
     page.click(".on")
@@ -332,7 +332,7 @@ def test_a_look_that_is_not_waited_for_is_given_up(faked):
     given_up = []
     page.on("requestfailed", lambda request: given_up.append(request.post_data_json["ids"]))
     page.click("#write")
-    page.wait_for_selector("#status:has-text('cat wrote')")
+    page.wait_for_selector("#status:has-text('tokens from cat')")
     for n in (3, 5):
         page.locator(".text span").nth(n).click()
         until(page, f"document.querySelector('[aria-selected=true]') === document.querySelectorAll('.text span')[{n}]")
@@ -354,7 +354,7 @@ def test_settings_are_there_after_a_window_has_grown(faked):
 def test_a_line_feed_that_surprised_is_legible(faked, scheme):
     page = faked(lambda asked: text("s", "\n", p=0), color_scheme=scheme)
     page.click("#write")
-    page.wait_for_selector("#status:has-text('cat wrote')")
+    page.wait_for_selector("#status:has-text('tokens from cat')")
     legible(page)
 
 

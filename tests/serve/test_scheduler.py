@@ -1,7 +1,6 @@
-"""The one thread: whose turn it is, and which models it holds. The models are stand-ins."""
+"""The thread that runs JAX, with stand-ins for the models: which ones it holds."""
 
 import contextlib
-import itertools
 import queue
 import threading
 import time
@@ -9,35 +8,27 @@ from pathlib import Path
 
 from jaxgpt.serve.library import Served
 from jaxgpt.serve.limits import Limits
-from jaxgpt.serve.scheduler import MODELS, Looked, Scheduler
-from jaxgpt.serve.writer import End, Request
+from jaxgpt.serve.scheduler import MODELS, Scheduler
+from jaxgpt.serve.writer import End, Job
 
-RUN = Served(Path("one"), 1)
+RUN, OTHER = Served(Path("one"), 1), Served(Path("other"), 1)
 
 
 class Model:
-    """Writes for ever, and says what it does."""
+    """Ends looks at once, and texts never."""
 
-    def __init__(self, said):
-        self.said, self.waiting = said, []
+    def __init__(self):
+        self.waiting = []
 
     @property
     def jobs(self):
-        return list(self.waiting)
-
-    @property
-    def idle(self):
-        return not self.waiting
+        return [job for job in self.waiting if not job.cancelled]
 
     def turn(self):
-        self.said.put("turn")
-        self.waiting = [job for job in self.waiting if not job.cancelled]
+        looks = [job for job in self.jobs if not job.tokens]
+        self.waiting = [job for job in self.jobs if job.tokens]
         time.sleep(0.001)
-        return []
-
-    def look(self, ids):
-        self.said.put(ids)
-        return ids, ids, ids
+        return looks
 
 
 @contextlib.contextmanager
@@ -50,65 +41,46 @@ def scheduling(load):
         scheduler.join()
 
 
-def test_a_turn_has_one_look_and_none_of_those_that_nobody_waits_for():
-    said, told, loaded = queue.Queue(), queue.Queue(), threading.Event()
-
-    def load(run):
-        loaded.wait(10)
-        return Model(said)
-
-    with scheduling(load) as scheduler:
-        scheduler.write(Request(RUN, (0,), 9), told.put)
-        looks = [scheduler.look(RUN, [i], told.put) for i in range(6)]
-        for i in (2, 3, 4):
-            scheduler.cancel(looks[i])
-        loaded.set()
-        assert [told.get(timeout=10).weights for _ in range(3)] == [[0], [1], [5]]
-        assert scheduler.state["requests"] == 1, "of looks that are over, nothing is left"
-    heard = [said.get() for _ in range(said.qsize())]
-    assert [each for each in heard if each != "turn"] == [[0], [1], [5]]
-    assert all("turn" in pair for pair in itertools.pairwise(heard)), "a text waits for one look at most"
-
-
-def test_what_nobody_waits_for_loads_nothing():
-    loads, told, loaded = [], queue.Queue(), threading.Event()
+def test_a_cancelled_job_loads_nothing():
+    loads, ended, go_on = [], queue.Queue(), threading.Event()
 
     def load(run):
         loads.append(run)
-        loaded.wait(10)
-        return Model(queue.Queue())
+        go_on.wait(10)
+        return Model()
 
     with scheduling(load) as scheduler:
-        scheduler.look(RUN, [0], told.put)
-        other = Served(Path("other"), 1)
-        scheduler.cancel(scheduler.write(Request(other, (0,), 9), told.put))
-        scheduler.cancel(scheduler.look(other, [1], told.put))
-        loaded.set()
-        while scheduler.state["requests"]:
-            time.sleep(0.001)
+        jobs = [Job(RUN, [0], put=ended.put), Job(OTHER, [0], 9), Job(OTHER, [1])]
+        for job in jobs:
+            scheduler.submit(job)
+        for job in jobs[1:]:
+            scheduler.cancel(job)
+        assert scheduler.state["requests"] == 1
+        go_on.set()
+        assert ended.get(timeout=10) == End()
+        assert scheduler.state["requests"] == 0
     assert loads == [RUN]
 
 
 def test_a_run_made_anew_is_another_and_few_are_held():
-    loads, told = [], queue.Queue()
+    loads, ended = [], queue.Queue()
 
     def load(run):
         loads.append(run)
-        return Model(queue.Queue())
+        return Model()
+
+    def look(scheduler, run):
+        scheduler.submit(Job(run, [1], put=ended.put))
+        return ended.get(timeout=10)
 
     with scheduling(load) as scheduler:
         *runs, last = [Served(Path("one"), made) for made in range(MODELS + 1)]
-        jobs = [scheduler.write(Request(run, (0,), 9), told.put) for run in runs]
-        scheduler.look(Served(Path("one"), 0), [1], told.put)
-        assert isinstance(told.get(timeout=10), Looked)
+        jobs = [Job(run, [0], 9) for run in runs]
+        for job in jobs:
+            scheduler.submit(job)
+        assert look(scheduler, Served(Path("one"), 0)) == End()
         assert loads == runs, "each once"
-        scheduler.look(last, [2], told.put)
-        assert told.get(timeout=10) == End(
-            f"one: {MODELS} other models are writing, as many as are held at once: try again soon"
-        )
+        assert look(scheduler, last) == End(f"{MODELS} other models are in use, which is the limit: try again soon")
         scheduler.cancel(jobs[1])
-        while scheduler.state["requests"] == MODELS:
-            time.sleep(0.001)
-        scheduler.look(last, [3], told.put)
-        assert isinstance(told.get(timeout=10), Looked)
+        assert look(scheduler, last) == End()
         assert (loads[-1], scheduler.state["models"]) == (last, MODELS)

@@ -1,4 +1,4 @@
-"""The server as a process: what it refuses to start with, 32 clients at once, and how it ends."""
+"""The server as a process: refusals at the start, 32 clients at once, and its end."""
 
 import importlib.machinery
 import importlib.util
@@ -13,15 +13,15 @@ from urllib.parse import urlsplit
 import pytest
 
 from jaxgpt import cli
-from jaxgpt.serve import load
 from tests.processes import serving
+from tests.serve import load
 
 
 def test_many_clients_lose_nothing_and_a_signal_ends_it_while_they_read(runs):
     with serving("cat", "--runs-dir", runs, "--max-tokens", 10**6) as (process, address):
         where = urlsplit(address)
         silent = [socket.create_connection((where.hostname, where.port)) for _ in range(200)]
-        load.press(address, "cat", 32, 1, tokens=40)  # what must be compiled, and what memory fills at first
+        load.press(address, "cat", 32, 1, tokens=40)  # compiles, and fills caches
         before = load.resident(process.pid)
         tally = load.press(address, "cat", 32, 1, tokens=40)
         assert not tally.faults
@@ -36,10 +36,10 @@ def test_many_clients_lose_nothing_and_a_signal_ends_it_while_they_read(runs):
             assert next(text)[0] == "tokens"
         process.send_signal(signal.SIGTERM)
         for text in reading:
-            *_, (name, told) = text
-            assert (name, told["error"]) == ("end", "the server is stopping")
+            *_, (name, tree) = text
+            assert (name, tree["error"]) == ("end", "the server is stopping")
         assert process.wait(20) == 0
-        assert process.stdout.read() == "Ctrl-C ends it.\n", "no traceback"
+        assert process.stdout.read() == "Ctrl-C stops it.\n", "no traceback"
 
 
 @pytest.mark.parametrize(
@@ -84,15 +84,15 @@ def test_serve_load_fails_where_the_server_leaks_ends_badly_or_loses_a_text(monk
     ("words", "said"),
     [
         (["none"], "no run 'none' in runs"),
-        (["RUNS", "--host", "0.0.0.0"], "0.0.0.0 can be reached by others: a token is needed"),
-        (["RUNS", "--host", "example.org"], "example.org can be reached by others"),
+        (["RUNS", "--host", "0.0.0.0"], "other machines can reach 0.0.0.0: set a token"),
+        (["RUNS", "--host", "example.org"], "other machines can reach example.org"),
         (["RUNS", "--token", "short"], "the token is too easy"),
         (["RUNS", "--token", "a token with blanks in it"], "the token is too easy"),
         (["RUNS", "--port", "70000"], "port is 70000"),
         (["RUNS", "--places", "0"], "places is 0, expected 1 or more"),
     ],
 )
-def test_what_it_does_not_start_with(tmp_path, monkeypatch, capsys, words, said):
+def test_it_refuses_to_start(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "all/one").mkdir(parents=True)
     (tmp_path / "all/one/config.json").write_text("{}")
@@ -105,4 +105,4 @@ def test_a_port_that_is_taken(tmp_path, capsys):
     (tmp_path / "one/config.json").write_text("{}")
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert cli.run_verb(["serve", str(tmp_path), "--port", str(other.getsockname()[1])]) == 2
-    assert "cannot be listened on" in capsys.readouterr().err
+    assert "cannot listen on" in capsys.readouterr().err

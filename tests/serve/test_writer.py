@@ -1,5 +1,6 @@
 """What one gets is what `generate` gives: alone or beside others, whatever these ask for, come and go."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.diagnostics import inside
 from jaxgpt.sample import SamplingParams, checked, generate, next_tokens
 from jaxgpt.serve import batch
-from jaxgpt.serve.writer import End, Job, Piece, Request, Writer
+from jaxgpt.serve.writer import End, Job, Looked, Piece, Writer
 
 SHARP = {"temperature": 1.2, "top_k": 7, "top_p": 0.9, "min_p": 0.05}
 ASKED = [  # prompt length, tokens, settings
@@ -43,27 +44,27 @@ def softmax(logits):
 
 def asked(i, kinds=ASKED):
     length, tokens, how = kinds[i % len(kinds)]
-    return Request("run", tuple(np.random.default_rng(i).integers(0, 12, length).tolist()), tokens, **how)
+    return Job("run", np.random.default_rng(i).integers(0, 12, length).tolist(), tokens, **how)
 
 
-def alone(model, request):
-    """What `generate` gives, of the first 12 ids alone."""
-    sampling = SamplingParams(request.temperature, request.top_k, request.top_p, request.min_p)
-    key = jax.random.key(request.seed)
-    return generate(*model, [request.ids], request.tokens, key, sampling, n_ids=12)[0].tolist()
+def alone(model, job):
+    """What `generate` returns, from the first 12 ids alone."""
+    sampling = SamplingParams(job.temperature, job.top_k, job.top_p, job.min_p)
+    return generate(*model, [job.ids], job.tokens, jax.random.key(job.seed), sampling, n_ids=12)[0].tolist()
 
 
-def told(requests, writer, before_turn=lambda turn, jobs: None):
-    """What each request was told, until all have ended."""
-    heard = [[] for _ in requests]
-    jobs = [Job(request, mine.append) for request, mine in zip(requests, heard, strict=True)]
+def messages(jobs, writer, before_turn=lambda turn: None):
+    """What is sent to each job, until all have ended."""
+    sent = [[] for _ in jobs]
+    for job, mine in zip(jobs, sent, strict=True):
+        job.put = mine.append
     writer.waiting.extend(jobs)
     for turn in range(500):
-        before_turn(turn, jobs)
-        if writer.idle:
-            return heard
+        before_turn(turn)
+        if not writer.jobs:
+            return sent
         for job in writer.turn():
-            job.put(End(""))
+            job.put(End())
     raise AssertionError("it never ends")
 
 
@@ -74,52 +75,79 @@ def ids(pieces):
 @pytest.mark.parametrize(
     ("position", "kinds"), [("learned", 2 * ASKED), ("rope", [(2 + 3 * i, 30, SHARP | {"seed": i}) for i in range(4)])]
 )
-def test_everyone_gets_what_generate_gives_also_where_places_are_few(models, position, kinds):
-    """More at once than the 3 places: they wait, enter rows that others left, and are read beside those who write."""
+def test_every_job_gets_what_generate_gives_also_where_places_are_few(models, position, kinds):
+    """More than the 3 places: they wait, enter rows that others left, and are read beside those that decode."""
     model = models[position]
-    requests = [asked(i, kinds) for i in range(len(kinds))]
+    jobs = [asked(i, kinds) for i in range(len(kinds))]
+    expected = [alone(model, job) for job in jobs]
     writer = Writer(*model, 12, 3)
     assert writer.widths == [1, 3]
     if position == "rope":
         writer.widths = [3]  # one program less
-    for request, pieces in zip(requests, told(requests, writer), strict=True):
-        assert ids(pieces) == alone(model, request)
-        assert pieces[-1] == End("")
+    for pieces, text in zip(messages(jobs, writer), expected, strict=True):
+        assert ids(pieces) == text
+        assert pieces[-1] == End()
         assert not any(isinstance(each, End) for each in pieces[:-1])
 
 
-def test_who_leaves_makes_room_and_changes_nothing_for_the_others(models):
+def test_a_cancelled_job_makes_room_and_changes_nothing_for_the_others(models):
     model = models["learned"]
     writer = Writer(*model, 12, 3)
-    requests = [asked(1), Request("run", (1,), 10**6), asked(0), asked(1)]
+    jobs = [asked(1), Job("run", [1], 10**6), asked(0), asked(1)]
+    expected = [alone(model, job) if job.tokens < 100 else None for job in jobs]
 
-    def leave(turn, jobs):
+    def leave(turn):
         jobs[1].cancelled = turn >= 2
 
-    heard = told(requests, writer, leave)
-    assert not any(isinstance(each, End) for each in heard[1])
-    assert 0 < len(ids(heard[1])) < 100
+    sent = messages(jobs, writer, leave)
+    assert not any(isinstance(each, End) for each in sent[1])
+    assert 0 < len(ids(sent[1])) < 100
     for i in (0, 2, 3):
-        assert ids(heard[i]) == alone(model, requests[i])
-    assert writer.places == [None] * 3
+        assert ids(sent[i]) == expected[i]
+    assert not writer.jobs
 
 
-def test_what_is_told_of_a_token_is_what_forward_gives(models):
-    """Its probability and the likely ones, before any filter; and `first` says where the context began."""
+def test_a_turn_answers_one_look_that_somebody_waits_for(models):
+    writer, answered = Writer(*models["learned"], 12, 3), []
+    text = Job("run", [1], 10**6, put=lambda piece: answered.append("text"))
+    looks = [Job("run", [i], put=lambda looked, i=i: answered.append(i)) for i in range(6)]
+    for i in (2, 3, 4):
+        looks[i].cancelled = True
+    writer.waiting.extend([*looks, text])
+    for _ in range(3):
+        assert len(writer.turn()) == 1
+    assert [each for each in answered if each != "text"] == [0, 1, 5]
+    assert all("text" in pair for pair in itertools.pairwise(answered)), "a text waits for one look at most"
+    assert writer.turn() == []
+
+
+def test_a_look_that_fails_leaves_the_texts(models, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(batch, "look", fail)
+    look, text = messages([Job("run", [1]), asked(1)], Writer(*models["learned"], 12, 3))
+    assert look[0] == End("out of memory")
+    assert ids(text) == alone(models["learned"], asked(1))
+
+
+def test_probabilities_are_those_of_forward(models):
+    """Before any filter; and `first` is where the context begins."""
     config, params = models["learned"]
-    (heard,) = told([request := asked(3)], Writer(config, params, 12, 3))
-    text = list(request.ids)
-    for piece in heard[:-1]:
+    (sent,) = messages([job := asked(3)], Writer(config, params, 12, 3))
+    at = 30
+    for piece in sent[:-1]:
         for n, token in enumerate(piece.drawn.token.tolist()):
-            context = text[piece.first :]
+            context = job.ids[piece.first : at]
             padded = np.zeros((1, 8), np.int32)
             padded[0, : len(context)] = context
-            chances = softmax(forward(config, params, padded)[0, len(context) - 1, :12])
-            np.testing.assert_allclose(piece.drawn.chance[n], chances[token], rtol=1e-4, atol=1e-7)
-            np.testing.assert_allclose(piece.drawn.chances[n], np.sort(chances)[::-1][:8], rtol=1e-4, atol=1e-7)
-            np.testing.assert_allclose(chances[piece.drawn.likely[n]], piece.drawn.chances[n], rtol=1e-4, atol=1e-7)
-            text.append(token)
-    assert len(text) == 30 + 25
+            p = softmax(forward(config, params, padded)[0, len(context) - 1, :12])
+            np.testing.assert_allclose(piece.drawn.p[n], p[token], rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(piece.drawn.likely_p[n], np.sort(p)[::-1][:8], rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(p[piece.drawn.likely[n]], piece.drawn.likely_p[n], rtol=1e-4, atol=1e-7)
+            assert job.ids[at] == token
+            at += 1
+    assert at == len(job.ids) == 30 + 25
 
 
 def test_each_row_draws_as_its_own_settings_say():
@@ -140,7 +168,9 @@ def test_each_row_draws_as_its_own_settings_say():
 def test_a_look_shows_the_attention_of_the_last_token(models):
     config, params = models["rope"]
     ids = np.array([[1, 2, 3, 4, 5]])
-    weights, likely, chances = Writer(config, params, 12, 3).look(ids[0].tolist())
+    ((looked, _),) = messages([Job("run", ids[0].tolist())], Writer(config, params, 12, 3))
+    assert isinstance(looked, Looked)
+    weights, likely, chances = looked
     maps = jax.jit(inside.attention_maps, static_argnums=0)(config, params, ids)
     np.testing.assert_allclose(weights, maps[:, 0, :, 4], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
@@ -150,7 +180,7 @@ def test_a_look_shows_the_attention_of_the_last_token(models):
 
 
 def test_a_look_holds_no_more_than_its_limit_counts():
-    """The maps of all layers, and twice those of one; not all of them twice. `requests.MAPS` is a limit to this."""
+    """The maps of all layers, and twice those of one; not all of them twice. `requests.MAX_MAPS` limits this."""
     L, H, T = 10, 16, 64
     config = ModelConfig(vocab_size=13, block_size=T, n_layer=L, n_head=H, n_embd=2 * H)
     params = jax.eval_shape(partial(model.init_params, config), jax.random.key(0))

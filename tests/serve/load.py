@@ -1,4 +1,4 @@
-"""Many clients at once, each of which reads all that it was promised: what a server bears, counted from outside."""
+"""A load generator: many clients at once, each of which checks that its texts are complete."""
 
 import http.client
 import json
@@ -15,29 +15,29 @@ from urllib.request import urlopen
 
 @dataclass
 class Tally:
-    """What the clients saw, all together."""
+    """The results of all clients."""
 
     texts: int = 0
-    """Texts that came whole."""
+    """Complete texts."""
     tokens: int = 0
     seconds: float = 0.0
     waits: list[float] = field(default_factory=list)
     """Seconds from each request to its first token."""
     by_seed: dict[int, set[tuple[int, ...]]] = field(default_factory=dict)
-    """The different texts that came for each seed: one, if neighbours are nothing to a text."""
+    """The different texts for each seed: one, if requests do not influence each other."""
     faults: Counter[str] = field(default_factory=Counter)
-    """What went wrong, and how often."""
+    """Number of each error."""
 
     def __str__(self) -> str:
         wait = statistics.median(self.waits) if self.waits else float("nan")
-        told = f"{self.texts} texts, {self.tokens / self.seconds:,.0f} tokens/s, first token after {1e3 * wait:.0f} ms"
-        return told + "".join(f", {n} times {what}" for what, n in self.faults.items())
+        found = f"{self.texts} texts, {self.tokens / self.seconds:,.0f} tokens/s, first token after {1e3 * wait:.0f} ms"
+        return found + "".join(f", {n} x {what}" for what, n in self.faults.items())
 
 
 def press(
     address: str, run: str, clients: int, seconds: float, tokens: int = 200, prompt: str = "\n", token: str = ""
 ) -> Tally:
-    """Let `clients` ask for text after text, each with one of four seeds, until `seconds` have gone by."""
+    """Let `clients` request text after text, each with one of four seeds, for `seconds`."""
     tally, lock, began = Tally(), threading.Lock(), time.perf_counter()
 
     def client(number: int) -> None:
@@ -49,10 +49,10 @@ def press(
             ids: list[int] = []
             fault = ""
             try:
-                for name, told in write(address, asked, token):
+                for name, tree in write(address, asked, token):
                     wait = wait or (time.perf_counter() - start) * (name == "tokens")
-                    ids += [each["id"] for each in told.get("tokens", [])]
-                    fault = told.get("error", "")
+                    ids += [each["id"] for each in tree.get("tokens", [])]
+                    fault = tree.get("error", "")
             except (OSError, http.client.HTTPException, ValueError) as error:
                 fault = f"{type(error).__name__}: {error}"
             if not fault and len(ids) != tokens:
@@ -75,11 +75,7 @@ def press(
 
 
 def write(address: str, asked: dict[str, Any], token: str = "") -> Any:
-    """The events of one text, (name, what it tells), as they come.
-
-    Raises:
-      ValueError: the server refused, and what it said.
-    """
+    """The events of one text, (name, data), as they arrive. Raises ValueError if the server refuses."""
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=120)
     try:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
@@ -99,21 +95,17 @@ def write(address: str, asked: dict[str, Any], token: str = "") -> Any:
 
 
 def first_run(address: str) -> str:
-    """Of the runs that are served, the one that was last saved and can write.
-
-    Raises:
-      ValueError: there is none.
-    """
+    """The most recently saved run that can be sampled; raises ValueError if there is none."""
     with urlopen(f"{address}api/runs", timeout=120) as answer:
         runs = [run["name"] for run in json.load(answer)["runs"] if "problem" not in run]
     if not runs:
-        raise ValueError("none of the runs can write: jaxgpt train gpt-demo makes one that can")
+        raise ValueError("no run can be sampled: jaxgpt train gpt-demo makes one that can")
     return str(runs[0])
 
 
 def resident(process: int) -> int:
-    """Bytes of memory that a process holds, on Linux."""
+    """Resident memory of a process in bytes, on Linux."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"process {process} says nothing of its memory")
+    raise OSError(f"process {process} reports no memory")
