@@ -53,7 +53,7 @@ class DataConfig:
     val_fraction: float = 0.1
     """The share at the end of the corpus that is kept for validation."""
     val_tokens: int = 4_000_000
-    """The most tokens that are kept for validation; the others train. 0 sets no limit."""
+    """Upper limit of the validation split, in tokens; 0 sets no limit."""
     unknown: Literal["error", "skip"] = "error"
     """What to do with a character outside the vocabulary; skipped ones are counted and reported."""
     column: str = "text"
@@ -69,7 +69,7 @@ class ModelConfig:
     vocab_size: int = 0
     """V, the number of different tokens; 0 takes it from the tokenizer."""
     block_size: int = 64
-    """T, the longest context that a prediction can look back on."""
+    """T, the longest context."""
     n_layer: int = 4
     """L, the number of transformer blocks."""
     n_head: int = 4
@@ -88,8 +88,8 @@ class ModelConfig:
     """Compute dtype of matmuls; parameters and sums are float32. auto: bfloat16 on TPUs, GPUs of compute capability 8
     and up, and CPUs with amx_bf16 or avx512_bf16, else float32; fixed when a run starts."""
     position: Literal["learned", "rope"] = "learned"
-    """How a block knows where: learned, a table of block_size rows added to the tokens; rope, queries and keys rotated
-    by their place (Su et al. 2021, arXiv:2104.09864)."""
+    """Positional encoding: learned, a table of block_size rows added to the tokens; rope, queries and keys rotated by
+    position (Su et al. 2021, arXiv:2104.09864)."""
     norm: Literal["layer", "rms"] = "layer"
     """layer: LayerNorm; rms: RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), here without a gain."""
     mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"
@@ -98,8 +98,8 @@ class ModelConfig:
     qk_norm: bool = False
     """RMSNorm of queries and keys (Henry et al. 2020, arXiv:2010.04245)."""
     n_kv_head: int = 0
-    """Heads of keys and values, each shared by n_head / n_kv_head queries (Ainslie et al. 2023, arXiv:2305.13245); 0 is
-    n_head."""
+    """KV heads, each shared by n_head / n_kv_head query heads (grouped-query attention, Ainslie et al. 2023,
+    arXiv:2305.13245); 0 is n_head."""
     window: int = 0
     """How many tokens a position attends to, itself among them (Beltagy et al. 2020, arXiv:2004.05150); 0 is all."""
     init_scale: float = 1.0
@@ -144,7 +144,7 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.1
     """The share of learning_rate at which the schedule ends where min_learning_rate is None."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """The way down from the peak."""
+    """Decay schedule of the learning rate after warm-up."""
     warmup_steps: int = 100
     """Steps of linear warm-up before the peak."""
     decay_steps: int = 0
@@ -168,7 +168,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at once, and how often to look."""
+    """Steps, batches, evaluations and saves."""
 
     seed: int = 1337
     """Fixes the initial parameters, the batches and the dropout."""
@@ -181,11 +181,11 @@ class TrainConfig:
     sampling: Literal["epoch", "random"] = "epoch"
     """epoch: every window once per epoch, shuffled; random: with replacement, as nanoGPT."""
     scan_steps: int = 50
-    """K, steps that run as one compiled program between two looks at the clock."""
+    """K, steps per compiled scan."""
     eval_every: int = 250
     """Steps between evaluations and saves; a multiple of scan_steps; 0 evaluates and saves at the ends only."""
     eval_start: bool = True
-    """Score the untrained model too."""
+    """Evaluate the untrained model too."""
     eval_batches: int = 20
     """Random batches in the nanoGPT-style estimate beside the exact evaluation; 0 leaves it out."""
     keep: int = 2
@@ -193,20 +193,32 @@ class TrainConfig:
     keep_every: int = 0
     """Keep the checkpoints of the multiples of this step too; 0 keeps no more."""
     max_skipped: int = 5
-    """Steps in a row without a finite loss and gradient, each of them left out, that end the run."""
+    """End the run after this many steps in a row whose loss or gradient is not finite. Such a step is not applied."""
     on_save_error: Literal["continue", "stop"] = "continue"
     """When a save fails, on a full disk: train on and try again at the next one, or end the run."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run: together with the tokens, it determines every number that the run produces, where the kernels are
-    repeatable (docs/reliability.md)."""
+    """A whole run: with the tokens, it determines every number that the run produces where the kernels are repeatable
+    (docs/reliability.md)."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+
+_AT_LEAST = {
+    0: "val_tokens vocab_size n_kv_head window warmup_steps decay_steps eval_every eval_batches keep_every",
+    1: "block_size n_layer n_head n_embd muon_steps steps batch_size accumulate scan_steps keep max_skipped",
+}
+"""Lowest value to the names of whole numbers, each up to 2**31 - 1."""
+_BELOW = {
+    1: "dropout beta1 beta2 muon_momentum",
+    math.inf: "softcap init_scale learning_rate weight_decay grad_clip min_learning_rate muon_learning_rate",
+}
+"""Upper bound, not included, to the names of numbers from 0 on."""
 
 
 def problems(config: Config, new: bool = False) -> list[str]:
@@ -215,94 +227,54 @@ def problems(config: Config, new: bool = False) -> list[str]:
     Args:
       new: it starts a run. Saved runs whose schedule rises to min_learning_rate can be resumed, but not started again.
     """
-    found: list[str] = []
-
-    def require(ok: bool, name: str, value: Any, expected: str) -> None:
-        if not ok:
-            found.append(f"{name} is {value!r}, expected {expected}")
-
-    def at_least(low: int, section: Any, *names: str) -> None:
-        for name in names:
-            value = getattr(section, name)
-            require(low <= value <= 2**31 - 1, name, value, f"a whole number from {low} to 2**31 - 1")
-
-    def within(low: float, high: float, section: Any, *names: str) -> None:
-        for name in names:
-            value = getattr(section, name)
-            ok = math.isfinite(value) and low <= value < high
-            require(ok, name, value, f"a number from {low:g} up to, not including, {high:g}")
-
     data, model, optimizer, train = config.data, config.model, config.optimizer, config.train
-    require(0 < data.val_fraction < 1, "val_fraction", data.val_fraction, "a fraction between 0 and 1")
-    at_least(0, data, "val_tokens")
-    if 0 < data.val_tokens <= model.block_size:
-        found.append(f"val_tokens is {data.val_tokens}, expected more than block_size ({model.block_size}), or 0")
-    at_least(0, model, "vocab_size")
-    at_least(1, model, "block_size", "n_layer", "n_head", "n_embd")
-    within(0, 1, model, "dropout")
-    within(0, math.inf, model, "softcap", "init_scale")
-    at_least(0, model, "n_kv_head", "window")
-    if model.n_head > 0 and model.n_embd % model.n_head:
-        near = _nearest(model.n_embd, model.n_head)
-        found.append(
-            f"n_embd is {model.n_embd}, which {model.n_head} heads (n_head) do not divide: try --n-embd {near}"
-        )
-    if model.n_kv_head > 0 and model.n_head % model.n_kv_head:
-        found.append(f"n_kv_head is {model.n_kv_head}, expected a divisor of n_head ({model.n_head})")
-    rope = model.kind == "gpt" and model.position == "rope"
-    if rope and model.n_head > 0 and model.n_embd % (2 * model.n_head):
-        found.append(
-            f"n_embd is {model.n_embd} with n_head {model.n_head}, expected an even head size for position rope: "
-            f"try --n-embd {_nearest(model.n_embd, 2 * model.n_head)}"
-        )
-    if model.bigram_embed and model.vocab_size > 4096:
-        found.append(
-            f"vocab_size is {model.vocab_size}, expected at most 4096 for a table of every pair: --no-bigram-embed"
-        )
-    within(0, math.inf, optimizer, "learning_rate", "weight_decay", "grad_clip")
-    if optimizer.min_learning_rate is not None:
-        within(0, math.inf, optimizer, "min_learning_rate")
-    ratio = optimizer.min_lr_ratio
-    require(0 <= ratio <= 1, "min_lr_ratio", ratio, "a number from 0 to 1")
-    if new and optimizer.schedule != "constant" and optimizer.final_learning_rate > optimizer.learning_rate:
-        found.append(
-            f"min_learning_rate is {optimizer.min_learning_rate}, expected at most learning_rate "
-            f"({optimizer.learning_rate}): try --min-learning-rate None for {ratio:g} of it"
-        )
-    within(0, math.inf, optimizer, "muon_learning_rate")
-    within(0, 1, optimizer, "beta1", "beta2", "muon_momentum")
-    at_least(1, optimizer, "muon_steps")
-    if optimizer.algorithm == "muon" and optimizer.learning_rate == 0:
-        found.append("learning_rate is 0.0, expected above 0 with muon, whose rate is in proportion to it")
-    require(optimizer.eps > 0 and math.isfinite(optimizer.eps), "eps", optimizer.eps, "a number above 0")
-    at_least(0, optimizer, "warmup_steps", "decay_steps")
-    end = optimizer.decay_steps or train.steps
-    if optimizer.schedule != "constant" and optimizer.warmup_steps >= end >= 1:
-        found.append(
-            f"warmup_steps is {optimizer.warmup_steps}, expected fewer than the {end} steps of the schedule: "
-            f"try --warmup-steps {end // 10}"
-        )
-    require(0 <= train.seed < 2**32, "seed", train.seed, "a whole number from 0 to 2**32 - 1")
-    at_least(1, train, "steps", "batch_size", "accumulate", "scan_steps", "keep", "max_skipped")
-    at_least(0, train, "eval_every", "eval_batches", "keep_every")
-    if train.batch_size * model.block_size >= 2**31:
-        found.append(
-            f"batch_size x block_size is {train.batch_size} x {model.block_size}, expected less than 2**31 tokens"
-        )
-    if train.accumulate > 0 and train.batch_size % train.accumulate:
-        found.append(f"batch_size is {train.batch_size}, which accumulate ({train.accumulate}) does not divide")
-    if train.scan_steps > 0 and train.eval_every % train.scan_steps:
-        near = _nearest(train.eval_every, train.scan_steps)
-        found.append(
-            f"eval_every is {train.eval_every}, expected a multiple of scan_steps ({train.scan_steps}): "
-            f"try --eval-every {near}"
-        )
-    return found
+    values = vars(data) | vars(model) | vars(optimizer) | vars(train)
+    found = []
+    for low, names in _AT_LEAST.items():
+        for name in names.split():
+            if not low <= values[name] <= 2**31 - 1:
+                found.append(f"{name} is {values[name]!r}, expected a whole number from {low} to 2**31 - 1")
+    for high, names in _BELOW.items():
+        for name in names.split():
+            if values[name] is not None and not (math.isfinite(values[name]) and 0 <= values[name] < high):
+                found.append(f"{name} is {values[name]!r}, expected a number from 0 up to, not including, {high}")
 
+    def multiple(name: str, unit: int, of: str) -> tuple[bool, str, str]:
+        unit = max(1, unit)
+        near = unit * max(1, (2 * values[name] + unit) // (2 * unit))
+        return values[name] % unit == 0, name, f"a multiple of {of}: try --{name.replace('_', '-')} {near}"
 
-def _nearest(value: int, unit: int) -> int:
-    """The multiple of `unit` nearest to `value`, at least one."""
-    return unit * max(1, (2 * value + unit) // (2 * unit))
+    T, H, A, peak = model.block_size, model.n_head, train.accumulate, optimizer.learning_rate
+    scheduled, end = optimizer.schedule != "constant", optimizer.decay_steps or train.steps
+    rises = new and scheduled and optimizer.final_learning_rate > peak
+    head = f"n_head ({H})"
+    if model.kind == "gpt" and model.position == "rope":
+        H, head = 2 * H, f"2 * n_head, an even head size for position rope ({2 * H})"
+    checks = [  # (whether it holds, setting, what is expected)
+        (0 < data.val_fraction < 1, "val_fraction", "a fraction between 0 and 1"),
+        (data.val_tokens <= 0 or data.val_tokens > T, "val_tokens", f"more than block_size ({T}), or 0"),
+        multiple("n_embd", H, head),
+        (model.n_kv_head <= 0 or model.n_head % model.n_kv_head == 0, "n_kv_head", "a divisor of n_head"),
+        (
+            not model.bigram_embed or model.vocab_size <= 4096,
+            "vocab_size",
+            "at most 4096 for pairs: --no-bigram-embed",
+        ),
+        (0 <= optimizer.min_lr_ratio <= 1, "min_lr_ratio", "a number from 0 to 1"),
+        (not rises, "min_learning_rate", f"at most learning_rate ({peak}): try --min-learning-rate None"),
+        (optimizer.algorithm != "muon" or peak, "learning_rate", "above 0 with muon, which scales with it"),
+        (optimizer.eps > 0 and math.isfinite(optimizer.eps), "eps", "a number above 0"),
+        (
+            not scheduled or not optimizer.warmup_steps >= end >= 1,
+            "warmup_steps",
+            f"fewer than the {end} steps of the schedule: try --warmup-steps {end // 10}",
+        ),
+        (0 <= train.seed < 2**32, "seed", "a whole number from 0 to 2**32 - 1"),
+        (train.batch_size * T < 2**31, "batch_size", f"less than 2**31 tokens in windows of {T}"),
+        (train.batch_size % max(1, A) == 0, "batch_size", f"a multiple of accumulate ({A})"),
+        multiple("eval_every", train.scan_steps, f"scan_steps ({train.scan_steps})"),
+    ]
+    return found + [f"{name} is {values[name]!r}, expected {expected}" for ok, name, expected in checks if not ok]
 
 
 def check(config: Config, new: bool = False) -> Config:

@@ -3,8 +3,6 @@ beside tokens.json, which holds their sizes and SHA-256, the tokenizer and where
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -19,8 +17,8 @@ from jaxgpt.data import Part
 from jaxgpt.tokenizer import Ids, Tokenizer
 
 FORMAT = 2
-NAMED = ("python-docs", "python-stdlib", "shakespeare")
-"""Texts that `prepare` knows by name."""
+_KINDS = {"format": int, "dtype": str, "count": int, "sha256": str, "source": str, "origin": str}
+_KINDS |= {"source_sha256": str, "tokenizer": dict}
 
 
 class CorpusError(UsageError):
@@ -97,12 +95,11 @@ class Corpus:
 
     def training_parts(self, data: DataConfig) -> tuple[Part, ...]:
         """Size and weight of each part of the training tokens, in their order."""
-        shares, sizes = zip(*((share, len(part.tokens)) for share, part in self.parts or ((1.0, self),)), strict=True)
-        val = [n - train_size(n, data.val_fraction) for n in sizes]
+        parts = [(share, len(part.tokens)) for share, part in self.parts or ((1.0, self),)]
+        val = [n - train_size(n, data.val_fraction) for _, n in parts]
         if 0 < data.val_tokens < (total := sum(val)):
-            ends = [end * data.val_tokens // total for end in accumulate(val, initial=0)]
-            val = [end - begin for begin, end in pairwise(ends)]
-        return tuple(Part(size - n, share) for size, n, share in zip(sizes, val, shares, strict=True))
+            val = [b - a for a, b in pairwise(n * data.val_tokens // total for n in accumulate(val, initial=0))]
+        return tuple(Part(size - n, share) for (share, size), n in zip(parts, val, strict=True))
 
     @property
     def summary(self) -> str:
@@ -144,10 +141,9 @@ def load(folder: Path, verified: bool = False) -> Corpus:
     Raises:
       CorpusError: a file is missing, damaged or of another format.
     """
-    path = folder / "tokens.json"
-    meta = read_meta(path)
+    meta = read_meta(folder / "tokens.json")
     if "parts" in meta:
-        raise CorpusError(f"{path}: it is that of a mixture in a run, expected that of a prepared folder")
+        raise CorpusError(f"{folder}/tokens.json is that of a mixture in a run, expected that of a prepared folder")
     tok, dtype = tokenizer.from_json(meta["tokenizer"]), np.dtype(meta["dtype"]).newbyteorder("<")
     return Corpus(joined([_load_shard(folder, shard, dtype, tok, verified) for shard in shards_of(meta)]), tok, meta)
 
@@ -158,9 +154,7 @@ def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: 
         raise CorpusError(f"{path} is missing; jaxgpt prepare makes it")
     size, expected = path.stat().st_size, shard["count"] * dtype.itemsize
     if size != expected:
-        raise CorpusError(
-            f"{path} has {size:,} bytes, expected {expected:,} ({shard['count']:,} {dtype.name}): {again}"
-        )
+        raise CorpusError(f"{path} has {size:,} bytes, expected {expected:,}: {again}")
     tokens = np.memmap(path, dtype, mode="r")
     if verified:
         return tokens
@@ -168,10 +162,7 @@ def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: 
         raise CorpusError(f"{path} has SHA-256 {digest}, expected {shard['sha256']}: {again}")
     largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
     if largest >= tok.vocab_size:
-        raise CorpusError(
-            f"{path} holds the id {largest}, expected ids below {tok.vocab_size}, the size of its vocabulary: "
-            "it belongs to another tokens.json; remove the folder and run jaxgpt prepare again"
-        )
+        raise CorpusError(f"{path} holds the id {largest}, expected ids below vocab_size = {tok.vocab_size}: {again}")
     return tokens
 
 
@@ -195,9 +186,7 @@ def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: a value is missing or of the wrong kind, or it does not describe a tokenizer.
     """
-    kinds = {"format": int, "dtype": str, "count": int, "sha256": str, "source": str, "origin": str}
-    kinds |= {"source_sha256": str, "tokenizer": dict}
-    for name, kind in kinds.items():
+    for name, kind in _KINDS.items():
         if type(meta.get(name)) is not kind:
             raise ValueError(f"it has no {name} of type {kind.__name__}")
     if meta["format"] not in (1, FORMAT) or meta["dtype"] not in ("uint16", "uint32") or not 1 <= meta["count"] < 2**63:
@@ -205,131 +194,28 @@ def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
             f"it has format {meta['format']}, dtype {meta['dtype']}, count {meta['count']}; expected format "
             f"1 or {FORMAT}, dtype uint16 or uint32 and a count from 1 to 2**63 - 1"
         )
-    if "parts" in meta:
-        parts = meta["parts"]
-        if not isinstance(parts, list) or len(parts) < 2:
-            raise ValueError(f"its parts are {shown(parts)}, expected a list of two or more")
-        for part in parts:
-            match part:
-                case {"source": str(), "count": int(), "sha256": str()}:
-                    continue
-            raise ValueError(f"a part of it is {shown(part)}, expected a source, a count and a sha256")
-    else:
-        shards_of(meta)
     tokenizer.from_json(meta["tokenizer"])
+    if meta["format"] == 1 and "parts" not in meta:
+        return meta
+    name, least = ("parts", 2) if "parts" in meta else ("shards", 1)
+    rows = meta.get(name)
+    if not isinstance(rows, list) or len(rows) < least:
+        raise ValueError(f"its {name} are {shown(rows)}, expected a list of {least} or more")
+    for i, row in enumerate(rows):
+        match row:  # the names of shards become paths
+            case {"file": file, "count": int(n), "sha256": str()} if file == f"tokens-{i:05}.bin" and n >= 1:
+                continue
+            case {"source": str(), "count": int(n), "sha256": str()} if name == "parts" and n >= 1:
+                continue
+        wanted = "a source" if name == "parts" else f"file tokens-{i:05}.bin"
+        raise ValueError(f"its {name[:-1]} {i} is {shown(row)}, expected {wanted}, a count and a sha256")
+    if sum(row["count"] for row in rows) != meta["count"]:
+        raise ValueError(f"its {name} do not hold {meta['count']:,} tokens together")
     return meta
 
 
 def shards_of(meta: dict[str, Any]) -> list[dict[str, Any]]:
-    """File, count and SHA-256 of each shard; format 1 had one shard. The names become paths, so they are checked.
-
-    Raises:
-      ValueError: shards are missing, or their names or sizes are not what `prepare` writes.
-    """
+    """File, count and SHA-256 of each shard; format 1 had one shard."""
     if meta["format"] == 1:
         return [{"file": "tokens.bin", "count": meta["count"], "sha256": meta["sha256"]}]
-    shards = meta.get("shards")
-    if not isinstance(shards, list):
-        raise ValueError("it has no shards of type list")
-    for i, shard in enumerate(shards):
-        match shard:
-            case {"file": str(name), "count": int(n), "sha256": str()} if name == f"tokens-{i:05}.bin" and n >= 1:
-                continue
-        raise ValueError(f"its shard {i} is {shown(shard)}, expected file tokens-{i:05}.bin, a count and a sha256")
-    if sum(shard["count"] for shard in shards) != meta["count"]:
-        raise ValueError(f"its shards do not hold {meta['count']:,} tokens together")
-    return shards
-
-
-def find_prepared(corpus: str, meta: dict[str, Any], data_dir: Path, verified: bool = False) -> Corpus | None:
-    """The corpus or mixture that `meta` describes, if all of it is prepared on this machine.
-
-    Args:
-      corpus: as in `prepare_corpus`; each part is in its folder of `data_dir`, is a prepared folder that is named, or
-        was fetched into the cache.
-      verified: as in `load`, of the folders in `data_dir`.
-
-    Raises:
-      CorpusError: it is there, but damaged.
-    """
-    names, folders = mixture(corpus), folders_of(meta, data_dir)
-    if len(names) != len(folders):
-        return None
-    parts = []
-    for (share, name), folder in zip(names, folders, strict=True):
-        named = cached_folder(folder.name) if is_url(name) else None if name in NAMED else local_path(name)
-        found = next((each for each in (folder, named) if each and is_prepared(each)), None)
-        if not found:
-            return None
-        part = load(found, verified and found == folder)
-        if folder_of(part.meta, data_dir) != folder:  # another text or another tokenizer
-            return None
-        parts.append((share, part))
-    whole = mix(parts) if "parts" in meta else parts[0][1]
-    return whole if whole.meta["sha256"] == meta["sha256"] else None
-
-
-def is_prepared(folder: Path) -> bool:
-    """Whether `prepare` made a folder, as opposed to a folder of texts among which is a tokens.json."""
-    if not (folder / "tokens.json").is_file():
-        return False
-    others = [path.name for path in folder.iterdir() if path.name != "tokens.json"]
-    return not others or any(re.fullmatch(r"tokens(-\d{5})?\.bin", name) for name in others)
-
-
-def folder_of(meta: dict[str, Any], data_dir: Path) -> Path:
-    """The folder of the corpus that `meta` describes: corpora of other ids or another vocabulary have other folders."""
-    both = hashlib.sha256(json.dumps([meta["sha256"], meta["tokenizer"]]).encode()).hexdigest()
-    return data_dir / f"{meta['source']}-{meta['tokenizer']['kind']}-{both[:8]}"
-
-
-def folders_of(meta: dict[str, Any], data_dir: Path) -> list[Path]:
-    """`folder_of` each part of a mixture; of any other corpus its own."""
-    return [folder_of(part | {"tokenizer": meta["tokenizer"]}, data_dir) for part in meta.get("parts", [meta])]
-
-
-def cached_folder(name: str) -> Path | None:
-    """Where the copy of a prepared folder at a URL is kept, by the name that `folder_of` gives."""
-    cache = files.cache_dir()
-    return cache / "corpora" / name if cache else None
-
-
-def mixture(corpus: str) -> list[tuple[float, str]]:
-    """The parts of "0.7*wiki.jsonl + 0.3*code" with their weights; any other corpus is its only part.
-
-    >>> mixture("0.7*wiki.jsonl + 0.3*code")
-    [(0.7, 'wiki.jsonl'), (0.3, 'code')]
-    >>> mixture("notes.txt")
-    [(1.0, 'notes.txt')]
-    """
-    parts = [re.fullmatch(r"([0-9]*\.?[0-9]+)\*(\S.*)", part.strip()) for part in corpus.split(" + ")]
-    found = [(float(part[1]), part[2]) for part in parts if part]
-    if len(found) < 2 or len(found) < len(parts):
-        return [(1.0, corpus)]
-    if not all(share > 0 for share, _ in found) or len({part for _, part in found}) < len(found):
-        raise CorpusError(f"{corpus!r}: expected parts that differ, each with a weight above 0")
-    if (least := min(share for share, _ in found) / sum(share for share, _ in found)) < 1e-3:
-        raise CorpusError(f"{corpus!r}: the least weight is {least:.2g} of all, expected a thousandth or more")
-    return found
-
-
-def absolute(corpus: str) -> str:
-    """The same corpus with the full path of each file, to be found from any working directory."""
-    found = mixture(corpus)
-    if len(found) > 1:
-        shares = (np.format_float_positional(share, trim="-") for share, _ in found)
-        return " + ".join(f"{share}*{absolute(part)}" for share, (_, part) in zip(shares, found, strict=True))
-    if corpus in NAMED or is_url(corpus):
-        return corpus
-    path = local_path(corpus)
-    return str(path.absolute() if path.is_fifo() else path.resolve())  # /dev/stdin, and not the pipe behind it
-
-
-def is_url(corpus: str) -> bool:
-    """Whether a corpus is in a store, such as gs://bucket/texts."""
-    return "://" in corpus
-
-
-def local_path(corpus: str) -> Path:
-    """The path of a file or folder; ~ is the home folder. Path.expanduser would raise for "~draft.txt"."""
-    return Path(os.path.expanduser(corpus))
+    return cast(list[dict[str, Any]], meta["shards"])

@@ -8,7 +8,7 @@ the batch of any step alone, and a resumed run sees the batches that an unbroken
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, islice
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -27,7 +27,7 @@ Starts = NDArray[np.int64]
 Loader = Callable[[int, int], tuple[Any, Any]]
 """(begin, end) to the (tokens, windows) of these steps, as `train_steps` takes them."""
 
-# Purposes of random numbers. They are part of the key, so that streams are independent.
+# Purposes of random numbers: part of the key, so that streams are independent.
 RANDOM, OFFSET, PERMUTATION, ESTIMATE, MIXTURE = range(5)
 MIX = 1000
 """Each part of a mixture has its exact share of every MIX windows in a row."""
@@ -51,34 +51,29 @@ class Batch(NamedTuple):
 
 
 def window_starts(seed: int, step: int, n_tokens: int, T: int, B: int, sampling: str = "epoch") -> Starts:
-    """First token of each window of step `step`, (B,); a window is T inputs and the token after them.
-
-    "epoch": every window once per epoch, in a keyed order. Each epoch cuts the tokens into n_windows(n_tokens, T)
-    disjoint windows at its own offset, so that boundaries move between epochs.
-    "random": each start uniform over all n_tokens - T, with replacement, as nanoGPT.
-
-    Raises:
-      ValueError: fewer than T + 1 tokens, or an unknown sampling.
-    """
+    """First token of each window of step `step`, (B,): `chunk_starts` of one step."""
     return chunk_starts(seed, step, step + 1, n_tokens, T, B, sampling)[0]
 
 
-def chunk_starts(seed: int, begin: int, end: int, n_tokens: int, T: int, B: int, sampling: str = "epoch") -> Starts:
-    """`window_starts` of the steps from `begin` up to `end`, (end - begin, B)."""
-    return mixed_starts(seed, begin, end, [Part(n_tokens, 1.0)], T, B, sampling)
-
-
-def mixed_starts(
-    seed: int, begin: int, end: int, parts: Sequence[Part], T: int, B: int, sampling: str = "epoch"
+def chunk_starts(
+    seed: int, begin: int, end: int, parts: int | Sequence[Part], T: int, B: int, sampling: str = "epoch"
 ) -> Starts:
-    """`chunk_starts` in a mixture, whose parts are concatenated; each part has its share of the windows.
+    """First token of each window of the steps from `begin` up to `end`, (end - begin, B); a window is T inputs and the
+    token after them.
 
-    A keyed order of every MIX windows assigns each window to a part. The j-th window of a part is window j of a run on
-    that part alone, so that its epochs are unchanged.
+    A keyed order of every MIX windows assigns each window to a part of a mixture. The j-th window of a part is window j
+    of a run on that part alone, so that its epochs are unchanged.
+
+    Args:
+      parts: the parts of a mixture, which are concatenated; or the number of tokens of a single one.
+      sampling: "epoch": every window once per epoch, in a keyed order. Each epoch cuts the tokens into
+        n_windows(n_tokens, T) disjoint windows at its own offset, so that boundaries move between epochs.
+        "random": each start uniform over all n_tokens - T, with replacement, as nanoGPT.
 
     Raises:
       ValueError: a part has fewer than T + 1 tokens, or an unknown sampling.
     """
+    parts = [Part(parts, 1.0)] if isinstance(parts, int) else parts
     for n_tokens, _ in parts:
         if n_tokens < T + 1:
             raise ValueError(f"{n_tokens} tokens hold no window of {T} inputs and a target")
@@ -94,6 +89,12 @@ def mixed_starts(
         starts[here] = first + within
         first += n_tokens
     return starts.reshape(end - begin, B)
+
+
+def config_starts(config: Config, parts: int | Sequence[Part], begin: int, end: int) -> Starts:
+    """The window starts (end - begin, B) of some steps of a run."""
+    train = config.train
+    return chunk_starts(train.seed, begin, end, parts, config.model.block_size, train.batch_size, train.sampling)
 
 
 def _parts_of(
@@ -202,12 +203,6 @@ def _positions(starts: Any, T: int) -> Any:
     return starts[..., None] + np.arange(T + 1).reshape((1,) * starts.ndim + (-1,))
 
 
-def config_starts(config: Config, parts: Sequence[Part], begin: int, end: int) -> Starts:
-    """The window starts (end - begin, B) of some steps of a run."""
-    train = config.train
-    return mixed_starts(train.seed, begin, end, parts, config.model.block_size, train.batch_size, train.sampling)
-
-
 def chunks(config: Config, step: int) -> Iterator[tuple[int, int]]:
     """(begin, end) of each scan from `step` on; ends are multiples of scan_steps, and the last step."""
     K = config.train.scan_steps
@@ -217,47 +212,32 @@ def chunks(config: Config, step: int) -> Iterator[tuple[int, int]]:
         step = end
 
 
-def device_tokens(config: Config, n_tokens: int) -> int:
-    """Tokens on the device: the corpus, or the windows of one chunk of a larger one."""
-    windows = config.train.scan_steps * config.train.batch_size * (config.model.block_size + 1)
-    return n_tokens if n_tokens <= DEVICE_TOKENS else windows
-
-
 def loader(
     config: Config, tokens: Ids, mesh: "Mesh", parts: Sequence[Part] | None = None, pool: Executor | None = None
 ) -> Loader:
     """Serves the training tokens: from the device, or from disk where there are more than DEVICE_TOKENS.
 
+    From disk, each process reads the windows of its own devices only. Several threads may call the loader: a chunk that
+    is pending is not read again.
+
     Args:
       parts: of which `tokens` consists; None for one.
       pool: reads the next chunk from disk while the device computes; None reads nothing ahead.
     """
-    parts = parts or [Part(len(tokens), 1.0)]
-    if len(tokens) > DEVICE_TOKENS:
-        return _disk_loader(config, tokens, mesh, parts, pool)
     import jax
 
-    from jaxgpt.mesh import replicated
+    from jaxgpt.sharding import replicated, window_sharding
+
+    lock, pending, T = Lock(), dict[tuple[int, int], Future[Any]](), config.model.block_size
+
+    def starts_of(begin: int, end: int) -> Starts:
+        return config_starts(config, parts or len(tokens), begin, end)
 
     def put(x: NDArray[Any]) -> Any:
         return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
 
-    on_device = put(np.asarray(tokens))
-    return lambda begin, end: (on_device, put(config_starts(config, parts, begin, end).astype(np.int32)))
-
-
-def _disk_loader(config: Config, tokens: Ids, mesh: "Mesh", parts: Sequence[Part], pool: Executor | None) -> Loader:
-    """Each process reads the windows of its own devices only. It may be called by several threads: a chunk that is
-    pending is not read again."""
-    import jax
-
-    from jaxgpt.mesh import window_sharding
-
-    lock, pending = Lock(), dict[tuple[int, int], Future[Any]]()
-    T = config.model.block_size
-
-    def read(begin: int, end: int) -> Any:
-        starts = config_starts(config, parts, begin, end)
+    def read(begin: int, end: int) -> tuple[None, Any]:
+        starts = starts_of(begin, end)
 
         @lru_cache  # devices along `tensor` and `context` have the same windows
         def rows(first: int | None, last: int | None) -> Ids:
@@ -266,19 +246,20 @@ def _disk_loader(config: Config, tokens: Ids, mesh: "Mesh", parts: Sequence[Part
         def shard(index: Any) -> Ids:
             return rows(index[1].start, index[1].stop)
 
-        return jax.make_array_from_callback((*starts.shape, T + 1), window_sharding(mesh), shard)
+        return None, jax.make_array_from_callback((*starts.shape, T + 1), window_sharding(mesh), shard)
 
-    def load(begin: int, end: int) -> tuple[None, Any]:
-        if not pool:
-            return None, read(begin, end)
+    def read_ahead(pool: Executor, begin: int, end: int) -> Any:
         with lock:  # two threads ask for a new run's first chunk: one to compile for it, one to train on it
             wanted = [(begin, end), *islice(chunks(config, end), 1)]
             kept = {chunk: pending.get(chunk) or pool.submit(read, *chunk) for chunk in wanted}
             pending.clear()
             pending.update(kept)
-        return None, kept[begin, end].result()
+        return kept[begin, end].result()
 
-    return load
+    if len(tokens) > DEVICE_TOKENS:
+        return partial(read_ahead, pool) if pool else read
+    on_device = put(np.asarray(tokens))
+    return lambda begin, end: (on_device, put(starts_of(begin, end).astype(np.int32)))
 
 
 def _raw(seed: int, purpose: int, counter: int, n: int) -> NDArray[np.int64]:

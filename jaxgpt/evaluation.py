@@ -104,7 +104,7 @@ def windows_per_batch(config: ModelConfig, n: int, models: int = 1) -> int:
 
     For few windows it is a power of two, so that splits of similar sizes share a program.
     """
-    shards = sharding.parts("batch")
+    shards = sharding.num_shards("batch")
     most = max(1, min(BATCH_TOKENS, BATCH_LOGITS // config.vocab_size) // config.block_size // models)
     return shards * min(most, max(32, 1 << (-(-n // shards) - 1).bit_length()))
 

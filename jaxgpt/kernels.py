@@ -27,7 +27,7 @@ def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
     """
     if dropped:
         return "reference"
-    if sharding.parts("time") == 1 and matmul.resolve(config.precision) == "bfloat16":  # of whole contexts
+    if sharding.num_shards("time") == 1 and matmul.resolve(config.precision) == "bfloat16":  # of whole contexts
         backend, D = sharding.platform(), config.n_embd // config.n_head
         if backend == "gpu" and D % 8 == 0 and D <= 128 and T % 2 == 0:
             return "cudnn"
@@ -74,7 +74,7 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
     block by block.
     """
     T = q.shape[2]
-    if sharding.parts("time") > 1:
+    if sharding.num_shards("time") > 1:
         return _blocked_split(config, q, k, v)
     size = max(BLOCK, -(-T // 16))
 
@@ -94,7 +94,7 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
 def _blocked_split(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """`blocked` where the queries are sharded: all devices at once go through theirs block by block."""
     B, H, T, D = q.shape
-    over = sharding.parts("time")
+    over = sharding.num_shards("time")
     size = next(n for n in range(min(BLOCK, T // over), 0, -1) if T // over % n == 0)
     places = jnp.arange(T).reshape(over, -1, size).swapaxes(0, 1)  # (blocks, over, size)
     blocks = jnp.moveaxis(q.reshape(B, H, over, -1, size, D), 3, 0)  # (blocks, B, H, over, size, D)

@@ -44,8 +44,8 @@ def losses_of(
       precision: of the matmuls in `logits`.
     """
     B, T = targets.shape
-    rows = -(-B // sharding.parts("batch")) * -(-T // sharding.parts("time"))
-    V = -(-kernel.shape[1] // sharding.parts("width"))
+    rows = -(-B // sharding.num_shards("batch")) * -(-T // sharding.num_shards("time"))
+    V = -(-kernel.shape[1] // sharding.num_shards("width"))
     n_chunks = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * V <= chunk or n == rows))
     if n_chunks == 1:
         return token_losses(logits(x, kernel), targets)

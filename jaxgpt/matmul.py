@@ -76,7 +76,7 @@ def dot(x: jax.Array, w: jax.Array, precision: Precision = "float32") -> jax.Arr
 
     The result is float32; on accelerators bfloat16 in that precision, which halves what is written.
     """
-    if x.ndim == 3 and sharding.parts("time") > 1:  # (B, T), both sharded, cannot be merged into rows
+    if x.ndim == 3 and sharding.num_shards("time") > 1:  # (B, T), both sharded, cannot be merged into rows
         out = lax.dot_general(to_compute_dtype(x, precision), to_compute_dtype(w, precision), (((2,), (0,)), ((), ())))
         return out.astype(jnp.float32) if sharding.platform() == "cpu" else out
     rows = x.reshape(-1, x.shape[-1])

@@ -47,7 +47,7 @@ def fused_linear(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
     """The outputs (..., N) of several layers for one `x` (..., K), by one matmul with their kernels side by side."""
     kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
     precision = layers[0].config.precision
-    if sharding.parts("width") > 1:  # each kernel is split by its own columns
+    if sharding.num_shards("width") > 1:  # each kernel is split by its own columns
         outs = [matmul.dot(x, kernel, precision) for kernel in kernels]
     else:
         ends = [sum(layer.features for layer in layers[: i + 1]) for i in range(len(layers) - 1)]

@@ -6,16 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import (
-    Config,
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-    differences,
-    from_json,
-)
+from jaxgpt.config import Config, ConfigError, differences, from_json, replaced
 
 
 @dataclass(frozen=True)
@@ -35,82 +26,70 @@ MODERN: dict[str, Any] = dict(
 )
 """The block of the modded-nanogpt speedruns."""
 MUON: dict[str, Any] = dict(
-    algorithm="muon",
-    muon_steps=4,
-    learning_rate=1e-2,
-    min_learning_rate=0.0,
-    schedule="linear",
-    warmup_steps=0,
-    weight_decay=0.0,
-    grad_clip=0.0,
+    algorithm="muon", muon_steps=4, learning_rate=1e-2, min_learning_rate=0.0, schedule="linear", warmup_steps=0
 )
+MUON |= dict(weight_decay=0.0, grad_clip=0.0)
+SHORT: dict[str, Any] = dict(corpus="shakespeare", eval_every=0, eval_start=False, eval_batches=0)
+"""Tiny Shakespeare, evaluated at the end alone."""
+GPT2: dict[str, Any] = dict(corpus="python-stdlib", tokenizer="gpt2", vocab_size=50304, block_size=1024, beta2=0.95)
+GPT2 |= dict(warmup_steps=2000, steps=600_000, sampling="random", scan_steps=10, eval_every=1000, eval_batches=0)
+GPT2 |= dict(precision="auto")
+"""nanoGPT's settings for GPT-2."""
+CPU = "2 CPU cores"
 
 RECIPES: dict[str, Recipe] = {
     "bigram": Recipe(
-        Config(
-            model=ModelConfig(kind="bigram", block_size=256),
-            optimizer=OptimizerConfig(
-                learning_rate=0.1, min_lr_ratio=0.01, warmup_steps=0, weight_decay=0.0, grad_clip=0.0
-            ),
-            train=TrainConfig(steps=1000, batch_size=64, scan_steps=100, eval_every=500),
+        replaced(
+            Config(),
+            **dict(kind="bigram", block_size=256, batch_size=64, steps=1000, scan_steps=100, eval_every=500),
+            **dict(learning_rate=0.1, min_lr_ratio=0.01, warmup_steps=0, weight_decay=0.0, grad_clip=0.0),
         ),
         about="The bigram table of the notes, trained down to what counting gives.",
-        hardware="2 CPU cores",
+        hardware=CPU,
         time="3 s",
         loss="2.321 ± 0.039 (CPython 3.11.7), 2.492 ± 0.005 on Tiny Shakespeare",
     ),
     "gpt-demo": Recipe(
-        Config(
-            optimizer=OptimizerConfig(learning_rate=4e-3, min_lr_ratio=0.025),
-            train=TrainConfig(steps=1500),
-        ),
+        replaced(Config(), learning_rate=4e-3, min_lr_ratio=0.025, steps=1500),
         about="A small GPT on the Python documentation that every Python carries: no download.",
-        hardware="2 CPU cores",
+        hardware=CPU,
         time="1 min 10 s",
         loss="1.383 ± 0.020 (CPython 3.11.7)",
     ),
     "shakespeare-cpu": Recipe(
-        Config(
-            data=DataConfig(corpus="shakespeare"),
-            model=ModelConfig(),
-            optimizer=OptimizerConfig(),
-            train=TrainConfig(steps=2000, sampling="random"),
-        ),
+        replaced(Config(), corpus="shakespeare", steps=2000, sampling="random"),
         about="nanoGPT's settings for Tiny Shakespeare on a CPU, exactly.",
-        hardware="2 CPU cores",
+        hardware=CPU,
         time="1 min 45 s",
         loss="1.907, the mean of seeds 1337, 1338, 1339 (1.916, 1.906, 1.900)",
     ),
     "speedrun-cpu": Recipe(
-        Config(
-            data=DataConfig(corpus="shakespeare"),
-            model=ModelConfig(n_layer=1, **MODERN, smear=True, bigram_embed=True),
-            optimizer=OptimizerConfig(**MUON, muon_momentum=0.85),
-            train=TrainConfig(steps=260, scan_steps=130, eval_every=0, eval_start=False, eval_batches=0),
+        replaced(
+            Config(),
+            **MODERN | MUON | SHORT,
+            **dict(n_layer=1, smear=True, bigram_embed=True, muon_momentum=0.85, steps=260, scan_steps=130),
         ),
-        about="To the loss of nanoGPT's CPU settings by the shortest way: a modern block, and Muon.",
-        hardware="2 CPU cores",
+        about="To the loss of nanoGPT's CPU settings in the shortest time: a modern block, and Muon.",
+        hardware=CPU,
         time="10 s with an empty compile cache, 6.5 s with a warm one",
         loss="1.854, the mean of seeds 1337 to 1341 (1.833 to 1.861)",
     ),
     "best-cpu": Recipe(
-        Config(
-            data=DataConfig(corpus="shakespeare"),
-            model=ModelConfig(block_size=128, **MODERN, smear=True),
-            optimizer=OptimizerConfig(**{**MUON, "weight_decay": 0.1}, muon_momentum=0.9),
-            train=TrainConfig(steps=1100, scan_steps=100, eval_every=0, eval_start=False, eval_batches=0),
+        replaced(
+            Config(),
+            **MODERN | MUON | SHORT | dict(weight_decay=0.1, muon_momentum=0.9),
+            **dict(block_size=128, smear=True, steps=1100, scan_steps=100),
         ),
-        about="As low as the time of nanoGPT's CPU settings allows.",
-        hardware="2 CPU cores",
+        about="The lowest loss within the time of nanoGPT's CPU settings.",
+        hardware=CPU,
         time="1 min 23 s",
         loss="1.520, the mean of seeds 1337 to 1341 (1.513 to 1.525) in bfloat16, in windows of 128",
     ),
     "shakespeare-gpu": Recipe(
-        Config(
-            data=DataConfig(corpus="shakespeare"),
-            model=ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, precision="auto"),
-            optimizer=OptimizerConfig(),
-            train=TrainConfig(steps=5000, batch_size=64, sampling="random", eval_batches=200),
+        replaced(
+            Config(),
+            **dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, precision="auto"),
+            **dict(corpus="shakespeare", steps=5000, batch_size=64, sampling="random", eval_batches=200),
         ),
         about="nanoGPT's settings for Tiny Shakespeare on a GPU, exactly.",
         hardware="one data-centre GPU",
@@ -118,19 +97,8 @@ RECIPES: dict[str, Recipe] = {
         loss="not measured here; nanoGPT reports 1.47, by random batches",
     ),
     "gpt2-124m": Recipe(
-        Config(
-            data=DataConfig(corpus="python-stdlib", tokenizer="gpt2"),
-            model=ModelConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768, precision="auto"),
-            optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=2000, beta2=0.95),
-            train=TrainConfig(
-                steps=600_000,
-                batch_size=480,
-                accumulate=40,
-                sampling="random",
-                scan_steps=10,
-                eval_every=1000,
-                eval_batches=0,
-            ),
+        replaced(
+            Config(), **GPT2, n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4, batch_size=480, accumulate=40
         ),
         about="GPT-2's shape with nanoGPT's settings; give it a text of your own with --corpus.",
         hardware="eight data-centre GPUs",
@@ -138,35 +106,24 @@ RECIPES: dict[str, Recipe] = {
         loss="not measured here; nanoGPT reports 2.85 on OpenWebText",
     ),
     "gpt2-1.5b": Recipe(
-        Config(
-            data=DataConfig(corpus="python-stdlib", tokenizer="gpt2"),
-            model=ModelConfig(
-                vocab_size=50304,
-                block_size=1024,
-                n_layer=48,
-                n_head=25,
-                n_embd=1600,
-                precision="auto",
-                scan_layers=True,
-                remat="blocks",
-            ),
-            optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=2000, beta2=0.95),
-            train=TrainConfig(
-                steps=600_000, batch_size=512, sampling="random", scan_steps=10, eval_every=1000, eval_batches=0
-            ),
+        replaced(
+            Config(),
+            **GPT2,
+            **dict(n_layer=48, n_head=25, n_embd=1600, scan_layers=True, remat="blocks"),
+            **dict(learning_rate=2e-4, batch_size=512),
         ),
         about="The shape of the largest GPT-2; give it a text of your own with --corpus.",
         hardware="256 TPU v5e chips, --mesh data=64,fsdp=4",
-        time="not measured; jaxgpt plan gpt2-1.5b says what is known of it",
+        time="not measured; jaxgpt plan gpt2-1.5b estimates it",
         loss="not measured",
     ),
 }
 
 
-FINETUNE = Config(
-    data=DataConfig(tokenizer="gpt2"),
-    optimizer=OptimizerConfig(learning_rate=3e-5, schedule="constant", warmup_steps=0),
-    train=TrainConfig(batch_size=8, scan_steps=10, eval_every=100),
+FINETUNE = replaced(
+    Config(),
+    **dict(tokenizer="gpt2", learning_rate=3e-5, schedule="constant", warmup_steps=0),
+    **dict(batch_size=8, scan_steps=10, eval_every=100),
 )
 """Where `jaxgpt import-gpt2` starts from: nanoGPT's learning rate for fine-tuning."""
 

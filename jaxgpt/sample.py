@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from jaxgpt import matmul, model, prng
 from jaxgpt.attention import Cache, init_cache
 from jaxgpt.config import ModelConfig, UsageError
-from jaxgpt.tokenizer import Tokenizer, as_prepared, encode_typed, without_unknown
+from jaxgpt.tokenizer import Tokenizer, drop_unknown, encode_prompt, normalize_line_ends
 
 CHUNK = 16
 """Tokens between two pieces of `stream`."""
@@ -266,10 +266,10 @@ def write(
     """
     if prompt is None:
         prompt = "\n" if tokenizer.knows("\n").all() else tokenizer.decode([0])
-    stop = [as_prepared(tokenizer, each) for each in stop]
+    stop = [normalize_line_ends(tokenizer, each) for each in stop]
     if isinstance(prompt, str):
-        prompt = as_prepared(tokenizer, prompt)
-        prompt = without_unknown(tokenizer, prompt) if unknown == "skip" else prompt
+        prompt = normalize_line_ends(tokenizer, prompt)
+        prompt = drop_unknown(tokenizer, prompt) if unknown == "skip" else prompt
     if not prompt:
         raise UsageError("the prompt is empty, expected at least one character of the vocabulary: --prompt TEXT")
     if samples < 1 or not 0 <= seed < 2**32:
@@ -278,7 +278,7 @@ def write(
         raise UsageError("stop is '', expected at least one character: --stop TEXT")
     if any(re.search("[\ud800-\udfff]", each) for each in stop):
         raise UsageError(f"stop is {list(stop)}, expected UTF-8, as all that is written: --stop TEXT")
-    prompt_ids = encode_typed(tokenizer, prompt)
+    prompt_ids = encode_prompt(tokenizer, prompt)
     begin = prompt if isinstance(prompt, str) else tokenizer.decode(prompt_ids)
     given = np.tile(prompt_ids, (samples, 1)), n_tokens, prng.key(seed), sampling, tokenizer.vocab_size
     if samples == 1:

@@ -21,10 +21,10 @@ from jaxgpt import machine, matmul, model, processes
 from jaxgpt.checkpoint import CheckpointError, Checkpoints, DamagedError, Manifest, best_step
 from jaxgpt.config import Config, ModelConfig, check, differences
 from jaxgpt.corpus import Corpus
-from jaxgpt.mesh import one_device
 from jaxgpt.metrics_log import Event, notify
 from jaxgpt.optimizer import make_optimizer
 from jaxgpt.run import Run, RunError
+from jaxgpt.sharding import one_device
 from jaxgpt.step import TrainState, abstract_state
 from jaxgpt.tokenizer import Tokenizer
 

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from jaxgpt import matmul, model, prng
 from jaxgpt.config import Config
 from jaxgpt.data import Batch, inputs_and_targets, take
-from jaxgpt.mesh import replicated, state_shardings
 from jaxgpt.optimizer import Hyperparameters, hyperparameters, learning_rate, make_optimizer
+from jaxgpt.sharding import replicated, state_shardings
 
 # Streams of random keys, folded into the key of the seed. Batches have a generator of their own.
 INIT, DROPOUT = range(2)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by characters, by UTF-8 bytes, or by byte-level BPE as GPT-2 has it.
+"""Text to token ids and back: by characters, by UTF-8 bytes, or by byte-level BPE as in GPT-2.
 
 A tokenizer is an immutable value that is plain JSON on disk. All three have
 
@@ -9,14 +9,15 @@ A tokenizer is an immutable value that is plain JSON on disk. All three have
 - `decode(ids)`: the inverse of `encode`. Bytes that are not UTF-8, such as half a character, become U+FFFD. Raises
   ValueError if an id is outside the vocabulary.
 - `to_json()`: plain values from which `from_json` makes an equal tokenizer.
+
+A BPE is learned, or read from the files of GPT-2 and of Hugging Face models, in `prepare/vocabularies.py`.
 """
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,19 +30,8 @@ Ids = NDArray[np.integer[Any]]
 MAX_TOKENS, MAX_TOKEN_BYTES = 2**20, 256
 """The largest BPE vocabulary that is learned or read from a file; GPT-2's longest token has 128 bytes."""
 PATTERNS = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"}
-"""Regular expressions that split text into words before BPE, by the name that a file may give.
-
-"gpt2" is the pattern of GPT-2's encoder.py, in tiktoken's faster spelling (tiktoken_ext/openai_public.py).
-"""
-CHUNK = 2**18
-"""Characters that BPE encodes at once: tiktoken's regular expression overflows its stack on more than a million white
-space characters that other text follows."""
-LONGEST_WORD = 2**22
-"""Text without white space, such as base64 or a genome, is cut after so many characters, to bound memory."""
-
-# Before a white space character and another kind. Python's \s has four separators that the pattern's \s has not.
-_WORD_START = re.compile(r"(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
-_LAST_WORD_START = re.compile(rf".*{_WORD_START.pattern}", re.DOTALL)
+"""Regular expressions that split text into words before BPE. "gpt2" is that of GPT-2's encoder.py, in tiktoken's faster
+spelling (tiktoken_ext/openai_public.py)."""
 
 
 class UnknownCharacterError(UsageError):
@@ -181,21 +171,20 @@ class BPETokenizer:
     """How many of the special tokens have the first ids; the others have the last."""
 
     def __post_init__(self) -> None:
-        problem = ""
-        if self.pattern not in PATTERNS:
-            problem = f"split pattern {self.pattern!r}, expected {', '.join(PATTERNS)}"
-        elif self.vocab_size > MAX_TOKENS:
-            problem = f"{self.vocab_size:,} tokens, expected at most {MAX_TOKENS:,}"
-        elif not all(0 < len(token) <= MAX_TOKEN_BYTES for token in (*self.tokens, *self.special)):
-            problem = f"a token is empty or longer than {MAX_TOKEN_BYTES} bytes"
-        elif len(set(self.tokens)) < len(self.tokens) or len(set(self.special)) < len(self.special):
-            problem = "a token is listed twice"
-        elif not 0 <= self.leading <= len(self.special):
-            problem = f"{self.leading} leading special tokens, expected 0 to {len(self.special)}"
-        elif missing := {bytes([byte]) for byte in range(256)} - set(self.tokens):
-            problem = f"no token for {len(missing)} of the 256 bytes, such as {min(missing)!r}"
-        if problem:
-            raise ValueError(f"not a BPE vocabulary: {problem}")
+        tokens, special = set(self.tokens), set(self.special)
+        missing = {bytes([byte]) for byte in range(256)} - tokens
+        sizes = [len(token) for token in (*self.tokens, *self.special)]
+        for wrong, problem in (
+            (self.pattern not in PATTERNS, f"split pattern {self.pattern!r}, expected {', '.join(PATTERNS)}"),
+            (len(sizes) > MAX_TOKENS, f"{len(sizes):,} tokens, expected at most {MAX_TOKENS:,}"),
+            (0 in sizes, "a token is empty"),
+            (max(sizes, default=0) > MAX_TOKEN_BYTES, f"a token is longer than {MAX_TOKEN_BYTES} bytes"),
+            (len(tokens) + len(special) < len(sizes), "a token is listed twice"),
+            (not 0 <= self.leading <= len(special), f"{self.leading} leading of {len(special)} special tokens"),
+            (missing, f"no token for {len(missing)} of the 256 bytes, such as {min(missing, default=b'')!r}"),
+        ):
+            if wrong:
+                raise ValueError(f"not a BPE vocabulary: {problem}")
 
     @property
     def vocab_size(self) -> int:
@@ -220,16 +209,12 @@ class BPETokenizer:
         return (codes < 0xD800) | (codes > 0xDFFF)
 
     def encode(self, text: str) -> Ids:
-        ids, begin = [np.zeros(0, np.int32)], 0
-        for chunk in split_words([text], CHUNK):
-            try:
-                chunk.encode()  # tiktoken would silently replace surrogates
-            except UnicodeEncodeError as error:
-                at = error.start
-                raise UnknownCharacterError(chunk[at], begin + at, "characters that UTF-8 can write") from error
-            ids.append(np.array(self._encoding.encode_ordinary(chunk), np.int32))
-            begin += len(chunk)
-        return np.concatenate(ids)
+        try:
+            text.encode()  # tiktoken would silently replace surrogates
+        except UnicodeEncodeError as error:
+            at = error.start
+            raise UnknownCharacterError(text[at], at, "characters that UTF-8 can write") from error
+        return np.array(self._encoding.encode_ordinary(text), np.int32)
 
     def decode(self, ids: ArrayLike) -> str:
         table = self.token_bytes
@@ -277,7 +262,7 @@ def from_json(tree: Any) -> Tokenizer:
     )
 
 
-def as_prepared(tokenizer: Tokenizer, text: str) -> str:
+def normalize_line_ends(tokenizer: Tokenizer, text: str) -> str:
     """`text` with LF line ends and no byte order mark, as `prepare` reads a file.
 
     It is not changed if CR is in a vocabulary of characters: then the training text kept its line ends.
@@ -287,9 +272,8 @@ def as_prepared(tokenizer: Tokenizer, text: str) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def encode_typed(tokenizer: Tokenizer, text: str | bytes) -> Ids:
-    """The ids of a user's text, made like the training text by `as_prepared`. Bytes are UTF-8, or anything for a
-    ByteTokenizer.
+def encode_prompt(tokenizer: Tokenizer, text: str | bytes) -> Ids:
+    """The ids of a user's text, its line ends normalized. Bytes are UTF-8, or anything for a ByteTokenizer.
 
     Raises:
       UsageError: the bytes are not UTF-8, and it is another tokenizer.
@@ -305,53 +289,13 @@ def encode_typed(tokenizer: Tokenizer, text: str | bytes) -> Ids:
                 f"byte 0x{text[error.start]:02x} at offset {error.start} of the text is not UTF-8, which only a run "
                 "with --tokenizer byte takes"
             ) from error
-    return tokenizer.encode(as_prepared(tokenizer, text))
+    return tokenizer.encode(normalize_line_ends(tokenizer, text))
 
 
-def without_unknown(tokenizer: Tokenizer, text: str) -> str:
+def drop_unknown(tokenizer: Tokenizer, text: str) -> str:
     """`text` without the characters that are outside the vocabulary."""
     known = tokenizer.knows(text)
     return text if known.all() else "".join(char for char, keep in zip(text, known, strict=True) if keep)
-
-
-def split_words(pieces: Iterable[str], size: int) -> Iterator[str]:
-    """A text in pieces, cut anew into parts of about `size` characters whose BPE ids together are those of the whole.
-
-    A part ends where a word starts with white space. No word continues with white space after another character, and of
-    several white space characters the split pattern leaves the last to the word that follows. The cut does not change
-    the word before it either: the pattern looks ahead only past white space, and takes white space at the end whole.
-
-    A word longer than LONGEST_WORD is cut at multiples of it, whatever `size` below it is, so that parts
-    are themselves split only where the whole is.
-    """
-    held = ""
-    for block in regroup(pieces, size):
-        begin = max(0, len(held) - 1)  # a word start is seen by two characters
-        held += block
-        first = _WORD_START.search(held, begin)
-        end = first.start() if first else len(held)
-        bounds = [0, *range(LONGEST_WORD, end, LONGEST_WORD)]
-        if first and (last := _LAST_WORD_START.match(held, end)):
-            bounds += [end, last.end()]
-        yield from (held[i:j] for i, j in pairwise(bounds) if i < j)
-        held = held[bounds[-1] :]
-    if held:
-        yield held
-
-
-def regroup(pieces: Iterable[str], size: int) -> Iterator[str]:
-    """A text in pieces, as blocks of exactly `size` characters, but for the last."""
-    held, length = list[str](), 0
-    for piece in pieces:
-        begin = 0
-        while length + len(piece) - begin >= size:
-            end = begin + size - length
-            yield "".join([*held, piece[begin:end]])
-            held, length, begin = [], 0, end
-        held.append(piece[begin:])
-        length += len(held[-1])
-    if length:
-        yield "".join(held)
 
 
 def code_points(text: str) -> NDArray[np.uint32]:

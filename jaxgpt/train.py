@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jax.sharding import Mesh
 
-from jaxgpt import memory, model, processes
+from jaxgpt import model, processes
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.config import Config
 from jaxgpt.corpus import Corpus
-from jaxgpt.data import chunks, config_starts, device_tokens, loader
+from jaxgpt.data import chunks, config_starts, loader
 from jaxgpt.evaluation import Evaluation, estimate, evaluate
-from jaxgpt.mesh import num_shards, one_device
 from jaxgpt.metrics_log import DivergedError, Evaluated, Event, MetricsLog, Sampled, notify
 from jaxgpt.run import Run
+from jaxgpt.sharding import one_device
 from jaxgpt.signals import stop_signals
 from jaxgpt.start import environment, find_newest, identity
 from jaxgpt.step import Metrics, TrainState, abstract_state, jit_train_steps, sharded_init, train_steps
@@ -65,14 +65,13 @@ def fit(
       sample: parameters to a text, reported after each evaluation but the first and the last.
 
     Raises:
-      OutOfMemoryError: it does not fit, by an estimate or by the compiler's figures.
       RunError: another process holds the run, its files do not belong together, or no checkpoint is valid.
       DivergedError: too many steps in a row were not finite; the checkpoints before them stand.
       CheckpointError: the last checkpoint was not written, or any where on_save_error is "stop".
     """
     began, config, mesh = time.perf_counter(), config or run.config, mesh or one_device()
     train_tokens, _ = corpus.split(config.data)
-    parts, shards = corpus.training_parts(config.data), num_shards(mesh)
+    parts = corpus.training_parts(config.data)
     checkpoints = Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every)
 
     def compiled(begin: int, end: int) -> Any:
@@ -90,7 +89,6 @@ def fit(
         load = loader(config, train_tokens, mesh, parts, reading)
         newest = find_newest(run, config, corpus, checkpoints, on_event)
         step, n_bytes = (newest.step, newest.about["metrics"]["bytes"]) if newest else (0, 0)
-        memory.require(config, device_tokens(config, len(train_tokens)), new=not newest, shards=shards)
         # Several processes must run, and some compile, the same programs in the same order.
         early = not newest and processes.single_process()
         ahead = background.submit(compiled, *next(chunks(config, 0))) if early else None
@@ -109,9 +107,7 @@ def fit(
             for begin, end in chunks(config, step):
                 windows = load(begin, end)
                 if end - begin not in programs:
-                    program = ahead.result() if ahead and not programs else compiled(begin, end)
-                    memory.require_compiled(program, config, new=not newest, shards=shards)
-                    programs[end - begin] = program
+                    programs[end - begin] = ahead.result() if ahead and not programs else compiled(begin, end)
                 before = jax.tree.map(jnp.copy, state) if debug_nans else None
                 state, metrics = programs[end - begin](state, *windows)
                 if before and not metrics.applied.all():

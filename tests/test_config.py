@@ -71,7 +71,7 @@ def test_every_field_is_documented():
         ({"val_tokens": 64}, "val_tokens is 64, expected more than block_size (64), or 0"),
         ({"val_tokens": -1}, "val_tokens is -1"),
         ({"warmup_steps": 1000}, "fewer than the 1000 steps"),
-        ({"batch_size": 5, "accumulate": 2}, "accumulate (2) does not divide"),
+        ({"batch_size": 5, "accumulate": 2}, "a multiple of accumulate (2)"),
         ({"eval_every": 70}, "try --eval-every 50"),
         ({"seed": -1}, "seed is -1"),
         ({"steps": 0}, "steps is 0"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jaxgpt import corpus as corpora
 from jaxgpt import files
+from jaxgpt.cli.corpora import absolute, mixture
 from jaxgpt.config import DataConfig, UsageError
 from jaxgpt.corpus import CorpusError
 from jaxgpt.prepare import vocabularies
@@ -271,20 +272,20 @@ def damage(folder, name, change):
         ("tokens.json", lambda meta: meta.update(dtype="object"), "dtype object"),
         ("tokens.json", lambda meta: meta.update(format=99), "format 99"),
         ("tokens.json", lambda meta: meta.update(tokenizer={"kind": "words"}), "not a tokenizer"),
-        ("tokens.json", lambda meta: meta.pop("shards"), "no shards of type list"),
+        ("tokens.json", lambda meta: meta.pop("shards"), "its shards are None, expected a list"),
         (
             "tokens.json",
             lambda meta: meta["shards"][0].update(file="../tokens-00000.bin"),
             "expected file tokens-00000",
         ),
         ("tokens.json", lambda meta: meta["shards"].append(OTHER | {"count": 0}), "its shard 1 is"),
-        ("tokens.json", lambda meta: meta.update(parts=[]), r"its parts are \[\], expected a list of two or more"),
+        ("tokens.json", lambda meta: meta.update(parts=[]), r"its parts are \[\], expected a list of 2 or more"),
         (
             "tokens.json",
             lambda meta: meta.update(parts=[{"source": "a"}] * 2),
             "expected a source, a count and a sha256",
         ),
-        ("tokens.json", lambda meta: meta.update(parts=[PART] * 2), "it is that of a mixture in a run"),
+        ("tokens.json", lambda meta: meta.update(parts=[PART] * 2), "is that of a mixture in a run"),
     ],
 )
 def test_damage_is_named(prepared, name, change, said):
@@ -331,17 +332,17 @@ def test_one_array_is_itself():
 
 
 def test_only_weights_and_parts_are_a_mixture():
-    assert corpora.mixture("0.7*a + .3*b c") == [(0.7, "a"), (0.3, "b c")]
+    assert mixture("0.7*a + .3*b c") == [(0.7, "a"), (0.3, "b c")]
     for one in ("a.txt", "a + b.txt", "0.5*a.txt", "2*a + b"):
-        assert corpora.mixture(one) == [(1.0, one)]
+        assert mixture(one) == [(1.0, one)]
     with pytest.raises(CorpusError, match="parts that differ, each with a weight above 0"):
-        corpora.mixture("0*a + 1*b")
+        mixture("0*a + 1*b")
     with pytest.raises(CorpusError, match="parts that differ"):
-        corpora.mixture("1*a + 1*a")
-    assert corpora.absolute("1*/x/a + 2*python-docs") == "1*/x/a + 2*python-docs"
-    assert corpora.absolute("gs://bucket/a.txt") == "gs://bucket/a.txt"
+        mixture("1*a + 1*a")
+    assert absolute("1*/x/a + 2*python-docs") == "1*/x/a + 2*python-docs"
+    assert absolute("gs://bucket/a.txt") == "gs://bucket/a.txt"
     for shares in ([2e6, 4e3], [5e-5, 1e-6], [0.123456789, 0.1]):  # what a config holds is read again
-        text = corpora.absolute(f"{shares[0]:.12f}*/x/a + {shares[1]:.12f}*/x/b")
-        assert corpora.mixture(text) == [(shares[0], "/x/a"), (shares[1], "/x/b")]
+        text = absolute(f"{shares[0]:.12f}*/x/a + {shares[1]:.12f}*/x/b")
+        assert mixture(text) == [(shares[0], "/x/a"), (shares[1], "/x/b")]
     with pytest.raises(CorpusError, match=r"the least weight is 0\.0005 of all"):
-        corpora.mixture("1*a + 1999*b")
+        mixture("1*a + 1999*b")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxgpt import data as batches
 from jaxgpt.cli.runs import start
 from jaxgpt.data import chunks, loader
-from jaxgpt.mesh import one_device
+from jaxgpt.sharding import one_device
 from jaxgpt.train import fit
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -149,19 +149,19 @@ class TestMixtures:
 
     @pytest.mark.parametrize("sampling", ["epoch", "random"])
     def test_each_part_has_exactly_its_share_of_every_thousand_windows(self, sampling):
-        starts = batches.mixed_starts(3, 0, 300, self.PARTS, 8, 10, sampling)
+        starts = batches.chunk_starts(3, 0, 300, self.PARTS, 8, 10, sampling)
         for block in starts.reshape(3, 1000):
             assert np.bincount(self.of(block)).tolist() == [700, 200, 100]
 
     @pytest.mark.parametrize("sampling", ["epoch", "random"])
     def test_a_step_alone_is_the_step_in_a_chunk(self, sampling):
-        whole = batches.mixed_starts(3, 0, 220, self.PARTS, 8, 10, sampling)
+        whole = batches.chunk_starts(3, 0, 220, self.PARTS, 8, 10, sampling)
         for step in (0, 1, 99, 100, 157, 219):
-            alone = batches.mixed_starts(3, step, step + 1, self.PARTS, 8, 10, sampling)
+            alone = batches.chunk_starts(3, step, step + 1, self.PARTS, 8, 10, sampling)
             np.testing.assert_array_equal(alone[0], whole[step])
 
     def test_an_epoch_of_a_part_is_what_it_is_alone(self):
-        starts, first = batches.mixed_starts(3, 0, 200, self.PARTS, 8, 10).reshape(-1), 0
+        starts, first = batches.chunk_starts(3, 0, 200, self.PARTS, 8, 10).reshape(-1), 0
         for i, (n, _) in enumerate(self.PARTS):
             mine = starts[self.of(starts) == i] - first
             alone = batches.chunk_starts(3, 0, len(mine), n, 8, 1).reshape(-1)
@@ -170,7 +170,7 @@ class TestMixtures:
 
     def test_no_window_crosses_into_the_next_part(self):
         for sampling in ("epoch", "random"):
-            starts = batches.mixed_starts(3, 0, 200, self.PARTS, 8, 10, sampling)
+            starts = batches.chunk_starts(3, 0, 200, self.PARTS, 8, 10, sampling)
             np.testing.assert_array_equal(self.of(starts), self.of(starts + 8))
 
     @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ class TestMixtures:
         assert np.bincount(of, minlength=len(shares)).tolist() == counts
 
     def test_the_order_is_no_pattern(self):
-        of = self.of(batches.mixed_starts(3, 0, 100, self.PARTS, 8, 10).reshape(-1))
-        other = self.of(batches.mixed_starts(3, 100, 200, self.PARTS, 8, 10).reshape(-1))
+        of = self.of(batches.chunk_starts(3, 0, 100, self.PARTS, 8, 10).reshape(-1))
+        other = self.of(batches.chunk_starts(3, 100, 200, self.PARTS, 8, 10).reshape(-1))
         assert (of != other).sum() > 300
         assert 400 < (of[1:] == 0).sum() - (np.diff(of)[of[1:] == 0] != 0).sum() < 600  # 490 expected after itself
 

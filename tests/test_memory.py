@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxgpt import memory
+from jaxgpt.cli import memory
 from jaxgpt.config import ModelConfig, UsageError, check
-from jaxgpt.mesh import one_device
+from jaxgpt.sharding import one_device
 from jaxgpt.step import abstract_state, init_state, jit_train_steps
 
 N = 500
@@ -111,30 +111,6 @@ def test_an_accelerator_counts_the_tokens_and_only_what_cannot_be_computed_again
 def test_nothing_is_refused_where_nobody_knows(tiny, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: None)
     memory.require(tiny, N)
-    memory.require_compiled(compiled_of(1, 10**18), tiny)
-
-
-def compiled_of(held, more):
-    stats = types.SimpleNamespace(
-        argument_size_in_bytes=held, temp_size_in_bytes=more, output_size_in_bytes=held, alias_size_in_bytes=held
-    )
-    return types.SimpleNamespace(memory_analysis=lambda: stats)
-
-
-def test_the_compilers_figures_refuse_what_paper_let_through(tiny, change):
-    config = change(tiny, batch_size=12)
-    paper = memory.needed(config, 0)
-    held = 3 * paper.parameters
-    more = 2 * paper.total - held  # twice what paper says
-    memory.require_compiled(compiled_of(held, more), config, more)
-    with pytest.raises(memory.OutOfMemoryError, match=r"beside its state .* are free: try --accumulate 2$"):
-        memory.require_compiled(compiled_of(held, more), config, more - 1)
-    room = 2 * memory.needed(change(config, accumulate=3), 0).total - held
-    with pytest.raises(memory.OutOfMemoryError, match=r"try --accumulate 3$"):  # 2 would fit on paper alone
-        memory.require_compiled(compiled_of(held, more), config, room)
-    with pytest.raises(memory.OutOfMemoryError, match=memory.ELSEWHERE):
-        memory.require_compiled(compiled_of(held, more), config, more - 1, new=False)
-    memory.require_compiled(types.SimpleNamespace(memory_analysis=lambda: None), config, 0)
 
 
 def test_activations_by_hand():

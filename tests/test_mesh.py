@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from jaxgpt import data as batches
-from jaxgpt import kernels, loss, mesh, model, sharding
+from jaxgpt import kernels, loss, model, sharding
 from jaxgpt.attention import attention, causal_mask
 from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.cli import mesh
 from jaxgpt.data import Batch, loader
 from jaxgpt.evaluation import evaluate, window_losses
 from jaxgpt.loss import token_losses
-from jaxgpt.mesh import MeshError, Sizes, make_mesh, one_device, state_shardings
+from jaxgpt.sharding import MeshError, Sizes, make_mesh, one_device, state_shardings
 from jaxgpt.step import abstract_state, init_state, jit_train_steps, sharded_init, train_steps
 from jaxgpt.tokenizer import CharTokenizer
 
@@ -174,9 +175,9 @@ def test_every_parameter_has_exactly_one_rule(small, change, options):
 
 def test_a_parameter_without_a_rule_is_refused():
     with pytest.raises(MeshError, match=r"'h_0/attn/gate/kernel' \[4, 4\]: expected exactly one rule for it, found 0"):
-        mesh.spec("h_0/attn/gate/kernel", (4, 4))
+        sharding.spec("h_0/attn/gate/kernel", (4, 4))
     with pytest.raises(MeshError, match="its rule has 2 dimensions"):
-        mesh.spec("h_0/attn/query/kernel", (4, 4, 4))
+        sharding.spec("h_0/attn/query/kernel", (4, 4, 4))
 
 
 def test_what_a_mesh_does_not_divide_is_named(small, change):

@@ -6,7 +6,7 @@ import pytest
 from jaxgpt import data as batches
 from jaxgpt import model, prng
 from jaxgpt import step as steps
-from jaxgpt.mesh import one_device
+from jaxgpt.sharding import one_device
 from jaxgpt.step import init_state, jit_train_steps, sharded_init
 
 loss_and_grads, train_step = (jax.jit(f, static_argnums=0) for f in (steps.loss_and_grads, steps.train_step))

@@ -112,7 +112,7 @@ def test_a_vocabulary_has_each_character_once(chars):
     ],
 )
 def test_what_is_typed_has_the_line_ends_of_the_training_text(tok, typed, expected):
-    assert tokenizer.as_prepared(tok, typed) == expected
+    assert tokenizer.normalize_line_ends(tok, typed) == expected
 
 
 def test_encoding_is_vectorised():

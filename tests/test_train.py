@@ -19,11 +19,11 @@ from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli.runs import resolve, start
 from jaxgpt.cli.runs import resume as take_up
 from jaxgpt.config import DataConfig
-from jaxgpt.mesh import one_device
 from jaxgpt.metrics_log import DivergedError, Evaluated, Notice, Progress
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.run import Run, RunError
 from jaxgpt.sample import write
+from jaxgpt.sharding import one_device
 from jaxgpt.start import load_model
 from jaxgpt.step import abstract_state
 from jaxgpt.train import fit

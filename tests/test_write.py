@@ -10,7 +10,7 @@ from jaxgpt.cli.runs import start
 from jaxgpt.config import UsageError
 from jaxgpt.sample import CHUNK, SamplingParams, until, write
 from jaxgpt.start import load_model
-from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, UnknownCharacterError, encode_typed
+from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, UnknownCharacterError, encode_prompt
 from jaxgpt.train import fit
 
 
@@ -117,12 +117,12 @@ def test_bytes_of_the_command_line_that_are_not_utf8_reach_a_byte_model_as_they_
 @pytest.mark.parametrize("tokenizer", [CharTokenizer("a\udcff"), BPETokenizer(tuple(ByteTokenizer().token_bytes))])
 def test_other_tokenizers_refuse_bytes_that_are_not_utf8(tokenizer):
     assert (
-        encode_typed(tokenizer, b"a").tolist()
-        == encode_typed(tokenizer, "a").tolist()
+        encode_prompt(tokenizer, b"a").tolist()
+        == encode_prompt(tokenizer, "a").tolist()
         == tokenizer.encode("a").tolist()
     )
     with pytest.raises(UsageError, match="byte 0xff at offset 1 of the text is not UTF-8, which only a run with"):
-        encode_typed(tokenizer, b"a\xff")
+        encode_prompt(tokenizer, b"a\xff")
 
 
 def ended(text, stop):

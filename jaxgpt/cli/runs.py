@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxgpt import config as configs
-from jaxgpt import corpus as corpora
-from jaxgpt import files, memory, model, processes
+from jaxgpt import files, model, processes
 from jaxgpt import start as core
+from jaxgpt.cli import corpora, memory
 from jaxgpt.config import Config, UsageError, check
-from jaxgpt.corpus import Corpus, CorpusError
+from jaxgpt.corpus import Corpus, CorpusError, load
 from jaxgpt.run import Run
 
 
@@ -92,7 +92,7 @@ def tokens_of(config: Config, data_dir: Path) -> Corpus:
     except ModuleNotFoundError as error:
         if not (Path(data.corpus) / "tokens.json").is_file():
             raise UsageError(f"{data.corpus} is not a prepared corpus, and jaxgpt.prepare is not installed") from error
-        return corpora.load(Path(data.corpus))
+        return load(Path(data.corpus))
     return prepare_corpus(
         data.corpus,
         data.tokenizer,

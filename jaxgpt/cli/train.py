@@ -84,18 +84,20 @@ def _about(name: str) -> str:
 def _fit(given: Train, existing: Run | None) -> int:
     import jax
 
-    from jaxgpt import memory, model, processes
-    from jaxgpt import mesh as meshes
+    from jaxgpt import model, processes
+    from jaxgpt.cli import memory
     from jaxgpt.cli.join import join
+    from jaxgpt.cli.mesh import mesh_for
     from jaxgpt.cli.runs import resume, start
     from jaxgpt.monitor import loggers
     from jaxgpt.monitor.chips import rate
     from jaxgpt.monitor.spikes import sampler, with_spikes
     from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay
+    from jaxgpt.sharding import MeshError, Shards, Sizes
     from jaxgpt.train import fit
 
     loggers.require(given.log)
-    sizes = None if given.mesh == "auto" else meshes.Sizes.parse(given.mesh)
+    sizes = None if given.mesh == "auto" else Sizes.parse(given.mesh)
     if not given.coordinator and (given.num_processes, given.process_id) != (1, 0):
         raise UsageError("--num-processes and --process-id need the address of process 0: --coordinator HOST:PORT")
     if given.distributed or given.coordinator:
@@ -106,7 +108,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     if not run:
 
         def room(config: Config) -> None:
-            memory.require(config, shards=meshes.num_shards(meshes.mesh_for(config, sizes)[0]))
+            memory.require(config, shards=Shards.of(mesh_for(config, sizes)[0]))
 
         made = processes.on_primary(lambda: start(config, given.run, runs_dir, data_dir, require_room=room))
         run, corpus = made or (Run.named(runs_dir, given.run), None)
@@ -117,7 +119,9 @@ def _fit(given: Train, existing: Run | None) -> int:
     console, primary = RunConsole(quiet=not processes.is_primary()), processes.is_primary()
     console.print(corpus.summary)
     try:
-        mesh, why = meshes.mesh_for(config, sizes)
+        mesh, why = mesh_for(config, sizes)
+        n_tokens = len(corpus.split(config.data)[0])
+        memory.require(config, n_tokens, new=not existing, shards=Shards.of(mesh))
         with jax.set_mesh(mesh):
             console.print(model.describe(config.model))
         console.print(why)
@@ -128,7 +132,7 @@ def _fit(given: Train, existing: Run | None) -> int:
             live = jax.device_count() == 1 and display.live
             sample = sampler(config.model, corpus.tokenizer) if live else None
             done = fit(run, corpus, with_spikes(run, log), config, given.debug_nans, mesh, sample)
-    except (memory.OutOfMemoryError, meshes.MeshError):
+    except (memory.OutOfMemoryError, MeshError):
         if not existing and primary:  # nothing was trained, and another attempt needs the name
             shutil.rmtree(run.path)
         raise

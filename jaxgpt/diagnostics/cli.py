@@ -57,7 +57,7 @@ def run(args: list[str]) -> int:
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.run import Run
     from jaxgpt.start import load_checkpoint
-    from jaxgpt.tokenizer import UnknownCharacterError, encode_typed
+    from jaxgpt.tokenizer import UnknownCharacterError, encode_prompt
 
     use_compile_cache()
     run = Run.open(given.folders.runs_dir, given.run)
@@ -71,7 +71,7 @@ def run(args: list[str]) -> int:
     text = val[: max(config.model.block_size, 384) + 1]
     if given.text is not None:
         try:
-            text = encode_typed(corpus.tokenizer, typed(given.text))
+            text = encode_prompt(corpus.tokenizer, typed(given.text))
         except UnknownCharacterError as error:
             where = f"character {error.character!r} at position {error.position} of --text"
             raise UsageError(f"{where} is not among the {error.known}") from error

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxgpt import cost, memory, model, prng
+from jaxgpt import cost, model, prng
+from jaxgpt.cli import memory
 from jaxgpt.config import Config, UsageError
 from jaxgpt.data import Batch, Ids, estimate_starts, take
 from jaxgpt.diagnostics import derivatives, inside

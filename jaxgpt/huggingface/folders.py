@@ -10,20 +10,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import vocabulary
 from jaxgpt.cli.runs import start, tokens_of
 from jaxgpt.config import Config, ModelConfig, replaced
-from jaxgpt.corpus import CorpusError
+from jaxgpt.corpus import CorpusError, read_meta
 from jaxgpt.huggingface import gpt2
 from jaxgpt.huggingface.gpt2 import InteropError
 from jaxgpt.model import Params
 from jaxgpt.recipes import command
 from jaxgpt.run import Run, RunError
 from jaxgpt.start import load_checkpoint
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer import Tokenizer, from_json
 
-FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "tokens.json"]
-FILES += ["tokenizer_config.json", "added_tokens.json", *vocabulary.FILES, *vocabulary.OTHER_FILES]
+FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+VOCABULARIES = ["tokens.json", "tokenizer.json", "vocab.bpe", "merges.txt", "encoder.json", "vocab.json"]
+VOCABULARIES += ["vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"]  # not supported
+FILES += ["tokenizer_config.json", "added_tokens.json", *VOCABULARIES]
 """What is downloaded of a model."""
 
 
@@ -95,7 +96,7 @@ def with_own_vocabulary(config: Config, source: Path, data_dir: Path, vocab_size
       UsageError: the text is unavailable.
     """
     named = config.data.tokenizer
-    if not vocabulary.has_tokenizer(source):
+    if not any((source / name).is_file() for name in VOCABULARIES):
         if named == "gpt2" and vocab_size < 50_257:
             raise InteropError(
                 f"{source} holds no vocabulary, and its model of {vocab_size:,} ids cannot have GPT-2's 50,257: "
@@ -105,13 +106,15 @@ def with_own_vocabulary(config: Config, source: Path, data_dir: Path, vocab_size
     own = source / "tokens.json" if is_export(source) else source
     if named == "gpt2" or Path(named).resolve() == own.resolve():
         return replaced(config, tokenizer=str(own.resolve()))
-    try:
-        mine = vocabulary.read_tokenizer(own)
-    except CorpusError:
-        if is_export(source):
-            raise
-        return config  # of an unsupported kind: the tokenizer of `config` replaces it
-    if tokens_of(replaced(config, vocab_size=0), data_dir).tokenizer.to_json() != mine.to_json():
+    if is_export(source):
+        mine = from_json(read_meta(own)["tokenizer"])
+    else:
+        try:
+            whole = replaced(config, tokenizer=str(own.resolve()), vocab_size=0, block_size=1)
+            mine = tokens_of(whole, data_dir).tokenizer
+        except CorpusError:
+            return config  # of an unsupported kind: the tokenizer of `config` replaces it
+    if tokens_of(replaced(config, vocab_size=0), data_dir).tokenizer != mine:
         raise InteropError(
             f"{source} was trained with a vocabulary of its own, and --tokenizer {named} is another: "
             f"--tokenizer {shlex.quote(str(own))}"
@@ -155,7 +158,7 @@ def load_export(folder: Path) -> tuple[ModelConfig, Params, Tokenizer]:
       InteropError, CorpusError: a file is missing or damaged, or the vocabulary is larger than the model's.
     """
     config, params = gpt2.load(folder)
-    tokenizer = vocabulary.read_tokenizer(folder)
+    tokenizer = from_json(read_meta(folder / "tokens.json")["tokenizer"])
     if tokenizer.vocab_size > config.vocab_size:
         raise InteropError(
             f"{folder / 'tokens.json'} has {tokenizer.vocab_size} ids, expected at most the model's {config.vocab_size}"

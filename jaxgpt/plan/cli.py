@@ -69,8 +69,8 @@ def run(args: list[str]) -> int:
 
 def _estimated(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
     """Lines to print, each with whether the step fits."""
-    from jaxgpt.mesh import Sizes
     from jaxgpt.plan import plan, view
+    from jaxgpt.sharding import Sizes
 
     chip = plan.chip(given.chip)
     if given.mesh != "auto":
@@ -83,9 +83,9 @@ def _estimated(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]
 
 
 def _compiled(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
-    from jaxgpt.mesh import Sizes
     from jaxgpt.plan import plan, view
     from jaxgpt.plan.estimate import estimate
+    from jaxgpt.sharding import Sizes
 
     chip, devices = plan.topology(given.topology)
     config = plan.resolved(config, "bfloat16" if chip else "float32")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from jaxgpt import cost
 from jaxgpt.config import Config
 from jaxgpt.loss import LOGITS
-from jaxgpt.mesh import Sizes
 from jaxgpt.monitor.chips import Chip, flops_per_token
 from jaxgpt.profile.hlo import Collectives
+from jaxgpt.sharding import Sizes
 
 TOKENS = 2**28
 """Tokens of the corpus on each chip, as in training (`feed.DEVICE_TOKENS`)."""
@@ -119,7 +119,7 @@ def updated(config: Config, sizes: Sizes) -> int:
 
 
 def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
-    """The step of a GPT on a mesh without `mesh.problems`. With more chips than a pod, `data` spans the pods."""
+    """The step of a GPT on a mesh without `cli.mesh.problems`. With more chips than a pod, `data` spans the pods."""
     model, train, f, t = config.model, config.train, sizes.fsdp, sizes.tensor
     slices = chip.slices(sizes.devices)
     copies = max(1, sizes.data // slices) * sizes.context

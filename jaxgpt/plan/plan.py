@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxgpt.cli.memory import compiled_bytes
+from jaxgpt.cli.mesh import check, choose, divisors, problems
 from jaxgpt.config import Config, UsageError, replaced
 from jaxgpt.config import problems as config_problems
 from jaxgpt.matmul import Precision
-from jaxgpt.memory import compiled_bytes
-from jaxgpt.mesh import Sizes, check, choose, divisors, make_mesh, problems, replicated
 from jaxgpt.monitor.chips import CHIPS, Chip
 from jaxgpt.plan.estimate import TOKENS, Step, estimate, flops, updated
 from jaxgpt.profile import hlo
+from jaxgpt.sharding import Sizes, make_mesh, replicated
 from jaxgpt.step import abstract_state, jit_train_steps
 
 

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from jaxgpt import cost
+from jaxgpt.cli.memory import size
+from jaxgpt.cli.mesh import divisors
 from jaxgpt.config import Config, replaced
-from jaxgpt.memory import size
-from jaxgpt.mesh import Sizes, divisors
 from jaxgpt.plan.estimate import Step, estimate
 from jaxgpt.plan.plan import Plan, possible
+from jaxgpt.sharding import Sizes
 
 ASSUMED = (
     "  (at the published rates of matmuls and memory, of which programs reach about half, and of the torus links; "

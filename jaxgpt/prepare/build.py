@@ -14,30 +14,14 @@ from typing import Any
 
 import filelock
 
-from jaxgpt import files as disk
-from jaxgpt.corpus import (
-    NAMED,
-    Corpus,
-    CorpusError,
-    cached_folder,
-    checked_meta,
-    folder_of,
-    is_prepared,
-    is_url,
-    load,
-    local_path,
-    mix,
-    mixture,
-    read_meta,
-    shards_of,
-    train_size,
-)
-from jaxgpt.prepare import files, sources
+from jaxgpt import files
+from jaxgpt.cli.corpora import NAMED, cached_folder, folder_of, is_prepared, is_url, local_path, mixture
+from jaxgpt.corpus import Corpus, CorpusError, checked_meta, load, mix, read_meta, shards_of, train_size
+from jaxgpt.prepare import documents, sources
 from jaxgpt.prepare.encode import WaitedError, WorkFolder, encode
 from jaxgpt.prepare.sources import SourceError, Text
-from jaxgpt.prepare.vocabularies import KINDS, tokenizer_for
+from jaxgpt.prepare.vocabularies import KINDS, read_tokenizer, tokenizer_for
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.vocabulary import read_tokenizer
 
 Progress = Callable[[str, float], None]
 """Shows what is being done, and what share of it is done, from 0 to 1."""
@@ -99,9 +83,14 @@ def prepare_corpus(
         else:
             folder = fetch(name) if is_url(name) else local_path(name)
             part = load(folder)
-            if len(named) == 1:
-                _require_tokenizer(part, spec, folder)
-            elif tok and part.tokenizer != tok:
+            kind, spec_kind = part.meta["tokenizer"]["kind"], KINDS.get(spec.split(":")[0])
+            if len(named) == 1 and not (
+                kind == spec_kind if spec_kind else part.tokenizer == read_tokenizer(Path(spec))
+            ):
+                raise CorpusError(
+                    f"{folder} was prepared with {kind}, but --tokenizer is {spec}: give --tokenizer {folder}"
+                )
+            if tok and part.tokenizer != tok:
                 raise CorpusError(f"{name} was prepared with another vocabulary than the rest: --tokenizer {name}")
             fit(part.meta, part.tokenizer)
         tok = tok or part.tokenizer
@@ -211,7 +200,7 @@ def fetch(url: str) -> Path:
     with sources.store_errors(url):
         data = sources.inside(url, "tokens.json").read_bytes()
         try:
-            meta = checked_meta(disk.unseal(data))
+            meta = checked_meta(files.unseal(data))
             if "parts" in meta:
                 raise ValueError("it is that of a mixture in a run, expected that of a prepared folder")
         except ValueError as error:
@@ -222,30 +211,20 @@ def fetch(url: str) -> Path:
             )
         wanted = {here / shard["file"]: shard["sha256"] for shard in shards_of(meta)}
         wanted[here / "tokens.json"] = hashlib.sha256(data).hexdigest()
-        if all(_is_whole(path, sha256) for path, sha256 in wanted.items()):
+
+        def missing() -> dict[Path, str]:
+            return {p: sha256 for p, sha256 in wanted.items() if not p.is_file() or files.sha256(p) != sha256}
+
+        if not missing():
             return here
         here.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(here / ".lock"):  # the processes of a host fetch it together
-            for path, sha256 in wanted.items():
-                if _is_whole(path, sha256):
-                    continue
+            for path, sha256 in missing().items():
                 partial_file = path.with_name(f".{path.name}.part")
                 with sources.inside(url, path.name).open("rb") as source, partial_file.open("wb") as target:
-                    shutil.copyfileobj(source, target, files.PIECE)
-                if (found := disk.sha256(partial_file)) != sha256:
+                    shutil.copyfileobj(source, target, documents.PIECE)
+                if (found := files.sha256(partial_file)) != sha256:
                     partial_file.unlink()
                     raise CorpusError(f"{url}/{path.name} has SHA-256 {found}, expected {sha256}")
                 partial_file.replace(path)
     return here
-
-
-def _is_whole(path: Path, sha256: str) -> bool:
-    return path.is_file() and disk.sha256(path) == sha256
-
-
-def _require_tokenizer(corpus: Corpus, spec: str, folder: Path) -> None:
-    """Check that a prepared corpus has the tokenizer of --tokenizer."""
-    kind, named = corpus.meta["tokenizer"]["kind"], spec.split(":")[0]
-    same = kind == KINDS[named] if named in KINDS else corpus.tokenizer == read_tokenizer(Path(spec))
-    if not same:
-        raise CorpusError(f"{folder} was prepared with {kind}, but --tokenizer is {spec}: give --tokenizer {folder}")

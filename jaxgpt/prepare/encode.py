@@ -1,4 +1,4 @@
-"""A text of any size to shards of ids on disk, encoded on all cores.
+"""A text of any size to shards of ids on files, encoded on all cores.
 
 Memory is bounded: a few parts of the text for each core. A shard that is on disk survives a kill: the next attempt
 reads the text again up to the end of the last shard, to see that it is the same, and encodes from there.
@@ -6,6 +6,7 @@ reads the text again up to the end of the last shard, to see that it is the same
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections import deque
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,10 +25,16 @@ from numpy.typing import NDArray
 from jaxgpt import files
 from jaxgpt.corpus import FORMAT, CorpusError
 from jaxgpt.prepare.sources import Text
-from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError, split_words, without_unknown
+from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError, drop_unknown
 
-PART = 2**20
-"""Characters that are encoded at once, about."""
+PART = 2**18
+"""Characters that are encoded at once, about: tiktoken's regular expression overflows its stack on more than a million
+white space characters that other text follows."""
+LONGEST_WORD = 2**22
+"""Text without white space, such as base64 or a genome, is cut after so many characters, to bound memory."""
+# Before a white space character and another kind. Python's \s has four separators that the pattern's \s has not.
+_WORD_START = re.compile(r"(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
+_LAST_WORD_START = re.compile(rf".*{_WORD_START.pattern}", re.DOTALL)
 SHARD = 2**25
 """Ids of a shard, at least."""
 PROGRESS, LOCK = "progress.json", ".lock"
@@ -89,27 +96,23 @@ class WorkFolder:
             problem = f"{self.path.parent} cannot be written: {error.strerror}"
             raise CorpusError(f"{problem}; name another folder: --data-dir") from error
 
-    def left_over(self, dtype: np.dtype[Any]) -> dict[str, Any] | None:
+    def resume(self, dtype: np.dtype[Any]) -> dict[str, Any] | None:
         """The progress of an attempt that was killed, if its shards are whole. All else in the folder is removed."""
+        progress: dict[str, Any] | None = None
         try:
             progress = files.unseal((self.path / PROGRESS).read_bytes())
-            for shard in progress["shards"]:
+            self.shards = progress["shards"]
+            for shard in self.shards:
                 path = self.path / shard["file"]
                 if path.stat().st_size != shard["count"] * dtype.itemsize or files.sha256(path) != shard["sha256"]:
                     raise files.SealError(f"{path} is damaged")
         except (OSError, files.SealError, KeyError, TypeError):
-            self.clear()
-            return None
-        self.clear(progress["shards"])
-        return progress
-
-    def clear(self, shards: list[dict[str, Any]] | None = None) -> None:
-        """Remove all but the lock, and the progress up to these shards."""
-        self.shards = shards or []
-        keep = {LOCK, *(shard["file"] for shard in self.shards), *([PROGRESS] if shards else [])}
+            progress, self.shards = None, []
+        keep = {LOCK, *(shard["file"] for shard in self.shards), *([PROGRESS] if progress else [])}
         for path in self.path.iterdir():
             if path.name not in keep:
                 path.unlink()
+        return progress
 
     def add(self, ids: NDArray[Any]) -> None:
         """Write ids to the end of the shard that is being written."""
@@ -121,25 +124,24 @@ class WorkFolder:
         self._sha256.update(data)
         self.count += len(ids)
 
-    def end_shard(self) -> None:
-        """Give the shard its name, if one is being written: it is on disk whole, or not at all."""
+    def end_shard(self, **progress: Any) -> None:
+        """Give the shard that is being written its name: it is on disk whole, or not at all.
+
+        With `progress` (parts, parts_sha256: of the text up to here), the next attempt continues after it.
+        """
         if not self._file:
             return
         name = f"tokens-{len(self.shards):05}.bin"
+        self.shards.append({"file": name, "count": self.count, "sha256": self._sha256.hexdigest()})
         with self._write_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             Path(self._file.name).replace(self.path / name)
             files.sync(self.path)
-        self.shards.append({"file": name, "count": self.count, "sha256": self._sha256.hexdigest()})
+            if progress:
+                files.write_atomically(self.path / PROGRESS, files.seal({"shards": self.shards} | progress).encode())
         self.count, self._file, self._sha256 = 0, None, hashlib.sha256()
-
-    def save_progress(self, n_parts: int, parts_sha256: str) -> None:
-        """Let the next attempt continue after the complete shards, which hold so many parts of the text."""
-        progress = {"shards": self.shards, "parts": n_parts, "parts_sha256": parts_sha256}
-        with self._write_errors():
-            files.write_atomically(self.path / PROGRESS, files.seal(progress).encode())
 
     def finish(self, meta: dict[str, Any], folder: Path) -> None:
         """Add tokens.json and rename the work folder to `folder`; a damaged one there is replaced."""
@@ -177,7 +179,7 @@ def encode(
         nonlocal skipped
         for piece in text.pieces(notes, partial(progress, "encoding")):
             source_sha256.update(piece.encode("utf-8", "surrogatepass"))
-            kept = without_unknown(tok, piece) if unknown == "skip" else piece
+            kept = drop_unknown(tok, piece) if unknown == "skip" else piece
             skipped += len(piece) - len(kept)
             yield kept
 
@@ -187,11 +189,11 @@ def encode(
         position, n_parts = position + len(part), n_parts + 1
 
     parts = split_words(known_characters(), PART)
-    if before := work.left_over(dtype):
+    if before := work.resume(dtype):
         for part in islice(parts, before["parts"]):
             pass_part(part)
         if parts_sha256.hexdigest() != before["parts_sha256"]:  # the text has changed
-            work.clear()
+            (work.path / PROGRESS).unlink()
             return encode(text, tok, unknown, work, progress)
         for shard in work.shards:
             ids_sha256.update(np.memmap(work.path / shard["file"], np.uint8, mode="r").data)
@@ -201,8 +203,7 @@ def encode(
             ids_sha256.update(ids.tobytes())
             work.add(ids)
             if work.count >= SHARD:
-                work.end_shard()
-                work.save_progress(n_parts, parts_sha256.hexdigest())
+                work.end_shard(parts=n_parts, parts_sha256=parts_sha256.hexdigest())
     except UnknownCharacterError as error:
         at = position + error.position
         raise UnknownCharacterError(error.character, at, error.known, text.where(at)) from error
@@ -235,3 +236,42 @@ def in_order(function: Callable[[str], NDArray[Any]], parts: Iterable[str]) -> I
         while waiting:
             done, future = waiting.popleft()
             yield done, future.result()
+
+
+def split_words(pieces: Iterable[str], size: int) -> Iterator[str]:
+    """A text in pieces, cut anew into parts of about `size` characters whose BPE ids together are those of the whole.
+
+    A part ends where a word starts with white space. No word continues with white space after another character, and of
+    several white space characters the split pattern leaves the last to the word that follows. The cut does not change
+    the word before it either: the pattern looks ahead only past white space, and takes white space at the end whole.
+
+    A word longer than LONGEST_WORD is cut at multiples of it.
+    """
+    held = ""
+    for block in regroup(pieces, size):
+        begin = max(0, len(held) - 1)  # a word start is seen by two characters
+        held += block
+        first = _WORD_START.search(held, begin)
+        end = first.start() if first else len(held)
+        bounds = [0, *range(LONGEST_WORD, end, LONGEST_WORD)]
+        if first and (last := _LAST_WORD_START.match(held, end)):
+            bounds += [end, last.end()]
+        yield from (held[i:j] for i, j in pairwise(bounds) if i < j)
+        held = held[bounds[-1] :]
+    if held:
+        yield held
+
+
+def regroup(pieces: Iterable[str], size: int) -> Iterator[str]:
+    """A text in pieces, as blocks of exactly `size` characters, but for the last."""
+    held, length = list[str](), 0
+    for piece in pieces:
+        begin = 0
+        while length + len(piece) - begin >= size:
+            end = begin + size - length
+            yield "".join([*held, piece[begin:end]])
+            held, length, begin = [], 0, end
+        held.append(piece[begin:])
+        length += len(held[-1])
+    if length:
+        yield "".join(held)

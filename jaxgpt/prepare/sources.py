@@ -19,11 +19,11 @@ from itertools import chain
 from pathlib import Path
 from typing import cast
 
-from jaxgpt import files as disk
+from jaxgpt import files
+from jaxgpt.cli.corpora import NAMED, is_url, local_path
 from jaxgpt.config import MissingExtraError, UsageError
-from jaxgpt.corpus import NAMED, is_url, local_path
-from jaxgpt.prepare import files
-from jaxgpt.prepare.files import Reading, SourceError
+from jaxgpt.prepare import documents
+from jaxgpt.prepare.documents import SourceError
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -41,8 +41,8 @@ class Text:
     """The path, URL or program that it is read from, with its version."""
     size: int
     """Bytes of the files, about."""
-    reader: Callable[[Reading], Iterator[str]]
-    """Begins to read the text anew, in pieces."""
+    reader: Callable[[list[str]], Iterator[str]]
+    """Begins to read the text anew, in pieces; adds notes on what was changed at its end."""
     documents: bool = False
     """Whether it has columns: some of it is JSON Lines or Parquet."""
     files: tuple["Text", ...] = ()
@@ -54,22 +54,21 @@ class Text:
         Raises:
           SourceError: it cannot be read, or has only white space.
         """
-        reading, blank = Reading(), True
+        blank, n = True, 0
         with store_errors(self.origin):
-            for piece in self.reader(reading):
-                blank = blank and not piece.strip()
+            for piece in self.reader(notes):
+                blank, n = blank and not piece.strip(), n + len(piece)
                 if piece:
                     yield piece
-                progress(min(1.0, reading.n_bytes / max(1, self.size)))
+                progress(min(1.0, n / max(1, self.size)))
         if blank:
             raise SourceError(f"{self.origin} holds no text")
-        notes += reading.notes
 
     def where(self, position: int) -> str:
         """Line, column (both from 1) and file of a character of the text, which is read again up to there."""
         for each in self.files or (self,):
             line = column = 1
-            for piece in chain(each.reader(Reading()), "\n"):
+            for piece in chain(each.reader([]), "\n"):
                 before = piece[:position]
                 line += before.count("\n")
                 column = len(before) - before.rfind("\n") if "\n" in before else column + len(before)
@@ -80,7 +79,7 @@ class Text:
 
 
 def open_text(corpus: str, column: str = "text") -> Text:
-    """A named text, that of a file, folder or pipe, or at a URL: UTF-8, or documents as in `files.pieces`.
+    """A named text, that of a file, folder or pipe, or at a URL: UTF-8, or documents as in `documents.pieces`.
 
     Line ends become LF and a byte order mark is dropped, which the notes mention.
 
@@ -95,15 +94,15 @@ def open_text(corpus: str, column: str = "text") -> Text:
             print(f"jaxgpt: {note}", file=sys.stderr)
         readers = dict(zip(NAMED, (python_docs, python_stdlib, shakespeare), strict=True))
         text, origin = readers[corpus]()
-        return Text(corpus, origin, len(text), lambda reading: iter([text]))
+        return Text(corpus, origin, len(text), lambda notes: iter([text]))
     path = path_of(corpus)
     with store_errors(corpus):
         if path.is_dir():
             return _folder(path, column)
         if path.is_file():
-            name = Path(files.name_of(path).removesuffix(".gz")).stem
-            origin, documents = corpus if is_url(corpus) else str(path.resolve()), files.holds_documents(path, column)
-            return Text(name, origin, path.stat().st_size, partial(files.pieces, path, column), documents)
+            name = Path(documents.name_of(path).removesuffix(".gz")).stem
+            origin, several = corpus if is_url(corpus) else str(path.resolve()), documents.holds_documents(path, column)
+            return Text(name, origin, path.stat().st_size, partial(documents.pieces, path, column), several)
         if path.is_fifo():
             return _pipe(path)
         if path.exists():
@@ -157,12 +156,12 @@ def _pipe(path: Path) -> Text:
     """The contents of a pipe: read once, into a temporary file that is kept as long as the `Text`."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the text)
     with path.open("rb") as pipe:
-        shutil.copyfileobj(pipe, spool, files.PIECE)
+        shutil.copyfileobj(pipe, spool, documents.PIECE)
 
-    def pieces(reading: Reading) -> Iterator[str]:
+    def pieces(notes: list[str]) -> Iterator[str]:
         spool.seek(0)
-        chunks = iter(lambda: spool.read(files.PIECE), b"")
-        yield from files.plain(files.utf8(chunks, str(path)), reading.notes)
+        chunks = iter(lambda: spool.read(documents.PIECE), b"")
+        yield from documents.plain(documents.utf8(chunks, str(path)), notes)
 
     text = Text("pipe", str(path), spool.tell(), pieces)
     weakref.finalize(text, spool.close)
@@ -183,24 +182,22 @@ def _folder(folder: Path, column: str) -> Text:
         elif path.is_symlink():
             left_out.append(f"{inner}: left out, a link to nothing or to a folder that it is in")
     each = tuple(
-        Text(str(path.relative_to(folder)), str(path), path.stat().st_size, partial(files.pieces, path, column))
+        Text(str(path.relative_to(folder)), str(path), path.stat().st_size, partial(documents.pieces, path, column))
         for path in paths
     )
 
-    def pieces(reading: Reading) -> Iterator[str]:
+    def pieces(notes: list[str]) -> Iterator[str]:
         changed: dict[str, list[tuple[str, str]]] = {}
         for i, file in enumerate(each):
             yield "\n" * bool(i)
-            one = Reading(reading.n_bytes)
-            for piece in file.reader(one):
-                reading.n_bytes = one.n_bytes
-                yield piece
-            for note in one.notes:
+            own = list[str]()
+            yield from file.reader(own)
+            for note in own:
                 changed.setdefault(COUNT.sub("", note), []).append((file.name, note))
-        reading.notes += left_out + [_summed(found) for found in changed.values()]
+        notes += left_out + [_summed(found) for found in changed.values()]
 
     name = folder.name if is_url(str(folder)) else folder.resolve().name
-    documents = any(files.holds_documents(path, column) for path in paths)
+    documents = any(documents.holds_documents(path, column) for path in paths)
     return Text(name, f"{len(paths)} files in {folder}", sum(file.size for file in each), pieces, documents, each)
 
 
@@ -235,7 +232,7 @@ def python_docs() -> tuple[str, str]:
     """The Python language reference that every CPython carries for `help()`, and its origin."""
     from pydoc_data.topics import topics
 
-    text = "".join(files.plain(["\n\n".join(topics[name] for name in sorted(topics))], []))
+    text = "".join(documents.plain(["\n\n".join(topics[name] for name in sorted(topics))], []))
     return text, f"pydoc_data.topics of CPython {platform.python_version()}"
 
 
@@ -244,7 +241,7 @@ def python_stdlib() -> tuple[str, str]:
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__", "ensurepip"}
     paths = sorted(path for path in root.rglob("*.py") if not left_out.intersection(path.relative_to(root).parts))
-    text = "\n".join(files.read_text(path)[0] for path in paths)
+    text = "\n".join(documents.read_text(path)[0] for path in paths)
     return text, f"{len(paths)} modules of the standard library of CPython {platform.python_version()}"
 
 
@@ -267,7 +264,7 @@ def data_folders() -> list[Path]:
     """Where downloaded files are looked for: $JAXGPT_DATA (or its folder, if that is a file), data/ and the cache."""
     given = local_path(os.environ.get("JAXGPT_DATA", ""))
     folders = [given if given.is_dir() else given.parent] if os.environ.get("JAXGPT_DATA") else []
-    return [*folders, Path("data"), *filter(None, [disk.cache_dir()])]
+    return [*folders, Path("data"), *filter(None, [files.cache_dir()])]
 
 
 def download(url: str, target: Path, size_limit: int, sha256: str) -> Path:
@@ -288,7 +285,7 @@ def download(url: str, target: Path, size_limit: int, sha256: str) -> Path:
     require_sha256(data, sha256, url)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        disk.write_atomically(target, data)
+        files.write_atomically(target, data)
     except OSError as error:
         raise SourceError(f"{target} cannot be written: {error.strerror}; {by_hand}") from error
     return target

@@ -1,12 +1,19 @@
 """The tokenizer that --tokenizer names: a fixed one, one learned from the text, or one from files."""
 
+import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from jaxgpt.config import MissingExtraError, UsageError
-from jaxgpt.prepare.files import SourceError
+from jaxgpt import tokenizer
+from jaxgpt.config import MissingExtraError, UsageError, shown
+from jaxgpt.corpus import CorpusError, read_meta
+from jaxgpt.prepare.documents import SourceError
+from jaxgpt.prepare.encode import split_words
 from jaxgpt.prepare.sources import Text, data_folders, require_sha256
 from jaxgpt.tokenizer import (
     MAX_TOKEN_BYTES,
@@ -15,12 +22,13 @@ from jaxgpt.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
-    split_words,
 )
-from jaxgpt.vocabulary import MERGES, VOCABULARY, byte_of_letter, find_file, parse, read_tokenizer
 
 KINDS = {"char": "char", "ascii": "char", "byte": "byte", "gpt2": "bpe", "bpe": "bpe"}
 """The kind of tokenizer that --tokenizer gives, by its value before a colon."""
+MERGES, VOCABULARY = ("vocab.bpe", "merges.txt"), ("encoder.json", "vocab.json")
+"""The names of the same file at OpenAI and at Hugging Face."""
+FILES = ("tokenizer.json", *MERGES, *VOCABULARY)
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 SHA256 = {
     MERGES: "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -124,3 +132,158 @@ def load_gpt2() -> BPETokenizer:
             f"fetch these two files elsewhere and put them into one of those folders:{wanted}"
         ) from error
     return BPETokenizer(tuple(map(encoding.decode_single_token_bytes, range(encoding.n_vocab - 1))), ("<|endoftext|>",))
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokens.json or of the folder that holds it, or of a Hugging Face folder.
+
+    Raises:
+      CorpusError: there is none, or it cannot be used.
+    """
+    path = Path(os.path.expanduser(path))
+    saved = path / "tokens.json" if path.is_dir() else path
+    if path.name in FILES or (path.is_dir() and not saved.is_file()):
+        folder = path if path.is_dir() else path.parent
+        try:
+            return read_vocabulary(folder)
+        except (OSError, ValueError) as error:
+            hint = "to learn other tokens all the same, name them, such as --tokenizer byte"
+            raise CorpusError(f"the vocabulary of {folder} cannot be used: {error}; {hint}") from error
+    if not saved.is_file():
+        raise CorpusError(
+            f"no tokenizer {str(path)!r}: expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, "
+            "the path of a tokens.json, or a folder with the byte-level BPE of a Hugging Face model"
+        )
+    return tokenizer.from_json(read_meta(saved)["tokenizer"])
+
+
+def read_vocabulary(folder: Path) -> BPETokenizer:
+    """The byte-level BPE of a Hugging Face folder, from its tokenizer.json or else from vocab.json and merges.txt.
+
+    Raises:
+      ValueError: a file is damaged or missing; or text would get other ids than there: the vocabulary is not a
+        byte-level BPE with GPT-2's split pattern, or text is changed before it is split.
+      OSError: a file cannot be read.
+    """
+    trees = {name: _object(path.read_bytes(), name) for name in _JSON_FILES if (path := folder / name).is_file()}
+    if trees.get("tokenizer_config.json", {}).get("add_prefix_space"):
+        raise ValueError("add_prefix_space is true, expected false")
+    if "tokenizer.json" in trees:
+        return _from_tokenizer_json(trees["tokenizer.json"])
+    merges, vocabulary = find_file(MERGES, [folder]), find_file(VOCABULARY, [folder])
+    if not merges or not vocabulary:
+        raise ValueError("expected tokenizer.json, or vocab.json and merges.txt, of a byte-level BPE")
+    return parse(merges.read_text("utf-8-sig"), vocabulary.read_bytes(), trees.get("added_tokens.json", {}))
+
+
+_JSON_FILES = ("tokenizer_config.json", "added_tokens.json", "tokenizer.json")
+
+
+def find_file(names: tuple[str, ...], folders: list[Path]) -> Path | None:
+    """The first file of one of these names in one of the folders."""
+    return next((path for folder in folders for name in names if (path := folder / name).is_file()), None)
+
+
+def byte_of_letter() -> dict[str, int]:
+    """The printable characters that stand for the 256 bytes in GPT-2's files (bytes_to_unicode of its encoder.py)."""
+    plain = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def parse(merges: str, vocabulary: str | bytes, added: dict[str, Any] | None = None) -> BPETokenizer:
+    """The tokenizer of a vocab.bpe (a line with the version, then a merge a line) and an encoder.json (token to id).
+
+    Special tokens are those in brackets, such as <|endoftext|>, that are not the result of a merge.
+
+    Raises:
+      ValueError: the files are something else, or do not agree.
+    """
+    lines = merges.splitlines()
+    pairs = [line.split(" ") for line in lines[bool(lines and lines[0].startswith("#version")) :]]
+    ids, merged = _object(vocabulary, "the vocabulary") | (added or {}), set(map("".join, pairs))
+    bracketed = (word for word in ids if re.fullmatch(r"<[^<>]+>|\[[^][]+\]", word))
+    return _assemble(ids, pairs, [word for word in bracketed if word not in merged])
+
+
+def _from_tokenizer_json(tree: dict[str, Any]) -> BPETokenizer:
+    """The tokenizer of a file of Hugging Face's tokenizers library."""
+    model, split, added = tree.get("model"), tree.get("pre_tokenizer"), tree.get("added_tokens") or []
+    if not isinstance(model, dict) or not isinstance(split, dict) or not isinstance(added, list):
+        raise ValueError("expected a model, a pre_tokenizer and added_tokens")
+    for name, value, *allowed in (
+        ("the model's type", model.get("type", "BPE"), "BPE"),
+        ("the model's dropout", model.get("dropout"), None, 0),
+        ("the model's continuing_subword_prefix", model.get("continuing_subword_prefix"), None, ""),
+        ("the model's end_of_word_suffix", model.get("end_of_word_suffix"), None, ""),
+        ("the normalizer", tree.get("normalizer"), None),
+        ("the pre_tokenizer's type", split.get("type"), "ByteLevel"),
+        ("the pre_tokenizer's add_prefix_space", split.get("add_prefix_space", True), False),
+        ("the pre_tokenizer's use_regex", split.get("use_regex", True), True),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is {shown(value)}, expected {allowed[0]!r}")
+    special = {}
+    for token in added:
+        match token:
+            case {"content": str(word), "id": int(i), "special": True}:
+                special[word] = i
+            case _:
+                raise ValueError(f"added token {shown(token)}, expected content, an id and special true")
+    ids, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(ids, dict) or not isinstance(merges, list):
+        raise ValueError("the model has no vocab or no merges")
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    return _assemble(ids | special, pairs, list(special))
+
+
+def _assemble(ids: dict[str, Any], merges: list[Any], special: list[str]) -> BPETokenizer:
+    """The tokenizer of the id of each token, the pairs of tokens to merge in order, and the special tokens.
+
+    A BPETokenizer merges any two tokens that together are a third one, Hugging Face's library only the listed pairs.
+    The two agree if the merges of lower rank turn the bytes of each token into its listed pair, as in every vocabulary
+    that was learned.
+
+    Raises:
+      ValueError: the files do not agree. Expected are ids from 0 without gaps, the 256 bytes before the merges, and
+        special tokens before or after all these.
+    """
+    for pair in merges:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(word, str) for word in pair)):
+            raise ValueError(f"merge {shown(pair)}, expected two tokens")
+    if any(type(i) is not int for i in ids.values()):
+        raise ValueError("the vocabulary is not a JSON object of token to id")
+    words, byte_of = sorted(ids, key=ids.__getitem__), byte_of_letter()
+    first = next((i for i, word in enumerate(words) if word not in special), len(words))
+    last = first + 256 + len(merges)
+    if (
+        sorted(ids.values()) != list(range(len(ids)))
+        or words[first + 256 : last] != list(map("".join, merges))
+        or not set(special).issuperset(words[last:])
+    ):
+        raise ValueError("the merges and the vocabulary do not agree: expected 256 bytes, then the merges in order")
+    if other := set("".join(words[first:last])) - byte_of.keys():
+        raise ValueError(f"character {min(other)!r} does not stand for a byte in GPT-2's files")
+    tokens = [bytes(map(byte_of.__getitem__, word)) for word in words[first:last]]
+    found = BPETokenizer(tuple(tokens), (*words[:first], *words[last:]), leading=first)
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for rank, pair in enumerate(merges, 256):
+        parts = [bytes([byte]) for byte in tokens[rank]]
+        while len(parts) > 2:
+            least, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts)))
+            if least >= rank:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if parts != [bytes(map(byte_of.__getitem__, word)) for word in pair]:
+            raise ValueError(f"the merge {' '.join(pair)} is not reached by the merges before it")
+    return found
+
+
+def _object(data: str | bytes, name: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(data)
+    except RecursionError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{name} is not a JSON object")
+    return tree

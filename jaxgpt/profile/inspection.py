@@ -12,15 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt import matmul, memory, model, prng
+from jaxgpt import matmul, model, prng
+from jaxgpt.cli import memory
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.data import Batch
-from jaxgpt.mesh import one_device, replicated
 from jaxgpt.profile import hlo, roofline, trace
 from jaxgpt.profile.programs import Program, programs, xla_counts
 from jaxgpt.profile.report import Report, Rows, facts
 from jaxgpt.profile.roofline import Machine
 from jaxgpt.profile.timing import disturbance, machine_seconds, others, repeat
+from jaxgpt.sharding import one_device, replicated
 from jaxgpt.step import sharded_init
 
 SHOWN = 12
@@ -156,8 +157,8 @@ def kernel_rows(text: str) -> Rows:
         if each.op not in hlo.FREE:
             runs[each.kernel] += each.runs
             fused[each.kernel] += each.runs * max(1, sum(inner.op not in hlo.FREE for inner in each.body))
-    for each in hlo.matmuls(text):
-        matmuls[each.kernel] += each.flops
+    for dot in hlo.matmuls(text):
+        matmuls[dot.kernel] += dot.flops
     total = matmuls.total() or 1
     return [
         {"kernel": kernel, "times": n, "operations": fused[kernel], "matmuls, %": 100 * matmuls[kernel] / total}

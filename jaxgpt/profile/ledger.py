@@ -18,13 +18,13 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxgpt import memory
+from jaxgpt.cli import memory
 from jaxgpt.config import Config, UsageError, differences
 from jaxgpt.data import chunk_starts, take
-from jaxgpt.mesh import one_device, replicated
 from jaxgpt.profile import trace
 from jaxgpt.profile.report import Report, Rows, facts
 from jaxgpt.profile.timing import Rates, disturbance, machine_seconds, others, ratio, repeat, series
+from jaxgpt.sharding import one_device, replicated
 from jaxgpt.step import Metrics, TrainState, sharded_init, train_step, train_steps
 
 JIT = "jit"

@@ -11,7 +11,7 @@ from jaxgpt.sample import SamplingParams, bucket, checked
 from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.writer import Job
-from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError, as_prepared
+from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError, normalize_line_ends
 
 MAX_BODY = 2**20
 """Bytes of a request."""
@@ -83,7 +83,7 @@ def _run(tree: dict[str, Any], library: Library) -> Served:
 
 
 def _encoded(prompt: Any, tokenizer: Tokenizer, most: int) -> list[int]:
-    prompt = as_prepared(tokenizer, prompt) if isinstance(prompt, str) else prompt
+    prompt = normalize_line_ends(tokenizer, prompt) if isinstance(prompt, str) else prompt
     if not isinstance(prompt, str) or not prompt:
         raise HTTPException(400, f"prompt is {shown(prompt)}, expected a text, or ids, of at least one token")
     if len(prompt) > most:

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from jaxgpt import memory
+from jaxgpt.cli import memory
 from jaxgpt.config import Config, replaced
-from jaxgpt.mesh import Shards
 from jaxgpt.optimizer import Hyperparameters
+from jaxgpt.sharding import Shards
 
 MAPPED = Hyperparameters._fields
 """Settings that one program takes as arrays, float32 except the seed."""

@@ -20,15 +20,13 @@ from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
 from jaxgpt import data as batches
-from jaxgpt import memory
 from jaxgpt.config import Config
 from jaxgpt.corpus import Corpus
 from jaxgpt.data import DEVICE_TOKENS, chunks, config_starts
 from jaxgpt.evaluation import Evaluation, evaluation, loss_sums, window_losses, windows_per_batch
-from jaxgpt.mesh import Shards
 from jaxgpt.optimizer import Hyperparameters, hyperparameters
 from jaxgpt.step import Metrics, TrainState, init_state, train_steps
-from jaxgpt.sweep.chunks import Chunk, fewer_would_fit, program_of, setting, split
+from jaxgpt.sweep.chunks import Chunk, program_of, setting, split
 from jaxgpt.train import due
 
 SCORED_BY_A_CORE = 2048
@@ -172,8 +170,6 @@ def train(
         if base.train.eval_start:
             yield score(state, 0)
         steps = ahead.result()
-        with fewer_would_fit(chunk.size):
-            memory.require_compiled(steps, base, shards=Shards(per_host=len(program.devices)))
     for begin, end in chunks(base, 0):
         windows = load(begin, end)
         compiled = steps if windows.shape == first.shape else program.steps

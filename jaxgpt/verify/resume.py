@@ -17,8 +17,8 @@ import numpy as np
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli.runs import start
 from jaxgpt.config import Config, UsageError, check, replaced
-from jaxgpt.mesh import one_device
 from jaxgpt.run import Run
+from jaxgpt.sharding import one_device
 from jaxgpt.step import abstract_state
 
 

@@ -16,10 +16,10 @@ from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, Trai
 from jaxgpt.corpus import Corpus
 from jaxgpt.data import chunks, loader
 from jaxgpt.evaluation import evaluate
-from jaxgpt.mesh import one_device
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.profile.report import Report, facts
 from jaxgpt.recipes import MODERN, MUON
+from jaxgpt.sharding import one_device
 from jaxgpt.step import jit_train_steps, sharded_init
 
 Change = tuple[dict[str, Any], dict[str, Any]]

@@ -32,7 +32,7 @@ def jaxgpt_training(config: Any) -> Contestant:
     import jax
 
     from jaxgpt.data import loader
-    from jaxgpt.mesh import one_device
+    from jaxgpt.sharding import one_device
     from jaxgpt.step import jit_train_steps, sharded_init
 
     K = config.train.scan_steps

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from jaxgpt.huggingface import gpt2
 from jaxgpt.huggingface.gpt2 import InteropError
-from jaxgpt.prepare import files
+from jaxgpt.prepare import documents
 from jaxgpt.prepare.sources import SourceError
 from tests.faults.fuzz_targets import TARGETS, TINY, mutated, nested
 
@@ -72,14 +72,14 @@ def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path, peak):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b" " * 2**20) * 200)
     with pytest.raises(SourceError, match=r"a\.jsonl\.gz unpacks to more than 67,108,864 bytes"):
-        files.read_text(path)
+        documents.read_text(path)
     assert peak() < 2**27
 
 
 def test_what_shrinks_well_is_no_bomb(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "the cat"}\n' * 100_000))
-    assert len(files.read_text(path)[0]) == 9 * 100_000 - 2
+    assert len(documents.read_text(path)[0]) == 9 * 100_000 - 2
 
 
 def folder_of(tmp_path, header, size=0, **config):

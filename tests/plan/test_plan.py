@@ -8,12 +8,12 @@ import jax
 import pytest
 
 from jaxgpt.config import UsageError
-from jaxgpt.mesh import MeshError, Sizes, make_mesh
 from jaxgpt.monitor.chips import CHIPS
 from jaxgpt.plan import cli, plan
 from jaxgpt.plan import view as plans
 from jaxgpt.plan.estimate import TOKENS, estimate, sent
 from jaxgpt.plan.plan import PlanError
+from jaxgpt.sharding import MeshError, Sizes, make_mesh
 
 tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra: pip install 'jaxgpt[tpu-plan]'"

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from jaxgpt.mesh import Sizes
 from jaxgpt.monitor.chips import CHIPS
 from jaxgpt.plan import cli, plan
 from jaxgpt.plan import view as plans
 from jaxgpt.plan.estimate import estimate
+from jaxgpt.sharding import Sizes
 
 
 def test_the_ranking_is_by_time_and_keeps_what_divides(recipes):

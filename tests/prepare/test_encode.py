@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from jaxgpt import files
+from jaxgpt.cli.corpora import find_prepared
 from jaxgpt.config import DataConfig
-from jaxgpt.corpus import CorpusError, find_prepared, load
+from jaxgpt.corpus import CorpusError, load
 from jaxgpt.prepare import encode, sources
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.prepare.encode import WaitedError, WorkFolder
@@ -31,9 +32,9 @@ LINES = "".join(f"{i} the cat sat on the mat, that cat has a hat\n" for i in ran
 def small(monkeypatch):
     """Parts and shards so small that a short text has many."""
     monkeypatch.setattr(encode, "PART", 40)
-    monkeypatch.setattr("jaxgpt.tokenizer.LONGEST_WORD", 80)
+    monkeypatch.setattr(encode, "LONGEST_WORD", 80)
     monkeypatch.setattr(encode, "SHARD", 700)
-    monkeypatch.setattr("jaxgpt.prepare.files.PIECE", 64)
+    monkeypatch.setattr("jaxgpt.prepare.documents.PIECE", 64)
 
 
 @pytest.mark.parametrize("spec", ["char", "byte", "bpe:300"])
@@ -381,7 +382,7 @@ def test_a_mixture_has_its_parts_and_one_vocabulary(tmp_path):
         prepare_corpus(f"1*{prepared[0]} + 1*{tmp_path}/c.txt", data_dir=tmp_path / "data")
 
 
-PART = {"source": "a", "count": 1, "sha256": ""}
+PART = {"source": "a", "count": 6745, "sha256": ""}
 
 
 class TestStores:

@@ -10,9 +10,9 @@ import threading
 import numpy as np
 import pytest
 
-from jaxgpt import files as disk
-from jaxgpt.corpus import absolute
-from jaxgpt.prepare import files, sources
+from jaxgpt import files
+from jaxgpt.cli.corpora import absolute
+from jaxgpt.prepare import documents, sources
 from jaxgpt.prepare.sources import SourceError
 from tests.prepare.texts import read
 
@@ -55,7 +55,7 @@ def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, note)
         ("中文 字".encode("utf-16-le"), "offset 5, .*iconv -f UTF-16LE -t"),
         (np.arange(1, 60, dtype=np.uint16).tobytes(), "offset 1, .*a file of tokens such as nanoGPT's train.bin"),
         (np.arange(1, 50257, dtype=np.uint16).tobytes(), "a file of tokens such as nanoGPT's train.bin"),
-        (b"a" * files.PIECE + b"b\0", "NUL byte at offset 1,048,577"),
+        (b"a" * documents.PIECE + b"b\0", "NUL byte at offset 1,048,577"),
         (gzip.compress(b"text", mtime=0), "compressed with gzip, .*: gunzip"),
         (bz2.compress(b"text"), "compressed with bzip2"),
         (lzma.compress(b"text"), "compressed with xz"),
@@ -172,7 +172,7 @@ def test_a_folder_of_many_changed_files_has_one_note_of_each_kind(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_where_a_character_is_in_a_folder(tmp_path, monkeypatch, size):
-    monkeypatch.setattr("jaxgpt.prepare.files.PIECE", size)
+    monkeypatch.setattr("jaxgpt.prepare.documents.PIECE", size)
     for name, text in {"a.txt": "one\r\ntwo", "b.txt": "\n\n", "c/d.txt": "thrée\nfour\n"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text.encode())
@@ -329,7 +329,7 @@ class TestShakespeare:
         (tmp_path / "www" / "input.txt").write_bytes(data)
         monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server}/input.txt")
         monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(data).hexdigest())
-        monkeypatch.setattr(disk, "cache_dir", lambda: None)
+        monkeypatch.setattr(files, "cache_dir", lambda: None)
         assert read("shakespeare").origin == "data/tinyshakespeare.txt"
 
     def test_else_it_is_downloaded_into_the_cache(self, tmp_path, server, monkeypatch):

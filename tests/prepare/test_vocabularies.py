@@ -10,9 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from jaxgpt.config import UsageError
 from jaxgpt.prepare import vocabularies
 from jaxgpt.prepare.sources import SourceError
-from jaxgpt.prepare.vocabularies import learn_bpe, load_gpt2
+from jaxgpt.prepare.vocabularies import MERGES, VOCABULARY, learn_bpe, load_gpt2, parse
 from jaxgpt.tokenizer import MAX_TOKEN_BYTES, MAX_TOKENS, PATTERNS, BPETokenizer, ByteTokenizer
-from jaxgpt.vocabulary import MERGES, VOCABULARY, parse
 
 TEXT = "the cat sat on the mat, that cat's hat été 中文\n" * 9
 

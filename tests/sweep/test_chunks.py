@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import pytest
 
-from jaxgpt import memory
+from jaxgpt.cli import memory
+from jaxgpt.cli.memory import OutOfMemoryError
 from jaxgpt.config import replaced
-from jaxgpt.memory import OutOfMemoryError
 from jaxgpt.sweep.chunks import program_of, split
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from jaxgpt.cli.runs import start
 from jaxgpt.config import replaced
-from jaxgpt.mesh import one_device
+from jaxgpt.sharding import one_device
 from jaxgpt.step import sharded_init
 from jaxgpt.sweep import program as sweep
 from jaxgpt.sweep.chunks import split

@@ -12,10 +12,10 @@ from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli import run_verb
 from jaxgpt.cli.runs import resume, start
 from jaxgpt.config import check
-from jaxgpt.mesh import one_device
 from jaxgpt.metrics_log import Evaluated, Progress
 from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run
+from jaxgpt.sharding import one_device
 from jaxgpt.step import abstract_state
 from jaxgpt.train import fit
 from jaxgpt.verify import resume as verify

@@ -3,8 +3,9 @@ import json
 import pytest
 from tokenizers import ByteLevelBPETokenizer
 
-from jaxgpt import tokenizer, vocabulary
+from jaxgpt import tokenizer
 from jaxgpt.corpus import CorpusError
+from jaxgpt.prepare import vocabularies
 
 TEXT = "the cat sat on the mat, that cat's hat été 中文\n" * 9
 
@@ -26,8 +27,8 @@ def test_a_folders_own_vocabulary_gives_the_ids_of_its_library(tmp_path, special
     else:
         theirs.save_model(str(tmp_path))
         (tmp_path / "added_tokens.json").write_text(json.dumps({"<|late|>": 280 + len(special)}))
-    tok = vocabulary.read_tokenizer(tmp_path)
-    assert tok == vocabulary.read_folder(tmp_path) == tokenizer.from_json(json.loads(json.dumps(tok.to_json())))
+    tok = vocabularies.read_tokenizer(tmp_path)
+    assert tok == vocabularies.read_vocabulary(tmp_path) == tokenizer.from_json(json.loads(json.dumps(tok.to_json())))
     assert tok.encode(TEXT + "  12 <pad>").tolist() == theirs.encode(TEXT + "  12 <pad>").ids
     assert tok.decode(tok.encode(TEXT)) == TEXT
     assert [tok.decode([i]) for i in (*range(len(special)), 280 + len(special))] == [*special, "<|late|>"]
@@ -35,11 +36,11 @@ def test_a_folders_own_vocabulary_gives_the_ids_of_its_library(tmp_path, special
 
 def test_files_saved_with_a_byte_order_mark_or_crlf_are_read(tmp_path):
     trained([]).save_model(str(tmp_path))
-    expected = vocabulary.read_folder(tmp_path)
+    expected = vocabularies.read_vocabulary(tmp_path)
     for name in ("vocab.json", "merges.txt"):
         text = (tmp_path / name).read_text("utf-8").replace("\n", "\r\n")
         (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
-    assert vocabulary.read_folder(tmp_path) == expected
+    assert vocabularies.read_vocabulary(tmp_path) == expected
 
 
 @pytest.mark.parametrize(
@@ -63,33 +64,33 @@ def test_a_vocabulary_that_gives_text_other_ids_is_refused(tmp_path, edit, said)
     trained([]).save(str(path))
     path.write_text(json.dumps(json.loads(path.read_text()) | edit))
     with pytest.raises(CorpusError, match=f"the vocabulary of .* cannot be used: .*{said}"):
-        vocabulary.read_tokenizer(path)
+        vocabularies.read_tokenizer(path)
 
 
 def test_vocabularies_of_other_kinds_and_halves_are_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("[UNK]\nthe\n")
     with pytest.raises(CorpusError, match=r"expected tokenizer\.json, or vocab\.json and merges\.txt"):
-        vocabulary.read_tokenizer(tmp_path)
+        vocabularies.read_tokenizer(tmp_path)
     trained([]).save_model(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
     with pytest.raises(ValueError, match="add_prefix_space is true"):
-        vocabulary.read_folder(tmp_path)
+        vocabularies.read_vocabulary(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "added_tokens.json").write_text('{"the": 280}')  # text with that word would become other ids
     with pytest.raises(ValueError, match="do not agree"):
-        vocabulary.read_folder(tmp_path)
+        vocabularies.read_vocabulary(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
-        vocabulary.read_folder(tmp_path)
+        vocabularies.read_vocabulary(tmp_path)
 
 
 def test_merges_that_the_merges_before_them_never_reach_are_refused(tmp_path):
     """With "ab" merged first, "a" and "bc" never meet: their library leaves "ab", "c"; tiktoken would make "abc"."""
-    letters = sorted(vocabulary.byte_of_letter())
+    letters = sorted(vocabularies.byte_of_letter())
     words = [*letters, "ab", "bc", "abc"]
     (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nb c\na bc\n")
     theirs = ByteLevelBPETokenizer.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     assert theirs.encode("abc").tokens == ["ab", "c"]
     with pytest.raises(ValueError, match="the merge a bc is not reached"):
-        vocabulary.read_folder(tmp_path)
+        vocabularies.read_vocabulary(tmp_path)

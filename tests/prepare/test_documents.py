@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from jaxgpt.config import UsageError
-from jaxgpt.prepare import files
+from jaxgpt.prepare import documents
 from jaxgpt.prepare.sources import SourceError
 from tests.prepare.texts import read
 
@@ -73,20 +73,6 @@ def test_a_column_of_an_object_is_named_after_a_dot(tmp_path, name):
         read(str(tmp_path / name), "meta.text")
 
 
-def test_a_column_that_is_there_twice_is_refused(tmp_path):
-    struct = pyarrow.array([{"text": "c"}])
-    for names in (["text", "text", "meta"], ["meta.text", "text", "meta"]):
-        parquet.write_table(pyarrow.table([["a"], ["b"], struct], names=names), tmp_path / "a.parquet")
-        with pytest.raises(SourceError, match=rf"a\.parquet has 2 columns '{names[0]}', expected one"):
-            read(str(tmp_path / "a.parquet"), names[0])
-    assert read(str(tmp_path / "a.parquet")).text == "b"
-    (tmp_path / "a.jsonl").write_text('{"id": 1, "id": 2, "text": "a"}\n{"text": "b", "text": "c"}')
-    with pytest.raises(
-        SourceError, match=r"a\.jsonl, line 2 is not JSON \(the key 'text' appears twice in one object\)"
-    ):
-        read(str(tmp_path / "a.jsonl"))
-
-
 @pytest.mark.parametrize(
     ("data", "text"),
     [
@@ -109,10 +95,10 @@ def test_a_json_file_is_documents_if_it_is_json_lines(tmp_path, data, text):
 
 
 def test_an_array_on_one_line_is_not_read_whole_to_see_that_it_is_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 10)
-    monkeypatch.setattr(files, "_lines", None)
+    monkeypatch.setattr(documents, "PIECE", 10)
+    monkeypatch.setattr(documents, "_lines", None)
     (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}] * 100))
-    assert not files.holds_documents(tmp_path / "a.json", "text")
+    assert not documents.holds_documents(tmp_path / "a.json", "text")
 
 
 @given(st.lists(st.text(st.characters())))
@@ -120,7 +106,7 @@ def test_json_lines_give_back_any_strings(tmp_path_factory, documents):
     path = tmp_path_factory.mktemp("a") / "a.jsonl"
     path.write_text("\n\n".join(json.dumps({"text": document}) for document in documents))
     text = "\n\n".join(documents).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    assert files.read_text(path)[0] == text
+    assert documents.read_text(path)[0] == text
 
 
 @pytest.mark.parametrize(

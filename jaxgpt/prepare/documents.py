@@ -7,7 +7,6 @@ import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,49 +42,36 @@ class SourceError(UsageError):
     """A text is unavailable or cannot be read."""
 
 
-@dataclass
-class Reading:
-    """How far a text has been read, and what was changed in it."""
-
-    n_bytes: int = 0
-    """Bytes of the files that were read so far."""
-    notes: list[str] = field(default_factory=list)
-    """What was changed, such as line ends."""
-
-
 def read_text(path: Path, column: str = "text") -> tuple[str, list[str]]:
     """The text of a file and notes on what was changed; as `pieces`."""
-    reading = Reading()
-    return "".join(pieces(path, column, reading)), reading.notes
+    notes = list[str]()
+    return "".join(pieces(path, column, notes)), notes
 
 
-def pieces(path: Path, column: str, reading: Reading) -> Iterator[str]:
-    """The text of a file with LF line ends, piece by piece; notes are added at its end.
+def pieces(path: Path, column: str, notes: list[str]) -> Iterator[str]:
+    """The text of a file with LF line ends, piece by piece; notes on what was changed are added at its end.
 
     Of JSON Lines and Parquet it is the documents in `column` with a blank line between two. Any other file is UTF-8.
 
     Raises:
       SourceError: the file cannot be read, is damaged or not UTF-8, or a row has no string in `column`.
     """
-    name, notes = name_of(path).lower(), list[str]()
+    name = name_of(path).lower()
     if not holds_documents(path, column):
-        yield from plain(utf8(_bytes(path, reading), str(path)), reading.notes)
+        yield from plain(_text(path), notes)
         if name.endswith(".json"):
-            reading.notes.append("read as plain text: it is not JSON Lines (one object a line)")
+            notes.append("read as plain text: it is not JSON Lines (one object a line)")
         return
-    documents = (_parquet if name.endswith(".parquet") else _json_lines)(path, column, reading)
-    count = 0
+    documents, count = (_parquet if name.endswith(".parquet") else _json_lines)(path, column), 0
 
     def with_blank_lines() -> Iterator[str]:
         nonlocal count
-        for document in documents:
-            if count:
-                yield "\n\n"
-            count += 1
-            yield document
+        for count, document in enumerate(documents, 1):
+            yield "\n\n" * (count > 1) + document
 
-    yield from plain(with_blank_lines(), notes)
-    reading.notes += [f"put a blank line between {count:,} documents of column {column!r}", *notes]
+    changed = list[str]()
+    yield from plain(with_blank_lines(), changed)
+    notes += [f"put a blank line between {count:,} documents of column {column!r}", *changed]
 
 
 def name_of(path: Path) -> str:
@@ -101,11 +87,10 @@ def holds_documents(path: Path, column: str) -> bool:
       SourceError: a `.json` file cannot be read, is damaged or not UTF-8.
     """
     name = name_of(path).lower()
-    if name.endswith(".parquet") or (unpacked := name.removesuffix(".gz")).endswith(JSON_LINES):
-        return True
+    unpacked = name.removesuffix(".gz")
     if not unpacked.endswith(".json"):
-        return False
-    text = plain(utf8(_bytes(path, Reading()), str(path)), [])
+        return name.endswith(".parquet") or unpacked.endswith(JSON_LINES)
+    text = plain(_text(path), [])
     first = next((piece for piece in text if piece.strip()), "")
     if not first.lstrip().startswith("{"):  # without reading on: an array may be one line of gigabytes
         return False
@@ -165,23 +150,25 @@ def plain(text: Iterable[str], notes: list[str]) -> Iterator[str]:
         notes.append(f"turned {returns:,} CR or CRLF line ends into LF")
 
 
-def _bytes(path: Path, reading: Reading) -> Iterator[bytes]:
+def _text(path: Path) -> Iterator[str]:
+    return utf8(_bytes(path), str(path))
+
+
+def _bytes(path: Path) -> Iterator[bytes]:
     """The bytes of a file in chunks; those of a packed JSON file are unpacked."""
-    before, size, limit = reading.n_bytes, 0, float("inf")
+    size, limit = 0, float("inf")
     try:
         with path.open("rb") as raw:
             file: Any = raw
             if name_of(path).lower().endswith((".json.gz", *(f"{name}.gz" for name in JSON_LINES))):
-                packed = path.stat().st_size
-                file, limit = gzip.GzipFile(fileobj=raw), max(ALWAYS_ALLOWED, MAX_GROWTH * packed)
+                file, limit = gzip.GzipFile(fileobj=raw), max(ALWAYS_ALLOWED, MAX_GROWTH * path.stat().st_size)
             while chunk := file.read(PIECE):
                 size += len(chunk)
                 if size > limit:
                     raise SourceError(
-                        f"{path} unpacks to more than {limit:,} bytes, expected at most {MAX_GROWTH} times its "
-                        f"{packed:,}; if it is meant to, unpack it first: gunzip"
+                        f"{path} unpacks to more than {limit:,} bytes, {MAX_GROWTH} times its size; if it is meant to, "
+                        "unpack it first: gunzip"
                     )
-                reading.n_bytes = before + raw.tell()
                 yield chunk
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"{path} is not gzip, or is damaged: {error}") from error
@@ -189,21 +176,13 @@ def _bytes(path: Path, reading: Reading) -> Iterator[bytes]:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _json_lines(path: Path, column: str, reading: Reading) -> Iterator[str]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) < len(pairs):  # of other keys the last counts, as everywhere in Python
-            names = [name for name, _ in pairs if name in (column, *column.split("."))]
-            if twice := next((name for name in names if names.count(name) > 1), None):
-                raise ValueError(f"the key {twice!r} appears twice in one object")
-        return row
-
-    for number, line in enumerate(_lines(plain(utf8(_bytes(path, reading), str(path)), [])), 1):
+def _json_lines(path: Path, column: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(plain(_text(path), [])), 1):
         if not line.strip():
             continue
         where, wanted = f"{path}, line {number}", f'expected an object such as {{"{column}": "..."}}'
         try:
-            row = json.loads(line, object_pairs_hook=unique)
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise SourceError(f"{where} is not JSON ({getattr(error, 'msg', error)}), {wanted}") from error
         if not isinstance(row, dict):
@@ -223,26 +202,20 @@ def _lines(text: Iterable[str]) -> Iterator[str]:
     yield "".join(held)
 
 
-def _parquet(path: Path, column: str, reading: Reading) -> Iterator[str]:
+def _parquet(path: Path, column: str) -> Iterator[str]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise MissingExtraError(f"{path.name}, a Parquet file,", "pyarrow", "parquet") from error
-    number = 0
+    rows = itertools.count(1)
     try:
         with path.open("rb") as raw, parquet.ParquetFile(raw) as file:
             names = [file.schema.column(i).path for i in range(len(file.schema))]
-            if (found := names.count(column)) > 1:
-                raise SourceError(f"{path} has {found} columns {column!r}, expected one: rename the others")
-            if not found:
+            if column not in names:
                 raise _no_column(str(path), column, names)
-            row_size = path.stat().st_size / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield _string(row, f"{path}, row {number}", column)
-                reading.n_bytes += int(row_size * batch.num_rows)
+                yield from (_string(row, f"{path}, row {next(rows)}", column) for row in batch.to_pylist())
     except SourceError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # Python may lack a date that it has

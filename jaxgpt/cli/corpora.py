@@ -1,0 +1,107 @@
+"""The corpus of a config by its name, and where prepared ones are on this machine."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt import files
+from jaxgpt.corpus import Corpus, CorpusError, load, mix
+
+NAMED = ("python-docs", "python-stdlib", "shakespeare")
+"""Texts that `prepare` knows by name."""
+
+
+def find_prepared(corpus: str, meta: dict[str, Any], data_dir: Path, verified: bool = False) -> Corpus | None:
+    """The corpus or mixture that `meta` describes, if all of it is prepared on this machine.
+
+    Args:
+      corpus: as in `prepare_corpus`; each part is in its folder of `data_dir`, is a prepared folder that is named, or
+        was fetched into the cache.
+      verified: as in `load`, of the folders in `data_dir`.
+
+    Raises:
+      CorpusError: it is there, but damaged.
+    """
+    parts, names, folders = list[tuple[float, Corpus]](), mixture(corpus), folders_of(meta, data_dir)
+    for (share, name), wanted in zip(names, folders, strict=False):
+        for folder in (wanted, local_path(name), cached_folder(wanted.name)):
+            if folder and is_prepared(folder):
+                part = load(folder, verified and folder == wanted)
+                if folder_of(part.meta, data_dir) == wanted:
+                    parts.append((share, part))
+                    break
+    if not len(parts) == len(names) == len(folders):
+        return None
+    whole = mix(parts) if "parts" in meta else parts[0][1]
+    return whole if whole.meta["sha256"] == meta["sha256"] else None
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether `prepare` made a folder, as opposed to a folder of texts among which is a tokens.json."""
+    if not (folder / "tokens.json").is_file():
+        return False
+    others = [path.name for path in folder.iterdir() if path.name != "tokens.json"]
+    return not others or any(re.fullmatch(r"tokens(-\d{5})?\.bin", name) for name in others)
+
+
+def folder_of(meta: dict[str, Any], data_dir: Path) -> Path:
+    """The folder of the corpus that `meta` describes: corpora of other ids or another vocabulary have other folders."""
+    both = hashlib.sha256(json.dumps([meta["sha256"], meta["tokenizer"]]).encode()).hexdigest()
+    return data_dir / f"{meta['source']}-{meta['tokenizer']['kind']}-{both[:8]}"
+
+
+def folders_of(meta: dict[str, Any], data_dir: Path) -> list[Path]:
+    """`folder_of` each part of a mixture; of any other corpus its own."""
+    return [folder_of(part | {"tokenizer": meta["tokenizer"]}, data_dir) for part in meta.get("parts", [meta])]
+
+
+def cached_folder(name: str) -> Path | None:
+    """Where the copy of a prepared folder at a URL is kept, by the name that `folder_of` gives."""
+    cache = files.cache_dir()
+    return cache / "corpora" / name if cache else None
+
+
+def mixture(corpus: str) -> list[tuple[float, str]]:
+    """The parts of "0.7*wiki.jsonl + 0.3*code" with their weights; any other corpus is its only part.
+
+    >>> mixture("0.7*wiki.jsonl + 0.3*code")
+    [(0.7, 'wiki.jsonl'), (0.3, 'code')]
+    >>> mixture("notes.txt")
+    [(1.0, 'notes.txt')]
+    """
+    parts = [re.fullmatch(r"([0-9]*\.?[0-9]+)\*(\S.*)", part.strip()) for part in corpus.split(" + ")]
+    found = [(float(part[1]), part[2]) for part in parts if part]
+    if len(found) < 2 or len(found) < len(parts):
+        return [(1.0, corpus)]
+    if not all(share > 0 for share, _ in found) or len({part for _, part in found}) < len(found):
+        raise CorpusError(f"{corpus!r}: expected parts that differ, each with a weight above 0")
+    if (least := min(share for share, _ in found) / sum(share for share, _ in found)) < 1e-3:
+        raise CorpusError(f"{corpus!r}: the least weight is {least:.2g} of all, expected a thousandth or more")
+    return found
+
+
+def absolute(corpus: str) -> str:
+    """The same corpus with the full path of each file, to be found from any working directory."""
+    found = mixture(corpus)
+    if len(found) > 1:
+        shares = (np.format_float_positional(share, trim="-") for share, _ in found)
+        return " + ".join(f"{share}*{absolute(part)}" for share, (_, part) in zip(shares, found, strict=True))
+    if corpus in NAMED or is_url(corpus):
+        return corpus
+    path = local_path(corpus)
+    return str(path.absolute() if path.is_fifo() else path.resolve())  # /dev/stdin, and not the pipe behind it
+
+
+def is_url(corpus: str) -> bool:
+    """Whether a corpus is in a store, such as gs://bucket/texts."""
+    return "://" in corpus
+
+
+def local_path(corpus: str) -> Path:
+    """The path of a file or folder; ~ is the home folder. Path.expanduser would raise for "~draft.txt"."""
+    return Path(os.path.expanduser(corpus))

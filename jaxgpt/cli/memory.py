@@ -1,0 +1,221 @@
+"""The memory of a training step, and the refusal of a run that cannot fit, with the setting to change.
+
+The estimate stays below what a compiled step takes, so nothing that fits is refused before compilation.
+"""
+
+import os
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxgpt import cost
+from jaxgpt.config import Config, ModelConfig, UsageError, replaced
+from jaxgpt.data import DEVICE_TOKENS
+from jaxgpt.kernels import BLOCKED
+from jaxgpt.loss import LOGITS
+from jaxgpt.sharding import Shards
+
+ONE = Shards()
+ELSEWHERE = "a run that has begun cannot be made smaller; resume it where there is more memory"
+
+
+class OutOfMemoryError(UsageError):
+    """A run needs more memory than there is."""
+
+
+class Memory(NamedTuple):
+    """Least bytes of a training step on each device."""
+
+    parameters: int
+    gradients: int
+    optimizer_state: int  # two moments of AdamW, one of Muon
+    activations: int  # of one micro-batch
+    tokens: int  # of the corpus on the device
+    total: int  # at the peak
+
+
+def needed(config: Config, n_tokens: int, *, recomputed: bool = False, shards: Shards = ONE) -> Memory:
+    """The least memory of a step of `config`, its vocab_size known, with `n_tokens` on the device.
+
+    All gradients exist at once, since whether a step is applied depends on all of them. They replace activations during
+    the backward pass, so the larger counts; with several micro-batches their sum exists beside the activations.
+    """
+    model, train = config.model, config.train
+    parameters = gradients = cost.FLOAT * cost.n_params(model) // shards.state
+    micro_batch = max(1, train.batch_size // train.accumulate // shards.batch)
+    activations = activation_bytes(model, micro_batch, recomputed=recomputed)
+    tokens = n_tokens * (2 if model.vocab_size <= 2**16 else 4)
+    peak = gradients + activations if train.accumulate > 1 else max(gradients, activations)
+    moments = 2 * parameters
+    if config.optimizer.algorithm == "muon" and model.kind == "gpt":
+        inside_blocks = model.n_layer * sum(k * n for k, n in cost.kernels(model).values())
+        moments -= cost.FLOAT * inside_blocks // shards.state
+    return Memory(parameters, gradients, moments, activations, tokens, parameters + moments + peak + tokens)
+
+
+def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool = False) -> int:
+    """Least bytes that the backward pass of `batch_size` full contexts needs from the forward pass.
+
+    In floats per token, for GPT-2's blocks L (16 C + 2 H T) + 2 C + V:
+
+    - per block, 16 C: the inputs of norms (2 C), kernels (C, C, C, 4 C) and GELU (4 C), and q, k and v (3 C)
+    - and 2 H T: the attention weights before and after normalisation; 3 H T with dropout
+    - after the blocks: the input and output of the last norm, and the logits
+
+    Not counted: the gradient of the logits, which may replace them, masks, temporaries, attention weights that can be
+    computed by blocks, what remat recomputes, and logits beyond one chunk. With bf16 matmuls a float has two bytes.
+
+    Args:
+      recomputed: count the results of matmuls only, L (10 C + H T) + V. Compilers for accelerators can recompute the
+        rest from them where memory is short.
+    """
+    C, T, V = config.n_embd, config.block_size, config.vocab_size
+    if config.kind == "bigram":
+        return cost.FLOAT * batch_size * T * V
+    low = config.precision != "float32"
+    columns = {name: n for name, (_, n) in cost.kernels(config).items()}
+    weights = config.n_head * T if config.dropout or (T < BLOCKED and not low) else 0
+    if config.remat == "blocks":
+        block = C
+    elif recomputed or config.remat == "matmuls":
+        block = sum(columns.values()) + C + weights  # results of the kernels, and the weighted values
+    else:
+        inputs = 5 * C + sum(columns[name] for name in ("query", "key", "value"))  # of norms and kernels; q, k, v
+        hidden = (1 if config.mlp == "relu2" else 2) * columns["c_fc"]
+        block = inputs + hidden + (3 if config.dropout else 2) * weights
+    logits = min(V, LOGITS // (batch_size * T) + 1)
+    floats = config.n_layer * block + (0 if recomputed else 2 * C) + logits
+    return (cost.FLOAT // 2 if low else cost.FLOAT) * batch_size * T * floats
+
+
+def require(
+    config: Config, n_tokens: int = 0, free: int | None = None, *, new: bool = True, shards: Shards = ONE
+) -> None:
+    """Check, before anything is compiled or allocated, that a step of `config` can fit.
+
+    Args:
+      n_tokens: of the training split. On a CPU they do not count: their file is memory-mapped.
+      free: bytes; None for `available()`.
+      new: whether the run's settings can still be changed.
+
+    Raises:
+      OutOfMemoryError: it cannot fit; with the numbers, and the setting to change.
+    """
+    free = available() if free is None else free
+    on_cpu = jax.default_backend() == "cpu"
+    sharing = shards.per_host if on_cpu else 1  # devices that share the free memory
+
+    def estimate(config: Config) -> Memory:
+        train = config.train
+        windows = train.scan_steps * train.batch_size * (config.model.block_size + 1)  # of one chunk
+        on_device = n_tokens if n_tokens <= DEVICE_TOKENS else windows
+        return needed(config, 0 if on_cpu else on_device, recomputed=not on_cpu, shards=shards)
+
+    memory = estimate(config)
+    if free is None or memory.total * sharing <= free:
+        return
+    # Smaller micro-batches come first: they train the same. Then smaller batches, shorter contexts, a smaller model.
+    B, T = config.train.batch_size, config.model.block_size
+    changes: list[dict[str, Any]] = [
+        *({"accumulate": A} for A in range(config.train.accumulate + 1, B + 1) if B % A == 0),
+        *({"batch_size": B >> i, "accumulate": 1} for i in range(1, B.bit_length())),
+        *({"batch_size": 1, "accumulate": 1, "block_size": T >> i} for i in range(1, T.bit_length())),
+    ]
+    advice = (
+        "a smaller vocabulary (--tokenizer)"
+        if config.model.kind == "bigram"
+        else "a smaller model (--n-embd, --n-layer)"
+    )
+    for change in changes:
+        smaller = replaced(config, **change)
+        micro_batch = smaller.train.batch_size // smaller.train.accumulate
+        if micro_batch % shards.batch == 0 and estimate(smaller).total * sharing <= free:
+            advice = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
+            break
+    then = "and" if config.train.accumulate > 1 else "or, after them,"
+    raise OutOfMemoryError(
+        f"a training step needs at least {size(memory.total)}: parameters {size(memory.parameters)}, optimizer state "
+        f"{size(memory.optimizer_state)}, activations {size(memory.activations)} {then} gradients "
+        f"{size(memory.gradients)}, tokens {size(memory.tokens)}; {size(free)} are free"
+        f"{f' for all {sharing} devices' if sharing > 1 else ''}: {f'try {advice}' if new else ELSEWHERE}"
+    )
+
+
+def compiled_bytes(compiled: Any) -> tuple[int, int] | None:
+    """(bytes of its arguments, further bytes that a call takes), None where the backend does not report them."""
+    with suppress(NotImplementedError, RuntimeError):
+        if stats := compiled.memory_analysis():
+            more = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+            return stats.argument_size_in_bytes, more
+    return None
+
+
+def size(n_bytes: float) -> str:
+    """Bytes as text, in powers of ten.
+
+    >>> size(84_200_000_000), size(1_234_000)
+    ('84.2 GB', '1.2 MB')
+    """
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def available() -> int | None:
+    """Free bytes of the device that a step runs on, None where it does not report them."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return host_available()
+    with suppress(NotImplementedError, RuntimeError):
+        stats = device.memory_stats() or {}
+        if "bytes_limit" in stats:
+            return max(0, stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    return None
+
+
+def host_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of the machine's memory that this process may still take, without swap.
+
+    The least of MemAvailable, of what control groups leave, and of what RLIMIT_AS (`ulimit -v`) leaves. Without /proc,
+    the whole physical memory.
+    """
+    left = _left_in_cgroups(proc, cgroups)
+    if found := re.search(r"^MemAvailable:\s*(\d+) kB", _read(proc / "meminfo"), re.M):
+        left.append(int(found[1]) * 1024)
+    elif not left:
+        with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+            left.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if sys.platform != "win32":
+        import resource
+
+        limit, pages = resource.getrlimit(resource.RLIMIT_AS)[0], _read(proc / "self" / "statm").split()
+        if limit != resource.RLIM_INFINITY:
+            left.append(limit - (int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0))
+    return max(0, min(left)) if left else None
+
+
+def _left_in_cgroups(proc: Path, root: Path) -> list[int]:
+    """Limit minus usage of each control group (version 2 or 1) of the process, up to the root. Page cache is free."""
+    left = []
+    for line in _read(proc / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        v1 = "memory" if controllers else ""
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
+        group = Path(path.lstrip("/"))
+        for folder in (root / v1 / each for each in (group, *group.parents)):
+            limit, used = (_read(folder / name).strip() for name in names)
+            if limit.isdigit() and used.isdigit():  # "max" is no limit
+                stat = _read(folder / "memory.stat")
+                cached = re.findall(rf"^{'total_' * bool(v1)}(?:in)?active_file (\d+)$", stat, re.M)
+                left.append(int(limit) - int(used) + sum(map(int, cached)))
+    return left
+
+
+def _read(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text()
+    return ""

@@ -1,0 +1,112 @@
+"""The mesh that a command trains on: the sizes that --mesh names, or "auto", and whether a config fits them."""
+
+import jax
+from jax.sharding import Mesh
+
+from jaxgpt import cost
+from jaxgpt.config import Config
+from jaxgpt.sharding import MeshError, Sizes, make_mesh
+
+MAX_TENSOR = 8
+"""Most devices along `tensor` that "auto" picks: they all-reduce activations four times per block."""
+MIN_CONTEXT = 256
+"""Fewest tokens per device along `context` that "auto" picks: below, sending keys and values outweighs the matmuls."""
+
+
+def check(config: Config, sizes: Sizes) -> None:
+    """Raise a MeshError with all `problems`, if there are any."""
+    if wrong := problems(config, sizes):
+        raise MeshError(f"the mesh {sizes} does not fit:\n" + "\n".join(f"  {line}" for line in wrong))
+
+
+def problems(config: Config, sizes: Sizes) -> list[str]:
+    """Each dimension of a config, its vocab_size known, that its axis does not divide, and the option to change."""
+    model, A = config.model, config.train.accumulate
+    what = "sequences per micro-batch (batch_size / accumulate)"
+    rows: list[tuple[str, int, int, str, str, int]] = [  # axis, its size, dimension, what it is, option, and its unit
+        ("data x fsdp", sizes.data * sizes.fsdp, config.train.batch_size // A, what, "--batch-size", A),
+        ("context", sizes.context, model.block_size, "tokens of a context (block_size)", "--block-size", 1),
+    ]
+    if model.kind == "gpt":
+        rows += [
+            ("fsdp", sizes.fsdp, model.n_embd, "channels (n_embd)", "--n-embd", 1),
+            ("tensor", sizes.tensor, model.n_embd, "channels (n_embd)", "--n-embd", 1),
+            ("tensor", sizes.tensor, model.n_kv_head, "KV heads (n_kv_head)", "--n-kv-head", 1),
+            ("tensor", sizes.tensor, model.vocab_size, "tokens of the vocabulary (vocab_size)", "--vocab-size", 1),
+        ]
+    found = [
+        f"{axis} = {n} does not divide {size} {what}: try {option} {-(-size // n) * n * unit}"
+        for axis, n, size, what, option, unit in rows
+        if size % n
+    ]
+    hidden = cost.kernels(model)["c_fc"][1]  # of SwiGLU; else four times the channels
+    if model.kind == "gpt" and not found and hidden % sizes.tensor:
+        found = [f"tensor = {sizes.tensor} does not divide {hidden} hidden channels: try a divisor of it"]
+    return found
+
+
+def mesh_for(config: Config, sizes: Sizes | None) -> tuple[Mesh, str]:
+    """The mesh to train a config on, its vocab_size known, and a line that describes it.
+
+    Args:
+      sizes: None for the mesh that `choose` picks. One device on a CPU, whose virtual devices share its cores.
+
+    Raises:
+      MeshError: there are fewer devices, or a dimension is not divisible.
+    """
+    devices, why = jax.devices(), ""
+    n, kind = len(devices), devices[0].device_kind
+    if sizes is None:
+        one_cpu = devices[0].platform == "cpu" and jax.process_count() == 1
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        sizes, why = choose(config, 1 if one_cpu else n, memory)
+        if one_cpu:
+            why = f"the {n} devices of one CPU share its cores; --mesh data={n} takes them all"
+    check(config, sizes)
+    if sizes.devices > n:
+        raise MeshError(f"the mesh {sizes} needs {sizes.devices} devices, and there are {n}: --mesh auto takes those")
+    if jax.process_count() > 1 and sizes.devices != n:
+        raise MeshError(
+            f"the mesh {sizes} leaves {n - sizes.devices} of the {n} devices of {jax.process_count()} processes out, "
+            f"but every process must take part: start fewer, or name a mesh of {n} devices{why and f'; {why}'}"
+        )
+    if n == 1:
+        return make_mesh(sizes), f"on {kind}"
+    line = f"on {kind}" if sizes.devices == 1 else f"on {sizes.devices} of {n} x {kind} as {sizes}"
+    return make_mesh(sizes), f"{line}: {why}" if why else line
+
+
+def choose(config: Config, devices: int, memory: int | None) -> tuple[Sizes, str]:
+    """The mesh of "auto" and the reason for it, for `devices` equal devices with `memory` bytes each (None: unknown).
+
+    The state is replicated (data) where it takes at most half of a device's memory, else sharded over as few devices as
+    that takes (fsdp). Devices beyond the sequences of a micro-batch go to `tensor` or `context`, within MAX_TENSOR and
+    MIN_CONTEXT; else they stay idle, and the reason names a better number of micro-batches.
+    """
+    state = cost.FLOAT * 4 * cost.n_params(config.model)  # parameters, gradients, two moments
+    B, A = config.train.batch_size, config.train.accumulate
+    over_batch = max(n for n in divisors(devices) if B // A % n == 0)
+    rest = devices // over_batch
+    valid = [n for n in divisors(over_batch) if not problems(config, Sizes(over_batch // n, n))]
+    fsdp = next((n for n in valid if memory is None or state / n <= memory / 2), max(valid, default=1))
+    data = over_batch // fsdp
+    why = f"parameters, gradients and moments take {state / 1e9:.2g} GB"
+    why += f" of {memory / 1e9:.3g} GB a device" if memory else ""
+    why += f", split over {fsdp} devices" if fsdp > 1 else ", whole on each device"
+    if rest == 1:
+        return Sizes(data, fsdp), why
+    # The fewest micro-batches that all devices share, with no more sequences per device than a micro-batch has now.
+    better = next((a for a in divisors(B) if B // a % devices == 0 and B // a // devices <= B // A), A)
+    hint = f"; better, all {devices} share the batch: --accumulate {better}" if better != A else ""
+    tensor, context = Sizes(data, fsdp, tensor=rest), Sizes(data, fsdp, context=rest)
+    if rest <= MAX_TENSOR and config.model.n_head % rest == 0 and not problems(config, tensor):
+        return tensor, f"{why}; {over_batch} shards of the batch, so tensor takes the other {rest}{hint}"
+    if config.model.block_size >= MIN_CONTEXT * rest and not problems(config, context):
+        return context, f"{why}; {over_batch} shards of the batch, so context takes the other {rest}{hint}"
+    why += f"; {devices - over_batch} of {devices} devices stay idle, as only {over_batch} divide a micro-batch{hint}"
+    return Sizes(data, fsdp), why
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of n, smallest first."""
+    return [i for i in range(1, n + 1) if n % i == 0]
