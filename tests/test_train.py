@@ -22,7 +22,7 @@ from jaxgpt.config import DataConfig
 from jaxgpt.metrics_log import DivergedError, Evaluated, Notice, Progress
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.run import Run, RunError
-from jaxgpt.sample import write
+from jaxgpt.sample import SamplingParams, write
 from jaxgpt.sharding import one_device
 from jaxgpt.start import load_model
 from jaxgpt.step import abstract_state
@@ -118,12 +118,12 @@ def test_a_run_is_the_same_whatever_the_flags_of_jax(tiny, change, new_run, set_
     with pytest.raises(Stop):
         fit(ways["before"], corpus, stop_after(10))
     fit(ways["after"], corpus)
-    text = ["".join(pieces) for pieces in write(*load_model(plain), "the", 20, top_p=0.9, samples=2)]
+    text = ["".join(pieces) for pieces in write(*load_model(plain), "the", 20, SamplingParams(top_p=0.9), samples=2)]
     set_flags(**{name: DEFAULTS[name] for name in flags})
     fit(ways["before"], corpus)
     for run in ways.values():
         assert_same_run(plain, run)
-    assert text == ["".join(pieces) for pieces in write(*load_model(plain), "the", 20, top_p=0.9, samples=2)]
+    assert text == ["".join(pieces) for pieces in write(*load_model(plain), "the", 20, SamplingParams(top_p=0.9), samples=2)]
 
 
 def test_looking_more_often_changes_nothing_that_is_learnt(tiny, change, new_run):
@@ -279,13 +279,13 @@ def poisoned(monkeypatch):
         def train_step(config, state, batch, hyper=None):
             with monkeypatch.context() as patch:
                 bad = jnp.isin(state.step + 1, jnp.array(numbers))
-                losses, here = step.nn.losses, threading.get_ident()
+                losses, here = step.model.losses, threading.get_ident()
 
                 def poisoned(*args):
                     found = losses(*args)  # another thread may be tracing an evaluation now
                     return found + jnp.log(jnp.where(bad, -1.0, 1.0)) if threading.get_ident() == here else found
 
-                patch.setattr(step.nn, "losses", poisoned)
+                patch.setattr(step.model, "losses", poisoned)
                 return honest(config, state, batch, hyper)
 
         monkeypatch.setattr(step, "train_step", train_step)

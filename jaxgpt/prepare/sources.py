@@ -197,8 +197,8 @@ def _folder(folder: Path, column: str) -> Text:
         notes += left_out + [_summed(found) for found in changed.values()]
 
     name = folder.name if is_url(str(folder)) else folder.resolve().name
-    documents = any(documents.holds_documents(path, column) for path in paths)
-    return Text(name, f"{len(paths)} files in {folder}", sum(file.size for file in each), pieces, documents, each)
+    several = any(documents.holds_documents(path, column) for path in paths)
+    return Text(name, f"{len(paths)} files in {folder}", sum(file.size for file in each), pieces, several, each)
 
 
 def _summed(found: list[tuple[str, str]]) -> str:

@@ -102,10 +102,10 @@ def test_an_array_on_one_line_is_not_read_whole_to_see_that_it_is_one(tmp_path, 
 
 
 @given(st.lists(st.text(st.characters())))
-def test_json_lines_give_back_any_strings(tmp_path_factory, documents):
+def test_json_lines_give_back_any_strings(tmp_path_factory, texts):
     path = tmp_path_factory.mktemp("a") / "a.jsonl"
-    path.write_text("\n\n".join(json.dumps({"text": document}) for document in documents))
-    text = "\n\n".join(documents).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    path.write_text("\n\n".join(json.dumps({"text": text}) for text in texts))
+    text = "\n\n".join(texts).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     assert documents.read_text(path)[0] == text
 
 
