@@ -156,7 +156,9 @@ def compile_step(config: Config, mesh: Mesh) -> Any:
         lowered = jit_train_steps(config, mesh).lower(abstract_state(config, mesh), tokens, starts)
         try:
             with _without_cache():
-                return lowered.compile({"exec_time_optimization_effort": -1.0})
+                # The name of the option changed with jax 0.11.
+                old = "jax_exec_time_optimization_effort" in jax.config.values
+                return lowered.compile({"exec_time_optimization_effort": -1.0} if old else {"optimization_level": "O0"})
         except Exception as error:
             why = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" in why:
