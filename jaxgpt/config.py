@@ -46,10 +46,10 @@ class DataConfig:
 
     corpus: str = "python-docs"
     """A named corpus (python-docs, python-stdlib, shakespeare), a file or folder of UTF-8, JSON Lines or Parquet, or a
-    prepared folder; here or at a URL. Or a mixture of such by weight: 0.7*a.txt + 0.3*b.txt."""
+    prepared folder; here or at a URL. Or a mixture by weight: `0.7*a.txt + 0.3*b.txt`."""
     tokenizer: str = "char"
-    """char, ascii, byte, gpt2, bpe:SIZE (learnt from the text, such as bpe:4096), a tokens.json whose vocabulary is
-    to be used again, or a Hugging Face folder with a byte-level BPE."""
+    """char, ascii, byte, gpt2, bpe:SIZE (learned from the text, such as bpe:4096), a tokens.json to reuse its
+    vocabulary, or a Hugging Face folder with a byte-level BPE."""
     val_fraction: float = 0.1
     """The share at the end of the corpus that is kept for validation."""
     val_tokens: int = 4_000_000
@@ -62,7 +62,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the model, in the words of the notes and of nanoGPT."""
+    """The shape of the model, with nanoGPT's names."""
 
     kind: Literal["gpt", "bigram"] = "gpt"
     """gpt: causal self-attention; bigram: logits read off a (V, V) table."""
@@ -105,19 +105,19 @@ class ModelConfig:
     init_scale: float = 1.0
     """Multiplies the initial kernels and embeddings."""
     zero_init: bool = False
-    """Start what writes into the residual stream, and an untied head, at zero (Zhang et al. 2019, arXiv:1901.09321;
-    modded-nanogpt 2024)."""
+    """Initialize the output projections of attention and MLP, and an untied head, to zero (Zhang et al. 2019,
+    arXiv:1901.09321; modded-nanogpt 2024)."""
     softcap: float = 0.0
-    """Logits become softcap * tanh(logits / softcap) (Gemma 2, 2024, arXiv:2408.00118); 0 leaves them."""
+    """Logits become `softcap * tanh(logits / softcap)` (Gemma 2, 2024, arXiv:2408.00118); 0 leaves them."""
     smear: bool = False
-    """Add the previous token's embedding, by a learned share of each channel, from none (modded-nanogpt 2025; the token
-    shift of RWKV, Peng et al. 2023, arXiv:2305.13048)."""
+    """Add the previous token's embedding, scaled by a learned factor per channel, initially 0 (modded-nanogpt 2025; the
+    token shift of RWKV, Peng et al. 2023, arXiv:2305.13048)."""
     bigram_embed: bool = False
-    """Add an embedding of the pair (previous token, token), from zero: an exact table of V * V rows, for small
+    """Add an embedding of the pair (previous token, token), initially zero: an exact table of V x V rows, for small
     vocabularies (hashed to fewer rows in modded-nanogpt 2025)."""
     value_embed: bool = False
-    """Add an embedding of the token to the values of every block, from zero (modded-nanogpt 2024, after value residual
-    learning, Zhou et al. 2024, arXiv:2410.17897)."""
+    """Add an embedding of the token to the values of every block, initially zero (modded-nanogpt 2024, after value
+    residual learning, Zhou et al. 2024, arXiv:2410.17897)."""
     remat: Literal["none", "matmuls", "blocks"] = "none"
     """What the backward pass recomputes to save memory: nothing; all but the results of matmuls; whole blocks."""
     scan_layers: bool = False
@@ -144,7 +144,7 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.1
     """The share of learning_rate at which the schedule ends where min_learning_rate is None."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay schedule of the learning rate after warm-up."""
+    """Decay schedule after the peak."""
     warmup_steps: int = 100
     """Steps of linear warm-up before the peak."""
     decay_steps: int = 0
@@ -168,7 +168,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Steps, batches, evaluations and saves."""
+    """Length, batch size, evaluation and checkpoints."""
 
     seed: int = 1337
     """Fixes the initial parameters, the batches and the dropout."""
@@ -181,7 +181,7 @@ class TrainConfig:
     sampling: Literal["epoch", "random"] = "epoch"
     """epoch: every window once per epoch, shuffled; random: with replacement, as nanoGPT."""
     scan_steps: int = 50
-    """K, steps per compiled scan."""
+    """K, training steps per compiled scan; metrics, signals and saves are handled between scans."""
     eval_every: int = 250
     """Steps between evaluations and saves; a multiple of scan_steps; 0 evaluates and saves at the ends only."""
     eval_start: bool = True
@@ -193,15 +193,15 @@ class TrainConfig:
     keep_every: int = 0
     """Keep the checkpoints of the multiples of this step too; 0 keeps no more."""
     max_skipped: int = 5
-    """End the run after this many steps in a row whose loss or gradient is not finite. Such a step is not applied."""
+    """How many non-finite steps in a row, each of them skipped, end the run."""
     on_save_error: Literal["continue", "stop"] = "continue"
-    """When a save fails, on a full disk: train on and try again at the next one, or end the run."""
+    """If a save fails, as on a full disk: continue and try again at the next save, or end the run."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run: with the tokens, it determines every number that the run produces where the kernels are repeatable
-    (docs/reliability.md)."""
+    """A whole run: together with the tokens, it determines every number that the run produces, where the kernels are
+    repeatable (docs/explain/reliability.md)."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

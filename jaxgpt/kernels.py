@@ -40,7 +40,7 @@ def repeatable(used: Kernel, T: int) -> bool:
     """Whether the gradients of a kernel, for contexts of T tokens, have the same bits each time.
 
     The backward pass of cuDNN's attention adds in no fixed order: on an H100 its bits varied at 1,024 tokens and not
-    at 256 (docs/performance.md).
+    at 256 (docs/benchmarks/gpu.md).
     """
     return used != "cudnn" or T <= 256
 

@@ -200,7 +200,7 @@ class BPETokenizer:
         try:
             import tiktoken
         except ImportError as error:
-            raise MissingExtraError("encoding with a BPE vocabulary", "tiktoken", "bpe") from error
+            raise MissingExtraError("encoding with a BPE vocabulary", "tiktoken", "data") from error
         ranks = {token: rank for rank, token in enumerate(self.tokens, self.leading)}
         return tiktoken.Encoding("jaxgpt", pat_str=PATTERNS[self.pattern], mergeable_ranks=ranks, special_tokens={})
 

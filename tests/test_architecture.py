@@ -149,9 +149,9 @@ def test_heavy_imports_wait_for_their_use():
     heavy = ("jax", "flax", "optax", "orbax", "rich", "tyro", "numpy", "jinja2")
     heavy += ("tiktoken", "tokenizers", "pyarrow", "torch", "transformers", "vl_convert", "starlette", "uvicorn")
     assert loaded_after("import jaxgpt", *heavy) == []
-    assert loaded_after("from jaxgpt.cli import run_verb; run_verb(['--help'])", *heavy) == []
-    verbs = ", ".join(f"jaxgpt.{module}" for module, _ in COMMANDS.values())
-    assert "jax" not in loaded_after(f"import {verbs}", *heavy), "a command's help waits for no JAX"
+    assert loaded_after("from jaxgpt.cli import run_command; run_command(['--help'])", *heavy) == []
+    commands = ", ".join(f"jaxgpt.{module}" for module, _ in COMMANDS.values())
+    assert "jax" not in loaded_after(f"import {commands}", *heavy), "a command's help waits for no JAX"
     assert loaded_after("import jaxgpt.corpus, jaxgpt.data", *heavy) == ["numpy"]
     assert loaded_after("import jaxgpt.monitor.progress, jaxgpt.display.text", "jax") == []
     assert "orbax" not in loaded_after("import jaxgpt; jaxgpt.train_steps; jaxgpt.generate", *heavy)

@@ -30,7 +30,7 @@ def call(tmp_path, monkeypatch, capsys):
 
     def run(*args):
         try:
-            code = cli.run_verb([str(arg) for arg in args])
+            code = cli.run_command([str(arg) for arg in args])
         except SystemExit as done:  # tyro's own way out
             code = done.code
         out, err = capsys.readouterr()

@@ -1,21 +1,34 @@
-"""The pages are run, not believed: every Python block in order, and what it prints where the page shows it."""
+"""The documentation is tested: every Python block runs in order, and prints what the page shows."""
 
 import contextlib
 import io
 import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from jaxgpt import recipes
+import jaxgpt
+from jaxgpt import cli, recipes
 
-PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
-RECIPES = Path(__file__).parents[1] / "docs" / "functional.md"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+RECIPES = DOCS / "howto" / "functional.md"
+
+
+def named(path):
+    return str(path.relative_to(DOCS))
+
+
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```text\n(.*?)^```\n)?", re.S | re.M)
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("path", [path for path in PAGES if path != RECIPES], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in PAGES if path != RECIPES], ids=named)
 def test_a_page_does_what_it_says(path):
     page, names = path.read_text("utf-8"), {}
     for block in BLOCK.finditer(page):
@@ -28,12 +41,12 @@ def test_a_page_does_what_it_says(path):
 
 
 @pytest.mark.smoke
-def test_ten_recipes_each_of_which_stands_alone_and_keeps_a_law():
+def test_eleven_recipes_each_of_which_stands_alone_and_keeps_a_law():
     page = RECIPES.read_text("utf-8")
     first, *recipes = BLOCK.finditer(page)
     common = {}
     exec(compile(first[1], RECIPES.name, "exec"), common)
-    assert len(recipes) == 10
+    assert len(recipes) == 11
     for block in recipes:
         code, line = block[1], page.count("\n", 0, block.start()) + 1
         assert len(code.splitlines()) <= 15, f"line {line}"
@@ -41,7 +54,7 @@ def test_ten_recipes_each_of_which_stands_alone_and_keeps_a_law():
         exec(compile("\n" * line + code, RECIPES.name, "exec"), dict(common))
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=named)
 def test_what_a_page_links_to_exists(path):
     for target in re.findall(
         r"\]\((?!https?:|#)([^)#]+)", re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.S)
@@ -49,12 +62,12 @@ def test_what_a_page_links_to_exists(path):
         assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=named)
 def test_nothing_on_a_page_is_still_to_be_filled_in(path):
     assert not re.search(r"^[A-Z_]{3,}$|TODO", path.read_text("utf-8"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=named)
 def test_the_steps_of_a_recipe_are_those_that_it_has(path):
     prose = re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.S)
     for paragraph in re.split(r"\n\s*\n|\n(?=[|-])", prose):
@@ -68,8 +81,73 @@ def test_there_is_a_page_to_try():
 
 
 def test_the_tests_that_are_said_to_hold_a_promise_exist():
-    root = Path(__file__).parents[1]
-    page = (root / "docs" / "reliability.md").read_text("utf-8")
+    page = (DOCS / "explain" / "reliability.md").read_text("utf-8")
     named = set(re.findall(r"`(?:tests/)?(?:\w+/)*(test_\w+\.py)`", page))
     assert len(named) > 8
-    assert named <= {path.name for path in (root / "tests").rglob("*.py")}
+    assert named <= {path.name for path in (ROOT / "tests").rglob("*.py")}
+
+
+def test_the_generated_pages_are_those_of_the_code(tmp_path):
+    subprocess.run([sys.executable, ROOT / "scripts" / "reference", tmp_path], check=True, cwd=ROOT)
+    for page in tmp_path.iterdir():
+        assert (DOCS / "reference" / page.name).read_text("utf-8") == page.read_text("utf-8"), "run scripts/reference"
+
+
+def test_the_api_page_has_the_public_names_and_no_others():
+    page = (DOCS / "reference" / "api.md").read_text("utf-8")
+    found = re.findall(r"^::: (jaxgpt\.\S+)$", page, re.MULTILINE)
+    assert sorted(found) == sorted(f"jaxgpt.{home}.{name}" for name, home in jaxgpt._HOME.items())
+    assert sorted(jaxgpt.__all__) == sorted(name.rpartition(".")[2] for name in found)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_a_page_is_short_enough_to_read(path):
+    assert len(path.read_text("utf-8").splitlines()) <= 250 or path.parent == DOCS / "reference"
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(str(path.relative_to(DOCS)) for path in PAGES)
+
+
+def test_there_is_one_address_of_the_repository():
+    url = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]["Repository"]
+    for path in [*PAGES, ROOT / "mkdocs.yml", ROOT / "README.md"]:
+        for found in re.findall(r"https://github\.com/[\w-]+/jaxgpt\b", path.read_text("utf-8")):
+            assert found == url, path
+
+
+@cache
+def options(command, *name):
+    """The options of a command, and of the recipe that it is given, by its help."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as done:
+        cli.run_command([command, *name, "--help"])
+    assert done.value.code == 0, command
+    return set(re.findall(r"--[\w-]+", out.getvalue()))
+
+
+def command_lines(path):
+    """(command, words after it) of each line of a shell block that calls jaxgpt, up to a pipe or a comment."""
+    for block in re.findall(r"```sh\n(.*?)```", path.read_text("utf-8"), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = re.sub(r"^(.*[|] |!)", "", line.strip()).split(" #")[0].split()
+            if words[:1] == ["jaxgpt"] and len(words) > 1:
+                yield words[1], words[2:]
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "README.md"], ids=lambda path: path.name)
+def test_every_command_line_is_understood(path):
+    """Each `jaxgpt COMMAND ...` parses: the command, its recipe and the names of its options are real."""
+    for command, words in command_lines(path):
+        if command.startswith("--") or "--help" in words:
+            continue
+        named = words[:1] if command == "train" and not words[0].startswith("--") else []
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert given <= options(command, *named), (command, *words)
+
+
+def test_there_are_command_lines_to_try():
+    assert len(list(command_lines(ROOT / "README.md"))) >= 6
+    shown = {command for path in [*PAGES, ROOT / "README.md"] for command, _ in command_lines(path)}
+    assert shown >= set(cli.COMMANDS)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.cli import join, run_verb
+from jaxgpt.cli import join, run_command
 from tests.faults.groups import BOUND, curve, ended, members, new, on, train, wait_for_lines
 
 
@@ -136,7 +136,7 @@ def test_what_cannot_be_joined_is_refused_before_anyone_waits(capsys):
         (["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"], "expected 0 to 1"),
         (["--num-processes", "2", "--process-id", "1"], "--coordinator HOST:PORT"),
     ):
-        assert run_verb(["train", "gpt-demo", *words]) == 2
+        assert run_command(["train", "gpt-demo", *words]) == 2
         assert said in capsys.readouterr().err
 
 
@@ -147,7 +147,7 @@ def test_a_process_0_that_is_nowhere_is_told_and_that_it_is_waited_for(monkeypat
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"  # where nobody listens
         words = ["train", "gpt-demo", "--coordinator", address, "--num-processes", "2", "--process-id", "1"]
-        assert run_verb(words) == 2
+        assert run_command(words) == 2
     err = capsys.readouterr().err
     assert f"process 1 of 2 waits for the others at {address}" in err
     assert f"no process 0 at {address} for 0 s (" in err

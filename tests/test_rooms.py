@@ -17,7 +17,7 @@ ROOMS = sorted({path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"
 
 COMMANDS = """
 import sys
-from jaxgpt.cli import run_verb
+from jaxgpt.cli import run_command
 
 corpus = sys.argv[1]
 model = "--n-layer 1 --n-head 1 --n-embd 8 --block-size 8 --batch-size 2".split()
@@ -30,7 +30,7 @@ for command in (
     ["sample", "one", "--tokens", "3"],
     ["eval", "one"],
 ):
-    if code := run_verb(command):
+    if code := run_command(command):
         sys.exit(f"{command} ended with {code}")
 """
 

@@ -6,7 +6,7 @@ import pytest
 
 from jaxgpt import files, processes
 from jaxgpt.checkpoint import CheckpointError
-from jaxgpt.cli import evaluate, memory, run_verb
+from jaxgpt.cli import evaluate, memory, run_command
 from jaxgpt.cli.corpora import folder_of, folders_of
 from jaxgpt.cli.memory import OutOfMemoryError
 from jaxgpt.cli.runs import complete, corpus_of, resume, start
@@ -229,6 +229,6 @@ def test_a_run_that_no_longer_fits_is_refused_as_it_is(config, folders, monkeypa
     monkeypatch.setattr(memory, "available", lambda: 10_000)
     before = run.metrics_file.read_bytes()
     places = ["--runs-dir", str(folders[0]), "--data-dir", str(folders[1])]
-    assert run_verb(["train", "--run", "one", "--resume", "--steps", "20", *places]) == 2
+    assert run_command(["train", "--run", "one", "--resume", "--steps", "20", *places]) == 2
     assert "a run that has begun cannot be made smaller" in capsys.readouterr().err
     assert run.metrics_file.read_bytes() == before

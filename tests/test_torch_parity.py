@@ -15,7 +15,7 @@ from jaxgpt.data import Batch
 from jaxgpt.huggingface import gpt2
 from jaxgpt.step import loss_and_grads
 
-torch = pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
 
 from scripts.benchmarks.twin import Twin, gpt2_tensors  # noqa: E402 (after the skip)
 

@@ -107,10 +107,10 @@ def test_bytes_of_the_command_line_that_are_not_utf8_reach_a_byte_model_as_they_
     asked = []
     monkeypatch.setattr("jaxgpt.sample.stream", lambda config, params, ids, *args, **how: asked.append(ids) or [])
     for prompt in (b"\xff\xfe", b"caf\xc3", "é".encode()):
-        assert cli.run_verb(["sample", str(run.path), "--prompt", os.fsdecode(prompt)]) == 0
+        assert cli.run_command(["sample", str(run.path), "--prompt", os.fsdecode(prompt)]) == 0
         assert asked.pop().tolist() == [list(prompt)]
     assert capsys.readouterr().out == "\ufffd\ufffd\ncaf\ufffd\né\n"
-    assert cli.run_verb(["sample", str(run.path), "--prompt", "a", "--stop", os.fsdecode(b"\xff")]) == 2
+    assert cli.run_command(["sample", str(run.path), "--prompt", "a", "--stop", os.fsdecode(b"\xff")]) == 2
     assert "stop is ['\\udcff'], expected UTF-8" in capsys.readouterr().err
 
 

@@ -20,22 +20,22 @@ COMMANDS = {  # its module, and its line in the overview
     "prepare": ("prepare.cli", "Turn a text into shards of tokens and tokens.json."),
     "train": ("cli.train", "Train a recipe, or resume a run."),
     "sample": ("cli.sample", "Write text with a trained run."),
-    "serve": ("serve.cli", "Play with runs in a browser: watch them write, look inside."),
+    "serve": ("serve.cli", "Open a playground in the browser: samples, alternatives, attention."),
     "eval": ("cli.evaluate", "Score a run on a whole split."),
-    "report": ("report.cli", "Make a page of runs: curves, texts, what surprised them, where they look."),
-    "diagnose": ("diagnostics.cli", "Derivatives of a run's loss: noise, curvature, influence; and a look inside."),
-    "verify-resume": ("verify.cli", "Show that a run which is killed and resumed keeps every bit."),
+    "report": ("report.cli", "Write an HTML report of runs: curves, samples, losses by token, attention."),
+    "diagnose": ("diagnostics.cli", "Diagnose a run: gradient noise, curvature, influence, attention, logit lens."),
+    "verify-resume": ("verify.cli", "Prove that a killed and resumed run keeps every bit."),
     "import-gpt2": (
         "huggingface.import_cli",
         "Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune.",
     ),
     "sweep": ("sweep.cli", "Train seeds and settings of a recipe together, and find the best."),
-    "scaling-fit": ("scaling_law.cli", "Train a family of sizes and fit how the loss falls with size and text."),
-    "plan": ("plan.cli", "Compile a recipe for chips that are not attached: does it fit, how fast might it be."),
+    "scaling-fit": ("scaling_law.cli", "Train models of several sizes and fit a scaling law."),
+    "plan": ("plan.cli", "Compile a recipe for chips that are not attached: memory, communication, speed."),
     "export": ("huggingface.export_cli", "Write a run as a folder that transformers loads."),
-    "lecture": ("lecture.cli", "Climb the lecture's ladder, from a uniform guess to the transformer."),
-    "ledger": ("profile.ledger_cli", "One step every way JAX can run it: what jit costs and saves."),
-    "inspect": ("profile.inspect_cli", "What a recipe or a run is made of, and what the compiler makes of it."),
+    "lecture": ("lecture.cli", "Train and score the lecture's models, from a uniform guess to the transformer."),
+    "ledger": ("profile.ledger_cli", "Run a step in every way that JAX can: what jit costs and saves."),
+    "inspect": ("profile.inspect_cli", "Show parameters, FLOPs and memory of a step, and what XLA makes of it."),
     "recipes": ("cli.list_recipes", "List the recipes."),
 }
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def run_verb(argv: Sequence[str]) -> int:
+def run_command(argv: Sequence[str]) -> int:
     """The exit code of `jaxgpt *argv`; errors that a person can mend are printed without a traceback."""
     return _attempt(argv)[0]
 

@@ -21,7 +21,7 @@ class Effort:
     batch: int = 32
     """Windows in the batch of curvature, landscape, lens and attention."""
     steps: int = 20
-    """Lanczos steps, each a Hessian-vector product; the memory is as many times the parameters."""
+    """Lanczos steps, each a Hessian-vector product; each keeps a vector of all parameters."""
     probes: int = 8
     """Random vectors that estimate the trace of the Hessian."""
     grid: int = 13

@@ -122,7 +122,7 @@ def require(path: Path | None = None) -> Any:
     try:
         import vl_convert
     except ImportError as error:
-        raise MissingExtraError("a chart", "vl-convert-python", "plot") from error
+        raise MissingExtraError("a chart", "vl-convert-python", "report") from error
     if path and path.suffix not in FORMATS:
         raise UsageError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(FORMATS)}")
     return vl_convert

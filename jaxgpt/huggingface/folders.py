@@ -51,7 +51,7 @@ def find(name: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise InteropError(
-            f"no folder {name!r}; pip install 'jaxgpt[hub]' to fetch models by name, or {by_hand}"
+            f"no folder {name!r}; pip install 'jaxgpt[hf]' to fetch models by name, or {by_hand}"
         ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))

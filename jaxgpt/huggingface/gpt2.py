@@ -223,9 +223,8 @@ def wanted(folder: Path) -> str:
             f"installed, this writes model.safetensors beside it: {shlex.join(['python', '-c', code, str(folder)])}"
         )
     if pickles:
-        return (
-            f"{pickles[0]} is a pickle, which can run code and is never loaded. docs/import.md says how to convert it"
-        )
+        how = "docs/howto/checkpoints.md shows how to convert it"
+        return f"{pickles[0]} is a pickle, which can run code and is never loaded. {how}"
     return "a GPT-2 folder holds config.json and model.safetensors"
 
 

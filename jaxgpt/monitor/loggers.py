@@ -64,7 +64,7 @@ def require(names: Sequence[str]) -> None:
     """Raises MissingExtraError if the library of one of these loggers is not installed."""
     for name in names:
         if not find_spec(name):
-            raise MissingExtraError(f"--log {name}", name, name)
+            raise MissingExtraError(f"--log {name}", name, "loggers")
 
 
 @contextmanager

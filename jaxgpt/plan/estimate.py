@@ -18,7 +18,7 @@ TOKENS = 2**28
 """Tokens of the corpus on each chip, as in training (`feed.DEVICE_TOKENS`)."""
 ROOM = 0.8
 """The share of a chip's memory that an estimate may fill: compiled steps take up to a quarter more
-(tests/plan/test_plan.py), and 31% more with eight sequences per chip (docs/scaling.md)."""
+(tests/plan/test_plan.py), and 31% more with eight sequences per chip (docs/howto/plan.md)."""
 TILE = 16
 """Rows of a bfloat16 tile on a TPU: shards of kernels are padded to a multiple."""
 

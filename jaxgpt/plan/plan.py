@@ -77,7 +77,7 @@ def topology(name: str) -> tuple[Chip | None, list[Any]]:
     except Exception as error:
         hint = f"expected an arrangement as in {kind}:{'x'.join('4' * CHIPS[kind].torus)}"
         if importlib.util.find_spec("libtpu") is None:
-            hint = "pip install 'jaxgpt[tpu-plan]' brings the compiler"
+            hint = "pip install 'jaxgpt[tpu]' brings the compiler"
         raise PlanError(f"--topology {name}: {error}; {hint}") from error
     devices: list[Any] = list(found.devices)
     chips = len({tuple(device.coords) for device in devices})

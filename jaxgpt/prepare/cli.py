@@ -13,10 +13,10 @@ from jaxgpt.cli.options import DataDir, parse
 class Prepare:
     corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
     """python-docs, python-stdlib, shakespeare, or a file or folder of UTF-8, JSON Lines or Parquet, here or at a URL
-    such as gs://bucket/texts; or a pipe such as /dev/stdin; or a mixture of such by weight: "0.7*a.txt + 0.3*b.txt"."""
+    such as gs://bucket/texts; or a pipe such as /dev/stdin; or a mixture by weight: "0.7*a.txt + 0.3*b.txt"."""
     tokenizer: str = "char"
-    """char, ascii, byte, gpt2, bpe:SIZE (learned from the text, such as bpe:4096), or a tokens.json whose vocabulary
-    is to be used again."""
+    """char, ascii, byte, gpt2, bpe:SIZE (learned from the text, such as bpe:4096), or a tokens.json to reuse its
+    vocabulary."""
     unknown: Literal["error", "skip"] = "error"
     """What to do with a character outside the vocabulary."""
     column: str = "text"

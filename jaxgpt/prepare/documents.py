@@ -207,7 +207,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise MissingExtraError(f"{path.name}, a Parquet file,", "pyarrow", "parquet") from error
+        raise MissingExtraError(f"{path.name}, a Parquet file,", "pyarrow", "data") from error
     rows = itertools.count(1)
     try:
         with path.open("rb") as raw, parquet.ParquetFile(raw) as file:

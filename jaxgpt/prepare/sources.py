@@ -127,7 +127,7 @@ def path_of(corpus: str) -> Path:
     try:
         from upath import UPath
     except ImportError as error:
-        raise MissingExtraError(f"{corpus}, in a store,", "universal_pathlib", "remote") from error
+        raise MissingExtraError(f"{corpus}, in a store,", "universal_pathlib", "data") from error
     with store_errors(corpus):
         return cast(Path, UPath(corpus))
 
@@ -148,7 +148,7 @@ def store_errors(corpus: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UsageError) or not (is_url(corpus) or isinstance(error, OSError)):
             raise
-        hint = "; pip install what it names, beside 'jaxgpt[remote]'" if isinstance(error, ImportError) else ""
+        hint = "; pip install what it names, beside 'jaxgpt[data]'" if isinstance(error, ImportError) else ""
         raise SourceError(f"{corpus} is unavailable: {str(error) or type(error).__name__}{hint}") from error
 
 

@@ -81,7 +81,7 @@ def learn_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
     try:
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     except ImportError as error:
-        raise MissingExtraError("learning a BPE vocabulary", "tokenizers", "bpe") from error
+        raise MissingExtraError("learning a BPE vocabulary", "tokenizers", "data") from error
 
     def parts() -> Iterator[str]:
         limit = 2**15  # the trainer takes the square of the length of a word
@@ -119,7 +119,7 @@ def load_gpt2() -> BPETokenizer:
     try:
         import tiktoken
     except ImportError as error:
-        raise MissingExtraError("GPT-2's vocabulary", "tiktoken", "bpe") from error
+        raise MissingExtraError("GPT-2's vocabulary", "tiktoken", "data") from error
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:

@@ -27,7 +27,7 @@ class Serve:
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
     token: str = ""
-    """Secret that clients must send; better set in JAXGPT_TOKEN, which other users of this machine cannot see."""
+    """The token that clients must send. JAXGPT_TOKEN sets it out of sight of other users of this machine."""
     allow_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Accept requests to this host name, besides localhost, IP addresses and --host; may be repeated."""
     checkpoint: Checkpoint = "best"

@@ -15,9 +15,9 @@ class Limits:
     max_tokens: int = 1000
     """Tokens that one request may generate."""
     places: int = 32
-    """Requests that a model serves at once; others wait."""
+    """Requests that a model serves at once; the others wait."""
     max_requests: int = 64
-    """Requests under way, including those that wait; more are refused with 429."""
+    """Open requests, waiting ones included; one more gets 429 Too Many Requests."""
 
     def check(self) -> "Limits":
         """`self`, if every limit is at least 1; raises UsageError otherwise."""

@@ -55,7 +55,7 @@ def test_without_pytorch_the_error_names_the_package(monkeypatch):
 
 
 def test_both_sides_count_the_same_tokens():
-    pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
+    pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
     tree = to_tree(config_of("micro", "cpu"))
     for task, settings in {"train jaxgpt": {}, "train torch": {"way": "float32", "device": "cpu"}}.items():
         contestant = contestants.build(task, tree, **settings)
@@ -86,7 +86,7 @@ def test_why_a_process_failed_is_reported(until, tmp_path):
 
 def test_a_speedrun_in_turn(monkeypatch):
     """The ratio is the twin's time divided by ours, and losses are held to the bound."""
-    pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
+    pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
     ran = []
 
     def ours(corpus, place, name, cache, seed, steps):
@@ -115,7 +115,7 @@ def test_a_speedrun_in_turn(monkeypatch):
 
 
 def test_a_warm_run_needs_its_cold_run(monkeypatch):
-    pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
+    pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
 
     def ours(corpus, place, name, cache, seed, steps):
         assert cache == "cold"

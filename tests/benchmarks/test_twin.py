@@ -15,7 +15,7 @@ from jaxgpt.recipes import recipe
 from jaxgpt.step import TrainState, train_step
 from jaxgpt.tokenizer import CharTokenizer
 
-torch = pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
 
 from scripts.benchmarks import twin  # noqa: E402 (after the skip)
 

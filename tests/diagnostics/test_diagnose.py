@@ -30,7 +30,7 @@ def call(tmp_path_factory):
         patch.setenv("COLUMNS", "200")
 
         def run(*args):
-            return cli.run_verb([str(arg) for arg in args]), folder
+            return cli.run_command([str(arg) for arg in args]), folder
 
         assert run("train", "bigram", "--corpus", "text.txt", "--run", "one", *SMALL)[0] == 0
         yield run

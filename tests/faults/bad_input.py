@@ -117,7 +117,7 @@ def inputs(folder: Path, call: Callable[[list[str], Path], tuple[int, str]] = in
         *(["train", "--resume", "--run", name] for name in [*BAD_NAMES, "link", "foreign", "nothing"]),
         *(["train", "--resume", "--run", "one", *flags] for flags in BAD_RESUMES),
         *(["sample", "one", *flags] for flags in BAD_SAMPLES),
-        *([verb, name] for verb in ("sample", "eval") for name in ("nothing", "foreign", "../one", "file", "")),
+        *([command, name] for command in ("sample", "eval") for name in ("nothing", "foreign", "../one", "file", "")),
         *(["prepare", name] for name in ("nothing", "empty", "latin", "bad.jsonl", "bad.parquet", "/proc/self/mem")),
         ["prepare", "verse.txt", "--tokenizer", "nonsense"],
         ["prepare", "verse.txt", "--tokenizer", "prepared/tokens-00000.bin"],

@@ -40,7 +40,7 @@ def test_bad_input_is_refused_in_words_and_writes_nothing(tmp_path):
         err = io.StringIO()
         with contextlib.chdir(folder), contextlib.redirect_stderr(err), contextlib.redirect_stdout(err):
             try:
-                code = cli.run_verb(words)
+                code = cli.run_command(words)
             except SystemExit as done:
                 code = done.code
         return code, err.getvalue()

@@ -157,7 +157,7 @@ def test_an_index_names_no_file_outside_its_folder(tmp_path, name):
 @READERS
 def test_a_short_search_guided_by_coverage(reader, tmp_path):
     if importlib.util.find_spec("atheris") is None:
-        pytest.skip("needs Atheris: pip install 'jaxgpt[fuzz]' (Linux)")
+        pytest.skip("needs Atheris: pip install --group fuzz (Linux)")
     command = [sys.executable, ROOT / "scripts" / "fuzz", "--seconds", "3", "--keep", tmp_path, reader]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -167,7 +167,7 @@ def test_a_short_search_guided_by_coverage(reader, tmp_path):
 def test_a_finding_is_kept_by_its_hash(tmp_path):
     """The search itself, on a reader with a fault put into it."""
     if importlib.util.find_spec("atheris") is None:
-        pytest.skip("needs Atheris: pip install 'jaxgpt[fuzz]' (Linux)")
+        pytest.skip("needs Atheris: pip install --group fuzz (Linux)")
     (tmp_path / "sitecustomize.py").write_text("import json\njson.loads = lambda *_: 1 // 0\n")
     command = [sys.executable, ROOT / "scripts" / "fuzz", "--seconds", "3", "--keep", tmp_path / "kept", "config"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(tmp_path)})

@@ -37,8 +37,8 @@ def imported(tmp_path):
     return folders.import_run(TINY, config, "tiny", tmp_path / "runs", tmp_path / "data")
 
 
-def logits(exported):
-    config, params, _ = exported
+def logits(model):
+    config, params, _ = model
     return np.asarray(model.forward(config, params, IDX))
 
 
@@ -122,8 +122,8 @@ def with_vocabulary(tmp_path):
     theirs.train_from_iterator(["the cat sat on the mat\n"], 270, special_tokens=["<|endoftext|>"], show_progress=False)
     folder = tmp_path / "own"
     folder.mkdir()
-    config = ModelConfig(vocab_size=300, block_size=8, n_layer=1, n_head=1, n_embd=8, bias=True)
-    gpt2.save(folder, config, model.init_params(config, jax.random.key(0)))
+    model = ModelConfig(vocab_size=300, block_size=8, n_layer=1, n_head=1, n_embd=8, bias=True)
+    gpt2.save(folder, model, model.init_params(model, jax.random.key(0)))
     theirs.save(str(folder / "tokenizer.json"))
     return folder, theirs
 
@@ -187,7 +187,7 @@ def test_without_a_network_it_says_what_to_fetch(monkeypatch):
 
 
 def test_the_hub_is_asked_for_the_files_that_are_read(monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub", reason="needs the extra: pip install 'jaxgpt[hub]'")
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra: pip install 'jaxgpt[hf]'")
     asked = {}
     monkeypatch.setattr(
         hub, "snapshot_download", lambda name, **kwargs: asked.update(kwargs, name=name) or str(tmp_path)
@@ -198,7 +198,7 @@ def test_the_hub_is_asked_for_the_files_that_are_read(monkeypatch, tmp_path):
 
 
 def test_an_error_of_the_hub_may_have_no_words(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub", reason="needs the extra: pip install 'jaxgpt[hub]'")
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra: pip install 'jaxgpt[hf]'")
 
     def silent(*args, **kwargs):
         raise OSError
@@ -221,7 +221,7 @@ def test_a_command_makes_its_config_again(name, change):
     given = []
     original, train._fit = train._fit, lambda args, existing: given.append(args) or 0
     try:
-        cli.run_verb(shlex.split(words)[1:])
+        cli.run_command(shlex.split(words)[1:])
     finally:
         train._fit = original
     assert given[0].config == config

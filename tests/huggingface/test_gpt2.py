@@ -197,7 +197,7 @@ def test_a_byte_order_mark_is_no_matter(folder, encoding):
     [
         ("pytorch_model.bin", r"is a pickle, .*this writes model\.safetensors beside it: python -c 'from sys"),
         ("pytorch_model-00001-of-00002.bin", "this writes model"),
-        ("ckpt.pt", r"ckpt\.pt is a pickle, .*docs/import\.md says how to convert it"),
+        ("ckpt.pt", r"ckpt\.pt is a pickle, .*docs/howto/checkpoints\.md shows how to convert it"),
     ],
 )
 @pytest.mark.parametrize("config", ["with config.json", "without"])
@@ -214,7 +214,7 @@ def test_pickles_are_never_loaded_and_come_with_a_way_to_convert_them(folder, na
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_converter_of_the_docs_reads_nanogpts_checkpoints(folder, tmp_path, bias):
     """TINY, turned into what nanoGPT saves and back: linear layers the other way round, a compiled module's names."""
-    torch = pytest.importorskip("torch", reason="needs the extra: pip install 'jaxgpt[torch]'")
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
     (code,) = re.findall(r"```py\n(.*?)```", (DOCS / "import.md").read_text("utf-8"), re.DOTALL)
     theirs = {name: torch.tensor(x) for name, x in load_file(TINY / "model.safetensors").items()}
     model = {
@@ -253,7 +253,7 @@ def test_what_gpt2_has_not_cannot_be_exported(tmp_path, options):
 
 
 def test_transformers_loads_what_we_write(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'jaxgpt[torch]'")
+    transformers = pytest.importorskip("transformers", reason="needs PyTorch: pip install --group bench")
     torch = pytest.importorskip("torch")
     for options in ({}, {"tie_weights": False, "gelu": "exact"}, {"bias": False}):
         config = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=True)

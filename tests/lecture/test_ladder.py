@@ -237,7 +237,7 @@ def lecture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ladder, "FULL", small("dropout and scale", channels=16, about="in full"))
 
     def run(*args):
-        code = cli.run_verb(["lecture", *map(str, args)])
+        code = cli.run_command(["lecture", *map(str, args)])
         return code, *capsys.readouterr()
 
     return run

@@ -105,6 +105,6 @@ def test_a_logger_that_fails_is_dropped_with_one_warning(run, monkeypatch, break
 def test_a_missing_library_is_reported_before_anything_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     words = ["train", "gpt-demo", "--log", "wandb", "--runs-dir", str(tmp_path / "runs")]
-    assert cli.run_verb(words) == 2
-    assert "jaxgpt[wandb]" in capsys.readouterr().err
+    assert cli.run_command(words) == 2
+    assert "jaxgpt[loggers]" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

@@ -16,7 +16,7 @@ from jaxgpt.plan.plan import PlanError
 from jaxgpt.sharding import MeshError, Sizes, make_mesh
 
 tpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the extra: pip install 'jaxgpt[tpu-plan]'"
+    importlib.util.find_spec("libtpu") is None, reason="needs the extra: pip install 'jaxgpt[tpu]'"
 )
 
 

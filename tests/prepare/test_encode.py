@@ -388,8 +388,8 @@ PART = {"source": "a", "count": 6745, "sha256": ""}
 class TestStores:
     @pytest.fixture(autouse=True)
     def store(self, tmp_path, monkeypatch):
-        fsspec = pytest.importorskip("fsspec", reason="needs the extra: pip install 'jaxgpt[remote]'")
-        pytest.importorskip("upath", reason="needs the extra: pip install 'jaxgpt[remote]'")
+        fsspec = pytest.importorskip("fsspec", reason="needs the extra: pip install 'jaxgpt[data]'")
+        pytest.importorskip("upath", reason="needs the extra: pip install 'jaxgpt[data]'")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         self.files = fsspec.filesystem("memory")
         yield

@@ -174,7 +174,7 @@ def test_the_chart_has_a_point_for_each_pass_of_each_part(inspected, tmp_path):
 def test_jaxprs_and_hlo_are_printed(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     size = ["--vocab-size", "13", "--n-layer", "1", "--n-embd", "16", "--block-size", "8", "--batch-size", "2"]
-    assert cli.run_verb(["inspect", "gpt-demo", *size, "--jaxpr", "forward", "loss", "--hlo", "forward"]) == 0
+    assert cli.run_command(["inspect", "gpt-demo", *size, "--jaxpr", "forward", "loss", "--hlo", "forward"]) == 0
     out = capsys.readouterr().out
     assert "dot_general" in out
     assert "ENTRY" in out
@@ -198,7 +198,7 @@ def test_jaxprs_and_hlo_are_printed(capsys, tmp_path, monkeypatch):
 def test_bad_input_compiles_nothing(args, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inspection, "programs", None)
-    assert cli.run_verb(["inspect", *args]) == 2
+    assert cli.run_command(["inspect", *args]) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -230,6 +230,6 @@ def test_a_run_is_inspected_by_its_name(tmp_path, monkeypatch, verse):
     asked = []
     monkeypatch.setattr(inspection, "inspect", lambda config, name, **given: asked.append(config) or EMPTY)
     monkeypatch.chdir(tmp_path)
-    assert cli.run_verb(["inspect", "mine"]) == 0
-    assert cli.run_verb(["inspect", "mine", "--runs-dir", str(tmp_path / "runs"), "--no-measure"]) == 0
+    assert cli.run_command(["inspect", "mine"]) == 0
+    assert cli.run_command(["inspect", "mine", "--runs-dir", str(tmp_path / "runs"), "--no-measure"]) == 0
     assert asked == [run.config] * 2

@@ -159,7 +159,7 @@ def test_bad_input_starts_nothing(args, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ledger, "measure", None)
     more = ["--vocab-size", "13"] if args else []
-    assert cli.run_verb(["ledger", *args, *more]) == 2
+    assert cli.run_command(["ledger", *args, *more]) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -169,7 +169,7 @@ def test_the_command_writes_tables_a_plot_and_json(capsys, tmp_path, monkeypatch
     monkeypatch.setattr(ledger, "measure", lambda *given: asked.extend(given) or found)
     monkeypatch.chdir(tmp_path)
     line = ["ledger", "gpt-demo", "--vocab-size", "13", "--variants", "jit", "eager", "--plot", "a.svg"]
-    assert cli.run_verb(line) == 0
+    assert cli.run_command(line) == 0
     assert capsys.readouterr().out.startswith("## the ledger of bigram")
     assert json.loads((tmp_path / "ledger-gpt-demo.json").read_text()) == json.loads(json.dumps(found))
     assert (tmp_path / "a.svg").exists()

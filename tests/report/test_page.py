@@ -267,20 +267,20 @@ def test_the_command_writes_a_page_and_no_other_file(quick, trained, tmp_path, c
     run, data_dir = trained
     out = tmp_path / "new" / "page.html"
     where = ["--runs-dir", str(run.path.parent), "--data-dir", str(data_dir)]
-    assert cli.run_verb(["report", "hostile", "--out", str(out), *where]) == 0
+    assert cli.run_command(["report", "hostile", "--out", str(out), *where]) == 0
     assert "best loss" in capsys.readouterr().out
     assert "refresh" not in Elements(out.read_text()).found[4][1].get("http-equiv", "")
-    assert cli.run_verb(["report", "hostile", "--out", str(out), *where]) == 0, "an older report makes room"
+    assert cli.run_command(["report", "hostile", "--out", str(out), *where]) == 0, "an older report makes room"
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
     capsys.readouterr()
-    assert cli.run_verb(["report", "hostile", str(run.path), "hostile", "--out", str(out), *where]) == 0
+    assert cli.run_command(["report", "hostile", str(run.path), "hostile", "--out", str(out), *where]) == 0
     assert capsys.readouterr().out.count("best loss") == 1, "a run that is named twice is shown once"
     out.write_text("dear diary")
-    assert cli.run_verb(["report", "hostile", "--out", str(out), *where]) == 2
+    assert cli.run_command(["report", "hostile", "--out", str(out), *where]) == 2
     assert "is not a jaxgpt report" in capsys.readouterr().err
     assert out.read_text() == "dear diary"
-    assert cli.run_verb(["report", "nobody", *where]) == 2
-    assert cli.run_verb(["report", *where]) == 2
+    assert cli.run_command(["report", "nobody", *where]) == 2
+    assert cli.run_command(["report", *where]) == 2
 
 
 def test_a_page_loads_itself_again_only_while_its_run_trains(quick, trained, tmp_path, monkeypatch):
@@ -292,7 +292,7 @@ def test_a_page_loads_itself_again_only_while_its_run_trains(quick, trained, tmp
     monkeypatch.setattr(reporter.Made, "running", property(lambda made: next(ends)))
     monkeypatch.setattr(command.time, "sleep", lambda seconds: pages.append((seconds, out.read_text())))
     words = ["--watch", "--every", "7", "--out", str(out), "--data-dir", str(data_dir)]
-    assert cli.run_verb(["report", str(run.path), *words]) == 0
+    assert cli.run_command(["report", str(run.path), *words]) == 0
     assert [('content="7"' in text, seconds) for seconds, text in pages] == [(True, 7), (True, 7), (False, 0)]
 
 
@@ -310,9 +310,9 @@ def test_a_page_whose_maker_is_interrupted_loads_itself_no_more(quick, trained, 
     monkeypatch.setattr("jaxgpt.report.cli.time.sleep", lambda seconds: None)
     monkeypatch.setattr(reporter.Reporter, "make", interrupted)
     words = ["--watch", "--out", str(out), "--data-dir", str(data_dir)]
-    assert cli.run_verb(["report", str(run.path), *words]) == 0
+    assert cli.run_command(["report", str(run.path), *words]) == 0
     assert there == [False, True]
     assert 'content="30"' not in out.read_text()
     out.unlink()
-    assert cli.run_verb(["report", str(run.path), *words]) == 130, "there is no page yet that could be the last"
+    assert cli.run_command(["report", str(run.path), *words]) == 130, "there is no page yet that could be the last"
     assert not out.exists()

@@ -96,7 +96,7 @@ def test_it_refuses_to_start(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "all/one").mkdir(parents=True)
     (tmp_path / "all/one/config.json").write_text("{}")
-    assert cli.run_verb(["serve", *(word.replace("RUNS", "all") for word in words)]) == 2
+    assert cli.run_command(["serve", *(word.replace("RUNS", "all") for word in words)]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -104,5 +104,5 @@ def test_a_port_that_is_taken(tmp_path, capsys):
     (tmp_path / "one").mkdir()
     (tmp_path / "one/config.json").write_text("{}")
     with socket.create_server(("127.0.0.1", 0)) as other:
-        assert cli.run_verb(["serve", str(tmp_path), "--port", str(other.getsockname()[1])]) == 2
+        assert cli.run_command(["serve", str(tmp_path), "--port", str(other.getsockname()[1])]) == 2
     assert "cannot listen on" in capsys.readouterr().err

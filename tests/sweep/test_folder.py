@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from jaxgpt import config as configs
-from jaxgpt.cli import run_verb
+from jaxgpt.cli import run_command
 from jaxgpt.recipes import recipe
 from jaxgpt.run import Run
 from jaxgpt.scaling_law import family, law
@@ -25,7 +25,7 @@ def sweep(tmp_path, verse, monkeypatch):
     def run(name, *more):
         rates = () if "--lr" in more else ("--lr", "1e-3,1e-1")
         words = ["sweep", "bigram", "--name", name, "--corpus", str(verse), "--seeds", "2", *rates, "--at-once", "2"]
-        return run_verb([*words, *few, *more])
+        return run_command([*words, *few, *more])
 
     return run
 
@@ -71,7 +71,7 @@ def test_a_sweep_that_is_cut_off_goes_on_to_the_same_results(sweep, tmp_path, mo
     # The best is a recipe, and its run comes to what its member came to.
     best = tmp_path / "sweeps/cut/best.json"
     assert recipe(str(best)).config.optimizer.learning_rate == 0.1
-    assert run_verb(["train", str(best), "--run", "cut-best"]) == 0
+    assert run_command(["train", str(best), "--run", "cut-best"]) == 0
     last = [line for line in Run(tmp_path / "runs/cut-best").metrics() if "val_loss" in line][-1]
     (mine,) = [line for line in lines if line["member"] == 2 and line["done"]]
     assert last["val_loss"] == pytest.approx(mine["val_loss"], abs=1e-5)
@@ -92,15 +92,15 @@ def test_what_cannot_be_swept_leaves_nothing(sweep, tmp_path, capsys):
     assert "did you mean n_embd?" in capsys.readouterr().err
     assert sweep("bad", "--set", "vocab_size=8,32") == 2
     assert "no setting 'vocab_size'" in capsys.readouterr().err
-    assert run_verb(["sweep"]) == 2
-    assert run_verb(["sweep", "nowhere.json"]) == 2
+    assert run_command(["sweep"]) == 2
+    assert run_command(["sweep", "nowhere.json"]) == 2
     assert "nowhere.json cannot be read" in capsys.readouterr().err
     (tmp_path / "odd.json").write_text('{"model": {"n_layers": 3}}')
-    assert run_verb(["train", str(tmp_path / "odd.json")]) == 2
+    assert run_command(["train", str(tmp_path / "odd.json")]) == 2
     assert "did you mean 'n_layer'" in capsys.readouterr().err
     for name in ("../x", "/tmp/x", "a/b", ".", "", "x" * 96):
         assert sweep(name) == 2
-        assert run_verb(["scaling-fit", "--name", name]) == 2
+        assert run_command(["scaling-fit", "--name", name]) == 2
         assert capsys.readouterr().err.count(f"--name {name!r}: expected letters, digits") == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd.json"]
     assert sweep("bad", "--at-once", "-1") == 2
@@ -148,7 +148,7 @@ def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(SweepFolder, "train", train)
     monkeypatch.setattr(law, "RESAMPLES", 3)
-    assert run_verb(["scaling-fit", "--corpus", str(verse), "--flops", "1e13"]) == 0
+    assert run_command(["scaling-fit", "--corpus", str(verse), "--flops", "1e13"]) == 0
     out = capsys.readouterr().out
     N, D = TRUE.optimum(1e13)
     assert f"{N:,.0f} parameters" in out
@@ -159,13 +159,13 @@ def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeyp
     assert (tmp_path / "sweeps/scaling/law.png").read_bytes().startswith(b"\x89PNG")
     with monkeypatch.context() as bare:
         bare.setitem(sys.modules, "vl_convert", None)
-        assert run_verb(["scaling-fit", "--corpus", str(verse), "--flops", "1e13", "--name", "bare"]) == 0
+        assert run_command(["scaling-fit", "--corpus", str(verse), "--flops", "1e13", "--name", "bare"]) == 0
     assert "no plots were drawn: a chart needs vl-convert-python, which is not installed" in capsys.readouterr().out
-    assert run_verb(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32"]) == 2
-    assert run_verb(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "4000"]) == 2
+    assert run_command(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32"]) == 2
+    assert run_command(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "4000"]) == 2
     said = capsys.readouterr().err
     assert "6 --sizes and 1 amounts of --tokens (15360, in whole scans" in said
-    assert run_verb(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32", "2x16", "2x48"]) == 2
+    assert run_command(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32", "2x16", "2x48"]) == 2
     assert "--sizes 2x16 2x32 2x16 2x48: expected different sizes" in capsys.readouterr().err
-    assert run_verb(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "40000", "80000"]) == 2
+    assert run_command(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "40000", "80000"]) == 2
     assert "3 amounts of --tokens (15360, 46080, 76800, in whole" in capsys.readouterr().err

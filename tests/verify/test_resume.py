@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxgpt.checkpoint import Checkpoints
-from jaxgpt.cli import run_verb
+from jaxgpt.cli import run_command
 from jaxgpt.cli.runs import resume, start
 from jaxgpt.config import check
 from jaxgpt.metrics_log import Evaluated, Progress
@@ -175,7 +175,7 @@ def test_a_kill_after_which_nothing_is_computed_again_does_not_count(
 ):
     monkeypatch.chdir(tmp_path)
     trained(*stops)
-    assert run_verb(["verify-resume", "gpt-demo", "--corpus", str(verse), *FLAGS.split()]) == code
+    assert run_command(["verify-resume", "gpt-demo", "--corpus", str(verse), *FLAGS.split()]) == code
     out = capsys.readouterr().out
     assert said in out
     assert ("killed at step 20; back to step 20: no step is computed again" in out) == (after_the_save in stops)
@@ -198,7 +198,7 @@ def test_a_kill_counts_where_the_next_process_has_steps_to_compute_again():
     ],
 )
 def test_what_would_show_nothing_is_refused(flags, said, verse, capsys):
-    assert run_verb(["verify-resume", "gpt-demo", "--corpus", str(verse), *flags]) == 2
+    assert run_command(["verify-resume", "gpt-demo", "--corpus", str(verse), *flags]) == 2
     assert said in capsys.readouterr().err
 
 
