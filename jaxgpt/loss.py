@@ -1,9 +1,11 @@
 """The one cross-entropy."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxgpt import sharding
 from jaxgpt.matmul import Precision, to_compute_dtype
@@ -12,16 +14,52 @@ LOGITS = 2**26
 """Logits that may exist at once in training, 256 MiB of float32; more are computed chunk by chunk."""
 
 
+@jax.custom_vjp
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each target in nats, float32: logits (..., V), targets (...) ids -> (...)."""
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    """Negative log-likelihood of each target in nats, float32: logits (..., V), targets (...) ids -> (...).
+
+    The backward pass keeps the logits in their own dtype, and writes their gradient in it. NaN for ids outside of 0 to
+    V - 1. `grad` and `vmap` of it work, and `jvp` of its `grad`; a plain `jvp` does not.
+    """
+    return _token_losses(logits, targets)[0]
+
+
+def _token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, Any]:
+    wide, chosen = logits.astype(jnp.float32), _one_hot(targets, logits)
+    normalizer = jax.nn.logsumexp(wide, axis=-1)
+    # A sum with one term: the compiler fuses it with the others, where a gather would be a kernel of its own.
+    picked = jnp.where(chosen, wide, 0).sum(-1)
+    known = (targets >= 0) & (targets < logits.shape[-1])
+    return jnp.where(known, normalizer - picked, jnp.nan), (logits, targets, normalizer)
+
+
+def _token_losses_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, None]:
+    logits, targets, normalizer = saved
+    probabilities = jnp.exp(logits.astype(jnp.float32) - normalizer[..., None])
+    d = (probabilities - _one_hot(targets, logits).astype(jnp.float32)) * g[..., None]
+    return d.astype(logits.dtype), None
+
+
+def _one_hot(targets: jax.Array, logits: jax.Array) -> jax.Array:
+    """(..., V) bool: True at each target."""
+    return targets[..., None].astype(jnp.int32) == lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+
+
+token_losses.defvjp(_token_losses, _token_losses_backward)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """The mean of `token_losses`, a scalar, as PyTorch's `F.cross_entropy`."""
     return token_losses(logits, targets).mean()
+
+
+def logits_at_once() -> int:
+    """How many logits may exist at once on a device: as many as take an eighth of its memory together with their
+    gradient, 8 bytes for both in float32; LOGITS where the memory is unknown, as on CPUs and on chips not attached."""
+    if sharding.platform() == "cpu" or jax.default_backend() != sharding.platform():
+        return LOGITS
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    return max(LOGITS, memory // 64)
 
 
 def losses_of(
@@ -30,9 +68,10 @@ def losses_of(
     kernel: jax.Array,
     targets: jax.Array,
     precision: Precision = "float32",
-    chunk: int = LOGITS,
+    chunk: int | None = None,
 ) -> jax.Array:
-    """`token_losses(logits(x, kernel), targets)` in chunks of rows, each with at most `chunk` logits on a device.
+    """`token_losses(logits(x, kernel), targets)` in chunks of rows, each with at most `chunk` logits on a device, by
+    default `logits_at_once`.
 
     The backward pass recomputes the logits of a chunk.
 
@@ -44,6 +83,7 @@ def losses_of(
       precision: of the matmuls in `logits`.
     """
     B, T = targets.shape
+    chunk = chunk or logits_at_once()
     rows = -(-B // sharding.num_shards("batch")) * -(-T // sharding.num_shards("time"))
     V = -(-kernel.shape[1] // sharding.num_shards("width"))
     n_chunks = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * V <= chunk or n == rows))

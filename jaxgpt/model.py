@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import cost, kernels, loss, matmul, sharding
+from jaxgpt import activations, cost, kernels, loss, matmul, sharding
 from jaxgpt.attention import Cache, Drop, cached_attention, rotate, update_cache
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.loss import cross_entropy, token_losses
@@ -53,7 +53,7 @@ def fused_linear(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
         ends = [sum(layer.features for layer in layers[: i + 1]) for i in range(len(layers) - 1)]
         outs = jnp.split(matmul.dot(x, jnp.concatenate(kernels, axis=1), precision), ends, axis=-1)
     return [
-        out if bias is None else out + bias.reshape((1,) * (out.ndim - 1) + (-1,))
+        out if bias is None else out + activations.per_channel(bias, out)
         for out, bias in zip(outs, biases, strict=True)
     ]
 
@@ -70,11 +70,25 @@ def embed(rows: int, features: int, name: str, stddev: float = 0.02) -> nn.Embed
     return nn.Embed(rows, features, embedding_init=init, name=name)
 
 
+class LayerNorm(nn.Module):
+    """(..., C) -> (..., C): `activations.layer_norm` with a scale (C,) of ones, and a bias (C,) of zeros."""
+
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        C = x.shape[-1]
+        x = activations.layer_norm(x, self.param("scale", nn.initializers.ones, (C,)))
+        if not self.use_bias:
+            return x
+        return x + activations.per_channel(self.param("bias", nn.initializers.zeros, (C,)), x)
+
+
 def norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
     """(..., C) -> (..., C): RMSNorm, or LayerNorm with epsilon 1e-5 as in GPT-2 and PyTorch."""
     if config.norm == "rms":
         return rms_norm
-    return nn.LayerNorm(epsilon=1e-5, use_bias=config.bias, use_fast_variance=False, name=name)
+    return LayerNorm(config.bias, name=name)
 
 
 def rms_norm(x: jax.Array) -> jax.Array:
@@ -170,7 +184,7 @@ class MLP(nn.Module):
             x = jax.nn.silu(gate) * up
         else:
             x = Linear(cfg, 4 * C, name="c_fc")(x)
-            x = jnp.square(jax.nn.relu(x)) if cfg.mlp == "relu2" else jax.nn.gelu(x, approximate=cfg.gelu == "tanh")
+            x = jnp.square(jax.nn.relu(x)) if cfg.mlp == "relu2" else activations.gelu(x, cfg.gelu == "tanh")
         x = sharding.constrain(x, "batch", "time", "width")
         return dropout(self.dropout, "drop_out")(residual(cfg, "c_proj")(x))
 
@@ -278,10 +292,11 @@ def head_kernel(config: ModelConfig, params: Params) -> jax.Array:
 
 
 def head(config: ModelConfig, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Features (..., C) and a kernel (C, V) -> logits (..., V), within softcap (Gemma 2, 2024)."""
-    out = matmul.dot(x, kernel, config.precision).astype(jnp.float32)
+    """Features (..., C) and a kernel (C, V) -> logits (..., V), in the dtype of `matmul.dot`; with softcap (Gemma 2,
+    2024) float32."""
+    out = matmul.dot(x, kernel, config.precision)
     out = sharding.constrain(out, *["batch", "time", None][: x.ndim - 1], "width")
-    return config.softcap * jnp.tanh(out / config.softcap) if config.softcap else out
+    return config.softcap * jnp.tanh(out.astype(jnp.float32) / config.softcap) if config.softcap else out
 
 
 @matmul.in_32_bits
@@ -345,9 +360,10 @@ def features(
 
 @matmul.in_32_bits
 def forward(config: ModelConfig, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-    """Logits of the next token at every position: (B, T) ids -> (B, T, V). Arguments and errors as of `features`."""
+    """Logits of the next token at every position, float32: (B, T) ids -> (B, T, V). Arguments and errors as of
+    `features`."""
     x = features(config, params, idx, dropout_key)
-    return x if config.kind == "bigram" else head(config, x, head_kernel(config, params))
+    return x if config.kind == "bigram" else head(config, x, head_kernel(config, params)).astype(jnp.float32)
 
 
 @matmul.in_32_bits
@@ -400,7 +416,9 @@ def extend(
 
     variables = {"params": unstacked(params), "cache": cache.blocks}
     x, kept = module(config).apply(variables, idx, cache, mutable=["cache"])
-    logits = last(x) if config.kind == "bigram" else head(config, last(x), head_kernel(config, params))
+    logits = last(x)
+    if config.kind != "bigram":
+        logits = head(config, logits, head_kernel(config, params)).astype(jnp.float32)
     read = jnp.asarray(cache.read + length, jnp.int32)
     return logits, Cache(kept.get("cache", {}), read, last(idx).astype(jnp.int32))
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -87,15 +88,17 @@ def decay_mask(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 
-def make_optimizer(config: Config, hyper: Hyperparameters | None = None) -> optax.GradientTransformation:
+def make_optimizer(config: Config, hyper: Hyperparameters | None = None) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW, or Muon for the kernels inside blocks and AdamW for the rest.
 
-    Updates are for a learning rate of 1 (Muon's for muon_learning_rate / learning_rate). The caller multiplies them by
-    -`learning_rate(config)(step)`, so that the schedule advances in steps that are not applied too.
+    `update(grads, state, params, applied=...)` returns the old state, bit for bit, where `applied` (() bool) is False;
+    what its updates are then has no meaning. They are for a learning rate of 1 (Muon's for muon_learning_rate /
+    learning_rate): the caller multiplies them by -`learning_rate(config)(step)`, so that the schedule advances in steps
+    that are not applied too.
     """
     opt, hyper = config.optimizer, hyper or hyperparameters(config)
     decay = optax.add_decayed_weights(hyper.weight_decay, decay_mask)
-    optimizer = optax.chain(optax.scale_by_adam(hyper.beta1, hyper.beta2, hyper.eps), decay)
+    optimizer = optax.chain(scale_by_adam(hyper.beta1, hyper.beta2, hyper.eps), decay)
     if opt.algorithm == "muon":
         muon = optax.chain(
             scale_by_muon(hyper.muon_momentum, opt.muon_steps, config.model.precision),
@@ -106,11 +109,26 @@ def make_optimizer(config: Config, hyper: Hyperparameters | None = None) -> opta
     if opt.grad_clip:
         optimizer = optax.chain(optax.clip_by_global_norm(hyper.grad_clip), optimizer)
 
-    def update(*args: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of its int32 count
-            return optimizer.update(*args)
+    return optax.with_extra_args_support(optimizer)
 
-    return optax.GradientTransformation(optimizer.init, update)
+
+def scale_by_adam(beta1: Any, beta2: Any, eps: Any) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, with its state, gated by `applied`, in one pass over gradients and moments.
+
+    XLA would compute the moments twice, for the state and for the update: the barrier keeps it from that.
+    """
+
+    def update(grads: optax.Updates, state: Any, params: Any = None, *, applied: Any = True, **_: Any) -> Any:
+        count = optax.safe_increment(state.count)
+        t = count.astype(jnp.float32)
+        mu = jax.tree.map(lambda m, g: jnp.where(applied, beta1 * m + (1 - beta1) * g, m), state.mu, grads)
+        nu = jax.tree.map(lambda v, g: jnp.where(applied, beta2 * v + (1 - beta2) * (g * g), v), state.nu, grads)
+        mu, nu = jax.lax.optimization_barrier((mu, nu))
+        scale_mu, scale_nu = 1 / (1 - beta1**t), 1 / (1 - beta2**t)
+        updates = jax.tree.map(lambda m, v: m * scale_mu / (jnp.sqrt(v * scale_nu) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(jnp.where(applied, count, state.count), mu, nu)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
 
 
 def optimizer_labels(params: Params) -> Params:
@@ -129,8 +147,9 @@ class MuonState(NamedTuple):
     momentum: optax.Updates  # as the parameters
 
 
-def scale_by_muon(momentum: float, n_steps: int, precision: Precision) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, made orthogonal.
+def scale_by_muon(momentum: Any, n_steps: int, precision: Precision) -> optax.GradientTransformationExtraArgs:
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, made orthogonal, and
+    gated by `applied`.
 
     Updates (..., K, N) have orthonormal rows or columns, up to the error of `n_steps` Newton-Schulz iterations, times
     sqrt(max(1, N / K)). Kernels are (in, out) here, and (out, in) on that page.
@@ -142,16 +161,17 @@ def scale_by_muon(momentum: float, n_steps: int, precision: Precision) -> optax.
     def init(params: optax.Params) -> MuonState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def update(updates: optax.Updates, state: MuonState, params: Any = None) -> tuple[optax.Updates, MuonState]:
+    def update(updates: optax.Updates, state: Any, params: Any = None, *, applied: Any = True, **_: Any) -> Any:
         def average(mean: optax.Updates) -> optax.Updates:
-            return jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mean, updates)
+            new = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mean, updates)
+            return jax.tree.map(partial(jnp.where, applied), new, mean)
 
         mean = average(state.momentum)
         leaves, tree = jax.tree.flatten(average(mean))
         done = [x * max(1.0, x.shape[-1] / x.shape[-2]) ** 0.5 for x in orthogonal_by_shape(leaves, n_steps, precision)]
         return jax.tree.unflatten(tree, done), MuonState(mean)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def orthogonal_by_shape(matrices: list[jax.Array], n_steps: int, precision: Precision) -> list[jax.Array]:

@@ -276,20 +276,40 @@ def rows(table: jax.Array, idx: jax.Array, beyond: float = jnp.nan) -> jax.Array
     """Rows of a table (V, C) for ids (...) from 0 on -> (..., C), filled with `beyond` for ids from V on.
 
     Its gradient sums the rows of equal ids. On a GPU a plain gather's gradient does so by atomic adds, in an order that
-    differs between two runs of one program. On one GPU the ids are therefore sorted, each row is fetched once and
-    copied to its equals, and the gradient is summed in that order.
+    differs between two runs of one program. On one GPU the backward pass therefore sorts the ids and sums in that order
+    (and a plain `jvp` does not work there).
     """
     if platform() != "gpu" or _is_sharded():
         return jnp.take(table, idx, axis=0, mode="fill", fill_value=beyond)
+    return _rows_summed_in_order(table, idx, beyond)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rows_summed_in_order(table: jax.Array, idx: jax.Array, beyond: float) -> jax.Array:
+    return _rows_forward(table, idx, beyond)[0]
+
+
+def _rows_forward(table: jax.Array, idx: jax.Array, beyond: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return jnp.take(table, idx, axis=0, mode="fill", fill_value=beyond), (table, idx)
+
+
+def _rows_backward(beyond: float, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+    table, idx = saved
     order = jnp.argsort(idx.reshape(-1))
-    ids, positions = idx.reshape(-1)[order], jnp.arange(idx.size)
-    first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
-    once = jnp.where(first, ids, len(table) + positions)  # the others are beyond the table
-    found = table.at[once].get(mode="fill", fill_value=beyond, unique_indices=True)
-    # Each row becomes the last one at or before it that was fetched.
-    _, found = lax.associative_scan(lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], a[1])), (first[:, None], found))
-    back = jnp.zeros_like(order).at[order].set(positions, unique_indices=True)
-    return found.at[back].get(unique_indices=True).reshape(*idx.shape, -1)
+    ids, sums = idx.reshape(-1)[order], g.reshape(-1, table.shape[1])[order]
+    differs, end = ids[1:] != ids[:-1], jnp.ones(1, bool)
+    first, last = jnp.concatenate([end, differs]), jnp.concatenate([differs, end])
+    # Of the rows of each id, the last one becomes the sum of all.
+    _, sums = lax.associative_scan(
+        lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], a[1] + b[1])), (first[:, None], sums)
+    )
+    once = jnp.where(
+        last & (ids < len(table)), ids, len(table) + jnp.arange(ids.size)
+    )  # the others are beyond the table
+    return jnp.zeros_like(table).at[once].set(sums, mode="drop", unique_indices=True), None
+
+
+_rows_summed_in_order.defvjp(_rows_forward, _rows_backward)
 
 
 def _is_even(x: jax.Array) -> bool:

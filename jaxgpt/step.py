@@ -35,7 +35,7 @@ class Metrics(NamedTuple):
     loss: jax.Array  # nats per token, of the batch before the update
     grad_norm: jax.Array  # global, before clipping
     learning_rate: jax.Array
-    applied: jax.Array  # bool: False where the loss, a gradient or an update was NaN or infinite
+    applied: jax.Array  # bool: False where the loss or a gradient was NaN or infinite
 
 
 @partial(jax.jit, static_argnums=0)
@@ -53,8 +53,9 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on `batch` ((B, T) inputs and targets), pure and traceable.
 
-    If the loss, a gradient or an update is not finite, the step is counted but not applied: parameters and optimizer
-    state keep every bit. So a finite state is followed by finite states only.
+    If the loss or a gradient is not finite, the step is counted but not applied: parameters and optimizer state keep
+    every bit. A parameter that its update would make infinite, as at a learning rate of 1e38, keeps its value. So a
+    finite state is followed by finite states only.
 
     Args:
       hyper: traced values in place of those of the config, in a sweep; None for those of the config.
@@ -64,17 +65,17 @@ def train_step(
     if config.model.dropout:
         dropout_key = jax.random.fold_in(stream_key(hyper.seed, DROPOUT), state.step)
     loss, grads = loss_and_grads(config, state.params, batch, dropout_key, hyper)
-    updates, opt_state = make_optimizer(config, hyper).update(grads, state.opt_state, state.params)
+    # A finite norm bounds each gradient by 2e19, so that the moments of the optimizer stay finite too.
+    grad_norm = optax.tree.norm(grads)
+    applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = make_optimizer(config, hyper).update(grads, state.opt_state, state.params, applied=applied)
     rate = jnp.float32(learning_rate(config, hyper)(state.step))
-    updates = jax.tree.map(lambda u: -rate * u, updates)
-    # A finite global norm bounds each entry by 2e19, so neither Adam's squares nor the sums below can overflow.
-    grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
-    applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-    params, opt_state = jax.tree.map(
-        partial(jnp.where, applied),
-        (optax.apply_updates(state.params, updates), opt_state),
-        (state.params, state.opt_state),
-    )
+
+    def updated(p: jax.Array, u: jax.Array) -> jax.Array:
+        new = p - rate * u
+        return jnp.where(applied & jnp.isfinite(new), new, p)
+
+    params = jax.tree.map(updated, state.params, updates)
     return TrainState(state.step + 1, params, opt_state), Metrics(loss, grad_norm, rate, applied)
 
 

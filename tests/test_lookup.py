@@ -41,7 +41,6 @@ def test_all_derivatives_are_those_of_a_plain_gather(monkeypatch):
     def found():
         grad = jax.grad(weighed)
         return {
-            "forwards": jax.jvp(weighed, (TABLE,), (TABLE,)),
             "backwards": grad(TABLE),
             "forwards of backwards": jax.jvp(grad, (TABLE,), (TABLE + 1,))[1],
             "for each row": jax.vmap(lambda ids: sharding.rows(TABLE, ids))(IDS),
@@ -66,20 +65,19 @@ def added_up(jaxpr):
 @pytest.mark.parametrize(
     ("config", "once"),
     [
-        # One of the logits of each row is chosen, and each position is looked up once.
-        (ModelConfig(vocab_size=V, block_size=8, n_layer=2, n_head=2, n_embd=16), {(4, 8, V), (8, 16)}),
+        # Each position is looked up once.
+        (ModelConfig(vocab_size=V, block_size=8, n_layer=2, n_head=2, n_embd=16), {(8, 16)}),
         (
             ModelConfig(vocab_size=V, block_size=8, n_head=2, n_embd=16, bigram_embed=True, value_embed=True),
-            {(4, 8, V), (8, 16)},
+            {(8, 16)},
         ),
-        (ModelConfig(kind="bigram", vocab_size=V, block_size=8), {(4, 8, V)}),
+        (ModelConfig(kind="bigram", vocab_size=V, block_size=8), set()),
     ],
 )
 def test_no_two_rows_are_added_to_one_place_at_a_time(gpu, config, once):
     params = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
     grad = jax.grad(lambda params, idx: model.losses(config, params, idx[:, :-1], idx[:, 1:]).mean())
     found = list(added_up(jax.make_jaxpr(grad)(params, jax.ShapeDtypeStruct((4, 9), jnp.int32)).jaxpr))
-    assert any(shape[0] in (V, V * V) and unique for shape, unique in found)
     assert {shape for shape, unique in found if not unique} == once
 
 

@@ -27,3 +27,32 @@ def test_a_uniform_guess_costs_the_log_of_V():
 def test_huge_and_bfloat16_logits_are_safe():
     assert cross_entropy(jnp.array([[[1e4, -1e4]]]), jnp.array([[1]])) == 2e4
     assert cross_entropy(LOGITS.astype(jnp.bfloat16), TARGETS).dtype == jnp.float32
+
+
+def test_gradients_are_written_in_the_dtype_of_the_logits():
+    low = LOGITS.astype(jnp.bfloat16)
+    grad = jax.grad(lambda x: cross_entropy(x, TARGETS))(low)
+    assert grad.dtype == jnp.bfloat16
+    expected = (jax.nn.softmax(low.astype(jnp.float32)) - jax.nn.one_hot(TARGETS, 5)) / 6
+    np.testing.assert_allclose(grad.astype(jnp.float32), expected, rtol=1e-2, atol=1e-6)
+
+
+def test_ids_outside_of_the_vocabulary_give_nan():
+    found = token_losses(LOGITS, jnp.array([[5, 1, 2], [-1, 4, 0]]))
+    assert np.isnan(found).tolist() == [[True, False, False], [True, False, False]]
+
+
+def test_second_derivatives_and_vmap():
+    """H v for the cross-entropy of one row is (diag p - p pT) v."""
+
+    def loss(x):
+        return token_losses(x, jnp.int32(3))
+
+    x, v = LOGITS[0, 0], jnp.arange(5.0)
+    p = jax.nn.softmax(x)
+    expected = p * v - p * (p @ v)
+    np.testing.assert_allclose(jax.jvp(jax.grad(loss), (x,), (v,))[1], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda x: jax.grad(loss)(x) @ v)(x), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.vmap(jax.vmap(token_losses))(LOGITS, TARGETS), token_losses(LOGITS, TARGETS), rtol=1e-6
+    )

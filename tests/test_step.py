@@ -164,9 +164,10 @@ def test_it_learns_a_text_that_repeats(tiny, change):
     np.testing.assert_array_equal(logits[0, 1:].argmax(-1), np.arange(2, 9))
 
 
-@pytest.mark.parametrize("bad", ["loss", "gradient", "update"])
-def test_a_step_without_a_number_changes_nothing_but_the_count(tiny, change, monkeypatch, bad):
-    config = change(tiny, dropout=0.0, warmup_steps=0, learning_rate=3e38 if bad == "update" else 1e-3)
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tiny, change, monkeypatch, bad, algorithm):
+    config = change(tiny, dropout=0.0, warmup_steps=0, learning_rate=1e-3, algorithm=algorithm)
     batch = batches.take(TOKENS, starts(config, 0, 1)[0], 8)
 
     def poisoned(*args):
@@ -185,9 +186,18 @@ def test_a_step_without_a_number_changes_nothing_but_the_count(tiny, change, mon
     assert int(after.step) == 1
     assert_equal((after.params, after.opt_state), (before.params, before.opt_state))
     monkeypatch.undo()
-    fine, metrics = train_step(change(config, learning_rate=1e-3), after, batch)
+    fine, metrics = train_step(config, after, batch)
     assert metrics.applied
     assert (fine.params["wte"]["embedding"] != before.params["wte"]["embedding"]).any()
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_a_parameter_whose_update_overflows_keeps_its_value(tiny, change, algorithm):
+    rates = {"learning_rate": 3e38, "muon_learning_rate": 3e38, "weight_decay": 10.0}
+    config = change(tiny, dropout=0.0, warmup_steps=0, algorithm=algorithm, **rates)
+    after, metrics = train_step(config, init_state(config), batches.take(TOKENS, starts(config, 0, 1)[0], 8))
+    assert metrics.applied
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from jaxgpt import cost
 from jaxgpt.config import Config, ModelConfig, UsageError, replaced
 from jaxgpt.data import DEVICE_TOKENS
 from jaxgpt.kernels import BLOCKED
-from jaxgpt.loss import LOGITS
+from jaxgpt.loss import logits_at_once
 from jaxgpt.sharding import Shards
 
 ONE = Shards()
@@ -87,7 +87,7 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
         inputs = 5 * C + sum(columns[name] for name in ("query", "key", "value"))  # of norms and kernels; q, k, v
         hidden = (1 if config.mlp == "relu2" else 2) * columns["c_fc"]
         block = inputs + hidden + (3 if config.dropout else 2) * weights
-    logits = min(V, LOGITS // (batch_size * T) + 1)
+    logits = min(V, logits_at_once() // (batch_size * T) + 1)
     floats = config.n_layer * block + (0 if recomputed else 2 * C) + logits
     return (cost.FLOAT // 2 if low else cost.FLOAT) * batch_size * T * floats
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.flatten_util import ravel_pytree
 
 from jaxgpt import cost, model, prng
@@ -58,7 +59,7 @@ def curvature(subject: Subject, effort: Effort) -> Curvature:
     reach = 1 / np.sqrt(max(float(found.values[-1]), 1e-6))
     distances, direction = np.linspace(-reach, reach, 21, dtype=np.float32), ravel_pytree(params)[1](found.top)
     losses = jax.jit(partial(derivatives.along, loss))(params, batch, direction, distances)
-    slope = jax.jit(lambda params, v: jax.jvp(lambda p: loss(p, batch), (params,), (v,))[1])(params, direction)
+    slope = jax.jit(lambda params, v: optax.tree.vdot(jax.grad(loss)(params, batch), v))(params, direction)
     return Curvature(found, traces, distances, losses, slope)
 
 

@@ -53,7 +53,7 @@ def logit_lens(config: ModelConfig, params: model.Params, idx: jax.Array) -> jax
     if isinstance(norm, nn.Module):
         norm = norm.bind({"params": params["ln_f"]})
     stream = [blocks[0][0][0], *(out for _, out in blocks)]  # what the first block reads, and what each returns
-    return jnp.stack([model.head(config, norm(x), kernel) for x in stream])
+    return jnp.stack([model.head(config, norm(x), kernel).astype(jnp.float32) for x in stream])
 
 
 def _calls(config: ModelConfig, params: model.Params, idx: jax.Array, kind: Any, method: str) -> list[Any]:

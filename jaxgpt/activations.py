@@ -1,0 +1,83 @@
+"""GELU and LayerNorm, computed in float32, with backward passes written out.
+
+Left to themselves, XLA's compilers keep several arrays of each for the backward pass, or compute the error function
+twice. With `jax.custom_vjp` the backward pass keeps the input alone. `grad`, `vmap`, `jvp` of `grad` and `grad` of
+`grad` work; plain `jvp` of a model does not: the slope of a loss along v is the dot product of its gradient with v.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gelu(x: jax.Array, tanh: bool = False) -> jax.Array:
+    """GELU (Hendrycks and Gimpel 2016), x Phi(x), (...) -> (...) of the dtype of `x`.
+
+    Args:
+      tanh: approximate Phi by a tanh, as GPT-2 does; else the error function.
+    """
+    return _gelu(x, tanh)[0]
+
+
+def _gelu(x: jax.Array, tanh: bool) -> tuple[jax.Array, jax.Array]:
+    wide = x.astype(jnp.float32)
+    return (wide * _normal_cdf(wide, tanh)).astype(x.dtype), x
+
+
+def _normal_cdf(x: jax.Array, tanh: bool) -> jax.Array:
+    return 0.5 * (1 + (jnp.tanh(_tanh_argument(x)) if tanh else lax.erf(x * 0.5**0.5)))
+
+
+def _tanh_argument(x: jax.Array) -> jax.Array:
+    return (2 / jnp.pi) ** 0.5 * (x + 0.044715 * x * x * x)
+
+
+def _gelu_backward(tanh: bool, x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    wide = x.astype(jnp.float32)
+    phi = _normal_cdf(wide, tanh)
+    if tanh:  # the derivative of tanh is 1 - tanh², and 1 - (2 phi - 1)² = 4 phi (1 - phi)
+        density = 2 * phi * (1 - phi) * (2 / jnp.pi) ** 0.5 * (1 + 3 * 0.044715 * wide * wide)
+    else:
+        density = jnp.exp(-0.5 * wide * wide) * (2 * jnp.pi) ** -0.5
+    return ((g.astype(jnp.float32) * (phi + wide * density)).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu, _gelu_backward)
+
+
+@jax.custom_vjp
+def layer_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """LayerNorm (Ba et al. 2016) without a bias: (..., C) and a scale (C,) -> (..., C) float32; epsilon is 1e-5, as in
+    GPT-2 and PyTorch."""
+    return _layer_norm(x, scale)[0]
+
+
+def _layer_norm(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _normalized(x)[0] * per_channel(scale, x), (x, scale)
+
+
+def per_channel(w: jax.Array, x: jax.Array) -> jax.Array:
+    """(C,) as (1, ..., C), beside `x` (..., C)."""
+    return w.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _normalized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(x less its mean over its standard deviation, the inverse of that), float32."""
+    x = x.astype(jnp.float32)
+    centered = x - x.mean(-1, keepdims=True)
+    inverse = lax.rsqrt(jnp.mean(centered * centered, axis=-1, keepdims=True) + 1e-5)
+    return centered * inverse, inverse
+
+
+def _layer_norm_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, scale = saved
+    normal, inverse = _normalized(x)
+    d = g * per_channel(scale, x)
+    dx = inverse * (d - d.mean(-1, keepdims=True) - normal * (d * normal).mean(-1, keepdims=True))
+    return dx.astype(x.dtype), (g * normal).sum(tuple(range(g.ndim - 1)))
+
+
+layer_norm.defvjp(_layer_norm, _layer_norm_backward)

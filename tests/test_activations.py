@@ -1,0 +1,66 @@
+"""Activation functions and norms against those of JAX and Flax, and their derivatives against automatic ones."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import activations
+
+X = jax.random.normal(jax.random.key(0), (2, 5, 16)) * 3
+SCALE = jax.random.normal(jax.random.key(1), (16,)) + 1
+WEIGHTS = jax.random.normal(jax.random.key(2), X.shape)
+
+
+def flax_layer_norm(x, scale):
+    return nn.LayerNorm(epsilon=1e-5, use_bias=False, use_fast_variance=False).apply({"params": {"scale": scale}}, x)
+
+
+def derivatives(function, *args):
+    """Value, gradient, Hessian times a vector (by jvp of grad), and the gradient of the gradient's norm."""
+
+    def loss(*args):
+        return (function(*args) * WEIGHTS).sum()
+
+    every = tuple(range(len(args)))
+    grad = jax.grad(loss, every)
+    ones = jax.tree.map(jnp.ones_like, args)
+    twice = jax.grad(lambda *args: sum((g**2).sum() for g in grad(*args)), every)
+    return function(*args), grad(*args), jax.jvp(grad, args, ones)[1], twice(*args)
+
+
+@pytest.mark.parametrize(
+    ("ours", "reference", "args"),
+    [
+        (activations.gelu, lambda x: jax.nn.gelu(x, approximate=False), (X,)),
+        (lambda x: activations.gelu(x, True), lambda x: jax.nn.gelu(x, approximate=True), (X,)),
+        (activations.layer_norm, flax_layer_norm, (X, SCALE)),
+    ],
+    ids=["gelu", "gelu by tanh", "layer norm"],
+)
+def test_values_and_derivatives_are_those_of_the_reference(ours, reference, args):
+    with jax.numpy_rank_promotion("allow"):
+        expected = derivatives(reference, *args)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), derivatives(ours, *args), expected
+    )
+    rows = jax.vmap(lambda x: ours(x, *args[1:]))(X)
+    np.testing.assert_allclose(rows, ours(*args), rtol=1e-6, atol=1e-6)
+
+
+def test_gelu_far_from_zero():
+    x = jnp.array([-1e4, -20.0, 0.0, 20.0, 1e4])
+    for tanh in (False, True):
+        np.testing.assert_array_equal(activations.gelu(x, tanh), [0, 0, 0, 20, 1e4])
+        np.testing.assert_array_equal(jax.grad(lambda x: activations.gelu(x, tanh).sum())(x), [0, 0, 0.5, 1, 1])  # noqa: B023
+
+
+def test_the_backward_pass_keeps_the_input_alone():
+    """GELU and LayerNorm of (B, T, C) leave one array of that size, in its own dtype."""
+    x = X.astype(jnp.bfloat16)
+    for function in (activations.gelu, lambda x: activations.layer_norm(x, SCALE)):
+        _, vjp = jax.vjp(function, x)
+        large = [leaf for leaf in jax.tree.leaves(vjp) if leaf.size >= X.size]
+        assert [leaf.dtype for leaf in large] == [jnp.bfloat16]
+        assert vjp(jnp.ones_like(function(x)))[0].dtype == jnp.bfloat16
