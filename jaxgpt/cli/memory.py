@@ -75,7 +75,7 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
     """
     C, T, V = config.n_embd, config.block_size, config.vocab_size
     if config.kind == "bigram":
-        return cost.FLOAT * batch_size * T * V
+        return 2 * cost.FLOAT * batch_size * T * V  # the logits, and their gradient
     low = config.precision != "float32"
     columns = {name: n for name, (_, n) in cost.kernels(config).items()}
     weights = config.n_head * T if config.dropout or (T < BLOCKED and not low) else 0
