@@ -1,7 +1,8 @@
 """`jaxgpt diagnose`: derivatives of a run's loss, and a look inside its model."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +20,9 @@ class Effort:
     windows: int = 256
     """Windows of training text for per-example gradients: noise, influence."""
     batch: int = 32
-    """Windows in the batch of curvature, landscape, lens and attention."""
+    """Windows in the batch of curvature and landscape."""
     steps: int = 20
-    """Lanczos steps, each a Hessian-vector product; each keeps a vector of all parameters."""
-    probes: int = 8
-    """Random vectors that estimate the trace of the Hessian."""
-    grid: int = 13
-    """Points on each side of the plane of the landscape."""
+    """Lanczos steps, each a Hessian-vector product; the memory is as many times the parameters."""
     seed: int = 0
     """Fixes the windows and the random directions."""
 
@@ -39,7 +36,7 @@ class Diagnose:
     """The text for lens, attention, tokens and influence; None: the start of the validation split."""
     effort: Effort = field(default_factory=Effort)
     plots: Path | None = None
-    """A folder for a PNG of each, created if needed; None draws nothing."""
+    """A folder for PNGs of curvature, landscape, lens and attention; None draws nothing."""
     json: Path | None = None
     """Where to write all numbers as JSON; None writes nothing."""
     checkpoint: Checkpoint = "best"
@@ -50,10 +47,10 @@ def run(args: list[str]) -> int:
     given = parse(Diagnose, args, "diagnose")
     from jaxgpt import files
     from jaxgpt.cli.runs import corpus_of
-    from jaxgpt.diagnostics import plots
-    from jaxgpt.diagnostics import view as diagnoses
+    from jaxgpt.diagnostics import plots, view
     from jaxgpt.diagnostics.diagnose import DIAGNOSES, Subject, require
     from jaxgpt.display import charts
+    from jaxgpt.display.text import token_texts
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.run import Run
     from jaxgpt.start import load_checkpoint
@@ -81,17 +78,17 @@ def run(args: list[str]) -> int:
     require(config, given.effort, names, text)
     step, params = load_checkpoint(run, given.checkpoint)
 
+    subject = Subject(config, params, train, text, token_texts(corpus.tokenizer))
     console, found = RunConsole(), dict[str, Any]()
-    subject = Subject(config, params, train, val, text)
-    show = diagnoses.Words(corpus.tokenizer, subject)
     console.print(f"{run.path.name}, step {step:,}, without dropout, in float32")
     for name in names:
         found[name] = DIAGNOSES[name](subject, given.effort)
-        for line in diagnoses.lines(name, found[name], show):
+        for line in view.lines(name, found[name], subject):
             console.print(line)
-        if given.plots:
+        if given.plots and name in plots.CHARTS:
             given.plots.mkdir(parents=True, exist_ok=True)
-            plots.draw(name, found[name], show, given.plots / f"{name}.png")
+            charts.save(plots.CHARTS[name](found[name], subject), given.plots / f"{name}.png")
     if given.json:
-        files.write_atomically(given.json, diagnoses.to_json(found, run.path.name, step, given.effort).encode())
+        tree = {"run": run.path.name, "step": step, "effort": asdict(given.effort), **view.plain(found)}
+        files.write_atomically(given.json, json.dumps(tree, allow_nan=False).encode() + b"\n")
     return 0

@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from numpy.typing import NDArray
 
 from jaxgpt import model
 from jaxgpt.config import ModelConfig
@@ -25,8 +23,7 @@ Loss = Callable[[Any, Any], jax.Array]
 def exact(config: ModelConfig) -> ModelConfig:
     """`config` with float32 matmuls, without dropout and without rematerialization.
 
-    A bf16 matmul has a `jax.custom_vjp`: no forward-mode derivative, and its rounding shows in Hessian-vector products.
-    The fused attention kernels have no second derivative at all.
+    The rounding of bf16 matmuls shows in Hessian-vector products; fused attention kernels have no second derivative.
     """
     return replace(config, precision="float32", dropout=0.0, remat="none")
 
@@ -34,22 +31,18 @@ def exact(config: ModelConfig) -> ModelConfig:
 def mean_loss(config: ModelConfig, chunk: int = 16) -> Loss:
     """The loss of a model in nats per token, of params and a batch of (B, T) inputs and targets.
 
-    Larger batches are split into chunks of at most `chunk` windows, which the backward pass recomputes, so that memory
-    does not grow with B.
+    Larger batches are computed `chunk` windows at a time, which the backward pass recomputes, so that memory does not
+    grow with B.
     """
     config = exact(config)
 
-    def chunk_loss(params: model.Params, batch: Any) -> jax.Array:
-        with jax.default_matmul_precision("highest"):  # accelerators round the inputs of float32 matmuls too
-            return model.losses(config, params, batch.inputs, batch.targets).mean()
-
     def loss(params: model.Params, batch: Any) -> jax.Array:
-        B = batch.inputs.shape[0]
-        chunks = next(n for n in range(1, B + 1) if B % n == 0 and B // n <= chunk)
-        if chunks == 1:
-            return chunk_loss(params, batch)
-        split = jax.tree.map(lambda x: x.reshape(chunks, B // chunks, *x.shape[1:]), batch)
-        return jax.lax.map(lambda each: jax.checkpoint(chunk_loss)(params, each), split).mean()
+        def one(window: Any) -> jax.Array:
+            with jax.default_matmul_precision("highest"):  # accelerators round the inputs of float32 matmuls too
+                return model.losses(config, params, window.inputs[None], window.targets[None]).mean()
+
+        each = jax.checkpoint(one) if len(batch.inputs) > chunk else one
+        return jax.lax.map(each, batch, batch_size=chunk).mean()
 
     return loss
 
@@ -164,27 +157,22 @@ def lanczos(matvec: Callable[[jax.Array], jax.Array], start: jax.Array, steps: i
     P, K = start.size, min(steps, start.size)
     dot = partial(jnp.dot, precision="highest")
 
-    def step(carry: Any, k: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-        basis, q, first, size = carry
+    def step(carry: Any, k: jax.Array) -> tuple[Any, Any]:
+        basis, q, size = carry
         basis = basis.at[k].set(q)
         w = matvec(q)
-        along = dot(q, w)
+        diagonal, size = dot(q, w), jnp.maximum(size, jnp.linalg.norm(w))
         for _ in range(2):  # twice, because of rounding
             w = w - dot(basis.T, dot(basis, w))
         length = jnp.linalg.norm(w)
-        alive = (q @ q) > 0
-        first = jnp.where(k == 0, along, first)
-        size = jnp.maximum(size, jnp.where(alive, jnp.abs(along) + length, 0))
-        more = length > 1e-5 * size  # otherwise the basis spans all that the start vector reaches
-        # Later steps repeat the first Rayleigh quotient, which lies within the spectrum and leaves its ends unchanged.
-        diagonal = jnp.where(alive, along, first)
-        length = jnp.where(more, length, 0)
-        q = jnp.where(more, w / jnp.where(more, length, 1), 0)
-        return (basis, q, first, size), (diagonal, length)
+        length = jnp.where(length > 1e-5 * size, length, 0)  # 0: the basis spans all that the start vector reaches
+        following = jnp.where(length > 0, w / jnp.where(length > 0, length, 1), 0)
+        return (basis, following, size), (diagonal, length, (q @ q) > 0)
 
-    zero = jnp.zeros((), start.dtype)
-    begin = (jnp.zeros((K, P), start.dtype), start / jnp.linalg.norm(start), zero, zero)
-    (basis, *_), (diagonal, beside) = jax.lax.scan(step, begin, jnp.arange(K))
+    begin = jnp.zeros((K, P), start.dtype), start / jnp.linalg.norm(start), jnp.zeros((), start.dtype)
+    (basis, *_), (diagonal, beside, alive) = jax.lax.scan(step, begin, jnp.arange(K))
+    # Steps after the last repeat the first Rayleigh quotient, which leaves the ends of the spectrum unchanged.
+    diagonal = jnp.where(alive, diagonal, diagonal[0])
     values, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1))
     eps, weights = jnp.finfo(start.dtype).eps, vectors[0] ** 2
     errors = jnp.maximum(jnp.abs(beside[-1] * vectors[-1]), eps * jnp.abs(values).max())
@@ -199,35 +187,27 @@ def spectrum(loss: Loss, params: Any, batch: Any, key: jax.Array, steps: int = 3
     2019, arXiv:1901.10159). Eigenvalues are in nats per token per squared unit of a parameter; `top` is flat, in the
     order of `ravel_pytree`. Memory: `steps` times the parameters; the starts run one after another.
     """
-    flat, unravel = ravel_pytree(params)
-
-    def matvec(v: jax.Array) -> jax.Array:
-        return ravel_pytree(hvp(loss, params, batch, unravel(v)))[0]
-
-    def one(key: jax.Array) -> Lanczos:
-        return lanczos(matvec, jax.random.normal(key, flat.shape, flat.dtype), steps)
-
-    return jax.lax.map(one, jax.random.split(key, probes))
+    flat, times = _flat_hessian(loss, params, batch)
+    start = partial(jax.random.normal, shape=flat.shape, dtype=flat.dtype)
+    return jax.lax.map(lambda key: lanczos(times, start(key), steps), jax.random.split(key, probes))
 
 
 def trace(loss: Loss, params: Any, batch: Any, key: jax.Array, probes: int = 16) -> jax.Array:
     """Unbiased estimates of the trace of the Hessian, (probes,): v . H v for vectors v of random signs (Hutchinson
     1989). Their variance is twice the sum of the squared off-diagonal entries of H."""
-    flat, unravel = ravel_pytree(params)
+    flat, times = _flat_hessian(loss, params, batch)
 
     def one(key: jax.Array) -> jax.Array:
         v = jax.random.rademacher(key, flat.shape, flat.dtype)
-        return jnp.dot(v, ravel_pytree(hvp(loss, params, batch, unravel(v)))[0], precision="highest")
+        return jnp.dot(v, times(v), precision="highest")
 
     return jax.lax.map(one, jax.random.split(key, probes))
 
 
-def density(values: Any, weights: Any, at: Any, width: float) -> NDArray[np.float64]:
-    """The eigenvalue density at the points `at` (N,) -> (N,), with an integral of 1: each Ritz value of `spectrum`
-    (probes, K) as a Gaussian of standard deviation `width`, averaged over the probes."""
-    values, weights, at = (np.asarray(x, np.float64) for x in (values, weights, at))
-    bells = np.exp(-0.5 * ((at[:, None, None] - values[None]) / width) ** 2) / (width * np.sqrt(2 * np.pi))
-    return (bells * weights[None]).sum(axis=(1, 2)) / len(values)
+def _flat_hessian(loss: Loss, params: Any, batch: Any) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """The parameters as one vector (P,), and the product of the Hessian with such a vector."""
+    flat, unravel = ravel_pytree(params)
+    return flat, lambda v: ravel_pytree(hvp(loss, params, batch, unravel(v)))[0]
 
 
 def filter_normalised(params: Any, key: jax.Array) -> Any:
@@ -237,17 +217,14 @@ def filter_normalised(params: Any, key: jax.Array) -> Any:
     A filter is a column of a kernel (..., K, N) or a row of an embedding. Biases and norm scales do not move, as in the
     paper.
     """
-    leaves, shape = jax.tree_util.tree_flatten_with_path(params)
-    keys = jax.random.split(key, len(leaves))
 
-    def one(key: jax.Array, path: tuple[Any, ...], p: jax.Array) -> jax.Array:
+    def scaled(path: tuple[Any, ...], d: jax.Array, p: jax.Array) -> jax.Array:
         axis = {"kernel": -2, "embedding": -1}.get(path[-1].key)
         if axis is None:
             return jnp.zeros_like(p)
-        d = jax.random.normal(key, p.shape, p.dtype)
         return d * (jnp.linalg.norm(p, axis=axis, keepdims=True) / jnp.linalg.norm(d, axis=axis, keepdims=True))
 
-    return jax.tree.unflatten(shape, [one(key, path, p) for key, (path, p) in zip(keys, leaves, strict=True)])
+    return jax.tree_util.tree_map_with_path(scaled, optax.tree.random_like(key, params), params)
 
 
 def moved(params: Any, direction: Any, distance: jax.Array | float) -> Any:

@@ -17,7 +17,13 @@ from jaxgpt.data import Batch, Ids, estimate_starts, take
 from jaxgpt.diagnostics import derivatives, inside
 from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.derivatives import Lanczos, NoiseScale, mean_loss
+from jaxgpt.display.text import visible
 from jaxgpt.step import init_state
+
+PROBES, GRID = 8, 13
+"""Random vectors that estimate the trace of the Hessian; points on each side of the landscape's plane."""
+BATCH, WINDOWS, _, SPECTRUM, TRACE, FIRST, SECOND = range(7)
+"""What random numbers are drawn for."""
 
 
 class Subject(NamedTuple):
@@ -26,12 +32,21 @@ class Subject(NamedTuple):
     config: Config
     params: model.Params
     train: Ids
-    val: Ids
     text: Ids  # for the diagnoses of single tokens; its first block_size + 1 are one window
+    texts: list[str]  # of each token id
 
+    def show(self, ids: Any) -> str:
+        """Tokens on one line; "?" for the padding of the vocabulary."""
+        return "".join(visible(self.texts[i]) if i < len(self.texts) else "?" for i in np.atleast_1d(ids))
 
-BATCH, WINDOWS, VAL, SPECTRUM, TRACE, FIRST, SECOND = range(7)
-"""What random numbers are drawn for."""
+    def window(self, start: Any) -> str:
+        """A window of the training text, on one line."""
+        return self.show(self.train[int(start) : int(start) + self.config.model.block_size + 1])
+
+    @property
+    def first(self) -> Batch:
+        """The first block_size + 1 tokens of the text, or all if there are fewer, as a batch of one."""
+        return take(self.text, np.zeros(1, np.int64), min(self.config.model.block_size, len(self.text) - 1))
 
 
 def noise(subject: Subject, effort: Effort) -> NoiseScale:
@@ -42,7 +57,7 @@ def noise(subject: Subject, effort: Effort) -> NoiseScale:
 
 class Curvature(NamedTuple):
     spectrum: Lanczos
-    traces: Any  # (probes,) estimates
+    traces: Any  # (PROBES,) estimates
     distances: Any  # (N,) along the eigenvector of the largest eigenvalue
     losses: Any  # (N,) there
     slope: Any  # () of the loss along it
@@ -55,17 +70,17 @@ def curvature(subject: Subject, effort: Effort) -> Curvature:
     batch = _windows(subject, effort.seed, BATCH, effort.batch)
     measure = jax.jit(partial(derivatives.spectrum, loss, steps=effort.steps))
     found = jax.tree.map(lambda x: x[0], measure(params, batch, _key(effort.seed, SPECTRUM)))
-    traces = jax.jit(partial(derivatives.trace, loss, probes=effort.probes))(params, batch, _key(effort.seed, TRACE))
+    traces = jax.jit(partial(derivatives.trace, loss, probes=PROBES))(params, batch, _key(effort.seed, TRACE))
     reach = 1 / np.sqrt(max(float(found.values[-1]), 1e-6))
     distances, direction = np.linspace(-reach, reach, 21, dtype=np.float32), ravel_pytree(params)[1](found.top)
     losses = jax.jit(partial(derivatives.along, loss))(params, batch, direction, distances)
-    slope = jax.jit(lambda params, v: optax.tree.vdot(jax.grad(loss)(params, batch), v))(params, direction)
+    slope = optax.tree.vdot(jax.jit(jax.grad(loss))(params, batch), direction)
     return Curvature(found, traces, distances, losses, slope)
 
 
 class Landscape(NamedTuple):
-    places: Any  # (grid,) distances along each direction, in norms of the filters
-    losses: Any  # (grid, grid): [y, x]
+    places: Any  # (GRID,) distances along each direction, in norms of the filters
+    losses: Any  # (GRID, GRID): [y, x]
     shares: Any  # (N,) of the way from the initial parameters, 0, to these, 1
     path: Any  # (N,) the loss there
 
@@ -78,7 +93,7 @@ def landscape(subject: Subject, effort: Effort) -> Landscape:
     loss, params = mean_loss(subject.config.model), subject.params
     batch = _windows(subject, effort.seed, BATCH, effort.batch)
     directions = [derivatives.filter_normalised(params, _key(effort.seed, k)) for k in (FIRST, SECOND)]
-    places, shares = np.linspace(-1, 1, effort.grid, dtype=np.float32), np.linspace(-0.2, 1.4, 33, dtype=np.float32)
+    places, shares = np.linspace(-1, 1, GRID, dtype=np.float32), np.linspace(-0.2, 1.4, 33, dtype=np.float32)
     losses = jax.jit(partial(derivatives.plane, loss))(params, batch, *directions, places, places)
     first = init_state(subject.config).params
     way = jax.tree.map(jnp.subtract, params, first)
@@ -92,45 +107,34 @@ class Influence(NamedTuple):
 
 def influence(subject: Subject, effort: Effort) -> Influence:
     """How windows of the training text change the loss of the first window of the text."""
-    starts = _starts(subject, effort.seed, WINDOWS, effort.windows)
-    train = take(subject.train, starts, subject.config.model.block_size)
+    T = subject.config.model.block_size
+    starts = estimate_starts(effort.seed, WINDOWS, len(subject.train), T, effort.windows)
     measure = jax.jit(partial(derivatives.influence, mean_loss(subject.config.model)))
-    return Influence(measure(subject.params, train, _first_window(subject))[0], starts)
+    return Influence(measure(subject.params, take(subject.train, starts, T), subject.first)[0], starts)
 
 
-class Lens(NamedTuple):
-    losses: Any  # (L + 1,) nats per token, means over windows of the validation text
-    divergence: Any  # (L + 1,) nats per token, KL(last depth || this one)
-    agreement: Any  # (L + 1,) how often the likeliest token is the last depth's
-    text: inside.Lens  # of the first window of the text, (L + 1, 1, T) each
-
-
-def lens(subject: Subject, effort: Effort) -> Lens:
-    """`inside.lens`: means over validation windows, and the text token by token."""
-    config, params = subject.config.model, subject.params
-
-    def one(window: Batch) -> tuple[jax.Array, ...]:
-        found = inside.lens(config, params, jax.tree.map(lambda x: x[None], window))
-        same = (found.top == found.top[-1][None]).astype(jnp.float32)
-        return tuple(x.mean(axis=(1, 2)) for x in (found.losses, found.divergence, same))
-
-    means = jax.jit(lambda batch: tuple(x.mean(axis=0) for x in jax.lax.map(one, batch)))
-    text = jax.jit(inside.lens, static_argnums=0)(config, params, _first_window(subject))
-    losses, divergence, agreement = means(_windows(subject, effort.seed, VAL, effort.batch))
-    return Lens(losses, divergence, agreement, text)
+def lens(subject: Subject, effort: Effort) -> inside.Lens:
+    """`inside.lens` of the first window of the text, (L + 1, 1, T) each."""
+    return jax.jit(partial(inside.lens, subject.config.model))(subject.params, subject.first)
 
 
 class Attention(NamedTuple):
-    mean: inside.Attention  # over windows of the validation text
-    maps: Any  # (L, H, T, T) on the first window of the text
+    """On the first window of the text."""
+
+    maps: Any  # (L, H, T, T)
+    entropy: Any  # (L, H) nats, mean over tokens; its exponential is about the number of tokens that a head attends to
+    uniform: Any  # () nats, that of uniform attention
+    distance: Any  # (L, H) mean distance to the key, in tokens
 
 
 def attention(subject: Subject, effort: Effort) -> Attention:
-    """`inside.attention` on validation windows, and the maps of the text."""
-    config, params = subject.config.model, subject.params
-    many, idx = _windows(subject, effort.seed, VAL, effort.batch).inputs, _first_window(subject).inputs
-    mean = jax.jit(inside.attention, static_argnums=0)(config, params, many)
-    return Attention(mean, jax.jit(inside.exact_maps, static_argnums=0)(config, params, idx)[:, 0])
+    """`inside.attention_maps` of the text, and their entropy and reach."""
+    config, idx = subject.config.model, subject.first.inputs
+    maps = jax.jit(partial(inside.attention_maps, config))(subject.params, idx)[:, 0]
+    t = jnp.arange(idx.shape[1])
+    distance = (maps * (t[:, None] - t[None])[None, None]).sum(axis=-1)
+    uniform = jnp.log(jnp.minimum(t + 1, config.window or config.block_size)).mean()
+    return Attention(maps, jax.scipy.special.entr(maps).sum(axis=-1).mean(axis=-1), uniform, distance.mean(axis=-1))
 
 
 def tokens(subject: Subject, effort: Effort) -> inside.Scores:
@@ -142,59 +146,36 @@ def tokens(subject: Subject, effort: Effort) -> inside.Scores:
 
 
 DIAGNOSES: dict[str, Callable[[Subject, Effort], Any]] = {
-    "noise": noise,
-    "curvature": curvature,
-    "landscape": landscape,
-    "influence": influence,
-    "lens": lens,
-    "attention": attention,
-    "tokens": tokens,
+    each.__name__: each for each in (noise, curvature, landscape, influence, lens, attention, tokens)
 }
 
 
-def require(config: Config, effort: Effort, names: Sequence[str], text: Ids, free: int | None = None) -> None:
+def require(config: Config, effort: Effort, names: Sequence[str], text: Ids) -> None:
     """Check, before anything is compiled, that the diagnoses `names` can be made.
-
-    Args:
-      free: bytes of memory; None for what is free on the device.
 
     Raises:
       UsageError: a number is out of range, the text is too short, a bigram has no attention, or the Lanczos vectors do
-        not fit.
+        not fit into the memory.
     """
-    least = {"windows": 3, "batch": 1, "steps": 2, "probes": 2, "grid": 3, "seed": 0}
-    for name, low in least.items():
+    for name, low in {"windows": 3, "batch": 1, "steps": 2, "seed": 0}.items():
         if getattr(effort, name) < low:
             raise UsageError(f"{name} is {getattr(effort, name)}, expected at least {low}: --{name} {low}")
     if len(text) < 2:
         raise UsageError(f"the text has {len(text)} tokens, expected at least 2: --text TEXT")
     if "attention" in names and config.model.kind == "bigram":
         raise UsageError("a bigram has no attention: leave it out of --only")
-    free = memory.available() if free is None else free
-    vector = cost.FLOAT * cost.n_params(config.model)
+    free, vector = memory.available(), cost.FLOAT * cost.n_params(config.model)
     if "curvature" in names and free is not None and vector * (effort.steps + 6) > free:
-        fits = free // vector - 6
         raise UsageError(
-            f"{effort.steps} steps of Lanczos hold as many vectors of {memory.size(vector)}, {memory.size(free)} are "
-            "free: " + (f"try --steps {fits}" if fits >= 2 else "leave curvature out, --only NAME ...")
+            f"{effort.steps} Lanczos steps hold as many vectors of {memory.size(vector)}; {memory.size(free)} are "
+            f"free: try --steps {max(2, free // vector - 6)}, or leave curvature out of --only"
         )
 
 
-def _first_window(subject: Subject) -> Batch:
-    """The first block_size + 1 tokens of the text, or all if there are fewer, as a batch of one."""
-    T = min(subject.config.model.block_size, len(subject.text) - 1)
-    return take(subject.text, np.zeros(1, np.int64), T)
-
-
 def _windows(subject: Subject, seed: int, purpose: int, n: int) -> Batch:
-    """`n` random windows of the training text, or of the validation text for the purpose VAL."""
-    text = subject.val if purpose == VAL else subject.train
-    return take(text, _starts(subject, seed, purpose, n), subject.config.model.block_size)
-
-
-def _starts(subject: Subject, seed: int, purpose: int, n: int) -> Any:
-    text = subject.val if purpose == VAL else subject.train
-    return estimate_starts(seed, purpose, len(text), subject.config.model.block_size, n)
+    """`n` random windows of the training text."""
+    T = subject.config.model.block_size
+    return take(subject.train, estimate_starts(seed, purpose, len(subject.train), T, n), T)
 
 
 def _key(seed: int, purpose: int) -> jax.Array:

@@ -112,6 +112,26 @@ def label(text: str, x: Spec, y: Spec, colour: str = QUIET, **properties: Any) -
     return layer([{}], "text", encoding, text=text.split("\n"), color=colour, **{"fontSize": 11, **properties})
 
 
+def dots(rows: list[Spec], kinds: list[str], title: str) -> Spec:
+    """A line of dots for each name, in the order of `rows`: dicts of what, loss and kind, one of at most three `kinds`,
+    and optionally low and high, the ends of an error bar. The first loss of each name stands at the right."""
+    names = list(dict.fromkeys(row["what"] for row in rows))
+    y: Spec = {"field": "what", "type": "nominal", "sort": names, "title": None}
+    y["axis"] = {"labelLimit": 220, "ticks": False, "domain": False, "grid": True}
+    x = quantity("loss", title, {"tickCount": 6}, padding=50)
+    at = {"x": x, "y": y, "color": category("kind", kinds, (ACCENT, QUIET, WARM), {"title": None, "labelLimit": 300})}
+    tooltip = [{"field": "what", "title": "what"}, {"field": "loss", "format": ".4f", "title": title}]
+    first = list({row["what"]: row for row in reversed(rows)}.values())
+    text = {"x": {"value": {"expr": "width - 6"}}, "y": y, "text": {"field": "loss", "format": ".3f"}}
+    bars = [row for row in rows if "low" in row]
+    layers = [
+        layer(rows[::-1], "point", {**at, "tooltip": tooltip}, filled=True, size=110, opacity=1),
+        layer(bars, "rule", {**at, "x": {**x, "field": "low"}, "x2": {"field": "high"}}, strokeWidth=3, opacity=0.4),
+        layer(first, "text", text, align="right", color=INK),
+    ]
+    return chart(layer=layers, height=26 * len(names))
+
+
 def require(path: Path | None = None) -> Any:
     """The module vl_convert. Called before any work is done for a chart, to `path` if one is given.
 

@@ -1,13 +1,12 @@
 """`jaxgpt lecture`: the models of the lecture, one by one."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import DataDir, parse
-from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig, check
+from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig, UsageError, check
 
 
 @dataclass(frozen=True)
@@ -18,10 +17,6 @@ class Lecture:
     """A named corpus, a UTF-8 file or folder, or a prepared folder; the lecture's figures are for shakespeare."""
     seed: int = 1337
     """Fixes the initial parameters, the batches, the dropout and the samples."""
-    scale_by: Literal["head-size", "channels"] = "head-size"
-    """Attention is scaled by one over the root of this; the lecture's code first had the channels, a bug."""
-    init: Literal["torch", "normal"] = "torch"
-    """torch: PyTorch's defaults, as in the video; normal: standard deviation 0.02, as in later code."""
     steps: int = 0
     """Training steps of every model; 0: each model's own."""
     full: bool = False
@@ -40,13 +35,15 @@ def run(args: list[str]) -> int:
     from jaxgpt import files
     from jaxgpt.cli.runs import tokens_of
     from jaxgpt.display import charts
-    from jaxgpt.lecture import ladder, plots
-    from jaxgpt.lecture import view as tables
+    from jaxgpt.lecture import ladder, view
+    from jaxgpt.lecture.model import Rung
 
     use_compile_cache()
-    rungs = ladder.configure(
-        (*ladder.RUNGS[:-1], ladder.FULL) if given.full else ladder.RUNGS, given.scale_by, given.init, given.steps
-    )
+    if given.steps < 0:
+        raise UsageError(f"steps is {given.steps}, expected 0 (each model's own) or more")
+    rungs: tuple[Rung, ...] = (*ladder.RUNGS[:-1], ladder.FULL) if given.full else ladder.RUNGS
+    if given.steps:
+        rungs = tuple(replace(rung, steps=given.steps) for rung in rungs)
     files.require_file(given.plot, "--plot")
     files.require_file(given.json, "--json")
     if given.plot:
@@ -59,11 +56,10 @@ def run(args: list[str]) -> int:
     console.print(corpus.summary, soft_wrap=True)
     for result in ladder.climb(rungs, *corpus.split(config.data), corpus.tokenizer, given.seed):
         results.append(result)
-        console.print(tables.line(result), markup=False, soft_wrap=True)
-    console.print(tables.ladder(results))
-    console.print(tables.samples(results))
+        console.print(view.line(result), markup=False, soft_wrap=True)
+    console.print(view.table(results))
     if given.plot:
-        charts.save(plots.ladder(results), given.plot)
+        charts.save(view.chart(results), given.plot)
     if given.json:
         tree = {"corpus": corpus.summary, "seed": given.seed, "rungs": [asdict(result) for result in results]}
         files.write_atomically(given.json, (json.dumps(tree, indent=2) + "\n").encode())

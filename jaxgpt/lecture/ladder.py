@@ -11,41 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgpt import data as batches
 from jaxgpt import prng
-from jaxgpt.config import UsageError
-from jaxgpt.data import Ids, take
+from jaxgpt.data import Batch, Ids, chunk_starts, evaluation_windows, take
 from jaxgpt.display import baselines
-from jaxgpt.lecture.attention import mean_by_loop, mean_by_matmul, mean_by_softmax
+from jaxgpt.evaluation import loss_sums
 from jaxgpt.lecture.model import Params, Rung, forward, init_params
 from jaxgpt.loss import cross_entropy, token_losses
 from jaxgpt.tokenizer import Tokenizer
 
-_MORE = Rung(
-    "residual",
-    "three blocks with residual connections",
-    (2.08,),
-    n_layer=3,
-    n_head=4,
-    feed_forward=4,
-    residual=True,
-)
+_RESIDUAL = Rung(
+    "residual", "three blocks with residual connections", (2.08,), n_layer=3, n_head=4, feed_forward=4, residual=True,
+)  # fmt: skip
 
 RUNGS = (
     Rung("uniform", "every character equally likely: ln V", kind="uniform"),
     Rung("unigram", "how often each character occurs", kind="unigram"),
     Rung("bigram counts", "how often each follows each", kind="bigram counts"),
     Rung("bigram", "a (V, V) table, trained", (2.5,), kind="bigram", learning_rate=1e-2, steps=3000),
-    Rung("averaging", "the mean of the past by loop, matmul and softmax", kind="averaging"),
     Rung("one head", "self-attention, 32 channels", (2.4,)),
     Rung("four heads", "of 8 channels each", (2.28,), n_head=4),
     Rung("feed-forward", "each position computes on its own", (2.24, 2.27), n_head=4, feed_forward=1),
-    _MORE,
+    _RESIDUAL,
+    replace(_RESIDUAL, name="layer norm", about="before each layer, and at the end", lecture=(2.06,), layer_norm=True),
     replace(
-        _MORE, name="layer norm", about="before each layer, and at the end", lecture=(2.06,), layer_norm=True
-    ),
-    replace(
-        _MORE, name="dropout and scale", about="4 layers, 128 channels, context 64", lecture=(1.48,),
+        _RESIDUAL, name="dropout and scale", about="4 layers, 128 channels, context 64", lecture=(1.48,),
         lecture_size="6 layers, 384 channels, context 256", layer_norm=True, n_layer=4, channels=128, block_size=64,
         dropout=0.05, batch_size=16, learning_rate=2e-3, steps=1500,
     ),
@@ -62,29 +51,11 @@ TRAINED = ("bigram", "transformer")
 """The kinds of rung that are trained by gradient descent."""
 
 
-def configure(
-    rungs: tuple[Rung, ...], scale_by: str = "head-size", init: str = "torch", steps: int = 0
-) -> tuple[Rung, ...]:
-    """`rungs` with the two settings that the lecture's code changed over time, and all training runs of `steps` steps.
-
-    Args:
-      scale_by, init: as in `Rung`.
-      steps: of every trained rung; 0 leaves each its own.
-
-    Raises:
-      UsageError: steps is negative.
-    """
-    if steps < 0:
-        raise UsageError(f"steps is {steps}, expected 0 (each rung's own) or more")
-    changes: dict[str, Any] = {"scale_by": scale_by, "init": init} | ({"steps": steps} if steps else {})
-    return tuple(replace(rung, **changes) if rung.kind in TRAINED else rung for rung in rungs)
-
-
 @dataclass(frozen=True)
 class Result:
     rung: Rung
-    loss: float | None
-    """Nats per character over the whole validation split; None for the averaging rung."""
+    loss: float
+    """Nats per character over the whole validation split."""
     n_params: int
     seconds: float
     sample: str
@@ -96,22 +67,11 @@ def climb(
     """Train and score each rung, in turn. `train` and `val` are ids (N,); `sample` is the characters to sample."""
     for rung in rungs:
         began = time.perf_counter()
-        if rung.kind == "averaging":
-            sample_text = f"the three ways differ by {_apart(rung, seed):.0e} at most"
-            yield Result(rung, None, 0, time.perf_counter() - began, sample_text)
-            continue
         params = learn(rung, train, tokenizer.vocab_size, seed)
         loss = score(rung, params, val)
         text = tokenizer.decode(write(rung, params, sample, seed))
         n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
         yield Result(rung, loss, n_params, time.perf_counter() - began, text)
-
-
-def _apart(rung: Rung, seed: int) -> float:
-    """The largest difference between the three averages on random numbers: rounding error."""
-    x = jax.random.normal(prng.key(seed), (4, rung.block_size, 2))
-    ways = [np.asarray(mean(x)) for mean in (mean_by_loop, mean_by_matmul, mean_by_softmax)]
-    return max(float(np.abs(way - ways[0]).max()) for way in ways)
 
 
 def count(kind: str, train: Ids, vocab_size: int) -> Params:
@@ -138,7 +98,7 @@ def learn(rung: Rung, train: Ids, vocab_size: int, seed: int) -> Params:
     K = 500
     for begin in range(0, rung.steps, K):
         end = min(begin + K, rung.steps)
-        starts = batches.chunk_starts(seed, begin, end, len(train), rung.block_size, rung.batch_size, "random")
+        starts = chunk_starts(seed, begin, end, len(train), rung.block_size, rung.batch_size, "random")
         state = _train(rung, state, tokens, jnp.asarray(starts, jnp.int32), jax.random.fold_in(dropout_key, begin))
     return state[0]
 
@@ -161,22 +121,17 @@ def _train(rung: Rung, state: Any, tokens: jax.Array, starts: jax.Array, key: ja
     return jax.lax.scan(step, state, (starts, jax.random.split(key, len(starts))))[0]
 
 
-def score(rung: Rung, params: Params, val: Ids, n_windows: int = 256) -> float:
-    """Mean loss over the whole of `val`, each token but the first predicted once, in the windows of `evaluate`."""
-    T = rung.block_size
-    starts, skip = batches.evaluation_windows(len(val), T)
-    cuts = range(n_windows, len(starts), n_windows)
-    sums = [
-        _loss_sums(rung, params, take(val, part, T), done)
-        for part, done in zip(np.split(starts, cuts), np.split(skip, cuts), strict=True)
-    ]
-    return float(np.concatenate(jax.device_get(sums)).sum(dtype=np.float64) / (len(val) - 1))
+def score(rung: Rung, params: Params, val: Ids, B: int = 256) -> float:
+    """Mean loss over the whole of `val`, each token but the first predicted once, in the windows of `evaluate`, B at a
+    time."""
+    starts, skip = evaluation_windows(len(val), rung.block_size)
+    sums = loss_sums(partial(_window_losses, rung, params), val, rung.block_size, starts, skip, B)
+    return float(sums.sum() / (len(val) - 1))
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss_sums(rung: Rung, params: Params, batch: batches.Batch, skip: jax.Array) -> jax.Array:
-    """The sum over each window, (B,), without its first `skip` (B,) predictions. The caller adds them in float64, for
-    float32 would lose a digit over thousands of tokens."""
+def _window_losses(rung: Rung, params: Params, batch: Batch, skip: jax.Array) -> jax.Array:
+    """The summed loss of each window, (B,), without its first `skip` (B,) predictions."""
     losses = token_losses(forward(rung, params, batch.inputs), batch.targets)
     return jnp.where(jnp.arange(rung.block_size)[None] >= skip[:, None], losses, 0).sum(axis=-1)
 

@@ -21,7 +21,7 @@ class Rung:
     """The loss in the lecture, or reported by others: one figure, or the two ends of a range."""
     lecture_size: str = ""
     """The size of the lecture's model, if it is larger."""
-    kind: Literal["uniform", "unigram", "bigram counts", "averaging", "bigram", "transformer"] = "transformer"
+    kind: Literal["uniform", "unigram", "bigram counts", "bigram", "transformer"] = "transformer"
     n_layer: int = 1
     n_head: int = 1
     feed_forward: int = 0
@@ -30,10 +30,6 @@ class Rung:
     """Project the output of each layer and add it to its input."""
     layer_norm: bool = False
     dropout: float = 0.0
-    scale_by: Literal["head-size", "channels"] = "head-size"
-    """Attention is scaled by one over the root of this; the lecture's code first had the channels, a bug."""
-    init: Literal["torch", "normal"] = "torch"
-    """torch: PyTorch's defaults, as in the video; normal: standard deviation 0.02, as in later code."""
     channels: int = 32
     block_size: int = 8
     batch_size: int = 32
@@ -42,17 +38,12 @@ class Rung:
 
 
 def init_params(rung: Rung, vocab_size: int, key: jax.Array) -> Params:
-    """Fresh parameters: a (V, V) table for the bigram, else embeddings, blocks and a head."""
+    """Fresh parameters, drawn as PyTorch does by default: a (V, V) table for the bigram, else embeddings, blocks and a
+    head."""
     keys = iter(jax.random.split(key, 8 + 8 * rung.n_layer))
-    C, V = rung.channels, vocab_size
-
-    def table(rows: int, columns: int) -> jax.Array:
-        return jax.random.normal(next(keys), (rows, columns)) * (0.02 if rung.init == "normal" else 1.0)
+    C, V, sizes = rung.channels, vocab_size, {"tokens": vocab_size, "positions": rung.block_size}
 
     def linear(n_in: int, n_out: int, bias: bool = True) -> Params:
-        if rung.init == "normal":
-            kernel = 0.02 * jax.random.normal(next(keys), (n_in, n_out))
-            return {"kernel": kernel, "bias": jnp.zeros(n_out)} if bias else {"kernel": kernel}
         bound = n_in**-0.5
         drawn = jax.random.uniform(next(keys), (n_in + bias, n_out), minval=-bound, maxval=bound)
         return {"kernel": drawn[:n_in], "bias": drawn[n_in]} if bias else {"kernel": drawn}
@@ -71,8 +62,8 @@ def init_params(rung: Rung, vocab_size: int, key: jax.Array) -> Params:
         return params | ({"ln_1": norm(), "ln_2": norm()} if rung.layer_norm else {})
 
     if rung.kind == "bigram":
-        return {"table": table(V, V)}
-    params: Params = {"tokens": table(V, C), "positions": table(rung.block_size, C)}
+        return {"table": jax.random.normal(next(keys), (V, V))}
+    params: Params = {name: jax.random.normal(next(keys), (n, C)) for name, n in sizes.items()}
     params["blocks"] = [block() for _ in range(rung.n_layer)]
     if rung.layer_norm:
         params["ln_f"] = norm()
@@ -94,26 +85,25 @@ def forward(rung: Rung, params: Params, idx: jax.Array, dropout_key: jax.Array |
 
     x = params["tokens"][idx] + params["positions"][None, : idx.shape[1]]
     for block in params["blocks"]:
-        x = _communicate(rung, block, x, drop)
-        x = _compute(rung, block, x, drop)
+        x = _attend(rung, block, x, drop)
+        x = _feed_forward(rung, block, x, drop)
     if rung.layer_norm:
         x = _norm(params["ln_f"], x)
     return _linear(params["head"], x)
 
 
-def _communicate(rung: Rung, params: Params, x: jax.Array, drop: Any) -> jax.Array:
+def _attend(rung: Rung, params: Params, x: jax.Array, drop: Any) -> jax.Array:
     B, T, C = x.shape
     H = rung.n_head
     seen = _norm(params["ln_1"], x) if rung.layer_norm else x
     q, k, v = (
         _linear(params[name], seen).reshape(B, T, H, C // H).swapaxes(1, 2) for name in ("query", "key", "value")
     )
-    scale = (C if rung.scale_by == "channels" else C // H) ** -0.5
-    out = attention(q, k, v, causal_mask(T)[None, None], scale=scale, drop=drop).swapaxes(1, 2).reshape(B, T, C)
+    out = attention(q, k, v, causal_mask(T)[None, None], drop=drop).swapaxes(1, 2).reshape(B, T, C)
     return x + drop(_linear(params["proj"], out)) if rung.residual else out
 
 
-def _compute(rung: Rung, params: Params, x: jax.Array, drop: Any) -> jax.Array:
+def _feed_forward(rung: Rung, params: Params, x: jax.Array, drop: Any) -> jax.Array:
     if not rung.feed_forward:
         return x
     seen = _norm(params["ln_2"], x) if rung.layer_norm else x

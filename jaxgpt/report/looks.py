@@ -1,4 +1,4 @@
-"""What a run's weights show: samples, losses token by token, attention and embeddings."""
+"""What a run's weights show: samples, losses token by token, and attention."""
 
 import math
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.runs import corpus_of
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.corpus import Corpus
-from jaxgpt.diagnostics.inside import exact_maps, token_scores
-from jaxgpt.display.baselines import Limits, limits, occurrences, stretches
+from jaxgpt.diagnostics.inside import attention_maps, token_scores
+from jaxgpt.display.baselines import Limits, limits
 from jaxgpt.display.text import token_texts
 from jaxgpt.run import Run
 from jaxgpt.sample import SamplingParams, write
@@ -31,10 +31,6 @@ READ, ALTERNATIVES = 480, 5
 """Tokens of the passage, and alternatives shown for each."""
 WEIGHTS = 2**18
 """Attention weights in a report, at most: a large model shows fewer tokens."""
-SHOWN, NEAR = 200, 5
-"""Number of the most frequent tokens whose embeddings are shown, and neighbours of each."""
-
-Floats = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -64,18 +60,6 @@ class Attention:
     weights: NDArray[np.float32]  # (L, H, T, T)
 
 
-@dataclass(frozen=True)
-class Embedding:
-    """The most frequent tokens at their principal components, and their nearest neighbours."""
-
-    tokens: list[str]
-    points: Floats  # (N, 2)
-    shares: tuple[float, float]
-    """Share of the variance along each axis of the plane."""
-    near: list[list[tuple[str, float]]]
-    """For each, its neighbours with their cosines."""
-
-
 @dataclass
 class Looks:
     """What was available; `missing` gives the reason for each part that was not."""
@@ -86,7 +70,6 @@ class Looks:
     limits: Limits | None = None
     passage: Passage | None = None
     attention: Attention | None = None
-    embedding: Embedding | None = None
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -103,15 +86,14 @@ def look(run: Run, data_dir: Path) -> Looks:
 
     corpus: Corpus | None = attempt("tokens", lambda: corpus_of(run, data_dir))
     found = attempt("weights", lambda: load_checkpoint(run))
-    model, tokenizer, V = run.config.model, run.tokenizer, run.tokenizer.vocab_size
+    model, tokenizer = run.config.model, run.tokenizer
     train, val = corpus.split(run.config.data) if corpus else (None, None)
     if train is not None and val is not None:
-        looks.limits = limits(train, val, V)
+        looks.limits = limits(train, val, tokenizer.vocab_size)
     if not found:
         return looks
     looks.step, params = found
     looks.samples = attempt("samples", lambda: samples(run, None if val is None else tokenizer.decode(val[:PROMPT])))
-    looks.embedding = attempt("embedding", lambda: embedded(model, params, tokenizer, frequent(train, V, SHOWN)))
     if val is not None:
         looks.passage = attempt("passage", lambda: read(model, params, val, tokenizer))
         if model.kind == "gpt":
@@ -159,39 +141,5 @@ def attend(model: ModelConfig, params: model.Params, val: Ids, tokenizer: Tokeni
     """The attention maps of the beginning of `val` (M,)."""
     T = max(2, min(model.block_size, 64, math.isqrt(2 * WEIGHTS // (model.n_layer * model.n_head))))
     ids, names = np.asarray(val[:T], np.int32), token_texts(tokenizer)
-    maps = jax.jit(exact_maps, static_argnums=0)(model, params, jnp.asarray(ids)[None])
+    maps = jax.jit(attention_maps, static_argnums=0)(model, params, jnp.asarray(ids)[None])
     return Attention([names[i] for i in ids], np.asarray(maps[:, 0], np.float32))
-
-
-def embedded(model: ModelConfig, params: model.Params, tokenizer: Tokenizer, ids: Ids) -> Embedding:
-    """The embeddings of the tokens `ids` (N,), among each other; of a bigram, the rows of its table of logits."""
-    table = params["token_embedding_table" if model.kind == "bigram" else "wte"]["embedding"]
-    rows = np.asarray(table, np.float64)[ids]
-    texts, (near, cosines) = token_texts(tokenizer), neighbours(rows, NEAR)
-    names = [texts[i] for i in ids]
-    pairs = [[(names[j], float(c)) for j, c in zip(*both, strict=True)] for both in zip(near, cosines, strict=True)]
-    return Embedding(names, *project(rows), pairs)
-
-
-def project(rows: Floats) -> tuple[Floats, tuple[float, float]]:
-    """`rows` (N, C) at their two principal components, (N, 2), and the share of the variance along each."""
-    u, s, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
-    points = np.pad(u * s, [(0, 0), (0, 1)])[:, :2]
-    points *= np.where(points[np.abs(points).argmax(axis=0), [0, 1]] < 0, -1, 1)  # fixes the arbitrary sign
-    first, second = np.pad(s**2, (0, 1))[:2] / max(float((s**2).sum()), np.finfo(float).tiny)
-    return points, (float(first), float(second))
-
-
-def neighbours(rows: Floats, k: int) -> tuple[NDArray[np.int64], Floats]:
-    """The k nearest other rows of each of `rows` (N, C) by cosine, the nearest first: indices and cosines, (N, k)."""
-    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(float).tiny)
-    cosines = unit @ unit.T
-    np.fill_diagonal(cosines, -np.inf)
-    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, : min(k, len(rows) - 1)]
-    return nearest, np.take_along_axis(cosines, nearest, axis=1)
-
-
-def frequent(tokens: Ids | None, V: int, n: int) -> Ids:
-    """The n most frequent ids of `tokens`, the most frequent first; without tokens, the first n."""
-    counts = np.zeros(V) if tokens is None else occurrences(stretches(tokens), V)
-    return np.argsort(-counts, kind="stable")[: min(n, max(2, np.count_nonzero(counts) or V))]

@@ -15,7 +15,6 @@ import jaxgpt
 from jaxgpt.config import MissingExtraError
 from jaxgpt.display.baselines import COUNTED, published
 from jaxgpt.display.charts import Spec, script
-from jaxgpt.display.text import spaced
 from jaxgpt.monitor.facts import Facts, differing, kinds
 from jaxgpt.monitor.terminal import duration
 from jaxgpt.recipes import RECIPES
@@ -46,12 +45,6 @@ def page(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec],
         values |= {"top": top, "shades": [f"{min(1.0, loss / top):.2f}" for loss in losses]}
     if look.attention:
         values["attention"] = packed(look.attention)
-    if look.embedding:
-        pairs = zip(look.embedding.tokens[:60], look.embedding.near, strict=False)
-        values["neighbours"] = [
-            (spaced(token), "   ".join(f"{spaced(name)} {cosine:.2f}" for name, cosine in near))
-            for token, near in pairs
-        ]
     return environment().get_template("page.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(facts.name for facts in runs)}",
         allowed=" ".join(f"'sha256-{_sha256(text)}'" for text in (script(), _file("page.js"))),

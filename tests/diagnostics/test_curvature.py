@@ -70,13 +70,6 @@ def test_the_vector_of_the_greatest_is_one_where_the_start_is_spent():
     np.testing.assert_allclose(top @ matrix(np.repeat([2.0, 5.0, 9.0], 4)) @ top, 9, rtol=1e-4)
 
 
-def test_the_density_has_an_integral_of_one_and_stands_at_the_eigenvalues():
-    at = np.linspace(-5, 25, 3001)
-    found = derivatives.density([[0.0, 20.0]], [[0.75, 0.25]], at, width=0.3)
-    np.testing.assert_allclose(found.sum() * 0.01, 1, rtol=1e-6)
-    np.testing.assert_allclose(found[at > 10].sum() * 0.01, 0.25, rtol=1e-6)
-
-
 def test_signs_meet_the_trace_exactly_on_a_diagonal_and_in_the_mean_elsewhere():
     np.testing.assert_allclose(trace(quadratic, PARAMS, jnp.diag(jnp.arange(12.0)), KEY, 3), [66.0] * 3, rtol=1e-5)
     full = matrix(EIGENVALUES)
@@ -129,13 +122,8 @@ def test_products_with_the_hessian_are_differences_of_gradients_part_by_part(gpt
         np.testing.assert_allclose(h, (a - b) / 2e-2, atol=0.01 * np.abs(h).max())
 
 
-def test_bfloat16_has_no_forward_derivative_so_the_loss_of_diagnoses_has_no_bfloat16(gpt):
+def test_the_loss_of_diagnoses_has_no_bf16_matmuls(gpt):
     config, params, batch = gpt
-
-    def as_it_trains(params):
-        return model.losses(config, params, batch.inputs, batch.targets).mean()
-
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jit(lambda params: jax.jvp(as_it_trains, (params,), (params,))).lower(params)
-    assert "bf16" in str(jax.make_jaxpr(as_it_trains)(params))
+    as_it_trains = partial(model.losses, config)
+    assert "bf16" in str(jax.make_jaxpr(as_it_trains)(params, batch.inputs, batch.targets))
     assert "bf16" not in str(jax.make_jaxpr(partial(derivatives.hvp, mean_loss(config)))(params, batch, params))

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from jaxgpt import cli, model
+from jaxgpt.cli import memory
 from jaxgpt.config import Config, ModelConfig, UsageError
-from jaxgpt.diagnostics import plots
-from jaxgpt.diagnostics import view as diagnoses
+from jaxgpt.diagnostics import diagnose, plots, view
 from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.diagnose import DIAGNOSES, Subject, require
-from jaxgpt.tokenizer import CharTokenizer
+from jaxgpt.display import charts
 
 SMALL = ("--block-size", 8, "--steps", 5, "--scan-steps", 5, "--eval-every", 0, "--batch-size", 4, "--eval-batches", 0)
-LITTLE = ("--windows", 8, "--batch", 4, "--steps", 3, "--probes", 2, "--grid", 3)
+LITTLE = ("--windows", 8, "--batch", 4, "--steps", 3)
 TEXT = "the cat sat on a $mat$\n"
 HAS = [name for name in DIAGNOSES if name != "attention"]
 
@@ -28,6 +28,8 @@ def call(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("COLUMNS", "200")
+        patch.setattr(diagnose, "PROBES", 2)
+        patch.setattr(diagnose, "GRID", 3)
 
         def run(*args):
             return cli.run_command([str(arg) for arg in args]), folder
@@ -43,7 +45,7 @@ def test_all_of_them_are_printed_drawn_and_written(call, capsys):
     printed = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2] != " "]
     assert printed == HAS
     drawn = {path.stem: path.read_bytes() for path in (folder / "new/pics").iterdir()}
-    assert set(drawn) == set(HAS)
+    assert set(drawn) == {"curvature", "landscape", "lens"}
     for picture in drawn.values():
         assert picture.startswith(b"\x89PNG")
         assert len(picture) < 120_000
@@ -62,17 +64,22 @@ def test_all_of_them_are_printed_drawn_and_written(call, capsys):
     assert {name: written[name] for name in again} == again, "the same numbers, alone or among others"
 
 
-def test_attention_is_printed_and_drawn(tmp_path, tiny):
-    tokens, tokenizer = np.arange(40) % 13, CharTokenizer("abcdefghijklm")
-    params = jax.jit(lambda key: model.init_params(tiny.model, key))(jax.random.key(0))
-    subject = Subject(tiny, params, tokens, tokens, tokens[:20])
-    found, words = DIAGNOSES["attention"](subject, Effort(batch=2)), diagnoses.Words(tokenizer, subject)
+def test_heads_that_prefer_nothing_are_as_uncertain_as_can_be(tiny, change, tmp_path):
+    """With queries of zero each token sees its past evenly: entropy log n, and (n - 1) / 2 tokens back."""
+    config, tokens, texts = change(tiny, window=3, precision="bfloat16"), np.arange(40) % 13, list("abcdefghijklm")
+    params = jax.jit(lambda key: model.init_params(config.model, key))(jax.random.key(0))
+    params = jax.tree_util.tree_map_with_path(lambda path, p: 0 * p if "query" in str(path) else p, params)
+    subject = Subject(config, params, tokens, tokens[:20], texts)
+    found = DIAGNOSES["attention"](subject, Effort(batch=2))
+    seen = np.minimum(np.arange(8) + 1, 3)
     assert found.maps.shape == (1, 2, 8, 8)
-    first, block = diagnoses.lines("attention", found, words)
+    np.testing.assert_allclose(found.uniform, np.log(seen).mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.entropy, np.full((1, 2), np.log(seen).mean()), rtol=1e-5)
+    np.testing.assert_allclose(found.distance, np.full((1, 2), (seen - 1).mean() / 2), rtol=1e-5)
+    first, block = view.lines("attention", found, subject)
     assert first.split()[0] == "attention"
-    for entropy, distance in zip(found.mean.entropy[0], found.mean.distance[0], strict=True):
-        assert f"{entropy:.2f}/{distance:.0f}" in block
-    plots.draw("attention", found, words, tmp_path / "a.png")
+    assert f"{np.log(seen).mean():.2f}/{(seen - 1).mean() / 2:.0f}" in block
+    charts.save(plots.CHARTS["attention"](found, subject), tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
@@ -105,10 +112,12 @@ def test_bad_usage_is_refused_before_any_work(call, capsys, monkeypatch, args, s
     assert said in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_refused_with_what_does():
+def test_what_does_not_fit_is_refused_with_what_does(monkeypatch):
     bigram = Config(model=ModelConfig(kind="bigram", vocab_size=100))
-    require(bigram, Effort(steps=20), ["curvature"], np.arange(9), free=26 * 40_000)
-    with pytest.raises(UsageError, match=r"20 steps of Lanczos .* try --steps 14"):
-        require(bigram, Effort(steps=20), ["curvature"], np.arange(9), free=20 * 40_000)
-    with pytest.raises(UsageError, match="leave curvature out"):
-        require(bigram, Effort(steps=20), ["curvature"], np.arange(9), free=5 * 40_000)
+    for vectors, steps in ((26, None), (20, 14)):
+        monkeypatch.setattr(memory, "available", lambda vectors=vectors: vectors * 40_000)
+        if steps is None:
+            require(bigram, Effort(steps=20), ["curvature"], np.arange(9))
+        else:
+            with pytest.raises(UsageError, match=rf"20 Lanczos steps .* try --steps {steps}"):
+                require(bigram, Effort(steps=20), ["curvature"], np.arange(9))

@@ -45,22 +45,6 @@ def test_the_lens_ends_with_the_loss_of_the_model_and_nothing_left_to_change():
     np.testing.assert_allclose(found.probability[-1], jax.nn.softmax(logits).max(axis=-1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("window", [0, 3])
-def test_heads_that_prefer_nothing_are_as_uncertain_as_can_be(window):
-    """With queries of zero each token sees its past evenly: entropy log n, and (n - 1) / 2 tokens back."""
-    config = dataclasses.replace(CONFIG, window=window, precision="bfloat16")
-    params = jax.tree_util.tree_map_with_path(lambda path, p: 0 * p if "query" in str(path) else p, PARAMS)
-    seen = np.minimum(np.arange(8) + 1, window or 8)
-    found = jax.jit(inside.attention, static_argnums=0)(config, params, IDS[:16].reshape(2, 8))
-    np.testing.assert_allclose(found.uniform, np.log(seen).mean(), rtol=1e-6)
-    np.testing.assert_allclose(found.entropy, np.full((1, 2), np.log(seen).mean()), rtol=1e-5)
-    np.testing.assert_allclose(found.distance, np.full((1, 2), (seen - 1).mean() / 2), rtol=1e-5)
-
-
-def test_entropy_of_certainty_is_zero_and_has_no_nan():
-    np.testing.assert_allclose(inside.entropy(jnp.array([[1.0, 0, 0], [0.5, 0.5, 0]])), [0, np.log(2)], atol=1e-6)
-
-
 def test_scores_of_a_text_have_the_mean_that_evaluation_gives():
     found = token_scores(CONFIG, PARAMS, IDS, k=3)
     assert found.losses.shape == (28,)
@@ -86,13 +70,10 @@ def test_a_text_shorter_than_a_window_and_what_cannot_be_scored():
     np.testing.assert_allclose(found.losses, token_losses(table[IDS[:2]], jnp.asarray(IDS[1:3])), rtol=1e-5)
     for message, arguments in {
         "1 tokens have none to predict": (IDS[:1],),
-        "k is 12, expected 1 to 11": (IDS, 12),
         "stride is 9, expected 1 to 8": (IDS, 3, 9),
     }.items():
         with pytest.raises(ValueError, match=message):
             token_scores(BIGRAM, params, *arguments)
-    with pytest.raises(ValueError, match="a bigram has no attention"):
-        inside.attention(BIGRAM, params, IDS[None, :8])
 
 
 def noisy(config):

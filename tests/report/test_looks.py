@@ -8,7 +8,6 @@ from jaxgpt.config import DataConfig
 from jaxgpt.display.text import token_texts
 from jaxgpt.report import looks
 from jaxgpt.start import load_checkpoint
-from jaxgpt.tokenizer import CharTokenizer
 
 
 def test_everything_is_there(trained, seen):
@@ -47,13 +46,13 @@ def test_the_passage_is_predicted_from_half_a_window_or_more(trained, monkeypatc
             assert np.exp(-loss) == pytest.approx(chances[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("broken", ["read", "attend", "embedded"])
+@pytest.mark.parametrize("broken", ["read", "attend"])
 @pytest.mark.parametrize("error", [ValueError, RuntimeError])
 def test_one_look_that_fails_leaves_the_others(trained, monkeypatch, broken, error):
     def fail(*args):
         raise error("no room")
 
-    names = {"read": "passage", "attend": "attention", "embedded": "embedding"}
+    names = {"read": "passage", "attend": "attention"}
     for name in names:
         monkeypatch.setattr(looks, name, lambda *args: "seen")
     monkeypatch.setattr(looks, "samples", lambda *args: [])
@@ -75,28 +74,3 @@ def test_what_is_not_there_is_said(trained, tmp_path, monkeypatch):
     assert found.missing == {"weights": "it is damaged"}
     assert found.limits is not None
     assert found.passage is None
-
-
-def test_principal_components_of_a_flat_cloud():
-    rng = np.random.default_rng(0)
-    flat = rng.standard_normal((50, 2)) * [3, 1]
-    axes = np.linalg.qr(rng.standard_normal((6, 2)))[0].T
-    points, shares = looks.project(flat @ axes + 7)
-    assert sum(shares) == pytest.approx(1)
-    centred = flat - flat.mean(axis=0)
-    np.testing.assert_allclose(points @ points.T, centred @ centred.T, atol=1e-9)
-
-
-def test_neighbours_by_angle():
-    rows = np.array([[1.0, 0.0], [10.0, 1.0], [0.0, 1.0], [-1.0, 0.0]])
-    near, cosines = looks.neighbours(rows, 9)
-    assert near[:, 0].tolist() == [1, 0, 1, 2]
-    assert near.shape == (4, 3)
-    assert cosines[0].tolist() == pytest.approx([10 / 101**0.5, 0, -1])
-
-
-def test_embeddings_of_a_bigram_are_the_rows_of_its_table(tiny, change):
-    config, tokenizer = change(tiny, kind="bigram").model, CharTokenizer("abcdefghijklm")
-    found = looks.embedded(config, model.init_params(config, jax.random.key(0)), tokenizer, np.arange(13))
-    assert found.points.shape == (13, 2)
-    assert found.tokens == list("abcdefghijklm")

@@ -105,7 +105,7 @@ def test_any_text_comes_back_as_text(value):
 def test_every_chart_is_drawn(made, tmp_path, capfd):
     paths = made.draw(tmp_path / "figures")
     names = {path.stem for path in paths}
-    assert names == {"outcome", "loss", "learning_rate", "grad_norm", "embedding", "attention", "speed"}
+    assert names == {"outcome", "loss", "learning_rate", "grad_norm", "attention", "speed"}
     for path in paths:
         data = path.read_bytes()
         assert data.startswith(b"\x89PNG" if path.suffix == ".png" else b"<svg")
@@ -186,13 +186,13 @@ def test_others_figures_stand_only_beside_runs_of_their_text(made):
     one = replace(made.runs[0], corpus=corpus)
     other = replace(made.runs[0], name="other", corpus=corpus | {"sha256": "another", "source": "verse"})
     for runs, there in (([one], True), ([one, replace(one, name="again")], True), ([one, other], False)):
-        rows = charts.outcome(runs, made.looks * 2)["data"]["values"]
+        rows = charts.outcome(runs, made.looks * 2)["layer"][0]["data"]["values"]
         assert ("published" in {row["kind"] for row in rows}) == there
 
 
 def test_the_outcome_is_in_words_too(made, written):
     text = html.unescape(written)
-    for row in charts.charts(made.runs, made.looks)["outcome"]["data"]["values"]:
+    for row in charts.charts(made.runs, made.looks)["outcome"]["layer"][0]["data"]["values"]:
         assert f"<li>{row['what']}: {row['loss']:.4f} nats per token</li>" in text
     assert "bigram counts: " in text
 
