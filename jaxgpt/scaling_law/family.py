@@ -1,12 +1,12 @@
 """A family of models that differ only in size, trained on several amounts of text: the runs behind a scaling law."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from jaxgpt import config as configs
 from jaxgpt import cost
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError, replaced
+from jaxgpt.scaling_law.law import Point
 from jaxgpt.sweep.grid import Member
 
 HEAD = 16
@@ -26,8 +26,8 @@ def parse_size(text: str) -> tuple[int, int]:
     Raises:
       UsageError: `text` has another form.
     """
-    layers, by, channels = text.partition("x")
-    if not (by and layers.isdecimal() and channels.isdecimal() and int(channels) % HEAD == 0 and int(channels)):
+    layers, _, channels = text.partition("x")
+    if not (layers.isdecimal() and channels.isdecimal() and int(channels) % HEAD == 0):
         raise UsageError(f"size {text!r}: expected LAYERSxCHANNELS, channels a multiple of {HEAD}, as in 4x128")
     return int(layers), int(channels)
 
@@ -55,18 +55,15 @@ def family(base: Config, sizes: Sequence[tuple[int, int]], tokens: Sequence[int]
     return found
 
 
-def points(members: Sequence[Member], lines: Sequence[dict[str, Any]]) -> list[tuple[int, int, float]]:
-    """(parameters, tokens, loss) of each finished member; the loss of a diverged one is nan."""
+def points(members: Sequence[Member], lines: Sequence[dict[str, Any]]) -> list[Point]:
+    """The point of each finished member that did not diverge: N counts all parameters, embeddings included, as in
+    Hoffmann et al. 2022; D the tokens of all batches."""
     losses = {line["member"]: line["val_loss"] for line in lines if line["done"]}
     return [
-        (parameters(members[i].config), tokens_seen(members[i].config), math.nan if loss is None else loss)
+        (cost.n_params(members[i].config.model), tokens_seen(members[i].config), loss)
         for i, loss in sorted(losses.items())
+        if loss is not None
     ]
-
-
-def parameters(config: Config) -> int:
-    """N: all parameters, embeddings included, as in Hoffmann et al. 2022."""
-    return cost.n_params(config.model)
 
 
 def tokens_seen(config: Config) -> int:

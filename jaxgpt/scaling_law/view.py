@@ -1,32 +1,58 @@
-"""A scaling law as lines of text."""
+"""A scaling law as lines of text, and as a chart of its curves through the runs."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from jaxgpt.scaling_law.law import FLOPS, INTERVAL, Fit
+import numpy as np
 
-Point = tuple[int, int, float]
-"""Parameters, tokens, loss in nats per token."""
+from jaxgpt.display.charts import INK, PALETTE, Spec, category, chart, columns, label, layer, quantity, ticks
+from jaxgpt.scaling_law.law import FLOPS, INTERVAL, Fit, Law, Point
 
 
 def lines(found: Fit, points: Sequence[Point], flops: Sequence[float]) -> Iterator[str]:
     """A fit to `points`, and the best size and amount of text for budgets of FLOPs."""
     trained = [FLOPS * N * D for N, D, _ in points]
-    least, most = min(trained), max(trained)
     E, A, B, a, b = found.law
     yield f"L(N, D) = {E:.3f} + {A:.3g} / N^{a:.3f} + {B:.3g} / D^{b:.3f} nats/token"
     yield f"  residuals of {found.error:.2%} (root mean square); {INTERVAL:.0%} intervals by bootstrap:"
-    for name in found.law._fields:
-        low, high = found.interval(lambda law, name=name: getattr(law, name))
-        yield f"  {name}  {getattr(found.law, name):>8.3g}  {low:.3g} to {high:.3g}"
-    if bounded := found.bounded:
-        they, which = ("is at its bound", "it") if len(bounded) == 1 else ("are at their bounds", "them")
-        yield f"  {' and '.join(bounded)} {they}: these runs do not determine {which}"
+    for name, value, low, high in zip(Law._fields, found.law, *found.interval(lambda law: law), strict=True):
+        yield f"  {name}  {value:>8.3g}  {low:.3g} to {high:.3g}"
     yield f"best parameters and tokens for a budget of {FLOPS} N D FLOPs:"
     for budget in flops:
         N, D = found.law.optimum(budget)
-        low_N, high_N = found.interval(lambda law, budget=budget: law.optimum(budget)[0])
-        beyond = "" if least <= budget <= most else ", extrapolated"
+        low, high = found.interval(lambda law: law.optimum(budget)[0])  # noqa: B023
+        beyond = "" if min(trained) <= budget <= max(trained) else ", extrapolated"
         yield (
-            f"  {budget:.0e}  {N:>13,.0f} parameters ({low_N:,.0f} to {high_N:,.0f}), {D:,.0f} tokens, "
+            f"  {budget:.0e}  {N:>13,.0f} parameters ({low:,.0f} to {high:,.0f}), {D:,.0f} tokens, "
             f"loss {found.law.loss(N, D):.3f}{beyond}"
         )
+
+
+def law_chart(found: Fit, points: Sequence[Point]) -> Spec:
+    """Loss against FLOPs: a curve for each size, and the least loss for each budget as a band."""
+    N, D, losses = (np.array(each) for each in zip(*points, strict=True))
+    sizes, room = sorted(set(N.tolist())), 0.06 * (losses.max() - losses.min())
+    along = np.geomspace(D.min() / 1.3, D.max() * 1.3, 100)
+    ends = FLOPS * sizes[0] * along[0], FLOPS * sizes[-1] * along[-1]
+    budgets = np.geomspace(*ends, 60)
+
+    def least(law: Law) -> Any:
+        return law.loss(*law.optimum(budgets))
+
+    curves = [row for n in sizes for row in columns(N=f"{n:,}", flops=FLOPS * n * along, loss=found.law.loss(n, along))]
+    measured = columns(N=[f"{n:,}" for n in N], flops=FLOPS * N * D, loss=losses)
+    low, high = found.interval(least)
+    band = columns(flops=budgets, best=least(found.law), loss=low, high=high)
+    x = quantity("flops", f"FLOPs, {FLOPS} N D", {"values": ticks(*ends), "format": ".0~e"}, type="log", nice=False)
+    domain = [float(losses.min() - room), float(losses.max() + room)]
+    y = quantity("loss", "validation loss, nats/token", domain=domain, nice=False)
+    color = category("N", [f"{n:,}" for n in sizes], PALETTE, {"title": "parameters N", "orient": "right"})
+    text = f"dashed: least loss for a budget, with its {INTERVAL:.0%} band"
+    layers = [
+        layer(curves, "line", {"x": x, "y": y, "color": color}, clip=True, strokeWidth=1.6),
+        layer(measured, "point", {"x": x, "y": y, "color": color}, filled=True, size=60, opacity=1),
+        layer(band, "area", {"x": x, "y": y, "y2": {"field": "high"}}, color=INK, opacity=0.15, clip=True),
+        layer(band, "line", {"x": x, "y": {**y, "field": "best"}}, color=INK, strokeDash=[6, 3], clip=True),
+        label(text, {"value": 480}, {"value": 6}, align="right"),
+    ]
+    return chart(layer=layers, width=480, height=340)

@@ -1,9 +1,7 @@
 """Which members of a sweep train together: those with the same program and length, as many as fit in memory."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -23,18 +21,13 @@ SHARE = 0.3
 twice the estimate."""
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Members that train together."""
 
-    base: Config
-    """The config of one of them, with the settings that they share."""
-    names: tuple[str, ...]
-    """The settings that are mapped."""
-    members: tuple[int, ...]
-    """Their indices in the list of all."""
-    devices: int
-    """How many devices they use: no more than there are members."""
+    base: Config  # of one of them, with the settings that they share
+    names: tuple[str, ...]  # of the settings that are mapped
+    members: tuple[int, ...]  # their indices in the list of all
+    devices: int  # how many they use: no more than there are members
 
     @property
     def size(self) -> int:
@@ -73,36 +66,17 @@ def split(
 
 
 def most(config: Config, devices: int, at_once: int = 0) -> int:
-    """How many members train at once, a multiple of `devices`.
-
-    Raises:
-      OutOfMemoryError: not one for each device.
-    """
+    """How many members train at once, a multiple of `devices`. Raises OutOfMemoryError: not one for each device."""
     cpu = jax.default_backend() == "cpu"
-    with fewer_would_fit(devices if cpu else 1):
-        memory.require(config, shards=Shards(per_host=devices if cpu else 1))
-    free, need = memory.available(), memory.needed(config, 0, recomputed=not cpu)
-    if at_once:
-        limit = at_once
-    elif free is None:
-        limit = AT_ONCE_ON_CPU
-    elif cpu:  # members take turns: each always holds its state, but only one per device its activations
-        state = need.parameters + need.optimizer_state
-        limit = min(AT_ONCE_ON_CPU, (free - devices * (need.total - state)) // max(1, state))
-    else:
-        limit = devices * int(SHARE * free / max(1, need.total))
-    return max(1, limit // devices) * devices
-
-
-@contextmanager
-def fewer_would_fit(members: int) -> Iterator[None]:
-    """Add to an OutOfMemoryError that fewer members at once need less memory."""
     try:
-        yield
+        memory.require(config, shards=Shards(per_host=devices if cpu else 1))
     except memory.OutOfMemoryError as error:
-        if members == 1:
+        if devices == 1:
             raise
-        raise memory.OutOfMemoryError(f"{error}; or fewer members at once: --at-once {members // 2}") from error
+        raise memory.OutOfMemoryError(f"{error}; or fewer members at once: --at-once {devices // 2}") from error
+    free, need = memory.available(), memory.needed(config, 0, recomputed=not cpu).total
+    fit = AT_ONCE_ON_CPU if free is None else int((1 if cpu else SHARE * devices) * free / max(1, need))
+    return max(1, (at_once or (min(AT_ONCE_ON_CPU, fit) if cpu else fit)) // devices) * devices
 
 
 def program_of(config: Config) -> Config:

@@ -11,16 +11,8 @@ from typing import Any, NamedTuple
 from jaxgpt import config as configs
 from jaxgpt.config import Config, ConfigError, UsageError, replaced
 
-SHORT = {"lr": "learning_rate"}
 MAX_MEMBERS = 10_000
 """More are taken for a typo."""
-
-
-class Axis(NamedTuple):
-    """A setting and its values."""
-
-    name: str
-    values: tuple[Any, ...]
 
 
 class Member(NamedTuple):
@@ -30,51 +22,50 @@ class Member(NamedTuple):
     setting: dict[str, Any]  # the value on each axis, without the seed: runs that differ only in it share a setting
 
 
-def parse(text: str) -> Axis:
-    """Parse "n_embd=64,128", or a range "lr=3e-4:3e-2:6" of low, high and how many: spaced geometrically, or evenly if
-    low is 0.
+def parse(text: str) -> tuple[str, list[Any]]:
+    """(setting, values) of "n_embd=64,128", or of a range "lr=3e-4:3e-2:6" of low, high and how many: spaced
+    geometrically, or evenly if low is 0.
 
-    >>> parse("lr=1e-3:1e-1:3").values, parse("dropout=0:0.2:3").values
-    ((0.001, 0.01, 0.1), (0.0, 0.1, 0.2))
+    >>> parse("lr=1e-3:1e-1:3"), parse("dropout=0:0.2:3")
+    (('learning_rate', [0.001, 0.01, 0.1]), ('dropout', [0.0, 0.1, 0.2]))
 
     Raises:
       UsageError: the form is wrong, or a sweep cannot vary the setting.
     """
-    name, equals, value = text.partition("=")
-    name = SHORT.get(name, name.replace("-", "_"))
-    if not equals or not value:
-        raise UsageError(f"--set {text}: expected NAME=VALUE,VALUE or NAME=LOW:HIGH:HOW-MANY, as in n_embd=64,128")
-    kinds = _kinds()
+    name, _, value = text.partition("=")
+    name, kinds = {"lr": "learning_rate"}.get(name, name.replace("-", "_")), _kinds()
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UsageError(f"--set {text}: no setting {name!r}; {hint}a sweep varies the model and training")
-    if name == "seed":
-        raise UsageError(f"--set {text}: give the number of seeds: --seeds 8")
     kind = kinds[name]
-    values = _range(text, value, kind) if ":" in value else tuple(_read(text, kind, each) for each in value.split(","))
+    try:
+        values = _range(kind, *value.split(":")) if ":" in value else [_read(kind, each) for each in value.split(",")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--set {text}: expected {name}=VALUE,VALUE or {name}=LOW:HIGH:HOW-MANY, values of type "
+            f"{kind.__name__}, 0 <= LOW < HIGH and at least 2 of them"
+        ) from error
     if len(set(values)) < len(values):
         raise UsageError(f"--set {text}: {name} has the same value twice: {', '.join(map(str, values))}")
-    return Axis(name, values)
+    return name, values
 
 
-def members(base: Config, axes: Sequence[Axis], seeds: int) -> list[Member]:
+def members(base: Config, axes: Sequence[tuple[str, list[Any]]], seeds: int) -> list[Member]:
     """Every combination of values with `seeds` seeds, beginning with that of `base`; seeds vary fastest.
 
     Raises:
       UsageError: a setting has two axes, or there are too many members.
       ConfigError: names a combination that cannot run.
     """
-    names = [axis.name for axis in axes]
+    names = [name for name, _ in axes]
     if double := {name for name in names if names.count(name) > 1}:
         raise UsageError(f"{', '.join(sorted(double))}: given twice, expected one list of values")
-    if seeds < 1:
-        raise UsageError(f"--seeds is {seeds}, expected at least 1")
-    n = seeds * math.prod(len(axis.values) for axis in axes)
-    if n > MAX_MEMBERS:
-        raise UsageError(f"the sweep would have {n:,} members, expected at most {MAX_MEMBERS:,}: fewer --seeds?")
+    n = seeds * math.prod(len(values) for _, values in axes)
+    if not 1 <= n <= MAX_MEMBERS:
+        raise UsageError(f"--seeds is {seeds}: the sweep would have {n:,} members, expected 1 to {MAX_MEMBERS:,}")
     found = []
-    for values in itertools.product(*(axis.values for axis in axes)):
+    for values in itertools.product(*(values for _, values in axes)):
         setting = dict(zip(names, values, strict=True))
         for seed in range(base.train.seed, base.train.seed + seeds):
             tree = configs.to_tree(replaced(base, **setting, seed=seed))
@@ -91,42 +82,33 @@ def describe(setting: dict[str, Any]) -> str:
     >>> describe({"learning_rate": 0.003, "n_embd": 64})
     'learning_rate 0.003, n_embd 64'
     """
-    return ", ".join(
-        f"{name} {value:g}" if type(value) is float else f"{name} {value}" for name, value in setting.items()
-    )
+    return ", ".join(f"{name} {cell(value)}" for name, value in setting.items())
+
+
+def cell(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _kinds() -> dict[str, Any]:
     """The type of every setting that a sweep varies: not of the data and vocabulary (losses on different texts cannot
-    be compared), nor of checkpoints and loss estimates, which it does not make."""
+    be compared), the seed, which has an option, and what it does not do: checkpoints and loss estimates."""
     sections = [field.type for field in dataclasses.fields(Config) if field.name != "data"]
     kinds = {name: kind for section in sections for name, kind in typing.get_type_hints(section).items()}
     kinds["min_learning_rate"] = float  # None is only its default
-    fixed = ("vocab_size", "eval_batches", "keep", "keep_every", "on_save_error")
+    fixed = ("vocab_size", "seed", "eval_batches", "keep", "keep_every", "on_save_error")
     return {name: kind for name, kind in kinds.items() if name not in fixed}
 
 
-def _read(text: str, kind: Any, value: str) -> Any:
+def _read(kind: Any, value: str) -> Any:
     if kind is bool:
-        if value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        raise UsageError(f"--set {text}: expected true or false, found {value!r}")
-    if kind not in (int, float):
-        return value  # a Literal, checked with the whole config
-    try:
-        return kind(value)
-    except ValueError:
-        raise UsageError(f"--set {text}: expected a number ({kind.__name__}), found {value!r}") from None
+        return {"true": True, "false": False}[value.lower()]
+    return kind(value) if kind in (int, float) else value  # a Literal is checked with the whole config
 
 
-def _range(text: str, value: str, kind: Any) -> tuple[Any, ...]:
-    parts = value.split(":")
-    if kind not in (int, float) or len(parts) != 3:
-        raise UsageError(f"--set {text}: expected LOW:HIGH:HOW-MANY of a number, as in lr=3e-4:3e-2:6")
-    low, high, n = float(_read(text, kind, parts[0])), float(_read(text, kind, parts[1])), _read(text, int, parts[2])
-    if not 0 <= low < high < math.inf or not 2 <= n <= MAX_MEMBERS:
-        raise UsageError(f"--set {text}: expected 0 <= LOW < HIGH and at least 2 values")
-    shares = [i / (n - 1) for i in range(n)]
-    between = [low * (high / low) ** share if low else high * share for share in shares[1:-1]]
-    short = [float(f"{x:.4g}") for x in between]
-    return tuple(kind(round(x) if kind is int else x) for x in [low, *short, high])
+def _range(kind: Any, low: str, high: str, n: str) -> list[Any]:
+    first, last, steps = float(_read(kind, low)), float(_read(kind, high)), int(n) - 1
+    if not 0 <= first < last < math.inf or not 1 <= steps < MAX_MEMBERS or kind is bool:
+        raise ValueError
+    shares = [i / steps for i in range(1, steps)]
+    between = [first * (last / first) ** share if first else last * share for share in shares]
+    return [kind(round(x) if kind is int else x) for x in (first, *(float(f"{x:.4g}") for x in between), last)]

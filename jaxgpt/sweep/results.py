@@ -8,18 +8,18 @@ best.json        the best setting as a config: jaxgpt train FOLDER/best.json --r
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
+import jax
 import numpy as np
 
 from jaxgpt import files
-from jaxgpt.cli import runs
-from jaxgpt.config import Config, UsageError, replaced
+from jaxgpt.config import UsageError
 from jaxgpt.corpus import Corpus
 from jaxgpt.sweep import program as sweep
 from jaxgpt.sweep.grid import Member
@@ -40,7 +40,7 @@ class SweepFolder:
     """A sweep on files, locked by one process at a time."""
 
     path: Path
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[dict[str, Any]]
     """Results of finished members and of those in training."""
 
     @classmethod
@@ -60,10 +60,9 @@ class SweepFolder:
         try:
             with filelock.FileLock(path / ".lock", timeout=0):
                 _require_same(path / "sweep.json", asked)
-                found = cls(path, _read(path / "results.jsonl"))
-                finished = found.finished
-                found.lines = [line for line in found.lines if line["member"] in finished]
-                yield found
+                lines = _read(path / "results.jsonl")
+                finished = {line["member"] for line in lines if line["done"]}
+                yield cls(path, [line for line in lines if line["member"] in finished])
         except filelock.Timeout:
             raise SweepError(f"{path} is in use by another process; wait for it, or use {RESTART}") from None
 
@@ -72,24 +71,19 @@ class SweepFolder:
         """Members that ended."""
         return frozenset(line["member"] for line in self.lines if line["done"])
 
-    def add(self, members: Sequence[Member], scores: Sequence[sweep.Scored]) -> list[dict[str, Any]]:
-        """Add scores to results.jsonl; returns their lines."""
-        new = [_line(members[score.member], score) for score in scores]
-        self.lines += new
+    def add(self, members: Sequence[Member], scores: Sequence[sweep.Scored]) -> None:
+        """Add scores to results.jsonl."""
+        self.lines += [_line(members[score.member], score) for score in scores]
         files.write_atomically(self.path / "results.jsonl", "".join(json.dumps(x) + "\n" for x in self.lines).encode())
-        return new
 
     def train(
-        self,
-        members: Sequence[Member],
-        corpus: Corpus,
-        devices: Sequence[Any],
-        at_once: int = 0,
-        watch: Callable[[sweep.Progress | list[dict[str, Any]]], None] = lambda event: None,
-    ) -> None:
-        """Train the unfinished members; `watch` gets their progress and the lines that are written."""
+        self, members: Sequence[Member], corpus: Corpus, devices: Sequence[Any], at_once: int
+    ) -> Iterator[int | list[sweep.Scored]]:
+        """Train the unfinished members; yields as `program.run`, scores once they are on disk."""
         for event in sweep.run([member.config for member in members], corpus, devices, at_once, self.finished):
-            watch(event if isinstance(event, sweep.Progress) else self.add(members, event))
+            if isinstance(event, list):
+                self.add(members, event)
+            yield event
 
 
 def _require_same(file: Path, asked: dict[str, Any]) -> None:
@@ -98,16 +92,19 @@ def _require_same(file: Path, asked: dict[str, Any]) -> None:
         files.write_atomically(file, files.seal(asked).encode())
         return
     try:
-        before = files.unseal(file.read_bytes())
+        was, now = (_leaves(tree) for tree in (files.unseal(file.read_bytes()), json.loads(json.dumps(asked))))
     except files.SealError as error:
         raise SweepError(f"{file}: {error}; choose another folder, {RESTART}") from error
-    was, now = dict(_leaves(before)), dict(_leaves(json.loads(json.dumps(asked))))
-    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-    if names:
-        lines = [f"  {name}: {was.get(name)!r} there, {now.get(name)!r} given" for name in names]
-        raise SweepError(
-            f"{file.parent} holds a sweep with other settings; {RESTART} starts a new one:\n" + "\n".join(lines)
-        )
+    if was != now:
+        names = (name for name in {**was, **now} if was.get(name) != now.get(name))
+        lines = "".join(f"\n  {name}: {was.get(name)!r} there, {now.get(name)!r} given" for name in names)
+        raise SweepError(f"{file.parent} holds a sweep with other settings; {RESTART} starts a new one:{lines}")
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of nested dicts by their path, joined with dots."""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: not isinstance(x, dict))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in leaves}
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
@@ -118,17 +115,6 @@ def _read(file: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise SweepError(f"{file} is damaged: {error}; remove it to train its members again") from error
     return lines
-
-
-def prepare(base: Config, members: Sequence[Member], data_dir: Path) -> tuple[list[Member], Corpus]:
-    """The corpus of a sweep, and its members with configs completed by `runs.resolve`.
-
-    Raises:
-      UsageError: as `runs.tokens_of`.
-    """
-    longest = max(member.config.model.block_size for member in members)
-    corpus = runs.tokens_of(replaced(base, block_size=longest), data_dir)
-    return [each._replace(config=runs.resolve(each.config, corpus)) for each in members], corpus
 
 
 def _line(member: Member, score: sweep.Scored) -> dict[str, Any]:
@@ -147,15 +133,6 @@ def _line(member: Member, score: sweep.Scored) -> dict[str, Any]:
     }
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of the leaves of nested dicts."""
-    if not isinstance(tree, dict):
-        yield path, tree
-        return
-    for name, value in tree.items():
-        yield from _leaves(value, f"{path}.{name}".lstrip("."))
-
-
 class Outcome(NamedTuple):
     setting: dict[str, Any]
     losses: dict[int, float]  # of each seed: the last over the whole validation split, nats per token; nan if diverged
@@ -164,7 +141,7 @@ class Outcome(NamedTuple):
     @property
     def mean(self) -> float:
         """Over the seeds; nan if one diverged."""
-        return float(np.mean(list(self.losses.values()))) if self.losses else math.nan
+        return float(np.mean(list(self.losses.values())))
 
     @property
     def standard_error(self) -> float:
@@ -176,26 +153,13 @@ class Outcome(NamedTuple):
         return sum(math.isnan(loss) for loss in self.losses.values())
 
 
-class Difference(NamedTuple):
-    """How much higher the loss of one setting is than that of another, paired by seed: members with the same seed see
-    the same windows."""
-
-    mean: float  # in nats per token
-    n: int  # seeds
-    interval: tuple[float, float] | None  # Student's t interval of the mean; None for fewer than two seeds
-
-
 def standard_error(values: Sequence[float]) -> float:
     """Of the mean of `values`; nan for a single one."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def outcomes(lines: Sequence[dict[str, Any]], *, so_far: bool = False) -> list[Outcome]:
-    """The outcome of each setting with finished members, best first, diverged ones last.
-
-    Args:
-      so_far: use the newest score of all members, finished or not.
-    """
+def outcomes(lines: Sequence[dict[str, Any]]) -> list[Outcome]:
+    """The outcome of each setting, from the lines of finished members: best first, diverged ones last."""
     by_setting: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         by_setting.setdefault(json.dumps(line["setting"]), []).append(line)
@@ -206,27 +170,30 @@ def outcomes(lines: Sequence[dict[str, Any]], *, so_far: bool = False) -> list[O
             if line["val_loss"] is not None:
                 steps.setdefault(line["step"], []).append(line["val_loss"])
         curve = tuple((step, float(np.mean(each)), standard_error(each)) for step, each in sorted(steps.items()))
-        last = {line["seed"]: line["val_loss"] for line in mine if so_far or line["done"]}
-        if last:
-            losses = {seed: math.nan if loss is None else loss for seed, loss in last.items()}
-            found.append(Outcome(mine[0]["setting"], losses, curve))
+        last = {line["seed"]: line["val_loss"] for line in mine if line["done"]}
+        losses = {seed: math.nan if loss is None else loss for seed, loss in last.items()}
+        found.append(Outcome(mine[0]["setting"], losses, curve))
     return sorted(found, key=lambda outcome: (math.isnan(outcome.mean), outcome.mean))
 
 
-def difference(best: Outcome, other: Outcome, settings: int = 2) -> Difference:
-    """The losses of `other` minus those of `best`, which must not have diverged, over the seeds that both have.
+def difference(best: Outcome, other: Outcome, settings: int = 2) -> tuple[float, int, tuple[float, float] | None]:
+    """How much higher the loss of `other` is than that of `best`, neither diverged, paired by seed: members with the
+    same seed see the same windows.
 
     Args:
       settings: how many settings the best was chosen from by these losses. The Bonferroni correction over all pairs
         makes the interval hold for whichever pair is looked at.
+
+    Returns:
+      The mean in nats per token, the number of seeds that both have, and Student's t interval of the mean; None for
+      fewer than two seeds.
     """
     from scipy.stats import t
 
-    seeds = sorted(best.losses.keys() & other.losses.keys())
-    higher = [other.losses[seed] - best.losses[seed] for seed in seeds]
-    mean = float(np.mean(higher)) if seeds else math.nan
-    if len(seeds) < 2:
-        return Difference(mean, len(seeds), None)
+    higher = [other.losses[seed] - best.losses[seed] for seed in sorted(best.losses.keys() & other.losses.keys())]
+    mean, n = float(np.mean(higher)), len(higher)
+    if n < 2:
+        return mean, n, None
     tail = (1 - LEVEL) / math.comb(settings, 2) / 2
-    around = float(t.isf(tail, len(seeds) - 1)) * standard_error(higher)
-    return Difference(mean, len(seeds), (mean - around, mean + around))
+    around = float(t.isf(tail, n - 1)) * standard_error(higher)
+    return mean, n, (mean - around, mean + around)

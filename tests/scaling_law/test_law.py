@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import UsageError
-from jaxgpt.scaling_law import view as laws
-from jaxgpt.scaling_law.law import Law, _best, _start, fit
+from jaxgpt.scaling_law.law import Law, best, fit
+from jaxgpt.scaling_law.view import lines as lines_of
 
 TRUE = Law(E=1.1, A=40.0, B=60.0, a=0.42, b=0.31)
 N, D = (
@@ -14,18 +14,15 @@ N, D = (
 )  # fmt: skip
 
 
+def points(losses):
+    return list(zip(N, D, losses, strict=True))
+
+
 def test_without_noise_it_is_exact():
-    found = fit(N, D, TRUE.loss(N, D), resamples=2)
+    found = fit(points(TRUE.loss(N, D)), resamples=2)
     assert found.law == pytest.approx(TRUE, rel=1e-6)
     assert found.error < 1e-9
-
-
-def test_a_coefficient_that_the_runs_do_not_determine_is_named():
-    free = TRUE._replace(E=1e-6)
-    assert fit(N, D, free.loss(N, D), resamples=1).bounded == ("E",)
-    assert fit(N, D, TRUE.loss(N, D), resamples=1).bounded == ()
-    lines = list(laws.lines(fit(N, D, free.loss(N, D), resamples=2), list(zip(N, D, N, strict=True)), [1e12, 1e15]))
-    assert "  E is at its bound: these runs do not determine it" in lines
+    lines = list(lines_of(found, points(N), [1e12, 1e15]))
     assert lines[-2].startswith("  1e+12")
     assert "extrapolated" not in lines[-2]
     assert lines[-1].endswith(", extrapolated")
@@ -33,11 +30,10 @@ def test_a_coefficient_that_the_runs_do_not_determine_is_named():
 
 def test_with_noise_it_is_inside_the_intervals():
     noise = np.random.Generator(np.random.Philox(3)).standard_normal(len(N))
-    found = fit(N, D, TRUE.loss(N, D) * np.exp(0.005 * noise), resamples=60)
-    for name in Law._fields:
-        low, high = found.interval(lambda law, name=name: getattr(law, name))
-        assert low < getattr(TRUE, name) < high, name
-        assert high - low < 0.9 * getattr(TRUE, name), "an interval that holds everything says nothing"
+    found = fit(points(TRUE.loss(N, D) * np.exp(0.005 * noise)), resamples=60)
+    for name, true, low, high in zip(Law._fields, TRUE, *found.interval(lambda law: law), strict=True):
+        assert low < true < high, name
+        assert high - low < 0.9 * true, "an interval that holds everything says nothing"
     assert found.error == pytest.approx(0.005, rel=0.3)
     low, high = found.interval(lambda law: law.optimum(1e13)[0])
     assert low < TRUE.optimum(1e13)[0] < high
@@ -46,19 +42,18 @@ def test_with_noise_it_is_inside_the_intervals():
 def test_one_run_that_went_wrong_moves_it_little():
     losses = TRUE.loss(N, D)
     losses[7] *= 1.5
-    starts = [_start(N, D, losses, 0.3, 0.3)]
-    assert _best(N, D, np.log(losses), starts) == pytest.approx(TRUE, rel=0.05)
+    assert best(N, D, losses, [(0.3, 0.3)]) == pytest.approx(TRUE, rel=0.05)
 
 
 def test_the_optimum_is_the_least_loss_of_a_budget():
-    best, tokens = TRUE.optimum(1e14)
-    assert 6 * best * tokens == pytest.approx(1e14)
-    sizes = np.geomspace(best / 10, best * 10, 1001)
-    assert sizes[np.argmin(TRUE.loss(sizes, 1e14 / 6 / sizes))] == pytest.approx(best, rel=0.01)
+    size, tokens = TRUE.optimum(1e14)
+    assert 6 * size * tokens == pytest.approx(1e14)
+    sizes = np.geomspace(size / 10, size * 10, 1001)
+    assert sizes[np.argmin(TRUE.loss(sizes, 1e14 / 6 / sizes))] == pytest.approx(size, rel=0.01)
 
 
 def test_what_cannot_be_fitted_is_refused():
     with pytest.raises(UsageError, match=r"5 runs of 5 sizes and 1 amounts"):
-        fit([1, 2, 3, 4, 5], [9] * 5, [3.0] * 5)
+        fit([(n, 9, 3.0) for n in range(1, 6)])
     with pytest.raises(UsageError, match="no loss above 0"):
-        fit(N, D, np.where(N > 5e5, np.nan, 3.0))
+        fit(points(np.where(N > 5e5, np.nan, 3.0)))

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from jaxgpt.sweep.results import Difference, difference, outcomes
-from jaxgpt.sweep.view import verdict
+from jaxgpt.evaluation import Evaluation
+from jaxgpt.sweep.program import Scored
+from jaxgpt.sweep.results import difference, outcomes
+from jaxgpt.sweep.view import scores, verdict
 
 
 def line(rate, seed, step, loss, done=False):
@@ -40,20 +42,26 @@ def test_the_difference_is_paired_by_seed_and_has_a_t_interval():
     """Behind by 0.1 and by 0.3: with one degree of freedom Student's t is Cauchy's, whose quantile is a tangent."""
     best, other = outcome(1, (1.0, 2.0)), outcome(2, (1.1, 2.3))
     for settings, pairs in ((2, 1), (8, 28)):
-        found = difference(best, other, settings)
+        mean, n, interval = difference(best, other, settings)
         around = 0.1 * math.tan(math.pi * (0.5 - 0.05 / pairs / 2))
-        assert (found.mean, found.n) == (pytest.approx(0.2), 2)
-        assert found.interval == pytest.approx((0.2 - around, 0.2 + around))
-    turned = difference(best, outcome(3, (2.0, 1.0)))
-    assert turned.mean == 0.0
-    assert turned.interval == pytest.approx((-math.tan(math.pi * 0.475), math.tan(math.pi * 0.475)))
-    assert difference(best, outcome(4, (1.5, 2.5))).interval == pytest.approx((0.5, 0.5)), "by as much in every seed"
+        assert (mean, n) == (pytest.approx(0.2), 2)
+        assert interval == pytest.approx((0.2 - around, 0.2 + around))
+    mean, _, interval = difference(best, outcome(3, (2.0, 1.0)))
+    assert mean == 0.0
+    assert interval == pytest.approx((-math.tan(math.pi * 0.475), math.tan(math.pi * 0.475)))
+    assert difference(best, outcome(4, (1.5, 2.5)))[2] == pytest.approx((0.5, 0.5)), "by as much in every seed"
+
+
+def test_the_newest_scores_are_one_line():
+    found = [Scored(0, 500, Evaluation(2.5, 0.1, 3.0, 3.0, 100), 2.6, False), Scored(1, 500, None, None, True)]
+    assert scores(found, 3) == "2 of 3 members: step 500, validation losses 2.5000 to 2.5000, 1 diverged"
+    assert scores(found[1:], 3).endswith("validation losses none is finite, 1 diverged")
 
 
 def test_a_single_seed_has_no_interval():
     single = outcome(1, (1.0,))
     assert math.isnan(single.standard_error)
-    assert difference(single, outcome(2, (1.1, 2.3))) == Difference(pytest.approx(0.1), 1, None)
+    assert difference(single, outcome(2, (1.1, 2.3))) == (pytest.approx(0.1), 1, None)
 
 
 def test_the_choice_of_the_best_is_allowed_for():
@@ -61,7 +69,7 @@ def test_the_choice_of_the_best_is_allowed_for():
     rng, wrong = np.random.default_rng(0), 0
     for _ in range(400):
         best, *others = sorted((outcome(i, rng.normal(2.0, 0.1, 4)) for i in range(8)), key=lambda o: o.mean)
-        wrong += any(difference(best, other, 8).interval[0] > 0 for other in others)
+        wrong += any(difference(best, other, 8)[2][0] > 0 for other in others)
     assert wrong / 400 <= 0.05
 
 
@@ -72,7 +80,7 @@ def test_the_choice_of_the_best_is_allowed_for():
         ([(2.0, 2.2), (2.1, 2.5)], "0.2000 higher (95% interval -1.0706 to 1.4706: Student's t, 2 seeds paired); 0 is"),
         (
             [(2.0, 2.2), (2.1, 2.5), (3.0, 3.0)],
-            "Bonferroni over the 3 pairs of 3 settings",
+            "Bonferroni over 3 pairs of settings",
         ),
         (
             [(2.0,), (2.1,)],

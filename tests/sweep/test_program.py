@@ -60,8 +60,8 @@ def swept(configs, runs):
 def test_initial_parameters_are_exactly_those_of_the_runs(configs):
     configs = configs[:4]
     (chunk,) = split(configs, 2)
-    program = Program(chunk.base, chunk.names, tuple(jax.devices()[:2]))
-    states = program.init({name: sweep._column(configs, name) for name in chunk.names})
+    program = Program(chunk.base, jax.devices()[:2])
+    states = program.init({name: sweep.column(configs, name) for name in chunk.names})
     for i in (1, 2):
         alone = sharded_init(configs[i], one_device())
         jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), states, alone)
