@@ -59,7 +59,8 @@ def evaluation(sums: NDArray[np.float64], counts: Starts, tokens: Ids, tokenizer
     n = len(sums)
     loss = float(sums.sum() / counts.sum())
     # The loss is a ratio of two sums over windows; this is the standard error of such a ratio.
-    deviations = sums - loss * counts
+    with np.errstate(invalid="ignore"):  # NaN where the loss is infinite
+        deviations = sums - loss * counts
     error = math.sqrt((deviations**2).sum() / (n * (n - 1))) / float(counts.mean()) if n > 1 else math.nan
     n_chars, n_bytes = text_size(tokenizer, tokens[1:])
     bits = float(sums.sum()) / math.log(2)

@@ -120,7 +120,7 @@ def test_activations_by_hand():
     dropped = dataclasses.replace(small, dropout=0.1)
     assert memory.activation_bytes(dropped, 3) - memory.activation_bytes(small, 3) == 4 * 3 * T * L * H * T
     assert memory.activation_bytes(small, 3, recomputed=True) == 4 * 3 * T * (L * (10 * C + H * T) + V)
-    assert memory.activation_bytes(dataclasses.replace(small, kind="bigram"), 3) == 4 * 3 * T * V
+    assert memory.activation_bytes(dataclasses.replace(small, kind="bigram"), 3) == 2 * 4 * 3 * T * V
 
 
 def machine(path, files):
