@@ -122,6 +122,8 @@ class ModelConfig:
     """What the backward pass recomputes to save memory: nothing; all but the results of matmuls; whole blocks."""
     scan_layers: bool = False
     """Keep the blocks' parameters stacked and run the blocks as one loop: deep models compile many times faster."""
+    deterministic: bool = False
+    """Use no attention kernel whose gradients are not repeatable: on GPUs, cuDNN's at contexts over 256 tokens."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
         return "reference"
     if sharding.num_shards("time") == 1 and matmul.resolve(config.precision) == "bfloat16":  # of whole contexts
         backend, D = sharding.platform(), config.n_embd // config.n_head
-        if backend == "gpu" and D % 8 == 0 and D <= 128 and T % 2 == 0:
+        allowed = not config.deterministic or repeatable("cudnn", T)
+        if backend == "gpu" and D % 8 == 0 and D <= 128 and T % 2 == 0 and allowed:
             return "cudnn"
         if backend == "tpu" and D % 64 == 0 and T % 128 == 0 and not config.window:
             return "splash"

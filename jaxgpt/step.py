@@ -154,7 +154,8 @@ def _shardings(config: Config, mesh: Mesh) -> TrainState:
 
 def sharded_init(config: Config, mesh: Mesh) -> TrainState:
     """`init_state`, each shard of it made on its own device."""
-    return jax.jit(init_state, static_argnums=0, out_shardings=_shardings(config, mesh))(config)
+    with prng.one_kernel_on_gpus():
+        return jax.jit(init_state, static_argnums=0, out_shardings=_shardings(config, mesh))(config)
 
 
 @lru_cache(maxsize=16)

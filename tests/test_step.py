@@ -214,3 +214,17 @@ def test_training_and_sampling_work_where_dtype_promotion_is_strict(tiny, change
         jax.eval_shape(lambda params: model.losses(config.model, params, idx, idx), state.params)
         generate(config.model, model.init_params(config.model, jax.random.key(0)), idx, 3, jax.random.key(1))
     assert after == state
+
+
+def test_initial_states_are_compiled_with_the_random_kernel_of_gpus_and_steps_are_not(tiny, monkeypatch):
+    name, seen = "jax_threefry_gpu_kernel_lowering", []
+    real = steps.init_state
+
+    def noted(config):
+        seen.append(jax.config.values[name])
+        return real(config)
+
+    monkeypatch.setattr(steps, "init_state", jax.jit(noted, static_argnums=0))
+    sharded_init(tiny, one_device())
+    assert seen[-1]
+    assert not jax.config.values[name]

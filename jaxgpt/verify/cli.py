@@ -30,7 +30,7 @@ def run(args: list[str]) -> int:
     about = (
         f"Train the first steps of {name} twice, in one process and in processes that are killed (SIGKILL) at "
         "random moments and resumed, and compare every line and every bit. Any setting of the recipe can be given. "
-        "(On a GPU, cuDNN attention is not repeatable for contexts longer than 256: the runs may differ.)"
+        "(On a GPU, cuDNN attention is not repeatable for contexts longer than 256: give --deterministic.)"
     )
     given = parse(Verify, args, f"verify-resume {name}", about, default=default)
     if given.kills < 1:
