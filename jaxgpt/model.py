@@ -432,9 +432,7 @@ def describe(config: ModelConfig) -> str:
     plain, dropped = (kernels.kernel(config, config.block_size, dropped) for dropped in (False, config.dropout > 0))
     line += f", attention: {plain}" + (f" ({dropped} while weights are dropped)" if dropped != plain else "")
     if not kernels.repeatable(dropped, config.block_size):
-        line += (
-            "; its gradients are not repeatable, so resumed runs differ by rounding; --deterministic avoids it"
-        )
+        line += "; its gradients are not repeatable, so resumed runs differ by rounding; --deterministic avoids it"
     return line
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from jaxgpt.config import Config, MissingExtraError, UsageError, to_tree
+from jaxgpt.config import Config, UsageError, to_tree
 from jaxgpt.profile.report import Report, facts
 from jaxgpt.profile.timing import Rates, Series, disturbance, ratio, series
 from scripts.benchmarks.contest import Contest
@@ -227,11 +227,11 @@ def best(rates: Rates, names: Sequence[str]) -> str | None:
 def require(*libraries: str) -> None:
     """
     Raises:
-      MissingExtraError: one of the libraries is not installed.
+      UsageError: one of the libraries is not installed.
     """
     for library in libraries:
         if importlib.util.find_spec(library) is None:
-            raise MissingExtraError("this measurement", library, "torch")
+            raise UsageError(f"this measurement needs {library}, which is not installed: pip install --group bench")
 
 
 def _add(report: Report, contest: Contest, case: str) -> None:

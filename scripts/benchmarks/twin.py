@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxgpt.config import Config, MissingExtraError, ModelConfig
+from jaxgpt.config import Config, ModelConfig, UsageError
 from jaxgpt.data import Ids
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.recipes import RECIPES, recipe
@@ -29,7 +29,7 @@ try:
     import torch.nn.functional as F
     from torch import nn
 except ImportError as error:
-    raise MissingExtraError("the PyTorch twin", "torch", "torch") from error
+    raise UsageError("the PyTorch twin needs torch, which is not installed: pip install --group bench") from error
 
 
 @dataclass(frozen=True)

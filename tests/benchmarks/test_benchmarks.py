@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from jaxgpt.config import MissingExtraError, ModelConfig, OptimizerConfig, UsageError, to_tree
-from scripts.benchmarks import ablation, contest, contestants, programs, rates
+from jaxgpt.config import ModelConfig, OptimizerConfig, UsageError, to_tree
+from scripts.benchmarks import ablation, contest, contestants, groups, programs, rates
 from scripts.benchmarks.programs import Place
 from scripts.benchmarks.shapes import config_of
 
@@ -47,11 +47,11 @@ def test_cases_are_read():
 
 def test_without_pytorch_the_error_names_the_package(monkeypatch):
     monkeypatch.setattr(rates.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"needs torch, which is not installed: .*jaxgpt\[torch\]"):
+    with pytest.raises(UsageError, match="needs torch, which is not installed: pip install --group bench"):
         rates.train()
     code = "import sys; sys.modules['torch'] = None; import scripts.benchmarks.twin"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "MissingExtraError: the PyTorch twin needs torch" in done.stderr
+    assert "UsageError: the PyTorch twin needs torch" in done.stderr
 
 
 def test_both_sides_count_the_same_tokens():
@@ -166,4 +166,26 @@ def test_every_ablation_changes_something(base, changes):
 def test_every_option_of_a_block_is_in_the_ablation():
     plain, options = ModelConfig(), {name for model, _ in ablation.ADDED.values() for name in model}
     sizes = {"kind", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights"}
-    assert options == set(vars(plain)) - sizes - {"init_scale", "gelu", "remat", "scan_layers"}
+    assert options == set(vars(plain)) - sizes - {"init_scale", "gelu", "remat", "scan_layers", "deterministic"}
+
+
+def test_all_measurements_go_on_where_the_last_call_ended(tmp_path, monkeypatch, capsys):
+    made_up = [
+        groups.Group(name, tuple(line.split()), n)
+        for name, line, n in (
+            ("first", "startup --help", 1),
+            ("broken", "startup --rounds x", 1),
+            ("long", "sample --help", 5),
+        )
+    ]
+    monkeypatch.setattr(groups, "GROUPS", {"cpu": made_up})
+    groups.run_all("cpu", 2, tmp_path)
+    out, err = capsys.readouterr()
+    assert "usage: scripts/bench startup" in out
+    assert "not measured yet: broken, long; call scripts/bench all --device cpu again" in out
+    assert "broken failed" in err
+    assert (tmp_path / "broken" / "error.txt").read_text()
+    began = []
+    monkeypatch.setattr(groups, "_measure", lambda group, *_: began.append(group.name))
+    groups.run_all("cpu", 9, tmp_path)
+    assert began == ["broken", "long"]
