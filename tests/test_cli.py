@@ -101,9 +101,9 @@ def test_a_resume_takes_the_run_that_was_named(call, verse, tmp_path):
         assert "jaxgpt sample a --runs-dir 'else where'" in out
     assert (tmp_path / "runs/a/config.json").read_bytes() == before
     assert call("sample", "a", "--runs-dir", "else where", "--tokens", 3)[0] == 0
-    assert call("train", "a", "--resume", "--steps", 25)[0] == 0, "a run's name may stand where a recipe's does"
-    for args in (["bigram", "--run", "a", "--resume"], ["--run", "a", "--resume", "--no-resume"]):
-        assert call("train", *args)[0] == 2
+    for name in ("bigram", "a"):
+        code, _, err = call("train", name, "--run", "a", "--resume")
+        assert (code, f"leave out '{name}', and name the run with --run" in err) == (2, True)
 
 
 def test_a_run_wins_over_a_folder_of_its_name(call, verse, tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_a_path_may_look_like_markup(call, tmp_path):
         (["train", "gpt-demo", "--batch-size", "2000000000"], "expected less than 2**31 tokens"),
         (["prepare", ""], "has no name"),
         (["prepare", "nowhere"], "named corpora are python-docs"),
-        (["prepare", "0.7*a.txt+0.3*b.txt"], "a mixture is written '0.7*a.txt + 0.3*b.txt', with blanks around +"),
+        (["prepare", "0.7*a.txt+0.3*b.txt"], "a mixture is written '0.7*a.txt + 0.3*b.txt', with blanks"),
         (["prepare"], "CORPUS"),
         (["prepare", "python-docs", "--tokenizer", "bpe:12"], "a BPE vocabulary of 12, expected 256 to"),
     ],
@@ -209,7 +209,6 @@ def test_documents_and_a_vocabulary_learnt_from_them(call, verse, tmp_path):
     code, out, err = call("prepare", *documents)
     assert code == 0
     assert "vocabulary of 260 (bpe)" in out
-    assert "between 40 documents of column 'line'" in out
     assert err == "", "a bar is for terminals"
     code, out, _ = call("train", "gpt-demo", "--run", "one", *SMALL, "--corpus", *documents)
     assert code == 0, out
@@ -235,19 +234,7 @@ def test_too_much_memory_is_told(call, monkeypatch):
     monkeypatch.setattr("jaxgpt.cli.list_recipes.run", exhaust)
     code, _, err = call("recipes")
     assert code == 1
-    assert "out of memory: 12 TiB" in err
-
-
-def test_too_much_memory_of_a_text_is_told_without_a_models_options(call, monkeypatch):
-    def exhaust(args):
-        raise MemoryError
-
-    monkeypatch.setattr("jaxgpt.prepare.cli.run", exhaust)
-    code, _, err = call("prepare", "a.txt")
-    assert code == 1
-    assert err.startswith("jaxgpt: out of memory; it holds parts of the text for each core: ")
-    assert "ulimit" in err
-    assert "--batch-size" not in err
+    assert "out of memory 12 TiB: close other programs" in err
 
 
 def test_interrupted_before_anything_was_done(call, monkeypatch):
@@ -309,6 +296,7 @@ def test_a_platform_without_devices_is_named(call, tiny, verse, tmp_path, monkey
     def none(*_):
         raise AssertionError
 
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(xla_bridge, "backends", none)
     monkeypatch.setattr(xla_bridge, "default_backend", none)
     monkeypatch.setattr(jax, "devices", none)
@@ -356,9 +344,8 @@ def test_no_hint_where_none_helps(call, args):
         ["--n-embd", "65", "--debug_nans", "gpt-demo"],
     ],
 )
-def test_a_recipe_may_follow_the_options(call, args):
-    kind = Train
-    name, rest = take_name(kind, args)
+def test_a_recipe_may_follow_the_options(args):
+    name, rest = take_name(Train, args)
     assert name == "gpt-demo"
     assert "gpt-demo" not in rest
     assert len(rest) == len(args) - 1

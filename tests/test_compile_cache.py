@@ -103,10 +103,6 @@ def test_the_cache_is_bounded_and_what_was_used_last_stays(cache, monkeypatch):
     use_compile_cache()
     assert [path.exists() for path in paths] == [True, False, False, False, True, True]
     assert (cache / "gpt2").exists()
-    monkeypatch.setattr("jaxgpt.cli.compile_cache.MAX_BYTES", 0)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "1000")
-    use_compile_cache()
-    assert sum(path.exists() for path in paths) == 3, "a limit of the user's is kept by JAX"
 
 
 def test_many_processes_may_bound_the_cache_at_once(cache):

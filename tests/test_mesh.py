@@ -213,20 +213,15 @@ def test_auto_splits_no_more_than_it_must(small, change):
     assert "split over 4 devices" in why
     sizes, why = mesh.choose(change(big, batch_size=528, n_embd=1600, n_head=25, n_layer=48), 6, 24 * 10**9)
     assert sizes == Sizes(data=3, fsdp=2), "not whole, though 3 and 6 divide no channels"
-    sizes, why = mesh.choose(change(big, batch_size=4), 8, None)
-    assert sizes == Sizes(data=4, tensor=2)
-    assert "tensor takes the other 2" in why
-    sizes, why = mesh.choose(change(big, batch_size=3), 9, None)
-    assert sizes == Sizes(data=3, tensor=3)
     sizes, why = mesh.choose(change(big, batch_size=5, n_head=8), 7, None)
     assert sizes == Sizes(data=1)
     assert "6 of 7 devices stay idle" in why
     assert "--accumulate" not in why
-    # nanoGPT's settings, of which 12 sequences are a micro-batch: a context of 1024 is not cut into 64.
+    # nanoGPT's settings, of which 12 sequences are a micro-batch.
     small = change(big, accumulate=40)
     sizes, why = mesh.choose(small, 8, 80 * 10**9)
-    assert sizes == Sizes(data=4, tensor=2)
-    assert "better, all 8 share the batch: --accumulate 5" in why
+    assert sizes == Sizes(data=4)
+    assert "4 of 8 devices stay idle, as only 4 divide a micro-batch: all share it with --accumulate 5" in why
     assert mesh.choose(change(small, accumulate=5), 8, 80 * 10**9)[0] == Sizes(data=8)
     sizes, why = mesh.choose(small, 256, 16 * 10**9)
     assert sizes == Sizes(data=4)

@@ -142,7 +142,6 @@ def test_what_cannot_be_joined_is_refused_before_anyone_waits(capsys):
 
 def test_a_process_0_that_is_nowhere_is_told_and_that_it_is_waited_for(monkeypatch, capsys):
     monkeypatch.setattr(join, "CONNECT_SECONDS", 0.5)
-    monkeypatch.setattr(join, "NOTICE_SECONDS", 0.1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"  # where nobody listens

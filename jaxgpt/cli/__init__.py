@@ -1,7 +1,7 @@
 """`jaxgpt COMMAND`: parses, calls, prints. Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
 
-Each command is a module whose `run` takes the arguments after the command and returns the exit code. Slow imports wait:
-the module until its command is named, JAX until the arguments are parsed.
+Each command is a module whose `run` (or `run_COMMAND`, of several) takes the arguments after the command and returns
+the exit code. Slow imports wait: the module until its command is named, JAX until the arguments are parsed.
 """
 
 import difflib
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from jaxgpt.config import UsageError
 
@@ -25,14 +25,11 @@ COMMANDS = {  # its module, and its line in the overview
     "report": ("report.cli", "Write an HTML report of runs: curves, samples, losses by token, attention."),
     "diagnose": ("diagnostics.cli", "Diagnose a run: gradient noise, curvature, influence, attention, logit lens."),
     "verify-resume": ("verify.cli", "Prove that a killed and resumed run keeps every bit."),
-    "import-gpt2": (
-        "huggingface.import_cli",
-        "Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune.",
-    ),
+    "import-gpt2": ("huggingface.cli", "Make a run from a Hugging Face GPT-2, to sample, evaluate and fine-tune."),
     "sweep": ("sweep.cli", "Train seeds and settings of a recipe together, and find the best."),
     "scaling-fit": ("scaling_law.cli", "Train models of several sizes and fit a scaling law."),
     "plan": ("plan.cli", "Compile a recipe for chips that are not attached: memory, communication, speed."),
-    "export": ("huggingface.export_cli", "Write a run as a folder that transformers loads."),
+    "export": ("huggingface.cli", "Write a run as a folder that transformers loads."),
     "lecture": ("lecture.cli", "Train and score the lecture's models, from a uniform guess to the transformer."),
     "ledger": ("profile.ledger_cli", "Run a step in every way that JAX can: what jit costs and saves."),
     "inspect": ("profile.inspect_cli", "Show parameters, FLOPs and memory of a step, and what XLA makes of it."),
@@ -47,85 +44,58 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     os.environ["JAX_ENABLE_X64"] = "0"  # float32 is part of what a command computes; JAX is not imported yet
-    code, ended = _attempt(sys.argv[1:] if argv is None else argv)
+    code = run_command(sys.argv[1:] if argv is None else argv)
     try:
         sys.stdout.flush()
     except OSError:  # a full disk, or a reader that has gone: let the interpreter's own last flush find no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if not ended and _one_of_several():
-        os._exit(code)  # JAX would wait for the other processes, which wait for this one
     sys.exit(code)
 
 
 def run_command(argv: Sequence[str]) -> int:
     """The exit code of `jaxgpt *argv`; errors that a person can mend are printed without a traceback."""
-    return _attempt(argv)[0]
-
-
-def _attempt(argv: Sequence[str]) -> tuple[int, bool]:
-    """The exit code of `jaxgpt *argv`, and whether the command ran to its end: no error ended it."""
     if "--traceback" in argv:
         os.environ["JAXGPT_TRACEBACK"] = "1"  # processes that this one starts print theirs too
         argv = [arg for arg in argv if arg != "--traceback"]
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
-        return (0 if argv else 2), True
+        return 0 if argv else 2
     if argv[0] == "--version":
         print(_versions())
-        return 0, True
+        return 0
     command, args = argv[0], list(argv[1:])
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        return _complain(f"no command {command!r}{hint}\n{overview()}", 2), False
-    module, _ = COMMANDS[command]
+        return _fail(f"no command {command!r}{hint}\n{overview()}", 2)
     try:
-        return import_module(f"jaxgpt.{module}").run(args), True
+        module = import_module(f"jaxgpt.{COMMANDS[command][0]}")
+        run = getattr(module, f"run_{command.replace('-', '_')}", None) or module.run
+        return cast(int, run(args))
     except UsageError as error:
-        return _complain(str(error), 2), False
-    except BrokenPipeError:  # whoever read the output has gone; let the interpreter's last flush find no fault
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1, False
+        return _fail(str(error), 2)
+    except BrokenPipeError:  # whoever read the output has gone
+        return 1
     except MemoryError as error:
-        said = f"out of memory: {error}" if str(error) else "out of memory"
-        hint = "try a smaller --batch-size or a smaller model"
-        if command == "prepare":
-            hint = "it holds parts of the text for each core: close other programs, or allow it more, by ulimit -d"
-        return _complain(f"{said}; {hint}", 1), False
+        return _fail(f"out of memory {error}: close other programs, or try a smaller model or --batch-size", 1)
     except (OSError, RuntimeError) as error:
         ours = isinstance(error, OSError) or type(error).__module__.startswith("jaxgpt.")
-        said = str(error) if ours else f"{type(error).__name__}: {error} (--traceback shows where)"
-        return _complain("\n".join([said, *getattr(error, "__notes__", [])]), 1), False
+        text = str(error) if ours else f"{type(error).__name__}: {error} (--traceback shows where)"
+        return _fail("\n".join([text, *getattr(error, "__notes__", [])]), 1)
     except KeyboardInterrupt:
-        return _complain("interrupted", 130), False
-    except Exception:
-        if missing := _missing_platform():
-            return _complain(missing, 1), False
+        return _fail("interrupted", 130)
+    except Exception as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        if isinstance(error, AssertionError) and not str(error) and platforms:  # all that JAX raises
+            hint = "unset it to use what is there, or install the plugin, as pip install 'jaxgpt[cuda]' does for CUDA"
+            return _fail(f"JAX finds no device of JAX_PLATFORMS={platforms}: {hint}", 1)
         if not _one_of_several():
             raise
-        with suppress(OSError):
-            traceback.print_exc()
-        return 1, False
+        return _fail("".join(traceback.format_exception(error)), 1)
 
 
 def _one_of_several() -> bool:
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
-
-
-def _missing_platform() -> str | None:
-    """What to do if JAX finds no device: of JAX_PLATFORMS=cuda without a GPU, a bare AssertionError is all it says."""
-    if "jax" not in sys.modules:
-        return None
-    jax = sys.modules["jax"]
-    try:
-        jax.devices()
-    except AssertionError:
-        asked = jax.config.jax_platforms
-        hint = "unset it to use what is there, or install the plugin, as pip install 'jaxgpt[cuda]' does for CUDA"
-        return f"JAX finds no device of JAX_PLATFORMS={asked}: {hint}"
-    except Exception:  # it has another reason, which the caller knows
-        return None
-    return None
 
 
 def overview() -> str:
@@ -155,10 +125,13 @@ def _open_standard_streams() -> None:
     sys.stdout, sys.stderr = sys.stdout or open(1, "w", closefd=False), sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
-def _complain(message: str, code: int) -> int:
+def _fail(message: str, code: int) -> int:
     """Print what went wrong, and where if --traceback or JAXGPT_TRACEBACK asks; `code`."""
     with suppress(OSError):
         if sys.exc_info()[0] and os.environ.get("JAXGPT_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()
-        print(f"jaxgpt: {message}", file=sys.stderr)
+        print(f"jaxgpt: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    if _one_of_several():
+        os._exit(code)  # JAX would wait for the other processes, which wait for this one
     return code

@@ -17,51 +17,47 @@ MAX_BYTES = 256 * 2**20
 def use_compile_cache() -> None:
     """Let JAX keep what it compiles in the user's cache folder, unless $JAX_COMPILATION_CACHE_DIR names another.
 
-    A compiled program is code that will run: a folder that others may write to, or own, is not used, and that is said.
+    A compiled program is code that will run: a folder that others may write to, or own, is not used.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    cache = cache_dir()
-    if not cache:
+    if not (cache := cache_dir()):
         print("jaxgpt: compiled programs are not cached: no home folder; set XDG_CACHE_HOME", file=sys.stderr)
         return
     folder = cache / f"compiled-{processor()}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        why = None if is_private(folder) else "others may write to it, or own it: chmod 700 it, or remove it"
+        problem = None if is_private(folder) else "others may write to it, or own it: chmod 700 it, or remove it"
     except OSError as error:
-        why = error.strerror
-    if why:
-        print(f"jaxgpt: compiled programs are not kept in {folder}: {why}", file=sys.stderr)
+        problem = error.strerror
+    if problem:
+        print(f"jaxgpt: compiled programs are not kept in {folder}: {problem}", file=sys.stderr)
         return
-    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
-        prune(folder.parent, MAX_BYTES)
+    prune(cache, MAX_BYTES)
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def prune(folder: Path, max_bytes: int) -> None:
-    """Remove the least recently used files in `folder`/compiled-*/ until the rest have `max_bytes` at most.
+def prune(cache: Path, max_bytes: int) -> None:
+    """Remove the least recently used files in compiled-*/ until the rest have `max_bytes` at most.
 
     JAX's own limit, jax_compilation_cache_max_size, reads all entries' times under a lock whenever it adds one: 0.1 s
     with 1,000 entries. In jax 0.10 it also adds no more after a process was killed while it wrote one.
     """
     found = []
-    for compiled in folder.glob("compiled-*"):
-        for inside, _, names in os.walk(compiled):
-            for name in names:
-                with suppress(OSError):  # another process may remove it at the same time, here and below
-                    path = os.path.join(inside, name)
-                    status = os.lstat(path)
-                    found.append((max(status.st_atime, status.st_mtime), status.st_size, path))
+    for path in cache.glob("compiled-*/**/*"):
+        with suppress(OSError):  # another process may remove it at the same time, here and below
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                found.append((max(status.st_atime, status.st_mtime), status.st_size, path))
     excess = sum(size for _, size, _ in found) - max_bytes
     for _, size, path in sorted(found):
         if excess <= 0:
             break
         with suppress(OSError):
-            os.unlink(path)
+            path.unlink()
         excess -= size
 
 

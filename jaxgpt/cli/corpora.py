@@ -42,11 +42,21 @@ def find_prepared(corpus: str, meta: dict[str, Any], data_dir: Path, verified: b
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether `prepare` made a folder, as opposed to a folder of texts among which is a tokens.json."""
-    if not (folder / "tokens.json").is_file():
+    """Whether `prepare` made a folder, which is not one of texts among which is a tokens.json. A server may list
+    nothing, so at a URL the tokens.json alone decides."""
+    if not is_ours(folder / "tokens.json"):
         return False
-    others = [path.name for path in folder.iterdir() if path.name != "tokens.json"]
+    others = [] if is_url(str(folder)) else [path.name for path in folder.iterdir() if path.name != "tokens.json"]
     return not others or any(re.fullmatch(r"tokens(-\d{5})?\.bin", name) for name in others)
+
+
+def is_ours(file: Path) -> bool:
+    """Whether a tokens.json begins as `prepare` writes it: a server may have an answer for any name."""
+    begin = b'{\n  "format": '
+    if not file.is_file():
+        return False
+    with file.open("rb") as found:
+        return found.read(len(begin)) == begin
 
 
 def folder_of(meta: dict[str, Any], data_dir: Path) -> Path:

@@ -3,7 +3,6 @@
 import os
 import socket
 import sys
-import threading
 import time
 
 import jax
@@ -12,8 +11,6 @@ from jaxgpt.processes import ProcessError, any_process
 
 CONNECT_SECONDS = 240.0
 """How long a process tries to connect to process 0. JAX would stop after 300, and abort without a Python exception."""
-NOTICE_SECONDS = 10.0
-"""Seconds of waiting after which a process prints that it waits."""
 COLLECTIVE_SECONDS = 7 * 24 * 3600
 """Timeout of collectives on CPUs. XLA's default, half an hour, may be less than process 0 takes to prepare a corpus."""
 
@@ -37,10 +34,7 @@ def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> 
     ours, users = f"--xla_cpu_collective_timeout_seconds={COLLECTIVE_SECONDS}", os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{ours} {users}"  # XLA takes the last value of a flag: the user's
     where = f" at {coordinator}" if coordinator else ""
-    notice = f"jaxgpt: process {process_id} of {num_processes} waits for the others{where}"
-    timer = threading.Timer(NOTICE_SECONDS, print, [notice], {"file": sys.stderr, "flush": True})
-    timer.daemon = True
-    timer.start()
+    print(f"jaxgpt: process {process_id} of {num_processes} waits for the others{where}", file=sys.stderr, flush=True)
     try:
         if process_id:
             _wait_for_port(host.strip("[]"), int(port))
@@ -51,8 +45,6 @@ def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> 
             f"this process cannot connect to the others: {str(error).splitlines()[0]}; give the address of process 0, "
             "--coordinator HOST:PORT --num-processes N --process-id I"
         ) from error
-    finally:
-        timer.cancel()
 
 
 def _wait_for_port(host: str, port: int) -> None:

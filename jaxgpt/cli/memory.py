@@ -5,7 +5,6 @@ The estimate stays below what a compiled step takes, so nothing that fits is ref
 
 import os
 import re
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,23 +117,11 @@ def require(
     memory = estimate(config)
     if free is None or memory.total * sharing <= free:
         return
-    # Smaller micro-batches come first: they train the same. Then smaller batches, shorter contexts, a smaller model.
-    B, T = config.train.batch_size, config.model.block_size
-    changes: list[dict[str, Any]] = [
-        *({"accumulate": A} for A in range(config.train.accumulate + 1, B + 1) if B % A == 0),
-        *({"batch_size": B >> i, "accumulate": 1} for i in range(1, B.bit_length())),
-        *({"batch_size": 1, "accumulate": 1, "block_size": T >> i} for i in range(1, T.bit_length())),
-    ]
-    advice = (
-        "a smaller vocabulary (--tokenizer)"
-        if config.model.kind == "bigram"
-        else "a smaller model (--n-embd, --n-layer)"
-    )
-    for change in changes:
-        smaller = replaced(config, **change)
-        micro_batch = smaller.train.batch_size // smaller.train.accumulate
-        if micro_batch % shards.batch == 0 and estimate(smaller).total * sharing <= free:
-            advice = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
+    advice, B = "a smaller --batch-size, --block-size or model (--n-embd, --n-layer)", config.train.batch_size
+    for A in range(config.train.accumulate + 1, B + 1):  # smaller micro-batches train the same
+        fewer = B % A == 0 and B // A % shards.batch == 0
+        if fewer and estimate(replaced(config, accumulate=A)).total * sharing <= free:
+            advice = f"--accumulate {A}"
             break
     then = "and" if config.train.accumulate > 1 else "or, after them,"
     raise OutOfMemoryError(
@@ -176,43 +163,21 @@ def available() -> int | None:
 
 
 def host_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes of the machine's memory that this process may still take, without swap.
-
-    The least of MemAvailable, of what control groups leave, and of what RLIMIT_AS (`ulimit -v`) leaves. Without /proc,
-    the whole physical memory.
-    """
-    left = _left_in_cgroups(proc, cgroups)
+    """Bytes of the machine's memory that this process may still take, without swap: the least of MemAvailable and of
+    what its control group (version 2) and those above it leave. Without /proc, the whole physical memory."""
+    left = []
     if found := re.search(r"^MemAvailable:\s*(\d+) kB", _read(proc / "meminfo"), re.M):
         left.append(int(found[1]) * 1024)
-    elif not left:
+    else:
         with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
             left.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if sys.platform != "win32":
-        import resource
-
-        limit, pages = resource.getrlimit(resource.RLIMIT_AS)[0], _read(proc / "self" / "statm").split()
-        if limit != resource.RLIM_INFINITY:
-            left.append(limit - (int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0))
-    return max(0, min(left)) if left else None
-
-
-def _left_in_cgroups(proc: Path, root: Path) -> list[int]:
-    """Limit minus usage of each control group (version 2 or 1) of the process, up to the root. Page cache is free."""
-    left = []
-    for line in _read(proc / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        v1 = "memory" if controllers else ""
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
-        group = Path(path.lstrip("/"))
-        for folder in (root / v1 / each for each in (group, *group.parents)):
-            limit, used = (_read(folder / name).strip() for name in names)
+    if found := re.search(r"^0::/(.*)$", _read(proc / "self" / "cgroup"), re.M):
+        for folder in (cgroups / found[1], *(cgroups / each for each in Path(found[1]).parents)):
+            limit, used = _read(folder / "memory.max").strip(), _read(folder / "memory.current").strip()
             if limit.isdigit() and used.isdigit():  # "max" is no limit
-                stat = _read(folder / "memory.stat")
-                cached = re.findall(rf"^{'total_' * bool(v1)}(?:in)?active_file (\d+)$", stat, re.M)
+                cached = re.findall(r"^(?:in)?active_file (\d+)$", _read(folder / "memory.stat"), re.M)  # is free
                 left.append(int(limit) - int(used) + sum(map(int, cached)))
-    return left
+    return max(0, min(left)) if left else None
 
 
 def _read(path: Path) -> str:

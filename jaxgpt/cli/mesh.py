@@ -7,11 +7,6 @@ from jaxgpt import cost
 from jaxgpt.config import Config
 from jaxgpt.sharding import MeshError, Sizes, make_mesh
 
-MAX_TENSOR = 8
-"""Most devices along `tensor` that "auto" picks: they all-reduce activations four times per block."""
-MIN_CONTEXT = 256
-"""Fewest tokens per device along `context` that "auto" picks: below, sending keys and values outweighs the matmuls."""
-
 
 def check(config: Config, sizes: Sizes) -> None:
     """Raise a MeshError with all `problems`, if there are any."""
@@ -80,31 +75,23 @@ def choose(config: Config, devices: int, memory: int | None) -> tuple[Sizes, str
     """The mesh of "auto" and the reason for it, for `devices` equal devices with `memory` bytes each (None: unknown).
 
     The state is replicated (data) where it takes at most half of a device's memory, else sharded over as few devices as
-    that takes (fsdp). Devices beyond the sequences of a micro-batch go to `tensor` or `context`, within MAX_TENSOR and
-    MIN_CONTEXT; else they stay idle, and the reason names a better number of micro-batches.
+    that takes (fsdp). Devices beyond the sequences of a micro-batch stay idle, and the reason names a better number of
+    micro-batches.
     """
     state = cost.FLOAT * 4 * cost.n_params(config.model)  # parameters, gradients, two moments
     B, A = config.train.batch_size, config.train.accumulate
-    over_batch = max(n for n in divisors(devices) if B // A % n == 0)
-    rest = devices // over_batch
-    valid = [n for n in divisors(over_batch) if not problems(config, Sizes(over_batch // n, n))]
+    used = max(n for n in divisors(devices) if B // A % n == 0)
+    valid = [n for n in divisors(used) if not problems(config, Sizes(used // n, n))]
     fsdp = next((n for n in valid if memory is None or state / n <= memory / 2), max(valid, default=1))
-    data = over_batch // fsdp
     why = f"parameters, gradients and moments take {state / 1e9:.2g} GB"
     why += f" of {memory / 1e9:.3g} GB a device" if memory else ""
     why += f", split over {fsdp} devices" if fsdp > 1 else ", whole on each device"
-    if rest == 1:
-        return Sizes(data, fsdp), why
-    # The fewest micro-batches that all devices share, with no more sequences per device than a micro-batch has now.
-    better = next((a for a in divisors(B) if B // a % devices == 0 and B // a // devices <= B // A), A)
-    hint = f"; better, all {devices} share the batch: --accumulate {better}" if better != A else ""
-    tensor, context = Sizes(data, fsdp, tensor=rest), Sizes(data, fsdp, context=rest)
-    if rest <= MAX_TENSOR and config.model.n_head % rest == 0 and not problems(config, tensor):
-        return tensor, f"{why}; {over_batch} shards of the batch, so tensor takes the other {rest}{hint}"
-    if config.model.block_size >= MIN_CONTEXT * rest and not problems(config, context):
-        return context, f"{why}; {over_batch} shards of the batch, so context takes the other {rest}{hint}"
-    why += f"; {devices - over_batch} of {devices} devices stay idle, as only {over_batch} divide a micro-batch{hint}"
-    return Sizes(data, fsdp), why
+    if used < devices:
+        why += f"; {devices - used} of {devices} devices stay idle, as only {used} divide a micro-batch"
+        # The fewest micro-batches that all devices share, with no more sequences per device than a micro-batch has now.
+        better = next((a for a in divisors(B) if B // a % devices == 0 and B // a // devices <= B // A), A)
+        why += f": all share it with --accumulate {better}" if better != A else ": name a mesh with tensor or context"
+    return Sizes(used // fsdp, fsdp), why
 
 
 def divisors(n: int) -> list[int]:

@@ -38,40 +38,20 @@ class Folders:
 
 def parse(kind: type[T], args: list[str], command: str, about: str | None = None, **kwargs: Any) -> T:
     """`args`, the options of `jaxgpt COMMAND`, as a `kind`; its help says `about`, by default the command's line."""
-    if about is None:
-        _, about = COMMANDS[command]
-    config, columns = (tyro.conf.OmitArgPrefixes,), os.environ.get("COLUMNS")
+    description = COMMANDS[command][1] if about is None else about
+    config = (tyro.conf.OmitArgPrefixes,)
     if shutil.get_terminal_size().columns < LEAST_WIDTH:
         os.environ["COLUMNS"] = str(LEAST_WIDTH)
     try:
-        return tyro.cli(kind, args=args, prog=f"jaxgpt {command}", description=about, config=config, **kwargs)
+        return tyro.cli(kind, args=args, prog=f"jaxgpt {command}", description=description, config=config, **kwargs)
     except SystemExit as refused:  # tyro has printed why
         if refused.code == 2 and (hint := _hint(dict(_types(kind)), args)):
             raise UsageError(hint) from refused
         raise
-    finally:
-        if columns is not None:
-            os.environ["COLUMNS"] = columns
-        else:
-            os.environ.pop("COLUMNS", None)
-
-
-def refuse_unused(given: Any, default: Any, unused: Mapping[str, str]) -> None:
-    """Check that options which have no effect here are as by default.
-
-    Args:
-      unused: why an option has no effect, as in "without --chips"; "" if it has one.
-
-    Raises:
-      UsageError: one is not.
-    """
-    for name, why in unused.items():
-        if why and getattr(given, name) != getattr(default, name):
-            raise UsageError(f"--{name} has no effect {why}: leave it out")
 
 
 def take_name(kind: type, args: list[str]) -> tuple[str | None, list[str]]:
-    """The recipe or run that `args`, words of a `kind`, name before, among or after the options, and the other words.
+    """The recipe or run that stands before, between or after the options of `kind`, and the other arguments.
 
     After an option that takes several values, or that is unknown, only the name of a recipe or a .json file is one.
     """
@@ -88,10 +68,10 @@ def take_name(kind: type, args: list[str]) -> tuple[str | None, list[str]]:
 
 
 def take_recipe(kind: type, args: list[str], missing: str, default: str = "gpt-demo") -> tuple[str, list[str]]:
-    """As `take_name`, for a command that wants a name; `default` for its help.
+    """As `take_name`, for a command that needs a name; `default` for its help.
 
     Raises:
-      UsageError: `missing`, if there is none.
+      UsageError: there is none: `missing`.
     """
     name, rest = take_name(kind, args)
     if name is None and not {"-h", "--help"} & set(args):
@@ -100,7 +80,7 @@ def take_recipe(kind: type, args: list[str], missing: str, default: str = "gpt-d
 
 
 def _types(kind: type) -> Iterator[tuple[str, Any]]:
-    """The long options of `kind`, a dataclass whose fields may be such, each with its type."""
+    """The long options of a dataclass and of the dataclasses in it, each with its type."""
     for name, of in get_type_hints(kind).items():
         if is_dataclass(of):
             yield from _types(of)  # type: ignore[arg-type]
@@ -115,7 +95,7 @@ def _positive(arg: str) -> str:
 
 
 def _hint(types: dict[str, Any], args: list[str]) -> str | None:
-    """What to type in place of `args`, which were refused."""
+    """What to type instead of `args`, which were refused."""
     for arg, following in pairwise([*args, ""]):
         option, (_, equals, value) = _positive(arg), arg.partition("=")
         if types.get(option) is bool and (value if equals else following).lower() in ("true", "false"):
@@ -127,12 +107,26 @@ def _hint(types: dict[str, Any], args: list[str]) -> str | None:
 
 
 def typed(text: str) -> str | bytes:
-    """An argument as it was typed: its bytes where they are not UTF-8, which Python hands over as surrogates."""
+    """An argument as it was typed: bytes where it is not UTF-8, of which Python makes surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return os.fsencode(text)
     return text
+
+
+def refuse_unused(given: Any, default: Any, unused: Mapping[str, str]) -> None:
+    """Check that options which have no effect here are as by default.
+
+    Args:
+      unused: why an option has no effect, as in "without --chips"; "" if it has one.
+
+    Raises:
+      UsageError: one is not.
+    """
+    for name, why in unused.items():
+        if why and getattr(given, name) != getattr(default, name):
+            raise UsageError(f"--{name} has no effect {why}: leave it out")
 
 
 def words(command: str, run: Path, folders: Folders, *flags: str) -> str:

@@ -23,13 +23,14 @@ def start(
     data_dir: Path,
     weights: model.Params | None = None,
     origin: str = "",
-    require_room: Callable[[Config], None] = memory.require,
+    require_room: Callable[[Config, int], None] = memory.require,
 ) -> tuple[Run, Corpus]:
     """Check everything, prepare the corpus, and create the run.
 
     Args:
       weights, origin: as `start.new_run`.
-      require_room: raises UsageError where the devices cannot train a config, whose vocabulary may be unknown.
+      require_room: raises UsageError where the devices cannot train a config, whose vocabulary may be unknown, on a
+        number of tokens.
 
     Raises:
       UsageError: the config cannot run, the run exists, or the text is unavailable; before anything is written. Or the
@@ -38,10 +39,10 @@ def start(
     check(config, new=True)
     Run.require_free(runs_dir, name)
     files.require_writable(runs_dir, "--runs-dir")
-    require_room(config)
+    require_room(config, 0)
     corpus = tokens_of(config, data_dir)
     config = resolve(config, corpus)
-    require_room(config)  # the size of the vocabulary is known only now
+    require_room(config, len(corpus.split(config.data)[0]))  # the size of the vocabulary is known only now
     return core.new_run(config, corpus, name, runs_dir, weights, origin), corpus
 
 
@@ -64,20 +65,21 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
     Raises:
       SourceError, CorpusError: it is unavailable, or not the same.
     """
-    name, verified = run.config.data.corpus, not processes.is_primary()
-    if found := corpora.find_prepared(name, run.corpus_meta, data_dir, verified):
+    name, wanted = run.config.data.corpus, run.corpus_meta["sha256"]
+    if found := corpora.find_prepared(name, run.corpus_meta, data_dir, verified=not processes.is_primary()):
         return found
-    wanted = run.corpus_meta["sha256"]
     folders = " and ".join(map(str, corpora.folders_of(run.corpus_meta, data_dir)))
-    was = f"run {run.path.name!r} trains on {run.corpus_meta['origin']} (tokens of SHA-256 {wanted})"
     by_hand = f"put the tokens-*.bin and tokens.json of then into {folders}, or name the folder around: --data-dir"
     try:
-        found = tokens_of(run.config, data_dir)
+        found, problem = tokens_of(run.config, data_dir), ""
     except UsageError as error:
-        raise CorpusError(f"{was}, which cannot be prepared again: {error}; {by_hand}") from error
-    if found.meta["sha256"] != wanted:
-        raise CorpusError(f"{was}, but {run.config.data.corpus!r} now gives SHA-256 {found.meta['sha256']}; {by_hand}")
-    return found
+        found, problem = None, f"cannot be prepared again: {error}"
+    if found and found.meta["sha256"] == wanted:
+        return found
+    raise CorpusError(
+        f"run {run.path.name!r} trains on {run.corpus_meta['origin']} (tokens of SHA-256 {wanted}), but {name!r} "
+        f"{problem or 'now gives other tokens'}; {by_hand}"
+    )
 
 
 def tokens_of(config: Config, data_dir: Path) -> Corpus:

@@ -1,9 +1,6 @@
 """`jaxgpt train`: train a recipe, or resume a run."""
 
-import argparse
-import re
-import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,8 +16,6 @@ from jaxgpt.run import Run
 if TYPE_CHECKING:
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.train import Summary
-
-DEFAULT_RECIPE = "gpt-demo"
 
 
 @dataclass(frozen=True)
@@ -49,36 +44,18 @@ class Train:
 
 def run(args: list[str]) -> int:
     named, args = take_name(Train, args)
-    args = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), arg) for arg in args]  # as tyro reads them
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    peek.add_argument("--run")
-    peek.add_argument("--resume", action="store_true")
-    peek.add_argument("--runs-dir", type=Path, default=Path("runs"))
-    try:
-        peeked = peek.parse_known_args(args)[0]
-    except argparse.ArgumentError as error:
-        raise UsageError(str(error)) from error
-    name, existing = named or DEFAULT_RECIPE, None
-    if peeked.resume and not {"-h", "--help"} & set(args):
-        if named and peeked.run:
-            raise UsageError(f"a resume takes its settings from the run: leave out {named!r}, or leave out --resume")
-        existing = Run.named(peeked.runs_dir, peeked.run or name)
-    defaults = Train(
-        run=Path(name).stem if name.endswith(".json") else name,
-        config=existing.config if existing else recipe(name).config,
-    )
-    about = "" if existing else _about(name)
-    given = parse(Train, args, f"train {name}", about, default=defaults)
-    if given.resume != bool(existing):
-        raise UsageError("--resume and --no-resume were both given")
-    return _fit(given, existing)
-
-
-def _about(name: str) -> str:
+    if named and "--resume" in args:
+        raise UsageError(f"a resume takes its settings from the run: leave out {named!r}, and name the run with --run")
+    name = named or "gpt-demo"
     known = recipe(name)
-    if name not in RECIPES:
-        return known.about
-    return f"{known.about} ({known.hardware}: {known.time}; loss {known.loss}.) Recipes: {', '.join(RECIPES)}."
+    about = f"{known.about} ({known.hardware}: {known.time}; loss {known.loss}.) Recipes: {', '.join(RECIPES)}."
+    default = Train(run=Path(name).stem if name.endswith(".json") else name, config=known.config)
+    given = parse(Train, args, f"train {name}", about, default=default)
+    if not given.resume:
+        return _fit(given, None)
+    existing = Run.named(given.folders.runs_dir, given.run)
+    default = replace(default, config=existing.config)
+    return _fit(parse(Train, args, f"train {name}", about, default=default), existing)
 
 
 def _fit(given: Train, existing: Run | None) -> int:
@@ -93,7 +70,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     from jaxgpt.monitor.chips import rate
     from jaxgpt.monitor.spikes import sampler, with_spikes
     from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay
-    from jaxgpt.sharding import MeshError, Shards, Sizes
+    from jaxgpt.sharding import Shards, Sizes
     from jaxgpt.train import fit
 
     loggers.require(given.log)
@@ -104,38 +81,32 @@ def _fit(given: Train, existing: Run | None) -> int:
         join(given.coordinator, given.num_processes, given.process_id)
     use_compile_cache()
     runs_dir, data_dir = given.folders.runs_dir, given.folders.data_dir
-    run, config, corpus = existing, given.config, None
-    if not run:
 
-        def room(config: Config) -> None:
-            memory.require(config, shards=Shards.of(mesh_for(config, sizes)[0]))
+    def require_room(config: Config, n_tokens: int) -> None:
+        memory.require(config, n_tokens, new=not existing, shards=Shards.of(mesh_for(config, sizes)[0]))
 
-        made = processes.on_primary(lambda: start(config, given.run, runs_dir, data_dir, require_room=room))
+    if existing:
+        run, config = existing, given.config
+        corpus = processes.on_primary(partial(resume, config, run, data_dir))
+    else:
+        made = processes.on_primary(lambda: start(given.config, given.run, runs_dir, data_dir, None, "", require_room))
         run, corpus = made or (Run.named(runs_dir, given.run), None)
         config = run.config
-    else:
-        corpus = processes.on_primary(partial(resume, config, run, data_dir))
     corpus = corpus or resume(config, run, data_dir)
     console, primary = RunConsole(quiet=not processes.is_primary()), processes.is_primary()
     console.print(corpus.summary)
-    try:
-        mesh, why = mesh_for(config, sizes)
-        n_tokens = len(corpus.split(config.data)[0])
-        memory.require(config, n_tokens, new=not existing, shards=Shards.of(mesh))
-        with jax.set_mesh(mesh):
-            console.print(model.describe(config.model))
-        console.print(why)
-        with (
-            TrainingDisplay(console, config.train.steps, rate(config)) as display,
-            loggers.logged(run, given.log if primary else (), display) as log,
-        ):
-            live = jax.device_count() == 1 and display.live
-            sample = sampler(config.model, corpus.tokenizer) if live else None
-            done = fit(run, corpus, with_spikes(run, log), config, given.debug_nans, mesh, sample)
-    except (memory.OutOfMemoryError, MeshError):
-        if not existing and primary:  # nothing was trained, and another attempt needs the name
-            shutil.rmtree(run.path)
-        raise
+    mesh, why = mesh_for(config, sizes)
+    require_room(config, len(corpus.split(config.data)[0]))
+    with jax.set_mesh(mesh):
+        console.print(model.describe(config.model))
+    console.print(why)
+    with (
+        TrainingDisplay(console, config.train.steps, rate(config)) as display,
+        loggers.logged(run, given.log if primary else (), display) as log,
+    ):
+        live = jax.device_count() == 1 and display.live
+        sample = sampler(config.model, corpus.tokenizer) if live else None
+        done = fit(run, corpus, with_spikes(run, log), config, given.debug_nans, mesh, sample)
     if display.notices:
         console.print(f"{display.notices} warnings: see {run.events_file}", style="bold yellow")
     if done.interrupted_by:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.cli.runs import start, tokens_of
-from jaxgpt.config import Config, ModelConfig, replaced
-from jaxgpt.corpus import CorpusError, read_meta
+from jaxgpt.cli.runs import start
+from jaxgpt.config import Config, MissingExtraError, ModelConfig, replaced
+from jaxgpt.corpus import read_meta
 from jaxgpt.huggingface import gpt2
 from jaxgpt.huggingface.gpt2 import InteropError
 from jaxgpt.model import Params
@@ -21,9 +20,9 @@ from jaxgpt.run import Run, RunError
 from jaxgpt.start import load_checkpoint
 from jaxgpt.tokenizer import Tokenizer, from_json
 
-FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
-VOCABULARIES = ["tokens.json", "tokenizer.json", "vocab.bpe", "merges.txt", "encoder.json", "vocab.json"]
+VOCABULARIES = ["tokens.json", "tokenizer.json", "merges.txt", "vocab.json"]
 VOCABULARIES += ["vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"]  # not supported
+FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 FILES += ["tokenizer_config.json", "added_tokens.json", *VOCABULARIES]
 """What is downloaded of a model."""
 
@@ -37,27 +36,21 @@ def find(name: str) -> Path:
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
-    if folder.is_file():
-        hint = f"; {gpt2.wanted(folder.parent)}" if folder.suffix in gpt2.PICKLES else ""
-        raise InteropError(f"{name} is a file, expected a folder with config.json and model.safetensors{hint}")
+    if folder.is_file() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise InteropError(f"no folder {name!r}: {gpt2.wanted(folder.parent)}")
     by_hand = (
         f"fetch config.json and model.safetensors from https://huggingface.co/{name} into a folder, "
         "and give its path: jaxgpt import-gpt2 FOLDER"
     )
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise InteropError(f"no folder {name!r}")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
-        raise InteropError(
-            f"no folder {name!r}; pip install 'jaxgpt[hf]' to fetch models by name, or {by_hand}"
-        ) from error
+        raise MissingExtraError(f"no folder {name!r}, and fetching it by name", "huggingface_hub", "hf") from error
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InteropError(f"{name!r} cannot be fetched ({reason}); {by_hand}") from error
+        raise InteropError(f"{name!r} cannot be fetched ({str(error).partition(chr(10))[0]}); {by_hand}") from error
 
 
 def import_run(
@@ -73,53 +66,20 @@ def import_run(
     """A run at step 0 with the weights of a GPT-2.
 
     Args:
-      config: data, optimizer and training for fine-tuning; its model is ignored.
+      config: data, optimizer and training for fine-tuning; its model is ignored. The tokenizer "gpt2", the default, is
+        the folder's own if it has one; any other replaces it.
       block_size: as `gpt2.load`.
       dropout: for fine-tuning.
 
     Raises:
-      UsageError: as `gpt2.load`, `with_own_vocabulary` and `start`.
+      UsageError: as `gpt2.load` and `start`.
     """
     model, params = gpt2.load(source, block_size)
-    config = with_own_vocabulary(config, source, data_dir, model.vocab_size)
+    if config.data.tokenizer == "gpt2" and any((source / each).is_file() for each in VOCABULARIES):
+        config = replaced(config, tokenizer=str(source.resolve()))
     config = replaced(config, **(vars(model) | {"dropout": dropout}))
     params = jax.tree.map(jnp.asarray, params)
     return start(config, name, runs_dir, data_dir, params, origin=str(source.resolve()))[0]
-
-
-def with_own_vocabulary(config: Config, source: Path, data_dir: Path, vocab_size: int) -> Config:
-    """`config` with the folder's own vocabulary if its tokenizer is "gpt2", the default; a folder without one has
-    GPT-2's.
-
-    Raises:
-      InteropError: the tokenizer of `config` differs from the folder's, or the model is too small for GPT-2's.
-      UsageError: the text is unavailable.
-    """
-    named = config.data.tokenizer
-    if not any((source / name).is_file() for name in VOCABULARIES):
-        if named == "gpt2" and vocab_size < 50_257:
-            raise InteropError(
-                f"{source} holds no vocabulary, and its model of {vocab_size:,} ids cannot have GPT-2's 50,257: "
-                f"copy its tokenizer.json there, or give its tokenizer: --tokenizer"
-            )
-        return config
-    own = source / "tokens.json" if is_export(source) else source
-    if named == "gpt2" or Path(named).resolve() == own.resolve():
-        return replaced(config, tokenizer=str(own.resolve()))
-    if is_export(source):
-        mine = from_json(read_meta(own)["tokenizer"])
-    else:
-        try:
-            whole = replaced(config, tokenizer=str(own.resolve()), vocab_size=0, block_size=1)
-            mine = tokens_of(whole, data_dir).tokenizer
-        except CorpusError:
-            return config  # of an unsupported kind: the tokenizer of `config` replaces it
-    if tokens_of(replaced(config, vocab_size=0), data_dir).tokenizer != mine:
-        raise InteropError(
-            f"{source} was trained with a vocabulary of its own, and --tokenizer {named} is another: "
-            f"--tokenizer {shlex.quote(str(own))}"
-        )
-    return config
 
 
 def export_run(run: Run, folder: Path, which: str = "best") -> int:
@@ -146,11 +106,6 @@ def export_run(run: Run, folder: Path, which: str = "best") -> int:
     return step
 
 
-def is_export(folder: Path) -> bool:
-    """Whether `export_run` wrote the folder."""
-    return (folder / "model.safetensors").is_file() and (folder / "tokens.json").is_file()
-
-
 def load_export(folder: Path) -> tuple[ModelConfig, Params, Tokenizer]:
     """Model, weights and tokenizer of a folder that `export_run` wrote.
 
@@ -168,21 +123,19 @@ def load_export(folder: Path) -> tuple[ModelConfig, Params, Tokenizer]:
 
 def card(run: Run, step: int) -> str:
     """The model card: sizes, loss, text, and the command that reproduces the run."""
-    meta, config = run.corpus_meta, run.config
-    scored = []
-    with suppress(RunError, FileNotFoundError):  # an import has no metrics, and damaged ones do not concern the weights
-        scored = [line for line in run.metrics() if line["step"] == step and "val_loss" in line]
-    loss = "not evaluated at this step"
-    if scored:
-        line = scored[-1]
-        loss = (
-            f"{line['val_loss']:.4f} nats per token over the whole validation split "
-            f"({line['val_n_tokens']:,} tokens, {line['val_bits_per_byte']:.4f} bits per byte)"
-        )
-    origin = [event["origin"] for event in run.events() if event["event"] == "import"]
-    model, made_by = config.model, f"`{command(config)}`"
-    if origin:
-        made_by = f"`jaxgpt import-gpt2 {Path(origin[0]).name}`, with the settings of {made_by}"
+    meta, config, loss = run.corpus_meta, run.config, "not evaluated at this step"
+    with suppress(RunError):  # damaged metrics do not concern the weights
+        for line in run.metrics():
+            if line["step"] == step and "val_loss" in line:
+                loss = (
+                    f"{line['val_loss']:.4f} nats per token over the whole validation split "
+                    f"({line['val_n_tokens']:,} tokens, {line['val_bits_per_byte']:.4f} bits per byte)"
+                )
+    model, made_by, started_from = config.model, f"`{command(config)}`", "random weights"
+    for event in run.events():
+        if event["event"] == "import":
+            started_from = Path(event["origin"]).name
+            made_by = f"`jaxgpt import-gpt2 {started_from}`, with the settings of {made_by}"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -199,7 +152,7 @@ A GPT of {model.n_layer} layers, {model.n_head} heads and {model.n_embd} channel
 | text | {meta["source"]}: {meta["count"]:,} tokens, from {meta["origin"]} |
 | SHA-256 of the text | {meta["source_sha256"]} |
 | SHA-256 of the tokens | {meta["sha256"]} |
-| started from | {Path(origin[0]).name if origin else "random weights"} |
+| started from | {started_from} |
 | command | {made_by} |
 
 `tokens.json` holds the vocabulary. Write with it: `jaxgpt sample FOLDER`, or load the weights with

@@ -98,19 +98,14 @@ def _require_fit(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> N
         raise InteropError(f"n_layer is {config.n_layer}, expected at most the number of tensors, {len(found)}")
     wanted = {row.name: row.shape for row in table(config)}
     wrong = [f"  missing   {name}" for name in wanted if name not in found]
-    wrong += [f"  not known {_printable(name)} {found[name]}" for name in found if name not in wanted]
+    wrong += [f"  not known {shown(name)} {found[name]}" for name in found if name not in wanted]
     wrong += [
         f"  misshapen {name}: expected {shape}, found {found[name]}"
         for name, shape in wanted.items()
         if found.get(name, shape) != shape
     ]
     if wrong:
-        more = [f"  and {len(wrong) - 100:,} more"] if len(wrong) > 100 else []
-        raise InteropError("the tensors do not fit the model:\n" + "\n".join(wrong[:100] + more))
-
-
-def _printable(name: str) -> str:
-    return name if re.fullmatch(r"[\w.]{1,80}", name) else shown(name)
+        raise InteropError("the tensors do not fit the model:\n" + "\n".join(wrong[:100]))
 
 
 def to_tensors(config: ModelConfig, params: Params) -> Tensors:
@@ -183,11 +178,9 @@ def read_tensors(folder: Path, config: ModelConfig) -> Tensors:
                     if masks.fullmatch(name):
                         continue
                     if name in found:
-                        raise InteropError(f"{path} holds {_printable(name)} a second time")
+                        raise InteropError(f"{path} holds {shown(name)} a second time")
                     if part.get_dtype() not in DTYPES:
-                        raise InteropError(
-                            f"{path}: {_printable(name)} is {part.get_dtype()}, expected {', '.join(DTYPES)}"
-                        )
+                        raise InteropError(f"{path}: {shown(name)} is {part.get_dtype()}, expected {', '.join(DTYPES)}")
                     places[name], found[name] = (file, key), tuple(part.get_shape())
             except (SafetensorError, OSError) as error:
                 raise InteropError(f"{path} cannot be read: {error}") from error
@@ -214,18 +207,14 @@ def _files(folder: Path) -> list[Path]:
 
 def wanted(folder: Path) -> str:
     """What a folder without tensors should hold, or how to convert the pickles in it."""
-    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
-    if any(name.startswith("pytorch_model") for name in pickles):
-        code = "from sys import argv; from transformers import GPT2LMHeadModel as M; "
-        code += "M.from_pretrained(argv[1]).save_pretrained(argv[1])"
-        return (
-            f"pytorch_model.bin is a pickle, which can run code and is never loaded. If torch and transformers are "
-            f"installed, this writes model.safetensors beside it: {shlex.join(['python', '-c', code, str(folder)])}"
-        )
-    if pickles:
-        how = "docs/howto/checkpoints.md shows how to convert it"
-        return f"{pickles[0]} is a pickle, which can run code and is never loaded. {how}"
-    return "a GPT-2 folder holds config.json and model.safetensors"
+    if not (pickles := sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)):
+        return "a GPT-2 folder holds config.json and model.safetensors"
+    code = "from sys import argv; from transformers import GPT2LMHeadModel as M; "
+    code += "M.from_pretrained(argv[1]).save_pretrained(argv[1])"
+    return (
+        f"{pickles[0]} is a pickle, which can run code and is never loaded. With torch and transformers, this converts "
+        f"pytorch_model.bin: {shlex.join(['python', '-c', code, str(folder)])}; others: docs/howto/checkpoints.md"
+    )
 
 
 def load(folder: Path, block_size: int = 0) -> tuple[ModelConfig, Params]:

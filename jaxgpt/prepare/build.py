@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-import time
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,25 +16,25 @@ import filelock
 
 from jaxgpt import files
 from jaxgpt.cli.corpora import NAMED, cached_folder, folder_of, is_prepared, is_url, local_path, mixture
-from jaxgpt.corpus import Corpus, CorpusError, checked_meta, load, mix, read_meta, shards_of, train_size
+from jaxgpt.corpus import Corpus, CorpusError, load, mix, read_meta, shards_of, train_size
 from jaxgpt.prepare import documents, sources
-from jaxgpt.prepare.encode import WaitedError, WorkFolder, encode
-from jaxgpt.prepare.sources import SourceError, Text
+from jaxgpt.prepare.encode import encode
+from jaxgpt.prepare.sources import Text
 from jaxgpt.prepare.vocabularies import KINDS, read_tokenizer, tokenizer_for
 from jaxgpt.tokenizer import Tokenizer
 
 Progress = Callable[[str, float], None]
 """Shows what is being done, and what share of it is done, from 0 to 1."""
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared corpus, its folder, whether it was there before, and how long it took."""
+    """A prepared corpus, its folder (of a mixture the folder around), and whether it was there before."""
 
     corpus: Corpus
     folder: Path
     reused: bool
-    seconds: float
 
 
 def prepare_corpus(
@@ -62,42 +62,36 @@ def prepare_corpus(
       vocab_size: the vocabulary must not be larger; 0 for any size.
 
     Raises:
-      SourceError, CorpusError, UnknownCharacterError: no tokens stay on disk then, except the first shards of a text of
-        more than encode.SHARD tokens, which the next attempt uses.
+      SourceError, CorpusError, UnknownCharacterError: no tokens stay on disk then.
     """
-    began = time.perf_counter()
     fit = partial(require_fit, block_size=block_size, val_fraction=val_fraction, vocab_size=vocab_size)
     named = mixture(corpus)
-    texts = [None if _is_prepared(name) else sources.open_text(name, column) for _, name in named]
-    new = [text for text in texts if text]
-    if column != "text" and new and not any(text.documents for text in new):
-        raise SourceError(
+    folders = {name: folder for _, name in named if (folder := _prepared_folder(name))}
+    there = {name: load(folder) for name, folder in folders.items()}
+    texts = {name: sources.open_text(name, column) for _, name in named if name not in there}
+    if column != "text" and texts and not any(text.has_columns for text in texts.values()):
+        raise sources.SourceError(
             f"--column is {column}, but {corpus} is plain text: only JSON Lines (.jsonl) and Parquet have columns"
         )
-    tok = tokenizer_for(spec, new, progress) if new else None
-    parts, folder, reused = list[tuple[float, Corpus]](), data_dir, True
-    for (share, name), text in zip(named, texts, strict=True):
-        if text and tok:
-            part, old = _prepare(text, tok, unknown, column, data_dir, fit, progress)
-            folder, reused = folder_of(part.meta, data_dir), reused and old
-        else:
-            folder = fetch(name) if is_url(name) else local_path(name)
-            part = load(folder)
-            kind, spec_kind = part.meta["tokenizer"]["kind"], KINDS.get(spec.split(":")[0])
-            if len(named) == 1 and not (
-                kind == spec_kind if spec_kind else part.tokenizer == read_tokenizer(Path(spec))
-            ):
-                raise CorpusError(
-                    f"{folder} was prepared with {kind}, but --tokenizer is {spec}: give --tokenizer {folder}"
-                )
-            if tok and part.tokenizer != tok:
-                raise CorpusError(f"{name} was prepared with another vocabulary than the rest: --tokenizer {name}")
-            fit(part.meta, part.tokenizer)
-        tok = tok or part.tokenizer
-        parts.append((share, part))
-    if len(named) == 1:
-        return Prepared(parts[0][1], folder, reused, time.perf_counter() - began)
-    return Prepared(mix(parts), data_dir, reused, time.perf_counter() - began)
+    if texts:
+        tok = tokenizer_for(spec, list(texts.values()), progress)
+    else:
+        name, first = next(iter(there.items()))
+        tok, kind = first.tokenizer, KINDS.get(spec.split(":")[0])
+        if kind != tok.to_json()["kind"] if kind else tok != read_tokenizer(Path(spec)):
+            found = first.meta["tokenizer"]["kind"]
+            raise CorpusError(f"{name} was prepared with {found}, but --tokenizer is {spec}: give --tokenizer {name}")
+    for name, part in there.items():
+        if part.tokenizer != tok:
+            raise CorpusError(f"{name} was prepared with another vocabulary than the rest: --tokenizer {name}")
+        fit(part.meta, tok)
+    made = {name: _prepare(text, tok, unknown, column, data_dir, fit, progress) for name, text in texts.items()}
+    parts = there | {name: part for name, (part, _) in made.items()}
+    reused = all(old for _, old in made.values())
+    if len(named) > 1:
+        return Prepared(mix([(share, parts[name]) for share, name in named]), data_dir, reused)
+    (whole,) = parts.values()
+    return Prepared(whole, folders.get(corpus) or folder_of(whole.meta, data_dir), reused)
 
 
 def require_fit(
@@ -119,8 +113,7 @@ def require_fit(
         if n < block_size + 1:
             raise CorpusError(
                 f"the {name} split of {meta['source']} has {n:,} tokens, expected at least "
-                f"block_size + 1 = {block_size + 1}: give more text"
-                + (", or a smaller --block-size" if block_size > 1 else "")
+                f"block_size + 1 = {block_size + 1}: give more text, or a smaller --block-size"
             )
 
 
@@ -136,29 +129,56 @@ def _prepare(
     """The corpus of a text, and whether it was there before."""
     about = json.dumps([text.origin, unknown, column, tok.to_json()])
     work = data_dir / f".{text.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.part"
-    while True:
-        if found := _find(text, tok, unknown, data_dir, progress):
-            fit(found.meta, tok)
-            return found, True
-        with suppress(WaitedError), WorkFolder(work) as held:
-            meta = encode(text, tok, unknown, held, progress)
+    new = [folder for folder in (work, *work.parents) if not folder.exists()]
+    while not (found := _find(text, tok, unknown, data_dir, progress)):
+        lock = filelock.FileLock(work / LOCK, timeout=0)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            for left in work.iterdir():  # by a process that was killed
+                if left.name != LOCK:
+                    left.unlink()
+            meta = encode(text, tok, unknown, work, progress)
             fit(meta, tok)
+            files.write_atomically(work / "tokens.json", files.seal(meta).encode())
             folder = folder_of(meta, data_dir)
-            with suppress(CorpusError):  # missing or damaged: the new one replaces it
-                there = load(folder)  # from another process since, or from another text with the same ids
-                if (there.meta["sha256"], there.tokenizer) == (meta["sha256"], tok):
-                    shutil.rmtree(work, ignore_errors=True)
-                    of_text = {name: value for name, value in meta.items() if name not in ("format", "shards")}
-                    return Corpus(there.tokens, tok, there.meta | of_text), True
-            held.finish(meta, folder)
+            _rename(work, folder)
             return load(folder), False
+        except filelock.Timeout:
+            print(f"jaxgpt: another process is preparing this text in {work}; waiting for it", file=sys.stderr)
+            with suppress(OSError):  # the folder has its final name by now
+                lock.acquire(timeout=-1, poll_interval=0.2)
+                shutil.rmtree(work)  # left by a process that was killed, or made by filelock
+        except BaseException as error:
+            if lock.is_locked:
+                shutil.rmtree(work)
+            with suppress(OSError):
+                for empty in filter(Path.exists, new):
+                    empty.rmdir()
+            if not isinstance(error, OSError):
+                raise
+            problem = f"{data_dir} cannot be written: {error.strerror}"
+            raise CorpusError(f"{problem}; name another folder: --data-dir") from error
+        finally:
+            lock.release()
+    fit(found.meta, tok)
+    return found, True
+
+
+def _rename(work: Path, folder: Path) -> None:
+    """Give a folder its final name. One that is there is damaged, or is of another text with the same ids."""
+    aside = work.with_suffix(".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+    work.rename(folder)
+    (folder / LOCK).unlink()  # after the rename, so that no other process takes it before
+    files.sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _find(text: Text, tok: Tokenizer, unknown: str, data_dir: Path, progress: Progress) -> Corpus | None:
-    """The corpus of a text, if it was prepared with this tokenizer and is whole: nothing is locked or written.
-
-    Its origin is where the text was read now; tokens.json keeps the one from which it was prepared.
-    """
+    """The corpus of a text, if it was prepared with this tokenizer and is whole: nothing is locked or written."""
     plain, candidates = tok.to_json(), list[dict[str, Any]]()
     for path in sorted(data_dir.glob(f"{escape(text.name)}-{plain['kind']}-*/tokens.json")):
         with suppress(CorpusError):
@@ -168,26 +188,22 @@ def _find(text: Text, tok: Tokenizer, unknown: str, data_dir: Path, progress: Pr
                 candidates.append(meta)
     if not candidates:
         return None
-    notes, sha256 = list[str](), hashlib.sha256()
-    for piece in text.pieces(notes, partial(progress, "reading")):
+    sha256 = hashlib.sha256()
+    for piece in text.pieces(partial(progress, "reading")):
         sha256.update(piece.encode("utf-8", "surrogatepass"))
     for meta in candidates:
         if meta["source_sha256"] == sha256.hexdigest():
             with suppress(CorpusError):  # it is damaged
-                found = load(folder_of(meta, data_dir))
-                return Corpus(found.tokens, tok, found.meta | {"origin": text.origin, "notes": notes})
+                return load(folder_of(meta, data_dir))
     return None
 
 
-def _is_prepared(corpus: str) -> bool:
-    """Whether it is a folder that `prepare` made, here or at a URL."""
-    if not corpus or corpus in NAMED:
-        return False
+def _prepared_folder(corpus: str) -> Path | None:
+    """The folder of a corpus that is prepared already, here or, as a copy in the cache, at a URL."""
     with sources.store_errors(corpus):
-        if not is_url(corpus):
-            return is_prepared(local_path(corpus))
-        file = sources.inside(corpus, "tokens.json")  # a server may list nothing, or have an answer for any name
-        return file.is_file() and sources.is_ours(file)
+        if not corpus or corpus in NAMED or not is_prepared(sources.path_of(corpus)):
+            return None
+    return fetch(corpus) if is_url(corpus) else local_path(corpus)
 
 
 def fetch(url: str) -> Path:
@@ -198,33 +214,31 @@ def fetch(url: str) -> Path:
       CorpusError: it differs from its tokens.json.
     """
     with sources.store_errors(url):
-        data = sources.inside(url, "tokens.json").read_bytes()
-        try:
-            meta = checked_meta(files.unseal(data))
-            if "parts" in meta:
-                raise ValueError("it is that of a mixture in a run, expected that of a prepared folder")
-        except ValueError as error:
-            raise CorpusError(f"{url}/tokens.json: {error}") from error
+        store = sources.path_of(url)
+        meta = read_meta(store / "tokens.json")
+        if "parts" in meta:
+            raise CorpusError(f"{store / 'tokens.json'}: it is that of a mixture in a run, not of a prepared folder")
         if not (here := cached_folder(folder_of(meta, Path()).name)):
-            raise CorpusError(
-                f"{url} needs a cache folder for its copy, but there is no home folder: set XDG_CACHE_HOME"
-            )
-        wanted = {here / shard["file"]: shard["sha256"] for shard in shards_of(meta)}
-        wanted[here / "tokens.json"] = hashlib.sha256(data).hexdigest()
+            raise CorpusError(f"{url} needs a cache folder for its copy, but there is none: set XDG_CACHE_HOME")
+        sealed = files.seal(meta).encode()
 
-        def missing() -> dict[Path, str]:
-            return {p: sha256 for p, sha256 in wanted.items() if not p.is_file() or files.sha256(p) != sha256}
+        def is_here(name: str, sha256: str) -> bool:
+            return (here / name).is_file() and files.sha256(here / name) == sha256
 
-        if not missing():
+        missing = [shard for shard in shards_of(meta) if not is_here(shard["file"], shard["sha256"])]
+        if not missing and is_here("tokens.json", hashlib.sha256(sealed).hexdigest()):
             return here
         here.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(here / ".lock"):  # the processes of a host fetch it together
-            for path, sha256 in missing().items():
-                partial_file = path.with_name(f".{path.name}.part")
-                with sources.inside(url, path.name).open("rb") as source, partial_file.open("wb") as target:
+        with filelock.FileLock(here / LOCK):  # the processes of a host fetch it together
+            for shard in missing:
+                path, copy = here / shard["file"], here / f".{shard['file']}.part"
+                if is_here(path.name, shard["sha256"]):  # by another process meanwhile
+                    continue
+                with (store / path.name).open("rb") as source, copy.open("wb") as target:
                     shutil.copyfileobj(source, target, documents.PIECE)
-                if (found := files.sha256(partial_file)) != sha256:
-                    partial_file.unlink()
-                    raise CorpusError(f"{url}/{path.name} has SHA-256 {found}, expected {sha256}")
-                partial_file.replace(path)
+                if (found := files.sha256(copy)) != shard["sha256"]:
+                    copy.unlink()
+                    raise CorpusError(f"{store / path.name} has SHA-256 {found}, expected {shard['sha256']}")
+                copy.replace(path)
+            files.write_atomically(here / "tokens.json", sealed)
     return here

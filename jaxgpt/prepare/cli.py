@@ -40,11 +40,10 @@ def run(args: list[str]) -> int:
             column=given.column,
             progress=progress,
         )
-    meta = done.corpus.meta
     print(done.corpus.summary)
-    for note in meta.get("notes", []):
+    for note in done.corpus.meta.get("notes", []):
         print(f"  {note}")
-    if meta.get("skipped_characters"):
-        print(f"  skipped {meta['skipped_characters']:,} characters outside the vocabulary")
-    print(f"{'found in' if done.reused else 'written to'} {done.folder} in {done.seconds:.2f} s")
+    if skipped := done.corpus.meta.get("skipped_characters"):
+        print(f"  skipped {skipped:,} characters outside the vocabulary")
+    print(f"{'found in' if done.reused else 'written to'} {done.folder}")
     return 0

@@ -1,4 +1,4 @@
-"""One file to text, piece by piece: UTF-8, JSON Lines or Parquet, on this machine or in a store."""
+"""A file to text, piece by piece: UTF-8, JSON Lines or Parquet, plain or in gzip, on this machine or in a store."""
 
 import codecs
 import gzip
@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,24 @@ PIECE = 2**20
 MAX_GROWTH, ALWAYS_ALLOWED = 100, 2**26
 """A .gz may unpack to 64 MiB, or to a hundred times its size if that is more: text shrinks to a tenth, a bomb to a
 thousandth."""
-MAGIC = {
-    b"\xff\xfe\0\0": "begins with the mark of UTF-32; convert it: iconv -f UTF-32 -t UTF-8",
-    b"\0\0\xfe\xff": "begins with the mark of UTF-32; convert it: iconv -f UTF-32 -t UTF-8",
-    b"\xff\xfe": "begins with the mark of UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
-    b"\xfe\xff": "begins with the mark of UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
-    b"\x1f\x8b": "is compressed with gzip, expected UTF-8 text; unpack it first: gunzip",
-    b"BZh": "is compressed with bzip2, expected UTF-8 text; unpack it first: bunzip2",
-    b"\xfd7zXZ\0": "is compressed with xz, expected UTF-8 text; unpack it first: unxz",
-    b"\x28\xb5\x2f\xfd": "is compressed with Zstandard, expected UTF-8 text; unpack it first: unzstd",
-    b"PK\x03\x04": "is a ZIP archive (as .docx, .npz and .pt are), expected UTF-8 text; extract the text first",
-    b"PAR1": "is a Parquet file, expected UTF-8 text; give it a name that ends in .parquet",
-    b"%PDF-": "is a PDF document, expected UTF-8 text; extract the text first: pdftotext",
-    b"\x93NUMPY": "is a NumPy array, expected UTF-8 text; if it holds tokens, prepare the text they were made from",
-    b"\x89PNG": "is a PNG image, expected UTF-8 text",
-    b"\xff\xd8\xff": "is a JPEG image, expected UTF-8 text",
-    b"GIF8": "is a GIF image, expected UTF-8 text",
+BINARY = {
+    b"\xff\xfe\0\0": "is UTF-32: iconv -f UTF-32 -t UTF-8",
+    b"\0\0\xfe\xff": "is UTF-32: iconv -f UTF-32 -t UTF-8",
+    b"\xff\xfe": "is UTF-16: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "is UTF-16: iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "is compressed with gzip: give it a name that ends in .gz",
+    b"BZh": "is compressed with bzip2: bunzip2",
+    b"\xfd7zXZ\0": "is compressed with xz: unxz",
+    b"\x28\xb5\x2f\xfd": "is compressed with Zstandard: unzstd",
+    b"PK\x03\x04": "is a ZIP archive (as .docx, .npz and .pt are): extract its text",
+    b"PAR1": "is a Parquet file: give it a name that ends in .parquet",
+    b"%PDF-": "is a PDF document: pdftotext",
+    b"\x89PNG": "is a PNG image",
+    b"\xff\xd8\xff": "is a JPEG image",
+    b"GIF8": "is a GIF image",
+    b"\x93NUMPY": "is a NumPy array: if it holds tokens, prepare the text that they were made from",
 }
-"""What a file that is not UTF-8 is, by its first bytes."""
+"""What a file that is not UTF-8 is, by its first bytes, and how to convert it."""
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 
 
@@ -42,36 +43,18 @@ class SourceError(UsageError):
     """A text is unavailable or cannot be read."""
 
 
-def read_text(path: Path, column: str = "text") -> tuple[str, list[str]]:
-    """The text of a file and notes on what was changed; as `pieces`."""
-    notes = list[str]()
-    return "".join(pieces(path, column, notes)), notes
-
-
-def pieces(path: Path, column: str, notes: list[str]) -> Iterator[str]:
-    """The text of a file with LF line ends, piece by piece; notes on what was changed are added at its end.
+def pieces(path: Path, column: str) -> Iterator[str]:
+    """The text of a file, piece by piece.
 
     Of JSON Lines and Parquet it is the documents in `column` with a blank line between two. Any other file is UTF-8.
 
     Raises:
       SourceError: the file cannot be read, is damaged or not UTF-8, or a row has no string in `column`.
     """
-    name = name_of(path).lower()
     if not holds_documents(path, column):
-        yield from plain(_text(path), notes)
-        if name.endswith(".json"):
-            notes.append("read as plain text: it is not JSON Lines (one object a line)")
-        return
-    documents, count = (_parquet if name.endswith(".parquet") else _json_lines)(path, column), 0
-
-    def with_blank_lines() -> Iterator[str]:
-        nonlocal count
-        for count, document in enumerate(documents, 1):
-            yield "\n\n" * (count > 1) + document
-
-    changed = list[str]()
-    yield from plain(with_blank_lines(), changed)
-    notes += [f"put a blank line between {count:,} documents of column {column!r}", *changed]
+        return _text(path)
+    read = _parquet if name_of(path).lower().endswith(".parquet") else _json_lines
+    return ("\n\n" * (i > 0) + document for i, document in enumerate(read(path, column)))
 
 
 def name_of(path: Path) -> str:
@@ -79,27 +62,21 @@ def name_of(path: Path) -> str:
     return str(path).partition("?")[0].rstrip("/").rpartition("/")[2] if "://" in str(path) else path.name
 
 
-def holds_documents(path: Path, column: str) -> bool:
-    """Whether a file is Parquet or JSON Lines, by its name. A `.json` file is JSON Lines if its first line is a whole
-    object, and either that has the column or another line follows; else it is one value, such as a configuration.
-
-    Raises:
-      SourceError: a `.json` file cannot be read, is damaged or not UTF-8.
-    """
-    name = name_of(path).lower()
-    unpacked = name.removesuffix(".gz")
-    if not unpacked.endswith(".json"):
-        return name.endswith(".parquet") or unpacked.endswith(JSON_LINES)
-    text = plain(_text(path), [])
-    first = next((piece for piece in text if piece.strip()), "")
-    if not first.lstrip().startswith("{"):  # without reading on: an array may be one line of gigabytes
-        return False
-    lines = filter(str.strip, _lines(itertools.chain([first], text)))
-    try:
-        row = json.loads(next(lines))
-    except (ValueError, RecursionError):
-        return False
-    return column in _columns(row) or next(lines, None) is not None
+def normalized(text: Iterable[str], changes: Counter[str] | None = None) -> Iterator[str]:
+    """`text` with LF line ends, without a byte order mark; `changes` counts what was changed, in words."""
+    decoder, first, changes = (
+        io.IncrementalNewlineDecoder(None, translate=True),
+        True,
+        Counter() if changes is None else changes,
+    )
+    for piece in text:
+        if first and piece:
+            first = False
+            changes["byte order marks dropped: {:,}"] += piece.startswith("\ufeff")
+            piece = piece.removeprefix("\ufeff")
+        changes["turned {:,} CR or CRLF line ends into LF"] += piece.count("\r")
+        yield decoder.decode(piece)
+    yield decoder.decode("", final=True)
 
 
 def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
@@ -116,9 +93,8 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
             kind, width = ("UTF-32", 4) if chunk[nul : nul + 2] == b"\0\0" else ("UTF-16", 2)
             order = "LE" if (read + nul) % width else "BE"
             problem = (
-                f"has a NUL byte at offset {read + nul:,}, so it is not UTF-8 text; if it is {kind}, convert it: "
-                f"iconv -f {kind}{order} -t UTF-8; if it is a file of tokens such as nanoGPT's train.bin, prepare the "
-                "text that they were made from; if it is text with stray NUL bytes, remove them: tr -d '\\0'"
+                f"has a NUL byte at offset {read + nul:,}, so it is not UTF-8 text: convert it (iconv -f {kind}{order} "
+                "-t UTF-8), or, of tokens such as nanoGPT's train.bin, prepare the text that they were made from"
             )
         else:
             try:
@@ -126,28 +102,30 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 problem = (
                     f"is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {read - held + error.start} "
-                    f"({error.reason}); convert it: iconv -f LATIN1 -t UTF-8"
+                    f"({error.reason}); of text, convert it: iconv -f LATIN1 -t UTF-8"
                 )
         if problem:
-            known = next((what for magic, what in MAGIC.items() if start.startswith(magic)), problem)
-            raise SourceError(f"{origin} {known}")
+            known = (f"{what}; expected UTF-8" for magic, what in BINARY.items() if start.startswith(magic))
+            raise SourceError(f"{origin} {next(known, problem)}")
         read += len(chunk)
 
 
-def plain(text: Iterable[str], notes: list[str]) -> Iterator[str]:
-    """`text` with LF line ends and no byte order mark; notes on what was changed are added at its end."""
-    decoder, first, marked, returns = io.IncrementalNewlineDecoder(None, translate=True), True, False, 0
-    for piece in text:
-        if first and piece:
-            first, marked = False, piece.startswith("\ufeff")
-            piece = piece.removeprefix("\ufeff")
-        returns += piece.count("\r")
-        yield decoder.decode(piece)
-    yield decoder.decode("", final=True)
-    if marked:
-        notes.append("dropped a byte order mark")
-    if returns:
-        notes.append(f"turned {returns:,} CR or CRLF line ends into LF")
+def holds_documents(path: Path, column: str) -> bool:
+    """Whether a file is Parquet or JSON Lines, by its name. A `.json` file is JSON Lines if its first line is a whole
+    object, and either that has the column or another line follows; else it is one value, such as a configuration."""
+    name = name_of(path).lower()
+    if not name.removesuffix(".gz").endswith(".json"):
+        return name.endswith(".parquet") or name.removesuffix(".gz").endswith(JSON_LINES)
+    text = normalized(_text(path))
+    first = next((piece for piece in text if piece.strip()), "")
+    if not first.lstrip().startswith("{"):  # an array may be one line of gigabytes: it is not read whole
+        return False
+    lines = filter(str.strip, _lines(itertools.chain([first], text)))
+    try:
+        row = json.loads(next(lines))
+    except (ValueError, RecursionError):
+        return False
+    return column in _columns(row) or next(lines, None) is not None
 
 
 def _text(path: Path) -> Iterator[str]:
@@ -155,20 +133,17 @@ def _text(path: Path) -> Iterator[str]:
 
 
 def _bytes(path: Path) -> Iterator[bytes]:
-    """The bytes of a file in chunks; those of a packed JSON file are unpacked."""
+    """The bytes of a file in chunks, unpacked if its name ends in .gz."""
     size, limit = 0, float("inf")
     try:
         with path.open("rb") as raw:
             file: Any = raw
-            if name_of(path).lower().endswith((".json.gz", *(f"{name}.gz" for name in JSON_LINES))):
+            if name_of(path).lower().endswith(".gz"):
                 file, limit = gzip.GzipFile(fileobj=raw), max(ALWAYS_ALLOWED, MAX_GROWTH * path.stat().st_size)
             while chunk := file.read(PIECE):
                 size += len(chunk)
                 if size > limit:
-                    raise SourceError(
-                        f"{path} unpacks to more than {limit:,} bytes, {MAX_GROWTH} times its size; if it is meant to, "
-                        "unpack it first: gunzip"
-                    )
+                    raise SourceError(f"{path} unpacks to more than {limit:,} bytes; if it is meant to: gunzip")
                 yield chunk
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"{path} is not gzip, or is damaged: {error}") from error
@@ -177,7 +152,7 @@ def _bytes(path: Path) -> Iterator[bytes]:
 
 
 def _json_lines(path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(plain(_text(path), [])), 1):
+    for number, line in enumerate(_lines(normalized(_text(path))), 1):
         if not line.strip():
             continue
         where, wanted = f"{path}, line {number}", f'expected an object such as {{"{column}": "..."}}'
@@ -214,6 +189,8 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
             names = [file.schema.column(i).path for i in range(len(file.schema))]
             if column not in names:
                 raise _no_column(str(path), column, names)
+            if names.count(column) > 1:
+                raise SourceError(f"{path} has {names.count(column)} columns of the name {column!r}, expected one")
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 yield from (_string(row, f"{path}, row {next(rows)}", column) for row in batch.to_pylist())
     except SourceError:

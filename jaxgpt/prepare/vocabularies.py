@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,11 @@ from jaxgpt.config import MissingExtraError, UsageError, shown
 from jaxgpt.corpus import CorpusError, read_meta
 from jaxgpt.prepare.documents import SourceError
 from jaxgpt.prepare.encode import split_words
-from jaxgpt.prepare.sources import Text, data_folders, require_sha256
-from jaxgpt.tokenizer import (
-    MAX_TOKEN_BYTES,
-    MAX_TOKENS,
-    BPETokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-)
+from jaxgpt.prepare.sources import Text
+from jaxgpt.tokenizer import MAX_TOKEN_BYTES, MAX_TOKENS, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 
 KINDS = {"char": "char", "ascii": "char", "byte": "byte", "gpt2": "bpe", "bpe": "bpe"}
 """The kind of tokenizer that --tokenizer gives, by its value before a colon."""
-MERGES, VOCABULARY = ("vocab.bpe", "merges.txt"), ("encoder.json", "vocab.json")
-"""The names of the same file at OpenAI and at Hugging Face."""
-FILES = ("tokenizer.json", *MERGES, *VOCABULARY)
-URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-SHA256 = {
-    MERGES: "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    VOCABULARY: "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
-"""Of GPT-2's two files, as in tiktoken_ext/openai_public.py."""
 
 
 def tokenizer_for(spec: str, texts: Sequence[Text], progress: Callable[[str, float], None]) -> Tokenizer:
@@ -48,22 +32,17 @@ def tokenizer_for(spec: str, texts: Sequence[Text], progress: Callable[[str, flo
       UsageError: `spec` is not a tokenizer, or it is unavailable.
     """
 
-    def pieces() -> Iterator[str]:
-        for i, text in enumerate(texts):
-            yield "\n" * bool(i and spec != "char")
-            yield from text.pieces([], partial(progress, "learning a vocabulary"))
-
-    match spec:
-        case "char":
-            return CharTokenizer.train(pieces())
-        case "ascii":
-            return CharTokenizer("\n" + "".join(map(chr, range(32, 127))))
-        case "byte":
-            return ByteTokenizer()
-        case "gpt2":
-            return load_gpt2()
-        case _ if re.fullmatch("bpe:[0-9]{1,7}", spec):
-            return learn_bpe(pieces(), int(spec.removeprefix("bpe:")))
+    pieces = chain.from_iterable(text.pieces(partial(progress, "learning a vocabulary")) for text in texts)
+    if spec == "char":
+        return CharTokenizer.train(pieces)
+    if spec == "ascii":
+        return CharTokenizer("\n" + "".join(map(chr, range(32, 127))))
+    if spec == "byte":
+        return ByteTokenizer()
+    if spec == "gpt2":
+        return load_gpt2()
+    if re.fullmatch("bpe:[0-9]{1,7}", spec):
+        return learn_bpe(pieces, int(spec.removeprefix("bpe:")))
     return read_tokenizer(Path(spec))
 
 
@@ -103,19 +82,11 @@ def learn_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 def load_gpt2() -> BPETokenizer:
-    """GPT-2's tokenizer: 50,256 tokens and <|endoftext|>.
-
-    Its two files are taken from `data_folders`; without them tiktoken has them in its own cache or downloads them.
+    """GPT-2's tokenizer: 50,256 tokens and <|endoftext|>, from tiktoken, which downloads it once.
 
     Raises:
-      SourceError: they are unavailable or are not the expected files.
+      UsageError: it is unavailable.
     """
-    folders = data_folders()
-    paths = {names: path for names in SHA256 if (path := find_file(names, folders))}
-    if len(paths) == 2:
-        for names, path in paths.items():
-            require_sha256(path.read_bytes(), SHA256[names], str(path))
-        return parse(paths[MERGES].read_text("utf-8"), paths[VOCABULARY].read_bytes())
     try:
         import tiktoken
     except ImportError as error:
@@ -123,13 +94,9 @@ def load_gpt2() -> BPETokenizer:
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
-        wanted = "".join(
-            f"\n  {URL}{names[0]} (or {names[1]} of Hugging Face's gpt2)\n    SHA-256 {sha256}"
-            for names, sha256 in SHA256.items()
-        )
         raise SourceError(
-            f"GPT-2's vocabulary is not in {', '.join(map(str, folders))}, and tiktoken cannot fetch it ({error}); "
-            f"fetch these two files elsewhere and put them into one of those folders:{wanted}"
+            f"tiktoken cannot fetch GPT-2's vocabulary ({error}); fetch vocab.json and merges.txt from "
+            "https://huggingface.co/gpt2 into a folder, and give its path: --tokenizer FOLDER"
         ) from error
     return BPETokenizer(tuple(map(encoding.decode_single_token_bytes, range(encoding.n_vocab - 1))), ("<|endoftext|>",))
 
@@ -142,13 +109,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """
     path = Path(os.path.expanduser(path))
     saved = path / "tokens.json" if path.is_dir() else path
-    if path.name in FILES or (path.is_dir() and not saved.is_file()):
-        folder = path if path.is_dir() else path.parent
+    if path.is_dir() and not saved.is_file():
         try:
-            return read_vocabulary(folder)
+            return read_vocabulary(path)
         except (OSError, ValueError) as error:
             hint = "to learn other tokens all the same, name them, such as --tokenizer byte"
-            raise CorpusError(f"the vocabulary of {folder} cannot be used: {error}; {hint}") from error
+            raise CorpusError(f"the vocabulary of {path} cannot be used: {error}; {hint}") from error
     if not saved.is_file():
         raise CorpusError(
             f"no tokenizer {str(path)!r}: expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, "
@@ -165,23 +131,18 @@ def read_vocabulary(folder: Path) -> BPETokenizer:
         byte-level BPE with GPT-2's split pattern, or text is changed before it is split.
       OSError: a file cannot be read.
     """
-    trees = {name: _object(path.read_bytes(), name) for name in _JSON_FILES if (path := folder / name).is_file()}
-    if trees.get("tokenizer_config.json", {}).get("add_prefix_space"):
+
+    def read(name: str) -> dict[str, Any]:
+        return _object((folder / name).read_bytes(), name) if (folder / name).is_file() else {}
+
+    if read("tokenizer_config.json").get("add_prefix_space"):
         raise ValueError("add_prefix_space is true, expected false")
-    if "tokenizer.json" in trees:
-        return _from_tokenizer_json(trees["tokenizer.json"])
-    merges, vocabulary = find_file(MERGES, [folder]), find_file(VOCABULARY, [folder])
-    if not merges or not vocabulary:
+    if tree := read("tokenizer.json"):
+        return _from_tokenizer_json(tree)
+    merges, vocabulary = folder / "merges.txt", folder / "vocab.json"
+    if not (merges.is_file() and vocabulary.is_file()):
         raise ValueError("expected tokenizer.json, or vocab.json and merges.txt, of a byte-level BPE")
-    return parse(merges.read_text("utf-8-sig"), vocabulary.read_bytes(), trees.get("added_tokens.json", {}))
-
-
-_JSON_FILES = ("tokenizer_config.json", "added_tokens.json", "tokenizer.json")
-
-
-def find_file(names: tuple[str, ...], folders: list[Path]) -> Path | None:
-    """The first file of one of these names in one of the folders."""
-    return next((path for folder in folders for name in names if (path := folder / name).is_file()), None)
+    return parse(merges.read_text("utf-8-sig"), vocabulary.read_bytes(), read("added_tokens.json"))
 
 
 def byte_of_letter() -> dict[str, int]:
@@ -192,7 +153,7 @@ def byte_of_letter() -> dict[str, int]:
 
 
 def parse(merges: str, vocabulary: str | bytes, added: dict[str, Any] | None = None) -> BPETokenizer:
-    """The tokenizer of a vocab.bpe (a line with the version, then a merge a line) and an encoder.json (token to id).
+    """The tokenizer of a merges.txt (a line with the version, then a merge a line) and a vocab.json (token to id).
 
     Special tokens are those in brackets, such as <|endoftext|>, that are not the result of a merge.
 
@@ -209,27 +170,25 @@ def parse(merges: str, vocabulary: str | bytes, added: dict[str, Any] | None = N
 def _from_tokenizer_json(tree: dict[str, Any]) -> BPETokenizer:
     """The tokenizer of a file of Hugging Face's tokenizers library."""
     model, split, added = tree.get("model"), tree.get("pre_tokenizer"), tree.get("added_tokens") or []
-    if not isinstance(model, dict) or not isinstance(split, dict) or not isinstance(added, list):
+    if not (isinstance(model, dict) and isinstance(split, dict) and isinstance(added, list)):
         raise ValueError("expected a model, a pre_tokenizer and added_tokens")
-    for name, value, *allowed in (
-        ("the model's type", model.get("type", "BPE"), "BPE"),
-        ("the model's dropout", model.get("dropout"), None, 0),
-        ("the model's continuing_subword_prefix", model.get("continuing_subword_prefix"), None, ""),
-        ("the model's end_of_word_suffix", model.get("end_of_word_suffix"), None, ""),
-        ("the normalizer", tree.get("normalizer"), None),
-        ("the pre_tokenizer's type", split.get("type"), "ByteLevel"),
-        ("the pre_tokenizer's add_prefix_space", split.get("add_prefix_space", True), False),
-        ("the pre_tokenizer's use_regex", split.get("use_regex", True), True),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} is {shown(value)}, expected {allowed[0]!r}")
-    special = {}
+    expected = {
+        "the model's type": (model.get("type", "BPE"), "BPE"),
+        "the model's dropout": (model.get("dropout") or None, None),
+        "the model's continuing_subword_prefix": (model.get("continuing_subword_prefix") or None, None),
+        "the model's end_of_word_suffix": (model.get("end_of_word_suffix") or None, None),
+        "the normalizer": (tree.get("normalizer"), None),
+        "the pre_tokenizer's type": (split.get("type"), "ByteLevel"),
+        "the pre_tokenizer's add_prefix_space": (split.get("add_prefix_space", True), False),
+        "the pre_tokenizer's use_regex": (split.get("use_regex", True), True),
+    }
+    for name, (value, wanted) in expected.items():
+        if value != wanted:
+            raise ValueError(f"{name} is {shown(value)}, expected {wanted!r}")
     for token in added:
-        match token:
-            case {"content": str(word), "id": int(i), "special": True}:
-                special[word] = i
-            case _:
-                raise ValueError(f"added token {shown(token)}, expected content, an id and special true")
+        if not (isinstance(token, dict) and isinstance(token.get("content"), str) and token.get("special") is True):
+            raise ValueError(f"added token {shown(token)}, expected content, an id and special true")
+    special = {token["content"]: token.get("id") for token in added}
     ids, merges = model.get("vocab"), model.get("merges")
     if not isinstance(ids, dict) or not isinstance(merges, list):
         raise ValueError("the model has no vocab or no merges")

@@ -35,26 +35,25 @@ def run(args: list[str]) -> int:
     given = parse(Verify, args, f"verify-resume {name}", about, default=default)
     if given.kills < 1:
         raise UsageError(f"kills is {given.kills}, expected 1 or more")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the folder is removed
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that children and folder are removed
     folder = Path(tempfile.mkdtemp(prefix="jaxgpt-verify-"))
+    verdict = None
     try:
         verdict = verify_resume(given.config, folder, given.data_dir, given.kills, given.kill_seed, print)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
+    finally:
+        if not (verdict and verdict.difference):
+            shutil.rmtree(folder)
     if verdict.difference:
         print(f"DIFFERENT after {len(verdict.kills)} kills: {verdict.difference}\nthe two runs are in {folder}")
         return 1
-    shutil.rmtree(folder)
     if len(verdict.kills) < given.kills:
         print(
             f"NOT SHOWN: only {len(verdict.kills)} of {given.kills} kills made the run compute steps again; try fewer "
             "--kills, more --steps, or an --eval-every of several --scan-steps"
         )
         return 1
-    saves = sum(kill.saving for kill in verdict.kills)
     print(
-        f"IDENTICAL after {len(verdict.kills)} kills ({saves} during a save): {verdict.lines:,} lines of metrics, and "
+        f"IDENTICAL after {len(verdict.kills)} kills: {verdict.lines:,} lines of metrics, and "
         f"{verdict.arrays} arrays of parameters and optimizer state at each of {verdict.checkpoints} saved steps, "
         "bit for bit"
     )

@@ -27,7 +27,6 @@ class Kill(NamedTuple):
 
     at: int  # the last step in metrics.jsonl
     back_to: int  # the checkpoint that the next process resumes from; 0 if there is none
-    saving: bool  # whether a save was in progress
 
     @property
     def counts(self) -> bool:
@@ -94,9 +93,9 @@ def verify_resume(
             process.wait()
         if process.returncode == 0:  # it ended before the kill
             break
-        died.append(kill := state_of(killed))
+        died.append(kill := Kill(max(0, last_step(killed)), Checkpoints(killed.checkpoints).latest or 0))
         report(
-            f"killed at step {kill.at:,}{', during a save' * kill.saving}; back to step {kill.back_to:,}"
+            f"killed at step {kill.at:,}; back to step {kill.back_to:,}"
             + ("" if kill.counts else ": no step is computed again, this one does not count")
         )
     with train(killed, data_dir) as process:
@@ -154,12 +153,6 @@ def last_step(run: Run) -> int:
     """The step of the last whole line of metrics.jsonl; -1 if there is none."""
     lines = run.metrics() if run.metrics_file.exists() else []
     return lines[-1]["step"] if lines else -1
-
-
-def state_of(run: Run) -> Kill:
-    """The state of a killed run."""
-    saving = any(run.checkpoints.glob(".*.part*"))
-    return Kill(max(0, last_step(run)), Checkpoints(run.checkpoints).latest or 0, saving)
 
 
 def compare(a: Run, b: Run, kills: list[Kill] | None = None) -> Verdict:

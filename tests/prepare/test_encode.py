@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -19,11 +18,10 @@ from jaxgpt import files
 from jaxgpt.cli.corpora import find_prepared
 from jaxgpt.config import DataConfig
 from jaxgpt.corpus import CorpusError, load
-from jaxgpt.prepare import encode, sources
+from jaxgpt.prepare import build, encode, sources
 from jaxgpt.prepare.build import prepare_corpus
-from jaxgpt.prepare.encode import WaitedError, WorkFolder
 from jaxgpt.prepare.sources import SourceError
-from jaxgpt.tokenizer import ByteTokenizer, UnknownCharacterError
+from jaxgpt.tokenizer import UnknownCharacterError
 
 LINES = "".join(f"{i} the cat sat on the mat, that cat has a hat\n" for i in range(300))
 
@@ -77,97 +75,25 @@ def test_shards_end_where_they_are_full_and_the_last_with_the_text(tmp_path, sma
         assert [shard["count"] for shard in done.corpus.meta["shards"]] == counts
 
 
-@pytest.mark.parametrize(("n", "stay"), [(600, []), (1500, [encode.PROGRESS, "tokens-00000.bin", "tokens-00001.bin"])])
-def test_of_an_attempt_that_failed_whole_shards_stay(tmp_path, small, n, stay):
-    (tmp_path / "a.txt").write_text("a" * n + "é")
+def test_nothing_stays_of_an_attempt_that_failed(tmp_path, small):
+    (tmp_path / "a.txt").write_text("a" * 1500 + "é")
     with pytest.raises(UnknownCharacterError):
         prepare_corpus(str(tmp_path / "a.txt"), "ascii", data_dir=tmp_path / "data")
-    assert (tmp_path / "data").exists() == bool(stay)
-    left = sorted(path.name for path in (tmp_path / "data").glob("*/*"))
-    assert [name for name in left if name != encode.LOCK] == stay
+    assert not (tmp_path / "data").exists()
 
 
-KILLED = """
-import os, signal, sys
-from jaxgpt import files
-from jaxgpt.prepare import build, encode
-encode.PART, encode.SHARD, written = 40, 700, 0
-write = files.write_atomically
-def once_more(path, data):
-    global written
-    write(path, data)
-    written += path.name == encode.PROGRESS
-    if written == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-files.write_atomically = once_more
-build.prepare_corpus(sys.argv[1], "byte")
-"""
-
-
-@pytest.fixture
-def killed(tmp_path):
-    """A text that a process prepared three shards of before it was killed."""
-    path = tmp_path / "a.txt"
-    path.write_text(LINES)
-    assert subprocess.run([sys.executable, "-c", KILLED, path], cwd=tmp_path).returncode == -signal.SIGKILL
-    (work,) = (tmp_path / "data").iterdir()
-    assert len(list(work.glob("tokens-*.bin"))) == 3
-    return path
-
-
-def again(path, monkeypatch):
-    """Prepare it: the corpus, and how many characters were encoded."""
-    encoded = []
-    plain = ByteTokenizer.encode
-    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: encoded.append(len(text)) or plain(self, text))
-    return prepare_corpus(str(path), "byte", data_dir=path.parent / "data"), sum(encoded)
-
-
-def test_what_was_encoded_before_a_kill_is_not_encoded_again(killed, small, monkeypatch, tmp_path):
-    done, encoded = again(killed, monkeypatch)
-    assert 0 < encoded < len(LINES) - 3 * 700 + 80
-    unbroken = prepare_corpus(str(killed), "byte", data_dir=tmp_path / "other")
-    assert done.corpus.meta == unbroken.corpus.meta
-    for path in unbroken.folder.iterdir():
-        assert (done.folder / path.name).read_bytes() == path.read_bytes()
-    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
-
-
-def test_what_a_kill_cut_short_is_in_no_folder(killed, small, monkeypatch, tmp_path):
-    (work,) = (tmp_path / "data").iterdir()
-    for name in (".tokens-00003.bin.part", "tokens-00003.bin", "tokens-00099.bin"):
-        (work / name).write_bytes(b"torn")
-    done, encoded = again(killed, monkeypatch)
-    assert 0 < encoded < len(LINES) - 3 * 700 + 80
-    n = len(done.corpus.meta["shards"])
-    names = sorted(path.name for path in done.folder.iterdir())
-    assert names == [*(f"tokens-{i:05}.bin" for i in range(n)), "tokens.json"]
-
-
-def test_a_text_that_grew_after_a_kill_has_the_shards_of_the_whole(tmp_path, small, monkeypatch):
-    (tmp_path / "a.txt").write_text("a" * 1480)  # parts of 40, two whole shards
-    ended = mock.patch.object(WorkFolder, "finish", side_effect=KeyboardInterrupt)
-    with ended, pytest.raises(KeyboardInterrupt):
+def test_what_a_killed_process_left_is_replaced(tmp_path, small):
+    (tmp_path / "a.txt").write_text(LINES)
+    kept = mock.patch.object(build.shutil, "rmtree")
+    with kept, mock.patch.object(build, "folder_of", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
-    (tmp_path / "a.txt").write_text("a" * 3000)
-    done, encoded = again(tmp_path / "a.txt", monkeypatch)
-    assert encoded == 3000 - 2 * 720
-    assert [shard["count"] for shard in done.corpus.meta["shards"]] == [720] * 4 + [120]
-
-
-@pytest.mark.parametrize("harm", ["another text", "a bit", "no progress"])
-def test_what_does_not_belong_to_the_text_is_not_gone_on_with(killed, small, monkeypatch, tmp_path, harm):
     (work,) = (tmp_path / "data").iterdir()
-    shard = work / "tokens-00001.bin"
-    if harm == "another text":
-        killed.write_text(LINES.replace("0 the", "0 The", 1))
-    elif harm == "a bit":
-        shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
-    else:
-        (work / encode.PROGRESS).write_text("{}")
-    done, encoded = again(killed, monkeypatch)
-    assert encoded >= len(LINES)
-    assert bytes(np.asarray(done.corpus.tokens).astype(np.uint8)) == killed.read_bytes()
+    assert len(list(work.glob("tokens-*.bin"))) > 3
+    (work / "tokens-00099.bin").write_bytes(b"torn")
+    done = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    assert bytes(np.asarray(done.corpus.tokens).astype(np.uint8)) == LINES.encode()
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
+    assert not (done.folder / "tokens-00099.bin").exists()
 
 
 @pytest.fixture
@@ -186,18 +112,8 @@ def when_waiting(monkeypatch):
     return when
 
 
-def test_two_processes_do_not_write_the_same_shards(tmp_path, when_waiting, capsys):
-    with WorkFolder(tmp_path / "work") as one:
-        one.add(np.zeros(3, np.uint16))
-        when_waiting(lambda: one.__exit__(KeyboardInterrupt))
-        with pytest.raises(WaitedError), WorkFolder(tmp_path / "work"):
-            pass
-    assert f"another process is preparing this text in {tmp_path / 'work'}; waiting for it" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_who_finds_a_text_being_prepared_waits_and_reads_it(tmp_path, small, monkeypatch, when_waiting, capsys):
-    path, finish = tmp_path / "a.txt", WorkFolder.finish
+    path, rename = tmp_path / "a.txt", build._rename
     path.write_text(LINES)
     held, waiting = threading.Event(), threading.Event()
     when_waiting(waiting.set)
@@ -205,9 +121,9 @@ def test_who_finds_a_text_being_prepared_waits_and_reads_it(tmp_path, small, mon
     def slow(*args):
         held.set()
         assert waiting.wait(60)
-        finish(*args)
+        rename(*args)
 
-    monkeypatch.setattr(WorkFolder, "finish", slow)
+    monkeypatch.setattr(build, "_rename", slow)
     with ThreadPoolExecutor(1) as other:
         first = other.submit(prepare_corpus, str(path), "byte", data_dir=tmp_path / "data")
         assert held.wait(60)
@@ -232,26 +148,9 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, small):
     assert not (tmp_path / "data").exists()
 
 
-def test_what_another_process_writes_is_not_looked_at_or_removed(killed, tmp_path, when_waiting):
-    """Not even where it seems to be damaged, or of another text. Once that process has gone, it is."""
-    (work,) = (tmp_path / "data").iterdir()
-    (work / encode.PROGRESS).write_text("{}")
-    killed.write_text("another " + LINES)
-    holder, seen = WorkFolder(work).__enter__(), []
-
-    def end():
-        seen.extend(work.glob("tokens-*.bin"))
-        holder.__exit__(KeyboardInterrupt)
-
-    when_waiting(end)
-    done = prepare_corpus(str(killed), "byte", data_dir=tmp_path / "data")
-    assert len(seen) == 3
-    assert bytes(np.asarray(done.corpus.tokens).astype(np.uint8)) == killed.read_bytes()
-
-
 @pytest.mark.parametrize("text", [LINES, LINES[:60]])
 def test_a_prepared_text_is_read_without_a_lock_or_a_write(tmp_path, small, monkeypatch, text):
-    """Also where it lies elsewhere now; its tokens.json still says the first place."""
+    """Also where it is elsewhere now; its tokens.json names the first place."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text(text)
@@ -262,7 +161,7 @@ def test_a_prepared_text_is_read_without_a_lock_or_a_write(tmp_path, small, monk
     for name in ("one", "two"):
         again = prepare_corpus(str(tmp_path / name / "a.txt"), "byte", data_dir=tmp_path / "data")
         assert (again.folder, again.reused) == (first.folder, True)
-        assert again.corpus.meta == first.corpus.meta | {"origin": str(tmp_path / name / "a.txt")}
+        assert again.corpus.meta == first.corpus.meta
         np.testing.assert_array_equal(np.asarray(again.corpus.tokens), np.asarray(first.corpus.tokens))
     assert {path: path.stat().st_mtime_ns for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]} == before
 
@@ -272,7 +171,6 @@ def test_texts_that_differ_in_what_is_skipped_share_their_tokens(tmp_path, small
     for mark in "éü":
         (tmp_path / "a.txt").write_text(LINES + mark)
         done.append(prepare_corpus(str(tmp_path / "a.txt"), "ascii", unknown="skip", data_dir=tmp_path / "data"))
-    assert [each.reused for each in done] == [False, True]
     assert done[0].folder == done[1].folder
     assert done[0].corpus.meta["source_sha256"] != done[1].corpus.meta["source_sha256"]
     (tmp_path / "a.txt").write_text(LINES + "é")
@@ -297,10 +195,10 @@ def test_a_folder_that_another_process_made_meanwhile_is_whole_when_it_goes(tmp_
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text(LINES)
-    finish, remove, whole = WorkFolder.finish, shutil.rmtree, []
+    rename, remove, whole = build._rename, shutil.rmtree, []
 
-    def later(held, meta, folder):
-        monkeypatch.setattr(WorkFolder, "finish", finish)
+    def later(work, folder):
+        monkeypatch.setattr(build, "_rename", rename)
         prepare_corpus(str(tmp_path / "two" / "a.txt"), "byte", data_dir=tmp_path / "data")
 
         def removed(path, **how):
@@ -308,9 +206,9 @@ def test_a_folder_that_another_process_made_meanwhile_is_whole_when_it_goes(tmp_
             whole.append(load(folder).meta["count"])
 
         monkeypatch.setattr(shutil, "rmtree", removed)
-        finish(held, meta, folder)
+        rename(work, folder)
 
-    monkeypatch.setattr(WorkFolder, "finish", later)
+    monkeypatch.setattr(build, "_rename", later)
     done = prepare_corpus(str(tmp_path / "one" / "a.txt"), "byte", data_dir=tmp_path / "data")
     assert whole
     assert load(done.folder).meta["origin"] == str(tmp_path / "one" / "a.txt")
@@ -407,16 +305,11 @@ class TestStores:
         with pytest.raises(SourceError, match=r"no corpus, file or folder 'memory://texts/c\.txt'"):
             prepare_corpus("memory://texts/c.txt", data_dir=tmp_path / "data")
 
-    def test_a_query_hides_no_extension_and_stays_at_the_end(self, tmp_path):
+    def test_a_query_hides_no_extension(self, tmp_path):
         self.files.pipe("/texts/a.jsonl.gz?sig=a/b", gzip.compress(b'{"text": "the cat"}\n{"text": "sat"}'))
         found = prepare_corpus("memory://texts/a.jsonl.gz?sig=a/b", data_dir=tmp_path / "data").corpus
         assert found.tokenizer.decode(found.tokens) == "the cat\n\nsat"
         assert found.meta["source"] == "a"
-        (tmp_path / "a.txt").write_text(LINES)
-        folder = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
-        for path in folder.iterdir():
-            self.files.pipe(f"/prepared/{path.name}?sig=a/b", path.read_bytes())
-        assert prepare_corpus("memory://prepared/?sig=a/b").corpus.meta == load(folder).meta
 
     @pytest.mark.parametrize("query", ["", "?raw=true"])
     def test_an_answer_to_any_name_is_no_prepared_folder(self, tmp_path, monkeypatch, query):
@@ -498,5 +391,5 @@ class TestStores:
 
     def test_without_the_extra_it_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "upath", None)
-        with pytest.raises(sources.MissingExtraError, match=r"memory://a, in a store, needs .*jaxgpt\[remote\]"):
+        with pytest.raises(sources.MissingExtraError, match=r"memory://a, in a store, needs .*jaxgpt\[data\]"):
             prepare_corpus("memory://a")

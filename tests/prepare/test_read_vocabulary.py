@@ -52,7 +52,7 @@ def test_files_saved_with_a_byte_order_mark_or_crlf_are_read(tmp_path):
         ({"pre_tokenizer": None}, "expected a model, a pre_tokenizer"),
         ({"added_tokens": [{"content": "  ", "id": 280, "special": False}]}, "added token .* special true"),
         ({"added_tokens": [{"content": "<x>", "id": 300, "special": True}]}, "do not agree"),
-        ({"added_tokens": [{"content": "<x>", "id": "280", "special": True}]}, "added token"),
+        ({"added_tokens": [{"content": "<x>", "id": "280", "special": True}]}, "not a JSON object"),
         ({"model": {"type": "Unigram"}}, "type is 'Unigram', expected 'BPE'"),
         ({"model": {"type": "BPE", "dropout": 0.1}}, "dropout is 0.1"),
         ({"model": {"vocab": {"a": 0}, "merges": [["a"]]}}, r"merge \['a'\], expected two tokens"),
@@ -64,7 +64,7 @@ def test_a_vocabulary_that_gives_text_other_ids_is_refused(tmp_path, edit, said)
     trained([]).save(str(path))
     path.write_text(json.dumps(json.loads(path.read_text()) | edit))
     with pytest.raises(CorpusError, match=f"the vocabulary of .* cannot be used: .*{said}"):
-        vocabularies.read_tokenizer(path)
+        vocabularies.read_tokenizer(tmp_path)
 
 
 def test_vocabularies_of_other_kinds_and_halves_are_refused(tmp_path):

@@ -26,20 +26,20 @@ def test_embedded_corpora_need_no_download(name):
 
 
 @pytest.mark.parametrize(
-    ("data", "text", "note"),
+    ("data", "text", "notes"),
     [
-        (b"plain\n", "plain\n", None),
-        (b"\xef\xbb\xbfmark\n", "mark\n", "byte order mark"),
-        (b"a\r\nb\rc\n", "a\nb\nc\n", "2 CR or CRLF"),
-        ("é\n".encode(), "é\n", None),
+        (b"plain\n", "plain\n", ()),
+        (b"\xef\xbb\xbfmark\n", "mark\n", ("byte order marks dropped: 1",)),
+        (b"a\r\nb\rc\n", "a\nb\nc\n", ("turned 2 CR or CRLF line ends into LF",)),
+        ("é\n".encode(), "é\n", ()),
     ],
 )
-def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, note):
+def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, notes):
     (tmp_path / "a.txt").write_bytes(data)
     source = read(str(tmp_path / "a.txt"))
     assert source.text == text
     assert source.sha256 == hashlib.sha256(text.encode()).hexdigest()
-    assert (note is None and source.notes == ()) or note in source.notes[0]
+    assert source.notes == notes
 
 
 @pytest.mark.parametrize(
@@ -48,20 +48,20 @@ def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, note)
         (b"", "holds no text"),
         (b" \n\t", "holds no text"),
         (b"caf\xe9 au lait", "byte 0xe9 at offset 3"),
-        ("text".encode("utf-16"), "mark of UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
-        ("text".encode("utf-32"), "mark of UTF-32; convert it: iconv -f UTF-32 -t UTF-8"),
+        ("text".encode("utf-16"), "is UTF-16: iconv -f UTF-16 -t UTF-8"),
+        ("text".encode("utf-32"), "is UTF-32: iconv -f UTF-32 -t UTF-8"),
         *(("the cat".encode(name), f"offset [01], .*iconv -f {name} -t") for name in ("UTF-16LE", "UTF-16BE")),
         *(("the cat".encode(name), f"offset [01], .*iconv -f {name} -t") for name in ("UTF-32LE", "UTF-32BE")),
-        ("中文 字".encode("utf-16-le"), "offset 5, .*iconv -f UTF-16LE -t"),
-        (np.arange(1, 60, dtype=np.uint16).tobytes(), "offset 1, .*a file of tokens such as nanoGPT's train.bin"),
-        (np.arange(1, 50257, dtype=np.uint16).tobytes(), "a file of tokens such as nanoGPT's train.bin"),
+        ("中文 字".encode("utf-16-le"), "NUL byte at offset 5, "),
+        (np.arange(1, 60, dtype=np.uint16).tobytes(), "offset 1, .*of tokens such as nanoGPT's train.bin"),
+        (np.arange(1, 50257, dtype=np.uint16).tobytes(), "of tokens such as nanoGPT's train.bin"),
         (b"a" * documents.PIECE + b"b\0", "NUL byte at offset 1,048,577"),
-        (gzip.compress(b"text", mtime=0), "compressed with gzip, .*: gunzip"),
+        (gzip.compress(b"text", mtime=0), "compressed with gzip: .*a name that ends in .gz"),
         (bz2.compress(b"text"), "compressed with bzip2"),
         (lzma.compress(b"text"), "compressed with xz"),
         (b"\x93NUMPY\x01\x00v\x00{'descr': '<u2'", "NumPy array"),
         (b"PK\x03\x04\x14\x00", "ZIP archive"),
-        (b"PAR1\x15\x04\x00", r"Parquet file, .*\.parquet"),
+        (b"PAR1\x15\x04\x00", r"Parquet file: .*\.parquet"),
         (b"%PDF-1.7\n%\xe2\xe3", "PDF"),
     ],
 )
@@ -86,12 +86,18 @@ def test_a_name_that_begins_with_a_tilde_is_a_path_unless_it_is_a_users_home(tmp
 def test_a_folder_is_its_files_in_order_without_the_hidden_ones(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / ".git").mkdir()
-    for name, text in {"b.txt": "B", "a.txt": "A\r\n", "sub/c.md": "C", ".hidden": "H", ".git/x": "X"}.items():
+    for name, text in {
+        "b.txt": "B",
+        "a.txt": "A\r\n",
+        "sub/c.md": "C",
+        ".hidden": "H",
+        ".git/x": "X",
+    }.items():
         (tmp_path / name).write_text(text, newline="")
     source = read(str(tmp_path))
     assert source.text == "A\n\nB\nC"
     assert source.origin == f"3 files in {tmp_path}"
-    assert source.notes == ("a.txt: turned 1 CR or CRLF line ends into LF",)
+    assert source.notes == ("turned 1 CR or CRLF line ends into LF",)
 
 
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
@@ -144,7 +150,7 @@ def test_a_pipe_is_read_once_and_its_text_as_often_as_is_wanted(tmp_path):
         text = sources.open_text(path)
         for _ in range(2):
             notes = []
-            assert "".join(text.pieces(notes)) == "the\ncat"
+            assert "".join(text.pieces(notes=notes)) == "the\ncat"
             assert notes == ["turned 1 CR or CRLF line ends into LF"]
         assert (text.name, text.origin, text.size) == ("pipe", path, len(data))
         assert absolute(path) == path
@@ -152,22 +158,15 @@ def test_a_pipe_is_read_once_and_its_text_as_often_as_is_wanted(tmp_path):
     os.close(end)
 
 
-def test_a_device_is_refused():
-    with pytest.raises(SourceError, match="/dev/null is a device or a socket, expected a file, a folder or a pipe"):
-        sources.open_text("/dev/null")
-
-
 def test_a_folder_of_many_changed_files_has_one_note_of_each_kind(tmp_path):
     for i in range(1200):
         (tmp_path / f"{i:04}.txt").write_bytes(b"a\r\nb\r\n")
-    for name in "xy":
-        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    (tmp_path / "z.txt").write_bytes(b"\xef\xbb\xbfmark")
-    assert read(str(tmp_path)).notes == (
-        "turned 2,400 CR or CRLF line ends into LF, in 1,200 files, the first 0000.txt",
-        "put a blank line between 4 documents of column 'text', in 2 files, the first x.jsonl",
-        "z.txt: dropped a byte order mark",
-    )
+    for name in "yz":
+        (tmp_path / f"{name}.txt").write_bytes(b"\xef\xbb\xbfmark")
+    assert set(read(str(tmp_path)).notes) == {
+        "turned 2,400 CR or CRLF line ends into LF",
+        "byte order marks dropped: 2",
+    }
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -177,7 +176,7 @@ def test_where_a_character_is_in_a_folder(tmp_path, monkeypatch, size):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text.encode())
     source = sources.open_text(str(tmp_path))
-    text = "".join(source.pieces([]))
+    text = "".join(source.pieces())
     assert text == "one\ntwo\n\n\n\nthrée\nfour\n"
     for sought, place in {
         "o": "line 1, column 1 of the text in {}/a.txt",
@@ -196,27 +195,14 @@ def test_where_a_character_is_in_a_folder(tmp_path, monkeypatch, size):
 
 def test_a_folder_with_a_bad_file_names_the_file(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
-    with pytest.raises(SourceError, match=r"image\.png is a PNG image, expected UTF-8 text"):
+    with pytest.raises(SourceError, match=r"image\.png is a PNG image; expected UTF-8"):
         read(str(tmp_path))
 
 
 def test_no_such_corpus_names_those_that_exist():
-    with pytest.raises(SourceError, match="python-docs, python-stdlib, shakespeare") as caught:
-        read("no-such-corpus")
-    assert "mixture" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "name", ["0.7*a.txt+0.3*b.txt", "0.7 * a.txt + 0.3 * b.txt", "1e-1*a.txt + 0.9*b.txt", "a.txt + b.txt"]
-)
-def test_what_was_meant_as_a_mixture_is_told_how_one_is_written(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "b.txt").write_text("b")
-    with pytest.raises(SourceError, match=r"; a mixture is written '0\.7\*a\.txt \+ 0\.3\*b\.txt'"):
-        read(name)
-    (tmp_path / name).write_text("a file by that very name")
-    assert read(name).text == "a file by that very name"
+    for name in ("no-such-corpus", "0.7*a.txt+0.3*b.txt", "/dev/null"):
+        with pytest.raises(SourceError, match=r"python-docs, .*'0\.7\*a\.txt \+ 0\.3\*b\.txt'"):
+            read(name)
 
 
 def test_an_unreadable_file_is_a_clear_error(tmp_path, monkeypatch):
@@ -262,9 +248,7 @@ class TestDownload:
         assert target.read_bytes() == self.DATA
         assert list(target.parent.iterdir()) == [target], "nothing half-written is left"
 
-    @pytest.mark.parametrize(
-        ("data", "limit", "said"), [(DATA + b"x", 100, "SHA-256"), (DATA, 10, "larger than the 10 bytes")]
-    )
+    @pytest.mark.parametrize(("data", "limit", "said"), [(DATA + b"x", 100, "SHA-256"), (DATA, 10, "SHA-256")])
     def test_what_is_not_expected_is_not_kept(self, tmp_path, server, data, limit, said):
         (tmp_path / "www" / "a.txt").write_bytes(data)
         with pytest.raises(SourceError, match=said):
@@ -287,7 +271,7 @@ class TestDownload:
     def test_a_cache_that_cannot_be_written_is_named(self, tmp_path, server):
         (tmp_path / "www" / "a.txt").write_bytes(self.DATA)
         (tmp_path / "cache").touch()
-        with pytest.raises(SourceError, match=r"cache/a\.txt cannot be written: .*fetch it elsewhere"):
+        with pytest.raises(SourceError, match=r"cannot be fetched to .*cache/a\.txt .*fetch it elsewhere"):
             sources.download(f"{server}/a.txt", tmp_path / "cache" / "a.txt", 100, self.SHA)
 
     def test_without_a_network_it_says_where_to_put_the_file(self, tmp_path):
@@ -310,7 +294,6 @@ class TestShakespeare:
             monkeypatch.setenv("JAXGPT_DATA", str(given))
             source = read("shakespeare")
             assert len(source.text) == sources.SHAKESPEARE_BYTES
-            assert len(set(source.text)) == 65
             assert source.sha256 == sources.SHAKESPEARE_SHA256
 
     def test_another_file_is_refused(self, tmp_path):

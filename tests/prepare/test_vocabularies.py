@@ -1,4 +1,3 @@
-import hashlib
 import json
 import sys
 import time
@@ -8,9 +7,8 @@ import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from jaxgpt.config import UsageError
-from jaxgpt.prepare import vocabularies
 from jaxgpt.prepare.sources import SourceError
-from jaxgpt.prepare.vocabularies import MERGES, VOCABULARY, learn_bpe, load_gpt2, parse
+from jaxgpt.prepare.vocabularies import learn_bpe, load_gpt2, parse
 from jaxgpt.tokenizer import MAX_TOKEN_BYTES, MAX_TOKENS, PATTERNS, BPETokenizer, ByteTokenizer
 
 TEXT = "the cat sat on the mat, that cat's hat été 中文\n" * 9
@@ -48,16 +46,9 @@ class TestLearning:
             learn_bpe(["abc"], size)
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("JAXGPT_DATA", raising=False)
-
-
 @pytest.fixture
-def files(tmp_path, monkeypatch):
-    """A small vocabulary in GPT-2's two files, written by another library, and their hashes expected."""
+def files(tmp_path):
+    """A small vocabulary in GPT-2's two files, written by another library."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.train_from_iterator(
@@ -68,8 +59,6 @@ def files(tmp_path, monkeypatch):
     model.model.save(str(folder))
     merges, vocabulary = folder / "merges.txt", folder / "vocab.json"
     vocabulary.write_text(json.dumps(json.loads(vocabulary.read_text()) | {"<|endoftext|>": 280}))
-    for names, path in ((MERGES, merges), (VOCABULARY, vocabulary)):
-        monkeypatch.setitem(vocabularies.SHA256, names, hashlib.sha256(path.read_bytes()).hexdigest())
     return merges, vocabulary
 
 
@@ -98,43 +87,7 @@ def test_files_that_do_not_agree_are_refused(files):
         parse(merges, json.dumps(holed))
 
 
-@pytest.mark.parametrize("names", [("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json")])
-@pytest.mark.parametrize("place", ["data", "cache/jaxgpt", "mine", "beside"])
-def test_the_files_are_found(files, expected, tmp_path, monkeypatch, names, place):
-    (tmp_path / place).mkdir(parents=True)
-    for path, name in zip(files, names, strict=True):
-        path.rename(tmp_path / place / name)
-    if place == "mine":
-        monkeypatch.setenv("JAXGPT_DATA", str(tmp_path / place))
-    if place == "beside":
-        monkeypatch.setenv("JAXGPT_DATA", str(tmp_path / place / "tinyshakespeare.txt"))
-    assert load_gpt2() == expected
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_other_files_of_those_names_are_refused(files, monkeypatch, which):
-    monkeypatch.setenv("JAXGPT_DATA", str(files[0].parent))
-    files[which].write_text(files[which].read_text() + "\n")
-    with pytest.raises(SourceError, match=rf"{files[which].name} is not the expected file: SHA-256"):
-        load_gpt2()
-
-
-def test_the_hashes_are_those_that_tiktoken_pins(monkeypatch):
-    from tiktoken_ext import openai_public
-
-    asked = {}
-    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **kwargs: asked.update(kwargs))
-    pattern = openai_public.gpt2()["pat_str"]
-    assert asked["vocab_bpe_file"] == vocabularies.URL + MERGES[0]
-    assert asked["encoder_json_file"] == vocabularies.URL + VOCABULARY[0]
-    assert (asked["vocab_bpe_hash"], asked["encoder_json_hash"]) == (
-        vocabularies.SHA256[MERGES],
-        vocabularies.SHA256[VOCABULARY],
-    )
-    assert pattern == PATTERNS["gpt2"]
-
-
-def test_else_tiktoken_is_asked(expected, monkeypatch):
+def test_gpt2_is_that_of_tiktoken(expected, monkeypatch):
     ranks = {token: rank for rank, token in enumerate(expected.tokens)}
     known = tiktoken.Encoding(
         "gpt2", pat_str=PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 280}
@@ -143,36 +96,13 @@ def test_else_tiktoken_is_asked(expected, monkeypatch):
     assert load_gpt2() == expected
 
 
-def test_else_it_says_what_to_fetch_and_where_to_put_it(monkeypatch, tmp_path):
+def test_without_a_network_it_says_what_to_fetch(monkeypatch):
     def unreachable(name):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    monkeypatch.setenv("JAXGPT_DATA", str(tmp_path))
-    with pytest.raises(SourceError) as caught:
+    with pytest.raises(SourceError, match=r"no network.*vocab\.json and merges\.txt.*--tokenizer FOLDER"):
         load_gpt2()
-    for said in (
-        "no network",
-        str(tmp_path),
-        "data",
-        "cache/jaxgpt",
-        vocabularies.URL + "vocab.bpe",
-        vocabularies.URL + "encoder.json",
-    ):
-        assert said in str(caught.value)
-    for names, sha256 in vocabularies.SHA256.items():
-        assert all(said in str(caught.value) for said in (*names, sha256))
-
-
-def test_the_real_one_where_its_files_are_given(monkeypatch, request):
-    given = request.config.rootpath / "data"
-    if not (given / "vocab.bpe").is_file():
-        pytest.skip("needs GPT-2's vocab.bpe and encoder.json in data/")
-    monkeypatch.setenv("JAXGPT_DATA", str(given))
-    tok = load_gpt2()
-    assert tok.vocab_size == 50257
-    assert tok.encode("hello world").tolist() == [31373, 995]  # tiktoken's README
-    assert tok.decode([50256]) == "<|endoftext|>"
 
 
 def test_without_tiktoken_it_says_what_to_install(monkeypatch):

@@ -19,4 +19,4 @@ class Read(NamedTuple):
 
 def read(corpus: str, column: str = "text") -> Read:
     text, notes = open_text(corpus, column), list[str]()
-    return Read(text.name, "".join(text.pieces(notes)), text.origin, tuple(notes))
+    return Read(text.name, "".join(text.pieces(notes=notes)), text.origin, tuple(notes))

@@ -1,11 +1,13 @@
-"""`jaxgpt import-gpt2`: a run from a Hugging Face folder."""
+"""`jaxgpt import-gpt2`: a run from a Hugging Face folder. `jaxgpt export`: a folder from a run."""
 
+import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from jaxgpt.cli.options import Folders, parse, words
+from jaxgpt.cli.options import Checkpoint, Folders, RunName, RunsDir, parse, words
 from jaxgpt.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from jaxgpt.recipes import FINETUNE
 
@@ -30,7 +32,18 @@ class ImportGPT2:
     folders: Folders = field(default_factory=Folders)
 
 
-def run(args: list[str]) -> int:
+@dataclass(frozen=True)
+class Export:
+    """Write a run as a folder that transformers loads: weights, config, vocabulary and a model card."""
+
+    run: RunName
+    out: Path
+    """The new folder."""
+    checkpoint: Checkpoint = "best"
+    runs_dir: RunsDir = Path("runs")
+
+
+def run_import_gpt2(args: list[str]) -> int:
     given = parse(ImportGPT2, args, "import-gpt2", ImportGPT2.__doc__)
     from jaxgpt.huggingface import folders
 
@@ -47,4 +60,15 @@ def run(args: list[str]) -> int:
     print(f"Tokenizer: {run.config.data.tokenizer}")
     print(f"Write with it: {words('sample', run.path, given.folders)}")
     print(f"Fine-tune it: {words('train', run.path, given.folders, '--resume')}")
+    return 0
+
+
+def run_export(args: list[str]) -> int:
+    given = parse(Export, args, "export", Export.__doc__)
+    from jaxgpt.huggingface import folders
+    from jaxgpt.run import Run
+
+    step = folders.export_run(Run.open(given.runs_dir, given.run), given.out, given.checkpoint)
+    print(f"step {step:,} of {given.run} written to {given.out}")
+    print(f"Write with it: {shlex.join(['jaxgpt', 'sample', str(given.out)])}")
     return 0
