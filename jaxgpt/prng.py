@@ -40,7 +40,7 @@ def key(seed: jax.Array | int) -> jax.Array:
 
 @contextmanager
 def one_kernel_on_gpus() -> Iterator[None]:
-    """Programs that are compiled here draw random numbers by a ready kernel on GPUs, the same bits.
+    """Programs that any thread lowers meanwhile draw random numbers by a ready kernel on GPUs, the same bits.
 
     For initial states: XLA took 192 s to fuse the draws of GPT-2 124M, 4 s with the kernel (one H200). Not for steps,
     of which it cost 19% of the speed with dropout.

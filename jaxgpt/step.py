@@ -154,8 +154,13 @@ def _shardings(config: Config, mesh: Mesh) -> TrainState:
 
 def sharded_init(config: Config, mesh: Mesh) -> TrainState:
     """`init_state`, each shard of it made on its own device."""
+    return lower_init(config, mesh).compile()()
+
+
+def lower_init(config: Config, mesh: Mesh) -> jax.stages.Lowered:
+    """The program of `sharded_init`. No other thread should lower programs meanwhile: see `prng.one_kernel_on_gpus`."""
     with prng.one_kernel_on_gpus():
-        return jax.jit(init_state, static_argnums=0, out_shardings=_shardings(config, mesh))(config)
+        return jax.jit(init_state, static_argnums=0, out_shardings=_shardings(config, mesh)).lower(config)
 
 
 @lru_cache(maxsize=16)

@@ -24,7 +24,7 @@ from jaxgpt.run import Run
 from jaxgpt.sharding import one_device
 from jaxgpt.signals import stop_signals
 from jaxgpt.start import environment, find_newest, identity
-from jaxgpt.step import Metrics, TrainState, abstract_state, jit_train_steps, sharded_init, train_steps
+from jaxgpt.step import Metrics, TrainState, abstract_state, jit_train_steps, lower_init, train_steps
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,11 @@ def fit(
         load = loader(config, train_tokens, mesh, parts, reading)
         newest = find_newest(run, config, corpus, checkpoints, on_event)
         step, n_bytes = (newest.step, newest.about["metrics"]["bytes"]) if newest else (0, 0)
+        initial = None if newest else lower_init(config, mesh)  # before another thread lowers the steps
         # Several processes must run, and some compile, the same programs in the same order.
-        early = not newest and processes.single_process()
+        early = initial and processes.single_process()
         ahead = background.submit(compiled, *next(chunks(config, 0))) if early else None
-        state = checkpoints.restore(step, abstract_state(config, mesh)) if newest else sharded_init(config, mesh)
+        state = initial.compile()() if initial else checkpoints.restore(step, abstract_state(config, mesh))
         if config != run.config:
             run = processes.on_primary(partial(run.with_config, config)) or Run(run.path)
         run.event("start", step=step, **environment())

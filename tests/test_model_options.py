@@ -235,3 +235,30 @@ def test_rms_norm_and_softcap():
     capped, kernel = changed(softcap=15.0), jnp.eye(16)
     assert np.abs(model.head(capped, x, kernel)).max() < 15
     np.testing.assert_allclose(model.head(capped, x / 1e3, kernel), x / 1e3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("option", ["smear", "bigram_embed"])
+def test_what_is_added_to_the_token_embedding(option):
+    """Blocks of zero_init add nothing at first: features are the norm of the embeddings."""
+    config = ModelConfig(
+        vocab_size=5,
+        block_size=4,
+        n_layer=1,
+        n_head=1,
+        n_embd=8,
+        norm="rms",
+        position="rope",
+        zero_init=True,
+        **{option: True},
+    )
+    params = model.init_params(config, jax.random.key(0))
+    name = "smear" if option == "smear" else "bigram"
+    fresh = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), params[name])
+    idx = jnp.array([[3, 1, 4, 0]])
+    found = model.features(config, params | {name: fresh}, idx)
+    token = params["wte"]["embedding"][idx]
+    if option == "smear":
+        added = fresh[None, None] * jnp.concatenate([jnp.zeros((1, 1, 8)), token[:, :-1]], axis=1)
+    else:
+        added = jnp.concatenate([jnp.zeros((1, 1, 8)), fresh["embedding"][idx[:, :-1] * 5 + idx[:, 1:]]], axis=1)
+    np.testing.assert_allclose(found, model.rms_norm(token + added), rtol=1e-5, atol=1e-6)

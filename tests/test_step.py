@@ -216,15 +216,26 @@ def test_training_and_sampling_work_where_dtype_promotion_is_strict(tiny, change
     assert after == state
 
 
-def test_initial_states_are_compiled_with_the_random_kernel_of_gpus_and_steps_are_not(tiny, monkeypatch):
-    name, seen = "jax_threefry_gpu_kernel_lowering", []
-    real = steps.init_state
+def test_the_random_kernel_of_gpus_is_for_initial_states_alone(tiny, change, verse, tmp_path, monkeypatch):
+    """Also where a thread lowers the steps while the state is made."""
+    from jaxgpt.cli.runs import start
+    from jaxgpt.train import fit
 
-    def noted(config):
-        seen.append(jax.config.values[name])
-        return real(config)
+    name, seen = "jax_threefry_gpu_kernel_lowering", {"init": [], "steps": []}
+    init, one_step = steps.init_state, steps.train_step
 
-    monkeypatch.setattr(steps, "init_state", jax.jit(noted, static_argnums=0))
-    sharded_init(tiny, one_device())
-    assert seen[-1]
+    def noted_init(config):
+        seen["init"].append(jax.config.values[name])
+        return init(config)
+
+    def noted_step(*args):
+        seen["steps"].append(jax.config.values[name])
+        return one_step(*args)
+
+    monkeypatch.setattr(steps, "init_state", jax.jit(noted_init, static_argnums=0))
+    monkeypatch.setattr(steps, "train_step", noted_step)
+    config = change(tiny, corpus=str(verse), steps=5, eval_every=0)
+    fit(*start(config, "a", tmp_path / "runs", tmp_path))
+    assert True in seen["init"]
+    assert set(seen["steps"]) == {False}
     assert not jax.config.values[name]
