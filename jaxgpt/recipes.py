@@ -50,11 +50,15 @@ RECIPES: dict[str, Recipe] = {
         loss="2.321 ± 0.039 (CPython 3.11.7), 2.492 ± 0.005 on Tiny Shakespeare",
     ),
     "gpt-demo": Recipe(
-        replaced(Config(), learning_rate=4e-3, min_lr_ratio=0.025, steps=1500),
+        replaced(
+            Config(),
+            **MODERN | MUON | dict(weight_decay=0.1, muon_momentum=0.9, learning_rate=2e-2),
+            **dict(block_size=128, smear=True, steps=800, eval_every=200, eval_batches=0),
+        ),
         about="A small GPT on the Python documentation that every Python carries: no download.",
         hardware=CPU,
-        time="1 min 10 s",
-        loss="1.383 ± 0.020 (CPython 3.11.7)",
+        time="1 min",
+        loss="1.110 ± 0.021 (CPython 3.11.7) in bfloat16, in windows of 128",
     ),
     "shakespeare-cpu": Recipe(
         replaced(Config(), corpus="shakespeare", steps=2000, sampling="random"),

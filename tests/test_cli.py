@@ -107,7 +107,7 @@ def test_a_resume_takes_the_run_that_was_named(call, verse, tmp_path):
 
 
 def test_a_run_wins_over_a_folder_of_its_name(call, verse, tmp_path, monkeypatch):
-    assert call("train", "gpt-demo", "--corpus", verse, "--run", "one", *SMALL)[0] == 0
+    assert call("train", "shakespeare-cpu", "--corpus", verse, "--run", "one", *SMALL)[0] == 0
     assert call("export", "one", "--out", "exported")[0] == 0
     shutil.copytree("exported", "one")
     text = call("sample", "one", "--tokens", 5)[1]

@@ -107,6 +107,8 @@ def _fit(given: Train, existing: Run | None) -> int:
         live = jax.device_count() == 1 and display.live
         sample = sampler(config.model, corpus.tokenizer) if live else None
         done = fit(run, corpus, with_spikes(run, log), config, given.debug_nans, mesh, sample)
+    if not display.live and (curve := display.curve()):  # a terminal shows it already
+        console.print(curve)
     if display.notices:
         console.print(f"{display.notices} warnings: see {run.events_file}", style="bold yellow")
     if done.interrupted_by:

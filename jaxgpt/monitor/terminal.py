@@ -122,17 +122,21 @@ class TrainingDisplay(Live):
 
     def _below(self) -> Iterator[Text]:
         """The lines under the bar: the loss so far, and the newest sample."""
-        width = self.console.width
-        if len(self._ends) > 1:
-            levels = BLOCKS if self.console.encoding.startswith("utf") else ASCII
-            text = f"  {self._ends[0]:.2f} to {self._ends[1]:.2f}"
-            if self._best:
-                text += f"  best {self._best.evaluation.loss:.4f} at {self._best.step:,}"
-            room = min(60, width - len(text) - 5)
-            curve = sparkline(self._curve.points, room, levels) if room > 10 else ""
-            yield Text(f"loss {curve}{text}", no_wrap=True, overflow="crop")
+        if curve := self.curve():
+            yield Text(curve, no_wrap=True, overflow="crop")
         if self._sample:
             yield Text(visible(self._sample), style="dim", no_wrap=True, overflow="crop")
+
+    def curve(self) -> str:
+        """The training loss so far on one line; nothing before the second report."""
+        if len(self._ends) < 2:
+            return ""
+        levels = BLOCKS if self.console.encoding.startswith("utf") else ASCII
+        text = f"  {self._ends[0]:.2f} to {self._ends[1]:.2f}"
+        if self._best:
+            text += f"  best {self._best.evaluation.loss:.4f} at {self._best.step:,}"
+        room = min(60, self.console.width - len(text) - 5)
+        return f"loss {sparkline(self._curve.points, room, levels) if room > 10 else ''}{text}"
 
     def _print(self, line: str, **style: str) -> None:
         self._printed = time.monotonic()
