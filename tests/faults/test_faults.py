@@ -22,11 +22,10 @@ from tests.faults import bad_input, trials
 from tests.processes import resume, wait_for
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_nothing_is_lost_to_kills(tmp_path, seed):
-    count = trials.kills(tmp_path, 25, seed)
+def test_nothing_is_lost_to_kills(tmp_path):
+    count = trials.kills(tmp_path, 10, seed=1)
     assert count.failures == [], count.notes
-    assert count.tried == count.good >= 25
+    assert count.tried == count.good >= 10
 
 
 def test_no_harm_to_a_file_goes_unseen(tmp_path):
@@ -52,7 +51,7 @@ def test_bad_input_is_refused_in_words_and_writes_nothing(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="memory and open files are counted in /proc")
 def test_a_long_run_does_not_grow(tmp_path, as_a_user):
-    count = trials.soak(tmp_path)
+    count = trials.soak(tmp_path, steps=800)
     assert count.failures == []
 
 
@@ -102,29 +101,38 @@ def test_a_second_signal_stops_at_once_with_the_last_save_intact(tmp_path, numbe
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="a limit of another process is a matter of Linux")
-@pytest.mark.parametrize("policy", ["continue", "stop"])
-def test_a_disk_that_is_full_for_a_while(tmp_path, policy):
+def test_a_disk_that_is_full_for_a_while(tmp_path):
     """Files may not grow beyond 2 KiB for a while, which no checkpoint fits in; the lines of metrics neither."""
+
+    def fill(process):
+        before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+        return lambda: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
+
     run = trials.new_run(tmp_path, "one")
-    process = resume(run, *LONG, "--on-save-error", policy)
+    process = resume(run, *LONG, "--on-save-error", "continue")
     wait_for(lambda: latest(run) >= 10, process)
-    before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
-    if policy == "stop":
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 1, out
-        assert "oo large" in out, out
-        assert "is saved, and the run ends: make room" in out
-    else:
-        wait_for(lambda: any(event["event"] == "save-failed" for event in run.events()), process)
-        full = latest(run)
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
-        wait_for(lambda: latest(run) > full, process)
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 143, out
-        assert "was not saved" in out or "takes no more lines" in out, out
-        assert "and the next save tries again: make room" in out
+    make_room = fill(process)
+    wait_for(lambda: any(event["event"] == "save-failed" for event in run.events()), process)
+    full = latest(run)
+    make_room()
+    wait_for(lambda: latest(run) > full, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 143, out
+    assert "was not saved" in out or "takes no more lines" in out, out
+    assert "and the next save tries again: make room" in out
     assert trials.wrong(run, 10) is None
+
+    stopped = latest(run)
+    process = resume(run, *LONG, "--on-save-error", "stop")
+    wait_for(lambda: latest(run) > stopped, process)
+    fill(process)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, out
+    assert "oo large" in out, out
+    assert "is saved, and the run ends: make room" in out
+    assert trials.wrong(run, stopped) is None
+
     whole = trials.new_run(tmp_path, "whole")
     stop = latest(run)
     for each in (run, whole):
@@ -202,7 +210,7 @@ def test_a_log_on_a_full_disk_ends_no_run(tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of reads that Orbax 0.12 leaves behind
 def test_what_is_looked_at_while_it_trains_is_always_there(tmp_path):
     """Checkpoints make room all the time; a reader finds one at every look."""
-    train = TrainConfig(**{**vars(trials.SMALL.train), "keep": 1, "steps": 3000, "eval_every": 150})
+    train = TrainConfig(**{**vars(trials.SMALL.train), "keep": 1, "steps": 1500, "eval_every": 100})
     run = trials.new_run(tmp_path, "one", Config(trials.SMALL.data, trials.SMALL.model, trials.SMALL.optimizer, train))
     process, seen = trials.spawn(run), set()
     while process.is_alive():

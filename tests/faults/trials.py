@@ -24,7 +24,7 @@ SMALL = Config(
     data=DataConfig(corpus="verse.txt"),
     model=ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1),
     optimizer=OptimizerConfig(warmup_steps=2, decay_steps=200),  # a run of another length is the same program
-    train=TrainConfig(steps=200, batch_size=4, scan_steps=5, eval_every=5, eval_batches=2),
+    train=TrainConfig(steps=100, batch_size=4, scan_steps=5, eval_every=5, eval_batches=2),
 )
 """Saves every five steps, which take less time than the save: a save is under way nearly always."""
 
@@ -223,7 +223,7 @@ def soak(folder: Path, steps: int = 2000, every: int = 20) -> Count:
     enough for a leak to stand out: half a state a save is more than that, by the medians of the quarters.
     """
     count = Count()
-    model = replace(SMALL.model, n_embd=128)
+    model = replace(SMALL.model, n_embd=192)
     train = TrainConfig(**{**vars(SMALL.train), "steps": steps, "scan_steps": every, "eval_every": every})
     run = new_run(folder, "soak", Config(SMALL.data, model, SMALL.optimizer, train))
     process, seen = spawn(run), []
