@@ -44,18 +44,16 @@ def begin_with(tmp_path, monkeypatch):
     return begin
 
 
-@pytest.mark.parametrize(("processes", "devices", "mesh"), [(2, 2, "data=2,fsdp=2"), (4, 1, "auto")])
-def test_several_processes_train_as_one_does(tmp_path, unbroken, begin_with, processes, devices, mesh):
-    if processes == 4:  # from disk, each what is its own
-        begin_with("from jaxgpt import data\ndata.DEVICE_TOKENS = 0")
-    out = finish(train(tmp_path, [*new(tmp_path, "many"), "--mesh", mesh], processes, devices))
+def test_several_processes_train_as_one_does(tmp_path, unbroken, begin_with):
+    begin_with("from jaxgpt import data\ndata.DEVICE_TOKENS = 0")  # from disk, each what is its own
+    out = finish(train(tmp_path, [*new(tmp_path, "many"), "--mesh", "auto"], 4))
     assert out.count("validation loss") == 7  # told by one process
     np.testing.assert_allclose(curve(tmp_path, "many"), unbroken, atol=BOUND, rtol=0)
 
 
 def test_killed_it_goes_on_with_another_number_of_processes_and_devices(tmp_path, unbroken):
-    """Two processes that share the parameters, one of them killed; one process, killed; then two again."""
-    for processes, devices, mesh in ((2, 2, "fsdp=4"), (1, 1, "auto")):
+    """Two processes that share batch and parameters, one of them killed; one process, killed; then two again."""
+    for processes, devices, mesh in ((2, 2, "data=2,fsdp=2"), (1, 1, "auto")):
         before = len(curve(tmp_path, "two"))
         process = train(tmp_path, [*on(tmp_path, "two"), "--mesh", mesh], processes, devices)
         wait_for_lines(tmp_path, "two", before + 30, process)
