@@ -371,25 +371,6 @@ def write_recipe_run(tmp_path, name, config):
     return Run.create(tmp_path / "runs", name, resolve(config, corpus), corpus.meta)
 
 
-def test_killed_and_resumed_processes_give_the_bits_of_an_unbroken_one(tmp_path, long, as_a_user):
-    unbroken = write_recipe_run(tmp_path, "unbroken", long)
-    out, _ = resume(unbroken).communicate(timeout=300)
-    assert "step 3,000" in out, out
-    broken = write_recipe_run(tmp_path, "broken", long)
-    kills = 0
-    for target in (300, 1200, 2100):
-        process = resume(broken)
-        wait_for(lambda target=target: (broken.checkpoints / str(target)).is_dir(), process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-    assert kills == 3
-    assert len(broken.metrics()) < len(unbroken.metrics())
-    out, _ = resume(broken).communicate(timeout=300)
-    assert "step 3,000" in out, out
-    assert_same_run(unbroken, broken)
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, change, long, number, code):
     run = write_recipe_run(tmp_path, "one", configs.check(change(long, steps=60_000)))
