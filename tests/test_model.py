@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,9 +24,9 @@ init_params, forward, logits_and_loss = (
 @pytest.mark.parametrize("config", [GPT, BIGRAM])
 def test_logits_are_B_T_V(config):
     params = init_params(config, KEY)
-    assert forward(config, params, IDX).shape == (3, 8, 11)
+    chex.assert_shape(forward(config, params, IDX), (3, 8, 11))
     for T in (1, 5):
-        assert jax.eval_shape(partial(model.forward, config), params, IDX[:, :T]).shape == (3, T, 11)
+        chex.assert_shape(jax.eval_shape(partial(model.forward, config), params, IDX[:, :T]), (3, T, 11))
     with pytest.raises(ValueError, match="9 tokens are longer than block_size, 8"):
         forward(config, params, jnp.zeros((1, 9), jnp.int32))
 
@@ -36,11 +37,11 @@ def test_the_notes_interface(config):
     params = init_params(config, KEY)
     logits, loss = logits_and_loss(config, params, IDX)
     assert loss is None
-    assert logits.shape == (3, 8, 11)
+    chex.assert_shape(logits, (3, 8, 11))
     targets = jnp.roll(IDX, -1, axis=1)
     flat, loss = logits_and_loss(config, params, IDX, targets)
-    assert flat.shape == (24, 11)
-    assert loss.shape == ()
+    chex.assert_shape(flat, (24, 11))
+    chex.assert_shape(loss, ())
     np.testing.assert_array_equal(flat.reshape(3, 8, 11), logits)
     by_hand = [-jax.nn.log_softmax(flat[i])[targets.reshape(-1)[i]] for i in range(24)]
     np.testing.assert_allclose(loss, np.mean(by_hand), rtol=1e-6)
@@ -49,7 +50,7 @@ def test_the_notes_interface(config):
 def test_the_bigram_reads_logits_directly_off_its_table():
     params = init_params(BIGRAM, KEY)
     (table,) = jax.tree.leaves(params)
-    assert table.shape == (11, 11)
+    chex.assert_shape(table, (11, 11))
     np.testing.assert_array_equal(forward(BIGRAM, params, IDX), table[IDX])
 
 
@@ -158,6 +159,6 @@ def test_the_models_can_be_mapped_and_differentiated_as_values():
     keys = jax.random.split(KEY, 4)
     many = jax.vmap(lambda key: init_params(GPT, key))(keys)
     logits = jax.vmap(lambda params: forward(GPT, params, IDX))(many)
-    assert logits.shape == (4, 3, 8, 11)
+    chex.assert_shape(logits, (4, 3, 8, 11))
     one = jax.tree.map(lambda x: x[2], many)
     np.testing.assert_allclose(logits[2], forward(GPT, one, IDX), rtol=2e-5, atol=2e-6)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,14 +42,14 @@ def test_each_token_directly_reads_off_the_logits_for_the_next_token():
     """'it returns out a (B, T, C) batch size by time by channel'; 'if targets is None: loss = None'."""
     logits, loss = model.logits_and_loss(BIGRAM, TABLE, IDX)
     assert loss is None
-    assert logits.shape == (B, T, V)
+    chex.assert_shape(logits, (B, T, V))
     np.testing.assert_array_equal(logits, GOLDEN["bigram_logits"])
 
 
 def test_so_we_need_to_reshape_the_logits_and_targets():
     """'logits = logits.view(B*T,C); targets = targets.view(B*T); loss = F.cross_entropy(logits, targets)'."""
     logits, loss = model.logits_and_loss(BIGRAM, TABLE, IDX, TARGETS)
-    assert logits.shape == (B * T, V)
+    chex.assert_shape(logits, (B * T, V))
     close(loss, GOLDEN["bigram_loss"])
     close(cross_entropy(logits, TARGETS.reshape(B * T)), GOLDEN["bigram_loss"])
 
@@ -79,7 +80,7 @@ def test_the_weights_are_data_dependent_lower_triangular_and_sum_to_one(kind):
     """'wei = wei.masked_fill(tril==0, float("-inf")); wei = F.softmax(wei, dim=-1)'."""
     q, k = (X @ HEAD[name]["kernel"] for name in ("query", "key"))
     wei = attention_weights(q, k, causal_mask(T)[None], scale=SCALES[kind])
-    assert wei.shape == (B, T, T)
+    chex.assert_shape(wei, (B, T, T))
     np.testing.assert_array_equal(np.triu(wei, 1), 0)
     np.testing.assert_allclose(wei.sum(-1), np.ones((B, T)), rtol=1e-6)
     close(wei, GOLDEN[f"head_{kind}_wei"])
@@ -101,7 +102,7 @@ def test_cross_attention_has_other_sources():
     """'self in self attention because key, query and value come from x; cross attention may have other sources'."""
     head = Head(16)
     close(head.apply({"params": HEAD}, X, CONTEXT), GOLDEN["cross_scaled_out"])
-    assert head.apply({"params": HEAD}, X, CONTEXT).shape == (B, T, 16)
+    chex.assert_shape(head.apply({"params": HEAD}, X, CONTEXT), (B, T, 16))
 
 
 def test_a_head_sees_all_of_its_context_and_only_the_past_of_its_own_text():

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +26,6 @@ def run(config, state, begin, end):
     )
 
 
-def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 @pytest.mark.smoke
 def test_a_scan_of_steps_is_the_steps_one_by_one(tiny):
     scanned, metrics = run(tiny, init_state(tiny), 0, 5)
@@ -50,10 +47,10 @@ def test_64_bits_allowed_change_no_bit(tiny, change):
         idx = jnp.asarray(TOKENS[None, :8], jnp.int64)
         logits = model.forward(config.model, jax.tree.map(lambda x: x.astype(jnp.float64), wide.params), idx)
         fresh = model.init_params(config.model, prng.key(1))
-    assert_equal((state, metrics), (wide, wide_metrics))
+    chex.assert_trees_all_equal((state, metrics), (wide, wide_metrics))
     assert {x.dtype.name for x in jax.tree.leaves((wide, wide_metrics, logits, fresh))} <= {"float32", "int32", "bool"}
-    assert_equal(logits, model.forward(config.model, state.params, TOKENS[None, :8].astype(np.int32)))
-    assert_equal(fresh, model.init_params(config.model, prng.key(1)))
+    chex.assert_trees_all_equal(logits, model.forward(config.model, state.params, TOKENS[None, :8].astype(np.int32)))
+    chex.assert_trees_all_equal(fresh, model.init_params(config.model, prng.key(1)))
 
 
 @pytest.mark.smoke
@@ -61,7 +58,7 @@ def test_splitting_a_scan_changes_no_bit(tiny):
     whole, _ = run(tiny, init_state(tiny), 0, 10)
     half, _ = run(tiny, init_state(tiny), 0, 5)
     halves, _ = run(tiny, half, 5, 10)
-    assert_equal(whole, halves)
+    chex.assert_trees_all_equal(whole, halves)
 
 
 def test_gathered_windows_train_the_same_bits_as_the_whole_corpus(tiny):
@@ -69,8 +66,8 @@ def test_gathered_windows_train_the_same_bits_as_the_whole_corpus(tiny):
     whole, metrics = run(tiny, init_state(tiny), 0, 5)
     windows = batches.gather(TOKENS, starts(tiny, 0, 5), tiny.model.block_size)
     served, served_metrics = jit_train_steps(tiny, one_device())(init_state(tiny), None, windows)
-    assert_equal(whole, served)
-    assert_equal(metrics, served_metrics)
+    chex.assert_trees_all_equal(whole, served)
+    chex.assert_trees_all_equal(metrics, served_metrics)
 
 
 def test_the_second_call_compiles_nothing(tiny):
@@ -135,7 +132,7 @@ def test_the_gradient_norm_is_that_before_clipping(tiny, change):
 
 
 def test_the_initial_state_is_a_function_of_the_seed(tiny, change):
-    assert_equal(init_state(tiny), init_state(tiny))
+    chex.assert_trees_all_equal(init_state(tiny), init_state(tiny))
     other = init_state(change(tiny, seed=1))
     assert (other.params["wte"]["embedding"] != init_state(tiny).params["wte"]["embedding"]).any()
     assert int(other.step) == 0
@@ -184,7 +181,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tiny, change, m
     after, metrics = jax.jit(lambda s, b: steps.train_step(config, s, b))(before, batch)
     assert not metrics.applied
     assert int(after.step) == 1
-    assert_equal((after.params, after.opt_state), (before.params, before.opt_state))
+    chex.assert_trees_all_equal((after.params, after.opt_state), (before.params, before.opt_state))
     monkeypatch.undo()
     fine, metrics = train_step(config, after, batch)
     assert metrics.applied
@@ -197,7 +194,7 @@ def test_a_parameter_whose_update_overflows_keeps_its_value(tiny, change, algori
     config = change(tiny, dropout=0.0, warmup_steps=0, algorithm=algorithm, **rates)
     after, metrics = train_step(config, init_state(config), batches.take(TOKENS, starts(config, 0, 1)[0], 8))
     assert metrics.applied
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+    chex.assert_tree_all_finite(after)
 
 
 @pytest.mark.parametrize(
