@@ -33,7 +33,6 @@ def bytes_sent(step):
     ("name", "text"),
     [
         ("124m", "data=32,fsdp=4,tensor=2"),
-        ("1.5b", "data=64,fsdp=4"),
         ("1.5b", "data=32,fsdp=4,tensor=2"),  # whose 25 heads tensor does not divide
     ],
 )
