@@ -190,7 +190,7 @@ def test_jaxprs_and_hlo_are_printed(capsys, tmp_path, monkeypatch):
         ),
         (["gpt-demo", "--no-measure", "--roofline", "a.png"], "--roofline has no effect with --no-measure"),
         (["gpt-demo", "--out", "nowhere/a.json"], "there is no folder nowhere"),
-        (["gpt-demo", "--n-embd", "30"], "n_head (4)"),
+        (["gpt-demo", "--n-embd", "30"], "try --n-embd 32"),
         (["gpt-demo", "--jaxpr", "loss", "--out", "a.json"], "--out has no effect with --jaxpr and --hlo"),
         (["gpt-demo", "--hlo", "step", "--no-measure"], "--measure has no effect with --jaxpr and --hlo"),
     ],

@@ -149,7 +149,7 @@ def test_the_chart_shows_every_stage(tmp_path):
         (["gpt-demo", "--variants", "fast"], "no variant 'fast'"),
         (["gpt-demo", "--out", "nowhere/a.json"], "there is no folder nowhere"),
         (["gpt-demo", "--plot", "a.txt"], "ends in '.txt'"),
-        (["gpt-demo", "--n-head", "3"], "n_head (3)"),
+        (["gpt-demo", "--n-head", "3"], "try --n-embd 126"),
         (["gpt-demo", "--precision", "bfloat16"], "--precision bfloat16: the variants set precision"),
         (["gpt-demo", "--remat", "blocks"], "compare jit with remat matmuls, remat blocks (--variants)"),
         (["gpt-demo", "--scan-steps", "20"], "compare jit with scan of 10, scan of 50 (--variants)"),
