@@ -36,7 +36,7 @@ def new(folder: Path, name: str) -> list[str]:
     """The words that begin a run of a small text in `folder`."""
     (folder / "verse.txt").write_text("the cat sat on the mat\nthat cat has a hat\n" * 20)
     options = [f"--{key.replace('_', '-')}={value}" for key, value in (SIZES | TIMES).items()]
-    return ["gpt-demo", "--corpus", "verse.txt", "--tokenizer", "char", *options, "--run", name]
+    return ["shakespeare-cpu", "--corpus", "verse.txt", "--tokenizer", "char", *options, "--run", name]
 
 
 def on(folder: Path, name: str) -> list[str]:

@@ -34,9 +34,9 @@ def runs(tmp_path_factory):
     words = ["train", "gpt-demo", "--corpus", text, "--run", "cat", *SMALL.split(), "--runs-dir", runs]
     with contextlib.redirect_stdout(io.StringIO()):
         assert cli.run_command([str(word) for word in [*words, "--data-dir", data]]) == 0
-    model = ModelConfig("bigram", vocab_size=11, block_size=32)
-    config = Config(DataConfig(corpus=str(text)), model, train=TrainConfig(batch_size=1))
-    start(config, "pairs", runs, data, model.init_params(model, jax.random.key(0)))
+    bigram = ModelConfig("bigram", vocab_size=11, block_size=32)
+    config = Config(DataConfig(corpus=str(text)), bigram, train=TrainConfig(batch_size=1))
+    start(config, "pairs", runs, data, model.init_params(bigram, jax.random.key(0)))
     return runs
 
 
@@ -45,8 +45,8 @@ def library(tmp_path_factory):
     """Two runs that were never trained, and one that is broken."""
     folder = tmp_path_factory.mktemp("serve")
     (folder / "text.txt").write_text("the cat sat on the mat\nthat cat has a hat\n" * 20)
-    model = ModelConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=16)
-    for name, shape in (("one", model), ("pairs", dataclasses.replace(model, kind="bigram"))):
+    one = ModelConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=16)
+    for name, shape in (("one", one), ("pairs", dataclasses.replace(one, kind="bigram"))):
         config = Config(DataConfig(corpus=str(folder / "text.txt")), shape, train=TrainConfig(batch_size=1))
         params = jax.tree.map(lambda x: 8 * x, jax.jit(model.init_params, static_argnums=0)(shape, jax.random.key(0)))
         start(config, name, folder / "runs", folder / "data", params)
