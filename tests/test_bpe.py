@@ -165,5 +165,5 @@ def test_a_file_that_describes_no_bpe_is_refused(change, said):
 )
 def test_without_its_library_it_says_what_to_install(monkeypatch, library, use):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(UsageError, match=rf"needs {library}.*pip install {library} \(or 'jaxgpt\[bpe\]'\)"):
+    with pytest.raises(UsageError, match=rf"needs {library}.*pip install {library} \(or 'jaxgpt\[data\]'\)"):
         use()

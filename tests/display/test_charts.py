@@ -60,7 +60,7 @@ def test_a_bad_path_is_refused(tmp_path):
 
 def test_without_vl_convert_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vl_convert", None)
-    with pytest.raises(MissingExtraError, match=r"a chart needs vl-convert-python, .*'jaxgpt\[plot\]'"):
+    with pytest.raises(MissingExtraError, match=r"a chart needs vl-convert-python, .*'jaxgpt\[report\]'"):
         charts.save(SPEC, tmp_path / "a.png")
 
 

@@ -37,8 +37,8 @@ def imported(tmp_path):
     return folders.import_run(TINY, config, "tiny", tmp_path / "runs", tmp_path / "data")
 
 
-def logits(model):
-    config, params, _ = model
+def logits(loaded):
+    config, params, _ = loaded
     return np.asarray(model.forward(config, params, IDX))
 
 

@@ -121,7 +121,7 @@ def test_the_compiler_gets_hosts_with_fewer_chips(compiler, name, bounds):
 
 
 def test_only_a_compiler_that_is_missing_is_to_be_installed(compiler, monkeypatch):
-    for installed, hint in ((True, "expected an arrangement as in v5p:4x4x4$"), (False, r"pip install 'jaxgpt\[tpu-")):
+    for installed, hint in ((True, "expected an arrangement as in v5p:4x4x4$"), (False, r"pip install 'jaxgpt\[tpu\]")):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=installed: found or None)
         with pytest.raises(PlanError, match=f"--topology v5p:3: INVALID_ARGUMENT; {hint}"):
             plan.topology("v5p:3")
