@@ -7,7 +7,7 @@ import io
 import jax
 import pytest
 
-from jaxgpt import cli
+from jaxgpt import cli, model
 from jaxgpt.cli.runs import start
 from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxgpt.serve.app import application
