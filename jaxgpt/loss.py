@@ -11,7 +11,7 @@ from jaxgpt import sharding
 from jaxgpt.matmul import Precision, to_compute_dtype
 
 LOGITS = 2**26
-"""Logits that may exist at once in training, 256 MiB of float32; more are computed chunk by chunk."""
+"""Logits that may exist at once in training where the memory of the device is unknown: 256 MiB of float32."""
 
 
 @jax.custom_vjp

@@ -79,7 +79,7 @@ class MetricsLog:
     """metrics.jsonl, continued after its first `n_bytes`; what follows them is dropped, and computed again.
 
     It holds no times, so runs of one config are equal byte for byte. The metrics of a chunk are read after the next
-    chunk was dispatched: the device never waits for the files. A save calls `sync` first, so no line up to a checkpoint
+    chunk was dispatched: the device never waits for the disk. A save calls `sync` first, so no line up to a checkpoint
     is lost. Lines that a full disk refuses are kept here and written with later ones. Of several processes all keep
     the log, and process 0 writes it. The end of the block is recorded in events.jsonl, with its error.
 
@@ -156,7 +156,7 @@ class MetricsLog:
         self.on_event(self._progress(metrics))
 
     def sync(self) -> None:
-        """Return once every line so far is on files, in all processes together.
+        """Return once every line so far is on disk, in all processes together.
 
         Raises:
           OSError: the disk does not take them; a ProcessError where it is that of process 0.

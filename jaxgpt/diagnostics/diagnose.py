@@ -101,7 +101,7 @@ def landscape(subject: Subject, effort: Effort) -> Landscape:
 
 
 class Influence(NamedTuple):
-    products: Any  # (windows,) dot products of gradients, nats per token per unit of learning rate
+    dots: Any  # (windows,) dot products of gradients, nats per token per unit of learning rate
     starts: Any  # (windows,) where each begins in the training text
 
 

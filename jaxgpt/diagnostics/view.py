@@ -44,11 +44,11 @@ def landscape(found: Landscape, subject: Subject) -> Iterator[str]:
 
 
 def influence(found: Influence, subject: Subject) -> Iterator[str]:
-    order = np.argsort(np.asarray(found.products))
+    order = np.argsort(np.asarray(found.dots))
     yield f"of training windows on the loss of {subject.show(subject.text[:65])[:64]!r}"
     for what, chosen in (("lowered most by", order[::-1][:3]), ("raised most by", order[:3])):
         for i in chosen:
-            yield f"{what:<16} {found.products[i]:+8.3f}  {subject.window(found.starts[i])[:64]!r}"
+            yield f"{what:<16} {found.dots[i]:+8.3f}  {subject.window(found.starts[i])[:64]!r}"
 
 
 def lens(found: Lens, subject: Subject) -> Iterator[str]:

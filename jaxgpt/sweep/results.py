@@ -37,7 +37,7 @@ class SweepError(UsageError):
 
 @dataclass
 class SweepFolder:
-    """A sweep on files, locked by one process at a time."""
+    """A sweep on disk, locked by one process at a time."""
 
     path: Path
     lines: list[dict[str, Any]]
