@@ -56,8 +56,8 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: P
     tables = {
         f"Parameters of {name}": parameter_rows(config.model),
         "Each program: FLOPs in millions, bytes in MB": program_rows(found),
-        "Matmuls of a step, and what computes them": matmul_rows(found["step"].text),
-        "Instructions of a step, by what computes them": kernel_rows(found["step"].text),
+        "Matmuls of a step, with the kernel of each": matmul_rows(found["step"].text),
+        "Instructions of a step, by kernel": kernel_rows(found["step"].text),
     }
     calls = sorted(hlo.custom_calls(found["step"].text))
     notes = [model.describe(config.model), *NOTES, f"custom calls: {', '.join(calls) or 'none'}"]
