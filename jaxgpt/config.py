@@ -115,9 +115,6 @@ class ModelConfig:
     bigram_embed: bool = False
     """Add an embedding of the pair (previous token, token), initially zero: an exact table of V x V rows, for small
     vocabularies (hashed to fewer rows in modded-nanogpt 2025)."""
-    value_embed: bool = False
-    """Add an embedding of the token to the values of every block, initially zero (modded-nanogpt 2024, after value
-    residual learning, Zhou et al. 2024, arXiv:2410.17897)."""
     remat: Literal["none", "matmuls", "blocks"] = "none"
     """What the backward pass recomputes to save memory: nothing; all but the results of matmuls; whole blocks."""
     scan_layers: bool = False
@@ -342,6 +339,8 @@ BEFORE = {"val_tokens": 0}
 """What older versions did, where that is not the default: the value of a field that a saved section lacks."""
 RENAMED = {("model.remat", "products"): "matmuls"}
 """(field, value in saved configs of older versions) to its value now."""
+REMOVED = {"model.value_embed": False}
+"""Fields of older versions, and the only value that can still be read."""
 
 
 def from_tree(tree: Any) -> Config:
@@ -361,6 +360,7 @@ def _build(cls: type[Any], tree: Any, path: str) -> Any:
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: expected an object, found {shown(tree)}")
     kinds = typing.get_type_hints(cls)
+    tree = {name: value for name, value in tree.items() if (f"{path}.{name}", value) not in REMOVED.items()}
     for name in tree:
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, n=1)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import activations, cost, kernels, loss, matmul, sharding
+from jaxgpt import activations, kernels, loss, matmul, sharding
 from jaxgpt.attention import Cache, Drop, cached_attention, rotate, update_cache
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.loss import cross_entropy, token_losses
@@ -121,11 +121,10 @@ class MultiHeadAttention(nn.Module):
     dropout: Rate = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, idx: jax.Array, start: jax.Array | int | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, start: jax.Array | int | None = None) -> jax.Array:
         """(B, T, C) -> (B, T, C).
 
         Args:
-          idx: (B, T), the tokens, for value_embed.
           start: the position of the first token, where those before it are in the cache, Flax's collection "cache".
             None: 0, and no cache.
         """
@@ -139,9 +138,6 @@ class MultiHeadAttention(nn.Module):
 
         sizes = {"query": C, "key": kv * D, "value": kv * D}
         q, k, v = fused_linear(x, [Linear(cfg, size, name=name) for name, size in sizes.items()])
-        if cfg.value_embed:
-            table = embed(cfg.vocab_size, kv * D, "value_embed", stddev=0.0)
-            v = v + (sharding.rows(table.embedding, idx) if start is None else table(idx))
         # Where the context is split, each device has its queries, and the keys and values of all tokens.
         q = sharding.constrain(heads(q), "batch", "width", "time", None)
         k, v = (sharding.constrain(heads(x), "batch", "width", None, None) for x in (k, v))
@@ -179,7 +175,7 @@ class MLP(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         cfg, C = self.config, x.shape[-1]
         if cfg.mlp == "swiglu":
-            hidden = cost.swiglu_width(C)
+            hidden = swiglu_width(C)
             gate, up = fused_linear(x, [Linear(cfg, hidden, name=name) for name in ("c_gate", "c_fc")])
             x = jax.nn.silu(gate) * up
         else:
@@ -189,6 +185,11 @@ class MLP(nn.Module):
         return dropout(self.dropout, "drop_out")(residual(cfg, "c_proj")(x))
 
 
+def swiglu_width(C: int) -> int:
+    """Hidden channels of a SwiGLU with about the 8 C² parameters of the other MLPs: 8 C / 3, a multiple of 8."""
+    return 8 * max(1, round(C / 3))
+
+
 class Block(nn.Module):
     """Communication, then computation, each added to the residual stream."""
 
@@ -196,10 +197,10 @@ class Block(nn.Module):
     dropout: Rate = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, idx: jax.Array, start: jax.Array | int | None = None) -> jax.Array:
-        """(B, T, C) of the tokens (B, T) -> (B, T, C); `start` as in `MultiHeadAttention`."""
+    def __call__(self, x: jax.Array, start: jax.Array | int | None = None) -> jax.Array:
+        """(B, T, C) -> (B, T, C); `start` as in `MultiHeadAttention`."""
         cfg, rate = self.config, self.dropout
-        x = x + MultiHeadAttention(cfg, rate, name="attn")(norm(cfg, "ln_1")(x), idx=idx, start=start)
+        x = x + MultiHeadAttention(cfg, rate, name="attn")(norm(cfg, "ln_1")(x), start)
         x = x + MLP(cfg, rate, name="mlp")(norm(cfg, "ln_2")(x))
         return sharding.constrain(x, "batch", "time", None)
 
@@ -238,19 +239,19 @@ class GPT(nn.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "matmuls" else None
             block = nn.remat(Block, policy=policy)
         if cfg.scan_layers and cache is None:
-            x = self.scanned(block, x, idx)
+            x = self.scanned(block, x)
         else:
             for i in range(cfg.n_layer):
-                x = block(cfg, self.dropout, name=f"h_{i}")(x, idx, start)
+                x = block(cfg, self.dropout, name=f"h_{i}")(x, start)
         if not cfg.tie_weights:  # only initialized here
             Linear(cfg, V, 0.0 if cfg.zero_init else 0.02, may_have_bias=False, name="lm_head").weights(C)
         return norm(cfg, "ln_f")(x)
 
-    def scanned(self, block: type[Block], x: jax.Array, idx: jax.Array) -> jax.Array:
+    def scanned(self, block: type[Block], x: jax.Array) -> jax.Array:
         """The blocks one after another as one loop, which is compiled once: (B, T, C) -> (B, T, C)."""
 
         def body(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return block(x, idx), None
+            return block(x), None
 
         each: dict[Any, Any] = {"params": 0}
         rngs: dict[Any, bool] = {"params": True, "dropout": True}
@@ -421,19 +422,6 @@ def extend(
         logits = head(config, logits, head_kernel(config, params)).astype(jnp.float32)
     read = jnp.asarray(cache.read + length, jnp.int32)
     return logits, Cache(kept.get("cache", {}), read, last(idx).astype(jnp.int32))
-
-
-def describe(config: ModelConfig) -> str:
-    """One line for people: the size of a model, its compute dtype and attention kernel here, and whether training with
-    that kernel is not repeatable."""
-    line = f"{cost.n_params(config):,} parameters, {matmul.resolve(config.precision)} matmuls"
-    if config.kind == "bigram":
-        return line
-    plain, dropped = (kernels.kernel(config, config.block_size, dropped) for dropped in (False, config.dropout > 0))
-    line += f", attention: {plain}" + (f" ({dropped} while weights are dropped)" if dropped != plain else "")
-    if not kernels.repeatable(dropped, config.block_size):
-        line += "; its gradients are not repeatable, so resumed runs differ by rounding; --deterministic avoids it"
-    return line
 
 
 def logits_and_loss(

@@ -1,12 +1,11 @@
 """Named runs. Each states its hardware, its wall time and the loss to expect, measured unless it says otherwise."""
 
 import difflib
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import Config, ConfigError, differences, from_json, replaced
+from jaxgpt.config import Config, ConfigError, from_json, replaced
 
 
 @dataclass(frozen=True)
@@ -154,27 +153,3 @@ def _from_file(path: Path) -> Recipe:
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"the recipe {path} cannot be read: {why}; jaxgpt sweep writes such files") from error
     return Recipe(config, f"The settings in {path}.", "unknown", "unknown", "unknown")
-
-
-def nearest(config: Config) -> str:
-    """The name of the recipe from which `config` differs in the fewest settings."""
-    return min(RECIPES, key=lambda name: len(changes(name, config)))
-
-
-def changes(name: str, config: Config) -> list[tuple[str, Any, Any]]:
-    """(field, in the recipe, in `config`) of every setting in which they differ."""
-    return [
-        (field, was, value)
-        for field, was, value in differences(RECIPES[name].config, config)
-        if field != "decay_steps" or value != config.train.steps  # what 0 stands for
-    ]
-
-
-def command(config: Config) -> str:
-    """A `jaxgpt train` command that makes `config`: the recipe nearest to it, and what differs."""
-    name = nearest(config)
-    words = ["jaxgpt", "train", name]
-    for field, _, value in changes(name, config):
-        flag = field.replace("_", "-")
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return shlex.join(words)

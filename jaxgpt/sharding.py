@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,6 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"h(_\d+)?/(attn|mlp)/c_proj/kernel", ("tensor", "fsdp")),
     (r"h(_\d+)?/(attn/(query|key|value)|mlp/(c_fc|c_gate))/bias", ("tensor",)),
     (r"h(_\d+)?/(attn|mlp)/c_proj/bias", (None,)),
-    (r"h(_\d+)?/attn/value_embed/embedding", (None, "tensor")),
     (r"(h(_\d+)?/ln_[12]|ln_f)/(scale|bias)", (None,)),
     (r"wte/embedding", ("tensor", "fsdp")),
     (r"(wpe|bigram)/embedding", (None, "fsdp")),
@@ -51,21 +50,6 @@ in front, which is not sharded."""
 
 class MeshError(UsageError):
     """A mesh needs more devices than there are, or does not divide the dimensions of a config."""
-
-
-class Shards(NamedTuple):
-    """Into how many shards a mesh splits the train state and the batch."""
-
-    state: int = 1
-    batch: int = 1
-    per_host: int = 1
-    """Devices of this process. On CPUs they share its memory."""
-
-    @classmethod
-    def of(cls, mesh: Mesh) -> "Shards":
-        n = mesh.shape
-        local = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
-        return cls(n["fsdp"] * n["tensor"], n["data"] * n["fsdp"] * n["context"], local)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ OPTIONS = [  # what a cache has to do with
     {"window": 3},
     {"smear": True},
     {"bigram_embed": True},
-    {"value_embed": True},
     {"kind": "bigram"},
 ]
 OTHERS = {
@@ -39,7 +38,7 @@ OTHERS = {
 EVERYTHING = {name: value for option in [*OPTIONS, OTHERS] for name, value in option.items()}
 EVERYTHING |= {"kind": "gpt", "n_kv_head": 2}
 TOGETHER = [EVERYTHING, EVERYTHING | {"position": "learned", "window": 0, "mlp": "swiglu", "bias": False}]
-RING = [{}, {"n_kv_head": 2, "qk_norm": True}, {"window": 3, "smear": True, "bigram_embed": True, "value_embed": True}]
+RING = [{}, {"n_kv_head": 2, "qk_norm": True}, {"window": 3, "smear": True, "bigram_embed": True}]
 forward = jax.jit(model.forward, static_argnums=0)
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import files
+from jaxgpt.cli import places
 from jaxgpt.config import UsageError
 from jaxgpt.files import SealError
 
@@ -54,17 +55,17 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, call):
 
 
 def test_a_folder_that_cannot_be_written_to_is_named_and_one_that_can_is_left_empty(tmp_path):
-    files.require_writable(tmp_path / "new" / "folder", "--runs-dir")
+    places.require_writable(tmp_path / "new" / "folder", "--runs-dir")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file" / "x", tmp_path / "file"):
         with pytest.raises(UsageError, match=r"cannot be written to: .*; name another folder: --runs-dir"):
-            files.require_writable(folder, "--runs-dir")
+            places.require_writable(folder, "--runs-dir")
 
 
 def test_a_file_that_cannot_be_written_is_told_before_there_is_anything_to_write(tmp_path):
-    files.require_file(None, "--out")
-    files.require_file(tmp_path / "new.json", "--out")
+    places.require_file(None, "--out")
+    places.require_file(tmp_path / "new.json", "--out")
     assert list(tmp_path.iterdir()) == []
     for path, said in (
         (tmp_path, "is a folder or a device: name a file, --out FILE"),
@@ -72,4 +73,4 @@ def test_a_file_that_cannot_be_written_is_told_before_there_is_anything_to_write
         (tmp_path / "no" / "x.json", "there is no folder"),
     ):
         with pytest.raises(UsageError, match=said):
-            files.require_file(path, "--out")
+            places.require_file(path, "--out")

@@ -9,6 +9,7 @@ import pytest
 
 from jaxgpt import kernels, model, sharding
 from jaxgpt.config import ModelConfig
+from jaxgpt.monitor import cost
 
 V, C = 13, 5
 TABLE = jax.random.normal(jax.random.key(0), (V, C))
@@ -68,7 +69,7 @@ def added_up(jaxpr):
         # Each position is looked up once.
         (ModelConfig(vocab_size=V, block_size=8, n_layer=2, n_head=2, n_embd=16), {(8, 16)}),
         (
-            ModelConfig(vocab_size=V, block_size=8, n_head=2, n_embd=16, bigram_embed=True, value_embed=True),
+            ModelConfig(vocab_size=V, block_size=8, n_head=2, n_embd=16, bigram_embed=True),
             {(8, 16)},
         ),
         (ModelConfig(kind="bigram", vocab_size=V, block_size=8), set()),
@@ -88,11 +89,11 @@ def test_cudnn_attends_to_even_contexts_alone(gpu):
 
 def test_a_kernel_that_is_not_repeatable_is_named_at_the_start(gpu):
     config = ModelConfig(vocab_size=V, block_size=1024, n_head=2, n_embd=128, precision="bfloat16")
-    assert "attention: cudnn; its gradients are not repeatable" in model.describe(config)
+    assert "attention: cudnn; its gradients are not repeatable" in cost.describe(config)
     for other in (dict(block_size=256), dict(precision="float32"), dict(dropout=0.1), dict(block_size=1023)):
-        assert "repeatable" not in model.describe(dataclasses.replace(config, **other))
+        assert "repeatable" not in cost.describe(dataclasses.replace(config, **other))
     deterministic = dataclasses.replace(config, deterministic=True)
-    assert "attention: blocked" in model.describe(deterministic)
-    assert "repeatable" not in model.describe(deterministic)
+    assert "attention: blocked" in cost.describe(deterministic)
+    assert "repeatable" not in cost.describe(deterministic)
     assert kernels.kernel(deterministic, 256, dropped=False) == "cudnn"
-    assert "repeatable" not in model.describe(ModelConfig(kind="bigram", vocab_size=V, precision="bfloat16"))
+    assert "repeatable" not in cost.describe(ModelConfig(kind="bigram", vocab_size=V, precision="bfloat16"))

@@ -158,7 +158,7 @@ def test_a_batch_lies_where_it_is_computed(small):
     assert all(moment.sharding == kernel.sharding for moment in moments)
 
 
-ALL = dict(bias=True, tie_weights=False, smear=True, bigram_embed=True, value_embed=True)
+ALL = dict(bias=True, tie_weights=False, smear=True, bigram_embed=True)
 
 
 @pytest.mark.parametrize(

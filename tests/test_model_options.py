@@ -26,7 +26,6 @@ OPTIONS = [
     {"softcap": 5.0},
     {"smear": True},
     {"bigram_embed": True},
-    {"value_embed": True},
     {"precision": "bfloat16"},
     {"zero_init": True, "tie_weights": False},
 ]
@@ -88,14 +87,11 @@ def test_zero_init_starts_as_the_uniform_guess():
     np.testing.assert_array_equal(forward(config, model.init_params(config, KEY), IDX), 0)
 
 
-@pytest.mark.parametrize("option", ["smear", "bigram_embed", "value_embed"])
+@pytest.mark.parametrize("option", ["smear", "bigram_embed"])
 def test_what_starts_from_none_changes_nothing_at_the_start(option):
     config = changed(**{option: True})
     params = model.init_params(config, KEY)
     plain = {name: value for name, value in params.items() if name not in ("smear", "bigram")}
-    for block in ("h_0", "h_1"):
-        attn = {name: value for name, value in params[block]["attn"].items() if name != "value_embed"}
-        plain[block] = {**params[block], "attn": attn}
     np.testing.assert_array_equal(forward(config, params, IDX), forward(SMALL, plain, IDX))
 
 

@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from jaxgpt.files import cache_dir
+from jaxgpt.cli.places import cache_dir
 
 MAX_BYTES = 256 * 2**20
 """Size of all compiled programs of a user; one has 10 to 200 kB on a CPU."""

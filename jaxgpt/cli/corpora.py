@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt import files
+from jaxgpt.cli import places
 from jaxgpt.corpus import Corpus, CorpusError, load, mix
 
 NAMED = ("python-docs", "python-stdlib", "shakespeare")
@@ -72,7 +72,7 @@ def folders_of(meta: dict[str, Any], data_dir: Path) -> list[Path]:
 
 def cached_folder(name: str) -> Path | None:
     """Where the copy of a prepared folder at a URL is kept, by the name that `folder_of` gives."""
-    cache = files.cache_dir()
+    cache = places.cache_dir()
     return cache / "corpora" / name if cache else None
 
 

@@ -10,13 +10,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
-from jaxgpt import cost
 from jaxgpt.config import Config, ModelConfig, UsageError, replaced
 from jaxgpt.data import DEVICE_TOKENS
 from jaxgpt.kernels import BLOCKED
 from jaxgpt.loss import logits_at_once
-from jaxgpt.sharding import Shards
+from jaxgpt.monitor import cost
+
+
+class Shards(NamedTuple):
+    """Into how many shards a mesh splits the train state and the batch."""
+
+    state: int = 1
+    batch: int = 1
+    per_host: int = 1
+    """Devices of this process. On CPUs they share its memory."""
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> "Shards":
+        n = mesh.shape
+        local = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
+        return cls(n["fsdp"] * n["tensor"], n["data"] * n["fsdp"] * n["context"], local)
+
 
 ONE = Shards()
 ELSEWHERE = "a run that has begun cannot be made smaller; resume it where there is more memory"

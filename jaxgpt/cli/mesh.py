@@ -3,8 +3,8 @@
 import jax
 from jax.sharding import Mesh
 
-from jaxgpt import cost
 from jaxgpt.config import Config
+from jaxgpt.monitor import cost
 from jaxgpt.sharding import MeshError, Sizes, make_mesh
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxgpt import config as configs
-from jaxgpt import files, model, processes
+from jaxgpt import model, processes
 from jaxgpt import start as core
-from jaxgpt.cli import corpora, memory
+from jaxgpt.cli import corpora, memory, places
 from jaxgpt.config import Config, UsageError, check
 from jaxgpt.corpus import Corpus, CorpusError, load
 from jaxgpt.run import Run
@@ -38,7 +38,7 @@ def start(
     """
     check(config, new=True)
     Run.require_free(runs_dir, name)
-    files.require_writable(runs_dir, "--runs-dir")
+    places.require_writable(runs_dir, "--runs-dir")
     require_room(config, 0)
     corpus = tokens_of(config, data_dir)
     config = resolve(config, corpus)

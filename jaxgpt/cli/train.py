@@ -61,16 +61,16 @@ def run(args: list[str]) -> int:
 def _fit(given: Train, existing: Run | None) -> int:
     import jax
 
-    from jaxgpt import model, processes
+    from jaxgpt import processes
     from jaxgpt.cli import memory
     from jaxgpt.cli.join import join
     from jaxgpt.cli.mesh import mesh_for
     from jaxgpt.cli.runs import resume, start
-    from jaxgpt.monitor import loggers
+    from jaxgpt.monitor import cost, loggers
     from jaxgpt.monitor.chips import rate
     from jaxgpt.monitor.spikes import sampler, with_spikes
     from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay
-    from jaxgpt.sharding import Shards, Sizes
+    from jaxgpt.sharding import Sizes
     from jaxgpt.train import fit
 
     loggers.require(given.log)
@@ -83,7 +83,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     runs_dir, data_dir = given.folders.runs_dir, given.folders.data_dir
 
     def require_room(config: Config, n_tokens: int) -> None:
-        memory.require(config, n_tokens, new=not existing, shards=Shards.of(mesh_for(config, sizes)[0]))
+        memory.require(config, n_tokens, new=not existing, shards=memory.Shards.of(mesh_for(config, sizes)[0]))
 
     if existing:
         run, config = existing, given.config
@@ -98,7 +98,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     mesh, why = mesh_for(config, sizes)
     require_room(config, len(corpus.split(config.data)[0]))
     with jax.set_mesh(mesh):
-        console.print(model.describe(config.model))
+        console.print(cost.describe(config.model))
     console.print(why)
     with (
         TrainingDisplay(console, config.train.steps, rate(config)) as display,

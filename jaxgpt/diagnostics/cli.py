@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxgpt.cli import places
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Checkpoint, Folders, RunName, parse, typed
 from jaxgpt.config import UsageError
@@ -59,10 +60,10 @@ def run(args: list[str]) -> int:
     use_compile_cache()
     run = Run.open(given.folders.runs_dir, given.run)
     config = run.config
-    files.require_file(given.json, "--json")
+    places.require_file(given.json, "--json")
     if given.plots:
         charts.require()
-        files.require_writable(given.plots, "--plots")
+        places.require_writable(given.plots, "--plots")
     corpus = corpus_of(run, given.folders.data_dir)
     train, val = corpus.split(config.data)
     text = val[: max(config.model.block_size, 384) + 1]

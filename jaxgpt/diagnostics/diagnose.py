@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from jaxgpt import cost, model, prng
+from jaxgpt import model, prng
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, UsageError
 from jaxgpt.data import Batch, Ids, estimate_starts, take
@@ -18,6 +18,7 @@ from jaxgpt.diagnostics import derivatives, inside
 from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.derivatives import Lanczos, NoiseScale, mean_loss
 from jaxgpt.display.text import visible
+from jaxgpt.monitor import cost
 from jaxgpt.step import init_state
 
 PROBES, GRID = 8, 13

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt import cost
 from jaxgpt.diagnostics.derivatives import NoiseScale
 from jaxgpt.diagnostics.diagnose import Attention, Curvature, Influence, Landscape, Subject
 from jaxgpt.diagnostics.inside import Lens, Scores
+from jaxgpt.monitor import cost
 
 LONGEST = 20_000
 """Elements of an array, at most, that are written as JSON; of a larger array only the shape is."""

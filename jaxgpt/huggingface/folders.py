@@ -15,7 +15,7 @@ from jaxgpt.corpus import read_meta
 from jaxgpt.huggingface import gpt2
 from jaxgpt.huggingface.gpt2 import InteropError
 from jaxgpt.model import Params
-from jaxgpt.recipes import command
+from jaxgpt.monitor.facts import command
 from jaxgpt.run import Run, RunError
 from jaxgpt.start import load_checkpoint
 from jaxgpt.tokenizer import Tokenizer, from_json

@@ -27,7 +27,7 @@ DTYPES = ("F32", "BF16", "F16")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of PyTorch's files, which are not read."""
 NOT_GPT2 = ["position", "norm", "mlp", "qk_norm", "n_kv_head", "window", "softcap", "smear"]
-NOT_GPT2 += ["bigram_embed", "value_embed"]
+NOT_GPT2 += ["bigram_embed"]
 """Options of our blocks that GPT-2 does not have."""
 SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head"}
 SIZES |= {"n_embd": "n_embd"}

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from jaxgpt.cli import places
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import DataDir, parse
 from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig, UsageError, check
@@ -44,8 +45,8 @@ def run(args: list[str]) -> int:
     rungs: tuple[Rung, ...] = (*ladder.RUNGS[:-1], ladder.FULL) if given.full else ladder.RUNGS
     if given.steps:
         rungs = tuple(replace(rung, steps=given.steps) for rung in rungs)
-    files.require_file(given.plot, "--plot")
-    files.require_file(given.json, "--json")
+    places.require_file(given.plot, "--plot")
+    places.require_file(given.json, "--json")
     if given.plot:
         charts.require(given.plot)
     longest = ModelConfig(block_size=max(rung.block_size for rung in rungs))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import jax
 
-from jaxgpt import cost
 from jaxgpt.config import Config, ModelConfig
+from jaxgpt.monitor import cost
 
 
 @dataclass(frozen=True)

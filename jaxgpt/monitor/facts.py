@@ -1,14 +1,16 @@
 """A run as plain values, read from its directory: loads no model, writes nothing."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
-from jaxgpt import cost, recipes
 from jaxgpt.config import Config, differences
+from jaxgpt.monitor import cost
 from jaxgpt.monitor.chips import peak, utilisation
 from jaxgpt.monitor.terminal import duration
+from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run
 
 POINTS = 3000
@@ -137,7 +139,7 @@ def gather(run: Run, points: int = POINTS, called: str = "") -> Facts:
     as_typed = config
     if config.model.vocab_size == run.tokenizer.vocab_size:  # as with the default, 0
         as_typed = replace(config, model=replace(config.model, vocab_size=0))
-    recipe = recipes.nearest(as_typed)
+    recipe = nearest(as_typed)
 
     def curve(field: str) -> Points:
         return thinned([(line["step"], line[field]) for line in lines if line.get(field) is not None], points)
@@ -146,8 +148,8 @@ def gather(run: Run, points: int = POINTS, called: str = "") -> Facts:
         name=called or run.path.resolve().name,
         config=config,
         recipe=recipe,
-        changes=recipes.changes(recipe, as_typed),
-        command=recipes.command(as_typed),
+        changes=changes(recipe, as_typed),
+        command=command(as_typed),
         corpus=run.corpus_meta,
         n_params=cost.n_params(config.model),
         resume=run.resume_command,
@@ -164,6 +166,30 @@ def gather(run: Run, points: int = POINTS, called: str = "") -> Facts:
         learning_rate=curve("learning_rate"),
         speed=speeds(events),
     )
+
+
+def nearest(config: Config) -> str:
+    """The name of the recipe from which `config` differs in the fewest settings."""
+    return min(RECIPES, key=lambda name: len(changes(name, config)))
+
+
+def changes(name: str, config: Config) -> list[tuple[str, Any, Any]]:
+    """(field, in the recipe, in `config`) of every setting in which they differ."""
+    return [
+        (field, was, value)
+        for field, was, value in differences(RECIPES[name].config, config)
+        if field != "decay_steps" or value != config.train.steps  # what 0 stands for
+    ]
+
+
+def command(config: Config) -> str:
+    """A `jaxgpt train` command that makes `config`: the recipe nearest to it, and what differs."""
+    name = nearest(config)
+    words = ["jaxgpt", "train", name]
+    for field, _, value in changes(name, config):
+        flag = field.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return shlex.join(words)
 
 
 def thinned(points: Points, n: int) -> Points:

@@ -7,9 +7,9 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 
-from jaxgpt import cost
 from jaxgpt.config import Config
 from jaxgpt.loss import LOGITS
+from jaxgpt.monitor import cost
 from jaxgpt.monitor.chips import Chip, flops_per_token
 from jaxgpt.profile.hlo import Collectives
 from jaxgpt.sharding import Sizes

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from jaxgpt import cost
 from jaxgpt.cli.memory import size
 from jaxgpt.cli.mesh import divisors
 from jaxgpt.config import Config, replaced
+from jaxgpt.monitor import cost
 from jaxgpt.plan.estimate import Step, estimate
 from jaxgpt.plan.plan import Plan, possible
 from jaxgpt.sharding import Sizes

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import cast
 
 from jaxgpt import files
+from jaxgpt.cli import places
 from jaxgpt.cli.corpora import NAMED, is_ours, is_url, local_path
 from jaxgpt.config import MissingExtraError, UsageError
 from jaxgpt.prepare import documents
@@ -208,7 +209,7 @@ def python_stdlib() -> Text:
 
 def shakespeare() -> Text:
     """Tiny Shakespeare: $JAXGPT_DATA (the file or its folder), data/, or a checked download into the cache."""
-    paths = [folder / "tinyshakespeare.txt" for folder in (Path("data"), files.cache_dir()) if folder]
+    paths = [folder / "tinyshakespeare.txt" for folder in (Path("data"), places.cache_dir()) if folder]
     if given := os.environ.get("JAXGPT_DATA"):
         paths = [local_path(given)]
         if paths[0].is_dir():

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from jaxgpt.cli import places
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Folders, parse, refuse_unused, take_recipe
 from jaxgpt.config import Config, UsageError
@@ -43,15 +44,14 @@ def run(args: list[str]) -> int:
     unused = {"measure": printed, "out": printed, "profile": printed or unmeasured, "roofline": printed or unmeasured}
     refuse_unused(given, default, unused)
 
-    from jaxgpt import files
     from jaxgpt.cli.runs import complete
     from jaxgpt.display import charts
     from jaxgpt.profile import inspection, plots, report
 
-    files.require_file(given.out, "--out")
-    files.require_file(given.roofline, "--roofline")
+    places.require_file(given.out, "--out")
+    places.require_file(given.roofline, "--roofline")
     if given.profile:
-        files.require_writable(given.profile, "--profile")
+        places.require_writable(given.profile, "--profile")
     if given.roofline:
         charts.require(given.roofline)
     use_compile_cache()

@@ -16,6 +16,7 @@ from jaxgpt import matmul, model, prng
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.data import Batch
+from jaxgpt.monitor import cost
 from jaxgpt.profile import hlo, roofline, trace
 from jaxgpt.profile.programs import Program, programs, xla_counts
 from jaxgpt.profile.report import Report, Rows, facts
@@ -60,7 +61,7 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: P
         "Instructions of a step, by kernel": kernel_rows(found["step"].text),
     }
     calls = sorted(hlo.custom_calls(found["step"].text))
-    notes = [model.describe(config.model), *NOTES, f"custom calls: {', '.join(calls) or 'none'}"]
+    notes = [cost.describe(config.model), *NOTES, f"custom calls: {', '.join(calls) or 'none'}"]
     figures: dict[str, Any] = {}
     if measured:
         more, measured_notes, figures = measure(config, found["step"], trace_folder)

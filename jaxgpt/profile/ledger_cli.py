@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxgpt.cli import places
 from jaxgpt.cli.options import DataDir, parse, take_recipe
 from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import recipe
@@ -36,7 +37,6 @@ def run(args: list[str]) -> int:
     if given.rounds < 1:
         raise UsageError(f"rounds is {given.rounds}, expected 1 or more")
 
-    from jaxgpt import files
     from jaxgpt.cli.runs import complete
     from jaxgpt.display import charts
     from jaxgpt.profile import ledger, plots, report
@@ -46,8 +46,8 @@ def run(args: list[str]) -> int:
     ledger.choose(variants)  # raises if there is no such variant
     name = Path(name).stem  # of a recipe that is a file
     out = given.out or Path(f"ledger-{name}.json")
-    files.require_file(out, "--out")
-    files.require_file(given.plot, "--plot")
+    places.require_file(out, "--out")
+    places.require_file(given.plot, "--plot")
     if given.plot:
         charts.require(given.plot)
     found = ledger.measure(complete(given.config, given.data_dir), name, variants, given.rounds, given.seconds)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxgpt import files
+from jaxgpt.cli import places
 from jaxgpt.config import UsageError
 from jaxgpt.display.charts import save
 from jaxgpt.monitor.facts import POINTS, Facts, gather
@@ -50,7 +51,7 @@ class Made:
         specs = charts(self.runs, self.looks)
         if attention := self.looks[chosen(self.runs, self.looks)].attention:
             specs["attention"] = maps(attention)
-        files.require_writable(folder, "--png")
+        places.require_writable(folder, "--png")
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{name}{suffix}" for name in specs for suffix in (".png", ".svg")]
         for path in paths:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxgpt import config as configs
-from jaxgpt import cost
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError, replaced
+from jaxgpt.monitor import cost
 from jaxgpt.scaling_law.law import Point
 from jaxgpt.sweep.grid import Member
 

@@ -6,8 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import cost
 from jaxgpt.config import UsageError
+from jaxgpt.monitor import cost
 from jaxgpt.run import Run, RunError
 
 

@@ -8,7 +8,6 @@ import jax
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, replaced
 from jaxgpt.optimizer import Hyperparameters
-from jaxgpt.sharding import Shards
 
 MAPPED = Hyperparameters._fields
 """Settings that one program takes as arrays, float32 except the seed."""
@@ -69,7 +68,7 @@ def most(config: Config, devices: int, at_once: int = 0) -> int:
     """How many members train at once, a multiple of `devices`. Raises OutOfMemoryError: not one for each device."""
     cpu = jax.default_backend() == "cpu"
     try:
-        memory.require(config, shards=Shards(per_host=devices if cpu else 1))
+        memory.require(config, shards=memory.Shards(per_host=devices if cpu else 1))
     except memory.OutOfMemoryError as error:
         if devices == 1:
             raise

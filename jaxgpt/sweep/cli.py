@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from jaxgpt import machine
+from jaxgpt.cli import places
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import DataDir, parse, take_recipe
 from jaxgpt.config import Config, UsageError, replaced, to_json, to_tree
@@ -94,14 +95,13 @@ def train(
         jax.config.update("jax_num_cpu_devices", min(machine.cores(), len(members)))
     from rich.progress import Progress
 
-    from jaxgpt import files
     from jaxgpt.cli import runs
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.sweep import view
     from jaxgpt.sweep.chunks import split
     from jaxgpt.sweep.results import SweepFolder
 
-    files.require_writable(given.sweeps_dir, "--sweeps-dir")
+    places.require_writable(given.sweeps_dir, "--sweeps-dir")
     devices = jax.devices()[: len(members)]
     split([member.config for member in members], len(devices), given.at_once)  # raises if one does not fit
     longest = max(member.config.model.block_size for member in members)

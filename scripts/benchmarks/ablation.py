@@ -41,7 +41,6 @@ ADDED: dict[str, Change] = {
     "window 16": ({"window": 16}, {}),
     "smear": ({"smear": True}, {}),
     "bigram embed": ({"bigram_embed": True}, {}),
-    "value embed": ({"value_embed": True}, {}),
     "muon": ({}, MUON),
 }
 REMOVED: dict[str, Change] = {

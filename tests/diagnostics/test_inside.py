@@ -27,7 +27,7 @@ IDS = np.random.default_rng(0).integers(0, 11, 29)
 SMALL = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=4, n_embd=16)
 MODERN = dataclasses.replace(
     SMALL, position="rope", norm="rms", mlp="relu2", qk_norm=True, n_kv_head=2, window=3, softcap=5.0,
-    value_embed=True, smear=True, tie_weights=False, dropout=0.3, remat="blocks", scan_layers=True,
+    smear=True, tie_weights=False, dropout=0.3, remat="blocks", scan_layers=True,
 )  # fmt: skip
 IDX = jax.random.randint(jax.random.key(1), (3, 8), 0, 11)
 maps_of = jax.jit(inside.attention_maps, static_argnums=0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxgpt.checkpoint import Checkpoints, DamagedError
 from jaxgpt.cli.runs import start
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from jaxgpt.cost import n_params
+from jaxgpt.monitor.cost import n_params
 from jaxgpt.run import Run, RunError
 from jaxgpt.verify.resume import compare
 from tests.faults import child

@@ -15,7 +15,8 @@ from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, Trai
 from jaxgpt.corpus import CorpusError
 from jaxgpt.huggingface import folders, gpt2
 from jaxgpt.huggingface.gpt2 import InteropError
-from jaxgpt.recipes import FINETUNE, RECIPES, command
+from jaxgpt.monitor.facts import command
+from jaxgpt.recipes import FINETUNE, RECIPES
 from jaxgpt.run import Run
 from jaxgpt.sample import write
 from jaxgpt.start import load_checkpoint, load_model

@@ -4,9 +4,10 @@ import json
 import jax
 import pytest
 
-from jaxgpt import cli, cost, model
+from jaxgpt import cli, model
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, UsageError
 from jaxgpt.display import charts
+from jaxgpt.monitor import cost
 from jaxgpt.profile import hlo, inspection, plots, report, roofline
 from jaxgpt.profile.programs import programs, xla_counts
 from jaxgpt.profile.roofline import Machine, Part

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from jaxgpt import config as configs
-from jaxgpt import cost
 from jaxgpt.cli import run_command
+from jaxgpt.monitor import cost
 from jaxgpt.scaling_law import family, law
 from jaxgpt.scaling_law.cli import ScalingFit
 from jaxgpt.sweep.results import SweepFolder

@@ -4,8 +4,9 @@ import itertools
 import jax
 import pytest
 
-from jaxgpt import cost, model
+from jaxgpt import model
 from jaxgpt.config import ModelConfig
+from jaxgpt.monitor import cost
 from jaxgpt.monitor.chips import flops_per_token
 
 SMALL = ModelConfig(vocab_size=13, block_size=8, n_layer=2, n_head=2, n_embd=16)
@@ -27,7 +28,7 @@ OPTIONS = [
     {"norm": "rms", "bias": True},
     {"mlp": "swiglu", "bias": True},
     {"mlp": "relu2", "n_kv_head": 1, "bias": True},
-    {"n_kv_head": 2, "n_head": 4, "value_embed": True},
+    {"n_kv_head": 2, "n_head": 4},
     {"position": "rope", "qk_norm": True, "smear": True, "bigram_embed": True},
     {"zero_init": True, "softcap": 15.0, "window": 3, "tie_weights": False},
 ]

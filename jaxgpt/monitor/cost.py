@@ -1,9 +1,14 @@
-"""The number of parameters of a model, and the shapes of its kernels."""
+"""The size of a model: its parameters, the shapes of its kernels, and a line that says both."""
 
 import dataclasses
 from functools import lru_cache
 
+import jax
+
+from jaxgpt import matmul, prng
 from jaxgpt.config import ModelConfig
+from jaxgpt.kernels import kernel, repeatable
+from jaxgpt.model import init_params, swiglu_width
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -12,11 +17,6 @@ FLOAT = 4
 @lru_cache(maxsize=1024)
 def n_params(config: ModelConfig) -> int:
     """Number of parameters; an unknown vocab_size (0) counts as 1."""
-    import jax
-
-    from jaxgpt import prng
-    from jaxgpt.model import init_params  # which imports this module
-
     one_block = dataclasses.replace(config, n_layer=1, vocab_size=max(1, config.vocab_size))  # all blocks are alike
     shapes = jax.eval_shape(lambda: init_params(one_block, prng.key(0)))
     return sum(
@@ -35,6 +35,14 @@ def kernels(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return attention | {"c_fc": (C, 4 * C), "mlp/c_proj": (4 * C, C)}
 
 
-def swiglu_width(C: int) -> int:
-    """Hidden channels of a SwiGLU with about the 8 C² parameters of the other MLPs: 8 C / 3, a multiple of 8."""
-    return 8 * max(1, round(C / 3))
+def describe(config: ModelConfig) -> str:
+    """One line for people: the size of a model, its compute dtype and attention kernel here, and whether training with
+    that kernel is not repeatable."""
+    line = f"{n_params(config):,} parameters, {matmul.resolve(config.precision)} matmuls"
+    if config.kind == "bigram":
+        return line
+    plain, dropped = (kernel(config, config.block_size, dropped) for dropped in (False, config.dropout > 0))
+    line += f", attention: {plain}" + (f" ({dropped} while weights are dropped)" if dropped != plain else "")
+    if not repeatable(dropped, config.block_size):
+        line += "; its gradients are not repeatable, so resumed runs differ by rounding; --deterministic avoids it"
+    return line
