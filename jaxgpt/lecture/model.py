@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxgpt import prng
 from jaxgpt.attention import attention, causal_mask
 
 Params = dict[str, Any]
@@ -81,7 +82,7 @@ def forward(rung: Rung, params: Params, idx: jax.Array, dropout_key: jax.Array |
     def drop(x: jax.Array) -> jax.Array:
         if keys is None or not rung.dropout:
             return x
-        return jnp.where(jax.random.bernoulli(next(keys), 1 - rung.dropout, x.shape), x / (1 - rung.dropout), 0)
+        return jnp.where(prng.keep_mask(next(keys), 1 - rung.dropout, x.shape), x / (1 - rung.dropout), 0)
 
     x = params["tokens"][idx] + params["positions"][None, : idx.shape[1]]
     for block in params["blocks"]:
