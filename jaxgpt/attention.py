@@ -11,7 +11,9 @@ from jaxgpt import matmul
 from jaxgpt.config import ModelConfig
 from jaxgpt.matmul import Precision
 
-Drop = Callable[[jax.Array], jax.Array]
+Weights = Callable[[jax.Array], jax.Array]
+Drop = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""A block (..., T, S) of an array, its rows (T,) and columns (S,) -> the block after dropout."""
 
 
 def attention(
@@ -21,7 +23,7 @@ def attention(
     mask: jax.Array | None = None,
     *,
     scale: float | None = None,
-    drop: Drop | None = None,
+    drop: Weights | None = None,
     precision: Precision = "float32",
 ) -> jax.Array:
     """The notes' attention: `softmax(mask(q @ k.T)) @ v`.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt import matmul, sharding
-from jaxgpt.attention import Drop, attention, attention_mask, causal_mask
+from jaxgpt.attention import Drop, attention, attention_mask
 from jaxgpt.config import ModelConfig
 from jaxgpt.matmul import to_compute_dtype
 
@@ -25,9 +25,8 @@ def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
     Args:
       dropped: whether weights are dropped, as in training with dropout, which the fused kernels cannot.
     """
-    if dropped:
-        return "reference"
-    if sharding.num_shards("time") == 1 and matmul.resolve(config.precision) == "bfloat16":  # of whole contexts
+    whole = sharding.num_shards("time") == 1  # each device has whole contexts
+    if not dropped and whole and matmul.resolve(config.precision) == "bfloat16":
         backend, D = sharding.platform(), config.n_embd // config.n_head
         allowed = not config.deterministic or repeatable("cudnn", T)
         if backend == "gpu" and D % 8 == 0 and D <= 128 and T % 2 == 0 and allowed:
@@ -50,7 +49,7 @@ def causal_attention(
     config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None = None
 ) -> jax.Array:
     """`attention` of each token to its past, or to the last `config.window` of it, by the fastest `kernel`: queries
-    (B, H, T, D), keys and values (B, kv, T, D) -> (B, H, T, D). `drop` is applied to the weights."""
+    (B, H, T, D), keys and values (B, kv, T, D) -> (B, H, T, D). `drop` is applied to the weights, block by block."""
     H, T = q.shape[1:3]
     used = kernel(config, T, drop is not None)
     if used == "cudnn":
@@ -59,8 +58,17 @@ def causal_attention(
     if used == "splash":
         return sharding.by_device(_splash, "batch", "width")(q, k, v)
     if used == "blocked":
-        return blocked(config, q, k, v)
-    return attention(q, k, v, causal_mask(T, config.window)[None, None], drop=drop, precision=config.precision)
+        return blocked(config, q, k, v, drop)
+    return _attend(config, q, k, v, jnp.arange(T), jnp.arange(T), drop)
+
+
+def _attend(
+    config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, t: jax.Array, s: jax.Array, drop: Drop | None
+) -> jax.Array:
+    """The reference of queries (B, H, T, D) at positions t (T,) to keys and values (B, H, S, D) at s (S,)."""
+    mask = attention_mask(t, s, config.window)[None, None]
+    weights = None if drop is None else lambda weights: drop(weights, t, s)
+    return attention(q, k, v, mask, drop=weights, precision=config.precision)
 
 
 def repeat_kv(x: jax.Array, H: int) -> jax.Array:
@@ -68,7 +76,7 @@ def repeat_kv(x: jax.Array, H: int) -> jax.Array:
     return x if x.shape[1] == H else jnp.repeat(x, H // x.shape[1], axis=1)
 
 
-def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None = None) -> jax.Array:
     """Causal `attention` of one block of queries at a time, (B, H, T, D) each.
 
     The weights of all pairs never exist at once, and most of the masked half never; the backward pass recomputes them
@@ -76,13 +84,12 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
     """
     T = q.shape[2]
     if sharding.num_shards("time") > 1:
-        return _blocked_split(config, q, k, v)
+        return _blocked_split(config, q, k, v, drop)
     size = max(BLOCK, -(-T // 16))
 
     @partial(jax.checkpoint, static_argnums=(3, 4))
     def block(q: jax.Array, k: jax.Array, v: jax.Array, start: int, first: int) -> jax.Array:
-        mask = attention_mask(start + jnp.arange(q.shape[2]), first + jnp.arange(k.shape[2]), config.window)
-        return attention(q, k, v, mask[None, None], precision=config.precision)
+        return _attend(config, q, k, v, start + jnp.arange(q.shape[2]), first + jnp.arange(k.shape[2]), drop)
 
     done = []
     for start in range(0, T, size):
@@ -92,7 +99,7 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
     return jnp.concatenate(done, axis=2)
 
 
-def _blocked_split(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _blocked_split(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None) -> jax.Array:
     """`blocked` where the queries are sharded: all devices at once go through theirs block by block."""
     B, H, T, D = q.shape
     over = sharding.num_shards("time")
@@ -104,8 +111,13 @@ def _blocked_split(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array
     def block(each: tuple[jax.Array, jax.Array]) -> jax.Array:
         q, places = each
         q = sharding.constrain(q, "batch", "width", "time", None, None)
-        mask = attention_mask(places.reshape(-1), jnp.arange(T), config.window).reshape(over, size, T)
-        return attention(q, k[:, :, None], v[:, :, None], mask[None, None], precision=config.precision)
+        t, s = places.reshape(-1), jnp.arange(T)
+        mask = attention_mask(t, s, config.window).reshape(over, size, T)
+
+        def dropped(weights: jax.Array) -> jax.Array:
+            return drop(weights.reshape(B, H, over * size, T), t, s).reshape(weights.shape) if drop else weights
+
+        return attention(q, k[:, :, None], v[:, :, None], mask[None, None], drop=dropped, precision=config.precision)
 
     out = jax.lax.map(block, (blocks, places))
     return jnp.moveaxis(out, 0, 3).reshape(B, H, T, D)

@@ -98,15 +98,24 @@ def rms_norm(x: jax.Array) -> jax.Array:
 
 
 class Dropout(nn.Module):
-    """Zero each entry with probability `rate` and scale up the others. Flax's own cannot take a traced rate."""
+    """Zero each entry of (..., T, S) with probability `rate` and scale up the others. Flax's own cannot take a traced
+    rate."""
 
     rate: jax.Array | float
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        keep = 1.0 - self.rate
-        kept = prng.keep_mask(self.make_rng("dropout"), keep, x.shape)
-        return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+        return self.drop()(x, *map(jnp.arange, x.shape[-2:]))
+
+    @nn.compact
+    def drop(self) -> Drop:
+        """The same of blocks of one array: a block (..., T', S'), its rows (T',) and columns (S',) -> the block."""
+        key, keep = self.make_rng("dropout"), 1.0 - self.rate
+
+        def drop(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+            kept = prng.keep_mask(key, keep, x.shape[:-2], rows, columns)
+            return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+
+        return drop
 
 
 def dropout(rate: Rate, name: str) -> Callable[[jax.Array], jax.Array]:
@@ -146,7 +155,7 @@ class MultiHeadAttention(nn.Module):
         if cfg.position == "rope":
             first = 0 if start is None else start
             q, k = rotate(q, first), rotate(k, first)
-        drop = None if self.dropout is None else Dropout(self.dropout, name="drop_weights")
+        drop = None if self.dropout is None else Dropout(self.dropout, name="drop_weights").drop()
         out = self.attend(q, k, v, start, drop).swapaxes(1, 2).reshape(B, T, C)
         return dropout(self.dropout, "drop_out")(residual(cfg, "c_proj")(out))
 

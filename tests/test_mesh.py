@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import data as batches
-from jaxgpt import kernels, loss, model, sharding
+from jaxgpt import kernels, loss, model, prng, sharding
 from jaxgpt.attention import attention, causal_mask
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli import mesh
@@ -243,13 +243,20 @@ def test_where_it_trains_and_why_is_told(small, monkeypatch):
 
 
 def test_long_contexts_split_over_devices_are_attended_exactly(small, change):
+    def drop(x, rows, columns):
+        return jnp.where(prng.keep_mask(prng.key(3), 0.7, x.shape[:-2], rows, columns), x / 0.7, 0)
+
     config = change(small, block_size=512).model
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 512, 8))
     with jax.set_mesh(mesh_of("context=4,tensor=2")):
         assert kernels.kernel(config, 512, dropped=False) == "blocked"
         found = jax.jit(lambda *x: kernels.causal_attention(config, *x))(q, k, v)
-    expected = attention(q, k, v, causal_mask(512)[None, None])
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+        dropped = jax.jit(lambda *x: kernels.causal_attention(config, *x, drop))(q, k, v)
+    mask = causal_mask(512)[None, None]
+    np.testing.assert_allclose(found, attention(q, k, v, mask), atol=1e-5)
+    places = jnp.arange(512)
+    expected = attention(q, k, v, mask, drop=lambda weights: drop(weights, places, places))
+    np.testing.assert_allclose(dropped, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("text", ["data=4,context=2", "data=2,fsdp=2,tensor=2", "fsdp=8"])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import attention, kernels, loss, model
+from jaxgpt import attention, kernels, loss, model, prng
 from jaxgpt.config import Config, ConfigError, ModelConfig, check
 from jaxgpt.loss import token_losses
 
@@ -148,6 +148,26 @@ def test_blocked_attention_is_the_reference(T, window):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [0, 140])
+def test_blocked_attention_drops_the_weights_that_the_reference_drops(window):
+    T = 300
+    config = changed(n_embd=32, block_size=T, window=window, dropout=0.3)
+    given = jax.random.normal(KEY, (4, 2, 4, T, 8))
+    assert kernels.kernel(config, T, dropped=True) == "blocked"
+
+    def drop(x, rows, columns):
+        return jnp.where(prng.keep_mask(KEY, 0.7, x.shape[:-2], rows, columns), x / 0.7, 0)
+
+    def whole(q, k, v):
+        weights = attention.attention_weights(q, k, attention.causal_mask(T, window)[None, None])
+        return drop(weights, jnp.arange(T), jnp.arange(T)) @ v
+
+    found = jax.jit(partial(with_gradients, partial(kernels.causal_attention, config, drop=drop)))(*given)
+    expected = jax.jit(partial(with_gradients, whole))(*given)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
 def largest(jaxpr):
     """The size of the largest array in a jaxpr."""
     sizes = [var.aval.size for eqn in jaxpr.eqns for var in eqn.outvars]
@@ -163,11 +183,16 @@ def test_a_long_context_never_has_all_pairs_at_once():
     config = changed(n_head=1, n_embd=8, block_size=T)
     shapes = [jax.ShapeDtypeStruct((1, 1, T, 8), "float32")] * 3
 
-    def total(q, k, v):
-        return kernels.causal_attention(config, q, k, v).sum()
+    def drop(x, rows, columns):
+        return x * prng.keep_mask(KEY, 0.7, x.shape[:-2], rows, columns)
 
-    jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(*shapes).jaxpr
-    assert largest(jaxpr) < T * T // 8
+    for given in (None, drop):
+
+        def total(q, k, v, given=given):
+            return kernels.causal_attention(config, q, k, v, given).sum()
+
+        jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(*shapes).jaxpr
+        assert largest(jaxpr) < T * T // 8
 
 
 def test_all_logits_never_exist_at_once_where_they_are_many():

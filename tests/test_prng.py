@@ -47,14 +47,18 @@ def test_no_flag_of_jax_changes_the_stream(expected, set_flags, flag, value):
     assert_equal(jax.jit(lambda: drawn(prng.key(1337)))(), expected[1337])
 
 
+def mask(key, keep, *shape):
+    return prng.keep_mask(key, keep, shape[:-2], *map(jnp.arange, shape[-2:]))
+
+
 def test_a_mask_keeps_its_share_without_a_pattern():
     """Shares, correlations of rows, columns and keys, and the spectrum, all within the noise of independent bits."""
     for keep in (0.5, 0.8, 0.999):
-        share = prng.keep_mask(prng.key(1), keep, (1000, 1000)).mean()
+        share = mask(prng.key(1), keep, 10, 100, 1000).mean()
         assert abs(share - keep) < 5 * (keep * (1 - keep)) ** 0.5 / 1000
-    bits = np.asarray(prng.keep_mask(prng.key(2), 0.5, (16, 16, 256))).reshape(256, 256) - 0.5
+    bits = np.asarray(mask(prng.key(2), 0.5, 2, 8, 16, 256)).reshape(256, 256) - 0.5
     keys = jax.random.split(prng.key(3), 256)
-    of_keys = np.asarray(jax.vmap(lambda key: prng.keep_mask(key, 0.5, (256,)))(keys)) - 0.5
+    of_keys = np.asarray(jax.vmap(lambda key: mask(key, 0.5, 16, 16))(keys)).reshape(256, 256) - 0.5
     for one in (bits, bits.T, of_keys, of_keys.T):
         correlations = one @ one.T / 64
         assert np.abs(correlations - np.eye(256)).max() < 6 / 256**0.5
@@ -63,6 +67,8 @@ def test_a_mask_keeps_its_share_without_a_pattern():
 
 
 def test_a_mask_is_a_function_of_the_place_alone():
-    whole = prng.keep_mask(prng.key(1), 0.7, (4, 6, 8))
-    assert_equal(prng.keep_mask(prng.key(1), 0.7, (2, 6, 8)), whole[:2])
-    assert_equal(jax.jit(lambda keep: prng.keep_mask(prng.key(1), keep, (4, 6, 8)))(0.7), whole)
+    whole = mask(prng.key(1), 0.7, 4, 6, 8)
+    assert_equal(mask(prng.key(1), 0.7, 2, 6, 8), whole[:2])
+    block = prng.keep_mask(prng.key(1), 0.7, (4,), jnp.arange(2, 5), jnp.arange(3, 8))
+    assert_equal(block, whole[:, 2:5, 3:8])
+    assert_equal(jax.jit(lambda keep: mask(prng.key(1), keep, 4, 6, 8))(0.7), whole)

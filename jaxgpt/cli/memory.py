@@ -78,7 +78,7 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
     In floats per token, for GPT-2's blocks L (16 C + 2 H T) + 2 C + V:
 
     - per block, 16 C: the inputs of norms (2 C), kernels (C, C, C, 4 C) and GELU (4 C), and q, k and v (3 C)
-    - and 2 H T: the attention weights before and after normalisation; 3 H T with dropout
+    - and 2 H T: the attention weights before and after normalization
     - after the blocks: the input and output of the last norm, and the logits
 
     Not counted: the gradient of the logits, which may replace them, masks, temporaries, attention weights that can be
@@ -93,7 +93,7 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
         return 2 * cost.FLOAT * batch_size * T * V  # the logits, and their gradient
     low = config.precision != "float32"
     columns = {name: n for name, (_, n) in cost.kernels(config).items()}
-    weights = config.n_head * T if config.dropout or (T < BLOCKED and not low) else 0
+    weights = config.n_head * T if T < BLOCKED and (config.dropout or not low) else 0
     if config.remat == "blocks":
         block = C
     elif recomputed or config.remat == "matmuls":
@@ -101,7 +101,7 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
     else:
         inputs = 5 * C + sum(columns[name] for name in ("query", "key", "value"))  # of norms and kernels; q, k, v
         hidden = (1 if config.mlp == "relu2" else 2) * columns["c_fc"]
-        block = inputs + hidden + (3 if config.dropout else 2) * weights
+        block = inputs + hidden + 2 * weights
     logits = min(V, logits_at_once() // (batch_size * T) + 1)
     floats = config.n_layer * block + (0 if recomputed else 2 * C) + logits
     return (cost.FLOAT // 2 if low else cost.FLOAT) * batch_size * T * floats

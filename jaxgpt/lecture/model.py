@@ -82,7 +82,8 @@ def forward(rung: Rung, params: Params, idx: jax.Array, dropout_key: jax.Array |
     def drop(x: jax.Array) -> jax.Array:
         if keys is None or not rung.dropout:
             return x
-        return jnp.where(prng.keep_mask(next(keys), 1 - rung.dropout, x.shape), x / (1 - rung.dropout), 0)
+        kept = prng.keep_mask(next(keys), 1 - rung.dropout, x.shape[:-2], *map(jnp.arange, x.shape[-2:]))
+        return jnp.where(kept, x / (1 - rung.dropout), 0)
 
     x = params["tokens"][idx] + params["positions"][None, : idx.shape[1]]
     for block in params["blocks"]:
