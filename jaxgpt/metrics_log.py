@@ -1,5 +1,6 @@
 """metrics.jsonl of a run in training, and the events that `fit` reports while it trains."""
 
+import hashlib
 import json
 import math
 import os
@@ -96,8 +97,9 @@ class MetricsLog:
         self._trained = 0, 0.0  # tokens and seconds in this process, without compilation, evaluation and saving
         self._began, self._clock = time.perf_counter(), float("nan")  # the clock is NaN in the first chunk
         self._unread: tuple[int, Metrics] | None = None
-        self._unwritten = b""
-        for line in run.metrics_file.read_bytes()[:n_bytes].splitlines() if n_bytes else ():
+        kept = run.metrics_file.read_bytes()[:n_bytes] if n_bytes else b""
+        self._n_bytes, self._sha256, self._unwritten = len(kept), hashlib.sha256(kept), b""
+        for line in kept.splitlines():
             self._count(json.loads(line))
         self._file = run.metrics_file.open("ab", buffering=0) if processes.is_primary() else None
         if self._file:
@@ -122,6 +124,11 @@ class MetricsLog:
         tokens, seconds = self._trained
         rate = tokens / seconds if seconds else None
         return {"tokens_per_second": rate, "trained_tokens": tokens, "trained_seconds": seconds}
+
+    @property
+    def digest(self) -> dict[str, Any]:
+        """Size and SHA-256 of what is written, as a checkpoint records it. Of process 0."""
+        return {"bytes": self._n_bytes, "sha256": self._sha256.hexdigest()}
 
     def add(self, begin: int, metrics: Metrics) -> None:
         """Log the steps from `begin` on, whose `metrics` (each (K,)) the device may still be computing."""
@@ -217,7 +224,9 @@ class MetricsLog:
         """Write what the disk takes; the error if that is not all."""
         try:
             while self._file and self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+                n = self._file.write(self._unwritten)
+                self._sha256.update(self._unwritten[:n])
+                self._n_bytes, self._unwritten = self._n_bytes + n, self._unwritten[n:]
         except OSError as error:
             return error
         self._unwritten = b""

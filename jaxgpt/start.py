@@ -50,7 +50,7 @@ def new_run(
         if weights is not None:
             state = TrainState(jnp.int32(0), weights, make_optimizer(config).init(weights))
             with Checkpoints(run.checkpoints, config.train.keep) as checkpoints:
-                checkpoints.save(state, identity(run, config, corpus.meta))
+                checkpoints.save(state, identity(config, corpus.meta) | {"metrics": digest(b"")})
             run.event("import", step=0, origin=origin)
 
     return Run.create(runs_dir, name, config, corpus.meta, save_weights)
@@ -84,25 +84,23 @@ def require_resumable(run: Run, was: Config, now: Config) -> None:
         )
 
 
-def identity(run: Run, config: Config, corpus_meta: dict[str, Any], n_bytes: int | None = None) -> dict[str, Any]:
-    """What a checkpoint records of its run, and a resume must find again.
-
-    Args:
-      n_bytes: of metrics.jsonl up to the checkpoint; None for all that it has now.
-    """
-    metrics = run.metrics_file.read_bytes()[:n_bytes] if run.metrics_file.exists() else b""
-    tokenizer = json.dumps(corpus_meta["tokenizer"], sort_keys=True)
+def identity(config: Config, corpus_meta: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint records of its run, beside the `digest` of metrics.jsonl, and a resume must find again."""
+    tokenizer = json.dumps(corpus_meta["tokenizer"], sort_keys=True).encode()
     return {
         "config": configs.to_tree(config),
         "tokens": corpus_meta["sha256"],
-        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
-        "metrics": {"bytes": len(metrics), "sha256": hashlib.sha256(metrics).hexdigest()},
+        "tokenizer": digest(tokenizer)["sha256"],
     }
+
+
+def digest(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def require_own(run: Run, config: Config, corpus_meta: dict[str, Any], manifest: Manifest) -> None:
     """Raise a RunError unless a checkpoint belongs to this config, corpus and tokenizer."""
-    saved, now = manifest.about, identity(run, config, corpus_meta)
+    saved, now = manifest.about, identity(config, corpus_meta)
     for name in ("tokens", "tokenizer"):
         if saved.get(name) != now[name]:
             raise RunError(
@@ -115,7 +113,7 @@ def require_own(run: Run, config: Config, corpus_meta: dict[str, Any], manifest:
 def require_metrics(run: Run, manifest: Manifest) -> None:
     """Raise a DamagedError unless the lines of metrics.jsonl up to a step are those of when it was saved."""
     saved = manifest.about["metrics"]
-    if identity(run, run.config, run.corpus_meta, saved["bytes"])["metrics"] != saved:
+    if digest(run.metrics_file.read_bytes()[: saved["bytes"]] if run.metrics_file.exists() else b"") != saved:
         raise DamagedError(f"the first {saved['bytes']:,} bytes of {run.metrics_file} are not those that were saved")
 
 

@@ -146,7 +146,7 @@ def save(run: Run, corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, st
     with save_errors(run, log, checkpoints):
         log.sync()
         record = partial(run.event, "save", step=int(state.step), **log.speed)
-        checkpoints.save(state, identity(run, run.config, corpus.meta), record)
+        checkpoints.save(state, identity(run.config, corpus.meta) | {"metrics": log.digest}, record)
     log.restart_clock()
 
 
