@@ -69,6 +69,23 @@ def test_the_parts_encode_to_what_the_whole_encodes_to(text, size, step):
         assert [ids for part in parts for ids in split(part)] == split(text)
 
 
+@given(HARD, st.integers(1, 8), st.integers(1, 9))
+def test_the_parts_after_any_part_follow_from_the_text_after_it(text, size, step):
+    with mock.patch.object(encode, "LONGEST_WORD", 8):
+        parts = list(split_words([text], size))
+        for n in range(len(parts)):
+            begin = len("".join(parts[:n]))
+            rest = [text[i : i + step] for i in range(begin, len(text), step)]
+            assert list(split_words(rest, size, begin)) == parts[n:]
+
+
+@given(st.text(st.sampled_from("a \n\ud800"), max_size=30), st.integers(1, 9))
+def test_surrogates_can_be_left_out_before_or_after_the_text_is_cut(text, size):
+    kept = tokenizer.drop_unknown(TOKENIZER, text)
+    parts = [tokenizer.drop_unknown(TOKENIZER, part) for part in split_words([text], size)]
+    assert [i for part in parts for i in TOKENIZER.encode(part)] == TOKENIZER.encode(kept).tolist()
+
+
 def test_a_text_is_cut_as_often_as_it_can_be():
     assert max(map(len, split_words([SAMPLE], 10))) < 20
 

@@ -12,7 +12,13 @@ import numpy as np
 from jaxgpt.cli import places
 from jaxgpt.corpus import Corpus, CorpusError, load, mix
 
-NAMED = ("python-docs", "python-stdlib", "shakespeare")
+HUB = {
+    "fineweb": "hf://datasets/HuggingFaceFW/fineweb/sample/10BT",
+    "fineweb-edu": "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT",
+    "openwebtext": "hf://datasets/Skylion007/openwebtext",
+}
+"""Datasets of the Hugging Face Hub that have a short name; their text is in the column `text`."""
+NAMED = ("python-docs", "python-stdlib", "shakespeare", *HUB)
 """Texts that `prepare` knows by name."""
 
 

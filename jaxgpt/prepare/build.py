@@ -18,14 +18,13 @@ from jaxgpt import files
 from jaxgpt.cli.corpora import NAMED, cached_folder, folder_of, is_prepared, is_url, local_path, mixture
 from jaxgpt.corpus import Corpus, CorpusError, load, mix, read_meta, train_size
 from jaxgpt.prepare import documents, sources
-from jaxgpt.prepare.encode import encode
+from jaxgpt.prepare.encode import LOCK, PROGRESS, InterruptionError, encode
 from jaxgpt.prepare.sources import Text
 from jaxgpt.prepare.vocabularies import KINDS, read_tokenizer, tokenizer_for
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError
 
 Progress = Callable[[str, float], None]
 """Shows what is being done, and what share of it is done, from 0 to 1."""
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def prepare_corpus(
       vocab_size: the vocabulary must not be larger; 0 for any size.
 
     Raises:
-      SourceError, CorpusError, UnknownCharacterError: no tokens stay on disk then.
+      SourceError, CorpusError, UnknownCharacterError: tokens stay on disk only where the same call can continue.
     """
     fit = partial(require_fit, block_size=block_size, val_fraction=val_fraction, vocab_size=vocab_size)
     named = mixture(corpus)
@@ -135,23 +134,26 @@ def _prepare(
         try:
             work.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-            for left in work.iterdir():  # by a process that was killed
-                if left.name != LOCK:
-                    left.unlink()
             meta = encode(text, tok, unknown, work, progress)
             fit(meta, tok)
             files.write_atomically(work / "tokens.json", files.seal(meta).encode())
             folder = folder_of(meta, data_dir)
             _rename(work, folder)
             return load(folder), False
+        except InterruptionError as error:
+            print(f"jaxgpt: {error}: its preparation starts anew", file=sys.stderr)
+            shutil.rmtree(work)
         except filelock.Timeout:
             print(f"jaxgpt: another process is preparing this text in {work}; waiting for it", file=sys.stderr)
             with suppress(OSError):  # the folder has its final name by now
                 lock.acquire(timeout=-1, poll_interval=0.2)
-                shutil.rmtree(work)  # left by a process that was killed, or made by filelock
+                if not (work / PROGRESS).exists():  # made by filelock
+                    shutil.rmtree(work)
         except BaseException as error:
-            if lock.is_locked:
-                shutil.rmtree(work)
+            if lock.is_locked and (work / PROGRESS).exists() and not isinstance(error, UnknownCharacterError):
+                print(f"jaxgpt: the same command will continue from {work}", file=sys.stderr)
+            elif lock.is_locked:
+                shutil.rmtree(work, ignore_errors=True)  # it may have its final name by now
             with suppress(OSError):
                 for empty in filter(Path.exists, new):
                     empty.rmdir()
@@ -172,7 +174,8 @@ def _rename(work: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(aside)
     work.rename(folder)
-    (folder / LOCK).unlink()  # after the rename, so that no other process takes it before
+    for name in (PROGRESS, LOCK):  # after the rename, so that no other process takes the lock before
+        (folder / name).unlink(missing_ok=True)
     files.sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -189,10 +192,10 @@ def _find(text: Text, tok: Tokenizer, unknown: str, data_dir: Path, progress: Pr
     if not candidates:
         return None
     sha256 = hashlib.sha256()
-    for piece in text.pieces(partial(progress, "reading")):
+    for piece in () if text.version else text.pieces(partial(progress, "reading")):
         sha256.update(piece.encode("utf-8", "surrogatepass"))
     for meta in candidates:
-        if meta["source_sha256"] == sha256.hexdigest():
+        if meta["source_sha256"] == (text.version or sha256.hexdigest()):
             with suppress(CorpusError):  # it is damaged
                 return load(folder_of(meta, data_dir))
     return None

@@ -12,8 +12,9 @@ from jaxgpt.cli.options import DataDir, parse
 @dataclass(frozen=True)
 class Prepare:
     corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
-    """python-docs, python-stdlib, shakespeare, or a file or folder of UTF-8, JSON Lines or Parquet, here or at a URL
-    such as gs://bucket/texts; or a pipe such as /dev/stdin; or a mixture by weight: "0.7*a.txt + 0.3*b.txt"."""
+    """python-docs, python-stdlib, shakespeare, fineweb, fineweb-edu, openwebtext; or a file or folder of UTF-8, JSON
+    Lines or Parquet, here or at a URL such as gs://bucket/texts or hf://datasets/ORG/NAME/FOLDER; or a pipe such as
+    /dev/stdin; or a mixture by weight: "0.7*a.txt + 0.3*b.txt"."""
     tokenizer: str = "char"
     """char, ascii, byte, gpt2, bpe:SIZE (learned from the text, such as bpe:4096), or a tokens.json to reuse its
     vocabulary."""

@@ -196,6 +196,8 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
     except SourceError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # Python may lack a date that it has
+        if isinstance(error, OSError) and type(error) is not OSError:  # of a store or the file system, not of pyarrow
+            raise
         raise SourceError(f"{path} is not a Parquet file of strings, or is damaged: {error}") from error
 
 

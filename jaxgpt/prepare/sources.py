@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import json
 import os
 import platform
 import shutil
@@ -13,15 +14,15 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from jaxgpt import files
 from jaxgpt.cli import places
-from jaxgpt.cli.corpora import NAMED, is_ours, is_url, local_path
+from jaxgpt.cli.corpora import HUB, NAMED, is_ours, is_url, local_path
 from jaxgpt.config import MissingExtraError, UsageError
 from jaxgpt.prepare import documents
 from jaxgpt.prepare.documents import SourceError
@@ -46,27 +47,34 @@ class Text:
     """Whether some of it is JSON Lines or Parquet."""
     left_out: Sequence[str] = ()
     """Files that are not read, and why."""
+    version: str = ""
+    """Of a dataset on the Hugging Face Hub: the SHA-256 of the hashes of its files, which replaces that of the text."""
 
-    def pieces(
-        self, progress: Callable[[float], None] = lambda share: None, notes: list[str] | None = None
-    ) -> Iterator[str]:
-        """The text, as `documents.normalized`, piece by piece; at its end, what was left out and changed is added to
-        `notes`.
+    def pieces(self, progress: Callable[[float], None] = lambda share: None) -> Iterator[str]:
+        """The text, as `documents.normalized`, piece by piece.
 
         Raises:
           SourceError: it cannot be read, or has only white space.
         """
-        blank, n, changes = True, 0, Counter[str]()
+        return (piece for _, piece in self.numbered(progress, Counter()))
+
+    def numbered(
+        self, progress: Callable[[float], None], changes: Counter[str], first: int = 0
+    ) -> Iterator[tuple[int, str]]:
+        """As `pieces`, from file `first` on, each piece with the number of its file; for `changes` see `notes`."""
+        blank, n = not first, 0
         with store_errors(self.origin):
-            for i, read in enumerate(self.readers.values()):
+            for i, read in islice(enumerate(self.readers.values()), first, None):
                 for piece in chain("\n" * bool(i), documents.normalized(read(), changes)):
                     blank, n = blank and not piece.strip(), n + len(piece)
-                    yield piece
-                    progress(min(1.0, n / max(1, self.size)))
+                    yield i, piece
+                    progress(i / len(self.readers) if self.version else min(1.0, n / max(1, self.size)))
         if blank:
             raise SourceError(f"{self.origin} holds no text")
-        if notes is not None:
-            notes += [*self.left_out, *(change.format(count) for change, count in changes.items() if count)]
+
+    def notes(self, changes: Counter[str]) -> list[str]:
+        """What was left out and changed, in words."""
+        return [*self.left_out, *(change.format(count) for change, count in changes.items() if count)]
 
     def where(self, position: int) -> str:
         """Line, column (both from 1) and file of a character of the text, which is read again up to there."""
@@ -94,7 +102,9 @@ def open_text(corpus: str, column: str = "text") -> Text:
         if os.path.exists(corpus):
             note = f"{corpus} is the named corpus; to read the file or folder of that name, give ./{corpus}"
             print(f"jaxgpt: {note}", file=sys.stderr)
-        return dict(zip(NAMED, (python_docs, python_stdlib, shakespeare), strict=True))[corpus]()
+        if corpus in HUB:
+            return replace(open_text(HUB[corpus], column), name=corpus)
+        return {"python-docs": python_docs, "python-stdlib": python_stdlib, "shakespeare": shakespeare}[corpus]()
     path = path_of(corpus)
     with store_errors(corpus):
         if path.is_dir():
@@ -104,6 +114,8 @@ def open_text(corpus: str, column: str = "text") -> Text:
             return _of_files(name, corpus if is_url(corpus) else str(path.resolve()), [path], column)
         if path.is_fifo():
             return _pipe(path)
+        if corpus.startswith("hf://"):
+            path.stat()  # raises with the reason, such as that there is no such dataset
     raise SourceError(
         f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, and any file or folder of "
         "UTF-8, .jsonl or .parquet can be given by its path; a mixture is written '0.7*a.txt + 0.3*b.txt', with blanks "
@@ -136,7 +148,11 @@ def store_errors(corpus: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UsageError) or not (is_url(corpus) or isinstance(error, OSError)):
             raise
-        hint = "; pip install what it names, beside 'jaxgpt[data]'" if isinstance(error, ImportError) else ""
+        hint = ""
+        if isinstance(error, ImportError):
+            hint = "; pip install what it names, beside 'jaxgpt[data]'"
+        elif "hf://" in corpus:
+            hint = "; check the name and the network, and log in for a private or gated dataset: hf auth login"
         raise SourceError(f"{corpus} is unavailable: {str(error) or type(error).__name__}{hint}") from error
 
 
@@ -145,11 +161,17 @@ def _of_files(
 ) -> Text:
     readers = {str(path): partial(documents.pieces, path, column) for path in paths}
     has_columns = any(documents.holds_documents(path, column) for path in paths)
-    return Text(name, origin, readers, sum(path.stat().st_size for path in paths), has_columns, left_out)
+    size, version = sum(path.stat().st_size for path in paths), ""
+    on_hub = [cast(Any, path) for path in paths if str(path).startswith("hf://datasets/")]
+    if on_hub:
+        hashes = json.dumps([column, *([str(path), path.fs.info(path.path)["blob_id"]] for path in on_hub)])
+        version = hashlib.sha256(hashes.encode()).hexdigest()
+    return Text(name, origin, readers, size, has_columns, left_out, version)
 
 
 def _folder(folder: Path, column: str) -> Text:
-    """All files below `folder` that are not hidden, in the order of their paths."""
+    """All files below `folder` that are not hidden, in the order of their paths; of a dataset on the Hugging Face Hub
+    that has JSON Lines or Parquet only these, without its README."""
     paths, left_out = list[Path](), list[str]()
     for path in sorted(folder.rglob("*") if is_url(str(folder)) else _below(folder, {folder.resolve()})):
         inner = path.relative_to(folder)
@@ -161,6 +183,12 @@ def _folder(folder: Path, column: str) -> Text:
             paths.append(path)
         elif path.is_symlink():
             left_out.append(f"{inner}: left out, a link to nothing or to a folder that it is in")
+    others = [path for path in paths if not documents.holds_documents(path, column)]
+    if str(folder).startswith("hf://") and len(others) < len(paths):
+        left_out += [
+            f"{path.relative_to(folder)}: left out, the dataset is its JSON Lines and Parquet" for path in others
+        ]
+        paths = [path for path in paths if path not in others]
     name = folder.name if is_url(str(folder)) else folder.resolve().name
     return _of_files(name, f"{len(paths)} files in {folder}", paths, column, left_out)
 

@@ -1,5 +1,6 @@
 """A text of any size becomes the ids that it would become in memory."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -94,6 +95,75 @@ def test_what_a_killed_process_left_is_replaced(tmp_path, small):
     assert bytes(np.asarray(done.corpus.tokens).astype(np.uint8)) == LINES.encode()
     assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
     assert not (done.folder / "tokens-00099.bin").exists()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def interrupted(at, corpus, spec, **how):
+    """`prepare_corpus`, interrupted when the `at`-th file or folder is made to last; None then."""
+    n = 0
+
+    def counted(path):
+        nonlocal n
+        n += 1
+        if n == at:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(files, "sync", counted), contextlib.suppress(KeyboardInterrupt):
+        return prepare_corpus(corpus, spec, **how)
+
+
+@pytest.mark.parametrize(("spec", "unknown"), [("bpe:300", "skip"), ("ascii", "skip"), ("char", "error")])
+def test_an_interrupted_preparation_continues_with_the_same_result(tmp_path, small, capsys, spec, unknown):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text(LINES[:2000].replace("mat", "mät \x1c\u2028") + "x" * 1000, newline="")
+    rows = [f"{i} \ud800 row \ud800\n of a {'long' * (i % 40)} document\r\n" for i in range(60)]
+    (texts / "b.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (texts / "c.txt").write_text("\ufeff" + " \n" * 300 + LINES[:1000])
+
+    def prepare(name, at=0):
+        return interrupted(at, str(texts), spec, unknown=unknown, data_dir=tmp_path / name)
+
+    expected = contents(prepare("whole").folder)
+    assert len(expected) > 4
+    n = next(n for n in range(1, 100) if prepare(f"once-{n}", n) and capsys.readouterr())
+    assert n > 3 * (len(expected) - 2)
+    capsys.readouterr()
+    for at in range(2, n):
+        done = prepare(f"once-{at}")
+        assert contents(done.folder) == expected, at
+        assert list((tmp_path / f"once-{at}").iterdir()) == [done.folder]
+    for i in range(100):
+        if done := prepare("often", 5 + i % 2):
+            break
+    assert 1 < i < 99
+    assert contents(done.folder) == expected
+    assert capsys.readouterr().err.count("the same command will continue from") == i
+
+
+def test_a_text_that_changed_meanwhile_is_noticed(tmp_path, small, capsys):
+    path = tmp_path / "a.txt"
+    for n, text in enumerate(["b" + LINES[1:], LINES[:1000], LINES[:-1] + "!", LINES[:1500]]):
+        path.write_text(LINES)
+        assert interrupted(8, str(path), "byte", data_dir=tmp_path / f"{n}") is None
+        path.write_text(text)
+        capsys.readouterr()
+        done = prepare_corpus(str(path), "byte", data_dir=tmp_path / f"{n}")
+        assert capsys.readouterr().err.count(f"{path} has changed: its preparation starts anew") == (n < 2)
+        assert contents(done.folder) == contents(prepare_corpus(str(path), "byte", data_dir=tmp_path / "new").folder)
+
+
+def test_a_damaged_record_is_noticed(tmp_path, small, capsys):
+    (tmp_path / "a.txt").write_text(LINES)
+    assert interrupted(8, str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data") is None
+    (record,) = (tmp_path / "data").glob(".*.part/progress.json")
+    record.write_text(record.read_text().replace("position", "positron"))
+    done = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    assert "progress.json is damaged: its preparation starts anew" in capsys.readouterr().err
+    assert bytes(np.asarray(done.corpus.tokens).astype(np.uint8)) == LINES.encode()
 
 
 @pytest.fixture

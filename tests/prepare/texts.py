@@ -1,6 +1,7 @@
 """A whole text in memory, as `prepare` reads it."""
 
 import hashlib
+from collections import Counter
 from typing import NamedTuple
 
 from jaxgpt.prepare.sources import open_text
@@ -18,5 +19,6 @@ class Read(NamedTuple):
 
 
 def read(corpus: str, column: str = "text") -> Read:
-    text, notes = open_text(corpus, column), list[str]()
-    return Read(text.name, "".join(text.pieces(notes=notes)), text.origin, tuple(notes))
+    text, changes = open_text(corpus, column), Counter[str]()
+    pieces = "".join(piece for _, piece in text.numbered(lambda share: None, changes))
+    return Read(text.name, pieces, text.origin, tuple(text.notes(changes)))
