@@ -1,9 +1,13 @@
 """The built wheel works by itself: in an environment without the checkout, in an empty folder."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import sysconfig
+import tomllib
+import urllib.request
 import venv
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SIZE = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 8 --batch-size 4"
 TRAIN = "--steps 4 --scan-steps 2 --eval-every 4 --eval-batches 0 --warmup-steps 1"
+KEPT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("COV")}
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +45,28 @@ def environment(tmp_path_factory):
     return python.parent
 
 
+def test_the_readme_of_an_index_page_has_absolute_links(environment):
+    show = "from importlib.metadata import metadata as m; print(m('jaxgpt')['Project-URL'], m('jaxgpt').get_payload())"
+    done = subprocess.run([environment / "python", "-c", show], cwd="/", env=KEPT, capture_output=True, text=True)
+    url, readme = done.stdout.removeprefix("Repository, ").split(" ", 1)
+    links = re.findall(r"\]\(([^)#]+)", readme)
+    ours = [link.partition("/main/")[2] for link in links if link.startswith((f"{url}/raw/main/", f"{url}/blob/main/"))]
+    assert all(link.startswith("https://") for link in links)
+    assert ours == re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / "README.md").read_text("utf-8"))
+    assert re.findall(r"!\[.*?\]\((.*?)[\w-]+\.png", readme) == [f"{url}/raw/main/docs/images/"]
+
+
 @pytest.mark.slow
-def test_the_wheel_trains_samples_reports_and_exports_in_an_empty_folder(environment, tmp_path, verse):
+def test_the_wheel_trains_samples_reports_exports_and_serves_in_an_empty_folder(environment, tmp_path, verse):
     pytest.importorskip("vl_convert", reason="a report needs the extra report")
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("COV")}
 
     def run(*command):
-        done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tmp_path, env=KEPT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     jaxgpt = environment / "jaxgpt"
-    where = run(
-        environment / "python", "-c", "import jaxgpt, jaxgpt.serve.cli, jaxgpt.serve.server; print(jaxgpt.__file__)"
-    )
+    where = run(environment / "python", "-c", "import jaxgpt; print(jaxgpt.__file__)")
     assert where.startswith(str(environment.parent)), "not the checkout"
     assert run(jaxgpt, "--version").startswith("jaxgpt 0.")
     run(jaxgpt, "train", "shakespeare-cpu", "--corpus", verse, "--run", "one", *SIZE.split(), *TRAIN.split())
@@ -62,3 +75,31 @@ def test_the_wheel_trains_samples_reports_and_exports_in_an_empty_folder(environ
     assert "</html>" in (tmp_path / "runs" / "one" / "report.html").read_text("utf-8")
     run(jaxgpt, "export", "one", "--out", "exported")
     assert (tmp_path / "exported" / "model.safetensors").exists()
+    pytest.importorskip("uvicorn", reason="the playground needs the extra serve")
+    command = [jaxgpt, "serve", "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, env=KEPT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            (address,) = re.findall(r"http://\S+", "".join(server.stdout.readline() for _ in range(2)))
+            with urllib.request.urlopen(f"{address.rstrip('/')}/api/runs", timeout=60) as answer:
+                assert "one" in answer.read().decode()
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(60) in (0, 130, -signal.SIGINT)
+
+
+def test_the_lock_file_names_the_public_index_and_the_dependencies_of_today():
+    text = (ROOT / "uv.lock").read_text("utf-8")
+    assert set(re.findall(r"\w+://[^/\"]*", text)) == {"https://pypi.org", "https://files.pythonhosted.org"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    (locked,) = (each for each in tomllib.loads(text)["package"] if each["name"] == project["name"])
+    wanted = [("", each) for each in project["dependencies"]]
+    wanted += [
+        (f"extra == '{name}'", each) for name, extra in project["optional-dependencies"].items() for each in extra
+    ]
+    split = [(marker, *re.fullmatch(r"([\w-]+)(?:\[(.*)\])?(.*)", each).groups("")) for marker, each in wanted]
+    assert sorted(
+        (marker, name.replace("_", "-"), extras, version) for marker, name, extras, version in split
+    ) == sorted(
+        (each.get("marker", ""), each["name"], ",".join(each.get("extras", [])), each.get("specifier", ""))
+        for each in locked["metadata"]["requires-dist"]
+    ), "uv lock, as in CONTRIBUTING.md"
