@@ -5,10 +5,10 @@ turns prompts and ids into text, up to a stop.
 """
 
 import codecs
+import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import ArrayLike, NDArray
 
-from jaxgpt import matmul, model, prng
+from jaxgpt import matmul, model, prng, sharding
 from jaxgpt.attention import Cache, init_cache
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.tokenizer import Tokenizer, drop_unknown, encode_prompt, normalize_line_ends
@@ -31,21 +31,25 @@ BUCKET = 16
 """The shortest prompt, and the smallest cache, that is compiled for; longer ones are padded to powers of two."""
 
 Number = jax.Array | float
+STATIC = {"static": True}
+"""Of a field: part of the compiled program."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["temperature", "top_p", "min_p"], meta_fields=["top_k"])
-@dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """The filters between logits and a token, in this order."""
+    """The filters between logits and a token."""
 
     temperature: Number | None = 0.8
     """Below 1 sharper, above 1 flatter; 0 takes the most likely token, whatever else is set."""
-    top_k: int = 0
+    top_k: int = dataclasses.field(default=0, metadata=STATIC)
     """Draw from the k most likely tokens only; 0 from all."""
     top_p: Number | None = 1.0
     """Draw from the fewest of the most likely tokens that reach this probability together; 1 from all."""
     min_p: Number | None = 0.0
     """Draw from tokens at least this many times as likely as the most likely one; 0 from all."""
+    n_ids: int = dataclasses.field(default=0, metadata=STATIC)
+    """Draw ids below this only, where the model's vocabulary is padded beyond the tokenizer's; 0 all."""
 
 
 def checked(sampling: SamplingParams) -> SamplingParams:
@@ -64,12 +68,13 @@ def checked(sampling: SamplingParams) -> SamplingParams:
     if not 0 <= m <= 1:
         raise UsageError(f"min_p is {m}, expected a number from 0 (all) to 1")
     if t == 0:
-        return SamplingParams(None, 0, None, None)
-    return SamplingParams(t, sampling.top_k, p if p < 1 else None, m or None)
+        return SamplingParams(None, 0, None, None, sampling.n_ids)
+    return SamplingParams(t, sampling.top_k, p if p < 1 else None, m or None, sampling.n_ids)
 
 
 def next_tokens(sampling: SamplingParams, logits: jax.Array, keys: jax.Array) -> jax.Array:
     """Draw a token of each sequence, by `checked` parameters: logits (B, V) and keys (B,) -> ids (B,) int32."""
+    logits = logits[:, : sampling.n_ids or None]
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = top_k(logits / sampling.temperature, sampling.top_k)
@@ -120,9 +125,8 @@ def generate(
     n_tokens: int,
     key: jax.Array,
     sampling: SamplingParams = SamplingParams(),
-    n_ids: int = 0,
 ) -> jax.Array:
-    """Continue each prompt by `n_tokens`: ids (B, P) -> (B, n_tokens) int32.
+    """Continue each prompt by `n_tokens`: ids (B, P), with P at least 1 -> (B, n_tokens) int32.
 
     Token i of sequence b depends on (key, b, i) and its own past alone, not on the rest of the batch. Of a prompt, the
     last block_size tokens are read. As long as there are no more than block_size tokens in all, each is drawn from the
@@ -132,14 +136,10 @@ def generate(
     - learned ones cannot: when block_size tokens were read, the last half of them (block_size // 2) is read again as
       the beginning of a new context, which grows to block_size in turn
 
-    Args:
-      prompt: at least one token a sequence.
-      n_ids: only ids below this are drawn, where the model's vocabulary is padded beyond the tokenizer's; 0: all V.
-
     Raises:
       UsageError: an empty prompt, an id that the model does not have, or a number out of range.
     """
-    pieces = list(stream(config, params, prompt, n_tokens, key, sampling, n_ids, chunk=LONGEST))
+    pieces = stream(config, params, prompt, n_tokens, key, sampling, LONGEST)
     return jax.device_put(np.concatenate([np.empty((np.shape(prompt)[0], 0), np.int32), *pieces], axis=1))
 
 
@@ -150,47 +150,42 @@ def stream(
     n_tokens: int,
     key: jax.Array,
     sampling: SamplingParams = SamplingParams(),
-    n_ids: int = 0,
-    *,
     chunk: int = CHUNK,
 ) -> Iterator[NDArray[np.int32]]:
     """As `generate`, in pieces (B, n) of n <= chunk <= LONGEST tokens as they come; errors are raised at once."""
-    text, V = np.asarray(prompt, np.int32), config.vocab_size
+    text, draw, V, W = np.asarray(prompt, np.int32), checked(sampling), config.vocab_size, config.block_size
     if text.ndim != 2 or text.size == 0:
         raise UsageError(f"the prompt has shape {text.shape}, expected (B, P) with at least one token")
     if text.min() < 0 or text.max() >= V:
         raise UsageError(f"the prompt has ids from {text.min()} to {text.max()}, expected ids from 0 to {V - 1}")
-    if n_tokens < 0:
-        raise UsageError(f"tokens is {n_tokens}, expected 0 or more")
-    if not 0 <= n_ids <= V:
-        raise UsageError(f"n_ids is {n_ids}, expected 0 (all) to the model's {V}")
-    draw = checked(sampling)
+    if n_tokens < 0 or not 0 <= draw.n_ids <= V:
+        raise UsageError(f"tokens is {n_tokens}, expected 0 or more; n_ids is {draw.n_ids}, expected 0 (all) to {V}")
+    slides = config.kind == "bigram" or config.position == "rope"
+    # XLA for CPUs casts before the loop, not for each token.
+    if config.kind == "gpt" and matmul.resolve(config.precision) == "bfloat16" and sharding.platform() != "cpu":
+        config, params = cast_kernels(config, params)
 
     def pieces(text: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
-        W = config.block_size
-        slides = config.kind == "bigram" or config.position == "rope"
         state, written = None, 0
         while written < n_tokens:
             if state is None:
                 read = text.shape[1]
                 slots = W if written else bucket(read + n_tokens - 1, W)  # for all that will be read
                 padded = np.pad(text, [(0, 0), (0, bucket(read, W) - read)])
-                state, tokens = _read(
-                    config, params, padded, np.int32(read), np.int32(written), key, draw, slots, n_ids or V
-                )
-                n = 1
+                state = _read(config, params, padded, np.int32(read), np.int32(written), key, draw, slots)
+                piece = np.asarray(state.token)[:, None]
             else:
                 n = min(chunk, n_tokens - written, n_tokens if slides else W - read)
-                state, tokens = _decode(config, params, state, np.int32(n), draw, n_ids or V)
+                state, tokens = _decode(config, params, state, np.int32(n), draw)
+                piece = np.asarray(tokens)[:, :n]
                 read += n
-            piece = np.asarray(tokens)[:, :n]
             yield piece
-            written += n
+            written += piece.shape[1]
             if not slides:
                 text = np.concatenate([text, piece], axis=1)[:, -max(1, W // 2) :]
                 state = state if read < W else None
 
-    return pieces(text[:, -config.block_size :])
+    return pieces(text[:, -W:])
 
 
 def bucket(n: int, W: int) -> int:
@@ -198,7 +193,17 @@ def bucket(n: int, W: int) -> int:
     return min(W, max(BUCKET, 1 << (n - 1).bit_length()))
 
 
-@partial(jax.jit, static_argnames=("config", "slots", "n_ids"))
+def cast_kernels(config: ModelConfig, params: model.Params) -> tuple[ModelConfig, model.Params]:
+    """The same GPT with its kernels in the compute dtype, so that they are cast once and not for each token. A tied
+    head becomes a kernel of its own, beside the float32 rows that the lookup reads."""
+    params = model.unstacked(params) | {"lm_head": {"kernel": model.head_kernel(config, params)}}
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: matmul.to_compute_dtype(x, config.precision) if path[-1].key == "kernel" else x, params
+    )
+    return dataclasses.replace(config, tie_weights=False, scan_layers=False), params
+
+
+@partial(jax.jit, static_argnames=("config", "slots"))
 @matmul.in_32_bits
 def _read(
     config: ModelConfig,
@@ -206,39 +211,39 @@ def _read(
     idx: Any,
     length: Any,
     step: Any,
-    key: jax.Array,
+    key: Any,
     draw: SamplingParams,
     slots: int,
-    n_ids: int,
-) -> tuple[Decoding, jax.Array]:
-    """The first `length` tokens of idx (B, T) read into a new cache of `slots`; token number `step`, drawn, (B, 1)."""
+) -> Decoding:
+    """The first `length` tokens of idx (B, T) read into a new cache of `slots`, and token number `step` drawn."""
     B = idx.shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-    logits, cache = model.extend(config, params, init_cache(config, B, slots), idx, length)
-    token = next_tokens(draw, logits[:, :n_ids], _at(keys, step))
-    return Decoding(cache, token, step + 1, keys), token[:, None]
+    empty = Decoding(init_cache(config, B, slots), jnp.zeros(B, jnp.int32), step, keys)
+    return _advance(config, params, empty, idx, draw, length)
 
 
-@partial(jax.jit, static_argnames=("config", "n_ids"), donate_argnames="state")
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
 @matmul.in_32_bits
 def _decode(
-    config: ModelConfig, params: model.Params, state: Decoding, n: Any, draw: SamplingParams, n_ids: int
+    config: ModelConfig, params: model.Params, state: Decoding, n: Any, draw: SamplingParams
 ) -> tuple[Decoding, jax.Array]:
     """`n` more tokens: the state after them, and the tokens (B, LONGEST), of which the first n are real."""
 
     def body(i: jax.Array, carry: tuple[Decoding, jax.Array]) -> tuple[Decoding, jax.Array]:
-        (cache, token, step, keys), tokens = carry
-        logits, cache = model.extend(config, params, cache, token[:, None])
-        token = next_tokens(draw, logits[:, :n_ids], _at(keys, step))
-        return Decoding(cache, token, step + 1, keys), lax.dynamic_update_index_in_dim(tokens, token, i, axis=1)
+        state, tokens = carry
+        state = _advance(config, params, state, state.token[:, None], draw)
+        return state, lax.dynamic_update_index_in_dim(tokens, state.token, i, axis=1)
 
-    tokens = jnp.zeros((state.token.shape[0], LONGEST), jnp.int32)
-    return lax.fori_loop(0, n, body, (state, tokens))
+    return lax.fori_loop(0, n, body, (state, jnp.zeros((state.token.shape[0], LONGEST), jnp.int32)))
 
 
-def _at(keys: jax.Array, step: jax.Array) -> jax.Array:
-    """The key of each sequence (B,) for token number `step`."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+def _advance(
+    config: ModelConfig, params: model.Params, state: Decoding, idx: Any, draw: SamplingParams, length: Any = None
+) -> Decoding:
+    """The state after reading idx (B, T), or its first `length` tokens, and drawing the next token."""
+    logits, cache = model.extend(config, params, state.cache, idx, length)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+    return Decoding(cache, next_tokens(draw, logits, keys), state.step + 1, state.keys)
 
 
 def write(
@@ -266,7 +271,6 @@ def write(
     """
     if prompt is None:
         prompt = "\n" if tokenizer.knows("\n").all() else tokenizer.decode([0])
-    stop = [normalize_line_ends(tokenizer, each) for each in stop]
     if isinstance(prompt, str):
         prompt = normalize_line_ends(tokenizer, prompt)
         prompt = drop_unknown(tokenizer, prompt) if unknown == "skip" else prompt
@@ -274,32 +278,27 @@ def write(
         raise UsageError("the prompt is empty, expected at least one character of the vocabulary: --prompt TEXT")
     if samples < 1 or not 0 <= seed < 2**32:
         raise UsageError(f"samples is {samples}, expected 1 or more; seed is {seed}, expected 0 to 2**32 - 1")
-    if "" in stop:
-        raise UsageError("stop is '', expected at least one character: --stop TEXT")
-    if any(re.search("[\ud800-\udfff]", each) for each in stop):
-        raise UsageError(f"stop is {list(stop)}, expected UTF-8, as all that is written: --stop TEXT")
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    begin = prompt if isinstance(prompt, str) else tokenizer.decode(prompt_ids)
-    given = np.tile(prompt_ids, (samples, 1)), n_tokens, prng.key(seed), sampling, tokenizer.vocab_size
+    stop = [normalize_line_ends(tokenizer, each) for each in stop]
+    if not all(re.fullmatch("[^\ud800-\udfff]+", each) for each in stop):
+        raise UsageError(f"stop is {stop}, expected UTF-8 of at least one character each: --stop TEXT")
+    ids = encode_prompt(tokenizer, prompt)
+    begin = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+    sampling = dataclasses.replace(sampling, n_ids=tokenizer.vocab_size)
+    given = np.tile(ids, (samples, 1)), n_tokens, prng.key(seed), sampling
     if samples == 1:
         yield _texts(tokenizer, begin, (piece[0] for piece in stream(config, params, *given)), stop)
     else:
         for row in np.asarray(generate(config, params, *given)):
-            yield _texts(tokenizer, begin, iter([row]), stop)
+            yield _texts(tokenizer, begin, [row], stop)
 
 
-def _texts(tokenizer: Tokenizer, prompt: str, pieces: Iterator[Any], stop: Sequence[str] = ()) -> Iterator[str]:
+def _texts(tokenizer: Tokenizer, prompt: str, pieces: Iterable[Any], stop: Sequence[str] = ()) -> Iterator[str]:
     """The prompt, then each piece of ids as text, up to a `stop`; a character whose bytes are split waits for its last
     one."""
-    decoder, token_bytes = codecs.getincrementaldecoder("utf-8")(errors="replace"), tokenizer.token_bytes
-
-    def decoded() -> Iterator[str]:
-        for ids in pieces:
-            yield decoder.decode(b"".join(token_bytes[i] for i in ids))
-        yield decoder.decode(b"", final=True)
-
+    token_bytes = tokenizer.token_bytes
+    data = (b"".join(token_bytes[i] for i in ids) for ids in pieces)
     yield prompt
-    yield from until(decoded(), stop)
+    yield from until(codecs.iterdecode(data, "utf-8", errors="replace"), stop)
 
 
 def until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:

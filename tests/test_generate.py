@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import model
-from jaxgpt.sample import CHUNK, LONGEST, SamplingParams, generate, min_p, stream, top_k
+from jaxgpt.attention import init_cache
+from jaxgpt.sample import CHUNK, LONGEST, SamplingParams, cast_kernels, generate, min_p, stream, top_k
 
 KEY = jax.random.key(0)
 GREEDY = SamplingParams(0)
@@ -107,7 +108,7 @@ def test_a_sequence_does_not_depend_on_the_rest_of_its_batch(tiny_model):
 def test_padded_ids_are_never_drawn(tiny_model):
     config, params = tiny_model
     assert int(generate(config, params, np.full((50, 1), 1), 30, KEY, SamplingParams(5.0)).max()) >= 4
-    assert int(generate(config, params, np.full((50, 1), 1), 30, KEY, SamplingParams(5.0), n_ids=4).max()) < 4
+    assert int(generate(config, params, np.full((50, 1), 1), 30, KEY, SamplingParams(5.0, n_ids=4)).max()) < 4
 
 
 @pytest.fixture
@@ -214,6 +215,8 @@ def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(tiny_model):
         ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
         ([[1]], {"min_p": -0.1}, "min_p is -0.1, expected a number from 0"),
         ([[1]], {"min_p": float("nan")}, "min_p is nan"),
+        ([[1]], {"n_ids": 99}, r"n_ids is 99, expected 0 \(all\) to 13"),
+        ([[1]], {"n_ids": -1}, "n_ids is -1"),
     ],
 )
 def test_refusals(tiny_model, prompt, options, said):
@@ -222,7 +225,26 @@ def test_refusals(tiny_model, prompt, options, said):
         generate(config, params, prompt, 5, KEY, SamplingParams(**options))
 
 
-@pytest.mark.parametrize("n_ids", [99, -1])
-def test_padding_beyond_the_vocabulary_is_refused(tiny_model, n_ids):
-    with pytest.raises(ValueError, match=rf"n_ids is {n_ids}, expected 0 \(all\) to the model's 1"):
-        generate(*tiny_model, [[1]], 5, KEY, n_ids=n_ids)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tie_weights": True, "bias": True, "scan_layers": True, "softcap": 5.0},
+        {"position": "rope", "mlp": "swiglu", "n_kv_head": 1, "value_embed": True, "smear": True, "bigram_embed": True},
+    ],
+)
+def test_kernels_cast_beforehand_change_no_bit(tiny, change, options):
+    config = change(tiny, dropout=0.0, precision="bfloat16", **options).model
+    params = weights(config)
+    cast = cast_kernels(config, params)
+    kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(cast[1]) if path[-1].key == "kernel"]
+    assert {x.dtype for x in kernels} == {jnp.dtype("bfloat16")}
+    prompts = np.random.default_rng(0).integers(0, 13, (5, 6))
+    for draw in (GREEDY, SamplingParams(2.0)):
+        np.testing.assert_array_equal(
+            generate(config, params, prompts, 20, KEY, draw), generate(*cast, prompts, 20, KEY, draw)
+        )
+    extend = jax.jit(model.extend, static_argnums=0)
+    for idx in (prompts, prompts[:1, :1]):
+        before, after = (extend(*of, init_cache(config, len(idx), 8), idx)[0] for of in ((config, params), cast))
+        np.testing.assert_array_equal(before, after)

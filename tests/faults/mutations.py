@@ -247,8 +247,8 @@ MUTATIONS = [
     Mutation(
         "each token of a text is drawn with the same key",
         "sample.py",
-        "logits[:, :n_ids], _at(keys, step))\n        return",
-        "logits[:, :n_ids], keys)\n        return",
+        "next_tokens(draw, logits, keys)",
+        "next_tokens(draw, logits, state.keys)",
         "test_generate.py",
     ),
     Mutation(
@@ -275,8 +275,8 @@ MUTATIONS = [
     Mutation(
         "padded ids are drawn",
         "sample.py",
-        "logits[:, :n_ids], _at(keys, step))\n    return",
-        "logits, _at(keys, step))\n    return",
+        "logits = logits[:, : sampling.n_ids or None]",
+        "pass",
         "test_generate.py test_write.py",
     ),
     Mutation(

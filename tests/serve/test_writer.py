@@ -49,8 +49,8 @@ def asked(i, kinds=ASKED):
 
 def alone(model, job):
     """What `generate` returns, from the first 12 ids alone."""
-    sampling = SamplingParams(job.temperature, job.top_k, job.top_p, job.min_p)
-    return generate(*model, [job.ids], job.tokens, jax.random.key(job.seed), sampling, n_ids=12)[0].tolist()
+    sampling = SamplingParams(job.temperature, job.top_k, job.top_p, job.min_p, n_ids=12)
+    return generate(*model, [job.ids], job.tokens, jax.random.key(job.seed), sampling)[0].tolist()
 
 
 def messages(jobs, writer, before_turn=lambda turn: None):
