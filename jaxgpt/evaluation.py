@@ -8,16 +8,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from numpy.typing import NDArray
 
 from jaxgpt import matmul, model, sharding
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.corpus import pieces_of
-from jaxgpt.data import Batch, Ids, Starts, estimate_starts, evaluation_windows, take
+from jaxgpt.data import Ids, Starts, estimate_starts, evaluation_windows, gather, inputs_and_targets
 from jaxgpt.tokenizer import Tokenizer
 
 BATCH_TOKENS, BATCH_LOGITS = 8192, 2**26
 """Most tokens, and logits, in an evaluation batch on each device."""
+BATCHES = 16
+"""Batches in a call of the compiled program on accelerators; on CPUs one, because a loop takes longer to compile."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,20 @@ def evaluate(
     T = config.block_size
     starts, skip = evaluation_windows(len(tokens), T)
     B = batch_size or windows_per_batch(config, len(starts))
-    sums = loss_sums(partial(window_losses, config, params), tokens, T, starts, skip, B)
-    return evaluation(sums, T - skip, tokens, tokenizer)
+    return evaluation(loss_sums(partial(_loss_sums, config, params), tokens, T, starts, skip, B), T, tokens, tokenizer)
 
 
-def evaluation(sums: NDArray[np.float64], counts: Starts, tokens: Ids, tokenizer: Tokenizer) -> Evaluation:
-    """From the summed loss and the number of predictions of each window, both (n_windows,), of all of `tokens`."""
-    n = len(sums)
-    loss = float(sums.sum() / counts.sum())
+def evaluation(sums: NDArray[np.float64], T: int, tokens: Ids, tokenizer: Tokenizer) -> Evaluation:
+    """From the summed loss of each of the `evaluation_windows` of all of `tokens`, (n_windows,)."""
+    n, total, counts = len(sums), float(sums.sum()), T - evaluation_windows(len(tokens), T)[1]
+    loss = total / (len(tokens) - 1)
     # The loss is a ratio of two sums over windows; this is the standard error of such a ratio.
     with np.errstate(invalid="ignore"):  # NaN where the loss is infinite
         deviations = sums - loss * counts
     error = math.sqrt((deviations**2).sum() / (n * (n - 1))) / float(counts.mean()) if n > 1 else math.nan
     n_chars, n_bytes = text_size(tokenizer, tokens[1:])
-    bits = float(sums.sum()) / math.log(2)
-    return Evaluation(loss, error, bits / n_chars, bits / n_bytes, int(counts.sum()))
+    bits = total / math.log(2)
+    return Evaluation(loss, error, bits / n_chars, bits / n_bytes, len(tokens) - 1)
 
 
 def estimate(config: Config, params: model.Params, tokens: Ids, step: int) -> float:
@@ -74,7 +76,7 @@ def estimate(config: Config, params: model.Params, tokens: Ids, step: int) -> fl
     """
     T, n = config.model.block_size, config.train.eval_batches * config.train.batch_size
     starts = estimate_starts(config.train.seed, step, len(tokens), T, n)
-    losses, B = partial(window_losses, config.model, params), windows_per_batch(config.model, n)
+    losses, B = partial(_loss_sums, config.model, params), windows_per_batch(config.model, n)
     return float(loss_sums(losses, tokens, T, starts, np.zeros_like(starts), B).sum() / (n * T))
 
 
@@ -87,17 +89,33 @@ def text_size(tokenizer: Tokenizer, tokens: Ids) -> tuple[int, int]:
 
 
 def loss_sums(
-    losses: Callable[[Batch, Starts], jax.Array], tokens: Ids, T: int, starts: Starts, skip: Starts, B: int
+    losses: Callable[..., jax.Array], tokens: Ids, T: int, starts: Starts, skip: Starts, B: int
 ) -> NDArray[np.float64]:
     """Summed loss of each window without its first `skip` predictions, in batches of B: (n_windows,).
 
     Args:
-      losses: (batch, skip) -> (B,), as `window_losses` of a model; (M, B) of M models, which gives (M, n_windows).
+      losses: windows (K, B, T + 1), skip (K, B) -> (K, B), `map_batches` of a model, compiled; (M, K, B) of M models,
+        which gives (M, n_windows).
     """
-    n, padding = len(starts), (0, -len(starts) % B)  # the last batch is padded, so that one program serves
-    batches = zip(np.pad(starts, padding).reshape(-1, B), np.pad(skip, padding).reshape(-1, B), strict=True)
-    sums = [losses(take(tokens, starts, T), skip) for starts, skip in batches]
-    return np.concatenate(jax.device_get(sums), axis=-1).astype(np.float64)[..., :n]
+    K, n, sums = 1 if sharding.platform() == "cpu" else BATCHES, len(starts), list[jax.Array]()
+    padded = (np.pad(x, (0, -n % (K * B))).reshape(-1, K, B) for x in (starts, skip))  # so that one program serves
+    for windows, skipped in zip(*padded, strict=True):
+        jax.block_until_ready(sums[:-1])  # at most two calls on the device, however large the corpus
+        sums.append(losses(gather(tokens, windows, T).astype(np.int32), skipped))
+    found = [each.reshape(*each.shape[:-2], -1) for each in jax.device_get(sums)]
+    return np.concatenate(found, axis=-1).astype(np.float64)[..., :n]
+
+
+def map_batches(losses: Callable[..., jax.Array], windows: jax.Array, skip: jax.Array) -> jax.Array:
+    """Summed loss of each window without its first `skip` predictions: windows (K, B, T + 1), skip (K, B) -> (K, B).
+    `losses` are those of inputs and targets (B, T) -> (B, T)."""
+
+    def batch(each: tuple[jax.Array, jax.Array]) -> jax.Array:
+        found = losses(*inputs_and_targets(each[0]))
+        counted = jnp.arange(found.shape[1])[None, :] >= each[1][:, None]
+        return sharding.constrain(jnp.where(counted, found, 0).sum(axis=1), None)
+
+    return lax.map(batch, (windows, skip))
 
 
 def windows_per_batch(config: ModelConfig, n: int, models: int = 1) -> int:
@@ -112,8 +130,5 @@ def windows_per_batch(config: ModelConfig, n: int, models: int = 1) -> int:
 
 @partial(jax.jit, static_argnums=0)
 @matmul.in_32_bits
-def window_losses(config: ModelConfig, params: model.Params, batch: Batch, skip: jax.Array) -> jax.Array:
-    """Summed loss of each window, (B,) float32, without its first `skip` (B,) predictions and without dropout."""
-    losses = model.losses(config, params, batch.inputs, batch.targets)
-    counted = jnp.arange(losses.shape[1])[None, :] >= skip[:, None]
-    return sharding.constrain(jnp.where(counted, losses, 0).sum(axis=1), None)
+def _loss_sums(config: ModelConfig, params: model.Params, windows: jax.Array, skip: jax.Array) -> jax.Array:
+    return map_batches(partial(model.losses, config, params), windows, skip)

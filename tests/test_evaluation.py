@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import model
+from jaxgpt import evaluation, model
 from jaxgpt.config import ModelConfig
 from jaxgpt.evaluation import estimate, evaluate, text_size, windows_per_batch
 from jaxgpt.loss import token_losses
@@ -53,7 +53,12 @@ def test_a_gpt_sees_windows_that_do_not_overlap_but_for_the_last(tiny, change):
     np.testing.assert_allclose(result.loss, total / 21, rtol=1e-5)
 
 
-def test_the_result_does_not_depend_on_the_batch_size(tiny):
+@pytest.mark.parametrize("batches", [1, 3])
+def test_the_result_does_not_depend_on_the_batch_size(tiny, monkeypatch, batches):
+    """Nor on how many batches are computed in a call, as on accelerators."""
+    if batches > 1:
+        monkeypatch.setattr(evaluation, "BATCHES", batches)
+        monkeypatch.setattr(evaluation.sharding, "platform", lambda: "tpu")
     params = init_state(tiny).params
     ids = np.random.default_rng(1).integers(0, 13, 300).astype(np.uint16)
     results = [evaluate(tiny.model, params, ids, CharTokenizer("abcdefghijklm"), size) for size in (None, 1, 7, 64)]

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 
 from jaxgpt import prng
-from jaxgpt.data import Batch, Ids, chunk_starts, evaluation_windows, take
+from jaxgpt.data import Ids, chunk_starts, evaluation_windows, take
 from jaxgpt.display import baselines
-from jaxgpt.evaluation import loss_sums
+from jaxgpt.evaluation import loss_sums, map_batches
 from jaxgpt.lecture.model import Params, Rung, forward, init_params
 from jaxgpt.loss import cross_entropy, token_losses
 from jaxgpt.tokenizer import Tokenizer
@@ -125,15 +125,13 @@ def score(rung: Rung, params: Params, val: Ids, B: int = 256) -> float:
     """Mean loss over the whole of `val`, each token but the first predicted once, in the windows of `evaluate`, B at a
     time."""
     starts, skip = evaluation_windows(len(val), rung.block_size)
-    sums = loss_sums(partial(_window_losses, rung, params), val, rung.block_size, starts, skip, B)
+    sums = loss_sums(partial(_loss_sums, rung, params), val, rung.block_size, starts, skip, B)
     return float(sums.sum() / (len(val) - 1))
 
 
 @partial(jax.jit, static_argnums=0)
-def _window_losses(rung: Rung, params: Params, batch: Batch, skip: jax.Array) -> jax.Array:
-    """The summed loss of each window, (B,), without its first `skip` (B,) predictions."""
-    losses = token_losses(forward(rung, params, batch.inputs), batch.targets)
-    return jnp.where(jnp.arange(rung.block_size)[None] >= skip[:, None], losses, 0).sum(axis=-1)
+def _loss_sums(rung: Rung, params: Params, windows: jax.Array, skip: jax.Array) -> jax.Array:
+    return map_batches(lambda idx, targets: token_losses(forward(rung, params, idx), targets), windows, skip)
 
 
 def write(rung: Rung, params: Params, n: int, seed: int) -> list[int]:

@@ -8,6 +8,7 @@ device for each core keeps all of them busy.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +17,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
+from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.corpus import Corpus
-from jaxgpt.data import DEVICE_TOKENS, Batch, Ids, chunks, config_starts, evaluation_windows, gather
-from jaxgpt.evaluation import Evaluation, evaluation, loss_sums, window_losses, windows_per_batch
+from jaxgpt.data import DEVICE_TOKENS, Ids, chunks, config_starts, evaluation_windows, gather
+from jaxgpt.evaluation import Evaluation, evaluation, loss_sums, map_batches, windows_per_batch
 from jaxgpt.optimizer import Hyperparameters, hyperparameters
 from jaxgpt.step import Metrics, TrainState, init_state, train_steps
 from jaxgpt.sweep.chunks import Chunk, program_of, setting, split
@@ -49,15 +51,15 @@ class Program:
         def steps(tokens: Any, state: TrainState, values: dict[str, jax.Array], windows: jax.Array) -> Any:
             return train_steps(base, state, tokens, windows, hyper(values))
 
-        def losses(batch: Batch, skip: jax.Array, params: Any) -> jax.Array:
-            return window_losses(base.model, params, batch, skip)
+        def sums(windows: jax.Array, skip: jax.Array, params: Any) -> jax.Array:
+            return map_batches(partial(model.losses, base.model, params), windows, skip)
 
         self.init = jax.jit(self._spread(lambda values: init_state(base, hyper(values)), shared=0))
         """values {name: (M,)} -> states of M members."""
         self.steps = jax.jit(self._spread(steps, shared=1), donate_argnums=1)
         """tokens (N,) or None, states, values, windows (M, K, ...) -> states K steps later, metrics (M, K)."""
-        self.losses = jax.jit(self._spread(losses, shared=2))
-        """batch (B, T), skip (B,), params -> `window_losses` of M members, (M, B)."""
+        self.loss_sums = jax.jit(self._spread(sums, shared=2))
+        """windows (K, B, T + 1), skip (K, B), params -> `map_batches` of M members, (M, K, B)."""
 
     @property
     def one_by_one(self) -> bool:
@@ -161,8 +163,8 @@ def evaluate(program: Program, params: Any, corpus: Corpus, tokens: Ids, M: int)
     T = program.model.block_size
     starts, skip = evaluation_windows(len(tokens), T)
     B = windows_per_batch(program.model, len(starts), 1 if program.one_by_one else -(-M // program.over.num_devices))
-    sums = loss_sums(lambda *batch: program.losses(*batch, params), tokens, T, starts, skip, B)
-    return [evaluation(each, T - skip, tokens, corpus.tokenizer) for each in sums]
+    sums = loss_sums(lambda *batches: program.loss_sums(*batches, params), tokens, T, starts, skip, B)
+    return [evaluation(each, T, tokens, corpus.tokenizer) for each in sums]
 
 
 def column(configs: Sequence[Config], name: str) -> NDArray[Any]:
