@@ -99,6 +99,30 @@ RECIPES: dict[str, Recipe] = {
         time="not measured here; nanoGPT reports 3 minutes on an A100",
         loss="not measured here; nanoGPT reports 1.47, by random batches",
     ),
+    "speedrun-gpu": Recipe(
+        replaced(
+            Config(),
+            **MODERN | MUON | SHORT | dict(weight_decay=0.1, muon_momentum=0.9),
+            **dict(block_size=256, n_layer=6, n_head=6, n_embd=384, batch_size=64),
+            **dict(smear=True, steps=300, scan_steps=100),
+        ),
+        about="To the loss of nanoGPT's GPU settings in few steps: a modern block, and Muon.",
+        hardware="one data-centre GPU",
+        time="not measured",
+        loss="not measured; meant to reach 1.4697, in windows of 256",
+    ),
+    "best-gpu": Recipe(
+        replaced(
+            Config(),
+            **MODERN | MUON | SHORT | dict(weight_decay=0.1, muon_momentum=0.9, eval_every=250),
+            **dict(block_size=256, n_layer=6, n_head=6, n_embd=384, batch_size=64, dropout=0.4),
+            **dict(smear=True, steps=1500, scan_steps=50),
+        ),
+        about="The lowest loss within the time of nanoGPT's GPU settings.",
+        hardware="one data-centre GPU",
+        time="not measured",
+        loss="not measured; meant to reach 1.43, in windows of 256",
+    ),
     "gpt2-124m": Recipe(
         replaced(
             Config(), **GPT2, n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4, batch_size=480, accumulate=40
