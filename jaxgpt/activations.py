@@ -14,11 +14,8 @@ from jax import lax
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gelu(x: jax.Array, tanh: bool = False) -> jax.Array:
-    """GELU (Hendrycks and Gimpel 2016), x Phi(x), (...) -> (...) of the dtype of `x`.
-
-    Args:
-      tanh: approximate Phi by a tanh, as GPT-2 does; else the error function.
-    """
+    """GELU (Hendrycks and Gimpel 2016), x Phi(x), (...) -> (...) of the dtype of `x`; by `tanh`, Phi is approximate, as
+    in GPT-2."""
     return _gelu(x, tanh)[0]
 
 
@@ -28,11 +25,9 @@ def _gelu(x: jax.Array, tanh: bool) -> tuple[jax.Array, jax.Array]:
 
 
 def _normal_cdf(x: jax.Array, tanh: bool) -> jax.Array:
-    return 0.5 * (1 + (jnp.tanh(_tanh_argument(x)) if tanh else lax.erf(x * 0.5**0.5)))
-
-
-def _tanh_argument(x: jax.Array) -> jax.Array:
-    return (2 / jnp.pi) ** 0.5 * (x + 0.044715 * x * x * x)
+    if tanh:
+        return 0.5 * (1 + jnp.tanh((2 / jnp.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
+    return 0.5 * (1 + lax.erf(x * 0.5**0.5))
 
 
 def _gelu_backward(tanh: bool, x: jax.Array, g: jax.Array) -> tuple[jax.Array]:

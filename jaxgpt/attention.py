@@ -26,20 +26,15 @@ def attention(
     drop: Weights | None = None,
     precision: Precision = "float32",
 ) -> jax.Array:
-    """The notes' attention: `softmax(mask(q @ k.T)) @ v`.
+    """The notes' attention, `softmax(mask(q @ k.T)) @ v`: queries (..., T, D), what each node looks for, keys
+    (..., S, D), what each node contains, and values (..., S, E) -> (..., T, E).
 
     Args:
-      q: queries, (..., T, D): what each node looks for.
-      k: keys, (..., S, D): what each node contains.
-      v: values, (..., S, E).
       mask: boolean, broadcastable to (..., T, S); True where node s points to node t. None: everywhere. A row
         without any True gives NaN, as a node that nobody points to has nothing to gather.
       scale: multiplies `q @ k.T`; None for D**-0.5. The notes leave it out: 1.0.
-      drop: applied to the weights; None for nothing.
+      drop: applied to the weights.
       precision: of the two matmuls.
-
-    Returns:
-      (..., T, E).
     """
     weights = attention_weights(q, k, mask, scale=scale, precision=precision)
     return matmul.matmul(drop(weights) if drop else weights, v, precision)

@@ -20,11 +20,7 @@ BLOCK = 128
 
 
 def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
-    """The implementation that `causal_attention` uses here for contexts of T tokens.
-
-    Args:
-      dropped: whether weights are dropped, as in training with dropout, which the fused kernels cannot.
-    """
+    """The implementation that `causal_attention` uses here for contexts of T tokens; the fused ones cannot drop weights."""
     whole = sharding.num_shards("time") == 1  # each device has whole contexts
     if not dropped and whole and matmul.resolve(config.precision) == "bfloat16":
         backend, D = sharding.platform(), config.n_embd // config.n_head
@@ -77,11 +73,8 @@ def repeat_kv(x: jax.Array, H: int) -> jax.Array:
 
 
 def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None = None) -> jax.Array:
-    """Causal `attention` of one block of queries at a time, (B, H, T, D) each.
-
-    The weights of all pairs never exist at once, and most of the masked half never; the backward pass recomputes them
-    block by block.
-    """
+    """Causal `attention` of one block of queries at a time, (B, H, T, D) each: the weights of all pairs never exist at
+    once, and most of the masked half never. The backward pass recomputes them block by block."""
     T = q.shape[2]
     if sharding.num_shards("time") > 1:
         return _blocked_split(config, q, k, v, drop)

@@ -70,20 +70,15 @@ def losses_of(
     precision: Precision = "float32",
     chunk: int | None = None,
 ) -> jax.Array:
-    """`token_losses(logits(x, kernel), targets)` in chunks of rows, each with at most `chunk` logits on a device, by
-    default `logits_at_once`.
+    """`token_losses(logits(x, kernel), targets)` of x (B, T, C), a kernel (C, V) and targets (B, T) -> (B, T), in
+    chunks of rows, each with at most `chunk` logits on a device, by default `logits_at_once`.
 
     The backward pass recomputes the logits of a chunk.
 
     Args:
-      logits: features (..., C) and a kernel (C, V) -> (..., V).
-      x: (B, T, C).
-      kernel: (C, V).
-      targets: (B, T).
-      precision: of the matmuls in `logits`.
+      logits: features (..., C) and a kernel (C, V) -> (..., V), with matmuls of `precision`.
     """
-    B, T = targets.shape
-    chunk = chunk or logits_at_once()
+    (B, T), chunk = targets.shape, chunk or logits_at_once()
     rows = -(-B // sharding.num_shards("batch")) * -(-T // sharding.num_shards("time"))
     V = -(-kernel.shape[1] // sharding.num_shards("width"))
     n_chunks = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * V <= chunk or n == rows))
@@ -91,12 +86,8 @@ def losses_of(
         return token_losses(logits(x, kernel), targets)
 
     def chunked(x: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
-        @jax.checkpoint
-        def one(each: tuple[jax.Array, jax.Array]) -> jax.Array:
-            x, targets = each
-            return token_losses(logits(x, kernel), targets)
-
         chunks = x.reshape(n_chunks, -1, x.shape[-1]), targets.reshape(n_chunks, -1)
-        return jax.lax.map(one, chunks).reshape(targets.shape)
+        one = jax.checkpoint(lambda each: token_losses(logits(each[0], kernel), each[1]))
+        return lax.map(one, chunks).reshape(targets.shape)
 
     return sharding.by_rows(chunked, x, kernel, targets, to_compute_dtype(kernel, precision).dtype)

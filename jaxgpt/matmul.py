@@ -48,15 +48,14 @@ def resolve(precision: Precision) -> Precision:
     """
     if precision != "auto":
         return precision
-    fast = False
-    match sharding.platform():
-        case "tpu":
-            fast = True
-        case "gpu":  # "8.0", "gfx90a" of AMD; the GPUs of a plan need not be attached
-            capability = str(getattr(jax.local_devices()[0], "compute_capability", "8"))
-            fast = not capability.startswith("gfx") and float(capability) >= 8
-        case "cpu":
-            fast = not {"amx_bf16", "avx512_bf16"}.isdisjoint(machine.cpu_info().split())
+    platform = sharding.platform()
+    if platform == "gpu":  # "8.0", "gfx90a" of AMD; the GPUs of a plan need not be attached
+        capability = str(getattr(jax.local_devices()[0], "compute_capability", "8"))
+        fast = not capability.startswith("gfx") and float(capability) >= 8
+    elif platform == "cpu":
+        fast = not {"amx_bf16", "avx512_bf16"}.isdisjoint(machine.cpu_info().split())
+    else:
+        fast = platform == "tpu"
     return "bfloat16" if fast else "float32"
 
 
