@@ -20,7 +20,7 @@ BLOCK = 128
 
 
 def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
-    """The implementation that `causal_attention` uses here for contexts of T tokens; the fused ones cannot drop weights."""
+    """The implementation that `causal_attention` uses here for contexts of T tokens. Fused ones cannot drop weights."""
     whole = sharding.num_shards("time") == 1  # each device has whole contexts
     if not dropped and whole and matmul.resolve(config.precision) == "bfloat16":
         backend, D = sharding.platform(), config.n_embd // config.n_head
