@@ -130,7 +130,7 @@ class MultiHeadAttention(nn.Module):
     dropout: Rate = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, start: jax.Array | int | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, start: jax.Array | int | None = None) -> jax.Array:
         """(B, T, C) -> (B, T, C).
 
         Args:
@@ -209,7 +209,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, start: jax.Array | int | None = None) -> jax.Array:
         """(B, T, C) -> (B, T, C); `start` as in `MultiHeadAttention`."""
         cfg, rate = self.config, self.dropout
-        x = x + MultiHeadAttention(cfg, rate, name="attn")(norm(cfg, "ln_1")(x), start)
+        x = x + MultiHeadAttention(cfg, rate, name="attn")(norm(cfg, "ln_1")(x), start=start)
         x = x + MLP(cfg, rate, name="mlp")(norm(cfg, "ln_2")(x))
         return sharding.constrain(x, "batch", "time", None)
 

@@ -1,6 +1,7 @@
 """The strictest settings for every test: several devices, no silent rank promotion, warnings as errors."""
 
 import dataclasses
+import gc
 import os
 import shutil
 import signal
@@ -37,8 +38,11 @@ settings.register_profile("jaxgpt", deadline=None, max_examples=50)
 settings.load_profile("jaxgpt")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     assert jax.device_count() == 8, "the tests ask for 8 CPU devices"
+    if hasattr(config, "workerinput"):
+        # A process takes a third longer where its lines are counted; those lines are run in the workers too.
+        os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
     # A suite in the background of a shell, or under nohup, is born deaf to these, and so would be what it starts.
     for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -49,10 +53,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In each module, what is `hasty` comes last: else programs would be compiled again at each change."""
     modules = {item.path: i for i, item in enumerate(reversed(items))}
     items.sort(key=lambda item: (-modules[item.path], not _as_a_user(item)))
+    gc.freeze()  # a million objects of modules, which no collection needs to look at again
 
 
 def _as_a_user(item: pytest.Item) -> bool:
-    return any(map(item.get_closest_marker, ("slow", "smoke", "optimized")))
+    return item.get_closest_marker("optimized") is not None or item.config.option.markexpr == "smoke"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,7 +70,8 @@ def forget() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def hasty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of small programs run once each: what LLVM would win in running them, it loses in compiling them. Tests
-    marked slow, smoke or optimized compile as a user's do; so do the processes of a test that asks for `as_a_user`."""
+    marked optimized compile as a user's do, and so do smoke tests that run alone, and the processes of a test that asks
+    for `as_a_user`."""
     as_a_user = _as_a_user(request.node)
     if jax.config.values["jax_disable_most_optimizations"] == as_a_user:
         jax.clear_caches()  # of what was compiled the other way

@@ -21,6 +21,7 @@ def conditional_entropy(tokens, V):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("corpus", ["python-docs", "shakespeare"])
 def test_the_bigram_recipe_reaches_the_conditional_entropy_of_its_training_split(corpus, tmp_path, request):
     if corpus == "shakespeare":

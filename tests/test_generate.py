@@ -230,7 +230,7 @@ def test_refusals(tiny_model, prompt, options, said):
     [
         {},
         {"tie_weights": True, "bias": True, "scan_layers": True, "softcap": 5.0},
-        {"position": "rope", "mlp": "swiglu", "n_kv_head": 1, "value_embed": True, "smear": True, "bigram_embed": True},
+        {"position": "rope", "mlp": "swiglu", "n_kv_head": 1, "smear": True, "bigram_embed": True},
     ],
 )
 def test_kernels_cast_beforehand_change_no_bit(tiny, change, options):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from jaxgpt import optimizer as muon
+from jaxgpt import step as steps
 from jaxgpt.data import Batch
 from jaxgpt.optimizer import make_optimizer, optimizer_labels
-from jaxgpt.step import init_state, train_step
 
 KEY = jax.random.key(0)
+init_state, train_step = (jax.jit(f, static_argnums=0) for f in (steps.init_state, steps.train_step))
 
 
 def singular_values(x):

@@ -249,6 +249,7 @@ def test_what_cannot_be_done_is_said_before_anything_is(lecture, tmp_path, args,
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_each_rung_up_to_layer_norm_comes_within_0_05_of_the_lecture(shakespeare):
     text = shakespeare.read_text("utf-8")
     tokenizer = CharTokenizer.train(text)

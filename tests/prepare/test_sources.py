@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from jaxgpt import files
+from jaxgpt.cli import places
 from jaxgpt.cli.corpora import absolute
 from jaxgpt.prepare import documents, sources
 from jaxgpt.prepare.sources import SourceError
@@ -310,7 +310,7 @@ class TestShakespeare:
         (tmp_path / "www" / "input.txt").write_bytes(data)
         monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server}/input.txt")
         monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(data).hexdigest())
-        monkeypatch.setattr(files, "cache_dir", lambda: None)
+        monkeypatch.setattr(places, "cache_dir", lambda: None)
         assert read("shakespeare").origin == "data/tinyshakespeare.txt"
 
     def test_else_it_is_downloaded_into_the_cache(self, tmp_path, server, monkeypatch):
