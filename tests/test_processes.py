@@ -39,7 +39,7 @@ def begin_with(tmp_path, monkeypatch):
         code = f"import sys\nif '--process-id' in sys.orig_argv:\n{textwrap.indent(code, '    ')}"
         (tmp_path / "first").mkdir()
         (tmp_path / "first" / "sitecustomize.py").write_text(code)
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "first"))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "first"), prepend=os.pathsep)
 
     return begin
 

@@ -176,7 +176,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
         "time.time = lambda: honest() + 86400 * (0, -400, 30, 7, -2)[next(looks) // 200 % 5]\n"
         "time.gmtime = lambda s=None, gmtime=time.gmtime: gmtime(time.time() if s is None else s)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "clock"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "clock"), prepend=os.pathsep)
     for steps in (20, 40):
         out, _ = resume(jumpy, "--steps", steps).communicate(timeout=300)
         assert f"step {steps}" in out, out
