@@ -45,8 +45,9 @@ class DataConfig:
     """What text to learn from, and how it becomes tokens."""
 
     corpus: str = "python-docs"
-    """A named corpus (python-docs, python-stdlib, shakespeare), a file or folder of UTF-8, JSON Lines or Parquet, or a
-    prepared folder; here or at a URL. Or a mixture by weight: `0.7*a.txt + 0.3*b.txt`."""
+    """A named corpus (python-docs, python-stdlib, shakespeare, fineweb, fineweb-edu, openwebtext), a file or folder of
+    UTF-8, JSON Lines or Parquet, or a prepared folder; here, at a URL, or in a dataset of the Hugging Face Hub
+    (hf://datasets/ORG/NAME). Or a mixture by weight: `0.7*a.txt + 0.3*b.txt`."""
     tokenizer: str = "char"
     """char, ascii, byte, gpt2, bpe:SIZE (learned from the text, such as bpe:4096), a tokens.json to reuse its
     vocabulary, or a Hugging Face folder with a byte-level BPE."""

@@ -66,7 +66,7 @@ def learning_rate(config: Config, hyper: Hyperparameters | None = None) -> optax
                 cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(n, length).astype(jnp.float32) / length))
                 return peak * ((1 - alpha) * cosine + alpha)
             case "linear":
-                return (peak - low) * (1 - jnp.clip(n, 0, length) / length) + low
+                return jnp.where(n < length, (peak - low) * (1 - jnp.clip(n, 0, length) / length) + low, low)
             case "constant":
                 return peak
 

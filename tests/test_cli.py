@@ -85,6 +85,7 @@ def test_a_run_is_never_overwritten_and_resumes_with_its_own_settings(call, vers
     assert (tmp_path / "runs/one/metrics.jsonl").read_bytes() == metrics
     code, out, _ = call("train", "--run", "one", "--resume", "--steps", 30)
     assert code == 0
+    assert "the learning rate stays at 0 from step 20 on" in out
     assert "step 30" in out
     assert (tmp_path / "runs/one/metrics.jsonl").read_bytes().startswith(metrics)
 

@@ -28,6 +28,7 @@ def test_the_cosine_schedule_is_nanogpts(change):
 def test_linear_and_constant_schedules(change):
     linear = learning_rate(change(Config(), schedule="linear", warmup_steps=0, steps=100, min_learning_rate=0.0))
     np.testing.assert_allclose([linear(0), linear(50), linear(100), linear(200)], [1e-3, 5e-4, 0, 0], atol=1e-9)
+    assert jax.jit(linear)(300) == 0, "not a little less"
     constant = learning_rate(change(Config(), schedule="constant", warmup_steps=1))
     np.testing.assert_allclose([constant(0), constant(1), constant(10**6)], [5e-4, 1e-3, 1e-3], rtol=1e-5)
 

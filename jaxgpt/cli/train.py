@@ -100,6 +100,9 @@ def _fit(given: Train, existing: Run | None) -> int:
     with jax.set_mesh(mesh):
         console.print(cost.describe(config.model))
     console.print(why)
+    end = config.optimizer.decay_steps
+    if config.optimizer.schedule != "constant" and config.train.steps > end:
+        console.print(f"the learning rate stays at {config.optimizer.final_learning_rate:g} from step {end:,} on")
     with (
         TrainingDisplay(console, config.train.steps, rate(config)) as display,
         loggers.logged(run, given.log if primary else (), display) as log,
