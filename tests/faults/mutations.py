@@ -70,6 +70,20 @@ MUTATIONS = [
         "test_cache.py",
     ),
     Mutation(
+        "every row has the same dropout mask",
+        "prng.py",
+        "^ row[None, :, None]",
+        "^ row[None, :1, None]",
+        "test_prng.py",
+    ),
+    Mutation(
+        "dropout hashes rows and columns with one seed",
+        "prng.py",
+        "for i in (1, 2, 3)]",
+        "for i in (1, 1, 1)]",
+        "test_prng.py",
+    ),
+    Mutation(
         "dropout does not rescale what it keeps",
         "model.py",
         "x / jnp.asarray(keep, x.dtype)",
