@@ -118,20 +118,21 @@ def fit(
                     checkpoints.settle(wait=False)
                 last = end == config.train.steps
                 stop = 0 if last else stop_signal()
-                if due(config, end) or stop:
+                if due(config, end):
                     save(run, corpus, log, checkpoints, state)  # first: a signal may leave no time for the evaluation
-                if due(config, end) and not stop:
-                    log.add_evaluation(*score(config, corpus, state))
-                    if sample and not last:
-                        on_event(Sampled(end, sample(state.params)))
-                        log.restart_clock()
-                    stop = 0 if last else stop_signal()
+                    if not stop:
+                        log.add_evaluation(*score(config, corpus, state))
+                        if sample and not last:
+                            on_event(Sampled(end, sample(state.params)))
+                            log.restart_clock()
+                        stop = 0 if last else stop_signal()
                 if stop:
                     break
             with save_errors(run, log, checkpoints):
                 checkpoints.settle()
             with save_errors(run, log, checkpoints, stop=True):
-                if not processes.broadcast(log.step in checkpoints.steps):  # the last save failed: try once more
+                # A signal came between two saves, or the last save failed.
+                if not processes.broadcast(log.step in checkpoints.steps):
                     save(run, corpus, log, checkpoints, state)
                     checkpoints.settle()
                 log.sync()

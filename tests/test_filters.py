@@ -65,6 +65,11 @@ def test_what_is_kept_keeps_its_proportions_and_what_was_left_out_stays_out(keep
     np.testing.assert_array_equal(kept[np.isfinite(kept)], np.asarray(logits)[np.isfinite(kept)])
 
 
+@pytest.mark.parametrize(("p", "n"), [(0.3, 1), (0.6, 2), (0.75, 3), (0.95, 4)])
+def test_top_p_by_hand(p, n):
+    assert np.isfinite(top_p(jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3])), p)).tolist() == [n >= 4, n >= 1, n >= 3, n >= 2]
+
+
 def test_top_p_keeps_one_at_least_and_ties():
     assert np.isfinite(top_p(jnp.array([0.0, 3.0, 1.0]), 0.01)).tolist() == [False, True, False]
     assert np.isfinite(top_p(jnp.array([1.0, 3.0, 3.0]), 0.01)).tolist() == [False, True, True]

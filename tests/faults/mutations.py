@@ -337,8 +337,8 @@ MUTATIONS = [
     Mutation(
         "an interrupted run is not saved",
         "train.py",
-        "if due(config, end) or stop:",
-        "if due(config, end):",
+        "if not processes.broadcast(log.step in checkpoints.steps):",
+        "if not checkpoints.steps:",
         "test_train.py test_signals.py",
     ),
     Mutation(
