@@ -179,8 +179,6 @@ def read_meta(path: Path) -> dict[str, Any]:
     if meta.get("format") != FORMAT:
         found = f"format {shown(meta.get('format'))}, expected {FORMAT}"
         raise CorpusError(f"{path}: it has {found}; prepare the text again with this version of jaxgpt")
-    if missing := {"dtype", "count", "sha256", "source", "origin", "source_sha256", "tokenizer"} - meta.keys():
-        raise CorpusError(f"{path}: it has no {', '.join(sorted(missing))}; jaxgpt prepare writes it anew")
     names = [shard["file"] for shard in meta.get("shards") or ()]  # from a store they may name any place
     if names != [f"tokens-{i:05}.bin" for i in range(len(names))]:
         raise CorpusError(f"{path}: its shards are {shown(names)}, expected tokens-00000.bin and so on")

@@ -259,7 +259,6 @@ def damage(folder, name, change):
         ("tokens-00000.bin", lambda data: data.pop(), "1,679 bytes, expected 1,680"),
         ("tokens-00000.bin", lambda data: data.__setitem__(5, data[5] ^ 1), "is damaged"),
         ("tokens.json", None, "cannot be read"),
-        ("tokens.json", lambda meta: meta.pop("sha256"), "it has no sha256; jaxgpt prepare writes it anew"),
         ("tokens.json", lambda meta: meta.update(format=99), "format 99"),
         ("tokens.json", lambda meta: meta.update(parts=[]), "is that of a mixture in a run"),
     ],
