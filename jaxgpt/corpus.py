@@ -17,6 +17,8 @@ from jaxgpt.data import Part
 from jaxgpt.tokenizer import Ids, Tokenizer
 
 FORMAT = 2
+_KINDS = {"format": int, "dtype": str, "count": int, "sha256": str, "source": str, "origin": str}
+_KINDS |= {"source_sha256": str, "tokenizer": dict}
 
 
 class CorpusError(UsageError):
@@ -143,7 +145,7 @@ def load(folder: Path, verified: bool = False) -> Corpus:
     if "parts" in meta:
         raise CorpusError(f"{folder}/tokens.json is that of a mixture in a run, expected that of a prepared folder")
     tok, dtype = tokenizer.from_json(meta["tokenizer"]), np.dtype(meta["dtype"]).newbyteorder("<")
-    return Corpus(joined([_load_shard(folder, shard, dtype, tok, verified) for shard in meta["shards"]]), tok, meta)
+    return Corpus(joined([_load_shard(folder, shard, dtype, tok, verified) for shard in shards_of(meta)]), tok, meta)
 
 
 def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: Tokenizer, verified: bool) -> Ids:
@@ -165,21 +167,55 @@ def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: 
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The contents of a tokens.json. Its seal shows that they are what `prepare` wrote.
+    """The contents of a tokens.json, checked.
 
     Raises:
-      CorpusError: it is missing, damaged, edited, or of another format.
+      CorpusError: it is missing, damaged, edited, or was not written by `prepare`.
     """
     try:
-        meta = files.unseal(path.read_bytes())
+        return checked_meta(files.unseal(path.read_bytes()))
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror}; jaxgpt prepare makes it") from error
-    except files.SealError as error:
+    except ValueError as error:
         raise CorpusError(f"{path}: {error}; jaxgpt prepare writes it anew") from error
-    if meta.get("format") != FORMAT:
-        found = f"format {shown(meta.get('format'))}, expected {FORMAT}"
-        raise CorpusError(f"{path}: it has {found}; prepare the text again with this version of jaxgpt")
-    names = [shard["file"] for shard in meta.get("shards") or ()]  # from a store they may name any place
-    if names != [f"tokens-{i:05}.bin" for i in range(len(names))]:
-        raise CorpusError(f"{path}: its shards are {shown(names)}, expected tokens-00000.bin and so on")
+
+
+def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
+    """`meta` itself, if it describes a corpus or a mixture.
+
+    Raises:
+      ValueError: a value is missing or of the wrong kind, or it does not describe a tokenizer.
+    """
+    for name, kind in _KINDS.items():
+        if type(meta.get(name)) is not kind:
+            raise ValueError(f"it has no {name} of type {kind.__name__}")
+    if meta["format"] not in (1, FORMAT) or meta["dtype"] not in ("uint16", "uint32") or not 1 <= meta["count"] < 2**63:
+        raise ValueError(
+            f"it has format {meta['format']}, dtype {meta['dtype']}, count {meta['count']}; expected format "
+            f"1 or {FORMAT}, dtype uint16 or uint32 and a count from 1 to 2**63 - 1"
+        )
+    tokenizer.from_json(meta["tokenizer"])
+    if meta["format"] == 1 and "parts" not in meta:
+        return meta
+    name, least = ("parts", 2) if "parts" in meta else ("shards", 1)
+    rows = meta.get(name)
+    if not isinstance(rows, list) or len(rows) < least:
+        raise ValueError(f"its {name} are {shown(rows)}, expected a list of {least} or more")
+    for i, row in enumerate(rows):
+        match row:  # the names of shards become paths
+            case {"file": file, "count": int(n), "sha256": str()} if file == f"tokens-{i:05}.bin" and n >= 1:
+                continue
+            case {"source": str(), "count": int(n), "sha256": str()} if name == "parts" and n >= 1:
+                continue
+        wanted = "a source" if name == "parts" else f"file tokens-{i:05}.bin"
+        raise ValueError(f"its {name[:-1]} {i} is {shown(row)}, expected {wanted}, a count and a sha256")
+    if sum(row["count"] for row in rows) != meta["count"]:
+        raise ValueError(f"its {name} do not hold {meta['count']:,} tokens together")
     return meta
+
+
+def shards_of(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """File, count and SHA-256 of each shard; format 1 had one shard."""
+    if meta["format"] == 1:
+        return [{"file": "tokens.bin", "count": meta["count"], "sha256": meta["sha256"]}]
+    return cast(list[dict[str, Any]], meta["shards"])

@@ -230,22 +230,36 @@ class BPETokenizer:
 Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer
 
 
-def from_json(tree: dict[str, Any]) -> Tokenizer:
-    """The inverse of `to_json`, of values from a sealed file.
+def from_json(tree: Any) -> Tokenizer:
+    """The inverse of `to_json`. The values come from a file: all of them are checked.
 
     Raises:
-      ValueError: a kind that this version does not know.
+      ValueError: they do not describe a tokenizer.
     """
-    match tree["kind"]:
-        case "char":
-            chars = tree["chars"]
-            return CharTokenizer(chars if isinstance(chars, str) else "".join(map(chr, chars)))
-        case "byte":
+    match tree:
+        case {"kind": "char", "chars": str(chars), **rest} if not rest:
+            return CharTokenizer(chars)
+        case {"kind": "char", "chars": list(codes), **rest} if not rest:
+            if all(type(code) is int and 0 <= code < 0x110000 for code in codes):
+                return CharTokenizer("".join(map(chr, codes)))
+        case {"kind": "byte", **rest} if not rest:
             return ByteTokenizer()
-        case "bpe":
-            tokens = tuple(token.encode("latin-1") for token in tree["tokens"])
-            return BPETokenizer(tokens, tuple(tree["special"]), tree["pattern"], tree.get("leading", 0))
-    raise ValueError(f"a tokenizer of kind {shown(tree['kind'])}, expected char, byte or bpe")
+        case {"kind": "bpe", "pattern": str(pattern), "tokens": list(tokens), "special": list(special), **rest} if (
+            rest.keys() <= {"leading"} and type(rest.get("leading", 0)) is int
+        ):
+            if other := [value for value in (*tokens, *special) if not isinstance(value, str)]:
+                raise ValueError(f"not a BPE vocabulary: token {shown(other[0])}, expected a string")
+            try:
+                "".join(special).encode()
+                found = tuple(token.encode("latin-1") for token in tokens)
+            except UnicodeEncodeError as error:
+                token = error.object[:40]
+                raise ValueError(f"not a BPE vocabulary: token {token!r} is not {error.encoding}") from error
+            return BPETokenizer(found, tuple(special), pattern, tree.get("leading", 0))
+    raise ValueError(
+        f"not a tokenizer: {shown(tree)}; expected the kind 'char' with its chars, 'byte', or 'bpe' with its "
+        "pattern, tokens and special tokens"
+    )
 
 
 def normalize_line_ends(tokenizer: Tokenizer, text: str) -> str:

@@ -155,16 +155,23 @@ def test_json_gives_an_equal_tokenizer(tok):
     ("change", "said"),
     [
         ({"pattern": r"(a+)+$"}, "split pattern"),
+        ({"pattern": 3}, "not a tokenizer"),
+        ({"more": 1}, "not a tokenizer"),
+        ({"tokens": BYTES[:9]}, "not a tokenizer"),
         ({"tokens": []}, "no token for 256 of the 256 bytes"),
         ({"tokens": [chr(byte) for byte in range(255)]}, r"no token for 1 .* such as b'\\xff'"),
         ({"tokens": [chr(byte) for byte in [*range(256), 7]]}, "listed twice"),
         ({"tokens": [*map(chr, range(256)), ""]}, "is empty"),
         ({"tokens": [*map(chr, range(256)), "x" * 257]}, "is longer"),
+        ({"tokens": [*map(chr, range(256)), "中"]}, "latin-1"),
+        ({"tokens": [*map(chr, range(256)), 3]}, "token 3, expected a string"),
         ({"special": ["<|a|>", "<|a|>"]}, "listed twice"),
+        ({"special": ["\ud800"]}, "utf-8"),
+        ({"special": [None]}, "expected a string"),
         ({"special": list(map(str, range(2**20)))}, "at most 1,048,576"),
     ],
 )
-def test_what_is_no_bpe_vocabulary_is_refused(change, said):
+def test_a_file_that_describes_no_bpe_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
         tokenizer.from_json({**BPETokenizer(BYTES).to_json(), **change})
 

@@ -238,6 +238,10 @@ def test_gpt2_is_a_tokenizer_of_that_name(monkeypatch, tokenize):
     assert corpus.tokenizer.vocab_size == 257
 
 
+OTHER = {"file": "tokens-00001.bin", "sha256": ""}
+PART = {"source": "a", "count": 420, "sha256": ""}
+
+
 def damage(folder, name, change):
     path = folder / name
     if change is None:
@@ -259,8 +263,25 @@ def damage(folder, name, change):
         ("tokens-00000.bin", lambda data: data.pop(), "1,679 bytes, expected 1,680"),
         ("tokens-00000.bin", lambda data: data.__setitem__(5, data[5] ^ 1), "is damaged"),
         ("tokens.json", None, "cannot be read"),
+        ("tokens.json", lambda meta: meta.pop("sha256"), "no sha256 of type str"),
+        ("tokens.json", lambda meta: meta.update(count="840"), "no count of type int"),
+        ("tokens.json", lambda meta: meta.update(dtype="object"), "dtype object"),
         ("tokens.json", lambda meta: meta.update(format=99), "format 99"),
-        ("tokens.json", lambda meta: meta.update(parts=[]), "is that of a mixture in a run"),
+        ("tokens.json", lambda meta: meta.update(tokenizer={"kind": "words"}), "not a tokenizer"),
+        ("tokens.json", lambda meta: meta.pop("shards"), "its shards are None, expected a list"),
+        (
+            "tokens.json",
+            lambda meta: meta["shards"][0].update(file="../tokens-00000.bin"),
+            "expected file tokens-00000",
+        ),
+        ("tokens.json", lambda meta: meta["shards"].append(OTHER | {"count": 0}), "its shard 1 is"),
+        ("tokens.json", lambda meta: meta.update(parts=[]), r"its parts are \[\], expected a list of 2 or more"),
+        (
+            "tokens.json",
+            lambda meta: meta.update(parts=[{"source": "a"}] * 2),
+            "expected a source, a count and a sha256",
+        ),
+        ("tokens.json", lambda meta: meta.update(parts=[PART] * 2), "is that of a mixture in a run"),
     ],
 )
 def test_damage_is_named(prepared, name, change, said):

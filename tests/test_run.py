@@ -10,7 +10,7 @@ from jaxgpt.config import Config
 from jaxgpt.monitor import facts
 from jaxgpt.run import Run, RunError
 
-META = {"format": 2, "dtype": "uint16", "count": 3, "sha256": "0", "source": "a", "origin": "b", "source_sha256": "0"}
+META = {"format": 1, "dtype": "uint16", "count": 3, "sha256": "0", "source": "a", "origin": "b", "source_sha256": "0"}
 META |= {"tokenizer": {"kind": "char", "chars": "ab"}}
 
 

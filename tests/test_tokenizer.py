@@ -85,9 +85,16 @@ def test_torn_bytes_decode_to_a_replacement():
     assert ByteTokenizer().decode([0xC3]) == "�"
 
 
-def test_a_kind_of_a_newer_version_is_refused():
-    with pytest.raises(ValueError, match="a tokenizer of kind 'words', expected char, byte or bpe"):
-        tokenizer.from_json({"kind": "words"})
+@pytest.mark.parametrize(
+    "tree",
+    [
+        *({}, None, [], {"kind": "bpe"}, {"kind": "byte", "x": 1}, {"kind": "char"}, {"kind": "char", "chars": 3}),
+        *({"kind": "char", "chars": codes} for codes in ([-1], [0x110000], ["a"], [1.0], [True])),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(tree):
+    with pytest.raises(ValueError, match="not a tokenizer"):
+        tokenizer.from_json(tree)
 
 
 @pytest.mark.parametrize("chars", ["", "aa"])

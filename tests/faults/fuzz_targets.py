@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt import files
+from jaxgpt import corpus, files, tokenizer
+from jaxgpt.cli import corpora
 from jaxgpt.huggingface import gpt2 as gpt2_folder
 from jaxgpt.prepare import documents
 from jaxgpt.prepare import vocabularies as vocabulary
-from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer
+from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, UnknownCharacterError
 
 TINY = Path(__file__).parents[1] / "goldens" / "hf-gpt2-tiny"
 TEXT = "the cat sat\n"
@@ -50,6 +51,42 @@ def run_config(data: bytes) -> None:
 def seeds_config() -> list[bytes]:
     default = configs.to_json(configs.Config()).encode()
     return [default, b"{}", b'{"model": {"n_embd": 64, "n_head": 4}, "train": {"steps": 9, "eval_every": 50}}']
+
+
+def run_meta(data: bytes) -> None:
+    """tokens.json below its seal, which would refuse every change."""
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(tree, dict):
+        return
+    try:
+        meta = corpus.checked_meta(tree)
+        corpora.folders_of(meta, TINY)
+        tok = tokenizer.from_json(meta["tokenizer"])
+    except ValueError as error:
+        _require_plain(error)
+        return
+    names = [] if "parts" in meta else [shard["file"] for shard in corpus.shards_of(meta)]
+    assert all(name == Path(name).name for name in names), "a shard would lie outside its folder"
+    assert tokenizer.from_json(tok.to_json()) == tok
+    assert len(tok.token_bytes) == tok.vocab_size
+    tok.decode(np.arange(tok.vocab_size))
+    try:
+        assert tok.decode(tok.encode(TEXT)) == TEXT
+    except UnknownCharacterError:
+        assert not tok.knows(TEXT).all()
+
+
+def seeds_meta() -> list[bytes]:
+    tokenizers = [CharTokenizer.train(TEXT), CharTokenizer("é\ud83d\ude42🙂"), ByteTokenizer(), _tiny_bpe()]
+    plain = {"format": corpus.FORMAT, "dtype": "uint16", "count": 3, "sha256": "", "source": "a", "origin": "b"}
+    plain |= {"source_sha256": "", "notes": [], "skipped_characters": 0}
+    shards = {"shards": [{"file": "tokens-00000.bin", "count": 3, "sha256": ""}]}
+    parts = {"parts": [{"source": "a", "count": 1, "sha256": ""}, {"source": "b", "count": 2, "sha256": ""}]}
+    metas = [plain | more | {"tokenizer": tok.to_json()} for tok in tokenizers for more in (shards, parts)]
+    return [json.dumps(meta).encode() for meta in metas]
 
 
 def run_gpt2_folder(data: bytes) -> None:
@@ -197,6 +234,8 @@ def nested(depth: int) -> list[bytes]:
         b'{"a":' * depth + b"0" + b"}" * depth,
         b'{"model": {"n_head": %s}, "seal": 1}' % deep,
         b'{"model": %s}' % deep,
+        *(seeds_meta()[0].replace(old, deep) for old in (b'"char"', b'"uint16"')),
+        seeds_meta()[-1].replace(b'["', b"[" + deep + b',"', 1),
         b'config.json\0{"model_type": %s}' % deep,
         b'config.json\0{"model_type": "gpt2", "activation_function": %s}' % deep,
         b'config.json\0{"model_type": "gpt2", "n_embd": %s}' % deep,
@@ -245,6 +284,7 @@ def _tensors() -> tuple[bytes, bytes]:
 
 TARGETS = {
     "config": Target(run_config, seeds_config),
+    "meta": Target(run_meta, seeds_meta),
     "gpt2-folder": Target(run_gpt2_folder, seeds_gpt2_folder),
     "vocabulary": Target(run_vocabulary, seeds_vocabulary),
     "text": Target(run_text, seeds_text),

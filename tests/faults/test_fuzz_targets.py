@@ -183,4 +183,4 @@ def test_an_unknown_reader_is_named():
     command = [sys.executable, ROOT / "scripts" / "fuzz", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "no reader 'nonsense', expected one of config, gpt2-folder" in done.stderr
+    assert "no reader 'nonsense', expected one of config, meta" in done.stderr
