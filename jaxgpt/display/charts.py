@@ -119,7 +119,8 @@ def dots(rows: list[Spec], kinds: list[str], title: str) -> Spec:
     y: Spec = {"field": "what", "type": "nominal", "sort": names, "title": None}
     y["axis"] = {"labelLimit": 220, "ticks": False, "domain": False, "grid": True}
     x = quantity("loss", title, {"tickCount": 6}, padding=50)
-    colours = {kind: colour for kind, colour in zip(kinds, (ACCENT, QUIET, WARM)) if kind in {r["kind"] for r in rows}}  # noqa: B905
+    present = {row["kind"] for row in rows}
+    colours = {kind: c for kind, c in zip(kinds, (ACCENT, QUIET, WARM), strict=False) if kind in present}
     color = category("kind", list(colours), list(colours.values()), {"title": None, "labelLimit": 300})
     at = {"x": x, "y": y, "color": color}
     tooltip = [{"field": "what", "title": "what"}, {"field": "loss", "format": ".4f", "title": title}]
