@@ -80,7 +80,9 @@ def server(tmp_path, monkeypatch):
         thread = threading.Thread(target=httpd.serve_forever)
         thread.start()
         httpd.url = f"http://127.0.0.1:{httpd.server_port}"
-        monkeypatch.setattr(hub.constants, "ENDPOINT", httpd.url)  # read from HF_ENDPOINT at the import
+        # Both are read from the environment at the import, perhaps in a test that is offline.
+        monkeypatch.setattr(hub.constants, "ENDPOINT", httpd.url)
+        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(
             hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", httpd.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
