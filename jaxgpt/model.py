@@ -309,6 +309,7 @@ def head(config: ModelConfig, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return config.softcap * jnp.tanh(out.astype(jnp.float32) / config.softcap) if config.softcap else out
 
 
+@partial(jax.jit, static_argnums=0)
 @matmul.in_32_bits
 def init_params(config: ModelConfig, key: jax.Array, init_scale: jax.Array | float | None = None) -> Params:
     """Fresh float32 parameters, a pure function of (config, key); the same numbers with scan_layers as without.
@@ -368,6 +369,7 @@ def features(
     return cast(jax.Array, module(config, rate).apply({"params": params}, idx, rngs={"dropout": dropout_key}))
 
 
+@partial(jax.jit, static_argnums=0)
 @matmul.in_32_bits
 def forward(config: ModelConfig, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
     """Logits of the next token at every position, float32: (B, T) ids -> (B, T, V). Arguments and errors as of
@@ -433,6 +435,7 @@ def extend(
     return logits, Cache(kept.get("cache", {}), read, last(idx).astype(jnp.int32))
 
 
+@partial(jax.jit, static_argnums=0)
 def logits_and_loss(
     config: ModelConfig, params: Params, idx: jax.Array, targets: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array | None]:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ QUICK: dict[str, Any] = {"xla_cpu_parallel_codegen_split_count": 1}
 """Options with which XLA compiles in half the time what is not optimized."""
 if jaxlib.version.__version_info__ < (0, 11):  # newer ones have no other
     QUICK["xla_cpu_use_fusion_emitters"] = False
+
+UNCOUNTED = """test_bigram_limit test_browser test_cache test_docs test_generate test_matmul test_mesh test_model
+test_model_options test_muon test_notebooks test_optimizer test_page test_program test_recovery test_step test_train
+test_write""".split()
+"""Modules of tests whose lines of jaxgpt others run too. Python is a third slower where coverage counts lines."""
 
 HOSTILE = "</script><script>alert('x')</script><b>\"&amp;"
 """Text that changes a page which takes it for markup."""
@@ -65,6 +71,20 @@ def forget() -> Iterator[None]:
     """Let go of the programs of a module after it: together they would fill gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def uncounted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Counts no lines in UNCOUNTED modules."""
+    if request.path.stem not in UNCOUNTED or not hasattr(request.config, "workerinput"):
+        yield
+        return
+    here, threads = sys.gettrace(), threading.gettrace()
+    sys.settrace(None)
+    threading.settrace(None)
+    yield
+    sys.settrace(here)
+    threading.settrace(threads)
 
 
 @pytest.fixture(autouse=True)

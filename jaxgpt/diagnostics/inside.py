@@ -68,7 +68,7 @@ def _calls(config: ModelConfig, params: model.Params, idx: jax.Array, kind: Any,
         return out
 
     with nn.intercept_methods(record), jax.default_matmul_precision("highest"):
-        model.forward(replace(exact(config), scan_layers=False), model.unstacked(params), idx)
+        model.features(replace(exact(config), scan_layers=False), model.unstacked(params), idx)
     return found
 
 

@@ -1,12 +1,13 @@
 """Every model of the ladder as one pure function of its rung, without a framework."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import prng
+from jaxgpt import activations, prng
 from jaxgpt.attention import attention, causal_mask
 
 Params = dict[str, Any]
@@ -71,6 +72,7 @@ def init_params(rung: Rung, vocab_size: int, key: jax.Array) -> Params:
     return params | {"head": linear(C, V)}
 
 
+@partial(jax.jit, static_argnums=0)
 def forward(rung: Rung, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
     """Logits of the next token: (B, T) ids -> (B, T, V). Dropout is on with a key."""
     if "row" in params:
@@ -121,5 +123,4 @@ def _linear(params: Params, x: jax.Array) -> jax.Array:
 
 
 def _norm(params: Params, x: jax.Array) -> jax.Array:
-    x = (x - x.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(x.var(axis=-1, keepdims=True) + 1e-5)
-    return x * params["scale"][None, None] + params["bias"][None, None]
+    return activations.layer_norm(x, params["scale"]) + params["bias"][None, None]
