@@ -15,10 +15,11 @@ from jaxgpt import matmul, model, sharding
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.corpus import pieces_of
 from jaxgpt.data import Ids, Starts, estimate_starts, evaluation_windows, gather, inputs_and_targets
+from jaxgpt.loss import logits_at_once
 from jaxgpt.tokenizer import Tokenizer
 
-BATCH_TOKENS, BATCH_LOGITS = 8192, 2**26
-"""Most tokens, and logits, in an evaluation batch on each device."""
+BATCH_TOKENS = 8192
+"""Most tokens in an evaluation batch on each device."""
 BATCHES = 16
 """Batches in a call of the compiled program on accelerators; on CPUs one, because a loop takes longer to compile."""
 
@@ -119,12 +120,12 @@ def map_batches(losses: Callable[..., jax.Array], windows: jax.Array, skip: jax.
 
 
 def windows_per_batch(config: ModelConfig, n: int, models: int = 1) -> int:
-    """Batch size for n windows and `models` evaluated at once: BATCH_TOKENS or BATCH_LOGITS per device.
+    """Batch size for n windows and `models` evaluated at once: BATCH_TOKENS, or `logits_at_once`, per device.
 
     For few windows it is a power of two, so that splits of similar sizes share a program.
     """
     shards = sharding.num_shards("batch")
-    most = max(1, min(BATCH_TOKENS, BATCH_LOGITS // config.vocab_size) // config.block_size // models)
+    most = max(1, min(BATCH_TOKENS, logits_at_once() // config.vocab_size) // config.block_size // models)
     return shards * min(most, max(32, 1 << (-(-n // shards) - 1).bit_length()))
 
 

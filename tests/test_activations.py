@@ -1,5 +1,7 @@
 """Activation functions and norms against those of JAX and Flax, and their derivatives against automatic ones."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ def flax_layer_norm(x, scale):
     return nn.LayerNorm(epsilon=1e-5, use_bias=False, use_fast_variance=False).apply({"params": {"scale": scale}}, x)
 
 
+@partial(jax.jit, static_argnums=0)
 def derivatives(function, *args):
     """Value, gradient, Hessian times a vector (by jvp of grad), and the gradient of the gradient's norm."""
 

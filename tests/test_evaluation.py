@@ -78,6 +78,13 @@ def test_little_is_computed_for_nothing(n, T, V, models):
     assert most == 1 or models * most * T * V <= 2**26
 
 
+def test_where_memory_allows_it_a_batch_of_many_logits_has_all_its_tokens(monkeypatch):
+    gpt2 = ModelConfig(vocab_size=50304, block_size=1024)
+    assert windows_per_batch(gpt2, 10**6) == 1
+    monkeypatch.setattr(evaluation, "logits_at_once", lambda: 10**9)
+    assert windows_per_batch(gpt2, 10**6) == 8
+
+
 def test_bits_are_per_character_and_byte_of_the_predicted_text():
     ids = TOKENIZER.encode("aéé" * 10).astype(np.uint16)
     result = evaluate(BIGRAM, PARAMS, ids, TOKENIZER)

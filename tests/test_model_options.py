@@ -276,7 +276,7 @@ def test_what_is_added_to_the_token_embedding(option):
     name = "smear" if option == "smear" else "bigram"
     fresh = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), params[name])
     idx = jnp.array([[3, 1, 4, 0]])
-    found = model.features(config, params | {name: fresh}, idx)
+    found = jax.jit(model.features, static_argnums=0)(config, params | {name: fresh}, idx)
     token = params["wte"]["embedding"][idx]
     if option == "smear":
         added = fresh[None, None] * jnp.concatenate([jnp.zeros((1, 1, 8)), token[:, :-1]], axis=1)

@@ -48,7 +48,7 @@ def test_no_flag_of_jax_changes_the_stream(expected, set_flags, flag, value):
 
 
 def mask(key, keep, *shape):
-    return prng.keep_mask(key, keep, shape[:-2], *map(jnp.arange, shape[-2:]))
+    return jax.jit(lambda key, keep: prng.keep_mask(key, keep, shape[:-2], *map(jnp.arange, shape[-2:])))(key, keep)
 
 
 def test_a_mask_keeps_its_share_without_a_pattern():
