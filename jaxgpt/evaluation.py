@@ -39,7 +39,12 @@ class Evaluation:
 
 
 def evaluate(
-    config: ModelConfig, params: model.Params, tokens: Ids, tokenizer: Tokenizer, batch_size: int | None = None
+    config: ModelConfig,
+    params: model.Params,
+    tokens: Ids,
+    tokenizer: Tokenizer,
+    batch_size: int | None = None,
+    program: Callable[..., jax.Array] | None = None,
 ) -> Evaluation:
     """Loss over all of `tokens` (N,) in windows of block_size; each of the N - 1 predictions counts once.
 
@@ -47,6 +52,7 @@ def evaluate(
 
     Args:
       batch_size: windows per batch; None picks one. Results agree up to float32 reassociation.
+      program: that of `compiled` for as many tokens, without a batch_size.
 
     Raises:
       ValueError: fewer than block_size + 1 tokens.
@@ -54,7 +60,16 @@ def evaluate(
     T = config.block_size
     starts, skip = evaluation_windows(len(tokens), T)
     B = batch_size or windows_per_batch(config, len(starts))
-    return evaluation(loss_sums(partial(_loss_sums, config, params), tokens, T, starts, skip, B), T, tokens, tokenizer)
+    losses = partial(program or partial(_loss_sums, config), params)
+    return evaluation(loss_sums(losses, tokens, T, starts, skip, B), T, tokens, tokenizer)
+
+
+def compiled(config: ModelConfig, params: model.Params, n_tokens: int) -> Callable[..., jax.Array]:
+    """What `evaluate` calls for N = n_tokens and parameters like `params`, which may be shapes, compiled beforehand."""
+    T = config.block_size
+    B = windows_per_batch(config, len(evaluation_windows(n_tokens, T)[0]))
+    windows, skip = (jax.ShapeDtypeStruct((_batches(), B, *rest), jnp.int32) for rest in ((T + 1,), ()))
+    return _loss_sums.lower(config, params, windows, skip).compile()
 
 
 def evaluation(sums: NDArray[np.float64], T: int, tokens: Ids, tokenizer: Tokenizer) -> Evaluation:
@@ -98,13 +113,17 @@ def loss_sums(
       losses: windows (K, B, T + 1), skip (K, B) -> (K, B), `map_batches` of a model, compiled; (M, K, B) of M models,
         which gives (M, n_windows).
     """
-    K, n, sums = 1 if sharding.platform() == "cpu" else BATCHES, len(starts), list[jax.Array]()
+    K, n, sums = _batches(), len(starts), list[jax.Array]()
     padded = (np.pad(x, (0, -n % (K * B))).reshape(-1, K, B) for x in (starts, skip))  # so that one program serves
     for windows, skipped in zip(*padded, strict=True):
         jax.block_until_ready(sums[:-1])  # at most two calls on the device, however large the corpus
-        sums.append(losses(gather(tokens, windows, T).astype(np.int32), skipped))
+        sums.append(losses(gather(tokens, windows, T).astype(np.int32), skipped.astype(np.int32)))
     found = [each.reshape(*each.shape[:-2], -1) for each in jax.device_get(sums)]
     return np.concatenate(found, axis=-1).astype(np.float64)[..., :n]
+
+
+def _batches() -> int:
+    return 1 if sharding.platform() == "cpu" else BATCHES
 
 
 def map_batches(losses: Callable[..., jax.Array], windows: jax.Array, skip: jax.Array) -> jax.Array:

@@ -69,8 +69,8 @@ RECIPES: dict[str, Recipe] = {
     "speedrun-cpu": Recipe(
         replaced(
             Config(),
-            **MODERN | MUON | SHORT,
-            **dict(n_layer=1, smear=True, bigram_embed=True, muon_momentum=0.85, steps=260, scan_steps=130),
+            **MODERN | MUON | SHORT | dict(zero_init=False, muon_momentum=0.85, muon_learning_rate=3e-2, muon_steps=3),
+            **dict(n_layer=1, bigram_embed=True, steps=220, scan_steps=110),
         ),
         about="To the loss of nanoGPT's CPU settings in the shortest time: a modern block, and Muon.",
         hardware=CPU,

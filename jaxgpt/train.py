@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jax.sharding import Mesh
 
-from jaxgpt import model, processes
+from jaxgpt import evaluation, model, processes
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.config import Config
 from jaxgpt.corpus import Corpus
@@ -70,7 +70,7 @@ def fit(
       CheckpointError: the last checkpoint was not written, or any where on_save_error is "stop".
     """
     began, config, mesh = time.perf_counter(), config or run.config, mesh or one_device()
-    train_tokens, _ = corpus.split(config.data)
+    train_tokens, val_tokens = corpus.split(config.data)
     parts = corpus.training_parts(config.data)
     checkpoints = Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every)
 
@@ -78,6 +78,10 @@ def fit(
         """The program of these steps, for the shapes of a state."""
         with jax.set_mesh(mesh):
             return jit_train_steps(config, mesh).lower(abstract_state(config, mesh), *load(begin, end)).compile()
+
+    def compiled_score() -> Any:
+        with jax.set_mesh(mesh):
+            return evaluation.compiled(config.model, abstract_state(config, mesh).params, len(val_tokens))
 
     with (
         jax.set_mesh(mesh),
@@ -93,6 +97,7 @@ def fit(
         # Several processes must run, and some compile, the same programs in the same order.
         early = initial and processes.single_process()
         ahead = background.submit(compiled, *next(chunks(config, 0))) if early else None
+        scorer = background.submit(compiled_score) if early and not config.train.eval_start else None
         state = initial.compile()() if initial else checkpoints.restore(step, abstract_state(config, mesh))
         if config != run.config:
             run = processes.on_primary(partial(run.with_config, config)) or Run(run.path)
@@ -121,7 +126,8 @@ def fit(
                 if due(config, end):
                     save(run, corpus, log, checkpoints, state)  # first: a signal may leave no time for the evaluation
                     if not stop:
-                        log.add_evaluation(*score(config, corpus, state))
+                        program = scorer.result() if scorer else None
+                        log.add_evaluation(*score(config, corpus, state, program))
                         if sample and not last:
                             on_event(Sampled(end, sample(state.params)))
                             log.restart_clock()
@@ -171,11 +177,14 @@ def save_errors(run: Run, log: MetricsLog, checkpoints: Checkpoints, stop: bool 
             raise CheckpointError(text) from error
 
 
-def score(config: Config, corpus: Corpus, state: TrainState) -> tuple[int, Evaluation, dict[str, float]]:
-    """The step of `state`, its loss over the whole validation split, and nanoGPT-style estimates on both splits."""
+def score(
+    config: Config, corpus: Corpus, state: TrainState, program: Any = None
+) -> tuple[int, Evaluation, dict[str, float]]:
+    """The step of `state`, its loss over the whole validation split, and nanoGPT-style estimates on both splits;
+    `program` as in `evaluate`."""
     train_tokens, val_tokens = corpus.split(config.data)
     step, splits = int(state.step), {"train": train_tokens, "val": val_tokens}
-    exact = evaluate(config.model, state.params, val_tokens, corpus.tokenizer)
+    exact = evaluate(config.model, state.params, val_tokens, corpus.tokenizer, program=program)
     if not config.train.eval_batches:
         return step, exact, {}
     noisy = {f"{name}_estimate": estimate(config, state.params, split, step) for name, split in splits.items()}

@@ -27,7 +27,7 @@ from jax._src import compiler  # noqa: E402 (compiler options for all programs t
 
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig  # noqa: E402
 
-QUICK: dict[str, Any] = {"xla_cpu_parallel_codegen_split_count": 1}
+QUICK: dict[str, Any] = {"xla_cpu_parallel_codegen_split_count": 1, "xla_backend_optimization_level": 0}
 """Options with which XLA compiles in half the time what is not optimized."""
 if jaxlib.version.__version_info__ < (0, 11):  # newer ones have no other
     QUICK["xla_cpu_use_fusion_emitters"] = False

@@ -65,6 +65,8 @@ def test_the_result_does_not_depend_on_the_batch_size(tiny, monkeypatch, batches
     for result in results[1:]:
         np.testing.assert_allclose(dataclasses.astuple(result), dataclasses.astuple(results[0]), rtol=1e-6)
     assert results[0] == evaluate(tiny.model, params, ids, CharTokenizer("abcdefghijklm")), "and is deterministic"
+    program = evaluation.compiled(tiny.model, jax.eval_shape(lambda: params), len(ids))
+    assert results[0] == evaluate(tiny.model, params, ids, CharTokenizer("abcdefghijklm"), program=program)
 
 
 @given(st.integers(1, 100_000), st.integers(1, 512), st.integers(2, 60_000), st.integers(1, 9))

@@ -13,7 +13,7 @@ import pytest
 
 from jaxgpt import config as configs
 from jaxgpt import data as batches
-from jaxgpt import matmul, step
+from jaxgpt import evaluation, matmul, step
 from jaxgpt import train as loop
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli.runs import resolve, start
@@ -98,6 +98,15 @@ def test_fit_tells_its_story(tiny, new_run):
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 21))
     kinds = [json.loads(line)["event"] for line in (run.path / "events.jsonl").read_text().splitlines()]
     assert kinds == ["start", "save", "save", "end"]
+
+
+def test_the_score_of_a_new_run_is_compiled_beside_its_steps(tiny, change, new_run):
+    evaluation._loss_sums.clear_cache()
+    late = change(tiny, eval_start=False, eval_batches=0)
+    fit(*new_run("late", late))
+    assert evaluation._loss_sums._cache_size() == 0
+    fit(*new_run("early", change(late, eval_start=True)))
+    assert evaluation._loss_sums._cache_size() == 1
 
 
 def test_two_runs_of_one_config_are_equal(tiny, new_run):

@@ -17,7 +17,8 @@ FLOAT = 4
 @lru_cache(maxsize=1024)
 def n_params(config: ModelConfig) -> int:
     """Number of parameters; an unknown vocab_size (0) counts as 1."""
-    one_block = dataclasses.replace(config, n_layer=1, vocab_size=max(1, config.vocab_size))  # all blocks are alike
+    # All blocks are alike, and no shape depends on the precision.
+    one_block = dataclasses.replace(config, n_layer=1, vocab_size=max(1, config.vocab_size), precision="float32")
     shapes = jax.eval_shape(lambda: init_params(one_block, prng.key(0)))
     return sum(
         leaf.size * (config.n_layer if path[0].key in ("h", "h_0") else 1)
