@@ -68,7 +68,7 @@ def compiled(config: ModelConfig, params: model.Params, n_tokens: int) -> Callab
     """What `evaluate` calls for N = n_tokens and parameters like `params`, which may be shapes, compiled beforehand."""
     T = config.block_size
     B = windows_per_batch(config, len(evaluation_windows(n_tokens, T)[0]))
-    windows, skip = (jax.ShapeDtypeStruct((_batches(), B, *rest), jnp.int32) for rest in ((T + 1,), ()))
+    windows, skip = (jax.ShapeDtypeStruct((batches_per_call(), B, *rest), jnp.int32) for rest in ((T + 1,), ()))
     return _loss_sums.lower(config, params, windows, skip).compile()
 
 
@@ -113,7 +113,7 @@ def loss_sums(
       losses: windows (K, B, T + 1), skip (K, B) -> (K, B), `map_batches` of a model, compiled; (M, K, B) of M models,
         which gives (M, n_windows).
     """
-    K, n, sums = _batches(), len(starts), list[jax.Array]()
+    K, n, sums = batches_per_call(), len(starts), list[jax.Array]()
     padded = (np.pad(x, (0, -n % (K * B))).reshape(-1, K, B) for x in (starts, skip))  # so that one program serves
     for windows, skipped in zip(*padded, strict=True):
         jax.block_until_ready(sums[:-1])  # at most two calls on the device, however large the corpus
@@ -122,7 +122,7 @@ def loss_sums(
     return np.concatenate(found, axis=-1).astype(np.float64)[..., :n]
 
 
-def _batches() -> int:
+def batches_per_call() -> int:
     return 1 if sharding.platform() == "cpu" else BATCHES
 
 

@@ -17,7 +17,7 @@ from jaxgpt import evaluation, model, processes
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.config import Config
 from jaxgpt.corpus import Corpus
-from jaxgpt.data import chunks, config_starts, loader
+from jaxgpt.data import Loader, chunks, config_starts, loader
 from jaxgpt.evaluation import Evaluation, estimate, evaluate
 from jaxgpt.metrics_log import DivergedError, Evaluated, Event, MetricsLog, Sampled, notify
 from jaxgpt.run import Run
@@ -74,15 +74,6 @@ def fit(
     parts = corpus.training_parts(config.data)
     checkpoints = Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every)
 
-    def compiled(begin: int, end: int) -> Any:
-        """The program of these steps, for the shapes of a state."""
-        with jax.set_mesh(mesh):
-            return jit_train_steps(config, mesh).lower(abstract_state(config, mesh), *load(begin, end)).compile()
-
-    def compiled_score() -> Any:
-        with jax.set_mesh(mesh):
-            return evaluation.compiled(config.model, abstract_state(config, mesh).params, len(val_tokens))
-
     with (
         jax.set_mesh(mesh),
         run.lock(),
@@ -96,8 +87,9 @@ def fit(
         initial = None if newest else lower_init(config, mesh)  # before another thread lowers the steps
         # Several processes must run, and some compile, the same programs in the same order.
         early = initial and processes.single_process()
-        ahead = background.submit(compiled, *next(chunks(config, 0))) if early else None
-        scorer = background.submit(compiled_score) if early and not config.train.eval_start else None
+        ahead = background.submit(compiled_steps, config, mesh, load, *next(chunks(config, 0))) if early else None
+        late = early and not config.train.eval_start
+        scorer = background.submit(compiled_score, config, mesh, len(val_tokens)) if late else None
         state = initial.compile()() if initial else checkpoints.restore(step, abstract_state(config, mesh))
         if config != run.config:
             run = processes.on_primary(partial(run.with_config, config)) or Run(run.path)
@@ -113,7 +105,8 @@ def fit(
             for begin, end in chunks(config, step):
                 windows = load(begin, end)
                 if end - begin not in programs:
-                    programs[end - begin] = ahead.result() if ahead and not programs else compiled(begin, end)
+                    new = ahead.result() if ahead and not programs else compiled_steps(config, mesh, load, begin, end)
+                    programs[end - begin] = new
                 before = jax.tree.map(jnp.copy, state) if debug_nans else None
                 state, metrics = programs[end - begin](state, *windows)
                 if before and not metrics.applied.all():
@@ -144,6 +137,18 @@ def fit(
                 log.sync()
     seconds, speed = time.perf_counter() - began, log.speed["tokens_per_second"]
     return Summary(run, log.step, config.train.steps, log.scores, seconds, speed, stop)
+
+
+def compiled_steps(config: Config, mesh: Mesh, load: Loader, begin: int, end: int) -> Any:
+    """The program of these steps, for the shapes of a state."""
+    with jax.set_mesh(mesh):
+        return jit_train_steps(config, mesh).lower(abstract_state(config, mesh), *load(begin, end)).compile()
+
+
+def compiled_score(config: Config, mesh: Mesh, n_tokens: int) -> Any:
+    """The program that scores a validation split of `n_tokens`."""
+    with jax.set_mesh(mesh):
+        return evaluation.compiled(config.model, abstract_state(config, mesh).params, n_tokens)
 
 
 def save(run: Run, corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: TrainState) -> None:

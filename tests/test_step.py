@@ -70,6 +70,11 @@ def test_gathered_windows_train_the_same_bits_as_the_whole_corpus(tiny):
     chex.assert_trees_all_equal(metrics, served_metrics)
 
 
+@pytest.mark.optimized
+def test_the_initial_state_has_the_same_bits_however_its_program_is_optimized(tiny):
+    chex.assert_trees_all_equal(sharded_init(tiny, one_device()), init_state(tiny))
+
+
 def test_the_second_call_compiles_nothing(tiny):
     state, _ = run(tiny, sharded_init(tiny, one_device()), 0, 5)
     compiled = jit_train_steps(tiny, one_device())._cache_size()
