@@ -19,7 +19,9 @@ from jaxgpt.loss import logits_at_once
 from jaxgpt.tokenizer import Tokenizer
 
 BATCH_TOKENS = 8192
-"""Most tokens in an evaluation batch on each device."""
+"""Most tokens in an evaluation batch on each accelerator."""
+CACHED_TOKENS = 2048
+"""The same on CPUs: the activations stay in the caches, and the whole split takes a quarter less time."""
 BATCHES = 16
 """Batches in a call of the compiled program on accelerators; on CPUs one, because a loop takes longer to compile."""
 
@@ -139,12 +141,13 @@ def map_batches(losses: Callable[..., jax.Array], windows: jax.Array, skip: jax.
 
 
 def windows_per_batch(config: ModelConfig, n: int, models: int = 1) -> int:
-    """Batch size for n windows and `models` evaluated at once: BATCH_TOKENS, or `logits_at_once`, per device.
+    """Batch size for n windows and `models` evaluated at once: BATCH_TOKENS or CACHED_TOKENS, or `logits_at_once`, per
+    device.
 
     For few windows it is a power of two, so that splits of similar sizes share a program.
     """
-    shards = sharding.num_shards("batch")
-    most = max(1, min(BATCH_TOKENS, logits_at_once() // config.vocab_size) // config.block_size // models)
+    shards, tokens = sharding.num_shards("batch"), CACHED_TOKENS if sharding.platform() == "cpu" else BATCH_TOKENS
+    most = max(1, min(tokens, logits_at_once() // config.vocab_size) // config.block_size // models)
     return shards * min(most, max(32, 1 << (-(-n // shards) - 1).bit_length()))
 
 

@@ -237,7 +237,10 @@ def test_the_random_kernel_of_gpus_is_for_initial_states_alone(tiny, change, ver
     monkeypatch.setattr(steps, "init_state", jax.jit(noted_init, static_argnums=0))
     monkeypatch.setattr(steps, "train_step", noted_step)
     config = change(tiny, corpus=str(verse), steps=5, eval_every=0)
-    fit(*start(config, "a", tmp_path / "runs", tmp_path))
+    fit(*start(config, "cpu", tmp_path / "runs", tmp_path))
+    assert seen["init"] == [False], "traced once for shapes and program"
+    monkeypatch.setattr(steps, "platform", lambda: "gpu")
+    fit(*start(config, "gpu", tmp_path / "runs", tmp_path))
     assert True in seen["init"]
     assert set(seen["steps"]) == {False}
     assert not jax.config.values[name]
