@@ -56,18 +56,10 @@ def encode(
       OSError: `folder` cannot be written to.
     """
     dtype = np.dtype(np.uint16 if tok.vocab_size <= 2**16 else np.uint32)
-    done: dict[str, Any] = {"shards": [], "position": 0, "skipped": 0, "source_sha256": "", "begin": [0, 0, {}]}
-    if (folder / PROGRESS).exists():
-        try:
-            done = files.unseal((folder / PROGRESS).read_bytes())
-        except files.SealError as error:
-            raise InterruptionError(f"{folder / PROGRESS} is damaged") from error
+    done = _left_in(folder)
     shards, start, position, skipped = done["shards"], done["position"], done["position"], done["skipped"]
     begins = [done["begin"]]  # files from that at `position` on: number, position, changes before
     changes, source_sha256 = Counter(begins[0][2]), hashlib.sha256()
-    for path in folder.iterdir():
-        if path.name not in (LOCK, PROGRESS, *(shard["file"] for shard in shards)):
-            path.unlink()
 
     def digest() -> str:
         return text.version or source_sha256.hexdigest()
@@ -120,15 +112,11 @@ def encode(
     except UnknownCharacterError as error:
         position += error.position
         raise UnknownCharacterError(error.character, position, error.known, text.where(position)) from error
-    ids_sha256 = hashlib.sha256()
-    for shard in shards:
-        with (folder / shard["file"]).open("rb") as file:
-            hashlib.file_digest(file, lambda: ids_sha256)
     return {
         "format": FORMAT,
         "dtype": dtype.name,
         "count": sum(shard["count"] for shard in shards),
-        "sha256": ids_sha256.hexdigest(),
+        "sha256": _sha256(folder / shard["file"] for shard in shards),
         "shards": shards,
         "source": text.name,
         "origin": text.origin,
@@ -137,6 +125,29 @@ def encode(
         "skipped_characters": skipped,
         "tokenizer": tok.to_json(),
     }
+
+
+def _left_in(folder: Path) -> dict[str, Any]:
+    """What an interrupted call recorded in a folder, or the beginning; shards that are not whole are removed."""
+    done: dict[str, Any] = {"shards": [], "position": 0, "skipped": 0, "source_sha256": "", "begin": [0, 0, {}]}
+    if (folder / PROGRESS).exists():
+        try:
+            done = files.unseal((folder / PROGRESS).read_bytes())
+        except files.SealError as error:
+            raise InterruptionError(f"{folder / PROGRESS} is damaged") from error
+    for path in folder.iterdir():
+        if path.name not in (LOCK, PROGRESS, *(shard["file"] for shard in done["shards"])):
+            path.unlink()
+    return done
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    """That of several files in a row."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def in_order(function: Callable[[str], T], parts: Iterable[str]) -> Iterator[tuple[str, T]]:
