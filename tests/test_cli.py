@@ -407,8 +407,9 @@ def test_the_command_is_installed_and_a_closed_pipe_is_no_fault(tmp_path):
 
 def test_what_the_process_leaves_is_not_collected_object_by_object():
     """Freeing the objects of JAX would take half a second."""
-    code = "import atexit, gc; from jaxgpt.cli import main; atexit.register(lambda: print(gc.get_freeze_count())); "
-    done = subprocess.run([sys.executable, "-c", f"{code}main(['recipes'])"], capture_output=True, text=True, timeout=60)
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); "
+    code += "from jaxgpt.cli import main; main(['recipes'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert int(done.stdout.split()[-1]) > 10_000
 
