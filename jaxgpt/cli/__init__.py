@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     os.environ["JAX_ENABLE_X64"] = "0"  # float32 is part of what a command computes; JAX is not imported yet
-    gc.set_threshold(100_000)  # what JAX imports and traces lives on: looking it through each 700 objects takes long
+    gc.set_threshold(100_000)  # by default 700 new objects; what JAX imports and traces is not garbage
     code = run_command(sys.argv[1:] if argv is None else argv)
-    gc.freeze()  # let the interpreter not take half a second to free what the process leaves anyway
+    gc.freeze()  # the interpreter would take half a second to free what ends with the process anyway
     try:
         sys.stdout.flush()
     except OSError:  # a full disk, or a reader that has gone: let the interpreter's own last flush find no fault
