@@ -405,8 +405,8 @@ def test_the_command_is_installed_and_a_closed_pipe_is_no_fault(tmp_path):
     assert piped.stderr == ""
 
 
-def test_what_the_process_leaves_is_not_collected_object_by_object():
-    """Freeing the objects of JAX would take half a second."""
+def test_a_process_does_not_end_with_a_search_for_garbage():
+    """Among the objects of JAX it would take half a second."""
     code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); "
     code += "from jaxgpt.cli import main; main(['recipes'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

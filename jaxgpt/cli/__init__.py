@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     os.environ["JAX_ENABLE_X64"] = "0"  # float32 is part of what a command computes; JAX is not imported yet
     gc.set_threshold(100_000)  # by default 700 new objects; what JAX imports and traces is not garbage
     code = run_command(sys.argv[1:] if argv is None else argv)
-    gc.freeze()  # the interpreter would take half a second to free what ends with the process anyway
+    gc.freeze()  # the interpreter would look half a second for garbage among all that ends with the process
     try:
         sys.stdout.flush()
     except OSError:  # a full disk, or a reader that has gone: let the interpreter's own last flush find no fault
