@@ -106,7 +106,7 @@ def test_however_many_tokens_are_read_at_once(options, T):
     close(read(config, params, idx, T), forward(config, params, idx)[:, T - 1 :: T])
 
 
-def test_products_of_bfloat16_are_no_further_from_exact_ones():
+def test_bfloat16_matmuls_are_no_further_from_exact_ones():
     config, idx = changed(precision="bfloat16", position="rope"), IDX[:, :8]
     params = noisy(config)
     exact, low = (forward(c, params, idx) for c in (changed(position="rope"), config))

@@ -228,7 +228,7 @@ def test_failures_exit_with_1(call, verse, tmp_path, monkeypatch):
     assert "the last checkpoint cannot be used: runs/one/checkpoints/20/state/_METADATA is missing" in err
 
 
-def test_too_much_memory_is_told(call, monkeypatch):
+def test_too_much_memory_is_reported(call, monkeypatch):
     def exhaust(args):
         raise MemoryError("12 TiB")
 

@@ -92,7 +92,7 @@ def test_a_new_run_whose_rate_would_rise_is_refused_and_a_saved_one_is_read(chan
     configs.check(change(rising, min_learning_rate=1e-5), new=True)
 
 
-def test_all_problems_are_told_at_once(change):
+def test_all_problems_are_reported_at_once(change):
     found = configs.problems(change(Config(), n_embd=65, steps=0, eval_every=70))
     assert len(found) == 3
 

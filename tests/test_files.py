@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_and_one_that_can_is_left_em
             places.require_writable(folder, "--runs-dir")
 
 
-def test_a_file_that_cannot_be_written_is_told_before_there_is_anything_to_write(tmp_path):
+def test_a_file_that_cannot_be_written_is_reported_before_there_is_anything_to_write(tmp_path):
     places.require_file(None, "--out")
     places.require_file(tmp_path / "new.json", "--out")
     assert list(tmp_path.iterdir()) == []

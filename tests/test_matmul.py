@@ -12,13 +12,13 @@ KEYS = jax.random.split(jax.random.key(0), 3)
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5)])
-def test_dot_is_the_dense_product(shape):
+def test_dot_is_the_dense_matmul(shape):
     x, w = jax.random.normal(KEYS[0], shape), jax.random.normal(KEYS[1], (5, 7))
     np.testing.assert_allclose(matmul.dot(x, w), np.asarray(x) @ np.asarray(w), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_products_of_layers_are_two_dimensional(precision):
+def test_matmuls_of_layers_are_two_dimensional(precision):
     """What makes them fast on a CPU."""
     jaxpr = jax.make_jaxpr(lambda x, w: matmul.dot(x, w, precision))(jnp.ones((2, 3, 5)), jnp.ones((5, 7)))
     shapes = [eqn.invars[0].aval.ndim for eqn in jaxpr.eqns if eqn.primitive.name in ("dot_general", "custom_vjp_call")]

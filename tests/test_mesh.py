@@ -229,7 +229,7 @@ def test_auto_splits_no_more_than_it_must(small, change):
     assert "252 of 256 devices stay idle, as only 4 divide a micro-batch" in why
 
 
-def test_where_it_trains_and_why_is_told(small, monkeypatch):
+def test_where_it_trains_and_why_is_reported(small, monkeypatch):
     told = mesh.mesh_for(small, None)[1]
     assert told == "on cpu: the 8 devices of one CPU share its cores; --mesh data=8 takes them all"
     monkeypatch.setattr(jax, "process_count", lambda: 8)  # then they are not of one

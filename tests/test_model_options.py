@@ -95,7 +95,7 @@ def test_what_starts_from_none_changes_nothing_at_the_start(option):
     np.testing.assert_array_equal(forward(config, params, IDX), forward(SMALL, plain, IDX))
 
 
-def test_rotation_keeps_lengths_and_makes_products_of_distances():
+def test_rotation_keeps_lengths_and_makes_dot_products_depend_on_distances():
     q, k = jax.random.normal(KEY, (2, 1, 1, 1, 8))
 
     def at(x, place):

@@ -95,7 +95,7 @@ def test_a_signal_while_process_0_prepares_ends_those_that_wait_for_it(tmp_path,
     assert "jaxgpt: interrupted" in finish(process, 130)
 
 
-def test_an_error_that_nobody_foresaw_in_one_process_is_told_and_ends_all(tmp_path, begin_with):
+def test_an_error_that_nobody_foresaw_in_one_process_is_reported_and_ends_all(tmp_path, begin_with):
     begin_with("""
         from jaxgpt import train
         due = train.due
@@ -138,7 +138,7 @@ def test_what_cannot_be_joined_is_refused_before_anyone_waits(capsys):
         assert said in capsys.readouterr().err
 
 
-def test_a_process_0_that_is_nowhere_is_told_and_that_it_is_waited_for(monkeypatch, capsys):
+def test_a_process_0_that_is_nowhere_is_reported_and_waited_for(monkeypatch, capsys):
     monkeypatch.setattr(join, "CONNECT_SECONDS", 0.5)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -110,7 +110,7 @@ def gpt():
     return config, params, Batch(ids[:, :-1], ids[:, 1:])
 
 
-def test_products_with_the_hessian_are_differences_of_gradients_part_by_part(gpt):
+def test_hessian_vector_products_are_differences_of_gradients_part_by_part(gpt):
     config, params, batch = gpt
     loss = mean_loss(config, chunk=2)
     v = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(0, 0.1, x.shape).astype(np.float32), params)

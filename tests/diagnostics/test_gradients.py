@@ -54,7 +54,7 @@ def test_what_is_taken_of_a_gradient_is_all_that_is_kept():
     assert table(kept).shape == (5, V, V), "by default the gradients are"
 
 
-def test_influence_is_the_product_of_gradients():
+def test_influence_is_the_dot_product_of_gradients():
     train, val = Batch(IDS[:3, :-1], IDS[:3, 1:]), Batch(IDS[3:, :-1], IDS[3:, 1:])
     found = jax.jit(influence, static_argnums=(0, 4))(mean_loss(BIGRAM), PARAMS, train, val, 2)
     np.testing.assert_allclose(found, np.einsum("aij,bij->ab", BY_HAND[3:], BY_HAND[:3]), rtol=1e-4, atol=1e-6)

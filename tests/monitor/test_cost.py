@@ -58,7 +58,7 @@ def products(jaxpr):
 @pytest.mark.parametrize(
     "change", [{}, {"n_layer": 3, "bias": True}, {"tie_weights": False}, {"kind": "bigram"}, *OPTIONS]
 )
-def test_flops_are_those_of_the_products_in_the_traced_forward_pass(change):
+def test_flops_are_those_of_the_matmuls_in_the_traced_forward_pass(change):
     config, B = dataclasses.replace(SMALL, **change), 3
     params = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
     idx = jax.ShapeDtypeStruct((B, config.block_size), "int32")
@@ -66,7 +66,7 @@ def test_flops_are_those_of_the_products_in_the_traced_forward_pass(change):
     assert flops_per_token(config) * B * config.block_size == products(traced.jaxpr)
 
 
-def test_training_takes_three_times_the_products_of_the_forward_pass():
+def test_training_takes_three_times_the_matmuls_of_the_forward_pass():
     params = jax.eval_shape(lambda key: model.init_params(SMALL, key), jax.random.key(0))
     idx = jax.ShapeDtypeStruct((3, SMALL.block_size), "int32")
     backward = jax.make_jaxpr(jax.grad(lambda params, idx: model.forward(SMALL, params, idx).sum()))(params, idx)

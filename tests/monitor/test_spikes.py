@@ -36,7 +36,7 @@ def test_the_usual_loss_is_reported():
     assert math.isclose(spikes.usual(5.0), 2.05)
 
 
-def test_the_first_losses_and_what_is_no_number_are_no_spikes_in():
+def test_the_first_losses_and_nans_are_no_spikes_in():
     assert spikes_in([1.0] * 49 + [100.0]) == []
     assert spikes_in([2.0, 2.1] * 50 + [math.nan, math.inf, 2.0]) == []
 

@@ -358,7 +358,7 @@ def test_a_line_feed_that_surprised_is_legible(faked, scheme):
     legible(page)
 
 
-def test_a_token_is_taken_as_it_is_and_a_wrong_one_is_told(faked):
+def test_a_token_is_taken_as_it_is_and_a_wrong_one_is_reported(faked):
     page = faked(token=True)
     page.wait_for_selector("dialog[open]")
     assert page.is_hidden("dialog .fault")
