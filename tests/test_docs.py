@@ -100,6 +100,18 @@ def test_the_api_page_has_the_public_names_and_no_others():
     assert sorted(jaxgpt.__all__) == sorted(name.rpartition(".")[2] for name in found)
 
 
+def test_the_errors_page_lists_the_exceptions_of_the_package():
+    """All that a user may see: errors of a base that is Python's or UsageError, and the kinds of CheckpointError."""
+    page = (DOCS / "reference" / "errors.md").read_text("utf-8")
+    listed = re.findall(r"`(?:jaxgpt\.)?((?:\w+\.)+\w+Error)`", page)
+    package, defined = ROOT / "jaxgpt", set[str]()
+    for path in package.rglob("*.py"):
+        module = ".".join(path.relative_to(package).with_suffix("").parts)
+        bases = r"^class (\w+Error)\((?:UsageError|RuntimeError|ValueError|CheckpointError)\):"
+        defined |= {f"{module}.{name}" for name in re.findall(bases, path.read_text("utf-8"), re.MULTILINE)}
+    assert sorted(listed) == sorted(defined)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=named)
 def test_a_page_is_short_enough_to_read(path):
     assert len(path.read_text("utf-8").splitlines()) <= 250 or path.parent == DOCS / "reference"
