@@ -1,4 +1,4 @@
-"""What each option of the model and the optimizer is worth: the same short run with it and without."""
+"""The effect of each option of the model and the optimizer on the loss: the same short run with it and without."""
 
 import math
 import statistics
@@ -60,7 +60,7 @@ REMOVED: dict[str, Change] = {
 def ablate(
     corpus: str = "shakespeare", seeds: int = 3, steps: int = 300, layers: int = 2, data_dir: Path = Path("data")
 ) -> Report:
-    """What each option of the model and the optimizer is worth: validation losses of short runs on a CPU.
+    """The effect of each option of the model and the optimizer: validation losses of short runs on a CPU.
 
     Each option is added to a plain GPT, then left out of a modern one. Takes some ten minutes on two cores.
 

@@ -1,4 +1,4 @@
-"""Contestants in processes of their own take turns, so that the thread pools of PyTorch and XLA never share a process.
+"""Contestants take turns, each in a process of its own, so that the thread pools of PyTorch and XLA never share one.
 
 A contestant's process writes a line of JSON about itself once it has compiled and warmed up, and then answers each line
 of input, a number of seconds, with the work that it did in about that time.

@@ -114,7 +114,7 @@ class TorchContestant:
 
 
 def twin_training(config: Any, way: str, device: str) -> Contestant:
-    """`scan_steps` steps of the twin a piece, then a look at the last one's loss."""
+    """`scan_steps` steps of the twin a piece, then its last loss is read."""
     from scripts.benchmarks import twin
 
     train = config.train

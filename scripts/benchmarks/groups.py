@@ -1,4 +1,4 @@
-"""All measurements of a device as groups, the most valuable first, which go on where the last call ended."""
+"""All measurements of a device as groups, the most important first. A call continues where the last one ended."""
 
 import subprocess
 import sys
@@ -49,7 +49,7 @@ GROUPS: dict[Device, list[Group]] = {
 
 
 def run_all(device: Device = "cpu", minutes: float = 9.0, folder: Path | None = None) -> int:
-    """Every measurement of a device; call it again to go on.
+    """Every measurement of a device, in groups; call it again to continue.
 
     Args:
       device: where to compute.

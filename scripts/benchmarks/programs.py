@@ -1,4 +1,4 @@
-"""Whole programs, from the start of their process to its end, as a person who types them waits for them."""
+"""Whole programs, from the start of their process to its end: the time that a user waits."""
 
 import json
 import os
@@ -203,7 +203,7 @@ def startup(corpus: str = "", device: Device = "cpu", recipe: str = "gpt-demo", 
     Args:
       corpus: the text, instead of the recipe's
       device: where to train
-      recipe: by default one of the shape tiny, on the text that every Python carries
+      recipe: any; for one of the shape tiny, shakespeare-cpu
       repeats: processes of each kind
     """
     turns: dict[str, int] = {}

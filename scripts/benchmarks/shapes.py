@@ -18,7 +18,7 @@ class Shape:
     model: ModelConfig
     batch_size: int
     steps_on_cpu: int
-    """Steps between two looks at the loss, on both sides."""
+    """Steps between two readings of the loss, on both sides."""
     steps_on_gpu: int
 
 
@@ -35,7 +35,7 @@ SHAPES = {
 
 
 def config_of(name: str, device: Device, precision: Precision = "float32", dropout: float = 0.0) -> Config:
-    """A shape with nanoGPT's optimizer; `scan_steps` is the number of steps between two looks at the loss.
+    """A shape with nanoGPT's optimizer; `scan_steps` is the number of steps between two readings of the loss.
 
     Raises:
       UsageError: there is no such shape.

@@ -1,4 +1,4 @@
-"""The same GPT in PyTorch, as nanoGPT trains and samples it: what jaxgpt is measured against.
+"""The twin: the same GPT in PyTorch, as nanoGPT trains and samples it, to compare jaxgpt with.
 
 Model, initialisation, parameter groups, schedule, batches and sampling are those of nanoGPT's model.py, train.py and
 sample.py, with fused AdamW. As a program it does nanoGPT's whole job, without evaluating on the way:
