@@ -235,6 +235,13 @@ def server(tmp_path):
         thread.join()
 
 
+def test_a_text_at_a_url_is_read(tmp_path, server):
+    (tmp_path / "www" / "a.txt").write_text("to be\nor not")
+    assert "".join(sources.open_text(f"{server}/a.txt").pieces()) == "to be\nor not"
+    with pytest.raises(SourceError, match="no corpus, file or folder"):
+        sources.open_text(f"{server}/b.txt")
+
+
 class TestDownload:
     DATA = b"To be, or not to be"
     SHA = hashlib.sha256(DATA).hexdigest()
