@@ -38,11 +38,11 @@ def test_a_sweep_that_is_cut_off_goes_on_to_the_same_results(sweep, tmp_path, mo
 
     add, calls = SweepFolder.add, []
 
-    def cut_off(folder, members, scores):
+    def cut_off(folder, scores):
         calls.append([score.member for score in scores])
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return add(folder, members, scores)
+        return add(folder, scores)
 
     monkeypatch.setattr(SweepFolder, "add", cut_off)
     assert sweep("cut") == 130
