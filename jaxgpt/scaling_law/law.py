@@ -68,9 +68,14 @@ class Fit:
 
     def to_json(self, points: Sequence[Point]) -> str:
         """The law, its intervals and the points that it was fitted to, as indented JSON."""
-        intervals = dict(zip(Law._fields, zip(*self.interval(lambda law: law), strict=True), strict=True))
-        tree = {"law": self.law._asdict(), f"intervals_{INTERVAL:.0%}": intervals, "error": self.error}
-        return json.dumps(tree | {"runs": [dict(zip("ND", p), loss=p[2]) for p in points]}, indent=2) + "\n"  # noqa: B905
+        ends = zip(*self.interval(lambda law: law), strict=True)
+        tree = {
+            "law": self.law._asdict(),
+            f"intervals_{INTERVAL:.0%}": dict(zip(Law._fields, ends, strict=True)),
+            "error": self.error,
+            "runs": [{"N": N, "D": D, "loss": loss} for N, D, loss in points],
+        }
+        return json.dumps(tree, indent=2) + "\n"
 
 
 def fit(points: Sequence[Point], resamples: int = 300) -> Fit:

@@ -21,7 +21,7 @@ more than twice its estimate."""
 class Chunk(NamedTuple):
     """Members that train together."""
 
-    base: Config  # of the first; the others differ in mapped settings only
+    base: Config  # of one of them; the others differ in mapped settings only
     names: tuple[str, ...]  # of the mapped settings
     members: tuple[int, ...]  # indices in the list of all members
     devices: int  # at most as many as members
@@ -35,15 +35,11 @@ class Chunk(NamedTuple):
 def split(
     configs: Sequence[Config], devices: int, at_once: int = 0, finished: frozenset[int] = frozenset()
 ) -> list[Chunk]:
-    """The chunks of a sweep.
+    """The chunks of a sweep, with `at_once` members at most, or as many as fit in memory. Raises as `max_members`.
 
     Args:
-      at_once: most members of a chunk; 0: as many as fit in memory.
       finished: members to leave out. A setting in which only they differ is still mapped: a constant would be rounded
         differently.
-
-    Raises:
-      OutOfMemoryError: a single member does not fit.
     """
     programs: dict[Config, list[int]] = {}
     for i, config in enumerate(configs):
@@ -55,15 +51,15 @@ def split(
         for steps in dict.fromkeys(configs[i].train.steps for i in members):
             alike = [i for i in members if configs[i].train.steps == steps and i not in finished]
             if alike:
-                over = min(devices, len(alike), at_once or devices)
-                n_chunks = -(-len(alike) // most(configs[alike[0]], over, at_once))
-                size = -(-len(alike) // n_chunks // over) * over
+                base, used = configs[alike[0]], min(devices, len(alike), at_once or devices)
+                n_chunks = -(-len(alike) // max_members(base, used, at_once))
+                size = -(-len(alike) // n_chunks // used) * used
                 for first in range(0, len(alike), size):
-                    chunks.append(Chunk(configs[alike[0]], names, tuple(alike[first : first + size]), over))
+                    chunks.append(Chunk(base, names, tuple(alike[first : first + size]), used))
     return chunks
 
 
-def most(config: Config, devices: int, at_once: int = 0) -> int:
+def max_members(config: Config, devices: int, at_once: int = 0) -> int:
     """The most members that train together, a multiple of `devices`.
 
     Raises:
@@ -85,6 +81,6 @@ def most(config: Config, devices: int, at_once: int = 0) -> int:
 
 
 def program_of(config: Config) -> Config:
-    """The settings that members of one program share: `config` with 1 for every mapped setting and for its length."""
+    """What members of one program have in common: `config` with 1 for each mapped setting and for the length."""
     mapped = {name: 1 for name, value in hyperparameters(config)._asdict().items() if value != 0 or name not in OFF}
     return replaced(config, **mapped, min_lr_ratio=1, steps=1)

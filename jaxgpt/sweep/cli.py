@@ -71,15 +71,12 @@ def run(args: list[str]) -> int:
 def train(
     given: Any, base: Config, members: Sequence[Member], identity: dict[str, Any]
 ) -> tuple[list[Member], list["Score"]]:
-    """Train the members of a sweep that are not finished.
+    """Train the unfinished members of a sweep; returns all members, with complete configs, and all scores.
 
     Args:
-      given: options of the command: name, at_once, sweeps_dir, data_dir.
+      given: the command's options name, at_once, sweeps_dir and data_dir.
       base: the config that the members have in common.
       identity: what else the results depend on.
-
-    Returns:
-      The members with complete configs, and all scores.
 
     Raises:
       UsageError: the name or the folder cannot be used, one member does not fit, or the corpus is unavailable.
@@ -112,19 +109,19 @@ def train(
     longest = max(member.config.model.block_size for member in members)
     corpus = runs.tokens_of(replaced(base, block_size=longest), given.data_dir)
     members = [member._replace(config=runs.resolve(member.config, corpus)) for member in members]
-    precision = members[0].config.model.precision
-    identity |= {"config": to_tree(base), "tokens": corpus.meta["sha256"], "precision": precision}
+    identity |= {"config": to_tree(base), "tokens": corpus.meta["sha256"]}
+    identity["precision"] = members[0].config.model.precision
     path, console = given.sweeps_dir / given.name, RunConsole()
     console.print(corpus.summary)
     console.print(f"{len(members)} members in {path}, over {len(devices)} x {devices[0].device_kind}")
-    with SweepFolder.held(path, identity) as folder:
-        if folder.finished:
-            console.print(f"{len(folder.finished)} of them are finished already")
-        steps = sum(member.config.train.steps for i, member in enumerate(members) if i not in folder.finished)
+    with SweepFolder.locked(path, identity) as folder:
+        if finished := folder.finished:
+            console.print(f"{len(finished)} of them are finished already")
+        steps = sum(member.config.train.steps for i, member in enumerate(members) if i not in finished)
         try:
             with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
                 task = bar.add_task("steps", total=steps)
-                for event in program.run(members, corpus, devices, given.at_once, folder.finished):
+                for event in program.run(members, corpus, devices, given.at_once, finished):
                     if isinstance(event, int):
                         bar.advance(task, event)
                     else:

@@ -46,12 +46,11 @@ class Score(NamedTuple):
 
 
 class Program:
-    """The compiled functions of M members that differ in mapped settings; their arrays (M, ...) are sharded."""
+    """Compiled functions of M members that differ in mapped settings only; arrays (M, ...) are sharded by member."""
 
     def __init__(self, base: Config, devices: Sequence[Any]):
-        self.model, mesh = base.model, Mesh(np.array(devices), ("member",))
+        mesh, hyper = Mesh(np.array(devices), ("member",)), hyperparameters(base)
         self.sharding = NamedSharding(mesh, P("member"))
-        hyper = hyperparameters(base)
 
         def init(values: dict[str, jax.Array]) -> TrainState:
             return init_state(base, hyper._replace(**values))
@@ -63,8 +62,7 @@ class Program:
             return map_batches(partial(model.losses, base.model, params), windows, skip)
 
         def mapped(function: Callable[..., Any], shared: int, own: int) -> Callable[..., Any]:
-            """`function` of one member for M: the first `shared` arguments are common to all members, the next `own`
-            have a leading axis of M."""
+            """`function` of one member, mapped: `shared` arguments common to all, then `own` with a leading axis M."""
 
             def on_device(*args: Any) -> Any:
                 def of_one(mine: Any) -> Any:
@@ -84,7 +82,7 @@ class Program:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether the members of a device run in turn, not side by side."""
+        """Whether the members of a device run in turn."""
         return bool(self.sharding.mesh.devices.flat[0].platform == "cpu")
 
 
@@ -95,15 +93,11 @@ def run(
     at_once: int = 0,
     finished: frozenset[int] = frozenset(),
 ) -> Iterator[int | list[Score]]:
-    """Train every member that is not `finished`, chunk by chunk. Yields the scores of each evaluation, and after each
-    dispatched scan its number of steps, summed over members.
+    """Train the members that are not `finished`, chunk by chunk, sharded over `devices`. Their configs are as
+    `runs.resolve` completes them, for one corpus.
 
-    Members are evaluated when runs of their configs would be (eval_every, eval_start). There are no random-batch
-    estimates (eval_batches), and no weights are kept.
-
-    Args:
-      members: with configs completed by `runs.resolve`, of one corpus.
-      devices: to shard the members over.
+    Yields the scores of each evaluation, and after each dispatched scan its steps, summed over members. Evaluations
+    come as in a run (eval_every, eval_start). There are no random-batch estimates, and no weights are kept.
     """
     programs: dict[Any, Program] = {}
     for chunk in split([member.config for member in members], len(devices), at_once, finished):
@@ -120,18 +114,16 @@ def train(program: Program, chunk: Chunk, members: Sequence[Member], corpus: Cor
     train_tokens, val_tokens = corpus.split(base.data)
     parts, whole = corpus.training_parts(base.data), len(train_tokens) <= DEVICE_TOKENS
     on_device = jax.device_put(np.asarray(train_tokens), NamedSharding(program.sharding.mesh, P())) if whole else None
-    # One member, or members that are all alike, have no setting to map, but M needs an array.
+    # The map needs an array (M,), also where no setting differs.
     values = jax.device_put({name: column(configs, name) for name in chunk.names or ("seed",)}, program.sharding)
     state = program.init(values)
-    active, stopped = np.arange(n), np.zeros(n, bool)  # stopped: by max_skipped
-    skipped, train_losses = np.zeros(n, int), np.full(n, np.nan)  # consecutive steps; means over the last scan
+    skipped, stopped, active = np.zeros(n, int), np.zeros(n, bool), np.arange(n)  # skipped: consecutive steps
+    train_losses = np.full(n, np.nan)  # means over the last scan
     unread: list[Metrics] = []  # of the scans since the last evaluation
 
     def scores(step: int) -> list[Score]:
-        results = evaluate(program, state.params, corpus, val_tokens, chunk)
-        return [
-            score(chunk.members[i], own[i], step, results[i], train_losses[i], stopped=bool(stopped[i])) for i in active
-        ]
+        found = evaluate(program, state.params, corpus, val_tokens, chunk)
+        return [score(chunk.members[i], own[i], step, found[i], train_losses[i], bool(stopped[i])) for i in active]
 
     if base.train.eval_start:
         yield scores(0)
@@ -139,7 +131,7 @@ def train(program: Program, chunk: Chunk, members: Sequence[Member], corpus: Cor
         starts = np.stack([config_starts(config, parts, begin, end) for config in configs])
         windows = starts.astype(np.int32) if whole else gather(train_tokens, starts, base.model.block_size)
         state, metrics = program.steps(on_device, state, values, jax.device_put(windows, program.sharding))
-        jax.block_until_ready(unread)  # at most two scans are in flight
+        jax.block_until_ready(unread[-1:])  # at most two scans are in flight
         unread.append(metrics)
         yield n * (end - begin)
         if due(base, end):
@@ -156,7 +148,7 @@ def train(program: Program, chunk: Chunk, members: Sequence[Member], corpus: Cor
 
 
 def evaluate(program: Program, params: model.Params, corpus: Corpus, tokens: Ids, chunk: Chunk) -> list[Evaluation]:
-    """The loss of each member over the whole of `tokens`, as `evaluation.evaluate`; padding included."""
+    """The loss of each member, padding included, over the whole of `tokens`, as `evaluation.evaluate`."""
     config = chunk.base.model
     T = config.block_size
     starts, skip = evaluation_windows(len(tokens), T)
@@ -165,13 +157,13 @@ def evaluate(program: Program, params: model.Params, corpus: Corpus, tokens: Ids
     return [evaluation(each, T, tokens, corpus.tokenizer) for each in sums]
 
 
-def score(i: int, member: Member, step: int, result: Evaluation, train_loss: float, *, stopped: bool) -> Score:
+def score(i: int, member: Member, step: int, result: Evaluation, train_loss: float, stopped: bool) -> Score:
     """The score of member `i`; `stopped` after max_skipped non-finite steps in a row."""
     diverged, train = stopped or not math.isfinite(result.loss), member.config.train
-    figures = [result.loss, result.standard_error, result.bits_per_char, result.bits_per_byte, train_loss]
+    figures = [result.loss, result.standard_error, result.bits_per_char, result.bits_per_byte]
     if diverged:
-        figures[:4] = [math.nan] * 4
-    loss, error, per_char, per_byte, mean = (float(x) if math.isfinite(x) else None for x in figures)
+        figures = [math.nan] * 4
+    loss, error, per_char, per_byte, mean = (float(x) if math.isfinite(x) else None for x in (*figures, train_loss))
     done = stopped or step == train.steps
     return Score(i, member.setting, train.seed, step, loss, error, per_char, per_byte, mean, diverged, done)
 

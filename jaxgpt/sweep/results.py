@@ -41,14 +41,14 @@ class SweepFolder:
 
     @classmethod
     @contextmanager
-    def held(cls, path: Path, identity: dict[str, Any]) -> Iterator["SweepFolder"]:
+    def locked(cls, path: Path, identity: dict[str, Any]) -> Iterator["SweepFolder"]:
         """Create the folder, or resume the sweep in it, without the scores of unfinished members.
 
         Args:
           identity: everything that the results depend on, as JSON.
 
         Raises:
-          SweepError: another process holds the folder, or it is damaged, not a sweep, or a sweep of another identity.
+          SweepError: the folder is in use, damaged, not a sweep, or a sweep of another identity.
         """
         if path.is_dir() and not (path / "sweep.json").exists() and any(e.name != ".lock" for e in path.iterdir()):
             raise SweepError(f"{path} exists but is not a sweep: choose another folder, {RESTART}")
@@ -106,30 +106,20 @@ def _read(file: Path) -> list[Score]:
 
 
 class Outcome(NamedTuple):
-    """A setting over its seeds."""
+    """A setting over its seeds; losses in nats per token."""
 
     setting: dict[str, Any]
-    losses: dict[int, float]  # seed -> last validation loss in nats per token, NaN if diverged
-    curve: list[tuple[int, float, float]]  # (step, mean, standard error) over the seeds with a finite loss
-
-    @property
-    def mean(self) -> float:
-        """Over the seeds; NaN if one diverged."""
-        return float(np.mean(list(self.losses.values())))
-
-    @property
-    def standard_error(self) -> float:
-        """Of the mean over the seeds; NaN for a single one."""
-        return standard_error(list(self.losses.values()))
-
-    @property
-    def diverged(self) -> int:
-        return sum(math.isnan(loss) for loss in self.losses.values())
+    losses: dict[int, float]  # seed to last validation loss; NaN if diverged
+    diverged: int  # number of seeds
+    mean: float  # of the losses; NaN if one diverged
+    standard_error: float  # of the mean; NaN for a single seed
+    curve: list[tuple[int, float, float]]  # (step, mean, standard error) over the seeds that had not diverged
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of `values`; NaN for a single one."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of `values` and its standard error, NaN for a single one."""
+    n = len(values)
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
 
 
 def outcomes(scores: Sequence[Score]) -> list[Outcome]:
@@ -143,10 +133,11 @@ def outcomes(scores: Sequence[Score]) -> list[Outcome]:
         for score in alike:
             if score.val_loss is not None:
                 by_step.setdefault(score.step, []).append(score.val_loss)
-        curve = [(step, float(np.mean(losses)), standard_error(losses)) for step, losses in sorted(by_step.items())]
+        curve = [(step, *mean_and_error(losses)) for step, losses in sorted(by_step.items())]
         last = {score.seed: math.nan if score.val_loss is None else score.val_loss for score in alike if score.done}
-        found.append(Outcome(alike[0].setting, last, curve))
-    return sorted(found, key=lambda outcome: (math.isnan(outcome.mean), outcome.mean))
+        diverged = sum(math.isnan(loss) for loss in last.values())
+        found.append(Outcome(alike[0].setting, last, diverged, *mean_and_error(list(last.values())), curve))
+    return sorted(found, key=lambda outcome: (outcome.diverged > 0, outcome.mean))
 
 
 def difference(best: Outcome, other: Outcome, settings: int = 2) -> tuple[float, int, tuple[float, float] | None]:
@@ -164,9 +155,8 @@ def difference(best: Outcome, other: Outcome, settings: int = 2) -> tuple[float,
     from scipy.stats import t
 
     differences = [other.losses[seed] - best.losses[seed] for seed in sorted(best.losses.keys() & other.losses.keys())]
-    mean, n = float(np.mean(differences)), len(differences)
+    (mean, error), n = mean_and_error(differences), len(differences)
     if n < 2:
         return mean, n, None
-    tail = (1 - LEVEL) / math.comb(settings, 2) / 2
-    margin = float(t.isf(tail, n - 1)) * standard_error(differences)
+    margin = float(t.isf((1 - LEVEL) / math.comb(settings, 2) / 2, n - 1)) * error
     return mean, n, (mean - margin, mean + margin)

@@ -1,4 +1,4 @@
-"""The command: a family of runs, and the law that they follow."""
+"""The command: a family of runs, and the law fitted to them."""
 
 import json
 import sys

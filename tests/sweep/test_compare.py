@@ -1,4 +1,4 @@
-"""Means, standard errors and differences with their intervals, against figures by hand."""
+"""Means, standard errors and intervals of differences, against values computed by hand."""
 
 import math
 
@@ -23,7 +23,7 @@ SCORES = [
 ] + [score(1e-1, 2, 5, None, done=True)]
 
 
-def test_the_best_comes_first_and_what_diverged_last():
+def test_the_best_comes_first_and_diverged_settings_last():
     best, other, lost = outcomes(SCORES)
     assert [o.setting["learning_rate"] for o in (best, other, lost)] == [1e-2, 1e-3, 1e-1]
     assert best.mean == pytest.approx(2.1)
@@ -63,8 +63,8 @@ def test_a_single_seed_has_no_interval():
     assert difference(single, outcome(2, (1.1, 2.3))) == (pytest.approx(0.1), 1, None)
 
 
-def test_the_choice_of_the_best_is_allowed_for():
-    """Of 8 settings that are all alike, in 4 seeds: an interval that leaves 0 out is a mistake of the whole sweep."""
+def test_the_interval_is_corrected_for_the_choice_of_the_best():
+    """8 equal settings with 4 seeds: at most 5% of sweeps may have an interval without 0."""
     rng, wrong = np.random.default_rng(0), 0
     for _ in range(400):
         best, *others = sorted((outcome(i, rng.normal(2.0, 0.1, 4)) for i in range(8)), key=lambda o: o.mean)

@@ -1,4 +1,4 @@
-"""Members of a sweep are the runs that `jaxgpt train` would make, and none disturbs another."""
+"""Each member of a sweep trains as `jaxgpt train` would, and members do not affect each other."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from jaxgpt.sweep.program import Program
 from jaxgpt.train import fit
 
 BOUND = 2e-5
-"""Nats; of float32 sums in another order, over 20 steps."""
+"""Nats, after 20 steps: float32 sums in another order."""
 CHANGES = (
     dict(seed=1),
     dict(
@@ -36,7 +36,7 @@ def base(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory):
-    """Three runs by `fit`: each with its summary; and their corpus."""
+    """Three runs by `fit`, each with its summary; and their corpus."""
     folder, found = tmp_path_factory.mktemp("runs"), []
     for i, change in enumerate(CHANGES):
         run, corpus = start(replaced(base, **change), f"run{i}", folder, folder / "data")
@@ -79,7 +79,7 @@ def test_each_member_is_the_run_of_its_config(runs, swept):
         assert [score.done for score in mine] == [False, False, True]
     finals = [mine[-1].val_loss for mine in swept[:-1]]
     apart = min(abs(a - b) for i, a in enumerate(finals) for b in finals[:i])
-    assert apart > 100 * BOUND, "the bound means nothing where all learn the same"
+    assert apart > 100 * BOUND, "the members learn too much alike for the bound to show anything"
 
 
 def test_a_member_that_diverges_is_reported(swept):
@@ -92,8 +92,8 @@ def test_a_member_that_diverges_is_reported(swept):
     assert second.step == 10, "after max_skipped steps, reported at the next score"
 
 
-def test_side_by_side_is_one_after_another(configs, runs, swept, monkeypatch):
-    """What accelerators do, vmap, on a CPU; here with windows that are taken on the host."""
+def test_members_side_by_side_match_members_in_turn(configs, runs, swept, monkeypatch):
+    """On a CPU, vmap as on accelerators; here with windows gathered on the host."""
     monkeypatch.setattr(sweep, "DEVICE_TOKENS", 1)
     monkeypatch.setattr(Program, "one_by_one", False)
     members = [Member(replaced(config, eval_start=False), {}) for config in configs[:2]]
