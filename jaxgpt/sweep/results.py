@@ -100,8 +100,8 @@ def _read(file: Path) -> list[Score]:
         return [Score(**json.loads(line)) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
     except (ValueError, TypeError) as error:
         raise SweepError(
-            f"{file} is damaged: {error}; expected a JSON object per line, of {', '.join(Score._fields)}; remove it to "
-            "train its members again"
+            f"{file} is damaged: {error}; each line must be a JSON object with {', '.join(Score._fields)}; remove it "
+            "to train its members again"
         ) from error
 
 
