@@ -1,4 +1,4 @@
-"""`jaxgpt lecture`: the models of the lecture, one by one."""
+"""`jaxgpt lecture`: train the models of the lecture, one by one."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxgpt.cli import places
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import DataDir, parse
-from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig, UsageError, check
+from jaxgpt.config import Config, UsageError, check, replaced
 
 
 @dataclass(frozen=True)
@@ -15,15 +15,15 @@ class Lecture:
     """Train the models of the lecture one by one, score each on the whole validation split, and sample from it."""
 
     corpus: str = "shakespeare"
-    """A named corpus, a UTF-8 file or folder, or a prepared folder; the lecture's figures are for shakespeare."""
+    """A named corpus, a UTF-8 file or folder, or a prepared folder; the lecture's losses are for shakespeare."""
     seed: int = 1337
     """Fixes the initial parameters, the batches, the dropout and the samples."""
     steps: int = 0
-    """Training steps of every model; 0: each model's own."""
+    """Training steps of every model; 0: each model's own number."""
     full: bool = False
-    """Train the last model at the lecture's own size: for a GPU."""
+    """Train the last model at the lecture's own size; needs a GPU."""
     plot: Path | None = None
-    """Where to draw the losses, a .png, .svg, .pdf or .json (Vega-Lite); None draws nothing."""
+    """File for a chart of the losses: .png, .svg, .pdf or .json (Vega-Lite); None draws nothing."""
     json: Path | None = None
     """File for the results as JSON; None writes nothing."""
     data_dir: DataDir = Path("data")
@@ -37,20 +37,19 @@ def run(args: list[str]) -> int:
     from jaxgpt.cli.runs import tokens_of
     from jaxgpt.display import charts
     from jaxgpt.lecture import ladder, view
-    from jaxgpt.lecture.model import Rung
 
     use_compile_cache()
     if given.steps < 0:
         raise UsageError(f"steps is {given.steps}, expected 0 (each model's own) or more")
-    rungs: tuple[Rung, ...] = (*ladder.RUNGS[:-1], ladder.FULL) if given.full else ladder.RUNGS
+    rungs = [*ladder.RUNGS[:-1], ladder.FULL if given.full else ladder.RUNGS[-1]]
     if given.steps:
-        rungs = tuple(replace(rung, steps=given.steps) for rung in rungs)
+        rungs = [replace(rung, steps=given.steps) for rung in rungs]
     places.require_file(given.plot, "--plot")
     places.require_file(given.json, "--json")
     if given.plot:
         charts.require(given.plot)
-    longest = ModelConfig(block_size=max(rung.block_size for rung in rungs))
-    config = check(Config(DataConfig(corpus=given.corpus), longest, train=TrainConfig(seed=given.seed)))
+    longest = max(rung.block_size for rung in rungs)
+    config = check(replaced(Config(), corpus=given.corpus, block_size=longest, seed=given.seed))
     corpus = tokens_of(config, given.data_dir)
 
     console, results = Console(highlight=False), []

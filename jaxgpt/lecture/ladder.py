@@ -1,7 +1,7 @@
-"""The ladder: train each model, score it on the whole validation split, and sample from it."""
+"""The ladder: train each model, compute its loss on the whole validation split, and sample from it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ _RESIDUAL = Rung(
 RUNGS = (
     Rung("uniform", "every character equally likely: ln V", kind="uniform"),
     Rung("unigram", "how often each character occurs", kind="unigram"),
-    Rung("bigram counts", "how often each follows each", kind="bigram counts"),
+    Rung("bigram counts", "how often each pair occurs", kind="bigram counts"),
     Rung("bigram", "a (V, V) table, trained", (2.5,), kind="bigram", learning_rate=1e-2, steps=3000),
     Rung("one head", "self-attention, 32 channels", (2.4,)),
     Rung("four heads", "of 8 channels each", (2.28,), n_head=4),
@@ -47,10 +47,6 @@ FULL = replace(
 """The last rung at the lecture's own size: for a GPU."""
 
 
-TRAINED = ("bigram", "transformer")
-"""The kinds of rung that are trained by gradient descent."""
-
-
 @dataclass(frozen=True)
 class Result:
     rung: Rung
@@ -62,9 +58,9 @@ class Result:
 
 
 def climb(
-    rungs: tuple[Rung, ...], train: Ids, val: Ids, tokenizer: Tokenizer, seed: int = 1337, sample: int = 100
+    rungs: Iterable[Rung], train: Ids, val: Ids, tokenizer: Tokenizer, seed: int = 1337, sample: int = 100
 ) -> Iterator[Result]:
-    """Train and score each rung, in turn. `train` and `val` are ids (N,); `sample` is the characters to sample."""
+    """Train and score each rung in turn, and sample `sample` characters. `train` and `val` are ids (N,)."""
     for rung in rungs:
         began = time.perf_counter()
         params = learn(rung, train, tokenizer.vocab_size, seed)
@@ -74,9 +70,8 @@ def climb(
         yield Result(rung, loss, n_params, time.perf_counter() - began, text)
 
 
-def count(kind: str, train: Ids, vocab_size: int) -> Params:
-    """Logits by counting in `train` (N,), smoothed as in `display.baselines`: a row (V,), or a table (V, V)."""
-    V = vocab_size
+def count(kind: str, train: Ids, V: int) -> Params:
+    """Logits from counts in `train` (N,), smoothed as in `display.baselines`: (V,), or (V, V) for bigrams."""
     if kind == "uniform":
         return {"row": jnp.zeros(V)}
     single = baselines.unigram(np.bincount(train, minlength=V))
@@ -87,12 +82,12 @@ def count(kind: str, train: Ids, vocab_size: int) -> Params:
     return {"table": jnp.log(jnp.asarray(table, jnp.float32))}
 
 
-def learn(rung: Rung, train: Ids, vocab_size: int, seed: int) -> Params:
-    """The rung's parameters: from counts, or trained with AdamW at a constant learning rate as in the lecture."""
-    if rung.kind not in TRAINED:
-        return count(rung.kind, train, vocab_size)
+def learn(rung: Rung, train: Ids, V: int, seed: int) -> Params:
+    """The rung's parameters: from counts, or trained with AdamW at a constant learning rate, as in the lecture."""
+    if rung.kind not in ("bigram", "transformer"):
+        return count(rung.kind, train, V)
     init_key, dropout_key = jax.random.split(prng.key(seed))
-    params = init_params(rung, vocab_size, init_key)
+    params = init_params(rung, V, init_key)
     state = params, _adamw(rung).init(params)
     tokens = jnp.asarray(np.asarray(train))
     K = 500
@@ -109,7 +104,7 @@ def _adamw(rung: Rung) -> optax.GradientTransformation:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _train(rung: Rung, state: Any, tokens: jax.Array, starts: jax.Array, key: jax.Array) -> Any:
-    """A scan over the steps of `starts` (K, B)."""
+    """K steps, on the windows that begin at `starts` (K, B)."""
 
     def step(state: Any, item: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         (params, opt_state), (starts, key) = state, item
@@ -122,8 +117,7 @@ def _train(rung: Rung, state: Any, tokens: jax.Array, starts: jax.Array, key: ja
 
 
 def score(rung: Rung, params: Params, val: Ids, B: int = 256) -> float:
-    """Mean loss over the whole of `val`, each token but the first predicted once, in the windows of `evaluate`, B at a
-    time."""
+    """Mean loss over the whole of `val`, in the windows of `evaluation.evaluate`, B at a time."""
     starts, skip = evaluation_windows(len(val), rung.block_size)
     sums = loss_sums(partial(_loss_sums, rung, params), val, rung.block_size, starts, skip, B)
     return float(sums.sum() / (len(val) - 1))
@@ -135,11 +129,12 @@ def _loss_sums(rung: Rung, params: Params, windows: jax.Array, skip: jax.Array) 
 
 
 def write(rung: Rung, params: Params, n: int, seed: int) -> list[int]:
-    """`n` ids, sampled one by one given the last block_size ids, after id 0 as in the lecture."""
+    """Sample `n` ids one by one, after id 0 as in the lecture, each given the last block_size ids."""
     ids, T = [0], rung.block_size
     for key in jax.random.split(prng.key(seed), n):
-        seen = ids[-T:]
-        ids.append(int(_draw(rung, params, jnp.array(seen + [0] * (T - len(seen))), len(seen) - 1, key)))
+        context = ids[-T:]
+        window = jnp.array(context + [0] * (T - len(context)))  # padded, so that one program serves
+        ids.append(int(_draw(rung, params, window, len(context) - 1, key)))
     return ids[1:]
 
 

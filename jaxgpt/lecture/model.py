@@ -1,5 +1,6 @@
-"""Every model of the ladder as one pure function of its rung, without a framework."""
+"""Every model of the ladder as a pure function of its parameters, without Flax."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,21 +16,21 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rung:
-    """A model of the ladder; each differs from the one before it in a field or two."""
+    """A model of the ladder and how it is trained."""
 
     name: str
     about: str
     lecture: tuple[float, ...] = ()
-    """The loss in the lecture, or reported by others: one figure, or the two ends of a range."""
+    """The loss in the lecture, or reported by others: one figure, or both ends of a range."""
     lecture_size: str = ""
-    """The size of the lecture's model, if it is larger."""
+    """Size of the lecture's model where it is larger."""
     kind: Literal["uniform", "unigram", "bigram counts", "bigram", "transformer"] = "transformer"
     n_layer: int = 1
     n_head: int = 1
     feed_forward: int = 0
-    """Width of the hidden layer, in multiples of the channels; 0: none; 1: a single layer, as first in the lecture."""
+    """Width of the hidden layer in multiples of the channels. 0: no feed-forward; 1: one linear layer and a ReLU."""
     residual: bool = False
-    """Project the output of each layer and add it to its input."""
+    """Project the output of attention and of the feed-forward, and add it to the input."""
     layer_norm: bool = False
     dropout: float = 0.0
     channels: int = 32
@@ -39,11 +40,10 @@ class Rung:
     steps: int = 5000
 
 
-def init_params(rung: Rung, vocab_size: int, key: jax.Array) -> Params:
-    """Fresh parameters, drawn as PyTorch does by default: a (V, V) table for the bigram, else embeddings, blocks and a
-    head."""
-    keys = iter(jax.random.split(key, 8 + 8 * rung.n_layer))
-    C, V, sizes = rung.channels, vocab_size, {"tokens": vocab_size, "positions": rung.block_size}
+def init_params(rung: Rung, V: int, key: jax.Array) -> Params:
+    """Initial parameters with PyTorch's default distributions: a (V, V) table for the bigram, else embeddings, blocks
+    and a head."""
+    keys, C = iter(jax.random.split(key, 8 + 8 * rung.n_layer)), rung.channels
 
     def linear(n_in: int, n_out: int, bias: bool = True) -> Params:
         bound = n_in**-0.5
@@ -61,20 +61,24 @@ def init_params(rung: Rung, vocab_size: int, key: jax.Array) -> Params:
             params["up"] = linear(C, rung.feed_forward * C)
         if rung.feed_forward > 1:
             params["down"] = linear(rung.feed_forward * C, C)
-        return params | ({"ln_1": norm(), "ln_2": norm()} if rung.layer_norm else {})
+        if rung.layer_norm:
+            params |= {"ln_1": norm(), "ln_2": norm()}
+        return params
 
     if rung.kind == "bigram":
         return {"table": jax.random.normal(next(keys), (V, V))}
-    params: Params = {name: jax.random.normal(next(keys), (n, C)) for name, n in sizes.items()}
-    params["blocks"] = [block() for _ in range(rung.n_layer)]
-    if rung.layer_norm:
-        params["ln_f"] = norm()
-    return params | {"head": linear(C, V)}
+    return {
+        "tokens": jax.random.normal(next(keys), (V, C)),
+        "positions": jax.random.normal(next(keys), (rung.block_size, C)),
+        "blocks": [block() for _ in range(rung.n_layer)],
+        "head": linear(C, V),
+        **({"ln_f": norm()} if rung.layer_norm else {}),
+    }
 
 
 @partial(jax.jit, static_argnums=0)
 def forward(rung: Rung, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-    """Logits of the next token: (B, T) ids -> (B, T, V). Dropout is on with a key."""
+    """Logits of the next token: ids (B, T) -> (B, T, V). Dropout needs a key."""
     if "row" in params:
         return jnp.broadcast_to(params["row"], (*idx.shape, len(params["row"])))
     if "table" in params:
@@ -90,37 +94,33 @@ def forward(rung: Rung, params: Params, idx: jax.Array, dropout_key: jax.Array |
     x = params["tokens"][idx] + params["positions"][None, : idx.shape[1]]
     for block in params["blocks"]:
         x = _attend(rung, block, x, drop)
-        x = _feed_forward(rung, block, x, drop)
-    if rung.layer_norm:
-        x = _norm(params["ln_f"], x)
-    return _linear(params["head"], x)
+        if rung.feed_forward:
+            x = _feed_forward(rung, block, x, drop)
+    return _linear(params["head"], _norm(params.get("ln_f"), x))
 
 
-def _attend(rung: Rung, params: Params, x: jax.Array, drop: Any) -> jax.Array:
+def _attend(rung: Rung, block: Params, x: jax.Array, drop: Callable[[jax.Array], jax.Array]) -> jax.Array:
     B, T, C = x.shape
-    H = rung.n_head
-    seen = _norm(params["ln_1"], x) if rung.layer_norm else x
+    normed = _norm(block.get("ln_1"), x)
     q, k, v = (
-        _linear(params[name], seen).reshape(B, T, H, C // H).swapaxes(1, 2) for name in ("query", "key", "value")
+        _linear(block[name], normed).reshape(B, T, rung.n_head, -1).swapaxes(1, 2) for name in ("query", "key", "value")
     )
     out = attention(q, k, v, causal_mask(T)[None, None], drop=drop).swapaxes(1, 2).reshape(B, T, C)
-    return x + drop(_linear(params["proj"], out)) if rung.residual else out
+    return x + drop(_linear(block["proj"], out)) if rung.residual else out
 
 
-def _feed_forward(rung: Rung, params: Params, x: jax.Array, drop: Any) -> jax.Array:
-    if not rung.feed_forward:
-        return x
-    seen = _norm(params["ln_2"], x) if rung.layer_norm else x
-    out = jax.nn.relu(_linear(params["up"], seen))
-    if "down" in params:
-        out = _linear(params["down"], out)
+def _feed_forward(rung: Rung, block: Params, x: jax.Array, drop: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    out = jax.nn.relu(_linear(block["up"], _norm(block.get("ln_2"), x)))
+    if "down" in block:
+        out = _linear(block["down"], out)
     return x + drop(out) if rung.residual else out
 
 
 def _linear(params: Params, x: jax.Array) -> jax.Array:
     y = x @ params["kernel"]
-    return y + params["bias"].reshape((1,) * (y.ndim - 1) + (-1,)) if "bias" in params else y
+    return y + params["bias"][None, None] if "bias" in params else y
 
 
-def _norm(params: Params, x: jax.Array) -> jax.Array:
-    return activations.layer_norm(x, params["scale"]) + params["bias"][None, None]
+def _norm(params: Params | None, x: jax.Array) -> jax.Array:
+    """LayerNorm; without parameters, `x` as it is."""
+    return activations.layer_norm(x, params["scale"]) + params["bias"][None, None] if params else x

@@ -1,4 +1,4 @@
-"""The ladder on a terminal and as a chart."""
+"""The results of the ladder: lines and a table for a terminal, and a chart."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ KINDS = ["here", "in the lecture", "in the lecture, at a larger size"]
 
 
 def line(result: Result) -> str:
-    """The result of a rung on one line, with the beginning of its sample."""
+    """A rung's loss and time and the beginning of its sample, on one line."""
     return f"{result.rung.name:<18} loss {result.loss:.4f}  {result.seconds:5.1f}s  {visible(result.sample)[:56]}"
 
 
 def table(results: Sequence[Result]) -> Table:
-    """Each rung with its loss and the lecture's, which is starred where its model is larger."""
+    """Each rung with its loss and the lecture's; a star marks a larger model in the lecture."""
     sizes = [result.rung.lecture_size for result in results if result.rung.lecture_size]
     caption = "".join(f"* at {size}" for size in sizes)
     shown = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
@@ -35,7 +35,7 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def chart(results: Sequence[Result]) -> Spec:
-    """The loss of each rung beside the lecture's figures."""
+    """The loss of each rung beside the lecture's."""
     rows = []
     for result in results:
         rows.append({"what": result.rung.name, "loss": result.loss, "kind": KINDS[0]})

@@ -1,18 +1,18 @@
-"""A family of models that differ only in size, trained on several amounts of text: the runs behind a scaling law."""
+"""The runs behind a scaling law: models of several sizes, each trained on several amounts of tokens."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from jaxgpt import config as configs
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError, replaced
 from jaxgpt.monitor import cost
 from jaxgpt.scaling_law.law import Point
 from jaxgpt.sweep.grid import Member
+from jaxgpt.sweep.program import Score
 
 HEAD = 16
-"""Channels of a head."""
-RATE, AT = 2.5e-3, 64
-"""A good learning rate for 64 channels, found by a sweep; it scales with the inverse root of the channels."""
+"""Channels per attention head."""
+LEARNING_RATE, CHANNELS = 2.5e-3, 64
+"""A good learning rate for this many channels, found by a sweep; it scales with the inverse root of the channels."""
 BASE = Config(
     model=ModelConfig(block_size=64),
     optimizer=OptimizerConfig(min_learning_rate=0.0, schedule="linear", warmup_steps=0, weight_decay=0.1),
@@ -21,11 +21,7 @@ BASE = Config(
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(n_layer, n_embd) of "4x128".
-
-    Raises:
-      UsageError: `text` has another form.
-    """
+    """(n_layer, n_embd) of "4x128". Raises UsageError if it is malformed."""
     layers, _, channels = text.partition("x")
     if not (layers.isdecimal() and channels.isdecimal() and int(channels) % HEAD == 0):
         raise UsageError(f"size {text!r}: expected LAYERSxCHANNELS, channels a multiple of {HEAD}, as in 4x128")
@@ -33,10 +29,10 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def family(base: Config, sizes: Sequence[tuple[int, int]], tokens: Sequence[int], seeds: int = 1) -> list[Member]:
-    """A member for each size (n_layer, n_embd), amount of tokens and seed, with a schedule over its own length.
+    """A member for each size (n_layer, n_embd), amount of tokens and seed; its schedule is as long as its run.
 
     Args:
-      tokens: to train on, rounded to whole scans of steps.
+      tokens: amounts to train on, rounded to whole scans of steps.
 
     Raises:
       ConfigError: a member cannot run.
@@ -47,25 +43,25 @@ def family(base: Config, sizes: Sequence[tuple[int, int]], tokens: Sequence[int]
         for n in tokens:
             steps = max(1, round(n / per_scan)) * base.train.scan_steps
             setting = {"n_layer": n_layer, "n_embd": n_embd, "steps": steps}
-            learning_rate = float(f"{RATE * (AT / n_embd) ** 0.5:.3g}")
-            config = replaced(base, **setting, n_head=n_embd // HEAD, learning_rate=learning_rate)
-            config = replaced(config, decay_steps=steps, warmup_steps=max(1, steps // 10))
+            learning_rate = float(f"{LEARNING_RATE * (CHANNELS / n_embd) ** 0.5:.3g}")
+            schedule = {"learning_rate": learning_rate, "decay_steps": steps, "warmup_steps": max(1, steps // 10)}
+            config = replaced(base, **setting, **schedule, n_head=n_embd // HEAD)
             for seed in range(base.train.seed, base.train.seed + seeds):
                 found.append(Member(configs.check(replaced(config, seed=seed)), setting))
     return found
 
 
-def points(members: Sequence[Member], lines: Sequence[dict[str, Any]]) -> list[Point]:
-    """The point of each finished member that did not diverge: N counts all parameters, embeddings included, as in
-    Hoffmann et al. 2022; D the tokens of all batches."""
-    losses = {line["member"]: line["val_loss"] for line in lines if line["done"]}
-    return [
-        (cost.n_params(members[i].config.model), tokens_seen(members[i].config), loss)
-        for i, loss in sorted(losses.items())
-        if loss is not None
-    ]
+def points(members: Sequence[Member], scores: Sequence[Score]) -> list[Point]:
+    """The point of each finished member that did not diverge. N counts all parameters, embeddings included, as in
+    Hoffmann et al. 2022."""
+    found = []
+    for score in sorted(scores, key=lambda score: score.member):
+        if score.done and score.val_loss is not None:
+            config = members[score.member].config
+            found.append((cost.n_params(config.model), tokens_seen(config), score.val_loss))
+    return found
 
 
 def tokens_seen(config: Config) -> int:
-    """D: the tokens of all batches."""
+    """D: the tokens of all batches, repetitions included."""
     return config.train.steps * config.train.batch_size * config.model.block_size

@@ -1,8 +1,7 @@
 """The scaling law L(N, D) = E + A / N^a + B / D^b of parameters and tokens, fitted to finished runs.
 
-Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", arXiv:2203.15556, section 3.3: minimizes the
-Huber loss of log L from several starts; by Gauss-Newton, since L-BFGS takes tens of times as long in this narrow
-valley. Does not import jax.
+Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", arXiv:2203.15556, section 3.3: the Huber loss of
+log L is minimized from several starts. Here by Gauss-Newton: L-BFGS takes tens of times as long in this narrow valley.
 """
 
 import itertools
@@ -21,8 +20,7 @@ DELTA = 1e-2
 LOW, HIGH = (-7.0, -7.0, -7.0, 0.02, 0.02), (3.0, 3.0, 3.0, 2.5, 2.5)
 """Bounds of log E, of log(A / N^a) and log(B / D^b) at the geometric mean of the runs, and of a and b."""
 STARTS = tuple(itertools.product((0.15, 0.3, 0.6, 1.0), (0.15, 0.3, 0.6, 1.0)))
-"""Pairs of exponents to start from, each with the best E, A and B for it."""
-RESAMPLES = 300
+"""Exponents (a, b) to start from, each with the best E, A and B for them."""
 INTERVAL = 0.9
 FLOPS = 6
 """Training FLOPs per parameter and token: two forward, four backward."""
@@ -61,27 +59,32 @@ class Fit:
     resampled: tuple[Law, ...]
     """Laws fitted to runs with resampled residuals."""
     error: float
-    """The root mean square of the residuals of log L."""
+    """Root mean square of the residuals of log L."""
 
     def interval(self, of: Callable[[Law], Any]) -> Any:
-        """The ends of the middle 90% of `of(law)` over the resampled laws, each of its shape."""
+        """The ends of the middle 90% of `of(law)` over the resampled laws: (2, ...) as lists."""
         ends = [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2]
         return np.quantile([of(law) for law in self.resampled], ends, axis=0).tolist()
 
     def to_json(self, points: Sequence[Point]) -> str:
         """The law, its intervals and the points that it was fitted to, as indented JSON."""
-        intervals = dict(zip(Law._fields, zip(*self.interval(lambda law: law), strict=True), strict=True))
-        tree = {"law": self.law._asdict(), f"intervals_{INTERVAL:.0%}": intervals, "error": self.error}
-        return json.dumps(tree | {"runs": [dict(zip("ND", p), loss=p[2]) for p in points]}, indent=2) + "\n"  # noqa: B905
+        ends = zip(*self.interval(lambda law: law), strict=True)
+        tree = {
+            "law": self.law._asdict(),
+            f"intervals_{INTERVAL:.0%}": dict(zip(Law._fields, ends, strict=True)),
+            "error": self.error,
+            "runs": [{"N": N, "D": D, "loss": loss} for N, D, loss in points],
+        }
+        return json.dumps(tree, indent=2) + "\n"
 
 
-def fit(points: Sequence[Point], resamples: int | None = None) -> Fit:
-    """Fit the losses of runs.
+def fit(points: Sequence[Point], resamples: int = 300) -> Fit:
+    """Fit the law to runs.
 
     The intervals come from a bootstrap of the residuals (Efron 1979), scaled up for the five fitted coefficients.
 
     Raises:
-      UsageError: fewer than 6 runs, 3 sizes or 3 amounts of tokens, or a loss is not a number above 0.
+      UsageError: fewer than 6 runs, 3 sizes or 3 amounts of tokens; or a loss is not a finite number above 0.
     """
     N, D, losses = (np.array(each, np.float64) for each in zip(*points, strict=True))
     if len(losses) < 6 or len(set(N)) < 3 or len(set(D)) < 3:
@@ -96,17 +99,17 @@ def fit(points: Sequence[Point], resamples: int | None = None) -> Fit:
     residuals = np.log(losses / predicted)
     spread = (residuals - residuals.mean()) * np.sqrt(len(losses) / max(1, len(losses) - len(law)))
     random = np.random.Generator(np.random.Philox(0))
-    samples = (predicted * np.exp(random.choice(spread, len(losses))) for _ in range(resamples or RESAMPLES))
+    samples = (predicted * np.exp(random.choice(spread, len(losses))) for _ in range(resamples))
     resampled = tuple(best(N, D, sample, [(0.3, 0.3), (law.a, law.b)]) for sample in samples)
     return Fit(law, resampled, float(np.sqrt((residuals**2).mean())))
 
 
 def best(N: Array, D: Array, losses: Array, starts: Sequence[tuple[float, float]]) -> Law:
-    """The law of least Huber loss from any of the exponents (a, b) in `starts`."""
+    """The law of least Huber loss over all `starts`, exponents (a, b)."""
     from scipy.optimize import least_squares, nnls
     from scipy.special import logsumexp
 
-    # Centred, so that an exponent can change without its factor: E + exp(A - a x) + exp(B - b y).
+    # L = exp(e) + exp(A - a x) + exp(B - b y). Centred, so that a change of an exponent needs none of its factor.
     x, y = (np.log(each) - np.log(each).mean() for each in (N, D))
 
     def terms(at: Array) -> Array:
@@ -116,17 +119,17 @@ def best(N: Array, D: Array, losses: Array, starts: Sequence[tuple[float, float]
     def residuals(at: Array) -> Array:
         return np.asarray(logsumexp(terms(at), axis=0) - np.log(losses))
 
-    def slopes(at: Array) -> Array:
-        each = terms(at)
-        e, A, B = np.exp(each - logsumexp(each, axis=0))
+    def jacobian(at: Array) -> Array:
+        logs = terms(at)
+        e, A, B = np.exp(logs - logsumexp(logs, axis=0))  # the share of each term in L
         return np.stack([e, A, B, -A * x, -B * y], axis=1)
 
     tries = []
     for a, b in starts:
         linear = nnls(np.stack([np.ones_like(x), np.exp(-a * x), np.exp(-b * y)], axis=1), losses)[0]
-        begin = np.clip([*np.log(np.maximum(linear, 1e-3 * losses.min())), a, b], LOW, HIGH)
-        settings = {"bounds": (LOW, HIGH), "loss": "huber", "f_scale": DELTA, "x_scale": 1.0, "max_nfev": 300}
-        tries.append(least_squares(residuals, begin, slopes, **settings))
+        start = np.clip([*np.log(np.maximum(linear, 1e-3 * losses.min())), a, b], LOW, HIGH)
+        options = {"bounds": (LOW, HIGH), "loss": "huber", "f_scale": DELTA, "x_scale": 1.0, "max_nfev": 300}
+        tries.append(least_squares(residuals, start, jacobian, **options))
     e, A, B, a, b = min(tries, key=lambda found: found.cost).x
-    factors = e, A + a * np.log(N).mean(), B + b * np.log(D).mean()
-    return Law(*(float(x) for x in (*np.exp(factors), a, b)))
+    factors = np.exp([e, A + a * np.log(N).mean(), B + b * np.log(D).mean()])
+    return Law(*(float(x) for x in (*factors, a, b)))

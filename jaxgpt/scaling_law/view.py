@@ -1,4 +1,4 @@
-"""A scaling law as lines of text, and as a chart of its curves through the runs."""
+"""A scaling law as lines of text, and as a chart with its runs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,27 +9,27 @@ from jaxgpt.display.charts import INK, PALETTE, Spec, category, chart, columns, 
 from jaxgpt.scaling_law.law import FLOPS, INTERVAL, Fit, Law, Point
 
 
-def lines(found: Fit, points: Sequence[Point], flops: Sequence[float]) -> Iterator[str]:
-    """A fit to `points`, and the best size and amount of text for budgets of FLOPs."""
+def lines(fit: Fit, points: Sequence[Point], flops: Sequence[float]) -> Iterator[str]:
+    """The fit to `points`, and the best parameters and tokens for budgets of FLOPs."""
     trained = [FLOPS * N * D for N, D, _ in points]
-    E, A, B, a, b = found.law
+    E, A, B, a, b = fit.law
     yield f"L(N, D) = {E:.3f} + {A:.3g} / N^{a:.3f} + {B:.3g} / D^{b:.3f} nats/token"
-    yield f"  residuals of {found.error:.2%} (root mean square); {INTERVAL:.0%} intervals by bootstrap:"
-    for name, value, low, high in zip(Law._fields, found.law, *found.interval(lambda law: law), strict=True):
+    yield f"  residuals of {fit.error:.2%} (root mean square); {INTERVAL:.0%} intervals by bootstrap:"
+    for name, value, low, high in zip(Law._fields, fit.law, *fit.interval(lambda law: law), strict=True):
         yield f"  {name}  {value:>8.3g}  {low:.3g} to {high:.3g}"
     yield f"best parameters and tokens for a budget of {FLOPS} N D FLOPs:"
     for budget in flops:
-        N, D = found.law.optimum(budget)
-        low, high = found.interval(lambda law: law.optimum(budget)[0])  # noqa: B023
+        N, D = fit.law.optimum(budget)
+        low, high = fit.interval(lambda law: law.optimum(budget)[0])  # noqa: B023
         beyond = "" if min(trained) <= budget <= max(trained) else ", extrapolated"
         yield (
             f"  {budget:.0e}  {N:>13,.0f} parameters ({low:,.0f} to {high:,.0f}), {D:,.0f} tokens, "
-            f"loss {found.law.loss(N, D):.3f}{beyond}"
+            f"loss {fit.law.loss(N, D):.3f}{beyond}"
         )
 
 
-def law_chart(found: Fit, points: Sequence[Point]) -> Spec:
-    """Loss against FLOPs: a curve for each size, and the least loss for each budget as a band."""
+def law_chart(fit: Fit, points: Sequence[Point]) -> Spec:
+    """Loss against FLOPs: a curve for each size, and the least loss for each budget with its interval as a band."""
     N, D, losses = (np.array(each) for each in zip(*points, strict=True))
     sizes, room = sorted(set(N.tolist())), 0.06 * (losses.max() - losses.min())
     along = np.geomspace(D.min() / 1.3, D.max() * 1.3, 100)
@@ -39,10 +39,10 @@ def law_chart(found: Fit, points: Sequence[Point]) -> Spec:
     def least(law: Law) -> Any:
         return law.loss(*law.optimum(budgets))
 
-    curves = [row for n in sizes for row in columns(N=f"{n:,}", flops=FLOPS * n * along, loss=found.law.loss(n, along))]
+    curves = [row for n in sizes for row in columns(N=f"{n:,}", flops=FLOPS * n * along, loss=fit.law.loss(n, along))]
     measured = columns(N=[f"{n:,}" for n in N], flops=FLOPS * N * D, loss=losses)
-    low, high = found.interval(least)
-    band = columns(flops=budgets, best=least(found.law), loss=low, high=high)
+    low, high = fit.interval(least)
+    band = columns(flops=budgets, best=least(fit.law), loss=low, high=high)
     x = quantity("flops", f"FLOPs, {FLOPS} N D", {"values": ticks(*ends), "format": ".0~e"}, type="log", nice=False)
     domain = [float(losses.min() - room), float(losses.max() + room)]
     y = quantity("loss", "validation loss, nats/token", domain=domain, nice=False)

@@ -1,12 +1,11 @@
 """`jaxgpt sweep`: train seeds and settings of a recipe together."""
 
-import math
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -15,10 +14,14 @@ from jaxgpt.cli import places
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import DataDir, parse, take_recipe
 from jaxgpt.config import Config, UsageError, replaced, to_json, to_tree
+from jaxgpt.display import charts
 from jaxgpt.recipes import recipe
 from jaxgpt.run import NAME
 from jaxgpt.sweep import grid
 from jaxgpt.sweep.grid import Member
+
+if TYPE_CHECKING:
+    from jaxgpt.sweep.program import Score
 
 SweepsDir = Annotated[Path, tyro.conf.arg(help="Folder of all sweeps.")]
 
@@ -31,55 +34,54 @@ class Sweep:
     seeds: int = 4
     """Seeds of each setting, counted from --seed."""
     lr: str = ""
-    """Learning rates: a range LOW:HIGH:HOW-MANY, as in 3e-4:3e-2:6, or a list with commas."""
+    """Learning rates: a range LOW:HIGH:HOW-MANY, such as 3e-4:3e-2:6, or a list with commas."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=VALUE,VALUE or NAME=LOW:HIGH:HOW-MANY of any setting of the model or of training; may be repeated."""
+    """NAME=VALUE,VALUE or NAME=LOW:HIGH:HOW-MANY for any setting of the model or of training; may be repeated."""
     at_once: int = 0
-    """Members to train together, at most; 0: as many as the memory holds."""
+    """Most members to train together; 0: as many as fit in memory."""
     sweeps_dir: SweepsDir = Path("sweeps")
     data_dir: DataDir = Path("data")
 
 
 def run(args: list[str]) -> int:
-    named, args = take_recipe(Sweep, args, "which recipe? jaxgpt sweep gpt-demo --seeds 4 --lr 1e-3:1e-2:4")
-    default = Sweep(Path(named).stem, recipe(named).config)
-    given = parse(Sweep, args, f"sweep {named}", "Train seeds and settings of a recipe together.", default=default)
+    name, args = take_recipe(Sweep, args, "which recipe? jaxgpt sweep gpt-demo --seeds 4 --lr 1e-3:1e-2:4")
+    default = Sweep(Path(name).stem, recipe(name).config)
+    given = parse(Sweep, args, f"sweep {name}", "Train seeds and settings of a recipe together.", default=default)
     axes = [grid.parse(text) for text in (*([f"lr={given.lr}"] if given.lr else []), *given.set)]
     members = grid.members(given.config, axes, given.seeds)
-    asked = {"program": "jaxgpt sweep 1", "values": dict(axes), "seeds": given.seeds}
-    members, lines = train(given, given.config, members, asked)
+    identity = {"program": "jaxgpt sweep 1", "values": dict(axes), "seeds": given.seeds}
+    members, scores = train(given, given.config, members, identity)
     from jaxgpt import files
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.sweep import plots, view
     from jaxgpt.sweep.results import outcomes
 
-    path, found = given.sweeps_dir / given.name, outcomes(lines)
-    console = RunConsole()
+    path, console, found = given.sweeps_dir / given.name, RunConsole(), outcomes(scores)
     console.print(view.table(found))
     console.print(view.verdict(found))
-    if not math.isnan(found[0].mean):
+    if not found[0].diverged:
         best = next(member for member in members if member.setting == found[0].setting)
         files.write_atomically(path / "best.json", to_json(best.config).encode())
         words = ["jaxgpt", "train", str(path / "best.json"), "--run", f"{given.name}-best"]
         console.print(f"Train it: {shlex.join(words)}")
-    show_plots(lambda: plots.draw(found, path))
+    save_charts(path, plots.specs(found))
     return 0
 
 
 def train(
-    given: Any, base: Config, members: Sequence[Member], asked: dict[str, Any]
-) -> tuple[list[Member], list[dict[str, Any]]]:
-    """Train the members of a sweep, or those that are not finished: with complete configs, and all lines of results.
+    given: Any, base: Config, members: Sequence[Member], identity: dict[str, Any]
+) -> tuple[list[Member], list["Score"]]:
+    """Train the unfinished members of a sweep; returns all members, with complete configs, and all scores.
 
     Args:
-      given: options of the command: name, at_once, sweeps_dir, data_dir.
+      given: the command's options name, at_once, sweeps_dir and data_dir.
       base: the config that the members have in common.
-      asked: what else the results depend on.
+      identity: what else the results depend on.
 
     Raises:
       UsageError: the name or the folder cannot be used, one member does not fit, or the corpus is unavailable.
     """
-    if not NAME.fullmatch(f"{given.name}-best"):  # the best has a run of this name
+    if not NAME.fullmatch(f"{given.name}-best"):  # a name that the run of the best setting can have
         raise UsageError(
             f"--name {given.name!r}: expected letters, digits, '.', '_' and '-', the first a letter or digit, 95 at "
             "most; for a sweep in another folder: --sweeps-dir"
@@ -97,7 +99,7 @@ def train(
 
     from jaxgpt.cli import runs
     from jaxgpt.monitor.terminal import RunConsole
-    from jaxgpt.sweep import view
+    from jaxgpt.sweep import program, view
     from jaxgpt.sweep.chunks import split
     from jaxgpt.sweep.results import SweepFolder
 
@@ -106,36 +108,39 @@ def train(
     split([member.config for member in members], len(devices), given.at_once)  # raises if one does not fit
     longest = max(member.config.model.block_size for member in members)
     corpus = runs.tokens_of(replaced(base, block_size=longest), given.data_dir)
-    members = [each._replace(config=runs.resolve(each.config, corpus)) for each in members]
-    asked |= {"config": to_tree(base), "tokens": corpus.meta["sha256"], "precision": members[0].config.model.precision}
+    members = [member._replace(config=runs.resolve(member.config, corpus)) for member in members]
+    identity |= {"config": to_tree(base), "tokens": corpus.meta["sha256"]}
+    identity["precision"] = members[0].config.model.precision
     path, console = given.sweeps_dir / given.name, RunConsole()
     console.print(corpus.summary)
     console.print(f"{len(members)} members in {path}, over {len(devices)} x {devices[0].device_kind}")
-    with SweepFolder.held(path, asked) as folder:
-        if folder.finished:
-            console.print(f"{len(folder.finished)} of them are finished already")
-        steps = sum(member.config.train.steps for i, member in enumerate(members) if i not in folder.finished)
+    with SweepFolder.locked(path, identity) as folder:
+        if finished := folder.finished:
+            console.print(f"{len(finished)} of them are finished already")
+        steps = sum(member.config.train.steps for i, member in enumerate(members) if i not in finished)
         try:
             with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
                 task = bar.add_task("steps", total=steps)
-                for event in folder.train(members, corpus, devices, given.at_once):
+                for event in program.run(members, corpus, devices, given.at_once, finished):
                     if isinstance(event, int):
                         bar.advance(task, event)
                     else:
-                        console.print(view.scores(event, len(members)))
+                        folder.add(event)
+                        console.print(view.progress(event, len(members)))
         except KeyboardInterrupt:
             console.print(
                 f"{len(folder.finished)} of {len(members)} members are done and kept; the same command again trains "
                 "the others, unfinished ones from their start"
             )
             raise
-        return members, folder.lines
+        return members, folder.scores
 
 
-def show_plots(draw: Callable[[], list[Path]]) -> None:
-    """Print the files that `draw` makes, or why it cannot; the results are complete without plots."""
+def save_charts(folder: Path, specs: dict[str, charts.Spec]) -> None:
+    """Draw each chart to the file of its name and print the path, or why not: a sweep is complete without charts."""
     try:
-        for plot in draw():
-            print(plot)
+        for name, spec in specs.items():
+            charts.save(spec, folder / name)
+            print(folder / name)
     except UsageError as error:
         print(f"no plots were drawn: {error}")

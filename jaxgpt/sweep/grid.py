@@ -12,28 +12,28 @@ from jaxgpt import config as configs
 from jaxgpt.config import Config, ConfigError, UsageError, replaced
 
 MAX_MEMBERS = 10_000
-"""More are taken for a typo."""
+"""A larger sweep is taken for a typo."""
 
 
 class Member(NamedTuple):
     """One run of a sweep."""
 
     config: Config
-    setting: dict[str, Any]  # the value on each axis, without the seed: runs that differ only in it share a setting
+    setting: dict[str, Any]  # its value on each axis, without the seed
 
 
 def parse(text: str) -> tuple[str, list[Any]]:
-    """(setting, values) of "n_embd=64,128", or of a range "lr=3e-4:3e-2:6" of low, high and how many: spaced
-    geometrically, or evenly if low is 0.
+    """(name, values) of an axis: a list such as "n_embd=64,128", or a range LOW:HIGH:HOW-MANY such as "lr=3e-4:3e-2:6",
+    spaced geometrically, or evenly if LOW is 0.
 
     >>> parse("lr=1e-3:1e-1:3"), parse("dropout=0:0.2:3")
     (('learning_rate', [0.001, 0.01, 0.1]), ('dropout', [0.0, 0.1, 0.2]))
 
     Raises:
-      UsageError: the form is wrong, or a sweep cannot vary the setting.
+      UsageError: malformed, or a setting that a sweep cannot vary.
     """
     name, _, value = text.partition("=")
-    name, kinds = {"lr": "learning_rate"}.get(name, name.replace("-", "_")), _kinds()
+    name, kinds = "learning_rate" if name == "lr" else name.replace("-", "_"), _kinds()
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -52,11 +52,11 @@ def parse(text: str) -> tuple[str, list[Any]]:
 
 
 def members(base: Config, axes: Sequence[tuple[str, list[Any]]], seeds: int) -> list[Member]:
-    """Every combination of values with `seeds` seeds, beginning with that of `base`; seeds vary fastest.
+    """Every combination of values with `seeds` seeds, counted from the seed of `base`; seeds vary fastest.
 
     Raises:
       UsageError: a setting has two axes, or there are too many members.
-      ConfigError: names a combination that cannot run.
+      ConfigError: a combination cannot run; the message names it.
     """
     names = [name for name, _ in axes]
     if double := {name for name in names if names.count(name) > 1}:
@@ -90,8 +90,8 @@ def cell(value: Any) -> str:
 
 
 def _kinds() -> dict[str, Any]:
-    """The type of every setting that a sweep varies: not of the data and vocabulary (losses on different texts cannot
-    be compared), the seed, which has an option, and what it does not do: checkpoints and loss estimates."""
+    """The type of each setting that a sweep can vary. It cannot vary the data and vocabulary (losses on different texts
+    are not comparable), the seed (an option of its own), or checkpoints and loss estimates (it makes none)."""
     sections = [field.type for field in dataclasses.fields(Config) if field.name != "data"]
     kinds = {name: kind for section in sections for name, kind in typing.get_type_hints(section).items()}
     kinds["min_learning_rate"] = float  # None is only its default

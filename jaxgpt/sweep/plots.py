@@ -1,11 +1,10 @@
 """Charts of a sweep: the loss against each setting, and the loss over steps."""
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from jaxgpt.display import charts
+import numpy as np
+
 from jaxgpt.display.charts import ACCENT, PALETTE, Spec, category, chart, columns, layer, quantity
 from jaxgpt.sweep.grid import describe
 from jaxgpt.sweep.results import Outcome
@@ -13,59 +12,51 @@ from jaxgpt.sweep.results import Outcome
 LABEL = "validation loss, nats/token"
 
 
-def draw(found: Sequence[Outcome], folder: Path) -> list[Path]:
-    """Draw the outcomes, best first, into `folder`; the files.
-
-    Raises:
-      UsageError: as `charts.save`.
-    """
-    charts.require()
-    found = [outcome for outcome in found if not math.isnan(outcome.mean)]
-    names = [name for name in (found[0].setting if found else {}) if len({o.setting[name] for o in found}) > 1]
-    specs = {folder / "settings.png": settings(found, names)} if names else {}
-    if found and len(found[0].curve) > 1:
-        specs[folder / "curves.png"] = curves(found)
-    for path, spec in specs.items():
-        charts.save(spec, path)
-    return list(specs)
+def specs(outcomes: Sequence[Outcome]) -> dict[str, Spec]:
+    """The charts of `outcomes`, best first, by file name; diverged ones are left out."""
+    outcomes = [outcome for outcome in outcomes if not outcome.diverged]
+    if not outcomes:
+        return {}
+    varied = [name for name in outcomes[0].setting if len({outcome.setting[name] for outcome in outcomes}) > 1]
+    found = {"settings.png": settings(outcomes, varied)} if varied else {}
+    if len(outcomes[0].curve) > 1:
+        found["curves.png"] = curves(outcomes)
+    return found
 
 
-def settings(found: Sequence[Outcome], names: Sequence[str]) -> Spec:
-    """A panel for each setting: the mean loss of every outcome against its value, with the standard error over seeds,
-    and a line through the best of each value. Losses far above are cut off."""
-    low, high = found[0].mean, found[-1].mean
-    high = min(high, low + max(4 * (found[len(found) // 2].mean - low), 0.05))
+def settings(outcomes: Sequence[Outcome], names: Sequence[str]) -> Spec:
+    """A panel per setting: the mean loss of every outcome against its value, with the standard error over seeds, and a
+    line through the best of each value. Losses far above the best are cut off."""
+    means = [outcome.mean for outcome in outcomes]
+    low = means[0]
+    high = min(means[-1], low + max(4 * (means[len(means) // 2] - low), 0.05))
     room = 0.06 * (high - low) or 0.05
     y = quantity("loss", LABEL, domain=[low - room, high + room], nice=False)
     panels = []
     for name in names:
-        values = [outcome.setting[name] for outcome in found]
+        values = [outcome.setting[name] for outcome in outcomes]
         x: Spec = {"field": "x", "type": "ordinal", "title": name}
         if all(isinstance(value, int | float) for value in values):
-            log = min(values) > 0 and max(values) / min(values) >= 4
-            x = quantity(
-                "x", name, {"tickCount": 6, "format": ".4~g"}, type="log" if log else "linear", nice=False, padding=16
-            )
-        rows = _spread(values, [o.mean for o in found], [o.standard_error for o in found])
+            scale = "log" if min(values) > 0 and max(values) / min(values) >= 4 else "linear"
+            x = quantity("x", name, {"tickCount": 6, "format": ".4~g"}, type=scale, nice=False, padding=16)
+        rows = _rows(values, means, [outcome.standard_error for outcome in outcomes])
         best = list({row["x"]: row for row in reversed(rows)}.values())
-        panels.append({"width": 400, "height": 340, "layer": _marks(rows, best, x, y, {"value": ACCENT})})
+        panels.append({"width": 400, "height": 340, "layer": _layers(rows, best, x, y, {"value": ACCENT})})
     return chart(hconcat=panels)
 
 
-def curves(found: Sequence[Outcome]) -> Spec:
+def curves(outcomes: Sequence[Outcome]) -> Spec:
     """Loss by step of the best settings, as many as there are colours: the mean over seeds, and its standard error."""
-    names = [describe(outcome.setting) or "the only setting" for outcome in found[: len(PALETTE)]]
-    rows = [
-        row
-        for name, outcome in zip(names, found, strict=False)
-        for row in _spread(*zip(*outcome.curve, strict=True), line=name)
-    ]
+    rows, names = list[Spec](), list[str]()
+    for outcome in outcomes[: len(PALETTE)]:
+        names.append(describe(outcome.setting) or "the only setting")
+        rows += _rows(*zip(*outcome.curve, strict=True), line=names[-1])
     color = category("line", names, PALETTE, {"columns": 2, "labelLimit": 400, "title": None})
     x, y = quantity("x", "step"), quantity("loss", LABEL)
-    return chart(layer=_marks(rows, rows, x, y, color), width=560, height=360)
+    return chart(layer=_layers(rows, rows, x, y, color), width=560, height=360)
 
 
-def _marks(rows: list[Spec], line: list[Spec], x: Spec, y: Spec, color: Spec) -> list[Spec]:
+def _layers(rows: list[Spec], line: list[Spec], x: Spec, y: Spec, color: Spec) -> list[Spec]:
     """Points with error bars, and a line."""
     at: Spec = {"x": x, "y": y, "color": color}
     return [
@@ -75,8 +66,7 @@ def _marks(rows: list[Spec], line: list[Spec], x: Spec, y: Spec, color: Spec) ->
     ]
 
 
-def _spread(x: Sequence[Any], means: Sequence[float], errors: Sequence[float], **more: Any) -> list[Spec]:
+def _rows(x: Sequence[Any], means: Sequence[float], errors: Sequence[float], **more: Any) -> list[Spec]:
     """Rows with x, the loss, and the ends of its error bar."""
-    known = [0 if math.isnan(error) else error for error in errors]
-    low, high = ([mean + sign * error for mean, error in zip(means, known, strict=True)] for sign in (-1, 1))
-    return columns(x=x, loss=means, low=low, high=high, **more)
+    loss, error = np.array(means), np.nan_to_num(errors)
+    return columns(x=x, loss=loss, low=loss - error, high=loss + error, **more)

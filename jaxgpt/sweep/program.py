@@ -1,9 +1,9 @@
-"""Many runs as one program: seeds and continuous settings are mapped over, each member a run like any other.
+"""Many runs as one program: a training step mapped over seeds and continuous settings. Each member is a run of its own.
 
-The training step itself is mapped: the continuous settings of a config are a pytree of traced numbers. Discrete
-settings (sizes, kinds) make a program each. The members are sharded over a mesh of one axis. On accelerators those of a
-device are computed side by side (vmap), on CPUs one after another (lax.map): batched matmuls are no faster there, and a
-device for each core keeps all of them busy.
+The mapped settings are a pytree of traced numbers (`optimizer.Hyperparameters`). Each combination of the other settings
+(sizes, kinds) is a program of its own. The members are sharded over a mesh of one axis. On an accelerator the members
+of a device run side by side (vmap), on a CPU in turn (lax.map): batched matmuls are no faster there, and one device per
+core keeps all cores busy.
 """
 
 import math
@@ -22,151 +22,153 @@ from jaxgpt.config import Config
 from jaxgpt.corpus import Corpus
 from jaxgpt.data import DEVICE_TOKENS, Ids, chunks, config_starts, evaluation_windows, gather
 from jaxgpt.evaluation import Evaluation, evaluation, loss_sums, map_batches, windows_per_batch
-from jaxgpt.optimizer import Hyperparameters, hyperparameters
+from jaxgpt.optimizer import hyperparameters
 from jaxgpt.step import Metrics, TrainState, init_state, train_steps
-from jaxgpt.sweep.chunks import Chunk, program_of, setting, split
+from jaxgpt.sweep.chunks import Chunk, program_of, split
+from jaxgpt.sweep.grid import Member
 from jaxgpt.train import due
 
 
-class Scored(NamedTuple):
-    """A member after `step` steps."""
+class Score(NamedTuple):
+    """A member after `step` steps: a line of results.jsonl. Losses are in nats per token."""
 
-    member: int
+    member: int  # its index
+    setting: dict[str, Any]
+    seed: int
     step: int
-    evaluation: Evaluation | None  # over the whole validation split; None if it diverged
-    train_loss: float | None  # the mean of its last scan_steps steps, in nats per token; None before the first
-    done: bool  # it ended: at its last step, or after max_skipped steps in a row without a finite loss
+    val_loss: float | None  # over the whole validation split; like the next three, None if it diverged
+    val_standard_error: float | None
+    val_bits_per_char: float | None
+    val_bits_per_byte: float | None
+    train_loss: float | None  # mean over the last scan; None before the first
+    diverged: bool
+    done: bool  # at its last step, or after max_skipped non-finite steps in a row
 
 
 class Program:
-    """The compiled functions of members that differ in mapped settings: (M, ...) arrays, split over the devices."""
+    """Compiled functions of M members that differ in mapped settings only; arrays (M, ...) are sharded by member."""
 
     def __init__(self, base: Config, devices: Sequence[Any]):
-        self.model, mesh = base.model, Mesh(np.array(devices), ("member",))
-        self.over = NamedSharding(mesh, P("member"))
+        mesh, hyper = Mesh(np.array(devices), ("member",)), hyperparameters(base)
+        self.sharding = NamedSharding(mesh, P("member"))
 
-        def hyper(values: dict[str, jax.Array]) -> Hyperparameters:
-            return hyperparameters(base)._replace(**values)
+        def init(values: dict[str, jax.Array]) -> TrainState:
+            return init_state(base, hyper._replace(**values))
 
         def steps(tokens: Any, state: TrainState, values: dict[str, jax.Array], windows: jax.Array) -> Any:
-            return train_steps(base, state, tokens, windows, hyper(values))
+            return train_steps(base, state, tokens, windows, hyper._replace(**values))
 
-        def sums(windows: jax.Array, skip: jax.Array, params: Any) -> jax.Array:
+        def sums(windows: jax.Array, skip: jax.Array, params: model.Params) -> jax.Array:
             return map_batches(partial(model.losses, base.model, params), windows, skip)
 
-        self.init = jax.jit(self._spread(lambda values: init_state(base, hyper(values)), shared=0))
+        def mapped(function: Callable[..., Any], shared: int, own: int) -> Callable[..., Any]:
+            """`function` of one member, mapped: `shared` arguments common to all, then `own` with a leading axis M."""
+
+            def on_device(*args: Any) -> Any:
+                def of_one(mine: Any) -> Any:
+                    return function(*args[:shared], *mine)
+
+                return jax.lax.map(of_one, args[shared:]) if self.one_by_one else jax.vmap(of_one)(args[shared:])
+
+            specs = (P(),) * shared + (P("member"),) * own
+            return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P("member"), check_vma=False)
+
+        self.init = jax.jit(mapped(init, 0, 1))
         """values {name: (M,)} -> states of M members."""
-        self.steps = jax.jit(self._spread(steps, shared=1), donate_argnums=1)
+        self.steps = jax.jit(mapped(steps, 1, 3), donate_argnums=1)
         """tokens (N,) or None, states, values, windows (M, K, ...) -> states K steps later, metrics (M, K)."""
-        self.loss_sums = jax.jit(self._spread(sums, shared=2))
+        self.loss_sums = jax.jit(mapped(sums, 2, 1))
         """windows (K, B, T + 1), skip (K, B), params -> `map_batches` of M members, (M, K, B)."""
 
     @property
     def one_by_one(self) -> bool:
-        """Whether the members of a device take turns, and are not computed side by side."""
-        return bool(self.over.mesh.devices.flat[0].platform == "cpu")
-
-    def _spread(self, function: Callable[..., Any], shared: int) -> Callable[..., Any]:
-        """`function` of one member for M of them: its first `shared` arguments are the same for all, the others have an
-        axis of M in front."""
-
-        def on_device(*given: Any) -> Any:
-            def of_one(mine: Any) -> Any:
-                return function(*given[:shared], *mine)
-
-            return jax.lax.map(of_one, given[shared:]) if self.one_by_one else jax.vmap(of_one)(given[shared:])
-
-        def of_all(*given: Any) -> Any:
-            specs = (P(),) * shared + (P("member"),) * (len(given) - shared)
-            mesh = self.over.mesh
-            return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P("member"), check_vma=False)(*given)
-
-        return of_all
+        """Whether the members of a device run in turn."""
+        return bool(self.sharding.mesh.devices.flat[0].platform == "cpu")
 
 
 def run(
-    configs: Sequence[Config],
+    members: Sequence[Member],
     corpus: Corpus,
     devices: Sequence[Any],
     at_once: int = 0,
     finished: frozenset[int] = frozenset(),
-) -> Iterator[int | list[Scored]]:
-    """Train every config that is not `finished`, chunk by chunk; yields scores, and between them how many more steps
-    were dispatched, summed over members.
+) -> Iterator[int | list[Score]]:
+    """Train the members that are not `finished`, chunk by chunk, sharded over `devices`. Their configs are as
+    `runs.resolve` completes them, for one corpus.
 
-    Members are evaluated when runs of their configs would be (eval_every, eval_start). There are no random-batch
-    estimates (eval_batches), and no weights are kept.
-
-    Args:
-      configs: completed by `runs.resolve`, of one corpus.
-      devices: to split the members over.
+    Yields the scores of each evaluation, and after each dispatched scan its steps, summed over members. Evaluations
+    come as in a run (eval_every, eval_start). There are no random-batch estimates, and no weights are kept.
     """
     programs: dict[Any, Program] = {}
-    for chunk in split(configs, len(devices), at_once, finished):
-        key = program_of(chunk.base), chunk.names, chunk.devices
+    for chunk in split([member.config for member in members], len(devices), at_once, finished):
+        key = program_of(chunk.base), chunk.devices
         program = programs.setdefault(key, Program(chunk.base, devices[: chunk.devices]))
-        yield from train(program, chunk, configs, corpus)
+        yield from train(program, chunk, members, corpus)
 
 
-def train(program: Program, chunk: Chunk, configs: Sequence[Config], corpus: Corpus) -> Iterator[int | list[Scored]]:
-    """Train the members of one chunk."""
-    base, members, over, n = chunk.base, chunk.members, program.over, len(chunk.members)
-    filled = [configs[i] for i in (*members, *members[-1:] * (chunk.size - n))]
+def train(program: Program, chunk: Chunk, members: Sequence[Member], corpus: Corpus) -> Iterator[int | list[Score]]:
+    """Train the members of one chunk; yields as `run`."""
+    base, n = chunk.base, len(chunk.members)
+    own = [members[i] for i in chunk.members]
+    configs = [member.config for member in own + own[-1:] * (chunk.size - n)]  # padded
     train_tokens, val_tokens = corpus.split(base.data)
     parts, whole = corpus.training_parts(base.data), len(train_tokens) <= DEVICE_TOKENS
-    on_device = jax.device_put(np.asarray(train_tokens), NamedSharding(over.mesh, P())) if whole else None
-    # One member, or equal ones: the map still needs an axis.
-    values = jax.device_put({name: column(filled, name) for name in chunk.names or ("seed",)}, over)
+    on_device = jax.device_put(np.asarray(train_tokens), NamedSharding(program.sharding.mesh, P())) if whole else None
+    # The map needs an array (M,), also where no setting differs.
+    values = jax.device_put({name: column(configs, name) for name in chunk.names or ("seed",)}, program.sharding)
     state = program.init(values)
-    skipped, means = np.zeros(n, int), np.full(n, np.nan)  # steps in a row; training losses of the last scan
-    ended, reported = np.zeros(n, bool), np.zeros(n, bool)  # by divergence
-    unread: Metrics | None = None  # of the newest scan, which the devices may still compute
+    skipped, stopped, active = np.zeros(n, int), np.zeros(n, bool), np.arange(n)  # skipped: consecutive steps
+    train_losses = np.full(n, np.nan)  # means over the last scan
+    unread: list[Metrics] = []  # of the scans since the last evaluation
 
-    def read() -> None:
-        nonlocal skipped, means
-        if unread:
-            metrics = jax.device_get(unread)
-            for applied in metrics.applied[:n].T:
-                skipped = np.where(applied, 0, skipped + 1)
-                ended[skipped >= base.train.max_skipped] = True
-            means = metrics.loss[:n].mean(axis=1, dtype=np.float64)
-
-    def score(step: int) -> list[Scored]:
-        evaluations = evaluate(program, state.params, corpus, val_tokens, chunk.size)
-        last, found = step == base.train.steps, []
-        for i in np.flatnonzero(~reported):
-            lost = ended[i] or not math.isfinite(evaluations[i].loss)
-            mean = float(means[i]) if math.isfinite(means[i]) else None
-            found.append(Scored(members[i], step, None if lost else evaluations[i], mean, bool(last or ended[i])))
-        reported[ended] = True
-        return found
+    def scores(step: int) -> list[Score]:
+        found = evaluate(program, state.params, corpus, val_tokens, chunk)
+        return [score(chunk.members[i], own[i], step, found[i], train_losses[i], bool(stopped[i])) for i in active]
 
     if base.train.eval_start:
-        yield score(0)
+        yield scores(0)
     for begin, end in chunks(base, 0):
-        starts = np.stack([config_starts(config, parts, begin, end) for config in filled])
+        starts = np.stack([config_starts(config, parts, begin, end) for config in configs])
         windows = starts.astype(np.int32) if whole else gather(train_tokens, starts, base.model.block_size)
-        state, metrics = program.steps(on_device, state, values, jax.device_put(windows, over))
-        read()
+        state, metrics = program.steps(on_device, state, values, jax.device_put(windows, program.sharding))
+        jax.block_until_ready(unread[-1:])  # at most two scans are in flight
+        unread.append(metrics)
         yield n * (end - begin)
-        unread = metrics
         if due(base, end):
-            read()
-            unread = None
-            yield score(end)
-            if ended.all():
+            scans = jax.device_get(unread)
+            unread.clear()
+            for applied in np.concatenate([scan.applied[:n] for scan in scans], axis=1).T:
+                skipped = np.where(applied, 0, skipped + 1)
+                stopped |= skipped >= base.train.max_skipped
+            train_losses = scans[-1].loss[:n].mean(axis=1, dtype=np.float64)
+            yield scores(end)
+            active = np.flatnonzero(~stopped)
+            if not active.size:
                 return
 
 
-def evaluate(program: Program, params: Any, corpus: Corpus, tokens: Ids, M: int) -> list[Evaluation]:
-    """The loss of each of M members over the whole of `tokens`, as `evaluation.evaluate`."""
-    T = program.model.block_size
+def evaluate(program: Program, params: model.Params, corpus: Corpus, tokens: Ids, chunk: Chunk) -> list[Evaluation]:
+    """The loss of each member, padding included, over the whole of `tokens`, as `evaluation.evaluate`."""
+    config = chunk.base.model
+    T = config.block_size
     starts, skip = evaluation_windows(len(tokens), T)
-    B = windows_per_batch(program.model, len(starts), 1 if program.one_by_one else -(-M // program.over.num_devices))
+    B = windows_per_batch(config, len(starts), 1 if program.one_by_one else chunk.size // chunk.devices)
     sums = loss_sums(lambda *batches: program.loss_sums(*batches, params), tokens, T, starts, skip, B)
     return [evaluation(each, T, tokens, corpus.tokenizer) for each in sums]
 
 
+def score(i: int, member: Member, step: int, result: Evaluation, train_loss: float, stopped: bool) -> Score:
+    """The score of member `i`; `stopped` after max_skipped non-finite steps in a row."""
+    diverged, train = stopped or not math.isfinite(result.loss), member.config.train
+    figures = [result.loss, result.standard_error, result.bits_per_char, result.bits_per_byte]
+    if diverged:
+        figures = [math.nan] * 4
+    loss, error, per_char, per_byte, mean = (float(x) if math.isfinite(x) else None for x in (*figures, train_loss))
+    done = stopped or step == train.steps
+    return Score(i, member.setting, train.seed, step, loss, error, per_char, per_byte, mean, diverged, done)
+
+
 def column(configs: Sequence[Config], name: str) -> NDArray[Any]:
     """A mapped setting of M members: (M,)."""
-    return np.array([setting(config, name) for config in configs], np.uint32 if name == "seed" else np.float32)
+    values = [getattr(hyperparameters(config), name) for config in configs]
+    return np.array(values, np.uint32 if name == "seed" else np.float32)

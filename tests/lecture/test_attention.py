@@ -1,4 +1,4 @@
-"""Three ways of averaging over the past that are one: equal numbers, and the same edges of the graph."""
+"""Three ways of averaging over the past: equal results, and the same causal edges."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ WAYS = {way.__name__: way for way in (attention.mean_by_loop, attention.mean_by_
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 3), (4, 8, 2)])
-def test_each_position_holds_the_mean_of_its_past_and_itself(way, shape):
+def test_each_position_is_the_mean_of_its_past_and_itself(way, shape):
     x = np.asarray(jax.random.normal(jax.random.key(0), shape))
     plain = np.zeros_like(x)
     for b in range(shape[0]):
@@ -22,7 +22,7 @@ def test_each_position_holds_the_mean_of_its_past_and_itself(way, shape):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_gradient_flows_along_exactly_the_causal_edges(way):
-    """Node s points to node t where s is not after t, with the weight 1 / (t + 1); channels and texts stay apart."""
+    """Position s reaches t >= s with weight 1 / (t + 1); channels and sequences stay separate."""
     B, T, C = 2, 6, 3
     x = jax.random.normal(jax.random.key(0), (B, T, C))
     jacobian = np.asarray(jax.jacobian(WAYS[way])(x))  # (B, T, C, B, T, C)

@@ -1,4 +1,4 @@
-"""Every gradient written by hand against `jax.grad`, and against PyTorch's on the notes' own snippets."""
+"""Every hand-written gradient against `jax.grad`, and against PyTorch on the notes' own snippets."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from jaxgpt.loss import cross_entropy
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "goldens" / "document_snippets.npz"))
 SCALES = {"unscaled": 1.0, "scaled": 16**-0.5}
 SEEDS = st.integers(0, 2**31 - 1)
-SHAPES = st.sampled_from([(1, 1, 1, 1), (2, 4, 3, 5)])  # few, as each is compiled
+SHAPES = st.sampled_from([(1, 1, 1, 1), (2, 4, 3, 5)])  # few, since each is compiled
 few = settings(max_examples=15)
 
 
@@ -29,7 +29,7 @@ def normal(seed, *shapes):
 
 
 def pulled_back(function, d_out, *inputs):
-    """The gradients of sum(function(*inputs) * d_out) by jax: what the hand-written function has to give."""
+    """The gradients of sum(function(*inputs) * d_out) by JAX."""
     return jax.vjp(function, *inputs)[1](d_out)
 
 
@@ -37,7 +37,7 @@ def head(x, key, query, value, scale):
     return attention(x @ query, x @ key, x @ value, causal_mask(x.shape[1])[None], scale=scale)
 
 
-# Each compiled for a shape once, however many examples there are.
+# Each is compiled once per shape, however many examples there are.
 bigram_by_hand, head_by_hand = jax.jit(backprop.bigram), jax.jit(backprop.head)
 bigram_by_jax = jax.jit(jax.grad(lambda table, idx, targets: cross_entropy(table[idx], targets)))
 head_by_jax = jax.jit(lambda d_out, scale, *inputs: pulled_back(lambda *x: head(*x, scale), d_out, *inputs))
@@ -53,7 +53,7 @@ def test_matmul(seed, shape):
         close(ours, theirs)
 
 
-def test_matmul_as_the_notes_put_it():
+def test_matmul_matches_the_rule_in_the_notes():
     """'the gradient of C with respect to A is given transpose of B'."""
     d_a, d_b = backprop.matmul(*(jnp.asarray(GOLDEN[f"mm_{name}"]) for name in "ABG"))
     close(d_a, GOLDEN["mm_dA"])
@@ -94,7 +94,7 @@ def test_bigram_against_pytorch():
     close(backprop.bigram(jnp.asarray(GOLDEN["bigram_table"]), idx, targets), GOLDEN["bigram_grad"])
 
 
-def test_a_row_of_the_bigram_rests_exactly_where_it_says_what_counting_says():
+def test_the_gradient_of_a_bigram_row_vanishes_exactly_at_the_observed_frequencies():
     V = 4
     idx = jnp.array([[0, 0, 0, 0, 1, 1, 2]])  # 3 never occurs
     targets = jnp.array([[1, 1, 1, 2, 0, 0, 3]])
@@ -108,7 +108,7 @@ def test_a_row_of_the_bigram_rests_exactly_where_it_says_what_counting_says():
     table = counted.at[0].set(0.0)
     grad = backprop.bigram(table, idx, targets)
     np.testing.assert_allclose(grad[1:], jnp.zeros((V - 1, V)), atol=1e-7)
-    # Seen 4 times in 7; the model says a quarter each, and what follows is 1 in three cases of four, 2 in one.
+    # Token 0 is 4 of 7 inputs. The model predicts 1/4 each; 1 follows in 3 of 4 cases, 2 in 1 of 4.
     np.testing.assert_allclose(grad[0], 4 / 7 * (np.full(V, 0.25) - np.array([0, 0.75, 0.25, 0])), atol=1e-7)
 
 

@@ -1,4 +1,4 @@
-"""The rungs as functions, and the climb against plain loops, exact counts and the lecture's own figures."""
+"""The rungs as functions; training and scores against plain loops, exact counts and the lecture's own losses."""
 
 import json
 from dataclasses import replace
@@ -22,14 +22,14 @@ V = 5
 
 
 def small(name, **changes):
-    """The rung at a size that compiles in a moment."""
+    """The rung at a size that compiles quickly."""
     return replace(
         RUNGS[name], **{"channels": 8, "block_size": 4, "batch_size": 4, "n_layer": 1, "steps": 40} | changes
     )
 
 
 def chain(n, seed=0):
-    """Ids (n,) of a Markov chain of V states in which some successors are far likelier than others."""
+    """Ids (n,) from a Markov chain of V states whose transitions are far from uniform."""
     rng = np.random.default_rng(seed)
     transitions = rng.dirichlet(np.full(V, 0.4), V)
     ids = [0]
@@ -64,24 +64,24 @@ def test_score_against_a_plain_loop(kind):
     assert len(losses) == 40
     np.testing.assert_allclose(ladder.score(rung, params, val), np.mean(losses), rtol=1e-6)
     np.testing.assert_allclose(ladder.score(rung, params, val, B=2), np.mean(losses), rtol=1e-6)
-    # Seven more tokens make no window of eight inputs and a target of their own, and are scored all the same.
+    # Seven more tokens do not fill another window, but are scored too.
     longer = np.append(val, val[:7])
     losses = [np.log(np.exp(logits[now]).sum()) - logits[now, after] for now, after in pairwise(longer)]
     np.testing.assert_allclose(ladder.score(rung, params, longer), np.mean(losses), rtol=1e-6)
 
 
-def test_the_counts_are_those_of_the_report():
+def test_counted_rungs_match_the_baselines_of_the_report():
     train, val = chain(300), chain(47, seed=1)
     found = limits(train, val, V)
     for kind, expected in (("uniform", found.uniform), ("unigram", found.unigram), ("bigram counts", found.bigram)):
         assert ladder.score(RUNGS[kind], ladder.count(kind, train, V), val) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_uniform_guess_costs_ln_V():
+def test_the_uniform_loss_is_ln_V():
     assert ladder.score(RUNGS["uniform"], ladder.count("uniform", chain(9), V), chain(41)) == pytest.approx(np.log(V))
 
 
-def test_the_counted_bigram_has_nearly_the_conditional_entropy_of_what_it_counted():
+def test_the_loss_of_the_counted_bigram_is_near_the_conditional_entropy():
     train = chain(20_001)
     loss, limit = (
         ladder.score(RUNGS["bigram counts"], ladder.count("bigram counts", train, V), train),
@@ -90,7 +90,7 @@ def test_the_counted_bigram_has_nearly_the_conditional_entropy_of_what_it_counte
     assert limit - 1e-6 < loss < limit + 1e-3
 
 
-def test_the_trained_bigram_comes_down_to_what_counting_gives():
+def test_the_trained_bigram_approaches_the_conditional_entropy():
     train, rung = chain(2001), replace(RUNGS["bigram"], learning_rate=3e-2)
     limit = conditional_entropy(train)
     fresh = ladder.learn(replace(rung, steps=0), train, V, seed=0)
@@ -100,23 +100,23 @@ def test_the_trained_bigram_comes_down_to_what_counting_gives():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_rung_hears_its_past_and_nothing_else(name):
+def test_a_rung_attends_to_its_past_only(name):
     rung = small(name)
     T, params = rung.block_size, init_params(rung, V, jax.random.key(0))
     idx = jnp.array([[0, 1, 2, 3]])
 
-    def heard(moves):
-        """Logits where each position's token embedding is moved by moves (T, C): its own column of a longer table."""
+    def logits(moves):
+        """Logits with moves (T, C) added to the token embeddings of the positions."""
         own = params | {"tokens": params["tokens"][idx[0]] + moves}
         return forward(rung, own, jnp.arange(T)[None])[0]
 
-    jacobian = np.asarray(jax.jacobian(heard)(jnp.zeros((T, rung.channels))))  # (T, V, T, C)
+    jacobian = np.asarray(jax.jacobian(logits)(jnp.zeros((T, rung.channels))))  # (T, V, T, C)
     np.testing.assert_array_equal(np.abs(jacobian).sum(axis=(1, 3)) > 0, np.tri(T, dtype=bool))
     assert forward(rung, params, idx).shape == (1, T, V)
     assert forward(rung, params, idx[:, :2]).shape == (1, 2, V)
 
 
-def test_dropout_is_on_with_a_key_only():
+def test_dropout_needs_a_key():
     rung = small("dropout and scale", dropout=0.5)
     params, idx = init_params(rung, V, jax.random.key(0)), jnp.array([[0, 1, 2, 3]])
     plain = forward(rung, params, idx)
@@ -128,7 +128,7 @@ def test_dropout_is_on_with_a_key_only():
 
 
 def n_params(rung, V):
-    """By hand: what each part of the rung holds."""
+    """The number of parameters of a rung, counted by hand."""
     C, T, F = rung.channels, rung.block_size, rung.feed_forward * rung.channels
     block = 3 * C * C  # key, query, value
     block += C * C + C if rung.residual else 0  # the projection
@@ -195,7 +195,7 @@ FEW = ("uniform", "bigram counts", "bigram", "dropout and scale")
 
 @pytest.fixture
 def lecture(tmp_path, monkeypatch, capsys):
-    """Run the command on rungs small enough for a test: (exit code, stdout, stderr)."""
+    """Run the command on small rungs: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(ladder, "RUNGS", tuple(small(name) for name in FEW))
@@ -208,7 +208,7 @@ def lecture(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_command_climbs_and_draws_and_writes(lecture, verse, tmp_path):
+def test_the_command_trains_draws_and_writes(lecture, verse, tmp_path):
     code, out, _ = lecture("--corpus", verse, "--steps", 2, "--plot", "lecture.png", "--json", "lecture.json")
     assert code == 0, out
     assert all(out.count(name) >= 2 for name in FEW)
@@ -240,7 +240,7 @@ def test_the_command_in_full_writes_nothing_but_the_corpus(lecture, verse, tmp_p
         (["--corpus", "nowhere"], "no corpus, file or folder 'nowhere'"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_is(lecture, tmp_path, args, said):
+def test_bad_options_are_refused_before_anything_is_done(lecture, tmp_path, args, said):
     code, out, err = lecture(*(["--corpus", "python-docs"] if "--corpus" not in args else []), *args)
     assert code == 2
     assert said in err

@@ -1,7 +1,8 @@
-"""The command: a family of runs, and the law that they follow."""
+"""The command: a family of runs, and the law fitted to them."""
 
 import json
 import sys
+from functools import partial
 
 import pytest
 
@@ -10,7 +11,7 @@ from jaxgpt.cli import run_command
 from jaxgpt.monitor import cost
 from jaxgpt.scaling_law import family, law
 from jaxgpt.scaling_law.cli import ScalingFit
-from jaxgpt.sweep.results import SweepFolder
+from jaxgpt.sweep import program
 
 TRUE = law.Law(E=1.1, A=40.0, B=60.0, a=0.42, b=0.31)
 
@@ -30,15 +31,17 @@ def test_the_family_spans_its_sizes_and_its_amounts():
 
 
 def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeypatch, capsys):
-    def train(folder, members, corpus, devices, at_once):
-        for i, member in enumerate(members):
-            loss = TRUE.loss(cost.n_params(member.config.model), family.tokens_seen(member.config)) if i != 5 else None
-            folder.lines.append({"member": i, "setting": member.setting, "val_loss": loss, "done": True})
-            yield 20
+    def run(members, corpus, devices, at_once, finished):
+        for i, (config, setting) in enumerate(members):
+            if i not in finished:
+                loss = TRUE.loss(cost.n_params(config.model), family.tokens_seen(config)) if i != 5 else None
+                figures = (loss, None, None, None)
+                yield 20
+                yield [program.Score(i, setting, 1337, config.train.steps, *figures, None, loss is None, done=True)]
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(SweepFolder, "train", train)
-    monkeypatch.setattr(law, "RESAMPLES", 3)
+    monkeypatch.setattr(program, "run", run)
+    monkeypatch.setattr(law, "fit", partial(law.fit, resamples=3))
     assert run_command(["scaling-fit", "--corpus", str(verse), "--flops", "1e13"]) == 0
     out = capsys.readouterr().out
     N, D = TRUE.optimum(1e13)

@@ -1,4 +1,4 @@
-"""A known law is found again."""
+"""The fit recovers a known law."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def points(losses):
     return list(zip(N, D, losses, strict=True))
 
 
-def test_without_noise_it_is_exact():
+def test_the_fit_is_exact_without_noise():
     found = fit(points(TRUE.loss(N, D)), resamples=2)
     assert found.law == pytest.approx(TRUE, rel=1e-6)
     assert found.error < 1e-9
@@ -28,31 +28,31 @@ def test_without_noise_it_is_exact():
     assert lines[-1].endswith(", extrapolated")
 
 
-def test_with_noise_it_is_inside_the_intervals():
+def test_the_intervals_contain_the_law_despite_noise():
     noise = np.random.Generator(np.random.Philox(3)).standard_normal(len(N))
     found = fit(points(TRUE.loss(N, D) * np.exp(0.005 * noise)), resamples=60)
     for name, true, low, high in zip(Law._fields, TRUE, *found.interval(lambda law: law), strict=True):
         assert low < true < high, name
-        assert high - low < 0.9 * true, "an interval that holds everything says nothing"
+        assert high - low < 0.9 * true, "the interval is too wide to show anything"
     assert found.error == pytest.approx(0.005, rel=0.3)
     low, high = found.interval(lambda law: law.optimum(1e13)[0])
     assert low < TRUE.optimum(1e13)[0] < high
 
 
-def test_one_run_that_went_wrong_moves_it_little():
+def test_an_outlier_moves_the_fit_little():
     losses = TRUE.loss(N, D)
     losses[7] *= 1.5
     assert best(N, D, losses, [(0.3, 0.3)]) == pytest.approx(TRUE, rel=0.05)
 
 
-def test_the_optimum_is_the_least_loss_of_a_budget():
+def test_the_optimum_has_the_least_loss_for_its_budget():
     size, tokens = TRUE.optimum(1e14)
     assert 6 * size * tokens == pytest.approx(1e14)
     sizes = np.geomspace(size / 10, size * 10, 1001)
     assert sizes[np.argmin(TRUE.loss(sizes, 1e14 / 6 / sizes))] == pytest.approx(size, rel=0.01)
 
 
-def test_what_cannot_be_fitted_is_refused():
+def test_too_few_or_bad_runs_are_refused():
     with pytest.raises(UsageError, match=r"5 runs of 5 sizes and 1 amounts"):
         fit([(n, 9, 3.0) for n in range(1, 6)])
     with pytest.raises(UsageError, match="no loss above 0"):

@@ -1,7 +1,5 @@
 """Which members of a sweep train together."""
 
-import dataclasses
-
 import jax
 import pytest
 
@@ -48,11 +46,11 @@ def test_chunks_are_even_and_no_larger_than_fits(base, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 10 * need)
     assert [len(each.members) for each in split(many, 1)] == [3] * 6
     bigrams = [replaced(config, kind="bigram", vocab_size=0) for config in many]
-    assert split(bigrams, 1), "before the text has said how large they are"
+    assert split(bigrams, 1), "the size of the vocabulary is not yet known"
 
 
-def test_what_is_finished_changes_no_program(base):
-    """A setting in which the rest no longer differ is still mapped: as a constant it would be rounded otherwise."""
+def test_finished_members_change_no_program(base):
+    """A setting in which the others no longer differ is still mapped: a constant would be rounded differently."""
     some = [replaced(base, seed=i, beta2=beta2) for beta2 in (0.95, 0.999) for i in (0, 1)]
     whole, rest = split(some, 2, at_once=2), split(some, 2, 2, frozenset({0, 1}))
     assert [each.members for each in rest] == [each.members for each in whole[1:]] == [(2, 3)]
@@ -60,8 +58,8 @@ def test_what_is_finished_changes_no_program(base):
     assert program_of(rest[0].base) == program_of(whole[1].base)
 
 
-def test_lengths_share_a_program_and_not_a_chunk(base):
-    lengths = [dataclasses.replace(replaced(base, steps=n, decay_steps=n)) for n in (20, 40, 20)]
+def test_lengths_share_a_program_but_not_a_chunk(base):
+    lengths = [replaced(base, steps=n, decay_steps=n) for n in (20, 40, 20)]
     chunks = split(lengths, 2)
     assert [each.members for each in chunks] == [(0, 2), (1,)]
     assert {each.names for each in chunks} == {("decay_steps",)}

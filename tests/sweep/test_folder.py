@@ -1,4 +1,4 @@
-"""The commands: a sweep that is cut off goes on to the same results; its best is a recipe."""
+"""The command: an interrupted sweep resumes to the same results; its best setting is a recipe."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from jaxgpt.sweep.results import SweepFolder
 
 @pytest.fixture
 def sweep(tmp_path, verse, monkeypatch):
-    """sweep(NAME, more...): a bigram's sweep of two learning rates and two seeds, two members at a time."""
+    """sweep(NAME, more...): two learning rates and two seeds of a bigram, two members at a time."""
     monkeypatch.chdir(tmp_path)
     few = ["--steps=20", "--scan-steps=10", "--eval-every=10", "--batch-size=4", "--block-size=8", "--eval-batches=0"]
 
@@ -25,7 +25,7 @@ def sweep(tmp_path, verse, monkeypatch):
     return run
 
 
-def test_a_sweep_that_is_cut_off_goes_on_to_the_same_results(sweep, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_sweep_resumes_to_the_same_results(sweep, tmp_path, monkeypatch, capsys):
     assert sweep("whole") == 0
     out = capsys.readouterr().out
     assert "best: learning_rate 0.1: " in out
@@ -38,11 +38,11 @@ def test_a_sweep_that_is_cut_off_goes_on_to_the_same_results(sweep, tmp_path, mo
 
     add, calls = SweepFolder.add, []
 
-    def cut_off(folder, members, scores):
+    def cut_off(folder, scores):
         calls.append([score.member for score in scores])
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return add(folder, members, scores)
+        return add(folder, scores)
 
     monkeypatch.setattr(SweepFolder, "add", cut_off)
     assert sweep("cut") == 130
@@ -53,17 +53,17 @@ def test_a_sweep_that_is_cut_off_goes_on_to_the_same_results(sweep, tmp_path, mo
     assert len(calls) == 6 + 3, "the first two members were not trained again"
     assert (tmp_path / "sweeps/cut/results.jsonl").read_bytes() == whole
     assert sweep("cut") == 0
-    assert len(calls) == 6 + 3, "and nothing is where all is done"
+    assert len(calls) == 6 + 3, "nor is any member of a finished sweep"
     capsys.readouterr()
 
-    # Other settings are refused, and what is there stays.
+    # Other settings are refused, and the results stay.
     assert sweep("cut", "--lr", "1e-3,1e-2", "--beta2", "0.9") == 2
     said = capsys.readouterr().err
     assert "values.learning_rate: [0.001, 0.1] there, [0.001, 0.01] given" in said
     assert "config.optimizer.beta2: 0.99 there, 0.9 given" in said
     assert (tmp_path / "sweeps/cut/results.jsonl").read_bytes() == whole
 
-    # The best is a recipe, and its run comes to what its member came to.
+    # The best is a recipe, and its run reaches the loss of its member.
     best = tmp_path / "sweeps/cut/best.json"
     assert recipe(str(best)).config.optimizer.learning_rate == 0.1
     assert run_command(["train", str(best), "--run", "cut-best"]) == 0
@@ -82,7 +82,7 @@ def test_a_damaged_result_is_reported(sweep, tmp_path, capsys):
         assert "results.jsonl is damaged: " in capsys.readouterr().err
 
 
-def test_what_cannot_be_swept_leaves_nothing(sweep, tmp_path, capsys):
+def test_a_refused_sweep_leaves_nothing_behind(sweep, tmp_path, capsys):
     assert sweep("bad", "--set", "n_embed=1,2") == 2
     assert "did you mean n_embd?" in capsys.readouterr().err
     assert sweep("bad", "--set", "vocab_size=8,32") == 2
@@ -106,14 +106,14 @@ def test_what_cannot_be_swept_leaves_nothing(sweep, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "sweeps/bad").iterdir()] == ["mine.txt"]
 
 
-def test_a_sweep_without_vl_convert_is_whole_and_says_what_is_missing(sweep, tmp_path, monkeypatch, capsys):
+def test_a_sweep_without_vl_convert_has_no_plots(sweep, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     assert sweep("bare", "--lr", "1e-1", "--steps", "10") == 0
     assert "no plots were drawn: a chart needs vl-convert-python, which is not installed" in capsys.readouterr().out
     assert (tmp_path / "sweeps/bare/best.json").exists()
 
 
-def test_nothing_is_recommended_where_all_has_diverged(sweep, tmp_path, capsys):
+def test_nothing_is_recommended_if_every_setting_diverged(sweep, tmp_path, capsys):
     assert sweep("lost", "--lr", "1e38", "--weight-decay", "1", "--steps", "10") == 0
     assert "every setting diverged" in capsys.readouterr().out
     assert not (tmp_path / "sweeps/lost/best.json").exists()

@@ -1,4 +1,4 @@
-"""What is asked of a sweep becomes configs, or is refused with what to type."""
+"""Axes of a sweep become configs, or are refused with a hint of what to type."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def test_members_are_every_combination_with_every_seed():
     assert members[-1].setting == {"n_embd": 128, "learning_rate": 1e-2}
 
 
-def test_the_schedule_of_each_member_falls():
+def test_the_final_learning_rate_follows_the_peak():
     axes = [grid.parse("lr=1e-5,1e-2")]
     found = [m.config.optimizer.final_learning_rate for m in grid.members(Config(), axes, 1)]
     assert found == pytest.approx([1e-6, 1e-3])
@@ -55,7 +55,7 @@ def test_the_schedule_of_each_member_falls():
         ("schedule=a:b:3", "values of type Literal"),
     ],
 )
-def test_what_is_no_axis_is_refused(text, said):
+def test_an_invalid_axis_is_refused(text, said):
     with pytest.raises(UsageError, match=said):
         grid.parse(text)
 

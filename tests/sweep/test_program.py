@@ -1,4 +1,4 @@
-"""Members of a sweep are the runs that `jaxgpt train` would make, and none disturbs another."""
+"""Each member of a sweep trains as `jaxgpt train` would, and members do not affect each other."""
 
 import jax
 import numpy as np
@@ -10,11 +10,12 @@ from jaxgpt.sharding import one_device
 from jaxgpt.step import sharded_init
 from jaxgpt.sweep import program as sweep
 from jaxgpt.sweep.chunks import split
+from jaxgpt.sweep.grid import Member
 from jaxgpt.sweep.program import Program
 from jaxgpt.train import fit
 
 BOUND = 2e-5
-"""Nats; of float32 sums in another order, over 20 steps."""
+"""Nats, after 20 steps: float32 sums in another order."""
 CHANGES = (
     dict(seed=1),
     dict(
@@ -35,7 +36,7 @@ def base(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory):
-    """Three runs by `fit`: each with its summary; and their corpus."""
+    """Three runs by `fit`, each with its summary; and their corpus."""
     folder, found = tmp_path_factory.mktemp("runs"), []
     for i, change in enumerate(CHANGES):
         run, corpus = start(replaced(base, **change), f"run{i}", folder, folder / "data")
@@ -52,7 +53,7 @@ def configs(runs):
 @pytest.fixture(scope="module")
 def swept(configs, runs):
     """The scores of the three, of a fourth, and of a fifth that diverges, by member; a sixth is padding."""
-    events = list(sweep.run(configs, runs[1], jax.devices()[:2]))
+    events = list(sweep.run([Member(config, {}) for config in configs], runs[1], jax.devices()[:2]))
     scores = [score for each in events if isinstance(each, list) for score in each]
     return [[score for score in scores if score.member == i] for i in range(len(configs))]
 
@@ -71,29 +72,32 @@ def test_each_member_is_the_run_of_its_config(runs, swept):
     for (run, summary), mine in zip(runs[0], swept, strict=False):
         assert [score.step for score in mine] == [scored.step for scored in summary.scores] == [0, 10, 20]
         for score, scored in zip(mine, summary.scores, strict=True):
-            assert score.evaluation.loss == pytest.approx(scored.evaluation.loss, abs=BOUND)
-            assert score.evaluation.standard_error == pytest.approx(scored.evaluation.standard_error, rel=1e-3)
+            assert score.val_loss == pytest.approx(scored.evaluation.loss, abs=BOUND)
+            assert score.val_standard_error == pytest.approx(scored.evaluation.standard_error, rel=1e-3)
         losses = [line["loss"] for line in run.metrics() if "loss" in line]
         assert mine[1].train_loss == pytest.approx(np.mean(losses[5:10]), abs=BOUND)
         assert [score.done for score in mine] == [False, False, True]
-    finals = [mine[-1].evaluation.loss for mine in swept[:-1]]
+    finals = [mine[-1].val_loss for mine in swept[:-1]]
     apart = min(abs(a - b) for i, a in enumerate(finals) for b in finals[:i])
-    assert apart > 100 * BOUND, "the bound means nothing where all learn the same"
+    assert apart > 100 * BOUND, "the members learn too much alike for the bound to show anything"
 
 
 def test_a_member_that_diverges_is_reported(swept):
     first, second = swept[-1]
-    assert first.evaluation
-    assert second.evaluation is None
+    assert first.val_loss
+    assert not first.diverged
+    assert second.val_loss is None
+    assert second.diverged
     assert second.done
     assert second.step == 10, "after max_skipped steps, reported at the next score"
 
 
-def test_side_by_side_is_one_after_another(configs, runs, swept, monkeypatch):
-    """What accelerators do, vmap, on a CPU; here with windows that are taken on the host."""
+def test_members_side_by_side_match_members_in_turn(configs, runs, swept, monkeypatch):
+    """On a CPU, vmap as on accelerators; here with windows gathered on the host."""
     monkeypatch.setattr(sweep, "DEVICE_TOKENS", 1)
     monkeypatch.setattr(Program, "one_by_one", False)
-    events = list(sweep.run([replaced(config, eval_start=False) for config in configs[:2]], runs[1], jax.devices()[:1]))
+    members = [Member(replaced(config, eval_start=False), {}) for config in configs[:2]]
+    events = list(sweep.run(members, runs[1], jax.devices()[:1]))
     for score, mine in zip(events[-1], swept, strict=False):
         assert score.member == mine[-1].member
-        assert score.evaluation.loss == pytest.approx(mine[-1].evaluation.loss, abs=BOUND)
+        assert score.val_loss == pytest.approx(mine[-1].val_loss, abs=BOUND)
