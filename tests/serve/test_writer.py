@@ -157,9 +157,8 @@ def test_each_row_draws_as_its_own_settings_say():
     settings += [(1.0, 3, 0.5, 0.2), (2.0, 0, 1e-6, 0.0), (1.0, 0, 1.0, 0.2), (1.0, 0, 1.0, 1.0), (1.0, 19, 1.0, 0.0)]
     logits = rng.normal(size=(120, 20)).astype(np.float32) * 3
     keys = jax.random.split(jax.random.key(0), 120)
-    columns = zip(*(settings[i % 10] for i in range(120)), strict=True)
-    how = batch.Settings(*(np.array(each, dtype) for each, dtype in zip(columns, batch.DTYPES, strict=True)))
-    got = jax.jit(batch._draw, static_argnums=0)(18, logits, keys, how).token
+    columns = batch.Settings(*(np.array(column) for column in zip(*12 * settings, strict=True)))
+    got = jax.jit(batch._draw, static_argnums=0)(18, logits, keys, columns).token
     for i, setting in enumerate(settings):
         expected = next_tokens(checked(SamplingParams(*setting)), logits[i::10, :18], keys[i::10])
         np.testing.assert_array_equal(got[i::10], expected)
