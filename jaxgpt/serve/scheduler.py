@@ -1,4 +1,4 @@
-"""The thread that runs JAX: it loads models, and gives each of them turns."""
+"""The thread that runs JAX: it loads models and gives each a turn in a loop."""
 
 import threading
 from collections.abc import Callable
@@ -12,32 +12,32 @@ from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.writer import End, Job, Writer
 
 MODELS = 4
-"""Models in memory at once; an idle one is dropped for another."""
+"""Most models in memory at once; an idle one makes room for another."""
 STOPPING = "the server is stopping"
 
 
 class Scheduler:
-    """Takes jobs from any thread, and sends their results to their `put` from its own.
+    """Takes jobs from any thread, and calls their `put` with results from its own.
 
     Args:
-      load: the writer of a run; slow, and may raise.
+      load: makes the writer of a run; slow, and may raise.
     """
 
     def __init__(self, load: Callable[[Served], Writer], limits: Limits):
         self.load, self.limits = load, limits
         self._changed = threading.Condition()
-        self._jobs: dict[Job, None] = {}  # under way: an ordered set
+        self._jobs: dict[Job, None] = {}  # not ended: an ordered set
         self._new: list[Job] = []
-        self._writers: dict[Served, Writer] = {}  # the last used comes last
+        self._writers: dict[Served, Writer] = {}  # by last admission, the oldest first
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="jax", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Have `job` done.
+        """Queue `job`.
 
         Raises:
-          HTTPException: there are max_requests already (429), or the scheduler is stopping (503).
+          HTTPException: max_requests are open already (429), or the scheduler is stopping (503).
         """
         with self._changed:
             if self._stopping or not self._thread.is_alive():
@@ -50,13 +50,13 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Forget `job`, which may have ended; its row is free at the next turn."""
+        """Drop `job`, unless it has ended; its row is free at the next turn."""
         with self._changed:
             job.cancelled = True
             self._jobs.pop(job, None)
 
     def stop(self) -> None:
-        """End every job where it is. Returns at once."""
+        """End every job, complete or not. Returns at once."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -94,26 +94,26 @@ class Scheduler:
                 self._end(job, STOPPING)
 
     def _admit(self, job: Job) -> None:
-        """Queue a job at its writer, which is loaded if necessary."""
+        """Hand a job to its writer, which is loaded if necessary."""
         try:
             writer = self._writers.pop(job.run, None)
             if not writer:
-                idle = [run for run, other in self._writers.items() if not other.jobs]
-                for run in idle[: max(0, len(self._writers) - MODELS + 1)]:
-                    del self._writers[run]
-                if len(self._writers) >= MODELS:
-                    raise UsageError(f"{MODELS} other models are in use, which is the limit: try again soon")
+                if len(self._writers) == MODELS:
+                    idle = next((run for run, other in self._writers.items() if not other.jobs), None)
+                    if not idle:
+                        raise UsageError(f"{MODELS} other models are in use, which is the limit: try again soon")
+                    del self._writers[idle]
                 writer = self.load(job.run)
             self._writers[job.run] = writer
             writer.waiting.append(job)
-        except Exception as error:  # of any kind: the others go on
+        except Exception as error:  # whatever it is, other jobs continue
             self._end(job, str(error) if isinstance(error, UsageError) else f"{job.run.path.name}: {error}")
 
     def _turn(self, run: Served, writer: Writer) -> None:
         jobs, error = writer.jobs, ""
         try:
             jobs = writer.turn()
-        except Exception as raised:  # of any kind; the contents of its rows are lost
+        except Exception as raised:  # whatever it is, the rows were donated and are lost
             del self._writers[run]
             error = f"{run.path.name} failed: {raised}"
         for job in jobs:
