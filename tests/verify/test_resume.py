@@ -19,7 +19,7 @@ from jaxgpt.sharding import one_device
 from jaxgpt.step import abstract_state
 from jaxgpt.train import fit
 from jaxgpt.verify import resume as verify
-from jaxgpt.verify.resume import Kill, compare, scaled_down, verify_resume
+from jaxgpt.verify.resume import compare, counts, scaled_down, verify_resume
 
 
 @pytest.fixture
@@ -184,9 +184,9 @@ def test_a_kill_after_which_nothing_is_computed_again_does_not_count(
 
 
 def test_a_kill_counts_where_the_next_process_has_steps_to_compute_again():
-    assert Kill(30, 20).counts
-    assert not Kill(20, 20).counts
-    assert not Kill(15, 0).counts, "nothing was resumed"
+    assert counts(30, 20)
+    assert not counts(20, 20)
+    assert not counts(15, 0), "nothing was resumed"
 
 
 @pytest.mark.parametrize(
