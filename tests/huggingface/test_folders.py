@@ -77,7 +77,7 @@ def test_an_export_is_whole_and_says_what_it_is(imported, tmp_path):
         assert said in card
     with pytest.raises(UsageError, match="leave out --checkpoint last"):
         sample.run([str(tmp_path / "out"), "--checkpoint", "last"])
-    with pytest.raises(InteropError, match="exists; give a folder that does not"):
+    with pytest.raises(InteropError, match="exists; give a new folder"):
         folders.export_run(imported, tmp_path / "out")
 
 
