@@ -67,7 +67,7 @@ def import_run(
 
     Args:
       config: data, optimizer and training for fine-tuning; its model is ignored. The tokenizer "gpt2", the default,
-        means the folder's own if it has one.
+        means the folder's own if it has one; any other replaces it.
       block_size: as `gpt2.load`.
       dropout: for fine-tuning.
 

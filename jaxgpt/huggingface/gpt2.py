@@ -1,7 +1,7 @@
 """Read and write GPT-2 in Hugging Face's format, by one table of tensor names.
 
 A folder holds `config.json` and `model.safetensors` (or shards and `model.safetensors.index.json`). Names, shapes and
-dtypes are checked before any tensor is read, nothing is executed, and no file outside the folder is opened.
+dtypes are checked before any tensor is read, nothing is executed, and an index can only name files in the folder.
 """
 
 import json
@@ -29,7 +29,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of PyTorch files, which are never read."""
 NOT_GPT2 = ["position", "norm", "mlp", "qk_norm", "n_kv_head", "window", "softcap", "smear", "bigram_embed"]
 """Options of our model that GPT-2 does not have."""
-SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size"} | {x: x for x in ("n_embd", "n_layer", "n_head")}
+SIZES = dict(vocab_size="vocab_size", n_positions="block_size", n_embd="n_embd", n_layer="n_layer", n_head="n_head")
 """Fields of `config.json` to those of `ModelConfig`."""
 
 
