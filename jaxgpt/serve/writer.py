@@ -1,4 +1,4 @@
-"""One model that generates for many requests at once: assigns rows of the batch to them, reads prompts and decodes."""
+"""One model that generates for many jobs at once: assigns rows of the batch to them, reads prompts and decodes."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -56,15 +56,15 @@ class Job:
     min_p: float = 0.0
     seed: int = 1337
     put: Callable[[Any], None] = lambda message: None  # gets each Piece, or a Looked, then an End, in the JAX thread
-    cancelled: bool = False
-    row: int = -1
+    row: int = -1  # of the batch; -1 while it waits for one
     first: int = 0  # where the context begins in `ids`
     read: int = 0  # tokens in the cache; 0 if the context must be read first
+    since: float = 0.0  # when it began to wait to be read
     step: int = 0  # tokens generated
 
 
 class Writer:
-    """A loaded model and its rows. Used by one thread."""
+    """A loaded model and its rows."""
 
     def __init__(self, config: ModelConfig, params: model.Params, n_ids: int, places: int):
         self.config, self.params, self.n_ids = config, params, n_ids
@@ -73,41 +73,32 @@ class Writer:
         self.R = max(1, min(places, MEMORY // max(1, size)))
         self.rows = batch.empty(config, self.R)
         self.widths = sorted({min(self.R, N) for N in (1, 8, self.R)})  # numbers of rows that `decode` is compiled for
-        self.waiting: list[Job] = []
-        self.placed: list[Job] = []  # have a row; those that must be read are ordered by how long they have waited
         self.slides = config.kind == "bigram" or config.position == "rope"
         self.seconds = 0.0  # per token, in the last `decode`
 
-    @property
-    def jobs(self) -> list[Job]:
-        """All jobs that have a row or wait for one."""
-        return [job for job in (*self.placed, *self.waiting) if not job.cancelled]
+    def turn(self, jobs: list[Job]) -> list[Job]:
+        """Answer one look, assign free rows to waiting texts, read some prompts, and decode a few tokens of the others.
 
-    def turn(self) -> list[Job]:
-        """Answer one look, assign free rows to waiting jobs, read some prompts, and decode a few tokens for all others.
+        Args:
+          jobs: all that have not ended, in the order in which they came. The rows of others are free.
 
         Returns:
           The jobs that are done.
         """
-        self.placed = [job for job in self.placed if not job.cancelled]
-        self.waiting = [job for job in self.waiting if not job.cancelled]
-        looks = [job for job in self.waiting if not job.tokens][:1]  # one, so that texts do not wait for many
+        looks = [job for job in jobs if not job.tokens][:1]  # one, so that texts do not wait for many
         for look in looks:
-            self.waiting.remove(look)
             look.put(self._look(look.ids))
-        free = sorted(set(range(self.R)) - {job.row for job in self.placed})
-        for row, job in zip(free, [job for job in self.waiting if job.tokens], strict=False):
-            self.waiting.remove(job)
-            self.placed.append(job)
-            job.row, job.first = row, max(0, len(job.ids) - self.config.block_size)
-        until = time.perf_counter() + PACE
-        while (unread := [job for job in self.placed if not job.read and job.tokens]) and time.perf_counter() < until:
-            self._read(unread)
-        if decoding := [job for job in self.placed if job.read and job.tokens]:
+        texts = [job for job in jobs if job.tokens]
+        free = sorted(set(range(self.R)) - {job.row for job in texts})
+        began = time.perf_counter()
+        for row, job in zip(free, [job for job in texts if job.row < 0], strict=False):
+            job.row, job.first, job.since = row, max(0, len(job.ids) - self.config.block_size), began
+        texts = [job for job in texts if job.row >= 0]
+        while (unread := [job for job in texts if not job.read and job.tokens]) and time.perf_counter() < began + PACE:
+            self._read(sorted(unread, key=lambda job: job.since))
+        if decoding := [job for job in texts if job.read and job.tokens]:
             self._decode(decoding)
-        done = [job for job in self.placed if not job.tokens]
-        self.placed = [job for job in self.placed if job.tokens]
-        return looks + done
+        return looks + [job for job in texts if not job.tokens]
 
     def _look(self, ids: Sequence[int]) -> Looked | End:
         T = len(ids)
@@ -173,5 +164,4 @@ class Writer:
         job.put(Piece(piece, job.first))
         if not self.slides and job.read >= self.config.block_size:
             job.first, job.read = len(job.ids) - max(1, self.config.block_size // 2), 0
-            self.placed.remove(job)
-            self.placed.append(job)  # behind the others that must be read
+            job.since = time.perf_counter()

@@ -32,9 +32,9 @@ def test_a_text_is_that_of_the_writer_and_can_be_continued_from_any_token(app, l
     assert "".join(text for _, text in started["prompt"]) == "the cat"
     ids = tokenizer.encode("the cat").tolist()
     writer, pieces = Writer(config, params, tokenizer.vocab_size, LIMITS.places), []
-    writer.waiting.append(Job(library.run("one"), ids, 30, temperature=0.9, top_k=5, seed=3, put=pieces.append))
-    while writer.jobs:
-        writer.turn()
+    job = Job(library.run("one"), ids, 30, temperature=0.9, top_k=5, seed=3, put=pieces.append)
+    while not writer.turn([job]):
+        pass
     assert answer.ids == [i for piece in pieces for i in piece.drawn.token.tolist()]
     tokens = [each for name, tree in answer.events if name == "tokens" for each in tree["tokens"]]
     assert "".join(each["text"] for each in tokens) == tokenizer.decode(answer.ids)
@@ -181,7 +181,7 @@ def test_a_failure_is_reported_and_the_next_request_loads_the_run_anew(library):
     try:
         app = application(library, scheduler)
         asked = {"run": "one", "prompt": "a", "tokens": 2}
-        for said in ("one: no memory", "one failed: ", '"error": ""'):
+        for said in ("one failed: no memory", "one failed: ", '"error": ""'):
             answer = call(app, "POST", "/api/write", asked)
             assert (answer.status, answer.events[-1][0], said in answer.data.decode()) == (200, "end", True)
         assert scheduler.state["requests"] == 0
