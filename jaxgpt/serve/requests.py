@@ -27,8 +27,7 @@ def to_write(body: bytes, library: Library, limits: Limits) -> Job:
     Raises:
       HTTPException: the JSON is invalid, the run does not exist, or a value is out of range.
     """
-    tree = _tree(body, {"run", "prompt", *DEFAULTS})
-    run = _run(tree, library)
+    tree, run = _parse(body, {"run", "prompt", *DEFAULTS}, library)
     prompt = tree.get("prompt", "")
     if isinstance(prompt, list):
         ids = _ids("prompt", prompt, run, limits.max_prompt)
@@ -47,8 +46,7 @@ def to_write(body: bytes, library: Library, limits: Limits) -> Job:
 
 def to_look(body: bytes, library: Library) -> Job:
     """The job of `{"run": ..., "ids": [...]}`: a look at the last id. Raises as `to_write`."""
-    tree = _tree(body, {"run", "ids"})
-    run = _run(tree, library)
+    tree, run = _parse(body, {"run", "ids"}, library)
     model = run.config.model
     ids = _ids("ids", tree.get("ids"), run, model.block_size)
     maps = (model.n_layer + 2) * model.n_head * bucket(len(ids), model.block_size) ** 2
@@ -57,7 +55,8 @@ def to_look(body: bytes, library: Library) -> Job:
     return Job(run, ids)
 
 
-def _tree(body: bytes, known: set[str]) -> dict[str, Any]:
+def _parse(body: bytes, known: set[str], library: Library) -> tuple[dict[str, Any], Served]:
+    """The JSON object of a request, with fields among `known`, and its run."""
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -66,15 +65,10 @@ def _tree(body: bytes, known: set[str]) -> dict[str, Any]:
         raise HTTPException(400, f"the request is {shown(tree)}, expected an object")
     if unknown := sorted(tree.keys() - known):
         raise HTTPException(400, f"no such field: {shown(unknown[0])}; expected {', '.join(sorted(known))}")
-    return tree
-
-
-def _run(tree: dict[str, Any], library: Library) -> Served:
-    name = tree.get("run")
-    if not isinstance(name, str):
+    if not isinstance(name := tree.get("run"), str):
         raise HTTPException(400, f"run is {shown(name)}, expected the name of a run")
     try:
-        return library.run(name)
+        return tree, library.run(name)
     except RunError as error:
         raise HTTPException(404, str(error)) from error
     except (UsageError, OSError, ValueError) as error:

@@ -42,7 +42,7 @@ class Scheduler:
             if self._stopping or not self._thread.is_alive():
                 raise HTTPException(503, STOPPING)
             if len(self._jobs) >= self.limits.max_requests:
-                busy = f"{len(self._jobs)} requests are under way, which is the limit: try again soon"
+                busy = f"{len(self._jobs)} requests are open, which is the limit: try again soon"
                 raise HTTPException(429, busy, {"Retry-After": "1"})
             self._jobs[job] = None
             self._changed.notify()
@@ -75,7 +75,7 @@ class Scheduler:
                     self._changed.wait_for(lambda: self._stopping or self._jobs)
                     if self._stopping:
                         return
-                for run in {job.run: None for job in self._open()}:
+                for run in dict.fromkeys(job.run for job in self._open()):
                     if jobs := [job for job in self._open() if job.run == run]:
                         self._turn(run, jobs)
         finally:
@@ -85,14 +85,15 @@ class Scheduler:
                 self._end(job, STOPPING)
 
     def _open(self) -> list[Job]:
-        """The jobs that have not ended, in the order in which they came."""
+        """The jobs that have not ended, in the order of submission."""
         with self._changed:
             return list(self._jobs)
 
     def _turn(self, run: Served, jobs: list[Job]) -> None:
         error = ""
         try:
-            writer = self._writers[run] = self._writers.pop(run, None) or self._load_writer(run)
+            writer = self._writers.pop(run, None) or self._load_writer(run)
+            self._writers[run] = writer
             jobs = writer.turn(jobs)
         except Exception as raised:  # whatever it is, the jobs of other runs continue
             self._writers.pop(run, None)  # its rows were donated and are lost

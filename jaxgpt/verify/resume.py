@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
 
 
 def counts(killed_at: int, resumed_at: int) -> bool:
-    """Whether a kill at one step and a resume at another shows anything: from a checkpoint, steps computed again."""
+    """Whether a kill tests anything: the next process resumed from a checkpoint and computed steps again."""
     return 0 < resumed_at < killed_at
 
 
