@@ -91,9 +91,8 @@ async def _events(job: Job, prompt: list[int], messages: asyncio.Queue[Any]) -> 
     while isinstance(message := await messages.get(), Piece):
         tokens = []
         for token, p, likely, likely_p in zip(*message.drawn, strict=True):
-            (described_token,) = described(tokenizer, [token], [p])
-            text = decoder.decode(tokenizer.token_bytes[token])
-            tokens.append(described_token | {"text": text, "likely": described(tokenizer, likely, likely_p)})
+            drawn, *others = described(tokenizer, [token, *likely], [p, *likely_p])
+            tokens.append(drawn | {"text": decoder.decode(tokenizer.token_bytes[token]), "likely": others})
         yield event("tokens", {"from": message.first, "tokens": tokens})
     yield event("end", {"text": decoder.decode(b"", final=True), "error": message.error})
 
