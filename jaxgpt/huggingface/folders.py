@@ -153,6 +153,6 @@ A GPT of {model.n_layer} layers, {model.n_head} heads and {model.n_embd} channel
 | started from | {started_from} |
 | command | {made_by} |
 
-`tokens.json` holds the vocabulary. Write with it: `jaxgpt sample FOLDER`, or load the weights with
+`tokens.json` holds the vocabulary. Sample with `jaxgpt sample FOLDER`, or load the weights with
 `transformers.GPT2LMHeadModel.from_pretrained(FOLDER)`.
 """

@@ -1,4 +1,4 @@
-"""The thread that runs JAX, with stand-ins for the models: which ones it holds."""
+"""Which models the JAX thread loads and keeps, with stand-ins for them."""
 
 import contextlib
 import queue
@@ -15,7 +15,7 @@ RUN, OTHER = Served(Path("one"), 1), Served(Path("other"), 1)
 
 
 class Model:
-    """Ends looks at once, and texts never."""
+    """Ends looks at once and texts never."""
 
     def turn(self, jobs):
         time.sleep(0.001)
@@ -53,7 +53,7 @@ def test_a_cancelled_job_loads_nothing():
     assert loads == [RUN]
 
 
-def test_a_run_made_anew_is_another_and_few_are_held():
+def test_a_run_created_again_is_another_and_few_models_are_kept():
     loads, ended = [], queue.Queue()
 
     def load(run):

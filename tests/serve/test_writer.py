@@ -1,4 +1,4 @@
-"""What one gets is what `generate` gives: alone or beside others, whatever these ask for, come and go."""
+"""A job gets the tokens of `generate`, alone or in a batch, whatever the other jobs are and when they come and go."""
 
 import itertools
 from functools import partial
@@ -30,7 +30,7 @@ def models():
     for position in ("learned", "rope"):
         config = ModelConfig(vocab_size=13, block_size=8, n_layer=1, n_head=2, n_embd=16, position=position)
         params = jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0))
-        found[position] = config, jax.tree.map(lambda x: 8 * x, params)  # far from a uniform guess: a fault shows
+        found[position] = config, jax.tree.map(lambda x: 8 * x, params)  # far from uniform, so that errors show
     return found
 
 
@@ -48,13 +48,13 @@ def asked(i, kinds=ASKED):
 
 
 def alone(model, job):
-    """What `generate` returns, from the first 12 ids alone."""
+    """The tokens of `generate` for this job alone, restricted to the first 12 ids."""
     sampling = SamplingParams(job.temperature, job.top_k, job.top_p, job.min_p, n_ids=12)
     return generate(*model, [job.ids], job.tokens, jax.random.key(job.seed), sampling)[0].tolist()
 
 
 def messages(jobs, writer, cancelled=None):
-    """What is sent to each job, until all have ended; one may be cancelled after two turns."""
+    """The messages to each job, until all have ended; one may be cancelled after two turns."""
     sent = [[] for _ in jobs]
     for job, mine in zip(jobs, sent, strict=True):
         job.put = mine.append
@@ -76,8 +76,8 @@ def ids(pieces):
 @pytest.mark.parametrize(
     ("position", "kinds"), [("learned", 2 * ASKED), ("rope", [(2 + 3 * i, 30, SHARP | {"seed": i}) for i in range(4)])]
 )
-def test_every_job_gets_what_generate_gives_also_where_places_are_few(models, position, kinds):
-    """More than the 3 places: they wait, enter rows that others left, and are read beside those that decode."""
+def test_every_job_gets_the_tokens_of_generate_with_fewer_rows_than_jobs(models, position, kinds):
+    """With 3 rows, jobs wait, take rows that others left, and are read while others decode."""
     model = models[position]
     jobs = [asked(i, kinds) for i in range(len(kinds))]
     expected = [alone(model, job) for job in jobs]
@@ -103,7 +103,7 @@ def test_a_cancelled_job_makes_room_and_changes_nothing_for_the_others(models):
         assert ids(sent[i]) == expected[i]
 
 
-def test_a_turn_answers_one_look_that_somebody_waits_for(models):
+def test_a_turn_answers_one_look(models):
     writer, answered = Writer(*models["learned"], 12, 3), []
     text = Job("run", [1], 10**6, put=lambda piece: answered.append("text"))
     looks = [Job("run", [i], put=lambda looked, i=i: answered.append(i)) for i in range(6)]
@@ -112,7 +112,7 @@ def test_a_turn_answers_one_look_that_somebody_waits_for(models):
         (done,) = writer.turn(jobs)
         jobs.remove(done)
     assert [each for each in answered if each != "text"] == [0, 1, 5]
-    assert all("text" in pair for pair in itertools.pairwise(answered)), "a text waits for one look at most"
+    assert all("text" in pair for pair in itertools.pairwise(answered)), "a text waits for at most one look"
     assert writer.turn(jobs) == []
 
 
@@ -127,7 +127,7 @@ def test_a_look_that_fails_leaves_the_texts(models, monkeypatch):
 
 
 def test_probabilities_are_those_of_forward(models):
-    """Before any filter; and `first` is where the context begins."""
+    """Before temperature and filters; and `first` is where the context begins."""
     config, params = models["learned"]
     (sent,) = messages([job := asked(3)], Writer(config, params, 12, 3))
     at = 30
@@ -145,8 +145,8 @@ def test_probabilities_are_those_of_forward(models):
     assert at == len(job.ids) == 30 + 25
 
 
-def test_each_row_draws_as_its_own_settings_say():
-    """120 rows with ten different settings at once, against `next_tokens` with one after another."""
+def test_each_row_draws_with_its_own_settings():
+    """120 rows with ten different settings at once, against `next_tokens` with one setting at a time."""
     rng = np.random.default_rng(0)
     settings = [(0.0, 3, 0.5, 1.0), (1.0, 0, 1.0, 0.0), (0.3, 0, 0.5, 0.0), (1.0, 3, 1.0, 0.0), (1.0, 50, 1.0, 0.0)]
     settings += [(1.0, 3, 0.5, 0.2), (2.0, 0, 1e-6, 0.0), (1.0, 0, 1.0, 0.2), (1.0, 0, 1.0, 1.0), (1.0, 19, 1.0, 0.0)]
@@ -174,7 +174,7 @@ def test_a_look_shows_the_attention_of_the_last_token(models):
 
 
 def test_a_look_holds_no_more_than_its_limit_counts():
-    """The maps of all layers, and twice those of one; not all of them twice. `requests.MAX_MAPS` limits this."""
+    """The maps of all layers and two more copies of one layer's. `requests.MAX_MAPS` limits this."""
     L, H, T = 10, 16, 64
     config = ModelConfig(vocab_size=13, block_size=T, n_layer=L, n_head=H, n_embd=2 * H)
     params = jax.eval_shape(partial(model.init_params, config), jax.random.key(0))
