@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxgpt import model, prng, sample
@@ -29,6 +30,10 @@ class Settings(NamedTuple):
     top_k: Any  # (R,) int32
     top_p: Any  # (R,)
     min_p: Any  # (R,)
+
+
+DTYPES = Settings(np.float32, np.int32, np.float32, np.float32)
+DEFAULT = Settings(0.8, 0, 1.0, 0.0)
 
 
 class Rows(NamedTuple):

@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from jaxgpt.config import UsageError, shown
 from jaxgpt.run import RunError
 from jaxgpt.sample import SamplingParams, bucket, checked
+from jaxgpt.serve.batch import DEFAULT, Settings
 from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.writer import Job
@@ -17,7 +18,7 @@ MAX_BODY = 2**20
 """Bytes of a request, at most."""
 MAX_MAPS = 2**28
 """Floats that `batch.look` may hold (1 GiB): the attention maps of all layers, and two more copies of one layer's."""
-DEFAULTS = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1337, "tokens": 200}
+DEFAULTS = DEFAULT._asdict() | {"seed": 1337, "tokens": 200}
 """Optional fields of /api/write; the sampling settings and the seed are those of `jaxgpt sample`."""
 
 
@@ -37,11 +38,12 @@ def to_write(body: bytes, library: Library, limits: Limits) -> Job:
     for name, low, high in (("tokens", 1, limits.max_tokens), ("seed", 0, 2**32 - 1), ("temperature", 0, 1000)):
         if not low <= given[name] <= high:
             raise HTTPException(400, f"{name} is {given[name]}, expected {low} to {high}")
+    settings = Settings(*(given[name] for name in Settings._fields))
     try:
-        checked(SamplingParams(given["temperature"], given["top_k"], given["top_p"], given["min_p"]))
+        checked(SamplingParams(*settings))
     except UsageError as error:
         raise HTTPException(400, str(error)) from error
-    return Job(run, ids, **given)
+    return Job(run, ids, given["tokens"], settings, given["seed"])
 
 
 def to_look(body: bytes, library: Library) -> Job:

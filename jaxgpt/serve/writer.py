@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
 from jaxgpt import model
 from jaxgpt.config import ModelConfig
@@ -50,10 +49,7 @@ class Job:
     run: Served
     ids: list[int]  # the prompt, at least one token, then the generated tokens
     tokens: int = 0  # still to generate
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    settings: Settings = batch.DEFAULT
     seed: int = 1337
     put: Callable[[Any], None] = lambda message: None  # gets each Piece, or a Looked, then an End, in the JAX thread
     row: int = -1  # of the batch; -1 while it waits for one
@@ -117,18 +113,14 @@ class Writer:
         jobs = [job for job in unread if bucket(len(job.ids) - job.first, W) == T][:N]
         padded = jobs + jobs[:1] * (N - len(jobs))
         contexts = [job.ids[job.first :] for job in padded]
-
-        def column(name: str, dtype: DTypeLike) -> NDArray[Any]:
-            return np.array([getattr(job, name) for job in padded], dtype)
-
-        temperature, top_p, min_p = (column(name, np.float32) for name in ("temperature", "top_p", "min_p"))
+        settings = zip(*(job.settings for job in padded), strict=True)
         new = {
             "idx": np.array([ids + [0] * (T - len(ids)) for ids in contexts], np.int32),
             "length": np.array([len(ids) for ids in contexts], np.int32),
             "row": np.array([job.row for job in jobs] + [self.R] * (N - len(jobs)), np.int32),
-            "step": column("step", np.int32),
-            "seed": column("seed", np.uint32),
-            "settings": Settings(temperature, column("top_k", np.int32), top_p, min_p),
+            "step": np.array([job.step for job in padded], np.int32),
+            "seed": np.array([job.seed for job in padded], np.uint32),
+            "settings": Settings(*map(np.array, settings, batch.DTYPES)),
         }
         self.rows, drawn = batch.read(self.config, self.params, self.rows, new, self.n_ids)
         drawn = jax.device_get(drawn)

@@ -12,6 +12,7 @@ import pytest
 
 from jaxgpt.run import Run
 from jaxgpt.serve.app import application, described
+from jaxgpt.serve.batch import Settings
 from jaxgpt.serve.requests import to_write
 from jaxgpt.serve.scheduler import Scheduler
 from jaxgpt.serve.writer import Job, Writer
@@ -32,7 +33,7 @@ def test_a_text_equals_that_of_the_writer_and_can_be_continued_from_any_token(ap
     assert "".join(text for _, text in started["prompt"]) == "the cat"
     ids = tokenizer.encode("the cat").tolist()
     writer, pieces = Writer(config, params, tokenizer.vocab_size, LIMITS.places), []
-    job = Job(library.run("one"), ids, 30, temperature=0.9, top_k=5, seed=3, put=pieces.append)
+    job = Job(library.run("one"), ids, 30, Settings(0.9, 5, 1.0, 0.0), seed=3, put=pieces.append)
     while not writer.turn([job]):
         pass
     assert answer.ids == [i for piece in pieces for i in piece.drawn.token.tolist()]

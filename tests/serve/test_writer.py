@@ -12,15 +12,16 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.diagnostics import inside
 from jaxgpt.sample import SamplingParams, checked, generate, next_tokens
 from jaxgpt.serve import batch
+from jaxgpt.serve.batch import Settings
 from jaxgpt.serve.writer import End, Job, Looked, Piece, Writer
 
-SHARP = {"temperature": 1.2, "top_k": 7, "top_p": 0.9, "min_p": 0.05}
-ASKED = [  # prompt length, tokens, settings
-    (1, 30, {"temperature": 0.0}),
-    (3, 41, SHARP | {"seed": 1}),
-    (8, 20, SHARP | {"seed": 2}),
-    (30, 25, SHARP | {"seed": 2**32 - 1}),
-    (5, 1, {"temperature": 0.0}),
+GREEDY, SHARP = Settings(0.0, 0, 1.0, 0.0), Settings(1.2, 7, 0.9, 0.05)
+ASKED = [  # prompt length, tokens, settings, seed
+    (1, 30, GREEDY, 1337),
+    (3, 41, SHARP, 1),
+    (8, 20, SHARP, 2),
+    (30, 25, SHARP, 2**32 - 1),
+    (5, 1, GREEDY, 1337),
 ]
 
 
@@ -43,13 +44,13 @@ def softmax(logits):
 
 
 def asked(i, kinds=ASKED):
-    length, tokens, how = kinds[i % len(kinds)]
-    return Job("run", np.random.default_rng(i).integers(0, 12, length).tolist(), tokens, **how)
+    length, *how = kinds[i % len(kinds)]
+    return Job("run", np.random.default_rng(i).integers(0, 12, length).tolist(), *how)
 
 
 def alone(model, job):
     """The tokens of `generate` for this job alone, restricted to the first 12 ids."""
-    sampling = SamplingParams(job.temperature, job.top_k, job.top_p, job.min_p, n_ids=12)
+    sampling = SamplingParams(*job.settings, n_ids=12)
     return generate(*model, [job.ids], job.tokens, jax.random.key(job.seed), sampling)[0].tolist()
 
 
@@ -74,7 +75,7 @@ def ids(pieces):
 
 
 @pytest.mark.parametrize(
-    ("position", "kinds"), [("learned", 2 * ASKED), ("rope", [(2 + 3 * i, 30, SHARP | {"seed": i}) for i in range(4)])]
+    ("position", "kinds"), [("learned", 2 * ASKED), ("rope", [(2 + 3 * i, 30, SHARP, i) for i in range(4)])]
 )
 def test_every_job_gets_the_tokens_of_generate_with_fewer_rows_than_jobs(models, position, kinds):
     """With 3 rows, jobs wait, take rows that others left, and are read while others decode."""
@@ -152,7 +153,7 @@ def test_each_row_draws_with_its_own_settings():
     settings += [(1.0, 3, 0.5, 0.2), (2.0, 0, 1e-6, 0.0), (1.0, 0, 1.0, 0.2), (1.0, 0, 1.0, 1.0), (1.0, 19, 1.0, 0.0)]
     logits = rng.normal(size=(120, 20)).astype(np.float32) * 3
     keys = jax.random.split(jax.random.key(0), 120)
-    columns = batch.Settings(*(np.array(column) for column in zip(*12 * settings, strict=True)))
+    columns = Settings(*(np.array(column) for column in zip(*12 * settings, strict=True)))
     got = jax.jit(batch._draw, static_argnums=0)(18, logits, keys, columns).token
     for i, setting in enumerate(settings):
         expected = next_tokens(checked(SamplingParams(*setting)), logits[i::10, :18], keys[i::10])
