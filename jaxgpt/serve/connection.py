@@ -52,7 +52,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.set()
-        connections: Any = self.connections  # of the server
+        connections: Any = self.connections  # all that are open
         if len(connections) > self.max_connections:
             idle = [other for other in connections if other.timer]
             min(idle, key=lambda other: (other.timer.when(), other is self)).close()

@@ -42,7 +42,7 @@ def serve(options: Serve) -> None:
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
-            """As in uvicorn, which however raises the signal again at the end; here the exit code is 0."""
+            """Like uvicorn's, but does not raise the signal again at the end, so that the exit code is 0."""
             self.force_exit, self.should_exit = self.should_exit, True
             scheduler.stop()
 
