@@ -1,4 +1,4 @@
-"""`jaxgpt import-gpt2`: a run from a Hugging Face folder. `jaxgpt export`: a folder from a run."""
+"""`jaxgpt import-gpt2` makes a run of a Hugging Face folder, `jaxgpt export` a folder of a run."""
 
 import shlex
 from dataclasses import dataclass, field
@@ -19,11 +19,11 @@ class ImportGPT2:
     Text is encoded with the folder's own vocabulary, or with GPT-2's if it has none."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of config.json and model.safetensors, or a name on the Hugging Face hub, such as gpt2."""
+    """Folder with config.json and model.safetensors, or the name of a model on the Hugging Face hub, such as gpt2."""
     run: str
-    """Name of the run, a new folder in the runs folder."""
+    """Name of the new run."""
     block_size: int = 0
-    """Keep only the first positions; 0 keeps all."""
+    """Keep this many positions, the first ones; 0 keeps all."""
     dropout: float = 0.0
     """Dropout rate for fine-tuning."""
     data: DataConfig = FINETUNE.data
@@ -58,7 +58,7 @@ def run_import_gpt2(args: list[str]) -> int:
     )
     print(f"{run.path}: {run.config.model}")
     print(f"Tokenizer: {run.config.data.tokenizer}")
-    print(f"Write with it: {words('sample', run.path, given.folders)}")
+    print(f"Sample from it: {words('sample', run.path, given.folders)}")
     print(f"Fine-tune it: {words('train', run.path, given.folders, '--resume')}")
     return 0
 
@@ -70,5 +70,5 @@ def run_export(args: list[str]) -> int:
 
     step = folders.export_run(Run.open(given.runs_dir, given.run), given.out, given.checkpoint)
     print(f"step {step:,} of {given.run} written to {given.out}")
-    print(f"Write with it: {shlex.join(['jaxgpt', 'sample', str(given.out)])}")
+    print(f"Sample from it: {shlex.join(['jaxgpt', 'sample', str(given.out)])}")
     return 0

@@ -1,4 +1,4 @@
-"""Runs from Hugging Face folders, and folders from runs."""
+"""Import Hugging Face folders as runs, and export runs as folders."""
 
 import os
 import re
@@ -24,7 +24,7 @@ VOCABULARIES = ["tokens.json", "tokenizer.json", "merges.txt", "vocab.json"]
 VOCABULARIES += ["vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"]  # not supported
 FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 FILES += ["tokenizer_config.json", "added_tokens.json", *VOCABULARIES]
-"""What is downloaded of a model."""
+"""The files of a model to download."""
 
 
 def find(name: str) -> Path:
@@ -37,20 +37,19 @@ def find(name: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_file() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise InteropError(f"no folder {name!r}: {gpt2.wanted(folder.parent)}")
-    by_hand = (
-        f"fetch config.json and model.safetensors from https://huggingface.co/{name} into a folder, "
-        "and give its path: jaxgpt import-gpt2 FOLDER"
-    )
+        raise InteropError(f"no folder {name!r}: {gpt2.advice(folder.parent)}")
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise MissingExtraError(f"no folder {name!r}, and fetching it by name", "huggingface_hub", "hf") from error
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise InteropError(f"{name!r} cannot be fetched ({str(error).partition(chr(10))[0]}); {by_hand}") from error
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
+        reason = str(error).partition("\n")[0]
+        raise InteropError(
+            f"{name!r} cannot be fetched ({reason}); fetch config.json and model.safetensors from "
+            f"https://huggingface.co/{name} into a folder, and give its path: jaxgpt import-gpt2 FOLDER"
+        ) from error
 
 
 def import_run(
@@ -66,8 +65,8 @@ def import_run(
     """A run at step 0 with the weights of a GPT-2.
 
     Args:
-      config: data, optimizer and training for fine-tuning; its model is ignored. The tokenizer "gpt2", the default, is
-        the folder's own if it has one; any other replaces it.
+      config: data, optimizer and training for fine-tuning; its model is ignored. The tokenizer "gpt2", the default,
+        means the folder's own if it has one; any other replaces it.
       block_size: as `gpt2.load`.
       dropout: for fine-tuning.
 
@@ -83,22 +82,21 @@ def import_run(
 
 
 def export_run(run: Run, folder: Path, which: str = "best") -> int:
-    """Write a checkpoint, its config, vocabulary and a model card into a new folder, whole or not at all. Returns its
-    step.
+    """Write a checkpoint with its config, vocabulary and model card into a new folder, atomically. Returns its step.
 
     Raises:
       InteropError: the folder exists, or the model is not a GPT-2.
       RunError: there is no checkpoint yet.
     """
     if folder.exists():
-        raise InteropError(f"{folder} exists; give a folder that does not: --out OTHER-FOLDER")
+        raise InteropError(f"{folder} exists; give a new folder: --out OTHER-FOLDER")
     step, params = load_checkpoint(run, which)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     partial.mkdir(parents=True)
     try:
         gpt2.save(partial, run.config.model, jax.device_get(params))
         shutil.copyfile(run.path / "tokens.json", partial / "tokens.json")
-        # a path that is not UTF-8 has surrogates for those bytes, which the card shows as escapes
+        # the bytes of a path that is not UTF-8 are surrogates, which the card shows as escapes
         (partial / "README.md").write_text(card(run, step), "utf-8", errors="backslashreplace")
         partial.rename(folder)
     finally:
@@ -107,7 +105,7 @@ def export_run(run: Run, folder: Path, which: str = "best") -> int:
 
 
 def load_export(folder: Path) -> tuple[ModelConfig, Params, Tokenizer]:
-    """Model, weights and tokenizer of a folder that `export_run` wrote.
+    """The model config, weights and tokenizer of a folder that `export_run` wrote.
 
     Raises:
       InteropError, CorpusError: a file is missing or damaged, or the vocabulary is larger than the model's.
@@ -122,9 +120,9 @@ def load_export(folder: Path) -> tuple[ModelConfig, Params, Tokenizer]:
 
 
 def card(run: Run, step: int) -> str:
-    """The model card: sizes, loss, text, and the command that reproduces the run."""
+    """The model card: sizes, loss, training text, and the command that reproduces the run."""
     meta, config, loss = run.corpus_meta, run.config, "not evaluated at this step"
-    with suppress(RunError):  # damaged metrics do not concern the weights
+    with suppress(RunError):  # an export works without metrics
         for line in run.metrics():
             if line["step"] == step and "val_loss" in line:
                 loss = (
@@ -155,6 +153,6 @@ A GPT of {model.n_layer} layers, {model.n_head} heads and {model.n_embd} channel
 | started from | {started_from} |
 | command | {made_by} |
 
-`tokens.json` holds the vocabulary. Write with it: `jaxgpt sample FOLDER`, or load the weights with
+`tokens.json` holds the vocabulary. Sample with `jaxgpt sample FOLDER`, or load the weights with
 `transformers.GPT2LMHeadModel.from_pretrained(FOLDER)`.
 """

@@ -1,8 +1,7 @@
-"""GPT-2 in the format of Hugging Face, in and out, by one table of tensor names.
+"""Read and write GPT-2 in Hugging Face's format, by one table of tensor names.
 
 A folder holds `config.json` and `model.safetensors` (or shards and `model.safetensors.index.json`). Names, shapes and
-dtypes are checked against the table before any tensor is read; nothing is executed, and no path is made from a name
-in a file.
+dtypes are checked before any tensor is read, nothing is executed, and an index can only name files in the folder.
 """
 
 import json
@@ -11,7 +10,9 @@ import re
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,23 +24,21 @@ from jaxgpt.model import Params, unstacked
 
 Tensors = dict[str, NDArray[np.float32]]
 DTYPES = ("F32", "BF16", "F16")
-"""What a file may hold; each is read as float32."""
+"""Accepted dtypes; all are read as float32."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-"""Suffixes of PyTorch's files, which are not read."""
-NOT_GPT2 = ["position", "norm", "mlp", "qk_norm", "n_kv_head", "window", "softcap", "smear"]
-NOT_GPT2 += ["bigram_embed"]
-"""Options of our blocks that GPT-2 does not have."""
-SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head"}
-SIZES |= {"n_embd": "n_embd"}
-"""Fields of `config.json`, and ours."""
+"""Suffixes of PyTorch files, which are never read."""
+NOT_GPT2 = ["position", "norm", "mlp", "qk_norm", "n_kv_head", "window", "softcap", "smear", "bigram_embed"]
+"""Options of our model that GPT-2 does not have."""
+SIZES = dict(vocab_size="vocab_size", n_positions="block_size", n_embd="n_embd", n_layer="n_layer", n_head="n_head")
+"""Fields of `config.json` to those of `ModelConfig`."""
 
 
 class InteropError(UsageError):
-    """A folder holds no GPT-2 that can be loaded, or a model cannot be written as one."""
+    """A folder is not a GPT-2 that can be loaded, or a model cannot be written as one."""
 
 
 class Row(NamedTuple):
-    """A tensor of Hugging Face's, and our parameters that are concatenated along its last axis."""
+    """A Hugging Face tensor, and the parameters of ours that it concatenates along its last axis."""
 
     name: str
     ours: tuple[str, ...]
@@ -48,7 +47,7 @@ class Row(NamedTuple):
 
 
 def table(config: ModelConfig) -> list[Row]:
-    """All tensors of a GPT-2 of that shape. Its linear layers are (in, out), as Flax's kernels are."""
+    """All tensors of a GPT-2. Its linear layers are (in, out), like Flax's kernels."""
     C, V = config.n_embd, config.vocab_size
     rows = [
         Row("wte.weight", ("wte/embedding",), (V, C)),
@@ -78,30 +77,30 @@ def to_params(config: ModelConfig, tensors: Tensors) -> Params:
     """Our parameters from Hugging Face's tensors.
 
     Raises:
-      InteropError: all missing and unknown names, and all wrong shapes.
+      InteropError: names are missing or unknown, or shapes are wrong; it lists them.
     """
     _require_fit(config, {name: tensor.shape for name, tensor in tensors.items()})
     params: Params = {}
     for row in table(config):
         tensor = tensors[row.name].T if row.transposed else tensors[row.name]
-        for path, part in zip(row.ours, np.split(tensor, len(row.ours), axis=-1), strict=True):
-            *outer, leaf = path.split("/")
-            reduce(lambda tree, name: tree.setdefault(name, {}), outer, params)[leaf] = np.ascontiguousarray(
-                part, np.float32
-            )
+        for path, array in zip(row.ours, np.split(tensor, len(row.ours), axis=-1), strict=True):
+            tree, (*modules, leaf) = params, path.split("/")
+            for name in modules:
+                tree = tree.setdefault(name, {})
+            tree[leaf] = np.ascontiguousarray(array, np.float32)
     return params
 
 
 def _require_fit(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Check the names and shapes of tensors, at a cost that no number in a file can raise."""
-    if config.n_layer > len(found):
+    """Check the names and shapes of tensors."""
+    if config.n_layer > len(found):  # before a table of n_layer blocks is made
         raise InteropError(f"n_layer is {config.n_layer}, expected at most the number of tensors, {len(found)}")
-    wanted = {row.name: row.shape for row in table(config)}
-    wrong = [f"  missing   {name}" for name in wanted if name not in found]
-    wrong += [f"  not known {shown(name)} {found[name]}" for name in found if name not in wanted]
+    expected = {row.name: row.shape for row in table(config)}
+    wrong = [f"  missing {name}" for name in expected if name not in found]
+    wrong += [f"  unknown {shown(name)} {found[name]}" for name in found if name not in expected]
     wrong += [
-        f"  misshapen {name}: expected {shape}, found {found[name]}"
-        for name, shape in wanted.items()
+        f"  {name}: expected shape {shape}, found {found[name]}"
+        for name, shape in expected.items()
         if found.get(name, shape) != shape
     ]
     if wrong:
@@ -109,29 +108,28 @@ def _require_fit(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> N
 
 
 def to_tensors(config: ModelConfig, params: Params) -> Tensors:
-    """Hugging Face's tensors from our parameters, the inverse of `to_params`. GPT-2 always has biases: a model without
-    gets zeros."""
+    """Hugging Face's tensors from our parameters, the inverse of `to_params`. GPT-2 always has biases: they are zeros
+    if the model has none."""
     tensors, params = Tensors(), unstacked(params)
-    for row in table(ModelConfig(**{**vars(config), "bias": True})):
+    for row in table(replace(config, bias=True)):
         if not config.bias and row.name.endswith(".bias"):
             tensors[row.name] = np.zeros(row.shape, np.float32)
             continue
-        leaves = [reduce(lambda tree, name: tree[name], path.split("/"), params) for path in row.ours]
-        tensor = np.concatenate([np.asarray(leaf) for leaf in leaves], axis=-1)
+        tensor = np.concatenate([np.asarray(reduce(getitem, path.split("/"), params)) for path in row.ours], axis=-1)
         tensors[row.name] = np.ascontiguousarray(tensor.T if row.transposed else tensor)
     return tensors
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The model that a Hugging Face `config.json` describes.
+    """The config of the model in a Hugging Face folder.
 
     Raises:
-      InteropError: it is missing or damaged, or the model has a feature that our GPT-2 does not have.
+      InteropError: `config.json` is missing or damaged, or is not of a GPT-2 that our model can express.
     """
     file = folder / "config.json"
     tree = _read_json(file)
     if tree.get("model_type") != "gpt2":
-        raise InteropError(f"{folder} holds a model of type {shown(tree.get('model_type'))}, expected 'gpt2'")
+        raise InteropError(f"{file}: model_type is {shown(tree.get('model_type'))}, expected 'gpt2'")
     gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
     allowed_values: dict[str, tuple[Any, ...]] = {  # the default of transformers first
         "activation_function": tuple(gelus),
@@ -158,55 +156,60 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_tensors(folder: Path, config: ModelConfig) -> Tensors:
-    """The tensors of a folder as float32, without the prefix "transformer." and the causal masks of older files.
+    """The tensors of a folder as float32, without the prefix "transformer.", and without causal masks and a second copy
+    of a tied head, which some files have.
 
     Raises:
       InteropError: a file is missing or damaged, or is outside the folder; or, before any tensor is read, as
-        `to_params`. A tied head that is stored too is accepted.
+        `to_params`.
     """
     from safetensors import SafetensorError, safe_open
 
     masks = re.compile(r"h\.[0-9]+\.attn\.(masked_)?bias")
-    places: dict[str, tuple[Any, str]] = {}
-    found: dict[str, tuple[int, ...]] = {}
+    head, embedding = "lm_head.weight", "wte.weight"
+    stored = dict[str, Any]()  # of safetensors, not read yet
     with ExitStack() as stack:
         for path in _files(folder):
             try:
                 file = stack.enter_context(safe_open(path, framework="np"))
-                for key in file.keys():  # noqa: SIM118 (it is no dict)
-                    name, part = key.removeprefix("transformer."), file.get_slice(key)
+                for key in file.keys():  # noqa: SIM118 (it is not a dict)
+                    name, tensor = key.removeprefix("transformer."), file.get_slice(key)
                     if masks.fullmatch(name):
                         continue
-                    if name in found:
+                    if name in stored:
                         raise InteropError(f"{path} holds {shown(name)} a second time")
-                    if part.get_dtype() not in DTYPES:
-                        raise InteropError(f"{path}: {shown(name)} is {part.get_dtype()}, expected {', '.join(DTYPES)}")
-                    places[name], found[name] = (file, key), tuple(part.get_shape())
+                    if (dtype := tensor.get_dtype()) not in DTYPES:
+                        raise InteropError(f"{path}: {shown(name)} is {dtype}, expected {', '.join(DTYPES)}")
+                    stored[name] = tensor
             except (SafetensorError, OSError) as error:
                 raise InteropError(f"{path} cannot be read: {error}") from error
-        if config.tie_weights and "wte.weight" not in found and "lm_head.weight" in found:
+        if config.tie_weights and embedding not in stored and head in stored:
             # safetensors.torch.save_model writes tied weights once, under the name that sorts first
-            places["wte.weight"], found["wte.weight"] = places.pop("lm_head.weight"), found.pop("lm_head.weight")
-        tied = config.tie_weights and found.get("lm_head.weight") == (config.vocab_size, config.n_embd)
-        _require_fit(config, {name: shape for name, shape in found.items() if not (tied and name == "lm_head.weight")})
-        return {name: file.get_tensor(key).astype(np.float32) for name, (file, key) in places.items()}
+            stored[embedding] = stored.pop(head)
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
+        twice = config.tie_weights and shapes.get(head) == (config.vocab_size, config.n_embd)
+        _require_fit(config, {name: shape for name, shape in shapes.items() if not (twice and name == head)})
+        tensors = {name: tensor[:].astype(np.float32) for name, tensor in stored.items()}
+        if twice and np.array_equal(tensors[head], tensors[embedding]):
+            del tensors[head]
+        return tensors
 
 
 def _files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or the shards of the index; in the folder itself and nowhere else."""
+    """`model.safetensors`, or the shards that the index names, which must be in the folder itself."""
     index, names = folder / "model.safetensors.index.json", list[Any](["model.safetensors"])
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for name in names:
-        plain = isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
-        if not plain or not os.path.isfile(folder / name):
-            raise InteropError(f"{folder} has no file {shown(name)}; {wanted(folder)}")
+        is_plain = isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
+        if not is_plain or not os.path.isfile(folder / name):
+            raise InteropError(f"{folder} has no file {shown(name)}; {advice(folder)}")
     return [folder / name for name in sorted(set(names))]
 
 
-def wanted(folder: Path) -> str:
-    """What a folder without tensors should hold, or how to convert the pickles in it."""
+def advice(folder: Path) -> str:
+    """The end of an error: what a GPT-2 folder holds, or how to convert the pickle in this one."""
     if not (pickles := sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)):
         return "a GPT-2 folder holds config.json and model.safetensors"
     code = "from sys import argv; from transformers import GPT2LMHeadModel as M; "
@@ -227,18 +230,14 @@ def load(folder: Path, block_size: int = 0) -> tuple[ModelConfig, Params]:
       InteropError: as `read_config`, `read_tensors` and `to_params`; or there are fewer positions than `block_size`.
     """
     config = read_config(folder)
-    tensors = read_tensors(folder, config)
-    head = tensors.get("lm_head.weight")
-    if config.tie_weights and head is not None and np.array_equal(head, tensors.get("wte.weight", ())):
-        del tensors["lm_head.weight"]  # some writers store the tied head twice
-    params = to_params(config, tensors)
+    params = to_params(config, read_tensors(folder, config))
     if block_size > config.block_size:
         raise InteropError(
             f"block_size is {block_size}, expected at most the {config.block_size} positions of {folder}"
         )
     if block_size:
         params["wpe"]["embedding"] = params["wpe"]["embedding"][:block_size]
-        config = ModelConfig(**{**vars(config), "block_size": block_size})
+        config = replace(config, block_size=block_size)
     return config, params
 
 
@@ -251,11 +250,11 @@ def save(folder: Path, config: ModelConfig, params: Params) -> None:
     from safetensors.numpy import save_file
 
     if config.kind != "gpt":
-        raise InteropError(f"a {config.kind} is no GPT-2; only models of kind 'gpt' can be exported")
-    plain = ModelConfig(n_kv_head=config.n_head if config.n_kv_head == config.n_head else 0)
-    others = [f"{name} {getattr(config, name)}" for name in NOT_GPT2 if getattr(config, name) != getattr(plain, name)]
-    if others:
-        raise InteropError(f"GPT-2 does not have {', '.join(others)}: such a model cannot be exported")
+        raise InteropError(f"a {config.kind} is not a GPT-2: only models of kind 'gpt' can be exported")
+    default = ModelConfig(n_kv_head=config.n_head if config.n_kv_head == config.n_head else 0)
+    extra = [f"{name} {getattr(config, name)}" for name in NOT_GPT2 if getattr(config, name) != getattr(default, name)]
+    if extra:
+        raise InteropError(f"GPT-2 does not have {', '.join(extra)}: such a model cannot be exported")
     tensors = {
         name if name == "lm_head.weight" else f"transformer.{name}": tensor
         for name, tensor in to_tensors(config, params).items()
@@ -264,11 +263,7 @@ def save(folder: Path, config: ModelConfig, params: Params) -> None:
     tree = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
+        **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
         "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
         "layer_norm_epsilon": 1e-5,
         "attn_pdrop": config.dropout,
@@ -286,9 +281,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_bytes())  # with or without a byte order mark
     except OSError as error:
-        raise InteropError(f"{path} cannot be read: {error.strerror}; {wanted(path.parent)}") from error
+        raise InteropError(f"{path} cannot be read: {error.strerror}; {advice(path.parent)}") from error
     except (ValueError, RecursionError) as error:
         raise InteropError(f"{path} is not JSON: {error}") from error
     if not isinstance(tree, dict):
-        raise InteropError(f"{path} holds no JSON object")
+        raise InteropError(f"{path} is not a JSON object")
     return tree

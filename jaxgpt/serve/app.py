@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxgpt.serve import limits, requests
-from jaxgpt.serve.guard import Guard, answer
+from jaxgpt.serve.guard import Guard, json_response
 from jaxgpt.serve.library import Library
 from jaxgpt.serve.scheduler import Scheduler
 from jaxgpt.serve.writer import End, Job, Piece
@@ -27,14 +27,23 @@ FILES = {"/": "page.html", "/page.js": "page.js", "/page.css": "page.css"}
 
 
 def application(library: Library, scheduler: Scheduler, hosts: Iterable[str] = (), token: str = "") -> ASGIApp:
-    """The whole application; `hosts` and `token` as `Guard` takes them."""
+    """The whole application; `hosts` and `token` as in `Guard`."""
 
     async def runs(request: Request) -> Response:
         found = [library.summary(name) for name in library.names]
-        return answer({"runs": found, "limits": vars(scheduler.limits), "defaults": requests.DEFAULTS})
+        return json_response({"runs": found, "limits": vars(scheduler.limits), "defaults": requests.DEFAULTS})
 
-    async def write(request: Request) -> Response:
-        return Stream(scheduler, requests.to_write(await _body(request), library, scheduler.limits))
+    async def write(request: Request) -> ASGIApp:
+        job = requests.to_write(await _body(request), library, scheduler.limits)
+        events = _events(job, job.ids, _submit(scheduler, job))
+
+        async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await StreamingResponse(events, media_type="text/event-stream")(scope, receive, send)
+            finally:
+                scheduler.cancel(job)  # the client may have disconnected
+
+        return stream
 
     async def look(request: Request) -> Response:
         job = requests.to_look(await _body(request), library)
@@ -48,13 +57,13 @@ def application(library: Library, scheduler: Scheduler, hosts: Iterable[str] = (
             scheduler.cancel(job)
         looked = messages.get_nowait()
         if isinstance(looked, End):
-            return answer({"error": looked.error}, 503)
+            return json_response({"error": looked.error}, 503)
         likely = described(job.run.tokenizer, looked.likely, looked.likely_p)
-        return answer({"attention": _rounded(looked.attention), "likely": likely})
+        return json_response({"attention": _rounded(looked.attention), "likely": likely})
 
     async def health(request: Request) -> Response:
         state = scheduler.state
-        return answer(state, 200 if state["status"] == "ok" else 503)
+        return json_response(state, 200 if state["status"] == "ok" else 503)
 
     async def file(request: Request) -> Response:
         return FileResponse(Path(__file__).parent / FILES[request.url.path])
@@ -63,48 +72,34 @@ def application(library: Library, scheduler: Scheduler, hosts: Iterable[str] = (
     routes += [Route("/health", health), Route("/api/runs", runs)]
     routes += [Route("/api/write", write, methods=["POST"]), Route("/api/look", look, methods=["POST"])]
     handlers: Any = {
-        HTTPException: lambda request, error: answer({"error": error.detail}, error.status_code, error.headers),
-        ClientDisconnect: lambda request, error: answer({"error": "the client disconnected"}, 400),
+        HTTPException: lambda request, error: json_response({"error": error.detail}, error.status_code, error.headers),
+        ClientDisconnect: lambda request, error: json_response({"error": "the client disconnected"}, 400),
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return Guard(app, hosts, token)
 
 
-class Stream(StreamingResponse):
-    """A text while it is generated, as server-sent events: `start`, `tokens`, `tokens`, ..., `end`. If the client
-    disconnects, the job is cancelled."""
-
-    def __init__(self, scheduler: Scheduler, job: Job):
-        self.scheduler, self.job = scheduler, job
-        prompt = job.ids
-        super().__init__(_events(job, prompt, _submit(scheduler, job)), media_type="text/event-stream")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.scheduler.cancel(self.job)
-
-
 async def _events(job: Job, prompt: list[int], messages: asyncio.Queue[Any]) -> AsyncIterator[str]:
-    def event(name: str, tree: Any) -> str:
-        return f"event: {name}\ndata: {json.dumps(tree)}\n\n"
+    """A text while it is generated, as server-sent events: `start`, `tokens`, `tokens`, ..., `end`."""
+
+    def event(name: str, data: Any) -> str:
+        return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
     tokenizer, decoder = job.run.tokenizer, codecs.getincrementaldecoder("utf-8")(errors="replace")
     yield event("start", {"prompt": [[i, decoder.decode(tokenizer.token_bytes[i])] for i in prompt]})
     while isinstance(message := await messages.get(), Piece):
         tokens = []
         for token, p, likely, likely_p in zip(*message.drawn, strict=True):
-            (described_token,) = described(tokenizer, [token], [p])
-            text = decoder.decode(tokenizer.token_bytes[token])
-            tokens.append(described_token | {"text": text, "likely": described(tokenizer, likely, likely_p)})
+            drawn, *others = described(tokenizer, [token, *likely], [p, *likely_p])
+            tokens.append(drawn | {"text": decoder.decode(tokenizer.token_bytes[token]), "likely": others})
         yield event("tokens", {"from": message.first, "tokens": tokens})
     yield event("end", {"text": decoder.decode(b"", final=True), "error": message.error})
 
 
 def described(tokenizer: Tokenizer, ids: Any, probabilities: Any) -> list[dict[str, Any]]:
-    r"""Each id with its text and probability; a token that is not UTF-8 by itself also has \xNN in `shown`."""
+    r"""The text and probability of each id; for a token that is not UTF-8 by itself also `shown`, with its bytes as
+    \xNN."""
     found = []
     for i, p in zip(np.asarray(ids).tolist(), _rounded(probabilities), strict=True):
         token = tokenizer.token_bytes[i]
@@ -114,13 +109,13 @@ def described(tokenizer: Tokenizer, ids: Any, probabilities: Any) -> list[dict[s
 
 
 def _rounded(x: Any) -> list[Any]:
-    """As JSON numbers: NaN, of a model that diverged, becomes 0."""
+    """`x` as JSON numbers, with 0 for NaN (from a diverged model)."""
     rounded: list[Any] = np.nan_to_num(np.asarray(x, np.float64)).round(6).tolist()
     return rounded
 
 
 def _submit(scheduler: Scheduler, job: Job) -> asyncio.Queue[Any]:
-    """The queue of what the scheduler's thread sends to `job`. Raises as `Scheduler.submit`."""
+    """The queue that receives the messages of `job` from the scheduler's thread. Raises as `Scheduler.submit`."""
     queue, loop = asyncio.Queue[Any](), asyncio.get_running_loop()
 
     def put(message: Any) -> None:
@@ -133,7 +128,7 @@ def _submit(scheduler: Scheduler, job: Job) -> asyncio.Queue[Any]:
 
 
 async def _body(request: Request) -> bytes:
-    """A JSON body of at most MAX_BODY bytes that arrives within TIMEOUT."""
+    """The JSON body, of at most MAX_BODY bytes, if it arrives within TIMEOUT."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "expected Content-Type: application/json")
     body = b""

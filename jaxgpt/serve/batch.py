@@ -18,13 +18,13 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.diagnostics import inside
 
 CHUNK = 16
-"""The most tokens of one `decode`."""
+"""Most tokens that one `decode` generates."""
 LIKELY = 8
-"""How many of the most likely tokens are reported for each token."""
+"""How many alternatives are reported for each token."""
 
 
 class Settings(NamedTuple):
-    """The filters of R rows, those of `SamplingParams`, but traced: a new value does not recompile."""
+    """The filters of R rows, as in `SamplingParams`, but all traced: a new value does not recompile."""
 
     temperature: Any  # (R,), 0 takes the most likely token
     top_k: Any  # (R,) int32
@@ -33,49 +33,45 @@ class Settings(NamedTuple):
 
 
 DTYPES = Settings(np.float32, np.int32, np.float32, np.float32)
+DEFAULT = Settings(0.8, 0, 1.0, 0.0)
 
 
 class Rows(NamedTuple):
     """The state of R sequences."""
 
-    cache: Cache  # every leaf has an axis of R before those of a cache of B = 1
-    token: jax.Array  # (R,) int32: the last one, drawn but not yet read
+    cache: Cache  # each leaf is (R, ...), R caches of B = 1
+    token: jax.Array  # (R,) int32: the last token, drawn but not yet read
     step: jax.Array  # (R,) int32: tokens drawn so far
     key: jax.Array  # (R,)
     settings: Settings
 
 
 class Drawn(NamedTuple):
-    """n tokens of N rows, and the model's probabilities before any filter."""
+    """n tokens of N rows, with the model's probabilities before temperature and filters."""
 
     token: Any  # (n, N) int32
-    p: Any  # (n, N) its probability
+    p: Any  # (n, N) their probabilities
     likely: Any  # (n, N, K) int32: the most likely tokens, in order
     likely_p: Any  # (n, N, K) their probabilities
 
 
 def empty(config: ModelConfig, R: int) -> Rows:
-    cache = init_cache(config, 1, config.block_size)._replace(read=jnp.zeros((), jnp.int32))
-    token, step, top_k = (jnp.zeros(R, jnp.int32) for _ in range(3))  # not one array: they are donated
-    return Rows(
-        jax.tree.map(lambda x: jnp.zeros((R, *x.shape), x.dtype), cache),
-        token,
-        step,
-        jax.random.split(prng.key(0), R),
-        Settings(jnp.zeros(R), top_k, jnp.ones(R), jnp.zeros(R)),
-    )
+    cache = init_cache(config, 1, config.block_size)._replace(read=jnp.int32(0))
+    settings = Settings(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.float32(0))
+    row = Rows(cache, jnp.int32(0), jnp.int32(0), prng.key(0), settings)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (R, *x.shape)), row)
 
 
 @partial(jax.jit, static_argnames=("config", "n_ids"), donate_argnames="rows")
 def read(config: ModelConfig, params: model.Params, rows: Rows, new: dict[str, Any], n_ids: int) -> tuple[Rows, Drawn]:
-    """Read N texts into rows of their own, and draw the next token of each, (1, N).
+    """Read N texts into a row each, and draw the next token of each, (1, N).
 
     Args:
-      new: `idx` (N, T) with the `length` (N,) of each text; the `row` (N,) it goes into, R for none; the number `step`
-        (N,) of the token to draw; the `seed` (N,); and the `settings`.
+      new: the texts `idx` (N, T) with their `length` (N,); for each the `row` (N,) it goes into, R for none, its `seed`
+        (N,), the `step` (N,) of the token to draw, and its `settings`.
       n_ids: only ids below this are drawn.
     """
-    key = jax.vmap(lambda seed: jax.random.fold_in(prng.key(seed), 0))(new["seed"])
+    key = jax.vmap(lambda seed: jax.random.fold_in(prng.key(seed), 0))(new["seed"])  # of sequence 0 in `generate`
 
     def one(idx: jax.Array, length: jax.Array) -> tuple[jax.Array, Cache]:
         logits, cache = model.extend(config, params, init_cache(config, 1, config.block_size), idx[None], length)
@@ -92,7 +88,7 @@ def read(config: ModelConfig, params: model.Params, rows: Rows, new: dict[str, A
 def decode(
     config: ModelConfig, params: model.Params, rows: Rows, n: jax.Array, N: int, n_ids: int
 ) -> tuple[Rows, Drawn]:
-    """`n` more tokens, up to CHUNK, for the first N rows: (CHUNK, N), of which the first n are valid."""
+    """Draw `n` more tokens, up to CHUNK, for the first N rows: (CHUNK, N), of which the first n are valid."""
 
     def one(cache: Cache, token: jax.Array) -> tuple[jax.Array, Cache]:
         logits, cache = model.extend(config, params, cache, token[None, None])
@@ -115,20 +111,20 @@ def decode(
 
 @partial(jax.jit, static_argnames=("config", "n_ids"))
 def look(config: ModelConfig, params: model.Params, idx: jax.Array, length: jax.Array, n_ids: int) -> tuple[Any, ...]:
-    """The attention (L, H, T) of the last of `length` tokens, idx (1, T), and the K most likely tokens after it with
-    their probabilities, (K,). A bigram has no attention: (0, 0, T)."""
+    """The attention of the last of the first `length` tokens in idx (1, T), (L, H, T), or (0, 0, T) for a bigram; and
+    the K most likely tokens after it, with their probabilities, (K,)."""
     logits, _ = model.extend(config, params, init_cache(config, 1, idx.shape[1]), idx, length)
     p, likely = lax.top_k(jax.nn.softmax(logits[0, :n_ids]), min(LIKELY, n_ids))
     if config.kind == "bigram":
         return jnp.zeros((0, 0, idx.shape[1])), likely, p
     maps = inside.attention_maps(config, params, idx)
-    # Indexing layer by layer lets XLA stack the rows alone: of a deep model it then holds two copies of one layer.
+    # Indexed layer by layer, XLA stacks these rows only, and holds a second copy of one layer's maps, not of all.
     rows = [lax.dynamic_index_in_dim(maps[i, 0], length - 1, 1, keepdims=False) for i in range(config.n_layer)]
     return jnp.stack(rows), likely, p
 
 
 def _draw(n_ids: int, logits: jax.Array, keys: jax.Array, settings: Settings) -> Drawn:
-    """The next token of each row from its logits (N, V) and key (N,): `sample.next_tokens` with settings (N,)."""
+    """The next token of each row from its logits (N, V) and key (N,): `sample.next_tokens` with settings per row."""
     logits = logits[:, :n_ids]
     probabilities = jax.nn.softmax(logits)
     likely_p, likely = lax.top_k(probabilities, min(LIKELY, n_ids))

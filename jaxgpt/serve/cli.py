@@ -1,6 +1,5 @@
-"""`jaxgpt serve`: runs to a playground in the browser."""
+"""`jaxgpt serve`: a playground in the browser."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -12,22 +11,17 @@ from jaxgpt.cli.options import Checkpoint, RunsDir, parse
 from jaxgpt.config import MissingExtraError
 from jaxgpt.serve.limits import Limits
 
-Served = Annotated[
-    str,
-    tyro.conf.Positional,
-    tyro.conf.arg(metavar="RUN|FOLDER", help="Name of a run, or ./FOLDER of one or more."),
-]
-
 
 @dataclass(frozen=True)
 class Serve:
-    served: Served = "runs"
+    served: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FOLDER")] = "runs"
+    """Name of a run, or ./FOLDER of one or more."""
     host: str = "127.0.0.1"
-    """Address to listen on; other machines can reach any but a loopback address, which needs a token."""
+    """Address to listen on; any that other machines can reach (not loopback) requires a token."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
     token: str = ""
-    """The token that clients must send. JAXGPT_TOKEN sets it out of sight of other users of this machine."""
+    """Token that clients must send. JAXGPT_TOKEN sets it too, hidden from other users of this machine."""
     allow_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Accept requests to this host name, besides localhost, IP addresses and --host; may be repeated."""
     checkpoint: Checkpoint = "best"
@@ -37,8 +31,6 @@ class Serve:
 
 def run(args: list[str]) -> int:
     given = parse(Serve, args, "serve")
-    from jaxgpt.serve.library import Library
-
     try:
         from jaxgpt.serve.server import serve
     except ImportError as error:
@@ -46,8 +38,6 @@ def run(args: list[str]) -> int:
     use_compile_cache()
     import jax
 
-    jax.devices()  # without a device, fail now and not at the first request
-    library, limits = Library.at(given.served, given.runs_dir), given.limits.check()
-    token = given.token or os.environ.get("JAXGPT_TOKEN", "")
-    serve(library, given.host, given.port, limits, token, given.allow_host, given.checkpoint)
+    jax.devices()  # without a device, fail now, not at the first request
+    serve(given)
     return 0

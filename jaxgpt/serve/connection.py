@@ -1,4 +1,4 @@
-"""Timeouts that uvicorn does not have: clients that send no request or do not read the response are disconnected."""
+"""Settings of uvicorn, and timeouts that it lacks: idle clients, and those that stop reading, are disconnected."""
 
 import asyncio
 from functools import partial
@@ -6,93 +6,90 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jaxgpt.serve import limits
 
 
-class Connections(dict[tuple[str, int], "Connection"]):
-    """The open connections by client address, at most `most` of them.
+def config(app: ASGIApp, max_connections: int, log_level: str = "warning") -> uvicorn.Config:
+    """The settings of a server that has at most `max_connections` open connections, each a `Connection`."""
+    return uvicorn.Config(
+        app,
+        http=partial(Connection, max_connections),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="off",
+        log_level=log_level,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
 
-    A connection is closed when its client has sent no complete request, or has read nothing of a response, for TIMEOUT
-    seconds. A new connection beyond `most` closes the one whose client has been idle for longest, so that idle clients
-    cannot lock out others.
+
+class Connection(H11Protocol):
+    """A connection that is closed when its client has sent no complete request, or has read nothing of a response, for
+    TIMEOUT seconds.
+
+    If there are more than `max_connections`, the one whose client has been idle for longest is closed, so that idle
+    clients cannot lock out others.
     """
 
-    def __init__(self, most: int):
-        super().__init__()
-        self.most = most
-
-    def config(self, app: ASGIApp, **how: Any) -> uvicorn.Config:
-        """The settings of a server whose connections these are."""
-
-        async def tracked(scope: Scope, receive: Receive, send: Send) -> None:
-            connection = self[scope["client"]]
-            connection.set(answering=True)
-            try:
-                await app(scope, receive, send)
-            finally:
-                connection.set(answering=False)
-
-        config = uvicorn.Config(tracked, http="h11", ws="none", lifespan="off", **how)
-        config.load()
-        made: Any = partial(Connection, self, config.http_protocol_class)
-        config.http_protocol_class = made
-        return config
-
-
-class Connection(asyncio.Protocol):
-    """Wraps uvicorn's protocol `kind`."""
-
-    def __init__(self, others: Connections, kind: Any, **how: Any):
-        self.others, self.http = others, kind(**how)
+    def __init__(self, max_connections: int, **options: Any):
+        super().__init__(**options)
+        self.max_connections = max_connections
         self.answering = self.paused = False
         self.timer: asyncio.TimerHandle | None = None
-        """Closes the connection; None while it is the server's turn."""
+        """Closes the connection; None while the client waits for the server."""
+        self.app, self.inner = self.track, self.app
+
+    async def track(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.set(answering=True)
+        try:
+            await self.inner(scope, receive, send)
+        finally:
+            self.set(answering=False)
 
     def connection_made(self, transport: Any) -> None:
-        self.transport, self.address = transport, transport.get_extra_info("peername")[:2]
-        self.http.connection_made(transport)
-        self.others[self.address] = self
+        super().connection_made(transport)
         self.set()
-        if len(self.others) > self.others.most:
-            idle = [(other.timer.when(), other) for other in self.others.values() if other.timer]
-            min(idle, key=lambda pair: pair[0])[1].close()  # of equal times, the first
+        connections: Any = self.connections  # all that are open
+        if len(connections) > self.max_connections:
+            idle = [other for other in connections if other.timer]
+            min(idle, key=lambda other: (other.timer.when(), other is self)).close()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.close()
-        self.http.connection_lost(error)
-
-    def data_received(self, data: bytes) -> None:
-        self.http.data_received(data)
+        super().connection_lost(error)
 
     def pause_writing(self) -> None:
-        self.http.pause_writing()
+        super().pause_writing()
         self.set(paused=True)
 
     def resume_writing(self) -> None:
-        self.http.resume_writing()
+        super().resume_writing()
         self.set(paused=False)
 
     def set(self, **state: bool) -> None:
-        """Start the timer when it becomes the client's turn: to send a request, or to read the response."""
+        """Start the timer when the client must act: send a request, or read the response; else stop it."""
         vars(self).update(state)
-        if self.timer and self.answering and not self.paused:
+        waits = self.answering and not self.paused
+        if self.timer and waits:
             self.timer.cancel()
             self.timer = None
-        elif not self.timer and not (self.answering and not self.paused) and not self.transport.is_closing():
+        elif not self.timer and not waits and not self.transport.is_closing():
             self.unread = self.transport.get_write_buffer_size()
-            self.timer = asyncio.get_running_loop().call_later(limits.TIMEOUT, self.late)
+            self.timer = asyncio.get_running_loop().call_later(limits.TIMEOUT, self.time_out)
 
-    def late(self) -> None:
+    def time_out(self) -> None:
         self.timer = None
-        if self.transport.get_write_buffer_size() < self.unread:  # it reads, if slowly
+        if self.transport.get_write_buffer_size() < self.unread:  # the client reads, if slowly
             self.set()
         else:
             self.close()
 
     def close(self) -> None:
-        """At once: a graceful close would wait until the client has read the rest."""
+        """Close at once: a graceful close would wait until the client has read the rest."""
         if self.timer:
             self.timer.cancel()
-        self.others.pop(self.address, None)
+            self.timer = None
         self.transport.abort()

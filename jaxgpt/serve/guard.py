@@ -1,4 +1,4 @@
-"""Which requests are answered: by host, origin and token; and the security headers of every response."""
+"""Refuses requests by host, origin and token, and adds security headers to every response."""
 
 import hmac
 import ipaddress
@@ -21,13 +21,13 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-"""Of every response. There is no Access-Control-Allow-Origin: other sites can read nothing."""
+"""Headers of every response. There is no Access-Control-Allow-Origin: other sites cannot read anything."""
 OPEN = {"/", "/page.js", "/page.css", "/health"}
 """Served without a token: the page holds no data, and asks for the token."""
 
 
-def answer(tree: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """`tree` as JSON in ASCII, which can hold any string, lone surrogates too."""
+def json_response(tree: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """`tree` as ASCII JSON, which can hold any string, even lone surrogates; starlette's JSONResponse cannot."""
     return Response(json.dumps(tree), status, headers, "application/json")
 
 
@@ -35,8 +35,8 @@ class Guard:
     """ASGI middleware that refuses requests which `app` must not see, and adds HEADERS to every response.
 
     Args:
-      hosts: names of this server, besides localhost and IP addresses. Other names are refused: a site that points its
-        own name at this machine (DNS rebinding) could otherwise read the answers.
+      hosts: names of this server, besides localhost and IP addresses. Other names are refused: otherwise a site that
+        points its own name at this machine (DNS rebinding) could read the responses.
       token: required as `Authorization: Bearer`, unless empty.
     """
 
@@ -55,20 +55,20 @@ class Guard:
         headers = Headers(scope=scope)
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         if len(hosts) != 1 or not self.knows(hosts[0]):
-            return answer({"error": "unknown host name: to allow it, jaxgpt serve --allow-host NAME"}, 403)
+            return json_response({"error": "unknown host name: to allow it, jaxgpt serve --allow-host NAME"}, 403)
         if origins and [origin.lower().partition("://")[2] for origin in origins] != [hosts[0].lower()]:
-            return answer({"error": "requests from other sites are refused"}, 403)
+            return json_response({"error": "requests from other sites are refused"}, 403)
         given, expected = headers.get("authorization", "").encode("latin-1"), f"Bearer {self.token}".encode()
         if self.token and scope["path"] not in OPEN and not hmac.compare_digest(given, expected):
-            wanted = {"error": "a token is required: Authorization: Bearer TOKEN"}
-            return answer(wanted, 401, {"WWW-Authenticate": "Bearer"})
+            error = {"error": "a token is required: Authorization: Bearer TOKEN"}
+            return json_response(error, 401, {"WWW-Authenticate": "Bearer"})
         return None
 
     def knows(self, host: str) -> bool:
-        """Whether a Host header, a name or an IP address and perhaps a port, is this server's."""
+        """Whether a Host header (a name or an IP address, perhaps with a port) is valid and names this server."""
         try:
             parts = urlsplit(f"//{host}")
-            name, _ = (parts.hostname or "").rstrip("."), parts.port
+            name, _ = (parts.hostname or "").rstrip("."), parts.port  # a bad port raises ValueError
             return name in self.hosts or bool(ipaddress.ip_address(name))
         except ValueError:
             return False

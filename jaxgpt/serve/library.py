@@ -13,22 +13,21 @@ from jaxgpt.run import Run, RunError
 
 @dataclass(frozen=True)
 class Served(Run):
-    """A run as it was created at one time: a run created anew under the same name is a different one."""
+    """A run and when it was created: one that is created again under the same name is a different one."""
 
-    created: int
-    """Modification time of its config.json, in ns."""
+    created: int  # modification time of config.json, in ns
 
 
 @lru_cache(256)
 def _opened(path: Path, created: int) -> Served:
     run = Served(path, created)
-    _ = run.config, run.tokenizer  # both are cached: read them before the files can change
+    _ = run.config, run.tokenizer  # cached: read both before the files can change
     return run
 
 
 @dataclass(frozen=True)
 class Library:
-    """The runs of a folder, or one of them."""
+    """The runs of a folder, or `only` one of them."""
 
     folder: Path
     only: str | None = None
@@ -38,7 +37,7 @@ class Library:
         """The runs of `jaxgpt serve NAME`: one run, by its name or folder, or all runs of a folder.
 
         Raises:
-          RunError: it is neither.
+          RunError: there is no such run or folder.
         """
         path = Path(os.path.expanduser(name))
         is_run = Run.exists(runs_dir, name) or (path / "config.json").is_file()
@@ -51,35 +50,34 @@ class Library:
 
     @property
     def names(self) -> list[str]:
-        """All runs, the most recently saved first."""
+        """All runs, most recently saved first."""
         if self.only:
             return [self.only]
         saved = {}
         for path in self.folder.glob("[!.]*/config.json"):
-            changed = path.parent / "checkpoints"
-            saved[path.parent.name] = changed.stat().st_mtime if changed.is_dir() else 0.0
+            checkpoints = path.parent / "checkpoints"
+            saved[path.parent.name] = checkpoints.stat().st_mtime if checkpoints.is_dir() else 0.0
         return sorted(saved, key=lambda name: (-saved[name], name))
 
     def run(self, name: str) -> Served:
-        """The run of that name.
+        """A run by its name.
 
         Raises:
           RunError: there is no such run.
           UsageError, OSError, ValueError: its files cannot be read.
         """
         if self.only and name != self.only:
-            raise RunError(f"no run {name!r}: {self.only!r} is served")
+            raise RunError(f"no run {name!r}: only {self.only!r} is served")
         path = Run.named(self.folder, name).path
         return _opened(path, (path / "config.json").stat().st_mtime_ns)
 
     def summary(self, name: str) -> dict[str, Any]:
-        """What the page shows of a run, with the `problem` of one that cannot be used."""
+        """What the page shows of a run, with a `problem` if it cannot be used."""
         try:
             run = self.run(name)
         except (UsageError, OSError, ValueError) as error:
             return {"name": name, "problem": str(error)}
-        model, newline = run.config.model, run.tokenizer.knows("\n").all()
-        shape = {"layers": model.n_layer, "heads": model.n_head} if model.kind == "gpt" else {"layers": 0, "heads": 0}
+        model, is_gpt = run.config.model, run.config.model.kind == "gpt"
         saved = any(path.name.isdigit() for path in run.checkpoints.glob("*"))
         return {
             "name": name,
@@ -87,8 +85,8 @@ class Library:
             "parameters": cost.n_params(model),
             "block_size": model.block_size,
             "vocabulary": run.tokenizer.vocab_size,
-            "start": "\n" if newline else run.tokenizer.decode([0]),
+            "start": "\n" if run.tokenizer.knows("\n").all() else run.tokenizer.decode([0]),
             "corpus": run.corpus_meta["source"],
-            **shape,
-            **({} if saved else {"problem": "nothing was saved yet"}),
-        }
+            "layers": model.n_layer if is_gpt else 0,
+            "heads": model.n_head if is_gpt else 0,
+        } | ({} if saved else {"problem": "it has no checkpoint yet"})

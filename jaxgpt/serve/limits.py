@@ -11,16 +11,16 @@ TIMEOUT = 30.0
 @dataclass(frozen=True)
 class Limits:
     max_prompt: int = 20_000
-    """Characters, or ids, of a prompt."""
+    """Most characters, or ids, of a prompt."""
     max_tokens: int = 1000
-    """Tokens that one request may generate."""
+    """Most tokens that one request may generate."""
     places: int = 32
-    """Requests that a model serves at once; the others wait."""
+    """Rows in the batch of a model: how many requests it serves at once; others wait."""
     max_requests: int = 64
-    """Open requests, waiting ones included; one more gets 429 Too Many Requests."""
+    """Most open requests, including waiting ones; any more get 429 Too Many Requests."""
 
     def check(self) -> "Limits":
-        """`self`, if every limit is at least 1; raises UsageError otherwise."""
+        """`self`; raises UsageError unless every limit is at least 1."""
         for name, value in vars(self).items():
             if not 1 <= value < 2**31:
                 raise UsageError(f"{name} is {value}, expected 1 or more")

@@ -1,4 +1,4 @@
-"""JSON requests: checked, and turned into a `Job`."""
+"""Checks JSON requests and makes a `Job` of each."""
 
 import json
 from typing import Any
@@ -8,17 +8,18 @@ from starlette.exceptions import HTTPException
 from jaxgpt.config import UsageError, shown
 from jaxgpt.run import RunError
 from jaxgpt.sample import SamplingParams, bucket, checked
+from jaxgpt.serve.batch import DEFAULT, Settings
 from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.writer import Job
 from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError, normalize_line_ends
 
 MAX_BODY = 2**20
-"""Bytes of a request."""
+"""Bytes of a request, at most."""
 MAX_MAPS = 2**28
-"""Floats, 1 GiB, that `batch.look` may hold: the attention maps of all layers, and twice those of one more."""
-DEFAULTS = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1337, "tokens": 200}
-"""Optional fields of /api/write, with the defaults of `jaxgpt sample`."""
+"""Floats that `batch.look` may hold (1 GiB): the attention maps of all layers, and two more copies of one layer's."""
+DEFAULTS = DEFAULT._asdict() | {"seed": 1337, "tokens": 200}
+"""Optional fields of /api/write; the sampling settings and the seed are those of `jaxgpt sample`."""
 
 
 def to_write(body: bytes, library: Library, limits: Limits) -> Job:
@@ -27,8 +28,7 @@ def to_write(body: bytes, library: Library, limits: Limits) -> Job:
     Raises:
       HTTPException: the JSON is invalid, the run does not exist, or a value is out of range.
     """
-    tree = _tree(body, {"run", "prompt", *DEFAULTS})
-    run = _run(tree, library)
+    tree, run = _parse(body, {"run", "prompt", *DEFAULTS}, library)
     prompt = tree.get("prompt", "")
     if isinstance(prompt, list):
         ids = _ids("prompt", prompt, run, limits.max_prompt)
@@ -38,27 +38,27 @@ def to_write(body: bytes, library: Library, limits: Limits) -> Job:
     for name, low, high in (("tokens", 1, limits.max_tokens), ("seed", 0, 2**32 - 1), ("temperature", 0, 1000)):
         if not low <= given[name] <= high:
             raise HTTPException(400, f"{name} is {given[name]}, expected {low} to {high}")
+    settings = Settings(*(given[name] for name in Settings._fields))
     try:
-        checked(SamplingParams(*(given[name] for name in ("temperature", "top_k", "top_p", "min_p"))))
+        checked(SamplingParams(*settings))
     except UsageError as error:
         raise HTTPException(400, str(error)) from error
-    return Job(run, ids, **given)
+    return Job(run, ids, given["tokens"], settings, given["seed"])
 
 
 def to_look(body: bytes, library: Library) -> Job:
-    """The job of `{"run": ..., "ids": [...]}`, which generates nothing. Raises as `to_write`."""
-    tree = _tree(body, {"run", "ids"})
-    run = _run(tree, library)
+    """The job of `{"run": ..., "ids": [...]}`: a look at the last id. Raises as `to_write`."""
+    tree, run = _parse(body, {"run", "ids"}, library)
     model = run.config.model
     ids = _ids("ids", tree.get("ids"), run, model.block_size)
-    if model.kind == "gpt":
-        maps = (model.n_layer + 2) * model.n_head * bucket(len(ids), model.block_size) ** 2
-        if maps > MAX_MAPS:
-            raise HTTPException(400, f"the attention maps of {len(ids)} tokens are too large: choose an earlier token")
+    maps = (model.n_layer + 2) * model.n_head * bucket(len(ids), model.block_size) ** 2
+    if model.kind == "gpt" and maps > MAX_MAPS:
+        raise HTTPException(400, f"the attention maps of {len(ids)} tokens are too large: choose an earlier token")
     return Job(run, ids)
 
 
-def _tree(body: bytes, known: set[str]) -> dict[str, Any]:
+def _parse(body: bytes, known: set[str], library: Library) -> tuple[dict[str, Any], Served]:
+    """The JSON object of a request, with fields among `known`, and its run."""
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -66,16 +66,11 @@ def _tree(body: bytes, known: set[str]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise HTTPException(400, f"the request is {shown(tree)}, expected an object")
     if unknown := sorted(tree.keys() - known):
-        raise HTTPException(400, f"no such field: {shown(unknown[0])}; there are {', '.join(sorted(known))}")
-    return tree
-
-
-def _run(tree: dict[str, Any], library: Library) -> Served:
-    name = tree.get("run")
-    if not isinstance(name, str):
+        raise HTTPException(400, f"no such field: {shown(unknown[0])}; expected {', '.join(sorted(known))}")
+    if not isinstance(name := tree.get("run"), str):
         raise HTTPException(400, f"run is {shown(name)}, expected the name of a run")
     try:
-        return library.run(name)
+        return tree, library.run(name)
     except RunError as error:
         raise HTTPException(404, str(error)) from error
     except (UsageError, OSError, ValueError) as error:
@@ -85,7 +80,7 @@ def _run(tree: dict[str, Any], library: Library) -> Served:
 def _encoded(prompt: Any, tokenizer: Tokenizer, most: int) -> list[int]:
     prompt = normalize_line_ends(tokenizer, prompt) if isinstance(prompt, str) else prompt
     if not isinstance(prompt, str) or not prompt:
-        raise HTTPException(400, f"prompt is {shown(prompt)}, expected a text, or ids, of at least one token")
+        raise HTTPException(400, f"prompt is {shown(prompt)}, expected text or ids of at least one token")
     if len(prompt) > most:
         raise HTTPException(413, f"the prompt has {len(prompt)} characters, expected at most {most}")
     try:
@@ -111,7 +106,7 @@ def _ids(name: str, given: Any, run: Served, most: int) -> list[int]:
 
 
 def _number(name: str, given: Any, kind: type) -> Any:
-    """`given` as an int or a float; a float may be written as an int."""
+    """`given` as a number of the type `kind`; an int is accepted as a float."""
     if type(given) not in (int, kind) or not abs(given) < 2**1023:
         raise HTTPException(400, f"{name} is {shown(given)}, expected a {'whole number' if kind is int else 'number'}")
     return kind(given)

@@ -1,4 +1,4 @@
-"""The thread that runs JAX: it loads models, and gives each of them turns."""
+"""The thread that runs JAX: it loads models and gives each a turn in a loop."""
 
 import threading
 from collections.abc import Callable
@@ -12,51 +12,48 @@ from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.writer import End, Job, Writer
 
 MODELS = 4
-"""Models in memory at once; an idle one is dropped for another."""
+"""Most models in memory at once; an idle one makes room for another."""
 STOPPING = "the server is stopping"
 
 
 class Scheduler:
-    """Takes jobs from any thread, and sends their results to their `put` from its own.
+    """Takes jobs from any thread, and calls their `put` with results from its own.
 
     Args:
-      load: the writer of a run; slow, and may raise.
+      load: makes the writer of a run; slow, and may raise.
     """
 
     def __init__(self, load: Callable[[Served], Writer], limits: Limits):
         self.load, self.limits = load, limits
         self._changed = threading.Condition()
-        self._jobs: dict[Job, None] = {}  # under way: an ordered set
-        self._new: list[Job] = []
+        self._jobs: dict[Job, None] = {}  # not ended: an ordered set
         self._writers: dict[Served, Writer] = {}  # the last used comes last
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="jax", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Have `job` done.
+        """Queue `job`.
 
         Raises:
-          HTTPException: there are max_requests already (429), or the scheduler is stopping (503).
+          HTTPException: max_requests are open already (429), or the scheduler is stopping (503).
         """
         with self._changed:
             if self._stopping or not self._thread.is_alive():
                 raise HTTPException(503, STOPPING)
             if len(self._jobs) >= self.limits.max_requests:
-                busy = f"{len(self._jobs)} requests are under way, which is the limit: try again soon"
+                busy = f"{len(self._jobs)} requests are open, which is the limit: try again soon"
                 raise HTTPException(429, busy, {"Retry-After": "1"})
             self._jobs[job] = None
-            self._new.append(job)
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Forget `job`, which may have ended; its row is free at the next turn."""
+        """Drop `job`, unless it has ended; its row is free at the next turn."""
         with self._changed:
-            job.cancelled = True
             self._jobs.pop(job, None)
 
     def stop(self) -> None:
-        """End every job where it is. Returns at once."""
+        """End every job, complete or not. Returns at once."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -72,52 +69,47 @@ class Scheduler:
         return {"status": status, "requests": len(self._jobs), "models": len(self._writers)}
 
     def _work(self) -> None:
-        def busy() -> list[tuple[Served, Writer]]:
-            return [(run, writer) for run, writer in self._writers.items() if writer.jobs]
-
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._stopping or self._new or busy())
+                    self._changed.wait_for(lambda: self._stopping or self._jobs)
                     if self._stopping:
                         return
-                    new, self._new = self._new, []
-                for job in new:
-                    if not job.cancelled:
-                        self._admit(job)
-                for run, writer in busy():
-                    self._turn(run, writer)
+                for run in dict.fromkeys(job.run for job in self._open()):
+                    if jobs := [job for job in self._open() if job.run == run]:
+                        self._turn(run, jobs)
         finally:
             with self._changed:
                 self._stopping = True
-            for job in list(self._jobs):
+            for job in self._open():
                 self._end(job, STOPPING)
 
-    def _admit(self, job: Job) -> None:
-        """Queue a job at its writer, which is loaded if necessary."""
-        try:
-            writer = self._writers.pop(job.run, None)
-            if not writer:
-                idle = [run for run, other in self._writers.items() if not other.jobs]
-                for run in idle[: max(0, len(self._writers) - MODELS + 1)]:
-                    del self._writers[run]
-                if len(self._writers) >= MODELS:
-                    raise UsageError(f"{MODELS} other models are in use, which is the limit: try again soon")
-                writer = self.load(job.run)
-            self._writers[job.run] = writer
-            writer.waiting.append(job)
-        except Exception as error:  # of any kind: the others go on
-            self._end(job, str(error) if isinstance(error, UsageError) else f"{job.run.path.name}: {error}")
+    def _open(self) -> list[Job]:
+        """The jobs that have not ended, in the order of submission."""
+        with self._changed:
+            return list(self._jobs)
 
-    def _turn(self, run: Served, writer: Writer) -> None:
-        jobs, error = writer.jobs, ""
+    def _turn(self, run: Served, jobs: list[Job]) -> None:
+        error = ""
         try:
-            jobs = writer.turn()
-        except Exception as raised:  # of any kind; the contents of its rows are lost
-            del self._writers[run]
-            error = f"{run.path.name} failed: {raised}"
+            writer = self._writers.pop(run, None) or self._load_writer(run)
+            self._writers[run] = writer
+            jobs = writer.turn(jobs)
+        except Exception as raised:  # whatever it is, the jobs of other runs continue
+            self._writers.pop(run, None)  # its rows were donated and are lost
+            error = str(raised) if isinstance(raised, UsageError) else f"{run.path.name} failed: {raised}"
         for job in jobs:
             self._end(job, error)
+
+    def _load_writer(self, run: Served) -> Writer:
+        """A new writer, in place of an idle one if there are too many."""
+        if len(self._writers) == MODELS:
+            in_use = {job.run for job in self._open()}
+            idle = next((other for other in self._writers if other not in in_use), None)
+            if not idle:
+                raise UsageError(f"{MODELS} other models are in use, which is the limit: try again soon")
+            del self._writers[idle]
+        return self.load(run)
 
     def _end(self, job: Job, error: str) -> None:
         with self._changed:

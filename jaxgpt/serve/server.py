@@ -2,71 +2,67 @@
 
 import asyncio
 import ipaddress
+import os
 import socket
 from typing import Any
 
 import uvicorn
 
 from jaxgpt.config import UsageError
+from jaxgpt.serve import connection
 from jaxgpt.serve.app import application
-from jaxgpt.serve.connection import Connections
+from jaxgpt.serve.cli import Serve
 from jaxgpt.serve.library import Library, Served
-from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.scheduler import Scheduler
 from jaxgpt.serve.writer import Job, Writer
 from jaxgpt.start import load_model
 
 SHORTEST = 16
-"""Characters of a token, at least."""
+"""Least length of a token."""
 
 
-def serve(
-    library: Library,
-    host: str,
-    port: int,
-    limits: Limits,
-    token: str = "",
-    hosts: tuple[str, ...] = (),
-    checkpoint: str = "best",
-) -> None:
-    """Serve until SIGINT or SIGTERM; then end every text where it is, and return.
+def serve(options: Serve) -> None:
+    """Serve until SIGINT or SIGTERM, then end all texts and return.
 
     Raises:
-      UsageError: a host that others can reach without a token, a weak token, or an unavailable port.
+      UsageError: no such run; a limit below 1; a weak token, or none although other machines can reach the host; or an
+        unavailable port.
     """
+    host, limits = options.host, options.limits.check()
+    library = Library.at(options.served, options.runs_dir)
+    token = options.token or os.environ.get("JAXGPT_TOKEN", "")
     require_token(host, token)
-    listening = _listen(host, port)
+    listening = _listen(host, options.port)
 
     def load(run: Served) -> Writer:
-        config, params, tokenizer = load_model(run, checkpoint)
+        config, params, tokenizer = load_model(run, options.checkpoint)
         return Writer(config, params, tokenizer.vocab_size, limits.places)
 
     scheduler = Scheduler(load, limits)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
-            """Unlike uvicorn's, does not raise the signal again at the end: the exit code is 0."""
+            """Like uvicorn's, but does not raise the signal again at the end, so that the exit code is 0."""
             self.force_exit, self.should_exit = self.should_exit, True
             scheduler.stop()
 
-    app = application(library, scheduler, {host, *hosts}, token)
-    how = {"log_level": "warning", "access_log": False, "proxy_headers": False, "server_header": False}
-    config = Connections(limits.max_requests + 99).config(app, timeout_graceful_shutdown=5, **how)
-    if library.only:  # load it and compile its programs before anyone asks
+    app = application(library, scheduler, {host, *options.allow_host}, token)
+    server = Server(connection.config(app, limits.max_requests + 99))
+    if library.only:  # load it and compile its programs before the first request
         scheduler.submit(Job(library.run(library.only), [0], tokens=2))
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
     print(f"{', '.join(library.names)}\nThe playground: {address}\nCtrl-C stops it.", flush=True)
     try:
-        asyncio.run(Server(config).serve(sockets=[listening]))
+        asyncio.run(server.serve(sockets=[listening]))
     finally:
         scheduler.stop()
         scheduler.join()
 
 
 def require_token(host: str, token: str) -> None:
-    """Raises UsageError for a weak token, or for none where `host` is reachable from other machines."""
+    """Raise UsageError if the token is weak, or missing although other machines can reach `host`."""
     if token and (len(token) < SHORTEST or not token.isascii() or not token.isprintable() or " " in token):
-        raise UsageError(f"the token is too easy: expected {SHORTEST} or more ASCII characters without blanks")
+        raise UsageError(f"the token is too weak: expected {SHORTEST} or more ASCII characters without spaces")
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -16,9 +16,9 @@ from jaxgpt.recipes import recipe
 class Verify:
     config: Config
     kills: int = 5
-    """How often to kill the second run; a kill counts if the run then computes steps again."""
+    """Times to kill the second run, counting only kills after which it computes steps again."""
     kill_seed: int = 0
-    """Fixes the steps at which it is killed, though not the moments within them."""
+    """Seed of the steps at which it is killed; the moment within a step still varies."""
     data_dir: DataDir = Path("data")
 
 
@@ -28,14 +28,14 @@ def run(args: list[str]) -> int:
     name, args = take_recipe(Verify, args, "which recipe? jaxgpt verify-resume gpt-demo")
     default = Verify(scaled_down(recipe(name).config))
     about = (
-        f"Train the first steps of {name} twice, in one process and in processes that are killed (SIGKILL) at "
-        "random moments and resumed, and compare every line and every bit. Any setting of the recipe can be given. "
-        "(On a GPU, cuDNN attention is not repeatable for contexts longer than 256: give --deterministic.)"
+        f"Train the first steps of {name} twice, in one process and in processes that are killed (SIGKILL) at random "
+        "moments and resumed, and compare every line of metrics and every bit of the checkpoints. Takes any setting of "
+        "the recipe. (On a GPU, cuDNN attention is not repeatable for contexts longer than 256: add --deterministic.)"
     )
     given = parse(Verify, args, f"verify-resume {name}", about, default=default)
     if given.kills < 1:
         raise UsageError(f"kills is {given.kills}, expected 1 or more")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that children and folder are removed
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an exit cleans up; SIGTERM would not
     folder = Path(tempfile.mkdtemp(prefix="jaxgpt-verify-"))
     verdict = None
     try:
@@ -44,17 +44,16 @@ def run(args: list[str]) -> int:
         if not (verdict and verdict.difference):
             shutil.rmtree(folder)
     if verdict.difference:
-        print(f"DIFFERENT after {len(verdict.kills)} kills: {verdict.difference}\nthe two runs are in {folder}")
+        print(f"DIFFERENT after {verdict.kills} kills: {verdict.difference}\nthe two runs are in {folder}")
         return 1
-    if len(verdict.kills) < given.kills:
+    if verdict.kills < given.kills:
         print(
-            f"NOT SHOWN: only {len(verdict.kills)} of {given.kills} kills made the run compute steps again; try fewer "
+            f"NOT SHOWN: only {verdict.kills} of {given.kills} kills made the run compute steps again; try fewer "
             "--kills, more --steps, or an --eval-every of several --scan-steps"
         )
         return 1
     print(
-        f"IDENTICAL after {len(verdict.kills)} kills: {verdict.lines:,} lines of metrics, and "
-        f"{verdict.arrays} arrays of parameters and optimizer state at each of {verdict.checkpoints} saved steps, "
-        "bit for bit"
+        f"IDENTICAL after {verdict.kills} kills: {verdict.lines:,} lines of metrics, and {verdict.arrays} arrays of "
+        f"parameters and optimizer state at each of {verdict.checkpoints} saved steps, bit for bit"
     )
     return 0

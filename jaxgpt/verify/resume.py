@@ -1,4 +1,4 @@
-"""Check that a run which is killed and resumed equals one that is not, with processes that are really killed."""
+"""Check that a run that is killed and resumed equals one that is not, with real processes and SIGKILL."""
 
 import random
 import subprocess
@@ -22,31 +22,24 @@ from jaxgpt.sharding import one_device
 from jaxgpt.step import abstract_state
 
 
-class Kill(NamedTuple):
-    """A SIGKILL of a training process."""
-
-    at: int  # the last step in metrics.jsonl
-    back_to: int  # the checkpoint that the next process resumes from; 0 if there is none
-
-    @property
-    def counts(self) -> bool:
-        """Whether there is a checkpoint to resume from, and steps after it to compute again."""
-        return 0 < self.back_to < self.at
-
-
 class Verdict(NamedTuple):
-    """The comparison of the two runs."""
+    """The comparison of two runs."""
 
-    kills: list[Kill]  # those that count
     lines: int  # of metrics.jsonl in each run
     checkpoints: int  # steps saved in both runs, whose arrays were compared
-    arrays: int
+    arrays: int  # in each checkpoint
     difference: str | None  # the first; None if every bit is equal
+    kills: int = 0  # that count
+
+
+def counts(killed_at: int, resumed_at: int) -> bool:
+    """Whether a kill tests anything: the next process resumed from a checkpoint and computed steps again."""
+    return 0 < resumed_at < killed_at
 
 
 def scaled_down(config: Config) -> Config:
-    """The first six scans of `config` on its whole schedule, saved and evaluated after every second one: a kill counts
-    only between a line of metrics and the next checkpoint."""
+    """The first six scans of `config` under its full schedule, with a checkpoint after every second one: a kill counts
+    only if metrics were written after the last checkpoint."""
     end = config.optimizer.decay_steps or config.train.steps
     scan = max(1, min(config.train.scan_steps, config.train.steps // 6))
     return replaced(config, decay_steps=end, steps=6 * scan, scan_steps=scan, eval_every=2 * scan)
@@ -61,13 +54,13 @@ def verify_resume(
     has fewer than `kills`.
 
     Args:
-      folder: for the two runs, "straight" and "killed".
-      seed: of the random steps at which processes are killed.
+      folder: holds the two runs, "straight" and "killed".
+      seed: fixes the random steps at which processes are killed.
       report: called with a line of text after each event.
 
     Raises:
       UsageError: the config cannot run, or has no checkpoint before its last step.
-      RuntimeError: a process failed by itself.
+      RuntimeError: a training process failed.
     """
     steps, every = check(config).train.steps, config.train.eval_every
     if not 0 < every < steps:
@@ -83,35 +76,35 @@ def verify_resume(
         chunk_seconds = (time.perf_counter() - began) * config.train.scan_steps / steps
         process.wait()
     report(f"straight: {steps:,} steps")
-    dice, died = random.Random(seed), list[Kill]()
-    targets = sorted(dice.choices(range(every + 1, steps + 1), k=kills))
-    while (counted := sum(kill.counts for kill in died)) < kills and len(died) < 5 * kills:
+    rng, killed_at, counted = random.Random(seed), list[int](), 0
+    targets = sorted(rng.choices(range(every + 1, steps + 1), k=kills))
+    while counted < kills and len(killed_at) < 5 * kills:
         with train(killed, data_dir) as process:
-            wait_for(targets[counted], killed, process, len(died) + 1)
-            time.sleep(dice.uniform(0, min(1.0, chunk_seconds)))
+            wait_for(targets[counted], killed, process, len(killed_at) + 1)
+            time.sleep(rng.uniform(0, min(1.0, chunk_seconds)))
             process.kill()
             process.wait()
-        if process.returncode == 0:  # it ended before the kill
+        if process.returncode == 0:  # the run ended before the kill
             break
-        died.append(kill := Kill(max(0, last_step(killed)), Checkpoints(killed.checkpoints).latest or 0))
-        report(
-            f"killed at step {kill.at:,}; back to step {kill.back_to:,}"
-            + ("" if kill.counts else ": no step is computed again, this one does not count")
-        )
+        at, saved = last_step(killed), Checkpoints(killed.checkpoints).latest or 0
+        killed_at.append(at)
+        counted += counts(at, saved)
+        ignored = "" if counts(at, saved) else ": no step is computed again, so this kill does not count"
+        report(f"killed at step {at:,}; back to step {saved:,}{ignored}")
     with train(killed, data_dir) as process:
         process.wait()
-    resumed = zip(died, starts(killed)[1:], strict=False)  # the step that the run itself recorded
-    proven = [kill for was, step in resumed if (kill := was._replace(back_to=step)).counts]
-    return compare(straight, killed, proven)
+    resumed_at = starts(killed)[1:]  # as the run recorded it
+    proven = sum(map(counts, killed_at, resumed_at))
+    return compare(straight, killed)._replace(kills=proven)
 
 
 def wait_for(step: int, run: Run, process: "subprocess.Popen[bytes]", number: int) -> None:
-    """Wait until `process`, the `number`-th to train `run`, has recorded a step of its own and `step` is reached; or
-    until it ends."""
+    """Wait until `process`, the `number`-th to train `run`, has reached `step` and recorded a step of its own, or has
+    ended."""
     before = written(run)
     while process.poll() is None:
         began = starts(run)
-        # Lines after the checkpoint of a killed process remain until the next process removes them.
+        # What a killed process wrote after its last checkpoint remains until the next process removes it.
         if len(began) == number and written(run) != before and last_step(run) >= max(step, began[-1] + 1):
             return
         time.sleep(0.01)
@@ -132,10 +125,10 @@ def train(run: Run, data_dir: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that resumes `run`; it is killed at the end of the block.
 
     Raises:
-      RuntimeError: it failed by itself; with its output.
+      RuntimeError: it failed, with its output.
     """
-    words = ["-m", "jaxgpt", "train", "--run", run.path.name, "--resume", "--runs-dir", str(run.path.parent)]
-    command = [sys.executable, *words, "--data-dir", str(data_dir)]
+    command = [sys.executable, "-m", "jaxgpt", "train", "--run", run.path.name, "--resume"]
+    command += ["--runs-dir", str(run.path.parent), "--data-dir", str(data_dir)]
     with tempfile.TemporaryFile() as output:  # not a pipe, which would fill up
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
@@ -150,22 +143,21 @@ def train(run: Run, data_dir: Path) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 def last_step(run: Run) -> int:
-    """The step of the last whole line of metrics.jsonl; -1 if there is none."""
-    lines = run.metrics() if run.metrics_file.exists() else []
-    return lines[-1]["step"] if lines else -1
+    """The step of the last whole line of metrics.jsonl; 0 if there is none."""
+    return max((line["step"] for line in run.metrics()), default=0)
 
 
-def compare(a: Run, b: Run, kills: list[Kill] | None = None) -> Verdict:
+def compare(a: Run, b: Run) -> Verdict:
     """Compare the metrics of two runs of one config, line by line, and their checkpoints, bit by bit."""
     steps = sorted(set(Checkpoints(a.checkpoints).steps) & set(Checkpoints(b.checkpoints).steps))
-    lines = a.metrics_file.read_bytes().splitlines(), b.metrics_file.read_bytes().splitlines()
     like = abstract_state(a.config, one_device())
-    difference = next(_differences(a, b, lines, steps, like), None)
-    return Verdict(kills or [], len(lines[0]), len(steps), len(jax.tree.leaves(like)), difference)
+    n_lines = len(a.metrics_file.read_bytes().splitlines())
+    return Verdict(n_lines, len(steps), len(jax.tree.leaves(like)), next(_differences(a, b, steps, like), None))
 
 
-def _differences(a: Run, b: Run, lines: tuple[list[bytes], list[bytes]], steps: list[int], like: Any) -> Iterator[str]:
+def _differences(a: Run, b: Run, steps: list[int], like: Any) -> Iterator[str]:
     names = a.path.name, b.path.name
+    lines = (run.metrics_file.read_bytes().splitlines() for run in (a, b))
     for number, (line, other_line) in enumerate(zip_longest(*lines, fillvalue=b"nothing"), 1):
         if line != other_line:
             yield f"metrics.jsonl, line {number}: {line.decode()} in {names[0]}, {other_line.decode()} in {names[1]}"
@@ -176,13 +168,12 @@ def _differences(a: Run, b: Run, lines: tuple[list[bytes], list[bytes]], steps: 
         yield f"step {a.config.train.steps} is not saved in both runs"
     for step in steps:
         state, other = (Checkpoints(run.checkpoints).restore(step, like) for run in (a, b))
-        pairs = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other), strict=True)
-        for (path, x), y in pairs:
+        for (path, x), y in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(other), strict=True):
             x, y = np.asarray(x), np.asarray(y)
             if x.tobytes() != y.tobytes():
-                places = [i for i in np.ndindex(x.shape) if x[i].tobytes() != y[i].tobytes()]
-                leaf, i = jax.tree_util.keystr(path, simple=True, separator="/"), places[0]
+                differing = [i for i in np.ndindex(x.shape) if x[i].tobytes() != y[i].tobytes()]
+                leaf, i = jax.tree_util.keystr(path, simple=True, separator="/"), differing[0]
                 yield (
                     f"step {step}, {leaf}{list(i)}: {x[i]} in {names[0]}, {y[i]} in {names[1]}; "
-                    f"{len(places)} of its {x.size} numbers differ"
+                    f"{len(differing)} of its {x.size} numbers differ"
                 )

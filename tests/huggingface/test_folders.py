@@ -28,7 +28,7 @@ IDX = jnp.arange(24).reshape(1, 24)
 
 @pytest.fixture
 def imported(tmp_path):
-    """The tiny GPT-2 with its 96 ids as line feed and printable ASCII, and one epoch of the embedded corpus ahead."""
+    """The tiny GPT-2 (its 96 ids are line feed and printable ASCII), ready for one epoch of the embedded corpus."""
     steps = 465_126 * 9 // 10 // (32 * 64)
     config = Config(
         DataConfig(tokenizer="ascii", unknown="skip"),
@@ -44,7 +44,7 @@ def logits(loaded):
 
 
 @pytest.mark.slow
-def test_in_fine_tuned_out_and_in_again(imported, tmp_path):
+def test_a_fine_tuned_model_is_exported_and_imported_again(imported, tmp_path):
     """Import, sample, an epoch of fine-tuning on the embedded corpus, export, re-import: equal logits throughout."""
     theirs = model.forward(*gpt2.load(TINY), IDX)
     np.testing.assert_array_equal(logits(load_model(imported)), theirs)
@@ -68,7 +68,7 @@ def test_an_import_is_a_run_at_step_0(imported):
     assert json.loads((imported.path / "events.jsonl").read_text())["origin"] == str(TINY)
 
 
-def test_an_export_is_whole_and_says_what_it_is(imported, tmp_path):
+def test_an_export_has_all_files_and_a_model_card(imported, tmp_path):
     folders.export_run(imported, tmp_path / "out")
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["README.md", "config.json", "model.safetensors", "tokens.json"]
@@ -77,7 +77,7 @@ def test_an_export_is_whole_and_says_what_it_is(imported, tmp_path):
         assert said in card
     with pytest.raises(UsageError, match="leave out --checkpoint last"):
         sample.run([str(tmp_path / "out"), "--checkpoint", "last"])
-    with pytest.raises(InteropError, match="exists; give a folder that does not"):
+    with pytest.raises(InteropError, match="exists; give a new folder"):
         folders.export_run(imported, tmp_path / "out")
 
 
@@ -92,17 +92,17 @@ def test_paths_that_are_not_utf8_can_be_trained_on_and_exported_to(tmp_path, cha
     assert "bad\\udcff.txt" in (out / "README.md").read_text("utf-8")
 
 
-def test_damaged_lines_of_metrics_are_no_matter_of_an_export(imported, tmp_path):
+def test_damaged_metrics_do_not_stop_an_export(imported, tmp_path):
     imported.metrics_file.write_text('{"step": 0, "val_loss": 1.0\n')
     folders.export_run(imported, tmp_path / "out")
     assert "not evaluated" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_an_export_comes_back_with_its_own_vocabulary(imported, tmp_path):
+def test_an_imported_export_keeps_its_vocabulary(imported, tmp_path):
     folders.export_run(imported, tmp_path / "out")
     (tmp_path / "text.txt").write_text("a hat on a cat\n" * 60)
     where = tmp_path / "runs", tmp_path / "data"
-    data = DataConfig(corpus=str(tmp_path / "text.txt"), tokenizer="gpt2")  # what import-gpt2 takes if none is named
+    data = DataConfig(corpus=str(tmp_path / "text.txt"), tokenizer="gpt2")  # the default of import-gpt2
     own = folders.import_run(tmp_path / "out", dataclasses.replace(imported.config, data=data), "own", *where)
     assert own.tokenizer.to_json() == imported.tokenizer.to_json()
 
@@ -120,7 +120,7 @@ def with_vocabulary(tmp_path):
     return folder, theirs
 
 
-def test_an_import_takes_the_vocabulary_of_its_folder(with_vocabulary, verse, tmp_path, change):
+def test_an_import_uses_the_vocabulary_of_its_folder(with_vocabulary, verse, tmp_path, change):
     folder, theirs = with_vocabulary
     config = change(FINETUNE, corpus=str(verse))
     where = tmp_path / "runs", tmp_path / "data"
@@ -159,12 +159,12 @@ def test_a_vocabulary_larger_than_the_model_is_refused(imported, tmp_path):
 @pytest.mark.parametrize(
     ("name", "said"), [("no such", "no folder 'no such'"), ("~m", "no folder '~m'"), ("../x/y/z", "no folder")]
 )
-def test_what_is_neither_folder_nor_name(name, said):
+def test_what_is_neither_a_folder_nor_a_model_name_is_refused(name, said):
     with pytest.raises(InteropError, match=said):
         folders.find(name)
 
 
-def test_without_a_network_it_says_what_to_fetch(monkeypatch):
+def test_without_a_network_the_error_names_the_files_to_fetch(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InteropError) as caught:
         folders.find("no-such-owner/no-such-model")
@@ -173,7 +173,7 @@ def test_without_a_network_it_says_what_to_fetch(monkeypatch):
     )
 
 
-def test_the_hub_is_asked_for_the_files_that_are_read(monkeypatch, tmp_path):
+def test_only_the_files_that_are_read_are_downloaded(monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub", reason="needs the extra: pip install 'jaxgpt[hf]'")
     asked = {}
     monkeypatch.setattr(
@@ -184,7 +184,7 @@ def test_the_hub_is_asked_for_the_files_that_are_read(monkeypatch, tmp_path):
     assert "model.safetensors" in asked["allow_patterns"]
 
 
-def test_an_error_of_the_hub_may_have_no_words(monkeypatch):
+def test_an_error_of_the_hub_may_have_no_message(monkeypatch):
     hub = pytest.importorskip("huggingface_hub", reason="needs the extra: pip install 'jaxgpt[hf]'")
 
     def silent(*args, **kwargs):
@@ -196,7 +196,7 @@ def test_an_error_of_the_hub_may_have_no_words(monkeypatch):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_command_makes_its_config_again(name, change):
+def test_the_command_of_a_config_reproduces_it(name, change):
     from jaxgpt import cli
     from jaxgpt.cli import train
 
@@ -214,7 +214,7 @@ def test_a_command_makes_its_config_again(name, change):
     assert given[0].config == config
 
 
-def test_an_imported_run_never_begins_with_random_weights(imported, tmp_path):
+def test_an_imported_run_never_starts_from_random_weights(imported, tmp_path):
     from jaxgpt.cli.runs import corpus_of
     from jaxgpt.run import RunError
 
@@ -223,7 +223,7 @@ def test_an_imported_run_never_begins_with_random_weights(imported, tmp_path):
         fit(imported, corpus_of(imported, tmp_path / "data"))
 
 
-def test_a_kill_in_the_import_leaves_no_run(tmp_path, monkeypatch):
+def test_a_kill_during_import_leaves_no_run(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 

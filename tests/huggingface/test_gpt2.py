@@ -40,14 +40,14 @@ def edit_tensors(folder, change):
 
 
 @pytest.mark.smoke
-def test_logits_and_greedy_continuation_are_hugging_faces():
+def test_logits_and_greedy_continuation_equal_those_of_transformers():
     config, params = gpt2.load(TINY)
     assert config == ModelConfig(
         vocab_size=96, block_size=32, n_layer=2, n_head=4, n_embd=32, bias=True, tie_weights=True, gelu="tanh"
     )
     logits = model.forward(config, params, jnp.asarray(GOLDEN["idx"], jnp.int32))
     np.testing.assert_allclose(logits, GOLDEN["logits"], rtol=1e-4, atol=1e-5 * np.abs(GOLDEN["logits"]).max())
-    # Theirs ended with its first new token, the end-of-text id 0, behind a prompt of five.
+    # After the prompt of 5 tokens, transformers generated one token, the end-of-text id 0.
     prompt, expected = GOLDEN["greedy"][:, :5], GOLDEN["greedy"][:, 5:]
     np.testing.assert_array_equal(prompt, GOLDEN["idx"][:1, :5])
     np.testing.assert_array_equal(generate(config, params, prompt, 1, jax.random.key(0), SamplingParams(0)), expected)
@@ -56,7 +56,7 @@ def test_logits_and_greedy_continuation_are_hugging_faces():
 @pytest.mark.parametrize(
     "options", [{}, {"bias": False}, {"tie_weights": False}, {"gelu": "exact"}, {"scan_layers": True}]
 )
-def test_out_and_in_again_gives_equal_logits(tmp_path, options):
+def test_a_saved_and_loaded_model_gives_equal_logits(tmp_path, options):
     config = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=True)
     config = ModelConfig(**{**vars(config), **options})
     params = jax.tree.map(lambda x: x + 0.1, model.init_params(config, jax.random.key(0)))
@@ -77,7 +77,7 @@ def test_params_come_back_bit_for_bit():
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, template), "exactly the parameters of the model"
 
 
-def test_everything_that_does_not_fit_is_listed_at_once(folder):
+def test_all_tensors_that_do_not_fit_are_listed_at_once(folder):
     def change(tensors):
         tensors["transformer.ln_f.gamma"] = tensors.pop("transformer.ln_f.weight")
         tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:5]
@@ -86,14 +86,14 @@ def test_everything_that_does_not_fit_is_listed_at_once(folder):
     with pytest.raises(InteropError) as caught:
         gpt2.load(folder)
     for said in (
-        "missing   ln_f.weight",
-        "not known 'ln_f.gamma' (32,)",
-        "misshapen wpe.weight: expected (32, 32), found (5, 32)",
+        "missing ln_f.weight",
+        "unknown 'ln_f.gamma' (32,)",
+        "wpe.weight: expected shape (32, 32), found (5, 32)",
     ):
         assert said in str(caught.value)
 
 
-def test_names_without_prefix_masks_and_a_tied_head_stored_twice_are_welcome(folder):
+def test_names_without_prefix_masks_and_a_tied_head_stored_twice_are_accepted(folder):
     def change(tensors):
         for name in list(tensors):
             tensors[name.removeprefix("transformer.")] = tensors.pop(name)
@@ -115,7 +115,7 @@ def test_tied_weights_may_be_stored_under_the_name_of_the_head(folder, prefix):
     edit_tensors(folder, change)
     jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder), gpt2.load(TINY))
     edit_config(folder, tie_word_embeddings=False)
-    with pytest.raises(InteropError, match=r"missing   wte\.weight"):
+    with pytest.raises(InteropError, match=r"missing wte\.weight"):
         gpt2.load(folder)
 
 
@@ -149,7 +149,7 @@ def test_positions_can_be_cropped():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"model_type": "llama"}, "model of type 'llama'"),
+        ({"model_type": "llama"}, "model_type is 'llama', expected 'gpt2'"),
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
         ({"scale_attn_weights": False}, "scale_attn_weights"),
@@ -158,10 +158,10 @@ def test_positions_can_be_cropped():
         ({"n_layer": "2"}, "n_layer is '2'"),
         ({"n_embd": None}, "n_embd is None"),
         ({"n_head": 5}, "must be divisible by n_head 5"),
-        ({"n_layer": 3}, "missing   h.2.attn.c_attn.weight"),
+        ({"n_layer": 3}, "missing h.2.attn.c_attn.weight"),
     ],
 )
-def test_what_gpt2_has_not_is_refused(folder, values, said):
+def test_models_that_are_not_our_gpt2_are_refused(folder, values, said):
     edit_config(folder, **values)
     with pytest.raises(InteropError, match=said):
         gpt2.load(folder)
@@ -172,7 +172,7 @@ def test_what_gpt2_has_not_is_refused(folder, values, said):
     [
         ("config.json", None, "cannot be read"),
         ("config.json", "{", "is not JSON"),
-        ("config.json", "[]", "no JSON object"),
+        ("config.json", "[]", "is not a JSON object"),
         ("model.safetensors", None, "has no file 'model.safetensors'"),
         ("model.safetensors", "{}", "cannot be read"),
     ],
@@ -186,7 +186,7 @@ def test_damage_is_named(folder, name, text, said):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_a_byte_order_mark_is_no_matter(folder, encoding):
+def test_a_byte_order_mark_is_accepted(folder, encoding):
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text, encoding)
     assert gpt2.read_config(folder) == gpt2.read_config(TINY)
@@ -201,7 +201,7 @@ def test_a_byte_order_mark_is_no_matter(folder, encoding):
     ],
 )
 @pytest.mark.parametrize("config", ["with config.json", "without"])
-def test_pickles_are_never_loaded_and_come_with_a_way_to_convert_them(folder, name, said, config):
+def test_pickles_are_refused_with_the_command_that_converts_them(folder, name, said, config):
     (folder / "model.safetensors").rename(folder / name)
     if config == "without":
         (folder / "config.json").unlink()
@@ -213,7 +213,7 @@ def test_pickles_are_never_loaded_and_come_with_a_way_to_convert_them(folder, na
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_converter_of_the_docs_reads_nanogpts_checkpoints(folder, tmp_path, bias):
-    """TINY, turned into what nanoGPT saves and back: linear layers the other way round, a compiled module's names."""
+    """TINY, converted to a nanoGPT checkpoint and back: transposed linear layers, names of a compiled module."""
     torch = pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
     (code,) = re.findall(r"```py\n(.*?)```", (DOCS / "howto" / "checkpoints.md").read_text("utf-8"), re.DOTALL)
     theirs = {name: torch.tensor(x) for name, x in load_file(TINY / "model.safetensors").items()}
@@ -236,7 +236,7 @@ def test_the_converter_of_the_docs_reads_nanogpts_checkpoints(folder, tmp_path, 
 
 def test_a_bigram_cannot_be_exported(tmp_path):
     config = ModelConfig(kind="bigram", vocab_size=5)
-    with pytest.raises(InteropError, match="a bigram is no GPT-2"):
+    with pytest.raises(InteropError, match="a bigram is not a GPT-2"):
         gpt2.save(tmp_path, config, model.init_params(config, jax.random.key(0)))
     assert list(tmp_path.iterdir()) == []
 
@@ -244,7 +244,7 @@ def test_a_bigram_cannot_be_exported(tmp_path):
 @pytest.mark.parametrize(
     "options", [{"position": "rope"}, {"norm": "rms"}, {"n_kv_head": 1}, {"softcap": 15.0}, {"bigram_embed": True}]
 )
-def test_what_gpt2_has_not_cannot_be_exported(tmp_path, options):
+def test_a_model_with_features_that_gpt2_lacks_cannot_be_exported(tmp_path, options):
     config = ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=2, n_embd=8, **options)
     ((name, value),) = options.items()
     with pytest.raises(InteropError, match=f"GPT-2 does not have {name} {value}"):

@@ -12,6 +12,7 @@ import pytest
 
 from jaxgpt.run import Run
 from jaxgpt.serve.app import application, described
+from jaxgpt.serve.batch import Settings
 from jaxgpt.serve.requests import to_write
 from jaxgpt.serve.scheduler import Scheduler
 from jaxgpt.serve.writer import Job, Writer
@@ -21,8 +22,8 @@ from tests.serve.client import JSON, Call, call
 from tests.serve.conftest import LIMITS
 
 
-def test_a_text_is_that_of_the_writer_and_can_be_continued_from_any_token(app, library):
-    """The writer's is that of `generate`: tests/serve/test_writer.py."""
+def test_a_text_equals_that_of_the_writer_and_can_be_continued_from_any_token(app, library):
+    """The writer's text equals that of `generate`: tests/serve/test_writer.py."""
     config, params, tokenizer = load_model(library.run("one"))
     asked = {"run": "one", "prompt": "the cat", "tokens": 30, "temperature": 0.9, "top_k": 5, "seed": 3}
     answer = call(app, "POST", "/api/write", asked)
@@ -32,9 +33,9 @@ def test_a_text_is_that_of_the_writer_and_can_be_continued_from_any_token(app, l
     assert "".join(text for _, text in started["prompt"]) == "the cat"
     ids = tokenizer.encode("the cat").tolist()
     writer, pieces = Writer(config, params, tokenizer.vocab_size, LIMITS.places), []
-    writer.waiting.append(Job(library.run("one"), ids, 30, temperature=0.9, top_k=5, seed=3, put=pieces.append))
-    while writer.jobs:
-        writer.turn()
+    job = Job(library.run("one"), ids, 30, Settings(0.9, 5, 1.0, 0.0), seed=3, put=pieces.append)
+    while not writer.turn([job]):
+        pass
     assert answer.ids == [i for piece in pieces for i in piece.drawn.token.tolist()]
     tokens = [each for name, tree in answer.events if name == "tokens" for each in tree["tokens"]]
     assert "".join(each["text"] for each in tokens) == tokenizer.decode(answer.ids)
@@ -45,7 +46,7 @@ def test_a_text_is_that_of_the_writer_and_can_be_continued_from_any_token(app, l
     assert "".join(text for _, text in again.events[0][1]["prompt"]) == "the cat" + tokenizer.decode(answer.ids[:4])
 
 
-def test_line_ends_of_a_prompt_are_those_of_the_training_text(library):
+def test_line_ends_of_a_prompt_become_those_of_the_training_text(library):
     for prompt in ("the\ncat", "the\r\ncat", "the\rcat"):
         job = to_write(json.dumps({"run": "one", "prompt": prompt}).encode(), library, LIMITS)
         assert job.ids == job.run.tokenizer.encode("the\ncat").tolist()
@@ -60,14 +61,14 @@ def test_a_look(app):
     assert call(app, "POST", "/api/look", {"run": "pairs", "ids": [1, 2, 3]}).tree["attention"] == []
 
 
-def test_parts_of_characters_are_shown_by_their_bytes():
+def test_parts_of_characters_are_shown_as_bytes():
     part, whole = described(ByteTokenizer(), np.array([0xC3, 97]), np.array([0.5, 0.25]))
     assert part == {"id": 0xC3, "text": "", "shown": r"\xc3", "p": 0.5}
     assert whole == {"id": 97, "text": "a", "p": 0.25}
 
 
-def test_a_run_created_anew_is_listed_as_it_is_now(library, app):
-    """Under the name of one that was read, with a smaller vocabulary, which has no line feed."""
+def test_a_run_that_is_created_again_is_listed_as_it_is_now(library, app):
+    """The new run has a smaller vocabulary, without a line feed."""
     shutil.copytree(library.folder / "pairs", library.folder / "anew")
     before = library.run("anew")
     assert library.run("anew") is before
@@ -102,8 +103,8 @@ def test_runs_health_and_the_page(app):
         assert page.headers["x-content-type-options"] == "nosniff"
 
 
-def test_one_request_too_many_is_refused_and_one_that_leaves_makes_room(app, scheduler):
-    """Three requests without end fill all places; a fourth is refused, until the three have left."""
+def test_one_request_too_many_is_refused_and_a_client_that_disconnects_makes_room(app, scheduler):
+    """Three endless requests reach the limit; a fourth is refused until one client disconnects."""
     asked = json.dumps({"run": "one", "prompt": "a", "tokens": 10**6}).encode()
 
     async def story():
@@ -112,10 +113,10 @@ def test_one_request_too_many_is_refused_and_one_that_leaves_makes_room(app, sch
         while not all(b"event: tokens" in each.data for each in calls[:2]):
             await asyncio.sleep(0.01)
         assert scheduler.state["requests"] == 3
-        assert b"event: tokens" not in calls[2].data, "two places: the third waits"
+        assert b"event: tokens" not in calls[2].data, "two rows: the third waits"
         refused = await Call(app, "POST", "/api/write", asked, JSON).run()
         assert (refused.status, refused.headers["retry-after"]) == (429, "1")
-        calls[2].gone.set()  # who leaves while it waits
+        calls[2].gone.set()  # disconnects while it waits
         calls[0].gone.set()
         await tasks[0]
         await tasks[2]
@@ -129,13 +130,13 @@ def test_one_request_too_many_is_refused_and_one_that_leaves_makes_room(app, sch
     async def left(n):
         began = time.monotonic()
         while scheduler.state["requests"] != n:
-            assert time.monotonic() - began < 10, "a place was never given back"
+            assert time.monotonic() - began < 10, "a disconnected client still counts"
             await asyncio.sleep(0.01)
 
     asyncio.run(story())
 
 
-def test_a_client_that_leaves_before_its_look_gives_its_place_back(library):
+def test_a_client_that_disconnects_before_its_look_no_longer_counts(library):
     loaded = threading.Event()
 
     def load(run):
@@ -146,7 +147,7 @@ def test_a_client_that_leaves_before_its_look_gives_its_place_back(library):
     asked = Call(application(library, scheduler), "POST", "/api/look", b'{"run": "one", "ids": [1]}', JSON)
 
     async def story():
-        scheduler.submit(Job(library.run("one"), [1]))  # keeps its thread busy
+        scheduler.submit(Job(library.run("one"), [1]))  # keeps the JAX thread busy
         task = asyncio.create_task(asked.run())
         while scheduler.state["requests"] < 2:
             await asyncio.sleep(0.01)
@@ -163,8 +164,8 @@ def test_a_client_that_leaves_before_its_look_gives_its_place_back(library):
         scheduler.join()
 
 
-def test_a_failure_is_reported_and_the_next_request_loads_the_run_anew(library):
-    """A model that fails, or is not loaded, ends its texts with the reason."""
+def test_a_failure_is_reported_and_the_next_request_loads_the_run_again(library):
+    """A model that fails, or fails to load, ends its texts with the reason."""
     broken = []
 
     def load(run):
@@ -181,7 +182,7 @@ def test_a_failure_is_reported_and_the_next_request_loads_the_run_anew(library):
     try:
         app = application(library, scheduler)
         asked = {"run": "one", "prompt": "a", "tokens": 2}
-        for said in ("one: no memory", "one failed: ", '"error": ""'):
+        for said in ("one failed: no memory", "one failed: ", '"error": ""'):
             answer = call(app, "POST", "/api/write", asked)
             assert (answer.status, answer.events[-1][0], said in answer.data.decode()) == (200, "end", True)
         assert scheduler.state["requests"] == 0

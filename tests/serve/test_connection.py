@@ -10,15 +10,14 @@ import time
 import pytest
 import uvicorn
 
-from jaxgpt.serve import limits
-from jaxgpt.serve.connection import Connections
+from jaxgpt.serve import connection, limits
 from tests.serve import load
 
 ASKED = b"GET /%s HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 
 async def app(scope, receive, send):
-    """At /more an answer without end, at /late one that comes late, elsewhere a short one."""
+    """Answers /more endlessly, /late late, and anything else at once."""
     more = scope["path"] == "/more"
     if scope["path"] == "/late":
         await asyncio.sleep(0.6)
@@ -42,12 +41,10 @@ async def left(receive):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server of at most 4 connections, each of which is waited for for 0.3 s."""
+    """A server with at most 4 connections and a timeout of 0.3 s."""
     monkeypatch.setattr(limits, "TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        connections = Connections(4)
-        server = uvicorn.Server(connections.config(app, log_level="critical"))
-        server.connections = connections
+        server = uvicorn.Server(connection.config(app, 4, log_level="critical"))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         server.address = listening.getsockname()
@@ -78,14 +75,14 @@ def disconnected(client):
 
 
 def test_idle_clients_do_not_lock_out_others(server, monkeypatch):
-    """Where there are more than there may be, one makes room for each who comes."""
+    """At the limit, an idle connection is closed for each new one."""
     monkeypatch.setattr(limits, "TIMEOUT", 60)
     with contextlib.ExitStack() as stack:
         for i in range(12):
             stack.enter_context(connected(server, b"GET /" * (i % 2)))
         for _ in range(3):
             assert load.first_run(f"http://127.0.0.1:{server.address[1]}/") == "good"
-        assert len(server.connections) <= 4
+        assert len(server.server_state.connections) <= 4
 
 
 def test_a_client_that_sends_no_complete_request_is_disconnected(server):
@@ -94,14 +91,14 @@ def test_a_client_that_sends_no_complete_request_is_disconnected(server):
         for said in (b"", b"GET / HTTP/1.1\r\nhost: loc", ASKED % b"" + b"GET"):
             stack.enter_context(connected(server, said))
         last = stack.enter_context(connected(server, ASKED % b"late"))
-        assert last.recv(2**16).startswith(b"HTTP/1.1 200 OK"), "who waits for the server is not"
+        assert last.recv(2**16).startswith(b"HTTP/1.1 200 OK"), "a client that waits for the server is not disconnected"
         assert 0.5 < time.monotonic() - began < 5
-        assert len(server.connections) == 1
+        assert len(server.server_state.connections) == 1
         assert disconnected(last)
 
 
 def test_a_body_after_the_response_keeps_no_connection_open(server):
-    """Piece by piece, to a server that has answered: no piece is a new request."""
+    """Its bytes come one by one after the response, and none of them begins a new request."""
     with connected(server, b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n") as client:
         began = time.monotonic()
         with contextlib.suppress(OSError):
@@ -112,11 +109,11 @@ def test_a_body_after_the_response_keeps_no_connection_open(server):
 
 
 def test_a_client_that_reads_nothing_is_disconnected_and_a_slow_one_is_not(server):
-    """The slow one takes less than a piece in the time that is waited for it."""
+    """The slow client reads less than one chunk of the response per timeout."""
     with connected(server, ASKED % b"more") as stuck, connected(server, ASKED % b"more") as slow:
         began = time.monotonic()
         while time.monotonic() - began < 1:
             assert slow.recv(2**17)
             time.sleep(0.02)
-        assert len(server.connections) == 1, "the stuck one is gone"
+        assert len(server.server_state.connections) == 1, "the stuck one is gone"
         assert disconnected(stuck)

@@ -1,4 +1,4 @@
-"""Requests that the application refuses, and that none breaks it."""
+"""The application refuses bad requests, and no request breaks it."""
 
 import asyncio
 import json
@@ -48,15 +48,15 @@ def test_bad_requests_are_refused_with_the_reason(app, scheduler, tree, status, 
     assert scheduler.state["requests"] == 0
 
 
-def test_looks_of_a_wrong_length_are_refused(app):
+def test_looks_at_too_few_or_too_many_ids_are_refused(app):
     for ids, status, said in (([], 400, "at least one"), ([0] * 9, 413, "at most 8")):
         answer = call(app, "POST", "/api/look", {"run": "one", "ids": ids})
         assert answer.status == status
         assert said in answer.tree["error"]
 
 
-def test_looks_into_too_much_are_refused(app, monkeypatch):
-    asked = {"run": "one", "ids": [1, 2, 3]}  # in the 8 places of block_size, by 2 heads of 1 layer
+def test_looks_whose_attention_maps_are_too_large_are_refused(app, monkeypatch):
+    asked = {"run": "one", "ids": [1, 2, 3]}  # padded to block_size 8; 1 layer of 2 heads
     for most, status in ((3 * 2 * 8 * 8, 200), (3 * 2 * 8 * 8 - 1, 400)):
         monkeypatch.setattr(requests, "MAX_MAPS", most)
         answer = call(app, "POST", "/api/look", asked)
@@ -107,7 +107,7 @@ values = st.recursive(
 
 
 def mostly(good, other=values):
-    """A plausible value, and one time in four anything."""
+    """A plausible value; one time in four anything."""
     return st.integers(0, 3).flatmap(lambda which: good if which else other)
 
 
@@ -156,7 +156,7 @@ headers = st.dictionaries(st.sampled_from(["host", "origin", "content-type", "au
     leave=st.booleans(),
     headers=mostly(st.just({}), headers),
 )
-def test_no_request_breaks_it(library, scheduler, ask, method, leave, headers):
+def test_no_request_breaks_the_application(library, scheduler, ask, method, leave, headers):
     path, body = ask
     try:
         asked = json.loads(body)

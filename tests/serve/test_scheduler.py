@@ -1,4 +1,4 @@
-"""The thread that runs JAX, with stand-ins for the models: which ones it holds."""
+"""Which models the JAX thread loads and keeps, with stand-ins for them."""
 
 import contextlib
 import queue
@@ -15,20 +15,11 @@ RUN, OTHER = Served(Path("one"), 1), Served(Path("other"), 1)
 
 
 class Model:
-    """Ends looks at once, and texts never."""
+    """Ends looks at once and texts never."""
 
-    def __init__(self):
-        self.waiting = []
-
-    @property
-    def jobs(self):
-        return [job for job in self.waiting if not job.cancelled]
-
-    def turn(self):
-        looks = [job for job in self.jobs if not job.tokens]
-        self.waiting = [job for job in self.jobs if job.tokens]
+    def turn(self, jobs):
         time.sleep(0.001)
-        return looks
+        return [job for job in jobs if not job.tokens]
 
 
 @contextlib.contextmanager
@@ -62,7 +53,7 @@ def test_a_cancelled_job_loads_nothing():
     assert loads == [RUN]
 
 
-def test_a_run_made_anew_is_another_and_few_are_held():
+def test_a_run_created_again_is_another_and_few_models_are_kept():
     loads, ended = [], queue.Queue()
 
     def load(run):
@@ -78,7 +69,8 @@ def test_a_run_made_anew_is_another_and_few_are_held():
         jobs = [Job(run, [0], 9) for run in runs]
         for job in jobs:
             scheduler.submit(job)
-        assert look(scheduler, Served(Path("one"), 0)) == End()
+        for made in range(MODELS):
+            assert look(scheduler, Served(Path("one"), made)) == End()
         assert loads == runs, "each once"
         assert look(scheduler, last) == End(f"{MODELS} other models are in use, which is the limit: try again soon")
         scheduler.cancel(jobs[1])

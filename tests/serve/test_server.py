@@ -1,4 +1,4 @@
-"""The server as a process: refusals at the start, 32 clients at once, and its end."""
+"""The server process: options that it refuses, 32 clients at once, and shutdown."""
 
 import importlib.machinery
 import importlib.util
@@ -17,7 +17,7 @@ from tests.processes import serving
 from tests.serve import load
 
 
-def test_many_clients_lose_nothing_and_a_signal_ends_it_while_they_read(runs):
+def test_many_clients_lose_nothing_and_a_signal_stops_the_server_while_they_read(runs):
     with serving("cat", "--runs-dir", runs, "--max-tokens", 10**6) as (process, address):
         where = urlsplit(address)
         silent = [socket.create_connection((where.hostname, where.port)) for _ in range(200)]
@@ -27,7 +27,7 @@ def test_many_clients_lose_nothing_and_a_signal_ends_it_while_they_read(runs):
         assert not tally.faults
         assert tally.texts >= 32
         assert {seed: len(texts) for seed, texts in tally.by_seed.items()} == {0: 1, 1: 1, 2: 1, 3: 1}
-        assert load.resident(process.pid) < before + 4 * 2**20, "of about 30 KiB a text, were they kept"
+        assert load.resident(process.pid) < before + 4 * 2**20, "a text that is kept takes about 30 KiB"
         for client in silent:
             client.close()
         reading = [load.write(address, {"run": "cat", "prompt": "the", "tokens": 10**6}) for _ in range(3)]
@@ -46,8 +46,8 @@ def test_many_clients_lose_nothing_and_a_signal_ends_it_while_they_read(runs):
     ("growth", "code", "fault", "result"),
     [(0, 0, "", 0), (17 * 2**20, 0, "", 1), (0, 1, "", 1), (0, 0, "broken", 1)],
 )
-def test_serve_load_fails_where_the_server_leaks_ends_badly_or_loses_a_text(monkeypatch, growth, code, fault, result):
-    """On a stand-in for a server of a folder with two runs."""
+def test_serve_load_fails_if_the_server_leaks_exits_badly_or_loses_a_text(monkeypatch, growth, code, fault, result):
+    """With a stand-in for a server of two runs."""
     path = str(Path(__file__).parents[2] / "scripts" / "serve_load")
     loader = importlib.machinery.SourceFileLoader("serve_load", path)
     script = importlib.util.module_from_spec(importlib.util.spec_from_loader("serve_load", loader))
@@ -86,8 +86,8 @@ def test_serve_load_fails_where_the_server_leaks_ends_badly_or_loses_a_text(monk
         (["none"], "no run 'none' in runs"),
         (["RUNS", "--host", "0.0.0.0"], "other machines can reach 0.0.0.0: set a token"),
         (["RUNS", "--host", "example.org"], "other machines can reach example.org"),
-        (["RUNS", "--token", "short"], "the token is too easy"),
-        (["RUNS", "--token", "a token with blanks in it"], "the token is too easy"),
+        (["RUNS", "--token", "short"], "the token is too weak"),
+        (["RUNS", "--token", "a token with blanks in it"], "the token is too weak"),
         (["RUNS", "--port", "70000"], "port is 70000"),
         (["RUNS", "--places", "0"], "places is 0, expected 1 or more"),
     ],
@@ -100,7 +100,7 @@ def test_it_refuses_to_start(tmp_path, monkeypatch, capsys, words, said):
     assert said in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken(tmp_path, capsys):
+def test_a_taken_port_is_refused(tmp_path, capsys):
     (tmp_path / "one").mkdir()
     (tmp_path / "one/config.json").write_text("{}")
     with socket.create_server(("127.0.0.1", 0)) as other:

@@ -1,4 +1,4 @@
-"""What one gets is what `generate` gives: alone or beside others, whatever these ask for, come and go."""
+"""A job gets the tokens of `generate`, alone or in a batch, whatever the other jobs are and when they come and go."""
 
 import itertools
 from functools import partial
@@ -12,15 +12,16 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.diagnostics import inside
 from jaxgpt.sample import SamplingParams, checked, generate, next_tokens
 from jaxgpt.serve import batch
+from jaxgpt.serve.batch import Settings
 from jaxgpt.serve.writer import End, Job, Looked, Piece, Writer
 
-SHARP = {"temperature": 1.2, "top_k": 7, "top_p": 0.9, "min_p": 0.05}
-ASKED = [  # prompt length, tokens, settings
-    (1, 30, {"temperature": 0.0}),
-    (3, 41, SHARP | {"seed": 1}),
-    (8, 20, SHARP | {"seed": 2}),
-    (30, 25, SHARP | {"seed": 2**32 - 1}),
-    (5, 1, {"temperature": 0.0}),
+GREEDY, SHARP = Settings(0.0, 0, 1.0, 0.0), Settings(1.2, 7, 0.9, 0.05)
+ASKED = [  # prompt length, tokens, settings, seed
+    (1, 30, GREEDY, 1337),
+    (3, 41, SHARP, 1),
+    (8, 20, SHARP, 2),
+    (30, 25, SHARP, 2**32 - 1),
+    (5, 1, GREEDY, 1337),
 ]
 
 
@@ -30,7 +31,7 @@ def models():
     for position in ("learned", "rope"):
         config = ModelConfig(vocab_size=13, block_size=8, n_layer=1, n_head=2, n_embd=16, position=position)
         params = jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0))
-        found[position] = config, jax.tree.map(lambda x: 8 * x, params)  # far from a uniform guess: a fault shows
+        found[position] = config, jax.tree.map(lambda x: 8 * x, params)  # far from uniform, so that errors show
     return found
 
 
@@ -43,28 +44,29 @@ def softmax(logits):
 
 
 def asked(i, kinds=ASKED):
-    length, tokens, how = kinds[i % len(kinds)]
-    return Job("run", np.random.default_rng(i).integers(0, 12, length).tolist(), tokens, **how)
+    length, *how = kinds[i % len(kinds)]
+    return Job("run", np.random.default_rng(i).integers(0, 12, length).tolist(), *how)
 
 
 def alone(model, job):
-    """What `generate` returns, from the first 12 ids alone."""
-    sampling = SamplingParams(job.temperature, job.top_k, job.top_p, job.min_p, n_ids=12)
+    """The tokens of `generate` for this job alone, restricted to the first 12 ids."""
+    sampling = SamplingParams(*job.settings, n_ids=12)
     return generate(*model, [job.ids], job.tokens, jax.random.key(job.seed), sampling)[0].tolist()
 
 
-def messages(jobs, writer, before_turn=lambda turn: None):
-    """What is sent to each job, until all have ended."""
+def messages(jobs, writer, cancelled=None):
+    """The messages to each job, until all have ended; one may be cancelled after two turns."""
     sent = [[] for _ in jobs]
     for job, mine in zip(jobs, sent, strict=True):
         job.put = mine.append
-    writer.waiting.extend(jobs)
     for turn in range(500):
-        before_turn(turn)
-        if not writer.jobs:
+        jobs = [job for job in jobs if turn < 2 or job is not cancelled]
+        if not jobs:
             return sent
-        for job in writer.turn():
+        done = writer.turn(jobs)
+        for job in done:
             job.put(End())
+        jobs = [job for job in jobs if job not in done]
     raise AssertionError("it never ends")
 
 
@@ -73,10 +75,10 @@ def ids(pieces):
 
 
 @pytest.mark.parametrize(
-    ("position", "kinds"), [("learned", 2 * ASKED), ("rope", [(2 + 3 * i, 30, SHARP | {"seed": i}) for i in range(4)])]
+    ("position", "kinds"), [("learned", 2 * ASKED), ("rope", [(2 + 3 * i, 30, SHARP, i) for i in range(4)])]
 )
-def test_every_job_gets_what_generate_gives_also_where_places_are_few(models, position, kinds):
-    """More than the 3 places: they wait, enter rows that others left, and are read beside those that decode."""
+def test_every_job_gets_the_tokens_of_generate_with_fewer_rows_than_jobs(models, position, kinds):
+    """With 3 rows, jobs wait, take rows that others left, and are read while others decode."""
     model = models[position]
     jobs = [asked(i, kinds) for i in range(len(kinds))]
     expected = [alone(model, job) for job in jobs]
@@ -95,30 +97,24 @@ def test_a_cancelled_job_makes_room_and_changes_nothing_for_the_others(models):
     writer = Writer(*model, 12, 3)
     jobs = [asked(1), Job("run", [1], 10**6), asked(0), asked(1)]
     expected = [alone(model, job) if job.tokens < 100 else None for job in jobs]
-
-    def leave(turn):
-        jobs[1].cancelled = turn >= 2
-
-    sent = messages(jobs, writer, leave)
+    sent = messages(jobs, writer, jobs[1])
     assert not any(isinstance(each, End) for each in sent[1])
     assert 0 < len(ids(sent[1])) < 100
     for i in (0, 2, 3):
         assert ids(sent[i]) == expected[i]
-    assert not writer.jobs
 
 
-def test_a_turn_answers_one_look_that_somebody_waits_for(models):
+def test_a_turn_answers_one_look(models):
     writer, answered = Writer(*models["learned"], 12, 3), []
     text = Job("run", [1], 10**6, put=lambda piece: answered.append("text"))
     looks = [Job("run", [i], put=lambda looked, i=i: answered.append(i)) for i in range(6)]
-    for i in (2, 3, 4):
-        looks[i].cancelled = True
-    writer.waiting.extend([*looks, text])
+    jobs = [looks[0], looks[1], looks[5], text]  # the others were cancelled
     for _ in range(3):
-        assert len(writer.turn()) == 1
+        (done,) = writer.turn(jobs)
+        jobs.remove(done)
     assert [each for each in answered if each != "text"] == [0, 1, 5]
-    assert all("text" in pair for pair in itertools.pairwise(answered)), "a text waits for one look at most"
-    assert writer.turn() == []
+    assert all("text" in pair for pair in itertools.pairwise(answered)), "a text waits for at most one look"
+    assert writer.turn(jobs) == []
 
 
 def test_a_look_that_fails_leaves_the_texts(models, monkeypatch):
@@ -132,7 +128,7 @@ def test_a_look_that_fails_leaves_the_texts(models, monkeypatch):
 
 
 def test_probabilities_are_those_of_forward(models):
-    """Before any filter; and `first` is where the context begins."""
+    """Before temperature and filters; and `first` is where the context begins."""
     config, params = models["learned"]
     (sent,) = messages([job := asked(3)], Writer(config, params, 12, 3))
     at = 30
@@ -150,16 +146,15 @@ def test_probabilities_are_those_of_forward(models):
     assert at == len(job.ids) == 30 + 25
 
 
-def test_each_row_draws_as_its_own_settings_say():
-    """120 rows with ten different settings at once, against `next_tokens` with one after another."""
+def test_each_row_draws_with_its_own_settings():
+    """120 rows with ten different settings at once, against `next_tokens` with one setting at a time."""
     rng = np.random.default_rng(0)
     settings = [(0.0, 3, 0.5, 1.0), (1.0, 0, 1.0, 0.0), (0.3, 0, 0.5, 0.0), (1.0, 3, 1.0, 0.0), (1.0, 50, 1.0, 0.0)]
     settings += [(1.0, 3, 0.5, 0.2), (2.0, 0, 1e-6, 0.0), (1.0, 0, 1.0, 0.2), (1.0, 0, 1.0, 1.0), (1.0, 19, 1.0, 0.0)]
     logits = rng.normal(size=(120, 20)).astype(np.float32) * 3
     keys = jax.random.split(jax.random.key(0), 120)
-    columns = zip(*(settings[i % 10] for i in range(120)), strict=True)
-    how = batch.Settings(*(np.array(each, dtype) for each, dtype in zip(columns, batch.DTYPES, strict=True)))
-    got = jax.jit(batch._draw, static_argnums=0)(18, logits, keys, how).token
+    columns = Settings(*(np.array(column) for column in zip(*12 * settings, strict=True)))
+    got = jax.jit(batch._draw, static_argnums=0)(18, logits, keys, columns).token
     for i, setting in enumerate(settings):
         expected = next_tokens(checked(SamplingParams(*setting)), logits[i::10, :18], keys[i::10])
         np.testing.assert_array_equal(got[i::10], expected)
@@ -180,7 +175,7 @@ def test_a_look_shows_the_attention_of_the_last_token(models):
 
 
 def test_a_look_holds_no_more_than_its_limit_counts():
-    """The maps of all layers, and twice those of one; not all of them twice. `requests.MAX_MAPS` limits this."""
+    """The maps of all layers and two more copies of one layer's. `requests.MAX_MAPS` limits this."""
     L, H, T = 10, 16, 64
     config = ModelConfig(vocab_size=13, block_size=T, n_layer=L, n_head=H, n_embd=2 * H)
     params = jax.eval_shape(partial(model.init_params, config), jax.random.key(0))

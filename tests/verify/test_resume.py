@@ -1,4 +1,4 @@
-"""verify-resume finds a changed bit, a lost line, a repeated line."""
+"""verify-resume finds a changed bit, a lost line and a repeated line."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from jaxgpt.sharding import one_device
 from jaxgpt.step import abstract_state
 from jaxgpt.train import fit
 from jaxgpt.verify import resume as verify
-from jaxgpt.verify.resume import Kill, compare, scaled_down, verify_resume
+from jaxgpt.verify.resume import compare, counts, scaled_down, verify_resume
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def pair(config, tmp_path):
     return run, Run(tmp_path / "runs" / "b")
 
 
-def test_equal_runs_are_found_equal(pair):
+def test_equal_runs_compare_equal(pair):
     verdict = compare(*pair)
     assert verdict.difference is None
     assert verdict.lines == 23
@@ -85,7 +85,7 @@ def test_equal_runs_that_both_lost_a_step_are_not_accepted(pair):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_can_be_verified_in_part(name):
+def test_the_start_of_every_recipe_can_be_verified(name):
     config = RECIPES[name].config
     part = check(scaled_down(config))
     assert part.optimizer.decay_steps == config.train.steps
@@ -109,7 +109,8 @@ class Stopped(Exception):
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
-    """trained(STOP, ...): processes that train a run in this process, each until STOP(event), or to its end (None)."""
+    """trained(STOP, ...) replaces the training processes: each trains in this process until STOP(event), or if None to
+    the end."""
 
     def planned(*stops):
         left = iter(stops)
@@ -183,10 +184,10 @@ def test_a_kill_after_which_nothing_is_computed_again_does_not_count(
     assert (f"killed at {again}\n" in out) == (between_saves in stops)
 
 
-def test_a_kill_counts_where_the_next_process_has_steps_to_compute_again():
-    assert Kill(30, 20).counts
-    assert not Kill(20, 20).counts
-    assert not Kill(15, 0).counts, "nothing was resumed"
+def test_a_kill_counts_if_the_next_process_computes_steps_again():
+    assert counts(30, 20)
+    assert not counts(20, 20)
+    assert not counts(15, 0), "nothing was resumed"
 
 
 @pytest.mark.parametrize(
@@ -197,12 +198,12 @@ def test_a_kill_counts_where_the_next_process_has_steps_to_compute_again():
         (["--eval-every", "300"], "eval_every is 300, expected 1 to 299"),
     ],
 )
-def test_what_would_show_nothing_is_refused(flags, said, verse, capsys):
+def test_options_that_would_test_nothing_are_refused(flags, said, verse, capsys):
     assert run_command(["verify-resume", "gpt-demo", "--corpus", str(verse), *flags]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_a_run_that_fails_by_itself_is_reported(config, tmp_path):
+def test_a_training_process_that_fails_is_reported(config, tmp_path):
     broken = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e38))
     with pytest.raises(RuntimeError, match=r"(?s)failed with exit code 1.*steps in a row were skipped"):
         verify_resume(broken, tmp_path / "runs", tmp_path / "data", 1, 0, print)
