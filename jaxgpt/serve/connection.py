@@ -6,67 +6,81 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jaxgpt.serve import limits
 
 
-def config(app: ASGIApp, max_connections: int, log_level: str = "warning") -> uvicorn.Config:
-    """The settings of a server that has at most `max_connections` open connections, each a `Connection`."""
-    return uvicorn.Config(
-        app,
-        http=partial(Connection, max_connections),  # type: ignore[arg-type]
-        ws="none",
-        lifespan="off",
-        log_level=log_level,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
+class Connections(dict[tuple[str, int], "Connection"]):
+    """The open connections by client address, at most `max_connections` of them.
 
-
-class Connection(H11Protocol):
-    """A connection that is closed when its client has sent no complete request, or has read nothing of a response, for
-    TIMEOUT seconds.
-
-    If there are more than `max_connections`, the one whose client has been idle for longest is closed, so that idle
-    clients cannot lock out others.
+    A connection is closed when its client has sent no complete request, or has read nothing of a response, for TIMEOUT
+    seconds. If there are too many, the one whose client has been idle for longest is closed, so that idle clients
+    cannot lock out others.
     """
 
-    def __init__(self, max_connections: int, **options: Any):
-        super().__init__(**options)
+    def __init__(self, max_connections: int):
+        super().__init__()
         self.max_connections = max_connections
+
+    def config(self, app: ASGIApp, log_level: str = "warning") -> uvicorn.Config:
+        """The settings of a server of `app` whose connections these are."""
+
+        async def tracked(scope: Scope, receive: Receive, send: Send) -> None:
+            connection = self[scope["client"]]
+            connection.set(answering=True)
+            try:
+                await app(scope, receive, send)
+            finally:
+                connection.set(answering=False)
+
+        config = uvicorn.Config(
+            tracked,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_level=log_level,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+        )
+        config.load()
+        wrapped: Any = partial(Connection, self, config.http_protocol_class)
+        config.http_protocol_class = wrapped
+        return config
+
+
+class Connection(asyncio.Protocol):
+    """Wraps uvicorn's `protocol`."""
+
+    def __init__(self, others: Connections, protocol: Any, **options: Any):
+        self.others, self.http = others, protocol(**options)
         self.answering = self.paused = False
         self.timer: asyncio.TimerHandle | None = None
         """Closes the connection; None while the client waits for the server."""
-        self.app, self.inner = self.track, self.app
-
-    async def track(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.set(answering=True)
-        try:
-            await self.inner(scope, receive, send)
-        finally:
-            self.set(answering=False)
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        self.transport, self.address = transport, transport.get_extra_info("peername")[:2]
+        self.http.connection_made(transport)
+        self.others[self.address] = self
         self.set()
-        connections: Any = self.connections  # all that are open
-        if len(connections) > self.max_connections:
-            idle = [other for other in connections if other.timer]
-            min(idle, key=lambda other: (other.timer.when(), other is self)).close()
+        if len(self.others) > self.others.max_connections:
+            idle = [(other.timer.when(), other) for other in self.others.values() if other.timer]
+            min(idle, key=lambda pair: pair[0])[1].close()  # of equal times, the first
 
     def connection_lost(self, error: Exception | None) -> None:
         self.close()
-        super().connection_lost(error)
+        self.http.connection_lost(error)
+
+    def data_received(self, data: bytes) -> None:
+        self.http.data_received(data)
 
     def pause_writing(self) -> None:
-        super().pause_writing()
+        self.http.pause_writing()
         self.set(paused=True)
 
     def resume_writing(self) -> None:
-        super().resume_writing()
+        self.http.resume_writing()
         self.set(paused=False)
 
     def set(self, **state: bool) -> None:
@@ -91,5 +105,5 @@ class Connection(H11Protocol):
         """Close at once: a graceful close would wait until the client has read the rest."""
         if self.timer:
             self.timer.cancel()
-            self.timer = None
+        self.others.pop(self.address, None)
         self.transport.abort()

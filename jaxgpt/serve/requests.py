@@ -35,7 +35,13 @@ def to_write(body: bytes, library: Library, limits: Limits) -> Job:
     else:
         ids = _encoded(prompt, run.tokenizer, limits.max_prompt)
     given = {name: _number(name, tree.get(name, default), type(default)) for name, default in DEFAULTS.items()}
-    for name, low, high in (("tokens", 1, limits.max_tokens), ("seed", 0, 2**32 - 1), ("temperature", 0, 1000)):
+    ranges = {
+        "tokens": (1, limits.max_tokens),
+        "seed": (0, 2**32 - 1),
+        "temperature": (0, 1000),
+        "top_k": (0, 2**31 - 1),
+    }
+    for name, (low, high) in ranges.items():
         if not low <= given[name] <= high:
             raise HTTPException(400, f"{name} is {given[name]}, expected {low} to {high}")
     settings = Settings(*(given[name] for name in Settings._fields))

@@ -9,9 +9,9 @@ from typing import Any
 import uvicorn
 
 from jaxgpt.config import UsageError
-from jaxgpt.serve import connection
 from jaxgpt.serve.app import application
 from jaxgpt.serve.cli import Serve
+from jaxgpt.serve.connection import Connections
 from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.scheduler import Scheduler
 from jaxgpt.serve.writer import Job, Writer
@@ -47,7 +47,7 @@ def serve(options: Serve) -> None:
             scheduler.stop()
 
     app = application(library, scheduler, {host, *options.allow_host}, token)
-    server = Server(connection.config(app, limits.max_requests + 99))
+    server = Server(Connections(limits.max_requests + 99).config(app))
     if library.only:  # load it and compile its programs before the first request
         scheduler.submit(Job(library.run(library.only), [0], tokens=2))
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"

@@ -10,7 +10,8 @@ import time
 import pytest
 import uvicorn
 
-from jaxgpt.serve import connection, limits
+from jaxgpt.serve import limits
+from jaxgpt.serve.connection import Connections
 from tests.serve import load
 
 ASKED = b"GET /%s HTTP/1.1\r\nhost: localhost\r\n\r\n"
@@ -44,7 +45,9 @@ def server(monkeypatch):
     """A server with at most 4 connections and a timeout of 0.3 s."""
     monkeypatch.setattr(limits, "TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(connection.config(app, 4, log_level="critical"))
+        connections = Connections(4)
+        server = uvicorn.Server(connections.config(app, log_level="critical"))
+        server.connections = connections
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         server.address = listening.getsockname()
@@ -82,7 +85,7 @@ def test_idle_clients_do_not_lock_out_others(server, monkeypatch):
             stack.enter_context(connected(server, b"GET /" * (i % 2)))
         for _ in range(3):
             assert load.first_run(f"http://127.0.0.1:{server.address[1]}/") == "good"
-        assert len(server.server_state.connections) <= 4
+        assert len(server.connections) <= 4
 
 
 def test_a_client_that_sends_no_complete_request_is_disconnected(server):
@@ -93,7 +96,7 @@ def test_a_client_that_sends_no_complete_request_is_disconnected(server):
         last = stack.enter_context(connected(server, ASKED % b"late"))
         assert last.recv(2**16).startswith(b"HTTP/1.1 200 OK"), "a client that waits for the server is not disconnected"
         assert 0.5 < time.monotonic() - began < 5
-        assert len(server.server_state.connections) == 1
+        assert len(server.connections) == 1
         assert disconnected(last)
 
 
@@ -115,5 +118,5 @@ def test_a_client_that_reads_nothing_is_disconnected_and_a_slow_one_is_not(serve
         while time.monotonic() - began < 1:
             assert slow.recv(2**17)
             time.sleep(0.02)
-        assert len(server.server_state.connections) == 1, "the stuck one is gone"
+        assert len(server.connections) == 1, "the stuck one is gone"
         assert disconnected(stuck)

@@ -33,6 +33,7 @@ BAD = [
     ({"run": "one", "prompt": "a", "tokens": 10**6 + 1}, 400, "tokens is 1000001"),
     ({"run": "one", "prompt": "a", "tokens": 2.0}, 400, "expected a whole number"),
     ({"run": "one", "prompt": "a", "temperature": float("nan")}, 400, "temperature is nan"),
+    ({"run": "one", "prompt": "a", "top_k": 2**31}, 400, "top_k is 2147483648, expected 0 to 2147483647"),
     ({"run": "one", "prompt": "a", "temperature": 1e300}, 400, "expected 0 to 1000"),
     ({"run": "one", "prompt": "a", "temperature": 10**400}, 400, "expected a number"),
     ({"run": "one", "prompt": "a", "top_p": 0}, 400, "top_p is 0"),
