@@ -1,8 +1,7 @@
 """`jaxgpt plan`: whether a recipe fits on devices that are not attached, and how fast it might run."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -10,6 +9,9 @@ from jaxgpt.cli import COMMANDS
 from jaxgpt.cli.options import parse, refuse_unused, take_recipe
 from jaxgpt.config import Config, UsageError, check
 from jaxgpt.recipes import recipe
+
+if TYPE_CHECKING:
+    from jaxgpt.monitor.terminal import RunConsole
 
 SHOWN = 10
 """Rows of a ranking."""
@@ -58,31 +60,31 @@ def run(args: list[str]) -> int:
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for TPUs needs no TPU
     from jaxgpt.monitor.terminal import RunConsole
-    from jaxgpt.plan import plan
 
-    console, all_fit = RunConsole(), True
-    for line, fits in _estimated(given, plan.resolved(config)) if given.chips else _compiled(given, config):
-        console.print(line)
-        all_fit &= fits
-    return 0 if all_fit else 1
+    fits = (_estimate if given.chips else _compile)(given, config, RunConsole())
+    return 0 if fits else 1
 
 
-def _estimated(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
-    """Lines to print, each with whether the step fits."""
+def _estimate(given: PlanOptions, config: Config, console: "RunConsole") -> bool:
+    """Print the estimate for --chips and --mesh, or a ranking of meshes; return whether the step, or the best, fits."""
     from jaxgpt.plan import plan, view
     from jaxgpt.sharding import Sizes
 
-    chip = plan.chip(given.chip)
+    chip, config = plan.chip(given.chip), plan.resolved(config)
     if given.mesh != "auto":
         step = plan.estimated(config, chip, Sizes.parse(given.mesh), given.chips)
-        yield from ((line, step.fits) for line in view.estimated(config, given.chip, step))
-        return
-    batches, shown = plan.batches(config) if given.sweep else (), SHOWN if len(given.chips) == 1 else 1
-    steps = [step for n in given.chips for step in plan.ranked(config, chip, n, batches)[:shown]]
-    yield from ((line, steps[0][1].fits) for line in view.table(steps))
+        lines = view.estimated(given.chip, step)
+    else:
+        shown = SHOWN if len(given.chips) == 1 else 1
+        steps = [step for n in given.chips for step in plan.ranked(config, chip, n, given.sweep)[:shown]]
+        step, lines = steps[0], view.table(steps)
+    console.print(*lines, sep="\n")
+    return step.fits
 
 
-def _compiled(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
+def _compile(given: PlanOptions, config: Config, console: "RunConsole") -> bool:
+    """Compile the step for --topology, with --sweep on the best mesh of a ranking, and print it; return whether it
+    fits. If it is too large for the compiler, print the estimate."""
     from jaxgpt.plan import plan, view
     from jaxgpt.plan.estimate import estimate
     from jaxgpt.sharding import Sizes
@@ -93,16 +95,16 @@ def _compiled(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
     if given.sweep:
         if chip is None:
             raise UsageError("--sweep ranks by the rates of chips, which virtual devices lack: give a TPU's --topology")
-        steps = plan.ranked(config, chip, len(devices), plan.batches(config))
-        yield from ((line, True) for line in view.table(steps[:SHOWN]))
-        config, asked = steps[0][0], steps[0][1].sizes
+        steps = plan.ranked(config, chip, len(devices), sweep=True)
+        console.print(*view.table(steps[:SHOWN]), sep="\n")
+        config, asked = steps[0].config, steps[0].sizes
     sizes = plan.mesh(config, chip, devices, asked)
     try:
         found = plan.plan(config, chip, devices, sizes)
     except plan.TooLargeError as error:
         if chip is None:
             raise
-        guess = estimate(config, chip, sizes)
-        yield from ((line, False) for line in view.estimated(config, f"of {given.topology}", guess, str(error)))
-    else:
-        yield from ((line, found.step.fits) for line in view.compiled(config, given.topology, found))
+        console.print(*view.estimated(given.topology, estimate(config, chip, sizes), str(error)), sep="\n")
+        return False
+    console.print(*view.compiled(given.topology, found), sep="\n")
+    return found.step.fits
