@@ -26,19 +26,14 @@ TILE = 16
 class Step:
     """A training step on a mesh. Bytes, FLOPs and seconds are per chip."""
 
-    config: Config
-    """Its precision is not "auto"."""
+    config: Config  # whose precision is not "auto"
     sizes: Sizes
-    chip: Chip | None
-    """None for virtual devices, which have no rates."""
-    arguments: int
-    """Bytes of parameters, AdamW moments, and as many tokens of the corpus as training keeps on a chip."""
+    chip: Chip | None  # None for virtual devices, which have no rates
+    arguments: int  # bytes of parameters, AdamW moments, and as many tokens as training keeps on a chip
     temporaries: int
     collectives: Collectives
-    network: float = 0
-    """Bytes sent between pods."""
-    room: float = 1.0
-    """The share of the chip's memory that the step may fill."""
+    network: float = 0  # bytes sent between pods
+    room: float = 1.0  # the share of the chip's memory that the step may fill
 
     @property
     def memory(self) -> int:

@@ -38,13 +38,10 @@ class Instruction:
     op: str
     shape: str
     args: tuple[str, ...]
-    operands: tuple[str, ...]
-    """The shapes of `args`."""
+    operands: tuple[str, ...]  # the shapes of `args`
     line: str
-    runs: int = 1
-    """In one run of the program."""
-    body: tuple["Instruction", ...] = ()
-    """The instructions inside a fusion, the root last."""
+    runs: int = 1  # in one run of the program
+    body: tuple["Instruction", ...] = ()  # the instructions inside a fusion, the root last
 
     @property
     def origin(self) -> str:
