@@ -1,17 +1,12 @@
 """`jaxgpt plan`: whether a recipe fits on devices that are not attached, and how fast it might run."""
 
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
-
-import tyro
 
 from jaxgpt.cli import COMMANDS
 from jaxgpt.cli.options import parse, refuse_unused, take_recipe
 from jaxgpt.config import Config, UsageError, check
 from jaxgpt.recipes import recipe
-
-if TYPE_CHECKING:
-    from jaxgpt.monitor.terminal import RunConsole
 
 SHOWN = 10
 """Rows of a ranking."""
@@ -20,31 +15,25 @@ SHOWN = 10
 @dataclass(frozen=True)
 class PlanOptions:
     config: Config
-    topology: Annotated[
-        str,
-        tyro.conf.arg(help="Chips and their arrangement: v5e:16x16, v5p:4x4x4, v6e:8x8; cpu:8 for virtual devices."),
-    ] = "v5e:16x16"
-    mesh: Annotated[str, tyro.conf.arg(help="As in train.")] = "auto"
-    sweep: Annotated[
-        bool,
-        tyro.conf.arg(help="Rank meshes and batch sizes, a quarter to four times, by estimate; compile the best."),
-    ] = False
-    chips: Annotated[
-        tuple[int, ...],
-        tyro.conf.arg(help="Only estimate, for this many chips; several numbers give a table of the best of each."),
-    ] = ()
-    chip: Annotated[str, tyro.conf.arg(help="Kind of --chips: v4, v5e, v5p, v6e, a100, h100, h200.")] = "v5e"
+    topology: str = "v5e:16x16"
+    """Chips and their arrangement: v5e:16x16, v5p:4x4x4, v6e:8x8; cpu:8 for virtual devices."""
+    mesh: str = "auto"
+    """As in train."""
+    sweep: bool = False
+    """Rank meshes and batch sizes, a quarter to four times, by estimate; compile the best."""
+    chips: tuple[int, ...] = ()
+    """Only estimate, for this many chips; several numbers give a table of the best of each."""
+    chip: str = "v5e"
+    """Kind of --chips: v4, v5e, v5p, v6e, a100, h100, h200."""
 
 
 def run(args: list[str]) -> int:
-    missing = "which recipe? jaxgpt plan gpt2-1.5b --topology v5e:16x16"
-    name, args = take_recipe(PlanOptions, args, missing, "gpt2-1.5b")
+    name, args = take_recipe(PlanOptions, args, "which recipe? jaxgpt plan gpt2-1.5b --topology v5e:16x16", "gpt2-1.5b")
     default = PlanOptions(recipe(name).config)
     given = parse(PlanOptions, args, f"plan {name}", COMMANDS["plan"][1], default=default)
-    estimated = "with --chips, which compiles nothing" if given.chips else ""
     unused = {
         "chip": "" if given.chips else "without --chips",
-        "topology": estimated,
+        "topology": "with --chips, which compiles nothing" if given.chips else "",
         "mesh": "with --sweep, which ranks meshes" if given.sweep else "",
     }
     refuse_unused(given, default, unused)
@@ -55,22 +44,21 @@ def run(args: list[str]) -> int:
         raise UsageError(f"{name} is a {config.model.kind}: only a GPT can be planned")
     if given.chips and min(given.chips) < 1:
         raise UsageError(f"--chips {min(given.chips)}: expected 1 or more")
-
-    import os
-
     os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for TPUs needs no TPU
-    from jaxgpt.monitor.terminal import RunConsole
-
-    fits = (_estimate if given.chips else _compile)(given, config, RunConsole())
+    fits = _estimate(given, config) if given.chips else _compile(given, config)
     return 0 if fits else 1
 
 
-def _estimate(given: PlanOptions, config: Config, console: "RunConsole") -> bool:
+def _estimate(given: PlanOptions, config: Config) -> bool:
     """Print the estimate for --chips and --mesh, or a ranking of meshes; return whether the step, or the best, fits."""
+    from jaxgpt.monitor.chips import CHIPS
+    from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.plan import plan, view
     from jaxgpt.sharding import Sizes
 
-    chip, config = plan.chip(given.chip), plan.resolved(config)
+    if given.chip not in CHIPS:
+        raise plan.PlanError(f"no chip {given.chip!r}: expected one of {', '.join(CHIPS)}")
+    chip, config = CHIPS[given.chip], plan.resolved(config)
     if given.mesh != "auto":
         step = plan.estimated(config, chip, Sizes.parse(given.mesh), given.chips)
         lines = view.estimated(given.chip, step)
@@ -78,18 +66,19 @@ def _estimate(given: PlanOptions, config: Config, console: "RunConsole") -> bool
         shown = SHOWN if len(given.chips) == 1 else 1
         steps = [step for n in given.chips for step in plan.ranked(config, chip, n, given.sweep)[:shown]]
         step, lines = steps[0], view.table(steps)
-    console.print(*lines, sep="\n")
+    RunConsole().print(*lines, sep="\n")
     return step.fits
 
 
-def _compile(given: PlanOptions, config: Config, console: "RunConsole") -> bool:
-    """Compile the step for --topology, with --sweep on the best mesh of a ranking, and print it; return whether it
-    fits. If it is too large for the compiler, print the estimate."""
+def _compile(given: PlanOptions, config: Config) -> bool:
+    """Print the step compiled for --topology, with --sweep on the best mesh of a ranking, or its estimate if it is too
+    large for the compiler; return whether it fits."""
+    from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.plan import plan, view
     from jaxgpt.plan.estimate import estimate
     from jaxgpt.sharding import Sizes
 
-    chip, devices = plan.topology(given.topology)
+    console, (chip, devices) = RunConsole(), plan.topology(given.topology)
     config = plan.resolved(config, "bfloat16" if chip else "float32")
     asked = None if given.mesh == "auto" else Sizes.parse(given.mesh)
     if given.sweep:
@@ -101,10 +90,10 @@ def _compile(given: PlanOptions, config: Config, console: "RunConsole") -> bool:
     sizes = plan.mesh(config, chip, devices, asked)
     try:
         found = plan.plan(config, chip, devices, sizes)
+        fits, lines = found.step.fits, view.compiled(given.topology, found)
     except plan.TooLargeError as error:
         if chip is None:
             raise
-        console.print(*view.estimated(given.topology, estimate(config, chip, sizes), str(error)), sep="\n")
-        return False
-    console.print(*view.compiled(given.topology, found), sep="\n")
-    return found.step.fits
+        fits, lines = False, view.estimated(given.topology, estimate(config, chip, sizes), str(error))
+    console.print(*lines, sep="\n")
+    return fits

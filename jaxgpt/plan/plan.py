@@ -49,13 +49,6 @@ class Plan(NamedTuple):
     seconds_to_compile: float
 
 
-def chip(name: str) -> Chip:
-    """The published rates of a chip. Raises a PlanError if they are unknown."""
-    if name not in CHIPS:
-        raise PlanError(f"no chip {name!r}: expected one of {', '.join(CHIPS)}")
-    return CHIPS[name]
-
-
 def topology(name: str) -> tuple[Chip | None, list[Any]]:
     """The chip and the devices of "v5e:16x16", which need not be attached, or of "cpu:8", virtual devices.
 

@@ -1,4 +1,4 @@
-"""What `jit` costs and what it saves: one training step run every way that JAX offers.
+"""The costs and savings of `jit`: one training step run every way that JAX offers.
 
 Each variant differs from "jit" in one thing. It starts with JAX's caches cleared, so that it finds nothing that another
 has compiled; then all take turns (`timing`).
@@ -74,35 +74,32 @@ NOTES = (
 )
 
 
-def measure(
-    config: Config, name: str, variants: Sequence[str] = tuple(VARIANTS), rounds: int = 5, seconds: float = 0.5
-) -> Report:
+def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int, seconds: float) -> Report:
     """A report on the step of `config`, its vocab_size known, called `name`, on the first device.
 
     Args:
       seconds: how long each variant works in a round, at least.
 
     Raises:
-      UsageError: no such variant, or a step does not fit into memory.
+      OutOfMemoryError: a step does not fit into memory.
     """
-    chosen = choose(variants)
     memory.require(config)
     runners: dict[str, Runner] = {}
     with tempfile.TemporaryDirectory(prefix="jaxgpt-ledger-") as folder:
-        for each, variant in sorted(chosen.items(), key=lambda item: not item[1].compiled):
+        for each, variant in sorted(variants.items(), key=lambda item: not item[1].compiled):
             jax.clear_caches()
             with compile_cache(folder if variant.cache else None):
                 runners[each] = Runner(config, variant)
     before, own = machine_seconds(), time.process_time()
-    steps: Rates = {each: [] for each in chosen}
+    steps: Rates = {each: [] for each in variants}
     for runner in runners.values():
         runner.run()  # the variants without jit may compile again
     for _ in range(rounds):
-        for each in chosen:
+        for each in variants:
             n, took = repeat(runners[each].run, seconds, runners[each].wait)
             steps[each].append(n / took)
     shares = [others(before, machine_seconds(), time.process_time() - own)] if before else []
-    figures, device = {each: runners[each].figures for each in chosen}, jax.local_devices()[0]
+    figures, device = {each: runners[each].figures for each in variants}, jax.local_devices()[0]
     title = f"A training step of {name}, {config.train.batch_size * config.model.block_size:,} tokens"
     first, later = rows(figures, steps)
     return {
@@ -114,7 +111,7 @@ def measure(
             {"title": f"{title}: each one after it", "rows": later},
         ],
         "notes": [
-            "; ".join(f"{each}: {variant.about}" for each, variant in chosen.items()),
+            "; ".join(f"{each}: {variant.about}" for each, variant in variants.items()),
             *NOTES,
             "loss of the first step: " + ", ".join(f"{each} {found['loss']:.6f}" for each, found in figures.items()),
             disturbance(shares),
@@ -141,7 +138,8 @@ def require_not_varied(config: Config, recipe: Config) -> None:
 
 
 def choose(names: Sequence[str]) -> dict[str, Variant]:
-    """The variants of these names, in the ledger's order. Raises a UsageError if there is no such variant."""
+    """The variants of these names, or all, in the ledger's order. Raises a UsageError if there is no such variant."""
+    names = names or tuple(VARIANTS)
     for name in names:
         if name not in VARIANTS:
             raise UsageError(f"no variant {name!r}, expected some of {', '.join(map(repr, VARIANTS))}")

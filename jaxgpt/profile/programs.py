@@ -1,6 +1,5 @@
 """The four programs of training: forward, loss, gradient and step."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -21,8 +20,7 @@ class Program:
 
     jitted: Any
     shapes: tuple[Any, ...]
-    formula_flops: int
-    """Matmul FLOPs by `chips.flops_per_token`."""
+    formula_flops: int  # of matmuls, by `chips.flops_per_token`
 
     @cached_property
     def traced(self) -> Any:
@@ -61,21 +59,17 @@ def programs(config: Config) -> dict[str, Program]:
         key = stream_key(config.train.seed, DROPOUT) if config.model.dropout else None
         return loss_and_grads(config, params, batch, key)
 
-    def program(function: Callable[..., Any], flops: int, *shapes: Any, **settings: Any) -> Program:
-        return Program(jax.jit(function, **settings), shapes, flops)
-
     batch = Batch(idx, idx)
     return {
-        "forward": program(partial(model.forward, config.model), forward, state.params, idx),
-        "loss": program(loss, forward, state.params, batch),
-        "gradient": program(gradient, 3 * forward, state.params, batch),
-        "step": program(partial(train_step, config), 3 * forward, state, batch, donate_argnums=0),
+        "forward": Program(jax.jit(partial(model.forward, config.model)), (state.params, idx), forward),
+        "loss": Program(jax.jit(loss), (state.params, batch), forward),
+        "gradient": Program(jax.jit(gradient), (state.params, batch), 3 * forward),
+        "step": Program(jax.jit(partial(train_step, config), donate_argnums=0), (state, batch), 3 * forward),
     }
 
 
 def xla_counts(stage: Any) -> dict[str, float]:
-    """The "flops", "bytes accessed" and "transcendentals" that XLA counts in a lowered or compiled function, if any, in
-    millions."""
-    found = stage.cost_analysis()
-    found = found[0] if isinstance(found, list) and found else found or {}
+    """Millions of "flops", "bytes accessed" and "transcendentals", as far as XLA counts them, of a lowered or compiled
+    function."""
+    found = stage.cost_analysis() or {}
     return {name: found[name] / 1e6 for name in ("flops", "bytes accessed", "transcendentals") if name in found}
