@@ -11,7 +11,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 BITS = {"pred": 8, "bf16": 16, "c64": 64}
 SHAPE = re.compile(r"\b(pred|bf16|c64|[fsu]\d+)\[([\d,]*)\]")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
-CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.-]+)|branch_computations=\{([^}]*)\}")
+CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations)=(%?[\w.-]+|\{[^}]*\})")
 INLINED = re.compile(r"\b(?:calls|to_apply)=%?([\w.-]+)")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\(([^)]*)\)")
 """Name, shape, op, arguments."""
@@ -195,8 +195,8 @@ def computations(text: str) -> dict[str, list[Instruction]]:
         runs[name] += times
         for each in bodies[name]:
             inner = times * (_trip_count(each.line, bodies) if each.op == "while" else 1)
-            for groups in CALLED.findall(each.line):
-                for called in re.findall(r"[\w.-]+", " ".join(groups)):
+            for listed in CALLED.findall(each.line):
+                for called in re.findall(r"[\w.-]+", listed):
                     if called in bodies:
                         run(called, inner)
 

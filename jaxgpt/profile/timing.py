@@ -14,7 +14,7 @@ Series = dict[str, float]
 Rates = dict[str, list[float]]
 """Name -> units of work per second in each round."""
 QUIET = 0.1
-"""Other programs disturb a measurement from this share of the machine on."""
+"""Share of the machine from which other programs disturb a measurement."""
 
 
 def series(values: Sequence[float]) -> Series:
@@ -66,7 +66,7 @@ def others(before: tuple[float, float] | None, after: tuple[float, float] | None
 
 
 def disturbance(shares: Sequence[float]) -> str:
-    """A note on shares by `others`; none are unknown."""
+    """A note on shares from `others`; none if the load is unknown."""
     if not shares:
         return "the load of other programs is unknown on this system"
     median, most = 100 * statistics.median(shares), 100 * max(shares)

@@ -46,7 +46,7 @@ def capture(folder: Path, run: Callable[[], Any]) -> list[list[Span]]:
     newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime_ns)
     profile = jax.profiler.ProfileData.from_file(str(newest))  # planes, lines and events are views of it
     with warnings.catch_warnings():
-        # From Python 3.12 on the binding's own types warn; made an error, that aborts the process (jaxlib 0.12.0).
+        # From Python 3.12 on, the binding's types warn; where warnings are errors, the process aborts (jaxlib 0.12.0).
         warnings.simplefilter("ignore", DeprecationWarning)
         return [
             [Span(e.name, e.start_ns, e.duration_ns, str(dict(e.stats).get("hlo_op", ""))) for e in line.events]
@@ -67,7 +67,7 @@ def operations(lines: Iterable[list[Span]]) -> list[Operation]:
 
 
 def dispatches(lines: Iterable[list[Span]]) -> int:
-    """How many compiled programs were dispatched. Calls inside a runtime's call do not count."""
+    """How many compiled programs were dispatched. A dispatch inside another does not count."""
     return sum(depth == 0 for line in lines for *_, depth in nested(s for s in line if EXECUTE.search(s.name)))
 
 

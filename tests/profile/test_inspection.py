@@ -9,7 +9,7 @@ from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, Trai
 from jaxgpt.display import charts
 from jaxgpt.monitor import cost
 from jaxgpt.profile import hlo, inspection, plots, report, roofline
-from jaxgpt.profile.programs import programs, xla_counts
+from jaxgpt.profile.inspection import programs, xla_counts
 from jaxgpt.profile.roofline import Machine, Part
 
 PLAIN = Config(
