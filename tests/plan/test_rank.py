@@ -1,4 +1,4 @@
-"""Which meshes and batches a plan ranks first, what fits, and what it suggests if nothing does."""
+"""The ranking of meshes and batch sizes, which steps fit, and the suggestions if none does."""
 
 import dataclasses
 import re
@@ -59,7 +59,7 @@ def test_a_sweep_compiles_the_best_of_all_batches(monkeypatch, capsys):
     assert tried[0][0] == 2048
 
 
-def test_more_chips_take_less_time_until_what_is_sent_takes_it_all(recipes, change):
+def test_more_chips_are_faster_until_communication_dominates(recipes, change):
     config = change(recipes["1.5b"], batch_size=4096)
     steps = [estimate(config, CHIPS["v5p"], Sizes(fsdp=n)) for n in (16, 64, 256)]
     assert steps[0].seconds["matmuls"] == pytest.approx(16 * steps[2].seconds["matmuls"])
@@ -67,7 +67,7 @@ def test_more_chips_take_less_time_until_what_is_sent_takes_it_all(recipes, chan
     assert steps[0].utilisation[0] > steps[2].utilisation[0]
     one, two = (estimate(config, CHIPS["v5e"], Sizes(data=4 * n, fsdp=64)) for n in (1, 2))
     assert one.network == 0
-    # Between two pods, each chip sends its part of half of the sum of a shard, twice.
+    # Between two pods, each chip sends its share of half of the summed shard, twice.
     assert two.network == pytest.approx(2 * 4 * 1.6e9 / 64 / 4 / 2, rel=0.05)
 
 
@@ -83,8 +83,8 @@ def test_the_command_ranks_by_estimate(capsys):
     assert "verdict: it fits" in capsys.readouterr().out
 
 
-def test_following_the_suggestions_leads_to_what_fits(recipes, change):
-    """From 1.5B parameters, whole on each chip and with all activations, as far as the verdicts say."""
+def test_following_the_suggestions_leads_to_a_step_that_fits(recipes, change):
+    """Starts with 1.5B parameters whole on each chip, and no remat."""
     config, sizes, tried = change(recipes["1.5b"], remat="none", batch_size=16384), Sizes(data=256), []
     for _ in range(12):
         step = estimate(config, CHIPS["v5e"], sizes)
@@ -138,7 +138,7 @@ def test_a_suggestion_leaves_pods_whole(recipes, change):
 
 
 def test_an_estimate_is_trusted_up_to_four_fifths_of_the_memory(recipes, change):
-    """Which is as far as the compiler was seen to be from it with a sequence or two a chip: test_plan.py."""
+    """With one or two sequences per chip, the compiler needs at most a quarter more: test_plan.py."""
     config, sizes = recipes["1.5b"], Sizes(data=64, fsdp=4)
     step = estimate(config, CHIPS["v5e"], sizes)
     assert step.fits

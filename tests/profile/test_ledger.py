@@ -12,7 +12,7 @@ from jaxgpt.profile.ledger import VARIANTS, break_even, choose
 from jaxgpt.recipes import recipe
 
 
-def test_compiling_is_paid_for_when_both_have_taken_as_long():
+def test_total_times_are_equal_at_break_even():
     extra, slow, fast = 7.0, 0.9, 0.2
     n = break_even(extra, slow, fast)
     assert n * slow == pytest.approx(extra + n * fast)
@@ -50,7 +50,7 @@ def test_the_tables_hold_what_was_measured():
 
 def test_variants_are_chosen_by_name():
     assert list(choose(["jit", "eager"])) == ["eager", "jit"], "in the order of the ledger"
-    assert list(choose(["cache, full"])) == ["cache, empty", "cache, full"], "which is filled by the other"
+    assert list(choose(["cache, full"])) == ["cache, empty", "cache, full"], "the other variant fills the cache"
     with pytest.raises(UsageError, match="no variant 'fast', expected some of 'op by op', "):
         choose(["fast"])
 
@@ -113,10 +113,10 @@ def test_a_scan_dispatches_one_program_for_all_its_steps(found):
     assert 30 < each["eager"] < alone["dispatches"]
 
 
-def test_stages_are_those_of_what_was_compiled(found):
+def test_each_variant_reports_its_own_stages_and_programs(found):
     each = found["figures"]
     assert each["jit"]["programs"] == each["scan of 10"]["programs"] == 1
-    assert each["eager"]["programs"] > 20, "what another variant compiled is not found"
+    assert each["eager"]["programs"] > 20, "programs of other variants are not reused"
     for name in ("jit", "scan of 10"):
         assert list(each[name]["stages"]) == list(ledger.STAGES)
         assert min(each[name]["stages"].values()) > 0
