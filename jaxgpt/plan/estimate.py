@@ -1,6 +1,6 @@
 """An estimate of a training step on each chip of a mesh: memory, communication, and time at published rates.
 
-It counts what XLA's TPU compiler does with each mesh axis. C, T, V and L are as in `cost`, A is `accumulate`.
+It counts what XLA's TPU compiler does with each mesh axis. A is the number of micro-batches.
 """
 
 import math
@@ -45,7 +45,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Of the whole batch."""
+        """Of a step, on all chips."""
         return self.config.train.batch_size * self.config.model.block_size
 
     @property
@@ -112,12 +112,12 @@ def sent(kind: str, n: int, size: float) -> float:
 
 
 def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
-    """The step of a GPT on a mesh without `cli.mesh.problems`. With more chips than a pod, `data` spans the pods."""
+    """The step of a GPT on a mesh that has no `cli.mesh.problems`. On more chips than a pod, `data` spans the pods."""
     model, f, t = config.model, sizes.fsdp, sizes.tensor
     slices = chip.slices(sizes.devices)
     copies = max(1, sizes.data // slices) * sizes.context
-    width = cost.FLOAT if model.precision == "float32" else cost.FLOAT // 2
-    counts: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0])
+    width = cost.FLOAT if model.precision == "float32" else cost.FLOAT // 2  # bytes of a number in the compute dtype
+    counts: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0])  # as Collectives
 
     def send(kind: str, n: int, times: float, size: float) -> None:
         if n > 1 and times:
@@ -130,7 +130,7 @@ def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
     table = V * C
     rows = C / f  # of a shard
     padded = math.ceil(rows / TILE) * TILE / rows if chip.torus and f > 1 else 1
-    activations = _tokens(config, sizes) * C
+    activations = _micro_batch_tokens(config, sizes) * C
     # Block kernels are gathered for both passes, those of attention again for remat; the head's once.
     attention = sum(k * n for name, (k, n) in shapes.items() if "c_" not in name or "attn" in name)
     gathers = 2 + (attention / kernels if model.remat == "blocks" else 0)
@@ -154,24 +154,25 @@ def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
     kv = width * activations * sizes.context * (model.n_kv_head or model.n_head) / model.n_head / t
     send("all-gather", sizes.context, A * L * 2 * (passes - 1), kv)
     send("reduce-scatter", sizes.context, A * L * 2, kv)
-    state = cost.FLOAT * cost.n_params(model) // (f * t)
+    state = cost.FLOAT * cost.n_params(model) // (f * t)  # of the parameters, their gradients, or one moment
+    low_precision = width * state // cost.FLOAT if width < cost.FLOAT else 0  # the parameters in bfloat16
     shard = A * (cost.FLOAT * (kernels * L + 2 * table) / (f * t))
     return Step(
         config,
         sizes,
         chip,
         arguments=3 * state + DEVICE_TOKENS * (2 if V <= 2**16 else 4),
-        temporaries=state + (width < cost.FLOAT) * width * state // cost.FLOAT + _working(config, sizes, width),
+        temporaries=state + low_precision + _activation_bytes(config, sizes, width),
         collectives={key: (int(n), int(size)) for key, (n, size) in sorted(counts.items())},
         network=2 * shard / copies * (slices - 1) / slices,
         room=ROOM,
     )
 
 
-def _working(config: Config, sizes: Sizes, width: int) -> int:
+def _activation_bytes(config: Config, sizes: Sizes, width: int) -> int:
     """Bytes of activations saved for the backward pass, and the peak of the head or of one block."""
-    model, t = config.model, sizes.tensor
-    C, V, tokens, shapes = model.n_embd, model.vocab_size, _tokens(config, sizes), cost.kernels(model).values()
+    model, tokens, t = config.model, _micro_batch_tokens(config, sizes), sizes.tensor
+    C, V, shapes = model.n_embd, model.vocab_size, cost.kernels(model).values()
     kernels, hidden = sum(k * n for k, n in shapes), sum(n for _, n in shapes) / t
     inside = cost.FLOAT * 3 * C + 2 * width * hidden  # of a block and a token: inputs of norms, results of kernels
     saved = model.n_layer * tokens * (cost.FLOAT * C if model.remat == "blocks" else inside)
@@ -181,7 +182,7 @@ def _working(config: Config, sizes: Sizes, width: int) -> int:
     return int(saved + max(head, block))
 
 
-def _tokens(config: Config, sizes: Sizes) -> float:
+def _micro_batch_tokens(config: Config, sizes: Sizes) -> float:
     """Tokens per chip in a micro-batch."""
     sequences = config.train.batch_size / config.train.accumulate / (sizes.data * sizes.fsdp)
     return sequences * config.model.block_size / sizes.context
@@ -189,4 +190,4 @@ def _tokens(config: Config, sizes: Sizes) -> float:
 
 def _loss_chunks(config: Config, sizes: Sizes) -> int:
     """About how many chunks `loss.losses_of` computes."""
-    return math.ceil(_tokens(config, sizes) * config.model.vocab_size / sizes.tensor / LOGITS)
+    return math.ceil(_micro_batch_tokens(config, sizes) * config.model.vocab_size / sizes.tensor / LOGITS)

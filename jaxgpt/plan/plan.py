@@ -27,8 +27,8 @@ from jaxgpt.profile import hlo
 from jaxgpt.sharding import Sizes, make_mesh, replicated
 from jaxgpt.step import abstract_state, jit_train_steps
 
-COMPILE_CACHE = "jax_persistent_cache_min_compile_time_secs"
-"""JAX keeps what took longer to compile."""
+CACHED_FROM = "jax_persistent_cache_min_compile_time_secs"
+"""JAX's setting for how long a program must take to compile to be kept in the compile cache."""
 
 
 class PlanError(UsageError):
@@ -98,7 +98,7 @@ def _virtual(n: int) -> list[Any]:
     with suppress(RuntimeError):  # JAX is already initialized
         jax.config.update("jax_num_cpu_devices", n)
     if len(jax.devices("cpu")) < n:
-        raise PlanError(f"--topology cpu:{n}: there are {len(jax.devices('cpu'))} devices: set JAX_NUM_CPU_DEVICES={n}")
+        raise PlanError(f"--topology cpu:{n}: there are {len(jax.devices('cpu'))} devices; set JAX_NUM_CPU_DEVICES={n}")
     return jax.devices("cpu")[:n]
 
 
@@ -142,8 +142,8 @@ def plan(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes) ->
 
 
 def compile_step(config: Config, mesh: Mesh) -> Any:
-    """The training step compiled for the devices of a mesh, with the least effort: that takes a fifth of the time of
-    training's, and hardly changes the memory and communication of the program.
+    """The training step compiled for the devices of a mesh, with the compiler's least effort: it takes a fifth of the
+    time of training's effort, and hardly changes memory and communication.
 
     Raises:
       TooLargeError, PlanError: as `plan`.
@@ -156,9 +156,9 @@ def compile_step(config: Config, mesh: Mesh) -> Any:
         # The name of the option changed with jax 0.11.
         old = "jax_exec_time_optimization_effort" in jax.config.values
         effort = {"exec_time_optimization_effort": -1.0} if old else {"optimization_level": "O0"}
-        before = jax.config.values[COMPILE_CACHE]
+        before = jax.config.values[CACHED_FROM]
         try:
-            jax.config.update(COMPILE_CACHE, math.inf)  # programs for absent chips could not be read back
+            jax.config.update(CACHED_FROM, math.inf)  # programs for absent chips cannot be read back from the cache
             return lowered.compile(effort)
         except Exception as error:
             why = str(error).splitlines()[0]
@@ -166,7 +166,7 @@ def compile_step(config: Config, mesh: Mesh) -> Any:
                 raise TooLargeError(why) from error
             raise PlanError(f"the compiler failed: {why}") from error
         finally:
-            jax.config.update(COMPILE_CACHE, before)
+            jax.config.update(CACHED_FROM, before)
 
 
 def ranked(config: Config, chip: Chip, n: int, sweep: bool = False) -> list[Step]:
