@@ -39,7 +39,7 @@ NOTES = (
     "loop (scanned blocks, micro-batches) once, and custom calls as nothing.",
     "compulsory: arguments and results of a program, once. XLA's bytes: reads and writes of each operation before "
     "optimisation, and of each fusion after it, whose inner results stay in registers or caches.",
-    "the backward pass adds gradient minus loss. memory: donated arguments count once.",
+    "gradient minus loss: the cost of the backward pass. memory: donated arguments count once.",
 )
 
 

@@ -62,7 +62,7 @@ VARIANTS = {
     "bfloat16": Variant("bf16 matmuls", precision="bfloat16"),
 }
 NOTES = (
-    "only the variants named after them use bfloat16 or remat.",
+    "all variants compute in float32 without remat, except those named after bfloat16 or remat.",
     "trace, lower, compile: Python to jaxpr, jaxpr to HLO, HLO to machine code. first call: the rest of the time until "
     "the first step, or the first scan, is done. programs: compiled by then; the eager variants compile in their first "
     "call, each operation once for each shape.",
@@ -70,7 +70,7 @@ NOTES = (
     "is read while the next step runs. speed: taken round by round, above 1 is faster. dispatches: programs dispatched "
     "per step, counted by JAX's profiler. step, MB: arguments, results and temporaries of the program by XLA's "
     "analysis, donated memory counted once.",
-    "pays after: steps until the total time is below eager's; 0 if the first step is already earlier.",
+    "pays after: steps until the total time is below eager's; 0 if the first step is done sooner too.",
 )
 
 
