@@ -1,10 +1,7 @@
 """`jaxgpt plan`: whether a recipe fits on devices that are not attached, and how fast it might run."""
 
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
-from typing import Annotated
-
-import tyro
 
 from jaxgpt.cli import COMMANDS
 from jaxgpt.cli.options import parse, refuse_unused, take_recipe
@@ -18,31 +15,25 @@ SHOWN = 10
 @dataclass(frozen=True)
 class PlanOptions:
     config: Config
-    topology: Annotated[
-        str,
-        tyro.conf.arg(help="Chips and their arrangement: v5e:16x16, v5p:4x4x4, v6e:8x8; cpu:8 for virtual devices."),
-    ] = "v5e:16x16"
-    mesh: Annotated[str, tyro.conf.arg(help="As in train.")] = "auto"
-    sweep: Annotated[
-        bool,
-        tyro.conf.arg(help="Rank meshes and batch sizes, a quarter to four times, by estimate; compile the best."),
-    ] = False
-    chips: Annotated[
-        tuple[int, ...],
-        tyro.conf.arg(help="Only estimate, for this many chips; several numbers give a table of the best of each."),
-    ] = ()
-    chip: Annotated[str, tyro.conf.arg(help="Kind of --chips: v4, v5e, v5p, v6e, a100, h100, h200.")] = "v5e"
+    topology: str = "v5e:16x16"
+    """Chips and their arrangement: v5e:16x16, v5p:4x4x4, v6e:8x8; cpu:8 for virtual devices."""
+    mesh: str = "auto"
+    """As in train."""
+    sweep: bool = False
+    """Rank meshes and batch sizes, a quarter to four times, by estimate; compile the best."""
+    chips: tuple[int, ...] = ()
+    """Only estimate, for this many chips; several numbers give a table of the best of each."""
+    chip: str = "v5e"
+    """Kind of --chips: v4, v5e, v5p, v6e, a100, h100, h200."""
 
 
 def run(args: list[str]) -> int:
-    missing = "which recipe? jaxgpt plan gpt2-1.5b --topology v5e:16x16"
-    name, args = take_recipe(PlanOptions, args, missing, "gpt2-1.5b")
+    name, args = take_recipe(PlanOptions, args, "which recipe? jaxgpt plan gpt2-1.5b --topology v5e:16x16", "gpt2-1.5b")
     default = PlanOptions(recipe(name).config)
     given = parse(PlanOptions, args, f"plan {name}", COMMANDS["plan"][1], default=default)
-    estimated = "with --chips, which compiles nothing" if given.chips else ""
     unused = {
         "chip": "" if given.chips else "without --chips",
-        "topology": estimated,
+        "topology": "with --chips, which compiles nothing" if given.chips else "",
         "mesh": "with --sweep, which ranks meshes" if given.sweep else "",
     }
     refuse_unused(given, default, unused)
@@ -53,56 +44,56 @@ def run(args: list[str]) -> int:
         raise UsageError(f"{name} is a {config.model.kind}: only a GPT can be planned")
     if given.chips and min(given.chips) < 1:
         raise UsageError(f"--chips {min(given.chips)}: expected 1 or more")
-
-    import os
-
     os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for TPUs needs no TPU
+    fits = _estimate(given, config) if given.chips else _compile(given, config)
+    return 0 if fits else 1
+
+
+def _estimate(given: PlanOptions, config: Config) -> bool:
+    """Print the estimate for --chips and --mesh, or a ranking of meshes; return whether the step, or the best, fits."""
+    from jaxgpt.monitor.chips import CHIPS
     from jaxgpt.monitor.terminal import RunConsole
-    from jaxgpt.plan import plan
-
-    console, all_fit = RunConsole(), True
-    for line, fits in _estimated(given, plan.resolved(config)) if given.chips else _compiled(given, config):
-        console.print(line)
-        all_fit &= fits
-    return 0 if all_fit else 1
-
-
-def _estimated(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
-    """Lines to print, each with whether the step fits."""
     from jaxgpt.plan import plan, view
     from jaxgpt.sharding import Sizes
 
-    chip = plan.chip(given.chip)
+    if given.chip not in CHIPS:
+        raise plan.PlanError(f"no chip {given.chip!r}: expected one of {', '.join(CHIPS)}")
+    chip, config = CHIPS[given.chip], plan.resolved(config)
     if given.mesh != "auto":
         step = plan.estimated(config, chip, Sizes.parse(given.mesh), given.chips)
-        yield from ((line, step.fits) for line in view.estimated(config, given.chip, step))
-        return
-    batches, shown = plan.batches(config) if given.sweep else (), SHOWN if len(given.chips) == 1 else 1
-    steps = [step for n in given.chips for step in plan.ranked(config, chip, n, batches)[:shown]]
-    yield from ((line, steps[0][1].fits) for line in view.table(steps))
+        lines = view.estimated(given.chip, step)
+    else:
+        shown = SHOWN if len(given.chips) == 1 else 1
+        steps = [step for n in given.chips for step in plan.ranked(config, chip, n, given.sweep)[:shown]]
+        step, lines = steps[0], view.table(steps)
+    RunConsole().print(*lines, sep="\n")
+    return step.fits
 
 
-def _compiled(given: PlanOptions, config: Config) -> Iterator[tuple[str, bool]]:
+def _compile(given: PlanOptions, config: Config) -> bool:
+    """Print the step compiled for --topology, with --sweep on the best mesh of a ranking, or its estimate if it is too
+    large for the compiler; return whether it fits."""
+    from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.plan import plan, view
     from jaxgpt.plan.estimate import estimate
     from jaxgpt.sharding import Sizes
 
-    chip, devices = plan.topology(given.topology)
+    console, (chip, devices) = RunConsole(), plan.topology(given.topology)
     config = plan.resolved(config, "bfloat16" if chip else "float32")
     asked = None if given.mesh == "auto" else Sizes.parse(given.mesh)
     if given.sweep:
         if chip is None:
             raise UsageError("--sweep ranks by the rates of chips, which virtual devices lack: give a TPU's --topology")
-        steps = plan.ranked(config, chip, len(devices), plan.batches(config))
-        yield from ((line, True) for line in view.table(steps[:SHOWN]))
-        config, asked = steps[0][0], steps[0][1].sizes
+        steps = plan.ranked(config, chip, len(devices), sweep=True)
+        console.print(*view.table(steps[:SHOWN]), sep="\n")
+        config, asked = steps[0].config, steps[0].sizes
     sizes = plan.mesh(config, chip, devices, asked)
     try:
         found = plan.plan(config, chip, devices, sizes)
+        fits, lines = found.step.fits, view.compiled(given.topology, found)
     except plan.TooLargeError as error:
         if chip is None:
             raise
-        guess = estimate(config, chip, sizes)
-        yield from ((line, False) for line in view.estimated(config, f"of {given.topology}", guess, str(error)))
-    else:
-        yield from ((line, found.step.fits) for line in view.compiled(config, given.topology, found))
+        fits, lines = False, view.estimated(given.topology, estimate(config, chip, sizes), str(error))
+    console.print(*lines, sep="\n")
+    return fits

@@ -1,4 +1,4 @@
-"""`jaxgpt inspect`: what a recipe or a run consists of, and what the compiler makes of it."""
+"""`jaxgpt inspect`: the parameters of a recipe or a run, and the cost of its compiled step."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from jaxgpt.recipes import RECIPES, recipe
 Program = Literal["forward", "loss", "gradient", "step"]
 ABOUT = (
     "Parameters, FLOPs, memory traffic and memory of a recipe or a run; its fusions, the kernels of its matmuls, "
-    "and how far each part is from what this machine can do. Accepts every setting of the recipe."
+    "and how far each part is below this machine's roofline. Accepts every setting of the recipe."
 )
 
 
@@ -22,15 +22,15 @@ class Inspect:
     config: Config
     folders: Folders = field(default_factory=Folders)
     jaxpr: tuple[Program, ...] = ()
-    """Only print the jaxpr of these."""
+    """Print only the jaxprs of these programs."""
     hlo: tuple[Program, ...] = ()
-    """Only print the optimised HLO of these."""
+    """Print only the optimised HLO of these programs."""
     measure: bool = True
-    """Profile some steps, and time the machine and the step; otherwise only count and compile."""
+    """Profile some steps, and time the machine and the step; else only compile and count."""
     profile: Path | None = None
     """Keep the profile of five steps in this folder, for XProf or Perfetto."""
     roofline: Path | None = None
-    """Where to draw the parts under the machine's roof, a .png, .svg, .pdf or .json (Vega-Lite); None draws nothing."""
+    """Draw the parts under the roofline, as .png, .svg, .pdf or .json (Vega-Lite); None draws nothing."""
     out: Path | None = None
     """Write the whole report as JSON; None writes nothing."""
 
@@ -39,9 +39,9 @@ def run(args: list[str]) -> int:
     name, args = take_recipe(Inspect, args, "which recipe or run? jaxgpt inspect gpt-demo")
     default = Inspect(_config(name, args))
     given = parse(Inspect, args, f"inspect {name}", ABOUT, default=default)
-    texts, unmeasured = bool(given.jaxpr or given.hlo), "" if given.measure else "with --no-measure"
-    printed = "with --jaxpr and --hlo, which print nothing else" if texts else ""
-    unused = {"measure": printed, "out": printed, "profile": printed or unmeasured, "roofline": printed or unmeasured}
+    printed = "with --jaxpr and --hlo, which print nothing else" if given.jaxpr or given.hlo else ""
+    unmeasured = printed or ("" if given.measure else "with --no-measure")
+    unused = {"measure": printed, "out": printed, "profile": unmeasured, "roofline": unmeasured}
     refuse_unused(given, default, unused)
 
     from jaxgpt.cli.runs import complete
@@ -56,7 +56,7 @@ def run(args: list[str]) -> int:
         charts.require(given.roofline)
     use_compile_cache()
     config = complete(given.config, given.folders.data_dir)
-    if texts:
+    if printed:
         programs = inspection.programs(config)
         for each in given.jaxpr:
             print(programs[each].traced.jaxpr)
@@ -73,7 +73,7 @@ def run(args: list[str]) -> int:
 
 
 def _config(name: str, args: list[str]) -> Config:
-    """The config of the recipe of that name, or else of the run."""
+    """The config of a recipe or, if there is none of that name, of a run."""
     import argparse
 
     from jaxgpt.run import Run

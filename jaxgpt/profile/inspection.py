@@ -1,4 +1,4 @@
-"""What `jaxgpt inspect` finds about a config: parameters, FLOPs, memory, kernels and the roofline, as a report."""
+"""The four programs of training (forward, loss, gradient and step), and the report of `jaxgpt inspect` on them."""
 
 import re
 import statistics
@@ -6,10 +6,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import matmul, model, prng
@@ -17,35 +20,95 @@ from jaxgpt.cli import memory
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.data import Batch
 from jaxgpt.monitor import cost
+from jaxgpt.monitor.chips import flops_per_token
 from jaxgpt.profile import hlo, roofline, trace
-from jaxgpt.profile.programs import Program, programs, xla_counts
 from jaxgpt.profile.report import Report, Rows, facts
 from jaxgpt.profile.roofline import Machine
 from jaxgpt.profile.timing import disturbance, machine_seconds, others, repeat
 from jaxgpt.sharding import one_device, replicated
-from jaxgpt.step import sharded_init
+from jaxgpt.step import DROPOUT, init_state, loss_and_grads, sharded_init, stream_key, train_step
 
 SHOWN = 12
 """Rows of long tables: matmuls, instructions, operations of a profile."""
 TRACED = 5
 """Steps of a profile."""
 NOTES = (
-    "by formula: FLOPs of the matmuls by flops_per_token, three times that with the backward pass. compiled: of "
-    "the matmuls in the optimised program; more where remat or chunked logits compute again, or where Muon "
-    "orthogonalises, fewer where attention is a library's kernel.",
-    "XLA: all FLOPs, one for each element where it is no matmul, before and after XLA optimises. It counts the body of "
-    "a loop (scanned blocks, micro-batches) once, and custom calls as nothing.",
-    "compulsory: arguments and results of a program, once. XLA's bytes: what each operation reads and writes, before "
-    "optimising of all operations, then of fusions, whose inner results stay in registers or caches.",
-    "gradient less loss is what the backward pass adds. memory: donated arguments count once.",
+    "by formula: matmul FLOPs by flops_per_token, three times that with the backward pass. compiled: those of the "
+    "optimised program; more with remat, chunked logits or Muon, fewer where attention is a library's kernel.",
+    "XLA: all FLOPs, one for each element outside of matmuls, before and after optimisation. XLA counts the body of a "
+    "loop (scanned blocks, micro-batches) once, and custom calls as nothing.",
+    "compulsory: arguments and results of a program, once. XLA's bytes: reads and writes of each operation before "
+    "optimisation, and of each fusion after it, whose inner results stay in registers or caches.",
+    "gradient minus loss: the cost of the backward pass. memory: donated arguments count once.",
 )
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function of arrays with given shapes, compiled on first use."""
+
+    jitted: Any
+    shapes: tuple[Any, ...]
+    formula_flops: int  # of matmuls, by `chips.flops_per_token`
+
+    @cached_property
+    def traced(self) -> Any:
+        return self.jitted.trace(*self.shapes)
+
+    @cached_property
+    def lowered(self) -> Any:
+        return self.traced.lower()
+
+    @cached_property
+    def compiled(self) -> Any:
+        return self.lowered.compile()
+
+    @property
+    def bytes(self) -> int:
+        """Compulsory memory traffic: arguments and results, once."""
+        arrays = jax.tree.leaves((self.shapes, self.traced.out_info))
+        return sum(x.size * x.dtype.itemsize for x in arrays)
+
+    @cached_property
+    def text(self) -> str:
+        """Optimised HLO."""
+        return self.compiled.as_text() or ""
+
+
+def programs(config: Config) -> dict[str, Program]:
+    """The programs of `config`, its vocab_size known, by name; nothing is compiled yet."""
+    B, T = config.train.batch_size, config.model.block_size
+    state, idx = jax.eval_shape(init_state, config), jax.ShapeDtypeStruct((B, T), jnp.int32)
+    forward = flops_per_token(config.model) * B * T
+
+    def loss(params: model.Params, batch: Batch) -> jax.Array:
+        return model.losses(config.model, params, batch.inputs, batch.targets).mean()
+
+    def gradient(params: model.Params, batch: Batch) -> Any:
+        key = stream_key(config.train.seed, DROPOUT) if config.model.dropout else None
+        return loss_and_grads(config, params, batch, key)
+
+    batch = Batch(idx, idx)
+    return {
+        "forward": Program(jax.jit(partial(model.forward, config.model)), (state.params, idx), forward),
+        "loss": Program(jax.jit(loss), (state.params, batch), forward),
+        "gradient": Program(jax.jit(gradient), (state.params, batch), 3 * forward),
+        "step": Program(jax.jit(partial(train_step, config), donate_argnums=0), (state, batch), 3 * forward),
+    }
+
+
+def xla_counts(stage: Any) -> dict[str, float]:
+    """Millions of "flops", "bytes accessed" and "transcendentals", as far as XLA counts them, of a lowered or compiled
+    function."""
+    found = stage.cost_analysis() or {}
+    return {name: found[name] / 1e6 for name in ("flops", "bytes accessed", "transcendentals") if name in found}
 
 
 def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: Path | None = None) -> Report:
     """A report on `config`, its vocab_size known, called `name`, on the first device.
 
     Args:
-      measured: also profile some steps, and time the machine and the step; else only count and compile.
+      measured: also profile some steps, and time the machine and the step.
       trace_folder: where to keep the profile.
 
     Raises:
@@ -77,15 +140,15 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: P
 
 
 def parameter_rows(config: ModelConfig) -> Rows:
-    """A row for each array of parameters, equal ones of all blocks in one, and the total."""
+    """A row for each parameter, those of all blocks in one, and the total."""
     params = jax.eval_shape(lambda key: model.init_params(config, key), prng.key(0))
-    found: dict[tuple[str, tuple[int, ...]], list[int]] = {}  # -> (blocks, parameters)
+    found: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}  # (name, shape) -> (blocks, parameters)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = "/".join(key.key for key in path)
         stacked = name.startswith("h/")
         key = re.sub(r"^h(_\d+)?/", "h_*/", name), leaf.shape[1:] if stacked else leaf.shape
         blocks, size = found.get(key, (0, 0))
-        found[key] = [blocks + (leaf.shape[0] if stacked else 1), size + leaf.size]
+        found[key] = blocks + (leaf.shape[0] if stacked else 1), size + leaf.size
     total = sum(size for _, size in found.values())
     rows: Rows = [
         {
@@ -108,12 +171,8 @@ def program_rows(found: dict[str, Program]) -> Rows:
 
 
 def program_figures(program: Program) -> dict[str, float | None]:
-    """By formula, of its HLO, and by XLA's analyses where the backend gives them."""
-    before, after, stats = (
-        xla_counts(program.lowered),
-        xla_counts(program.compiled),
-        program.compiled.memory_analysis(),
-    )
+    """Figures by formula, of its HLO, and by XLA's analyses where the backend has them."""
+    before, after = xla_counts(program.lowered), xla_counts(program.compiled)
     found = {
         "FLOPs of matmuls, by formula": program.formula_flops / 1e6,
         "FLOPs of matmuls, compiled": sum(each.flops for each in hlo.matmuls(program.text)) / 1e6,
@@ -124,19 +183,20 @@ def program_figures(program: Program) -> dict[str, float | None]:
         "bytes, XLA": before.get("bytes accessed"),
         "bytes, XLA, optimised": after.get("bytes accessed"),
     }
-    if stats is None:
-        return found
-    sizes = {
-        "arguments": stats.argument_size_in_bytes,
-        "results": stats.output_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "donated": -stats.alias_size_in_bytes,
-    }
-    return found | {f"memory, {key}": size / 1e6 for key, size in (sizes | {"in all": sum(sizes.values())}).items()}
+    if stats := program.compiled.memory_analysis():
+        sizes = {
+            "arguments": stats.argument_size_in_bytes,
+            "results": stats.output_size_in_bytes,
+            "temporaries": stats.temp_size_in_bytes,
+            "donated": -stats.alias_size_in_bytes,
+        }
+        sizes["in all"] = sum(sizes.values())
+        found |= {f"memory, {key}": size / 1e6 for key, size in sizes.items()}
+    return found
 
 
 def matmul_rows(text: str) -> Rows:
-    """The matmuls of a program by shape and kernel, those with the most FLOPs."""
+    """The matmuls of a program that take most FLOPs, by shape and kernel."""
     found = hlo.matmuls(text)
     total = sum(each.flops for each in found)
     return [
@@ -152,7 +212,7 @@ def matmul_rows(text: str) -> Rows:
 
 
 def kernel_rows(text: str) -> Rows:
-    """How many instructions each kernel runs, how many operations are fused in them, and its share of all matmuls."""
+    """For each kernel: how often it runs, how many operations are fused in its instructions, its share of matmuls."""
     runs, fused, matmuls = Counter[str](), Counter[str](), Counter[str]()
     for each in hlo.instructions(text).values():
         if each.op not in hlo.FREE:
@@ -168,7 +228,7 @@ def kernel_rows(text: str) -> Rows:
 
 
 def stepper(config: Config, step: Program) -> Callable[[], int]:
-    """Runs the compiled step, on a state of its own and a batch of random tokens; 1, the number of steps."""
+    """A function that runs one compiled step on random tokens, and returns 1."""
     shape = (2, config.train.batch_size, config.model.block_size)
     ids = np.random.default_rng(0).integers(config.model.vocab_size, size=shape).astype(np.int32)
     batch, state = Batch(*jax.device_put(ids, replicated(one_device()))), [sharded_init(config, one_device())]
@@ -183,11 +243,8 @@ def stepper(config: Config, step: Program) -> Callable[[], int]:
 
 
 def measure(config: Config, step: Program, folder: Path | None) -> tuple[dict[str, Rows], list[str], dict[str, Any]]:
-    """The roofline of each part and the longest operations: tables, notes, and raw figures.
-
-    Args:
-      folder: where to keep the profile.
-    """
+    """The roofline of each part and the longest operations: tables, notes, and raw figures. The profile is kept in
+    `folder`."""
     before, own = machine_seconds(), time.process_time()
     precision, run = matmul.resolve(config.model.precision), stepper(config, step)
     first = roofline.measure_machine(precision)
@@ -211,8 +268,8 @@ def measure(config: Config, step: Program, folder: Path | None) -> tuple[dict[st
         f"{tokens / took:,.0f} tokens/s: its matmuls, {step.formula_flops / 1e9:.2f} GFLOP, use "
         f"{step.formula_flops / took / machine.flops:.0%} of the machine's peak",
         f"profiled: {1e3 * work:.1f} ms of work per step, which threads share, in {len(operations)} operations and "
-        f"{trace.dispatches(lines) / TRACED:g} programs dispatched per step. A fusion counts for the part of its last "
-        "operation. FLOPs and bytes are those of the optimised program, loops included",
+        f"{trace.dispatches(lines) / TRACED:g} programs dispatched per step. A fusion belongs to the part of its last "
+        "operation. FLOPs and bytes are those of the optimised program, every iteration of a loop included",
     ]
     if folder:
         notes.append(
@@ -228,7 +285,7 @@ def measure(config: Config, step: Program, folder: Path | None) -> tuple[dict[st
 
 
 def operation_rows(operations: list[trace.Operation], text: str) -> Rows:
-    """The operations of a profile by their own time, equal ones of all blocks in one row."""
+    """The operations that took longest, those of all blocks in one row."""
     known, total = hlo.instructions(text), sum(each.seconds for each in operations) or 1.0
     found: dict[tuple[str, str | None], tuple[int, float]] = {}
     for each in operations:

@@ -1,18 +1,18 @@
-"""What `jit` costs and what it saves: one training step run every way that JAX offers.
+"""The costs and savings of `jit`: one training step run every way that JAX offers.
 
-Each variant differs from "jit" in one thing, and starts with JAX's caches cleared, so that none finds what another
-compiled; then all take turns (`timing`).
+Each variant differs from "jit" in one thing. It starts with JAX's caches cleared, so that it finds nothing that another
+has compiled; then all take turns (`timing`).
 """
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -21,57 +21,48 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, UsageError, differences
 from jaxgpt.data import chunk_starts, take
+from jaxgpt.matmul import Precision
 from jaxgpt.profile import trace
 from jaxgpt.profile.report import Report, Rows, facts
 from jaxgpt.profile.timing import Rates, disturbance, machine_seconds, others, ratio, repeat, series
 from jaxgpt.sharding import one_device, replicated
 from jaxgpt.step import Metrics, TrainState, sharded_init, train_step, train_steps
 
-JIT = "jit"
-"""The variant that the others are compared with."""
-EAGER = "eager"
-"""The variant against which compiling pays off."""
 STAGES = ("trace", "lower", "compile", "first call")
 COMPILED = "/jax/core/compile/backend_compile_duration"
-"""JAX's monitoring event when a program has been compiled, or found in the compile cache."""
+"""JAX's monitoring event for a program that was compiled, or found in the compile cache."""
 VARIED = {"precision": "bfloat16", "remat": "remat matmuls, remat blocks", "scan_steps": "scan of 10, scan of 50"}
-"""Settings that the variants set -> the variants that do."""
+"""Settings that variants change -> these variants."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to run a step, and how it differs from `jit`."""
+class Variant(NamedTuple):
+    """One way to run a step, and how it differs from "jit"."""
 
     about: str
-    compiled: bool = True
-    """As one program."""
-    primitives: bool = False
-    """Each primitive is its own program, even inside functions of jax.numpy (`jax.disable_jit`)."""
-    donated: bool = False
-    """The state may be overwritten."""
-    steps: int = 1
-    """Steps per program: a scan, of more than one."""
-    cache: bool = False
-    """With a persistent compile cache."""
-    model: tuple[tuple[str, Any], ...] = ()
-    """Settings of the model."""
+    compiled: bool = True  # as one program
+    primitives: bool = False  # each is its own program, even inside functions of jax.numpy (`jax.disable_jit`)
+    donated: bool = False  # the state may be overwritten
+    steps: int = 1  # per program; a scan if more than one
+    cache: bool = False  # with a persistent compile cache
+    precision: Precision = "float32"
+    remat: Literal["none", "matmuls", "blocks"] = "none"
 
 
 VARIANTS = {
     "op by op": Variant("every primitive is its own program (jax.disable_jit)", compiled=False, primitives=True),
-    EAGER: Variant("the step called without jit; functions of jax.numpy are programs", compiled=False),
-    JIT: Variant("the step as one program"),
+    "eager": Variant("the step called without jit; functions of jax.numpy are programs", compiled=False),
+    "jit": Variant("the step as one program"),
     "jit, donated": Variant("it may overwrite the state", donated=True),
     "scan of 10": Variant("10 steps in one program, donated", donated=True, steps=10),
     "scan of 50": Variant("50 steps in one program, donated", donated=True, steps=50),
     "cache, empty": Variant("compiled programs are saved on disk", cache=True),
     "cache, full": Variant("programs that the variant before saved are loaded", cache=True),
-    "remat matmuls": Variant("all but matmul results recomputed", model=(("remat", "matmuls"),)),
-    "remat blocks": Variant("blocks recomputed", model=(("remat", "blocks"),)),
-    "bfloat16": Variant("bf16 matmuls", model=(("precision", "bfloat16"),)),
+    "remat matmuls": Variant("all but matmul results recomputed", remat="matmuls"),
+    "remat blocks": Variant("blocks recomputed", remat="blocks"),
+    "bfloat16": Variant("bf16 matmuls", precision="bfloat16"),
 }
 NOTES = (
-    "all but the variants named after them compute in float32, without remat.",
+    "all variants compute in float32 without remat, except those named after bfloat16 or remat.",
     "trace, lower, compile: Python to jaxpr, jaxpr to HLO, HLO to machine code. first call: the rest of the time until "
     "the first step, or the first scan, is done. programs: compiled by then; the eager variants compile in their first "
     "call, each operation once for each shape.",
@@ -79,52 +70,48 @@ NOTES = (
     "is read while the next step runs. speed: taken round by round, above 1 is faster. dispatches: programs dispatched "
     "per step, counted by JAX's profiler. step, MB: arguments, results and temporaries of the program by XLA's "
     "analysis, donated memory counted once.",
-    "pays after: steps until the time spent before the first step is won back, against eager; 0 if the first step came "
-    "sooner too.",
+    "pays after: steps until the total time is below eager's; 0 if the first step is done sooner too.",
 )
 
 
-def measure(
-    config: Config, name: str, variants: Sequence[str] = tuple(VARIANTS), rounds: int = 5, seconds: float = 0.5
-) -> Report:
+def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int, seconds: float) -> Report:
     """A report on the step of `config`, its vocab_size known, called `name`, on the first device.
 
     Args:
       seconds: how long each variant works in a round, at least.
 
     Raises:
-      UsageError: no such variant, or a step does not fit into memory.
+      OutOfMemoryError: a step does not fit into memory.
     """
-    chosen = choose(variants)
     memory.require(config)
-    ways: dict[str, Way] = {}
+    runners: dict[str, Runner] = {}
     with tempfile.TemporaryDirectory(prefix="jaxgpt-ledger-") as folder:
-        for each, variant in sorted(chosen.items(), key=lambda item: not item[1].compiled):
+        for each, variant in sorted(variants.items(), key=lambda item: not item[1].compiled):
             jax.clear_caches()
             with compile_cache(folder if variant.cache else None):
-                ways[each] = Way(varied(config, variant), variant)
+                runners[each] = Runner(config, variant)
     before, own = machine_seconds(), time.process_time()
-    steps: Rates = {each: [] for each in chosen}
-    for way in ways.values():
-        way.run()  # what is not one program may compile again
+    steps: Rates = {each: [] for each in variants}
+    for runner in runners.values():
+        runner.run()  # the variants without jit may compile again
     for _ in range(rounds):
-        for each in chosen:
-            n, took = repeat(ways[each].run, seconds, ways[each].wait)
+        for each in variants:
+            n, took = repeat(runners[each].run, seconds, runners[each].wait)
             steps[each].append(n / took)
     shares = [others(before, machine_seconds(), time.process_time() - own)] if before else []
-    figures, device = {each: ways[each].figures for each in chosen}, jax.local_devices()[0]
+    figures, device = {each: runners[each].figures for each in variants}, jax.local_devices()[0]
     title = f"A training step of {name}, {config.train.batch_size * config.model.block_size:,} tokens"
-    first, steady = rows(figures, steps)
+    first, later = rows(figures, steps)
     return {
         "mode": f"the ledger of {name}",
         "facts": facts(f"{device.platform}, {device.device_kind}"),
         "failed": {},
         "tables": [
             {"title": f"{title}: until the first is done", "rows": first},
-            {"title": f"{title}: each one after it", "rows": steady},
+            {"title": f"{title}: each one after it", "rows": later},
         ],
         "notes": [
-            "; ".join(f"{each}: {variant.about}" for each, variant in chosen.items()),
+            "; ".join(f"{each}: {variant.about}" for each, variant in variants.items()),
             *NOTES,
             "loss of the first step: " + ", ".join(f"{each} {found['loss']:.6f}" for each, found in figures.items()),
             disturbance(shares),
@@ -136,30 +123,23 @@ def measure(
 
 def varied(config: Config, variant: Variant) -> Config:
     """The config of a variant: float32 without remat, except for what it sets."""
-    model = replace(config.model, **({"precision": "float32", "remat": "none"} | dict(variant.model)))
+    model = replace(config.model, precision=variant.precision, remat=variant.remat)
     return replace(config, model=model, train=replace(config.train, scan_steps=variant.steps))
 
 
 def require_not_varied(config: Config, recipe: Config) -> None:
-    """Check that `config` does not set, beyond `recipe`, what the variants set.
-
-    Raises:
-      UsageError: it does; names the variants that show it.
-    """
+    """Raise a UsageError, with the variants to compare instead, if `config` changes a setting that variants change."""
     for name, value, _ in differences(config, recipe):
         if name in VARIED:
             raise UsageError(
-                f"--{name.replace('_', '-')} {value}: the variants set {name}, so that each differs from {JIT} in one "
-                f"thing; leave it out, and compare {JIT} with {VARIED[name]} (--variants)"
+                f"--{name.replace('_', '-')} {value}: the variants set {name}, so that each differs from jit in one "
+                f"thing; leave it out, and compare jit with {VARIED[name]} (--variants)"
             )
 
 
 def choose(names: Sequence[str]) -> dict[str, Variant]:
-    """The variants of these names, in the ledger's order.
-
-    Raises:
-      UsageError: there is no such variant.
-    """
+    """The variants of these names, or all, in the ledger's order. Raises a UsageError if there is no such variant."""
+    names = names or tuple(VARIANTS)
     for name in names:
         if name not in VARIANTS:
             raise UsageError(f"no variant {name!r}, expected some of {', '.join(map(repr, VARIANTS))}")
@@ -168,32 +148,33 @@ def choose(names: Sequence[str]) -> dict[str, Variant]:
 
 
 def rows(figures: dict[str, Any], steps: Rates) -> tuple[Rows, Rows]:
-    """What each variant costs until its first step is done, and then."""
-    first, steady = [], []
+    """Two tables of a row for each variant: its cost until the first step is done, and that of later steps."""
+    seconds = {name: sum(found["stages"].values()) for name, found in figures.items()}
+    medians = {name: 1 / series(rates)["median"] for name, rates in steps.items()}
+    first, later = [], []
     for name, found in figures.items():
-        seconds, pays = {key: sum(each["stages"].values()) for key, each in figures.items()}, None
-        if EAGER in figures and name != EAGER:
-            slow, fast = (1 / series(steps[each])["median"] for each in (EAGER, name))
-            after = break_even(seconds[name] - seconds[EAGER], slow, fast)
+        pays = None
+        if "eager" in figures and name != "eager":
+            after = break_even(seconds[name] - seconds["eager"], medians["eager"], medians[name])
             pays = "never" if after is None else round(after)
         stages = {f"{stage}, s": found["stages"].get(stage) for stage in STAGES}
         first.append({"variant": name, **stages, "in all, s": seconds[name], "programs": found["programs"]})
-        steady.append(
+        later.append(
             {
                 "variant": name,
                 "steady, ms": series([1e3 / rate for rate in steps[name]]),
-                "speed, of jit's": ratio(steps[name], steps[JIT]) if JIT in steps and name != JIT else None,
+                "speed, of jit's": ratio(steps[name], steps["jit"]) if "jit" in steps and name != "jit" else None,
                 "dispatches": found["dispatches"],
                 "step, MB": found["step_bytes"] / 1e6 if found["step_bytes"] else None,
                 "pays after, steps": pays,
             }
         )
-    return first, steady
+    return first, later
 
 
 def break_even(extra: float, slow: float, fast: float) -> float | None:
-    """Steps after which `extra` seconds at the start are won back by steps of `fast` in place of `slow` seconds; 0 if
-    nothing has to be won back, None if it never is.
+    """Steps after which steps of `fast` seconds have won back `extra` seconds at the start, against steps of `slow`
+    seconds; 0 if there is nothing to win back, None if they never do.
 
     >>> break_even(3.0, 0.5, 0.2), break_even(-1.0, 0.5, 0.2), break_even(3.0, 0.2, 0.5), break_even(-1.0, 0.2, 0.5)
     (10.0, 0.0, None, None)
@@ -203,57 +184,62 @@ def break_even(extra: float, slow: float, fast: float) -> float | None:
     return extra / (slow - fast) if slow > fast else None
 
 
-class Way:
-    """The step of `config`, run as a variant does; what it costs until the first call is done is in `figures`."""
+class Runner:
+    """Runs the step of a config as a variant does; `figures` are its costs until the first call is done."""
 
     def __init__(self, config: Config, variant: Variant):
-        self.config, self.K, self.step, self.unread = config, variant.steps, 0, None
+        self.config, self.K, self.step, self.loss = varied(config, variant), variant.steps, 0, None
         self.scope = jax.disable_jit if variant.primitives else nullcontext
         tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=1_000_000).astype(np.uint16)
         self.tokens = jax.device_put(tokens, replicated(one_device()))
-        self.state = jax.block_until_ready(sharded_init(config, one_device()))
-        self.call: Any = partial(one_step, config)
-        times, programs, size = [time.perf_counter()], list[str](), None
-        with listening(programs.append):
+        self.state = jax.block_until_ready(sharded_init(self.config, one_device()))
+
+        def one_step(state: TrainState, tokens: jax.Array, starts: Any) -> tuple[TrainState, Metrics]:
+            return train_step(self.config, state, take(tokens, starts, config.model.block_size))
+
+        self.call: Any = partial(train_steps, self.config) if self.K > 1 else one_step
+        times, size = [time.perf_counter()], None
+        with events() as durations:
             if variant.compiled:
-                function = partial(train_steps, config) if self.K > 1 else self.call
-                stage = jax.jit(function, donate_argnums=0 if variant.donated else ())
-                for step in ("trace", "lower", "compile"):
-                    given = (self.state, self.tokens, self.starts()) if step == "trace" else ()
-                    stage = getattr(stage, step)(*given)
-                    times.append(time.perf_counter())
-                self.call, size = stage, memory.compiled_bytes(stage)
+                jitted = jax.jit(self.call, donate_argnums=0 if variant.donated else ())
+                traced = jitted.trace(self.state, self.tokens, self.starts())
+                times.append(time.perf_counter())
+                lowered = traced.lower()
+                times.append(time.perf_counter())
+                self.call = lowered.compile()
+                times.append(time.perf_counter())
+                size = memory.compiled_bytes(self.call)
             self.run()
-            loss = float(np.asarray(self.unread).ravel()[0])
+            loss = float(np.asarray(self.loss).ravel()[0])
             self.wait()
         times.append(time.perf_counter())
         stages = [after - before for before, after in pairwise(times)]
         self.figures: dict[str, Any] = {
             "stages": dict(zip(STAGES[-len(stages) :], stages, strict=True)),
-            "programs": programs.count(COMPILED),
+            "programs": durations.count(COMPILED),
             "loss": loss,
             "step_bytes": sum(size) if size else None,
             "dispatches": self.dispatches(),
         }
 
     def starts(self) -> Any:
-        """Window starts of the next piece: (B,), or (K, B) for a scan."""
-        train, end = self.config.train, self.step + self.K
-        T = self.config.model.block_size
-        found = chunk_starts(train.seed, self.step, end, len(self.tokens), T, train.batch_size, train.sampling)
-        return found.astype(np.int32) if self.K > 1 else found.astype(np.int32)[0]
+        """Window starts of the next call: (B,), or (K, B) for a scan."""
+        train, T = self.config.train, self.config.model.block_size
+        end = self.step + self.K
+        starts = chunk_starts(train.seed, self.step, end, len(self.tokens), T, train.batch_size, train.sampling)
+        return starts.astype(np.int32) if self.K > 1 else starts.astype(np.int32)[0]
 
     def run(self) -> int:
-        """Run one step, or one scan; the number of steps."""
+        """Run one step, or one scan; return the number of steps."""
         with self.scope():
             self.state, metrics = self.call(self.state, self.tokens, self.starts())
-        if self.unread is not None:
-            jax.block_until_ready(self.unread)  # at most one piece ahead of the device
-        self.unread, self.step = metrics.loss, self.step + self.K
+        if self.loss is not None:
+            jax.block_until_ready(self.loss)  # at most one call ahead of the device
+        self.loss, self.step = metrics.loss, self.step + self.K
         return self.K
 
     def wait(self) -> None:
-        jax.block_until_ready((self.state, self.unread))
+        jax.block_until_ready((self.state, self.loss))
 
     def dispatches(self) -> float | None:
         """Programs dispatched per step, counted by the profiler; None where it sees none."""
@@ -264,19 +250,17 @@ class Way:
         return trace.dispatches(lines) / self.K or None
 
 
-def one_step(config: Config, state: TrainState, tokens: jax.Array, starts: Any) -> tuple[TrainState, Metrics]:
-    """`train_step` on the windows at `starts` (B,) of `tokens` (N,)."""
-    return train_step(config, state, take(tokens, starts, config.model.block_size))
-
-
 @contextmanager
 def compile_cache(folder: str | None) -> Iterator[None]:
     """Keep compiled programs in `folder`, or keep none."""
-    asked: dict[str, Any] = {"jax_enable_compilation_cache": folder is not None}
-    asked |= {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: jax.config.values[name] for name in asked}
+    settings: dict[str, Any] = {
+        "jax_enable_compilation_cache": folder is not None,
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: jax.config.values[name] for name in settings}
     try:
-        for name, value in asked.items():
+        for name, value in settings.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
         yield
@@ -287,14 +271,15 @@ def compile_cache(folder: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def listening(heard: Callable[[str], Any]) -> Iterator[None]:
-    """Call `heard` with the name of each event of JAX that has a duration."""
+def events() -> Iterator[list[str]]:
+    """Lists the names of JAX's monitoring events that have a duration, as they come."""
+    names: list[str] = []
 
-    def listen(event: str, duration_secs: float, **about: str | int) -> None:
-        heard(event)
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        names.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield
+        yield names
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)

@@ -1,4 +1,4 @@
-"""`jaxgpt ledger`: what `jit` costs and what it saves on this machine."""
+"""`jaxgpt ledger`: the costs and savings of `jit` on this machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,8 @@ from jaxgpt.recipes import recipe
 
 ABOUT = (
     "Run one training step of a recipe op by op, jitted, donated, scanned, from the compile cache, with remat and in "
-    "bfloat16: what each costs before its first step, and then per step. Takes some minutes; accepts every setting "
-    "of the recipe."
+    "bfloat16: the cost of each before its first step, and per step. Takes some minutes; accepts every setting of the "
+    "recipe."
 )
 
 
@@ -19,15 +19,15 @@ ABOUT = (
 class Ledger:
     config: Config
     variants: tuple[str, ...] = ()
-    """Which ways to run the step, as in jit eager "scan of 10"; all by default."""
+    """Variants to run, such as jit eager "scan of 10"; all by default."""
     rounds: int = 5
     """Rounds of measurement, in which all variants take turns."""
     seconds: float = 0.5
-    """Seconds of work of each variant in a round, at least one step or scan."""
+    """Seconds that each variant works in a round; at least one step or scan."""
     out: Path | None = None
     """The JSON file to write; None is ledger-RECIPE.json in the current folder."""
     plot: Path | None = None
-    """Where to draw the stages and the steps, a .png, .svg, .pdf or .json (Vega-Lite); None draws nothing."""
+    """Draw the stages and the steps, as .png, .svg, .pdf or .json (Vega-Lite); None draws nothing."""
     data_dir: DataDir = Path("data")
 
 
@@ -42,8 +42,7 @@ def run(args: list[str]) -> int:
     from jaxgpt.profile import ledger, plots, report
 
     ledger.require_not_varied(given.config, recipe(name).config)
-    variants = given.variants or tuple(ledger.VARIANTS)
-    ledger.choose(variants)  # raises if there is no such variant
+    variants = ledger.choose(given.variants)
     name = Path(name).stem  # of a recipe that is a file
     out = given.out or Path(f"ledger-{name}.json")
     places.require_file(out, "--out")

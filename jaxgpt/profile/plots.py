@@ -1,4 +1,4 @@
-"""Charts of a report of `ledger` and of the roofline of `inspect`."""
+"""The charts of `ledger`, and the roofline of `inspect`."""
 
 from jaxgpt.display.charts import INK, PALETTE, QUIET, Spec, category, chart, columns, label, layer, quantity, ticks
 from jaxgpt.profile.ledger import STAGES
@@ -7,7 +7,7 @@ from jaxgpt.profile.timing import series
 
 
 def ledger(report: Report) -> Spec:
-    """For each variant: its stages up to the first step, and its steady step with its range over the rounds."""
+    """For each variant: its stages until the first step is done, and the time of later steps with its range."""
     figures, rates = report["figures"], report["steps_per_second"]
     first = [
         {"variant": name, "stage": stage, "order": i, "seconds": seconds}
@@ -30,16 +30,14 @@ def ledger(report: Report) -> Spec:
         layer(steady, "rule", {"x": x, "x2": {"field": "high"}, "y": y}, strokeWidth=3, color=QUIET, opacity=0.7),
         layer(steady, "point", {"x": {**x, "field": "median"}, "y": y}, filled=True, size=60, opacity=1, color=INK),
     ]
-    panels = [
-        {"width": 400, "height": {"step": 32}, "layer": each}
-        for each in ([layer(first, "bar", bars, height={"band": 0.7})], steps)
-    ]
-    return chart(hconcat=panels, title=report["mode"])
+    size: Spec = {"width": 400, "height": {"step": 32}}
+    stages = layer(first, "bar", bars, height={"band": 0.7})
+    return chart(hconcat=[{**size, "layer": [stages]}, {**size, "layer": steps}], title=report["mode"])
 
 
 def roofline(report: Report) -> Spec:
-    """The speed of each part against its FLOPs per byte, under the roof: circles forward, squares backward, numbered as
-    in the legend."""
+    """FLOP/s of each part against its FLOPs per byte, under the roof: circles forward, squares backward, with the
+    numbers of the legend."""
     found = report["roofline"]
     peak, bandwidth = found["peak_flops"] / 1e9, found["bandwidth"] / 1e9
     parts = [part for part in found["parts"] if part["flops"] and part["seconds"]]

@@ -1,15 +1,14 @@
-"""The roofline of this machine, and where each part of a training step stands under it.
+"""The roofline of this machine, and how far below it each part of a training step is.
 
 A part with F FLOPs and M bytes of memory traffic takes at least max(F / peak, M / bandwidth) (Williams, Waterman and
 Patterson, "Roofline", 2009). Above F / M = peak / bandwidth, the ridge, compute is the limit; below, memory is.
 
-The parts are the Flax modules that the instructions of the compiled step name: FLOPs and bytes are those of its HLO,
-and times those of its profile.
+The parts are the Flax modules named in the compiled step: FLOPs and bytes come from its HLO, times from a profile.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +24,7 @@ N = 2048
 STREAMED = 2**26
 """float32 numbers in the array that measures bandwidth: 256 MB, more than most caches."""
 OUTSIDE = "embeddings, head, loss"
-"""The part of instructions in no module but the model itself."""
+"""The part of instructions that are traced in the model, but in none of its modules."""
 
 
 class Machine(NamedTuple):
@@ -48,21 +47,20 @@ class Part(NamedTuple):
     seconds: float
 
     def least(self, machine: Machine) -> float:
-        """Seconds that it takes at least."""
+        """Its least possible seconds."""
         return max(self.flops / machine.flops, self.bytes / machine.bandwidth)
 
 
 def parts(text: str, operations: Iterable[Operation], steps: int, modules: Iterable[str]) -> list[Part]:
-    """The parts of a compiled step, those that took longest first.
+    """The parts of a compiled step, slowest first.
 
     Args:
       text: the optimised HLO of the step.
-      operations: the profile of some steps.
-      steps: how many.
+      operations: the profile of `steps` steps.
       modules: the names of the modules in the paths of parameters.
     """
     flops, moved = Counter[tuple[str, bool]](), Counter[tuple[str, bool]]()
-    seconds: dict[tuple[str, bool], float] = {}
+    seconds = defaultdict[tuple[str, bool], float](float)
     names, known = set(modules), hlo.instructions(text)
     for each in known.values():
         key = part_of(each.origin, names)
@@ -70,14 +68,13 @@ def parts(text: str, operations: Iterable[Operation], steps: int, modules: Itera
         moved[key] += each.runs * each.bytes
     for operation in operations:
         if ran := known.get(operation.name):
-            key = part_of(ran.origin, names)
-            seconds[key] = seconds.get(key, 0.0) + operation.seconds / steps
-    found = [Part(*key, flops[key], moved[key], seconds.get(key, 0.0)) for key in moved if moved[key]]
+            seconds[part_of(ran.origin, names)] += operation.seconds / steps
+    found = [Part(*key, flops[key], moved[key], seconds[key]) for key in moved if moved[key]]
     return sorted(found, key=lambda part: -part.seconds)
 
 
 def part_of(origin: str, modules: set[str]) -> tuple[str, bool]:
-    """The part, and whether it is the backward pass, of an instruction by its `hlo.Instruction.origin`.
+    """The part of an instruction by its `hlo.Instruction.origin`, and whether it is in the backward pass.
 
     >>> part_of("transpose(jvp(GPT))/h_*/mlp/c_fc/dot_general", {"h_*", "mlp", "c_fc"})
     ('h_*/mlp/c_fc', True)
@@ -111,10 +108,10 @@ def rows(found: Iterable[Part], machine: Machine) -> list[dict[str, Any]]:
 
 
 def measure_machine(dtype: str, n: int = N, streamed: int = STREAMED, seconds: float = 0.4, rounds: int = 3) -> Machine:
-    """The best of some rounds of JAX on its first device.
+    """The best rates of some rounds on JAX's first device, each at least `seconds` long.
 
-    The bandwidth is that of an array read, scaled and written in place, 8 bytes a number as STREAM counts its "scale"
-    (McCalpin 1995). On a CPU a new array would cost a page fault every 4 kB, several times as slow as memory.
+    Bandwidth: an array is read, scaled and written in place, 8 bytes a number as STREAM counts its "scale" (McCalpin
+    1995). On a CPU a new array would cost a page fault every 4 kB, several times as slow as memory.
     """
     x = jax.random.normal(prng.key(0), (n, n), jnp.dtype(dtype))
     matmul = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
@@ -129,11 +126,11 @@ def measure_machine(dtype: str, n: int = N, streamed: int = STREAMED, seconds: f
         array[0] = jax.block_until_ready(scale(array[0]))
         return 8 * streamed
 
-    best = [0.0, 0.0]
+    def rate(run: Callable[[], int]) -> float:
+        units, took = repeat(run, seconds)
+        return units / took
+
     multiply()  # compiles
     stream()
-    for _ in range(rounds):
-        for i, run in enumerate((multiply, stream)):
-            units, took = repeat(run, seconds)
-            best[i] = max(best[i], units / took)
-    return Machine(*best)
+    rates = [(rate(multiply), rate(stream)) for _ in range(rounds)]
+    return Machine(*map(max, zip(*rates, strict=True)))

@@ -1,6 +1,6 @@
-"""The timing loop: pieces of work in rounds (A B C A B C), and how much of the machine other programs took meanwhile.
+"""Timing in rounds (A B C A B C), and the share of the machine that other programs took meanwhile.
 
-A machine's speed drifts. What slows one round down slows all that take turns in it, so ratios are taken within a round.
+A machine's speed drifts. A slow round slows all contestants alike, so ratios are taken within a round.
 """
 
 import os
@@ -14,7 +14,7 @@ Series = dict[str, float]
 Rates = dict[str, list[float]]
 """Name -> units of work per second in each round."""
 QUIET = 0.1
-"""Share of the machine from which other programs count as a disturbance."""
+"""Share of the machine from which other programs disturb a measurement."""
 
 
 def series(values: Sequence[float]) -> Series:
@@ -44,7 +44,7 @@ def repeat(run: Callable[[], int], seconds: float, wait: Callable[[], None] = la
 
 
 def machine_seconds() -> tuple[float, float] | None:
-    """(busy seconds, all seconds) of all cores since boot; None without /proc."""
+    """(busy seconds, all seconds), summed over the cores since boot; None without /proc."""
     try:
         first = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     except OSError:
@@ -54,7 +54,8 @@ def machine_seconds() -> tuple[float, float] | None:
 
 
 def others(before: tuple[float, float] | None, after: tuple[float, float] | None, own: float) -> float:
-    """Share of the machine, between two readings of `machine_seconds`, that went to others than our `own` seconds.
+    """The share of the machine that other programs took between two readings of `machine_seconds`, in which we took
+    `own` seconds; 0 if unknown.
 
     >>> others((100.0, 200.0), (108.0, 210.0), 6.0)
     0.2
@@ -65,7 +66,7 @@ def others(before: tuple[float, float] | None, after: tuple[float, float] | None
 
 
 def disturbance(shares: Sequence[float]) -> str:
-    """A note on the shares of `others`."""
+    """A note on shares from `others`; none if the load is unknown."""
     if not shares:
         return "the load of other programs is unknown on this system"
     median, most = 100 * statistics.median(shares), 100 * max(shares)

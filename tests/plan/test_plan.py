@@ -8,12 +8,13 @@ import jax
 import pytest
 
 from jaxgpt.config import UsageError
+from jaxgpt.data import DEVICE_TOKENS
 from jaxgpt.monitor.chips import CHIPS
 from jaxgpt.plan import cli, plan
 from jaxgpt.plan import view as plans
-from jaxgpt.plan.estimate import TOKENS, estimate, sent
+from jaxgpt.plan.estimate import estimate, sent
 from jaxgpt.plan.plan import PlanError
-from jaxgpt.sharding import MeshError, Sizes, make_mesh
+from jaxgpt.sharding import MeshError, Sizes
 
 tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra: pip install 'jaxgpt[tpu]'"
@@ -37,20 +38,18 @@ def bytes_sent(step):
     ],
 )
 def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
-    """What is sent is counted by hand: L kernels of 12 C² in all, and the head of V C."""
+    """Communication is counted by hand: 12 C² elements of kernels in each of L blocks, and the head of V C."""
     config, sizes = recipes[name], Sizes.parse(text)
     C, V, L = config.model.n_embd, config.model.vocab_size, config.model.n_layer
     chip, devices = plan.topology("v5e:16x16")
-    mesh = make_mesh(sizes, devices)
-    compiled = plan.compile_step(config, mesh)
-    found = plan.read(compiled, config, chip, sizes, 0.0)
-    step = found.step
+    found = plan.plan(config, chip, devices, sizes)
+    step, compiled = found.step, found.compiled
     assert step.fits
     assert "tpu_custom_call" in found.kernels  # splash attention
     assert set(found.matmuls) == {"bf16 x bf16"}
-    # A chip has its share of parameters and moments, and the tokens.
+    # A chip holds its shards of parameters and moments, and the tokens.
     shards = sizes.fsdp * sizes.tensor
-    assert step.arguments - 2 * TOKENS == pytest.approx(3 * 4 * (12 * L * C**2 + V * C) / shards, rel=0.05)
+    assert step.arguments - 2 * DEVICE_TOKENS == pytest.approx(3 * 4 * (12 * L * C**2 + V * C) / shards, rel=0.05)
     # Kernels are gathered as bfloat16: for each pass, and those of attention once more; the head's once.
     gathered = 2 * ((2 + 4 / 12) * 12 * L * C**2 + V * C) / sizes.tensor
     divided = config.model.n_head % sizes.tensor == 0  # else some kernels of attention are gathered whole
@@ -61,7 +60,7 @@ def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
     assert bytes_of(step, "reduce-scatter") == pytest.approx(gradients, rel=0.1)
     summed = sum(size for (kind, n), (_, size) in step.collectives.items() if kind == "all-reduce" and n > sizes.tensor)
     assert summed < 1.5 * gradients / sizes.fsdp + 2**24
-    # The second step compiles nothing: the state comes out as it goes in.
+    # The second step compiles nothing: the state has the same formats as result and as argument.
     (state, *_), _ = compiled.input_formats
     assert jax.tree.leaves(state) == jax.tree.leaves(compiled.output_formats[0])
     # The estimate is close.
@@ -71,7 +70,7 @@ def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
 
 
 @tpu
-def test_what_the_compiler_cannot_do_is_refused():
+def test_topologies_that_the_compiler_cannot_target_are_refused():
     with pytest.raises(PlanError, match="--topology v5e:3x999"):
         plan.topology("v5e:3x999")
     for name in ("v5e:3", "v5e:16x16:2", "v5e:3x1"):
@@ -90,7 +89,7 @@ def test_a_topology_may_be_a_part_of_a_host(name, chips):
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """Stands in for the compiler for TPUs: a list of the devices that it is to find, each by its chip's coordinates."""
+    """A fake TPU compiler: a list of the coordinates of the devices that it finds."""
     from jax.experimental import topologies
 
     found = []
@@ -120,15 +119,15 @@ def test_the_compiler_gets_hosts_with_fewer_chips(compiler, name, bounds):
     assert compiler[-1].get("chips_per_host_bounds") == bounds
 
 
-def test_only_a_compiler_that_is_missing_is_to_be_installed(compiler, monkeypatch):
+def test_the_install_hint_is_only_for_a_missing_compiler(compiler, monkeypatch):
     for installed, hint in ((True, "expected an arrangement as in v5p:4x4x4$"), (False, r"pip install 'jaxgpt\[tpu\]")):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=installed: found or None)
         with pytest.raises(PlanError, match=f"--topology v5p:3: INVALID_ARGUMENT; {hint}"):
             plan.topology("v5p:3")
 
 
-def test_what_is_compiled_for_absent_chips_is_not_kept(tiny, monkeypatch):
-    """Found in the cache by the next process, it could not be read."""
+def test_programs_for_absent_chips_are_not_cached(tiny, monkeypatch):
+    """The next process could not read them."""
     name, seen = "jax_persistent_cache_min_compile_time_secs", []
     before = jax.config.values[name]
 
@@ -145,19 +144,19 @@ def test_what_is_compiled_for_absent_chips_is_not_kept(tiny, monkeypatch):
 
 @pytest.fixture
 def shallow(tiny, change):
-    """Of sizes that every mesh here divides, and wide enough that kernels are most of what is sent."""
+    """A config that every mesh here divides, wide enough that kernels dominate communication."""
     sizes = dict(vocab_size=512, block_size=64, n_layer=2, n_head=4, n_embd=128, dropout=0.0, batch_size=16)
     return change(tiny, **sizes, scan_layers=True, remat="blocks", bias=False, tie_weights=True)
 
 
 @pytest.mark.parametrize("text", ["data=4,fsdp=2", "data=2,fsdp=2,tensor=2"])
-def test_the_estimate_agrees_with_what_is_compiled_for_virtual_devices(shallow, text):
+def test_the_estimate_agrees_with_the_program_for_virtual_devices(shallow, text):
     chip, devices = plan.topology("cpu:8")
     assert chip is None
     found = plan.plan(shallow, chip, devices, Sizes.parse(text)).step
     guess = estimate(shallow, CHIPS["h100"], Sizes.parse(text))
-    assert guess.memory - 2 * TOKENS == pytest.approx(found.memory - 2 * TOKENS, rel=0.4)
-    # The compiler for CPUs sums where that for TPUs scatters: as much is reduced.
+    assert guess.memory - 2 * DEVICE_TOKENS == pytest.approx(found.memory - 2 * DEVICE_TOKENS, rel=0.4)
+    # XLA reduces as many bytes on CPUs, but by all-reduce where TPUs reduce-scatter.
     for kinds in (("all-gather",), ("all-reduce", "reduce-scatter")):
         reduced = [sum(bytes_of(step, kind) for kind in kinds) for step in (guess, found)]
         assert reduced[0] == pytest.approx(reduced[1], rel=0.3)
@@ -167,7 +166,7 @@ def test_the_command_plans_for_virtual_devices(capsys):
     sizes = "--vocab-size 64 --block-size 8 --n-layer 1 --n-head 2 --n-embd 32 --batch-size 8"
     assert cli.run(["gpt-demo", *sizes.split(), "--topology", "cpu:2", "--mesh", "data=2"]) == 0
     out = capsys.readouterr().out
-    assert " parameters, mesh data=2: steps of 8 x 8 tokens in 1 micro-batches, on 2 chips of cpu:2" in out
+    assert " parameters, mesh data=2: steps of 8 x 8 tokens in 1 micro-batches, on 2 chips (cpu:2)" in out
     assert "all-reduce among 2" in out
     assert "verdict: it compiles" in out
 
@@ -179,29 +178,26 @@ def test_float32_is_counted_at_the_rate_of_its_matmuls(recipes, change):
         times = [step.seconds["matmuls"] for step in steps]
         assert times[0] == pytest.approx(slower * times[1])
         assert steps[0].utilisation[0] == pytest.approx(steps[0].flops / steps[0].bounds[1] / CHIPS[name].float32)
-        notes = [
-            any("float32 matmuls at the rate of " + kind in line for line in plans.costs(config, step, ""))
-            for step in steps
-        ]
-        assert notes == [True, False]
+        said = ["\n".join(plans.costs(step, "")) for step in steps]
+        assert [f"float32 matmuls at the rate of {kind}" in text for text in said] == [True, False]
 
 
 def test_a_plan_by_the_compiler_knows_its_precision(shallow, change):
     for precision in ("float32", "bfloat16"):
         found = plan.plan(change(shallow, precision=precision), *plan.topology("cpu:2"), Sizes(data=2))
-        assert found.step.precision == precision
+        assert found.step.config.model.precision == precision
 
 
-def test_what_cannot_be_planned_is_refused(shallow, change):
+def test_impossible_plans_are_refused(shallow, change):
     with pytest.raises(MeshError, match="tensor = 3 does not divide 128 channels"):
         plan.mesh(shallow, None, [], Sizes(tensor=3))
     with pytest.raises(PlanError, match="needs 512 devices, the topology has 8"):
         plan.mesh(shallow, *plan.topology("cpu:8"), Sizes(data=16, tensor=32))
     with pytest.raises(PlanError, match=r"255 of 256 devices stay idle.*rank all meshes by --sweep"):
         plan.mesh(change(shallow, batch_size=13), None, [None] * 256)
-    with pytest.raises(PlanError, match="expected a TPU and its arrangement, as in v5e:16x16, of v5e, v5p, v6e, or"):
+    with pytest.raises(PlanError, match=r"expected a TPU \(v5e, v5p, v6e\) and its arrangement, as in v5e:16x16, or"):
         plan.topology("tpu9:2x2")
-    with pytest.raises(PlanError, match="GPUs are only estimated"):
+    with pytest.raises(PlanError, match="GPUs can only be estimated"):
         plan.topology("h100:8")
     with pytest.raises(PlanError, match="there are 8 devices"):
         plan.topology("cpu:99")
@@ -232,7 +228,7 @@ def test_an_option_without_effect_is_refused(flags, said):
         cli.run(["gpt2-124m", *flags.split()])
 
 
-def test_where_the_compiler_finds_no_room_the_estimate_and_a_suggestion_are_printed(monkeypatch, capsys):
+def test_a_step_too_large_for_the_compiler_prints_the_estimate_and_a_suggestion(monkeypatch, capsys):
     def refuse(*given):
         raise plan.TooLargeError("RESOURCE_EXHAUSTED: Used 20G of 16G hbm")
 

@@ -1,4 +1,4 @@
-"""Which meshes and batches a plan ranks first, what fits, and what it suggests if nothing does."""
+"""The ranking of meshes and batch sizes, which steps fit, and the suggestions if none does."""
 
 import dataclasses
 import re
@@ -15,24 +15,26 @@ from jaxgpt.sharding import Sizes
 def test_the_ranking_is_by_time_and_keeps_what_divides(recipes):
     config, chip = recipes["124m"], CHIPS["v5p"]
     found = plan.ranked(config, chip, 24)
-    assert all(step.sizes.devices == 24 for _, step in found)
-    times = [step.bounds[1] / config.train.batch_size for config, step in found if step.fits]
+    assert all(step.sizes.devices == 24 for step in found)
+    times = [step.bounds[1] / step.config.train.batch_size for step in found if step.fits]
     assert times == sorted(times)
-    assert {config.train.batch_size for config, _ in found} == {512, 528}
-    for changed, step in found:
-        assert changed.train.batch_size % (step.sizes.data * step.sizes.fsdp * changed.train.accumulate) == 0
-    for changed, step in found[:5]:
-        assert estimate(changed, chip, step.sizes) == step
+    assert {step.config.train.batch_size for step in found} == {512, 528}
+    for step in found:
+        train = step.config.train
+        assert train.batch_size % (step.sizes.data * step.sizes.fsdp * train.accumulate) == 0
+    for step in found[:5]:
+        assert estimate(step.config, chip, step.sizes) == step
 
 
 def test_a_sweep_tries_batches_too(recipes, change, capsys):
-    assert plan.batches(change(recipes["1.5b"], batch_size=6)) == [3, 6, 12, 24]
+    alone = plan.ranked(change(recipes["1.5b"], batch_size=6), CHIPS["v5p"], 1, sweep=True)
+    assert sorted({step.config.train.batch_size for step in alone}) == [3, 6, 12, 24]
     config, chip = change(recipes["1.5b"], batch_size=12), CHIPS["v5e"]
-    found = plan.ranked(config, chip, 16, plan.batches(config))
-    assert {config.train.batch_size for config, _ in found} == {3, 6, 12, 16, 24, 32, 48}
-    rates = [config.train.batch_size / step.bounds[1] for config, step in found if step.fits]
+    found = plan.ranked(config, chip, 16, sweep=True)
+    assert {step.config.train.batch_size for step in found} == {3, 6, 12, 16, 24, 32, 48}
+    rates = [step.config.train.batch_size / step.bounds[1] for step in found if step.fits]
     assert rates == sorted(rates, reverse=True)
-    assert [step.fits for _, step in found] == sorted((step.fits for _, step in found), reverse=True)
+    assert [step.fits for step in found] == sorted((step.fits for step in found), reverse=True)
     batches = []
     for sweep in ([], ["--sweep"]):
         assert cli.run(["gpt2-1.5b", "--chips", "256", *sweep]) == 0
@@ -57,7 +59,7 @@ def test_a_sweep_compiles_the_best_of_all_batches(monkeypatch, capsys):
     assert tried[0][0] == 2048
 
 
-def test_more_chips_take_less_time_until_what_is_sent_takes_it_all(recipes, change):
+def test_more_chips_are_faster_until_communication_dominates(recipes, change):
     config = change(recipes["1.5b"], batch_size=4096)
     steps = [estimate(config, CHIPS["v5p"], Sizes(fsdp=n)) for n in (16, 64, 256)]
     assert steps[0].seconds["matmuls"] == pytest.approx(16 * steps[2].seconds["matmuls"])
@@ -65,7 +67,7 @@ def test_more_chips_take_less_time_until_what_is_sent_takes_it_all(recipes, chan
     assert steps[0].utilisation[0] > steps[2].utilisation[0]
     one, two = (estimate(config, CHIPS["v5e"], Sizes(data=4 * n, fsdp=64)) for n in (1, 2))
     assert one.network == 0
-    # Between two pods, each chip sends its part of half of the sum of a shard, twice.
+    # Between two pods, each chip sends its share of half of the summed shard, twice.
     assert two.network == pytest.approx(2 * 4 * 1.6e9 / 64 / 4 / 2, rel=0.05)
 
 
@@ -81,15 +83,15 @@ def test_the_command_ranks_by_estimate(capsys):
     assert "verdict: it fits" in capsys.readouterr().out
 
 
-def test_following_the_suggestions_leads_to_what_fits(recipes, change):
-    """From 1.5B parameters, whole on each chip and with all activations, as far as the verdicts say."""
+def test_following_the_suggestions_leads_to_a_step_that_fits(recipes, change):
+    """Starts with 1.5B parameters whole on each chip, and no remat."""
     config, sizes, tried = change(recipes["1.5b"], remat="none", batch_size=16384), Sizes(data=256), []
     for _ in range(12):
         step = estimate(config, CHIPS["v5e"], sizes)
         if step.fits:
             break
         tried.append(step.memory)
-        said = plans.verdict(config, step)
+        said = plans.verdict(step)
         assert said.startswith("it does not fit, by " if step.memory > step.chip.memory else "it may not fit: ")
         name, value = re.search(r"--(\S+) (\S+)", said).groups()
         if name == "mesh":
@@ -123,7 +125,7 @@ def test_a_suggestion_can_run(recipes, change, sizes, changes, said):
     step = estimate(config, CHIPS["v5e"], sizes)
     step = dataclasses.replace(step, chip=dataclasses.replace(CHIPS["v5e"], memory=memory), temporaries=2 * memory)
     assert not step.fits
-    assert plans.verdict(config, step).endswith(said)
+    assert plans.verdict(step).endswith(said)
 
 
 def test_a_suggestion_leaves_pods_whole(recipes, change):
@@ -132,11 +134,11 @@ def test_a_suggestion_leaves_pods_whole(recipes, change):
     chip = dataclasses.replace(CHIPS["v5e"], pod=3)
     step = estimate(config, chip, Sizes(data=6))
     assert not step.fits
-    assert plans.verdict(config, step).endswith("--mesh data=2,fsdp=3")
+    assert plans.verdict(step).endswith("--mesh data=2,fsdp=3")
 
 
 def test_an_estimate_is_trusted_up_to_four_fifths_of_the_memory(recipes, change):
-    """Which is as far as the compiler was seen to be from it with a sequence or two a chip: test_plan.py."""
+    """With one or two sequences per chip, the compiler needs at most a quarter more: test_plan.py."""
     config, sizes = recipes["1.5b"], Sizes(data=64, fsdp=4)
     step = estimate(config, CHIPS["v5e"], sizes)
     assert step.fits
@@ -144,5 +146,5 @@ def test_an_estimate_is_trusted_up_to_four_fifths_of_the_memory(recipes, change)
         chip = dataclasses.replace(CHIPS["v5e"], memory=step.memory / share)
         found = estimate(config, chip, sizes)
         assert found.fits == fits
-        assert plans.verdict(config, found).startswith("it fits" if fits else "it may not fit: the estimate is 90%")
-    assert "too much or nearly" in list(plans.table([(config, found)]))[-1]
+        assert plans.verdict(found).startswith("it fits" if fits else "it may not fit: the estimate is 90%")
+    assert "too much or nearly" in list(plans.table([found]))[-1]

@@ -22,7 +22,7 @@ def test_a_sum_over_devices_is_one_all_reduce_of_its_bytes(mesh):
     assert hlo.collectives(text) == {("all-reduce", 8): (1, 400)}
 
 
-def test_what_a_loop_sends_counts_as_often_as_it_runs(mesh):
+def test_collectives_in_a_loop_count_every_iteration(mesh):
     def function(x):
         def body(total, _):
             return total + jnp.tanh(x * total.mean()).sum(axis=0), None
@@ -33,7 +33,7 @@ def test_what_a_loop_sends_counts_as_often_as_it_runs(mesh):
 
 
 @pytest.mark.parametrize("groups", ["[1,8]<=[8]", "{{0,1,2,3,4,5,6,7}}", "mesh['a'=4,'b'=2,'c'=3] {'a','b'}"])
-def test_bytes_of_what_is_scattered_count_before(groups):
+def test_a_reduce_scatter_counts_the_bytes_of_its_argument(groups):
     text = f"""
 ENTRY %main.1 (p: f32[64]) -> f32[8] {{
   %p = f32[64]{{0}} parameter(0)
@@ -48,8 +48,8 @@ def test_a_program_on_one_device_sends_nothing():
     assert hlo.collectives(text) == {}
 
 
-def test_what_the_compiler_for_tpus_writes_is_counted():
-    """A loop without a count, sums that are scattered, a gather in pieces among matmuls, and groups of one."""
+def test_collectives_of_tpu_programs_are_counted():
+    """A loop without a trip count, scattered sums, a gather in pieces among matmuls, and groups of one."""
     text = """
 %all-reduce-scatter.1 (input: f32[64,8]) -> f32[16,8] {
   %input = f32[64,8]{1,0} parameter(0)
@@ -135,7 +135,7 @@ ENTRY %main (a: bf16[8,4], b: bf16[4,2]) -> f32[8,2] {
         ("__other", "mine", ("__other", "mine")),
     ],
 )
-def test_kernels_are_known_by_their_marks(kind, target, names):
+def test_kernels_are_recognised_by_kind_and_target(kind, target, names):
     dims = '"lhs_contracting_dimensions":["1"]' if "cublas" in target else ""
     text = HLO.replace("KIND", kind).replace("TARGET", target).replace("DIMS", dims)
     found = hlo.instructions(text)
@@ -143,10 +143,10 @@ def test_kernels_are_known_by_their_marks(kind, target, names):
     assert found["l"].kernel == "XLA fusion (kLoop)"
     assert [each.op for each in found["l"].body if each.op not in hlo.FREE] == ["multiply", "add"]
     assert found["l"].origin == "jvp(GPT)/h_*/mlp/mul"
-    assert found["l"].bytes == 2 * 4 * 8 * 2, "what is between its operations stays in registers"
+    assert found["l"].bytes == 2 * 4 * 8 * 2, "intermediate results stay in registers"
     assert found["l"].flops == 2 * 8 * 2
     assert "m" not in found, "it is inside a fusion"
-    assert "s" not in found, "it is what a reduction does to each pair"
+    assert "s" not in found, "it is in the function of a reduction"
     assert found["t"].kernel == "XLA reduce"
     done = {matmul.kernel: matmul for matmul in hlo.matmuls(text)}
     assert done[names[0]].flops == 2 * 8 * 4 * 2
@@ -156,7 +156,7 @@ def test_kernels_are_known_by_their_marks(kind, target, names):
     assert not counted or done[names[1]].flops == 2 * 8 * 4 * 2
 
 
-def test_of_an_array_that_is_sliced_only_the_slice_is_memory_traffic():
+def test_only_the_slice_of_a_sliced_array_is_memory_traffic():
     text = """
 %row (p0: f32[1000,64], p1: s32[], p2: f32[1,64]) -> f32[1000,64] {
   %p0 = f32[1000,64]{1,0} parameter(0)

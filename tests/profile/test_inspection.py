@@ -9,7 +9,7 @@ from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, Trai
 from jaxgpt.display import charts
 from jaxgpt.monitor import cost
 from jaxgpt.profile import hlo, inspection, plots, report, roofline
-from jaxgpt.profile.programs import programs, xla_counts
+from jaxgpt.profile.inspection import programs, xla_counts
 from jaxgpt.profile.roofline import Machine, Part
 
 PLAIN = Config(
@@ -24,13 +24,13 @@ def of(**model):
     return dataclasses.replace(PLAIN, model=dataclasses.replace(PLAIN.model, **model))
 
 
-def test_the_roof_is_the_larger_of_two_times():
+def test_the_roof_is_the_larger_of_compute_and_memory_time():
     machine = Machine(flops=100.0, bandwidth=10.0)
     assert machine.ridge == 10.0
     works = [Part("mlp", False, 2000, 100, 40.0), Part("mlp", True, 500, 100, 20.0), Part("wpe", True, 1, 100, 0.0)]
     assert [part.least(machine) for part in works] == [20.0, 10.0, 10.0]
     rows = roofline.rows(works, machine)
-    assert [row["pass"] for row in rows] == ["forward", "backward"], "what the profile did not see has no row"
+    assert [row["pass"] for row in rows] == ["forward", "backward"], "a part that the profile did not see has no row"
     assert [row["bound by"] for row in rows] == ["compute", "memory"]
     assert [row["of the roof, %"] for row in rows] == [50.0, 50.0]
     assert [row["FLOP/byte"] for row in rows] == [20.0, 5.0]
@@ -204,7 +204,7 @@ def test_bad_input_compiles_nothing(args, said, capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_run_is_refused_before_it_is_compiled(monkeypatch):
+def test_a_step_that_cannot_fit_is_refused_before_compilation(monkeypatch):
     monkeypatch.setattr(inspection, "programs", None)
     monkeypatch.setattr(inspection.memory, "available", lambda: 1000)
     with pytest.raises(UsageError, match="a training step needs at least"):

@@ -22,7 +22,7 @@ TRACE = [
 ]
 
 
-def test_time_is_an_operations_own():
+def test_the_time_of_an_operation_excludes_those_inside_it():
     """A loop counts without the instructions that it runs; each thread counts for itself."""
     assert trace.operations(TRACE) == [
         Operation("dot.1", 3, pytest.approx(140e-9)),
@@ -31,7 +31,7 @@ def test_time_is_an_operations_own():
     ]
 
 
-def test_a_call_inside_a_runtimes_call_is_no_dispatch_of_its_own():
+def test_a_dispatch_inside_another_is_not_counted():
     assert trace.dispatches(TRACE) == 2
     assert trace.dispatches([]) == 0
 
