@@ -131,7 +131,7 @@ def fit(
                 checkpoints.settle()
             with save_errors(run, log, checkpoints, stop=True):
                 # A signal came between two saves, or the last save failed.
-                if not processes.broadcast(log.step in checkpoints.steps):
+                if not processes.broadcast(int(state.step) in checkpoints.steps):
                     save(run, corpus, log, checkpoints, state)
                     checkpoints.settle()
                 log.sync()

@@ -337,7 +337,7 @@ MUTATIONS = [
     Mutation(
         "an interrupted run is not saved",
         "train.py",
-        "if not processes.broadcast(log.step in checkpoints.steps):",
+        "if not processes.broadcast(int(state.step) in checkpoints.steps):",
         "if not checkpoints.steps:",
         "test_train.py test_signals.py",
     ),
