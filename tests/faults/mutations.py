@@ -344,8 +344,8 @@ MUTATIONS = [
     Mutation(
         "the validation split is taken from the start",
         "corpus.py",
-        "(text[:n], text[n:])",
-        "(text[-n:], text[:-n])",
+        "text[part.n_tokens :]",
+        "text[: -part.n_tokens]",
         "test_corpus.py",
     ),
     # Rooms.
