@@ -101,10 +101,7 @@ class Checkpoints:
         return max(self.steps, default=None)
 
     def save(self, state: TrainState, about: dict[str, Any], then: Callable[[], None] = lambda: None) -> None:
-        """Start to save `state`, which may then be donated.
-
-        Args:
-          then: called in a thread once the step is saved.
+        """Start to save `state`, which may then be donated; call `then` in a thread once it is saved.
 
         Raises:
           CheckpointError: the last save failed; this one was not started.
@@ -122,10 +119,7 @@ class Checkpoints:
         self._pending = self._worker.submit(self._finish, manifest, partial, written, then)
 
     def settle(self, wait: bool = True) -> None:
-        """Wait until the save in progress has ended.
-
-        Args:
-          wait: False only checks a save that has ended; a no-op with several processes, which would have to agree.
+        """Wait for the save in progress; `wait=False` only checks one that has ended, in a run of a single process.
 
         Raises:
           CheckpointError: it failed. ProcessError: it failed in another process.
@@ -134,11 +128,7 @@ class Checkpoints:
             processes.raise_in_all(self._failure())
 
     def manifest(self, step: int) -> Manifest:
-        """The manifest of `step`; the files are not checked.
-
-        Raises:
-          DamagedError: it is missing, damaged, or from another program.
-        """
+        """The manifest of `step`; a DamagedError if it is missing, damaged or from another program."""
         path = self._path(step) / "manifest.json"
         try:
             tree = files.unseal(path.read_bytes())
@@ -150,11 +140,7 @@ class Checkpoints:
         return Manifest(step, tree["about"], tree["arrays"], tree["files"])
 
     def verify(self, step: int) -> Manifest:
-        """The manifest of `step`, after a check of the size and SHA-256 of every file.
-
-        Raises:
-          DamagedError: a file, which is named, differs or is missing.
-        """
+        """The manifest of `step`; a DamagedError if the size or SHA-256 of a file differs."""
         if step not in self._verified:
             manifest = self.manifest(step)
             for name, saved in manifest.files.items():

@@ -164,11 +164,7 @@ def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: 
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The contents of a tokens.json, checked.
-
-    Raises:
-      CorpusError: it is missing, damaged, edited, or was not written by `prepare`.
-    """
+    """The contents of a tokens.json; a CorpusError if it is missing, damaged or invalid."""
     try:
         return checked_meta(files.unseal(path.read_bytes()))
     except OSError as error:
@@ -178,11 +174,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    """`meta`, after a check that it describes a corpus or a mixture.
-
-    Raises:
-      ValueError: a value is missing or invalid.
-    """
+    """`meta`; a ValueError if it does not describe a corpus or a mixture."""
     for name, kind in _KINDS.items():
         if type(meta.get(name)) is not kind:
             raise ValueError(f"it has no {name} of type {kind.__name__}")

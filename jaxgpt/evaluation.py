@@ -67,9 +67,9 @@ def evaluate(
 
 def compiled(config: ModelConfig, params: model.Params, n_tokens: int) -> Callable[..., jax.Array]:
     """The program of `evaluate` for `n_tokens` and `params` (arrays or shapes), compiled ahead of time."""
-    T = config.block_size
+    T, K = config.block_size, batches_per_call()
     B = windows_per_batch(config, len(evaluation_windows(n_tokens, T)[0]))
-    windows, skip = (jax.ShapeDtypeStruct((batches_per_call(), B, *rest), jnp.int32) for rest in ((T + 1,), ()))
+    windows, skip = jax.ShapeDtypeStruct((K, B, T + 1), jnp.int32), jax.ShapeDtypeStruct((K, B), jnp.int32)
     return _loss_sums.lower(config, params, windows, skip).compile()
 
 
@@ -121,8 +121,8 @@ def loss_sums(
     for windows, skipped in zip(*padded, strict=True):
         jax.block_until_ready(sums[:-1])  # at most two calls are in flight, however large the corpus
         sums.append(losses(gather(tokens, windows, T).astype(np.int32), skipped.astype(np.int32)))
-    found = [each.reshape(*each.shape[:-2], -1) for each in jax.device_get(sums)]
-    return np.concatenate(found, axis=-1).astype(np.float64)[..., :n]
+    found = np.concatenate(jax.device_get(sums), axis=-2).astype(np.float64)
+    return found.reshape(*found.shape[:-2], -1)[..., :n]
 
 
 def batches_per_call() -> int:
@@ -136,12 +136,13 @@ def map_batches(losses: Callable[..., jax.Array], windows: jax.Array, skip: jax.
       losses: inputs (B, T), targets (B, T) -> the loss of each prediction (B, T).
     """
 
-    def batch(each: tuple[jax.Array, jax.Array]) -> jax.Array:
-        found = losses(*inputs_and_targets(each[0]))
-        counted = jnp.arange(found.shape[1])[None, :] >= each[1][:, None]
+    def batch_sums(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        windows, skip = batch
+        found = losses(*inputs_and_targets(windows))
+        counted = jnp.arange(found.shape[1])[None, :] >= skip[:, None]
         return sharding.constrain(jnp.where(counted, found, 0).sum(axis=1), None)
 
-    return lax.map(batch, (windows, skip))
+    return lax.map(batch_sums, (windows, skip))
 
 
 def windows_per_batch(config: ModelConfig, n: int, models: int = 1) -> int:

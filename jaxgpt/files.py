@@ -43,11 +43,7 @@ def seal(tree: dict[str, Any]) -> str:
 
 
 def unseal(data: bytes) -> dict[str, Any]:
-    """The inverse of `seal`.
-
-    Raises:
-      SealError: a byte was changed, or `data` was never sealed.
-    """
+    """The inverse of `seal`; a SealError if a byte was changed, or `data` was never sealed."""
     try:
         tree = json.loads(data)
         if not isinstance(tree, dict) or tree.pop("seal", None) is None:

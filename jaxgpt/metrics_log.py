@@ -149,11 +149,7 @@ class MetricsLog:
             self._chunk_began = time.perf_counter()
 
     def flush(self) -> None:
-        """Write the metrics given to `add`, once the device has computed them.
-
-        Raises:
-          DivergedError: max_skipped steps in a row were not finite.
-        """
+        """Write the metrics given to `add`; raise a DivergedError if max_skipped steps in a row were not finite."""
         if self._unread is None:
             return
         (begin, metrics), self._unread = self._unread, None
@@ -167,8 +163,8 @@ class MetricsLog:
         """Sync all lines so far to disk; all processes must call this.
 
         Raises:
-          OSError: in process 0, the lines cannot be written; the other processes raise ProcessError.
-          DivergedError: as `flush`.
+          OSError: in process 0, the lines cannot be written; the other processes raise a ProcessError.
+          DivergedError: as in `flush`.
         """
         self.flush()
         error = self._drain()

@@ -53,11 +53,7 @@ def raise_in_all(error: BaseException | None) -> None:
 
 
 def on_primary(action: Callable[[], T]) -> T | None:
-    """The result of `action()` in process 0, for which the others wait; they return None.
-
-    Raises:
-      ProcessError: in the other processes, if `action` failed.
-    """
+    """The result of `action()` in process 0; the others wait and return None, or raise a ProcessError if it failed."""
     result, error = None, None
     try:
         result = action() if is_primary() else None

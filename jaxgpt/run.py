@@ -89,7 +89,7 @@ class Run:
 
     @classmethod
     def open(cls, runs_dir: Path, name: str) -> "Run":
-        """An existing run, by its name in `runs_dir` or by its path.
+        """An existing run, by its name in `runs_dir` or by its path, such as ./NAME.
 
         Raises:
           RunError: there is no such run, or it is a link out of `runs_dir` or an export.
@@ -114,11 +114,7 @@ class Run:
 
     @classmethod
     def named(cls, runs_dir: Path, name: str) -> "Run":
-        """An existing run, by its name in `runs_dir`.
-
-        Raises:
-          RunError: there is no such run, its name is invalid, or it is a link out of `runs_dir`.
-        """
+        """An existing run, by its name in `runs_dir`; a RunError if there is none or it is a link out of there."""
         path = runs_dir / _valid(name)
         if not cls.exists(runs_dir, name):
             known = sorted(path.parent.name for path in runs_dir.glob("*/config.json"))
@@ -203,16 +199,15 @@ class Run:
             torn = file.read(1) not in (b"", b"\n")  # a kill left an incomplete line
             file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
-    def _last_start(self) -> dict[str, Any]:
-        """The start event of the last process that trained it; empty if that process recorded its end."""
-        events = [event for event in self.events() if event["event"] in ("start", "end", "broken-off")]
-        return events[-1] if events and events[-1]["event"] == "start" else {}
+    def last_event(self, *names: str) -> dict[str, Any]:
+        """The newest event with one of these names; empty if there is none."""
+        return next((event for event in reversed(self.events()) if event["event"] in names), {})
 
     @property
     def cut_off(self) -> bool:
         """Whether the last process that trained it, on this machine, died without recording its end."""
-        start = self._last_start()
-        process, here = start.get("process"), start.get("host") == platform.node()
+        last = self.last_event("start", "end", "broken-off")  # only a start has a process and a host
+        process, here = last.get("process"), last.get("host") == platform.node()
         if not here or type(process) is not int or os.name != "posix":  # elsewhere, signal 0 is not a mere test
             return False
         try:
@@ -239,10 +234,10 @@ class Run:
         try:
             lock.acquire()
         except filelock.Timeout:
-            by, start = "another process", self._last_start()
-            if start and not self.cut_off:
-                process, host, command = (start.get(name) for name in ("process", "host", "command"))
-                by = f"process {process} on {host} since {start['time']} ({command})"
+            by, last = "another process", self.last_event("start", "end", "broken-off")
+            if last.get("event") == "start" and not self.cut_off:
+                process, host, command = (last.get(name) for name in ("process", "host", "command"))
+                by = f"process {process} on {host} since {last['time']} ({command})"
             raise RunError(f"run {self.path.name!r} is in use by {by}") from None
         except OSError as error:
             raise RunError(f"{self.path} cannot be written to: {error.strerror}") from error

@@ -123,8 +123,7 @@ def find_newest(
     set aside, each with a Notice. Another version of jax or device gets a Notice. If none is valid, no file changes.
 
     Raises:
-      RunError: every checkpoint is damaged or gone; or one has another config, corpus or tokenizer, or more steps than
-        the config.
+      RunError: every checkpoint is damaged or gone; one has another config, corpus or tokenizer, or too many steps.
     """
     newest = processes.on_primary(partial(_newest_valid, run, config, corpus, checkpoints, on_event))
     step = processes.broadcast(newest.step if newest else -1)
@@ -136,7 +135,7 @@ def find_newest(
 def _newest_valid(
     run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, on_event: Callable[[Event], None]
 ) -> Manifest | None:
-    events, problems = run.events(), dict[int, str]()
+    problems = dict[int, str]()
     for step in reversed(checkpoints.steps):
         try:
             manifest = checkpoints.verify(step)
@@ -148,15 +147,14 @@ def _newest_valid(
         for bad, problem in problems.items():
             aside = f"{problem}; step {bad} was set aside as {checkpoints.set_aside(bad)}"
             notify(run, on_event, "damage", bad, f"{aside}; resuming from step {step}")
-        before = next((event for event in reversed(events) if event["event"] == "start"), dict[str, Any]())
+        before = run.last_event("start")
         for name, now in environment().items():
             if name in ("jax", "backend", "device") and (was := before.get(name, now)) != now:
                 notify(run, on_event, "version", step, f"{name} is {now} and was {was}: bits may differ from here on")
         return manifest
     found = [f"step {step}: {problem}" for step, problem in problems.items()]
-    saved = [event["step"] for event in events if event["event"] in ("save", "import")]
-    if not found and saved:
-        found = [f"step {max(saved)} was saved, but {checkpoints.directory} holds no checkpoint"]
+    if not found and (saved := run.last_event("save", "import")):
+        found = [f"step {saved['step']} was saved, but {checkpoints.directory} holds no checkpoint"]
     if found:
         raise RunError(
             f"run {run.path.name!r} has no valid checkpoint, and is not started over:\n  " + "\n  ".join(found) + "\n"

@@ -231,11 +231,7 @@ Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer
 
 
 def from_json(tree: Any) -> Tokenizer:
-    """The inverse of `to_json`; the values come from a file, so all are checked.
-
-    Raises:
-      ValueError: they do not describe a tokenizer.
-    """
+    """The inverse of `to_json`; a ValueError if `tree`, which may come from any file, is not a tokenizer."""
     match tree:
         case {"kind": "char", "chars": str(chars), **rest} if not rest:
             return CharTokenizer(chars)
@@ -265,8 +261,7 @@ def from_json(tree: Any) -> Tokenizer:
 def normalize_line_ends(tokenizer: Tokenizer, text: str) -> str:
     """`text` with LF line ends and no byte order mark, as `prepare` reads a file.
 
-    Unchanged if a character vocabulary has CR: then the training text kept its line ends.
-    """
+    Unchanged if a character vocabulary has CR: then the training text kept its line ends."""
     if isinstance(tokenizer, CharTokenizer) and tokenizer.knows("\r").all():
         return text
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
@@ -304,11 +299,7 @@ def code_points(text: str) -> NDArray[np.uint32]:
 
 
 def checked_ids(ids: ArrayLike, vocab_size: int) -> Ids:
-    """`ids` as int32.
-
-    Raises:
-      ValueError: they are not integers, or one is outside the vocabulary.
-    """
+    """`ids` as int32; a ValueError if they are not integers, or one is outside the vocabulary."""
     array = np.asarray(ids)
     if array.size and array.dtype.kind not in "iu":
         raise ValueError(f"expected integers as ids, found {array.dtype}")

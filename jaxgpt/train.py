@@ -160,11 +160,7 @@ def save(corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: Train
 
 @contextmanager
 def save_errors(log: MetricsLog, checkpoints: Checkpoints, stop: bool = False) -> Iterator[None]:
-    """Report a failed save; then continue, as the next save tries again, unless `stop` or on_save_error is "stop".
-
-    Raises:
-      CheckpointError: the run ends.
-    """
+    """Report a failed save, then continue; or raise a CheckpointError if `stop` is set or on_save_error is "stop"."""
     try:
         yield
     except (CheckpointError, processes.ProcessError, OSError) as error:
@@ -182,11 +178,7 @@ def save_errors(log: MetricsLog, checkpoints: Checkpoints, stop: bool = False) -
 def score(
     config: Config, corpus: Corpus, state: TrainState, program: Any = None
 ) -> tuple[int, Evaluation, dict[str, float]]:
-    """The step of `state`, its loss over the whole validation split, and nanoGPT's estimates on both splits.
-
-    Args:
-      program: as in `evaluate`.
-    """
+    """The step of `state`, its evaluation on the validation split (`program` as in `evaluate`), and estimates."""
     train, val = corpus.split(config.data)
     step, estimates = int(state.step), dict[str, float]()
     exact = evaluate(config.model, state.params, val, corpus.tokenizer, program=program)
@@ -203,10 +195,9 @@ def due(config: Config, step: int) -> bool:
 
 
 def find_nan(config: Config, state: TrainState, windows: Any, metrics: Metrics) -> str:
-    """The first non-finite step of a chunk, and the operation that caused it.
+    """The first non-finite step of a chunk that began at `state`, and the operation that caused it.
 
-    The chunk is computed again from `state`, with a check after every operation (`jax.experimental.checkify`).
-    """
+    The chunk is computed again with a check after every operation (`jax.experimental.checkify`)."""
     i = int(metrics.applied.argmin())
     error, _ = jax.jit(checkify.checkify(partial(train_steps, config), errors=checkify.float_checks))(state, *windows)
     found = error.get() or "no operation made a NaN: a value may have overflowed float32"
