@@ -7,7 +7,6 @@ checkpoints/250.damaged/         a damaged checkpoint, set aside
 A step is written under a temporary name, hashed, and renamed last: a directory named by a step is complete.
 """
 
-import itertools
 import logging
 import os
 import re
@@ -187,8 +186,10 @@ class Checkpoints:
     def set_aside(self, step: int) -> Path:
         """Rename a damaged step, so that the step can be saved again; return the new path."""
         self._verified.pop(step, None)
-        names = (f"{step}.damaged{n or ''}" for n in itertools.count())
-        return self._path(step).rename(next(path for name in names if not (path := self.directory / name).exists()))
+        n, aside = 0, self.directory / f"{step}.damaged"
+        while aside.exists():
+            n, aside = n + 1, self.directory / f"{step}.damaged{n + 1}"
+        return self._path(step).rename(aside)
 
     def _path(self, step: int) -> Path:
         return self.directory / str(step)

@@ -87,10 +87,7 @@ def evaluation(sums: NDArray[np.float64], T: int, tokens: Ids, tokenizer: Tokeni
 
 
 def estimate(config: Config, params: model.Params, tokens: Ids, step: int) -> float:
-    """Mean loss over `eval_batches` random batches, as in nanoGPT's estimate_loss: noisy, for comparison only.
-
-    Pure; the batches are drawn from a random stream of their own.
-    """
+    """Mean loss over `eval_batches` random batches, as in nanoGPT's estimate_loss: noisy, for comparison only."""
     T, n = config.model.block_size, config.train.eval_batches * config.train.batch_size
     starts = estimate_starts(config.train.seed, step, len(tokens), T, n)
     losses, B = partial(_loss_sums, config.model, params), windows_per_batch(config.model, n)
@@ -131,10 +128,7 @@ def batches_per_call() -> int:
 
 def map_batches(losses: Callable[..., jax.Array], windows: jax.Array, skip: jax.Array) -> jax.Array:
     """Summed loss of each window without its first `skip` predictions: windows (K, B, T + 1), skip (K, B) -> (K, B).
-
-    Args:
-      losses: inputs (B, T), targets (B, T) -> the loss of each prediction (B, T).
-    """
+    `losses` maps inputs and targets (B, T) to the loss of each prediction (B, T)."""
 
     def batch_sums(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         windows, skip = batch
@@ -146,11 +140,8 @@ def map_batches(losses: Callable[..., jax.Array], windows: jax.Array, skip: jax.
 
 
 def windows_per_batch(config: ModelConfig, n: int, models: int = 1) -> int:
-    """Batch size for `n` windows, with `models` evaluated at once.
-
-    BATCH_TOKENS (on CPUs CACHED_TOKENS) and `logits_at_once` limit it on each device. For few windows it is a power of
-    two, so that splits of similar sizes share a program.
-    """
+    """Batch size for `n` windows of `models` at once: on each device at most BATCH_TOKENS (CACHED_TOKENS on CPUs) and
+    `logits_at_once`. For few windows it is a power of two, so that splits of similar sizes share a program."""
     shards, tokens = sharding.num_shards("batch"), CACHED_TOKENS if sharding.platform() == "cpu" else BATCH_TOKENS
     most = max(1, min(tokens, logits_at_once() // config.vocab_size) // config.block_size // models)
     return shards * min(most, max(32, 1 << (-(-n // shards) - 1).bit_length()))

@@ -101,7 +101,7 @@ class MetricsLog:
         kept = run.metrics_file.read_bytes()[:n_bytes] if n_bytes else b""
         self._n_bytes, self._sha256, self._unwritten = len(kept), hashlib.sha256(kept), b""
         for line in kept.splitlines():
-            self._count(json.loads(line))
+            self._update(json.loads(line))
         self._file = run.metrics_file.open("ab", buffering=0) if processes.is_primary() else None
         if self._file:
             self._file.truncate(n_bytes)
@@ -206,9 +206,9 @@ class MetricsLog:
         """Add a line of JSON, with null for NaN and infinities."""
         line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
         self._unwritten += json.dumps(line).encode() + b"\n"
-        self._count(line)
+        self._update(line)
 
-    def _count(self, line: dict[str, Any]) -> None:
+    def _update(self, line: dict[str, Any]) -> None:
         """Update `step`, `scores` and the number of skipped steps by a line, new or from before a resume."""
         self.step = line["step"]
         if "val_loss" not in line:

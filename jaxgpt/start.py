@@ -110,7 +110,8 @@ def require_own(run: Run, config: Config, corpus_meta: dict[str, Any], manifest:
 def require_metrics(run: Run, manifest: Manifest) -> None:
     """Raise a DamagedError if the lines of metrics.jsonl up to a checkpoint have changed since it was saved."""
     saved = manifest.about["metrics"]
-    if digest(run.metrics_file.read_bytes()[: saved["bytes"]] if run.metrics_file.exists() else b"") != saved:
+    lines = run.metrics_file.read_bytes() if run.metrics_file.exists() else b""
+    if digest(lines[: saved["bytes"]]) != saved:
         raise DamagedError(f"the first {saved['bytes']:,} bytes of {run.metrics_file} are not those that were saved")
 
 
@@ -147,10 +148,11 @@ def _newest_valid(
         for bad, problem in problems.items():
             aside = f"{problem}; step {bad} was set aside as {checkpoints.set_aside(bad)}"
             notify(run, on_event, "damage", bad, f"{aside}; resuming from step {step}")
-        before = run.last_event("start")
-        for name, now in environment().items():
-            if name in ("jax", "backend", "device") and (was := before.get(name, now)) != now:
-                notify(run, on_event, "version", step, f"{name} is {now} and was {was}: bits may differ from here on")
+        before, here = run.last_event("start"), environment()
+        for name in ("jax", "backend", "device"):
+            if (was := before.get(name, here[name])) != here[name]:
+                text = f"{name} is {here[name]} and was {was}: bits may differ from here on"
+                notify(run, on_event, "version", step, text)
         return manifest
     found = [f"step {step}: {problem}" for step, problem in problems.items()]
     if not found and (saved := run.last_event("save", "import")):

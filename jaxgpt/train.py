@@ -195,9 +195,8 @@ def due(config: Config, step: int) -> bool:
 
 
 def find_nan(config: Config, state: TrainState, windows: Any, metrics: Metrics) -> str:
-    """The first non-finite step of a chunk that began at `state`, and the operation that caused it.
-
-    The chunk is computed again with a check after every operation (`jax.experimental.checkify`)."""
+    """The first non-finite step of a chunk from `state`, and the operation that caused it: the chunk is computed again
+    with a check after every operation (`jax.experimental.checkify`)."""
     i = int(metrics.applied.argmin())
     error, _ = jax.jit(checkify.checkify(partial(train_steps, config), errors=checkify.float_checks))(state, *windows)
     found = error.get() or "no operation made a NaN: a value may have overflowed float32"
