@@ -184,7 +184,7 @@ class Checkpoints:
             return self.restore(step, {"params": like})["params"]
 
     def set_aside(self, step: int) -> Path:
-        """Rename a damaged step, so that the step can be saved again; return the new path."""
+        """Rename an invalid checkpoint, so that its step can be saved again; return the new path."""
         self._verified.pop(step, None)
         n, aside = 0, self.directory / f"{step}.damaged"
         while aside.exists():
@@ -243,7 +243,7 @@ class Checkpoints:
 
 
 def best_step(steps: Sequence[int], losses: Mapping[int, float]) -> int | None:
-    """The step of lowest validation loss among `steps`; the newest if none was evaluated, None if there is none."""
+    """The step of lowest validation loss among `steps`; the newest if none was evaluated, None if `steps` is empty."""
     evaluated = [step for step in steps if step in losses]
     return min(evaluated, key=lambda step: losses[step]) if evaluated else max(steps, default=None)
 

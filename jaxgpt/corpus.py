@@ -191,15 +191,17 @@ def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rows, list) or len(rows) < least:
         raise ValueError(f"its {name} are {shown(rows)}, expected a list of {least} or more")
     for i, row in enumerate(rows):
-        match row:  # the file names become paths
-            case {"file": file, "count": int(n), "sha256": str()} if file == f"tokens-{i:05}.bin" and n >= 1:
-                continue
+        file = f"tokens-{i:05}.bin"
+        match row:
             case {"source": str(), "count": int(n), "sha256": str()} if name == "parts" and n >= 1:
                 continue
-        wanted = "a source" if name == "parts" else f"file tokens-{i:05}.bin"
+            case {"file": str(found), "count": int(n), "sha256": str()} if name == "shards" and n >= 1:
+                if found == file:  # it becomes a path
+                    continue
+        wanted = "a source" if name == "parts" else f"file {file}"
         raise ValueError(f"its {name[:-1]} {i} is {shown(row)}, expected {wanted}, a count and a sha256")
-    if sum(row["count"] for row in rows) != meta["count"]:
-        raise ValueError(f"its {name} have {sum(row['count'] for row in rows):,} tokens, expected {meta['count']:,}")
+    if (total := sum(row["count"] for row in rows)) != meta["count"]:
+        raise ValueError(f"its {name} have {total:,} tokens, expected {meta['count']:,}")
     return meta
 
 

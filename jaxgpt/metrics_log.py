@@ -96,7 +96,7 @@ class MetricsLog:
         self._skipped = 0  # steps in a row
         self._tokens, self._seconds = 0, 0.0  # of training in this process: no compilation, evaluation or saving
         self._began = time.perf_counter()
-        self._chunk_began: float | None = None  # None before and in the first chunk, which is not timed
+        self._chunk_began: float | None = None  # None until the first chunk, which is not timed, has ended
         self._unread: tuple[int, Metrics] | None = None
         kept = run.metrics_file.read_bytes()[:n_bytes] if n_bytes else b""
         self._n_bytes, self._sha256, self._unwritten = len(kept), hashlib.sha256(kept), b""
@@ -131,7 +131,7 @@ class MetricsLog:
         return {"bytes": self._n_bytes, "sha256": self._sha256.hexdigest()}
 
     def add(self, begin: int, metrics: Metrics) -> None:
-        """Log the K steps after step `begin`; their `metrics`, each (K,), may still be being computed."""
+        """Log the K steps after step `begin`; the device may still be computing their `metrics`, each (K,)."""
         self.flush()
         self._unread = begin, metrics
 
