@@ -1,13 +1,12 @@
-"""Training state to disk and back, with every byte verified: the only module that uses Orbax.
+"""Checkpoints, written by Orbax and verified byte for byte when they are loaded.
 
 checkpoints/250/                 the state after 250 steps, as Orbax writes it
 checkpoints/250/manifest.json    the size and SHA-256 of each of its files, sealed
-checkpoints/250.damaged/         one that was found damaged and set aside
+checkpoints/250.damaged/         a damaged checkpoint, set aside
 
-A step is written under a temporary name, hashed, and renamed last: a directory named by a step is whole.
+A step is written under a temporary name, hashed, and renamed last: a directory named by a step is complete.
 """
 
-import itertools
 import logging
 import os
 import re
@@ -32,10 +31,10 @@ PROGRAM = "jaxgpt checkpoint 2"
 READABLE = (PROGRAM, "jaxgpt checkpoint 1")  # whose manifests held the validation loss, too
 STEP = re.compile("0|[1-9][0-9]{0,17}")
 
-# Each thread of a save that fails logs a traceback besides raising its error, which `_finish` reports.
+# Each thread of a failed save also logs a traceback; `_finish` reports the error.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in Path(record.pathname).parts))
 
-# TensorStore 0.1 never frees what this returns, 3 KiB, and Orbax 0.12 calls it four times a save for a line of its log.
+# TensorStore 0.1 leaks the 3 KiB that this returns, and Orbax 0.12 calls it four times a save for a log line.
 tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
 
 
@@ -44,7 +43,7 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedError(CheckpointError):
-    """A file of a checkpoint is not what was written."""
+    """A file of a checkpoint has changed since it was saved."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +51,21 @@ class Manifest:
     """The manifest.json of a saved step, written once."""
 
     step: int
-    about: dict[str, Any]  # what the run must have in common with the checkpoint: `start.identity`
+    about: dict[str, Any]  # the run it belongs to: `start.identity` and the digest of metrics.jsonl
     arrays: dict[str, str]  # path of each array to its dtype and shape
     files: dict[str, list[Any]]  # path of each file to its size in bytes and its SHA-256
 
 
 class Checkpoints:
-    """The checkpoints of a run, by step, in its folder `directory`.
+    """The checkpoints of a run, by step, in `directory`.
 
-    Saving takes a `with` block, and is asynchronous: whatever fails is raised by the next `settle` or `save`, or at the
-    end of the block. Earlier steps stand, and a later save may succeed. Of several processes all save, and process 0
-    hashes, renames and prunes.
+    Saves need a `with` block and are asynchronous: the next `settle` or `save`, or the end of the block, raises what
+    failed. Earlier steps remain, and a later save may succeed. All processes save; process 0 hashes, renames and
+    prunes.
 
     Args:
-      keep: how many of the newest to keep, beside the one of lowest validation loss in metrics.jsonl; 0 only reads.
-      keep_every: keep the multiples of this step too; 0 keeps no more.
+      keep: how many of the newest steps to keep, besides the one of lowest validation loss; 0 to read only.
+      keep_every: also keep the multiples of this step; 0 for none.
     """
 
     def __init__(self, directory: Path, keep: int = 0, keep_every: int = 0):
@@ -88,7 +87,7 @@ class Checkpoints:
         if failed and not error:
             raise failed
         if failed and error:
-            error.add_note(str(failed))  # what ended the block comes first
+            error.add_note(str(failed))
 
     @property
     def steps(self) -> list[int]:
@@ -101,13 +100,10 @@ class Checkpoints:
         return max(self.steps, default=None)
 
     def save(self, state: TrainState, about: dict[str, Any], then: Callable[[], None] = lambda: None) -> None:
-        """Start to save `state` under its step; `state` may be donated after.
-
-        Args:
-          then: called in a thread, once the step is saved.
+        """Start to save `state`, which may then be donated; call `then` in a thread once it is saved.
 
         Raises:
-          CheckpointError: the last save failed; this one has not begun.
+          CheckpointError: the last save failed; this one was not started.
         """
         self.settle()
         self._sweep()
@@ -122,10 +118,7 @@ class Checkpoints:
         self._pending = self._worker.submit(self._finish, manifest, partial, written, then)
 
     def settle(self, wait: bool = True) -> None:
-        """Return once the save in progress has ended.
-
-        Args:
-          wait: False only reports a failure that is known. Several processes, which must agree, then report nothing.
+        """Wait for the save in progress; `wait=False` only checks one that has ended, in a run of a single process.
 
         Raises:
           CheckpointError: it failed. ProcessError: it failed in another process.
@@ -134,11 +127,7 @@ class Checkpoints:
             processes.raise_in_all(self._failure())
 
     def manifest(self, step: int) -> Manifest:
-        """The manifest of `step`, whose files may still be damaged.
-
-        Raises:
-          DamagedError: it is missing, damaged, or of another program.
-        """
+        """The manifest of `step`; a DamagedError if it is missing, damaged or from another program."""
         path = self._path(step) / "manifest.json"
         try:
             tree = files.unseal(path.read_bytes())
@@ -150,11 +139,7 @@ class Checkpoints:
         return Manifest(step, tree["about"], tree["arrays"], tree["files"])
 
     def verify(self, step: int) -> Manifest:
-        """The manifest of `step`, after checking the size and SHA-256 of every file.
-
-        Raises:
-          DamagedError: one differs, and which.
-        """
+        """The manifest of `step`; a DamagedError if the size or SHA-256 of a file differs."""
         if step not in self._verified:
             manifest = self.manifest(step)
             for name, saved in manifest.files.items():
@@ -169,15 +154,15 @@ class Checkpoints:
         return self._verified[step]
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state saved at `step`, in the shapes, dtypes and shardings of `like` (arrays or shape structs).
+        """The state saved at `step`, with the shapes, dtypes and shardings of `like` (arrays or shape structs).
 
         Raises:
-          CheckpointError: it is missing, damaged, or of another model.
+          CheckpointError: it is missing, damaged, or from another model.
         """
         if step not in self.steps:
-            raise CheckpointError(f"step {step} is not in {self.directory}; {self.steps} are")
+            raise CheckpointError(f"step {step} is not in {self.directory}, which has {self.steps}")
         arrays = (self.verify(step) if processes.is_primary() else self.manifest(step)).arrays
-        # Runs were float64 once where JAX_ENABLE_X64 was set; Orbax rounds them to what `like` asks for.
+        # With JAX_ENABLE_X64, early versions saved float64; Orbax casts it to the dtype in `like`.
         found = {name: array.replace("float64", "float32") for name, array in arrays.items()}
         wrong = [
             f"  {name}: {found.get(name, 'nothing')} in the checkpoint, {expected} expected"
@@ -185,35 +170,37 @@ class Checkpoints:
             if found.get(name) != expected
         ]
         if wrong:
-            raise CheckpointError(f"{self._path(step)} is of another model:\n" + "\n".join(wrong[:5]))
+            raise CheckpointError(f"{self._path(step)} is from another model:\n" + "\n".join(wrong[:5]))
         try:
             return ocp.load(self._path(step).resolve(), like, checkpointable_name="state")
         except Exception as error:
             raise CheckpointError(f"{self._path(step)} cannot be read: {error.__cause__ or error}") from error
 
     def restore_params(self, step: int, like: Any) -> Any:
-        """The parameters of a saved step without its optimizer state; as `restore`."""
+        """`restore` for the parameters alone."""
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
             return self.restore(step, {"params": like})["params"]
 
     def set_aside(self, step: int) -> Path:
-        """Rename a step that must not be resumed from, so that its number is free again; its new path."""
+        """Rename an invalid checkpoint, so that its step can be saved again; return the new path."""
         self._verified.pop(step, None)
-        names = (f"{step}.damaged{n or ''}" for n in itertools.count())
-        return self._path(step).rename(next(path for name in names if not (path := self.directory / name).exists()))
+        n, aside = 0, self.directory / f"{step}.damaged"
+        while aside.exists():
+            n, aside = n + 1, self.directory / f"{step}.damaged{n + 1}"
+        return self._path(step).rename(aside)
 
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
 
     def _failure(self) -> BaseException | None:
-        """The error of the last save, once it has ended."""
+        """The error of the last save, if any, once it has ended."""
         pending, self._pending = self._pending, None
         return pending.exception() if pending else None
 
     def _finish(self, manifest: Manifest, partial: Path, written: Any, then: Callable[[], None]) -> None:
-        """Wait for Orbax, write the manifest, rename the directory to the step; runs beside the training."""
+        """Wait for Orbax, write the manifest and rename the directory, in the worker thread."""
         try:
             written.result()
             if not processes.is_primary():
@@ -228,21 +215,21 @@ class Checkpoints:
             files.sync(self.directory)
         except Exception as error:
             self._sweep()
-            code = re.search(r"os_error_code='(\d+)'", str(error))  # in place of a text with temporary paths
+            code = re.search(r"os_error_code='(\d+)'", str(error))  # the rest of the text is temporary paths
             reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)
             raise CheckpointError(f"step {manifest.step} was not saved in {self.directory}: {reason}") from error
         then()
         self._prune()
 
     def _sweep(self) -> None:
-        """Remove what is left of saves that were killed, or that failed while Orbax was still writing."""
+        """Remove the files of saves that were killed or failed; Orbax may still have been writing."""
         if self._keep:
             for left in self.directory.glob(".*.part*"):
                 shutil.rmtree(left, ignore_errors=True)
 
     def _prune(self) -> None:
-        """Remove the steps that need not be kept; a reader that loses one to it looks again. A step whose manifest is
-        damaged stays, for a person to look at. What cannot be removed now is removed after a later save."""
+        """Remove steps that need not be kept. Those with a damaged manifest stay, for a person to look at, and those
+        that cannot be removed now are removed after a later save."""
         steps = list[int]()
         for step in self.steps if self._keep else ():
             with suppress(DamagedError):
@@ -250,13 +237,13 @@ class Checkpoints:
         kept = {*steps[-self._keep :], best_step(steps, Run(self.directory.parent).val_losses())}
         for step in steps:
             if step not in kept and not (self._keep_every and step % self._keep_every == 0):
-                with suppress(OSError):  # renamed first, so that a kill leaves no half of a step under its name
+                with suppress(OSError):  # rename first: a kill must not leave half a step under its name
                     self._path(step).rename(self.directory / f".{step}.{secrets.token_hex(4)}.part")
         self._sweep()
 
 
 def best_step(steps: Sequence[int], losses: Mapping[int, float]) -> int | None:
-    """The step of lowest validation loss among `steps`; the newest if none was evaluated, None of none."""
+    """The step of lowest validation loss among `steps`; the newest if none was evaluated, None if `steps` is empty."""
     evaluated = [step for step in steps if step in losses]
     return min(evaluated, key=lambda step: losses[step]) if evaluated else max(steps, default=None)
 

@@ -1,5 +1,7 @@
-"""A prepared corpus: token ids in shards tokens-00000.bin, tokens-00001.bin, ... (uint16 or uint32, memory-mapped)
-beside tokens.json, which holds their sizes and SHA-256, the tokenizer and where the text came from."""
+"""A prepared corpus: a folder with tokens.json and memory-mapped shards tokens-00000.bin, tokens-00001.bin, ...
+
+The shards hold token ids (uint16 or uint32); tokens.json holds their sizes and SHA-256, the tokenizer and the source.
+"""
 
 import hashlib
 import json
@@ -26,37 +28,37 @@ class CorpusError(UsageError):
 
 
 class Joined:
-    """Arrays of ids, which may be memory-mapped, as one array (N,), without a copy.
+    """A concatenation of arrays (N,) without a copy, for memory maps.
 
-    It takes slices of step 1, which give another `Joined`, and arrays of indices. `numpy.asarray` reads all of it.
+    It can be indexed by slices of step 1, without a copy, and by arrays. `numpy.asarray` reads all of it.
     """
 
     def __init__(self, pieces: Sequence[Ids]):
-        self.pieces = tuple(pieces)
-        self.ends = np.cumsum([len(piece) for piece in self.pieces])
-        self.dtype = self.pieces[0].dtype
+        sizes = [len(piece) for piece in pieces]
+        self.pieces, self.dtype = tuple(pieces), pieces[0].dtype
+        self.ends = np.cumsum(sizes)
+        self.begins = self.ends - sizes
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def __getitem__(self, at: Any) -> Any:
-        begins = self.ends - [len(piece) for piece in self.pieces]
         if isinstance(at, slice):
             begin, end, step = at.indices(len(self))
             if step != 1:
-                raise ValueError(f"a slice of step 1 is expected, found {at}")
-            cut = [p[max(0, begin - b) : max(0, end - b)] for p, b in zip(self.pieces, begins, strict=True)]
+                raise ValueError(f"expected a slice of step 1, found {at}")
+            cut = [p[max(0, begin - b) : max(0, end - b)] for p, b in zip(self.pieces, self.begins, strict=True)]
             return joined([piece for piece in cut if len(piece)] or cut[:1])
         at = np.asarray(at)
         if at.size and not (at.min() >= 0 and at.max() < len(self)):
             raise IndexError(f"indices from {at.min()} to {at.max()} of {len(self)} tokens")
         indices = at.reshape(-1)
         ids, of = np.empty(indices.shape, self.dtype), np.searchsorted(self.ends, indices, side="right")
-        order = np.argsort(of, kind="stable")  # one sort: a mask for each of many pieces would be slow
+        order = np.argsort(of, kind="stable")  # three times faster than a mask for each of many pieces
         bounds = np.searchsorted(of[order], np.arange(len(self.pieces) + 1))
         for i in np.flatnonzero(np.diff(bounds)):
             here = order[bounds[i] : bounds[i + 1]]
-            ids[here] = self.pieces[i][indices[here] - begins[i]]
+            ids[here] = self.pieces[i][indices[here] - self.begins[i]]
         return ids.reshape(at.shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
@@ -64,13 +66,8 @@ class Joined:
 
 
 def joined(pieces: Sequence[Ids]) -> Ids:
-    """The pieces as one array; a single piece is returned as it is."""
+    """The concatenated pieces; a single piece is returned as it is."""
     return pieces[0] if len(pieces) == 1 else cast(Ids, Joined(pieces))
-
-
-def pieces_of(tokens: Ids) -> Sequence[Ids]:
-    """The arrays that `joined` was given, to read one at a time."""
-    return tokens.pieces if isinstance(tokens, Joined) else [tokens]
 
 
 @dataclass(frozen=True)
@@ -86,15 +83,15 @@ class Corpus:
     def split(self, data: DataConfig) -> tuple[Ids, Ids]:
         """Training tokens and, from the end of the text, validation tokens: views, not copies.
 
-        Those of a mixture are those of its parts, one after another. If there are more than val_tokens, each part keeps
-        the same share of its own."""
+        Each part of a mixture is split alone, and the splits are concatenated. val_tokens limits their sum: each part
+        then keeps the same share of its validation tokens."""
         texts = [part.tokens for _, part in self.parts] or [self.tokens]
-        sizes = [part.n_tokens for part in self.training_parts(data)]
-        train, val = zip(*((text[:n], text[n:]) for text, n in zip(texts, sizes, strict=True)), strict=True)
-        return joined(train), joined(val)
+        split = list(zip(texts, self.training_parts(data), strict=True))
+        train = joined([text[: part.n_tokens] for text, part in split])
+        return train, joined([text[part.n_tokens :] for text, part in split])
 
     def training_parts(self, data: DataConfig) -> tuple[Part, ...]:
-        """Size and weight of each part of the training tokens, in their order."""
+        """Number of training tokens and weight of each part, in order."""
         parts = [(share, len(part.tokens)) for share, part in self.parts or ((1.0, self),)]
         val = [n - train_size(n, data.val_fraction) for _, n in parts]
         if 0 < data.val_tokens < (total := sum(val)):
@@ -111,7 +108,7 @@ class Corpus:
 
 
 def train_size(n_tokens: int, val_fraction: float) -> int:
-    """How many of the tokens of a text are training tokens."""
+    """How many of a text's tokens are for training."""
     return int(n_tokens * (1 - val_fraction))
 
 
@@ -136,20 +133,20 @@ def mix(parts: Sequence[tuple[float, Corpus]]) -> Corpus:
 
 
 def load(folder: Path, verified: bool = False) -> Corpus:
-    """Memory-map a prepared corpus. SHA-256 and ids of each shard are checked, or only its size if they are `verified`.
+    """Memory-map a prepared corpus, and check the SHA-256 and ids of each shard; only its size if already `verified`.
 
     Raises:
       CorpusError: a file is missing, damaged or of another format.
     """
     meta = read_meta(folder / "tokens.json")
     if "parts" in meta:
-        raise CorpusError(f"{folder}/tokens.json is that of a mixture in a run, expected that of a prepared folder")
+        raise CorpusError(f"{folder}/tokens.json describes the mixture of a run, expected a prepared corpus")
     tok, dtype = tokenizer.from_json(meta["tokenizer"]), np.dtype(meta["dtype"]).newbyteorder("<")
     return Corpus(joined([_load_shard(folder, shard, dtype, tok, verified) for shard in shards_of(meta)]), tok, meta)
 
 
 def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: Tokenizer, verified: bool) -> Ids:
-    path, again = folder / shard["file"], "it is damaged; remove the folder and run jaxgpt prepare again"
+    path, again = folder / shard["file"], "the file is damaged; remove the folder and run jaxgpt prepare again"
     if not path.is_file():
         raise CorpusError(f"{path} is missing; jaxgpt prepare makes it")
     size, expected = path.stat().st_size, shard["count"] * dtype.itemsize
@@ -162,16 +159,12 @@ def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: 
         raise CorpusError(f"{path} has SHA-256 {digest}, expected {shard['sha256']}: {again}")
     largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
     if largest >= tok.vocab_size:
-        raise CorpusError(f"{path} holds the id {largest}, expected ids below vocab_size = {tok.vocab_size}: {again}")
+        raise CorpusError(f"{path} has id {largest}, expected ids below vocab_size = {tok.vocab_size}: {again}")
     return tokens
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The contents of a tokens.json, checked.
-
-    Raises:
-      CorpusError: it is missing, damaged, edited, or was not written by `prepare`.
-    """
+    """The contents of a tokens.json; a CorpusError if it is missing, damaged or invalid."""
     try:
         return checked_meta(files.unseal(path.read_bytes()))
     except OSError as error:
@@ -181,11 +174,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    """`meta` itself, if it describes a corpus or a mixture.
-
-    Raises:
-      ValueError: a value is missing or of the wrong kind, or it does not describe a tokenizer.
-    """
+    """`meta`; a ValueError if it does not describe a corpus or a mixture."""
     for name, kind in _KINDS.items():
         if type(meta.get(name)) is not kind:
             raise ValueError(f"it has no {name} of type {kind.__name__}")
@@ -202,15 +191,17 @@ def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rows, list) or len(rows) < least:
         raise ValueError(f"its {name} are {shown(rows)}, expected a list of {least} or more")
     for i, row in enumerate(rows):
-        match row:  # the names of shards become paths
-            case {"file": file, "count": int(n), "sha256": str()} if file == f"tokens-{i:05}.bin" and n >= 1:
-                continue
+        file = f"tokens-{i:05}.bin"
+        match row:
             case {"source": str(), "count": int(n), "sha256": str()} if name == "parts" and n >= 1:
                 continue
-        wanted = "a source" if name == "parts" else f"file tokens-{i:05}.bin"
+            case {"file": str(found), "count": int(n), "sha256": str()} if name == "shards" and n >= 1:
+                if found == file:  # it becomes a path
+                    continue
+        wanted = "a source" if name == "parts" else f"file {file}"
         raise ValueError(f"its {name[:-1]} {i} is {shown(row)}, expected {wanted}, a count and a sha256")
-    if sum(row["count"] for row in rows) != meta["count"]:
-        raise ValueError(f"its {name} do not hold {meta['count']:,} tokens together")
+    if (total := sum(row["count"] for row in rows)) != meta["count"]:
+        raise ValueError(f"its {name} have {total:,} tokens, expected {meta['count']:,}")
     return meta
 
 

@@ -1,4 +1,4 @@
-"""Loss over a whole split: exact, deterministic, and the same for every batch size."""
+"""Loss over a whole split: exact, deterministic and independent of the batch size."""
 
 import math
 from collections.abc import Callable
@@ -13,17 +13,16 @@ from numpy.typing import NDArray
 
 from jaxgpt import matmul, model, sharding
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.corpus import pieces_of
 from jaxgpt.data import Ids, Starts, estimate_starts, evaluation_windows, gather, inputs_and_targets
 from jaxgpt.loss import logits_at_once
 from jaxgpt.tokenizer import Tokenizer
 
 BATCH_TOKENS = 8192
-"""Most tokens in an evaluation batch on each accelerator."""
+"""Maximum tokens in a batch on each accelerator."""
 CACHED_TOKENS = 2048
-"""The same on CPUs: the activations stay in the caches, and the whole split takes a quarter less time."""
+"""The same on CPUs, where activations then fit into the caches and a split takes a quarter less time."""
 BATCHES = 16
-"""Batches in a call of the compiled program on accelerators; on CPUs one, because a loop takes longer to compile."""
+"""Batches in a call of the compiled program on accelerators. On CPUs one, as a loop takes longer to compile."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,11 @@ class Evaluation:
     loss: float
     """Nats per token."""
     standard_error: float
-    """Of `loss`, over windows; NaN of a single window."""
+    """Of `loss`, over windows; NaN for a single window."""
     bits_per_char: float
     bits_per_byte: float
     n_tokens: int
-    """Number of predicted tokens: all except the first."""
+    """Predicted tokens: all but the first."""
 
 
 def evaluate(
@@ -48,13 +47,13 @@ def evaluate(
     batch_size: int | None = None,
     program: Callable[..., jax.Array] | None = None,
 ) -> Evaluation:
-    """Loss over all of `tokens` (N,) in windows of block_size; each of the N - 1 predictions counts once.
+    """Loss over `tokens` (N,) in windows of block_size; each of the N - 1 predictions counts once.
 
-    The last window ends at the last token and skips what the window before it has counted.
+    The last window ends at the last token and skips the predictions of the window before it.
 
     Args:
-      batch_size: windows per batch; None picks one. Results agree up to float32 reassociation.
-      program: that of `compiled` for as many tokens, without a batch_size.
+      batch_size: windows per batch; None chooses. Results agree up to float32 reassociation.
+      program: from `compiled`, for N tokens and no batch_size.
 
     Raises:
       ValueError: fewer than block_size + 1 tokens.
@@ -67,18 +66,18 @@ def evaluate(
 
 
 def compiled(config: ModelConfig, params: model.Params, n_tokens: int) -> Callable[..., jax.Array]:
-    """What `evaluate` calls for N = n_tokens and parameters like `params`, which may be shapes, compiled beforehand."""
-    T = config.block_size
+    """The program of `evaluate` for `n_tokens` and `params` (arrays or shapes), compiled ahead of time."""
+    T, K = config.block_size, batches_per_call()
     B = windows_per_batch(config, len(evaluation_windows(n_tokens, T)[0]))
-    windows, skip = (jax.ShapeDtypeStruct((batches_per_call(), B, *rest), jnp.int32) for rest in ((T + 1,), ()))
+    windows, skip = jax.ShapeDtypeStruct((K, B, T + 1), jnp.int32), jax.ShapeDtypeStruct((K, B), jnp.int32)
     return _loss_sums.lower(config, params, windows, skip).compile()
 
 
 def evaluation(sums: NDArray[np.float64], T: int, tokens: Ids, tokenizer: Tokenizer) -> Evaluation:
-    """From the summed loss of each of the `evaluation_windows` of all of `tokens`, (n_windows,)."""
+    """From the summed losses (n_windows,) of the `evaluation_windows` of `tokens`."""
     n, total, counts = len(sums), float(sums.sum()), T - evaluation_windows(len(tokens), T)[1]
     loss = total / (len(tokens) - 1)
-    # The loss is a ratio of two sums over windows; this is the standard error of such a ratio.
+    # The loss is a ratio of two sums over windows; its standard error is that of a ratio estimator.
     with np.errstate(invalid="ignore"):  # NaN where the loss is infinite
         deviations = sums - loss * counts
     error = math.sqrt((deviations**2).sum() / (n * (n - 1))) / float(counts.mean()) if n > 1 else math.nan
@@ -88,10 +87,7 @@ def evaluation(sums: NDArray[np.float64], T: int, tokens: Ids, tokenizer: Tokeni
 
 
 def estimate(config: Config, params: model.Params, tokens: Ids, step: int) -> float:
-    """Mean loss over `eval_batches` random batches, as nanoGPT's estimate_loss: noisy, for comparison only.
-
-    A pure function of (config, params, tokens, step), with its own random stream.
-    """
+    """Mean loss over `eval_batches` random batches, as in nanoGPT's estimate_loss: noisy, for comparison only."""
     T, n = config.model.block_size, config.train.eval_batches * config.train.batch_size
     starts = estimate_starts(config.train.seed, step, len(tokens), T, n)
     losses, B = partial(_loss_sums, config.model, params), windows_per_batch(config.model, n)
@@ -100,7 +96,9 @@ def estimate(config: Config, params: model.Params, tokens: Ids, step: int) -> fl
 
 def text_size(tokenizer: Tokenizer, tokens: Ids) -> tuple[int, int]:
     """Characters and bytes of the text of `tokens`. A character belongs to the token with its first byte."""
-    counts = sum(np.bincount(piece, minlength=tokenizer.vocab_size) for piece in pieces_of(tokens))
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    for i in range(0, len(tokens), 2**24):
+        counts += np.bincount(np.asarray(tokens[i : i + 2**24]), minlength=tokenizer.vocab_size)
     chars = np.array([sum(byte & 0xC0 != 0x80 for byte in data) for data in tokenizer.token_bytes])
     sizes = np.array([len(data) for data in tokenizer.token_bytes])
     return int(counts @ chars), int(counts @ sizes)
@@ -109,19 +107,19 @@ def text_size(tokenizer: Tokenizer, tokens: Ids) -> tuple[int, int]:
 def loss_sums(
     losses: Callable[..., jax.Array], tokens: Ids, T: int, starts: Starts, skip: Starts, B: int
 ) -> NDArray[np.float64]:
-    """Summed loss of each window without its first `skip` predictions, in batches of B: (n_windows,).
+    """Summed loss of each window without its first `skip` predictions, (n_windows,), computed in batches of B.
 
     Args:
-      losses: windows (K, B, T + 1), skip (K, B) -> (K, B), `map_batches` of a model, compiled; (M, K, B) of M models,
-        which gives (M, n_windows).
+      losses: a model's `map_batches`, compiled: windows (K, B, T + 1), skip (K, B) -> (K, B); or (M, K, B) for M
+        models, and the result is (M, n_windows).
     """
     K, n, sums = batches_per_call(), len(starts), list[jax.Array]()
-    padded = (np.pad(x, (0, -n % (K * B))).reshape(-1, K, B) for x in (starts, skip))  # so that one program serves
+    padded = (np.pad(x, (0, -n % (K * B))).reshape(-1, K, B) for x in (starts, skip))  # one shape, one program
     for windows, skipped in zip(*padded, strict=True):
-        jax.block_until_ready(sums[:-1])  # at most two calls on the device, however large the corpus
+        jax.block_until_ready(sums[:-1])  # at most two calls are in flight, however large the corpus
         sums.append(losses(gather(tokens, windows, T).astype(np.int32), skipped.astype(np.int32)))
-    found = [each.reshape(*each.shape[:-2], -1) for each in jax.device_get(sums)]
-    return np.concatenate(found, axis=-1).astype(np.float64)[..., :n]
+    found = np.concatenate(jax.device_get(sums), axis=-2).astype(np.float64)
+    return found.reshape(*found.shape[:-2], -1)[..., :n]
 
 
 def batches_per_call() -> int:
@@ -130,22 +128,20 @@ def batches_per_call() -> int:
 
 def map_batches(losses: Callable[..., jax.Array], windows: jax.Array, skip: jax.Array) -> jax.Array:
     """Summed loss of each window without its first `skip` predictions: windows (K, B, T + 1), skip (K, B) -> (K, B).
-    `losses` are those of inputs and targets (B, T) -> (B, T)."""
+    `losses` maps inputs and targets (B, T) to the loss of each prediction (B, T)."""
 
-    def batch(each: tuple[jax.Array, jax.Array]) -> jax.Array:
-        found = losses(*inputs_and_targets(each[0]))
-        counted = jnp.arange(found.shape[1])[None, :] >= each[1][:, None]
+    def batch_sums(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        windows, skip = batch
+        found = losses(*inputs_and_targets(windows))
+        counted = jnp.arange(found.shape[1])[None, :] >= skip[:, None]
         return sharding.constrain(jnp.where(counted, found, 0).sum(axis=1), None)
 
-    return lax.map(batch, (windows, skip))
+    return lax.map(batch_sums, (windows, skip))
 
 
 def windows_per_batch(config: ModelConfig, n: int, models: int = 1) -> int:
-    """Batch size for n windows and `models` evaluated at once: BATCH_TOKENS or CACHED_TOKENS, or `logits_at_once`, per
-    device.
-
-    For few windows it is a power of two, so that splits of similar sizes share a program.
-    """
+    """Batch size for `n` windows of `models` at once: on each device at most BATCH_TOKENS (CACHED_TOKENS on CPUs) and
+    `logits_at_once`. For few windows it is a power of two, so that splits of similar sizes share a program."""
     shards, tokens = sharding.num_shards("batch"), CACHED_TOKENS if sharding.platform() == "cpu" else BATCH_TOKENS
     most = max(1, min(tokens, logits_at_once() // config.vocab_size) // config.block_size // models)
     return shards * min(most, max(32, 1 << (-(-n // shards) - 1).bit_length()))

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and JSON that shows whether it was changed. Imports no jax."""
+"""Atomic writes, and JSON sealed with its SHA-256. Imports no jax."""
 
 import hashlib
 import json
@@ -9,12 +9,12 @@ from typing import Any
 
 
 class SealError(ValueError):
-    """A sealed text is not what was written."""
+    """A sealed file was changed, or was never sealed."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` under a temporary name, then rename it to `path`: also after a kill or a loss of power the old
-    file or the new one is there, whole."""
+    """Write `data` under a temporary name, then rename it: after a kill or a power loss, `path` is the old file or the
+    new one, complete."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         partial.write_bytes(data)
@@ -26,9 +26,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, last through a loss of power."""
+    """Flush a file, or the entries of a folder, to disk."""
     if os.name == "nt" and path.is_dir():
-        return  # where a folder cannot be opened
+        return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,17 +37,13 @@ def sync(path: Path) -> None:
 
 
 def seal(tree: dict[str, Any]) -> str:
-    """`tree` as indented JSON that ends with the SHA-256 of all before it; `unseal` gives it back."""
+    """`tree` as indented JSON, with the SHA-256 of the rest as its last value."""
     digest = hashlib.sha256((json.dumps(tree, indent=2) + "\n").encode()).hexdigest()
     return json.dumps({**tree, "seal": digest}, indent=2) + "\n"
 
 
 def unseal(data: bytes) -> dict[str, Any]:
-    """What `seal` was given, if not one byte has changed since.
-
-    Raises:
-      SealError: it has; or this was never sealed.
-    """
+    """The inverse of `seal`; a SealError if a byte was changed, or `data` was never sealed."""
     try:
         tree = json.loads(data)
         if not isinstance(tree, dict) or tree.pop("seal", None) is None:

@@ -1,8 +1,7 @@
-"""One run in several processes (`jax.distributed`): how all of them agree.
+"""Agreement between the processes of one run (`jax.distributed`).
 
-Every process runs the same program on its own devices. Process 0 alone writes files, except for checkpoints, of whose
-arrays Orbax lets each process write its own shards. JAX is imported at first use, because run directories are also read
-without it.
+Every process runs the same program on its own devices. Only process 0 writes files, except the arrays of checkpoints:
+there, each process writes its own shards. JAX is imported at first use, because run directories are read without it.
 """
 
 from collections.abc import Callable
@@ -16,11 +15,11 @@ T = TypeVar("T")
 
 
 class ProcessError(UsageError):
-    """The processes of a run cannot connect, or another one has failed."""
+    """The processes of a run cannot connect, or another process failed."""
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, or the only one."""
+    """Whether this is process 0."""
     import jax
 
     return jax.process_index() == 0
@@ -34,7 +33,7 @@ def single_process() -> bool:
 
 
 def any_process(value: int) -> int:
-    """The largest `value` of any process: of flags, whether it is set anywhere."""
+    """The largest `value` of all processes: for a flag, whether any process has set it."""
     if single_process():
         return value
     from jax.experimental import multihost_utils
@@ -43,22 +42,18 @@ def any_process(value: int) -> int:
 
 
 def broadcast(value: int) -> int:
-    """The `value` of process 0, in every process."""
+    """The `value` of process 0."""
     return any_process(value if is_primary() else np.iinfo(np.int32).min)
 
 
 def raise_in_all(error: BaseException | None) -> None:
-    """Raise `error`, if there is one, or a ProcessError if another process has one. All processes must call this."""
+    """Raise `error` if given, or a ProcessError if another process has one. All processes must call this."""
     if any_process(error is not None):
         raise error or ProcessError("another process failed, and this process ends with it; see its output")
 
 
 def on_primary(action: Callable[[], T]) -> T | None:
-    """The result of `action()`, called in process 0 only while the others wait; they return None.
-
-    Raises:
-      ProcessError: in the other processes, if `action` raised in process 0.
-    """
+    """The result of `action()` in process 0; the others wait and return None, or raise a ProcessError if it failed."""
     result, error = None, None
     try:
         result = action() if is_primary() else None

@@ -1,8 +1,8 @@
-"""The directory of a run: its files, its name, and the lock that lets one process write to it.
+"""The directory of a run: its files, its name and its lock.
 
 config.json      the whole configuration, sealed
-tokens.json      the corpus it trains on: vocabulary, token count, source, SHA-256; sealed
-metrics.jsonl    the metrics of every step and evaluation; byte for byte the same for the same config and tokens
+tokens.json      the corpus: tokenizer, token count, source, SHA-256; sealed
+metrics.jsonl    the metrics of every step and evaluation; the same bytes for the same config and tokens
 events.jsonl     a log with times: starts, saves, speed, warnings
 checkpoints/     training state, by step
 wandb-id         the id under which --log wandb resumes it
@@ -53,7 +53,7 @@ class Run:
         corpus_meta: dict[str, Any],
         fill: Callable[["Run"], None] = lambda run: None,
     ) -> "Run":
-        """Create the directory of a new run, whole or not at all; `fill` adds files before it gets its name.
+        """Create the directory of a new run atomically; `fill` may add files before it gets its name.
 
         Raises:
           RunError: the name is invalid or taken, or the directory cannot be written.
@@ -77,7 +77,7 @@ class Run:
 
     @classmethod
     def require_free(cls, runs_dir: Path, name: str) -> None:
-        """Raise a RunError unless a run of this name can be created."""
+        """Raise a RunError if the name is invalid or taken."""
         path = runs_dir / _valid(name)
         if (path / "config.json").is_file():
             raise RunError(
@@ -89,10 +89,10 @@ class Run:
 
     @classmethod
     def open(cls, runs_dir: Path, name: str) -> "Run":
-        """An existing run, by its name in `runs_dir` or by its path.
+        """An existing run, by its name in `runs_dir` or by its path, such as ./NAME.
 
         Raises:
-          RunError: there is no such run, it is a link out of `runs_dir`, or the directory is an export.
+          RunError: there is no such run, or it is a link out of `runs_dir` or an export.
         """
         path = Path(os.path.expanduser(name))
         found = (path / "config.json").is_file()
@@ -109,16 +109,12 @@ class Run:
 
     @staticmethod
     def exists(runs_dir: Path, name: str) -> bool:
-        """Whether `name` names a run in `runs_dir`; a path in the working directory is written ./NAME."""
+        """Whether `runs_dir` has a run of this name."""
         return bool(NAME.fullmatch(name)) and (runs_dir / name / "config.json").is_file()
 
     @classmethod
     def named(cls, runs_dir: Path, name: str) -> "Run":
-        """An existing run, by its name in `runs_dir`.
-
-        Raises:
-          RunError: there is no such run, its name is invalid, or it is a link out of `runs_dir`.
-        """
+        """An existing run, by its name in `runs_dir`; a RunError if there is none or it is a link out of there."""
         path = runs_dir / _valid(name)
         if not cls.exists(runs_dir, name):
             known = sorted(path.parent.name for path in runs_dir.glob("*/config.json"))
@@ -134,7 +130,7 @@ class Run:
             return configs.from_tree(files.unseal((self.path / "config.json").read_bytes()))
         except (configs.ConfigError, files.SealError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise RunError(f"{self.path / 'config.json'}: {reason}; restore the file of the run") from error
+            raise RunError(f"{self.path / 'config.json'}: {reason}; restore a copy of the file") from error
 
     @cached_property
     def corpus_meta(self) -> dict[str, Any]:
@@ -157,7 +153,7 @@ class Run:
         return self.path / "events.jsonl"
 
     def command(self, command: str, *flags: str) -> str:
-        """The command line of `jaxgpt COMMAND` for this run, to be typed where `path` leads to it."""
+        """The `jaxgpt COMMAND` line for this run, to type in the same working directory."""
         named = ["--run", self.path.name] if command == "train" else [self.path.name]
         where = [] if self.path.parent == Path("runs") else ["--runs-dir", str(self.path.parent)]
         return shlex.join(["jaxgpt", command, *named, *flags, *where])
@@ -167,7 +163,7 @@ class Run:
         return self.command("train", "--resume")
 
     def with_config(self, config: Config) -> "Run":
-        """The run with its config.json replaced by `config`; a RunError if that cannot be written."""
+        """Replace config.json; a RunError if it cannot be written."""
         try:
             files.write_atomically(self.path / "config.json", files.seal(configs.to_tree(config)).encode())
         except OSError as error:
@@ -175,59 +171,57 @@ class Run:
         return Run(self.path)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl without one that is still being written; a RunError if a line is damaged."""
+        """The complete lines of metrics.jsonl; a RunError if one is damaged."""
         lines = [_parsed(line, "step") for line in _lines(self.metrics_file)[:-1]]
         if None in lines:
             raise RunError(
-                f"{self.metrics_file}, line {lines.index(None) + 1}: it is damaged; restore a copy of the file, or let "
-                f"{self.resume_command} go back to the newest step before it"
+                f"{self.metrics_file}, line {lines.index(None) + 1}: it is damaged; restore a copy of the file, or "
+                f"resume from the newest checkpoint before it: {self.resume_command}"
             )
         return [line for line in lines if line]
 
     def val_losses(self) -> dict[int, float]:
-        """Finite validation losses by step, in nats per token. Damaged lines are ignored."""
+        """Finite validation losses in nats per token, by step. Damaged lines are ignored."""
         lines = [_parsed(line, "val_loss") for line in _lines(self.metrics_file) if b'"val_loss"' in line]
         return {line.get("step", -1): line["val_loss"] for line in lines if line and type(line["val_loss"]) is float}
 
     def events(self) -> list[dict[str, Any]]:
-        """The lines of events.jsonl, oldest first, without any torn by a kill."""
+        """The lines of events.jsonl, oldest first, except incomplete ones."""
         return [event for line in _lines(self.events_file) if (event := _parsed(line, "event"))]
 
     def event(self, name: str, **values: Any) -> None:
-        """Append a line with the time of day to events.jsonl, in process 0. A full disk is no reason to stop."""
+        """Append a line with the time to events.jsonl, in process 0 only. Errors, as of a full disk, are ignored."""
         if not processes.is_primary():
             return
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": name, **values}
         with suppress(OSError), self.events_file.open("ab+", buffering=0) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            torn = file.read(1) not in (b"", b"\n")
+            torn = file.read(1) not in (b"", b"\n")  # a kill left an incomplete line
             file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
-    @property
-    def last_start(self) -> dict[str, Any] | None:
-        """The start event of the process that trained it last, None if that process recorded its end."""
-        events = [event for event in self.events() if event["event"] in ("start", "end", "broken-off")]
-        return events[-1] if events and events[-1]["event"] == "start" else None
+    def last_event(self, *names: str) -> dict[str, Any]:
+        """The newest event with one of these names; empty if there is none."""
+        return next((event for event in reversed(self.events()) if event["event"] in names), {})
 
     @property
     def cut_off(self) -> bool:
-        """Whether the process that trained it last, on this machine, was killed before it could record its end."""
-        start = self.last_start or {}
-        process, here = start.get("process"), start.get("host") == platform.node()
-        if not here or type(process) is not int or os.name != "posix":  # signal 0 only asks, on POSIX alone
+        """Whether the last process that trained it, on this machine, died without recording its end."""
+        last = self.last_event("start", "end", "broken-off")  # only a start has a process and a host
+        process, here = last.get("process"), last.get("host") == platform.node()
+        if not here or type(process) is not int or os.name != "posix":  # elsewhere, signal 0 is not a mere test
             return False
         try:
             os.kill(process, 0)
-        except OSError as error:  # it lives, and is another user's, where this is not permitted
+        except OSError as error:  # any other error means that the process lives, but belongs to another user
             return isinstance(error, ProcessLookupError)
         return False
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for writing, in process 0 of those that train it together. The lock of a dead process is free.
+        """Hold the run for writing; process 0 takes the lock for all. The lock of a dead process is free.
 
         Raises:
-          RunError: another process holds it, and which; or the directory cannot be written to.
+          RunError: another process, which is named, holds it; or the directory cannot be written to.
         """
         lock = filelock.FileLock(self.path / ".lock", timeout=0)
         processes.on_primary(partial(self._acquire, lock))
@@ -240,22 +234,22 @@ class Run:
         try:
             lock.acquire()
         except filelock.Timeout:
-            by, start = "another process", None if self.cut_off else self.last_start
-            if start:
-                process, host, command = (start.get(name) for name in ("process", "host", "command"))
-                by = f"process {process} on {host} since {start['time']} ({command})"
+            by, last = "another process", self.last_event("start", "end", "broken-off")
+            if last.get("event") == "start" and not self.cut_off:
+                process, host, command = (last.get(name) for name in ("process", "host", "command"))
+                by = f"process {process} on {host} since {last['time']} ({command})"
             raise RunError(f"run {self.path.name!r} is in use by {by}") from None
         except OSError as error:
             raise RunError(f"{self.path} cannot be written to: {error.strerror}") from error
 
 
 def _lines(path: Path) -> list[bytes]:
-    """The lines of a file; the last is empty, or still being written. None of a file that is not there."""
+    """The lines of a file, if it exists; the last one is empty or still being written."""
     return path.read_bytes().split(b"\n") if path.exists() else []
 
 
 def _parsed(line: bytes, field: str) -> dict[str, Any] | None:
-    """The JSON object of a line, None if it is not one with that field."""
+    """The JSON object in a line; None if it has no such field, or the line is damaged."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP as a question that the training loop asks."""
+"""SIGINT, SIGTERM and SIGHUP, polled by the training loop."""
 
 import os
 import signal
@@ -8,26 +8,25 @@ from contextlib import contextmanager, suppress
 
 from jaxgpt import processes
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the signal which asked the process to stop, 0 if none did.
+    """Yield a function that returns the signal received so far, 0 if none.
 
-    The first signal is only noted, and answered on stderr; a second one acts as without this. Ignored ones stay so: a
-    run under nohup outlives its terminal. Outside the main thread, where Python allows no handlers, none is noted. With
-    several processes all must ask equally often, and all get the same answer: a signal to any is a signal to all.
+    The first signal is recorded and acknowledged on stderr; the second one has its usual effect. Ignored signals stay
+    ignored, so a run under nohup outlives its terminal. Only the main thread can install handlers; in other threads the
+    result is always 0. All processes must call the function equally often, and get a signal that any of them received.
     """
-    received = 0
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
-    if threading.current_thread() is not threading.main_thread():
-        before = {}
+    received, main = 0, threading.current_thread() is threading.main_thread()
+    handled = [number for number in SIGNALS if main and signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in handled}
 
     def handle(number: int, frame: object) -> None:
         nonlocal received
         received = number
-        with suppress(OSError):  # the terminal has gone
+        with suppress(OSError):  # the terminal is gone
             os.write(2, b"\njaxgpt: finishing the steps under way, then saving; again to stop at once\n")
         restore()
 
@@ -35,8 +34,8 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    for number, handler in before.items():
-        signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else handle)
+    for number in handled:
+        signal.signal(number, handle)
     try:
         yield lambda: processes.any_process(received)
     finally:

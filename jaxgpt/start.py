@@ -1,4 +1,4 @@
-"""Starting and resuming a run: a new directory, or the newest valid checkpoint."""
+"""Start a run in a new directory, or resume it from its newest valid checkpoint."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ from jaxgpt.tokenizer import Tokenizer
 
 MAY_CHANGE = ["eval_batches", "eval_every", "eval_start", "keep", "keep_every"]
 MAY_CHANGE += ["max_skipped", "on_save_error", "scan_steps", "steps"]
-"""What a resume may change: how long to train, what to evaluate and to keep; nothing that the weights depend on."""
+"""Settings that a resume may change: none that the weights after a step depend on."""
 
 
 def new_run(
@@ -39,7 +39,8 @@ def new_run(
     """Create the directory of a run of `config` on `corpus`.
 
     Args:
-      weights: to start from in place of random ones; from `origin`. They are saved as step 0.
+      weights: initial parameters, saved as step 0; None for random ones.
+      origin: where the weights come from, for events.jsonl.
 
     Raises:
       UsageError: the config cannot run with this vocabulary, or the directory cannot be created.
@@ -57,12 +58,12 @@ def new_run(
 
 
 def resolve(config: Config, corpus: Corpus) -> Config:
-    """`config` with the vocabulary size, the compute dtype that "auto" means here, and the end of the schedule set.
+    """`config` with the vocabulary size, the compute dtype for "auto" on this machine and decay_steps filled in.
 
-    So a run that is made longer, or resumed elsewhere, keeps the schedule and the dtype it started with.
+    So a run that is extended, or resumed on another machine, keeps its schedule and its dtype.
 
     Raises:
-      ConfigError: it cannot run with that vocabulary.
+      ConfigError: it cannot run with this vocabulary.
     """
     vocab_size = config.model.vocab_size or corpus.tokenizer.vocab_size
     model = replace(config.model, vocab_size=vocab_size, precision=matmul.resolve(config.model.precision))
@@ -71,7 +72,7 @@ def resolve(config: Config, corpus: Corpus) -> Config:
 
 
 def require_resumable(run: Run, was: Config, now: Config) -> None:
-    """Raise a RunError, which names each field, if the two configs differ in more than MAY_CHANGE."""
+    """Raise a RunError if the two configs differ in settings other than MAY_CHANGE."""
     refused = [
         f"  {name}: {old!r} in the run, {new!r} asked for"
         for name, old, new in differences(was, now)
@@ -85,13 +86,9 @@ def require_resumable(run: Run, was: Config, now: Config) -> None:
 
 
 def identity(config: Config, corpus_meta: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint records of its run, beside the `digest` of metrics.jsonl, and a resume must find again."""
-    tokenizer = json.dumps(corpus_meta["tokenizer"], sort_keys=True).encode()
-    return {
-        "config": configs.to_tree(config),
-        "tokens": corpus_meta["sha256"],
-        "tokenizer": digest(tokenizer)["sha256"],
-    }
+    """What a checkpoint records of its run, besides the `digest` of metrics.jsonl; a resume compares it."""
+    tokenizer = digest(json.dumps(corpus_meta["tokenizer"], sort_keys=True).encode())["sha256"]
+    return {"config": configs.to_tree(config), "tokens": corpus_meta["sha256"], "tokenizer": tokenizer}
 
 
 def digest(data: bytes) -> dict[str, Any]:
@@ -104,29 +101,30 @@ def require_own(run: Run, config: Config, corpus_meta: dict[str, Any], manifest:
     for name in ("tokens", "tokenizer"):
         if saved.get(name) != now[name]:
             raise RunError(
-                f"run {run.path.name!r}: the {name} of step {manifest.step} have SHA-256 {saved.get(name)}, those of "
-                f"{corpus_meta['source']} have {now[name]}: name the folder of the right ones, --data-dir"
+                f"run {run.path.name!r}, {name} of step {manifest.step}: expected SHA-256 {saved.get(name)}, found "
+                f"{now[name]} in {corpus_meta['source']}; give the folder of the right corpus: --data-dir"
             )
     require_resumable(run, configs.from_tree(saved["config"]), config)
 
 
 def require_metrics(run: Run, manifest: Manifest) -> None:
-    """Raise a DamagedError unless the lines of metrics.jsonl up to a step are those of when it was saved."""
+    """Raise a DamagedError if the lines of metrics.jsonl up to a checkpoint have changed since it was saved."""
     saved = manifest.about["metrics"]
-    if digest(run.metrics_file.read_bytes()[: saved["bytes"]] if run.metrics_file.exists() else b"") != saved:
+    lines = run.metrics_file.read_bytes() if run.metrics_file.exists() else b""
+    if digest(lines[: saved["bytes"]]) != saved:
         raise DamagedError(f"the first {saved['bytes']:,} bytes of {run.metrics_file} are not those that were saved")
 
 
 def find_newest(
     run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, on_event: Callable[[Event], None]
 ) -> Manifest | None:
-    """The manifest of the step that every process resumes from; None if nothing was saved yet.
+    """The manifest of the newest valid checkpoint, the same in all processes; None if nothing was saved yet.
 
-    A checkpoint is valid if its files and the lines of metrics.jsonl up to it are those that were saved. Newer ones are
-    set aside, each with a Notice. A change of jax version or device gets a Notice. If none is valid, no file changes.
+    A checkpoint is valid if its files and the lines of metrics.jsonl up to it are unchanged. Newer, damaged ones are
+    set aside, each with a Notice. Another version of jax or device gets a Notice. If none is valid, no file changes.
 
     Raises:
-      RunError: every checkpoint is damaged or gone; one is of another config, corpus or tokenizer, or beyond the end.
+      RunError: every checkpoint is damaged or gone; one has another config, corpus or tokenizer, or too many steps.
     """
     newest = processes.on_primary(partial(_newest_valid, run, config, corpus, checkpoints, on_event))
     step = processes.broadcast(newest.step if newest else -1)
@@ -138,7 +136,7 @@ def find_newest(
 def _newest_valid(
     run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, on_event: Callable[[Event], None]
 ) -> Manifest | None:
-    events, problems = run.events(), dict[int, str]()
+    problems = dict[int, str]()
     for step in reversed(checkpoints.steps):
         try:
             manifest = checkpoints.verify(step)
@@ -150,27 +148,26 @@ def _newest_valid(
         for bad, problem in problems.items():
             aside = f"{problem}; step {bad} was set aside as {checkpoints.set_aside(bad)}"
             notify(run, on_event, "damage", bad, f"{aside}; resuming from step {step}")
-        before = next((event for event in reversed(events) if event["event"] == "start"), dict[str, Any]())
-        for name, now in environment().items():
-            if name in ("jax", "backend", "device") and (was := before.get(name, now)) != now:
-                notify(run, on_event, "version", step, f"{name} is {now} now and was {was}: bits may differ from here")
+        before, here = run.last_event("start"), environment()
+        for name in ("jax", "backend", "device"):
+            if (was := before.get(name, here[name])) != here[name]:
+                text = f"{name} is {here[name]} and was {was}: bits may differ from here on"
+                notify(run, on_event, "version", step, text)
         return manifest
     found = [f"step {step}: {problem}" for step, problem in problems.items()]
-    saved = [event["step"] for event in events if event["event"] in ("save", "import")]
-    if not found and saved:
-        found = [f"step {max(saved)} was saved, but {checkpoints.directory} holds no checkpoint"]
+    if not found and (saved := run.last_event("save", "import")):
+        found = [f"step {saved['step']} was saved, but {checkpoints.directory} holds no checkpoint"]
     if found:
         raise RunError(
-            f"run {run.path.name!r} has no valid checkpoint, and is not started over:\n  "
-            + "\n  ".join(found)
-            + "\nrestore a copy of those files, or start a new run: --run OTHER-NAME (jaxgpt sample and export "
-            "need only a checkpoint)"
+            f"run {run.path.name!r} has no valid checkpoint, and is not started over:\n  " + "\n  ".join(found) + "\n"
+            "restore a copy of those files, or start a new run: --run OTHER-NAME (jaxgpt sample and export need only a "
+            "checkpoint)"
         )
     return None
 
 
 def environment() -> dict[str, Any]:
-    """What a start records of its process: the bits of a run depend on jax, backend and device, and on nothing else."""
+    """What events.jsonl records of a start. Of these, a run's bits depend only on jax, backend and device."""
     return {
         "jax": jax.__version__,
         "backend": jax.default_backend(),
@@ -188,21 +185,22 @@ def environment() -> dict[str, Any]:
 
 
 def load_model(run: Run, which: str = "best") -> tuple[ModelConfig, model.Params, Tokenizer]:
-    """The model config, the parameters of a checkpoint and the tokenizer of a run: what sampling needs."""
+    """The model config, the parameters of a checkpoint and the tokenizer of a run, as sampling takes them."""
     return run.config.model, load_checkpoint(run, which)[1], run.tokenizer
 
 
 def load_checkpoint(run: Run, which: str | int = "best") -> tuple[int, model.Params]:
-    """The step and the parameters of a run's "best" or "last" checkpoint, or of that of a step.
+    """The step and parameters of a run's checkpoint.
 
-    The best is that of lowest validation loss in metrics.jsonl, and the last if none was evaluated.
+    Args:
+      which: "best", by validation loss ("last" if none was evaluated), "last", or a step.
 
     Raises:
       RunError: there is no such checkpoint.
       CheckpointError: it is damaged.
     """
     checkpoints, like = Checkpoints(run.checkpoints), abstract_state(run.config, one_device()).params
-    while True:  # until the process that trains the run prunes no checkpoint while it is read
+    while True:  # again if the training process prunes the checkpoint while it is read
         steps = checkpoints.steps
         if not steps:
             raise RunError(f"run {run.path.name!r} has no checkpoint yet: let it train, or {run.resume_command}")

@@ -1,16 +1,16 @@
-"""Text to token ids and back: by characters, by UTF-8 bytes, or by byte-level BPE as in GPT-2.
+"""Tokenizers: characters, UTF-8 bytes, or byte-level BPE as in GPT-2.
 
-A tokenizer is an immutable value that is plain JSON on disk. All three have
+A tokenizer is immutable and stored as JSON. All three have
 
 - `vocab_size`: V; ids run from 0 to V - 1.
 - `token_bytes`: the UTF-8 bytes of each token, V of them.
 - `encode(text)`: ids (N,); raises UnknownCharacterError if a character is not in the vocabulary.
 - `knows(text)`: whether each character is in the vocabulary, bool (len(text),).
-- `decode(ids)`: the inverse of `encode`. Bytes that are not UTF-8, such as half a character, become U+FFFD. Raises
-  ValueError if an id is outside the vocabulary.
-- `to_json()`: plain values from which `from_json` makes an equal tokenizer.
+- `decode(ids)`: the inverse of `encode`; invalid UTF-8, such as half a character, becomes U+FFFD. Raises ValueError if
+  an id is outside the vocabulary.
+- `to_json()`: the input of `from_json`.
 
-A BPE is learned, or read from the files of GPT-2 and of Hugging Face models, in `prepare/vocabularies.py`.
+`prepare/vocabularies.py` learns a BPE, or reads that of GPT-2 or a Hugging Face model.
 """
 
 import re
@@ -28,10 +28,10 @@ from jaxgpt.config import MissingExtraError, UsageError, shown
 Ids = NDArray[np.integer[Any]]
 
 MAX_TOKENS, MAX_TOKEN_BYTES = 2**20, 256
-"""The largest BPE vocabulary that is learned or read from a file; GPT-2's longest token has 128 bytes."""
+"""Limits of a BPE vocabulary; GPT-2's longest token has 128 bytes."""
 PATTERNS = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"}
-"""Regular expressions that split text into words before BPE. "gpt2" is that of GPT-2's encoder.py, in tiktoken's faster
-spelling (tiktoken_ext/openai_public.py)."""
+"""Regular expressions that split text into words before BPE. "gpt2": as in GPT-2's encoder.py, in tiktoken's faster
+form (tiktoken_ext/openai_public.py)."""
 
 
 class UnknownCharacterError(UsageError):
@@ -39,8 +39,8 @@ class UnknownCharacterError(UsageError):
 
     Args:
       position: of the character in the text, from 0.
-      known: the characters that the vocabulary has, in words.
-      where: a place to name in the message instead of the position.
+      known: a description of the characters in the vocabulary.
+      where: replaces the position in the message.
     """
 
     def __init__(self, character: str, position: int, known: str, where: str = ""):
@@ -69,11 +69,11 @@ class CharTokenizer:
 
     def __post_init__(self) -> None:
         if len(set(self.chars)) != len(self.chars) or not self.chars:
-            raise ValueError("a character vocabulary needs at least one character, and each of them once")
+            raise ValueError("a character vocabulary needs at least one character, each of them once")
 
     @classmethod
     def train(cls, text: str | Iterable[str]) -> "CharTokenizer":
-        """The vocabulary of a text, which may be given in pieces: its distinct characters, sorted."""
+        """The sorted distinct characters of a text, which may be given in pieces."""
         seen = np.zeros(0x110000, bool)
         for piece in [text] if isinstance(text, str) else text:
             seen[code_points(piece)] = True
@@ -90,12 +90,12 @@ class CharTokenizer:
     @cached_property
     def _id_of_code(self) -> NDArray[np.int32]:
         codes = code_points(self.chars)
-        table = np.full(int(codes.max()) + 2, -1, np.int32)  # the last entry stands for all larger code points
+        table = np.full(int(codes.max()) + 2, -1, np.int32)  # the last entry is for all larger code points
         table[codes] = np.arange(len(codes), dtype=np.int32)
         return table
 
     def _ids(self, text: str) -> NDArray[np.int32]:
-        """The id of each character, -1 for those outside the vocabulary."""
+        """The id of each character, -1 if it is unknown."""
         table = self._id_of_code
         return table[np.minimum(code_points(text), len(table) - 1)]
 
@@ -105,7 +105,7 @@ class CharTokenizer:
     def encode(self, text: str) -> Ids:
         ids = self._ids(text)
         if ids.size and ids.min() < 0:
-            position = int(np.argmin(ids >= 0))
+            position = int(np.argmax(ids < 0))
             raise UnknownCharacterError(text[position], position, f"{self.vocab_size} characters of the vocabulary")
         return ids
 
@@ -114,14 +114,14 @@ class CharTokenizer:
         return code_points(self.chars)[checked].tobytes().decode("utf-32-le", "surrogatepass")
 
     def to_json(self) -> dict[str, Any]:
-        """Code points replace the string where JSON would join the two halves of a surrogate pair."""
+        """The characters as a string, or as code points if JSON would merge two surrogates into one character."""
         halves = re.search("[\ud800-\udbff][\udc00-\udfff]", self.chars)
         return {"kind": "char", "chars": code_points(self.chars).tolist() if halves else self.chars}
 
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """One id per UTF-8 byte: 256 ids, which encode any text.
+    """One id per UTF-8 byte; encodes any text.
 
     >>> ByteTokenizer().encode("é").tolist()
     [195, 169]
@@ -154,10 +154,10 @@ class ByteTokenizer:
 
 @dataclass(frozen=True)
 class BPETokenizer:
-    """One id per token, in the order in which BPE merges them, with special tokens after or before them.
+    """One id per token, in the order of their merges, with special tokens before or after them.
 
-    No text encodes to a special token: "<|endoftext|>" in a text is thirteen ordinary characters. A surrogate is an
-    unknown character, since UTF-8 has none.
+    No text encodes to a special token: "<|endoftext|>" in a text is thirteen ordinary characters. Surrogates are
+    unknown characters, as UTF-8 cannot encode them.
 
     >>> tokenizer = BPETokenizer((*ByteTokenizer().token_bytes, b"th", b"the"))
     >>> tokenizer.encode("the hat").tolist()
@@ -168,7 +168,7 @@ class BPETokenizer:
     special: tuple[str, ...] = ()
     pattern: str = "gpt2"
     leading: int = 0
-    """How many of the special tokens have the first ids; the others have the last."""
+    """Number of special tokens with the first ids; the others have the last ids."""
 
     def __post_init__(self) -> None:
         tokens, special = set(self.tokens), set(self.special)
@@ -221,7 +221,7 @@ class BPETokenizer:
         return b"".join(table[i] for i in checked_ids(ids, self.vocab_size)).decode("utf-8", "replace")
 
     def to_json(self) -> dict[str, Any]:
-        """The bytes of a token are written as the characters of Latin-1."""
+        """Bytes of tokens become Latin-1 characters."""
         tokens = [token.decode("latin-1") for token in self.tokens]
         tree = {"kind": "bpe", "pattern": self.pattern, "tokens": tokens, "special": list(self.special)}
         return tree | ({"leading": self.leading} if self.leading else {})
@@ -231,11 +231,7 @@ Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer
 
 
 def from_json(tree: Any) -> Tokenizer:
-    """The inverse of `to_json`. The values come from a file: all of them are checked.
-
-    Raises:
-      ValueError: they do not describe a tokenizer.
-    """
+    """The inverse of `to_json`; a ValueError if `tree`, which may come from any file, is not a tokenizer."""
     match tree:
         case {"kind": "char", "chars": str(chars), **rest} if not rest:
             return CharTokenizer(chars)
@@ -265,18 +261,17 @@ def from_json(tree: Any) -> Tokenizer:
 def normalize_line_ends(tokenizer: Tokenizer, text: str) -> str:
     """`text` with LF line ends and no byte order mark, as `prepare` reads a file.
 
-    It is not changed if CR is in a vocabulary of characters: then the training text kept its line ends.
-    """
+    Unchanged if a character vocabulary has CR: then the training text kept its line ends."""
     if isinstance(tokenizer, CharTokenizer) and tokenizer.knows("\r").all():
         return text
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str | bytes) -> Ids:
-    """The ids of a user's text, its line ends normalized. Bytes are UTF-8, or anything for a ByteTokenizer.
+    """The ids of a user's text with normalized line ends. A ByteTokenizer takes bytes as they are.
 
     Raises:
-      UsageError: the bytes are not UTF-8, and it is another tokenizer.
+      UsageError: another tokenizer gets bytes that are not UTF-8.
       UnknownCharacterError: as `encode`.
     """
     if isinstance(text, bytes):
@@ -286,14 +281,14 @@ def encode_prompt(tokenizer: Tokenizer, text: str | bytes) -> Ids:
             text = text.decode()
         except UnicodeDecodeError as error:
             raise UsageError(
-                f"byte 0x{text[error.start]:02x} at offset {error.start} of the text is not UTF-8, which only a run "
-                "with --tokenizer byte takes"
+                f"byte 0x{text[error.start]:02x} at offset {error.start} of the text is not UTF-8; only a run trained "
+                "with --tokenizer byte accepts it"
             ) from error
     return tokenizer.encode(normalize_line_ends(tokenizer, text))
 
 
 def drop_unknown(tokenizer: Tokenizer, text: str) -> str:
-    """`text` without the characters that are outside the vocabulary."""
+    """`text` without its unknown characters."""
     known = tokenizer.knows(text)
     return text if known.all() else "".join(char for char, keep in zip(text, known, strict=True) if keep)
 
@@ -304,18 +299,11 @@ def code_points(text: str) -> NDArray[np.uint32]:
 
 
 def checked_ids(ids: ArrayLike, vocab_size: int) -> Ids:
-    """`ids` as int32.
-
-    Raises:
-      ValueError: they are not integers, or one is outside the vocabulary.
-    """
+    """`ids` as int32; a ValueError if they are not integers, or one is outside the vocabulary."""
     array = np.asarray(ids)
-    if array.size == 0:
-        return array.astype(np.int32)
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"ids are integers, found {array.dtype}")
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= vocab_size:
-        outside = low if low < 0 else high
-        raise ValueError(f"id {outside} is outside the vocabulary, which runs from 0 to {vocab_size - 1}")
+    if array.size and array.dtype.kind not in "iu":
+        raise ValueError(f"expected integers as ids, found {array.dtype}")
+    outside = array[(array < 0) | (array >= vocab_size)]
+    if outside.size:
+        raise ValueError(f"id {outside[0]} is outside the vocabulary, expected 0 to {vocab_size - 1}")
     return array.astype(np.int32)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from jaxgpt import evaluation, model, processes
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.config import Config
 from jaxgpt.corpus import Corpus
-from jaxgpt.data import Loader, chunks, config_starts, loader
+from jaxgpt.data import chunks, config_starts, loader
 from jaxgpt.evaluation import Evaluation, estimate, evaluate
 from jaxgpt.metrics_log import DivergedError, Evaluated, Event, MetricsLog, Sampled, notify
 from jaxgpt.run import Run
@@ -34,10 +34,10 @@ class Summary:
     run: Run
     step: int
     steps: int
-    scores: list[Evaluated]  # every evaluation, that of the untrained model first
+    scores: list[Evaluated]  # every evaluation, oldest first
     seconds: float
     tokens_per_second: float | None  # of training in this process; None before the second chunk
-    interrupted_by: int  # the signal that ended it early, 0 if it ran to its last step
+    interrupted_by: int  # the signal that ended it early; 0 if it ran to its last step
 
     @property
     def best(self) -> Evaluated:
@@ -53,21 +53,20 @@ def fit(
     mesh: Mesh | None = None,
     sample: Callable[[model.Params], str] | None = None,
 ) -> Summary:
-    """Train `run` from its newest checkpoint, or from the start, to its last step; log, evaluate and save.
+    """Train `run` to its last step, from its newest valid checkpoint if it has one; log, evaluate and save.
 
-    metrics.jsonl and the checkpoints depend on the run's config and the tokens alone, not on how often the run was
-    stopped and resumed.
+    metrics.jsonl and the checkpoints depend only on the config and the tokens, not on how often the run was resumed.
 
     Args:
-      config: replaces the run's own, within what a resume may change.
+      config: replaces the run's config; it may differ in `start.MAY_CHANGE`.
       debug_nans: end the run at the first non-finite step, and name the operation; slower.
-      mesh: the devices to train on, None for one; results are the same on all up to float32 reassociation.
-      sample: parameters to a text, reported after each evaluation but the first and the last.
+      mesh: the devices to train on, None for one; all meshes give the same results up to float32 reassociation.
+      sample: generates a text from parameters; called after each evaluation during training, not at step 0 or the end.
 
     Raises:
       RunError: another process holds the run, its files do not belong together, or no checkpoint is valid.
-      DivergedError: too many steps in a row were not finite; the checkpoints before them stand.
-      CheckpointError: the last checkpoint was not written, or any where on_save_error is "stop".
+      DivergedError: too many steps in a row were not finite; the checkpoints before them remain.
+      CheckpointError: the last save failed, or, if on_save_error is "stop", any save.
     """
     began, config, mesh = time.perf_counter(), config or run.config, mesh or one_device()
     train_tokens, val_tokens = corpus.split(config.data)
@@ -78,23 +77,33 @@ def fit(
         jax.set_mesh(mesh),
         run.lock(),
         stop_signals() as stop_signal,
-        ThreadPoolExecutor(1, "reader") as reading,
-        ThreadPoolExecutor(1, "compile") as background,
+        ThreadPoolExecutor(1, "reader") as reader,
+        ThreadPoolExecutor(1, "compiler", jax.set_mesh, (mesh,)) as compiler,  # each thread has its own current mesh
     ):
-        load = loader(config, train_tokens, mesh, parts, reading)
+        load = loader(config, train_tokens, mesh, parts, reader)
         newest = find_newest(run, config, corpus, checkpoints, on_event)
         step, n_bytes = (newest.step, newest.about["metrics"]["bytes"]) if newest else (0, 0)
-        initial = None if newest else lower_init(config, mesh)  # before another thread lowers the steps
-        # Several processes must run, and some compile, the same programs in the same order.
-        early = initial and processes.single_process()
-        ahead = background.submit(compiled_steps, config, mesh, load, *next(chunks(config, 0))) if early else None
-        late = early and not config.train.eval_start
-        scorer = background.submit(compiled_score, config, mesh, len(val_tokens)) if late else None
-        state = initial.compile()() if initial else checkpoints.restore(step, abstract_state(config, mesh))
+        shapes = abstract_state(config, mesh)
+
+        def compile_steps(begin: int, end: int) -> Any:
+            return jit_train_steps(config, mesh).lower(shapes, *load(begin, end)).compile()
+
+        programs = dict[int, Future[Any]]()  # by their number of steps
+        evaluator: Future[Any] | None = None
+        if newest:
+            state = checkpoints.restore(step, shapes)
+        else:
+            init = lower_init(config, mesh)  # before the other thread lowers anything
+            if processes.single_process():  # several must compile and run the same programs in the same order
+                _, end = next(chunks(config, 0))
+                programs[end] = compiler.submit(compile_steps, 0, end)
+                if not config.train.eval_start:
+                    evaluator = compiler.submit(evaluation.compiled, config.model, shapes.params, len(val_tokens))
+            state = init.compile()()
         if config != run.config:
             run = processes.on_primary(partial(run.with_config, config)) or Run(run.path)
         run.event("start", step=step, **environment())
-        stop, programs = 0, dict[int, Any]()
+        stop = 0
         with (
             MetricsLog(run, n_bytes, lambda i: config_starts(config, parts, i, i + 1)[0], on_event) as log,
             checkpoints,
@@ -105,78 +114,62 @@ def fit(
             for begin, end in chunks(config, step):
                 windows = load(begin, end)
                 if end - begin not in programs:
-                    new = ahead.result() if ahead and not programs else compiled_steps(config, mesh, load, begin, end)
-                    programs[end - begin] = new
+                    programs[end - begin] = compiler.submit(compile_steps, begin, end)
+                program = programs[end - begin].result()
                 before = jax.tree.map(jnp.copy, state) if debug_nans else None
-                state, metrics = programs[end - begin](state, *windows)
+                state, metrics = program(state, *windows)
                 if before and not metrics.applied.all():
                     raise DivergedError(find_nan(config, before, windows, metrics))
                 log.add(begin, metrics)
-                with save_errors(run, log, checkpoints):
+                with save_errors(log, checkpoints):
                     checkpoints.settle(wait=False)
                 last = end == config.train.steps
                 stop = 0 if last else stop_signal()
                 if due(config, end):
-                    save(run, corpus, log, checkpoints, state)  # first: a signal may leave no time for the evaluation
+                    save(corpus, log, checkpoints, state)  # first: a signal may leave no time for the evaluation
                     if not stop:
-                        program = scorer.result() if scorer else None
-                        log.add_evaluation(*score(config, corpus, state, program))
+                        log.add_evaluation(*score(config, corpus, state, evaluator.result() if evaluator else None))
                         if sample and not last:
                             on_event(Sampled(end, sample(state.params)))
                             log.restart_clock()
                         stop = 0 if last else stop_signal()
                 if stop:
                     break
-            with save_errors(run, log, checkpoints):
+            with save_errors(log, checkpoints):
                 checkpoints.settle()
-            with save_errors(run, log, checkpoints, stop=True):
+            with save_errors(log, checkpoints, stop=True):
                 # A signal came between two saves, or the last save failed.
-                if not processes.broadcast(log.step in checkpoints.steps):
-                    save(run, corpus, log, checkpoints, state)
+                if not processes.broadcast(int(state.step) in checkpoints.steps):
+                    save(corpus, log, checkpoints, state)
                     checkpoints.settle()
                 log.sync()
     seconds, speed = time.perf_counter() - began, log.speed["tokens_per_second"]
     return Summary(run, log.step, config.train.steps, log.scores, seconds, speed, stop)
 
 
-def compiled_steps(config: Config, mesh: Mesh, load: Loader, begin: int, end: int) -> Any:
-    """The program of these steps, for the shapes of a state."""
-    with jax.set_mesh(mesh):
-        return jit_train_steps(config, mesh).lower(abstract_state(config, mesh), *load(begin, end)).compile()
-
-
-def compiled_score(config: Config, mesh: Mesh, n_tokens: int) -> Any:
-    """The program that scores a validation split of `n_tokens`."""
-    with jax.set_mesh(mesh):
-        return evaluation.compiled(config.model, abstract_state(config, mesh).params, n_tokens)
-
-
-def save(run: Run, corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: TrainState) -> None:
-    """Start to save `state` once the last save has ended and the lines of metrics.jsonl up to it are on disk."""
-    with save_errors(run, log, checkpoints):
+def save(corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: TrainState) -> None:
+    """Wait for the last save, sync metrics.jsonl to disk, then start to save `state`."""
+    with save_errors(log, checkpoints):
         checkpoints.settle()
-    with save_errors(run, log, checkpoints):
+    with save_errors(log, checkpoints):
         log.sync()
-        record = partial(run.event, "save", step=int(state.step), **log.speed)
-        checkpoints.save(state, identity(run.config, corpus.meta) | {"metrics": log.digest}, record)
+        record = partial(log.run.event, "save", step=int(state.step), **log.speed)
+        checkpoints.save(state, identity(log.run.config, corpus.meta) | {"metrics": log.digest}, record)
     log.restart_clock()
 
 
 @contextmanager
-def save_errors(run: Run, log: MetricsLog, checkpoints: Checkpoints, stop: bool = False) -> Iterator[None]:
-    """Report what was not saved. The next save tries again, or the run ends, as on_save_error or `stop` says.
-
-    Raises:
-      CheckpointError: the run ends.
-    """
+def save_errors(log: MetricsLog, checkpoints: Checkpoints, stop: bool = False) -> Iterator[None]:
+    """Report a failed save, then continue; or raise a CheckpointError if `stop` is set or on_save_error is "stop"."""
     try:
         yield
     except (CheckpointError, processes.ProcessError, OSError) as error:
-        what = f"{run.metrics_file} takes no more lines: {error.strerror}" if isinstance(error, OSError) else error
-        latest, stop = checkpoints.latest, stop or run.config.train.on_save_error == "stop"
-        stands = "no step is saved yet" if latest is None else f"step {latest} is saved"
+        run, latest = log.run, checkpoints.latest
+        stop = stop or run.config.train.on_save_error == "stop"
+        what = f"{run.metrics_file} cannot be written: {error.strerror}" if isinstance(error, OSError) else error
+        saved = "no step is saved yet" if latest is None else f"step {latest} is saved"
         then = f"the run ends: make room, then {run.resume_command}" if stop else "the next save tries again: make room"
-        text = f"{what}; {stands}, and {then}"
+        text = f"{what}; {saved}, and {then}"
         notify(run, log.on_event, "save-failed", log.step, text)
         if stop:
             raise CheckpointError(text) from error
@@ -185,15 +178,14 @@ def save_errors(run: Run, log: MetricsLog, checkpoints: Checkpoints, stop: bool 
 def score(
     config: Config, corpus: Corpus, state: TrainState, program: Any = None
 ) -> tuple[int, Evaluation, dict[str, float]]:
-    """The step of `state`, its loss over the whole validation split, and nanoGPT-style estimates on both splits;
-    `program` as in `evaluate`."""
-    train_tokens, val_tokens = corpus.split(config.data)
-    step, splits = int(state.step), {"train": train_tokens, "val": val_tokens}
-    exact = evaluate(config.model, state.params, val_tokens, corpus.tokenizer, program=program)
-    if not config.train.eval_batches:
-        return step, exact, {}
-    noisy = {f"{name}_estimate": estimate(config, state.params, split, step) for name, split in splits.items()}
-    return step, exact, noisy
+    """The step of `state`, its evaluation on the validation split (`program` as in `evaluate`), and estimates."""
+    train, val = corpus.split(config.data)
+    step, estimates = int(state.step), dict[str, float]()
+    exact = evaluate(config.model, state.params, val, corpus.tokenizer, program=program)
+    if config.train.eval_batches:
+        for name, tokens in (("train_estimate", train), ("val_estimate", val)):
+            estimates[name] = estimate(config, state.params, tokens, step)
+    return step, exact, estimates
 
 
 def due(config: Config, step: int) -> bool:
@@ -203,9 +195,9 @@ def due(config: Config, step: int) -> bool:
 
 
 def find_nan(config: Config, state: TrainState, windows: Any, metrics: Metrics) -> str:
-    """The first non-finite step of a chunk and the operation that made it so: the chunk is computed again from `state`
+    """The first non-finite step of a chunk from `state`, and the operation that caused it: the chunk is computed again
     with a check after every operation (`jax.experimental.checkify`)."""
     i = int(metrics.applied.argmin())
     error, _ = jax.jit(checkify.checkify(partial(train_steps, config), errors=checkify.float_checks))(state, *windows)
-    found = error.get() or "no single operation made a NaN: a value may have grown beyond float32"
+    found = error.get() or "no operation made a NaN: a value may have overflowed float32"
     return f"step {int(state.step) + i + 1}: loss {metrics.loss[i]}, gradient norm {metrics.grad_norm[i]}: {found}"

@@ -281,7 +281,12 @@ def damage(folder, name, change):
             lambda meta: meta.update(parts=[{"source": "a"}] * 2),
             "expected a source, a count and a sha256",
         ),
-        ("tokens.json", lambda meta: meta.update(parts=[PART] * 2), "is that of a mixture in a run"),
+        (
+            "tokens.json",
+            lambda meta: meta.update(parts=[meta["shards"][0], OTHER | {"count": 1}]),
+            "expected a source, a count and a sha256",
+        ),
+        ("tokens.json", lambda meta: meta.update(parts=[PART] * 2), "describes the mixture of a run"),
     ],
 )
 def test_damage_is_named(prepared, name, change, said):

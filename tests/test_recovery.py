@@ -128,11 +128,11 @@ def test_a_config_that_was_changed_behind_the_runs_back_is_refused(done, change)
 def test_tokens_and_vocabulary_must_be_those_of_the_checkpoint(done):
     run, corpus = done
     other = corpora.Corpus(corpus.tokens, corpus.tokenizer, {**corpus.meta, "sha256": "0" * 64})
-    with pytest.raises(RunError, match=f"the tokens of step 15 have SHA-256 {corpus.meta['sha256']}"):
+    with pytest.raises(RunError, match=f"tokens of step 15: expected SHA-256 {corpus.meta['sha256']}"):
         fit(run, other)
     letters = {"kind": "char", "chars": "\n abcdefgh"}
     other = corpora.Corpus(corpus.tokens, corpus.tokenizer, {**corpus.meta, "tokenizer": letters})
-    with pytest.raises(RunError, match="the tokenizer of step 15"):
+    with pytest.raises(RunError, match="tokenizer of step 15"):
         fit(run, other)
 
 
@@ -179,5 +179,5 @@ def test_a_checkpoint_of_another_run_is_not_written_with(done, config, change, t
         fit(*each)
     shutil.rmtree(runs[0][0].checkpoints)
     shutil.copytree(runs[1][0].checkpoints, runs[0][0].checkpoints)
-    with pytest.raises(RunError, match=r"corpus: .* in the run|the tokens of step"):
+    with pytest.raises(RunError, match=r"corpus: .* in the run|tokens of step"):
         load_checkpoint(runs[0][0], "last")

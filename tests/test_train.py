@@ -243,6 +243,14 @@ def test_a_signal_in_the_last_chunk_finds_the_run_done(tiny, new_run, sigterm_at
     assert (done.step, done.interrupted_by) == (20, 0)
 
 
+def test_a_signal_in_the_first_chunk_after_a_resume_saves_that_chunk(tiny, new_run, sigterm_at):
+    run, corpus = new_run("one", tiny)
+    assert fit(run, corpus, sigterm_at(5)).step == 10
+    done = fit(run, corpus, lambda event: isinstance(event, Evaluated) and os.kill(os.getpid(), signal.SIGTERM))
+    assert (done.step, done.interrupted_by) == (15, signal.SIGTERM)
+    assert Checkpoints(run.checkpoints).latest == 15
+
+
 def test_an_interrupted_run_whose_end_is_moved_to_where_it_stands_is_scored_there(tiny, new_run, change, sigterm_at):
     run, corpus = new_run("one", change(tiny, steps=40, eval_every=20, eval_start=False))
     done = fit(run, corpus, sigterm_at(5))

@@ -121,7 +121,7 @@ def test_other_tokenizers_refuse_bytes_that_are_not_utf8(tokenizer):
         == encode_prompt(tokenizer, "a").tolist()
         == tokenizer.encode("a").tolist()
     )
-    with pytest.raises(UsageError, match="byte 0xff at offset 1 of the text is not UTF-8, which only a run with"):
+    with pytest.raises(UsageError, match="byte 0xff at offset 1 of the text is not UTF-8; only a run trained with"):
         encode_prompt(tokenizer, b"a\xff")
 
 

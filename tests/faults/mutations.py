@@ -337,15 +337,15 @@ MUTATIONS = [
     Mutation(
         "an interrupted run is not saved",
         "train.py",
-        "if not processes.broadcast(log.step in checkpoints.steps):",
+        "if not processes.broadcast(int(state.step) in checkpoints.steps):",
         "if not checkpoints.steps:",
         "test_train.py test_signals.py",
     ),
     Mutation(
         "the validation split is taken from the start",
         "corpus.py",
-        "(text[:n], text[n:])",
-        "(text[-n:], text[:-n])",
+        "text[part.n_tokens :]",
+        "text[: -part.n_tokens]",
         "test_corpus.py",
     ),
     # Rooms.

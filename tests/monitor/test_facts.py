@@ -122,7 +122,7 @@ def test_speed_between_saves_is_that_of_their_own_steps(run, tiny, monkeypatch):
             log.flush()
             if begin in (5, 15):
                 score(begin + 5)
-                save(run, corpus, log, slow, SimpleNamespace(step=begin + 5))
+                save(corpus, log, slow, SimpleNamespace(step=begin + 5))
         slow.settle()
     per_step = 4 * 8
     assert facts.gather(run).speed == [(10, per_step * 5 / 5), (20, per_step * 10 / 30)]
