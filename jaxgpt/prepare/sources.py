@@ -1,4 +1,4 @@
-"""Where text comes from: named texts, and files, folders, pipes and URLs of the user's."""
+"""Sources of text: named texts, and a user's files, folders, pipes and URLs."""
 
 import hashlib
 import http.client
@@ -34,21 +34,21 @@ SHAKESPEARE_BYTES = 1_115_394
 
 @dataclass(frozen=True)
 class Text:
-    """A text of any size, which is read piece by piece, as often as needed."""
+    """A text of any size, read piece by piece, as often as needed."""
 
     name: str
     origin: str
-    """The path, URL or program that it is read from, with its version."""
+    """Path or URL, or the program that carries the text and its version."""
     readers: Mapping[str, Callable[[], Iterator[str]]]
-    """The path of each file, and what begins to read it anew. Between two files the text has a line feed."""
+    """Path of each file to a function that reads it from its beginning. A line feed separates two files."""
     size: int
-    """Bytes, about."""
+    """Bytes, approximately."""
     has_columns: bool = False
-    """Whether some of it is JSON Lines or Parquet."""
+    """Whether a file is JSON Lines or Parquet."""
     left_out: Sequence[str] = ()
-    """Files that are not read, and why."""
+    """A note on each file that is not read."""
     version: str = ""
-    """Of a dataset on the Hugging Face Hub: the SHA-256 of the hashes of its files, which replaces that of the text."""
+    """SHA-256 of the hashes of a dataset's files on the Hugging Face Hub; it replaces the SHA-256 of the text."""
 
     def pieces(self, progress: Callable[[float], None] = lambda share: None) -> Iterator[str]:
         """The text, as `documents.normalized`, piece by piece.
@@ -61,7 +61,7 @@ class Text:
     def numbered(
         self, progress: Callable[[float], None], changes: Counter[str], first: int = 0
     ) -> Iterator[tuple[int, str]]:
-        """As `pieces`, from file `first` on, each piece with the number of its file; for `changes` see `notes`."""
+        """As `pieces`, from file number `first` on, each with its file number; `changes` as in `notes`."""
         blank, n = not first, 0
         with store_errors(self.origin):
             for i, read in islice(enumerate(self.readers.values()), first, None):
@@ -72,12 +72,18 @@ class Text:
         if blank:
             raise SourceError(f"{self.origin} holds no text")
 
+    def sha256(self, progress: Callable[[float], None]) -> str:
+        digest = hashlib.sha256()
+        for piece in self.pieces(progress):
+            digest.update(piece.encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
     def notes(self, changes: Counter[str]) -> list[str]:
-        """What was left out and changed, in words."""
+        """The files left out, and the `changes` that `documents.normalized` counted."""
         return [*self.left_out, *(change.format(count) for change, count in changes.items() if count)]
 
     def where(self, position: int) -> str:
-        """Line, column (both from 1) and file of a character of the text, which is read again up to there."""
+        """Line and column (from 1) and file of the character at `position`; rereads the text up to there."""
         for path, read in self.readers.items():
             line = column = 1
             for piece in chain(documents.normalized(read()), "\n"):
@@ -91,10 +97,10 @@ class Text:
 
 
 def open_text(corpus: str, column: str = "text") -> Text:
-    """A named text, or that of a file, folder or pipe, or at a URL; files are read as by `documents.pieces`.
+    """Open a named text, file, folder, pipe or URL; files are read as by `documents.pieces`.
 
     Raises:
-      SourceError: there is no such text. Other problems show as it is read.
+      SourceError: there is no such text. Problems in its files are raised when it is read.
     """
     if not corpus:
         raise SourceError("the corpus has no name; give a named corpus, a file or a folder")
@@ -124,11 +130,11 @@ def open_text(corpus: str, column: str = "text") -> Text:
 
 
 def path_of(corpus: str) -> Path:
-    """The path of a text or of a prepared folder; that of a URL needs the extra `remote`.
+    """The path of a text or of a prepared folder, local or at a URL.
 
     Raises:
-      MissingExtraError: it is not installed.
-      SourceError: there is no such kind of store.
+      MissingExtraError: a URL needs the extra `data`, which is not installed.
+      SourceError: the store of a URL is unknown or unavailable.
     """
     if not is_url(corpus):
         return local_path(corpus)
@@ -142,7 +148,7 @@ def path_of(corpus: str) -> Path:
 
 @contextmanager
 def store_errors(corpus: str) -> Iterator[None]:
-    """Turn the errors of a file system into SourceErrors, and all errors of a store, which has its own kinds."""
+    """Turn an OSError into a SourceError; at a URL any error, because stores raise their own kinds."""
     try:
         yield
     except Exception as error:
@@ -162,16 +168,15 @@ def _of_files(
     readers = {str(path): partial(documents.pieces, path, column) for path in paths}
     has_columns = any(documents.holds_documents(path, column) for path in paths)
     size, version = sum(path.stat().st_size for path in paths), ""
-    on_hub = [cast(Any, path) for path in paths if str(path).startswith("hf://datasets/")]
-    if on_hub:
+    if on_hub := [cast(Any, path) for path in paths if str(path).startswith("hf://datasets/")]:
         hashes = json.dumps([column, *([str(path), path.fs.info(path.path)["blob_id"]] for path in on_hub)])
         version = hashlib.sha256(hashes.encode()).hexdigest()
     return Text(name, origin, readers, size, has_columns, left_out, version)
 
 
 def _folder(folder: Path, column: str) -> Text:
-    """All files below `folder` that are not hidden, in the order of their paths; of a dataset on the Hugging Face Hub
-    that has JSON Lines or Parquet only these, without its README."""
+    """All files below `folder` that are not hidden, in the order of their paths. If a dataset on the Hugging Face Hub
+    has JSON Lines or Parquet, its other files, such as the README, are left out."""
     paths, left_out = list[Path](), list[str]()
     for path in sorted(folder.rglob("*") if is_url(str(folder)) else _below(folder, {folder.resolve()})):
         inner = path.relative_to(folder)
@@ -185,16 +190,15 @@ def _folder(folder: Path, column: str) -> Text:
             left_out.append(f"{inner}: left out, a link to nothing or to a folder that it is in")
     others = [path for path in paths if not documents.holds_documents(path, column)]
     if str(folder).startswith("hf://") and len(others) < len(paths):
-        left_out += [
-            f"{path.relative_to(folder)}: left out, the dataset is its JSON Lines and Parquet" for path in others
-        ]
+        why = "left out, the dataset is its JSON Lines and Parquet"
+        left_out += [f"{path.relative_to(folder)}: {why}" for path in others]
         paths = [path for path in paths if path not in others]
     name = folder.name if is_url(str(folder)) else folder.resolve().name
     return _of_files(name, f"{len(paths)} files in {folder}", paths, column, left_out)
 
 
 def _below(folder: Path, above: set[Path]) -> Iterator[Path]:
-    """The files in a local folder and in those that it holds or links to, except the folders `above` it."""
+    """The files below a local folder. Links to folders are followed, except to the folders `above`."""
     for path in folder.iterdir():
         if path.is_dir() and not path.name.startswith(".") and (real := path.resolve()) not in above:
             yield from _below(path, above | {real})
@@ -203,7 +207,7 @@ def _below(folder: Path, above: set[Path]) -> Iterator[Path]:
 
 
 def _pipe(path: Path) -> Text:
-    """The contents of a pipe: read once, into a temporary file that is kept as long as the `Text`."""
+    """Copy a pipe into a temporary file, which lives as long as the `Text`."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the text)
     with path.open("rb") as pipe:
         shutil.copyfileobj(pipe, spool, documents.PIECE)
@@ -218,7 +222,7 @@ def _pipe(path: Path) -> Text:
 
 
 def python_docs() -> Text:
-    """The Python language reference that every CPython carries for `help()`."""
+    """The Python language reference that comes with CPython, for `help()`."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -227,7 +231,7 @@ def python_docs() -> Text:
 
 
 def python_stdlib() -> Text:
-    """The sources of the standard library, without tests and bundled packages."""
+    """The source code of the standard library, without tests and bundled packages."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__", "ensurepip"}
     paths = sorted(path for path in root.rglob("*.py") if not left_out.intersection(path.relative_to(root).parts))
@@ -236,23 +240,23 @@ def python_stdlib() -> Text:
 
 
 def shakespeare() -> Text:
-    """Tiny Shakespeare: $JAXGPT_DATA (the file or its folder), data/, or a checked download into the cache."""
-    paths = [folder / "tinyshakespeare.txt" for folder in (Path("data"), places.cache_dir()) if folder]
+    """Tiny Shakespeare, checked: from $JAXGPT_DATA (the file or its folder), data/, the cache, or a download."""
     if given := os.environ.get("JAXGPT_DATA"):
-        paths = [local_path(given)]
-        if paths[0].is_dir():
-            paths = [paths[0] / "tinyshakespeare.txt"]
-        if not paths[0].is_file():
-            raise SourceError(f"$JAXGPT_DATA is {given}, but there is no file {paths[0]}")
-    path = next((path for path in paths if path.is_file()), None) or download(
-        SHAKESPEARE_URL, paths[-1], SHAKESPEARE_BYTES, SHAKESPEARE_SHA256
-    )
+        path = local_path(given)
+        path = path / "tinyshakespeare.txt" if path.is_dir() else path
+        if not path.is_file():
+            raise SourceError(f"$JAXGPT_DATA is {given}, but there is no file {path}")
+    else:
+        paths = [folder / "tinyshakespeare.txt" for folder in (Path("data"), places.cache_dir()) if folder]
+        path = next(filter(Path.is_file, paths), None) or download(
+            SHAKESPEARE_URL, paths[-1], SHAKESPEARE_BYTES, SHAKESPEARE_SHA256
+        )
     require_sha256(path.read_bytes(), SHAKESPEARE_SHA256, str(path))
     return _of_files("shakespeare", str(path), [path])
 
 
 def download(url: str, target: Path, size: int, sha256: str) -> Path:
-    """Fetch `size` bytes from `url` to `target`, checked, and whole or not at all.
+    """Download `size` bytes from `url` to `target`, which is written only if the SHA-256 is right.
 
     Raises:
       SourceError: no network, another SHA-256, or `target` cannot be written.
