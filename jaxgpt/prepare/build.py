@@ -67,7 +67,8 @@ def prepare_corpus(
     folders = {name: folder for _, name in names if (folder := _prepared_folder(name))}
     parts = {name: Prepared(load(folder), folder, True) for name, folder in folders.items()}
     texts = {name: sources.open_text(name, column) for _, name in names if name not in parts}
-    if column != "text" and texts and not any(text.has_columns for text in texts.values()):
+    paths = (sources.path_of(path) for text in texts.values() for path in text.readers)
+    if column != "text" and texts and not any(documents.holds_documents(path, column) for path in paths):
         raise sources.SourceError(
             f"--column is {column}, but {corpus} is plain text: only JSON Lines (.jsonl) and Parquet have columns"
         )
@@ -194,12 +195,7 @@ def _prepared_folder(corpus: str) -> Path | None:
 
 
 def _fetch(url: str) -> Path:
-    """Copy a prepared folder at a URL into the cache: each file once, and only if its SHA-256 is right.
-
-    Raises:
-      SourceError: it cannot be fetched.
-      CorpusError: it differs from its tokens.json.
-    """
+    """Copy a prepared folder at a URL into the cache: each file once, and only if its SHA-256 is right."""
     with sources.store_errors(url):
         store = sources.path_of(url)
         meta = read_meta(store / "tokens.json")

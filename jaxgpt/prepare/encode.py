@@ -57,7 +57,7 @@ def encode(
     """
     dtype = np.dtype(np.uint16 if tok.vocab_size <= 2**16 else np.uint32)
     done = _read_progress(folder)
-    shards, start, position, skipped = done["shards"], done["position"], done["position"], done["skipped"]
+    shards, start = done["shards"], done["position"]
     begins = [done["begin"]]  # [number, position, changes before it] of the file at `position` and of later ones
     changes, source_sha256 = Counter(begins[0][2]), hashlib.sha256()
 
@@ -91,8 +91,10 @@ def encode(
             with path.open("wb") as file:
                 for part, (n_skipped, ids) in parts:
                     source_sha256.update(part.encode("utf-8", "surrogatepass"))
-                    position, skipped, count = position + len(part), skipped + n_skipped, count + len(ids)
                     file.write(ids.tobytes())
+                    count += len(ids)
+                    done["position"] += len(part)
+                    done["skipped"] += n_skipped
                     if count >= SHARD:
                         break
             files.sync(path)
@@ -101,12 +103,12 @@ def encode(
                 break
             shards.append({"file": path.name, "count": count, "sha256": files.sha256(path)})
             if count >= SHARD:
-                while len(begins) > 1 and begins[1][1] < position:
+                while len(begins) > 1 and begins[1][1] < done["position"]:
                     del begins[0]
-                done = {"shards": shards, "position": position, "skipped": skipped, "source_sha256": digest()}
-                files.write_atomically(folder / PROGRESS, files.seal(done | {"begin": begins[0]}).encode())
+                done |= {"source_sha256": digest(), "begin": begins[0]}
+                files.write_atomically(folder / PROGRESS, files.seal(done).encode())
     except UnknownCharacterError as error:
-        position += error.position
+        position = done["position"] + error.position
         raise UnknownCharacterError(error.character, position, error.known, text.where(position)) from error
     sha256 = hashlib.sha256()
     for shard in shards:
@@ -122,7 +124,7 @@ def encode(
         "origin": text.origin,
         "source_sha256": digest(),
         "notes": text.notes(changes),
-        "skipped_characters": skipped,
+        "skipped_characters": done["skipped"],
         "tokenizer": tok.to_json(),
     }
 

@@ -43,19 +43,13 @@ class Text:
     """Path of each file to a function that reads it from its beginning. A line feed separates two files."""
     size: int
     """Bytes, approximately."""
-    has_columns: bool = False
-    """Whether a file is JSON Lines or Parquet."""
     left_out: Sequence[str] = ()
     """A note on each file that is not read."""
     version: str = ""
     """SHA-256 of the hashes of a dataset's files on the Hugging Face Hub; it replaces the SHA-256 of the text."""
 
     def pieces(self, progress: Callable[[float], None] = lambda share: None) -> Iterator[str]:
-        """The text, as `documents.normalized`, piece by piece.
-
-        Raises:
-          SourceError: it cannot be read, or has only white space.
-        """
+        """The text, `documents.normalized`, piece by piece; a SourceError if it has only white space."""
         return (piece for _, piece in self.numbered(progress, Counter()))
 
     def numbered(
@@ -106,8 +100,8 @@ def open_text(corpus: str, column: str = "text") -> Text:
         raise SourceError("the corpus has no name; give a named corpus, a file or a folder")
     if corpus in NAMED:
         if os.path.exists(corpus):
-            note = f"{corpus} is the named corpus; to read the file or folder of that name, give ./{corpus}"
-            print(f"jaxgpt: {note}", file=sys.stderr)
+            hint = f"to read the file or folder of that name, give ./{corpus}"
+            print(f"jaxgpt: {corpus} is the named corpus; {hint}", file=sys.stderr)
         if corpus in HUB:
             return replace(open_text(HUB[corpus], column), name=corpus)
         return {"python-docs": python_docs, "python-stdlib": python_stdlib, "shakespeare": shakespeare}[corpus]()
@@ -130,12 +124,7 @@ def open_text(corpus: str, column: str = "text") -> Text:
 
 
 def path_of(corpus: str) -> Path:
-    """The path of a text or of a prepared folder, local or at a URL.
-
-    Raises:
-      MissingExtraError: a URL needs the extra `data`, which is not installed.
-      SourceError: the store of a URL is unknown or unavailable.
-    """
+    """The path of a text or of a prepared folder, local or at a URL, which needs the extra `data`."""
     if not is_url(corpus):
         return local_path(corpus)
     try:
@@ -166,12 +155,11 @@ def _of_files(
     name: str, origin: str, paths: Sequence[Path], column: str = "text", left_out: Sequence[str] = ()
 ) -> Text:
     readers = {str(path): partial(documents.pieces, path, column) for path in paths}
-    has_columns = any(documents.holds_documents(path, column) for path in paths)
     size, version = sum(path.stat().st_size for path in paths), ""
     if on_hub := [cast(Any, path) for path in paths if str(path).startswith("hf://datasets/")]:
         hashes = json.dumps([column, *([str(path), path.fs.info(path.path)["blob_id"]] for path in on_hub)])
         version = hashlib.sha256(hashes.encode()).hexdigest()
-    return Text(name, origin, readers, size, has_columns, left_out, version)
+    return Text(name, origin, readers, size, left_out, version)
 
 
 def _folder(folder: Path, column: str) -> Text:
@@ -256,11 +244,7 @@ def shakespeare() -> Text:
 
 
 def download(url: str, target: Path, size: int, sha256: str) -> Path:
-    """Download `size` bytes from `url` to `target`, which is written only if the SHA-256 is right.
-
-    Raises:
-      SourceError: no network, another SHA-256, or `target` cannot be written.
-    """
+    """Download at most `size` bytes to `target`, which is written only if they have that SHA-256."""
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             data = response.read(size + 1)
