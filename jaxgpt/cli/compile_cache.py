@@ -25,7 +25,10 @@ def use_compile_cache() -> None:
     if not (cache := cache_dir()):
         print("jaxgpt: compiled programs are not cached: no home folder; set XDG_CACHE_HOME", file=sys.stderr)
         return
-    folder = cache / f"compiled-{processor()}"
+    # A home folder may be shared by machines whose processors have different features.
+    features = [line for line in cpu_info().splitlines() if line.lower().startswith(("flags", "features"))]
+    features = features or [platform.machine(), platform.processor()]
+    folder = cache / f"compiled-{hashlib.sha256(''.join(features).encode()).hexdigest()[:8]}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not is_private(folder):
@@ -59,13 +62,6 @@ def prune(cache: Path, max_bytes: int) -> None:
         with suppress(OSError):
             path.unlink()
         excess -= size
-
-
-def processor() -> str:
-    """A hash of the processor's features, because machines with different ones may share a home folder."""
-    features = [line for line in cpu_info().splitlines() if line.lower().startswith(("flags", "features"))]
-    features = features or [platform.machine(), platform.processor()]
-    return hashlib.sha256("".join(features).encode()).hexdigest()[:8]
 
 
 def is_private(folder: Path) -> bool:

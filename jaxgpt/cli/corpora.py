@@ -50,14 +50,14 @@ def find_prepared(corpus: str, meta: dict[str, Any], data_dir: Path, verified: b
 def is_prepared(folder: Path) -> bool:
     """Whether `prepare` made a folder: it has a tokens.json, but not among texts. At a URL the tokens.json is enough,
     because a server may not list files."""
-    if not is_ours(folder / "tokens.json"):
+    if not is_tokens_json(folder / "tokens.json"):
         return False
     others = [] if is_url(str(folder)) else [path.name for path in folder.iterdir() if path.name != "tokens.json"]
     return not others or any(re.fullmatch(r"tokens(-\d{5})?\.bin", name) for name in others)
 
 
-def is_ours(file: Path) -> bool:
-    """Whether a tokens.json begins as `prepare` writes it. Its existence is not enough: servers may answer any name."""
+def is_tokens_json(file: Path) -> bool:
+    """Whether `file` begins as a tokens.json of `prepare`. Its name is not enough: a server may answer any name."""
     begin = b'{\n  "format": '
     if not file.is_file():
         return False

@@ -34,7 +34,7 @@ class Shards(NamedTuple):
         return cls(n["fsdp"] * n["tensor"], n["data"] * n["fsdp"] * n["context"], local)
 
 
-ONE = Shards()
+ONE_DEVICE = Shards()
 ELSEWHERE = "a run that has begun cannot be made smaller; resume it where there is more memory"
 
 
@@ -53,7 +53,7 @@ class Memory(NamedTuple):
     total: int  # at the peak
 
 
-def needed(config: Config, n_tokens: int, *, recomputed: bool = False, shards: Shards = ONE) -> Memory:
+def needed(config: Config, n_tokens: int, *, recomputed: bool = False, shards: Shards = ONE_DEVICE) -> Memory:
     """The memory of a step of `config`, whose vocab_size is set, with `n_tokens` on the device.
 
     All gradients exist at once, because whether a step is applied depends on all of them. During the backward pass they
@@ -108,7 +108,7 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
 
 
 def require(
-    config: Config, n_tokens: int = 0, free: int | None = None, *, new: bool = True, shards: Shards = ONE
+    config: Config, n_tokens: int = 0, free: int | None = None, *, new: bool = True, shards: Shards = ONE_DEVICE
 ) -> None:
     """Check, before anything is compiled or allocated, that a step of `config` can fit.
 

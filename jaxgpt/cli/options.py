@@ -14,6 +14,7 @@ import tyro
 from jaxgpt.cli import COMMANDS
 from jaxgpt.config import UsageError
 from jaxgpt.recipes import RECIPES
+from jaxgpt.run import Run
 
 RunName = Annotated[
     str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Name of a run, or its folder: ./NAME.")
@@ -122,11 +123,8 @@ def refuse_unused(given: Any, default: Any, unused: Mapping[str, str]) -> None:
             raise UsageError(f"--{name} has no effect {why}: leave it out")
 
 
-def words(command: str, run: Path, folders: Folders, *flags: str) -> str:
-    """The command line of `command` for the run in the folder `run`, for the current working directory."""
-    from jaxgpt.run import Run
-
-    line = Run(run).command(command, *flags)
+def command_line(command: str, run: Run, folders: Folders, *flags: str) -> str:
+    """The command line of `command` for `run`, to be typed in the current working directory."""
     if command == "train" and folders.data_dir != Path("data"):
-        line += " " + shlex.join(["--data-dir", str(folders.data_dir)])
-    return line
+        flags = (*flags, "--data-dir", str(folders.data_dir))
+    return run.command(command, *flags)

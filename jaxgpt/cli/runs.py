@@ -59,7 +59,7 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
     if found := corpora.find_prepared(name, run.corpus_meta, data_dir, verified=not processes.is_primary()):
         return found
     folders = " and ".join(map(str, corpora.folders_of(run.corpus_meta, data_dir)))
-    by_hand = f"put the tokens-*.bin and tokens.json of then into {folders}, or name the folder around: --data-dir"
+    by_hand = f"put its original tokens-*.bin and tokens.json into {folders}, or name the folder above: --data-dir"
     try:
         found, problem = tokens_of(run.config, data_dir), ""
     except UsageError as error:

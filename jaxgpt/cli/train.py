@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.options import Folders, parse, take_name, words
+from jaxgpt.cli.options import Folders, command_line, parse, take_name
 from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import RECIPES, recipe
 from jaxgpt.run import Run
@@ -83,15 +83,17 @@ def _fit(given: Train, existing: Run | None) -> int:
     def require_room(config: Config, n_tokens: int) -> None:
         memory.require(config, n_tokens, new=not existing, shards=memory.Shards.of(mesh_for(config, sizes)[0]))
 
+    config = given.config
     if existing:
-        run, config = existing, given.config
+        run = existing
         corpus = processes.on_primary(lambda: resume(config, run, data_dir))
     else:
-        made = processes.on_primary(lambda: start(given.config, given.run, runs_dir, data_dir, None, "", require_room))
+        made = processes.on_primary(lambda: start(config, given.run, runs_dir, data_dir, require_room=require_room))
         run, corpus = made or (Run.named(runs_dir, given.run), None)
         config = run.config
     corpus = corpus or resume(config, run, data_dir)
-    console, primary = RunConsole(quiet=not processes.is_primary()), processes.is_primary()
+    primary = processes.is_primary()
+    console = RunConsole(quiet=not primary)
     console.print(corpus.summary)
     mesh, why = mesh_for(config, sizes)
     require_room(config, len(corpus.split(config.data)[0]))
@@ -105,8 +107,7 @@ def _fit(given: Train, existing: Run | None) -> int:
         TrainingDisplay(console, config.train.steps, rate(config)) as display,
         loggers.logged(run, given.log if primary else (), display) as log,
     ):
-        live = jax.device_count() == 1 and display.live
-        sample = sampler(config.model, corpus.tokenizer) if live else None
+        sample = sampler(config.model, corpus.tokenizer) if display.live and jax.device_count() == 1 else None
         done = fit(run, corpus, with_spikes(run, log), config, given.debug_nans, mesh, sample)
     if not display.live and (curve := display.curve()):  # a terminal shows it already
         console.print(curve)
@@ -117,13 +118,14 @@ def _fit(given: Train, existing: Run | None) -> int:
         console.print(f"interrupted at step {done.step:,} of {done.steps:,}; saved. Resume with: {again}")
         return 128 + done.interrupted_by
     _print_summary(console, done)
-    console.print(f"Sample from it: {words('sample', run.path, given.folders)}")
+    console.print(f"Sample from it: {command_line('sample', run, given.folders)}")
     return 0
 
 
 def _resume_command(given: Train, run: Run) -> str:
     flags = [] if given.mesh == "auto" else ["--mesh", given.mesh]
-    command = words("train", run.path, given.folders, "--resume", *flags, *["--distributed"] * given.distributed)
+    flags += ["--distributed"] * given.distributed
+    command = command_line("train", run, given.folders, "--resume", *flags)
     if given.coordinator:
         command += f" --coordinator {given.coordinator} --num-processes {given.num_processes} --process-id 0, 1, ..."
     return command

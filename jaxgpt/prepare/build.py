@@ -19,12 +19,9 @@ from jaxgpt.cli.corpora import NAMED, cached_folder, folder_of, is_prepared, is_
 from jaxgpt.corpus import Corpus, CorpusError, load, mix, read_meta, shards_of, train_size
 from jaxgpt.prepare import documents, sources
 from jaxgpt.prepare.encode import LOCK, PROGRESS, InterruptionError, encode
-from jaxgpt.prepare.sources import Text
+from jaxgpt.prepare.sources import Progress, Text
 from jaxgpt.prepare.vocabularies import KINDS, read_tokenizer, tokenizer_for
 from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError
-
-Progress = Callable[[str, float], None]
-"""Shows a description of the work, and the share of it that is done, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def prepare_corpus(
     fit = partial(_require_fit, block_size=block_size, val_fraction=val_fraction)
     for name, part in parts.items():
         if part.corpus.tokenizer != tok:
-            raise CorpusError(f"{name} was prepared with another vocabulary than the rest: --tokenizer {name}")
+            raise CorpusError(f"{name} was prepared with another vocabulary than the rest: give --tokenizer {name}")
         fit(part.corpus.meta)
     for name, text in texts.items():
         parts[name] = _prepare(text, tok, unknown, column, data_dir, fit, progress)
@@ -133,7 +130,7 @@ def _prepare(
             _rename(work, folder)
             return Prepared(load(folder), folder, False)
         except InterruptionError as error:
-            print(f"jaxgpt: {error}: its preparation starts anew", file=sys.stderr)
+            print(f"jaxgpt: {error}: its preparation starts over", file=sys.stderr)
             shutil.rmtree(work)
         except filelock.Timeout:
             print(f"jaxgpt: another process is preparing this text in {work}; waiting for it", file=sys.stderr)

@@ -186,7 +186,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
             if column not in names:
                 raise _no_column(str(path), column, names)
             if names.count(column) > 1:
-                raise SourceError(f"{path} has {names.count(column)} columns of the name {column!r}, expected one")
+                raise SourceError(f"{path} has {names.count(column)} columns named {column!r}, expected one")
             batches = file.iter_batches(batch_size=1024, columns=[column])
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from (_string(row, f"{path}, row {number}", column) for number, row in enumerate(rows, 1))

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxgpt import files
 from jaxgpt.corpus import FORMAT
-from jaxgpt.prepare.sources import Text
+from jaxgpt.prepare.sources import Progress, Text
 from jaxgpt.tokenizer import Ids, Tokenizer, UnknownCharacterError, drop_unknown
 
 PART = 2**18
@@ -38,9 +38,7 @@ class InterruptionError(Exception):
     """An interrupted preparation cannot be continued: its record is damaged, or the text has changed."""
 
 
-def encode(
-    text: Text, tok: Tokenizer, unknown: str, folder: Path, progress: Callable[[str, float], None]
-) -> dict[str, Any]:
+def encode(text: Text, tok: Tokenizer, unknown: str, folder: Path, progress: Progress) -> dict[str, Any]:
     """Encode a text into shards in `folder`, and return the contents of its tokens.json.
 
     PROGRESS records each full shard. A call that finds it continues from there, with the same result as an
@@ -79,17 +77,17 @@ def encode(
         if at < start:
             raise InterruptionError(f"{text.origin} has changed")
 
-    def to_ids(part: str) -> tuple[int, Ids]:
-        """The number of dropped characters, and the ids of the others."""
+    def to_ids(part: str) -> tuple[str, int, Ids]:
+        """The part, the number of dropped characters, and the ids of the others."""
         kept = drop_unknown(tok, part) if unknown == "skip" else part
-        return len(part) - len(kept), tok.encode(kept).astype(dtype.newbyteorder("<"))
+        return part, len(part) - len(kept), tok.encode(kept).astype(dtype.newbyteorder("<"))
 
-    parts = in_order(to_ids, split_words(rest(), PART, start))
+    parts = parallel_map(to_ids, split_words(rest(), PART, start))
     try:
         while not shards or shards[-1]["count"] >= SHARD:
             path, count = folder / f"tokens-{len(shards):05}.bin", 0
             with path.open("wb") as file:
-                for part, (n_skipped, ids) in parts:
+                for part, n_skipped, ids in parts:
                     source_sha256.update(part.encode("utf-8", "surrogatepass"))
                     file.write(ids.tobytes())
                     count += len(ids)
@@ -143,16 +141,15 @@ def _read_progress(folder: Path) -> dict[str, Any]:
     return done
 
 
-def in_order(function: Callable[[str], T], parts: Iterable[str]) -> Iterator[tuple[str, T]]:
-    """Each part with its result, computed on all cores a few parts ahead of the consumer."""
+def parallel_map(function: Callable[[str], T], parts: Iterable[str]) -> Iterator[T]:
+    """`map` on all cores, in order, and only a few parts ahead of the consumer."""
     n = os.cpu_count() or 1
     with ThreadPoolExecutor(n) as pool:
-        submitted = ((part, pool.submit(function, part)) for part in parts)
-        waiting = deque(islice(submitted, n + 1))
+        futures = (pool.submit(function, part) for part in parts)
+        waiting = deque(islice(futures, n + 1))
         while waiting:
-            part, future = waiting.popleft()
-            yield part, future.result()
-            waiting.extend(islice(submitted, 1))
+            yield waiting.popleft().result()
+            waiting.extend(islice(futures, 1))
 
 
 def split_words(pieces: Iterable[str], size: int, start: int = 0) -> Iterator[str]:

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from jaxgpt import files
 from jaxgpt.cli import places
-from jaxgpt.cli.corpora import HUB, NAMED, is_ours, is_url, local_path
+from jaxgpt.cli.corpora import HUB, NAMED, is_tokens_json, is_url, local_path
 from jaxgpt.config import MissingExtraError, UsageError
 from jaxgpt.prepare import documents
 from jaxgpt.prepare.documents import SourceError
@@ -30,6 +30,8 @@ from jaxgpt.prepare.documents import SourceError
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
+Progress = Callable[[str, float], None]
+"""Shows a description of the work, and the share of it that is done, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ def open_text(corpus: str, column: str = "text") -> Text:
         if corpus in HUB:
             return replace(open_text(HUB[corpus], column), name=corpus)
         return {"python-docs": python_docs, "python-stdlib": python_stdlib, "shakespeare": shakespeare}[corpus]()
-    path = path_of(corpus)
     with store_errors(corpus):
+        path = path_of(corpus)
         if path.is_dir():
             return _folder(path, column)
         if path.is_file():
@@ -118,7 +120,7 @@ def open_text(corpus: str, column: str = "text") -> Text:
             path.stat()  # raises with the reason, such as that there is no such dataset
     raise SourceError(
         f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, and any file or folder of "
-        "UTF-8, .jsonl or .parquet can be given by its path; a mixture is written '0.7*a.txt + 0.3*b.txt', with blanks "
+        "UTF-8, .jsonl or .parquet can be given by its path; a mixture is written '0.7*a.txt + 0.3*b.txt', with spaces "
         "around + and none around *"
     )
 
@@ -131,8 +133,7 @@ def path_of(corpus: str) -> Path:
         from upath import UPath
     except ImportError as error:
         raise MissingExtraError(f"{corpus}, in a store,", "universal_pathlib", "data") from error
-    with store_errors(corpus):
-        return cast(Path, UPath(corpus))
+    return cast(Path, UPath(corpus))
 
 
 @contextmanager
@@ -170,15 +171,15 @@ def _folder(folder: Path, column: str) -> Text:
         inner = path.relative_to(folder)
         if any(part.startswith(".") for part in inner.parts):
             continue
-        if path.name == "tokens.json" and is_ours(path):
+        if path.name == "tokens.json" and is_tokens_json(path):
             left_out.append(f"{inner}: left out, a vocabulary written by jaxgpt")
         elif path.is_file():
             paths.append(path)
         elif path.is_symlink():
-            left_out.append(f"{inner}: left out, a link to nothing or to a folder that it is in")
+            left_out.append(f"{inner}: left out, a broken link, or a link to a folder above it")
     others = [path for path in paths if not documents.holds_documents(path, column)]
     if str(folder).startswith("hf://") and len(others) < len(paths):
-        why = "left out, the dataset is its JSON Lines and Parquet"
+        why = "left out, a dataset is read from its JSON Lines and Parquet"
         left_out += [f"{path.relative_to(folder)}: {why}" for path in others]
         paths = [path for path in paths if path not in others]
     name = folder.name if is_url(str(folder)) else folder.resolve().name

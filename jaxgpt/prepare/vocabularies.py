@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -14,14 +14,14 @@ from jaxgpt.config import MissingExtraError, UsageError, shown
 from jaxgpt.corpus import CorpusError, read_meta
 from jaxgpt.prepare.documents import SourceError
 from jaxgpt.prepare.encode import split_words
-from jaxgpt.prepare.sources import Text
+from jaxgpt.prepare.sources import Progress, Text
 from jaxgpt.tokenizer import MAX_TOKEN_BYTES, MAX_TOKENS, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 
 KINDS = {"char": "char", "ascii": "char", "byte": "byte", "gpt2": "bpe", "bpe": "bpe"}
 """The value of --tokenizer, up to a colon, to the kind of tokenizer."""
 
 
-def tokenizer_for(spec: str, texts: Sequence[Text], progress: Callable[[str, float], None]) -> Tokenizer:
+def tokenizer_for(spec: str, texts: Sequence[Text], progress: Progress) -> Tokenizer:
     """The tokenizer for texts.
 
     Args:
@@ -118,7 +118,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return read_vocabulary(path)
     except (OSError, ValueError) as error:
-        hint = "to learn other tokens all the same, name them, such as --tokenizer byte"
+        hint = "to use other tokens, name a tokenizer, such as --tokenizer byte"
         raise CorpusError(f"the vocabulary of {path} cannot be used: {error}; {hint}") from error
 
 
@@ -161,8 +161,8 @@ def parse(merges: str, vocabulary: str | bytes, added: dict[str, Any] | None = N
     """
     pairs = [line.split(" ") for i, line in enumerate(merges.splitlines()) if i or not line.startswith("#version")]
     ids, merged = _object(vocabulary, "the vocabulary") | (added or {}), set(map("".join, pairs))
-    bracketed = (word for word in ids if re.fullmatch(r"<[^<>]+>|\[[^][]+\]", word))
-    return _assemble(ids, pairs, [word for word in bracketed if word not in merged])
+    special = [word for word in ids if word not in merged and re.fullmatch(r"<[^<>]+>|\[[^][]+\]", word)]
+    return _assemble(ids, pairs, special)
 
 
 def _from_tokenizer_json(tree: dict[str, Any]) -> BPETokenizer:

@@ -120,7 +120,7 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     assert source.text == "A\nB\nA"
     found = {note.split(":")[0] for note in source.notes}
     assert found == {"linked/deep/back", "sub/loop", "missing", "self"}
-    assert all("left out, a link to nothing or to a folder that it is in" in note for note in source.notes)
+    assert all("left out, a broken link, or a link to a folder above it" in note for note in source.notes)
     (tmp_path / "link").symlink_to(folder)
     assert read(str(tmp_path / "link")).text == source.text, "a corpus may be a link itself"
 
