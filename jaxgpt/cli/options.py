@@ -37,14 +37,16 @@ class Folders:
     data_dir: DataDir = Path("data")
 
 
-def parse(kind: type[T], args: list[str], command: str, about: str | None = None, **kwargs: Any) -> T:
+def parse(
+    kind: type[T], args: list[str], command: str, about: str | None = None, default: Any = tyro.MISSING_NONPROP
+) -> T:
     """Parse the arguments of a command into a `kind`. `about` describes it in the help, by default as in COMMANDS."""
-    description = COMMANDS[command][1] if about is None else about
-    config = (tyro.conf.OmitArgPrefixes,)
+    about, config = about or COMMANDS[command][1], (tyro.conf.OmitArgPrefixes,)
     if shutil.get_terminal_size().columns < LEAST_WIDTH:
         os.environ["COLUMNS"] = str(LEAST_WIDTH)
     try:
-        return tyro.cli(kind, args=args, prog=f"jaxgpt {command}", description=description, config=config, **kwargs)
+        prog = f"jaxgpt {command}"
+        return tyro.cli(kind, args=args, prog=prog, description=about, default=default, config=config)
     except SystemExit as refused:  # tyro has printed why
         if refused.code == 2 and (hint := _hint(_types(kind), args)):
             raise UsageError(hint) from refused

@@ -60,15 +60,16 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
         return found
     folders = " and ".join(map(str, corpora.folders_of(run.corpus_meta, data_dir)))
     by_hand = f"put its original tokens-*.bin and tokens.json into {folders}, or name the folder above: --data-dir"
+    problem = "now gives other tokens"
     try:
-        found, problem = tokens_of(run.config, data_dir), ""
+        found = tokens_of(run.config, data_dir)
+        if found.meta["sha256"] == wanted:
+            return found
     except UsageError as error:
-        found, problem = None, f"cannot be prepared again: {error}"
-    if found and found.meta["sha256"] == wanted:
-        return found
+        problem = f"cannot be prepared again: {error}"
     raise CorpusError(
         f"run {run.path.name!r} trains on {run.corpus_meta['origin']} (tokens of SHA-256 {wanted}), but {name!r} "
-        f"{problem or 'now gives other tokens'}; {by_hand}"
+        f"{problem}; {by_hand}"
     )
 
 

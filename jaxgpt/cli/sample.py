@@ -15,7 +15,7 @@ from jaxgpt.config import UsageError
 class Sample:
     run: RunName
     prompt: str | None = None
-    """Text to continue, of which the last block_size tokens are used; CRLF becomes LF. None: a line feed."""
+    """Text to continue; only its last block_size tokens are used, and CRLF becomes LF. None: a line feed."""
     tokens: int = 500
     """Number of tokens to write."""
     temperature: float = 0.8

@@ -61,8 +61,7 @@ def prepare_corpus(
       SourceError, CorpusError, UnknownCharacterError: tokens stay on disk only if the same call can continue.
     """
     names = mixture(corpus)
-    folders = {name: folder for _, name in names if (folder := _prepared_folder(name))}
-    parts = {name: Prepared(load(folder), folder, True) for name, folder in folders.items()}
+    parts = {name: part for _, name in names if (part := _already_prepared(name))}
     texts = {name: sources.open_text(name, column) for _, name in names if name not in parts}
     paths = (sources.path_of(path) for text in texts.values() for path in text.readers)
     if column != "text" and texts and not any(documents.holds_documents(path, column) for path in paths):
@@ -152,8 +151,8 @@ def _prepare(
             raise CorpusError(f"{problem}; name another folder: --data-dir") from error
         finally:
             lock.release()
-    fit(found.meta)
-    return Prepared(found, folder_of(found.meta, data_dir), True)
+    fit(found.corpus.meta)
+    return found
 
 
 def _rename(work: Path, folder: Path) -> None:
@@ -169,7 +168,7 @@ def _rename(work: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _find(text: Text, tok: Tokenizer, unknown: str, data_dir: Path, progress: Progress) -> Corpus | None:
+def _find(text: Text, tok: Tokenizer, unknown: str, data_dir: Path, progress: Progress) -> Prepared | None:
     """The corpus of a text if it was prepared with this tokenizer and is intact. Locks and writes nothing."""
     plain, sha256 = tok.to_json(), text.version
     for path in sorted(data_dir.glob(f"{escape(text.name)}-{plain['kind']}-*/tokens.json")):
@@ -179,16 +178,17 @@ def _find(text: Text, tok: Tokenizer, unknown: str, data_dir: Path, progress: Pr
             if same and meta["source"] == text.name and folder_of(meta, data_dir) == path.parent:
                 sha256 = sha256 or text.sha256(partial(progress, "reading"))
                 if meta["source_sha256"] == sha256:
-                    return load(path.parent)
+                    return Prepared(load(path.parent), path.parent, True)
     return None
 
 
-def _prepared_folder(corpus: str) -> Path | None:
-    """The folder of a corpus that is prepared already: local, or of a URL the copy in the cache."""
+def _already_prepared(corpus: str) -> Prepared | None:
+    """The corpus of a prepared folder, local or at a URL; None if `corpus` is something else."""
     with sources.store_errors(corpus):
         if not corpus or corpus in NAMED or not is_prepared(sources.path_of(corpus)):
             return None
-    return _fetch(corpus) if is_url(corpus) else local_path(corpus)
+    folder = _fetch(corpus) if is_url(corpus) else local_path(corpus)
+    return Prepared(load(folder), folder, True)
 
 
 def _fetch(url: str) -> Path:

@@ -182,12 +182,13 @@ def split_words(pieces: Iterable[str], size: int, start: int = 0) -> Iterator[st
 
 def regroup(pieces: Iterable[str], size: int, first: int) -> Iterator[str]:
     """Regroup a text into a block of `first` characters, then blocks of `size`; the last may be shorter."""
-    held = ""
+    held, missing = list[str](), first  # a list, because adding to a string copies it
     for piece in pieces:
-        held += piece
-        bounds = [0, *range(first, len(held) + 1, size)]
-        yield from (held[i:j] for i, j in pairwise(bounds))
-        if len(bounds) > 1:
-            held, first = held[bounds[-1] :], size
-    if held:
-        yield held
+        begin = 0
+        while len(piece) - begin >= missing:
+            yield "".join([*held, piece[begin : begin + missing]])
+            held, missing, begin = [], size, begin + missing
+        held.append(piece[begin:])
+        missing -= len(held[-1])
+    if any(held):
+        yield "".join(held)
