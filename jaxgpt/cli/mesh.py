@@ -18,7 +18,7 @@ def problems(config: Config, sizes: Sizes) -> list[str]:
     """Dimensions of a config, whose vocab_size is set, that mesh axes do not divide; each with an option to change."""
     model, A = config.model, config.train.accumulate
     sequences = "sequences per micro-batch (batch_size / accumulate)"
-    rows = [  # axis, its size, dimension, its name, option, and how much of the option makes 1 of the dimension
+    rows = [  # axis, its size, dimension, its name, option, and the option's value per unit of the dimension
         ("data x fsdp", sizes.data * sizes.fsdp, config.train.batch_size // A, sequences, "--batch-size", A),
         ("context", sizes.context, model.block_size, "tokens of a context (block_size)", "--block-size", 1),
     ]

@@ -30,6 +30,6 @@ def require_file(path: Path | None, option: str) -> None:
 
 
 def cache_dir() -> Path | None:
-    """The user's cache folder; None without a home folder and $XDG_CACHE_HOME."""
+    """The user's cache folder; None if there is neither $XDG_CACHE_HOME nor a home folder."""
     folder = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     return None if folder.parts[0] == "~" else folder / "jaxgpt"

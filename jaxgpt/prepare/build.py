@@ -156,7 +156,7 @@ def _prepare(
 
 
 def _rename(work: Path, folder: Path) -> None:
-    """Give a finished folder its final name. A folder of that name is damaged, or of another text with the same ids."""
+    """Give a finished folder its final name. An older one of it is damaged, or of another text with the same ids."""
     aside = work.with_suffix(".old")
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
@@ -172,7 +172,7 @@ def _find(text: Text, tok: Tokenizer, unknown: str, data_dir: Path, progress: Pr
     """The corpus of a text if it was prepared with this tokenizer and is intact. Locks and writes nothing."""
     plain, sha256 = tok.to_json(), text.version
     for path in sorted(data_dir.glob(f"{escape(text.name)}-{plain['kind']}-*/tokens.json")):
-        with suppress(CorpusError):  # a damaged corpus is none
+        with suppress(CorpusError):  # it is damaged
             meta = read_meta(path)
             same = meta["tokenizer"] == plain and (unknown == "skip" or not meta.get("skipped_characters"))
             if same and meta["source"] == text.name and folder_of(meta, data_dir) == path.parent:
