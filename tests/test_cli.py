@@ -150,7 +150,7 @@ def test_a_path_may_look_like_markup(call, tmp_path):
         (["train", "gpt-demo", "--batch-size", "2000000000"], "expected less than 2**31 tokens"),
         (["prepare", ""], "has no name"),
         (["prepare", "nowhere"], "named corpora are python-docs"),
-        (["prepare", "0.7*a.txt+0.3*b.txt"], "a mixture is written '0.7*a.txt + 0.3*b.txt', with blanks"),
+        (["prepare", "0.7*a.txt+0.3*b.txt"], "a mixture is written '0.7*a.txt + 0.3*b.txt', with spaces"),
         (["prepare"], "CORPUS"),
         (["prepare", "python-docs", "--tokenizer", "bpe:12"], "a BPE vocabulary of 12, expected 256 to"),
     ],

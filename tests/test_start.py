@@ -154,7 +154,7 @@ def test_a_mixture_is_found_as_it_was_prepared_by_many_at_once(mixture, folders,
     assert corpus_of(run, folders[1]).meta == corpus.meta
     shutil.rmtree(folder)
     mine.write_text("a\n" * 500)
-    with pytest.raises(CorpusError, match=f"{corpus.meta['sha256']}.* now gives .* of then into {folder} and "):
+    with pytest.raises(CorpusError, match=f"{corpus.meta['sha256']}.* now gives .* tokens.json into {folder} and "):
         corpus_of(run, folders[1])
 
 

@@ -1,7 +1,7 @@
-"""`jaxgpt COMMAND`: parses, calls, prints. Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
+"""`jaxgpt COMMAND`. Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
 
-Each command is a module whose `run` (or `run_COMMAND`, of several) takes the arguments after the command and returns
-the exit code. Slow imports wait: the module until its command is named, JAX until the arguments are parsed.
+Each command has a module whose `run` (`run_COMMAND` if it has several) takes the arguments after the command and
+returns the exit code. The module is imported only for its command, and JAX only after the arguments are parsed.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from typing import NoReturn, cast
 
 from jaxgpt.config import UsageError
 
-COMMANDS = {  # its module, and its line in the overview
+COMMANDS = {  # module and line in the overview
     "prepare": ("prepare.cli", "Turn a text into shards of tokens and tokens.json."),
     "train": ("cli.train", "Train a recipe, or resume a run."),
     "sample": ("cli.sample", "Write text with a trained run."),
@@ -39,26 +39,26 @@ COMMANDS = {  # its module, and its line in the overview
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line `argv` (that of the process by default) and exit."""
+    """Run a command line, by default sys.argv, and exit."""
     _open_standard_streams()
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character is no reason to stop
+    for stream in (sys.stdout, sys.stderr):  # replace characters that a terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    os.environ["JAX_ENABLE_X64"] = "0"  # float32 is part of what a command computes; JAX is not imported yet
-    gc.set_threshold(100_000)  # by default 700 new objects; what JAX imports and traces is not garbage
+    os.environ["JAX_ENABLE_X64"] = "0"  # commands compute in float32; JAX is not imported yet
+    gc.set_threshold(100_000)  # 700 new objects by default; JAX creates many that live on
     code = run_command(sys.argv[1:] if argv is None else argv)
-    gc.freeze()  # the interpreter would look half a second for garbage among all that ends with the process
+    gc.freeze()  # the last collection would take half a second, for objects that end with the process
     try:
         sys.stdout.flush()
-    except OSError:  # a full disk, or a reader that has gone: let the interpreter's own last flush find no fault
+    except OSError:  # a full disk or a closed pipe: make the interpreter's own last flush succeed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 def run_command(argv: Sequence[str]) -> int:
-    """The exit code of `jaxgpt *argv`; errors that a person can mend are printed without a traceback."""
+    """Run `jaxgpt *argv` and return its exit code. Errors that a user can fix are printed without a traceback."""
     if "--traceback" in argv:
-        os.environ["JAXGPT_TRACEBACK"] = "1"  # processes that this one starts print theirs too
+        os.environ["JAXGPT_TRACEBACK"] = "1"  # for child processes too
         argv = [arg for arg in argv if arg != "--traceback"]
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
@@ -77,7 +77,7 @@ def run_command(argv: Sequence[str]) -> int:
         return cast(int, run(args))
     except UsageError as error:
         return _fail(str(error), 2)
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:  # the reader of the output has closed it
         return 1
     except MemoryError as error:
         return _fail(f"out of memory {error}: close other programs, or try a smaller model or --batch-size", 1)
@@ -89,7 +89,7 @@ def run_command(argv: Sequence[str]) -> int:
         return _fail("interrupted", 130)
     except Exception as error:
         platforms = os.environ.get("JAX_PLATFORMS")
-        if isinstance(error, AssertionError) and not str(error) and platforms:  # all that JAX raises
+        if isinstance(error, AssertionError) and not str(error) and platforms:  # JAX gives no message
             hint = "unset it to use what is there, or install the plugin, as pip install 'jaxgpt[cuda]' does for CUDA"
             return _fail(f"JAX finds no device of JAX_PLATFORMS={platforms}: {hint}", 1)
         if not _one_of_several():
@@ -121,7 +121,7 @@ def _versions() -> str:
 
 
 def _open_standard_streams() -> None:
-    """Let output that was closed (`jaxgpt ... >&-`) go nowhere; else the next file opened would be file 1."""
+    """Open closed standard streams (`jaxgpt ... >&-`) to the null device, lest the next file opened become file 1."""
     while (file := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(file)
@@ -129,7 +129,7 @@ def _open_standard_streams() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    """Print what went wrong, and where if --traceback or JAXGPT_TRACEBACK asks; `code`."""
+    """Print an error, after its traceback if --traceback or JAXGPT_TRACEBACK asks for it, and return `code`."""
     with suppress(OSError):
         if sys.exc_info()[0] and os.environ.get("JAXGPT_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()

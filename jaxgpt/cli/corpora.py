@@ -1,4 +1,4 @@
-"""The corpus of a config by its name, and where prepared ones are on this machine."""
+"""Names of corpora: what they mean, and the folder of a prepared corpus."""
 
 import hashlib
 import json
@@ -17,21 +17,21 @@ HUB = {
     "fineweb-edu": "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT",
     "openwebtext": "hf://datasets/Skylion007/openwebtext",
 }
-"""Datasets of the Hugging Face Hub that have a short name; their text is in the column `text`."""
+"""Short names of datasets on the Hugging Face Hub, whose text is in the column `text`."""
 NAMED = ("python-docs", "python-stdlib", "shakespeare", *HUB)
-"""Texts that `prepare` knows by name."""
+"""All texts that `prepare` knows by name."""
 
 
 def find_prepared(corpus: str, meta: dict[str, Any], data_dir: Path, verified: bool = False) -> Corpus | None:
     """The corpus or mixture that `meta` describes, if all of it is prepared on this machine.
 
     Args:
-      corpus: as in `prepare_corpus`; each part is in its folder of `data_dir`, is a prepared folder that is named, or
-        was fetched into the cache.
-      verified: as in `load`, of the folders in `data_dir`.
+      corpus: as in `prepare_corpus`. Each part is in its folder of `data_dir`, or is a prepared folder itself, or was
+        fetched into the cache.
+      verified: as in `load`, for folders in `data_dir`.
 
     Raises:
-      CorpusError: it is there, but damaged.
+      CorpusError: a folder is damaged.
     """
     parts, names, folders = list[tuple[float, Corpus]](), mixture(corpus), folders_of(meta, data_dir)
     for (share, name), wanted in zip(names, folders, strict=False):
@@ -48,16 +48,16 @@ def find_prepared(corpus: str, meta: dict[str, Any], data_dir: Path, verified: b
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether `prepare` made a folder, which is not one of texts among which is a tokens.json. A server may list
-    nothing, so at a URL the tokens.json alone decides."""
-    if not is_ours(folder / "tokens.json"):
+    """Whether `prepare` made a folder: it has a tokens.json, but not among texts. At a URL the tokens.json is enough,
+    because a server may not list files."""
+    if not is_tokens_json(folder / "tokens.json"):
         return False
     others = [] if is_url(str(folder)) else [path.name for path in folder.iterdir() if path.name != "tokens.json"]
     return not others or any(re.fullmatch(r"tokens(-\d{5})?\.bin", name) for name in others)
 
 
-def is_ours(file: Path) -> bool:
-    """Whether a tokens.json begins as `prepare` writes it: a server may have an answer for any name."""
+def is_tokens_json(file: Path) -> bool:
+    """Whether `file` begins as a tokens.json of `prepare`. Its name is not enough: a server may answer any name."""
     begin = b'{\n  "format": '
     if not file.is_file():
         return False
@@ -66,24 +66,24 @@ def is_ours(file: Path) -> bool:
 
 
 def folder_of(meta: dict[str, Any], data_dir: Path) -> Path:
-    """The folder of the corpus that `meta` describes: corpora of other ids or another vocabulary have other folders."""
+    """The folder of the corpus that `meta` describes. Its name depends on the ids and the vocabulary."""
     both = hashlib.sha256(json.dumps([meta["sha256"], meta["tokenizer"]]).encode()).hexdigest()
     return data_dir / f"{meta['source']}-{meta['tokenizer']['kind']}-{both[:8]}"
 
 
 def folders_of(meta: dict[str, Any], data_dir: Path) -> list[Path]:
-    """`folder_of` each part of a mixture; of any other corpus its own."""
+    """The folder of each part of a mixture, or the one folder of another corpus."""
     return [folder_of(part | {"tokenizer": meta["tokenizer"]}, data_dir) for part in meta.get("parts", [meta])]
 
 
 def cached_folder(name: str) -> Path | None:
-    """Where the copy of a prepared folder at a URL is kept, by the name that `folder_of` gives."""
+    """The copy in the cache of a prepared folder at a URL; `name` is that of `folder_of`."""
     cache = places.cache_dir()
     return cache / "corpora" / name if cache else None
 
 
 def mixture(corpus: str) -> list[tuple[float, str]]:
-    """The parts of "0.7*wiki.jsonl + 0.3*code" with their weights; any other corpus is its only part.
+    """The parts of a mixture with their weights; any other corpus is its only part.
 
     >>> mixture("0.7*wiki.jsonl + 0.3*code")
     [(0.7, 'wiki.jsonl'), (0.3, 'code')]
@@ -102,7 +102,7 @@ def mixture(corpus: str) -> list[tuple[float, str]]:
 
 
 def absolute(corpus: str) -> str:
-    """The same corpus with the full path of each file, to be found from any working directory."""
+    """`corpus` with absolute paths, which are valid in any working directory."""
     found = mixture(corpus)
     if len(found) > 1:
         shares = (np.format_float_positional(share, trim="-") for share, _ in found)
@@ -110,14 +110,14 @@ def absolute(corpus: str) -> str:
     if corpus in NAMED or is_url(corpus):
         return corpus
     path = local_path(corpus)
-    return str(path.absolute() if path.is_fifo() else path.resolve())  # /dev/stdin, and not the pipe behind it
+    return str(path.absolute() if path.is_fifo() else path.resolve())  # /dev/stdin, not the pipe it links to
 
 
 def is_url(corpus: str) -> bool:
-    """Whether a corpus is in a store, such as gs://bucket/texts."""
+    """Whether a corpus is at a URL, such as gs://bucket/texts."""
     return "://" in corpus
 
 
 def local_path(corpus: str) -> Path:
-    """The path of a file or folder; ~ is the home folder. Path.expanduser would raise for "~draft.txt"."""
+    """The path of a file or folder; ~ is the home folder. Path.expanduser() would raise for "~draft.txt"."""
     return Path(os.path.expanduser(corpus))

@@ -1,21 +1,21 @@
-"""`jaxgpt eval`: a run to its score."""
+"""`jaxgpt eval`: score a run."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Checkpoint, Folders, RunName, parse
-from jaxgpt.config import UsageError
+from jaxgpt.config import UsageError, replaced
 
 
 @dataclass(frozen=True)
 class Eval:
     run: RunName
     split: Literal["val", "train"] = "val"
-    """Which part of the text to score."""
+    """The split to score."""
     checkpoint: Checkpoint = "best"
     eval_batches: int = 200
-    """Random batches in the nanoGPT-style estimate; 0 leaves it out."""
+    """Random batches of the nanoGPT-style estimate; 0 skips it."""
     folders: Folders = field(default_factory=Folders)
 
 
@@ -38,6 +38,6 @@ def run(args: list[str]) -> int:
     print(f"{run.path.name}, step {step:,}, {given.split} split, {result.n_tokens:,} tokens predicted")
     print(f"  {describe(result)}")
     if given.eval_batches:
-        config = replace(run.config, train=replace(run.config.train, eval_batches=given.eval_batches))
+        config = replaced(run.config, eval_batches=given.eval_batches)
         print(f"  estimate by {given.eval_batches} random batches: {estimate(config, params, tokens, step):.4f}")
     return 0

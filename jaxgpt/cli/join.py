@@ -1,4 +1,4 @@
-"""How a process joins the others that train one run: `jaxgpt train --distributed` and `--coordinator`."""
+"""Join the processes that train one run: `jaxgpt train --distributed` and `--coordinator`."""
 
 import os
 import socket
@@ -10,9 +10,9 @@ import jax
 from jaxgpt.processes import ProcessError, any_process
 
 CONNECT_SECONDS = 240.0
-"""How long a process tries to connect to process 0. JAX would stop after 300, and abort without a Python exception."""
+"""Timeout of connecting to process 0. After 300 s, JAX would abort without a Python exception."""
 COLLECTIVE_SECONDS = 7 * 24 * 3600
-"""Timeout of collectives on CPUs. XLA's default, half an hour, may be less than process 0 takes to prepare a corpus."""
+"""Timeout of collectives on CPUs: process 0 may prepare a corpus for longer than XLA's default of half an hour."""
 
 
 def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> None:
@@ -22,7 +22,7 @@ def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> 
       coordinator: HOST:PORT of process 0; empty where SLURM, Open MPI, Kubernetes or Cloud TPU provide all three.
 
     Raises:
-      ProcessError: invalid arguments, no cluster environment, or no connection to the other processes.
+      ProcessError: an argument is invalid, there is no cluster environment, or no connection to the other processes.
     """
     host, _, port = coordinator.rpartition(":")
     if coordinator and not (host and port.isdecimal() and 0 < int(port) < 2**16):
@@ -39,7 +39,7 @@ def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> 
         if process_id:
             _wait_for_port(host.strip("[]"), int(port))
         jax.distributed.initialize(*((coordinator, num_processes, process_id) if coordinator else ()))
-        any_process(0)  # the first collective waits half a minute for the others, whatever the timeout of later ones
+        any_process(0)  # now, because the first collective times out after half a minute, whatever the flag says
     except (ValueError, RuntimeError, OSError) as error:
         raise ProcessError(
             f"this process cannot connect to the others: {str(error).splitlines()[0]}; give the address of process 0, "
@@ -48,16 +48,12 @@ def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> 
 
 
 def _wait_for_port(host: str, port: int) -> None:
-    """Wait until the port accepts connections. Name lookup is retried too: a starting host may have no DNS entry yet.
-
-    Raises:
-      OSError: no connection within CONNECT_SECONDS.
-    """
+    """Wait until the port accepts connections; raise an OSError after CONNECT_SECONDS."""
     deadline = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
             return socket.create_connection((host, port), timeout=10).close()
-        except OSError as error:
+        except OSError as error:  # also a failed name lookup: a starting host may have no DNS entry yet
             if time.monotonic() > deadline:
                 raise OSError(f"no process 0 at {host}:{port} for {CONNECT_SECONDS:.0f} s ({error})") from error
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""`jaxgpt recipes`: what can be trained by name."""
+"""`jaxgpt recipes`: list the recipes."""
 
 from dataclasses import dataclass
 

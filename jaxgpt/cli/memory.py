@@ -1,6 +1,6 @@
-"""The memory of a training step, and the refusal of a run that cannot fit, with the setting to change.
+"""Estimate the memory of a training step before it is compiled, and refuse a run that cannot fit.
 
-The estimate stays below what a compiled step takes, so nothing that fits is refused before compilation.
+The estimate is a lower bound of what a compiled step takes, so nothing that fits is refused.
 """
 
 import os
@@ -20,12 +20,12 @@ from jaxgpt.monitor import cost
 
 
 class Shards(NamedTuple):
-    """Into how many shards a mesh splits the train state and the batch."""
+    """Number of shards of the train state and of the batch on a mesh."""
 
     state: int = 1
     batch: int = 1
     per_host: int = 1
-    """Devices of this process. On CPUs they share its memory."""
+    """Devices of this process; CPU devices share its memory."""
 
     @classmethod
     def of(cls, mesh: Mesh) -> "Shards":
@@ -34,7 +34,7 @@ class Shards(NamedTuple):
         return cls(n["fsdp"] * n["tensor"], n["data"] * n["fsdp"] * n["context"], local)
 
 
-ONE = Shards()
+ONE_DEVICE = Shards()
 ELSEWHERE = "a run that has begun cannot be made smaller; resume it where there is more memory"
 
 
@@ -43,7 +43,7 @@ class OutOfMemoryError(UsageError):
 
 
 class Memory(NamedTuple):
-    """Least bytes of a training step on each device."""
+    """Lower bounds of the bytes of a training step on each device."""
 
     parameters: int
     gradients: int
@@ -53,11 +53,11 @@ class Memory(NamedTuple):
     total: int  # at the peak
 
 
-def needed(config: Config, n_tokens: int, *, recomputed: bool = False, shards: Shards = ONE) -> Memory:
-    """The least memory of a step of `config`, its vocab_size known, with `n_tokens` on the device.
+def needed(config: Config, n_tokens: int, *, recomputed: bool = False, shards: Shards = ONE_DEVICE) -> Memory:
+    """The memory of a step of `config`, whose vocab_size is set, with `n_tokens` on the device.
 
-    All gradients exist at once, since whether a step is applied depends on all of them. They replace activations during
-    the backward pass, so the larger counts; with several micro-batches their sum exists beside the activations.
+    All gradients exist at once, because whether a step is applied depends on all of them. During the backward pass they
+    replace activations, so the larger of both counts; with several micro-batches, their sum is held beside activations.
     """
     model, train = config.model, config.train
     parameters = gradients = cost.FLOAT * cost.n_params(model) // shards.state
@@ -73,20 +73,20 @@ def needed(config: Config, n_tokens: int, *, recomputed: bool = False, shards: S
 
 
 def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool = False) -> int:
-    """Least bytes that the backward pass of `batch_size` full contexts needs from the forward pass.
+    """Lower bound of the bytes that the forward pass of `batch_size` full contexts keeps for the backward pass.
 
-    In floats per token, for GPT-2's blocks L (16 C + 2 H T) + 2 C + V:
+    With GPT-2's blocks, L (16 C + 2 H T) + 2 C + V floats per token:
 
-    - per block, 16 C: the inputs of norms (2 C), kernels (C, C, C, 4 C) and GELU (4 C), and q, k and v (3 C)
-    - and 2 H T: the attention weights before and after normalization
-    - after the blocks: the input and output of the last norm, and the logits
+    - 16 C in a block: the inputs of norms (2 C), kernels (C, C, C, 4 C) and GELU (4 C), and q, k and v (3 C)
+    - 2 H T in a block: the attention weights before and after normalization
+    - 2 C + V after the blocks: the input and output of the last norm, and the logits
 
     Not counted: the gradient of the logits, which may replace them, masks, temporaries, attention weights that can be
     computed by blocks, what remat recomputes, and logits beyond one chunk. With bf16 matmuls a float has two bytes.
 
     Args:
-      recomputed: count the results of matmuls only, L (10 C + H T) + V. Compilers for accelerators can recompute the
-        rest from them where memory is short.
+      recomputed: count only the results of matmuls, L (10 C + H T) + V. Compilers for accelerators can recompute the
+        rest from them when memory is short.
     """
     C, T, V = config.n_embd, config.block_size, config.vocab_size
     if config.kind == "bigram":
@@ -108,17 +108,17 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
 
 
 def require(
-    config: Config, n_tokens: int = 0, free: int | None = None, *, new: bool = True, shards: Shards = ONE
+    config: Config, n_tokens: int = 0, free: int | None = None, *, new: bool = True, shards: Shards = ONE_DEVICE
 ) -> None:
     """Check, before anything is compiled or allocated, that a step of `config` can fit.
 
     Args:
-      n_tokens: of the training split. On a CPU they do not count: their file is memory-mapped.
+      n_tokens: size of the training split. It does not count on a CPU, where the file is memory-mapped.
       free: bytes; None for `available()`.
-      new: whether the run's settings can still be changed.
+      new: whether the settings of the run can still be changed.
 
     Raises:
-      OutOfMemoryError: it cannot fit; with the numbers, and the setting to change.
+      OutOfMemoryError: it cannot fit. The message has the numbers and the setting to change.
     """
     free = available() if free is None else free
     on_cpu = jax.default_backend() == "cpu"
@@ -135,8 +135,8 @@ def require(
         return
     advice, B = "a smaller --batch-size, --block-size or model (--n-embd, --n-layer)", config.train.batch_size
     for A in range(config.train.accumulate + 1, B + 1):  # smaller micro-batches train the same
-        fewer = B % A == 0 and B // A % shards.batch == 0
-        if fewer and estimate(replaced(config, accumulate=A)).total * sharing <= free:
+        valid = B % A == 0 and B // A % shards.batch == 0
+        if valid and estimate(replaced(config, accumulate=A)).total * sharing <= free:
             advice = f"--accumulate {A}"
             break
     then = "and" if config.train.accumulate > 1 else "or, after them,"
@@ -149,7 +149,7 @@ def require(
 
 
 def compiled_bytes(compiled: Any) -> tuple[int, int] | None:
-    """(bytes of its arguments, further bytes that a call takes), None where the backend does not report them."""
+    """(bytes of the arguments, further bytes of a call); None if the backend does not report them."""
     with suppress(NotImplementedError, RuntimeError):
         if stats := compiled.memory_analysis():
             more = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -158,7 +158,7 @@ def compiled_bytes(compiled: Any) -> tuple[int, int] | None:
 
 
 def size(n_bytes: float) -> str:
-    """Bytes as text, in powers of ten.
+    """Bytes as text, in decimal units.
 
     >>> size(84_200_000_000), size(1_234_000)
     ('84.2 GB', '1.2 MB')
@@ -167,7 +167,7 @@ def size(n_bytes: float) -> str:
 
 
 def available() -> int | None:
-    """Free bytes of the device that a step runs on, None where it does not report them."""
+    """Free bytes of the first local device; None if it does not report them."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return host_available()
@@ -179,8 +179,8 @@ def available() -> int | None:
 
 
 def host_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes of the machine's memory that this process may still take, without swap: the least of MemAvailable and of
-    what its control group (version 2) and those above it leave. Without /proc, the whole physical memory."""
+    """Bytes of memory that this process can still take, without swap: the least of MemAvailable (without /proc, the
+    physical memory) and of what its cgroup (version 2) and the cgroups above it leave."""
     left = []
     if found := re.search(r"^MemAvailable:\s*(\d+) kB", _read(proc / "meminfo"), re.M):
         left.append(int(found[1]) * 1024)

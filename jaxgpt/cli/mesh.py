@@ -1,4 +1,4 @@
-"""The mesh that a command trains on: the sizes that --mesh names, or "auto", and whether a config fits them."""
+"""The mesh of a run: its sizes, from --mesh or automatic, and whether a config fits it."""
 
 import jax
 from jax.sharding import Mesh
@@ -9,17 +9,17 @@ from jaxgpt.sharding import MeshError, Sizes, make_mesh
 
 
 def check(config: Config, sizes: Sizes) -> None:
-    """Raise a MeshError with all `problems`, if there are any."""
+    """Raise a MeshError that lists all `problems`, if there are any."""
     if wrong := problems(config, sizes):
         raise MeshError(f"the mesh {sizes} does not fit:\n" + "\n".join(f"  {line}" for line in wrong))
 
 
 def problems(config: Config, sizes: Sizes) -> list[str]:
-    """Each dimension of a config, its vocab_size known, that its axis does not divide, and the option to change."""
+    """Dimensions of a config, whose vocab_size is set, that mesh axes do not divide; each with an option to change."""
     model, A = config.model, config.train.accumulate
-    what = "sequences per micro-batch (batch_size / accumulate)"
-    rows: list[tuple[str, int, int, str, str, int]] = [  # axis, its size, dimension, what it is, option, and its unit
-        ("data x fsdp", sizes.data * sizes.fsdp, config.train.batch_size // A, what, "--batch-size", A),
+    sequences = "sequences per micro-batch (batch_size / accumulate)"
+    rows = [  # axis, its size, dimension, its name, option, and the option's value per unit of the dimension
+        ("data x fsdp", sizes.data * sizes.fsdp, config.train.batch_size // A, sequences, "--batch-size", A),
         ("context", sizes.context, model.block_size, "tokens of a context (block_size)", "--block-size", 1),
     ]
     if model.kind == "gpt":
@@ -30,33 +30,31 @@ def problems(config: Config, sizes: Sizes) -> list[str]:
             ("tensor", sizes.tensor, model.vocab_size, "tokens of the vocabulary (vocab_size)", "--vocab-size", 1),
         ]
     found = [
-        f"{axis} = {n} does not divide {size} {what}: try {option} {-(-size // n) * n * unit}"
-        for axis, n, size, what, option, unit in rows
+        f"{axis} = {n} does not divide {size} {name}: try {option} {-(-size // n) * n * unit}"
+        for axis, n, size, name, option, unit in rows
         if size % n
     ]
-    hidden = cost.kernels(model)["c_fc"][1]  # of SwiGLU; else four times the channels
+    hidden = cost.kernels(model)["c_fc"][1]
     if model.kind == "gpt" and not found and hidden % sizes.tensor:
         found = [f"tensor = {sizes.tensor} does not divide {hidden} hidden channels: try a divisor of it"]
     return found
 
 
 def mesh_for(config: Config, sizes: Sizes | None) -> tuple[Mesh, str]:
-    """The mesh to train a config on, its vocab_size known, and a line that describes it.
+    """The mesh to train a config on, whose vocab_size is set, and a line that describes it.
 
     Args:
-      sizes: None for the mesh that `choose` picks. One device on a CPU, whose virtual devices share its cores.
+      sizes: None lets `choose` pick them; on a CPU it gets one device, because virtual devices share the cores.
 
     Raises:
-      MeshError: there are fewer devices, or a dimension is not divisible.
+      MeshError: there are too few devices, or a dimension is not divisible.
     """
     devices, why = jax.devices(), ""
     n, kind = len(devices), devices[0].device_kind
-    if sizes is None:
-        one_cpu = devices[0].platform == "cpu" and jax.process_count() == 1
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        sizes, why = choose(config, 1 if one_cpu else n, memory)
-        if one_cpu:
-            why = f"the {n} devices of one CPU share its cores; --mesh data={n} takes them all"
+    if sizes is None and devices[0].platform == "cpu" and jax.process_count() == 1:
+        sizes, why = Sizes(), f"the {n} devices of one CPU share its cores; --mesh data={n} takes them all"
+    elif sizes is None:
+        sizes, why = choose(config, n, (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
     check(config, sizes)
     if sizes.devices > n:
         raise MeshError(f"the mesh {sizes} needs {sizes.devices} devices, and there are {n}: --mesh auto takes those")
@@ -65,18 +63,16 @@ def mesh_for(config: Config, sizes: Sizes | None) -> tuple[Mesh, str]:
             f"the mesh {sizes} leaves {n - sizes.devices} of the {n} devices of {jax.process_count()} processes out, "
             f"but every process must take part: start fewer, or name a mesh of {n} devices{why and f'; {why}'}"
         )
-    if n == 1:
-        return make_mesh(sizes), f"on {kind}"
     line = f"on {kind}" if sizes.devices == 1 else f"on {sizes.devices} of {n} x {kind} as {sizes}"
-    return make_mesh(sizes), f"{line}: {why}" if why else line
+    return make_mesh(sizes), f"{line}: {why}" if why and n > 1 else line
 
 
 def choose(config: Config, devices: int, memory: int | None) -> tuple[Sizes, str]:
     """The mesh of "auto" and the reason for it, for `devices` equal devices with `memory` bytes each (None: unknown).
 
-    The state is replicated (data) where it takes at most half of a device's memory, else sharded over as few devices as
-    that takes (fsdp). Devices beyond the sequences of a micro-batch stay idle, and the reason names a better number of
-    micro-batches.
+    The state is replicated (data) if it takes at most half of a device's memory, else sharded (fsdp) over as few
+    devices as possible. Devices stay idle if their number does not divide a micro-batch; the reason then names a better
+    --accumulate.
     """
     state = cost.FLOAT * 4 * cost.n_params(config.model)  # parameters, gradients, two moments
     B, A = config.train.batch_size, config.train.accumulate

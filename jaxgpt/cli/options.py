@@ -1,9 +1,9 @@
-"""What commands share: options, how they are parsed, and the command line to type next."""
+"""Options that commands share, their parsing, and the command line to type next."""
 
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +14,7 @@ import tyro
 from jaxgpt.cli import COMMANDS
 from jaxgpt.config import UsageError
 from jaxgpt.recipes import RECIPES
+from jaxgpt.run import Run
 
 RunName = Annotated[
     str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Name of a run, or its folder: ./NAME.")
@@ -27,7 +28,7 @@ DataDir = Annotated[Path, tyro.conf.arg(help="Folder of all prepared corpora.")]
 T = TypeVar("T")
 
 LEAST_WIDTH = 40
-"""Columns of the help, at least: below about 6, tyro wraps text forever."""
+"""Least width of the help, in columns: below about 6, tyro never stops wrapping."""
 
 
 @dataclass(frozen=True)
@@ -36,30 +37,33 @@ class Folders:
     data_dir: DataDir = Path("data")
 
 
-def parse(kind: type[T], args: list[str], command: str, about: str | None = None, **kwargs: Any) -> T:
-    """`args`, the options of `jaxgpt COMMAND`, as a `kind`; its help says `about`, by default the command's line."""
-    description = COMMANDS[command][1] if about is None else about
-    config = (tyro.conf.OmitArgPrefixes,)
+def parse(
+    kind: type[T], args: list[str], command: str, about: str | None = None, default: Any = tyro.MISSING_NONPROP
+) -> T:
+    """Parse the arguments of a command into a `kind`. `about` describes it in the help, by default as in COMMANDS."""
+    about, config = about or COMMANDS[command][1], (tyro.conf.OmitArgPrefixes,)
     if shutil.get_terminal_size().columns < LEAST_WIDTH:
         os.environ["COLUMNS"] = str(LEAST_WIDTH)
     try:
-        return tyro.cli(kind, args=args, prog=f"jaxgpt {command}", description=description, config=config, **kwargs)
+        prog = f"jaxgpt {command}"
+        return tyro.cli(kind, args=args, prog=prog, description=about, default=default, config=config)
     except SystemExit as refused:  # tyro has printed why
-        if refused.code == 2 and (hint := _hint(dict(_types(kind)), args)):
+        if refused.code == 2 and (hint := _hint(_types(kind), args)):
             raise UsageError(hint) from refused
         raise
 
 
 def take_name(kind: type, args: list[str]) -> tuple[str | None, list[str]]:
-    """The recipe or run that stands before, between or after the options of `kind`, and the other arguments.
+    """Find the recipe or run among the options of `kind`, wherever it stands; return it and the other arguments.
 
-    After an option that takes several values, or that is unknown, only the name of a recipe or a .json file is one.
+    After an option that takes several values or is unknown, only the name of a recipe or of a .json file counts.
     """
-    types, values = dict(_types(kind)), 0.0  # how many values the last option still takes
+    types, values = _types(kind), 0.0  # values that the last option can still take
     for i, arg in enumerate(args):
         if arg.startswith("-"):
             of = types.get(_positive(arg), tuple[str, ...])
-            values = 0 if of is bool or "=" in arg else float("inf") if get_origin(of) is tuple else 1
+            many = float("inf") if get_origin(of) is tuple else 1
+            values = 0 if of is bool or "=" in arg else many
         elif values and not (values > 1 and (arg in RECIPES or arg.endswith(".json"))):
             values -= 1
         else:
@@ -68,34 +72,29 @@ def take_name(kind: type, args: list[str]) -> tuple[str | None, list[str]]:
 
 
 def take_recipe(kind: type, args: list[str], missing: str, default: str = "gpt-demo") -> tuple[str, list[str]]:
-    """As `take_name`, for a command that needs a name; `default` for its help.
-
-    Raises:
-      UsageError: there is none: `missing`.
-    """
+    """As `take_name`, but without a name it raises UsageError(missing), or returns `default` if --help is asked for."""
     name, rest = take_name(kind, args)
     if name is None and not {"-h", "--help"} & set(args):
         raise UsageError(missing)
     return name or default, rest
 
 
-def _types(kind: type) -> Iterator[tuple[str, Any]]:
-    """The long options of a dataclass and of the dataclasses in it, each with its type."""
+def _types(kind: Any) -> dict[str, Any]:
+    """The type of each long option of a dataclass and of the dataclasses in it."""
+    types = dict[str, Any]()
     for name, of in get_type_hints(kind).items():
-        if is_dataclass(of):
-            yield from _types(of)  # type: ignore[arg-type]
-        else:
-            yield f"--{name.replace('_', '-')}", of
+        types |= _types(of) if is_dataclass(of) else {f"--{name.replace('_', '-')}": of}
+    return types
 
 
 def _positive(arg: str) -> str:
-    """The option that `arg` sets, as tyro reads it: --bias for --no-bias, --run-s for --run_s=x."""
+    """The option that `arg` sets, in the form of `_types`: --bias for --no-bias, --runs-dir for --runs_dir=x."""
     option = arg.partition("=")[0].replace("_", "-")
     return f"--{option.removeprefix('--no-')}" if option.startswith("--no-") else option
 
 
 def _hint(types: dict[str, Any], args: list[str]) -> str | None:
-    """What to type instead of `args`, which were refused."""
+    """What to type instead of `args`, which tyro refused."""
     for arg, following in pairwise([*args, ""]):
         option, (_, equals, value) = _positive(arg), arg.partition("=")
         if types.get(option) is bool and (value if equals else following).lower() in ("true", "false"):
@@ -107,7 +106,7 @@ def _hint(types: dict[str, Any], args: list[str]) -> str | None:
 
 
 def typed(text: str) -> str | bytes:
-    """An argument as it was typed: bytes where it is not UTF-8, of which Python makes surrogates."""
+    """An argument as it was typed: bytes if it is not UTF-8, which Python decodes to surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -116,24 +115,18 @@ def typed(text: str) -> str | bytes:
 
 
 def refuse_unused(given: Any, default: Any, unused: Mapping[str, str]) -> None:
-    """Check that options which have no effect here are as by default.
+    """Raise a UsageError if an option without effect was given.
 
     Args:
-      unused: why an option has no effect, as in "without --chips"; "" if it has one.
-
-    Raises:
-      UsageError: one is not.
+      unused: option to why it has no effect, as in "without --chips"; "" if it has one.
     """
     for name, why in unused.items():
         if why and getattr(given, name) != getattr(default, name):
             raise UsageError(f"--{name} has no effect {why}: leave it out")
 
 
-def words(command: str, run: Path, folders: Folders, *flags: str) -> str:
-    """The command line of `command` for the run in `run`, to be pasted in the folder where this one was typed."""
-    from jaxgpt.run import Run
-
-    line = Run(run).command(command, *flags)
+def command_line(command: str, run: Run, folders: Folders, *flags: str) -> str:
+    """The command line of `command` for `run`, to be typed in the current working directory."""
     if command == "train" and folders.data_dir != Path("data"):
-        line += " " + shlex.join(["--data-dir", str(folders.data_dir)])
-    return line
+        flags = (*flags, "--data-dir", str(folders.data_dir))
+    return run.command(command, *flags)

@@ -1,4 +1,4 @@
-"""Folders that commands write to: whether they can, before there is anything to write; and the user's cache."""
+"""Checks, before the work starts, that its results can be written; and the user's cache folder."""
 
 import os
 import tempfile
@@ -8,11 +8,7 @@ from jaxgpt.config import UsageError
 
 
 def require_writable(folder: Path, option: str) -> None:
-    """Check that `folder`, or the one it would be made in, can be written to; nothing stays behind.
-
-    Raises:
-      UsageError: it cannot; `option` is the flag that names another.
-    """
+    """Raise a UsageError, which names the flag `option`, unless `folder` can be written to or created."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -23,11 +19,7 @@ def require_writable(folder: Path, option: str) -> None:
 
 
 def require_file(path: Path | None, option: str) -> None:
-    """Check that a file can be written at `path`, if there is to be one: nothing else has its name.
-
-    Raises:
-      UsageError: it cannot; `option` is the flag that names another.
-    """
+    """Raise a UsageError, which names the flag `option`, unless `path` is None or a file can be written there."""
     if path is None:
         return
     if path.exists() and not path.is_file():
@@ -38,6 +30,6 @@ def require_file(path: Path | None, option: str) -> None:
 
 
 def cache_dir() -> Path | None:
-    """The user's cache folder; None for a user without a home folder who names none in $XDG_CACHE_HOME."""
+    """The user's cache folder; None if there is neither $XDG_CACHE_HOME nor a home folder."""
     folder = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     return None if folder.parts[0] == "~" else folder / "jaxgpt"

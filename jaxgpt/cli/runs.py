@@ -1,10 +1,6 @@
-"""What commands do between their options and the core: prepare the corpus of a config, and make or find its run.
-
-Without the room prepare/ they use corpora that are prepared already.
-"""
+"""From a config to its corpus and its run. Without the room prepare/, only prepared corpora can be used."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from jaxgpt import config as configs
@@ -28,13 +24,12 @@ def start(
     """Check everything, prepare the corpus, and create the run.
 
     Args:
-      weights, origin: as `start.new_run`.
-      require_room: raises UsageError where the devices cannot train a config, whose vocabulary may be unknown, on a
-        number of tokens.
+      weights, origin: as in `start.new_run`.
+      require_room: raises a UsageError if the devices cannot train a config on a number of tokens. vocab_size may be 0.
 
     Raises:
-      UsageError: the config cannot run, the run exists, or the text is unavailable; before anything is written. Or the
-        config cannot run, or is too large, with the vocabulary of the text, which is prepared by then.
+      UsageError: the config cannot run, the run exists, or the text is unavailable; nothing is written then. Or, once
+        the text is prepared, the config cannot run or does not fit into memory with its vocabulary.
     """
     check(config, new=True)
     Run.require_free(runs_dir, name)
@@ -47,47 +42,39 @@ def start(
 
 
 def resume(config: Config, run: Run, data_dir: Path) -> Corpus:
-    """The corpus of `run`, to resume it with under `config`.
-
-    Raises:
-      RunError: `config` changes what the run computes; each such field is named.
-      CorpusError: the tokens that it was trained on are unavailable.
-    """
+    """The corpus of `run`, as `corpus_of`; a RunError if `config` changes what the run computes."""
     core.require_resumable(run, run.config, check(config))
     return corpus_of(run, data_dir)
 
 
 def corpus_of(run: Run, data_dir: Path) -> Corpus:
-    """The corpus that `run` trains on: as prepared then, or prepared again and found to be the same.
+    """The corpus that `run` trains on: the one prepared for it, or the same tokens prepared again.
 
-    Of several processes the first calls it before the others, which skip its checks.
+    Process 0 has to call it before the others, which do not hash the tokens.
 
     Raises:
-      SourceError, CorpusError: it is unavailable, or not the same.
+      CorpusError: it is unavailable, or its text now gives other tokens.
     """
     name, wanted = run.config.data.corpus, run.corpus_meta["sha256"]
     if found := corpora.find_prepared(name, run.corpus_meta, data_dir, verified=not processes.is_primary()):
         return found
     folders = " and ".join(map(str, corpora.folders_of(run.corpus_meta, data_dir)))
-    by_hand = f"put the tokens-*.bin and tokens.json of then into {folders}, or name the folder around: --data-dir"
+    by_hand = f"put its original tokens-*.bin and tokens.json into {folders}, or name the folder above: --data-dir"
+    problem = "now gives other tokens"
     try:
-        found, problem = tokens_of(run.config, data_dir), ""
+        found = tokens_of(run.config, data_dir)
+        if found.meta["sha256"] == wanted:
+            return found
     except UsageError as error:
-        found, problem = None, f"cannot be prepared again: {error}"
-    if found and found.meta["sha256"] == wanted:
-        return found
+        problem = f"cannot be prepared again: {error}"
     raise CorpusError(
         f"run {run.path.name!r} trains on {run.corpus_meta['origin']} (tokens of SHA-256 {wanted}), but {name!r} "
-        f"{problem or 'now gives other tokens'}; {by_hand}"
+        f"{problem}; {by_hand}"
     )
 
 
 def tokens_of(config: Config, data_dir: Path) -> Corpus:
-    """The corpus of a config, prepared if need be.
-
-    Raises:
-      UsageError: it is unavailable, or too small.
-    """
+    """The corpus of a config, prepared if necessary; a UsageError if it is unavailable or too small."""
     data, model = config.data, config.model
     try:
         from jaxgpt.prepare.build import prepare_corpus
@@ -108,17 +95,12 @@ def tokens_of(config: Config, data_dir: Path) -> Corpus:
 
 
 def resolve(config: Config, corpus: Corpus) -> Config:
-    """`config` as `start.resolve` completes it, with the path of its text in full."""
+    """`start.resolve` of a config, with absolute paths in its corpus."""
     return core.resolve(configs.replaced(config, corpus=corpora.absolute(config.data.corpus)), corpus)
 
 
 def complete(config: Config, data_dir: Path) -> Config:
-    """`config`, checked, with its vocabulary size: if it has none, its text is prepared to know it.
-
-    Raises:
-      UsageError: the config cannot run, or the text is unavailable.
-    """
+    """`config`, checked; a vocab_size of 0 is replaced by that of its text, which is prepared."""
     if check(config).model.vocab_size:
         return config
-    V = tokens_of(config, data_dir).tokenizer.vocab_size
-    return check(replace(config, model=replace(config.model, vocab_size=V)))
+    return check(configs.replaced(config, vocab_size=tokens_of(config, data_dir).tokenizer.vocab_size))

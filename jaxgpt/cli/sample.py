@@ -1,4 +1,4 @@
-"""`jaxgpt sample`: a run to text."""
+"""`jaxgpt sample`: write text with a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,27 +15,26 @@ from jaxgpt.config import UsageError
 class Sample:
     run: RunName
     prompt: str | None = None
-    """What to continue; of a long one the last block_size tokens are seen. CRLF becomes LF, as in the training text.
-    None: a line feed."""
+    """Text to continue; only its last block_size tokens are used, and CRLF becomes LF. None: a line feed."""
     tokens: int = 500
-    """How many tokens to write."""
+    """Number of tokens to write."""
     temperature: float = 0.8
-    """Below 1 sharper, above 1 flatter, 0 always the most likely token."""
+    """Below 1 sharpens the distribution, above 1 flattens it; 0 always takes the most likely token."""
     top_k: int = 0
-    """Draw from the k most likely tokens only; 0 from all."""
+    """Sample only from the k most likely tokens; 0: from all."""
     top_p: float = 1.0
-    """Draw from the fewest of the most likely tokens that reach this probability together; 1 from all."""
+    """Sample from the fewest most likely tokens whose probabilities add up to this; 1: from all."""
     min_p: float = 0.0
-    """Draw from tokens at least this many times as likely as the most likely one; 0 from all."""
+    """Sample from tokens with at least this fraction of the highest probability; 0: from all."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """End before this text; may be given several times."""
+    """Stop before this text; may be repeated."""
     seed: int = 1337
     """The same seed writes the same text."""
     samples: int = 1
-    """How many texts to write."""
+    """Number of texts to write."""
     checkpoint: Checkpoint = "best"
     unknown: Literal["error", "skip"] = "error"
-    """What to do with a character of the prompt outside the vocabulary."""
+    """What to do with characters of the prompt that are outside the vocabulary."""
     runs_dir: RunsDir = Path("runs")
 
 
@@ -67,7 +66,7 @@ def run(args: list[str]) -> int:
 
 
 def _load_model(name: str, runs_dir: Path, checkpoint: str) -> Any:
-    """(model config, params, tokenizer) of a run or of an exported folder."""
+    """(model config, params, tokenizer) of a run or an exported folder."""
     from jaxgpt.run import Run
     from jaxgpt.start import load_model
 

@@ -1,14 +1,13 @@
 """`jaxgpt train`: train a recipe, or resume a run."""
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.options import Folders, parse, take_name, words
+from jaxgpt.cli.options import Folders, command_line, parse, take_name
 from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import RECIPES, recipe
 from jaxgpt.run import Run
@@ -21,25 +20,25 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Train:
     run: str
-    """Name of the run, its directory in the runs folder."""
+    """Name of the run and of its directory in --runs-dir."""
     config: Config
     folders: Folders = field(default_factory=Folders)
     resume: bool = False
-    """Resume an existing run with its own settings, except the ones given here."""
+    """Resume an existing run with its own settings, except those given here."""
     log: tyro.conf.UseAppendAction[tuple[Literal["tensorboard", "wandb", "trackio"], ...]] = ()
-    """Send the metrics to another program too; may be given several times."""
+    """Send the metrics to this logger too; may be repeated."""
     debug_nans: bool = False
-    """End the run at the first non-finite step, and name the operation; slower."""
+    """End the run at the first non-finite step and name the operation; slower."""
     mesh: str = "auto"
     """The device mesh: sizes of data, fsdp, tensor and context, as in data=8,fsdp=4; or auto."""
     distributed: bool = False
-    """One of several processes that SLURM, Open MPI, Kubernetes or Cloud TPU has started and knows."""
+    """Join the other processes that SLURM, Open MPI, Kubernetes or Cloud TPU started."""
     coordinator: str = ""
-    """Elsewhere, the address of process 0, host:port; with num_processes and process_id."""
+    """Without such a launcher: the address of process 0, HOST:PORT; give --num-processes and --process-id too."""
     num_processes: int = 1
-    """How many processes train the run."""
+    """Number of processes that train the run."""
     process_id: int = 0
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
 
 
 def run(args: list[str]) -> int:
@@ -51,11 +50,10 @@ def run(args: list[str]) -> int:
     about = f"{known.about} ({known.hardware}: {known.time}; loss {known.loss}.) Recipes: {', '.join(RECIPES)}."
     default = Train(run=Path(name).stem if name.endswith(".json") else name, config=known.config)
     given = parse(Train, args, f"train {name}", about, default=default)
-    if not given.resume:
-        return _fit(given, None)
-    existing = Run.named(given.folders.runs_dir, given.run)
-    default = replace(default, config=existing.config)
-    return _fit(parse(Train, args, f"train {name}", about, default=default), existing)
+    existing = Run.named(given.folders.runs_dir, given.run) if given.resume else None
+    if existing:
+        given = parse(Train, args, f"train {name}", about, default=replace(default, config=existing.config))
+    return _fit(given, existing)
 
 
 def _fit(given: Train, existing: Run | None) -> int:
@@ -85,15 +83,17 @@ def _fit(given: Train, existing: Run | None) -> int:
     def require_room(config: Config, n_tokens: int) -> None:
         memory.require(config, n_tokens, new=not existing, shards=memory.Shards.of(mesh_for(config, sizes)[0]))
 
+    config = given.config
     if existing:
-        run, config = existing, given.config
-        corpus = processes.on_primary(partial(resume, config, run, data_dir))
+        run = existing
+        corpus = processes.on_primary(lambda: resume(config, run, data_dir))
     else:
-        made = processes.on_primary(lambda: start(given.config, given.run, runs_dir, data_dir, None, "", require_room))
+        made = processes.on_primary(lambda: start(config, given.run, runs_dir, data_dir, require_room=require_room))
         run, corpus = made or (Run.named(runs_dir, given.run), None)
         config = run.config
     corpus = corpus or resume(config, run, data_dir)
-    console, primary = RunConsole(quiet=not processes.is_primary()), processes.is_primary()
+    primary = processes.is_primary()
+    console = RunConsole(quiet=not primary)
     console.print(corpus.summary)
     mesh, why = mesh_for(config, sizes)
     require_room(config, len(corpus.split(config.data)[0]))
@@ -107,8 +107,7 @@ def _fit(given: Train, existing: Run | None) -> int:
         TrainingDisplay(console, config.train.steps, rate(config)) as display,
         loggers.logged(run, given.log if primary else (), display) as log,
     ):
-        live = jax.device_count() == 1 and display.live
-        sample = sampler(config.model, corpus.tokenizer) if live else None
+        sample = sampler(config.model, corpus.tokenizer) if display.live and jax.device_count() == 1 else None
         done = fit(run, corpus, with_spikes(run, log), config, given.debug_nans, mesh, sample)
     if not display.live and (curve := display.curve()):  # a terminal shows it already
         console.print(curve)
@@ -119,13 +118,14 @@ def _fit(given: Train, existing: Run | None) -> int:
         console.print(f"interrupted at step {done.step:,} of {done.steps:,}; saved. Resume with: {again}")
         return 128 + done.interrupted_by
     _print_summary(console, done)
-    console.print(f"Sample from it: {words('sample', run.path, given.folders)}")
+    console.print(f"Sample from it: {command_line('sample', run, given.folders)}")
     return 0
 
 
 def _resume_command(given: Train, run: Run) -> str:
     flags = [] if given.mesh == "auto" else ["--mesh", given.mesh]
-    command = words("train", run.path, given.folders, "--resume", *flags, *["--distributed"] * given.distributed)
+    flags += ["--distributed"] * given.distributed
+    command = command_line("train", run, given.folders, "--resume", *flags)
     if given.coordinator:
         command += f" --coordinator {given.coordinator} --num-processes {given.num_processes} --process-id 0, 1, ..."
     return command

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from jaxgpt.cli.options import Checkpoint, Folders, RunName, RunsDir, parse, words
+from jaxgpt.cli.options import Checkpoint, Folders, RunName, RunsDir, command_line, parse
 from jaxgpt.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from jaxgpt.recipes import FINETUNE
 
@@ -58,8 +58,8 @@ def run_import_gpt2(args: list[str]) -> int:
     )
     print(f"{run.path}: {run.config.model}")
     print(f"Tokenizer: {run.config.data.tokenizer}")
-    print(f"Sample from it: {words('sample', run.path, given.folders)}")
-    print(f"Fine-tune it: {words('train', run.path, given.folders, '--resume')}")
+    print(f"Sample from it: {command_line('sample', run, given.folders)}")
+    print(f"Fine-tune it: {command_line('train', run, given.folders, '--resume')}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A text, or a mixture of texts, to a prepared corpus: tokenized once, found again, fetched from a URL."""
+"""Prepare corpora: tokenize a text or a mixture once, and find or fetch what is prepared already."""
 
 import hashlib
 import json
@@ -19,17 +19,14 @@ from jaxgpt.cli.corpora import NAMED, cached_folder, folder_of, is_prepared, is_
 from jaxgpt.corpus import Corpus, CorpusError, load, mix, read_meta, shards_of, train_size
 from jaxgpt.prepare import documents, sources
 from jaxgpt.prepare.encode import LOCK, PROGRESS, InterruptionError, encode
-from jaxgpt.prepare.sources import Text
+from jaxgpt.prepare.sources import Progress, Text
 from jaxgpt.prepare.vocabularies import KINDS, read_tokenizer, tokenizer_for
 from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError
-
-Progress = Callable[[str, float], None]
-"""Shows what is being done, and what share of it is done, from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared corpus, its folder (of a mixture the folder around), and whether it was there before."""
+    """A prepared corpus, its folder (of a mixture `data_dir`), and whether it was prepared before."""
 
     corpus: Corpus
     folder: Path
@@ -48,65 +45,56 @@ def prepare_corpus(
     column: str = "text",
     progress: Progress = lambda what, share: None,
 ) -> Prepared:
-    """Tokenize a corpus into a folder of `data_dir`. One that is there is used again, and nothing is written then.
+    """Tokenize a corpus into a folder of `data_dir`. If it is there already, it is reused and nothing is written.
 
-    While another process prepares the same text, this one waits, and prints so.
+    While another process prepares the same text, this one prints that, and waits.
 
     Args:
-      corpus, column: as in `sources.open_text`, or a folder that `prepare` made, here or at a URL; or a mixture of
-        such, "0.7*a.txt + 0.3*b.txt", whose parts share a tokenizer and have a folder each.
+      corpus, column: as in `sources.open_text`, or a prepared folder, local or at a URL; or a mixture of these,
+        "0.7*a.txt + 0.3*b.txt", whose parts share a tokenizer and have a folder each.
       spec: as in `tokenizer_for`.
-      unknown: "skip" leaves out characters outside the vocabulary and counts them in `meta`.
+      unknown: "skip" drops characters outside the vocabulary and counts them in `meta`.
       block_size, val_fraction: both splits must hold a window of this size.
-      vocab_size: the vocabulary must not be larger; 0 for any size.
+      vocab_size: upper limit of the vocabulary; 0 for no limit.
 
     Raises:
-      SourceError, CorpusError, UnknownCharacterError: tokens stay on disk only where the same call can continue.
+      SourceError, CorpusError, UnknownCharacterError: tokens stay on disk only if the same call can continue.
     """
-    fit = partial(require_fit, block_size=block_size, val_fraction=val_fraction, vocab_size=vocab_size)
-    named = mixture(corpus)
-    folders = {name: folder for _, name in named if (folder := _prepared_folder(name))}
-    there = {name: load(folder) for name, folder in folders.items()}
-    texts = {name: sources.open_text(name, column) for _, name in named if name not in there}
-    if column != "text" and texts and not any(text.has_columns for text in texts.values()):
+    names = mixture(corpus)
+    parts = {name: part for _, name in names if (part := _already_prepared(name))}
+    texts = {name: sources.open_text(name, column) for _, name in names if name not in parts}
+    paths = (sources.path_of(path) for text in texts.values() for path in text.readers)
+    if column != "text" and texts and not any(documents.holds_documents(path, column) for path in paths):
         raise sources.SourceError(
             f"--column is {column}, but {corpus} is plain text: only JSON Lines (.jsonl) and Parquet have columns"
         )
     if texts:
         tok = tokenizer_for(spec, list(texts.values()), progress)
     else:
-        name, first = next(iter(there.items()))
+        name, first = next((name, part.corpus) for name, part in parts.items())
         tok, kind = first.tokenizer, KINDS.get(spec.split(":")[0])
-        if kind != tok.to_json()["kind"] if kind else tok != read_tokenizer(Path(spec)):
-            found = first.meta["tokenizer"]["kind"]
+        found = first.meta["tokenizer"]["kind"]
+        if kind != found if kind else tok != read_tokenizer(Path(spec)):
             raise CorpusError(f"{name} was prepared with {found}, but --tokenizer is {spec}: give --tokenizer {name}")
-    for name, part in there.items():
-        if part.tokenizer != tok:
-            raise CorpusError(f"{name} was prepared with another vocabulary than the rest: --tokenizer {name}")
-        fit(part.meta, tok)
-    made = {name: _prepare(text, tok, unknown, column, data_dir, fit, progress) for name, text in texts.items()}
-    parts = there | {name: part for name, (part, _) in made.items()}
-    reused = all(old for _, old in made.values())
-    if len(named) > 1:
-        return Prepared(mix([(share, parts[name]) for share, name in named]), data_dir, reused)
-    (whole,) = parts.values()
-    return Prepared(whole, folders.get(corpus) or folder_of(whole.meta, data_dir), reused)
-
-
-def require_fit(
-    meta: dict[str, Any], tok: Tokenizer, block_size: int, val_fraction: float, vocab_size: int = 0
-) -> None:
-    """Check that both splits hold a window of `block_size` inputs and their targets, and that the vocabulary has at
-    most `vocab_size` ids (0: any number).
-
-    Raises:
-      CorpusError: they do not.
-    """
     if 0 < vocab_size < tok.vocab_size:
         raise CorpusError(
-            f"vocab_size is {vocab_size}, expected at least the {tok.vocab_size} ids of {meta['source']}, "
-            "or 0 to take those"
+            f"vocab_size is {vocab_size}, expected at least the {tok.vocab_size} ids of {corpus}, or 0 to take those"
         )
+    fit = partial(_require_fit, block_size=block_size, val_fraction=val_fraction)
+    for name, part in parts.items():
+        if part.corpus.tokenizer != tok:
+            raise CorpusError(f"{name} was prepared with another vocabulary than the rest: give --tokenizer {name}")
+        fit(part.corpus.meta)
+    for name, text in texts.items():
+        parts[name] = _prepare(text, tok, unknown, column, data_dir, fit, progress)
+    if len(names) == 1:
+        return parts[corpus]
+    whole = mix([(share, parts[name].corpus) for share, name in names])
+    return Prepared(whole, data_dir, all(part.reused for part in parts.values()))
+
+
+def _require_fit(meta: dict[str, Any], block_size: int, val_fraction: float) -> None:
+    """Raise a CorpusError unless both splits hold a window of `block_size` inputs and their targets."""
     n_train = train_size(meta["count"], val_fraction)
     for name, n in (("training", n_train), ("validation", meta["count"] - n_train)):
         if n < block_size + 1:
@@ -122,10 +110,10 @@ def _prepare(
     unknown: str,
     column: str,
     data_dir: Path,
-    fit: Callable[[dict[str, Any], Tokenizer], None],
+    fit: Callable[[dict[str, Any]], None],
     progress: Progress,
-) -> tuple[Corpus, bool]:
-    """The corpus of a text, and whether it was there before."""
+) -> Prepared:
+    """Find the corpus of a text in `data_dir`, or encode it there."""
     about = json.dumps([text.origin, unknown, column, tok.to_json()])
     work = data_dir / f".{text.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.part"
     new = [folder for folder in (work, *work.parents) if not folder.exists()]
@@ -135,19 +123,19 @@ def _prepare(
             work.mkdir(parents=True, exist_ok=True)
             lock.acquire()
             meta = encode(text, tok, unknown, work, progress)
-            fit(meta, tok)
+            fit(meta)
             files.write_atomically(work / "tokens.json", files.seal(meta).encode())
             folder = folder_of(meta, data_dir)
             _rename(work, folder)
-            return load(folder), False
+            return Prepared(load(folder), folder, False)
         except InterruptionError as error:
-            print(f"jaxgpt: {error}: its preparation starts anew", file=sys.stderr)
+            print(f"jaxgpt: {error}: its preparation starts over", file=sys.stderr)
             shutil.rmtree(work)
         except filelock.Timeout:
             print(f"jaxgpt: another process is preparing this text in {work}; waiting for it", file=sys.stderr)
-            with suppress(OSError):  # the folder has its final name by now
+            with suppress(OSError):  # the folder may have its final name by now
                 lock.acquire(timeout=-1, poll_interval=0.2)
-                if not (work / PROGRESS).exists():  # made by filelock
+                if not (work / PROGRESS).exists():  # then filelock made the folder
                     shutil.rmtree(work)
         except BaseException as error:
             if lock.is_locked and (work / PROGRESS).exists() and not isinstance(error, UnknownCharacterError):
@@ -163,64 +151,55 @@ def _prepare(
             raise CorpusError(f"{problem}; name another folder: --data-dir") from error
         finally:
             lock.release()
-    fit(found.meta, tok)
-    return found, True
+    fit(found.corpus.meta)
+    return found
 
 
 def _rename(work: Path, folder: Path) -> None:
-    """Give a folder its final name. One that is there is damaged, or is of another text with the same ids."""
+    """Give a finished folder its final name. An older one of it is damaged, or of another text with the same ids."""
     aside = work.with_suffix(".old")
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
         folder.rename(aside)
     work.rename(folder)
-    for name in (PROGRESS, LOCK):  # after the rename, so that no other process takes the lock before
+    for name in (PROGRESS, LOCK):  # after the rename, so that no other process takes the lock before it
         (folder / name).unlink(missing_ok=True)
     files.sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _find(text: Text, tok: Tokenizer, unknown: str, data_dir: Path, progress: Progress) -> Corpus | None:
-    """The corpus of a text, if it was prepared with this tokenizer and is whole: nothing is locked or written."""
-    plain, candidates = tok.to_json(), list[dict[str, Any]]()
+def _find(text: Text, tok: Tokenizer, unknown: str, data_dir: Path, progress: Progress) -> Prepared | None:
+    """The corpus of a text if it was prepared with this tokenizer and is intact. Locks and writes nothing."""
+    plain, sha256 = tok.to_json(), text.version
     for path in sorted(data_dir.glob(f"{escape(text.name)}-{plain['kind']}-*/tokens.json")):
-        with suppress(CorpusError):
+        with suppress(CorpusError):  # it is damaged
             meta = read_meta(path)
-            fits = meta["tokenizer"] == plain and (unknown == "skip" or not meta.get("skipped_characters"))
-            if fits and meta["source"] == text.name and folder_of(meta, data_dir) == path.parent:
-                candidates.append(meta)
-    if not candidates:
-        return None
-    sha256 = hashlib.sha256()
-    for piece in () if text.version else text.pieces(partial(progress, "reading")):
-        sha256.update(piece.encode("utf-8", "surrogatepass"))
-    for meta in candidates:
-        if meta["source_sha256"] == (text.version or sha256.hexdigest()):
-            with suppress(CorpusError):  # it is damaged
-                return load(folder_of(meta, data_dir))
+            same = meta["tokenizer"] == plain and (unknown == "skip" or not meta.get("skipped_characters"))
+            if same and meta["source"] == text.name and folder_of(meta, data_dir) == path.parent:
+                sha256 = sha256 or text.sha256(partial(progress, "reading"))
+                if meta["source_sha256"] == sha256:
+                    return Prepared(load(path.parent), path.parent, True)
     return None
 
 
-def _prepared_folder(corpus: str) -> Path | None:
-    """The folder of a corpus that is prepared already, here or, as a copy in the cache, at a URL."""
+def _already_prepared(corpus: str) -> Prepared | None:
+    """The corpus of a prepared folder, local or at a URL; None if `corpus` is something else."""
     with sources.store_errors(corpus):
         if not corpus or corpus in NAMED or not is_prepared(sources.path_of(corpus)):
             return None
-    return fetch(corpus) if is_url(corpus) else local_path(corpus)
+    folder = _fetch(corpus) if is_url(corpus) else local_path(corpus)
+    return Prepared(load(folder), folder, True)
 
 
-def fetch(url: str) -> Path:
-    """A copy in the cache of a prepared folder at a URL: each file is fetched once, checked, whole or not there.
-
-    Raises:
-      SourceError: it cannot be fetched.
-      CorpusError: it differs from its tokens.json.
-    """
+def _fetch(url: str) -> Path:
+    """Copy a prepared folder at a URL into the cache: each file once, and only if its SHA-256 is right."""
     with sources.store_errors(url):
         store = sources.path_of(url)
         meta = read_meta(store / "tokens.json")
         if "parts" in meta:
-            raise CorpusError(f"{store / 'tokens.json'}: it is that of a mixture in a run, not of a prepared folder")
+            raise CorpusError(
+                f"{store / 'tokens.json'}: it is of a mixture in a run, expected one of a prepared folder"
+            )
         if not (here := cached_folder(folder_of(meta, Path()).name)):
             raise CorpusError(f"{url} needs a cache folder for its copy, but there is none: set XDG_CACHE_HOME")
         sealed = files.seal(meta).encode()
@@ -228,20 +207,20 @@ def fetch(url: str) -> Path:
         def is_here(name: str, sha256: str) -> bool:
             return (here / name).is_file() and files.sha256(here / name) == sha256
 
-        missing = [shard for shard in shards_of(meta) if not is_here(shard["file"], shard["sha256"])]
-        if not missing and is_here("tokens.json", hashlib.sha256(sealed).hexdigest()):
+        def missing() -> list[dict[str, Any]]:
+            return [shard for shard in shards_of(meta) if not is_here(shard["file"], shard["sha256"])]
+
+        if is_here("tokens.json", hashlib.sha256(sealed).hexdigest()) and not missing():
             return here
         here.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(here / LOCK):  # the processes of a host fetch it together
-            for shard in missing:
-                path, copy = here / shard["file"], here / f".{shard['file']}.part"
-                if is_here(path.name, shard["sha256"]):  # by another process meanwhile
-                    continue
-                with (store / path.name).open("rb") as source, copy.open("wb") as target:
+        with filelock.FileLock(here / LOCK):  # the processes of a host may fetch it at the same time
+            for shard in missing():
+                path, copy = store / shard["file"], here / f".{shard['file']}.part"
+                with path.open("rb") as source, copy.open("wb") as target:
                     shutil.copyfileobj(source, target, documents.PIECE)
                 if (found := files.sha256(copy)) != shard["sha256"]:
                     copy.unlink()
-                    raise CorpusError(f"{store / path.name} has SHA-256 {found}, expected {shard['sha256']}")
-                copy.replace(path)
+                    raise CorpusError(f"{path} has SHA-256 {found}, expected {shard['sha256']}")
+                copy.replace(here / shard["file"])
             files.write_atomically(here / "tokens.json", sealed)
     return here

@@ -1,4 +1,4 @@
-"""`jaxgpt prepare`: a text to tokens."""
+"""`jaxgpt prepare`: tokenize a text."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +13,15 @@ from jaxgpt.cli.options import DataDir, parse
 class Prepare:
     corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
     """python-docs, python-stdlib, shakespeare, fineweb, fineweb-edu, openwebtext; or a file or folder of UTF-8, JSON
-    Lines or Parquet, here or at a URL such as gs://bucket/texts or hf://datasets/ORG/NAME/FOLDER; or a pipe such as
-    /dev/stdin; or a mixture by weight: "0.7*a.txt + 0.3*b.txt"."""
+    Lines or Parquet, local or at a URL such as gs://bucket/texts or hf://datasets/ORG/NAME/FOLDER; or a pipe such as
+    /dev/stdin; or a weighted mixture: "0.7*a.txt + 0.3*b.txt"."""
     tokenizer: str = "char"
     """char, ascii, byte, gpt2, bpe:SIZE (learned from the text, such as bpe:4096), or a tokens.json to reuse its
     vocabulary."""
     unknown: Literal["error", "skip"] = "error"
-    """What to do with a character outside the vocabulary."""
+    """What to do with characters outside the vocabulary."""
     column: str = "text"
-    """Which column of JSON Lines (.jsonl) or .parquet holds the text; meta.text is that of an object `meta`."""
+    """The column of JSON Lines (.jsonl) or .parquet that holds the text; meta.text is the field `text` of `meta`."""
     data_dir: DataDir = Path("data")
 
 

@@ -1,4 +1,4 @@
-"""A file to text, piece by piece: UTF-8, JSON Lines or Parquet, plain or in gzip, on this machine or in a store."""
+"""Read a file as text, piece by piece: UTF-8, JSON Lines or Parquet, also gzipped, local or at a URL."""
 
 import codecs
 import gzip
@@ -14,9 +14,9 @@ from typing import Any
 from jaxgpt.config import MissingExtraError, UsageError, shown
 
 PIECE = 2**20
-"""Bytes that are read at once."""
-MAX_GROWTH, ALWAYS_ALLOWED = 100, 2**26
-"""A .gz may unpack to 64 MiB, or to a hundred times its size if that is more: text shrinks to a tenth, a bomb to a
+"""Bytes read at once."""
+MAX_RATIO, ALWAYS_ALLOWED = 100, 2**26
+"""A .gz may unpack to 100 times its size, or to 64 MiB if that is more. Text shrinks to a tenth, a bomb to a
 thousandth."""
 BINARY = {
     b"\xff\xfe\0\0": "is UTF-32: iconv -f UTF-32 -t UTF-8",
@@ -35,7 +35,7 @@ BINARY = {
     b"GIF8": "is a GIF image",
     b"\x93NUMPY": "is a NumPy array: if it holds tokens, prepare the text that they were made from",
 }
-"""What a file that is not UTF-8 is, by its first bytes, and how to convert it."""
+"""First bytes of a file that is not UTF-8, its format and how to convert it."""
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 
 
@@ -46,7 +46,7 @@ class SourceError(UsageError):
 def pieces(path: Path, column: str) -> Iterator[str]:
     """The text of a file, piece by piece.
 
-    Of JSON Lines and Parquet it is the documents in `column` with a blank line between two. Any other file is UTF-8.
+    JSON Lines and Parquet give the documents in `column`, joined by blank lines. Any other file is UTF-8.
 
     Raises:
       SourceError: the file cannot be read, is damaged or not UTF-8, or a row has no string in `column`.
@@ -58,17 +58,14 @@ def pieces(path: Path, column: str) -> Iterator[str]:
 
 
 def name_of(path: Path) -> str:
-    """The name of a file; of one at a URL without the query: docs.jsonl of https://host/docs.jsonl?download=1."""
+    """The name of a file, at a URL without its query: docs.jsonl for https://host/docs.jsonl?download=1."""
     return str(path).partition("?")[0].rstrip("/").rpartition("/")[2] if "://" in str(path) else path.name
 
 
 def normalized(text: Iterable[str], changes: Counter[str] | None = None) -> Iterator[str]:
-    """`text` with LF line ends, without a byte order mark; `changes` counts what was changed, in words."""
-    decoder, first, changes = (
-        io.IncrementalNewlineDecoder(None, translate=True),
-        True,
-        Counter() if changes is None else changes,
-    )
+    """`text` with LF line ends and no byte order mark. `changes` counts each kind of change by its description."""
+    changes = Counter() if changes is None else changes
+    decoder, first = io.IncrementalNewlineDecoder(None, translate=True), True
     for piece in text:
         if first and piece:
             first = False
@@ -80,29 +77,29 @@ def normalized(text: Iterable[str], changes: Counter[str] | None = None) -> Iter
 
 
 def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
-    """UTF-8 `data` as text.
+    """Decode UTF-8.
 
     Raises:
-      SourceError: it is not UTF-8, or holds a NUL byte, as UTF-16 and files of tokens do; `origin` is named.
+      SourceError: `origin` is not UTF-8, or has a NUL byte, as UTF-16 and files of tokens do.
     """
     decoder, start, read = codecs.getincrementaldecoder("utf-8")(), b"", 0
     for chunk in itertools.chain(data, [b""]):
         start, problem = start or chunk[:8], ""
-        held = len(decoder.getstate()[0])  # the first bytes of a character at the end of the last chunk
         if (nul := chunk.find(b"\0")) >= 0:
             kind, width = ("UTF-32", 4) if chunk[nul : nul + 2] == b"\0\0" else ("UTF-16", 2)
             order = "LE" if (read + nul) % width else "BE"
             problem = (
                 f"has a NUL byte at offset {read + nul:,}, so it is not UTF-8 text: convert it (iconv -f {kind}{order} "
-                "-t UTF-8), or, of tokens such as nanoGPT's train.bin, prepare the text that they were made from"
+                "-t UTF-8), or, for tokens such as nanoGPT's train.bin, prepare the text that they were made from"
             )
         else:
             try:
                 yield decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
+                at = read + len(chunk) - len(error.object) + error.start  # a character may begin in the last chunk
                 problem = (
-                    f"is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {read - held + error.start} "
-                    f"({error.reason}); of text, convert it: iconv -f LATIN1 -t UTF-8"
+                    f"is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at} ({error.reason}); if it is "
+                    "text, convert it: iconv -f LATIN1 -t UTF-8"
                 )
         if problem:
             known = (f"{what}; expected UTF-8" for magic, what in BINARY.items() if start.startswith(magic))
@@ -112,7 +109,7 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
 
 def holds_documents(path: Path, column: str) -> bool:
     """Whether a file is Parquet or JSON Lines, by its name. A `.json` file is JSON Lines if its first line is a whole
-    object, and either that has the column or another line follows; else it is one value, such as a configuration."""
+    object that has the column or that another line follows; else it is one value, such as a configuration."""
     name = name_of(path).lower()
     if not name.removesuffix(".gz").endswith(".json"):
         return name.endswith(".parquet") or name.removesuffix(".gz").endswith(JSON_LINES)
@@ -139,7 +136,7 @@ def _bytes(path: Path) -> Iterator[bytes]:
         with path.open("rb") as raw:
             file: Any = raw
             if name_of(path).lower().endswith(".gz"):
-                file, limit = gzip.GzipFile(fileobj=raw), max(ALWAYS_ALLOWED, MAX_GROWTH * path.stat().st_size)
+                file, limit = gzip.GzipFile(fileobj=raw), max(ALWAYS_ALLOWED, MAX_RATIO * path.stat().st_size)
             while chunk := file.read(PIECE):
                 size += len(chunk)
                 if size > limit:
@@ -166,7 +163,7 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
 
 
 def _lines(text: Iterable[str]) -> Iterator[str]:
-    """Split at LF alone, unlike splitlines(): a JSON string may hold the other line ends that Python knows."""
+    """Split only at LF. splitlines() also splits at characters that a JSON string may hold, such as U+2028."""
     held: list[str] = []
     for piece in text:
         head, *lines = piece.split("\n")
@@ -183,26 +180,26 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         from pyarrow import parquet
     except ImportError as error:
         raise MissingExtraError(f"{path.name}, a Parquet file,", "pyarrow", "data") from error
-    rows = itertools.count(1)
     try:
         with path.open("rb") as raw, parquet.ParquetFile(raw) as file:
             names = [file.schema.column(i).path for i in range(len(file.schema))]
             if column not in names:
                 raise _no_column(str(path), column, names)
             if names.count(column) > 1:
-                raise SourceError(f"{path} has {names.count(column)} columns of the name {column!r}, expected one")
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                yield from (_string(row, f"{path}, row {next(rows)}", column) for row in batch.to_pylist())
+                raise SourceError(f"{path} has {names.count(column)} columns named {column!r}, expected one")
+            batches = file.iter_batches(batch_size=1024, columns=[column])
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from (_string(row, f"{path}, row {number}", column) for number, row in enumerate(rows, 1))
     except SourceError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # Python may lack a date that it has
-        if isinstance(error, OSError) and type(error) is not OSError:  # of a store or the file system, not of pyarrow
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # also dates out of Python's range
+        if isinstance(error, OSError) and type(error) is not OSError:  # from a store or the file system, not pyarrow
             raise
         raise SourceError(f"{path} is not a Parquet file of strings, or is damaged: {error}") from error
 
 
 def _columns(row: dict[str, Any]) -> Iterator[str]:
-    """The columns of a row; those of an object in it have its name before a dot. Not recursive: it may be deep."""
+    """The columns of a row; a field of an object is OBJECT.FIELD. Not recursive, because a row may be deep."""
     waiting = list(row.items())
     while waiting:
         name, value = waiting.pop(0)
@@ -213,7 +210,7 @@ def _columns(row: dict[str, Any]) -> Iterator[str]:
 
 
 def _string(row: dict[str, Any], where: str, column: str) -> str:
-    """The text of a row: that of the key `column`, or for meta.text that of the key `text` in the object `meta`."""
+    """The string in `column` of a row. meta.text is the column of that name, else the field `text` of `meta`."""
     value: Any = row
     for name in [column] if column in row else column.split("."):
         if value is None:

@@ -1,4 +1,4 @@
-"""Where text comes from: named texts, and files, folders, pipes and URLs of the user's."""
+"""Sources of text: named texts, and a user's files, folders, pipes and URLs."""
 
 import hashlib
 import http.client
@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from jaxgpt import files
 from jaxgpt.cli import places
-from jaxgpt.cli.corpora import HUB, NAMED, is_ours, is_url, local_path
+from jaxgpt.cli.corpora import HUB, NAMED, is_tokens_json, is_url, local_path
 from jaxgpt.config import MissingExtraError, UsageError
 from jaxgpt.prepare import documents
 from jaxgpt.prepare.documents import SourceError
@@ -30,38 +30,34 @@ from jaxgpt.prepare.documents import SourceError
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
+Progress = Callable[[str, float], None]
+"""Shows a description of the work, and the share of it that is done, from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text of any size, which is read piece by piece, as often as needed."""
+    """A text of any size, read piece by piece, as often as needed."""
 
     name: str
     origin: str
-    """The path, URL or program that it is read from, with its version."""
+    """Path or URL, or the program that carries the text and its version."""
     readers: Mapping[str, Callable[[], Iterator[str]]]
-    """The path of each file, and what begins to read it anew. Between two files the text has a line feed."""
+    """Path of each file to a function that reads it from its beginning. A line feed separates two files."""
     size: int
-    """Bytes, about."""
-    has_columns: bool = False
-    """Whether some of it is JSON Lines or Parquet."""
+    """Bytes, approximately."""
     left_out: Sequence[str] = ()
-    """Files that are not read, and why."""
+    """A note on each file that is not read."""
     version: str = ""
-    """Of a dataset on the Hugging Face Hub: the SHA-256 of the hashes of its files, which replaces that of the text."""
+    """SHA-256 of the hashes of a dataset's files on the Hugging Face Hub; it replaces the SHA-256 of the text."""
 
     def pieces(self, progress: Callable[[float], None] = lambda share: None) -> Iterator[str]:
-        """The text, as `documents.normalized`, piece by piece.
-
-        Raises:
-          SourceError: it cannot be read, or has only white space.
-        """
+        """The text, `documents.normalized`, piece by piece; a SourceError if it has only white space."""
         return (piece for _, piece in self.numbered(progress, Counter()))
 
     def numbered(
         self, progress: Callable[[float], None], changes: Counter[str], first: int = 0
     ) -> Iterator[tuple[int, str]]:
-        """As `pieces`, from file `first` on, each piece with the number of its file; for `changes` see `notes`."""
+        """As `pieces`, from file number `first` on, each with its file number; `changes` as in `notes`."""
         blank, n = not first, 0
         with store_errors(self.origin):
             for i, read in islice(enumerate(self.readers.values()), first, None):
@@ -72,12 +68,18 @@ class Text:
         if blank:
             raise SourceError(f"{self.origin} holds no text")
 
+    def sha256(self, progress: Callable[[float], None]) -> str:
+        digest = hashlib.sha256()
+        for piece in self.pieces(progress):
+            digest.update(piece.encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
     def notes(self, changes: Counter[str]) -> list[str]:
-        """What was left out and changed, in words."""
+        """The files left out, and the `changes` that `documents.normalized` counted."""
         return [*self.left_out, *(change.format(count) for change, count in changes.items() if count)]
 
     def where(self, position: int) -> str:
-        """Line, column (both from 1) and file of a character of the text, which is read again up to there."""
+        """Line and column (from 1) and file of the character at `position`; rereads the text up to there."""
         for path, read in self.readers.items():
             line = column = 1
             for piece in chain(documents.normalized(read()), "\n"):
@@ -91,22 +93,22 @@ class Text:
 
 
 def open_text(corpus: str, column: str = "text") -> Text:
-    """A named text, or that of a file, folder or pipe, or at a URL; files are read as by `documents.pieces`.
+    """Open a named text, file, folder, pipe or URL; files are read as by `documents.pieces`.
 
     Raises:
-      SourceError: there is no such text. Other problems show as it is read.
+      SourceError: there is no such text. Problems in its files are raised when it is read.
     """
     if not corpus:
         raise SourceError("the corpus has no name; give a named corpus, a file or a folder")
     if corpus in NAMED:
         if os.path.exists(corpus):
-            note = f"{corpus} is the named corpus; to read the file or folder of that name, give ./{corpus}"
-            print(f"jaxgpt: {note}", file=sys.stderr)
+            hint = f"to read the file or folder of that name, give ./{corpus}"
+            print(f"jaxgpt: {corpus} is the named corpus; {hint}", file=sys.stderr)
         if corpus in HUB:
             return replace(open_text(HUB[corpus], column), name=corpus)
         return {"python-docs": python_docs, "python-stdlib": python_stdlib, "shakespeare": shakespeare}[corpus]()
-    path = path_of(corpus)
     with store_errors(corpus):
+        path = path_of(corpus)
         if path.is_dir():
             return _folder(path, column)
         if path.is_file():
@@ -118,31 +120,25 @@ def open_text(corpus: str, column: str = "text") -> Text:
             path.stat()  # raises with the reason, such as that there is no such dataset
     raise SourceError(
         f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, and any file or folder of "
-        "UTF-8, .jsonl or .parquet can be given by its path; a mixture is written '0.7*a.txt + 0.3*b.txt', with blanks "
+        "UTF-8, .jsonl or .parquet can be given by its path; a mixture is written '0.7*a.txt + 0.3*b.txt', with spaces "
         "around + and none around *"
     )
 
 
 def path_of(corpus: str) -> Path:
-    """The path of a text or of a prepared folder; that of a URL needs the extra `remote`.
-
-    Raises:
-      MissingExtraError: it is not installed.
-      SourceError: there is no such kind of store.
-    """
+    """The path of a text or of a prepared folder, local or at a URL, which needs the extra `data`."""
     if not is_url(corpus):
         return local_path(corpus)
     try:
         from upath import UPath
     except ImportError as error:
         raise MissingExtraError(f"{corpus}, in a store,", "universal_pathlib", "data") from error
-    with store_errors(corpus):
-        return cast(Path, UPath(corpus))
+    return cast(Path, UPath(corpus))
 
 
 @contextmanager
 def store_errors(corpus: str) -> Iterator[None]:
-    """Turn the errors of a file system into SourceErrors, and all errors of a store, which has its own kinds."""
+    """Turn an OSError into a SourceError; at a URL any error, because stores raise their own kinds."""
     try:
         yield
     except Exception as error:
@@ -160,41 +156,38 @@ def _of_files(
     name: str, origin: str, paths: Sequence[Path], column: str = "text", left_out: Sequence[str] = ()
 ) -> Text:
     readers = {str(path): partial(documents.pieces, path, column) for path in paths}
-    has_columns = any(documents.holds_documents(path, column) for path in paths)
     size, version = sum(path.stat().st_size for path in paths), ""
-    on_hub = [cast(Any, path) for path in paths if str(path).startswith("hf://datasets/")]
-    if on_hub:
+    if on_hub := [cast(Any, path) for path in paths if str(path).startswith("hf://datasets/")]:
         hashes = json.dumps([column, *([str(path), path.fs.info(path.path)["blob_id"]] for path in on_hub)])
         version = hashlib.sha256(hashes.encode()).hexdigest()
-    return Text(name, origin, readers, size, has_columns, left_out, version)
+    return Text(name, origin, readers, size, left_out, version)
 
 
 def _folder(folder: Path, column: str) -> Text:
-    """All files below `folder` that are not hidden, in the order of their paths; of a dataset on the Hugging Face Hub
-    that has JSON Lines or Parquet only these, without its README."""
+    """All files below `folder` that are not hidden, in the order of their paths. If a dataset on the Hugging Face Hub
+    has JSON Lines or Parquet, its other files, such as the README, are left out."""
     paths, left_out = list[Path](), list[str]()
     for path in sorted(folder.rglob("*") if is_url(str(folder)) else _below(folder, {folder.resolve()})):
         inner = path.relative_to(folder)
         if any(part.startswith(".") for part in inner.parts):
             continue
-        if path.name == "tokens.json" and is_ours(path):
+        if path.name == "tokens.json" and is_tokens_json(path):
             left_out.append(f"{inner}: left out, a vocabulary written by jaxgpt")
         elif path.is_file():
             paths.append(path)
         elif path.is_symlink():
-            left_out.append(f"{inner}: left out, a link to nothing or to a folder that it is in")
+            left_out.append(f"{inner}: left out, a broken link, or a link to a folder above it")
     others = [path for path in paths if not documents.holds_documents(path, column)]
     if str(folder).startswith("hf://") and len(others) < len(paths):
-        left_out += [
-            f"{path.relative_to(folder)}: left out, the dataset is its JSON Lines and Parquet" for path in others
-        ]
+        why = "left out, a dataset is read from its JSON Lines and Parquet"
+        left_out += [f"{path.relative_to(folder)}: {why}" for path in others]
         paths = [path for path in paths if path not in others]
     name = folder.name if is_url(str(folder)) else folder.resolve().name
     return _of_files(name, f"{len(paths)} files in {folder}", paths, column, left_out)
 
 
 def _below(folder: Path, above: set[Path]) -> Iterator[Path]:
-    """The files in a local folder and in those that it holds or links to, except the folders `above` it."""
+    """The files below a local folder. Links to folders are followed, except to the folders `above`."""
     for path in folder.iterdir():
         if path.is_dir() and not path.name.startswith(".") and (real := path.resolve()) not in above:
             yield from _below(path, above | {real})
@@ -203,7 +196,7 @@ def _below(folder: Path, above: set[Path]) -> Iterator[Path]:
 
 
 def _pipe(path: Path) -> Text:
-    """The contents of a pipe: read once, into a temporary file that is kept as long as the `Text`."""
+    """Copy a pipe into a temporary file, which lives as long as the `Text`."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the text)
     with path.open("rb") as pipe:
         shutil.copyfileobj(pipe, spool, documents.PIECE)
@@ -218,7 +211,7 @@ def _pipe(path: Path) -> Text:
 
 
 def python_docs() -> Text:
-    """The Python language reference that every CPython carries for `help()`."""
+    """The Python language reference that comes with CPython, for `help()`."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -227,7 +220,7 @@ def python_docs() -> Text:
 
 
 def python_stdlib() -> Text:
-    """The sources of the standard library, without tests and bundled packages."""
+    """The source code of the standard library, without tests and bundled packages."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__", "ensurepip"}
     paths = sorted(path for path in root.rglob("*.py") if not left_out.intersection(path.relative_to(root).parts))
@@ -236,27 +229,23 @@ def python_stdlib() -> Text:
 
 
 def shakespeare() -> Text:
-    """Tiny Shakespeare: $JAXGPT_DATA (the file or its folder), data/, or a checked download into the cache."""
-    paths = [folder / "tinyshakespeare.txt" for folder in (Path("data"), places.cache_dir()) if folder]
+    """Tiny Shakespeare, checked: from $JAXGPT_DATA (the file or its folder), data/, the cache, or a download."""
     if given := os.environ.get("JAXGPT_DATA"):
-        paths = [local_path(given)]
-        if paths[0].is_dir():
-            paths = [paths[0] / "tinyshakespeare.txt"]
-        if not paths[0].is_file():
-            raise SourceError(f"$JAXGPT_DATA is {given}, but there is no file {paths[0]}")
-    path = next((path for path in paths if path.is_file()), None) or download(
-        SHAKESPEARE_URL, paths[-1], SHAKESPEARE_BYTES, SHAKESPEARE_SHA256
-    )
+        path = local_path(given)
+        path = path / "tinyshakespeare.txt" if path.is_dir() else path
+        if not path.is_file():
+            raise SourceError(f"$JAXGPT_DATA is {given}, but there is no file {path}")
+    else:
+        paths = [folder / "tinyshakespeare.txt" for folder in (Path("data"), places.cache_dir()) if folder]
+        path = next(filter(Path.is_file, paths), None) or download(
+            SHAKESPEARE_URL, paths[-1], SHAKESPEARE_BYTES, SHAKESPEARE_SHA256
+        )
     require_sha256(path.read_bytes(), SHAKESPEARE_SHA256, str(path))
     return _of_files("shakespeare", str(path), [path])
 
 
 def download(url: str, target: Path, size: int, sha256: str) -> Path:
-    """Fetch `size` bytes from `url` to `target`, checked, and whole or not at all.
-
-    Raises:
-      SourceError: no network, another SHA-256, or `target` cannot be written.
-    """
+    """Download at most `size` bytes to `target`, which is written only if they have that SHA-256."""
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             data = response.read(size + 1)

@@ -1,9 +1,9 @@
-"""The tokenizer that --tokenizer names: a fixed one, one learned from the text, or one from files."""
+"""Tokenizers by the value of --tokenizer: fixed, learned from the text, or read from files."""
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -14,14 +14,14 @@ from jaxgpt.config import MissingExtraError, UsageError, shown
 from jaxgpt.corpus import CorpusError, read_meta
 from jaxgpt.prepare.documents import SourceError
 from jaxgpt.prepare.encode import split_words
-from jaxgpt.prepare.sources import Text
+from jaxgpt.prepare.sources import Progress, Text
 from jaxgpt.tokenizer import MAX_TOKEN_BYTES, MAX_TOKENS, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 
 KINDS = {"char": "char", "ascii": "char", "byte": "byte", "gpt2": "bpe", "bpe": "bpe"}
-"""The kind of tokenizer that --tokenizer gives, by its value before a colon."""
+"""The value of --tokenizer, up to a colon, to the kind of tokenizer."""
 
 
-def tokenizer_for(spec: str, texts: Sequence[Text], progress: Callable[[str, float], None]) -> Tokenizer:
+def tokenizer_for(spec: str, texts: Sequence[Text], progress: Progress) -> Tokenizer:
     """The tokenizer for texts.
 
     Args:
@@ -31,7 +31,6 @@ def tokenizer_for(spec: str, texts: Sequence[Text], progress: Callable[[str, flo
     Raises:
       UsageError: `spec` is not a tokenizer, or it is unavailable.
     """
-
     pieces = chain.from_iterable(text.pieces(partial(progress, "learning a vocabulary")) for text in texts)
     if spec == "char":
         return CharTokenizer.train(pieces)
@@ -47,10 +46,10 @@ def tokenizer_for(spec: str, texts: Sequence[Text], progress: Callable[[str, flo
 
 
 def learn_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """The byte-level BPE of a text in pieces: the most frequent pair is merged until there are `vocab_size` tokens.
+    """Learn a byte-level BPE: the most frequent pair of tokens is merged until there are `vocab_size` tokens.
 
-    The result is a function of (text, vocab_size) and has no special tokens. A short text may run out of pairs before.
-    Only the distinct words of the text are in memory.
+    The result depends only on the text, whatever its pieces, and on vocab_size, and has no special tokens. A short text
+    may run out of pairs earlier. Memory grows with the number of different words.
 
     Raises:
       UsageError: `vocab_size` is below 256 or above MAX_TOKENS.
@@ -63,7 +62,7 @@ def learn_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
         raise MissingExtraError("learning a BPE vocabulary", "tokenizers", "data") from error
 
     def parts() -> Iterator[str]:
-        limit = 2**15  # the trainer takes the square of the length of a word
+        limit = 2**15  # the trainer's time grows with the square of the length of a word
         for part in split_words(pieces, 2**14):
             for i in range(0, len(part), limit):
                 yield part[i : i + limit].encode("utf-8", "ignore").decode()
@@ -82,7 +81,7 @@ def learn_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 def load_gpt2() -> BPETokenizer:
-    """GPT-2's tokenizer: 50,256 tokens and <|endoftext|>, from tiktoken, which downloads it once.
+    """GPT-2's tokenizer, 50,256 tokens and <|endoftext|>, from tiktoken, which downloads it once.
 
     Raises:
       UsageError: it is unavailable.
@@ -102,33 +101,33 @@ def load_gpt2() -> BPETokenizer:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokens.json or of the folder that holds it, or of a Hugging Face folder.
+    """The tokenizer of a tokens.json, of its folder, or of a Hugging Face folder.
 
     Raises:
       CorpusError: there is none, or it cannot be used.
     """
     path = Path(os.path.expanduser(path))
     saved = path / "tokens.json" if path.is_dir() else path
-    if path.is_dir() and not saved.is_file():
-        try:
-            return read_vocabulary(path)
-        except (OSError, ValueError) as error:
-            hint = "to learn other tokens all the same, name them, such as --tokenizer byte"
-            raise CorpusError(f"the vocabulary of {path} cannot be used: {error}; {hint}") from error
-    if not saved.is_file():
+    if saved.is_file():
+        return tokenizer.from_json(read_meta(saved)["tokenizer"])
+    if not path.is_dir():
         raise CorpusError(
             f"no tokenizer {str(path)!r}: expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, "
             "the path of a tokens.json, or a folder with the byte-level BPE of a Hugging Face model"
         )
-    return tokenizer.from_json(read_meta(saved)["tokenizer"])
+    try:
+        return read_vocabulary(path)
+    except (OSError, ValueError) as error:
+        hint = "to use other tokens, name a tokenizer, such as --tokenizer byte"
+        raise CorpusError(f"the vocabulary of {path} cannot be used: {error}; {hint}") from error
 
 
 def read_vocabulary(folder: Path) -> BPETokenizer:
-    """The byte-level BPE of a Hugging Face folder, from its tokenizer.json or else from vocab.json and merges.txt.
+    """The byte-level BPE of a Hugging Face folder: tokenizer.json, else vocab.json and merges.txt.
 
     Raises:
-      ValueError: a file is damaged or missing; or text would get other ids than there: the vocabulary is not a
-        byte-level BPE with GPT-2's split pattern, or text is changed before it is split.
+      ValueError: a file is damaged or missing, or text would get other ids than with Hugging Face's library: the
+        vocabulary is not a byte-level BPE with GPT-2's split pattern, or text is changed before it is split.
       OSError: a file cannot be read.
     """
 
@@ -146,29 +145,28 @@ def read_vocabulary(folder: Path) -> BPETokenizer:
 
 
 def byte_of_letter() -> dict[str, int]:
-    """The printable characters that stand for the 256 bytes in GPT-2's files (bytes_to_unicode of its encoder.py)."""
+    """The printable character that stands for each byte in GPT-2's files (bytes_to_unicode in its encoder.py)."""
     plain = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def parse(merges: str, vocabulary: str | bytes, added: dict[str, Any] | None = None) -> BPETokenizer:
-    """The tokenizer of a merges.txt (a line with the version, then a merge a line) and a vocab.json (token to id).
+    """The tokenizer of a merges.txt (a version line, then one merge per line) and a vocab.json (token to id).
 
-    Special tokens are those in brackets, such as <|endoftext|>, that are not the result of a merge.
+    Special tokens are written in brackets, such as <|endoftext|>, and are not the result of a merge.
 
     Raises:
       ValueError: the files are something else, or do not agree.
     """
-    lines = merges.splitlines()
-    pairs = [line.split(" ") for line in lines[bool(lines and lines[0].startswith("#version")) :]]
+    pairs = [line.split(" ") for i, line in enumerate(merges.splitlines()) if i or not line.startswith("#version")]
     ids, merged = _object(vocabulary, "the vocabulary") | (added or {}), set(map("".join, pairs))
-    bracketed = (word for word in ids if re.fullmatch(r"<[^<>]+>|\[[^][]+\]", word))
-    return _assemble(ids, pairs, [word for word in bracketed if word not in merged])
+    special = [word for word in ids if word not in merged and re.fullmatch(r"<[^<>]+>|\[[^][]+\]", word)]
+    return _assemble(ids, pairs, special)
 
 
 def _from_tokenizer_json(tree: dict[str, Any]) -> BPETokenizer:
-    """The tokenizer of a file of Hugging Face's tokenizers library."""
+    """The tokenizer of a tokenizer.json of Hugging Face's tokenizers library."""
     model, split, added = tree.get("model"), tree.get("pre_tokenizer"), tree.get("added_tokens") or []
     if not (isinstance(model, dict) and isinstance(split, dict) and isinstance(added, list)):
         raise ValueError("expected a model, a pre_tokenizer and added_tokens")
@@ -197,15 +195,15 @@ def _from_tokenizer_json(tree: dict[str, Any]) -> BPETokenizer:
 
 
 def _assemble(ids: dict[str, Any], merges: list[Any], special: list[str]) -> BPETokenizer:
-    """The tokenizer of the id of each token, the pairs of tokens to merge in order, and the special tokens.
+    """The tokenizer of a vocabulary (token to id), the pairs of tokens to merge, in order, and the special tokens.
 
-    A BPETokenizer merges any two tokens that together are a third one, Hugging Face's library only the listed pairs.
-    The two agree if the merges of lower rank turn the bytes of each token into its listed pair, as in every vocabulary
-    that was learned.
+    A BPETokenizer merges any two tokens that together form a third, Hugging Face's library only the listed pairs. Both
+    give the same ids if for each pair, the merges of lower rank turn the bytes of its result into that pair, as they do
+    in every vocabulary that was learned.
 
     Raises:
-      ValueError: the files do not agree. Expected are ids from 0 without gaps, the 256 bytes before the merges, and
-        special tokens before or after all these.
+      ValueError: the files do not agree. Ids must run from 0 without gaps: the 256 bytes, then the merges in order;
+        special tokens come before or after all these.
     """
     for pair in merges:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(word, str) for word in pair)):

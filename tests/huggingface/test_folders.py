@@ -132,7 +132,7 @@ def test_an_import_uses_the_vocabulary_of_its_folder(with_vocabulary, verse, tmp
     assert folders.load_export(tmp_path / "out")[2] == run.tokenizer
 
     (folder / "tokenizer.json").rename(folder / "vocab.txt")  # as if of a kind that is not supported
-    with pytest.raises(CorpusError, match=r"cannot be used: .*name them, such as --tokenizer byte"):
+    with pytest.raises(CorpusError, match=r"cannot be used: .*name a tokenizer, such as --tokenizer byte"):
         folders.import_run(folder, config, "other", *where)
     assert folders.import_run(folder, change(config, tokenizer="byte"), "bytes", *where).config.data.tokenizer == "byte"
 

@@ -74,7 +74,7 @@ def test_a_column_of_an_object_is_named_after_a_dot(tmp_path, name):
 def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path):
     values = [pyarrow.array(["a"]), pyarrow.array(["b"])]
     parquet.write_table(pyarrow.Table.from_arrays(values, names=["text", "text"]), tmp_path / "a.parquet")
-    with pytest.raises(SourceError, match="has 2 columns of the name 'text', expected one"):
+    with pytest.raises(SourceError, match="has 2 columns named 'text', expected one"):
         read(str(tmp_path / "a.parquet"))
 
 

@@ -152,7 +152,7 @@ def test_a_text_that_changed_meanwhile_is_noticed(tmp_path, small, capsys):
         path.write_text(text)
         capsys.readouterr()
         done = prepare_corpus(str(path), "byte", data_dir=tmp_path / f"{n}")
-        assert capsys.readouterr().err.count(f"{path} has changed: its preparation starts anew") == (n < 2)
+        assert capsys.readouterr().err.count(f"{path} has changed: its preparation starts over") == (n < 2)
         assert contents(done.folder) == contents(prepare_corpus(str(path), "byte", data_dir=tmp_path / "new").folder)
 
 
@@ -162,7 +162,7 @@ def test_a_damaged_record_is_noticed(tmp_path, small, capsys):
     (record,) = (tmp_path / "data").glob(".*.part/progress.json")
     record.write_text(record.read_text().replace("position", "positron"))
     done = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
-    assert "progress.json is damaged: its preparation starts anew" in capsys.readouterr().err
+    assert "progress.json is damaged: its preparation starts over" in capsys.readouterr().err
     assert bytes(np.asarray(done.corpus.tokens).astype(np.uint8)) == LINES.encode()
 
 

@@ -139,7 +139,7 @@ def test_the_command_reads_from_the_endpoint_in_the_environment(server, web, tmp
     env = files.os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.startswith(f"fineweb: {len(web):,} tokens"), done.stderr
-    assert "README.md: left out, the dataset is its JSON Lines and Parquet" in done.stdout
+    assert "README.md: left out, a dataset is read from its JSON Lines and Parquet" in done.stdout
 
 
 def test_another_column_or_another_file_is_another_corpus(server, write, forget, tmp_path):
@@ -197,14 +197,14 @@ def test_an_interrupted_preparation_fetches_only_the_files_that_are_left(server,
         assert {path.name: path.read_bytes() for path in done.folder.iterdir()} == expected, n
         skipped.add(3 - len(set(server.fetched)))
     assert skipped == {0, 1, 2}
-    assert "starts anew" not in capsys.readouterr().err
+    assert "starts over" not in capsys.readouterr().err
 
 
 def test_a_dataset_that_changed_meanwhile_is_noticed(server, web, write, interrupted, tmp_path, capsys):
     interrupted(2, tmp_path / "data")
     write(f"{WEB}/sample/10BT/002_00000.parquet", ["another cat"])
     done = prepare_corpus("fineweb", "byte", data_dir=tmp_path / "data")
-    assert "sample/10BT has changed: its preparation starts anew" in capsys.readouterr().err
+    assert "sample/10BT has changed: its preparation starts over" in capsys.readouterr().err
     assert done.corpus.tokenizer.decode(done.corpus.tokens).endswith("cat\nsat\nanother cat")
 
 

@@ -53,8 +53,8 @@ def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, notes
         *(("the cat".encode(name), f"offset [01], .*iconv -f {name} -t") for name in ("UTF-16LE", "UTF-16BE")),
         *(("the cat".encode(name), f"offset [01], .*iconv -f {name} -t") for name in ("UTF-32LE", "UTF-32BE")),
         ("中文 字".encode("utf-16-le"), "NUL byte at offset 5, "),
-        (np.arange(1, 60, dtype=np.uint16).tobytes(), "offset 1, .*of tokens such as nanoGPT's train.bin"),
-        (np.arange(1, 50257, dtype=np.uint16).tobytes(), "of tokens such as nanoGPT's train.bin"),
+        (np.arange(1, 60, dtype=np.uint16).tobytes(), "offset 1, .*for tokens such as nanoGPT's train.bin"),
+        (np.arange(1, 50257, dtype=np.uint16).tobytes(), "for tokens such as nanoGPT's train.bin"),
         (b"a" * documents.PIECE + b"b\0", "NUL byte at offset 1,048,577"),
         (gzip.compress(b"text", mtime=0), "compressed with gzip: .*a name that ends in .gz"),
         (bz2.compress(b"text"), "compressed with bzip2"),
@@ -120,7 +120,7 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     assert source.text == "A\nB\nA"
     found = {note.split(":")[0] for note in source.notes}
     assert found == {"linked/deep/back", "sub/loop", "missing", "self"}
-    assert all("left out, a link to nothing or to a folder that it is in" in note for note in source.notes)
+    assert all("left out, a broken link, or a link to a folder above it" in note for note in source.notes)
     (tmp_path / "link").symlink_to(folder)
     assert read(str(tmp_path / "link")).text == source.text, "a corpus may be a link itself"
 
