@@ -146,8 +146,8 @@ def configuration(facts: Facts) -> list[tuple[str, list[str], bool]]:
     device = start.get("device", "")
     if start.get("backend") == "cpu" and "cpu" in start:
         device = f"{start['cpu']}, {start['cores']} cores"
-    elif facts.n_devices > 1:
-        device = f"{facts.n_devices} x {device}"
+    elif start.get("devices", 1) > 1:
+        device = f"{start['devices']} x {device}"
     few = 0 < data.val_tokens < corpus["count"] * data.val_fraction
     held_out = f"{data.val_tokens:,}" if few else f"{data.val_fraction:.0%}"
     changes = ", ".join(f"{field} {value} (recipe: {was})" for field, was, value in facts.changes)

@@ -138,7 +138,7 @@ def test_a_failure_is_noted_with_its_step(run, tiny):
     log.flush()
     with pytest.raises(KeyError), log:
         raise KeyError("gone")
-    assert facts.gather(run).noted == [(5, "broken-off", "KeyError: 'gone'")]
+    assert facts.gather(run).incidents == [(5, "broken-off", "KeyError: 'gone'")]
 
 
 def timed(*events):

@@ -12,7 +12,7 @@ from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay, duration
 RESULT = Evaluation(1.5, 0.01, 2.1640, 2.1500, 1000)
 
 
-def show(is_terminal, *events, width=100, encoding="utf-8", used=None):
+def show(is_terminal, *events, width=100, encoding="utf-8", used=lambda speed: None):
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
     console = RunConsole(file=out, force_terminal=is_terminal, width=width, color_system=None)
     with TrainingDisplay(console, 100, used) as display:

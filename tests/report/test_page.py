@@ -217,7 +217,7 @@ def test_resumes_and_spikes_stand_on_the_curve(made):
     assert "Vertical lines" in page.page([run], looks, {"loss": spec})
     many = replace(run, events=[{"event": "spike", "step": i, "text": ""} for i in range(10**4)], scores=[])
     many = replace(many, loss=[(10**4, 1.0)])
-    assert len(layer(curves.loss([many]), "point")) == curves.APART
+    assert len(layer(curves.loss([many]), "point")) == curves.MARKS
     quiet = replace(run, events=EVENTS[:2])
     assert layer(curves.loss([quiet]), "rule") == []
     assert "Vertical lines" not in page.page([quiet], looks, charts.charts([quiet], looks))
