@@ -8,7 +8,7 @@ import numpy as np
 from jaxgpt.diagnostics.diagnose import Attention, Curvature, Landscape, Subject
 from jaxgpt.diagnostics.inside import Lens
 from jaxgpt.display.charts import ACCENT, MONO, WARM, Spec, category, chart, columns, layer, quantity, ticks
-from jaxgpt.display.text import spaced
+from jaxgpt.display.text import visible
 
 SCHEME = "cividis"  # for the colour-blind as for others
 SHOWN, HEADS = 48, 6
@@ -74,13 +74,17 @@ def landscape(found: Landscape, subject: Subject) -> Spec:
 
 
 def lens(found: Lens, subject: Subject) -> Spec:
-    """The likeliest next token after each token read, by depth."""
+    """The most likely next token after each token, by depth."""
+
+    def label(token: Any) -> str:
+        return visible(subject.show(token)).replace(" ", "␣")[:6]
+
     depths, N = len(found.losses), min(24, found.top.shape[2])
     depth, t = np.divmod(np.arange(depths * N), N)
     cells = columns(depth=depth, t=t, probability=np.asarray(found.probability)[depth, 0, t])
     for cell in cells:
-        cell["text"] = spaced(subject.show(found.top[cell["depth"], 0, cell["t"]]))[:6]
-    read = [{"t": i, "token": spaced(subject.show(token))[:6]} for i, token in enumerate(subject.text[:N])]
+        cell["text"] = label(found.top[cell["depth"], 0, cell["t"]])
+    read = [{"t": i, "token": label(token)} for i, token in enumerate(subject.text[:N])]
     x: Spec = {"field": "t", "type": "ordinal", "title": None, "axis": None}
     y = {"field": "depth", "type": "ordinal", "sort": "descending", "title": "blocks before the head"}
     below = {"x": x, "y": {"value": 26 * depths + 12}, "text": {"field": "token"}}

@@ -20,11 +20,11 @@ ZOOM: Spec = {
 """With Shift held, the wheel zooms and the pointer drags; without it, the page scrolls."""
 
 
-def loss(runs: Sequence[Facts], limits: Sequence[tuple[str, float]] = ()) -> Spec | None:
+def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> Spec | None:
     """Training and validation loss of every run, with its best evaluation and the step from which it overfits.
 
     Args:
-      limits: (name, nats per token) of horizontal lines.
+      baselines: (name, nats per token) of horizontal lines.
     """
     train, scores, best, overfits = _rows(runs, "loss"), list[Spec](), list[Spec](), list[Spec]()
     for facts in runs:
@@ -42,7 +42,7 @@ def loss(runs: Sequence[Facts], limits: Sequence[tuple[str, float]] = ()) -> Spe
         return None
     last = max(row["step"] for row in [*train, *scores])
     marks = [row for facts in runs for row in _marks(facts, last)]
-    rules = [{"what": what, "value": value} for what, value in limits]
+    rules = [{"what": what, "value": value} for what, value in baselines]
     x, y, color = _steps(last), quantity("value", "loss, nats per token"), _by_run(runs)
     at: Spec = {"x": x, "y": y, "color": color}
     mark: Spec = {"x": x, "color": {"condition": {"test": "datum.kind === 'resume'", "value": QUIET}, "value": WARM}}

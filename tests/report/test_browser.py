@@ -28,7 +28,7 @@ def file(trained, seen, tmp_path_factory):
     if given := os.environ.get("JAXGPT_REPORT"):
         return Path(given).resolve()
     path = tmp_path_factory.mktemp("page") / "report.html"
-    reporter.Made([facts.gather(trained[0])], [seen]).write(path)
+    reporter.Report([facts.gather(trained[0])], [seen]).write(path)
     return path
 
 
@@ -97,7 +97,7 @@ def test_several_runs_are_shown_and_printed_whole(browser, trained, seen, tmp_pa
     configs = [replace(run.config, train=replace(run.config.train, seed=i)) for i in range(4)]
     runs = [replace(run, config=config) for run, config in zip(runs, configs, strict=True)]
     looks = replace(seen, attention=Attention(list("abcd"), np.full((2, 18, 4, 4), 0.25)))
-    reporter.Made(runs, [looks] * 4).write(tmp_path / "report.html")
+    reporter.Report(runs, [looks] * 4).write(tmp_path / "report.html")
     page = opened(browser, tmp_path / "report.html", said, viewport={"width": 718, "height": 1000})  # A4 by its margins
     signs = page.locator("#chart-loss svg path[aria-roledescription='point'][aria-label*='resume']")
     assert signs.count() == len(runs), "each marks where it went on"

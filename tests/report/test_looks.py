@@ -17,7 +17,7 @@ def test_everything_is_there(trained, seen):
     assert [sample.step for sample in seen.samples] == looks.steps(run) == [0, 10, 20]
     assert len({sample.prompt for sample in seen.samples}) == 1
     assert len({sample.text for sample in seen.samples}) == 3, "each by its own weights"
-    assert seen.limits.bigram < seen.limits.unigram < seen.limits.uniform
+    assert seen.ngrams.bigram < seen.ngrams.unigram < seen.ngrams.uniform
     _, val = corpus_of(run, data_dir).split(DataConfig())
     text = run.tokenizer.decode(val)
     assert "".join(seen.passage.tokens) in text
@@ -72,5 +72,5 @@ def test_what_is_not_there_is_said(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(looks, "load_checkpoint", damaged)
     found = looks.look(run, data_dir)
     assert found.missing == {"weights": "it is damaged"}
-    assert found.limits is not None
+    assert found.ngrams is not None
     assert found.passage is None

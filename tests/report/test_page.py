@@ -45,7 +45,7 @@ class Elements(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def made(trained, seen):
-    return reporter.Made([facts.gather(trained[0])], [seen])
+    return reporter.Report([facts.gather(trained[0])], [seen])
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ EVENTS = [{"time": "2026-01-01T00:00:00Z", **event} for event in EVENTS]
 def test_resumes_and_spikes_stand_on_the_curve(made):
     (run,), looks = made.runs, made.looks
     run = replace(run, events=EVENTS)
-    spec = charts.loss([run], charts.limits([run], looks))
+    spec = charts.loss([run], charts.baselines([run], looks))
     rows = [(row["step"], row["kind"], row["text"]) for row in layer(spec, "point")]
     assert rows == [(10, "resume", "cpu"), (12, "spike", "loss 9"), (20, "broken-off", "DivergedError: it is over")]
     assert "Vertical lines" in page.page([run], looks, {"loss": spec})
@@ -289,7 +289,7 @@ def test_a_page_loads_itself_again_only_while_its_run_trains(quick, trained, tmp
     run, data_dir = trained
     out, pages = tmp_path / "page.html", []
     ends = iter([True, True, False])
-    monkeypatch.setattr(reporter.Made, "running", property(lambda made: next(ends)))
+    monkeypatch.setattr(reporter.Report, "running", property(lambda made: next(ends)))
     monkeypatch.setattr(command.time, "sleep", lambda seconds: pages.append((seconds, out.read_text())))
     words = ["--watch", "--every", "7", "--out", str(out), "--data-dir", str(data_dir)]
     assert cli.run_command(["report", str(run.path), *words]) == 0
@@ -306,7 +306,7 @@ def test_a_page_whose_maker_is_interrupted_loads_itself_no_more(quick, trained, 
             raise KeyboardInterrupt
         return make(self)
 
-    monkeypatch.setattr(reporter.Made, "running", True)
+    monkeypatch.setattr(reporter.Report, "running", True)
     monkeypatch.setattr("jaxgpt.report.cli.time.sleep", lambda seconds: None)
     monkeypatch.setattr(reporter.Reporter, "make", interrupted)
     words = ["--watch", "--out", str(out), "--data-dir", str(data_dir)]
