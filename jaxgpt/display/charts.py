@@ -67,15 +67,15 @@ def chart(**parts: Any) -> Spec:
 
 def columns(**values: Any) -> list[Spec]:
     """Rows from columns, broadcast together. Floats are rounded to 6 digits, non-finite ones become None."""
-    arrays = np.broadcast_arrays(*(np.asarray(each) for each in values.values()))
-    return [dict(zip(values, map(_plain, row), strict=True)) for row in zip(*map(np.ravel, arrays), strict=True)]
+    arrays = np.broadcast_arrays(*map(np.asarray, values.values()))
+    rows = zip(*(array.ravel().tolist() for array in arrays), strict=True)
+    return [dict(zip(values, map(_rounded, row), strict=True)) for row in rows]
 
 
-def _plain(value: Any) -> Any:
-    value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def layer(rows: list[Spec], mark: str, encoding: Spec, **properties: Any) -> Spec:
@@ -113,12 +113,8 @@ def label(text: str, x: Spec, y: Spec, colour: str = QUIET, **properties: Any) -
 
 
 def dots(rows: list[Spec], kinds: list[str], title: str) -> Spec:
-    """A line of dots for each name, in the order of `rows`, with its first loss at the right.
-
-    Args:
-      rows: what (the name), loss, kind, and optionally low and high, the ends of an error bar.
-      kinds: at most three, each with its colour.
-    """
+    """A line of dots for each name, with its first loss at the right. A row has what (the name), loss, kind (one of at
+    most three `kinds`), and optionally low and high, the ends of an error bar."""
     names = list(dict.fromkeys(row["what"] for row in rows))
     y: Spec = {"field": "what", "type": "nominal", "sort": names, "title": None}
     y["axis"] = {"labelLimit": 220, "ticks": False, "domain": False, "grid": True}
@@ -156,11 +152,7 @@ def require(path: Path | None = None) -> Any:
 
 
 def save(spec: Spec, path: Path, width: int = 760) -> None:
-    """Write a chart to `path`, atomically.
-
-    Raises:
-      MissingExtraError, UsageError: as `require`, or the file cannot be written.
-    """
+    """Write a chart to `path`, atomically. Raises as `require`, and UsageError if it cannot be written."""
     require(path)
     drawn = render(spec, path.suffix, width)
     try:

@@ -75,12 +75,12 @@ class Facts:
     def seconds(self) -> float | None:
         """Wall time of all processes, with compilation and evaluations; None if unknown. A process that was killed or
         still runs counts up to its last save."""
-        return sum(map(_seconds, self._processes)) or None
+        return sum(seconds for seconds, _ in self._processes) or None
 
     @property
     def ended(self) -> bool:
         """Whether every process recorded its end; otherwise `seconds` is a lower bound."""
-        return all(each[-1]["event"] in ("end", "broken-off") for each in self._processes)
+        return all(ended for _, ended in self._processes)
 
     @property
     def took(self) -> str:
@@ -88,14 +88,17 @@ class Facts:
         return "" if self.seconds is None else ("" if self.ended else "at least ") + duration(self.seconds)
 
     @property
-    def _processes(self) -> list[list[dict[str, Any]]]:
-        """The start, saves and end of each process that trained."""
-        found: list[list[dict[str, Any]]] = []
+    def _processes(self) -> list[tuple[float, bool]]:
+        """(seconds, whether it recorded its end) of each process that trained."""
+        found, begun = list[tuple[float, bool]](), ""
         for event in self.events:
             if event["event"] == "start":
-                found.append([])
-            if found and event["event"] in ("start", "save", "broken-off", "end"):
-                found[-1].append(event)
+                begun = event["time"]
+                found.append((0.0, False))
+            elif found and event["event"] in ("save", "broken-off", "end"):
+                elapsed = datetime.fromisoformat(event["time"]) - datetime.fromisoformat(begun)
+                seconds = event.get("seconds", max(0.0, elapsed.total_seconds()))
+                found[-1] = seconds, event["event"] != "save"
         return found
 
     @property
@@ -216,12 +219,6 @@ def speeds(events: Iterable[dict[str, Any]]) -> Points:
             if seconds > before[1]:
                 found.append((event["step"], (tokens - before[0]) / (seconds - before[1])))
     return found
-
-
-def _seconds(process: Sequence[dict[str, Any]]) -> float:
-    """From the first event of a process to the last, by its own clock if it recorded its end."""
-    begun, ended = (datetime.fromisoformat(process[i]["time"]) for i in (0, -1))
-    return float(process[-1].get("seconds", max(0.0, (ended - begun).total_seconds())))
 
 
 def kinds(events: Iterable[dict[str, Any]]) -> list[str]:
