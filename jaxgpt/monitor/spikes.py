@@ -25,7 +25,7 @@ class Spikes:
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._high = False
 
-    def usual(self, loss: float) -> float | None:
+    def add(self, loss: float) -> float | None:
         """The mean of the losses before `loss` if it spikes, else None.
 
         A loss that stays high is reported once. NaN and infinities are ignored.
@@ -49,8 +49,8 @@ def with_spikes(run: Run, on_event: Callable[[Event], None]) -> Callable[[Event]
         on_event(event)
         if isinstance(event, Progress):
             for step, loss in enumerate(event.losses, event.step - len(event.losses) + 1):
-                if (usual := spikes.usual(loss)) is not None:
-                    notify(run, on_event, "spike", step, f"loss {loss:.4f}; the loss before was about {usual:.4f}")
+                if (mean := spikes.add(loss)) is not None:
+                    notify(run, on_event, "spike", step, f"loss {loss:.4f}; the loss before was about {mean:.4f}")
 
     return watch
 

@@ -43,25 +43,22 @@ class RunConsole(Console):
 
 
 class Curve:
-    """The losses so far, as at most CURVE means of equally many losses each."""
+    """The losses so far, as at most CURVE means of equally many losses; the last may be of fewer."""
 
     def __init__(self) -> None:
-        self._means: list[float] = []
-        self._rest: list[float] = []  # losses of the next mean
-        self._share = 1  # losses per mean
+        self.points: list[float] = []
+        self._full = self._n = 1  # losses per point, and in the last one
 
     def add(self, loss: float) -> None:
-        self._rest.append(loss)
-        if len(self._rest) == self._share:
-            self._means, self._rest = self.points, []
-        if len(self._means) == CURVE:
-            self._means = [fmean(pair) for pair in zip(self._means[::2], self._means[1::2], strict=True)]
-            self._share *= 2
-
-    @property
-    def points(self) -> list[float]:
-        """The means; the last one may be of fewer losses."""
-        return [*self._means, *([fmean(self._rest)] if self._rest else [])]
+        if self._n < self._full:
+            self._n += 1
+            self.points[-1] += (loss - self.points[-1]) / self._n
+            return
+        if len(self.points) == CURVE:
+            self.points = [fmean(pair) for pair in zip(self.points[::2], self.points[1::2], strict=True)]
+            self._full *= 2
+        self.points.append(loss)
+        self._n = 1
 
 
 class TrainingDisplay(Live):
