@@ -8,7 +8,6 @@ import numpy as np
 from jaxgpt.diagnostics.diagnose import Attention, Curvature, Landscape, Subject
 from jaxgpt.diagnostics.inside import Lens
 from jaxgpt.display.charts import ACCENT, MONO, WARM, Spec, category, chart, columns, layer, quantity, ticks
-from jaxgpt.display.text import visible
 
 SCHEME = "cividis"  # readable for the colour-blind
 SHOWN, HEADS = 48, 6
@@ -76,14 +75,13 @@ def lens(found: Lens, subject: Subject) -> Spec:
     """The most likely next token after each token, by depth."""
 
     def label(token: Any) -> str:
-        return visible(subject.show(token)).replace(" ", "␣")[:6]
+        return subject.show(token).replace(" ", "␣")[:6]
 
     depths, N = len(found.losses), min(24, found.top.shape[2])
     depth, t = np.divmod(np.arange(depths * N), N)
-    cells = columns(depth=depth, t=t, probability=np.asarray(found.probability)[depth, 0, t])
-    for cell in cells:
-        cell["text"] = label(found.top[cell["depth"], 0, cell["t"]])
-    read = [{"t": i, "token": label(token)} for i, token in enumerate(subject.text[:N])]
+    top, probability = (np.asarray(x)[depth, 0, t] for x in (found.top, found.probability))
+    cells = columns(depth=depth, t=t, probability=probability, text=[label(token) for token in top])
+    read = columns(t=np.arange(N), token=[label(token) for token in subject.text[:N]])
     x: Spec = {"field": "t", "type": "ordinal", "title": None, "axis": None}
     y = {"field": "depth", "type": "ordinal", "sort": "descending", "title": "blocks before the head"}
     below = {"x": x, "y": {"value": 26 * depths + 12}, "text": {"field": "token"}}

@@ -113,8 +113,8 @@ class Facts:
     @property
     def running(self) -> bool:
         """Whether it is new or still training."""
-        kinds = [event["event"] for event in self.events if event["event"] in ("start", "end", "broken-off", "import")]
-        return kinds[-1:] in ([], ["start"]) and not self.cut_off
+        ends = [event["event"] for event in self.events if event["event"] in ("start", "end", "broken-off", "import")]
+        return ends[-1:] in ([], ["start"]) and not self.cut_off
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -81,15 +81,14 @@ def look(run: Run, data_dir: Path) -> Looks:
 
     corpus = attempt("tokens", lambda: corpus_of(run, data_dir))
     weights = attempt("weights", lambda: load_checkpoint(run))
-    model, tokenizer, prompt = run.config.model, run.tokenizer, None
+    model, tokenizer, val = run.config.model, run.tokenizer, None
     if corpus:
         train, val = corpus.split(run.config.data)
         looks.ngrams = ngram_losses(train, val, tokenizer.vocab_size)
-        prompt = tokenizer.decode(val[:PROMPT])
     if weights:
         looks.step, params = weights
-        looks.samples = attempt("samples", lambda: samples(run, prompt)) or []
-    if corpus and weights:
+        looks.samples = attempt("samples", lambda: samples(run, val)) or []
+    if weights and val is not None:
         looks.passage = attempt("passage", lambda: read(model, params, val, tokenizer))
         if model.kind == "gpt":
             looks.attention = attempt("attention", lambda: attend(model, params, val, tokenizer))
@@ -103,8 +102,9 @@ def steps(run: Run) -> list[int]:
     return saved if imported else sorted({0, *saved})
 
 
-def samples(run: Run, prompt: str | None) -> list[Sample]:
-    """A sample for each of `steps`, all with the same seed and prompt."""
+def samples(run: Run, val: Ids | None) -> list[Sample]:
+    """A sample for each of `steps`, all with the same seed and, if there are tokens, the beginning of `val` (M,)."""
+    prompt = None if val is None else run.tokenizer.decode(val[:PROMPT])
     found, config, sampling = [], run.config, SamplingParams(TEMPERATURE)
     for step in steps(run):
         try:

@@ -48,7 +48,7 @@ def page(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec],
     return environment().get_template("page.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(facts.name for facts in runs)}",
         allowed=" ".join(map(_source_hash, scripts)),
-        of=f": {runs[which].name}" if len(runs) > 1 else "",
+        of_run=f": {runs[which].name}" if len(runs) > 1 else "",
         missing=[f"{facts.name}, {name}: {why}" for facts, each in zip(runs, looks, strict=True)
                  for name, why in each.missing.items()],
         runs=runs, look=look, charts=charts, refresh=refresh, newest=NEWEST, temperature=TEMPERATURE, counted=COUNTED,

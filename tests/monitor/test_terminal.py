@@ -105,7 +105,7 @@ def test_a_resumed_run_shows_the_best_loss_before_it():
     assert last_drawn(out)[1].endswith("best 1.2500 at 70")
 
 
-def test_a_curve_is_even_short_and_ends_at_the_newest_loss(monkeypatch):
+def test_points_of_a_curve_are_evenly_spaced_few_and_end_at_the_newest_loss(monkeypatch):
     monkeypatch.setattr(terminal, "CURVE", 8)
     curve = terminal.Curve()
     for n in range(1, 100):
