@@ -22,7 +22,7 @@ def noise(found: NoiseScale, subject: Subject) -> Iterator[str]:
     else:
         error = f"{found.scale:,.0f} ± {found.standard_error:,.0f}"
         yield f"gradient noise scale {error} windows of {T} tokens; trained with batches of {B}"
-    yield f"gradient² {found.signal:.3g}, summed variance of a window's {found.noise:.3g} (nats/token)²"
+    yield f"squared gradient {found.signal:.3g}, summed variance over windows {found.noise:.3g} (nats/token)²"
 
 
 def curvature(found: Curvature, subject: Subject) -> Iterator[str]:
@@ -39,8 +39,8 @@ def landscape(found: Landscape, subject: Subject) -> Iterator[str]:
     losses, (first, here) = np.asarray(found.losses), np.interp([0, 1], found.shares, found.path)
     edge, least = np.concatenate([losses[[0, -1]], losses[:, [0, -1]].T]), int(np.argmin(found.path))
     yield f"loss {here:.3f} here, {edge.min():.3f} to {edge.max():.3f} at one filter norm along random directions"
-    at = f"least at {found.shares[least]:.2f} of the way, {found.path[least]:.3f}"
-    yield f"on the line from the initial parameters, at {first:.3f}: {at}"
+    lowest = f"{found.path[least]:.3f}, at {found.shares[least]:.2f} of the way"
+    yield f"on the line from the initial parameters, of loss {first:.3f}, the lowest loss is {lowest}"
 
 
 def influence(found: Influence, subject: Subject) -> Iterator[str]:

@@ -53,7 +53,9 @@ def test_all_diagnoses_are_printed_drawn_and_written(call, capsys):
     assert set(written) == {"run", "step", "effort", *HAS}
     assert len(written["tokens"]["losses"]) == len(TEXT) - 1
     assert f"{max(written['tokens']['losses']):.2f}  '" in out
-    assert f"least at {written['landscape']['shares'][int(np.argmin(written['landscape']['path']))]:.2f}" in out
+    lowest = int(np.argmin(written["landscape"]["path"]))
+    assert f"the lowest loss is {written['landscape']['path'][lowest]:.3f}" in out
+    assert f"at {written['landscape']['shares'][lowest]:.2f} of the way" in out
     # The middles of the plane and of the line, and share 1 of the path, have the same parameters and the same batch.
     middle = written["landscape"]["losses"][1][1]
     np.testing.assert_allclose(np.interp(1, written["landscape"]["shares"], written["landscape"]["path"]), middle, 1e-4)
