@@ -65,7 +65,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     from jaxgpt.cli.mesh import mesh_for
     from jaxgpt.cli.runs import resume, start
     from jaxgpt.monitor import cost, loggers
-    from jaxgpt.monitor.chips import rate
+    from jaxgpt.monitor.chips import utilisation
     from jaxgpt.monitor.spikes import sampler, with_spikes
     from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay
     from jaxgpt.sharding import Sizes
@@ -103,8 +103,9 @@ def _fit(given: Train, existing: Run | None) -> int:
     end = config.optimizer.decay_steps
     if config.optimizer.schedule != "constant" and config.train.steps > end:
         console.print(f"the learning rate stays at {config.optimizer.final_learning_rate:g} from step {end:,} on")
+    used = partial(utilisation, config, jax.devices()[0].device_kind, jax.device_count())
     with (
-        TrainingDisplay(console, config.train.steps, rate(config)) as display,
+        TrainingDisplay(console, config.train.steps, used) as display,
         loggers.logged(run, given.log if primary else (), display) as log,
     ):
         sample = sampler(config.model, corpus.tokenizer) if display.live and jax.device_count() == 1 else None

@@ -19,27 +19,27 @@ class Effort:
     """How much a diagnosis computes."""
 
     windows: int = 256
-    """Windows of training text for per-example gradients: noise, influence."""
+    """Windows of training text whose gradients noise and influence compare."""
     batch: int = 32
     """Windows in the batch of curvature and landscape."""
     steps: int = 20
-    """Lanczos steps, each a Hessian-vector product; the memory is as many times the parameters."""
+    """Lanczos steps of curvature, each a Hessian-vector product; memory for as many copies of the parameters."""
     seed: int = 0
-    """Fixes the windows and the random directions."""
+    """Seed of the windows and the random directions."""
 
 
 @dataclass(frozen=True)
 class Diagnose:
     run: RunName
     only: tuple[Name, ...] = ()
-    """Which diagnoses to make; default: all that the model has."""
+    """Diagnoses to make; default: all that apply to the model."""
     text: str | None = None
-    """The text for lens, attention, tokens and influence; None: the start of the validation split."""
+    """Text for lens, attention, tokens and influence; None: the start of the validation split."""
     effort: Effort = field(default_factory=Effort)
     plots: Path | None = None
-    """A folder for PNGs of curvature, landscape, lens and attention; None draws nothing."""
+    """Folder for PNGs of curvature, landscape, lens and attention; None draws nothing."""
     json: Path | None = None
-    """Where to write all numbers as JSON; None writes nothing."""
+    """JSON file for all numbers; None writes none."""
     checkpoint: Checkpoint = "best"
     folders: Folders = field(default_factory=Folders)
 
@@ -73,9 +73,8 @@ def run(args: list[str]) -> int:
         except UnknownCharacterError as error:
             where = f"character {error.character!r} at position {error.position} of --text"
             raise UsageError(f"{where} is not among the {error.known}") from error
-    names: Sequence[str] = given.only or tuple(
-        name for name in DIAGNOSES if name != "attention" or config.model.kind == "gpt"
-    )
+    has_attention = config.model.kind == "gpt"
+    names: Sequence[str] = given.only or [name for name in DIAGNOSES if name != "attention" or has_attention]
     require(config, given.effort, names, text)
     step, params = load_checkpoint(run, given.checkpoint)
 

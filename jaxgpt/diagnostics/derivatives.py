@@ -21,24 +21,22 @@ Loss = Callable[[Any, Any], jax.Array]
 
 
 def exact(config: ModelConfig) -> ModelConfig:
-    """`config` with float32 matmuls, without dropout and without rematerialization.
-
-    The rounding of bf16 matmuls shows in Hessian-vector products; fused attention kernels have no second derivative.
-    """
+    """`config` with float32 matmuls, without dropout and rematerialization: bf16 matmuls would round Hessian-vector
+    products too much, and fused attention kernels have no second derivative."""
     return replace(config, precision="float32", dropout=0.0, remat="none")
 
 
 def mean_loss(config: ModelConfig, chunk: int = 16) -> Loss:
     """The loss of a model in nats per token, of params and a batch of (B, T) inputs and targets.
 
-    Larger batches are computed `chunk` windows at a time, which the backward pass recomputes, so that memory does not
-    grow with B.
+    Batches of more than `chunk` windows are computed in chunks, which the backward pass recomputes, so that memory does
+    not grow with B.
     """
     config = exact(config)
 
     def loss(params: model.Params, batch: Any) -> jax.Array:
         def one(window: Any) -> jax.Array:
-            with jax.default_matmul_precision("highest"):  # accelerators round the inputs of float32 matmuls too
+            with jax.default_matmul_precision("highest"):  # else accelerators round the inputs of float32 matmuls
                 return model.losses(config, params, window.inputs[None], window.targets[None]).mean()
 
         each = jax.checkpoint(one) if len(batch.inputs) > chunk else one
@@ -50,12 +48,12 @@ def mean_loss(config: ModelConfig, chunk: int = 16) -> Loss:
 def per_example(
     loss: Loss, params: Any, batch: Any, take: Callable[[Any], Any] = lambda gradient: gradient, chunk: int = 8
 ) -> Any:
-    """`take(gradient)` of the loss of each of the B examples, (B, ...), as `vmap(grad)` gives it.
+    """`take(gradient)` for the gradient of each of the B examples, (B, ...): `vmap(grad)` in less memory.
 
     Args:
-      take: a function of a gradient, a tree like `params`; only its results are kept. The default keeps the gradients:
-        B times the memory of the parameters.
-      chunk: how many gradients are computed at once.
+      take: a function of a gradient (a tree like `params`) whose results are kept. The default keeps whole gradients, B
+        times the memory of the parameters.
+      chunk: gradients computed at once.
     """
 
     def one(example: Any) -> Any:
@@ -67,22 +65,19 @@ def per_example(
 class NoiseScale(NamedTuple):
     """How much per-example gradients differ: float32 scalars, except `norms`."""
 
-    scale: jax.Array  # B_simple, in examples: noise / signal
+    scale: jax.Array  # B_simple = noise / signal, in examples
     standard_error: jax.Array  # of scale, by the jackknife
-    signal: jax.Array  # |G|**2 of the true gradient G, an unbiased estimate: may be negative if noise dominates
+    signal: jax.Array  # |G|**2 of the true gradient G; the unbiased estimate may be negative if noise dominates
     noise: jax.Array  # tr(Sigma), the summed variance of an example's gradient
     norms: jax.Array  # (B,) of each example's gradient
 
 
 def noise_scale(loss: Loss, params: Any, batch: Any, chunk: int = 8) -> NoiseScale:
     """The simple gradient noise scale (McCandlish et al. 2018, "An empirical model of large-batch training",
-    arXiv:1812.06162, eq. 2.9 and appendix A.1): about the largest batch that still learns as much per example.
+    arXiv:1812.06162, eq. 2.9 and appendix A.1): about the largest batch size at which each example still helps as much.
 
-    Their unbiased estimates from gradients of two batch sizes, here 1 and B. The ratio has a small bias, and is precise
-    only if B is near the scale itself: see its standard error.
-
-    Args:
-      batch: B independent examples, at least 3.
+    Signal and noise are estimated without bias from gradients of two batch sizes, here 1 and B. Their ratio has a small
+    bias, and is precise only if B, the number of independent examples, is near the scale: see its standard error.
 
     Raises:
       ValueError: fewer than 3 examples.
@@ -113,10 +108,9 @@ def noise_scale(loss: Loss, params: Any, batch: Any, chunk: int = 8) -> NoiseSca
 def influence(loss: Loss, params: Any, train: Any, val: Any, chunk: int = 8) -> jax.Array:
     """The dot product of the gradients of each validation and each training example, (N_val, N_train).
 
-    To first order, a step of gradient descent with learning rate r on a training example lowers the loss of a
-    validation example by r times it. This is one term of TracIn (Pruthi et al. 2020, arXiv:2002.08484), which sums over
-    checkpoints, each times its learning rate. Units: nats per token, per unit of learning rate. AdamW and Muon take
-    other steps, so use it to rank examples, not to predict losses.
+    To first order, it is how much a step of gradient descent on the training example lowers the loss of the validation
+    example, in nats per token per unit of learning rate. TracIn (Pruthi et al. 2020, arXiv:2002.08484) sums it over
+    checkpoints, weighted by learning rate. AdamW and Muon take other steps: rank examples by it, predict no losses.
 
     Memory: the gradients of all validation examples, and of `chunk` training examples.
     """
@@ -129,20 +123,17 @@ def influence(loss: Loss, params: Any, train: Any, val: Any, chunk: int = 8) -> 
 
 
 def hvp(loss: Loss, params: Any, batch: Any, v: Any) -> Any:
-    """The Hessian of the loss times `v`, a tree like `params`: the forward-mode derivative of the gradient along v.
-
-    Costs about two gradients (Pearlmutter 1994, "Fast exact multiplication by the Hessian").
-    """
+    """The Hessian of the loss times `v`, a tree like `params`, at the cost of about two gradients: the forward-mode
+    derivative of the gradient along v (Pearlmutter 1994, "Fast exact multiplication by the Hessian")."""
     return jax.jvp(lambda params: jax.grad(loss)(params, batch), (params,), (v,))[1]
 
 
 class Lanczos(NamedTuple):
-    """The result of K Lanczos steps with a symmetric (P, P) matrix. Its eigenvalues below are Ritz values, in ascending
-    order; those at the ends of the spectrum converge first."""
+    """The result of K Lanczos steps with a symmetric (P, P) matrix."""
 
-    values: jax.Array  # (K,)
-    weights: jax.Array  # (K,) the share of the start vector along each; they sum to 1
-    errors: jax.Array  # (K,) distance to the nearest eigenvalue, at most, or the rounding error if that is larger
+    values: jax.Array  # (K,) Ritz values, ascending: estimates of eigenvalues, best at the ends of the spectrum
+    weights: jax.Array  # (K,) share of the start vector along the eigenvector of each; they sum to 1
+    errors: jax.Array  # (K,) bound of the distance to the nearest eigenvalue, or the rounding error if that is larger
     top: jax.Array  # (P,) the unit eigenvector of the largest
 
 
@@ -152,7 +143,7 @@ def lanczos(matvec: Callable[[jax.Array], jax.Array], start: jax.Array, steps: i
     Args:
       matvec: (P,) -> (P,), multiplies by the symmetric matrix.
       start: (P,), not zero.
-      steps: K, up to P. K vectors of P floats are held.
+      steps: K, at most P, and the number of (P,) vectors in memory.
     """
     P, K = start.size, min(steps, start.size)
     dot = partial(jnp.dot, precision="highest")
@@ -165,13 +156,13 @@ def lanczos(matvec: Callable[[jax.Array], jax.Array], start: jax.Array, steps: i
         for _ in range(2):  # twice, because of rounding
             w = w - dot(basis.T, dot(basis, w))
         length = jnp.linalg.norm(w)
-        length = jnp.where(length > 1e-5 * size, length, 0)  # 0: the basis spans all that the start vector reaches
+        length = jnp.where(length > 1e-5 * size, length, 0)  # 0: the basis spans the whole Krylov space
         following = jnp.where(length > 0, w / jnp.where(length > 0, length, 1), 0)
         return (basis, following, size), (diagonal, length, (q @ q) > 0)
 
     begin = jnp.zeros((K, P), start.dtype), start / jnp.linalg.norm(start), jnp.zeros((), start.dtype)
     (basis, *_), (diagonal, beside, alive) = jax.lax.scan(step, begin, jnp.arange(K))
-    # Steps after the last repeat the first Rayleigh quotient, which leaves the ends of the spectrum unchanged.
+    # Steps beyond that repeat the first Rayleigh quotient, which leaves the ends of the spectrum unchanged.
     diagonal = jnp.where(alive, diagonal, diagonal[0])
     values, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1))
     eps, weights = jnp.finfo(start.dtype).eps, vectors[0] ** 2
@@ -184,8 +175,8 @@ def spectrum(loss: Loss, params: Any, batch: Any, key: jax.Array, steps: int = 3
     """The spectrum of the Hessian by `lanczos` from random starts, each leaf of the result (probes, ...).
 
     The weights at the Ritz values approximate the eigenvalue density (stochastic Lanczos quadrature: Ghorbani et al.
-    2019, arXiv:1901.10159). Eigenvalues are in nats per token per squared unit of a parameter; `top` is flat, in the
-    order of `ravel_pytree`. Memory: `steps` times the parameters; the starts run one after another.
+    2019, arXiv:1901.10159). `top` is in the order of `ravel_pytree`. Memory: `steps` times the parameters; the starts
+    run one after another.
     """
     flat, times = _flat_hessian(loss, params, batch)
     start = partial(jax.random.normal, shape=flat.shape, dtype=flat.dtype)
@@ -193,8 +184,8 @@ def spectrum(loss: Loss, params: Any, batch: Any, key: jax.Array, steps: int = 3
 
 
 def trace(loss: Loss, params: Any, batch: Any, key: jax.Array, probes: int = 16) -> jax.Array:
-    """Unbiased estimates of the trace of the Hessian, (probes,): v . H v for vectors v of random signs (Hutchinson
-    1989). Their variance is twice the sum of the squared off-diagonal entries of H."""
+    """Unbiased estimates of the trace of the Hessian H, (probes,): v . H v for random signs v (Hutchinson 1989), whose
+    variance is twice the sum of the squared off-diagonal entries of H."""
     flat, times = _flat_hessian(loss, params, batch)
 
     def one(key: jax.Array) -> jax.Array:
@@ -205,17 +196,16 @@ def trace(loss: Loss, params: Any, batch: Any, key: jax.Array, probes: int = 16)
 
 
 def _flat_hessian(loss: Loss, params: Any, batch: Any) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """The parameters as one vector (P,), and the product of the Hessian with such a vector."""
+    """The parameters as one vector (P,), and the function that multiplies such a vector by the Hessian."""
     flat, unravel = ravel_pytree(params)
     return flat, lambda v: ravel_pytree(hvp(loss, params, batch, unravel(v)))[0]
 
 
 def filter_normalised(params: Any, key: jax.Array) -> Any:
-    """A random direction, each filter scaled to the norm of that filter of `params` (Li et al. 2018, "Visualizing the
-    loss landscape of neural nets", arXiv:1712.09913), so that landscapes of models of different scale compare.
+    """A random direction whose filters have the norms of those of `params`, so that landscapes of models of different
+    scale can be compared (Li et al. 2018, "Visualizing the loss landscape of neural nets", arXiv:1712.09913).
 
-    A filter is a column of a kernel (..., K, N) or a row of an embedding. Biases and norm scales do not move, as in the
-    paper.
+    A filter is a column of a kernel (..., K, N) or a row of an embedding; biases and norm scales do not move.
     """
 
     def scaled(path: tuple[Any, ...], d: jax.Array, p: jax.Array) -> jax.Array:
@@ -227,17 +217,12 @@ def filter_normalised(params: Any, key: jax.Array) -> Any:
     return jax.tree_util.tree_map_with_path(scaled, optax.tree.random_like(key, params), params)
 
 
-def moved(params: Any, direction: Any, distance: jax.Array | float) -> Any:
-    """`params + distance * direction`."""
-    return jax.tree.map(lambda p, d: p + distance * d, params, direction)
-
-
 def along(loss: Loss, params: Any, batch: Any, direction: Any, distances: jax.Array) -> jax.Array:
-    """The loss at `params + distance * direction`: (N,) distances -> (N,). With the difference of two sets of
-    parameters as the direction, it interpolates between them (Goodfellow et al. 2015, arXiv:1412.6544)."""
-    return jax.lax.map(lambda distance: loss(moved(params, direction, distance), batch), distances)
+    """The loss at `params + distance * direction`: (N,) distances -> (N,). If the direction is the difference to other
+    parameters, this interpolates between both (Goodfellow et al. 2015, arXiv:1412.6544)."""
+    return jax.lax.map(lambda distance: loss(optax.tree.add_scale(params, distance, direction), batch), distances)
 
 
 def plane(loss: Loss, params: Any, batch: Any, first: Any, second: Any, xs: jax.Array, ys: jax.Array) -> jax.Array:
     """The loss at `params + x * first + y * second`: (X,) and (Y,) distances -> (Y, X)."""
-    return jax.lax.map(lambda y: along(loss, moved(params, second, y), batch, first, xs), ys)
+    return jax.lax.map(lambda y: along(loss, optax.tree.add_scale(params, y, second), batch, first, xs), ys)

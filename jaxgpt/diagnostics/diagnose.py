@@ -1,4 +1,4 @@
-"""The diagnoses of a trained model: each a function of (subject, effort) that returns a NamedTuple of arrays."""
+"""The diagnoses of a trained model: functions of (subject, effort) that return a NamedTuple of arrays."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,105 +13,109 @@ from jax.flatten_util import ravel_pytree
 from jaxgpt import model, prng
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, UsageError
-from jaxgpt.data import Batch, Ids, estimate_starts, take
+from jaxgpt.data import Batch, Ids, Starts, estimate_starts, take
 from jaxgpt.diagnostics import derivatives, inside
 from jaxgpt.diagnostics.cli import Effort
-from jaxgpt.diagnostics.derivatives import Lanczos, NoiseScale, mean_loss
+from jaxgpt.diagnostics.derivatives import Lanczos, Loss, NoiseScale, mean_loss
 from jaxgpt.display.text import visible
 from jaxgpt.monitor import cost
 from jaxgpt.step import init_state
 
 PROBES, GRID = 8, 13
-"""Random vectors that estimate the trace of the Hessian; points on each side of the landscape's plane."""
+"""Random vectors that estimate the trace of the Hessian; points along each side of the landscape's plane."""
 BATCH, WINDOWS, _, SPECTRUM, TRACE, FIRST, SECOND = range(7)
-"""What random numbers are drawn for."""
+"""The purposes of random numbers, each with its own stream."""
 
 
 class Subject(NamedTuple):
-    """A trained model, and its text."""
+    """A trained model, the tokens it was trained on, and a text to look at."""
 
     config: Config
     params: model.Params
     train: Ids
-    text: Ids  # for the diagnoses of single tokens; its first block_size + 1 are one window
+    text: Ids
     texts: list[str]  # of each token id
 
     def show(self, ids: Any) -> str:
         """Tokens on one line; "?" for the padding of the vocabulary."""
         return "".join(visible(self.texts[i]) if i < len(self.texts) else "?" for i in np.atleast_1d(ids))
 
-    def window(self, start: Any) -> str:
-        """A window of the training text, on one line."""
-        return self.show(self.train[int(start) : int(start) + self.config.model.block_size + 1])
+    @property
+    def loss(self) -> Loss:
+        return mean_loss(self.config.model)
 
     @property
     def first(self) -> Batch:
-        """The first block_size + 1 tokens of the text, or all if there are fewer, as a batch of one."""
+        """The first window of the text, as a batch of one; all of a text that is shorter."""
         return take(self.text, np.zeros(1, np.int64), min(self.config.model.block_size, len(self.text) - 1))
+
+    def windows(self, seed: int, purpose: int, n: int) -> tuple[Batch, Starts]:
+        """`n` random windows of the training tokens, and where they start."""
+        T = self.config.model.block_size
+        starts = estimate_starts(seed, purpose, len(self.train), T, n)
+        return take(self.train, starts, T), starts
 
 
 def noise(subject: Subject, effort: Effort) -> NoiseScale:
-    """The gradient noise scale, from windows of the training text."""
-    measure = jax.jit(partial(derivatives.noise_scale, mean_loss(subject.config.model)))
-    return measure(subject.params, _windows(subject, effort.seed, WINDOWS, effort.windows))
+    """The gradient noise scale, from windows of the training tokens."""
+    windows, _ = subject.windows(effort.seed, WINDOWS, effort.windows)
+    return jax.jit(partial(derivatives.noise_scale, subject.loss))(subject.params, windows)
 
 
 class Curvature(NamedTuple):
     spectrum: Lanczos
     traces: Any  # (PROBES,) estimates
     distances: Any  # (N,) along the eigenvector of the largest eigenvalue
-    losses: Any  # (N,) there
-    slope: Any  # () of the loss along it
+    losses: Any  # (N,) at these distances
+    slope: Any  # () of the loss along the eigenvector
 
 
 def curvature(subject: Subject, effort: Effort) -> Curvature:
     """Spectrum and trace of the Hessian of a batch's loss, and the loss along the top eigenvector, as far as a parabola
     of that curvature takes to rise by half a nat."""
-    loss, params = mean_loss(subject.config.model), subject.params
-    batch = _windows(subject, effort.seed, BATCH, effort.batch)
+    loss, params = subject.loss, subject.params
+    batch, _ = subject.windows(effort.seed, BATCH, effort.batch)
     measure = jax.jit(partial(derivatives.spectrum, loss, steps=effort.steps))
-    found = jax.tree.map(lambda x: x[0], measure(params, batch, _key(effort.seed, SPECTRUM)))
+    spectrum = jax.tree.map(lambda x: x[0], measure(params, batch, _key(effort.seed, SPECTRUM)))
     traces = jax.jit(partial(derivatives.trace, loss, probes=PROBES))(params, batch, _key(effort.seed, TRACE))
-    reach = 1 / np.sqrt(max(float(found.values[-1]), 1e-6))
-    distances, direction = np.linspace(-reach, reach, 21, dtype=np.float32), ravel_pytree(params)[1](found.top)
+    reach = 1 / np.sqrt(max(float(spectrum.values[-1]), 1e-6))
+    distances, direction = np.linspace(-reach, reach, 21, dtype=np.float32), ravel_pytree(params)[1](spectrum.top)
     losses = jax.jit(partial(derivatives.along, loss))(params, batch, direction, distances)
     slope = optax.tree.vdot(jax.jit(jax.grad(loss))(params, batch), direction)
-    return Curvature(found, traces, distances, losses, slope)
+    return Curvature(spectrum, traces, distances, losses, slope)
 
 
 class Landscape(NamedTuple):
-    places: Any  # (GRID,) distances along each direction, in norms of the filters
+    places: Any  # (GRID,) distances along each direction, in filter norms
     losses: Any  # (GRID, GRID): [y, x]
-    shares: Any  # (N,) of the way from the initial parameters, 0, to these, 1
-    path: Any  # (N,) the loss there
+    shares: Any  # (N,) of the way from the initial parameters (0) to the trained ones (1)
+    path: Any  # (N,) the losses at these shares
 
 
 def landscape(subject: Subject, effort: Effort) -> Landscape:
-    """The loss of a batch in a plane of two random directions, and on the line from the initial parameters.
-
-    The initial parameters are random ones, even if the run began with imported weights.
-    """
-    loss, params = mean_loss(subject.config.model), subject.params
-    batch = _windows(subject, effort.seed, BATCH, effort.batch)
+    """The loss of a batch in a plane of two random directions, and on the line from the initial parameters, which are
+    random ones even if the run began with imported weights."""
+    loss, params = subject.loss, subject.params
+    batch, _ = subject.windows(effort.seed, BATCH, effort.batch)
     directions = [derivatives.filter_normalised(params, _key(effort.seed, k)) for k in (FIRST, SECOND)]
     places, shares = np.linspace(-1, 1, GRID, dtype=np.float32), np.linspace(-0.2, 1.4, 33, dtype=np.float32)
     losses = jax.jit(partial(derivatives.plane, loss))(params, batch, *directions, places, places)
-    first = init_state(subject.config).params
-    way = jax.tree.map(jnp.subtract, params, first)
-    return Landscape(places, losses, shares, jax.jit(partial(derivatives.along, loss))(first, batch, way, shares))
+    initial = init_state(subject.config).params
+    way = optax.tree.sub(params, initial)
+    path = jax.jit(partial(derivatives.along, loss))(initial, batch, way, shares)
+    return Landscape(places, losses, shares, path)
 
 
 class Influence(NamedTuple):
     dots: Any  # (windows,) dot products of gradients, nats per token per unit of learning rate
-    starts: Any  # (windows,) where each begins in the training text
+    starts: Any  # (windows,) position of each in the training tokens
 
 
 def influence(subject: Subject, effort: Effort) -> Influence:
-    """How windows of the training text change the loss of the first window of the text."""
-    T = subject.config.model.block_size
-    starts = estimate_starts(effort.seed, WINDOWS, len(subject.train), T, effort.windows)
-    measure = jax.jit(partial(derivatives.influence, mean_loss(subject.config.model)))
-    return Influence(measure(subject.params, take(subject.train, starts, T), subject.first)[0], starts)
+    """`derivatives.influence` of windows of the training tokens on the first window of the text."""
+    windows, starts = subject.windows(effort.seed, WINDOWS, effort.windows)
+    measure = jax.jit(partial(derivatives.influence, subject.loss))
+    return Influence(measure(subject.params, windows, subject.first)[0], starts)
 
 
 def lens(subject: Subject, effort: Effort) -> inside.Lens:
@@ -124,12 +128,12 @@ class Attention(NamedTuple):
 
     maps: Any  # (L, H, T, T)
     entropy: Any  # (L, H) nats, mean over tokens; its exponential is about the number of tokens that a head attends to
-    uniform: Any  # () nats, that of uniform attention
+    uniform: Any  # () entropy of uniform attention
     distance: Any  # (L, H) mean distance to the key, in tokens
 
 
 def attention(subject: Subject, effort: Effort) -> Attention:
-    """`inside.attention_maps` of the text, and their entropy and reach."""
+    """`inside.attention_maps` of the first window of the text, with their entropy and distance."""
     config, idx = subject.config.model, subject.first.inputs
     maps = jax.jit(partial(inside.attention_maps, config))(subject.params, idx)[:, 0]
     t = jnp.arange(idx.shape[1])
@@ -139,8 +143,8 @@ def attention(subject: Subject, effort: Effort) -> Attention:
 
 
 def tokens(subject: Subject, effort: Effort) -> inside.Scores:
-    """`inside.token_scores` of the text, in windows that overlap by half: beyond the first window, each token sees at
-    least half a context."""
+    """`inside.token_scores` of the text, in windows that overlap by half: beyond the first window, each token has at
+    least half a context before it."""
     config = subject.config.model
     half = max(1, min(config.block_size, len(subject.text) - 1) // 2)
     return inside.token_scores(config, subject.params, subject.text, min(5, config.vocab_size), half)
@@ -156,7 +160,7 @@ def require(config: Config, effort: Effort, names: Sequence[str], text: Ids) -> 
 
     Raises:
       UsageError: a number is out of range, the text is too short, a bigram has no attention, or the Lanczos vectors do
-        not fit into the memory.
+        not fit into memory.
     """
     for name, low in {"windows": 3, "batch": 1, "steps": 2, "seed": 0}.items():
         if getattr(effort, name) < low:
@@ -168,15 +172,9 @@ def require(config: Config, effort: Effort, names: Sequence[str], text: Ids) -> 
     free, vector = memory.available(), cost.FLOAT * cost.n_params(config.model)
     if "curvature" in names and free is not None and vector * (effort.steps + 6) > free:
         raise UsageError(
-            f"{effort.steps} Lanczos steps hold as many vectors of {memory.size(vector)}; {memory.size(free)} are "
-            f"free: try --steps {max(2, free // vector - 6)}, or leave curvature out of --only"
+            f"{effort.steps} Lanczos steps need as many vectors of {memory.size(vector)}, {memory.size(free)} is free: "
+            f"try --steps {max(2, free // vector - 6)}, or leave curvature out of --only"
         )
-
-
-def _windows(subject: Subject, seed: int, purpose: int, n: int) -> Batch:
-    """`n` random windows of the training text."""
-    T = subject.config.model.block_size
-    return take(subject.train, estimate_starts(seed, purpose, len(subject.train), T, n), T)
 
 
 def _key(seed: int, purpose: int) -> jax.Array:

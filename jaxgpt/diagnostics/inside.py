@@ -1,4 +1,4 @@
-"""A look inside a model: attention maps, the logit lens, and the loss of every token of a text."""
+"""A look inside a model: attention maps, the logit lens, and the loss of each token of a text."""
 
 from dataclasses import replace
 from functools import partial
@@ -18,11 +18,10 @@ from jaxgpt.loss import token_losses
 
 
 def attention_maps(config: ModelConfig, params: model.Params, idx: jax.Array) -> jax.Array:
-    """How much each token attends to each: (B, T) ids -> (L, B, H, T, T), from query t (row) to key s.
+    """The attention weights of query t (row) for key s (column): (B, T) ids -> (L, B, H, T, T).
 
-    Rows sum to one; above the diagonal, and outside a window, there are zeros. They are the weights of the reference
-    attention in float32, without dropout, whichever kernel and precision `forward` uses. All maps exist at once:
-    L B H T**2 floats.
+    Rows sum to one; above the diagonal and outside the window they are 0. The reference attention computes them in
+    float32 without dropout, whichever kernel and precision `forward` uses. Memory: L B H T**2 floats.
 
     Raises:
       ValueError: T is longer than block_size, or the model is a bigram.
@@ -37,9 +36,9 @@ def attention_maps(config: ModelConfig, params: model.Params, idx: jax.Array) ->
 
 def logit_lens(config: ModelConfig, params: model.Params, idx: jax.Array) -> jax.Array:
     """The last norm and the head applied to the residual stream at every depth, in float32: (B, T) ids ->
-    (L + 1, B, T, V).
+    (L + 1, B, T, V) logits.
 
-    Depth 0 is the embeddings, depth l the output of block l; the last are the logits of `forward` (nostalgebraist 2020,
+    Depth 0 is the embeddings, depth l the output of block l; the last has the logits of `forward` (nostalgebraist 2020,
     "interpreting GPT: the logit lens"). A bigram has only depth 0.
 
     Raises:
@@ -52,13 +51,13 @@ def logit_lens(config: ModelConfig, params: model.Params, idx: jax.Array) -> jax
     norm, kernel = model.norm(config, "ln_f"), model.head_kernel(config, params)
     if isinstance(norm, nn.Module):
         norm = norm.bind({"params": params["ln_f"]})
-    stream = [blocks[0][0][0], *(out for _, out in blocks)]  # what the first block reads, and what each returns
+    stream = [blocks[0][0][0], *(out for _, out in blocks)]  # input of the first block, output of each
     with jax.default_matmul_precision("highest"):
         return jnp.stack([model.head(config, norm(x), kernel).astype(jnp.float32) for x in stream])
 
 
 def _calls(config: ModelConfig, params: model.Params, idx: jax.Array, kind: Any, method: str) -> list[Any]:
-    """(arguments, result) of each call of a module's method in a float32 forward pass, block by block."""
+    """(arguments, result) of each call of a method of the modules of a `kind` in a float32 forward pass."""
     found = []
 
     def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -73,16 +72,16 @@ def _calls(config: ModelConfig, params: model.Params, idx: jax.Array, kind: Any,
 
 
 class Lens(NamedTuple):
-    """The prediction of the next token at each depth of the model."""
+    """The prediction of the next token at each depth of the model; arrays (L + 1, B, T)."""
 
-    losses: jax.Array  # (L + 1, B, T) nats, of the targets
-    divergence: jax.Array  # (L + 1, B, T) nats, KL(last || this)
-    top: jax.Array  # (L + 1, B, T) the most likely id
-    probability: jax.Array  # (L + 1, B, T) of that id
+    losses: jax.Array  # nats
+    divergence: jax.Array  # KL(last depth || this depth), nats
+    top: jax.Array  # the most likely id
+    probability: jax.Array  # of that id
 
 
 def lens(config: ModelConfig, params: model.Params, batch: Any) -> Lens:
-    """`logit_lens` on a batch of (B, T) inputs and targets. Holds all (L + 1) B T V logits at once."""
+    """`logit_lens` on a batch of (B, T) inputs and targets. Memory: (L + 1) B T V logits."""
     logits = logit_lens(config, params, batch.inputs)
     log_p = jax.nn.log_softmax(logits)
     last = log_p[-1][None]
@@ -92,19 +91,19 @@ def lens(config: ModelConfig, params: model.Params, batch: Any) -> Lens:
 
 
 class Scores(NamedTuple):
-    """The N - 1 tokens after the first of a text, in order."""
+    """Predictions of the N - 1 tokens after the first of a text."""
 
-    losses: Any  # (N - 1,) nats: -log of the probability of the token
-    ids: Any  # (N - 1, k) the most likely tokens in its place, the likeliest first
-    probabilities: Any  # (N - 1, k) of these
+    losses: Any  # (N - 1,) nats
+    ids: Any  # (N - 1, k) the most likely tokens at that position, the likeliest first
+    probabilities: Any  # (N - 1, k) of `ids`
 
 
 def token_scores(config: ModelConfig, params: model.Params, tokens: Ids, k: int = 5, stride: int = 0) -> Scores:
-    """The loss of each token of a text (N,) given those before it, in float32, and the k likeliest in its place.
+    """The loss of each token of a text (N,), in float32, and the k most likely tokens at its position.
 
     Args:
-      stride: how far windows of block_size are apart. 0: block_size, as in `evaluate`, whose loss is then their mean;
-        1: each token sees all of the block_size tokens before it, at block_size times the cost.
+      stride: distance of the windows of block_size. 0: block_size, as in `evaluate`, whose loss is the mean of these;
+        1: each token has the block_size tokens before it as context, at block_size times the cost.
 
     Raises:
       ValueError: fewer than 2 tokens, or stride is out of range.
@@ -119,14 +118,14 @@ def token_scores(config: ModelConfig, params: model.Params, tokens: Ids, k: int 
     inputs = starts[:, None] + np.arange(T)[None]  # (windows, T) the position of each input token
     tokens = np.asarray(tokens, np.int32)
     scores = jax.device_get(_scores(exact(config), k, params, tokens[inputs], tokens[inputs + 1]))
-    # A token in several windows counts in the first of them, where it has the most context.
+    # Of several windows with a token, the first gives it the most context.
     first = np.unique(inputs, return_index=True)[1]
     return Scores(*(x.reshape(-1, *x.shape[2:])[first] for x in scores))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _scores(config: ModelConfig, k: int, params: model.Params, inputs: jax.Array, targets: jax.Array) -> Scores:
-    """Scores (windows, T, ...), one window at a time: the logits of all of them may not fit."""
+    """Scores (windows, T, ...), one window at a time, because the logits of all may not fit into memory."""
 
     def one(window: tuple[jax.Array, jax.Array]) -> Scores:
         with jax.default_matmul_precision("highest"):

@@ -1,4 +1,4 @@
-"""Charts of those diagnoses that a few lines of text cannot show."""
+"""Charts of the diagnoses that need more than a few lines of text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,15 +8,14 @@ import numpy as np
 from jaxgpt.diagnostics.diagnose import Attention, Curvature, Landscape, Subject
 from jaxgpt.diagnostics.inside import Lens
 from jaxgpt.display.charts import ACCENT, MONO, WARM, Spec, category, chart, columns, layer, quantity, ticks
-from jaxgpt.display.text import spaced
 
-SCHEME = "cividis"  # for the colour-blind as for others
+SCHEME = "cividis"  # readable for the colour-blind
 SHOWN, HEADS = 48, 6
-"""Tokens of a window whose attention is drawn, at most, and blocks and heads."""
+"""Most tokens whose attention is drawn, and most blocks and heads."""
 
 
 def attention_maps(maps: Any) -> Spec:
-    """A map for each block and head of weights (L, H, T, T): rows attend to columns."""
+    """Weights (L, H, T, T) as a map for each block and head: rows attend to columns."""
     block, head, t, s = np.nonzero(np.broadcast_to(np.tril(np.ones(maps.shape[2:])), maps.shape))
     blank = {"labels": False, "ticks": False, "grid": False, "domain": False}
     x, y = ({"field": name, "type": "ordinal", "axis": blank, "title": None} for name in ("s", "t"))
@@ -34,7 +33,7 @@ def attention_maps(maps: Any) -> Spec:
 
 
 def curvature(found: Curvature, subject: Subject) -> Spec:
-    """The Ritz values with their weights, and the loss along the top eigenvector beside its parabola."""
+    """The Ritz values with their weights, and the loss along the top eigenvector beside the predicted parabola."""
     values, weights = np.asarray(found.spectrum.values), np.asarray(found.spectrum.weights)
     low = float(max(1e-8, weights[weights > 0].min()) / 2)
     rows = columns(value=values, weight=np.maximum(weights, low), low=low)
@@ -47,13 +46,12 @@ def curvature(found: Curvature, subject: Subject) -> Spec:
     ]
     distance, losses = np.asarray(found.distances), np.asarray(found.losses)
     parabola = losses[len(losses) // 2] + found.slope * distance + 0.5 * values[-1] * distance**2
-    names = ["loss", "parabola of the largest eigenvalue"]
-    curves = columns(line=names[0], distance=distance, loss=losses)
-    curves += columns(line=names[1], distance=distance, loss=parabola)
+    lines = {"loss": losses, "parabola of the largest eigenvalue": parabola}
+    curves = [row for name, loss in lines.items() for row in columns(line=name, distance=distance, loss=loss)]
     encoding = {
         "x": quantity("distance", "distance along its eigenvector", {"grid": False, "tickCount": 7}),
         "y": quantity("loss", "loss of the batch, nats/token"),
-        "color": category("line", names, (ACCENT, WARM), {"title": None, "labelLimit": 300}),
+        "color": category("line", list(lines), (ACCENT, WARM), {"title": None, "labelLimit": 300}),
     }
     return chart(hconcat=[_panel(sticks), _panel([layer(curves, "line", encoding)])])
 
@@ -74,13 +72,16 @@ def landscape(found: Landscape, subject: Subject) -> Spec:
 
 
 def lens(found: Lens, subject: Subject) -> Spec:
-    """The likeliest next token after each token read, by depth."""
+    """The most likely next token after each token, by depth."""
+
+    def label(token: Any) -> str:
+        return subject.show(token).replace(" ", "␣")[:6]
+
     depths, N = len(found.losses), min(24, found.top.shape[2])
     depth, t = np.divmod(np.arange(depths * N), N)
-    cells = columns(depth=depth, t=t, probability=np.asarray(found.probability)[depth, 0, t])
-    for cell in cells:
-        cell["text"] = spaced(subject.show(found.top[cell["depth"], 0, cell["t"]]))[:6]
-    read = [{"t": i, "token": spaced(subject.show(token))[:6]} for i, token in enumerate(subject.text[:N])]
+    top, probability = (np.asarray(x)[depth, 0, t] for x in (found.top, found.probability))
+    cells = columns(depth=depth, t=t, probability=probability, text=[label(token) for token in top])
+    read = columns(t=np.arange(N), token=[label(token) for token in subject.text[:N]])
     x: Spec = {"field": "t", "type": "ordinal", "title": None, "axis": None}
     y = {"field": "depth", "type": "ordinal", "sort": "descending", "title": "blocks before the head"}
     below = {"x": x, "y": {"value": 26 * depths + 12}, "text": {"field": "token"}}
@@ -105,7 +106,7 @@ CHARTS: dict[str, Callable[[Any, Subject], Spec]] = {
 
 
 def _shade(field: str, title: str, **scale: Any) -> Spec:
-    """A quantity as a colour."""
+    """A quantity as colour."""
     legend = {"title": title, "orient": "right", "gradientLength": 120}
     return {"field": field, "type": "quantitative", "scale": {"scheme": SCHEME, **scale}, "legend": legend}
 

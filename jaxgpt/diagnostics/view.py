@@ -12,7 +12,7 @@ from jaxgpt.diagnostics.inside import Lens, Scores
 from jaxgpt.monitor import cost
 
 LONGEST = 20_000
-"""Elements of an array, at most, that are written as JSON; of a larger array only the shape is."""
+"""Most elements of an array in JSON; a larger one is written as its shape."""
 
 
 def noise(found: NoiseScale, subject: Subject) -> Iterator[str]:
@@ -22,7 +22,7 @@ def noise(found: NoiseScale, subject: Subject) -> Iterator[str]:
     else:
         error = f"{found.scale:,.0f} ± {found.standard_error:,.0f}"
         yield f"gradient noise scale {error} windows of {T} tokens; trained with batches of {B}"
-    yield f"gradient² {found.signal:.3g}, summed variance of a window's {found.noise:.3g} (nats/token)²"
+    yield f"squared gradient {found.signal:.3g}, summed variance over windows {found.noise:.3g} (nats/token)²"
 
 
 def curvature(found: Curvature, subject: Subject) -> Iterator[str]:
@@ -39,16 +39,17 @@ def landscape(found: Landscape, subject: Subject) -> Iterator[str]:
     losses, (first, here) = np.asarray(found.losses), np.interp([0, 1], found.shares, found.path)
     edge, least = np.concatenate([losses[[0, -1]], losses[:, [0, -1]].T]), int(np.argmin(found.path))
     yield f"loss {here:.3f} here, {edge.min():.3f} to {edge.max():.3f} at one filter norm along random directions"
-    at = f"least at {found.shares[least]:.2f} of the way, {found.path[least]:.3f}"
-    yield f"on the line from the initial parameters, at {first:.3f}: {at}"
+    lowest = f"{found.path[least]:.3f}, at {found.shares[least]:.2f} of the way"
+    yield f"on the line from the initial parameters, of loss {first:.3f}, the lowest loss is {lowest}"
 
 
 def influence(found: Influence, subject: Subject) -> Iterator[str]:
-    order = np.argsort(np.asarray(found.dots))
+    order, T = np.argsort(np.asarray(found.dots)), subject.config.model.block_size
     yield f"of training windows on the loss of {subject.show(subject.text[:65])[:64]!r}"
     for what, chosen in (("lowered most by", order[::-1][:3]), ("raised most by", order[:3])):
         for i in chosen:
-            yield f"{what:<16} {found.dots[i]:+8.3f}  {subject.window(found.starts[i])[:64]!r}"
+            window = subject.show(subject.train[found.starts[i] : found.starts[i] + T + 1])
+            yield f"{what:<16} {found.dots[i]:+8.3f}  {window[:64]!r}"
 
 
 def lens(found: Lens, subject: Subject) -> Iterator[str]:
@@ -66,9 +67,9 @@ def attention(found: Attention, subject: Subject) -> Iterator[str]:
 def tokens(found: Scores, subject: Subject) -> Iterator[str]:
     yield f"mean loss {found.losses.mean():.4f} nats over {len(found.losses)} tokens; the least expected:"
     for i in np.argsort(found.losses)[::-1][:5]:
-        before, token = (subject.show(subject.text[ids]) for ids in (slice(max(0, i - 24), i + 1), i + 1))
-        pairs = list(zip(found.ids[i], found.probabilities[i], strict=True))[:3]
-        instead = ", ".join(f"{subject.show(id)!r} {p:.2f}" for id, p in pairs)
+        before, token = subject.show(subject.text[max(0, i - 24) : i + 1]), subject.show(subject.text[i + 1])
+        likely = zip(found.ids[i, :3], found.probabilities[i, :3], strict=True)
+        instead = ", ".join(f"{subject.show(id)!r} {p:.2f}" for id, p in likely)
         yield f"{found.losses[i]:6.2f}  {before!r} -> {token!r}; likelier: {instead}"
 
 
@@ -78,13 +79,13 @@ VIEWS: dict[str, Callable[[Any, Subject], Iterator[str]]] = {
 
 
 def lines(name: str, found: Any, subject: Subject) -> Iterator[str]:
-    """The result of a diagnosis in a few lines; the first begins with its name."""
+    """The result of a diagnosis as a few lines, the first with its name."""
     for i, line in enumerate(VIEWS[name](found, subject)):
         yield f"  {'' if i else name:<10} {line}"
 
 
 def plain(value: Any) -> Any:
-    """Nested results as plain JSON values: of arrays of over 20,000 the shape, of non-finite values null."""
+    """Nested results as JSON values: arrays longer than LONGEST as their shape, non-finite numbers as null."""
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
     if hasattr(value, "_asdict"):

@@ -1,4 +1,4 @@
-"""Losses without a model: uniform, unigram and bigram counts, and published figures."""
+"""Losses to compare with: of uniform guesses, of unigram and bigram counts, and published ones."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from jaxgpt.tokenizer import Ids
 
 COUNTED, STRETCHES = 2**24, 64
-"""Of a larger split, only this many tokens are counted or scored, in this many evenly spaced stretches."""
+"""Tokens counted or scored of a larger split, and the number of evenly spaced stretches that they come from."""
 
 PUBLISHED = {
     ("shakespeare", "char"): (
@@ -22,15 +22,12 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Loss on the validation split, nats per token."""
+class NGramLosses:
+    """Losses on the validation split, in nats per token."""
 
-    uniform: float
-    """log V."""
-    unigram: float
-    """From the frequency of each token in the training split."""
-    bigram: float
-    """From the frequency of each token after the one before it."""
+    uniform: float  # log V
+    unigram: float  # from the frequency of each token in the training split
+    bigram: float  # from its frequency after the token before it
 
 
 def unigram(counts: NDArray[Any]) -> NDArray[np.float64]:
@@ -39,50 +36,41 @@ def unigram(counts: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def bigram(pairs: NDArray[Any], before: NDArray[Any], after: NDArray[Any]) -> NDArray[np.float64]:
-    """p(b | a) = (n(a b) + p(b)) / (n(a) + 1), element by element: no token is impossible.
+    """p(b | a) = (n(a b) + p(b)) / (n(a) + 1), elementwise, so no token is impossible.
 
     Args:
       pairs: n(a b).
-      before: n(a), how often a token follows a.
+      before: n(a), of all a that a token follows.
       after: p(b), from `unigram`.
     """
     return (pairs + after) / (before + 1.0)
 
 
-def limits(train: Ids, val: Ids, V: int) -> Limits:
+def ngram_losses(train: Ids, val: Ids, V: int) -> NGramLosses:
     """Count in `train` (N,), and score all of `val` (M,) but its first token."""
     counted = stretches(train)
-    single = unigram(occurrences(counted, V))
+    p = unigram(np.bincount(np.concatenate(counted), minlength=V))
     (first, second), (before, after) = _pairs(counted), _pairs(stretches(val))
-    n_before = np.bincount(first, minlength=V)
-    pairs = bigram(_counts(first * V + second, before * V + after), n_before[before], single[after])
-    return Limits(math.log(V), float(-np.log(single[after]).mean()), float(-np.log(pairs).mean()))
+    found, counts = np.unique(first * V + second, return_counts=True)
+    pairs = before * V + after
+    at = np.searchsorted(found[:-1], pairs)  # without the last, so that every index is valid
+    n_pairs = np.where(found[at] == pairs, counts[at], 0)
+    given = bigram(n_pairs, np.bincount(first, minlength=V)[before], p[after])
+    return NGramLosses(math.log(V), float(-np.log(p[after]).mean()), float(-np.log(given).mean()))
 
 
 def stretches(tokens: Ids) -> list[NDArray[np.int64]]:
-    """`tokens` (N,) whole, or of more than COUNTED evenly spaced stretches, so that each part of a mixture counts."""
+    """All `tokens` (N,), or evenly spaced stretches of more than COUNTED, so that each part of a mixture counts."""
     size = len(tokens) if len(tokens) <= COUNTED else COUNTED // STRETCHES
     starts = np.linspace(0, len(tokens) - size, 1 if size == len(tokens) else STRETCHES).astype(int)
     return [np.asarray(tokens[start : start + size]).astype(np.int64) for start in starts]
 
 
-def occurrences(parts: list[NDArray[np.int64]], V: int) -> NDArray[np.int64]:
-    """How often each id occurs in `parts`, (V,)."""
-    return np.sum([np.bincount(part, minlength=V) for part in parts], axis=0, dtype=np.int64)
-
-
 def _pairs(parts: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All tokens that have a successor in their part, and the successors."""
+    """Each token that another follows in its stretch, and the token after it."""
     return np.concatenate([part[:-1] for part in parts]), np.concatenate([part[1:] for part in parts])
 
 
-def _counts(where: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.int64]:
-    """How often each of `wanted` occurs in `where`."""
-    found, counts = np.unique(where, return_counts=True)
-    places = np.minimum(np.searchsorted(found, wanted), len(found) - 1)
-    return np.where(found[places] == wanted, counts[places], 0)
-
-
 def published(meta: dict[str, Any]) -> tuple[tuple[str, float], ...]:
-    """(source, nats per token) of each figure that is known for the corpus of a tokens.json."""
+    """(source, nats per token) of each published loss on the corpus of a tokens.json."""
     return PUBLISHED.get((meta["source"], meta["tokenizer"]["kind"]), ())

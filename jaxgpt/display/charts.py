@@ -1,4 +1,4 @@
-"""Charts as Vega-Lite specifications in plain values; vl-convert draws them as PNG, SVG or PDF without a browser."""
+"""Charts as Vega-Lite specifications, which vl-convert draws as PNG, SVG or PDF without a browser."""
 
 import json
 import math
@@ -14,16 +14,16 @@ from jaxgpt import files
 from jaxgpt.config import MissingExtraError, UsageError
 
 VERSION = "6.4"
-"""Version of Vega-Lite, as vl-convert names it."""
+"""Of Vega-Lite, as vl-convert writes it."""
 FORMATS = (".png", ".svg", ".pdf", ".json")
 COLOURS = {"ink": "#1d2129", "quiet": "#5c6370", "line": "#e3e6ea", "accent": "#1f5fa8", "warm": "#b3471b"} | {
     f"series-{i}": value for i, value in enumerate(("#1f5fa8", "#b3471b", "#2e7d4f", "#7a4fa3", "#8a6d1a", "#a23b5f"))
 }
-"""Colours by name. In a page the names are CSS variables, which follow its theme; files use these, the light theme."""
+"""Colours of the light theme, which files use. In a page the names are CSS variables, which follow its theme."""
 INK, QUIET, LINE, ACCENT, WARM = (f"var(--{name})" for name in ("ink", "quiet", "line", "accent", "warm"))
 SERIES = [f"var(--series-{i})" for i in range(6)]
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c8c")
-"""Distinguishable for colour-blind readers (Okabe and Ito 2008, with grey in place of yellow)."""
+"""For colour-blind readers too (Okabe and Ito 2008, with grey in place of yellow)."""
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "triangle-right", "triangle-left")
 MONO = "ui-monospace, 'DejaVu Sans Mono', monospace"
 
@@ -55,7 +55,7 @@ CONFIG: Spec = {
 
 
 def chart(**parts: Any) -> Spec:
-    """A whole specification; without a width, and of one panel, it fills the width that it is given."""
+    """A complete specification; a single panel without a width fills its container."""
     fluid = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
@@ -66,31 +66,31 @@ def chart(**parts: Any) -> Spec:
 
 
 def columns(**values: Any) -> list[Spec]:
-    """Rows from equally long columns; scalars repeat. Floats are rounded to 6 digits, non-finite ones become None."""
-    arrays = np.broadcast_arrays(*(np.asarray(each) for each in values.values()))
-    return [dict(zip(values, map(_plain, row), strict=True)) for row in zip(*map(np.ravel, arrays), strict=True)]
+    """Rows from columns, broadcast together. Floats are rounded to 6 digits, non-finite ones become None."""
+    arrays = np.broadcast_arrays(*map(np.asarray, values.values()))
+    rows = zip(*(array.ravel().tolist() for array in arrays), strict=True)
+    return [dict(zip(values, map(_rounded, row), strict=True)) for row in rows]
 
 
-def _plain(value: Any) -> Any:
-    value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def layer(rows: list[Spec], mark: str, encoding: Spec, **properties: Any) -> Spec:
-    """One mark over its own rows."""
+    """A mark with its own rows."""
     return {"data": {"values": rows}, "mark": {"type": mark, **properties}, "encoding": encoding}
 
 
 def quantity(field: str, title: str | None = None, axis: Spec | None = None, **scale: Any) -> Spec:
-    """A quantitative channel; unless `zero` is given, its scale need not start at zero."""
+    """A quantitative channel, whose scale need not include zero by default."""
     scale = {"zero": False, **scale}
     return {"field": field, "type": "quantitative", "title": title, "scale": scale, "axis": axis or {}}
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round values for a logarithmic axis, few of them.
+    """A few round values for a logarithmic axis.
 
     >>> ticks(0.6, 4.2), ticks(0.01, 900)
     ([1.0, 2.0], [0.01, 0.1, 1.0, 10.0, 100.0])
@@ -101,20 +101,20 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def category(field: str, names: list[str], values: Any, legend: Spec | None = None) -> Spec:
-    """A nominal channel that shows each of `names` by the value in the same place."""
+    """A nominal channel: the i-th of `names` gets the i-th of `values`, which repeat."""
     scale = {"domain": names, "range": [values[i % len(values)] for i in range(len(names))]}
     return {"field": field, "type": "nominal", "scale": scale, "legend": legend}
 
 
 def label(text: str, x: Spec, y: Spec, colour: str = QUIET, **properties: Any) -> Spec:
-    """One text at a place: channels such as {"datum": 3} in units of the axis, or {"value": 10} in pixels."""
+    """A text at x and y: {"datum": 3} in units of the axis, or {"value": 10} in pixels."""
     encoding = {"x": x, "y": y}
     return layer([{}], "text", encoding, text=text.split("\n"), color=colour, **{"fontSize": 11, **properties})
 
 
 def dots(rows: list[Spec], kinds: list[str], title: str) -> Spec:
-    """A line of dots for each name, in the order of `rows`: dicts of what, loss and kind, one of at most three `kinds`,
-    and optionally low and high, the ends of an error bar. The first loss of each name stands at the right."""
+    """A line of dots for each name, with its first loss at the right. A row has what (the name), loss, kind (one of at
+    most three `kinds`), and optionally low and high, the ends of an error bar."""
     names = list(dict.fromkeys(row["what"] for row in rows))
     y: Spec = {"field": "what", "type": "nominal", "sort": names, "title": None}
     y["axis"] = {"labelLimit": 220, "ticks": False, "domain": False, "grid": True}
@@ -136,7 +136,7 @@ def dots(rows: list[Spec], kinds: list[str], title: str) -> Spec:
 
 
 def require(path: Path | None = None) -> Any:
-    """The module vl_convert. Called before any work is done for a chart, to `path` if one is given.
+    """The module vl_convert, to be asked for before any work is done for a chart, which is written to `path`.
 
     Raises:
       MissingExtraError: vl-convert is not installed.
@@ -152,8 +152,7 @@ def require(path: Path | None = None) -> Any:
 
 
 def save(spec: Spec, path: Path, width: int = 760) -> None:
-    """Write a chart to `path`, atomically, in the colours of the light theme; as .json, its specification. Raises as
-    `require`, and UsageError if it cannot be written."""
+    """Write a chart to `path`, atomically. Raises as `require`, and UsageError if it cannot be written."""
     require(path)
     drawn = render(spec, path.suffix, width)
     try:
@@ -163,22 +162,23 @@ def save(spec: Spec, path: Path, width: int = 760) -> None:
 
 
 def render(spec: Spec, suffix: str, width: int = 760) -> bytes:
-    """A chart in one of FORMATS; PNG has two pixels for each of `width`."""
+    """A chart in one of FORMATS: .json is its specification, a PNG has two pixels for each of `width`."""
     if suffix == ".json":
         return json.dumps(spec, allow_nan=False).encode() + b"\n"
-    convert, named = require(), json.dumps(spec, allow_nan=False)
-    filled: Spec = json.loads(re.sub(r"var\(--([\w-]+)\)", lambda name: COLOURS[name[1]], named))
-    filled |= {"background": "white"} | ({"width": width} if filled.get("width") == "container" else {})
+    text = re.sub(r"var\(--([\w-]+)\)", lambda name: COLOURS[name[1]], json.dumps(spec, allow_nan=False))
+    coloured: Spec = json.loads(text) | {"background": "white"}
+    if coloured.get("width") == "container":
+        coloured["width"] = width
+    convert = require()
     if suffix == ".png":
-        return _compressed(bytes(convert.vegalite_to_png(filled, vl_version=VERSION, scale=2)))
+        return _compressed(bytes(convert.vegalite_to_png(coloured, vl_version=VERSION, scale=2)))
     if suffix == ".pdf":
-        return bytes(convert.vegalite_to_pdf(filled, vl_version=VERSION))
-    svg: str = convert.vegalite_to_svg(filled, vl_version=VERSION)
-    return svg.encode()
+        return bytes(convert.vegalite_to_pdf(coloured, vl_version=VERSION))
+    return str(convert.vegalite_to_svg(coloured, vl_version=VERSION)).encode()
 
 
 def _compressed(png: bytes) -> bytes:
-    """The same picture at zlib's highest level: a third of the bytes that vl-convert writes."""
+    """The same picture at zlib's highest level: a third of the size that vl-convert writes."""
     head, pixels, at = png[:33], b"", 33  # signature and IHDR
     while (kind := png[at + 4 : at + 8]) != b"IEND":
         size = int.from_bytes(png[at : at + 4])
@@ -191,6 +191,6 @@ def _compressed(png: bytes) -> bytes:
 
 @cache
 def script() -> str:
-    """All of Vega as one script, which defines `vegaEmbed` in a page."""
+    """Vega as one script, which defines `vegaEmbed` in a page."""
     bundle: str = require().javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VERSION)
-    return re.sub("</(script)", r"<\\/\1", bundle, flags=re.I)  # it must not close the element that it stands in
+    return re.sub("</(script)", r"<\\/\1", bundle, flags=re.I)  # must not close its own element

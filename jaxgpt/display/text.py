@@ -1,4 +1,4 @@
-"""Curves, texts and tokens on one line. Imports no jax."""
+"""Curves and texts on one line, and the text of tokens. Imports no jax."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 
 
 def sparkline(values: Sequence[float], width: int, levels: str = BLOCKS) -> str:
-    """`values` as at most `width` characters, each the mean of its share, from the lowest to the highest level.
+    """`values` as at most `width` characters, each the mean of equally many values; a space where all are non-finite.
 
     >>> sparkline([4, 3, 2, 1], 8), sparkline([1, 1, 2, 2], 2, ASCII), sparkline([math.nan, 1.0], 8)
     ('█▆▃▁', '_#', ' ▁')
@@ -32,18 +32,9 @@ def token_texts(tokenizer: "Tokenizer") -> list[str]:
 
 
 def visible(text: str) -> str:
-    r"""`text` on one line, with a sign for each character that cannot be printed.
+    r"""`text` on one line, with a symbol for each character that cannot be printed.
 
     >>> visible("two\nlines")
     'two↵lines'
     """
     return "".join("↵" if char == "\n" else char if char.isprintable() else "·" for char in text)
-
-
-def spaced(text: str) -> str:
-    """`visible`, with a sign for blanks too.
-
-    >>> spaced(" the")
-    '␣the'
-    """
-    return visible(text).replace(" ", "␣")

@@ -1,10 +1,7 @@
-"""Published rates of accelerators, and the share of them that training uses."""
+"""Published rates of accelerators, and model FLOPs utilisation."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import jax
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.monitor import cost
@@ -25,12 +22,12 @@ class Chip:
     source: str
 
     def rate(self, precision: str) -> float:
-        """FLOP/s of matmuls in `precision`, which is not auto."""
+        """FLOP/s of matmuls in `precision`, a resolved compute dtype."""
         return self.float32 if precision == "float32" else self.flops
 
     def sending_rate(self, n: int, chips: int) -> float:
-        """Bytes per second, one way, of a collective of `n` out of `chips`. Neighbours along one dimension of the torus
-        use only its links, more chips those of more dimensions; all sides are taken as equally long."""
+        """Bytes per second, one way, of a collective over `n` of `chips`. It uses the links of as few dimensions of the
+        torus as hold `n` chips, where all sides have the same length."""
         if not self.torus or n <= 1:
             return self.link_rate
         side = chips ** (1 / self.torus)
@@ -38,7 +35,7 @@ class Chip:
         return self.link_rate * used / self.torus
 
     def slices(self, chips: int) -> int:
-        """How many pods it takes to hold `chips`."""
+        """Pods that `chips` fill."""
         return math.ceil(chips / self.pod)
 
 
@@ -55,8 +52,8 @@ CHIPS = {
     "h100-nvl": Chip(835e12, 417.5e12, 94e9, 3900e9, 300e9, 0, 2, 0, DGX + "h100/"),
     "h200": Chip(989e12, 494.7e12, 141e9, 4800e9, 450e9, 0, 8, 50e9, DGX + "h200/"),
 }
-"""Link rates are half of the published ones, which count both directions; that of v4 is the pod's all-reduce rate per
-chip. The network of v5e is the pod's per chip; GPUs have one adapter each, as in a DGX."""
+"""Link rates are half of the published ones, which count both directions; v4 has the pod's all-reduce rate per chip.
+The network rate of v5e is the pod's divided by its chips; GPUs have one adapter each, as in a DGX."""
 
 
 def of_kind(device_kind: str) -> Chip | None:
@@ -67,37 +64,25 @@ def of_kind(device_kind: str) -> Chip | None:
     >>> of_kind("TPU v5 lite") is CHIPS["v5e"], of_kind("TPU v5") is CHIPS["v5p"], of_kind("cpu")
     (True, True, None)
     """
-    words = {
-        {"v5": "v5p"}.get(word, word) for word in device_kind.lower().replace(" lite", "e").replace("-", " ").split()
-    }
+    kind = device_kind.lower().replace(" lite", "e").replace("-", " ")
+    words = {"v5p" if word == "v5" else word for word in kind.split()}
     found = [name for name in CHIPS if set(name.split("-")) <= words]
     return CHIPS[max(found, key=len)] if found else None
 
 
-def peak(device_kind: str, n_devices: int) -> float | None:
-    """Published bfloat16 FLOP/s of `n_devices`; None if unknown."""
+def utilisation(config: Config, device_kind: str, n_devices: int, tokens_per_second: float) -> float | None:
+    """Model FLOPs utilisation: the share of the devices' bfloat16 FLOP/s that training uses, at 3 * `flops_per_token`
+    per token; None if their rate is unknown."""
     chip = of_kind(device_kind)
-    return chip.flops * n_devices if chip else None
-
-
-def utilisation(config: Config, tokens_per_second: float, peak: float) -> float:
-    """Model FLOPs utilisation: the share of `peak` that training uses, at 3 * `flops_per_token` per token."""
-    return 3 * flops_per_token(config.model) * tokens_per_second / peak
-
-
-def rate(config: Config) -> Callable[[float], float] | None:
-    """From tokens per second to the `utilisation` of the devices here; None if their peak is unknown."""
-    most = peak(jax.devices()[0].device_kind, jax.device_count())
-    return (lambda speed: utilisation(config, speed, most)) if most else None
+    return 3 * flops_per_token(config.model) * tokens_per_second / (chip.flops * n_devices) if chip else None
 
 
 def flops_per_token(config: ModelConfig) -> int:
     """FLOPs of the matmuls of a forward pass, per token of a full context of T: L (24 C² + 4 T C) + 2 V C for GPT-2.
 
-    (M, K) @ (K, N) is 2 M K N: 24 C² for the kernels of a block, 4 T C for its attention scores and weighted values
-    (counting the masked half, which some kernels skip), 2 V C for the head. Training takes three times as many, since
-    the backward pass has two matmuls for each. Everything else is left out: embedding look-ups (so a bigram has 0),
-    norms, softmax, activation functions, dropout, the loss and the optimizer.
+    (M, K) @ (K, N) takes 2 M K N: 24 C² for the kernels of a block, 4 T C for its attention scores and weighted values
+    (with the masked half, which some kernels skip), 2 V C for the head. Training takes three times as many, because the
+    backward pass has two matmuls for each. Nothing else is counted, so a bigram, an embedding lookup, has 0.
     """
     C, T = config.n_embd, config.block_size
     if config.kind == "bigram":

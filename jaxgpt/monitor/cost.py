@@ -1,4 +1,4 @@
-"""The size of a model: its parameters, the shapes of its kernels, and a line that says both."""
+"""The size of a model: its parameters, the shapes of its kernels, and the start-up line."""
 
 import dataclasses
 from functools import lru_cache
@@ -37,8 +37,8 @@ def kernels(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def describe(config: ModelConfig) -> str:
-    """One line for people: the size of a model, its compute dtype and attention kernel here, and whether training with
-    that kernel is not repeatable."""
+    """The model's size, compute dtype and attention kernel on this device, on one line, with a warning if the gradients
+    of that kernel are not repeatable."""
     line = f"{n_params(config):,} parameters, {matmul.resolve(config.precision)} matmuls"
     if config.kind == "bigram":
         return line

@@ -6,8 +6,8 @@ from typing import Any
 from jaxgpt.display.charts import INK, QUIET, SERIES, WARM, Spec, category, chart, layer, quantity, ticks
 from jaxgpt.monitor.facts import Facts
 
-APART = 200
-"""Marks of one kind along the axis of steps, at most."""
+MARKS = 200
+"""Most marks of one kind along the axis of steps."""
 ZOOM: Spec = {
     "name": "zoom",
     "bind": "scales",
@@ -20,26 +20,33 @@ ZOOM: Spec = {
 """With Shift held, the wheel zooms and the pointer drags; without it, the page scrolls."""
 
 
-def loss(runs: Sequence[Facts], limits: Sequence[tuple[str, float]] = ()) -> Spec | None:
-    """Training and validation loss of every run, with its best evaluation and the step from which it overfits; `limits`
-    are (name, nats per token) of horizontal lines."""
-    train, scores = _rows(runs, "loss"), list[Spec]()
+def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> Spec | None:
+    """Training and validation loss of every run, with its best evaluation and the step from which it overfits.
+
+    Args:
+      baselines: (name, nats per token) of horizontal lines.
+    """
+    train, scores, best, overfits = _rows(runs, "loss"), list[Spec](), list[Spec](), list[Spec]()
     for facts in runs:
         for score in facts.scores:
             error = score.standard_error or 0
-            row = {"run": facts.name, "step": score.step, "value": score.loss}
+            row: Spec = {"run": facts.name, "step": score.step, "value": score.loss}
             scores.append({**row, "low": score.loss - error, "high": score.loss + error})
+        if facts.best:
+            row = {"run": facts.name, "step": facts.best.step, "value": facts.best.loss}
+            best.append(row | {"text": f"best, {facts.best.loss:.3f}"})
+            if facts.overfits_from is not None:
+                best[-1]["text"] += "; it overfits from here"
+                overfits.append(row)
     if not train and not scores:
         return None
     last = max(row["step"] for row in [*train, *scores])
-    best = [_best(facts) for facts in runs if facts.best]
-    over = [_best(facts) for facts in runs if facts.overfits_from is not None]
-    noted = [row for facts in runs for row in _noted(facts, last)]
-    rules = [{"what": what, "value": value} for what, value in limits]
+    marks = [row for facts in runs for row in _marks(facts, last)]
+    rules = [{"what": what, "value": value} for what, value in baselines]
     x, y, color = _steps(last), quantity("value", "loss, nats per token"), _by_run(runs)
     at: Spec = {"x": x, "y": y, "color": color}
-    sign: Spec = {"x": x, "color": {"condition": {"test": "datum.kind === 'resume'", "value": QUIET}, "value": WARM}}
-    sign["tooltip"] = [{"field": name} for name in ("run", "step", "kind", "text")]
+    mark: Spec = {"x": x, "color": {"condition": {"test": "datum.kind === 'resume'", "value": QUIET}, "value": WARM}}
+    mark["tooltip"] = [{"field": name} for name in ("run", "step", "kind", "text")]
     name: Spec = {"y": y, "x": {"value": {"expr": "width"}}, "text": {"field": "what"}}
     thin = {**at, "color": {"value": QUIET}} if len(runs) == 1 else at
     note = {"align": "right", "dx": -8, "dy": -16, "color": INK, "fontWeight": 600}
@@ -48,12 +55,12 @@ def loss(runs: Sequence[Facts], limits: Sequence[tuple[str, float]] = ()) -> Spe
     layers = [
         layer(rules, "rule", {"y": y}, strokeDash=[2, 4], color=QUIET),
         layer(rules, "text", name, align="right", dy=-6, color=QUIET, fontSize=11),
-        layer(noted, "rule", sign, opacity=0.4),
-        layer(noted, "point", {**sign, "y": {"value": 6}}, shape="triangle-down", filled=True, size=90, opacity=0.9),
+        layer(marks, "rule", mark, opacity=0.4),
+        layer(marks, "point", {**mark, "y": {"value": 6}}, shape="triangle-down", filled=True, size=90, opacity=0.9),
         curve,
         layer(scores, "area", {**at, "y": {**y, "field": "low"}, "y2": {"field": "high"}}, opacity=0.18),
         layer(scores, "line", {**at, "tooltip": _tooltip(".4f")}, strokeWidth=2.5, point={"size": 45, "filled": True}),
-        layer(over, "rule", {"x": x}, color=WARM, strokeDash=[5, 3], strokeWidth=1.5),
+        layer(overfits, "rule", {"x": x}, color=WARM, strokeDash=[5, 3], strokeWidth=1.5),
         layer(best, "point", at, shape="circle", size=190, strokeWidth=2, filled=False),
         layer(best if len(runs) == 1 else [], "text", {"x": x, "y": y, "text": {"field": "text"}}, **note),
     ]
@@ -85,19 +92,13 @@ def _rows(runs: Sequence[Facts], field: str) -> list[Spec]:
     ]
 
 
-def _best(facts: Facts) -> Spec:
-    assert facts.best
-    text = f"best, {facts.best.loss:.3f}" + ("; it overfits from here" if facts.overfits_from is not None else "")
-    return {"run": facts.name, "step": facts.best.step, "value": facts.best.loss, "text": text}
-
-
-def _noted(facts: Facts, last: int) -> list[Spec]:
-    """Resumes, spikes and failures up to the step `last`; of those too close to tell apart, the first of each kind."""
+def _marks(facts: Facts, last: int) -> list[Spec]:
+    """Resumes, spikes and failures up to the step `last`; where they would overlap, the first of each kind."""
     rows: dict[tuple[str, int], Spec] = {}
-    for step, kind, text in facts.noted:
+    for step, kind, text in facts.incidents:
         if step <= last:
             row = {"run": facts.name, "step": step, "kind": kind, "text": text}
-            rows.setdefault((kind, APART * step // max(1, last)), row)
+            rows.setdefault((kind, MARKS * step // max(1, last)), row)
     return list(rows.values())
 
 

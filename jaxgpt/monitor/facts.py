@@ -2,13 +2,13 @@
 
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from jaxgpt.config import Config, differences
+from jaxgpt.config import Config, differences, replaced
 from jaxgpt.monitor import cost
-from jaxgpt.monitor.chips import peak, utilisation
+from jaxgpt.monitor.chips import utilisation
 from jaxgpt.monitor.terminal import duration
 from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run
@@ -18,11 +18,13 @@ POINTS = 3000
 
 Points = list[tuple[int, float]]
 """(step, value), by step."""
+Change = tuple[str, Any, Any]
+"""(field, value in a recipe, value here)."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """An evaluation, as in metrics.jsonl."""
+    """An evaluation, as in metrics.jsonl: null is None."""
 
     step: int
     loss: float
@@ -34,24 +36,24 @@ class Score:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run's directory holds."""
+    """The contents of a run's directory."""
 
     name: str
     config: Config
-    recipe: str  # with the fewest differences
-    changes: list[tuple[str, Any, Any]]  # (field, value in the recipe, value here) of every setting that differs
-    command: str  # trains such a run
-    resume: str  # the command that resumes it
+    recipe: str  # the one with the fewest `changes`
+    changes: list[Change]
+    command: str  # trains a run of this config
+    resume: str  # the command that resumes this run
     corpus: dict[str, Any]  # tokens.json
     n_params: int
     events: list[dict[str, Any]]  # events.jsonl
     cut_off: bool  # whether its process was killed
     step: int
     scores: list[Score]
-    loss: Points  # training loss; a long curve keeps its extremes
+    loss: Points  # of training; a long curve keeps its extremes
     grad_norm: Points
     learning_rate: Points
-    speed: Points  # tokens per second of training between two saves, at the step of the later one
+    speed: Points  # tokens per second of training since the save before
 
     @property
     def best(self) -> Score | None:
@@ -66,37 +68,41 @@ class Facts:
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """Start events, with time, hardware and versions."""
+        """The start events, with hardware and versions."""
         return [event for event in self.events if event["event"] == "start"]
 
     @property
     def seconds(self) -> float | None:
         """Wall time of all processes, with compilation and evaluations; None if unknown. A process that was killed or
         still runs counts up to its last save."""
-        return sum(map(lasted, self._processes)) or None
+        return sum(seconds for seconds, _ in self._processes) or None
 
     @property
     def ended(self) -> bool:
         """Whether every process recorded its end; otherwise `seconds` is a lower bound."""
-        return all(each[-1]["event"] in ("end", "broken-off") for each in self._processes)
+        return all(ended for _, ended in self._processes)
 
     @property
     def took(self) -> str:
+        """`seconds` in words; empty if unknown."""
         return "" if self.seconds is None else ("" if self.ended else "at least ") + duration(self.seconds)
 
     @property
-    def _processes(self) -> list[list[dict[str, Any]]]:
-        """The start, saves and end of each process that trained."""
-        found: list[list[dict[str, Any]]] = []
+    def _processes(self) -> list[tuple[float, bool]]:
+        """(seconds, whether it recorded its end) of each process that trained."""
+        found, begun = list[tuple[float, bool]](), ""
         for event in self.events:
             if event["event"] == "start":
-                found.append([])
-            if found and event["event"] in ("start", "save", "broken-off", "end"):
-                found[-1].append(event)
+                begun = event["time"]
+                found.append((0.0, False))
+            elif found and event["event"] in ("save", "broken-off", "end"):
+                elapsed = datetime.fromisoformat(event["time"]) - datetime.fromisoformat(begun)
+                seconds = event.get("seconds", max(0.0, elapsed.total_seconds()))
+                found[-1] = seconds, event["event"] != "save"
         return found
 
     @property
-    def noted(self) -> list[tuple[int, str, str]]:
+    def incidents(self) -> list[tuple[int, str, str]]:
         """(step, kind, message or device) of each resume, spike and failure."""
         return [
             (event["step"], kind, event.get("text", event.get("device", "")))
@@ -111,45 +117,44 @@ class Facts:
         return ends[-1:] in ([], ["start"]) and not self.cut_off
 
     @property
-    def n_devices(self) -> int:
-        return self.starts[-1].get("devices", 1) if self.starts else 1
-
-    @property
     def tokens_per_second(self) -> float | None:
-        """Training speed since the last start, from the newest save."""
+        """Training speed of the newest process that recorded one, from its last save."""
         speeds = (event.get("tokens_per_second") for event in reversed(self.events))
         return next(filter(None, speeds), None)
 
     @property
     def utilisation(self) -> float | None:
         """Model FLOPs utilisation at `tokens_per_second`; None if unknown."""
-        most = peak(self.starts[-1].get("device", ""), self.n_devices) if self.starts else None
-        speed = self.tokens_per_second
-        return utilisation(self.config, speed, most) if most and speed else None
+        if not self.starts or not self.tokens_per_second:
+            return None
+        start = self.starts[-1]
+        return utilisation(self.config, start.get("device", ""), start.get("devices", 1), self.tokens_per_second)
 
 
-def gather(run: Run, points: int = POINTS, called: str = "") -> Facts:
+def gather(run: Run, points: int = POINTS, name: str = "") -> Facts:
     """Read the directory of `run`, keeping at most `points` of each curve; lines still being written are left out.
+
+    Args:
+      name: in place of the directory's.
 
     Raises:
       RunError, CorpusError: its configuration or its tokens.json is damaged.
     """
     config, events = run.config, run.events()
     lines = run.metrics() if run.metrics_file.exists() else []
-    as_typed = config
-    if config.model.vocab_size == run.tokenizer.vocab_size:  # as with the default, 0
-        as_typed = replace(config, model=replace(config.model, vocab_size=0))
-    recipe = nearest(as_typed)
+    # The default, 0, becomes the tokenizer's size.
+    typed = replaced(config, vocab_size=0) if config.model.vocab_size == run.tokenizer.vocab_size else config
+    recipe, changes = nearest(typed)
 
     def curve(field: str) -> Points:
         return thinned([(line["step"], line[field]) for line in lines if line.get(field) is not None], points)
 
     return Facts(
-        name=called or run.path.resolve().name,
+        name=name or run.path.resolve().name,
         config=config,
         recipe=recipe,
-        changes=changes(recipe, as_typed),
-        command=command(as_typed),
+        changes=changes,
+        command=command(typed),
         corpus=run.corpus_meta,
         n_params=cost.n_params(config.model),
         resume=run.resume_command,
@@ -168,32 +173,26 @@ def gather(run: Run, points: int = POINTS, called: str = "") -> Facts:
     )
 
 
-def nearest(config: Config) -> str:
-    """The name of the recipe from which `config` differs in the fewest settings."""
-    return min(RECIPES, key=lambda name: len(changes(name, config)))
-
-
-def changes(name: str, config: Config) -> list[tuple[str, Any, Any]]:
-    """(field, in the recipe, in `config`) of every setting in which they differ."""
-    return [
-        (field, was, value)
-        for field, was, value in differences(RECIPES[name].config, config)
-        if field != "decay_steps" or value != config.train.steps  # what 0 stands for
-    ]
+def nearest(config: Config) -> tuple[str, list[Change]]:
+    """The recipe from which `config` differs in the fewest settings, and these settings."""
+    if config.optimizer.decay_steps == config.train.steps:  # what the default, 0, becomes
+        config = replaced(config, decay_steps=0)
+    changes = {name: differences(recipe.config, config) for name, recipe in RECIPES.items()}
+    return min(changes.items(), key=lambda item: len(item[1]))
 
 
 def command(config: Config) -> str:
-    """A `jaxgpt train` command that makes `config`: the recipe nearest to it, and what differs."""
-    name = nearest(config)
-    words = ["jaxgpt", "train", name]
-    for field, _, value in changes(name, config):
+    """A `jaxgpt train` command that makes `config`: the nearest recipe, and a flag for each setting that differs."""
+    recipe, changes = nearest(config)
+    words = ["jaxgpt", "train", recipe]
+    for field, _, value in changes:
         flag = field.replace("_", "-")
         words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return shlex.join(words)
 
 
 def thinned(points: Points, n: int) -> Points:
-    """At most about `n` of the points: both ends, and the lowest and highest of each stretch.
+    """About `n` of the points at most: both ends, and the lowest and highest of each stretch.
 
     >>> thinned([(0, 1.0), (1, 9.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 0.0), (6, 1.0), (7, 1.0)], 6)
     [(0, 1.0), (1, 9.0), (4, 1.0), (5, 0.0), (7, 1.0)]
@@ -209,7 +208,7 @@ def thinned(points: Points, n: int) -> Points:
 
 
 def speeds(events: Iterable[dict[str, Any]]) -> Points:
-    """Tokens per second of training between saves, from the totals that each save records for its process."""
+    """Tokens per second of training between saves, from the totals of its process that each save records."""
     found: Points = []
     tokens, seconds = 0, 0.0
     for event in events:
@@ -222,14 +221,8 @@ def speeds(events: Iterable[dict[str, Any]]) -> Points:
     return found
 
 
-def lasted(process: Sequence[dict[str, Any]]) -> float:
-    """Seconds from the first event of a process to the last, by its own clock if it recorded its end."""
-    begun, ended = (datetime.fromisoformat(process[i]["time"]) for i in (0, -1))
-    return float(process[-1].get("seconds", max(0.0, (ended - begun).total_seconds())))
-
-
 def kinds(events: Iterable[dict[str, Any]]) -> list[str]:
-    """The kind of each event: a start is a "resume" if it follows another or begins after step 0.
+    """The kind of each event: a start that follows another or begins after step 0 is a "resume".
 
     >>> kinds([{"event": "start", "step": 0}, {"event": "save", "step": 5}, {"event": "start", "step": 5}])
     ['start', 'save', 'resume']
@@ -243,6 +236,6 @@ def kinds(events: Iterable[dict[str, Any]]) -> list[str]:
 
 def differing(all_facts: Sequence[Facts]) -> list[tuple[str, list[Any]]]:
     """(field, its value in each run) of every setting that differs between runs."""
-    names = {name for facts in all_facts for name, _, _ in differences(all_facts[0].config, facts.config)}
-    flat = [{k: v for section in vars(facts.config).values() for k, v in vars(section).items()} for facts in all_facts]
-    return [(name, [values[name] for values in flat]) for name in flat[0] if name in names]
+    sections = zip(*(vars(facts.config).values() for facts in all_facts), strict=True)
+    rows = [(name, [getattr(each, name) for each in section]) for section in sections for name in vars(section[0])]
+    return [(name, values) for name, values in rows if any(value != values[0] for value in values)]

@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard, Weights & Biases and trackio while a run trains. metrics.jsonl remains the record."""
+"""Metrics of a run in training, sent to TensorBoard, Weights & Biases or trackio beside metrics.jsonl."""
 
 import math
 import secrets
@@ -16,12 +16,12 @@ from jaxgpt.metrics_log import Evaluated, Event, Progress, notify
 from jaxgpt.run import Run
 
 Log = Callable[[int, dict[str, float]], Any]
-"""Takes a step and its metrics by name."""
+"""(step, metrics by name)."""
 
 
 @contextmanager
 def tensorboard(run: Run) -> Iterator[Log]:
-    """To the folder tensorboard of the run; view with: tensorboard --logdir runs."""
+    """To the run's folder tensorboard; view with: tensorboard --logdir runs."""
     from tensorboard.summary import Writer
 
     writer = Writer(str(run.path / "tensorboard"))
@@ -37,10 +37,13 @@ def tensorboard(run: Run) -> Iterator[Log]:
 
 @contextmanager
 def wandb(run: Run) -> Iterator[Log]:
-    """To Weights & Biases, as it is configured; a resumed run keeps its id."""
+    """To Weights & Biases, as the user configured it. The id in the run's directory survives a resume or a move."""
     import wandb
 
-    settings = {"config": configs.to_tree(run.config), "id": identity(run), "resume": "allow", "dir": str(run.path)}
+    id_file, config = run.path / "wandb-id", configs.to_tree(run.config)
+    if not id_file.exists():
+        files.write_atomically(id_file, f"{run.path.name}-{secrets.token_hex(4)}".encode())
+    settings = {"config": config, "id": id_file.read_text(), "resume": "allow", "dir": str(run.path)}
     handle = wandb.init(project="jaxgpt", name=run.path.name, **settings)
     yield lambda step, values: handle.log(values, step=step)
     handle.finish()
@@ -48,7 +51,7 @@ def wandb(run: Run) -> Iterator[Log]:
 
 @contextmanager
 def trackio(run: Run) -> Iterator[Log]:
-    """To trackio, as it is configured: on this machine by default."""
+    """To trackio, as the user configured it: on this machine by default."""
     import trackio
 
     trackio.init(project="jaxgpt", name=run.path.name, config=configs.to_tree(run.config), resume="allow")
@@ -61,7 +64,7 @@ LOGGERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
 
 
 def require(names: Sequence[str]) -> None:
-    """Raises MissingExtraError if the library of one of these loggers is not installed."""
+    """Raise MissingExtraError if the library of one of these loggers is not installed."""
     for name in names:
         if not find_spec(name):
             raise MissingExtraError(f"--log {name}", name, "loggers")
@@ -69,8 +72,7 @@ def require(names: Sequence[str]) -> None:
 
 @contextmanager
 def logged(run: Run, names: Sequence[str], on_event: Callable[[Event], None]) -> Iterator[Callable[[Event], None]]:
-    """`on_event`, followed by the named LOGGERS. One that fails is dropped, with one warning and one event: it does not
-    end the run."""
+    """`on_event`, then the named LOGGERS. A logger that fails is dropped with one warning; the run continues."""
     logs: dict[str, Log] = {}
 
     def guarded(name: str, step: int, do: Callable[[], Any]) -> Any:
@@ -104,11 +106,3 @@ def metrics(event: Event) -> dict[str, float]:
     elif isinstance(event, Evaluated):
         values = {f"val/{name}": value for name, value in asdict(event.evaluation).items() if name != "n_tokens"}
     return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-
-
-def identity(run: Run) -> str:
-    """A random id, kept in the run's directory: the same after a resume or a move, different for runs of one name."""
-    kept = run.path / "wandb-id"
-    if not kept.exists():
-        files.write_atomically(kept, f"{run.path.name}-{secrets.token_hex(4)}".encode())
-    return kept.read_text()

@@ -20,7 +20,7 @@ from jaxgpt.tokenizer import Tokenizer
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Loaded:
-    """A run, and the weights `params` of its checkpoint at `step`."""
+    """A run, and the parameters of its checkpoint at `step`."""
 
     run: Run
     step: int
@@ -52,8 +52,8 @@ class Loaded:
         stop: Sequence[str] = (),
     ) -> str:
         """A text that begins with `prompt` and ends before a `stop`."""
-        given = self.config.model, self.params, self.tokenizer, prompt, tokens, sampling or SamplingParams()
-        (pieces,) = write(*given, seed=seed, stop=stop)
+        model, sampling = self.config.model, sampling or SamplingParams()
+        (pieces,) = write(model, self.params, self.tokenizer, prompt, tokens, sampling, seed=seed, stop=stop)
         return "".join(pieces)
 
     def plot(self) -> "Chart":
@@ -71,18 +71,20 @@ class Loaded:
         return f"<table>{''.join(rows)}</table>"
 
     def _summary(self) -> list[tuple[str, str]]:
-        facts, best = self.facts, self.facts.best
-        lines = [
+        facts = self.facts
+        rows = [
             ("run", str(self.run.path)),
             ("command", facts.command),
             ("weights", f"{facts.n_params:,} parameters after step {self.step:,}"),
             ("corpus", f"{facts.corpus['source']}, {facts.corpus['count']:,} tokens"),
         ]
-        if best:
+        if best := facts.best:
             error = "" if best.standard_error is None else f" ± {best.standard_error:.4f}"
             bits = f"{best.bits_per_char:.4f} bits/char, {best.bits_per_byte:.4f} bits/byte"
-            lines.append(("best", f"loss {best.loss:.4f}{error} nats/token, {bits}, at step {best.step:,}"))
-        return [*lines, ("trained", f"{facts.step:,} steps in {facts.took}")] if facts.took else lines
+            rows.append(("best", f"loss {best.loss:.4f}{error} nats/token, {bits}, at step {best.step:,}"))
+        if facts.took:
+            rows.append(("trained", f"{facts.step:,} steps in {facts.took}"))
+        return rows
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,11 @@ class Chart:
 
 
 def load(run: str | Path, checkpoint: str = "best", runs_dir: str | Path = "runs") -> Loaded:
-    """A run by its name in `runs_dir` or by its path, with the weights of its "best" or "last" checkpoint.
+    """A run by its name in `runs_dir` or by its path, with the parameters of its "best" or "last" checkpoint.
 
     Raises:
-      RunError: there is no such run, or nothing was saved yet.
+      RunError: there is no such run, or it has no checkpoint yet.
       CheckpointError: the checkpoint is damaged.
     """
-    found = Run.open(Path(runs_dir), str(run))
-    return Loaded(found, *load_checkpoint(found, checkpoint))
+    opened = Run.open(Path(runs_dir), str(run))
+    return Loaded(opened, *load_checkpoint(opened, checkpoint))

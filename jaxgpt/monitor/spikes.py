@@ -1,4 +1,4 @@
-"""Additions to the events of a run: notices of loss spikes, and a sample now and then."""
+"""Additions to the events of a run in training: notices of loss spikes, and samples."""
 
 import math
 from collections import deque
@@ -12,10 +12,10 @@ from jaxgpt.sample import write
 from jaxgpt.tokenizer import Tokenizer
 
 WINDOW, FEWEST, DEVIATIONS = 100, 50, 6.0
-"""A loss is compared with the last 100, once there are 50. It spikes if it exceeds their mean by 6 of their standard
-deviations, or by 6% of the mean where that is more."""
+"""A loss is compared with the 100 before it, once there are 50. It spikes if it exceeds their mean by 6 standard
+deviations, or by 6% of the mean if that is more."""
 TOKENS = 60
-"""Length of a sample."""
+"""Tokens of a sample."""
 
 
 class Spikes:
@@ -25,39 +25,39 @@ class Spikes:
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._high = False
 
-    def usual(self, loss: float) -> float | None:
+    def add(self, loss: float) -> float | None:
         """The mean of the losses before `loss` if it spikes, else None.
 
         A loss that stays high is reported once. NaN and infinities are ignored.
         """
         if not math.isfinite(loss):
             return None
-        n, before = len(self._recent), self._recent
-        mean = sum(before) / n if n else 0.0
-        deviation = math.sqrt(sum((x - mean) ** 2 for x in before) / (n - 1)) if n > 1 else 0.0
-        deviation = max(deviation, 0.01 * abs(mean))
-        was_high, self._high = self._high, n >= FEWEST and loss > mean + DEVIATIONS * deviation
-        before.append(loss)
+        n, mean, was_high = len(self._recent), 0.0, self._high
+        if n >= FEWEST:
+            mean = sum(self._recent) / n
+            deviation = math.sqrt(sum((x - mean) ** 2 for x in self._recent) / (n - 1))
+            self._high = loss > mean + DEVIATIONS * max(deviation, 0.01 * abs(mean))
+        self._recent.append(loss)
         return mean if self._high and not was_high else None
 
 
 def with_spikes(run: Run, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
-    """`on_event`, with a notice of each spike of the training loss, which events.jsonl records too."""
+    """`on_event`, with a Notice of each spike of the training loss, also in events.jsonl."""
     spikes = Spikes()
 
     def watch(event: Event) -> None:
         on_event(event)
         if isinstance(event, Progress):
             for step, loss in enumerate(event.losses, event.step - len(event.losses) + 1):
-                if (usual := spikes.usual(loss)) is not None:
-                    notify(run, on_event, "spike", step, f"loss {loss:.4f}; the loss before was about {usual:.4f}")
+                if (mean := spikes.add(loss)) is not None:
+                    notify(run, on_event, "spike", step, f"loss {loss:.4f}; the loss before was about {mean:.4f}")
 
     return watch
 
 
 def sampler(config: ModelConfig, tokenizer: Tokenizer) -> Callable[[Params], str]:
-    """The `sample` of `fit`: from parameters to a short text, always with the same seed, which training does not use.
-    Empty where memory runs out, which does not end the run."""
+    """The `sample` of `fit`: parameters -> a short text, from a seed of its own. Empty if memory runs out, which must
+    not end the run."""
 
     def sample(params: Params) -> str:
         try:

@@ -19,15 +19,15 @@ from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated, Event, Notice, Progress, Sampled
 
 PLAIN_SECONDS = 5.0
-"""Seconds between progress lines, at least, if the output is not a terminal."""
+"""Seconds between progress lines, at least, where the output is not a terminal."""
 WIDE = 72
 """Columns that the bar and all numbers need."""
 CURVE = 1000
-"""Points that a curve keeps, at most; even."""
+"""Most points of a curve; even."""
 
 
 class RunConsole(Console):
-    """A console that ignores a full disk, and goes quiet when its reader has gone: neither ends a run."""
+    """A console whose output may fail (a full disk, a closed pipe) without ending the run."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(highlight=False, markup=False, soft_wrap=True, **kwargs)
@@ -43,35 +43,32 @@ class RunConsole(Console):
 
 
 class Curve:
-    """The losses so far, as fewer than CURVE means over equally many losses each."""
+    """The losses so far, as at most CURVE means of equally many losses; the last may be of fewer."""
 
     def __init__(self) -> None:
-        self._means: list[float] = []
-        self._rest: list[float] = []
-        self._share = 1
+        self.points: list[float] = []
+        self._full = self._n = 1  # losses per point, and in the last one
 
     def add(self, loss: float) -> None:
-        self._rest.append(loss)
-        if len(self._rest) == self._share:
-            self._means, self._rest = self.points, []
-        if len(self._means) == CURVE:
-            self._means = [fmean(pair) for pair in zip(self._means[::2], self._means[1::2], strict=True)]
-            self._share *= 2
-
-    @property
-    def points(self) -> list[float]:
-        """The means; the last one may be of fewer losses."""
-        return [*self._means, *([fmean(self._rest)] if self._rest else [])]
+        if self._n < self._full:
+            self._n += 1
+            self.points[-1] += (loss - self.points[-1]) / self._n
+            return
+        if len(self.points) == CURVE:
+            self.points = [fmean(pair) for pair in zip(self.points[::2], self.points[1::2], strict=True)]
+            self._full *= 2
+        self.points.append(loss)
+        self._n = 1
 
 
 class TrainingDisplay(Live):
     """Shows the events of `fit`; a context manager, and the `on_event` of `fit`.
 
     Args:
-      utilisation: from tokens per second to the share of the devices' peak, if that is known.
+      utilisation: tokens per second -> model FLOPs utilisation; None if unknown.
     """
 
-    def __init__(self, console: Console, steps: int, utilisation: Callable[[float], float] | None = None):
+    def __init__(self, console: Console, steps: int, utilisation: Callable[[float], float | None] = lambda speed: None):
         self.live = console.is_terminal and not console.is_dumb_terminal
         """Whether the terminal can redraw lines."""
         self.notices = 0
@@ -93,7 +90,7 @@ class TrainingDisplay(Live):
     def __call__(self, event: Event) -> None:
         match event:
             case Evaluated(step, evaluation):
-                self._keep_best(event)
+                self._best = min(self._best or event, event, key=lambda each: each.rank)
                 self._print(f"step {step:>6,}  validation {describe(evaluation)}")
             case Notice(_, step, text):
                 self.notices += 1
@@ -103,32 +100,29 @@ class TrainingDisplay(Live):
             case Progress():
                 self._progress(event)
 
-    def _keep_best(self, scored: Evaluated | None) -> None:
-        self._best = min(filter(None, (self._best, scored)), key=lambda each: each.rank, default=None)
-
     def _progress(self, event: Progress) -> None:
-        self._keep_best(event.best)
+        self._best = event.best or self._best
         self._curve.add(event.loss)
         self._ends = [*self._ends[:1], event.loss]
         numbers = short = f"loss {event.loss:.4f}"
-        if event.tokens_per_second and event.seconds_left is not None:
+        if (speed := event.tokens_per_second) and event.seconds_left is not None:
             left = f"  {duration(event.seconds_left)} left"
-            used = f"  {self._utilisation(event.tokens_per_second):.0%} used" if self._utilisation else ""
-            numbers, short = f"{short}  {event.tokens_per_second:,.0f} tokens/s{used}{left}", short + left
-        fitting = numbers if self.console.width >= WIDE else short
-        self._bar.update(self._task, completed=event.step, numbers=fitting)
+            used = self._utilisation(speed)
+            share = "" if used is None else f"  {used:.0%} used"
+            numbers, short = f"{short}  {speed:,.0f} tokens/s{share}{left}", short + left
+        self._bar.update(self._task, completed=event.step, numbers=numbers if self.console.width >= WIDE else short)
         if not self.live and time.monotonic() - self._printed > PLAIN_SECONDS:
             self._print(f"step {event.step:>6,}/{event.steps:,}  {numbers}")
 
     def _below(self) -> Iterator[Text]:
-        """The lines under the bar: the loss so far, and the newest sample."""
+        """The lines under the bar: the loss curve and the newest sample."""
         if curve := self.curve():
             yield Text(curve, no_wrap=True, overflow="crop")
         if self._sample:
             yield Text(visible(self._sample), style="dim", no_wrap=True, overflow="crop")
 
     def curve(self) -> str:
-        """The training loss so far on one line; nothing before the second report."""
+        """The training loss so far on one line; empty before the second Progress."""
         if len(self._ends) < 2:
             return ""
         levels = BLOCKS if self.console.encoding.startswith("utf") else ASCII

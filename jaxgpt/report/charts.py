@@ -1,4 +1,4 @@
-"""The charts of a report. Their colours are the page's CSS variables, so that they follow its theme."""
+"""The charts of a report, in the colours of the page's theme."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jaxgpt.monitor.facts import Facts
 from jaxgpt.report.looks import Attention, Looks
 
 MAPPED = 30_000
-"""Weights in a picture of attention, at most."""
+"""Most weights in a picture of attention."""
 
 
 def charts(runs: Sequence[Facts], looks: Sequence[Looks]) -> dict[str, Spec]:
@@ -20,13 +20,13 @@ def charts(runs: Sequence[Facts], looks: Sequence[Looks]) -> dict[str, Spec]:
     Args:
       looks: of each run, in the same order.
     """
-    found = {"outcome": outcome(runs, looks), "loss": loss(runs, limits(runs, looks))}
+    found = {"outcome": outcome(runs, looks), "loss": loss(runs, baselines(runs, looks))}
     found |= {name: curves(runs, name) for name in ("learning_rate", "grad_norm", "speed")}
     return {name: spec for name, spec in found.items() if spec}
 
 
 def chosen(runs: Sequence[Facts], looks: Sequence[Looks]) -> int:
-    """The run whose weights are shown: the lowest bits per byte among those that have weights."""
+    """The index of the run whose weights are shown: of the runs with weights, that of the fewest bits per byte."""
     best = [facts.best.bits_per_byte if facts.best else math.inf for facts in runs]
     return min(range(len(runs)), key=lambda i: (looks[i].passage is None, best[i]))
 
@@ -35,9 +35,9 @@ def same_tokens(runs: Sequence[Facts]) -> bool:
     return len({facts.corpus["sha256"] for facts in runs}) == 1
 
 
-def limits(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, float]]:
-    """(name, nats per token) of the n-gram baselines, if all runs learn from the same tokens."""
-    known = next((look.limits for look in looks if look.limits), None)
+def baselines(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, float]]:
+    """(name, nats per token) of the n-gram baselines, if all runs are trained on the same tokens."""
+    known = next((look.ngrams for look in looks if look.ngrams), None)
     if not known or not same_tokens(runs):
         return []
     return [("uniform", known.uniform), ("unigram counts", known.unigram), ("bigram counts", known.bigram)]
@@ -51,14 +51,14 @@ def outcome(runs: Sequence[Facts], looks: Sequence[Looks]) -> Spec | None:
             error = facts.best.standard_error or 0
             ends = {"low": facts.best.loss - error, "high": facts.best.loss + error}
             rows.append({"what": facts.name, "loss": facts.best.loss, "kind": "run", **ends})
-    others = {"limit": limits(runs, looks), "published": published(runs[0].corpus) if same_tokens(runs) else ()}
+    others = {"baseline": baselines(runs, looks), "published": published(runs[0].corpus) if same_tokens(runs) else ()}
     rows += [{"what": name, "loss": value, "kind": kind} for kind, each in others.items() for name, value in each]
     rows.sort(key=lambda row: -row["loss"])
     return dots(rows, ["run", *others], "nats per token") if rows else None
 
 
 def maps(attention: Attention) -> Spec:
-    """Attention by layer and head, for files: the page draws it by itself."""
+    """Attention maps by layer and head for a picture; the page draws its own."""
     L, H, T, _ = attention.weights.shape
     T = min(T, int((2 * MAPPED / (L * H)) ** 0.5))
     return chart(hconcat=[attention_maps(attention.weights[:, :, :T, :T])])

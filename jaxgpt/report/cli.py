@@ -39,25 +39,25 @@ def run(args: list[str]) -> int:
     from jaxgpt.run import Run
 
     charts.require()
-    page.require()
+    page.environment()  # fails here if jinja2 is missing
     named = [Run.open(given.folders.runs_dir, name) for name in given.runs]
     runs = list({run.path.resolve(): run for run in named}.values())
     out = given.out or (runs[0].path if len(runs) == 1 else given.folders.runs_dir) / "report.html"
     require_replaceable(out)
     use_compile_cache()
-    reporter, made, watching = Reporter(runs, given.folders.data_dir), None, True
+    reporter, report, watching = Reporter(runs, given.folders.data_dir), None, True
     try:
         while watching:
-            made = reporter.make()
-            watching = given.watch and made.running
-            size = made.write(out, refresh=given.every if watching else 0)
-            print(f"{out}  {size / 1e6:.2f} MB, {made.summary}", flush=True)
+            report = reporter.make()
+            watching = given.watch and report.running
+            size = report.write(out, refresh=given.every if watching else 0)
+            print(f"{out}  {size / 1e6:.2f} MB, {report.summary}", flush=True)
             time.sleep(given.every if watching else 0)
     except KeyboardInterrupt:
-        if not made:
+        if not report:
             raise
-        made.write(out)  # the last page, which does not reload itself
-    assert made
+        report.write(out)  # does not reload itself any more
+    assert report
     if given.png:
-        print(f"{given.png}  {', '.join(path.name for path in made.draw(given.png))}")
+        print(f"{given.png}  {', '.join(path.name for path in report.draw(given.png))}")
     return 0

@@ -1,4 +1,4 @@
-"""What a run's weights show: samples, losses token by token, and attention."""
+"""What a report shows of a run's weights: samples, the loss of each token of a passage, and attention."""
 
 import math
 from collections.abc import Callable
@@ -15,9 +15,8 @@ from jaxgpt import model
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.runs import corpus_of
 from jaxgpt.config import ModelConfig, UsageError
-from jaxgpt.corpus import Corpus
 from jaxgpt.diagnostics.inside import attention_maps, token_scores
-from jaxgpt.display.baselines import Limits, limits
+from jaxgpt.display.baselines import NGramLosses, ngram_losses
 from jaxgpt.display.text import token_texts
 from jaxgpt.run import Run
 from jaxgpt.sample import SamplingParams, write
@@ -26,35 +25,32 @@ from jaxgpt.step import init_state
 from jaxgpt.tokenizer import Ids, Tokenizer
 
 SEED, TEMPERATURE, PROMPT, WRITTEN = 1337, 0.8, 16, 300
-"""A report samples WRITTEN tokens after a prompt of PROMPT."""
+"""Of the samples; each has WRITTEN tokens after a prompt of PROMPT."""
 READ, ALTERNATIVES = 480, 5
-"""Tokens of the passage, and alternatives shown for each."""
+"""Tokens of the passage, and likely tokens shown for each."""
 WEIGHTS = 2**18
-"""Attention weights in a report, at most: a large model shows fewer tokens."""
+"""Most attention weights in a report: of a large model it shows fewer tokens."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample after `step` steps."""
-
     step: int
     prompt: str
-    text: str
+    text: str  # after the prompt
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Consecutive tokens of the validation split, with their losses in nats."""
+    """Consecutive tokens of the validation split."""
 
     tokens: list[str]
-    losses: list[float]
-    likely: list[list[tuple[str, float]]]
-    """For each, the most likely tokens in its place, with their probabilities."""
+    losses: list[float]  # nats
+    likely: list[list[tuple[str, float]]]  # the most likely tokens at each position, with their probabilities
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention maps of one text."""
+    """The attention maps of a text."""
 
     tokens: list[str]
     weights: NDArray[np.float32]  # (L, H, T, T)
@@ -62,19 +58,18 @@ class Attention:
 
 @dataclass
 class Looks:
-    """What was available; `missing` gives the reason for each part that was not."""
+    """What a report shows of a run's tokens and weights, as far as they are available."""
 
-    step: int | None = None
-    """Of the weights."""
+    step: int | None = None  # of the weights
     samples: list[Sample] = field(default_factory=list)
-    limits: Limits | None = None
+    ngrams: NGramLosses | None = None
     passage: Passage | None = None
     attention: Attention | None = None
-    missing: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)  # section -> why it is unavailable
 
 
 def look(run: Run, data_dir: Path) -> Looks:
-    """Look at the best checkpoint of `run`; a part that is not available is left out, with the reason."""
+    """Look at the best checkpoint of `run`. Sections that are unavailable are in `missing`."""
     looks = Looks()
 
     def attempt(name: str, get: Callable[[], Any]) -> Any:
@@ -84,17 +79,16 @@ def look(run: Run, data_dir: Path) -> Looks:
             looks.missing[name] = str(error)
             return None
 
-    corpus: Corpus | None = attempt("tokens", lambda: corpus_of(run, data_dir))
-    found = attempt("weights", lambda: load_checkpoint(run))
-    model, tokenizer = run.config.model, run.tokenizer
-    train, val = corpus.split(run.config.data) if corpus else (None, None)
-    if train is not None and val is not None:
-        looks.limits = limits(train, val, tokenizer.vocab_size)
-    if not found:
-        return looks
-    looks.step, params = found
-    looks.samples = attempt("samples", lambda: samples(run, None if val is None else tokenizer.decode(val[:PROMPT])))
-    if val is not None:
+    corpus = attempt("tokens", lambda: corpus_of(run, data_dir))
+    weights = attempt("weights", lambda: load_checkpoint(run))
+    model, tokenizer, val = run.config.model, run.tokenizer, None
+    if corpus:
+        train, val = corpus.split(run.config.data)
+        looks.ngrams = ngram_losses(train, val, tokenizer.vocab_size)
+    if weights:
+        looks.step, params = weights
+        looks.samples = attempt("samples", lambda: samples(run, val)) or []
+    if weights and val is not None:
         looks.passage = attempt("passage", lambda: read(model, params, val, tokenizer))
         if model.kind == "gpt":
             looks.attention = attempt("attention", lambda: attend(model, params, val, tokenizer))
@@ -102,29 +96,29 @@ def look(run: Run, data_dir: Path) -> Looks:
 
 
 def steps(run: Run) -> list[int]:
-    """The steps whose weights are available: the kept checkpoints, and 0, which is initialised again."""
+    """The steps whose weights are available: the kept checkpoints, and 0, which can be initialized again."""
     saved = Checkpoints(run.checkpoints).steps
     imported = any(event["event"] == "import" for event in run.events())
     return saved if imported else sorted({0, *saved})
 
 
-def samples(run: Run, prompt: str | None) -> list[Sample]:
-    """One text for each of `steps`, all with the same seed and prompt."""
-    found = []
+def samples(run: Run, val: Ids | None) -> list[Sample]:
+    """A sample for each of `steps`, all with the same seed and, if there are tokens, the beginning of `val` (M,)."""
+    prompt = None if val is None else run.tokenizer.decode(val[:PROMPT])
+    found, config, sampling = [], run.config, SamplingParams(TEMPERATURE)
     for step in steps(run):
         try:
             fresh = step == 0 and step not in Checkpoints(run.checkpoints).steps
-            params = init_state(run.config).params if fresh else load_checkpoint(run, step)[1]
+            params = init_state(config).params if fresh else load_checkpoint(run, step)[1]
         except (CheckpointError, UsageError):  # it was pruned just now
             continue
-        config, tokenizer = run.config.model, run.tokenizer
-        (pieces,) = write(config, params, tokenizer, prompt, WRITTEN, SamplingParams(TEMPERATURE), seed=SEED)
+        (pieces,) = write(config.model, params, run.tokenizer, prompt, WRITTEN, sampling, seed=SEED)
         found.append(Sample(step, next(pieces), "".join(pieces)))
     return found
 
 
 def read(model: ModelConfig, params: model.Params, val: Ids, tokenizer: Tokenizer) -> Passage:
-    """The first READ tokens of the validation split (M,) that have at least half of block_size before them."""
+    """The first READ tokens of `val` (M,) after half a context, each scored with at least that much context."""
     half = max(1, model.block_size // 2)
     text = np.asarray(val[: half + READ])
     half = min(half, len(text) - 1)
@@ -138,7 +132,7 @@ def read(model: ModelConfig, params: model.Params, val: Ids, tokenizer: Tokenize
 
 
 def attend(model: ModelConfig, params: model.Params, val: Ids, tokenizer: Tokenizer) -> Attention:
-    """The attention maps of the beginning of `val` (M,)."""
+    """The attention maps of the first tokens of `val` (M,)."""
     T = max(2, min(model.block_size, 64, math.isqrt(2 * WEIGHTS // (model.n_layer * model.n_head))))
     ids, names = np.asarray(val[:T], np.int32), token_texts(tokenizer)
     maps = jax.jit(attention_maps, static_argnums=0)(model, params, jnp.asarray(ids)[None])

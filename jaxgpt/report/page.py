@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no network, no other file. The markup is in page.html."""
+"""The report as one HTML file that needs no network and no other file. The markup is in page.html."""
 
 import base64
 import hashlib
@@ -22,23 +22,23 @@ from jaxgpt.report.charts import chosen, same_tokens
 from jaxgpt.report.looks import TEMPERATURE, Attention, Looks, Sample
 
 NEWEST = 500
-"""Events that are listed, the last ones."""
+"""Most events that are listed: the last ones."""
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-"""Control characters, which no page may hold, to their symbols."""
+"""Control characters, which are invalid in a page -> their symbols."""
 
 
 def page(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec], refresh: int = 0) -> str:
-    """The whole report.
+    """The HTML of a report.
 
     Args:
       looks: of each run, in the same order.
       charts: from `charts.charts`.
-      refresh: seconds after which the page reloads itself; 0: never.
+      refresh: seconds until the page reloads itself; 0: never.
     """
     which = chosen(runs, looks)
-    look, values = looks[which], dict[str, Any]()
+    look, values, scripts = looks[which], dict[str, Any](), (script(), _file("page.js"))
     if look.passage:
-        top = (look.limits.uniform if look.limits else max(look.passage.losses)) or 1.0  # 0 for a single character
+        top = (look.ngrams.uniform if look.ngrams else max(look.passage.losses)) or 1.0  # 0 for a single character
         likely = [[(token, round(p, 4)) for token, p in each] for each in look.passage.likely]
         losses = [round(loss, 3) for loss in look.passage.losses]
         values["passage"] = {"tokens": look.passage.tokens, "losses": losses, "likely": likely}
@@ -47,8 +47,8 @@ def page(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec],
         values["attention"] = packed(look.attention)
     return environment().get_template("page.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(facts.name for facts in runs)}",
-        allowed=" ".join(f"'sha256-{_sha256(text)}'" for text in (script(), _file("page.js"))),
-        of=f": {runs[which].name}" if len(runs) > 1 else "",
+        allowed=" ".join(map(_source_hash, scripts)),
+        of_run=f": {runs[which].name}" if len(runs) > 1 else "",
         missing=[f"{facts.name}, {name}: {why}" for facts, each in zip(runs, looks, strict=True)
                  for name, why in each.missing.items()],
         runs=runs, look=look, charts=charts, refresh=refresh, newest=NEWEST, temperature=TEMPERATURE, counted=COUNTED,
@@ -56,23 +56,18 @@ def page(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec],
         differing=[(name, *values) for name, values in differing(runs)], numbers=numbers, comparison=comparison,
         configuration=configuration, settings=settings, events=events, version=jaxgpt.__version__,
         time=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        css=_file("page.css"), vega=script(), script=_file("page.js"), **values,
+        css=_file("page.css"), scripts=scripts, **values,
     )  # fmt: skip
-
-
-def require() -> Any:
-    """The module jinja2; raises MissingExtraError if it is not installed."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtraError("a report", "jinja2", "report") from error
-    return jinja2
 
 
 @cache
 def environment() -> Any:
-    """The environment of the templates: every value is escaped as text unless it is marked as safe."""
-    jinja2 = require()
+    """The environment of the templates, which escape every value that is not marked as safe. Raises MissingExtraError
+    if jinja2 is not installed."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingExtraError("a report", "jinja2", "report") from error
     made = jinja2.Environment(
         loader=jinja2.FunctionLoader(_file), autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -83,7 +78,7 @@ def environment() -> Any:
 
 
 def _printable(value: object) -> str:
-    """A value as text without control characters and lone surrogates, which become U+FFFD."""
+    """A value as text, with symbols for control characters, and U+FFFD for lone surrogates."""
     if hasattr(value, "__html__"):
         return value  # type: ignore[return-value]
     return str(value).translate(CONTROLS).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -128,7 +123,7 @@ def comparison(runs: Sequence[Facts]) -> tuple[Sequence[str], list[Sequence[str]
 
 
 def samples(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, Sample]]:
-    """(heading, sample) of every step; of several runs, the last sample of each."""
+    """(heading, sample) of every step of one run, or of the last step of each of several."""
     found = []
     for facts, look in zip(runs, looks, strict=True):
         losses = {score.step: score.loss for score in facts.scores}
@@ -139,32 +134,32 @@ def samples(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, Sa
     return found
 
 
-def configuration(facts: Facts) -> list[tuple[str, list[str], bool]]:
+def configuration(facts: Facts) -> list[tuple[str, list[Any], bool]]:
     """(name, lines, whether they are code) of the recipe, commands, data, versions and hardware."""
     corpus, data, start = facts.corpus, facts.config.data, facts.starts[-1] if facts.starts else {}
     versions = (("jaxgpt", "jaxgpt"), ("JAX", "jax"), ("Python", "python"))
     device = start.get("device", "")
     if start.get("backend") == "cpu" and "cpu" in start:
         device = f"{start['cpu']}, {start['cores']} cores"
-    elif facts.n_devices > 1:
-        device = f"{facts.n_devices} x {device}"
+    elif start.get("devices", 1) > 1:
+        device = f"{start['devices']} x {device}"
     few = 0 < data.val_tokens < corpus["count"] * data.val_fraction
     held_out = f"{data.val_tokens:,}" if few else f"{data.val_fraction:.0%}"
     changes = ", ".join(f"{field} {value} (recipe: {was})" for field, was, value in facts.changes)
-    rows: list[tuple[str, Any, bool]] = [
-        ("recipe", f"{facts.recipe}: {RECIPES[facts.recipe].about}", False),
-        ("differences", changes or "none", False),
-        ("command", facts.command, True),
+    rows: list[tuple[str, list[Any], bool]] = [
+        ("recipe", [f"{facts.recipe}: {RECIPES[facts.recipe].about}"], False),
+        ("differences", [changes or "none"], False),
+        ("command", [facts.command], True),
         ("as typed", [start["command"] for start in facts.starts if "command" in start], True),
-        ("text", f"{corpus['source']}, from {corpus['origin']}", False),
-        ("tokens", f"{corpus['count']:,}, {corpus['tokenizer']['kind']}, {held_out} of them for validation", False),
-        ("SHA-256 of the tokens", corpus["sha256"], True),
-        ("SHA-256 of the text", corpus["source_sha256"], True),
-        ("versions", " · ".join(f"{name} {start[key]}" for name, key in versions if key in start), False),
-        ("hardware", device, False),
-        ("processes", start.get("processes", ""), False),
+        ("text", [f"{corpus['source']}, from {corpus['origin']}"], False),
+        ("tokens", [f"{corpus['count']:,}, {corpus['tokenizer']['kind']}, {held_out} of them for validation"], False),
+        ("SHA-256 of the tokens", [corpus["sha256"]], True),
+        ("SHA-256 of the text", [corpus["source_sha256"]], True),
+        ("versions", [" · ".join(f"{name} {start[key]}" for name, key in versions if key in start)], False),
+        ("hardware", [device], False),
+        ("processes", [start.get("processes")], False),
     ]
-    return [(name, value if isinstance(value, list) else [value] if value else [], code) for name, value, code in rows]
+    return [row for row in rows if any(row[1])]
 
 
 def settings(facts: Facts) -> list[tuple[str, Any]]:
@@ -174,29 +169,28 @@ def settings(facts: Facts) -> list[tuple[str, Any]]:
 
 
 def events(facts: Facts) -> list[dict[str, Any]]:
-    """A row for each event: time, step, kind and details, and whether its kind is usual."""
+    """Time, step, kind and details of each event, and whether its kind is usual."""
     rows = []
     for event, kind in zip(facts.events, kinds(facts.events), strict=True):
         speed = event.get("tokens_per_second")
         details = event.get("text") or event.get("origin") or (f"{speed:,.0f} tokens/s so far" if speed else "")
         usual = kind in ("start", "save", "end", "import")
-        row = {"time": event.get("time", ""), "step": event.get("step", ""), "kind": kind, "details": details}
-        rows.append({**row, "usual": usual})
+        times = {"time": event.get("time", ""), "step": event.get("step", "")}
+        rows.append({**times, "kind": kind, "details": details, "usual": usual})
     return rows
 
 
 def packed(attention: Attention) -> dict[str, Any]:
     """Attention as page.js reads it: a byte for each weight up to the diagonal, by layer, head and row."""
     L, H, T, _ = attention.weights.shape
-    whole = np.rint(255 * attention.weights).astype(np.uint8)
-    weights = whole[:, :, *np.tril_indices(T)].tobytes()
-    tokens = attention.tokens
-    return {"layers": L, "heads": H, "size": T, "tokens": tokens, "weights": base64.b64encode(weights).decode()}
+    data = np.rint(255 * attention.weights).astype(np.uint8)[:, :, *np.tril_indices(T)].tobytes()
+    weights = base64.b64encode(data).decode()
+    return {"layers": L, "heads": H, "size": T, "tokens": attention.tokens, "weights": weights}
 
 
-def _sha256(text: str) -> str:
-    """As a Content-Security-Policy names a script: no other one runs, whatever text the page holds."""
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+def _source_hash(script: str) -> str:
+    """The source by which a Content-Security-Policy allows a script; no other script runs."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Reports of runs, made again while they train; weights are examined only when they are new."""
+"""Reports of runs, made again while they train."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ GENERATOR = b'content="jaxgpt report"'
 
 
 @dataclass(frozen=True)
-class Made:
-    """All that a report shows."""
+class Report:
+    """The contents of a report."""
 
     runs: list[Facts]
     looks: list[Looks]
@@ -60,7 +60,7 @@ class Made:
 
 
 class Reporter:
-    """Makes the report of `runs`, any number of times."""
+    """Makes the report of `runs` any number of times, and examines weights only if they are new."""
 
     def __init__(self, runs: Sequence[Run], data_dir: Path):
         self._runs, self._data_dir = runs, data_dir
@@ -68,21 +68,22 @@ class Reporter:
         names = [run.path.resolve().name for run in runs]
         self._names = names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
-    def make(self) -> Made:
+    def make(self) -> Report:
         """The report as of now. Raises RunError or CorpusError if the files of a run are damaged."""
         points = max(200, POINTS // len(self._runs))
         facts = [gather(run, points, name) for run, name in zip(self._runs, self._names, strict=True)]
-        return Made(facts, [self._look(run) for run in self._runs])
+        return Report(facts, [self._look(run) for run in self._runs])
 
     def _look(self, run: Run) -> Looks:
-        there = steps(run)
-        if run.path not in self._seen or self._seen[run.path][0] != there:
-            self._seen[run.path] = there, look(run, self._data_dir)
-        return self._seen[run.path][1]
+        available, (seen, looks) = steps(run), self._seen.get(run.path, (None, None))
+        if looks is None or seen != available:
+            looks = look(run, self._data_dir)
+            self._seen[run.path] = available, looks
+        return looks
 
 
 def require_replaceable(path: Path) -> None:
-    """Raises UsageError if `path` is a folder, or a file that is not a report."""
+    """Raise UsageError if `path` is a folder, or a file that is not a report."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder, expected the name of a file: --out {path / 'report.html'}")
     if path.exists():

@@ -1,4 +1,4 @@
-"""Laws of the Hessian's products, spectrum and trace: a known spectrum, the bigram's closed form, differences."""
+"""Hessian-vector products, spectrum and trace against known spectra, closed forms and finite differences."""
 
 from functools import partial
 
@@ -34,7 +34,7 @@ spectrum = jax.jit(derivatives.spectrum, static_argnums=0, static_argnames=("ste
 EIGENVALUES = np.array([-3.0, -1.0, 0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0, 20.0])
 
 
-def test_lanczos_finds_every_eigenvalue_and_the_vector_of_the_greatest():
+def test_lanczos_finds_every_eigenvalue_and_the_top_eigenvector():
     found = spectrum(quadratic, PARAMS, matrix(EIGENVALUES), KEY, steps=50, probes=2)  # of 12 dimensions
     assert found.values.shape == (2, P)
     for values, top in zip(found.values, found.top, strict=True):
@@ -52,8 +52,8 @@ def test_a_few_steps_bracket_the_ends_within_their_errors():
     np.testing.assert_allclose(values[-1], 20, rtol=1e-3)
 
 
-def test_where_few_eigenvalues_differ_no_others_are_made_up():
-    """The start reaches three dimensions only: what the steps after that say must weigh nothing and lie within."""
+def test_repeated_eigenvalues_give_no_spurious_ones():
+    """The Krylov space has three dimensions: Ritz values of later steps must have no weight and lie within."""
     few = np.repeat([2.0, 5.0, 9.0], 4)
     (values,), (weights,), _, _ = spectrum(quadratic, PARAMS, matrix(few), KEY, steps=50)
     np.testing.assert_allclose(values[np.array([0, -1])], [2, 9], rtol=1e-4)
@@ -61,8 +61,8 @@ def test_where_few_eigenvalues_differ_no_others_are_made_up():
         assert weight < 1e-4 or np.abs(few - value).min() < 1e-3
 
 
-def test_the_vector_of_the_greatest_is_one_where_the_start_is_spent():
-    """Where all eigenvalues are one, the first step is the last that finds something."""
+def test_the_top_eigenvector_is_found_after_a_breakdown():
+    """If all eigenvalues are equal, the first step is the last that finds something."""
     (values,), _, _, (top,) = spectrum(quadratic, PARAMS, 3 * jnp.eye(P), KEY, steps=4)
     np.testing.assert_allclose(values, 3, rtol=1e-5)
     np.testing.assert_allclose(jnp.linalg.norm(top), 1, rtol=1e-5)
@@ -70,7 +70,7 @@ def test_the_vector_of_the_greatest_is_one_where_the_start_is_spent():
     np.testing.assert_allclose(top @ matrix(np.repeat([2.0, 5.0, 9.0], 4)) @ top, 9, rtol=1e-4)
 
 
-def test_signs_meet_the_trace_exactly_on_a_diagonal_and_in_the_mean_elsewhere():
+def test_the_trace_is_exact_for_a_diagonal_matrix_and_unbiased_for_others():
     np.testing.assert_allclose(trace(quadratic, PARAMS, jnp.diag(jnp.arange(12.0)), KEY, 3), [66.0] * 3, rtol=1e-5)
     full = matrix(EIGENVALUES)
     samples = trace(quadratic, PARAMS, full, KEY, 2000)
@@ -79,7 +79,7 @@ def test_signs_meet_the_trace_exactly_on_a_diagonal_and_in_the_mean_elsewhere():
     assert abs(samples.mean() - EIGENVALUES.sum()) < 4 * deviation / np.sqrt(2000)
 
 
-def test_the_hessian_of_a_bigram_is_diag_p_minus_p_pT_of_each_row():
+def test_the_hessian_of_a_bigram_is_diag_p_minus_p_pT_for_each_row():
     V, T = 5, 8
     config = ModelConfig(kind="bigram", vocab_size=V, block_size=T)
     rng = np.random.default_rng(0)
@@ -102,7 +102,7 @@ def test_the_hessian_of_a_bigram_is_diag_p_minus_p_pT_of_each_row():
 
 @pytest.fixture(scope="module")
 def gpt():
-    """A GPT that trains in bfloat16 with dropout, its loss for derivatives, and what they are taken at."""
+    """(config, params, batch) of a GPT that trains in bfloat16 with dropout."""
     config = ModelConfig(vocab_size=13, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1, precision="bfloat16")
     rng, shapes = np.random.default_rng(0), jax.eval_shape(partial(model.init_params, config), KEY)
     params = jax.tree.map(lambda x: (0.1 * rng.standard_normal(x.shape) + (x.ndim == 1)).astype(np.float32), shapes)
@@ -110,7 +110,7 @@ def gpt():
     return config, params, Batch(ids[:, :-1], ids[:, 1:])
 
 
-def test_hessian_vector_products_are_differences_of_gradients_part_by_part(gpt):
+def test_hessian_vector_products_are_differences_of_gradients_in_every_leaf(gpt):
     config, params, batch = gpt
     loss = mean_loss(config, chunk=2)
     v = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(0, 0.1, x.shape).astype(np.float32), params)

@@ -38,7 +38,7 @@ def call(tmp_path_factory):
         yield run
 
 
-def test_all_of_them_are_printed_drawn_and_written(call, capsys):
+def test_all_diagnoses_are_printed_drawn_and_written(call, capsys):
     code, folder = call("diagnose", "one", *LITTLE, "--text", TEXT, "--plots", "new/pics", "--json", "all.json")
     out = capsys.readouterr().out
     assert code == 0
@@ -53,8 +53,10 @@ def test_all_of_them_are_printed_drawn_and_written(call, capsys):
     assert set(written) == {"run", "step", "effort", *HAS}
     assert len(written["tokens"]["losses"]) == len(TEXT) - 1
     assert f"{max(written['tokens']['losses']):.2f}  '" in out
-    assert f"least at {written['landscape']['shares'][int(np.argmin(written['landscape']['path']))]:.2f}" in out
-    # The middle of the plane and the end of the way are the same parameters on the same batch, and so is the line's.
+    lowest = int(np.argmin(written["landscape"]["path"]))
+    assert f"the lowest loss is {written['landscape']['path'][lowest]:.3f}" in out
+    assert f"at {written['landscape']['shares'][lowest]:.2f} of the way" in out
+    # The middles of the plane and of the line, and share 1 of the path, have the same parameters and the same batch.
     middle = written["landscape"]["losses"][1][1]
     np.testing.assert_allclose(np.interp(1, written["landscape"]["shares"], written["landscape"]["path"]), middle, 1e-4)
     np.testing.assert_allclose(written["curvature"]["losses"][10], middle, rtol=1e-5)
@@ -64,8 +66,8 @@ def test_all_of_them_are_printed_drawn_and_written(call, capsys):
     assert {name: written[name] for name in again} == again, "the same numbers, alone or among others"
 
 
-def test_heads_that_prefer_nothing_are_as_uncertain_as_can_be(tiny, change, tmp_path):
-    """With queries of zero each token sees its past evenly: entropy log n, and (n - 1) / 2 tokens back."""
+def test_uniform_attention_has_the_greatest_entropy(tiny, change, tmp_path):
+    """With queries of zero each token attends to n tokens evenly: entropy log n, distance (n - 1) / 2."""
     config, tokens, texts = change(tiny, window=3, precision="bfloat16"), np.arange(40) % 13, list("abcdefghijklm")
     params = jax.jit(lambda key: model.init_params(config.model, key))(jax.random.key(0))
     params = jax.tree_util.tree_map_with_path(lambda path, p: 0 * p if "query" in str(path) else p, params)
@@ -83,8 +85,8 @@ def test_heads_that_prefer_nothing_are_as_uncertain_as_can_be(tiny, change, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_a_text_of_one_character_leaves_nothing_to_learn_and_is_drawn_and_reported(call, capsys):
-    """Its loss is 0 whatever the parameters are: no curvature, and no better than guessing."""
+def test_a_text_of_one_character_can_be_diagnosed_and_reported(call, capsys):
+    """Its loss is 0 for all parameters, so it has no curvature."""
     (call("recipes")[1] / "one.txt").write_text("a" * 200)
     assert call("train", "bigram", "--corpus", "one.txt", "--run", "flat", *SMALL)[0] == 0
     code, folder = call("diagnose", "flat", "--only", "curvature", *LITTLE, "--plots", "flat")
@@ -112,7 +114,7 @@ def test_bad_usage_is_refused_before_any_work(call, capsys, monkeypatch, args, s
     assert said in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_refused_with_what_does(monkeypatch):
+def test_too_many_lanczos_steps_are_refused_with_the_number_that_fits(monkeypatch):
     bigram = Config(model=ModelConfig(kind="bigram", vocab_size=100))
     for vectors, steps in ((26, None), (20, 14)):
         monkeypatch.setattr(memory, "available", lambda vectors=vectors: vectors * 40_000)

@@ -1,4 +1,4 @@
-"""Laws of per-example gradients, of the noise scale and of influence, against closed forms."""
+"""Per-example gradients, the noise scale and influence against closed forms."""
 
 import itertools
 
@@ -24,7 +24,7 @@ measured = jax.jit(noise_scale, static_argnums=(0, 3))
 
 
 def by_hand(inputs, targets):
-    """The gradient of a bigram's mean loss: softmax minus what came, added to the row of what was read."""
+    """The gradient of a bigram's mean loss: softmax minus the one-hot target, in the row of the input."""
     gradient, p = np.zeros((V, V)), np.exp(TABLE) / np.exp(TABLE).sum(axis=1, keepdims=True)
     for read, came in zip(inputs, targets, strict=True):
         gradient[read] += (p[read] - np.eye(V)[came]) / T
@@ -43,11 +43,11 @@ def size(gradient):
 
 
 @pytest.mark.parametrize("chunk", [2, 8])
-def test_each_window_has_the_gradient_that_counting_gives(chunk):
+def test_per_example_gradients_of_a_bigram_equal_the_closed_form(chunk):
     np.testing.assert_allclose(each(mean_loss(BIGRAM), PARAMS, BATCH, table, chunk), BY_HAND, atol=1e-6)
 
 
-def test_what_is_taken_of_a_gradient_is_all_that_is_kept():
+def test_per_example_keeps_only_what_take_returns():
     found = each(mean_loss(BIGRAM), PARAMS, BATCH, size, 2)
     np.testing.assert_allclose(found, np.linalg.norm(BY_HAND, axis=(1, 2)), rtol=1e-5)
     kept = jax.eval_shape(lambda: per_example(mean_loss(BIGRAM), PARAMS, BATCH))
@@ -61,7 +61,7 @@ def test_influence_is_the_dot_product_of_gradients():
 
 
 def test_a_step_on_a_window_lowers_the_loss_of_another_by_their_influence(tiny):
-    """To first order in the learning rate, for a GPT: held against the loss after such a step."""
+    """To first order in the learning rate, for a GPT, by finite differences."""
     loss, ids = jax.jit(mean_loss(tiny.model)), RNG.integers(0, 13, (2, 9))
     train, val = Batch(ids[:1, :-1], ids[:1, 1:]), Batch(ids[1:, :-1], ids[1:, 1:])
 
@@ -81,18 +81,18 @@ def linear(params, batch):
     return (batch @ params).mean()
 
 
-CROWD = np.random.default_rng(0).normal((1.0, -0.5, 0.2), 1.0, (4, 3)).astype(np.float32)
+POPULATION = np.random.default_rng(0).normal((1.0, -0.5, 0.2), 1.0, (4, 3)).astype(np.float32)
 
 
-def test_the_estimates_of_signal_and_noise_have_no_bias():
-    """Over all samples of three from a crowd of four, their means are the crowd's own, to rounding."""
-    samples = jnp.asarray(CROWD)[np.array(list(itertools.product(range(4), repeat=3)))]  # (64, 3, 3)
+def test_the_estimates_of_signal_and_noise_are_unbiased():
+    """Over all samples of three from a population of four, their means are the population's, to rounding."""
+    samples = jnp.asarray(POPULATION)[np.array(list(itertools.product(range(4), repeat=3)))]  # (64, 3, 3)
     found = jax.jit(jax.vmap(lambda sample: noise_scale(linear, jnp.zeros(3), sample)))(samples)
-    np.testing.assert_allclose(found.signal.mean(), (CROWD.mean(axis=0) ** 2).sum(), rtol=1e-4)
-    np.testing.assert_allclose(found.noise.mean(), CROWD.var(axis=0).sum(), rtol=1e-4)
+    np.testing.assert_allclose(found.signal.mean(), (POPULATION.mean(axis=0) ** 2).sum(), rtol=1e-4)
+    np.testing.assert_allclose(found.noise.mean(), POPULATION.var(axis=0).sum(), rtol=1e-4)
 
 
-def test_the_noise_scale_is_that_of_two_batch_sizes_and_its_error_that_of_leaving_one_out():
+def test_the_noise_scale_and_its_jackknife_error_equal_the_formulas():
     """McCandlish et al. 2018, appendix A.1, with batches of 1 and of B; the jackknife by hand."""
 
     def formula(rows):

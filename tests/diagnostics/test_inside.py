@@ -33,7 +33,7 @@ IDX = jax.random.randint(jax.random.key(1), (3, 8), 0, 11)
 maps_of = jax.jit(inside.attention_maps, static_argnums=0)
 
 
-def test_the_lens_ends_with_the_loss_of_the_model_and_nothing_left_to_change():
+def test_the_last_depth_of_the_lens_is_the_prediction_of_the_model():
     batch = Batch(IDS[None, :8], IDS[None, 1:9])
     found = jax.jit(inside.lens, static_argnums=0)(CONFIG, PARAMS, batch)
     assert {x.shape for x in found} == {(2, 1, 8)}
@@ -45,7 +45,7 @@ def test_the_lens_ends_with_the_loss_of_the_model_and_nothing_left_to_change():
     np.testing.assert_allclose(found.probability[-1], jax.nn.softmax(logits).max(axis=-1), rtol=1e-5)
 
 
-def test_scores_of_a_text_have_the_mean_that_evaluation_gives():
+def test_the_mean_of_token_scores_is_the_loss_of_evaluate():
     found = token_scores(CONFIG, PARAMS, IDS, k=3)
     assert found.losses.shape == (28,)
     exact = evaluate(CONFIG, PARAMS, IDS, CharTokenizer("abcdefghijk"))
@@ -63,7 +63,7 @@ def test_each_token_is_scored_by_the_context_before_it():
         np.testing.assert_allclose(chances[found.ids[t - 1]], found.probabilities[t - 1], rtol=1e-4)
 
 
-def test_a_text_shorter_than_a_window_and_what_cannot_be_scored():
+def test_token_scores_of_a_short_text_and_bad_arguments():
     table = jnp.asarray(np.random.default_rng(0).normal(size=(11, 11)), jnp.float32)
     params = {"token_embedding_table": {"embedding": table}}
     found = token_scores(BIGRAM, params, IDS[:3], k=1)
@@ -77,7 +77,7 @@ def test_a_text_shorter_than_a_window_and_what_cannot_be_scored():
 
 
 def noisy(config):
-    """Parameters none of which is zero."""
+    """Random parameters without zeros."""
     shapes, rng = jax.eval_shape(partial(model.init_params, config), jax.random.key(0)), np.random.default_rng(0)
     return jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape) + (x.ndim == 1)).astype(np.float32), shapes)
 
@@ -101,8 +101,8 @@ def test_maps_are_causal_and_rows_sum_to_one(seen):
     np.testing.assert_array_equal(maps > 0, np.broadcast_to(attention.causal_mask(8, config.window), maps.shape))
 
 
-def test_maps_are_the_weights_that_the_values_are_gathered_by():
-    """One block of GPT-2 by hand, with the maps in the place of queries and keys, is `forward`."""
+def test_maps_are_the_weights_of_the_values_in_forward():
+    """One block of GPT-2 by hand, with the maps in place of queries and keys, equals `forward`."""
     config = dataclasses.replace(SMALL, n_layer=1)
     params = jax.tree.map(np.asarray, noisy(config))
     block, (maps,) = params["h_0"], np.asarray(maps_of(config, params, IDX))
@@ -120,8 +120,8 @@ def test_maps_are_the_weights_that_the_values_are_gathered_by():
     np.testing.assert_allclose(logits, forward(config, params, IDX), rtol=1e-4, atol=1e-4)
 
 
-def test_maps_are_there_whatever_kernel_computes_the_logits(monkeypatch):
-    """Also where attention goes by blocks, which never hold all weights."""
+def test_maps_do_not_depend_on_the_attention_kernel(monkeypatch):
+    """Not even on blocked attention, which never holds all weights."""
     config = dataclasses.replace(SMALL, n_layer=1)
     expected = maps_of(config, noisy(config), IDX)
     monkeypatch.setattr(kernels, "kernel", lambda *_: "blocked")
@@ -130,7 +130,7 @@ def test_maps_are_there_whatever_kernel_computes_the_logits(monkeypatch):
     )
 
 
-def test_the_lens_ends_with_the_logits_and_skips_the_blocks_above(seen):
+def test_the_logit_lens_ends_with_the_logits_and_skips_the_blocks_above(seen):
     config, params, _, lens, logits = seen
     assert lens.shape == (3, 3, 8, 11)
     np.testing.assert_allclose(lens[-1], logits, rtol=1e-5, atol=1e-5)
@@ -147,7 +147,7 @@ def test_a_bigram_has_one_depth_and_no_attention():
         inside.attention_maps(config, params, IDX)
 
 
-def test_no_more_than_block_size():
+def test_more_tokens_than_block_size_are_refused():
     params = jax.eval_shape(partial(model.init_params, SMALL), jax.random.key(0))
     for look in (inside.attention_maps, inside.logit_lens):
         with pytest.raises(ValueError, match="9 tokens are longer than block_size, 8"):

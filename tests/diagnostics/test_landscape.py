@@ -12,7 +12,7 @@ def quadratic(params, batch):
     return 0.5 * params["x"] @ A @ params["x"] + batch
 
 
-def test_along_a_line_and_in_a_plane_are_the_losses_there():
+def test_along_and_plane_are_the_losses_at_these_points():
     params, right, up = ({"x": jnp.array(x)} for x in ([1.0, -1.0], [0.5, 0.0], [0.0, 2.0]))
     xs, ys = jnp.array([-1.0, 0.0, 2.0]), jnp.array([0.0, 1.0])
     found = jax.jit(derivatives.plane, static_argnums=0)(quadratic, params, 10.0, right, up, xs, ys)
@@ -22,7 +22,7 @@ def test_along_a_line_and_in_a_plane_are_the_losses_there():
         np.testing.assert_allclose(value, 10 + 0.5 * point @ np.asarray(A) @ point, rtol=1e-6)
 
 
-def test_from_one_set_of_parameters_to_another():
+def test_along_interpolates_between_two_sets_of_parameters():
     one, other = ({"x": jnp.array(x)} for x in ([1.0, -1.0], [4.0, 2.0]))
     way = jax.tree.map(jnp.subtract, other, one)
     found = jax.jit(derivatives.along, static_argnums=0)(quadratic, one, 0.0, way, jnp.array([0.0, 1.0]))
@@ -30,7 +30,7 @@ def test_from_one_set_of_parameters_to_another():
 
 
 @pytest.mark.parametrize("L", [(), (3,)], ids=["blocks", "stacked"])
-def test_every_filter_moves_by_its_own_length_and_biases_stay(L):
+def test_every_filter_has_the_norm_of_its_parameters_and_biases_stay(L):
     shapes = {"kernel": (4, 6), "bias": (6,), "embedding": (5, 4), "scale": (4,)}
     params = {"h": {name: np.random.default_rng(1).normal(size=(*L, *shape)) for name, shape in shapes.items()}}
     moves = jax.jit(derivatives.filter_normalised)(params, jax.random.key(1))["h"]

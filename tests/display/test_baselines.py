@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jaxgpt.display import baselines
-from jaxgpt.display.baselines import limits, published
+from jaxgpt.display.baselines import ngram_losses, published
 
 
-def test_limits_equal_counts_by_hand():
+def test_ngram_losses_equal_those_counted_by_hand():
     rng = np.random.default_rng(0)
     train, val, V = rng.integers(0, 5, 200), rng.integers(0, 6, 50), 7  # one id is never seen, one only in validation
     single, pairs = Counter(train.tolist()), Counter(itertools.pairwise(train.tolist()))
@@ -18,7 +18,7 @@ def test_limits_equal_counts_by_hand():
     def p(b):
         return (single[b] + 1) / (200 + V)
 
-    found, val = limits(train.astype(np.uint16), val.astype(np.uint16), V), val.tolist()
+    found, val = ngram_losses(train.astype(np.uint16), val.astype(np.uint16), V), val.tolist()
     assert found.uniform == math.log(V)
     assert found.unigram == pytest.approx(-np.mean([math.log(p(b)) for b in val[1:]]))
     by_hand = [(pairs[a, b] + p(b)) / (before[a] + 1) for a, b in itertools.pairwise(val)]
@@ -27,11 +27,11 @@ def test_limits_equal_counts_by_hand():
 
 
 def test_a_large_split_is_counted_in_stretches_from_end_to_end(monkeypatch):
-    """The parts of a mixture lie one after another: the first alone would say nothing of the others."""
+    """The parts of a mixture follow each other, so the first tokens would represent only one of them."""
     monkeypatch.setattr(baselines, "COUNTED", 128)
     rng = np.random.default_rng(0)
     halves = [np.concatenate([rng.integers(0, 2, n), rng.integers(2, 4, n)]) for n in (4000, 500)]
-    found = limits(*halves, 4)
+    found = ngram_losses(*halves, 4)
     assert found.unigram == pytest.approx(math.log(4), abs=0.1)
     assert found.bigram == pytest.approx(math.log(2), abs=0.1)
     (first, *_, last) = baselines.stretches(np.arange(1000))

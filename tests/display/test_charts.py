@@ -22,7 +22,7 @@ SPEC = charts.chart(
 )
 
 
-def test_a_file_is_of_the_format_that_its_name_says(tmp_path):
+def test_the_suffix_of_a_file_chooses_its_format(tmp_path):
     for suffix in charts.FORMATS:
         charts.save(SPEC, tmp_path / f"a{suffix}", width=300)
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
@@ -30,11 +30,11 @@ def test_a_file_is_of_the_format_that_its_name_says(tmp_path):
     svg = (tmp_path / "a.svg").read_bytes()
     assert ET.fromstring(svg).get("width") == "300"
     assert charts.COLOURS["accent"].encode() in svg
-    assert b"var(--" not in svg, "a picture has no page to take its colours from"
+    assert b"var(--" not in svg, "a file has no CSS variables"
     assert {path.name for path in tmp_path.iterdir()} == {f"a{suffix}" for suffix in charts.FORMATS}
 
 
-def test_a_png_is_small_and_whole(tmp_path):
+def test_a_png_is_small_and_valid(tmp_path):
     charts.save(SPEC, tmp_path / "a.png", width=300)
     data = (tmp_path / "a.png").read_bytes()
     assert len(data) < 30_000
@@ -58,12 +58,12 @@ def test_a_bad_path_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_vl_convert_it_says_what_to_install(tmp_path, monkeypatch):
+def test_a_missing_vl_convert_is_an_error_with_the_extra_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(MissingExtraError, match=r"a chart needs vl-convert-python, .*'jaxgpt\[report\]'"):
         charts.save(SPEC, tmp_path / "a.png")
 
 
-def test_columns_repeat_scalars_and_hold_no_nan():
+def test_columns_repeat_scalars_and_replace_nan_by_none():
     rows = charts.columns(name="a", x=np.float32([0.1, 2]), y=[math.inf, 1.23456789])
     assert rows == [{"name": "a", "x": 0.1, "y": None}, {"name": "a", "x": 2.0, "y": 1.23457}]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import cli
-from jaxgpt.display.baselines import limits
+from jaxgpt.display.baselines import ngram_losses
 from jaxgpt.lecture import ladder
 from jaxgpt.lecture.model import forward, init_params
 from jaxgpt.prepare import sources
@@ -72,7 +72,7 @@ def test_score_against_a_plain_loop(kind):
 
 def test_counted_rungs_match_the_baselines_of_the_report():
     train, val = chain(300), chain(47, seed=1)
-    found = limits(train, val, V)
+    found = ngram_losses(train, val, V)
     for kind, expected in (("uniform", found.uniform), ("unigram", found.unigram), ("bigram counts", found.bigram)):
         assert ladder.score(RUNGS[kind], ladder.count(kind, train, V), val) == pytest.approx(expected, rel=1e-6)
 

@@ -13,7 +13,7 @@ SMALL = ModelConfig(vocab_size=13, block_size=8, n_layer=2, n_head=2, n_embd=16)
 
 
 @pytest.mark.parametrize("kind", ["gpt", "bigram"])
-def test_n_params_is_what_init_params_makes(kind):
+def test_n_params_counts_the_parameters_of_init_params(kind):
     shapes = (1, 8, 1, 5), (2, 8, 17, 301), (1, 48, 17, 5), (3, 48, 1, 301)
     for (L, C, T, V), bias, tie in itertools.product(shapes, (False, True), (False, True)):
         config = ModelConfig(
@@ -41,8 +41,8 @@ def test_n_params_counts_every_option(change):
     assert cost.n_params(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def products(jaxpr):
-    """Operations of all dot_generals of a jaxpr: two for each term of each sum."""
+def matmul_flops(jaxpr):
+    """FLOPs of all dot_generals of a jaxpr: two for each term of each sum."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -51,23 +51,23 @@ def products(jaxpr):
             for axis in contracted:
                 terms *= eqn.invars[0].aval.shape[axis]
             total += 2 * terms
-        total += sum(products(value.jaxpr) for value in eqn.params.values() if hasattr(value, "jaxpr"))
+        total += sum(matmul_flops(value.jaxpr) for value in eqn.params.values() if hasattr(value, "jaxpr"))
     return total
 
 
 @pytest.mark.parametrize(
     "change", [{}, {"n_layer": 3, "bias": True}, {"tie_weights": False}, {"kind": "bigram"}, *OPTIONS]
 )
-def test_flops_are_those_of_the_matmuls_in_the_traced_forward_pass(change):
+def test_flops_equal_those_of_the_matmuls_in_the_traced_forward_pass(change):
     config, B = dataclasses.replace(SMALL, **change), 3
     params = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
     idx = jax.ShapeDtypeStruct((B, config.block_size), "int32")
     traced = jax.make_jaxpr(lambda params, idx: model.forward(config, params, idx))(params, idx)
-    assert flops_per_token(config) * B * config.block_size == products(traced.jaxpr)
+    assert flops_per_token(config) * B * config.block_size == matmul_flops(traced.jaxpr)
 
 
 def test_training_takes_three_times_the_matmuls_of_the_forward_pass():
     params = jax.eval_shape(lambda key: model.init_params(SMALL, key), jax.random.key(0))
     idx = jax.ShapeDtypeStruct((3, SMALL.block_size), "int32")
     backward = jax.make_jaxpr(jax.grad(lambda params, idx: model.forward(SMALL, params, idx).sum()))(params, idx)
-    assert 3 * flops_per_token(SMALL) * 3 * SMALL.block_size == products(backward.jaxpr)
+    assert 3 * flops_per_token(SMALL) * 3 * SMALL.block_size == matmul_flops(backward.jaxpr)

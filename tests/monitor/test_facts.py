@@ -41,7 +41,7 @@ def test_a_new_run_has_no_curves(run):
     assert (found.step, found.best, found.loss, found.running, found.seconds) == (0, None, [], True, None)
 
 
-def test_the_facts_of_a_run(run):
+def test_facts_of_a_run(run):
     found = written(
         run,
         scored(0, 3.0),
@@ -67,7 +67,7 @@ def test_the_facts_of_a_run(run):
     ("losses", "where"),
     [([3, 2, 1], None), ([3, 1, 2], 1), ([3, 1, 1.005], None), ([3], None), ([2, 2.5, 3], 0)],
 )
-def test_it_overfits_where_the_last_score_is_worse_by_more_than_its_error(run, losses, where):
+def test_a_run_overfits_if_the_last_score_is_worse_by_more_than_its_error(run, losses, where):
     found = written(run, *(scored(step, loss) for step, loss in enumerate(losses)))
     assert found.overfits_from == where
 
@@ -85,7 +85,7 @@ def test_a_thinned_curve_keeps_its_ends_and_extremes(seed, length, n):
 
 
 class Slow:
-    """Checkpoints whose saves keep the loop for 100 s, and end when they are waited for."""
+    """Checkpoints whose saves block the loop for 100 s, and end when they are waited for."""
 
     def __init__(self, now):
         self.now, self.record = now, lambda: None
@@ -99,8 +99,8 @@ class Slow:
             self.record = lambda: None
 
 
-def test_speed_between_saves_is_that_of_their_own_steps(run, tiny, monkeypatch):
-    """Chunks of 5 steps that take 7 s, 5 s, 10 s and 20 s, and scores of 50 s: the first chunk counts for nothing."""
+def test_speed_between_saves_counts_the_steps_between_them(run, tiny, monkeypatch):
+    """Chunks of 5 steps take 7 s, 5 s, 10 s and 20 s, evaluations 50 s; the first chunk does not count."""
     now, losses = [0.0], jnp.ones(5)
     monkeypatch.setattr(metrics_log, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     chunk = Metrics(losses, losses, losses, losses > 0)
@@ -131,14 +131,14 @@ def test_speed_between_saves_is_that_of_their_own_steps(run, tiny, monkeypatch):
     assert facts.speeds([*run.events(), {"event": "start", "step": 20}, again])[-1] == (30, 64.0)
 
 
-def test_a_failure_is_noted_with_its_step(run, tiny):
+def test_a_failure_is_an_incident_with_its_step(run, tiny):
     losses = jnp.ones(5)
     log = metrics_log.MetricsLog(run, 0, lambda step: None, lambda event: None)
     log.add(0, Metrics(losses, losses, losses, losses > 0))
     log.flush()
     with pytest.raises(KeyError), log:
         raise KeyError("gone")
-    assert facts.gather(run).noted == [(5, "broken-off", "KeyError: 'gone'")]
+    assert facts.gather(run).incidents == [(5, "broken-off", "KeyError: 'gone'")]
 
 
 def timed(*events):
@@ -149,7 +149,7 @@ def timed(*events):
     ("last", "runs_on"),
     [("start", True), ("end", False), ("broken-off", False), ("import", False)],
 )
-def test_events_of_loggers_do_not_make_a_run_look_alive(run, last, runs_on):
+def test_events_of_loggers_do_not_make_a_run_running(run, last, runs_on):
     events = [] if last == "start" else [{"name": last, "step": 9}]
     found = written(run, events=[{"name": "start", "step": 0}, *events, {"name": "log-failed", "step": 0, "text": "x"}])
     assert found.running == runs_on

@@ -65,10 +65,9 @@ def test_wandb_resumes_the_run_by_its_id(run, tmp_path, tiny, monkeypatch):
     run.event("start", step=0)
     run.with_config(run.config)
     log(run, "wandb")
-    assert begun[0]["id"] == begun[1]["id"]
-    other = Run.create(tmp_path / "elsewhere", "one", tiny, META)
-    assert loggers.identity(other) != loggers.identity(run) == begun[0]["id"]
-    assert sent == [*LOGGED, "finished"] * 2
+    log(Run.create(tmp_path / "elsewhere", "one", tiny, META), "wandb")
+    assert begun[0]["id"] == begun[1]["id"] != begun[2]["id"]
+    assert sent == [*LOGGED, "finished"] * 3
     assert begun[0]["name"] == "one"
     assert begun[0]["config"]["model"]["n_embd"] == 16
     assert begun[0]["resume"] == "allow"

@@ -8,7 +8,7 @@ from jaxgpt.run import RunError
 from jaxgpt.train import fit
 
 
-def test_a_loaded_run_shows_itself(trained, tmp_path):
+def test_a_loaded_run_has_a_summary_samples_and_a_chart(trained, tmp_path):
     run, _ = trained
     loaded = jaxgpt.load(run.path)
     assert loaded.step == 20

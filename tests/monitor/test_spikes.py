@@ -10,7 +10,7 @@ from tests.test_run import META
 
 def spikes_in(losses):
     spikes = Spikes()
-    return [i for i, loss in enumerate(losses) if spikes.usual(loss) is not None]
+    return [i for i, loss in enumerate(losses) if spikes.add(loss) is not None]
 
 
 def falling(n, seed=0):
@@ -18,7 +18,7 @@ def falling(n, seed=0):
     return 2.0 + 2.5 * np.exp(-np.arange(n) / 200) + np.random.default_rng(seed).normal(0, 0.08, n)
 
 
-def test_a_falling_noisy_loss_has_no_spikes_in():
+def test_a_falling_noisy_loss_has_no_spikes():
     assert [spikes_in(falling(2000, seed)) for seed in range(3)] == [[]] * 3
 
 
@@ -29,14 +29,14 @@ def test_each_spike_is_reported_once():
     assert spikes_in(losses) == [400, 800]
 
 
-def test_the_usual_loss_is_reported():
+def test_the_mean_before_a_spike_is_reported():
     spikes = Spikes()
     for loss in [2.0, 2.1] * 40:
-        assert spikes.usual(loss) is None
-    assert math.isclose(spikes.usual(5.0), 2.05)
+        assert spikes.add(loss) is None
+    assert math.isclose(spikes.add(5.0), 2.05)
 
 
-def test_the_first_losses_and_nans_are_no_spikes_in():
+def test_the_first_losses_and_nans_are_no_spikes():
     assert spikes_in([1.0] * 49 + [100.0]) == []
     assert spikes_in([2.0, 2.1] * 50 + [math.nan, math.inf, 2.0]) == []
 

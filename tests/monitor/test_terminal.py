@@ -12,7 +12,7 @@ from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay, duration
 RESULT = Evaluation(1.5, 0.01, 2.1640, 2.1500, 1000)
 
 
-def show(is_terminal, *events, width=100, encoding="utf-8", used=None):
+def show(is_terminal, *events, width=100, encoding="utf-8", used=lambda speed: None):
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
     console = RunConsole(file=out, force_terminal=is_terminal, width=width, color_system=None)
     with TrainingDisplay(console, 100, used) as display:
@@ -105,7 +105,7 @@ def test_a_resumed_run_shows_the_best_loss_before_it():
     assert last_drawn(out)[1].endswith("best 1.2500 at 70")
 
 
-def test_a_curve_is_even_short_and_ends_at_the_newest_loss(monkeypatch):
+def test_points_of_a_curve_are_evenly_spaced_few_and_end_at_the_newest_loss(monkeypatch):
     monkeypatch.setattr(terminal, "CURVE", 8)
     curve = terminal.Curve()
     for n in range(1, 100):

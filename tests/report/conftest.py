@@ -5,5 +5,5 @@ from jaxgpt.report.looks import look
 
 @pytest.fixture(scope="session")
 def seen(trained):
-    """Everything that its weights show."""
+    """The looks at the run of `trained`."""
     return look(*trained)

@@ -1,6 +1,6 @@
 """The page in a real browser, from disk and without a network.
 
-JAXGPT_SCREENSHOTS names a folder to keep pictures in, JAXGPT_REPORT a report to take instead of that of a small run.
+JAXGPT_SCREENSHOTS names a folder for screenshots, JAXGPT_REPORT a report to open instead of one of a small run.
 """
 
 import os
@@ -28,12 +28,12 @@ def file(trained, seen, tmp_path_factory):
     if given := os.environ.get("JAXGPT_REPORT"):
         return Path(given).resolve()
     path = tmp_path_factory.mktemp("page") / "report.html"
-    reporter.Made([facts.gather(trained[0])], [seen]).write(path)
+    reporter.Report([facts.gather(trained[0])], [seen]).write(path)
     return path
 
 
 def opened(browser, file, said, **kind):
-    """The page in a window of its own; what the browser complains of, or asks the network for, goes into `said`."""
+    """The page in a new window; console messages, errors and network requests go into `said`."""
     page = browser.new_context(offline=True, **kind).new_page()
     page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -66,7 +66,7 @@ def test_a_reader_can_look_at_everything(shown):
     assert all(chart.query_selector("svg path, svg text") for chart in charts)
     shown.evaluate("document.querySelectorAll('section > details').forEach(each => each.open = true)")
     wide, window = shown.evaluate("[document.documentElement.scrollWidth, innerWidth]")
-    assert wide <= window, "nothing hangs over the side"
+    assert wide <= window, "nothing is wider than the window"
     shown.evaluate("document.querySelectorAll('section > details').forEach(each => each.open = false)")
 
     token, told = shown.locator("#passage [data-i='30']"), shown.locator("#passage-answer")
@@ -87,7 +87,7 @@ def test_a_reader_can_look_at_everything(shown):
     painted = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(x => x > 0)"
     assert shown.locator("#map").evaluate(painted)
     shown.locator("#attention [data-i='0']").click()
-    assert "(1) 100%" in shown.locator("#attention-answer").text_content(), "the first token has itself alone"
+    assert "(1) 100%" in shown.locator("#attention-answer").text_content(), "the first token attends to itself alone"
 
 
 def test_several_runs_are_shown_and_printed_whole(browser, trained, seen, tmp_path):
@@ -97,10 +97,10 @@ def test_several_runs_are_shown_and_printed_whole(browser, trained, seen, tmp_pa
     configs = [replace(run.config, train=replace(run.config.train, seed=i)) for i in range(4)]
     runs = [replace(run, config=config) for run, config in zip(runs, configs, strict=True)]
     looks = replace(seen, attention=Attention(list("abcd"), np.full((2, 18, 4, 4), 0.25)))
-    reporter.Made(runs, [looks] * 4).write(tmp_path / "report.html")
+    reporter.Report(runs, [looks] * 4).write(tmp_path / "report.html")
     page = opened(browser, tmp_path / "report.html", said, viewport={"width": 718, "height": 1000})  # A4 by its margins
     signs = page.locator("#chart-loss svg path[aria-roledescription='point'][aria-label*='resume']")
-    assert signs.count() == len(runs), "each marks where it went on"
+    assert signs.count() == len(runs), "each has a mark where it resumed"
     signs.last.hover(force=True)
     assert "resume" in page.locator("#vg-tooltip-element").text_content()
     assert page.locator("#chart-outcome svg path").count() > len(runs)
@@ -109,7 +109,7 @@ def test_several_runs_are_shown_and_printed_whole(browser, trained, seen, tmp_pa
     page.evaluate(f"addEventListener('beforeprint', () => {{ window.printed = {folded}; }})")
     page.pdf()
     assert set(page.evaluate("printed")) == {True}
-    assert set(page.evaluate(folded)) == {False}, "and after it all is as it was"
+    assert set(page.evaluate(folded)) == {False}, "closed again after printing"
     page.emulate_media(media="print")
     page.evaluate("document.querySelectorAll('section > details').forEach(each => each.open = true)")
     for part in page.locator(".wide, .grid").all():

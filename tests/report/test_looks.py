@@ -10,14 +10,14 @@ from jaxgpt.report import looks
 from jaxgpt.start import load_checkpoint
 
 
-def test_everything_is_there(trained, seen):
+def test_all_sections_are_available(trained, seen):
     run, data_dir = trained
     assert seen.missing == {}
     assert seen.step == 20
     assert [sample.step for sample in seen.samples] == looks.steps(run) == [0, 10, 20]
     assert len({sample.prompt for sample in seen.samples}) == 1
     assert len({sample.text for sample in seen.samples}) == 3, "each by its own weights"
-    assert seen.limits.bigram < seen.limits.unigram < seen.limits.uniform
+    assert seen.ngrams.bigram < seen.ngrams.unigram < seen.ngrams.uniform
     _, val = corpus_of(run, data_dir).split(DataConfig())
     text = run.tokenizer.decode(val)
     assert "".join(seen.passage.tokens) in text
@@ -25,8 +25,8 @@ def test_everything_is_there(trained, seen):
     assert seen.attention.weights.shape == (1, 2, 8, 8)
 
 
-def test_the_passage_is_predicted_from_half_a_window_or_more(trained, monkeypatch):
-    """Each loss is that of some window in which at least 4 of 8 tokens come before its token."""
+def test_each_token_of_the_passage_has_at_least_half_a_window_of_context(trained, monkeypatch):
+    """Each loss is that of a window with at least 4 of 8 tokens before its token."""
     monkeypatch.setattr(looks, "READ", 40)
     run, data_dir = trained
     config, (_, params) = run.config.model, load_checkpoint(run)
@@ -48,7 +48,7 @@ def test_the_passage_is_predicted_from_half_a_window_or_more(trained, monkeypatc
 
 @pytest.mark.parametrize("broken", ["read", "attend"])
 @pytest.mark.parametrize("error", [ValueError, RuntimeError])
-def test_one_look_that_fails_leaves_the_others(trained, monkeypatch, broken, error):
+def test_a_section_that_fails_leaves_the_others(trained, monkeypatch, broken, error):
     def fail(*args):
         raise error("no room")
 
@@ -62,7 +62,7 @@ def test_one_look_that_fails_leaves_the_others(trained, monkeypatch, broken, err
     assert [name for name in names.values() if getattr(found, name) != "seen"] == [names[broken]]
 
 
-def test_what_is_not_there_is_said(trained, tmp_path, monkeypatch):
+def test_missing_weights_are_reported(trained, tmp_path, monkeypatch):
     run, data_dir = trained
     monkeypatch.setattr(looks, "samples", lambda *args: [])
 
@@ -72,5 +72,5 @@ def test_what_is_not_there_is_said(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(looks, "load_checkpoint", damaged)
     found = looks.look(run, data_dir)
     assert found.missing == {"weights": "it is damaged"}
-    assert found.limits is not None
+    assert found.ngrams is not None
     assert found.passage is None

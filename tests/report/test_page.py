@@ -45,7 +45,7 @@ class Elements(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def made(trained, seen):
-    return reporter.Made([facts.gather(trained[0])], [seen])
+    return reporter.Report([facts.gather(trained[0])], [seen])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def written(made):
     return page.page(made.runs, made.looks, charts.charts(made.runs, made.looks))
 
 
-def test_one_file_that_asks_for_no_other(written):
+def test_the_page_loads_no_other_file(written):
     assert len(written.encode()) < 2e6
     elements = Elements(written)
     for tag, attrs in elements.found:
@@ -80,7 +80,7 @@ def test_no_text_becomes_markup(made, written):
     )
 
 
-def test_a_name_of_a_run_is_no_markup_either(made):
+def test_a_run_name_does_not_become_markup(made):
     named = replace(made.runs[0], name=HOSTILE, events=[{"event": "spike", "step": 1, "text": HOSTILE}])
     for runs, looks in (([named], made.looks), ([named, made.runs[0]], made.looks * 2)):
         text = page.page(runs, looks, charts.charts(runs, looks))
@@ -90,7 +90,7 @@ def test_a_name_of_a_run_is_no_markup_either(made):
 
 @settings(max_examples=20)
 @given(st.text())
-def test_any_text_comes_back_as_text(value):
+def test_any_text_is_escaped(value):
     text = page.environment().from_string('<p title="{{ x }}">{{ x }}</p>').render(x=value)
     assert [tag for tag, _ in Elements(text).found] == ["p"]
     assert not re.search("[\x00-\x08\x0b-\x1f]", text)
@@ -109,7 +109,7 @@ def test_every_chart_is_drawn(made, tmp_path, capfd):
     for path in paths:
         data = path.read_bytes()
         assert data.startswith(b"\x89PNG" if path.suffix == ".png" else b"<svg")
-        assert b"var(--" not in data, "a picture has no page to take its colours from"
+        assert b"var(--" not in data, "a file has no CSS variables"
     assert {name for spec in charts.charts(made.runs, made.looks).values() for name in used(spec)} <= COLOURS.keys()
 
 
@@ -117,10 +117,10 @@ def used(spec):
     return re.findall(r"var\(--([\w-]+)\)", json.dumps(spec))
 
 
-def test_the_page_knows_the_colours_of_its_charts():
+def test_the_css_defines_the_colours_of_the_charts():
     css = page._file("page.css")
     for name, value in COLOURS.items():
-        assert f"--{name}: {value};" in css, "pictures are as the light theme"
+        assert f"--{name}: {value};" in css, "files use the light theme"
         assert len(re.findall(rf"--{name}: ", css)) == 2, "the dark theme has it too"
 
 
@@ -142,7 +142,7 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_everything_can_be_read_in_both_themes():
+def test_text_has_enough_contrast_in_both_themes():
     tried = 0
     for theme in themes():
         for name in ("ink", "quiet", "accent", "warm", *(f"series-{i}" for i in range(6))):
@@ -176,12 +176,12 @@ def test_several_runs_on_one_page(made):
 
 
 def layer(spec, mark):
-    """The values of the first layer that is drawn with `mark`; none if there is no such one."""
+    """The values of the first layer that is drawn with `mark`; empty without one."""
     marks = [(each["mark"]["type"], each["data"]["values"]) for each in spec["layer"]]
     return next((values for kind, values in marks if kind == mark), [])
 
 
-def test_others_figures_stand_only_beside_runs_of_their_text(made):
+def test_published_figures_are_shown_only_for_their_corpus(made):
     corpus = made.runs[0].corpus | {"source": "shakespeare"}
     one = replace(made.runs[0], corpus=corpus)
     other = replace(made.runs[0], name="other", corpus=corpus | {"sha256": "another", "source": "verse"})
@@ -190,7 +190,7 @@ def test_others_figures_stand_only_beside_runs_of_their_text(made):
         assert ("published" in {row["kind"] for row in rows}) == there
 
 
-def test_the_outcome_is_in_words_too(made, written):
+def test_the_outcome_is_also_in_words(made, written):
     text = html.unescape(written)
     for row in charts.charts(made.runs, made.looks)["outcome"]["layer"][0]["data"]["values"]:
         assert f"<li>{row['what']}: {row['loss']:.4f} nats per token</li>" in text
@@ -208,16 +208,16 @@ EVENTS = [
 EVENTS = [{"time": "2026-01-01T00:00:00Z", **event} for event in EVENTS]
 
 
-def test_resumes_and_spikes_stand_on_the_curve(made):
+def test_resumes_spikes_and_failures_are_marked_on_the_curve(made):
     (run,), looks = made.runs, made.looks
     run = replace(run, events=EVENTS)
-    spec = charts.loss([run], charts.limits([run], looks))
+    spec = charts.loss([run], charts.baselines([run], looks))
     rows = [(row["step"], row["kind"], row["text"]) for row in layer(spec, "point")]
     assert rows == [(10, "resume", "cpu"), (12, "spike", "loss 9"), (20, "broken-off", "DivergedError: it is over")]
     assert "Vertical lines" in page.page([run], looks, {"loss": spec})
     many = replace(run, events=[{"event": "spike", "step": i, "text": ""} for i in range(10**4)], scores=[])
     many = replace(many, loss=[(10**4, 1.0)])
-    assert len(layer(curves.loss([many]), "point")) == curves.APART
+    assert len(layer(curves.loss([many]), "point")) == curves.MARKS
     quiet = replace(run, events=EVENTS[:2])
     assert layer(curves.loss([quiet]), "rule") == []
     assert "Vertical lines" not in page.page([quiet], looks, charts.charts([quiet], looks))
@@ -235,7 +235,7 @@ def test_only_the_newest_of_many_events_are_listed(made):
     assert "listed</summary>" not in listed(made.runs[0])
 
 
-def test_a_killed_runs_time_is_the_least(made):
+def test_the_time_of_a_killed_run_is_a_lower_bound(made):
     saved = [{"event": name, "time": f"2026-01-01T00:0{i}:00Z", "step": i} for i, name in enumerate(["start", "save"])]
     killed, (looks,) = replace(made.runs[0], events=saved), made.looks
     specs = charts.charts(made.runs, made.looks)
@@ -244,7 +244,7 @@ def test_a_killed_runs_time_is_the_least(made):
     assert "<td>at least 1m00s</td>" in page.page([killed, replace(killed, name="b")], [looks] * 2, specs)
 
 
-def test_watching_asks_again_only_of_new_weights(trained, made, monkeypatch):
+def test_only_new_weights_are_examined_again(trained, made, monkeypatch):
     run, data_dir = trained
     asked = []
     monkeypatch.setattr(reporter, "look", lambda run, data_dir: asked.append(run) or made.looks[0])
@@ -258,7 +258,7 @@ def test_watching_asks_again_only_of_new_weights(trained, made, monkeypatch):
 
 @pytest.fixture
 def quick(made, monkeypatch):
-    """The command, with the looks of `made` in the place of new ones."""
+    """Commands use the looks of `made` instead of new ones."""
     monkeypatch.setattr(reporter, "look", lambda run, data_dir: made.looks[0])
     monkeypatch.setattr("jaxgpt.report.cli.use_compile_cache", lambda: None)
 
@@ -270,7 +270,7 @@ def test_the_command_writes_a_page_and_no_other_file(quick, trained, tmp_path, c
     assert cli.run_command(["report", "hostile", "--out", str(out), *where]) == 0
     assert "best loss" in capsys.readouterr().out
     assert "refresh" not in Elements(out.read_text()).found[4][1].get("http-equiv", "")
-    assert cli.run_command(["report", "hostile", "--out", str(out), *where]) == 0, "an older report makes room"
+    assert cli.run_command(["report", "hostile", "--out", str(out), *where]) == 0, "an older report is replaced"
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
     capsys.readouterr()
     assert cli.run_command(["report", "hostile", str(run.path), "hostile", "--out", str(out), *where]) == 0
@@ -283,20 +283,20 @@ def test_the_command_writes_a_page_and_no_other_file(quick, trained, tmp_path, c
     assert cli.run_command(["report", *where]) == 2
 
 
-def test_a_page_loads_itself_again_only_while_its_run_trains(quick, trained, tmp_path, monkeypatch):
+def test_a_page_reloads_itself_only_while_its_run_trains(quick, trained, tmp_path, monkeypatch):
     from jaxgpt.report import cli as command
 
     run, data_dir = trained
     out, pages = tmp_path / "page.html", []
     ends = iter([True, True, False])
-    monkeypatch.setattr(reporter.Made, "running", property(lambda made: next(ends)))
+    monkeypatch.setattr(reporter.Report, "running", property(lambda made: next(ends)))
     monkeypatch.setattr(command.time, "sleep", lambda seconds: pages.append((seconds, out.read_text())))
     words = ["--watch", "--every", "7", "--out", str(out), "--data-dir", str(data_dir)]
     assert cli.run_command(["report", str(run.path), *words]) == 0
     assert [('content="7"' in text, seconds) for seconds, text in pages] == [(True, 7), (True, 7), (False, 0)]
 
 
-def test_a_page_whose_maker_is_interrupted_loads_itself_no_more(quick, trained, tmp_path, monkeypatch):
+def test_an_interrupted_watch_leaves_a_page_that_does_not_reload_itself(quick, trained, tmp_path, monkeypatch):
     run, data_dir = trained
     out, make, there = tmp_path / "page.html", reporter.Reporter.make, []
 
@@ -306,7 +306,7 @@ def test_a_page_whose_maker_is_interrupted_loads_itself_no_more(quick, trained, 
             raise KeyboardInterrupt
         return make(self)
 
-    monkeypatch.setattr(reporter.Made, "running", True)
+    monkeypatch.setattr(reporter.Report, "running", True)
     monkeypatch.setattr("jaxgpt.report.cli.time.sleep", lambda seconds: None)
     monkeypatch.setattr(reporter.Reporter, "make", interrupted)
     words = ["--watch", "--out", str(out), "--data-dir", str(data_dir)]
@@ -314,5 +314,5 @@ def test_a_page_whose_maker_is_interrupted_loads_itself_no_more(quick, trained, 
     assert there == [False, True]
     assert 'content="30"' not in out.read_text()
     out.unlink()
-    assert cli.run_command(["report", str(run.path), *words]) == 130, "there is no page yet that could be the last"
+    assert cli.run_command(["report", str(run.path), *words]) == 130, "there is no page yet"
     assert not out.exists()
