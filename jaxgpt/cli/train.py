@@ -1,6 +1,7 @@
 """`jaxgpt train`: train a recipe, or resume a run."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
