@@ -218,8 +218,8 @@ MUTATIONS = [
     Mutation(
         "random windows never reach the last token",
         "data.py",
-        "raw[here] % (n_tokens - T)",
-        "raw[here] % (n_tokens - T - 1)",
+        "raw[mine] % (n_tokens - T)",
+        "raw[mine] % (n_tokens - T - 1)",
         "test_data.py",
     ),
     Mutation(
@@ -232,8 +232,8 @@ MUTATIONS = [
     Mutation(
         "a mixture repeats the windows of its first block",
         "data.py",
-        "block * count + earlier[positions[here]]",
-        "earlier[positions[here]]",
+        "block * count + earlier[positions[mine]]",
+        "earlier[positions[mine]]",
         "test_data.py",
     ),
     Mutation(
