@@ -100,15 +100,15 @@ MUTATIONS = [
     Mutation(
         "smear mixes a token with itself",
         "model.py",
-        "share[None, None] * previous(x, before)",
-        "share[None, None] * x",
+        "factor[None, None] * previous(x, before)",
+        "factor[None, None] * x",
         "test_model_options.py",
     ),
     Mutation(
         "the first token gets the embedding of a pair",
         "model.py",
-        "jnp.where(places[None, :, None] > 0, pairs, 0)",
-        "pairs",
+        "jnp.where(positions[None, :, None] > 0, embedded, 0)",
+        "embedded",
         "test_model_options.py",
     ),
     Mutation(
