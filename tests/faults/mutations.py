@@ -65,8 +65,8 @@ MUTATIONS = [
     Mutation(
         "cached attention reads slots that nothing was written to",
         "attention.py",
-        "& (places >= 0)[None]",
-        "& (places >= -S)[None]",
+        "& (positions >= 0)[None]",
+        "& (positions >= -S)[None]",
         "test_cache.py",
     ),
     Mutation(
