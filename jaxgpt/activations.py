@@ -14,10 +14,10 @@ from jax import lax
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gelu(x: jax.Array, tanh: bool = False) -> jax.Array:
     """GELU (Hendrycks and Gimpel 2016), x Phi(x), in the dtype of `x`; with `tanh`, GPT-2's approximation of Phi."""
-    return _gelu(x, tanh)[0]
+    return _gelu_forward(x, tanh)[0]
 
 
-def _gelu(x: jax.Array, tanh: bool) -> tuple[jax.Array, jax.Array]:
+def _gelu_forward(x: jax.Array, tanh: bool) -> tuple[jax.Array, jax.Array]:
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide, tanh)).astype(x.dtype), x
 
@@ -38,17 +38,17 @@ def _gelu_backward(tanh: bool, x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
     return ((g.astype(jnp.float32) * (phi + wide * density)).astype(x.dtype),)
 
 
-gelu.defvjp(_gelu, _gelu_backward)
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 @jax.custom_vjp
 def layer_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     """LayerNorm (Ba et al. 2016) without a bias: (..., C) and a scale (C,) -> (..., C) float32. Epsilon is 1e-5, as in
     GPT-2 and PyTorch."""
-    return _layer_norm(x, scale)[0]
+    return _layer_norm_forward(x, scale)[0]
 
 
-def _layer_norm(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _layer_norm_forward(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _normalized(x)[0] * per_channel(scale, x), (x, scale)
 
 
@@ -73,4 +73,4 @@ def _layer_norm_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tu
     return dx.astype(x.dtype), (g * normal).sum(tuple(range(g.ndim - 1)))
 
 
-layer_norm.defvjp(_layer_norm, _layer_norm_backward)
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

@@ -21,10 +21,10 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
     NaN for ids outside of 0 to V - 1. The backward pass saves the logits and writes their gradient in their own dtype.
     `grad`, `vmap` and `jvp` of `grad` work; plain `jvp` does not.
     """
-    return _token_losses(logits, targets)[0]
+    return _token_losses_forward(logits, targets)[0]
 
 
-def _token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, Any]:
+def _token_losses_forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, Any]:
     wide = logits.astype(jnp.float32)
     normalizer = jax.nn.logsumexp(wide, axis=-1)
     # A sum with one nonzero term: XLA fuses it with the other reductions, unlike a gather.
@@ -45,7 +45,7 @@ def _one_hot(targets: jax.Array, logits: jax.Array) -> jax.Array:
     return targets[..., None].astype(jnp.int32) == lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
-token_losses.defvjp(_token_losses, _token_losses_backward)
+token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
