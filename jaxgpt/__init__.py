@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULES = {  # public name -> module
     "Config": "config",
     "DataConfig": "config",
     "ModelConfig": "config",
@@ -33,15 +33,15 @@ _HOME = {
     "load": "monitor.notebook",
 }
 
-__all__ = list(_HOME)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public noun from its home at first use, so that `import jaxgpt` costs nothing."""
-    if name not in _HOME:
+    """Import public names at first use, so that `import jaxgpt` is fast."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'jaxgpt' has no attribute {name!r}")
-    return getattr(import_module(f"jaxgpt.{_HOME[name]}"), name)
+    return getattr(import_module(f"jaxgpt.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_MODULES])

@@ -1,8 +1,7 @@
-"""GELU and LayerNorm, computed in float32, with backward passes written out.
+"""GELU and LayerNorm in float32, with custom backward passes that save only the input.
 
-Left to themselves, XLA's compilers keep several arrays of each for the backward pass, or compute the error function
-twice. With `jax.custom_vjp` the backward pass keeps the input alone. `grad`, `vmap`, `jvp` of `grad` and `grad` of
-`grad` work; plain `jvp` of a model does not: the slope of a loss along v is the dot product of its gradient with v.
+By default XLA saves several arrays for each, or computes the error function twice. `grad`, `vmap`, `jvp` of `grad` and
+`grad` of `grad` work. Plain `jvp` does not: the slope of a loss along v is the dot product of its gradient and v.
 """
 
 from functools import partial
@@ -14,12 +13,11 @@ from jax import lax
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gelu(x: jax.Array, tanh: bool = False) -> jax.Array:
-    """GELU (Hendrycks and Gimpel 2016), x Phi(x), (...) -> (...) of the dtype of `x`; by `tanh`, Phi is approximate, as
-    in GPT-2."""
-    return _gelu(x, tanh)[0]
+    """GELU (Hendrycks and Gimpel 2016), x Phi(x), in the dtype of `x`; with `tanh`, GPT-2's approximation of Phi."""
+    return _gelu_forward(x, tanh)[0]
 
 
-def _gelu(x: jax.Array, tanh: bool) -> tuple[jax.Array, jax.Array]:
+def _gelu_forward(x: jax.Array, tanh: bool) -> tuple[jax.Array, jax.Array]:
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide, tanh)).astype(x.dtype), x
 
@@ -40,27 +38,27 @@ def _gelu_backward(tanh: bool, x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
     return ((g.astype(jnp.float32) * (phi + wide * density)).astype(x.dtype),)
 
 
-gelu.defvjp(_gelu, _gelu_backward)
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 @jax.custom_vjp
 def layer_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """LayerNorm (Ba et al. 2016) without a bias: (..., C) and a scale (C,) -> (..., C) float32; epsilon is 1e-5, as in
+    """LayerNorm (Ba et al. 2016) without a bias: (..., C) and a scale (C,) -> (..., C) float32. Epsilon is 1e-5, as in
     GPT-2 and PyTorch."""
-    return _layer_norm(x, scale)[0]
+    return _layer_norm_forward(x, scale)[0]
 
 
-def _layer_norm(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _layer_norm_forward(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _normalized(x)[0] * per_channel(scale, x), (x, scale)
 
 
 def per_channel(w: jax.Array, x: jax.Array) -> jax.Array:
-    """(C,) as (1, ..., C), beside `x` (..., C)."""
+    """Reshape (C,) to broadcast with `x` (..., C)."""
     return w.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _normalized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(x less its mean over its standard deviation, the inverse of that), float32."""
+    """((x - mean) / std, 1 / std) in float32."""
     x = x.astype(jnp.float32)
     centered = x - x.mean(-1, keepdims=True)
     inverse = lax.rsqrt(jnp.mean(centered * centered, axis=-1, keepdims=True) + 1e-5)
@@ -75,4 +73,4 @@ def _layer_norm_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tu
     return dx.astype(x.dtype), (g * normal).sum(tuple(range(g.ndim - 1)))
 
 
-layer_norm.defvjp(_layer_norm, _layer_norm_backward)
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

@@ -1,6 +1,6 @@
-"""What a run is made of: frozen dataclasses, their checks, and their JSON both ways. Imports no jax.
+"""The settings of a run: frozen dataclasses, validation, and JSON. Does not import jax.
 
-Every setting is documented once, here: `jaxgpt train RECIPE --help` prints these lines.
+Each setting is documented once, here: `jaxgpt train RECIPE --help` prints these docstrings.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 
 class UsageError(ValueError):
-    """Something that was asked for cannot be done as asked: the command line exits with 2 and this message."""
+    """The user asked for something impossible. The command line prints this message and exits with 2."""
 
 
 _short = reprlib.Repr()
@@ -23,12 +23,12 @@ _short.maxstring = 80
 
 
 def shown(value: Any) -> str:
-    """A value from a file as a message shows it: short, however long it is or deep."""
+    """The repr of a value from a file, shortened for a message however long or deeply nested the value is."""
     return _short.repr(value)
 
 
 class MissingExtraError(UsageError):
-    """A library that only a part of the package needs is not installed."""
+    """An optional dependency is not installed."""
 
     def __init__(self, what: str, library: str, extra: str):
         super().__init__(
@@ -42,86 +42,86 @@ class ConfigError(UsageError):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What text to learn from, and how it becomes tokens."""
+    """The text to train on, and its tokenizer."""
 
     corpus: str = "python-docs"
     """A named corpus (python-docs, python-stdlib, shakespeare, fineweb, fineweb-edu, openwebtext), a file or folder of
-    UTF-8, JSON Lines or Parquet, or a prepared folder; here, at a URL, or in a dataset of the Hugging Face Hub
+    UTF-8, JSON Lines or Parquet, or a prepared folder; local, at a URL, or a Hugging Face dataset
     (hf://datasets/ORG/NAME). Or a mixture by weight: `0.7*a.txt + 0.3*b.txt`."""
     tokenizer: str = "char"
-    """char, ascii, byte, gpt2, bpe:SIZE (learned from the text, such as bpe:4096), a tokens.json to reuse its
-    vocabulary, or a Hugging Face folder with a byte-level BPE."""
+    """char, ascii, byte, gpt2, bpe:SIZE (learned from the text, such as bpe:4096), a tokens.json whose vocabulary to
+    reuse, or a Hugging Face folder with a byte-level BPE."""
     val_fraction: float = 0.1
-    """The share at the end of the corpus that is kept for validation."""
+    """Fraction of the corpus, at its end, held out for validation."""
     val_tokens: int = 4_000_000
-    """Upper limit of the validation split, in tokens; 0 sets no limit."""
+    """Maximum size of the validation split, in tokens; 0: no limit."""
     unknown: Literal["error", "skip"] = "error"
-    """What to do with a character outside the vocabulary; skipped ones are counted and reported."""
+    """What to do with characters outside the vocabulary; skipped ones are counted and reported."""
     column: str = "text"
-    """Which column of JSON Lines (.jsonl) or .parquet holds the text; meta.text is that of an object `meta`."""
+    """Column of JSON Lines (.jsonl) or .parquet that holds the text; meta.text is `text` in an object `meta`."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the model, with nanoGPT's names."""
+    """The model, with nanoGPT's names."""
 
     kind: Literal["gpt", "bigram"] = "gpt"
-    """gpt: causal self-attention; bigram: logits read off a (V, V) table."""
+    """gpt: causal self-attention; bigram: logits looked up in a (V, V) table."""
     vocab_size: int = 0
-    """V, the number of different tokens; 0 takes it from the tokenizer."""
+    """V, vocabulary size; 0 takes it from the tokenizer."""
     block_size: int = 64
-    """T, the longest context."""
+    """T, maximum context length."""
     n_layer: int = 4
-    """L, the number of transformer blocks."""
+    """L, number of transformer blocks."""
     n_head: int = 4
-    """H, the number of attention heads; must divide n_embd."""
+    """H, number of attention heads; must divide n_embd."""
     n_embd: int = 128
-    """C, the number of channels."""
+    """C, number of channels."""
     dropout: float = 0.0
-    """Probability of dropping an activation in training."""
+    """Dropout probability in training."""
     bias: bool = False
-    """Give Dense and LayerNorm layers a bias, as GPT-2 does."""
+    """Give linear and LayerNorm layers a bias, as GPT-2 does."""
     tie_weights: bool = True
-    """Use the token embedding as the output head too."""
+    """Share the token embedding with the output head."""
     gelu: Literal["exact", "tanh"] = "exact"
-    """exact, as nanoGPT; tanh is the approximation of GPT-2 (gelu_new)."""
+    """exact, as in nanoGPT; tanh, GPT-2's approximation (gelu_new)."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Compute dtype of matmuls; parameters and sums are float32. auto: bfloat16 on TPUs, GPUs of compute capability 8
     and up, and CPUs with amx_bf16 or avx512_bf16, else float32; fixed when a run starts."""
     position: Literal["learned", "rope"] = "learned"
-    """Positional encoding: learned, a table of block_size rows added to the tokens; rope, queries and keys rotated by
-    position (Su et al. 2021, arXiv:2104.09864)."""
+    """Positional encoding: learned, an embedding of block_size positions; rope, queries and keys rotated by position
+    (Su et al. 2021, arXiv:2104.09864)."""
     norm: Literal["layer", "rms"] = "layer"
-    """layer: LayerNorm; rms: RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), here without a gain."""
+    """layer: LayerNorm; rms: RMSNorm without a gain (Zhang and Sennrich 2019, arXiv:1910.07467)."""
     mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"
-    """gelu: as GPT-2; relu2: the square of ReLU (So et al. 2021, arXiv:2109.08668); swiglu: a gate times a matmul, of
-    2/3 of the width (Shazeer 2020, arXiv:2002.05202)."""
+    """gelu: as in GPT-2; relu2: squared ReLU (So et al. 2021, arXiv:2109.08668); swiglu: gated SiLU, 2/3 as wide
+    (Shazeer 2020, arXiv:2002.05202)."""
     qk_norm: bool = False
-    """RMSNorm of queries and keys (Henry et al. 2020, arXiv:2010.04245)."""
+    """Apply RMSNorm to queries and keys (Henry et al. 2020, arXiv:2010.04245)."""
     n_kv_head: int = 0
     """KV heads, each shared by n_head / n_kv_head query heads (grouped-query attention, Ainslie et al. 2023,
     arXiv:2305.13245); 0 is n_head."""
     window: int = 0
-    """How many tokens a position attends to, itself among them (Beltagy et al. 2020, arXiv:2004.05150); 0 is all."""
+    """How many tokens a position attends to, itself included (Beltagy et al. 2020, arXiv:2004.05150); 0 is all."""
     init_scale: float = 1.0
-    """Multiplies the initial kernels and embeddings."""
+    """Multiplier of the initial kernels and embeddings."""
     zero_init: bool = False
     """Initialize the output projections of attention and MLP, and an untied head, to zero (Zhang et al. 2019,
     arXiv:1901.09321; modded-nanogpt 2024)."""
     softcap: float = 0.0
-    """Logits become `softcap * tanh(logits / softcap)` (Gemma 2, 2024, arXiv:2408.00118); 0 leaves them."""
+    """Cap logits as `softcap * tanh(logits / softcap)` (Gemma 2, 2024, arXiv:2408.00118); 0 turns it off."""
     smear: bool = False
     """Add the previous token's embedding, scaled by a learned factor per channel, initially 0 (modded-nanogpt 2025; the
     token shift of RWKV, Peng et al. 2023, arXiv:2305.13048)."""
     bigram_embed: bool = False
-    """Add an embedding of the pair (previous token, token), initially zero: an exact table of V x V rows, for small
-    vocabularies (hashed to fewer rows in modded-nanogpt 2025)."""
+    """Add an embedding of the pair (previous token, token), initially zero: a full table of V x V rows, for small
+    vocabularies (modded-nanogpt 2025 hashes it to fewer rows)."""
     remat: Literal["none", "matmuls", "blocks"] = "none"
-    """What the backward pass recomputes to save memory: nothing; all but the results of matmuls; whole blocks."""
+    """What the backward pass recomputes to save memory: nothing; everything but matmuls; whole blocks."""
     scan_layers: bool = False
-    """Keep the blocks' parameters stacked and run the blocks as one loop: deep models compile many times faster."""
+    """Stack the blocks' parameters and scan over them: deep models compile many times faster."""
     deterministic: bool = False
-    """Use no attention kernel whose gradients are not repeatable: on GPUs, cuDNN's at contexts over 256 tokens."""
+    """Avoid attention kernels with non-deterministic gradients: on GPUs, cuDNN's at contexts over 256 tokens."""
 
 
 @dataclass(frozen=True)
@@ -129,36 +129,36 @@ class OptimizerConfig:
     """AdamW or Muon, its schedule and clipping."""
 
     algorithm: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon (Jordan et al. 2024) for the kernels inside blocks, AdamW for all else."""
+    """muon: Muon (Jordan et al. 2024) for the kernels inside blocks, AdamW for the rest."""
     muon_learning_rate: float = 0.02
-    """The peak learning rate of what Muon trains; it has the schedule of learning_rate."""
+    """Muon's peak learning rate; follows the same schedule as learning_rate."""
     muon_momentum: float = 0.95
     """Decay of Muon's Nesterov momentum."""
     muon_steps: int = 5
-    """Newton-Schulz steps that make an update orthogonal."""
+    """Newton-Schulz iterations that orthogonalize an update."""
 
     learning_rate: float = 1e-3
-    """The peak learning rate."""
+    """Peak learning rate."""
     min_learning_rate: float | None = None
-    """The learning rate at the end of the schedule; None: min_lr_ratio of the peak."""
+    """Learning rate at the end of the schedule; None: min_lr_ratio * learning_rate."""
     min_lr_ratio: float = 0.1
-    """The share of learning_rate at which the schedule ends where min_learning_rate is None."""
+    """Final learning rate as a fraction of the peak, if min_learning_rate is None."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay schedule after the peak."""
+    """Decay schedule after the warm-up."""
     warmup_steps: int = 100
-    """Steps of linear warm-up before the peak."""
+    """Steps of linear warm-up."""
     decay_steps: int = 0
-    """Step at which the schedule ends; 0 means the last step."""
+    """Step at which the schedule ends; 0: the last step."""
     beta1: float = 0.9
     """Decay of Adam's first moment."""
     beta2: float = 0.99
     """Decay of Adam's second moment."""
     eps: float = 1e-8
-    """Added to the root of Adam's second moment."""
+    """Added to the square root of Adam's second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay, applied to kernels and embeddings only."""
     grad_clip: float = 1.0
-    """Largest global norm of a gradient; 0 turns clipping off."""
+    """Maximum global norm of the gradient; 0 turns clipping off."""
 
     @property
     def final_learning_rate(self) -> float:
@@ -171,37 +171,37 @@ class TrainConfig:
     """Length, batch size, evaluation and checkpoints."""
 
     seed: int = 1337
-    """Fixes the initial parameters, the batches and the dropout."""
+    """Seed of the initial parameters, the batches and dropout."""
     steps: int = 1000
-    """Optimizer steps in all."""
+    """Total optimizer steps."""
     batch_size: int = 12
     """B, sequences per optimizer step, over all devices and micro-batches."""
     accumulate: int = 1
-    """Micro-batches that a batch is split into to save memory; must divide batch_size."""
+    """Micro-batches per batch, to save memory; must divide batch_size."""
     sampling: Literal["epoch", "random"] = "epoch"
     """epoch: every window once per epoch, shuffled; random: with replacement, as nanoGPT."""
     scan_steps: int = 50
     """K, training steps per compiled scan; metrics, signals and saves are handled between scans."""
     eval_every: int = 250
-    """Steps between evaluations and saves; a multiple of scan_steps; 0 evaluates and saves at the ends only."""
+    """Steps between evaluations and saves, a multiple of scan_steps; 0: only at the start and the end."""
     eval_start: bool = True
     """Evaluate the untrained model too."""
     eval_batches: int = 20
-    """Random batches in the nanoGPT-style estimate beside the exact evaluation; 0 leaves it out."""
+    """Random batches in the nanoGPT-style estimate beside the exact evaluation; 0 turns it off."""
     keep: int = 2
-    """How many of the newest checkpoints to keep, beside the best."""
+    """How many of the newest checkpoints to keep, besides the best."""
     keep_every: int = 0
-    """Keep the checkpoints of the multiples of this step too; 0 keeps no more."""
+    """Also keep checkpoints whose step is a multiple of this; 0 turns it off."""
     max_skipped: int = 5
-    """How many non-finite steps in a row, each of them skipped, end the run."""
+    """End the run after this many consecutive non-finite steps; each is skipped."""
     on_save_error: Literal["continue", "stop"] = "continue"
-    """If a save fails, as on a full disk: continue and try again at the next save, or end the run."""
+    """If a save fails, as on a full disk: continue and retry at the next save, or end the run."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run: together with the tokens, it determines every number that the run produces, where the kernels are
-    repeatable (docs/explain/reliability.md)."""
+    """All settings of a run. With the tokens they determine every number that it produces, if the kernels are
+    deterministic (docs/explain/reliability.md)."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -213,75 +213,67 @@ _AT_LEAST = {
     0: "val_tokens vocab_size n_kv_head window warmup_steps decay_steps eval_every eval_batches keep_every",
     1: "block_size n_layer n_head n_embd muon_steps steps batch_size accumulate scan_steps keep max_skipped",
 }
-"""Lowest value to the names of whole numbers, each up to 2**31 - 1."""
+"""Lower bound -> the integer fields that have it. All are at most 2**31 - 1."""
 _BELOW = {
     1: "dropout beta1 beta2 muon_momentum",
     math.inf: "softcap init_scale learning_rate weight_decay grad_clip min_learning_rate muon_learning_rate",
 }
-"""Upper bound, not included, to the names of numbers from 0 on."""
+"""Exclusive upper bound -> the float fields that have it. All are at least 0."""
 
 
 def problems(config: Config, new: bool = False) -> list[str]:
-    """Everything that is wrong with `config`, one sentence each; an empty list when it can run.
+    """One sentence for each reason why `config` cannot run.
 
     Args:
-      new: it starts a run. Saved runs whose schedule rises to min_learning_rate can be resumed, but not started again.
+      new: a run starts with it. A run may be resumed, but not started, if its learning rate rises to min_learning_rate.
     """
     data, model, optimizer, train = config.data, config.model, config.optimizer, config.train
     values = vars(data) | vars(model) | vars(optimizer) | vars(train)
-    found = []
+    checks: list[tuple[bool, str, str]] = []  # (passed, field, expected value)
     for low, names in _AT_LEAST.items():
         for name in names.split():
-            if not low <= values[name] <= 2**31 - 1:
-                found.append(f"{name} is {values[name]!r}, expected a whole number from {low} to 2**31 - 1")
+            checks.append((low <= values[name] <= 2**31 - 1, name, f"a whole number from {low} to 2**31 - 1"))
     for high, names in _BELOW.items():
         for name in names.split():
-            if values[name] is not None and not (math.isfinite(values[name]) and 0 <= values[name] < high):
-                found.append(f"{name} is {values[name]!r}, expected a number from 0 up to, not including, {high}")
+            passed = values[name] is None or 0 <= values[name] < high
+            checks.append((passed, name, f"a number from 0 up to, not including, {high}"))
 
     def multiple(name: str, unit: int, of: str) -> tuple[bool, str, str]:
         unit = max(1, unit)
-        near = unit * max(1, (2 * values[name] + unit) // (2 * unit))
-        return values[name] % unit == 0, name, f"a multiple of {of}: try --{name.replace('_', '-')} {near}"
+        nearest = unit * max(1, (2 * values[name] + unit) // (2 * unit))
+        return values[name] % unit == 0, name, f"a multiple of {of}: try --{name.replace('_', '-')} {nearest}"
 
     T, H, A, peak = model.block_size, model.n_head, train.accumulate, optimizer.learning_rate
-    scheduled, end = optimizer.schedule != "constant", optimizer.decay_steps or train.steps
-    rises = new and scheduled and optimizer.final_learning_rate > peak
-    head = f"n_head ({H})"
+    decays, end = optimizer.schedule != "constant", optimizer.decay_steps or train.steps
+    rises = new and decays and optimizer.final_learning_rate > peak
+    too_long = decays and 1 <= end <= optimizer.warmup_steps
+    heads = f"n_head ({H})"
     if model.kind == "gpt" and model.position == "rope":
-        H, head = 2 * H, f"2 * n_head, an even head size for position rope ({2 * H})"
-    checks = [  # (whether it holds, setting, what is expected)
+        H, heads = 2 * H, f"2 * n_head ({2 * H}), because position rope needs an even head size"
+    checks += [
         (0 < data.val_fraction < 1, "val_fraction", "a fraction between 0 and 1"),
-        (data.val_tokens <= 0 or data.val_tokens > T, "val_tokens", f"more than block_size ({T}), or 0"),
-        multiple("n_embd", H, head),
+        (not 0 < data.val_tokens <= T, "val_tokens", f"more than block_size ({T}), or 0"),
+        multiple("n_embd", H, heads),
         (model.n_kv_head <= 0 or model.n_head % model.n_kv_head == 0, "n_kv_head", "a divisor of n_head"),
-        (
-            not model.bigram_embed or model.vocab_size <= 4096,
-            "vocab_size",
-            "at most 4096 for pairs: --no-bigram-embed",
-        ),
+        (not model.bigram_embed or model.vocab_size <= 4096, "vocab_size", "at most 4096, or --no-bigram-embed"),
         (0 <= optimizer.min_lr_ratio <= 1, "min_lr_ratio", "a number from 0 to 1"),
         (not rises, "min_learning_rate", f"at most learning_rate ({peak}): try --min-learning-rate None"),
-        (optimizer.algorithm != "muon" or peak, "learning_rate", "above 0 with muon, which scales with it"),
-        (optimizer.eps > 0 and math.isfinite(optimizer.eps), "eps", "a number above 0"),
-        (
-            not scheduled or not optimizer.warmup_steps >= end >= 1,
-            "warmup_steps",
-            f"fewer than the {end} steps of the schedule: try --warmup-steps {end // 10}",
-        ),
+        (optimizer.algorithm != "muon" or peak != 0, "learning_rate", "above 0 with muon, which divides by it"),
+        (0 < optimizer.eps < math.inf, "eps", "a number above 0"),
+        (not too_long, "warmup_steps", f"fewer than the {end} steps of the schedule: try --warmup-steps {end // 10}"),
         (0 <= train.seed < 2**32, "seed", "a whole number from 0 to 2**32 - 1"),
         (train.batch_size * T < 2**31, "batch_size", f"less than 2**31 tokens in windows of {T}"),
         (train.batch_size % max(1, A) == 0, "batch_size", f"a multiple of accumulate ({A})"),
         multiple("eval_every", train.scan_steps, f"scan_steps ({train.scan_steps})"),
     ]
-    return found + [f"{name} is {values[name]!r}, expected {expected}" for ok, name, expected in checks if not ok]
+    return [f"{name} is {values[name]!r}, expected {expected}" for passed, name, expected in checks if not passed]
 
 
 def check(config: Config, new: bool = False) -> Config:
     """`config` itself, if it can run; `new` as in `problems`.
 
     Raises:
-      ConfigError: with every problem, one a line.
+      ConfigError: with one line for each problem.
     """
     found = problems(config, new)
     if found:
@@ -290,16 +282,15 @@ def check(config: Config, new: bool = False) -> Config:
 
 
 def replaced(config: Config, **values: Any) -> Config:
-    """`config` with fields of any of its sections replaced, by their names alone, unchecked.
+    """`config` with fields of any section replaced by name. The result is not checked.
 
     >>> replaced(Config(), n_layer=6, steps=10).train.steps
     10
     """
     sections = {}
-    for section in dataclasses.fields(config):
-        old = getattr(config, section.name)
+    for section, old in vars(config).items():
         mine = {name: values.pop(name) for name in vars(old) if name in values}
-        sections[section.name] = dataclasses.replace(old, **mine)
+        sections[section] = dataclasses.replace(old, **mine)
     if values:
         raise TypeError(f"no such fields: {', '.join(values)}")
     return Config(**sections)
@@ -307,22 +298,23 @@ def replaced(config: Config, **values: Any) -> Config:
 
 def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
     """(field, value in `a`, value in `b`) of every field in which two configs differ."""
-    sections = [(vars(getattr(a, each.name)), vars(getattr(b, each.name))) for each in dataclasses.fields(a)]
-    return [
-        (name, ours[name], theirs[name]) for ours, theirs in sections for name in ours if ours[name] != theirs[name]
-    ]
+    found = []
+    for section, ours in vars(a).items():
+        theirs = vars(getattr(b, section))
+        found += [(name, value, theirs[name]) for name, value in vars(ours).items() if value != theirs[name]]
+    return found
 
 
 def to_json(config: Config) -> str:
-    """`config` as indented JSON; `from_json` gives it back equal."""
+    """`config` as indented JSON, which `from_json` reads."""
     return json.dumps(to_tree(config), indent=2) + "\n"
 
 
 def from_json(text: str) -> Config:
-    """The config that `to_json` wrote.
+    """The inverse of `to_json`.
 
     Raises:
-      ConfigError: the text is no JSON, or as `from_tree`.
+      ConfigError: the text is not JSON, or `from_tree` raises.
     """
     try:
         tree = json.loads(text)
@@ -332,31 +324,31 @@ def from_json(text: str) -> Config:
 
 
 def to_tree(config: Config) -> dict[str, Any]:
-    """`config` as plain dicts, numbers and strings."""
+    """`config` as nested dicts of plain values."""
     return dataclasses.asdict(config)
 
 
+# Saved configs of older versions:
 BEFORE = {"val_tokens": 0}
-"""What older versions did, where that is not the default: the value of a field that a saved section lacks."""
+"""Field that they may lack -> its value then, where that is not the default."""
 RENAMED = {("model.remat", "products"): "matmuls"}
-"""(field, value in saved configs of older versions) to its value now."""
+"""(field, old value) -> its value now."""
 REMOVED = {"model.value_embed": False}
-"""Fields of older versions, and the only value that can still be read."""
+"""Removed field -> the only value that can still be read."""
 
 
 def from_tree(tree: Any) -> Config:
-    """The config that `to_tree` described; a field that is missing has its value in BEFORE, or its default.
-
-    So a config of an older version goes on meaning what it meant.
+    """The inverse of `to_tree`. A missing field has its value in BEFORE, or its default, so that configs of older
+    versions keep their meaning.
 
     Raises:
-      ConfigError: a field is unknown (as one of a newer version is), of the wrong type or out of range.
+      ConfigError: a field is unknown (perhaps of a newer version), of the wrong type or out of range.
     """
     return check(_build(Config, tree, ""))
 
 
 def _build(cls: type[Any], tree: Any, path: str) -> Any:
-    """An instance of the dataclass `cls` from plain JSON values, strict about names and types."""
+    """A dataclass `cls` from JSON values, strict about names and types."""
     where = path or "the config"
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: expected an object, found {shown(tree)}")
@@ -365,9 +357,8 @@ def _build(cls: type[Any], tree: Any, path: str) -> Any:
     for name in tree:
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, n=1)
-            raise ConfigError(
-                f"{where}: unknown field {shown(name)}" + (f", did you mean {near[0]!r}?" if near else "")
-            )
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{where}: unknown field {shown(name)}{hint}")
     tree = {name: value for name, value in BEFORE.items() if name in kinds} | tree
     return cls(**{name: _value(kinds[name], value, f"{path}.{name}".lstrip(".")) for name, value in tree.items()})
 

@@ -1,14 +1,14 @@
-"""(seed, step) to window starts to batches, and the loaders that serve them to the device.
+"""(seed, step) -> window starts -> batches, and the loaders that put them on the device.
 
-The window starts of a step are a pure function of (seed, step). They are exact 64-bit integers drawn from Philox, a
-counter-based generator with key (seed, purpose) and counter (step or epoch). So any process on any machine can compute
-the batch of any step alone, and a resumed run sees the batches that an unbroken one would have seen.
+The window starts of a step are a pure function of (seed, step): exact 64-bit integers from Philox, a counter-based
+generator with key (seed, purpose) and counter (step or epoch). So any process can compute the batch of any step, and a
+resumed run trains on the same batches as an uninterrupted one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import cache, partial
 from itertools import accumulate, islice
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -25,104 +25,104 @@ Array = TypeVar("Array", bound=Any)
 Ids = NDArray[np.integer[Any]]
 Starts = NDArray[np.int64]
 Loader = Callable[[int, int], tuple[Any, Any]]
-"""(begin, end) to the (tokens, windows) of these steps, as `train_steps` takes them."""
+"""(begin, end) -> (tokens, windows) of steps begin to end - 1, the arguments of `train_steps`."""
 
-# Purposes of random numbers: part of the key, so that streams are independent.
+# Purposes of random numbers: part of the key, so that their streams are independent.
 RANDOM, OFFSET, PERMUTATION, ESTIMATE, MIXTURE = range(5)
 MIX = 1000
-"""Each part of a mixture has its exact share of every MIX windows in a row."""
+"""Each part of a mixture gets its exact share of every MIX consecutive windows."""
 DEVICE_TOKENS = 2**28
-"""Largest corpus that is kept on the device. Of a larger one, windows are read from disk chunk by chunk."""
+"""Largest corpus kept on the device. Windows of a larger one are read from disk, chunk by chunk."""
 
 
 class Part(NamedTuple):
     """A part of a mixture of corpora."""
 
     n_tokens: int
-    share: float
-    """Share of the windows, in any unit."""
+    share: float  # of the windows, in any unit
 
 
 class Batch(NamedTuple):
-    """What one step trains on: `targets` is `inputs` one token later."""
+    """What one step trains on: `targets` are `inputs` shifted by one token."""
 
     inputs: Any  # (B, T) int32
     targets: Any  # (B, T) int32
 
 
 def window_starts(seed: int, step: int, n_tokens: int, T: int, B: int, sampling: str = "epoch") -> Starts:
-    """First token of each window of step `step`, (B,): `chunk_starts` of one step."""
+    """First token of each window of one step, (B,); arguments as in `chunk_starts`."""
     return chunk_starts(seed, step, step + 1, n_tokens, T, B, sampling)[0]
 
 
 def chunk_starts(
     seed: int, begin: int, end: int, parts: int | Sequence[Part], T: int, B: int, sampling: str = "epoch"
 ) -> Starts:
-    """First token of each window of the steps from `begin` up to `end`, (end - begin, B); a window is T inputs and the
-    token after them.
+    """First token of each window of steps `begin` to `end` - 1, (end - begin, B). A window is T inputs and the token
+    after them.
 
-    A keyed order of every MIX windows assigns each window to a part of a mixture. The j-th window of a part is window j
-    of a run on that part alone, so that its epochs are unchanged.
+    Every MIX consecutive windows are assigned to the parts of a mixture in a keyed order. The j-th window of a part is
+    window j of a run on that part alone.
 
     Args:
-      parts: the parts of a mixture, which are concatenated; or the number of tokens of a single one.
+      parts: the parts of a mixture, in the order of their tokens; or the number of tokens of a plain corpus.
       sampling: "epoch": every window once per epoch, in a keyed order. Each epoch cuts the tokens into
         n_windows(n_tokens, T) disjoint windows at its own offset, so that boundaries move between epochs.
-        "random": each start uniform over all n_tokens - T, with replacement, as nanoGPT.
+        "random": each start uniform over all n_tokens - T, with replacement, as in nanoGPT.
 
     Raises:
-      ValueError: a part has fewer than T + 1 tokens, or an unknown sampling.
+      ValueError: a part has fewer than T + 1 tokens, or sampling is unknown.
     """
     parts = [Part(parts, 1.0)] if isinstance(parts, int) else parts
     for n_tokens, _ in parts:
-        if n_tokens < T + 1:
-            raise ValueError(f"{n_tokens} tokens hold no window of {T} inputs and a target")
+        _require_window(n_tokens, T)
     if sampling not in ("epoch", "random"):
         raise ValueError(f"sampling is {sampling!r}, expected 'epoch' or 'random'")
     windows = np.arange(begin * B, end * B)
-    of, index = _parts_of(seed, windows, [share for _, share in parts])
+    part, index = _parts_of(seed, windows, [share for _, share in parts])
     starts, first = np.empty_like(windows), 0
     raw = np.concatenate([_raw(seed, RANDOM, step, B) for step in range(begin, end)]) if sampling == "random" else None
     for i, (n_tokens, _) in enumerate(parts):
-        here = of == i
-        within = _epoch_starts(seed, index[here], n_tokens, T) if raw is None else raw[here] % (n_tokens - T)
-        starts[here] = first + within
+        mine = part == i
+        within = _epoch_starts(seed, index[mine], n_tokens, T) if raw is None else raw[mine] % (n_tokens - T)
+        starts[mine] = first + within
         first += n_tokens
     return starts.reshape(end - begin, B)
 
 
 def config_starts(config: Config, parts: int | Sequence[Part], begin: int, end: int) -> Starts:
-    """The window starts (end - begin, B) of some steps of a run."""
+    """`chunk_starts` with the settings of a run."""
     train = config.train
     return chunk_starts(train.seed, begin, end, parts, config.model.block_size, train.batch_size, train.sampling)
 
 
-def _parts_of(
-    seed: int, windows: NDArray[np.int64], shares: Sequence[float]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _require_window(n_tokens: int, T: int) -> None:
+    if n_tokens < T + 1:
+        raise ValueError(f"{n_tokens} tokens hold no window of {T} inputs and a target")
+
+
+def _parts_of(seed: int, windows: Starts, shares: Sequence[float]) -> tuple[Starts, Starts]:
     """The part of each window (n,), and the window's index within that part (n,)."""
     if len(shares) == 1:
         return np.zeros_like(windows), windows
-    # Counts are differences of rounded cumulative shares, so that they add up to MIX. Fractions of the written decimals
-    # round a half up, so that a share of 0.001 is one window.
+    # Differences of rounded cumulative shares add up to MIX. Fractions of the decimals as written round a half up, so
+    # that a share of 0.001 is one window.
     weights = [Fraction(str(share)) for share in shares]
     ends = np.array([int(MIX * total / sum(weights) + Fraction(1, 2)) for total in accumulate(weights)])
-    counts = np.diff(ends, prepend=0)
-    of, index = np.empty_like(windows), np.empty_like(windows)
+    part, index = np.empty_like(windows), np.empty_like(windows)
     blocks, positions = np.divmod(windows, MIX)
     for block in np.unique(blocks):
         order = np.searchsorted(ends, permute(np.arange(MIX), MIX, seed, int(block), MIXTURE), side="right")
-        mine = blocks == block
-        of[mine] = order[positions[mine]]
-        for i, count in enumerate(counts):
+        in_block = blocks == block
+        part[in_block] = order[positions[in_block]]
+        for i, count in enumerate(np.diff(ends, prepend=0)):
             earlier = np.cumsum(order == i) - (order == i)
-            here = mine & (of == i)
-            index[here] = block * count + earlier[positions[here]]
-    return of, index
+            mine = in_block & (part == i)
+            index[mine] = block * count + earlier[positions[mine]]
+    return part, index
 
 
-def _epoch_starts(seed: int, index: NDArray[np.int64], n_tokens: int, T: int) -> NDArray[np.int64]:
-    """The starts (n,) of windows `index` (n,), counted through all epochs."""
+def _epoch_starts(seed: int, index: Starts, n_tokens: int, T: int) -> Starts:
+    """The starts (n,) of the windows `index` (n,), which count through all epochs."""
     n = n_windows(n_tokens, T)
     epochs, positions = np.divmod(index, n)
     starts = np.empty_like(positions)
@@ -134,21 +134,20 @@ def _epoch_starts(seed: int, index: NDArray[np.int64], n_tokens: int, T: int) ->
 
 
 def evaluation_windows(N: int, T: int) -> tuple[Starts, Starts]:
-    """(starts, skip) of windows that cover N tokens, both (n_windows,): the first `skip` predictions of the last window
-    are also in the window before it.
+    """(starts, skip) of windows that cover N tokens, both (n_windows,). The last window overlaps the one before it by
+    its first `skip` predictions; the others have skip 0.
 
     Raises:
       ValueError: fewer than T + 1 tokens.
     """
-    if N < T + 1:
-        raise ValueError(f"{N} tokens hold no window of {T} inputs and a target")
+    _require_window(N, T)
     starts = np.arange(0, N - 1, T)
     skip = np.maximum(starts - (N - 1 - T), 0)
     return starts - skip, skip
 
 
 def estimate_starts(seed: int, step: int, n_tokens: int, T: int, n: int) -> Starts:
-    """Uniform window starts (n,) for a noisy estimate at `step`, from their own stream: training is unaffected."""
+    """Uniform window starts (n,) for a noisy estimate at `step`, from a stream of their own."""
     return _raw(seed, ESTIMATE, step, n) % (n_tokens - T)
 
 
@@ -157,11 +156,11 @@ def n_windows(n_tokens: int, T: int) -> int:
     return max(1, n_tokens // T - 1)
 
 
-def permute(index: NDArray[np.int64], n: int, seed: int, epoch: int, purpose: int = PERMUTATION) -> NDArray[np.int64]:
-    """The image of each index under a keyed permutation of range(n), without a table of n entries.
+def permute(index: Starts, n: int, seed: int, epoch: int, purpose: int = PERMUTATION) -> Starts:
+    """A keyed permutation of range(n), evaluated at each index, (any,) -> (any,), without a table of n entries.
 
-    A four-round Feistel network on the smallest even number of bits that holds n, walked until the image is below n
-    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Shapes: (any,) to (any,).
+    A four-round Feistel network on the smallest even number of bits that holds n, applied until the image is below n
+    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -179,32 +178,27 @@ def permute(index: NDArray[np.int64], n: int, seed: int, epoch: int, purpose: in
     return image.astype(np.int64)
 
 
-def take(tokens: Array, starts: Any, T: int) -> Batch:
-    """The windows at `starts` (B,) of `tokens` (N,), as inputs and targets (B, T) int32.
+def take(tokens: Any, starts: Any, T: int) -> Batch:
+    """The windows of `tokens` (N,) at `starts` (B,), as inputs and targets (B, T) int32.
 
-    `tokens` may be a memory map, or a device array inside or outside `jit`: the same code serves both.
+    `tokens` may be a memory map, or a device array inside or outside `jit`.
     """
-    return inputs_and_targets(tokens[_positions(starts, T)])
+    return inputs_and_targets(gather(tokens, starts, T))
 
 
 def inputs_and_targets(windows: Any) -> Batch:
-    """Windows (..., T + 1) of ids as inputs and targets, (..., T) int32."""
+    """Windows (..., T + 1) of ids -> inputs and targets, (..., T) int32."""
     windows = windows.astype(np.int32)
     return Batch(windows[..., :-1], windows[..., 1:])
 
 
-def gather(tokens: Ids, starts: Starts, T: int) -> Ids:
-    """The windows at `starts` (...), (..., T + 1), read from a memory map."""
-    return np.ascontiguousarray(tokens[_positions(starts, T)])
-
-
-def _positions(starts: Any, T: int) -> Any:
-    """The T + 1 positions of each window, (..., T + 1)."""
-    return starts[..., None] + np.arange(T + 1).reshape((1,) * starts.ndim + (-1,))
+def gather(tokens: Array, starts: Any, T: int) -> Array:
+    """The windows of `tokens` (N,) at `starts` (...): (..., T + 1) ids, in the dtype of `tokens`."""
+    return tokens[starts[..., None] + np.arange(T + 1).reshape((1,) * starts.ndim + (-1,))]
 
 
 def chunks(config: Config, step: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of each scan from `step` on; ends are multiples of scan_steps, and the last step."""
+    """(begin, end) of each scan from `step` on. Scans end at multiples of scan_steps and after the last step."""
     K = config.train.scan_steps
     while step < config.train.steps:
         end = min((step // K + 1) * K, config.train.steps)
@@ -215,14 +209,14 @@ def chunks(config: Config, step: int) -> Iterator[tuple[int, int]]:
 def loader(
     config: Config, tokens: Ids, mesh: "Mesh", parts: Sequence[Part] | None = None, pool: Executor | None = None
 ) -> Loader:
-    """Serves the training tokens: from the device, or from disk where there are more than DEVICE_TOKENS.
+    """Serve the training tokens: from the device, or from disk if there are more than DEVICE_TOKENS.
 
-    From disk, each process reads the windows of its own devices only. Several threads may call the loader: a chunk that
-    is pending is not read again.
+    From disk, each process reads the windows of its own devices only. The loader is thread-safe: threads that ask for
+    the same chunk share one read.
 
     Args:
-      parts: of which `tokens` consists; None for one.
-      pool: reads the next chunk from disk while the device computes; None reads nothing ahead.
+      parts: the parts of a mixture; None for a plain corpus.
+      pool: reads the next chunk from disk while the device computes; None: no reading ahead.
     """
     import jax
 
@@ -239,17 +233,17 @@ def loader(
     def read(begin: int, end: int) -> tuple[None, Any]:
         starts = starts_of(begin, end)
 
-        @lru_cache  # devices along `tensor` and `context` have the same windows
-        def rows(first: int | None, last: int | None) -> Ids:
+        @cache  # devices along `tensor` and `context` have the same windows
+        def sequences(first: int | None, last: int | None) -> Ids:
             return gather(tokens, starts[:, first:last], T)
 
         def shard(index: Any) -> Ids:
-            return rows(index[1].start, index[1].stop)
+            return sequences(index[1].start, index[1].stop)
 
         return None, jax.make_array_from_callback((*starts.shape, T + 1), window_sharding(mesh), shard)
 
     def read_ahead(pool: Executor, begin: int, end: int) -> Any:
-        with lock:  # two threads ask for a new run's first chunk: one to compile for it, one to train on it
+        with lock:  # two threads ask for a new run's first chunk: one to compile the step, one to train
             wanted = [(begin, end), *islice(chunks(config, end), 1)]
             kept = {chunk: pending.get(chunk) or pool.submit(read, *chunk) for chunk in wanted}
             pending.clear()
@@ -263,7 +257,7 @@ def loader(
 
 
 def _raw(seed: int, purpose: int, counter: int, n: int) -> NDArray[np.int64]:
-    """`n` uniform integers below 2**63; a remainder by m is then uniform to within m / 2**63."""
+    """`n` uniform integers below 2**63; modulo m they are uniform to within m / 2**63."""
     generator = np.random.Philox(
         key=np.array([seed, purpose], np.uint64), counter=np.array([0, counter, 0, 0], np.uint64)
     )
@@ -271,7 +265,7 @@ def _raw(seed: int, purpose: int, counter: int, n: int) -> NDArray[np.int64]:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A bijective scramble of 64 bits: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """A bijective 64-bit hash: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

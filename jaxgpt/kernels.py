@@ -1,4 +1,4 @@
-"""Causal attention as fast as each kind of device has it; `attention.py` is the reference."""
+"""The fastest causal attention for each kind of device; `attention.py` is the reference."""
 
 from functools import partial
 from typing import Literal
@@ -14,28 +14,28 @@ from jaxgpt.matmul import to_compute_dtype
 Kernel = Literal["reference", "blocked", "cudnn", "splash"]
 
 BLOCKED = 256
-"""The shortest context whose attention may be computed by blocks of queries."""
+"""Shortest context for "blocked" attention."""
 BLOCK = 128
-"""Queries at a time in "blocked" attention, or more for contexts of over 16 blocks."""
+"""Queries per block of "blocked" attention; more in contexts longer than 16 blocks."""
 
 
 def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
-    """The implementation that `causal_attention` uses here for contexts of T tokens. Fused ones cannot drop weights."""
-    whole = sharding.num_shards("time") == 1  # each device has whole contexts
-    if not dropped and whole and matmul.resolve(config.precision) == "bfloat16":
-        backend, D = sharding.platform(), config.n_embd // config.n_head
+    """The kernel of `causal_attention` for contexts of T tokens, with or without dropout of the weights, which the
+    fused kernels do not support."""
+    if not dropped and sharding.num_shards("time") == 1 and matmul.resolve(config.precision) == "bfloat16":
+        platform, D = sharding.platform(), config.n_embd // config.n_head
         allowed = not config.deterministic or repeatable("cudnn", T)
-        if backend == "gpu" and D % 8 == 0 and D <= 128 and T % 2 == 0 and allowed:
+        if platform == "gpu" and D % 8 == 0 and D <= 128 and T % 2 == 0 and allowed:
             return "cudnn"
-        if backend == "tpu" and D % 64 == 0 and T % 128 == 0 and not config.window:
+        if platform == "tpu" and D % 64 == 0 and T % 128 == 0 and not config.window:
             return "splash"
     return "blocked" if T >= BLOCKED else "reference"
 
 
 def repeatable(used: Kernel, T: int) -> bool:
-    """Whether the gradients of a kernel, for contexts of T tokens, have the same bits each time.
+    """Whether a kernel's gradients for contexts of T tokens are deterministic.
 
-    The backward pass of cuDNN's attention adds in no fixed order: on an H100 its bits varied at 1,024 tokens and not
+    The backward pass of cuDNN's attention adds in no fixed order: on an H100 its bits varied at 1,024 tokens, but not
     at 256 (docs/benchmarks/gpu.md).
     """
     return used != "cudnn" or T <= 256
@@ -44,8 +44,8 @@ def repeatable(used: Kernel, T: int) -> bool:
 def causal_attention(
     config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None = None
 ) -> jax.Array:
-    """`attention` of each token to its past, or to the last `config.window` of it, by the fastest `kernel`: queries
-    (B, H, T, D), keys and values (B, kv, T, D) -> (B, H, T, D). `drop` is applied to the weights, block by block."""
+    """Attention of each token to itself and its past, or to the last `config.window` tokens, by the fastest `kernel`:
+    queries (B, H, T, D), keys and values (B, kv, T, D) -> (B, H, T, D). `drop` is dropout of the weights."""
     H, T = q.shape[1:3]
     used = kernel(config, T, drop is not None)
     if used == "cudnn":
@@ -61,63 +61,62 @@ def causal_attention(
 def _attend(
     config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, t: jax.Array, s: jax.Array, drop: Drop | None
 ) -> jax.Array:
-    """The reference of queries (B, H, T, D) at positions t (T,) to keys and values (B, H, S, D) at s (S,)."""
+    """Reference attention of queries (B, H, T, D) at positions t (T,) to keys and values (B, H, S, D) at s (S,)."""
     mask = attention_mask(t, s, config.window)[None, None]
-    weights = None if drop is None else lambda weights: drop(weights, t, s)
-    return attention(q, k, v, mask, drop=weights, precision=config.precision)
+    dropped = None if drop is None else lambda weights: drop(weights, t, s)
+    return attention(q, k, v, mask, drop=dropped, precision=config.precision)
 
 
 def repeat_kv(x: jax.Array, H: int) -> jax.Array:
-    """(B, kv, T, D) -> (B, H, T, D), each head H / kv times in a row."""
+    """(B, kv, T, D) -> (B, H, T, D), each head repeated H / kv times in a row."""
     return x if x.shape[1] == H else jnp.repeat(x, H // x.shape[1], axis=1)
 
 
 def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None = None) -> jax.Array:
-    """Causal `attention` of one block of queries at a time, (B, H, T, D) each: the weights of all pairs never exist at
-    once, and most of the masked half never. The backward pass recomputes them block by block."""
+    """Causal attention of (B, H, T, D), one block of queries at a time. The (T, T) weights never exist all at once, and
+    most of their masked half is never computed. The backward pass recomputes them block by block."""
     T = q.shape[2]
     if sharding.num_shards("time") > 1:
-        return _blocked_split(config, q, k, v, drop)
+        return _blocked_sharded(config, q, k, v, drop)
     size = max(BLOCK, -(-T // 16))
 
     @partial(jax.checkpoint, static_argnums=(3, 4))
     def block(q: jax.Array, k: jax.Array, v: jax.Array, start: int, first: int) -> jax.Array:
         return _attend(config, q, k, v, start + jnp.arange(q.shape[2]), first + jnp.arange(k.shape[2]), drop)
 
-    done = []
+    outs = []
     for start in range(0, T, size):
         end = min(start + size, T)
         first = max(0, start - config.window + 1) if config.window else 0
-        done.append(block(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], start, first))
-    return jnp.concatenate(done, axis=2)
+        outs.append(block(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], start, first))
+    return jnp.concatenate(outs, axis=2)
 
 
-def _blocked_split(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None) -> jax.Array:
-    """`blocked` where the queries are sharded: all devices at once go through theirs block by block."""
+def _blocked_sharded(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None) -> jax.Array:
+    """`blocked` over n shards of the queries: each device loops over the blocks of its own shard."""
     B, H, T, D = q.shape
-    over = sharding.num_shards("time")
-    size = next(n for n in range(min(BLOCK, T // over), 0, -1) if T // over % n == 0)
-    places = jnp.arange(T).reshape(over, -1, size).swapaxes(0, 1)  # (blocks, over, size)
-    blocks = jnp.moveaxis(q.reshape(B, H, over, -1, size, D), 3, 0)  # (blocks, B, H, over, size, D)
+    n = sharding.num_shards("time")
+    size = next(size for size in range(min(BLOCK, T // n), 0, -1) if T // n % size == 0)
+    positions = jnp.arange(T).reshape(n, -1, size).swapaxes(0, 1)  # (blocks, n, size)
+    blocks = jnp.moveaxis(q.reshape(B, H, n, -1, size, D), 3, 0)  # (blocks, B, H, n, size, D)
 
     @jax.checkpoint
     def block(each: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q, places = each
+        q, positions = each
         q = sharding.constrain(q, "batch", "width", "time", None, None)
-        t, s = places.reshape(-1), jnp.arange(T)
-        mask = attention_mask(t, s, config.window).reshape(over, size, T)
+        t, s = positions.reshape(-1), jnp.arange(T)
+        mask = attention_mask(t, s, config.window).reshape(n, size, T)
 
         def dropped(weights: jax.Array) -> jax.Array:
-            return drop(weights.reshape(B, H, over * size, T), t, s).reshape(weights.shape) if drop else weights
+            return drop(weights.reshape(B, H, n * size, T), t, s).reshape(weights.shape) if drop else weights
 
         return attention(q, k[:, :, None], v[:, :, None], mask[None, None], drop=dropped, precision=config.precision)
 
-    out = jax.lax.map(block, (blocks, places))
+    out = jax.lax.map(block, (blocks, positions))
     return jnp.moveaxis(out, 0, 3).reshape(B, H, T, D)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    """cuDNN's flash attention, through jax.nn."""
     q, k, v = (to_compute_dtype(x.swapaxes(1, 2), "bfloat16") for x in (q, k, v))
     local = (window - 1, 0) if window else None
     out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")

@@ -1,4 +1,4 @@
-"""The one cross-entropy."""
+"""The cross-entropy, the same for training and evaluation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,26 +11,26 @@ from jaxgpt import sharding
 from jaxgpt.matmul import Precision, to_compute_dtype
 
 LOGITS = 2**26
-"""Logits that may exist at once in training where the memory of the device is unknown: 256 MiB of float32."""
+"""`logits_at_once` of a device whose memory is unknown: 256 MiB of float32."""
 
 
 @jax.custom_vjp
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Negative log-likelihood of each target in nats, float32: logits (..., V), targets (...) ids -> (...).
 
-    The backward pass keeps the logits in their own dtype, and writes their gradient in it. NaN for ids outside of 0 to
-    V - 1. `grad` and `vmap` of it work, and `jvp` of its `grad`; a plain `jvp` does not.
+    NaN for ids outside of 0 to V - 1. The backward pass saves the logits and writes their gradient in their own dtype.
+    `grad`, `vmap` and `jvp` of `grad` work; plain `jvp` does not.
     """
-    return _token_losses(logits, targets)[0]
+    return _token_losses_forward(logits, targets)[0]
 
 
-def _token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, Any]:
-    wide, chosen = logits.astype(jnp.float32), _one_hot(targets, logits)
+def _token_losses_forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, Any]:
+    wide = logits.astype(jnp.float32)
     normalizer = jax.nn.logsumexp(wide, axis=-1)
-    # A sum with one term: the compiler fuses it with the others, where a gather would be a kernel of its own.
-    picked = jnp.where(chosen, wide, 0).sum(-1)
-    known = (targets >= 0) & (targets < logits.shape[-1])
-    return jnp.where(known, normalizer - picked, jnp.nan), (logits, targets, normalizer)
+    # A sum with one nonzero term: XLA fuses it with the other reductions, unlike a gather.
+    picked = jnp.where(_one_hot(targets, logits), wide, 0).sum(-1)
+    valid = (targets >= 0) & (targets < logits.shape[-1])
+    return jnp.where(valid, normalizer - picked, jnp.nan), (logits, targets, normalizer)
 
 
 def _token_losses_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, None]:
@@ -45,7 +45,7 @@ def _one_hot(targets: jax.Array, logits: jax.Array) -> jax.Array:
     return targets[..., None].astype(jnp.int32) == lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
-token_losses.defvjp(_token_losses, _token_losses_backward)
+token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -54,8 +54,8 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def logits_at_once() -> int:
-    """How many logits may exist at once on a device: as many as take an eighth of its memory together with their
-    gradient, 8 bytes for both in float32; LOGITS where the memory is unknown, as on CPUs and on chips not attached."""
+    """How many logits may exist at once on a device: with their gradient, 8 bytes each, they take an eighth of its
+    memory. LOGITS on CPUs and on chips that are not attached."""
     if sharding.platform() == "cpu" or jax.default_backend() != sharding.platform():
         return LOGITS
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
@@ -70,13 +70,12 @@ def losses_of(
     precision: Precision = "float32",
     chunk: int | None = None,
 ) -> jax.Array:
-    """`token_losses(logits(x, kernel), targets)` of x (B, T, C), a kernel (C, V) and targets (B, T) -> (B, T), in
-    chunks of rows, each with at most `chunk` logits on a device, by default `logits_at_once`.
-
-    The backward pass recomputes the logits of a chunk.
+    """`token_losses(logits(x, kernel), targets)` in chunks of tokens: x (B, T, C), a kernel (C, V) and targets (B, T)
+    -> (B, T). The backward pass recomputes the logits of each chunk.
 
     Args:
       logits: features (..., C) and a kernel (C, V) -> (..., V), with matmuls of `precision`.
+      chunk: most logits of a chunk on each device, by default `logits_at_once()`.
     """
     (B, T), chunk = targets.shape, chunk or logits_at_once()
     rows = -(-B // sharding.num_shards("batch")) * -(-T // sharding.num_shards("time"))
@@ -87,7 +86,7 @@ def losses_of(
 
     def chunked(x: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
         chunks = x.reshape(n_chunks, -1, x.shape[-1]), targets.reshape(n_chunks, -1)
-        one = jax.checkpoint(lambda each: token_losses(logits(each[0], kernel), each[1]))
-        return lax.map(one, chunks).reshape(targets.shape)
+        losses = jax.checkpoint(lambda each: token_losses(logits(each[0], kernel), each[1]))
+        return lax.map(losses, chunks).reshape(targets.shape)
 
     return sharding.by_rows(chunked, x, kernel, targets, to_compute_dtype(kernel, precision).dtype)

@@ -1,7 +1,7 @@
-"""Matmuls in the compute dtype, in the forms that are fast on each kind of device.
+"""Matmuls in the compute dtype, in forms that are fast on each kind of device.
 
-Parameters, sums and gradients are float32. A precision is the compute dtype of matmuls: "float32", or "bfloat16" with
-float32 accumulation; "auto" is one of the two, by a table of devices (`resolve`).
+Parameters, sums and gradients are float32. The precision of a model is the dtype of its matmuls: "float32", "bfloat16"
+with float32 accumulation, or "auto", which `resolve` turns into one of the two.
 """
 
 import math
@@ -22,8 +22,8 @@ NARROW = {"float64": jnp.float32, "int64": jnp.int32, "uint64": jnp.uint32}
 
 
 def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` with the same bits under JAX_ENABLE_X64 as without it, eager or traced: 64-bit arrays among its
-    arguments become 32-bit ones, and it makes no others."""
+    """Make `function` ignore JAX_ENABLE_X64, eager or traced: 64-bit arguments become 32-bit, and it creates no 64-bit
+    arrays."""
 
     def narrowed(x: Any) -> Any:
         dtype = NARROW.get(str(getattr(x, "dtype", "")))
@@ -41,15 +41,12 @@ def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def resolve(precision: Precision) -> Precision:
-    """What "auto" means here, "float32" or "bfloat16"; any other precision is itself.
-
-    A table, so that two starts on one machine decide alike: bfloat16 on TPUs, on GPUs of compute capability 8 and up,
-    and on CPUs whose flags list amx_bf16 or avx512_bf16; float32 elsewhere.
-    """
+    """Replace "auto" by "bfloat16" on TPUs, on GPUs of compute capability 8 and up, and on CPUs with amx_bf16 or
+    avx512_bf16; by "float32" elsewhere. A fixed table, so that every start on a machine decides alike."""
     if precision != "auto":
         return precision
     platform = sharding.platform()
-    if platform == "gpu":  # "8.0", "gfx90a" of AMD; the GPUs of a plan need not be attached
+    if platform == "gpu":  # "8.0", or "gfx90a" on AMD; missing if a plan is for GPUs that are not attached
         capability = str(getattr(jax.local_devices()[0], "compute_capability", "8"))
         fast = not capability.startswith("gfx") and float(capability) >= 8
     elif platform == "cpu":
@@ -60,22 +57,22 @@ def resolve(precision: Precision) -> Precision:
 
 
 def to_compute_dtype(x: jax.Array, precision: Precision) -> jax.Array:
-    """`x` in the dtype that matmuls of this precision take."""
+    """`x` in the compute dtype."""
     return x.astype(jnp.bfloat16) if resolve(precision) == "bfloat16" else x
 
 
 def matmul(x: jax.Array, y: jax.Array, precision: Precision = "float32") -> jax.Array:
-    """Matmul of activations in float32: (..., M, K) @ (..., K, N) -> (..., M, N)."""
+    """Matmul of two activations: (..., M, K) @ (..., K, N) -> (..., M, N) float32."""
     x, y = to_compute_dtype(x, precision), to_compute_dtype(y, precision)
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
 def dot(x: jax.Array, w: jax.Array, precision: Precision = "float32") -> jax.Array:
-    """Matmul of activations and a kernel, as one of two dimensions: (..., K) @ (K, N) -> (..., N).
+    """Matmul of activations and a kernel: (..., K) @ (K, N) -> (..., N), with x reshaped to two dimensions.
 
-    The result is float32; on accelerators bfloat16 in that precision, which halves what is written.
+    The result is float32, but bfloat16 on accelerators in that precision, which halves the memory traffic.
     """
-    if x.ndim == 3 and sharding.num_shards("time") > 1:  # (B, T), both sharded, cannot be merged into rows
+    if x.ndim == 3 and sharding.num_shards("time") > 1:  # B and T, both sharded, cannot be merged
         out = lax.dot_general(to_compute_dtype(x, precision), to_compute_dtype(w, precision), (((2,), (0,)), ((), ())))
         return out.astype(jnp.float32) if sharding.platform() == "cpu" else out
     rows = x.reshape(-1, x.shape[-1])
@@ -85,7 +82,7 @@ def dot(x: jax.Array, w: jax.Array, precision: Precision = "float32") -> jax.Arr
 
 @jax.custom_vjp
 def _dot_bfloat16(x: jax.Array, w: jax.Array) -> jax.Array:
-    return _matmul_bfloat16(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+    return _dot_forward(x, w)[0]
 
 
 def _dot_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
@@ -97,8 +94,7 @@ def _dot_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w, like_x, like_w = saved
     g = g.astype(jnp.bfloat16)
     dx = _matmul_bfloat16(g, transposed(w))
-    # Of the two ways to compute the same matmul, the one that transposes the smaller matrix.
-    if x.shape[1] <= g.shape[1]:
+    if x.shape[1] <= g.shape[1]:  # transpose the smaller matrix
         dw = _matmul_bfloat16(transposed(x), g, jnp.float32)
     else:
         dw = transposed(_matmul_bfloat16(transposed(g), x, jnp.float32))
@@ -112,16 +108,16 @@ def _matmul_bfloat16(a: jax.Array, b: jax.Array, dtype: Any = jnp.bfloat16) -> j
     """A matmul of bfloat16 matrices, accumulated in float32; the result is float32 on CPUs, else `dtype`."""
     if sharding.platform() != "cpu":
         return lax.dot(a, b, preferred_element_type=dtype)
-    # Without the barrier, XLA folds a transpose of the result into the matmul, as that of a tied head's gradient, and
-    # then may have no kernel for it: "UNIMPLEMENTED: ... BF16 x BF16 = F32".
+    # Without the barrier, XLA folds a transpose of the result (as of a tied head's gradient) into the matmul, and then
+    # may have no kernel for it: "UNIMPLEMENTED: ... BF16 x BF16 = F32".
     return lax.optimization_barrier(lax.dot(a, b, preferred_element_type=jnp.float32))
 
 
 def transposed(x: jax.Array) -> jax.Array:
     """(..., M, N) -> (..., N, M), as an argument of a matmul.
 
-    XLA's CPU backend folds a plain transpose into the matmul and then misses its fast kernels, at half the speed. It
-    does not recognize this one, by way of a third dimension.
+    XLA's CPU backend folds a plain transpose into the matmul, which then runs at half the speed without its fast
+    kernels. It does not recognize this detour through a third dimension.
     """
     *batch, M, N = x.shape
     pieces = math.gcd(N, 4)

@@ -1,6 +1,6 @@
-"""GPT and the bigram: ids to features, logits and losses, as pure functions of (config, params, ids).
+"""GPT and the bigram model: ids -> features -> logits and losses, as pure functions of (config, params, ids).
 
-Parameters are nested dicts of arrays. Only this module and the rooms that look inside a model import Flax.
+Parameters are nested dicts of arrays. Only this module and the rooms that inspect a model import Flax.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgpt import activations, kernels, loss, matmul, prng, sharding
 from jaxgpt.attention import Cache, Drop, cached_attention, rotate, update_cache
@@ -19,38 +20,39 @@ from jaxgpt.loss import cross_entropy, token_losses
 
 Params = dict[str, Any]
 Rate = jax.Array | float | None
-"""A dropout rate, which may be traced; None: no dropout."""
+"""Dropout probability, which may be traced; None: no dropout."""
+
+
+def normal(stddev: float) -> nn.initializers.Initializer:
+    """Draws from a normal distribution; zeros if `stddev` is 0."""
+    return nn.initializers.normal(stddev) if stddev else nn.initializers.zeros
 
 
 class Linear(nn.Module):
-    """A linear layer (..., K) -> (..., N): kernel (K, N) of normal(stddev), or of zeros, and bias (N,) of zeros."""
+    """(..., K) -> (..., N): a kernel (K, N) and, if `config.bias`, a bias (N,), initially zero."""
 
     config: ModelConfig
     features: int
     stddev: float = 0.02
-    may_have_bias: bool = True
 
     @nn.compact
     def weights(self, K: int) -> tuple[jax.Array, jax.Array | None]:
         """(kernel, bias or None) for inputs of K channels."""
-        init = nn.initializers.normal(self.stddev) if self.stddev else nn.initializers.zeros
-        kernel = self.param("kernel", init, (K, self.features))
-        if not (self.config.bias and self.may_have_bias):
-            return kernel, None
-        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", normal(self.stddev), (K, self.features))
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.config.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return fused_linear(x, [self])[0]
 
 
 def fused_linear(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
-    """The outputs (..., N) of several layers for one `x` (..., K), by one matmul with their kernels side by side."""
+    """The outputs (..., N) of several layers applied to `x` (..., K): one matmul with the kernels side by side."""
     kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
     precision = layers[0].config.precision
-    if sharding.num_shards("width") > 1:  # each kernel is split by its own columns
+    if sharding.num_shards("width") > 1:  # the columns of each kernel are sharded
         outs = [matmul.dot(x, kernel, precision) for kernel in kernels]
     else:
-        ends = [sum(layer.features for layer in layers[: i + 1]) for i in range(len(layers) - 1)]
+        ends = np.cumsum([layer.features for layer in layers])[:-1]
         outs = jnp.split(matmul.dot(x, jnp.concatenate(kernels, axis=1), precision), ends, axis=-1)
     return [
         out if bias is None else out + activations.per_channel(bias, out)
@@ -59,19 +61,18 @@ def fused_linear(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
 
 
 def residual(config: ModelConfig, name: str) -> Linear:
-    """A linear layer that writes into the residual stream: smaller by sqrt(2 L), since 2 L of them add up (GPT-2)."""
+    """A linear layer that writes to the residual stream. Its initial kernel is divided by sqrt(2 L), because 2 L such
+    outputs add up (GPT-2)."""
     stddev = 0.0 if config.zero_init else 0.02 * (2 * config.n_layer) ** -0.5
     return Linear(config, config.n_embd, stddev, name=name)
 
 
 def embed(rows: int, features: int, name: str, stddev: float = 0.02) -> nn.Embed:
-    """A table (rows, features), normal(stddev)."""
-    init = nn.initializers.normal(stddev) if stddev else nn.initializers.zeros
-    return nn.Embed(rows, features, embedding_init=init, name=name)
+    return nn.Embed(rows, features, embedding_init=normal(stddev), name=name)
 
 
 class LayerNorm(nn.Module):
-    """(..., C) -> (..., C): `activations.layer_norm` with a scale (C,) of ones, and a bias (C,) of zeros."""
+    """(..., C) -> (..., C): LayerNorm with a scale (C,), initially one, and optionally a bias (C,), initially zero."""
 
     use_bias: bool
 
@@ -85,21 +86,19 @@ class LayerNorm(nn.Module):
 
 
 def norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
-    """(..., C) -> (..., C): RMSNorm, or LayerNorm with epsilon 1e-5 as in GPT-2 and PyTorch."""
-    if config.norm == "rms":
-        return rms_norm
-    return LayerNorm(config.bias, name=name)
+    """The norm of the config, (..., C) -> (..., C)."""
+    return rms_norm if config.norm == "rms" else LayerNorm(config.bias, name=name)
 
 
 def rms_norm(x: jax.Array) -> jax.Array:
-    """(..., C) divided by the root of its mean square, in float32: RMSNorm (Zhang and Sennrich 2019) without a gain."""
+    """RMSNorm (Zhang and Sennrich 2019) without a gain, (..., C) -> (..., C) float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
 class Dropout(nn.Module):
-    """Zero each entry of (..., T, S) with probability `rate` and scale up the others. Flax's own cannot take a traced
-    rate."""
+    """Zero each entry of (..., T, S) with probability `rate` and scale up the others. Flax's Dropout does not accept a
+    traced rate."""
 
     rate: jax.Array | float
 
@@ -108,7 +107,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def drop(self) -> Drop:
-        """The same of blocks of one array: a block (..., T', S'), its rows (T',) and columns (S',) -> the block."""
+        """A function that applies the same mask block by block."""
         key, keep = self.make_rng("dropout"), 1.0 - self.rate
 
         def drop(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
@@ -124,7 +123,7 @@ def dropout(rate: Rate, name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 class MultiHeadAttention(nn.Module):
-    """H heads side by side, and a projection back to C channels."""
+    """Causal self-attention with H heads, and a projection back to C channels."""
 
     config: ModelConfig
     dropout: Rate = None
@@ -134,8 +133,8 @@ class MultiHeadAttention(nn.Module):
         """(B, T, C) -> (B, T, C).
 
         Args:
-          start: the position of the first token, where those before it are in the cache, Flax's collection "cache".
-            None: 0, and no cache.
+          start: position of the first token. The keys and values of the tokens before it are in Flax's collection
+            "cache". None: 0, without a cache.
         """
         cfg = self.config
         B, T, C = x.shape
@@ -147,7 +146,7 @@ class MultiHeadAttention(nn.Module):
 
         sizes = {"query": C, "key": kv * D, "value": kv * D}
         q, k, v = fused_linear(x, [Linear(cfg, size, name=name) for name, size in sizes.items()])
-        # Where the context is split, each device has its queries, and the keys and values of all tokens.
+        # If the context is sharded, each device has its own queries, and the keys and values of all tokens.
         q = sharding.constrain(heads(q), "batch", "width", "time", None)
         k, v = (sharding.constrain(heads(x), "batch", "width", None, None) for x in (k, v))
         if cfg.qk_norm:
@@ -162,26 +161,25 @@ class MultiHeadAttention(nn.Module):
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | int | None, drop: Drop | None
     ) -> jax.Array:
-        """Causal attention of T tokens to themselves and to the cache, if there is one, which keeps them: queries
-        (B, H, T, D), keys and values (B, kv, T, D) -> (B, H, T, D)."""
+        """Causal attention of T tokens to themselves and to the cache, to which they are added: queries (B, H, T, D),
+        keys and values (B, kv, T, D) -> (B, H, T, D)."""
         if start is not None:
             keys: nn.Variable[jax.Array] = self.variable("cache", "keys")
             values: nn.Variable[jax.Array] = self.variable("cache", "values")
             keys.value, values.value = update_cache(keys.value, k, start), update_cache(values.value, v, start)
-            if not isinstance(start, int):  # an int is 0: an empty cache, and attention as fast as without one
+            if not isinstance(start, int):  # an int is 0: the cache was empty, and the fast kernels apply
                 return cached_attention(self.config, q, keys.value, values.value, start)
         return kernels.causal_attention(self.config, q, k, v, drop)
 
 
 class MLP(nn.Module):
-    """Computation of each token on its own."""
+    """(B, T, C) -> (B, T, C), each token by itself."""
 
     config: ModelConfig
     dropout: Rate = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, T, C) -> (B, T, C)."""
         cfg, C = self.config, x.shape[-1]
         if cfg.mlp == "swiglu":
             hidden = swiglu_width(C)
@@ -195,12 +193,12 @@ class MLP(nn.Module):
 
 
 def swiglu_width(C: int) -> int:
-    """Hidden channels of a SwiGLU with about the 8 C² parameters of the other MLPs: 8 C / 3, a multiple of 8."""
+    """Hidden channels of SwiGLU: 8 C / 3, rounded to a multiple of 8, for the 8 C² parameters of the other MLPs."""
     return 8 * max(1, round(C / 3))
 
 
 class Block(nn.Module):
-    """Communication, then computation, each added to the residual stream."""
+    """Attention, then an MLP, each added to the residual stream."""
 
     config: ModelConfig
     dropout: Rate = None
@@ -215,33 +213,31 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token and position embeddings, L blocks, and a last norm."""
+    """Token and position embeddings, L blocks, and a final norm."""
 
     config: ModelConfig
     dropout: Rate = None
 
     @nn.compact
     def __call__(self, idx: jax.Array, cache: Cache | None = None) -> jax.Array:
-        """(B, T) ids -> features (B, T, C), which `head` turns into logits. With a cache, the ids come after those that
-        it holds."""
+        """(B, T) ids -> features (B, T, C), the input of `head`. With a cache, the ids follow the tokens in it."""
         cfg = self.config
         C, V, T = cfg.n_embd, cfg.vocab_size, idx.shape[1]
         idx = sharding.constrain(idx, "batch", "time")
-        wte = embed(V, C, "wte")
-        x = sharding.lookup(wte.embedding, idx) if cache is None else wte(idx)
+        wte = embed(V, C, "wte").embedding
+        x = sharding.lookup(wte, idx)
         start = None if cache is None else cache.read
-        places = jnp.arange(T) if start is None else start + jnp.arange(T)
+        positions = jnp.arange(T) if start is None else start + jnp.arange(T)
         if cfg.smear:
-            share = self.param("smear", nn.initializers.zeros, (C,))
-            before = None if cache is None else jnp.where(cache.read > 0, wte(cache.last), 0)
-            x = x + share[None, None] * previous(x, before)
+            factor = self.param("smear", nn.initializers.zeros, (C,))
+            before = None if cache is None else jnp.where(cache.read > 0, sharding.rows(wte, cache.last), 0)
+            x = x + factor[None, None] * previous(x, before)
         if cfg.bigram_embed:
-            before = None if cache is None else cache.last
-            table, ids = embed(V * V, C, "bigram", stddev=0.0), previous(idx, before) * V + idx
-            pairs = sharding.rows(table.embedding, ids) if cache is None else table(ids)
-            x = x + jnp.where(places[None, :, None] > 0, pairs, 0)  # the first has no token before it
+            pairs = previous(idx, None if cache is None else cache.last) * V + idx
+            embedded = sharding.rows(embed(V * V, C, "bigram", stddev=0.0).embedding, pairs)
+            x = x + jnp.where(positions[None, :, None] > 0, embedded, 0)  # position 0 has no previous token
         if cfg.position == "learned":
-            x = x + embed(cfg.block_size, C, "wpe")(places)[None]
+            x = x + embed(cfg.block_size, C, "wpe")(positions)[None]
         x = dropout(self.dropout, "drop")(sharding.constrain(x, "batch", "time", None))
         block = Block
         if cfg.remat != "none" and cache is None:
@@ -252,58 +248,55 @@ class GPT(nn.Module):
         else:
             for i in range(cfg.n_layer):
                 x = block(cfg, self.dropout, name=f"h_{i}")(x, start)
-        if not cfg.tie_weights:  # only initialized here
-            Linear(cfg, V, 0.0 if cfg.zero_init else 0.02, may_have_bias=False, name="lm_head").weights(C)
+        if not cfg.tie_weights:  # initialized here, applied by `head`
+            unbiased = dataclasses.replace(cfg, bias=False)
+            Linear(unbiased, V, 0.0 if cfg.zero_init else 0.02, name="lm_head").weights(C)
         return norm(cfg, "ln_f")(x)
 
     def scanned(self, block: type[Block], x: jax.Array) -> jax.Array:
-        """The blocks one after another as one loop, which is compiled once: (B, T, C) -> (B, T, C)."""
+        """All blocks as one loop, whose body is compiled once: (B, T, C) -> (B, T, C)."""
 
         def body(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
             return block(x), None
 
-        each: dict[Any, Any] = {"params": 0}
+        axes: dict[Any, Any] = {"params": 0}
         rngs: dict[Any, bool] = {"params": True, "dropout": True}
-        loop = nn.scan(body, variable_axes=each, split_rngs=rngs, length=self.config.n_layer)
-        out, _ = loop(block(self.config, self.dropout, name="h"), x, None)
-        return out
+        loop = nn.scan(body, variable_axes=axes, split_rngs=rngs, length=self.config.n_layer)
+        return loop(block(self.config, self.dropout, name="h"), x, None)[0]
 
 
 def previous(x: jax.Array, before: jax.Array | None = None) -> jax.Array:
-    """(B, T, ...) one step later: at t what was at t - 1, and `before` (B, ...) at the first, or zeros."""
-    if before is not None:
-        return jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
-    return jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))[:, :-1]
+    """(B, T, ...) shifted by one token: x[:, t - 1] at t, and `before` (B, ...) at 0, by default zeros."""
+    if before is None:
+        return jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))[:, :-1]
+    return jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
 
 
 class Bigram(nn.Module):
-    """An embedding of size (V, V), normal(1) at the start as PyTorch's `nn.Embedding`; its features are the logits."""
+    """A (V, V) embedding, initially normal(1) as PyTorch's `nn.Embedding`. Its features are the logits."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, idx: jax.Array, cache: Cache | None = None) -> jax.Array:
-        """(B, T) ids -> (B, T, V) logits, with a cache or without."""
+        """(B, T) ids -> (B, T, V) logits; the cache is ignored."""
         table = embed(self.config.vocab_size, self.config.vocab_size, "token_embedding_table", stddev=1.0)
-        if cache is not None:
-            return table(idx)
-        # Else each device would compute all of them.
+        # Without the constraint, each device would compute the logits of the whole batch.
         return sharding.constrain(sharding.rows(table.embedding, idx), "batch", "time", None)
 
 
 def module(config: ModelConfig, dropout: Rate = None) -> GPT | Bigram:
-    """The Flax module of `config.kind`."""
     return Bigram(config) if config.kind == "bigram" else GPT(config, dropout)
 
 
 def head_kernel(config: ModelConfig, params: Params) -> jax.Array:
-    """The kernel (C, V) of a GPT's `head`: its own, or the token embedding."""
+    """The kernel (C, V) of a GPT's `head`; with tied weights the token embedding."""
     return cast(jax.Array, params["wte"]["embedding"].T if config.tie_weights else params["lm_head"]["kernel"])
 
 
 def head(config: ModelConfig, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Features (..., C) and a kernel (C, V) -> logits (..., V), in the dtype of `matmul.dot`; with softcap (Gemma 2,
-    2024) float32."""
+    """Features (..., C) and a kernel (C, V) -> logits (..., V), in the dtype of `matmul.dot`, or float32 with
+    softcap."""
     out = matmul.dot(x, kernel, config.precision)
     out = sharding.constrain(out, *["batch", "time", None][: x.ndim - 1], "width")
     return config.softcap * jnp.tanh(out.astype(jnp.float32) / config.softcap) if config.softcap else out
@@ -312,16 +305,16 @@ def head(config: ModelConfig, x: jax.Array, kernel: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnums=0)
 @matmul.in_32_bits
 def init_params(config: ModelConfig, key: jax.Array, init_scale: jax.Array | float | None = None) -> Params:
-    """Fresh float32 parameters, a pure function of (config, key); the same numbers with scan_layers as without.
+    """Initial float32 parameters, a pure function of (config, key). scan_layers stacks them but does not change them.
 
     Args:
-      init_scale: a traced value in place of that of the config.
+      init_scale: a traced value in place of `config.init_scale`.
 
     Raises:
       UsageError: vocab_size is 0.
     """
     if config.vocab_size < 1:
-        raise UsageError("vocab_size is 0, expected at least 1: that of the tokenizer (start.resolve fills it in)")
+        raise UsageError("vocab_size is 0, expected at least 1: set the tokenizer's, as start.resolve does")
     scale = config.init_scale if init_scale is None else init_scale
     idx = jnp.zeros((1, 1), jnp.int32)  # no parameter depends on the length
     params = module(dataclasses.replace(config, scan_layers=False)).init(key, idx, mutable=["params"])["params"]
@@ -332,14 +325,14 @@ def init_params(config: ModelConfig, key: jax.Array, init_scale: jax.Array | flo
 
 
 def stacked(params: Params) -> Params:
-    """Parameters of blocks h_0, h_1, ... as those of one, h, with an axis of L before the others."""
+    """Replace the parameters of blocks h_0, h_1, ... by one block h, with a leading axis of L."""
     blocks = [params[f"h_{i}"] for i in range(sum(name.startswith("h_") for name in params))]
     rest = {name: value for name, value in params.items() if not name.startswith("h_")}
     return rest | {"h": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)} if blocks else rest
 
 
 def unstacked(params: Params) -> Params:
-    """The inverse of `stacked`; parameters that are not stacked are themselves."""
+    """The inverse of `stacked`; parameters that are not stacked are returned as they are."""
     if "h" not in params:
         return params
     n = jax.tree.leaves(params["h"])[0].shape[0]
@@ -351,12 +344,12 @@ def unstacked(params: Params) -> Params:
 def features(
     config: ModelConfig, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None, dropout: Rate = None
 ) -> jax.Array:
-    """What the head reads: (B, T) ids -> (B, T, C) of a GPT; of a bigram the logits, (B, T, V).
+    """The input of the head: (B, T) ids -> (B, T, C). A bigram has no head: its features are the logits, (B, T, V).
 
     Args:
       idx: ids below V, T up to block_size.
-      dropout_key: None for evaluation; a key switches dropout on, where the config has any.
-      dropout: a traced rate in place of that of the config.
+      dropout_key: turns on the dropout of the config; None for evaluation.
+      dropout: a traced rate in place of `config.dropout`.
 
     Raises:
       ValueError: T is longer than block_size.
@@ -372,7 +365,7 @@ def features(
 @partial(jax.jit, static_argnums=0)
 @matmul.in_32_bits
 def forward(config: ModelConfig, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-    """Logits of the next token at every position, float32: (B, T) ids -> (B, T, V). Arguments and errors as of
+    """Float32 logits of the next token at every position: (B, T) ids -> (B, T, V). Arguments and errors as in
     `features`."""
     x = features(config, params, idx, dropout_key)
     return x if config.kind == "bigram" else head(config, x, head_kernel(config, params)).astype(jnp.float32)
@@ -387,10 +380,10 @@ def losses(
     dropout_key: jax.Array | None = None,
     dropout: Rate = None,
 ) -> jax.Array:
-    """Loss of each target in nats, `token_losses` of `forward`: ids and targets (B, T) -> (B, T).
+    """Loss of each target in nats: ids and targets (B, T) -> (B, T).
 
-    Where the logits of all positions would be very many, they never exist at once (`loss.losses_of`). Arguments and
-    errors as of `features`.
+    Equals `token_losses` of `forward`, but large logits never exist all at once (`loss.losses_of`). Arguments and
+    errors as in `features`.
     """
     x = features(config, params, idx, dropout_key, dropout)
     if config.kind == "bigram":
@@ -402,17 +395,17 @@ def losses(
 def extend(
     config: ModelConfig, params: Params, cache: Cache, idx: jax.Array, length: jax.Array | int | None = None
 ) -> tuple[jax.Array, Cache]:
-    """Read T more tokens: (B, T) ids -> the logits after them (B, V), and the cache with them.
+    """Read T more tokens: (B, T) ids -> the logits after the last one (B, V), and the updated cache.
 
-    Up to block_size tokens, the logits are those of `forward` for all tokens so far. Beyond, rotated positions slide:
-    each token attends to the block_size tokens up to itself, which in the blocks above the first were computed from
-    tokens further back. Learned positions end: more tokens give NaN.
+    Up to block_size tokens, the logits are those of `forward` on all tokens so far. Beyond that, RoPE slides: each
+    token attends to the last block_size tokens, whose keys and values above the first block depend on still earlier
+    ones. Learned positions end: more tokens give NaN.
 
-    A cache of S slots keeps S tokens: enough for S tokens in all, and for any number where S >= block_size + T - 1.
+    A cache of S slots is enough for S tokens in total, or for any number if S >= block_size + T - 1.
 
     Args:
-      length: how many of the T tokens are real, 1 to T; the others are padding on the right, which nothing attends to
-        and the next tokens replace. None: all.
+      length: how many of the T tokens are real, 1 to T. The others are padding on the right: nothing attends to them,
+        and the next tokens overwrite them. None: all.
 
     Raises:
       ValueError: T is greater than S.
@@ -439,10 +432,10 @@ def extend(
 def logits_and_loss(
     config: ModelConfig, params: Params, idx: jax.Array, targets: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The notes' own interface: `(logits, loss)`.
+    """(logits, loss), as in the lecture notes.
 
-    Without targets: logits (B, T, V) and None. With targets (B, T): logits flattened to (B*T, V), and their mean
-    cross-entropy with the targets flattened to (B*T,), a scalar in nats.
+    Without targets: logits (B, T, V) and None. With targets (B, T): logits (B*T, V), and the mean cross-entropy in
+    nats.
     """
     logits = forward(config, params, idx)
     if targets is None:

@@ -1,12 +1,11 @@
-"""The optimizer of a config: learning-rate schedule, clipping, and AdamW or Muon with decoupled weight decay."""
+"""The optimizer: learning-rate schedule, clipping, and AdamW or Muon with decoupled weight decay."""
 
-import itertools
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxgpt.config import Config
@@ -21,8 +20,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 class Hyperparameters(NamedTuple):
     """The settings of a training step that may be traced: Python numbers in a run, arrays of shape () in a sweep.
 
-    The config stays static. Where 0 switches something off (learning_rate, warmup_steps, grad_clip, dropout), the
-    config decides, so a traced value must be 0 exactly where that of the config is.
+    The config is static. It decides what a value of 0 turns off (learning_rate, warmup_steps, grad_clip, dropout), so a
+    traced value must be 0 exactly if the config's is.
     """
 
     learning_rate: Any
@@ -42,7 +41,7 @@ class Hyperparameters(NamedTuple):
 
 
 def hyperparameters(config: Config) -> Hyperparameters:
-    """Those of a config, as Python numbers."""
+    """The hyperparameters of a config, as Python numbers."""
     values = vars(config.optimizer) | vars(config.model) | vars(config.train)
     values["min_learning_rate"] = config.optimizer.final_learning_rate
     values["decay_steps"] = config.optimizer.decay_steps or config.train.steps
@@ -50,16 +49,16 @@ def hyperparameters(config: Config) -> Hyperparameters:
 
 
 def learning_rate(config: Config, hyper: Hyperparameters | None = None) -> optax.Schedule:
-    """Step (0-based) to learning rate: linear warm-up to the peak, then the decay schedule; constant after its end.
+    """Step (0-based) -> learning rate: linear warm-up to the peak, then the decay schedule; constant after its end.
 
-    The first step has learning_rate / (warmup_steps + 1), as in nanoGPT.
+    The warm-up starts at learning_rate / (warmup_steps + 1), as in nanoGPT.
     """
     hyper = hyper or hyperparameters(config)
     peak, low, warmup = hyper.learning_rate, hyper.min_learning_rate, hyper.warmup_steps
     length = hyper.decay_steps - warmup
 
     def decayed(n: Any) -> Any:
-        """The rate `n` steps after the warm-up."""
+        """The learning rate `n` steps after the warm-up."""
         match config.optimizer.schedule:
             case "cosine":
                 alpha = low / peak if config.optimizer.learning_rate else 0.0
@@ -81,9 +80,9 @@ def learning_rate(config: Config, hyper: Hyperparameters | None = None) -> optax
 
 
 def decay_mask(params: Params) -> Params:
-    """True where weight decay applies: kernels and embeddings, but no biases and no norm scales.
+    """True where weight decay applies: kernels and embeddings, not biases and norm scales.
 
-    By name and not by `ndim`, so that stacked layers decay as separate ones do. For nanoGPT's model both are the same.
+    By name, not by `ndim` as in nanoGPT, so that stacked layers decay like separate ones.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
@@ -91,10 +90,10 @@ def decay_mask(params: Params) -> Params:
 def make_optimizer(config: Config, hyper: Hyperparameters | None = None) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW, or Muon for the kernels inside blocks and AdamW for the rest.
 
-    `update(grads, state, params, applied=...)` returns the old state, bit for bit, where `applied` (() bool) is False;
-    what its updates are then has no meaning. They are for a learning rate of 1 (Muon's for muon_learning_rate /
-    learning_rate): the caller multiplies them by -`learning_rate(config)(step)`, so that the schedule advances in steps
-    that are not applied too.
+    `update(grads, state, params, applied=...)`: if `applied` (() bool) is False, the state is returned unchanged and
+    the updates are meaningless. Updates are not yet scaled: the caller multiplies them by
+    -`learning_rate(config)(step)`, so that the schedule also advances in steps that are not applied. Muon's are scaled
+    by muon_learning_rate / learning_rate.
     """
     opt, hyper = config.optimizer, hyper or hyperparameters(config)
     decay = optax.add_decayed_weights(hyper.weight_decay, decay_mask)
@@ -108,15 +107,12 @@ def make_optimizer(config: Config, hyper: Hyperparameters | None = None) -> opta
         optimizer = optax.partition({"muon": muon, "adamw": optimizer}, optimizer_labels)
     if opt.grad_clip:
         optimizer = optax.chain(optax.clip_by_global_norm(hyper.grad_clip), optimizer)
-
     return optax.with_extra_args_support(optimizer)
 
 
 def scale_by_adam(beta1: Any, beta2: Any, eps: Any) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam`, with its state, gated by `applied`, in one pass over gradients and moments.
-
-    XLA would compute the moments twice, for the state and for the update: the barrier keeps it from that.
-    """
+    """`optax.scale_by_adam` gated by `applied`, in one pass over gradients and moments: without the barrier, XLA would
+    compute the moments twice, for the state and for the update."""
 
     def update(grads: optax.Updates, state: Any, params: Any = None, *, applied: Any = True, **_: Any) -> Any:
         count = optax.safe_increment(state.count)
@@ -135,28 +131,25 @@ def optimizer_labels(params: Params) -> Params:
     """ "muon" for kernels inside blocks, "adamw" for embeddings, the head, biases and norm scales."""
 
     def label(path: tuple[Any, ...], leaf: jax.Array) -> str:
-        block = path[0].key == "h" or path[0].key.startswith("h_")
-        return "muon" if block and path[-1].key == "kernel" else "adamw"
+        in_block = path[0].key == "h" or path[0].key.startswith("h_")
+        return "muon" if in_block and path[-1].key == "kernel" else "adamw"
 
     return jax.tree_util.tree_map_with_path(label, params)
 
 
 class MuonState(NamedTuple):
-    """The momentum of each matrix."""
-
     momentum: optax.Updates  # as the parameters
 
 
 def scale_by_muon(momentum: Any, n_steps: int, precision: Precision) -> optax.GradientTransformationExtraArgs:
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, made orthogonal, and
-    gated by `applied`.
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), gated by `applied`: Nesterov momentum,
+    orthogonalized.
 
     Updates (..., K, N) have orthonormal rows or columns, up to the error of `n_steps` Newton-Schulz iterations, times
-    sqrt(max(1, N / K)). Kernels are (in, out) here, and (out, in) on that page.
+    sqrt(max(1, N / K)). Kernels are (in, out) here, but (out, in) on that page.
 
-    A step of a GPT of one layer takes 16.6 ms with it and 22.5 with `optax.contrib.scale_by_muon` in bfloat16, 25.0 and
-    27.9 in float32, on 2 CPU cores (the least of 12 rounds in turn, on a busy machine): matmuls here are in the compute
-    dtype, and equal shapes are batched.
+    Matmuls are in the compute dtype and equal shapes are batched: on 2 CPU cores, a step of a one-layer GPT takes 16.6
+    ms, 22.5 with `optax.contrib.scale_by_muon`, in bfloat16; 25.0 and 27.9 in float32 (minimum of 12 rounds).
     """
 
     def init(params: optax.Params) -> MuonState:
@@ -168,28 +161,29 @@ def scale_by_muon(momentum: Any, n_steps: int, precision: Precision) -> optax.Gr
 
         mean = average(state.momentum)
         leaves, tree = jax.tree.flatten(average(mean))
-        done = [x * max(1.0, x.shape[-1] / x.shape[-2]) ** 0.5 for x in orthogonal_by_shape(leaves, n_steps, precision)]
-        return jax.tree.unflatten(tree, done), MuonState(
-            jax.tree.map(partial(jnp.where, applied), mean, state.momentum)
-        )
+        directions = orthogonal_by_shape(leaves, n_steps, precision)
+        scaled = [x * max(1.0, x.shape[-1] / x.shape[-2]) ** 0.5 for x in directions]
+        kept = jax.tree.map(partial(jnp.where, applied), mean, state.momentum)
+        return jax.tree.unflatten(tree, scaled), MuonState(kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def orthogonal_by_shape(matrices: list[jax.Array], n_steps: int, precision: Precision) -> list[jax.Array]:
-    """`orthogonal` of matrices (K, N) or stacks (n, K, N). Those of one shape, up to transposition, form one batch."""
+    """`orthogonal` of matrices (K, N) or stacks (n, K, N). Equal shapes, up to transposition, form one batch."""
     wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in matrices]
     done: dict[int, jax.Array] = {}
     for shape in dict.fromkeys(x.shape[-2:] for x in wide):
         members = [i for i, x in enumerate(wide) if x.shape[-2:] == shape]
-        batch = orthogonal(jnp.concatenate([wide[i].reshape(-1, *shape) for i in members]), n_steps, precision)
-        ends = list(itertools.accumulate(wide[i].size // math.prod(shape) for i in members))[:-1]
-        done |= {i: x.reshape(wide[i].shape) for i, x in zip(members, jnp.split(batch, ends), strict=True)}
+        stacks = [wide[i].reshape(-1, *shape) for i in members]
+        batch = orthogonal(jnp.concatenate(stacks), n_steps, precision)
+        pieces = jnp.split(batch, np.cumsum([len(x) for x in stacks])[:-1])
+        done |= {i: x.reshape(wide[i].shape) for i, x in zip(members, pieces, strict=True)}
     return [done[i].mT if x.shape[-2] > x.shape[-1] else done[i] for i, x in enumerate(matrices)]
 
 
 def orthogonal(x: jax.Array, n_steps: int, precision: Precision) -> jax.Array:
-    """(n, rows, columns), rows <= columns, to roughly the nearest matrices with orthonormal rows: singular values end
+    """Roughly the nearest matrices with orthonormal rows to (n, rows, columns), rows <= columns: singular values end
     between about 0.7 and 1.2. Newton-Schulz: X <- a X + (b A + c A²) X with A = X Xᵀ, from X of Frobenius norm 1."""
     a, b, c = NEWTON_SCHULZ
     x = x / (jnp.sqrt(jnp.sum(x * x, axis=(1, 2), keepdims=True)) + 1e-7)

@@ -1,7 +1,7 @@
-"""Random keys whose stream is a function of the seed alone, whatever JAX's flags and environment say.
+"""Random keys whose stream depends only on the seed, and dropout masks.
 
-The stream of `jax.random.key(seed)` depends on JAX_DEFAULT_PRNG_IMPL, JAX_THREEFRY_PARTITIONABLE and
-JAX_RANDOM_SEED_OFFSET. Keys made here are always threefry2x32 in its partitionable form, JAX's default.
+The stream of `jax.random.key(seed)` also depends on JAX_DEFAULT_PRNG_IMPL, JAX_THREEFRY_PARTITIONABLE and
+JAX_RANDOM_SEED_OFFSET. Keys made here are always partitionable threefry2x32, JAX's default.
 """
 
 import math
@@ -15,7 +15,7 @@ from jax.extend.random import define_prng_impl, threefry_prng_impl
 
 
 def _partitionable(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    # JAX calls these functions when it lowers a program, so a scope around the tracing would come too early.
+    # JAX calls `function` when it lowers a program, so a scope around tracing would end too early.
     def pinned(*args: Any) -> jax.Array:
         with jax.threefry_partitionable(True):
             return function(*args)
@@ -35,29 +35,29 @@ THREEFRY = define_prng_impl(
 
 
 def key(seed: jax.Array | int) -> jax.Array:
-    """The key of a seed from 0 to 2**32 - 1, which may be traced: by default the stream of `jax.random.key(seed)`."""
+    """`jax.random.key(seed)` with JAX's default settings; the seed, 0 to 2**32 - 1, may be traced."""
     return jax.random.wrap_key_data(jnp.array([0, seed], jnp.uint32), impl=THREEFRY)
 
 
 def keep_mask(
     key: jax.Array, keep: jax.Array | float, shape: tuple[int, ...], rows: jax.Array, columns: jax.Array
 ) -> jax.Array:
-    """What dropout keeps of an array (*shape, T, S): bool, each entry True with probability `keep`, in steps of 2**-24.
+    """The dropout mask of an array (*shape, T, S): bool, each entry True with probability `keep`, in steps of 2**-24.
 
-    A function of the key and the entry's place, so that a block of an array can be masked alone: the place is the index
-    in `shape`, the row (T,) and the column (S,). It is cheap enough to be computed again where it is used: 3 million
-    entries take 2 ms on two CPU cores, and 58 ms with `jax.random.bernoulli`, whose bits are better than dropout needs.
+    An entry is a hash of the key, its index in `shape`, its row in `rows` (T,) and its column in `columns` (S,), so the
+    mask of one block can be computed alone. It is cheap enough to recompute: 3 million entries take 2 ms on two CPU
+    cores, but 58 ms with `jax.random.bernoulli`, whose bits are better than dropout needs.
     """
     high, low = jax.random.key_data(key)
     seeds = [_mix(high ^ _mix(low + jnp.uint32(0x9E3779B9 * i % 2**32))) for i in (1, 2, 3)]
-    places = jnp.arange(math.prod(shape)), rows, columns
-    first, row, column = (_mix(x.astype(jnp.uint32) ^ seed) for x, seed in zip(places, seeds, strict=True))
+    indices = jnp.arange(math.prod(shape)), rows, columns
+    first, row, column = (_mix(x.astype(jnp.uint32) ^ seed) for x, seed in zip(indices, seeds, strict=True))
     bits = _mix((first[:, None, None] ^ row[None, :, None]) ^ column[None, None, :])
     return (bits >> 8 < jnp.asarray(keep * 2**24).astype(jnp.uint32)).reshape(*shape, len(rows), len(columns))
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijective scramble of 32 bits: lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/)."""
+    """A bijective 32-bit hash: lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
@@ -65,10 +65,10 @@ def _mix(x: jax.Array) -> jax.Array:
 
 @contextmanager
 def one_kernel_on_gpus() -> Iterator[None]:
-    """Programs that any thread lowers meanwhile draw random numbers by a ready kernel on GPUs, the same bits.
+    """Lower threefry to one prebuilt GPU kernel, with the same bits, in all threads.
 
-    For initial states: XLA took 192 s to fuse the draws of GPT-2 124M, 4 s with the kernel (one H200). Not for steps,
-    of which it cost 19% of the speed with dropout.
+    For initial states: XLA took 192 s to compile that of GPT-2 124M, 4 s with the kernel (one H200). Not for training
+    steps: those with dropout were 19% slower.
     """
     name = "jax_threefry_gpu_kernel_lowering"
     before = jax.config.values[name]

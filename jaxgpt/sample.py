@@ -1,7 +1,7 @@
-"""Sampling: weights and a prompt to text.
+"""Sampling: weights and a prompt -> text.
 
-`generate` and `stream` read the prompt at once and decode with a KV cache; `next_tokens` draws from the logits; `write`
-turns prompts and ids into text, up to a stop.
+`generate` and `stream` read the prompt in one pass and decode with a KV cache; `next_tokens` draws from the logits;
+`write` encodes the prompt and decodes the tokens, up to a stop text.
 """
 
 import codecs
@@ -24,36 +24,36 @@ from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.tokenizer import Tokenizer, drop_unknown, encode_prompt, normalize_line_ends
 
 CHUNK = 16
-"""Tokens between two pieces of `stream`."""
+"""Tokens per piece of `stream`."""
 LONGEST = 128
-"""The most tokens of one call of the compiled loop."""
+"""Most tokens per call of the compiled loop."""
 BUCKET = 16
-"""The shortest prompt, and the smallest cache, that is compiled for; longer ones are padded to powers of two."""
+"""Smallest compiled length of a prompt or a cache; longer ones are padded to powers of two."""
 
 Number = jax.Array | float
 STATIC = {"static": True}
-"""Of a field: part of the compiled program."""
+"""Metadata of fields that are part of the compiled program."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """The filters between logits and a token."""
+    """How tokens are drawn from logits."""
 
     temperature: Number | None = 0.8
-    """Below 1 sharper, above 1 flatter; 0 takes the most likely token, whatever else is set."""
+    """Below 1 sharper, above 1 flatter; 0 takes the most likely token, whatever the filters."""
     top_k: int = dataclasses.field(default=0, metadata=STATIC)
-    """Draw from the k most likely tokens only; 0 from all."""
+    """Draw only from the k most likely tokens; 0 turns it off."""
     top_p: Number | None = 1.0
-    """Draw from the fewest of the most likely tokens that reach this probability together; 1 from all."""
+    """Draw only from the fewest most likely tokens whose probabilities add up to this; 1 turns it off."""
     min_p: Number | None = 0.0
-    """Draw from tokens at least this many times as likely as the most likely one; 0 from all."""
+    """Draw only from tokens at least this many times as likely as the most likely one; 0 turns it off."""
     n_ids: int = dataclasses.field(default=0, metadata=STATIC)
-    """Draw ids below this only, where the model's vocabulary is padded beyond the tokenizer's; 0 all."""
+    """Draw only ids below this, if the model's vocabulary is padded beyond the tokenizer's; 0 turns it off."""
 
 
 def checked(sampling: SamplingParams) -> SamplingParams:
-    """`sampling` with None for each filter that is off, so that `next_tokens` does not compile it.
+    """`sampling` with None for filters that are off, so that `next_tokens` leaves them out.
 
     Raises:
       UsageError: a number out of range.
@@ -73,7 +73,7 @@ def checked(sampling: SamplingParams) -> SamplingParams:
 
 
 def next_tokens(sampling: SamplingParams, logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """Draw a token of each sequence, by `checked` parameters: logits (B, V) and keys (B,) -> ids (B,) int32."""
+    """Draw the next token of each sequence, with `checked` parameters: logits (B, V), keys (B,) -> ids (B,) int32."""
     logits = logits[:, : sampling.n_ids or None]
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -86,7 +86,7 @@ def next_tokens(sampling: SamplingParams, logits: jax.Array, keys: jax.Array) ->
 
 
 def top_k(logits: jax.Array, k: int) -> jax.Array:
-    """(..., V) with -inf everywhere but at the `k` largest (and any that equal the k-th); 0 keeps all."""
+    """Logits (..., V), -inf except for the `k` largest (and any that equal the k-th); 0 keeps all."""
     if not 0 < k < logits.shape[-1]:
         return logits
     smallest_kept = lax.top_k(logits, k)[0][..., -1:]
@@ -94,27 +94,25 @@ def top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def top_p(logits: jax.Array, p: Number) -> jax.Array:
-    """(..., V) with -inf everywhere but at the nucleus: the fewest of the most likely tokens whose probabilities reach
-    `p` together, at least one, and any as likely as the last of them (Holtzman et al. 2019, arXiv:1904.09751)."""
+    """Logits (..., V), -inf except for the nucleus: the fewest most likely tokens, at least one, whose probabilities
+    add up to `p`, and any as likely as the last of them (Holtzman et al. 2019, arXiv:1904.09751)."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
-    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)[..., :-1]  # of the tokens before the second, third..
+    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)[..., :-1]  # of all tokens before the 2nd, 3rd, ...
     kept = jnp.concatenate([jnp.ones_like(ordered[..., :1], bool), before < p], axis=-1)
     smallest_kept = jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
     return jnp.where(logits < smallest_kept, -jnp.inf, logits)
 
 
 def min_p(logits: jax.Array, p: Number) -> jax.Array:
-    """(..., V) with -inf at each token less than `p` times as likely as the most likely one (Nguyen et al. 2024,
+    """Logits (..., V), -inf for tokens less than `p` times as likely as the most likely one (Nguyen et al. 2024,
     arXiv:2407.01082)."""
     return jnp.where(logits < logits.max(axis=-1, keepdims=True) + jnp.log(p), -jnp.inf, logits)
 
 
 class Decoding(NamedTuple):
-    """The state of a generation."""
-
     cache: Cache  # of all tokens but the last
-    token: jax.Array  # (B,) int32: the last, drawn and not yet read
-    step: jax.Array  # () int32: tokens drawn so far
+    token: jax.Array  # (B,) int32: the last token, drawn but not yet read
+    step: jax.Array  # () int32: number of tokens drawn
     keys: jax.Array  # (B,) one key per sequence
 
 
@@ -128,16 +126,16 @@ def generate(
 ) -> jax.Array:
     """Continue each prompt by `n_tokens`: ids (B, P), with P at least 1 -> (B, n_tokens) int32.
 
-    Token i of sequence b depends on (key, b, i) and its own past alone, not on the rest of the batch. Of a prompt, the
-    last block_size tokens are read. As long as there are no more than block_size tokens in all, each is drawn from the
-    logits that `model.forward` gives for those before it. Beyond, it depends on the positions (see `model.extend`):
+    Token i of sequence b depends only on (key, b, i) and the tokens before it, not on the rest of the batch. Only the
+    last block_size tokens of a prompt are read. Up to block_size tokens in total, the logits are those of
+    `model.forward`. Beyond that:
 
-    - rotated ones slide: a token attends to the block_size tokens up to itself
-    - learned ones cannot: when block_size tokens were read, the last half of them (block_size // 2) is read again as
-      the beginning of a new context, which grows to block_size in turn
+    - RoPE slides: each token attends to the last block_size tokens (see `model.extend`).
+    - Learned positions cannot: whenever the context is full, its last block_size // 2 tokens are read again as the
+      start of a new one.
 
     Raises:
-      UsageError: an empty prompt, an id that the model does not have, or a number out of range.
+      UsageError: an empty prompt, an id outside the vocabulary, or a number out of range.
     """
     pieces = stream(config, params, prompt, n_tokens, key, sampling, LONGEST)
     return jax.device_put(np.concatenate([np.empty((np.shape(prompt)[0], 0), np.int32), *pieces], axis=1))
@@ -152,7 +150,7 @@ def stream(
     sampling: SamplingParams = SamplingParams(),
     chunk: int = CHUNK,
 ) -> Iterator[NDArray[np.int32]]:
-    """As `generate`, in pieces (B, n) of n <= chunk <= LONGEST tokens as they come; errors are raised at once."""
+    """`generate` in pieces (B, n), n <= chunk <= LONGEST. Errors are raised before the first piece is requested."""
     text, draw, V, W = np.asarray(prompt, np.int32), checked(sampling), config.vocab_size, config.block_size
     if text.ndim != 2 or text.size == 0:
         raise UsageError(f"the prompt has shape {text.shape}, expected (B, P) with at least one token")
@@ -161,7 +159,7 @@ def stream(
     if n_tokens < 0 or not 0 <= draw.n_ids <= V:
         raise UsageError(f"tokens is {n_tokens}, expected 0 or more; n_ids is {draw.n_ids}, expected 0 (all) to {V}")
     slides = config.kind == "bigram" or config.position == "rope"
-    # XLA for CPUs casts before the loop, not for each token.
+    # XLA for CPUs already casts before the loop, not for each token.
     if config.kind == "gpt" and matmul.resolve(config.precision) == "bfloat16" and sharding.platform() != "cpu":
         config, params = cast_kernels(config, params)
 
@@ -170,7 +168,7 @@ def stream(
         while written < n_tokens:
             if state is None:
                 read = text.shape[1]
-                slots = W if written else bucket(read + n_tokens - 1, W)  # for all that will be read
+                slots = W if written else bucket(read + n_tokens - 1, W)  # the last token is not read
                 padded = np.pad(text, [(0, 0), (0, bucket(read, W) - read)])
                 state = _read(config, params, padded, np.int32(read), np.int32(written), key, draw, slots)
                 piece = np.asarray(state.token)[:, None]
@@ -189,13 +187,13 @@ def stream(
 
 
 def bucket(n: int, W: int) -> int:
-    """The size that is compiled for n tokens: the least power of two that holds them, from BUCKET up, or W."""
+    """The compiled length for n tokens: n rounded up to a power of two, at least BUCKET and at most W."""
     return min(W, max(BUCKET, 1 << (n - 1).bit_length()))
 
 
 def cast_kernels(config: ModelConfig, params: model.Params) -> tuple[ModelConfig, model.Params]:
-    """The same GPT with its kernels in the compute dtype, so that they are cast once and not for each token. A tied
-    head becomes a kernel of its own, beside the float32 rows that the lookup reads."""
+    """Cast the kernels of a GPT to the compute dtype, once and not for each token. A tied head becomes a kernel of its
+    own, because the embedding stays float32."""
     params = model.unstacked(params) | {"lm_head": {"kernel": model.head_kernel(config, params)}}
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: matmul.to_compute_dtype(x, config.precision) if path[-1].key == "kernel" else x, params
@@ -215,7 +213,7 @@ def _read(
     draw: SamplingParams,
     slots: int,
 ) -> Decoding:
-    """The first `length` tokens of idx (B, T) read into a new cache of `slots`, and token number `step` drawn."""
+    """Read the first `length` tokens of idx (B, T) into a new cache of `slots`, and draw token number `step`."""
     B = idx.shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     empty = Decoding(init_cache(config, B, slots), jnp.zeros(B, jnp.int32), step, keys)
@@ -227,7 +225,7 @@ def _read(
 def _decode(
     config: ModelConfig, params: model.Params, state: Decoding, n: Any, draw: SamplingParams
 ) -> tuple[Decoding, jax.Array]:
-    """`n` more tokens: the state after them, and the tokens (B, LONGEST), of which the first n are real."""
+    """Draw `n` more tokens: the new state, and the tokens (B, LONGEST), of which the first n are valid."""
 
     def body(i: jax.Array, carry: tuple[Decoding, jax.Array]) -> tuple[Decoding, jax.Array]:
         state, tokens = carry
@@ -240,7 +238,7 @@ def _decode(
 def _advance(
     config: ModelConfig, params: model.Params, state: Decoding, idx: Any, draw: SamplingParams, length: Any = None
 ) -> Decoding:
-    """The state after reading idx (B, T), or its first `length` tokens, and drawing the next token."""
+    """Read idx (B, T), or its first `length` tokens, and draw the next token."""
     logits, cache = model.extend(config, params, state.cache, idx, length)
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
     return Decoding(cache, next_tokens(draw, logits, keys), state.step + 1, state.keys)
@@ -259,12 +257,12 @@ def write(
     samples: int = 1,
     unknown: str = "error",
 ) -> Iterator[Iterator[str]]:
-    """`samples` texts that begin with `prompt`, each as pieces of text; a single one streams while it is made.
+    """Write `samples` texts that begin with `prompt`, each as pieces of text. A single text is streamed.
 
     Args:
-      prompt: None for a line feed, or the first character of a vocabulary that has none; bytes need not be UTF-8.
-        Its line ends, and those of `stop`, become those of the training text.
-      stop: a text ends before the first of these that is written after the prompt.
+      prompt: text, or bytes that need not be UTF-8. None: a line feed, or the vocabulary's first character if it has no
+        line feed. Line ends, also in `stop`, become those of the training text.
+      stop: a text ends before the first of these that appears after the prompt.
 
     Raises:
       UsageError: an empty prompt, one with characters outside the vocabulary, an empty stop, or a number out of range.
@@ -284,17 +282,16 @@ def write(
     ids = encode_prompt(tokenizer, prompt)
     begin = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
     sampling = dataclasses.replace(sampling, n_ids=tokenizer.vocab_size)
-    given = np.tile(ids, (samples, 1)), n_tokens, prng.key(seed), sampling
+    inputs = np.tile(ids, (samples, 1)), n_tokens, prng.key(seed), sampling
     if samples == 1:
-        yield _texts(tokenizer, begin, (piece[0] for piece in stream(config, params, *given)), stop)
+        yield _texts(tokenizer, begin, (piece[0] for piece in stream(config, params, *inputs)), stop)
     else:
-        for row in np.asarray(generate(config, params, *given)):
+        for row in np.asarray(generate(config, params, *inputs)):
             yield _texts(tokenizer, begin, [row], stop)
 
 
 def _texts(tokenizer: Tokenizer, prompt: str, pieces: Iterable[Any], stop: Sequence[str] = ()) -> Iterator[str]:
-    """The prompt, then each piece of ids as text, up to a `stop`; a character whose bytes are split waits for its last
-    one."""
+    """The prompt, then the decoded pieces of ids, up to a `stop`. Incomplete UTF-8 waits for the next piece."""
     token_bytes = tokenizer.token_bytes
     data = (b"".join(token_bytes[i] for i in ids) for ids in pieces)
     yield prompt
@@ -302,9 +299,9 @@ def _texts(tokenizer: Tokenizer, prompt: str, pieces: Iterable[Any], stop: Seque
 
 
 def until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """The text of `pieces` up to the first `stop` to be complete; no piece after it is asked for.
+    """The text of `pieces` up to the first complete `stop`; later pieces are not requested.
 
-    An end of the text that may be the beginning of a stop is held back until the text goes on.
+    A suffix of the text that may be the beginning of a stop is held back until the next piece.
 
     >>> list(until(iter(["one t", "wo th", "ree"]), ["two"]))
     ['one ', '']
@@ -318,9 +315,9 @@ def until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
         if found:
             yield held[: min(found)[1]]
             return
-        # The longest end of the text that is the beginning of a stop:
-        waits = max((n for each in stop for n in range(1, len(each)) if held.endswith(each[:n])), default=0)
-        cut = len(held) - waits
+        # The longest suffix of the text that begins a stop waits.
+        n_held = max((n for each in stop for n in range(1, len(each)) if held.endswith(each[:n])), default=0)
+        cut = len(held) - n_held
         yield held[:cut]
         held = held[cut:]
     yield held

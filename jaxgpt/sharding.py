@@ -1,10 +1,10 @@
-"""The device mesh of a run and how arrays are sharded over it.
+"""The device mesh of a run, and how arrays are sharded over it.
 
 A mesh has four axes: `data` and `fsdp` shard the batch, `fsdp` also the parameters and their moments, `tensor` heads,
 hidden channels and the vocabulary, `context` the tokens of a window. The compiler inserts the collectives. A run always
 has a mesh; XLA compiles the same program for a mesh of one device as without one.
 
-Functions of activations use the mesh in scope (`jax.set_mesh`) and do nothing where it has one device.
+The functions of activations use the mesh in scope (`jax.set_mesh`); on one device they do nothing.
 """
 
 import math
@@ -29,9 +29,9 @@ DIMENSIONS = {
     "width": ("tensor",),  # heads, hidden channels, V
     "channels": ("fsdp",),  # C, of parameters
 }
-"""The dimensions that are sharded, and the axes that shard them."""
+"""Sharded dimension -> the axes that shard it."""
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # (in, out): by columns where the result is sharded, by rows where it is summed
+    # Kernels are (in, out): split by columns if their outputs are sharded, by rows if their outputs are summed.
     (r"h(_\d+)?/attn/(query|key|value)/kernel", ("fsdp", "tensor")),
     (r"h(_\d+)?/mlp/(c_fc|c_gate)/kernel", ("fsdp", "tensor")),
     (r"h(_\d+)?/(attn|mlp)/c_proj/kernel", ("tensor", "fsdp")),
@@ -44,17 +44,17 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"smear", (None,)),
     (r"token_embedding_table/embedding", (None, None)),  # of the bigram
 )
-"""Pattern of a parameter's whole path, and the axis that shards each dimension. Stacked blocks have one more dimension
-in front, which is not sharded."""
+"""(pattern of a parameter's path, axis that shards each dimension). Stacked blocks have one more dimension in front,
+which is not sharded."""
 
 
 class MeshError(UsageError):
-    """A mesh needs more devices than there are, or does not divide the dimensions of a config."""
+    """A mesh needs more devices than there are, or does not divide a dimension of a config."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Number of devices along each axis."""
+    """Number of devices along each axis of a mesh."""
 
     data: int = 1
     fsdp: int = 1
@@ -63,7 +63,7 @@ class Sizes:
 
     @classmethod
     def parse(cls, text: str) -> "Sizes":
-        """Read "data=8,fsdp=4"; axes that are not named have size 1.
+        """Parse "data=8,fsdp=4"; other axes have size 1.
 
         Raises:
           MeshError: `text` does not have that form.
@@ -83,12 +83,12 @@ class Sizes:
         return math.prod(astuple(self))
 
     def __str__(self) -> str:
-        """In the form that `parse` reads."""
-        return ",".join(f"{name}={size}" for name in AXES if (size := getattr(self, name)) > 1) or "data=1"
+        """The form that `parse` reads."""
+        return ",".join(f"{name}={size}" for name, size in vars(self).items() if size > 1) or "data=1"
 
 
 def make_mesh(sizes: Sizes, devices: Any = None) -> Mesh:
-    """A mesh of the given devices, by default of the first ones there are."""
+    """A mesh of the given devices, by default the first `sizes.devices`."""
     devices = tuple(devices or jax.devices()[: sizes.devices])
     return jax.make_mesh(astuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -105,15 +105,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def window_sharding(mesh: Mesh) -> NamedSharding:
-    """Of windows (K, B, T + 1): each device has the sequences of its share of the batch."""
+    """The sharding of windows (K, B, T + 1) over the batch."""
     return NamedSharding(mesh, PartitionSpec(None, DIMENSIONS["batch"], None))
 
 
 def spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
-    """How a parameter is sharded, by its path, such as h_0/attn/query/kernel.
+    """The sharding of a parameter, by its path, such as h_0/attn/query/kernel.
 
     Raises:
-      MeshError: not exactly one rule is for it, or its shape is another than the rule expects.
+      MeshError: not exactly one rule matches, or the rule has another number of dimensions than `shape`.
     """
     found = [dims for pattern, dims in RULES if re.fullmatch(pattern, path)]
     if len(found) != 1:
@@ -125,10 +125,10 @@ def spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """The sharding of each leaf of a train state, or of parameters: a moment is sharded as its parameter is.
+    """The sharding of each leaf of a train state, or of parameters. Moments are sharded like their parameters.
 
     Raises:
-      MeshError: as `spec`, or a dimension is not divisible by its axis.
+      MeshError: as in `spec`, or an axis does not divide a dimension.
     """
     params = state if isinstance(state, dict) else state.params
     shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -139,9 +139,9 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
                 raise MeshError(f"{axis} = {n} does not divide dimension {size} of {name!r} {list(shapes[name])}")
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        names = (_name(path[i:]) for i in range(len(path)))  # the end of a moment's path is that of its parameter
-        of = next((name for name in names if shapes.get(name) == leaf.shape), None)
-        return NamedSharding(mesh, specs[of] if of else PartitionSpec())
+        suffixes = (_name(path[i:]) for i in range(len(path)))  # a moment's path ends with its parameter's
+        name = next((suffix for suffix in suffixes if shapes.get(suffix) == leaf.shape), None)
+        return NamedSharding(mesh, specs[name] if name else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
@@ -151,18 +151,19 @@ def _name(path: Any) -> str:
 
 
 def platform() -> str:
-    """What is traced for: "cpu", "gpu" or "tpu"; of a mesh, which need not be attached, what it is made of."""
+    """The platform traced for, "cpu", "gpu" or "tpu": that of the mesh in scope, whose devices need not be attached, or
+    the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def num_shards(dim: str) -> int:
-    """How many shards the compiler makes of a dimension here: 1 without a mesh, and in `by_rows` for its axes."""
+    """Number of shards of a dimension in the current scope: 1 without a mesh, and inside `by_rows` for its axes."""
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _axes(dim))
 
 
 def _axes(dim: str) -> tuple[str, ...]:
-    """The axes over which the compiler shards a dimension here: none of them in `by_rows`, or in a sweep's mesh."""
+    """The axes over which the compiler shards a dimension: not those that `by_rows` maps over, nor a sweep's axis."""
     return tuple(axis for axis in DIMENSIONS[dim] if axis in jax.sharding.get_abstract_mesh().auto_axes)
 
 
@@ -171,8 +172,8 @@ def _is_sharded() -> bool:
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
-    """`x` with its dimensions sharded by name. None is whole on every device, and so is what is not divisible, such as
-    25 heads over two devices, each of which then attends with all of them."""
+    """Shard the dimensions of `x` by name. Those named None, or not divisible, are whole on every device: of 25 heads
+    on two devices, each computes all."""
     return lax.with_sharding_constraint(x, _spec(x, dims)) if _is_sharded() else x
 
 
@@ -182,8 +183,8 @@ def _spec(x: jax.Array, dims: Sequence[str | None]) -> PartitionSpec:
 
 
 def by_device(function: Callable[..., jax.Array], *dims: str) -> Callable[..., jax.Array]:
-    """`function` of arrays whose first dimensions are `dims`, called on each device with its shard: for kernels that
-    the compiler cannot shard itself."""
+    """Call `function`, of arrays whose first dimensions are `dims`, on each device with its shards: for kernels that
+    the compiler cannot shard."""
 
     def call(*arrays: jax.Array) -> jax.Array:
         spec = _spec(arrays[0], dims)
@@ -199,11 +200,11 @@ KERNEL = PartitionSpec(DIMENSIONS["channels"], DIMENSIONS["width"])
 def by_rows(
     function: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, targets: jax.Array, dtype: Any
 ) -> jax.Array:
-    """`function(x, kernel, targets)` of features (B, T, C), a kernel (C, V) and targets (B, T) -> (B, T), called on
-    each device with its rows and all rows of the kernel; the compiler shards V.
+    """Call `function(x, kernel, targets)`, of features (B, T, C), a kernel (C, V) and targets (B, T) -> (B, T), on each
+    device with its own tokens and all C rows of the kernel; the compiler shards V.
 
-    The kernel is gathered once, in `dtype`, and its gradient is summed on each device before it is scattered, in the
-    kernel's own type. In a loop over rows the compiler would gather and sum at each turn.
+    The kernel is gathered once, in `dtype`. Its gradient is summed on each device, in the kernel's own dtype, before it
+    is scattered. Otherwise a loop over chunks of tokens would gather and sum in every iteration.
     """
     if not _is_sharded() or not _is_even(targets):
         return function(x, kernel, targets)
@@ -212,7 +213,7 @@ def by_rows(
     def on_device(x: jax.Array, kernels: jax.Array, targets: jax.Array) -> jax.Array:
         return function(x, kernels[0], targets)
 
-    whole = PartitionSpec(devices, None, DIMENSIONS["width"])  # a kernel for each device, and so a gradient
+    whole = PartitionSpec(devices, None, DIMENSIONS["width"])  # each device has its own kernel, and so its own gradient
     kernels = jax.shard_map(partial(_gathered, dtype), in_specs=KERNEL, out_specs=whole, check_vma=False)(kernel)
     specs = (ROWS, PartitionSpec(devices), ROWS)
     call = jax.shard_map(on_device, in_specs=specs, out_specs=ROWS, axis_names=set(devices), check_vma=False)
@@ -221,15 +222,15 @@ def by_rows(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gathered(dtype: Any, kernel: jax.Array) -> jax.Array:
-    """The whole of a kernel (C, V), sharded along C, rounded to `dtype`: (1, C, V) on each device."""
+    """A kernel (C, V) that is sharded along C, rounded to `dtype` and gathered: (1, C, V) on each device."""
     return lax.all_gather(kernel.astype(dtype), DIMENSIONS["channels"], tiled=True).astype(kernel.dtype)[None]
 
 
 def _scattered(dtype: Any, _: None, g: jax.Array) -> tuple[jax.Array]:
-    if lax.axis_size(DIMENSIONS["channels"]) == 1:  # the compiler for TPUs fails at a scatter to one
+    if lax.axis_size(DIMENSIONS["channels"]) == 1:  # XLA for TPUs fails at a scatter to one device
         return (g[0],)
     own = lax.psum_scatter(g[0], DIMENSIONS["channels"], tiled=True)
-    # Row-major: in the column-major layout of the optimizer, the compiler for TPUs would sum the whole on every device.
+    # Row-major: with the optimizer's column-major layout, XLA for TPUs would sum the whole kernel on every device.
     return (with_layout_constraint(own, Layout((0, 1))),)
 
 
@@ -239,8 +240,8 @@ _gathered.defvjp(lambda dtype, kernel: (_gathered(dtype, kernel), None), _scatte
 def lookup(table: jax.Array, idx: jax.Array) -> jax.Array:
     """Rows of a table (V, C) for ids (B, T) -> (B, T, C).
 
-    Where C is sharded, each device looks its channels up for the sequences of all devices that share them, and they
-    exchange the results: that sends less than gathering the table and its gradient.
+    If C is sharded, each device looks up its channels for the sequences of all devices along `fsdp`, which then
+    exchange the results. That sends less than gathering the table and its gradient.
     """
     if num_shards("channels") == 1 or not _is_even(idx):
         return rows(table, idx)
@@ -251,51 +252,44 @@ def lookup(table: jax.Array, idx: jax.Array) -> jax.Array:
         found = lax.psum(rows(table, jnp.where(own < 0, len(table), own), beyond=0), width)
         return lax.all_to_all(found, over, split_axis=0, concat_axis=2, tiled=True)
 
-    return jax.shard_map(on_device, in_specs=(PartitionSpec(width, over), ROWS), out_specs=ROWS, check_vma=False)(
-        table, idx
-    )
+    specs = (PartitionSpec(width, over), ROWS)
+    return jax.shard_map(on_device, in_specs=specs, out_specs=ROWS, check_vma=False)(table, idx)
 
 
 def rows(table: jax.Array, idx: jax.Array, beyond: float = jnp.nan) -> jax.Array:
-    """Rows of a table (V, C) for ids (...) from 0 on -> (..., C), filled with `beyond` for ids from V on.
+    """Rows of a table (V, C) for ids (...) >= 0 -> (..., C), filled with `beyond` for ids >= V.
 
-    Its gradient sums the rows of equal ids. On a GPU a plain gather's gradient does so by atomic adds, in an order that
-    differs between two runs of one program. On one GPU the backward pass therefore sorts the ids and sums in that order
-    (and a plain `jvp` does not work there).
+    The gradient sums over equal ids. The gradient of a plain gather does so on GPUs by atomic adds, in an order that
+    differs from run to run. On one GPU, the backward pass therefore sorts the ids and sums in that order; plain `jvp`
+    does not work there.
     """
-    if platform() != "gpu" or _is_sharded():
-        return jnp.take(table, idx, axis=0, mode="fill", fill_value=beyond)
-    return _rows_summed_in_order(table, idx, beyond)
+    return (_take if platform() != "gpu" or _is_sharded() else _take_in_order)(table, idx, beyond)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _rows_summed_in_order(table: jax.Array, idx: jax.Array, beyond: float) -> jax.Array:
-    return _rows_forward(table, idx, beyond)[0]
+def _take(table: jax.Array, idx: jax.Array, beyond: float) -> jax.Array:
+    return jnp.take(table, idx, axis=0, mode="fill", fill_value=beyond)
 
 
-def _rows_forward(table: jax.Array, idx: jax.Array, beyond: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return jnp.take(table, idx, axis=0, mode="fill", fill_value=beyond), (table, idx)
-
-
-def _rows_backward(beyond: float, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+def _take_backward(beyond: float, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
     table, idx = saved
     order = jnp.argsort(idx.reshape(-1))
     ids, sums = idx.reshape(-1)[order], g.reshape(-1, table.shape[1])[order]
     differs, end = ids[1:] != ids[:-1], jnp.ones(1, bool)
     first, last = jnp.concatenate([end, differs]), jnp.concatenate([differs, end])
-    # Of the rows of each id, the last one becomes the sum of all.
-    _, sums = lax.associative_scan(
-        lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], a[1] + b[1])), (first[:, None], sums)
-    )
-    once = jnp.where(
-        last & (ids < len(table)), ids, len(table) + jnp.arange(ids.size)
-    )  # the others are beyond the table
+
+    def add(a: Any, b: Any) -> Any:  # a segmented sum: the last row of each id becomes the sum of its rows
+        return a[0] | b[0], jnp.where(b[0], b[1], a[1] + b[1])
+
+    _, sums = lax.associative_scan(add, (first[:, None], sums))
+    # All other rows go beyond the table, where they are dropped.
+    once = jnp.where(last & (ids < len(table)), ids, len(table) + jnp.arange(ids.size))
     return jnp.zeros_like(table).at[once].set(sums, mode="drop", unique_indices=True), None
 
 
-_rows_summed_in_order.defvjp(_rows_forward, _rows_backward)
+_take_in_order = jax.custom_vjp(_take, nondiff_argnums=(2,))
+_take_in_order.defvjp(lambda table, idx, beyond: (_take(table, idx, beyond), (table, idx)), _take_backward)
 
 
 def _is_even(x: jax.Array) -> bool:
-    """Whether (B, T) divides evenly over the devices: not the one sequence that parameters are initialised with."""
+    """Whether (B, T) divides evenly over the devices, unlike the one sequence that parameters are initialized with."""
     return all(size % num_shards(dim) == 0 for size, dim in zip(x.shape, ("batch", "time"), strict=True))

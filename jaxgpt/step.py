@@ -1,4 +1,4 @@
-"""One training step as a pure function, K of them as one scan, and how they are compiled for a mesh."""
+"""One training step as a pure function, a scan of K steps, and their compilation for a mesh."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,33 +16,31 @@ from jaxgpt.data import Batch, inputs_and_targets, take
 from jaxgpt.optimizer import Hyperparameters, hyperparameters, learning_rate, make_optimizer
 from jaxgpt.sharding import platform, replicated, state_shardings
 
-# Streams of random keys, folded into the key of the seed. Batches have a generator of their own.
+# Streams of random keys, folded into the key of the seed. Batches have their own generator.
 INIT, DROPOUT = range(2)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that changes in training."""
-
-    step: jax.Array  # () int32, the optimizer steps done
+    step: jax.Array  # () int32: optimizer steps done
     params: model.Params
     opt_state: Any  # of make_optimizer(config)
 
 
 class Metrics(NamedTuple):
-    """What a step reports: scalars, float32 except the last."""
+    """Scalars of one step, float32 except the last."""
 
-    loss: jax.Array  # nats per token, of the batch before the update
+    loss: jax.Array  # nats per token of the batch, before the update
     grad_norm: jax.Array  # global, before clipping
     learning_rate: jax.Array
-    applied: jax.Array  # bool: False where the loss or a gradient was NaN or infinite
+    applied: jax.Array  # bool: False if the loss or a gradient was not finite
 
 
 @partial(jax.jit, static_argnums=0)
 @matmul.in_32_bits
 def init_state(config: Config, hyper: Hyperparameters | None = None) -> TrainState:
-    """The state at step 0, a pure function of the config; `hyper` as in `train_step`."""
+    """The state at step 0, a pure function of its arguments; `hyper` as in `train_step`."""
     hyper = hyper or hyperparameters(config)
     params = model.init_params(config.model, stream_key(hyper.seed, INIT), hyper.init_scale)
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config, hyper).init(params))
@@ -54,19 +52,19 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on `batch` ((B, T) inputs and targets), pure and traceable.
 
-    If the loss or a gradient is not finite, the step is counted but not applied: parameters and optimizer state keep
-    every bit. A parameter that its update would make infinite, as at a learning rate of 1e38, keeps its value. So a
-    finite state is followed by finite states only.
+    If the loss or a gradient is not finite, the step is counted but not applied: parameters and optimizer state do not
+    change. A parameter that its update would make infinite, as at a learning rate of 1e38, keeps its value. So a finite
+    state stays finite.
 
     Args:
-      hyper: traced values in place of those of the config, in a sweep; None for those of the config.
+      hyper: traced hyperparameters, as in a sweep; None for those of the config.
     """
     hyper = hyper or hyperparameters(config)
     dropout_key = None
     if config.model.dropout:
         dropout_key = jax.random.fold_in(stream_key(hyper.seed, DROPOUT), state.step)
-    loss, grads = loss_and_grads(config, state.params, batch, dropout_key, hyper)
-    # A finite norm bounds each gradient by 2e19, so that the moments of the optimizer stay finite too.
+    loss, grads = loss_and_grads(config, state.params, batch, dropout_key, hyper.dropout)
+    # A finite norm bounds each gradient by 2e19, so the moments of the optimizer stay finite too.
     grad_norm = optax.tree.norm(grads)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = make_optimizer(config, hyper).update(grads, state.opt_state, state.params, applied=applied)
@@ -88,15 +86,14 @@ def train_steps(
     windows: jax.Array,
     hyper: Hyperparameters | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """K steps as one scan, pure and traceable.
+    """K steps as one scan, pure and traceable; `hyper` as in `train_step`.
 
     Args:
-      tokens: (N,) ids on the device: the corpus. None where that is too large.
+      tokens: (N,) ids: the corpus on the device. None if it is too large.
       windows: (K, B) int32 window starts; without tokens the windows themselves, (K, B, T + 1).
-      hyper: as in `train_step`.
 
     Returns:
-      The state K steps later and the metrics of the K steps, each (K,).
+      The state after K steps, and their metrics, each (K,).
     """
 
     def body(state: TrainState, windows: jax.Array) -> tuple[TrainState, Metrics]:
@@ -111,10 +108,9 @@ def loss_and_grads(
     params: model.Params,
     batch: Batch,
     dropout_key: jax.Array | None,
-    hyper: Hyperparameters | None = None,
+    dropout: model.Rate = None,
 ) -> tuple[jax.Array, model.Params]:
-    """Mean loss over the batch and its gradient, in `accumulate` micro-batches one after another."""
-    dropout = (hyper or hyperparameters(config)).dropout
+    """Mean loss over the batch and its gradient, accumulated over micro-batches. Dropout as in `model.losses`."""
 
     def loss(params: model.Params, batch: Batch, key: jax.Array | None) -> jax.Array:
         return model.losses(config.model, params, batch.inputs, batch.targets, key, dropout).mean()
@@ -135,12 +131,12 @@ def loss_and_grads(
 
 
 def stream_key(seed: Any, stream: int) -> jax.Array:
-    """The key of one purpose (INIT, DROPOUT) for a seed."""
+    """The key of a stream, INIT or DROPOUT."""
     return jax.random.fold_in(prng.key(seed), stream)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-    """The shapes, dtypes and shardings of a train state of `config`."""
+    """The shapes, dtypes and shardings of a train state."""
     shapes = jax.eval_shape(init_state, config)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -154,26 +150,26 @@ def _shardings(config: Config, mesh: Mesh) -> TrainState:
 
 
 def sharded_init(config: Config, mesh: Mesh) -> TrainState:
-    """`init_state`, each shard of it made on its own device."""
+    """`init_state`, each shard computed on its own device."""
     return lower_init(config, mesh).compile()()
 
 
 def lower_init(config: Config, mesh: Mesh) -> jax.stages.Lowered:
-    """The program of `sharded_init`. No other thread should lower programs meanwhile: see `prng.one_kernel_on_gpus`.
+    """The program of `sharded_init`. No other thread may lower programs meanwhile: see `prng.one_kernel_on_gpus`.
 
-    It runs once: on CPUs it is optimized less, which takes a third less time to compile and gives the same bits.
+    It runs once, so on CPUs it is optimized less: it compiles in a third less time and gives the same bits.
     """
     out, device = _shardings(config, mesh), platform()
-    less = {"xla_backend_optimization_level": 1} if device == "cpu" else None
+    options = {"xla_backend_optimization_level": 1} if device == "cpu" else None
     with prng.one_kernel_on_gpus() if device == "gpu" else nullcontext():
-        return jax.jit(init_state, static_argnums=0, out_shardings=out, compiler_options=less).lower(config)
+        return jax.jit(init_state, static_argnums=0, out_shardings=out, compiler_options=options).lower(config)
 
 
 @lru_cache(maxsize=16)
 def jit_train_steps(config: Config, mesh: Mesh) -> Any:
     """`train_steps` of `config`, jitted: (state, tokens, windows) -> (state, metrics).
 
-    The state is donated and keeps its shardings. It is traced and called under `jax.set_mesh(mesh)`.
+    The state is donated and keeps its shardings. Trace and call it under `jax.set_mesh(mesh)`.
     """
     out = _shardings(config, mesh), replicated(mesh)
     return jax.jit(partial(train_steps, config), donate_argnums=0, out_shardings=out)

@@ -180,7 +180,7 @@ def test_help_of_a_recipe_shows_its_defaults(call):
     code, out, _ = call("train", "shakespeare-gpu", "--help")
     assert code == 0
     assert "(default: 384)" in out
-    assert "H, the number of attention heads" in out
+    assert "H, number of attention heads" in out
 
 
 def test_recipes_are_listed(call):

@@ -96,7 +96,7 @@ def test_the_generated_pages_are_those_of_the_code(tmp_path):
 def test_the_api_page_has_the_public_names_and_no_others():
     page = (DOCS / "reference" / "api.md").read_text("utf-8")
     found = re.findall(r"^::: (jaxgpt\.\S+)$", page, re.MULTILINE)
-    assert sorted(found) == sorted(f"jaxgpt.{home}.{name}" for name, home in jaxgpt._HOME.items())
+    assert sorted(found) == sorted(f"jaxgpt.{home}.{name}" for name, home in jaxgpt._MODULES.items())
     assert sorted(jaxgpt.__all__) == sorted(name.rpartition(".")[2] for name in found)
 
 

@@ -238,8 +238,8 @@ def partial_loss(config):
     ("options", "said"),
     [
         ({"n_kv_head": 3}, "n_kv_head is 3, expected a divisor of n_head"),
-        ({"position": "rope", "n_embd": 12}, "an even head size for position rope"),
-        ({"bigram_embed": True, "vocab_size": 50257}, "at most 4096 for pairs"),
+        ({"position": "rope", "n_embd": 12}, "position rope needs an even head size"),
+        ({"bigram_embed": True, "vocab_size": 50257}, "at most 4096, or --no-bigram-embed"),
         ({"softcap": -1.0}, "softcap is -1.0"),
         ({"window": -1}, "window is -1"),
     ],

@@ -65,8 +65,8 @@ MUTATIONS = [
     Mutation(
         "cached attention reads slots that nothing was written to",
         "attention.py",
-        "& (places >= 0)[None]",
-        "& (places >= -S)[None]",
+        "& (positions >= 0)[None]",
+        "& (positions >= -S)[None]",
         "test_cache.py",
     ),
     Mutation(
@@ -100,15 +100,15 @@ MUTATIONS = [
     Mutation(
         "smear mixes a token with itself",
         "model.py",
-        "share[None, None] * previous(x, before)",
-        "share[None, None] * x",
+        "factor[None, None] * previous(x, before)",
+        "factor[None, None] * x",
         "test_model_options.py",
     ),
     Mutation(
         "the first token gets the embedding of a pair",
         "model.py",
-        "jnp.where(places[None, :, None] > 0, pairs, 0)",
-        "pairs",
+        "jnp.where(positions[None, :, None] > 0, embedded, 0)",
+        "embedded",
         "test_model_options.py",
     ),
     Mutation(
@@ -218,8 +218,8 @@ MUTATIONS = [
     Mutation(
         "random windows never reach the last token",
         "data.py",
-        "raw[here] % (n_tokens - T)",
-        "raw[here] % (n_tokens - T - 1)",
+        "raw[mine] % (n_tokens - T)",
+        "raw[mine] % (n_tokens - T - 1)",
         "test_data.py",
     ),
     Mutation(
@@ -232,8 +232,8 @@ MUTATIONS = [
     Mutation(
         "a mixture repeats the windows of its first block",
         "data.py",
-        "block * count + earlier[positions[here]]",
-        "earlier[positions[here]]",
+        "block * count + earlier[positions[mine]]",
+        "earlier[positions[mine]]",
         "test_data.py",
     ),
     Mutation(
