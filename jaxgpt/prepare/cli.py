@@ -16,8 +16,8 @@ class Prepare:
     Lines or Parquet, local or at a URL such as gs://bucket/texts or hf://datasets/ORG/NAME/FOLDER; or a pipe such as
     /dev/stdin; or a weighted mixture: "0.7*a.txt + 0.3*b.txt"."""
     tokenizer: str = "char"
-    """char, ascii, byte, gpt2, bpe:SIZE (learned from the text, such as bpe:4096), or a tokens.json to reuse its
-    vocabulary."""
+    """char, ascii, byte, gpt2, bpe:SIZE (learned from the text, such as bpe:4096), a tokens.json whose vocabulary to
+    reuse, or a Hugging Face folder with a byte-level BPE."""
     unknown: Literal["error", "skip"] = "error"
     """What to do with characters outside the vocabulary."""
     column: str = "text"
