@@ -13,7 +13,8 @@ import pytest
 import jaxgpt
 from jaxgpt import cli
 from jaxgpt.cli.options import take_name
-from jaxgpt.cli.train import Train
+from jaxgpt.cli.train import Train, resume_command
+from jaxgpt.config import Config
 from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run
 from jaxgpt.serve.library import Library
@@ -105,6 +106,13 @@ def test_a_resume_takes_the_run_that_was_named(call, verse, tmp_path):
     for name in ("bigram", "a"):
         code, _, err = call("train", name, "--run", "a", "--resume")
         assert (code, f"leave out '{name}', and name the run with --run" in err) == (2, True)
+
+
+def test_an_interrupted_run_resumes_with_its_mesh_and_loggers():
+    given = Train("one", Config(), mesh="data=2", log=("tensorboard", "wandb"))
+    assert resume_command(given, Run(Path("runs/one"))) == (
+        "jaxgpt train --run one --resume --mesh data=2 --log tensorboard --log wandb"
+    )
 
 
 def test_a_run_wins_over_a_folder_of_its_name(call, verse, tmp_path, monkeypatch):

@@ -116,7 +116,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     if display.notices:
         console.print(f"{display.notices} warnings: see {run.events_file}", style="bold yellow")
     if done.interrupted_by:
-        again = _resume_command(given, run)
+        again = resume_command(given, run)
         console.print(f"interrupted at step {done.step:,} of {done.steps:,}; saved. Resume with: {again}")
         return 128 + done.interrupted_by
     _print_summary(console, done)
@@ -124,9 +124,11 @@ def _fit(given: Train, existing: Run | None) -> int:
     return 0
 
 
-def _resume_command(given: Train, run: Run) -> str:
+def resume_command(given: Train, run: Run) -> str:
+    """The command that resumes an interrupted `run` with the same devices and loggers."""
     flags = [] if given.mesh == "auto" else ["--mesh", given.mesh]
     flags += ["--distributed"] * given.distributed
+    flags += [word for logger in given.log for word in ("--log", logger)]
     command = command_line("train", run, given.folders, "--resume", *flags)
     if given.coordinator:
         command += f" --coordinator {given.coordinator} --num-processes {given.num_processes} --process-id 0, 1, ..."
