@@ -13,6 +13,7 @@ import pytest
 from jaxgpt.run import Run
 from jaxgpt.serve.app import application, described
 from jaxgpt.serve.batch import Settings
+from jaxgpt.serve.library import Library
 from jaxgpt.serve.requests import to_write
 from jaxgpt.serve.scheduler import Scheduler
 from jaxgpt.serve.writer import Job, Writer
@@ -85,6 +86,14 @@ def test_a_run_that_is_created_again_is_listed_as_it_is_now(library, app):
 def summary_of(app, name):
     (found,) = (run for run in call(app, "GET", "/api/runs").tree["runs"] if run["name"] == name)
     return found
+
+
+def test_a_run_is_served_from_any_folder(library, tmp_path):
+    """As `jaxgpt sample ./FOLDER`, also from one whose name no new run may have."""
+    shutil.copytree(library.folder / "pairs", tmp_path / "a copy")
+    one = Library.at(str(tmp_path / "a copy"), library.folder)
+    assert one.names == ["a copy"]
+    assert one.run("a copy").config == library.run("pairs").config
 
 
 def test_runs_health_and_the_page(app):
