@@ -112,6 +112,13 @@ def test_runs_health_and_the_page(app):
         assert page.headers["x-content-type-options"] == "nosniff"
 
 
+def test_the_default_number_of_tokens_is_within_the_limit(library):
+    scheduler = Scheduler(lambda run: None, dataclasses.replace(LIMITS, max_tokens=5))
+    scheduler.stop()
+    assert call(application(library, scheduler), "GET", "/api/runs").tree["defaults"]["tokens"] == 5
+    assert to_write(b'{"run": "one", "prompt": "the"}', library, scheduler.limits).tokens == 5
+
+
 def test_one_request_too_many_is_refused_and_a_client_that_disconnects_makes_room(app, scheduler):
     """Three endless requests reach the limit; a fourth is refused until one client disconnects."""
     asked = json.dumps({"run": "one", "prompt": "a", "tokens": 10**6}).encode()
