@@ -163,14 +163,14 @@ def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: 
     return tokens
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """The contents of a tokens.json; a CorpusError if it is missing, damaged or invalid."""
+def read_meta(path: Path, hint: str = "jaxgpt prepare writes it anew") -> dict[str, Any]:
+    """The contents of a tokens.json; a CorpusError, which ends with `hint`, if it is missing, damaged or invalid."""
     try:
         return checked_meta(files.unseal(path.read_bytes()))
     except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}; jaxgpt prepare makes it") from error
+        raise CorpusError(f"{path} cannot be read: {error.strerror}; {hint}") from error
     except ValueError as error:
-        raise CorpusError(f"{path}: {error}; jaxgpt prepare writes it anew") from error
+        raise CorpusError(f"{path}: {error}; {hint}") from error
 
 
 def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class Run:
 
     @cached_property
     def corpus_meta(self) -> dict[str, Any]:
-        return corpora.read_meta(self.path / "tokens.json")
+        return corpora.read_meta(self.path / "tokens.json", "restore a copy of the file")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -151,10 +151,10 @@ def stream(
     chunk: int = CHUNK,
 ) -> Iterator[NDArray[np.int32]]:
     """`generate` in pieces (B, n), n <= chunk <= LONGEST. Errors are raised before the first piece is requested."""
-    text, draw, V, W = np.asarray(prompt, np.int32), checked(sampling), config.vocab_size, config.block_size
+    text, draw, V, W = np.asarray(prompt), checked(sampling), config.vocab_size, config.block_size
     if text.ndim != 2 or text.size == 0:
         raise UsageError(f"the prompt has shape {text.shape}, expected (B, P) with at least one token")
-    if text.min() < 0 or text.max() >= V:
+    if not (text.min() >= 0 and text.max() < V):
         raise UsageError(f"the prompt has ids from {text.min()} to {text.max()}, expected ids from 0 to {V - 1}")
     if n_tokens < 0 or not 0 <= draw.n_ids <= V:
         raise UsageError(f"tokens is {n_tokens}, expected 0 or more; n_ids is {draw.n_ids}, expected 0 (all) to {V}")
@@ -183,7 +183,7 @@ def stream(
                 text = np.concatenate([text, piece], axis=1)[:, -max(1, W // 2) :]
                 state = state if read < W else None
 
-    return pieces(text[:, -W:])
+    return pieces(text[:, -W:].astype(np.int32))
 
 
 def bucket(n: int, W: int) -> int:

@@ -207,6 +207,7 @@ def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(tiny_model):
         (np.zeros((0, 3)), {}, "at least one token"),
         ([[1, 99]], {}, "ids from 1 to 99, expected ids from 0 to 1"),
         ([[-1, 1]], {}, "ids from -1 to 1"),
+        (np.array([[1, 2**32 + 1]]), {}, "ids from 1 to 4294967297"),
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
         ([[1]], {"temperature": 1e-40}, "temperature is 1e-40"),

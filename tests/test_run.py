@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxgpt.config import Config
+from jaxgpt.corpus import CorpusError
 from jaxgpt.monitor import facts
 from jaxgpt.run import Run, RunError
 
@@ -81,6 +82,12 @@ def test_a_damaged_config_is_named(run):
         (run.path / "config.json").write_bytes(data)
         with pytest.raises(RunError, match=rf"config\.json: .*{said}"):
             _ = Run(run.path).config
+
+
+def test_a_damaged_vocabulary_is_not_a_matter_of_prepare(run):
+    (run.path / "tokens.json").write_bytes(b"{")
+    with pytest.raises(CorpusError, match=r"tokens\.json: it is not JSON.*; restore a copy of the file$"):
+        _ = Run(run.path).tokenizer
 
 
 def test_events_are_lines_with_a_time(run):

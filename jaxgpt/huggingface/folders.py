@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -111,7 +112,9 @@ def load_export(folder: Path) -> tuple[ModelConfig, Params, Tokenizer]:
       InteropError, CorpusError: a file is missing or damaged, or the vocabulary is larger than the model's.
     """
     config, params = gpt2.load(folder)
-    tokenizer = from_json(read_meta(folder / "tokens.json")["tokenizer"])
+    to_import = shlex.join(["jaxgpt", "import-gpt2", str(folder), "--run", "NAME"])
+    hint = f"only an export has one; to make a run of another GPT-2: {to_import}"
+    tokenizer = from_json(read_meta(folder / "tokens.json", hint)["tokenizer"])
     if tokenizer.vocab_size > config.vocab_size:
         raise InteropError(
             f"{folder / 'tokens.json'} has {tokenizer.vocab_size} ids, expected at most the model's {config.vocab_size}"

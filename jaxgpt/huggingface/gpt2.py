@@ -196,9 +196,9 @@ def read_tensors(folder: Path, config: ModelConfig) -> Tensors:
 
 
 def _files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or the shards that the index names, which must be in the folder itself."""
+    """`model.safetensors`; without it the shards that the index names, which must be in the folder itself."""
     index, names = folder / "model.safetensors.index.json", list[Any](["model.safetensors"])
-    if index.is_file():
+    if index.is_file() and not (folder / names[0]).is_file():
         weight_map = _read_json(index).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for name in names:

@@ -31,7 +31,8 @@ def application(library: Library, scheduler: Scheduler, hosts: Iterable[str] = (
 
     async def runs(request: Request) -> Response:
         found = [library.summary(name) for name in library.names]
-        return json_response({"runs": found, "limits": vars(scheduler.limits), "defaults": requests.DEFAULTS})
+        limits = scheduler.limits
+        return json_response({"runs": found, "limits": vars(limits), "defaults": requests.defaults(limits)})
 
     async def write(request: Request) -> ASGIApp:
         job = requests.to_write(await _body(request), library, scheduler.limits)

@@ -27,11 +27,11 @@ class Connections(dict[tuple[str, int], "Connection"]):
 
         async def tracked(scope: Scope, receive: Receive, send: Send) -> None:
             connection = self[scope["client"]]
-            connection.set(answering=True)
+            connection.set(answering=connection.answering + 1)
             try:
                 await app(scope, receive, send)
-            finally:
-                connection.set(answering=False)
+            finally:  # the next response may have begun
+                connection.set(answering=connection.answering - 1)
 
         config = uvicorn.Config(
             tracked,
@@ -55,7 +55,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, others: Connections, protocol: Any, **options: Any):
         self.others, self.http = others, protocol(**options)
-        self.answering = self.paused = False
+        self.answering, self.paused = 0, False
         self.timer: asyncio.TimerHandle | None = None
         """Closes the connection; None while the client waits for the server."""
 
@@ -83,10 +83,10 @@ class Connection(asyncio.Protocol):
         self.http.resume_writing()
         self.set(paused=False)
 
-    def set(self, **state: bool) -> None:
+    def set(self, **state: int) -> None:
         """Start the timer when the client must act: send a request, or read the response; else stop it."""
         vars(self).update(state)
-        waits = self.answering and not self.paused
+        waits = self.answering > 0 and not self.paused
         if self.timer and waits:
             self.timer.cancel()
             self.timer = None

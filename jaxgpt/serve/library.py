@@ -68,7 +68,7 @@ class Library:
         """
         if self.only and name != self.only:
             raise RunError(f"no run {name!r}: only {self.only!r} is served")
-        path = Run.named(self.folder, name).path
+        path = self.folder / name if self.only else Run.named(self.folder, name).path
         return _opened(path, (path / "config.json").stat().st_mtime_ns)
 
     def summary(self, name: str) -> dict[str, Any]:

@@ -20,8 +20,8 @@ class Limits:
     """Most open requests, including waiting ones; any more get 429 Too Many Requests."""
 
     def check(self) -> "Limits":
-        """`self`; raises UsageError unless every limit is at least 1."""
+        """`self`; raises UsageError unless every limit is from 1 to 2**31 - 1."""
         for name, value in vars(self).items():
             if not 1 <= value < 2**31:
-                raise UsageError(f"{name} is {value}, expected 1 or more")
+                raise UsageError(f"{name} is {value}, expected 1 to {2**31 - 1}")
         return self

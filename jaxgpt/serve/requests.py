@@ -18,8 +18,11 @@ MAX_BODY = 2**20
 """Bytes of a request, at most."""
 MAX_MAPS = 2**28
 """Floats that `batch.look` may hold (1 GiB): the attention maps of all layers, and two more copies of one layer's."""
-DEFAULTS = DEFAULT._asdict() | {"seed": 1337, "tokens": 200}
-"""Optional fields of /api/write; the sampling settings and the seed are those of `jaxgpt sample`."""
+
+
+def defaults(limits: Limits) -> dict[str, Any]:
+    """Optional fields of /api/write; the sampling settings and the seed are those of `jaxgpt sample`."""
+    return DEFAULT._asdict() | {"seed": 1337, "tokens": min(200, limits.max_tokens)}
 
 
 def to_write(body: bytes, library: Library, limits: Limits) -> Job:
@@ -28,13 +31,14 @@ def to_write(body: bytes, library: Library, limits: Limits) -> Job:
     Raises:
       HTTPException: the JSON is invalid, the run does not exist, or a value is out of range.
     """
-    tree, run = _parse(body, {"run", "prompt", *DEFAULTS}, library)
+    optional = defaults(limits)
+    tree, run = _parse(body, {"run", "prompt", *optional}, library)
     prompt = tree.get("prompt", "")
     if isinstance(prompt, list):
         ids = _ids("prompt", prompt, run, limits.max_prompt)
     else:
         ids = _encoded(prompt, run.tokenizer, limits.max_prompt)
-    given = {name: _number(name, tree.get(name, default), type(default)) for name, default in DEFAULTS.items()}
+    given = {name: _number(name, tree.get(name, default), type(default)) for name, default in optional.items()}
     ranges = {
         "tokens": (1, limits.max_tokens),
         "seed": (0, 2**32 - 1),

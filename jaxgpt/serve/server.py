@@ -1,6 +1,7 @@
 """The server process: its socket, signals and shutdown."""
 
 import asyncio
+import errno
 import ipaddress
 import os
 import socket
@@ -80,4 +81,5 @@ def _listen(host: str, port: int) -> socket.socket:
     try:  # early clients wait until the server accepts
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
-        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}; try --port 0") from error
+        option = "--port 0" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host 127.0.0.1"
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}; try {option}") from error

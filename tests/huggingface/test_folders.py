@@ -92,6 +92,11 @@ def test_paths_that_are_not_utf8_can_be_trained_on_and_exported_to(tmp_path, cha
     assert "bad\\udcff.txt" in (out / "README.md").read_text("utf-8")
 
 
+def test_a_gpt2_that_is_no_export_is_refused_with_the_command_that_makes_a_run_of_it():
+    with pytest.raises(CorpusError, match=r"tokens\.json cannot be read: .*: jaxgpt import-gpt2 \S+ --run NAME"):
+        sample.run([str(TINY)])
+
+
 def test_damaged_metrics_do_not_stop_an_export(imported, tmp_path):
     imported.metrics_file.write_text('{"step": 0, "val_loss": 1.0\n')
     folders.export_run(imported, tmp_path / "out")

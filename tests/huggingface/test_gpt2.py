@@ -136,6 +136,12 @@ def test_shards_are_read_through_their_index(folder):
             gpt2.load(folder)
 
 
+def test_an_index_beside_a_whole_file_is_ignored(folder):
+    """As transformers does, whose save_pretrained leaves the index of earlier shards in the folder."""
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "model-1-of-2.safetensors"}}')
+    jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder), gpt2.load(TINY))
+
+
 def test_positions_can_be_cropped():
     config, params = gpt2.load(TINY, block_size=8)
     whole, whole_params = gpt2.load(TINY)

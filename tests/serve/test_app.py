@@ -13,6 +13,7 @@ import pytest
 from jaxgpt.run import Run
 from jaxgpt.serve.app import application, described
 from jaxgpt.serve.batch import Settings
+from jaxgpt.serve.library import Library
 from jaxgpt.serve.requests import to_write
 from jaxgpt.serve.scheduler import Scheduler
 from jaxgpt.serve.writer import Job, Writer
@@ -87,6 +88,14 @@ def summary_of(app, name):
     return found
 
 
+def test_a_run_is_served_from_any_folder(library, tmp_path):
+    """As `jaxgpt sample ./FOLDER`, also from one whose name no new run may have."""
+    shutil.copytree(library.folder / "pairs", tmp_path / "a copy")
+    one = Library.at(str(tmp_path / "a copy"), library.folder)
+    assert one.names == ["a copy"]
+    assert one.run("a copy").config == library.run("pairs").config
+
+
 def test_runs_health_and_the_page(app):
     runs = {run["name"]: run for run in call(app, "GET", "/api/runs").tree["runs"]}
     assert runs.keys() == {"one", "pairs", "broken"}
@@ -101,6 +110,13 @@ def test_runs_health_and_the_page(app):
         assert page.headers["content-type"].startswith(kind)
         assert "default-src 'none'" in page.headers["content-security-policy"]
         assert page.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_default_number_of_tokens_is_within_the_limit(library):
+    scheduler = Scheduler(lambda run: None, dataclasses.replace(LIMITS, max_tokens=5))
+    scheduler.stop()
+    assert call(application(library, scheduler), "GET", "/api/runs").tree["defaults"]["tokens"] == 5
+    assert to_write(b'{"run": "one", "prompt": "the"}', library, scheduler.limits).tokens == 5
 
 
 def test_one_request_too_many_is_refused_and_a_client_that_disconnects_makes_room(app, scheduler):

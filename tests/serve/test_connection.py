@@ -31,6 +31,7 @@ async def app(scope, receive, send):
         await send({"type": "http.response.body", "body": body, "more_body": more})
         if gone.done() or not more:
             gone.cancel()
+            await asyncio.sleep(0.05)  # starlette also returns later than it sends
             return
         await asyncio.sleep(0)
 
@@ -98,6 +99,15 @@ def test_a_client_that_sends_no_complete_request_is_disconnected(server):
         assert 0.5 < time.monotonic() - began < 5
         assert len(server.connections) == 1
         assert disconnected(last)
+
+
+def test_a_request_that_arrives_before_the_last_response_has_ended_is_answered(server):
+    """Two in one packet: the second response begins before the application returns from the first."""
+    with connected(server, ASKED % b"" + ASKED % b"late") as client:
+        received = b""
+        while received.count(b"200 OK") < 2 and (data := client.recv(2**16)):
+            received += data
+    assert received.count(b"200 OK") == 2
 
 
 def test_a_body_after_the_response_keeps_no_connection_open(server):

@@ -89,7 +89,9 @@ def test_serve_load_fails_if_the_server_leaks_exits_badly_or_loses_a_text(monkey
         (["RUNS", "--token", "short"], "the token is too weak"),
         (["RUNS", "--token", "a token with blanks in it"], "the token is too weak"),
         (["RUNS", "--port", "70000"], "port is 70000"),
-        (["RUNS", "--places", "0"], "places is 0, expected 1 or more"),
+        (["RUNS", "--places", "0"], "places is 0, expected 1 to 2147483647"),
+        (["RUNS", "--max-tokens", "3000000000"], "max_tokens is 3000000000, expected 1 to 2147483647"),
+        (["RUNS", "--host", "192.0.2.1", "--port", "0", "--token", "x" * 16], "try --host 127.0.0.1"),  # of RFC 5737
     ],
 )
 def test_it_refuses_to_start(tmp_path, monkeypatch, capsys, words, said):
@@ -105,4 +107,6 @@ def test_a_taken_port_is_refused(tmp_path, capsys):
     (tmp_path / "one/config.json").write_text("{}")
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert cli.run_command(["serve", str(tmp_path), "--port", str(other.getsockname()[1])]) == 2
-    assert "cannot listen on" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "cannot listen on" in said
+    assert "try --port 0" in said
