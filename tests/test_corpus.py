@@ -334,7 +334,8 @@ def test_one_array_is_itself():
 
 def test_only_weights_and_parts_are_a_mixture():
     assert mixture("0.7*a + .3*b c") == [(0.7, "a"), (0.3, "b c")]
-    for one in ("a.txt", "a + b.txt", "0.5*a.txt", "2*a + b"):
+    assert mixture("2*/C + D/a  +  1*b + c.txt") == [(2, "/C + D/a"), (1, "b + c.txt")]
+    for one in ("a.txt", "a + b.txt", "0.5*a.txt", "2*a + b", "a + 2*b"):
         assert mixture(one) == [(1.0, one)]
     with pytest.raises(CorpusError, match="parts that differ, each with a weight above 0"):
         mixture("0*a + 1*b")

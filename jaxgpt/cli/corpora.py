@@ -90,7 +90,9 @@ def mixture(corpus: str) -> list[tuple[float, str]]:
     >>> mixture("notes.txt")
     [(1.0, 'notes.txt')]
     """
-    parts = [re.fullmatch(r"([0-9]*\.?[0-9]+)\*(\S.*)", part.strip()) for part in corpus.split(" + ")]
+    weight = r"[0-9]*\.?[0-9]+"
+    names = re.split(rf" \+ (?=\s*{weight}\*)", corpus)
+    parts = [re.fullmatch(rf"({weight})\*(\S.*)", name.strip()) for name in names]
     found = [(float(part[1]), part[2]) for part in parts if part]
     if len(found) < 2 or len(found) < len(parts):
         return [(1.0, corpus)]
