@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from jaxgpt import files
 from jaxgpt.cli import places
-from jaxgpt.cli.corpora import HUB, NAMED, is_tokens_json, is_url, local_path
+from jaxgpt.cli.corpora import HUB, NAMED, is_prepared, is_tokens_json, is_url, local_path
 from jaxgpt.config import MissingExtraError, UsageError
 from jaxgpt.prepare import documents
 from jaxgpt.prepare.documents import SourceError
@@ -175,6 +175,8 @@ def _folder(folder: Path, column: str) -> Text:
             left_out.append(f"{inner}: left out, a vocabulary written by jaxgpt")
         elif path.is_file():
             paths.append(path)
+        elif is_prepared(path):
+            left_out.append(f"{inner}: left out, a folder prepared by jaxgpt")
         elif path.is_symlink():
             left_out.append(f"{inner}: left out, a broken link, or a link to a folder above it")
     others = [path for path in paths if not documents.holds_documents(path, column)]
@@ -187,9 +189,11 @@ def _folder(folder: Path, column: str) -> Text:
 
 
 def _below(folder: Path, above: set[Path]) -> Iterator[Path]:
-    """The files below a local folder. Links to folders are followed, except to the folders `above`."""
+    """The files below a local folder. Links to folders are followed, except to the folders `above`; prepared folders are
+    not opened."""
     for path in folder.iterdir():
-        if path.is_dir() and not path.name.startswith(".") and (real := path.resolve()) not in above:
+        hidden = path.name.startswith(".")
+        if path.is_dir() and not hidden and not is_prepared(path) and (real := path.resolve()) not in above:
             yield from _below(path, above | {real})
         else:
             yield path
