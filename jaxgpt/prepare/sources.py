@@ -156,6 +156,8 @@ def _of_files(
     name: str, origin: str, paths: Sequence[Path], column: str = "text", left_out: Sequence[str] = ()
 ) -> Text:
     readers = {str(path): partial(documents.pieces, path, column) for path in paths}
+    if len(os.fsencode(name)) > 230:  # the names of its folders have 23 bytes more, and at most 255
+        name = os.fsencode(name)[:230].decode(errors="ignore")
     size, version = sum(path.stat().st_size for path in paths), ""
     if on_hub := [cast(Any, path) for path in paths if str(path).startswith("hf://datasets/")]:
         hashes = json.dumps([column, *([str(path), path.fs.info(path.path)["blob_id"]] for path in on_hub)])

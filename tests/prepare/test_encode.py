@@ -246,6 +246,14 @@ def test_a_folder_with_prepared_folders_in_it_is_found_again(tmp_path, small, mo
     assert notes == [f"data/{first.folder.name}: left out, a folder prepared by jaxgpt"]
 
 
+@pytest.mark.parametrize("name", ["a" * 251, "猫" * 83], ids=["ascii", "wide"])
+def test_the_name_of_a_text_may_be_as_long_as_its_file_system_allows(tmp_path, name):
+    (tmp_path / f"{name}.txt").write_text(LINES)
+    done = prepare_corpus(str(tmp_path / f"{name}.txt"), data_dir=tmp_path / "data")
+    assert name.startswith(done.corpus.meta["source"])
+    assert prepare_corpus(str(tmp_path / f"{name}.txt"), data_dir=tmp_path / "data").reused
+
+
 def test_texts_that_differ_in_what_is_skipped_share_their_tokens(tmp_path, small):
     done = []
     for mark in "éü":
