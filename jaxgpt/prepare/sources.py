@@ -191,8 +191,8 @@ def _folder(folder: Path, column: str) -> Text:
 
 
 def _below(folder: Path, above: set[Path]) -> Iterator[Path]:
-    """The files below a local folder. Links to folders are followed, except to the folders `above`; prepared folders are
-    not opened."""
+    """The files below a local folder, and the prepared folders. Links to folders are followed, except to the folders
+    `above`."""
     for path in folder.iterdir():
         hidden = path.name.startswith(".")
         if path.is_dir() and not hidden and not is_prepared(path) and (real := path.resolve()) not in above:
