@@ -168,6 +168,8 @@ def _of_files(
 def _folder(folder: Path, column: str) -> Text:
     """All files below `folder` that are not hidden, in the order of their paths. If a dataset on the Hugging Face Hub
     has JSON Lines or Parquet, its other files, such as the README, are left out."""
+    if str(folder).startswith("http"):  # a path on the web keeps its last slash, and then nothing is relative to it
+        folder = path_of(str(folder).rstrip("/"))
     paths, left_out = list[Path](), list[str]()
     for path in sorted(folder.rglob("*") if is_url(str(folder)) else _below(folder, {folder.resolve()})):
         inner = path.relative_to(folder)
@@ -175,6 +177,8 @@ def _folder(folder: Path, column: str) -> Text:
             continue
         if path.name == "tokens.json" and is_tokens_json(path):
             left_out.append(f"{inner}: left out, a vocabulary written by jaxgpt")
+        elif is_url(str(path)) and str(path).partition("?")[0].endswith("/"):  # a folder, or its list in another order
+            continue
         elif path.is_file():
             paths.append(path)
         elif is_prepared(path):
