@@ -75,8 +75,9 @@ def test_a_prepared_folder_can_be_given(prepared):
     assert again.reused
     assert again.corpus.meta == prepared.corpus.meta
     assert prepare_corpus(str(prepared.folder), str(prepared.folder)).reused
-    with pytest.raises(CorpusError, match="was prepared with char, but --tokenizer is byte: give --tokenizer"):
-        prepare_corpus(str(prepared.folder), "byte")
+    for other in ("byte", "ascii"):
+        with pytest.raises(CorpusError, match=f"was prepared with char, but --tokenizer is {other}: give --tokenizer"):
+            prepare_corpus(str(prepared.folder), other)
 
 
 @pytest.mark.parametrize("ours", [True, False])

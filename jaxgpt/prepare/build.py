@@ -20,7 +20,7 @@ from jaxgpt.corpus import Corpus, CorpusError, load, mix, read_meta, shards_of, 
 from jaxgpt.prepare import documents, sources
 from jaxgpt.prepare.encode import LOCK, PROGRESS, InterruptionError, encode
 from jaxgpt.prepare.sources import Progress, Text
-from jaxgpt.prepare.vocabularies import KINDS, read_tokenizer, tokenizer_for
+from jaxgpt.prepare.vocabularies import KINDS, tokenizer_for
 from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError
 
 
@@ -74,7 +74,7 @@ def prepare_corpus(
         name, first = next((name, part.corpus) for name, part in parts.items())
         tok, kind = first.tokenizer, KINDS.get(spec.split(":")[0])
         found = first.meta["tokenizer"]["kind"]
-        if kind != found if kind else tok != read_tokenizer(Path(spec)):
+        if kind != found if kind else tok != tokenizer_for(spec, [], progress):
             raise CorpusError(f"{name} was prepared with {found}, but --tokenizer is {spec}: give --tokenizer {name}")
     if 0 < vocab_size < tok.vocab_size:
         raise CorpusError(

@@ -19,8 +19,8 @@ from jaxgpt.prepare.encode import split_words
 from jaxgpt.prepare.sources import Progress, Text
 from jaxgpt.tokenizer import MAX_TOKEN_BYTES, MAX_TOKENS, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 
-KINDS = {"char": "char", "ascii": "char", "byte": "byte", "gpt2": "bpe", "bpe": "bpe"}
-"""The value of --tokenizer, up to a colon, to the kind of tokenizer."""
+KINDS = {"char": "char", "byte": "byte", "gpt2": "bpe", "bpe": "bpe"}
+"""The values of --tokenizer, up to a colon, with which a prepared corpus of that kind of tokenizer is accepted."""
 
 
 def tokenizer_for(spec: str, texts: Sequence[Text], progress: Progress) -> Tokenizer:
