@@ -190,6 +190,9 @@ def test_too_little_text_is_refused_before_anything_is_written(tmp_path):
         prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=8)
     with pytest.raises(CorpusError, match="training split"):
         prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=8, val_fraction=0.9)
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(CorpusError, match=r"give more text$"):  # prepare has no --block-size
+        prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 

@@ -100,7 +100,7 @@ def _require_fit(meta: dict[str, Any], block_size: int, val_fraction: float) -> 
         if n < block_size + 1:
             raise CorpusError(
                 f"the {name} split of {meta['source']} has {n:,} tokens, expected at least "
-                f"block_size + 1 = {block_size + 1}: give more text, or a smaller --block-size"
+                f"block_size + 1 = {block_size + 1}: give more text" + ", or a smaller --block-size" * (block_size > 1)
             )
 
 
