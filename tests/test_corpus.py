@@ -75,8 +75,9 @@ def test_a_prepared_folder_can_be_given(prepared):
     assert again.reused
     assert again.corpus.meta == prepared.corpus.meta
     assert prepare_corpus(str(prepared.folder), str(prepared.folder)).reused
-    with pytest.raises(CorpusError, match="was prepared with char, but --tokenizer is byte: give --tokenizer"):
-        prepare_corpus(str(prepared.folder), "byte")
+    for other in ("byte", "ascii"):
+        with pytest.raises(CorpusError, match=f"was prepared with char, but --tokenizer is {other}: give --tokenizer"):
+            prepare_corpus(str(prepared.folder), other)
 
 
 @pytest.mark.parametrize("ours", [True, False])
@@ -189,6 +190,9 @@ def test_too_little_text_is_refused_before_anything_is_written(tmp_path):
         prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=8)
     with pytest.raises(CorpusError, match="training split"):
         prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=8, val_fraction=0.9)
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(CorpusError, match=r"give more text$"):  # prepare has no --block-size
+        prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
@@ -334,12 +338,14 @@ def test_one_array_is_itself():
 
 def test_only_weights_and_parts_are_a_mixture():
     assert mixture("0.7*a + .3*b c") == [(0.7, "a"), (0.3, "b c")]
-    for one in ("a.txt", "a + b.txt", "0.5*a.txt", "2*a + b"):
+    assert mixture("2*/C + D/a  +  1*b + c.txt") == [(2, "/C + D/a"), (1, "b + c.txt")]
+    for one in ("a.txt", "a + b.txt", "0.5*a.txt", "2*a + b", "a + 2*b"):
         assert mixture(one) == [(1.0, one)]
     with pytest.raises(CorpusError, match="parts that differ, each with a weight above 0"):
         mixture("0*a + 1*b")
-    with pytest.raises(CorpusError, match="parts that differ"):
-        mixture("1*a + 1*a")
+    for same in ("1*a + 1*a", "1*a + 1*./a"):  # a run stores absolute paths, which have to differ too
+        with pytest.raises(CorpusError, match="parts that differ"):
+            mixture(same)
     assert absolute("1*/x/a + 2*python-docs") == "1*/x/a + 2*python-docs"
     assert absolute("gs://bucket/a.txt") == "gs://bucket/a.txt"
     for shares in ([2e6, 4e3], [5e-5, 1e-6], [0.123456789, 0.1]):  # what a config holds is read again

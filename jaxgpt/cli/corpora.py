@@ -90,11 +90,13 @@ def mixture(corpus: str) -> list[tuple[float, str]]:
     >>> mixture("notes.txt")
     [(1.0, 'notes.txt')]
     """
-    parts = [re.fullmatch(r"([0-9]*\.?[0-9]+)\*(\S.*)", part.strip()) for part in corpus.split(" + ")]
+    weight = r"[0-9]*\.?[0-9]+"
+    names = re.split(rf" \+ (?=\s*{weight}\*)", corpus)
+    parts = [re.fullmatch(rf"({weight})\*(\S.*)", name.strip()) for name in names]
     found = [(float(part[1]), part[2]) for part in parts if part]
     if len(found) < 2 or len(found) < len(parts):
         return [(1.0, corpus)]
-    if not all(share > 0 for share, _ in found) or len({part for _, part in found}) < len(found):
+    if not all(share > 0 for share, _ in found) or len({absolute(part) for _, part in found}) < len(found):
         raise CorpusError(f"{corpus!r}: expected parts that differ, each with a weight above 0")
     if (least := min(share for share, _ in found) / sum(share for share, _ in found)) < 1e-3:
         raise CorpusError(f"{corpus!r}: the least weight is {least:.2g} of all, expected a thousandth or more")

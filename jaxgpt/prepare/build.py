@@ -20,7 +20,7 @@ from jaxgpt.corpus import Corpus, CorpusError, load, mix, read_meta, shards_of, 
 from jaxgpt.prepare import documents, sources
 from jaxgpt.prepare.encode import LOCK, PROGRESS, InterruptionError, encode
 from jaxgpt.prepare.sources import Progress, Text
-from jaxgpt.prepare.vocabularies import KINDS, read_tokenizer, tokenizer_for
+from jaxgpt.prepare.vocabularies import KINDS, tokenizer_for
 from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError
 
 
@@ -74,7 +74,7 @@ def prepare_corpus(
         name, first = next((name, part.corpus) for name, part in parts.items())
         tok, kind = first.tokenizer, KINDS.get(spec.split(":")[0])
         found = first.meta["tokenizer"]["kind"]
-        if kind != found if kind else tok != read_tokenizer(Path(spec)):
+        if kind != found if kind else tok != tokenizer_for(spec, [], progress):
             raise CorpusError(f"{name} was prepared with {found}, but --tokenizer is {spec}: give --tokenizer {name}")
     if 0 < vocab_size < tok.vocab_size:
         raise CorpusError(
@@ -100,7 +100,7 @@ def _require_fit(meta: dict[str, Any], block_size: int, val_fraction: float) -> 
         if n < block_size + 1:
             raise CorpusError(
                 f"the {name} split of {meta['source']} has {n:,} tokens, expected at least "
-                f"block_size + 1 = {block_size + 1}: give more text, or a smaller --block-size"
+                f"block_size + 1 = {block_size + 1}: give more text" + ", or a smaller --block-size" * (block_size > 1)
             )
 
 

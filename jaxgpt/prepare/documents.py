@@ -182,7 +182,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         raise MissingExtraError(f"{path.name}, a Parquet file,", "pyarrow", "data") from error
     try:
         with path.open("rb") as raw, parquet.ParquetFile(raw) as file:
-            names = [file.schema.column(i).path for i in range(len(file.schema))]
+            names = [file.schema.column(i).path.removesuffix(".list.element") for i in range(len(file.schema))]
             if column not in names:
                 raise _no_column(str(path), column, names)
             if names.count(column) > 1:

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from jaxgpt import files
 from jaxgpt.cli import places
-from jaxgpt.cli.corpora import HUB, NAMED, is_tokens_json, is_url, local_path
+from jaxgpt.cli.corpora import HUB, NAMED, is_prepared, is_tokens_json, is_url, local_path
 from jaxgpt.config import MissingExtraError, UsageError
 from jaxgpt.prepare import documents
 from jaxgpt.prepare.documents import SourceError
@@ -156,6 +156,8 @@ def _of_files(
     name: str, origin: str, paths: Sequence[Path], column: str = "text", left_out: Sequence[str] = ()
 ) -> Text:
     readers = {str(path): partial(documents.pieces, path, column) for path in paths}
+    if len(os.fsencode(name)) > 230:  # the names of its folders have 23 bytes more, and at most 255
+        name = os.fsencode(name)[:230].decode(errors="ignore")
     size, version = sum(path.stat().st_size for path in paths), ""
     if on_hub := [cast(Any, path) for path in paths if str(path).startswith("hf://datasets/")]:
         hashes = json.dumps([column, *([str(path), path.fs.info(path.path)["blob_id"]] for path in on_hub)])
@@ -166,6 +168,8 @@ def _of_files(
 def _folder(folder: Path, column: str) -> Text:
     """All files below `folder` that are not hidden, in the order of their paths. If a dataset on the Hugging Face Hub
     has JSON Lines or Parquet, its other files, such as the README, are left out."""
+    if str(folder).startswith("http"):  # a path on the web keeps its last slash, and then nothing is relative to it
+        folder = path_of(str(folder).rstrip("/"))
     paths, left_out = list[Path](), list[str]()
     for path in sorted(folder.rglob("*") if is_url(str(folder)) else _below(folder, {folder.resolve()})):
         inner = path.relative_to(folder)
@@ -173,8 +177,12 @@ def _folder(folder: Path, column: str) -> Text:
             continue
         if path.name == "tokens.json" and is_tokens_json(path):
             left_out.append(f"{inner}: left out, a vocabulary written by jaxgpt")
+        elif is_url(str(path)) and str(path).partition("?")[0].endswith("/"):  # a folder, or its list in another order
+            continue
         elif path.is_file():
             paths.append(path)
+        elif is_prepared(path):
+            left_out.append(f"{inner}: left out, a folder prepared by jaxgpt")
         elif path.is_symlink():
             left_out.append(f"{inner}: left out, a broken link, or a link to a folder above it")
     others = [path for path in paths if not documents.holds_documents(path, column)]
@@ -187,9 +195,11 @@ def _folder(folder: Path, column: str) -> Text:
 
 
 def _below(folder: Path, above: set[Path]) -> Iterator[Path]:
-    """The files below a local folder. Links to folders are followed, except to the folders `above`."""
+    """The files below a local folder, and the prepared folders. Links to folders are followed, except to the folders
+    `above`."""
     for path in folder.iterdir():
-        if path.is_dir() and not path.name.startswith(".") and (real := path.resolve()) not in above:
+        hidden = path.name.startswith(".")
+        if path.is_dir() and not hidden and not is_prepared(path) and (real := path.resolve()) not in above:
             yield from _below(path, above | {real})
         else:
             yield path

@@ -4,9 +4,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from jaxgpt import tokenizer
@@ -17,8 +19,8 @@ from jaxgpt.prepare.encode import split_words
 from jaxgpt.prepare.sources import Progress, Text
 from jaxgpt.tokenizer import MAX_TOKEN_BYTES, MAX_TOKENS, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 
-KINDS = {"char": "char", "ascii": "char", "byte": "byte", "gpt2": "bpe", "bpe": "bpe"}
-"""The value of --tokenizer, up to a colon, to the kind of tokenizer."""
+KINDS = {"char": "char", "byte": "byte", "gpt2": "bpe", "bpe": "bpe"}
+"""The values of --tokenizer, up to a colon, with which a prepared corpus of that kind of tokenizer is accepted."""
 
 
 def tokenizer_for(spec: str, texts: Sequence[Text], progress: Progress) -> Tokenizer:
@@ -61,9 +63,13 @@ def learn_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
     except ImportError as error:
         raise MissingExtraError("learning a BPE vocabulary", "tokenizers", "data") from error
 
+    stopped = Event()
+
     def parts() -> Iterator[str]:
         limit = 2**15  # the trainer's time grows with the square of the length of a word
         for part in split_words(pieces, 2**14):
+            if stopped.is_set():
+                raise KeyboardInterrupt
             for i in range(0, len(part), limit):
                 yield part[i : i + limit].encode("utf-8", "ignore").decode()
 
@@ -75,7 +81,11 @@ def learn_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         max_token_length=MAX_TOKEN_BYTES,
     )
-    model.train_from_iterator(parts(), trainer)
+    with ThreadPoolExecutor(1) as pool:  # the main thread waits in Python, so that Ctrl-C reaches it
+        try:
+            pool.submit(model.train_from_iterator, parts(), trainer).result()
+        finally:
+            stopped.set()
     ids, byte_of = model.get_vocab(), byte_of_letter()
     return BPETokenizer(tuple(bytes(byte_of[letter] for letter in word) for word in sorted(ids, key=ids.__getitem__)))
 

@@ -78,6 +78,14 @@ def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path):
         read(str(tmp_path / "a.parquet"))
 
 
+def test_a_parquet_column_of_lists_is_named_as_it_is_given(tmp_path):
+    parquet.write_table(pyarrow.table({"id": [1], "tags": [["a", "b"]]}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match="has no column 'text'; it has id, tags: --column"):
+        read(str(tmp_path / "a.parquet"))
+    with pytest.raises(SourceError, match=r"row 1: column 'tags' holds \['a', 'b'\], expected a string"):
+        read(str(tmp_path / "a.parquet"), "tags")
+
+
 @pytest.mark.parametrize(
     ("data", "text"),
     [

@@ -236,6 +236,24 @@ def test_a_prepared_text_is_read_without_a_lock_or_a_write(tmp_path, small, monk
     assert {path: path.stat().st_mtime_ns for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]} == before
 
 
+def test_a_folder_with_prepared_folders_in_it_is_found_again(tmp_path, small, monkeypatch):
+    """`jaxgpt prepare .` writes into ./data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(LINES)
+    first, again = (prepare_corpus(".", data_dir=tmp_path / "data") for _ in range(2))
+    assert (again.reused, again.folder) == (True, first.folder)
+    notes = prepare_corpus(".", "byte", data_dir=tmp_path / "data").corpus.meta["notes"]
+    assert notes == [f"data/{first.folder.name}: left out, a folder prepared by jaxgpt"]
+
+
+@pytest.mark.parametrize("name", ["a" * 251, "猫" * 83], ids=["ascii", "wide"])
+def test_the_name_of_a_text_may_be_as_long_as_its_file_system_allows(tmp_path, name):
+    (tmp_path / f"{name}.txt").write_text(LINES)
+    done = prepare_corpus(str(tmp_path / f"{name}.txt"), data_dir=tmp_path / "data")
+    assert name.startswith(done.corpus.meta["source"])
+    assert prepare_corpus(str(tmp_path / f"{name}.txt"), data_dir=tmp_path / "data").reused
+
+
 def test_texts_that_differ_in_what_is_skipped_share_their_tokens(tmp_path, small):
     done = []
     for mark in "éü":

@@ -242,6 +242,17 @@ def test_a_text_at_a_url_is_read(tmp_path, server):
         sources.open_text(f"{server}/b.txt")
 
 
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_folder_at_a_url_is_read(tmp_path, server, slash):
+    (tmp_path / "www" / "texts" / "more").mkdir(parents=True)
+    for name in ("a.txt", "more/b.txt", ".hidden"):
+        (tmp_path / "www" / "texts" / name).write_text(name)
+    apache = '<a href="?C=N;O=D">Name</a> <a href="/">Parent</a> <a href="b.txt">b.txt</a>'
+    (tmp_path / "www" / "texts" / "more" / "index.html").write_text(apache)
+    source = read(f"{server}/texts{slash}")
+    assert (source.name, source.text, source.origin) == ("texts", "a.txt\nmore/b.txt", f"2 files in {server}/texts")
+
+
 class TestDownload:
     DATA = b"To be, or not to be"
     SHA = hashlib.sha256(DATA).hexdigest()

@@ -1,5 +1,8 @@
 import json
+import os
+import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -39,6 +42,26 @@ class TestLearning:
 
     def test_half_a_surrogate_pair_teaches_nothing_and_stops_nothing(self):
         assert learn_bpe(["\ud800".join("abab")], 300).tokens[256:] == learn_bpe(["abab"], 300).tokens[256:]
+
+    def test_ctrl_c_ends_it(self):
+        reached = threading.Event()
+
+        def interrupt(*_):
+            reached.set()
+            raise InterruptedError
+
+        def endless():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert reached.wait(10), "the signal is handled only after the learning"
+            while True:
+                yield "the cat "
+
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            with pytest.raises(InterruptedError):
+                learn_bpe(endless(), 300)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     @pytest.mark.parametrize("size", [255, 0, MAX_TOKENS + 1])
     def test_sizes_out_of_range(self, size):
