@@ -50,7 +50,8 @@ def run(args: list[str]) -> int:
 
 
 def _estimate(given: PlanOptions, config: Config) -> bool:
-    """Print the estimate for --chips and --mesh, or a ranking of meshes; return whether the step, or the best, fits."""
+    """Print the estimate for --chips and --mesh, or a ranking of meshes; return whether the step, or the best
+    of each number of chips, fits."""
     from jaxgpt.monitor.chips import CHIPS
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.plan import plan, view
@@ -60,14 +61,14 @@ def _estimate(given: PlanOptions, config: Config) -> bool:
         raise plan.PlanError(f"no chip {given.chip!r}: expected one of {', '.join(CHIPS)}")
     chip, config = CHIPS[given.chip], plan.resolved(config)
     if given.mesh != "auto":
-        step = plan.estimated(config, chip, Sizes.parse(given.mesh), given.chips)
-        lines = view.estimated(given.chip, step)
+        bests = [plan.estimated(config, chip, Sizes.parse(given.mesh), given.chips)]
+        lines = view.estimated(given.chip, bests[0])
     else:
         shown = SHOWN if len(given.chips) == 1 else 1
-        steps = [step for n in given.chips for step in plan.ranked(config, chip, n, given.sweep)[:shown]]
-        step, lines = steps[0], view.table(steps)
+        rankings = [plan.ranked(config, chip, n, given.sweep)[:shown] for n in given.chips]
+        bests, lines = [steps[0] for steps in rankings], view.table(sum(rankings, []))
     RunConsole().print(*lines, sep="\n")
-    return step.fits
+    return all(step.fits for step in bests)
 
 
 def _compile(given: PlanOptions, config: Config) -> bool:

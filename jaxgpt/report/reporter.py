@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxgpt import files
 from jaxgpt.cli import places
@@ -60,11 +61,11 @@ class Report:
 
 
 class Reporter:
-    """Makes the report of `runs` any number of times, and examines weights only if they are new."""
+    """Makes the report of `runs` any number of times, and examines weights only if they are new or another step is the best."""
 
     def __init__(self, runs: Sequence[Run], data_dir: Path):
         self._runs, self._data_dir = runs, data_dir
-        self._seen: dict[Path, tuple[list[int], Looks]] = {}
+        self._seen: dict[Path, tuple[Any, Looks]] = {}  # with the kept steps and the best one
         names = [run.path.resolve().name for run in runs]
         self._names = names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
@@ -72,13 +73,13 @@ class Reporter:
         """The report as of now. Raises RunError or CorpusError if the files of a run are damaged."""
         points = max(200, POINTS // len(self._runs))
         facts = [gather(run, points, name) for run, name in zip(self._runs, self._names, strict=True)]
-        return Report(facts, [self._look(run) for run in self._runs])
+        return Report(facts, [self._look(*each) for each in zip(self._runs, facts, strict=True)])
 
-    def _look(self, run: Run) -> Looks:
-        available, (seen, looks) = steps(run), self._seen.get(run.path, (None, None))
-        if looks is None or seen != available:
+    def _look(self, run: Run, facts: Facts) -> Looks:
+        now, (seen, looks) = (steps(run), facts.best and facts.best.step), self._seen.get(run.path, (None, None))
+        if looks is None or seen != now:
             looks = look(run, self._data_dir)
-            self._seen[run.path] = available, looks
+            self._seen[run.path] = now, looks
         return looks
 
 

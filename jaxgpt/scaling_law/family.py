@@ -23,7 +23,7 @@ BASE = Config(
 def parse_size(text: str) -> tuple[int, int]:
     """(n_layer, n_embd) of "4x128". Raises UsageError if it is malformed."""
     layers, _, channels = text.partition("x")
-    if not (layers.isdecimal() and channels.isdecimal() and int(channels) % HEAD == 0):
+    if not (layers.isdecimal() and channels.isdecimal() and int(channels) and int(channels) % HEAD == 0):
         raise UsageError(f"size {text!r}: expected LAYERSxCHANNELS, channels a multiple of {HEAD}, as in 4x128")
     return int(layers), int(channels)
 

@@ -86,7 +86,7 @@ def fit(points: Sequence[Point], resamples: int = 300) -> Fit:
     Raises:
       UsageError: fewer than 6 runs, 3 sizes or 3 amounts of tokens; or a loss is not a finite number above 0.
     """
-    N, D, losses = (np.array(each, np.float64) for each in zip(*points, strict=True))
+    N, D, losses = np.array(points, np.float64).reshape(-1, 3).T
     if len(losses) < 6 or len(set(N)) < 3 or len(set(D)) < 3:
         raise UsageError(
             f"{len(losses)} runs of {len(set(N))} sizes and {len(set(D))} amounts of tokens: a fit of five "

@@ -23,7 +23,7 @@ def lines(fit: Fit, points: Sequence[Point], flops: Sequence[float]) -> Iterator
         low, high = fit.interval(lambda law: law.optimum(budget)[0])  # noqa: B023
         beyond = "" if min(trained) <= budget <= max(trained) else ", extrapolated"
         yield (
-            f"  {budget:.0e}  {N:>13,.0f} parameters ({low:,.0f} to {high:,.0f}), {D:,.0f} tokens, "
+            f"  {budget:g}  {N:>13,.0f} parameters ({low:,.0f} to {high:,.0f}), {D:,.0f} tokens, "
             f"loss {fit.law.loss(N, D):.3f}{beyond}"
         )
 

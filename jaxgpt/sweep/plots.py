@@ -36,7 +36,7 @@ def settings(outcomes: Sequence[Outcome], names: Sequence[str]) -> Spec:
     for name in names:
         values = [outcome.setting[name] for outcome in outcomes]
         x: Spec = {"field": "x", "type": "ordinal", "title": name}
-        if all(isinstance(value, int | float) for value in values):
+        if all(type(value) in (int, float) for value in values):
             scale = "log" if min(values) > 0 and max(values) / min(values) >= 4 else "linear"
             x = quantity("x", name, {"tickCount": 6, "format": ".4~g"}, type=scale, nice=False, padding=16)
         rows = _rows(values, means, [outcome.standard_error for outcome in outcomes])

@@ -77,6 +77,8 @@ def test_the_command_ranks_by_estimate(capsys):
     assert len(one) == 2 + cli.SHOWN
     assert cli.run(["gpt2-1.5b", "--chips", "1", "256", "4096"]) == 1  # one chip does not hold it
     several = capsys.readouterr().out.splitlines()
+    assert cli.run(["gpt2-1.5b", "--chips", "256", "1"]) == 1, "nor in another order"
+    capsys.readouterr()
     assert [line.split(" | ")[0] for line in several[2:]] == ["| 1", "| 256", "| 4096"]
     assert several[3] == one[2]
     assert cli.run(["gpt2-1.5b", "--chips", "256", "--mesh", "data=64,fsdp=4"]) == 0

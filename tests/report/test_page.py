@@ -254,6 +254,11 @@ def test_only_new_weights_are_examined_again(trained, made, monkeypatch):
     monkeypatch.setattr(reporter, "steps", lambda run: [1])
     again.make()
     assert len(asked) == 2
+    best = facts.Score(10**6, -1.0, None, 0.0, 0.0, 1)  # a step is saved before it is evaluated
+    monkeypatch.setattr(reporter, "gather", lambda *given: replace(made.runs[0], scores=[best]))
+    again.make()
+    again.make()
+    assert len(asked) == 3, "once more after the evaluation of the saved step"
 
 
 @pytest.fixture

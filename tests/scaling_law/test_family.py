@@ -28,6 +28,8 @@ def test_the_family_spans_its_sizes_and_its_amounts():
         assert member.config.optimizer.decay_steps == member.config.train.steps
     with pytest.raises(configs.UsageError, match="LAYERSxCHANNELS"):
         family.parse_size("4x100")
+    with pytest.raises(configs.UsageError, match="LAYERSxCHANNELS"):
+        family.parse_size("4x0")
 
 
 def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeypatch, capsys):

@@ -22,7 +22,8 @@ def test_the_fit_is_exact_without_noise():
     found = fit(points(TRUE.loss(N, D)), resamples=2)
     assert found.law == pytest.approx(TRUE, rel=1e-6)
     assert found.error < 1e-9
-    lines = list(lines_of(found, points(N), [1e12, 1e15]))
+    lines = list(lines_of(found, points(N), [1.5e12, 1e12, 1e15]))
+    assert lines[-3].startswith("  1.5e+12  "), "a budget is printed as it was given"
     assert lines[-2].startswith("  1e+12")
     assert "extrapolated" not in lines[-2]
     assert lines[-1].endswith(", extrapolated")
@@ -53,6 +54,8 @@ def test_the_optimum_has_the_least_loss_for_its_budget():
 
 
 def test_too_few_or_bad_runs_are_refused():
+    with pytest.raises(UsageError, match=r"0 runs of 0 sizes"):
+        fit([])
     with pytest.raises(UsageError, match=r"5 runs of 5 sizes and 1 amounts"):
         fit([(n, 9, 3.0) for n in range(1, 6)])
     with pytest.raises(UsageError, match="no loss above 0"):

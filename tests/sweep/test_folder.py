@@ -104,6 +104,11 @@ def test_a_refused_sweep_leaves_nothing_behind(sweep, tmp_path, capsys):
     assert sweep("bad") == 2
     assert "exists but is not a sweep" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "sweeps/bad").iterdir()] == ["mine.txt"]
+    (tmp_path / "sweeps/killed").mkdir()
+    for name in (".lock", ".sweep.json.0a1b2c3d.part"):  # a kill in the first write
+        (tmp_path / "sweeps/killed" / name).write_text("")
+    with SweepFolder.locked(tmp_path / "sweeps/killed", {}) as folder:
+        assert not folder.finished
 
 
 def test_a_sweep_without_vl_convert_has_no_plots(sweep, tmp_path, monkeypatch, capsys):
