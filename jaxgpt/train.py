@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jax.sharding import Mesh
 
+from jaxgpt import config as configs
 from jaxgpt import evaluation, model, processes
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.config import Config
@@ -83,6 +84,7 @@ def fit(
         load = loader(config, train_tokens, mesh, parts, reader)
         newest = find_newest(run, config, corpus, checkpoints, on_event)
         step, n_bytes = (newest.step, newest.about["metrics"]["bytes"]) if newest else (0, 0)
+        saved = configs.from_tree(newest.about["config"]) if newest else config
         shapes = abstract_state(config, mesh)
 
         def compile_steps(begin: int, end: int) -> Any:
@@ -109,7 +111,8 @@ def fit(
             checkpoints,
         ):
             evaluated = any(scored.step == step for scored in log.scores)
-            if (due(config, step) if step else config.train.eval_start) and not evaluated:
+            wanted = due(saved, step) or due(config, step) if step else config.train.eval_start
+            if wanted and not evaluated:
                 log.add_evaluation(*score(config, corpus, state))  # a checkpoint is saved before it is evaluated
             for begin, end in chunks(config, step):
                 windows = load(begin, end)

@@ -259,6 +259,15 @@ def test_an_interrupted_run_whose_end_is_moved_to_where_it_stands_is_scored_ther
     assert [scored.step for scored in again.scores] == [10]
 
 
+def test_a_longer_run_keeps_the_score_of_its_first_end(tiny, new_run, change):
+    """Which no eval_every asks for any more; without it, the best checkpoint may be pruned."""
+    run, corpus = new_run("one", change(tiny, steps=15))
+    first = fit(run, corpus)
+    longer = fit(run, corpus, config=change(run.config, steps=20))
+    assert [scored.step for scored in longer.scores] == [0, 10, 15, 20]
+    assert longer.scores[:3] == first.scores
+
+
 def test_a_run_may_leave_out_the_score_of_the_untrained_model(tiny, change, new_run):
     """And whether it does changes nothing else: every line but that of step 0 is the same."""
     runs = {start: new_run(str(start), change(tiny, eval_start=start)) for start in (True, False)}
