@@ -118,6 +118,9 @@ def fit(
                 windows = load(begin, end)
                 if end - begin not in programs:
                     programs[end - begin] = compiler.submit(compile_steps, begin, end)
+                    log.flush()  # the chunk under way, whose time excludes this compilation
+                    programs[end - begin].result()
+                    log.restart_clock()
                 program = programs[end - begin].result()
                 before = jax.tree.map(jnp.copy, state) if debug_nans else None
                 state, metrics = program(state, *windows)

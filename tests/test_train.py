@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 
 from jaxgpt import config as configs
 from jaxgpt import data as batches
-from jaxgpt import evaluation, matmul, step
+from jaxgpt import evaluation, matmul, metrics_log, step
 from jaxgpt import train as loop
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli.runs import resolve, start
@@ -266,6 +267,32 @@ def test_a_longer_run_keeps_the_score_of_its_first_end(tiny, new_run, change):
     longer = fit(run, corpus, config=change(run.config, steps=20))
     assert [scored.step for scored in longer.scores] == [0, 10, 15, 20]
     assert longer.scores[:3] == first.scores
+
+
+def test_the_speed_excludes_the_compilation_of_a_shorter_chunk(tiny, new_run, change, monkeypatch):
+    class Slow:  # a program that takes an hour to compile
+        def __init__(self, step):
+            self.step = step
+
+        def lower(self, *args):
+            self.lowered = self.step.lower(*args)
+            return self
+
+        def compile(self):
+            clock.append(clock[-1] + 3600.0)
+            return self.lowered.compile()
+
+    def tick():
+        clock.append(clock[-1] + 1.0)
+        return clock[-1]
+
+    clock, jitted = [0.0], loop.jit_train_steps
+    monkeypatch.setattr(metrics_log, "time", SimpleNamespace(perf_counter=tick))
+    monkeypatch.setattr(loop, "jit_train_steps", lambda *args: Slow(jitted(*args)))
+    run, corpus = new_run("one", change(tiny, steps=13))
+    fit(run, corpus)
+    assert clock[-1] > 7200
+    assert 0 < run.last_event("save")["trained_seconds"] < 3600
 
 
 def test_a_run_may_leave_out_the_score_of_the_untrained_model(tiny, change, new_run):
