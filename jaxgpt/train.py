@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
+from jax.experimental import checkify, multihost_utils
 from jax.sharding import Mesh
 
 from jaxgpt import config as configs
@@ -202,8 +202,11 @@ def due(config: Config, step: int) -> bool:
 
 def find_nan(config: Config, state: TrainState, windows: Any, metrics: Metrics) -> str:
     """The first non-finite step of a chunk from `state`, and the operation that caused it: the chunk is computed again
-    with a check after every operation (`jax.experimental.checkify`)."""
+    with a check after every operation (`jax.experimental.checkify`), on one device: checkify fails in a `shard_map`."""
     i = int(metrics.applied.argmin())
-    error, _ = jax.jit(checkify.checkify(partial(train_steps, config), errors=checkify.float_checks))(state, *windows)
+    whole, windows = multihost_utils.process_allgather((state, windows), tiled=True)
+    with jax.set_mesh(one_device()):
+        checked = checkify.checkify(partial(train_steps, config), errors=checkify.float_checks)
+        error, _ = jax.jit(checked)(whole, *windows)
     found = error.get() or "no operation made a NaN: a value may have overflowed float32"
     return f"step {int(state.step) + i + 1}: loss {metrics.loss[i]}, gradient norm {metrics.grad_norm[i]}: {found}"
