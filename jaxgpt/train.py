@@ -131,7 +131,7 @@ def fit(
                     checkpoints.settle(wait=False)
                 last = end == config.train.steps
                 stop = 0 if last else stop_signal()
-                if due(config, end):
+                if stop or due(config, end):
                     save(corpus, log, checkpoints, state)  # first: a signal may leave no time for the evaluation
                     if not stop:
                         log.add_evaluation(*score(config, corpus, state, evaluator.result() if evaluator else None))
@@ -144,7 +144,7 @@ def fit(
             with save_errors(log, checkpoints):
                 checkpoints.settle()
             with save_errors(log, checkpoints, stop=True):
-                # A signal came between two saves, or the last save failed.
+                # The last save failed: try again.
                 if not processes.broadcast(int(state.step) in checkpoints.steps):
                     save(corpus, log, checkpoints, state)
                     checkpoints.settle()

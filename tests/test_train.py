@@ -17,7 +17,7 @@ from jaxgpt import config as configs
 from jaxgpt import data as batches
 from jaxgpt import evaluation, matmul, metrics_log, sharding, step
 from jaxgpt import train as loop
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.runs import resolve, start
 from jaxgpt.cli.runs import resume as take_up
 from jaxgpt.config import DataConfig
@@ -238,6 +238,21 @@ def test_a_mixture_trains_and_goes_on_to_the_same_bits(tiny, change, tmp_path, v
     longer = change(run.config, steps=20)
     fit(run, take_up(longer, run, tmp_path / "data"), config=longer)
     assert_same_run(whole[0], run)
+
+
+def test_the_last_save_of_an_interrupted_run_is_tried_twice(tiny, new_run, change, monkeypatch, sigterm_at):
+    def fail_once(checkpoints, state, about, then, save=Checkpoints.save):
+        if state.step == 30 and not failed:
+            failed.append(30)
+            raise CheckpointError("step 30 was not saved")
+        save(checkpoints, state, about, then)
+
+    failed: list[int] = []
+    monkeypatch.setattr(Checkpoints, "save", fail_once)
+    run, corpus = new_run("one", change(tiny, steps=40, eval_every=20))
+    assert fit(run, corpus, sigterm_at(25)).step == 30
+    assert failed == [30]
+    assert Checkpoints(run.checkpoints).latest == 30
 
 
 def test_a_signal_in_the_last_chunk_finds_the_run_done(tiny, new_run, sigterm_at):
