@@ -24,7 +24,7 @@ from jaxgpt.corpus import Corpus
 from jaxgpt.metrics_log import Event, notify
 from jaxgpt.optimizer import make_optimizer
 from jaxgpt.run import Run, RunError
-from jaxgpt.sharding import one_device
+from jaxgpt.sharding import Sizes, one_device
 from jaxgpt.step import TrainState, abstract_state
 from jaxgpt.tokenizer import Tokenizer
 
@@ -121,7 +121,8 @@ def find_newest(
     """The manifest of the newest valid checkpoint, the same in all processes; None if nothing was saved yet.
 
     A checkpoint is valid if its files and the lines of metrics.jsonl up to it are unchanged. Newer, damaged ones are
-    set aside, each with a Notice. Another version of jax or device gets a Notice. If none is valid, no file changes.
+    set aside, each with a Notice. Another version of jax, device or mesh gets a Notice. If none is valid, no file
+    changes.
 
     Raises:
       RunError: every checkpoint is damaged or gone; one has another config, corpus or tokenizer, or too many steps.
@@ -149,7 +150,7 @@ def _newest_valid(
             aside = f"{problem}; step {bad} was set aside as {checkpoints.set_aside(bad)}"
             notify(run, on_event, "damage", bad, f"{aside}; resuming from step {step}")
         before, here = run.last_event("start"), environment()
-        for name in ("jax", "backend", "device"):
+        for name in ("jax", "backend", "device", "mesh"):
             if (was := before.get(name, here[name])) != here[name]:
                 text = f"{name} is {here[name]} and was {was}: bits may differ from here on"
                 notify(run, on_event, "version", step, text)
@@ -167,11 +168,12 @@ def _newest_valid(
 
 
 def environment() -> dict[str, Any]:
-    """What events.jsonl records of a start. Of these, a run's bits depend only on jax, backend and device."""
+    """What events.jsonl records of a start. Of these, a run's bits depend only on jax, backend, device and mesh."""
     return {
         "jax": jax.__version__,
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
+        "mesh": str(Sizes(**jax.sharding.get_abstract_mesh().shape)),
         "jaxgpt": jaxgpt.__version__,
         "python": platform.python_version(),
         "cpu": machine.cpu_name(),

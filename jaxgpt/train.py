@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
+from jax.experimental import checkify, multihost_utils
 from jax.sharding import Mesh
 
+from jaxgpt import config as configs
 from jaxgpt import evaluation, model, processes
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.config import Config
@@ -83,6 +84,7 @@ def fit(
         load = loader(config, train_tokens, mesh, parts, reader)
         newest = find_newest(run, config, corpus, checkpoints, on_event)
         step, n_bytes = (newest.step, newest.about["metrics"]["bytes"]) if newest else (0, 0)
+        saved = configs.from_tree(newest.about["config"]) if newest else config
         shapes = abstract_state(config, mesh)
 
         def compile_steps(begin: int, end: int) -> Any:
@@ -109,12 +111,16 @@ def fit(
             checkpoints,
         ):
             evaluated = any(scored.step == step for scored in log.scores)
-            if (due(config, step) if step else config.train.eval_start) and not evaluated:
+            wanted = due(saved, step) or due(config, step) if step else config.train.eval_start
+            if wanted and not evaluated:
                 log.add_evaluation(*score(config, corpus, state))  # a checkpoint is saved before it is evaluated
             for begin, end in chunks(config, step):
                 windows = load(begin, end)
                 if end - begin not in programs:
                     programs[end - begin] = compiler.submit(compile_steps, begin, end)
+                    log.flush()  # the chunk under way, whose time excludes this compilation
+                    programs[end - begin].result()
+                    log.restart_clock()
                 program = programs[end - begin].result()
                 before = jax.tree.map(jnp.copy, state) if debug_nans else None
                 state, metrics = program(state, *windows)
@@ -125,7 +131,7 @@ def fit(
                     checkpoints.settle(wait=False)
                 last = end == config.train.steps
                 stop = 0 if last else stop_signal()
-                if due(config, end):
+                if stop or due(config, end):
                     save(corpus, log, checkpoints, state)  # first: a signal may leave no time for the evaluation
                     if not stop:
                         log.add_evaluation(*score(config, corpus, state, evaluator.result() if evaluator else None))
@@ -138,7 +144,7 @@ def fit(
             with save_errors(log, checkpoints):
                 checkpoints.settle()
             with save_errors(log, checkpoints, stop=True):
-                # A signal came between two saves, or the last save failed.
+                # The last save failed: try again.
                 if not processes.broadcast(int(state.step) in checkpoints.steps):
                     save(corpus, log, checkpoints, state)
                     checkpoints.settle()
@@ -196,8 +202,11 @@ def due(config: Config, step: int) -> bool:
 
 def find_nan(config: Config, state: TrainState, windows: Any, metrics: Metrics) -> str:
     """The first non-finite step of a chunk from `state`, and the operation that caused it: the chunk is computed again
-    with a check after every operation (`jax.experimental.checkify`)."""
+    with a check after every operation (`jax.experimental.checkify`), on one device: checkify fails in a `shard_map`."""
     i = int(metrics.applied.argmin())
-    error, _ = jax.jit(checkify.checkify(partial(train_steps, config), errors=checkify.float_checks))(state, *windows)
+    whole, windows = multihost_utils.process_allgather((state, windows), tiled=True)
+    with jax.set_mesh(one_device()):
+        checked = checkify.checkify(partial(train_steps, config), errors=checkify.float_checks)
+        error, _ = jax.jit(checked)(whole, *windows)
     found = error.get() or "no operation made a NaN: a value may have overflowed float32"
     return f"step {int(state.step) + i + 1}: loss {metrics.loss[i]}, gradient norm {metrics.grad_norm[i]}: {found}"

@@ -13,11 +13,15 @@ import pytest
 import jaxgpt
 from jaxgpt import cli
 from jaxgpt.cli.options import take_name
-from jaxgpt.cli.train import Train, resume_command
+from jaxgpt.cli.train import Train, _print_summary, resume_command
 from jaxgpt.config import Config
+from jaxgpt.evaluation import Evaluation
+from jaxgpt.metrics_log import Evaluated
+from jaxgpt.monitor.terminal import RunConsole
 from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run
 from jaxgpt.serve.library import Library
+from jaxgpt.train import Summary
 
 SMALL = ("--block-size", 8, "--n-layer", 1, "--n-embd", 16, "--steps", 20, "--scan-steps", 5, "--eval-every", 10)
 SMALL += ("--batch-size", 4, "--warmup-steps", 2, "--eval-batches", 2)
@@ -38,6 +42,13 @@ def call(tmp_path, monkeypatch, capsys):
         return code, out, err
 
     return run
+
+
+@pytest.mark.parametrize(("steps", "shown"), [([0, 10, 20], True), ([10, 20], False)])
+def test_the_score_before_training_is_that_of_step_0(steps, shown, capsys):
+    scores = [Evaluated(step, Evaluation(3.0, 0.1, 4.0, 4.0, 100)) for step in steps]
+    _print_summary(RunConsole(), Summary(Run(Path("runs/one")), 20, 20, scores, 1.0, None, 0))
+    assert ("  before  loss 3.0000" in capsys.readouterr().out) == shown
 
 
 def test_the_main_job_from_text_to_text(call, verse, tmp_path):

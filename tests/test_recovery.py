@@ -10,6 +10,7 @@ from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli.runs import resume, start
 from jaxgpt.metrics_log import Evaluated, Notice
 from jaxgpt.run import RunError
+from jaxgpt.sharding import Sizes, make_mesh
 from jaxgpt.start import load_checkpoint
 from jaxgpt.train import fit
 
@@ -143,6 +144,14 @@ def test_another_version_of_jax_is_reported(done):
     fit(run, corpus, events.append)
     (notice,) = (event for event in events if isinstance(event, Notice))
     assert "was 0.0.1: bits may differ from here" in notice.text
+
+
+def test_another_mesh_is_reported(done):
+    run, corpus = done
+    events = []
+    fit(run, corpus, events.append, mesh=make_mesh(Sizes(data=2)))
+    (notice,) = (event for event in events if isinstance(event, Notice))
+    assert notice.text == "mesh is data=2 and was data=1: bits may differ from here on"
 
 
 def test_after_damage_to_the_lines_every_later_save_counts(config, change, tmp_path):

@@ -141,7 +141,7 @@ def _print_summary(console: "RunConsole", done: "Summary") -> None:
     first, last, best = done.scores[0], done.scores[-1], done.best
     speed = f", {done.tokens_per_second:,.0f} tokens/s" if done.tokens_per_second else ""
     console.print(f"{done.run.path}: step {done.step:,} in {duration(done.seconds)}{speed}")
-    if first is not last:
+    if first.step == 0 and first is not last:
         console.print(f"  before  {describe(first.evaluation)}")
     console.print(f"  after   {describe(last.evaluation)}")
     if best.step != last.step:

@@ -82,8 +82,6 @@ def verify_resume(
         with train(killed, data_dir) as process:
             wait_for(targets[counted], killed, process, len(killed_at) + 1)
             time.sleep(rng.uniform(0, min(1.0, chunk_seconds)))
-            process.kill()
-            process.wait()
         if process.returncode == 0:  # the run ended before the kill
             break
         at, saved = last_step(killed), Checkpoints(killed.checkpoints).latest or 0
@@ -125,7 +123,7 @@ def train(run: Run, data_dir: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that resumes `run`; it is killed at the end of the block.
 
     Raises:
-      RuntimeError: it failed, with its output.
+      RuntimeError: it failed, or a signal from elsewhere ended it, with its output.
     """
     command = [sys.executable, "-m", "jaxgpt", "train", "--run", run.path.name, "--resume"]
     command += ["--runs-dir", str(run.path.parent), "--data-dir", str(data_dir)]
@@ -134,9 +132,10 @@ def train(run: Run, data_dir: Path) -> Iterator["subprocess.Popen[bytes]"]:
         try:
             yield process
         finally:
+            failed = process.poll()
             process.kill()
             process.wait()
-        if process.returncode > 0:
+        if failed:
             output.seek(0)
             text = output.read().decode(errors="replace")
             raise RuntimeError(f"jaxgpt train failed with exit code {process.returncode}:\n{text}")

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 import shutil
+import signal
 
 import jax.numpy as jnp
 import pytest
@@ -207,3 +209,16 @@ def test_a_training_process_that_fails_is_reported(config, tmp_path):
     broken = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e38))
     with pytest.raises(RuntimeError, match=r"(?s)failed with exit code 1.*steps in a row were skipped"):
         verify_resume(broken, tmp_path / "runs", tmp_path / "data", 1, 0, print)
+
+
+def test_a_training_process_that_is_killed_from_elsewhere_is_reported(config, tmp_path):
+    """As by a system that is out of memory; else the run that ended early would be compared."""
+    run, _ = start(config, "one", tmp_path / "runs", tmp_path / "data")
+
+    def killed():
+        with verify.train(run, tmp_path / "data") as process:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+
+    with pytest.raises(RuntimeError, match="failed with exit code -9"):
+        killed()
