@@ -96,7 +96,7 @@ class Run:
         """
         path = Path(os.path.expanduser(name))
         found = (path / "config.json").is_file()
-        if cls.exists(runs_dir, name) or not (found or len(path.parts) > 1):
+        if cls.exists(runs_dir, name) or not (found or "/" in name):
             return cls.named(runs_dir, name)
         if not found:
             raise RunError(f"no run in {path}: {'it has no config.json' if path.is_dir() else 'no such folder'}")

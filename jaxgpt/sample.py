@@ -156,8 +156,10 @@ def stream(
         raise UsageError(f"the prompt has shape {text.shape}, expected (B, P) with at least one token")
     if not (text.min() >= 0 and text.max() < V):
         raise UsageError(f"the prompt has ids from {text.min()} to {text.max()}, expected ids from 0 to {V - 1}")
-    if n_tokens < 0 or not 0 <= draw.n_ids <= V:
-        raise UsageError(f"tokens is {n_tokens}, expected 0 or more; n_ids is {draw.n_ids}, expected 0 (all) to {V}")
+    if n_tokens < 0:
+        raise UsageError(f"tokens is {n_tokens}, expected 0 or more")
+    if not 0 <= draw.n_ids <= V:
+        raise UsageError(f"n_ids is {draw.n_ids}, expected 0 (all) to {V}")
     slides = config.kind == "bigram" or config.position == "rope"
     # XLA for CPUs already casts before the loop, not for each token.
     if config.kind == "gpt" and matmul.resolve(config.precision) == "bfloat16" and sharding.platform() != "cpu":
@@ -274,8 +276,10 @@ def write(
         prompt = drop_unknown(tokenizer, prompt) if unknown == "skip" else prompt
     if not prompt:
         raise UsageError("the prompt is empty, expected at least one character of the vocabulary: --prompt TEXT")
-    if samples < 1 or not 0 <= seed < 2**32:
-        raise UsageError(f"samples is {samples}, expected 1 or more; seed is {seed}, expected 0 to 2**32 - 1")
+    if samples < 1:
+        raise UsageError(f"samples is {samples}, expected 1 or more")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed is {seed}, expected 0 to 2**32 - 1")
     stop = [normalize_line_ends(tokenizer, each) for each in stop]
     if not all(re.fullmatch("[^\ud800-\udfff]+", each) for each in stop):
         raise UsageError(f"stop is {stop}, expected UTF-8 of at least one character each: --stop TEXT")

@@ -67,6 +67,8 @@ def test_open_by_name_or_path_and_what_there_is_otherwise(run, tmp_path):
         Run.open(tmp_path / "runs", str(tmp_path / "runs" / "two"))
     with pytest.raises(RunError, match="no run in ~nosuch/two: no such folder"):
         Run.open(tmp_path / "runs", "~nosuch/two")
+    with pytest.raises(RunError, match="no run in two: no such folder"):
+        Run.open(tmp_path / "runs", "./two")
     with pytest.raises(RunError, match=r"no run in .*runs: it has no config\.json"):
         Run.open(tmp_path / "runs", str(tmp_path / "runs"))
     (run.path / "model.safetensors").touch()

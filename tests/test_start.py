@@ -1,3 +1,4 @@
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -126,6 +127,18 @@ def test_the_tokens_of_a_run_are_found_or_made_again_or_refused(config, change, 
     mine.write_text(verse.read_text() + "a\n")
     with pytest.raises(CorpusError, match=corpus.meta["sha256"]):
         corpus_of(run, folders[1])
+
+
+def test_a_pipe_is_not_read_again(config, change, folders, verse, tmp_path, monkeypatch):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as writer:
+        writer.submit(pipe.write_text, verse.read_text())
+        run, corpus = start(change(config, corpus=str(pipe)), "one", *folders)
+    monkeypatch.setattr("jaxgpt.prepare.sources._pipe", None)  # it would wait for a writer
+    assert corpus_of(run, folders[1]).meta == corpus.meta
+    with pytest.raises(CorpusError, match="cannot be prepared again: a pipe is read only once; put its original"):
+        corpus_of(run, tmp_path / "elsewhere")
 
 
 @pytest.fixture

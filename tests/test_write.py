@@ -84,6 +84,19 @@ def test_bad_requests_are_refused(run, options):
         texts(run, **{"prompt": "a", "n_tokens": 5, **options})
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"n_tokens": -1}, r"tokens is -1, expected 0 or more"),
+        ({"samples": 0}, r"samples is 0, expected 1 or more"),
+        ({"seed": -1}, r"seed is -1, expected 0 to 2\*\*32 - 1"),
+    ],
+)
+def test_a_refusal_names_only_the_number_that_is_out_of_range(run, options, said):
+    with pytest.raises(UsageError, match=f"^{said}$"):
+        texts(run, **{"prompt": "a", "n_tokens": 5, **options})
+
+
 def test_without_a_prompt_it_begins_with_a_line_feed_or_the_first_character(run, tmp_path, tiny, change):
     assert texts(run, None, 5)[0].startswith("\n")
     (tmp_path / "line.txt").write_text("the cat sat on the mat " * 40)

@@ -62,6 +62,8 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
     by_hand = f"put its original tokens-*.bin and tokens.json into {folders}, or name the folder above: --data-dir"
     problem = "now gives other tokens"
     try:
+        if any(corpora.local_path(part).is_fifo() for _, part in corpora.mixture(name)):
+            raise CorpusError("a pipe is read only once")
         found = tokens_of(run.config, data_dir)
         if found.meta["sha256"] == wanted:
             return found
