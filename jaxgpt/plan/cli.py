@@ -66,7 +66,7 @@ def _estimate(given: PlanOptions, config: Config) -> bool:
     else:
         shown = SHOWN if len(given.chips) == 1 else 1
         rankings = [plan.ranked(config, chip, n, given.sweep)[:shown] for n in given.chips]
-        bests, lines = [steps[0] for steps in rankings], view.table(sum(rankings, []))
+        bests, lines = [steps[0] for steps in rankings], view.table([step for steps in rankings for step in steps])
     RunConsole().print(*lines, sep="\n")
     return all(step.fits for step in bests)
 
