@@ -61,8 +61,7 @@ class Report:
 
 
 class Reporter:
-    """Makes the report of `runs` any number of times. Weights are examined again only if steps were saved, or another
-    one is the best."""
+    """Makes the report of `runs` any number of times, and examines weights only if they, or the best step, are new."""
 
     def __init__(self, runs: Sequence[Run], data_dir: Path):
         self._runs, self._data_dir = runs, data_dir
