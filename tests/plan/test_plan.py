@@ -2,11 +2,14 @@
 
 import importlib.util
 import math
+import re
 import types
+from pathlib import Path
 
 import jax
 import pytest
 
+from jaxgpt.cli import options
 from jaxgpt.config import UsageError
 from jaxgpt.data import DEVICE_TOKENS
 from jaxgpt.monitor.chips import CHIPS
@@ -14,6 +17,7 @@ from jaxgpt.plan import cli, plan
 from jaxgpt.plan import view as plans
 from jaxgpt.plan.estimate import estimate, sent
 from jaxgpt.plan.plan import PlanError
+from jaxgpt.recipes import recipe
 from jaxgpt.sharding import MeshError, Sizes
 
 tpu = pytest.mark.skipif(
@@ -67,6 +71,19 @@ def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
     guess = estimate(config, chip, sizes)
     assert guess.memory == pytest.approx(step.memory, rel=0.2)
     assert bytes_sent(guess) == pytest.approx(bytes_sent(step), rel=0.2)
+
+
+def test_the_plans_on_the_pages_use_all_chips():
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    lines = [line for page in pages for line in re.findall(r"^jaxgpt plan (.*)", page.read_text("utf-8"), re.M)]
+    compiled = [line.partition("#")[0].split() for line in lines if "--topology" in line]
+    assert len(compiled) >= 3
+    for name, *args in compiled:
+        given = options.parse(cli.PlanOptions, args, "plan", default=cli.PlanOptions(recipe(name).config))
+        chips = math.prod(map(int, given.topology.partition(":")[2].split("x")))
+        asked = None if given.mesh == "auto" else Sizes.parse(given.mesh)
+        assert plan.mesh(given.config, CHIPS["v5e"], [None] * chips, asked).devices == chips
 
 
 @tpu
