@@ -113,7 +113,7 @@ def run_gpt2_folder(data: bytes) -> None:
 def seeds_gpt2_folder() -> list[bytes]:
     header = _tensors()[0]
     first = min(json.loads(header).keys() - {"__metadata__"})
-    index = {"metadata": {"total_size": 9}, "weight_map": {first: "model.safetensors"}}
+    index = {"metadata": {"total_size": 9}, "weight_map": {first: "shard.safetensors"}}
     return [
         b"config.json\0" + (TINY / "config.json").read_bytes(),
         b"header\0" + header,
@@ -271,6 +271,8 @@ def _folders() -> dict[str, Path]:
     found = {}
     for name in ("config.json", "model.safetensors", "header", "model.safetensors.index.json"):
         found[name] = Path(shutil.copytree(TINY, _scratch() / name.replace(".", "-")))
+    sharded = found["model.safetensors.index.json"]  # an index is read only where there is no whole file
+    (sharded / "model.safetensors").rename(sharded / "shard.safetensors")
     return found
 
 

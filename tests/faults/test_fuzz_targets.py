@@ -150,6 +150,7 @@ def test_an_index_names_no_file_outside_its_folder(tmp_path, name):
     folder.mkdir()
     (tmp_path / "outside.safetensors").write_bytes((TINY / "model.safetensors").read_bytes())
     folder_of(folder, {})
+    (folder / "model.safetensors").unlink()
     for value in (name, name + ".safetensors", [name], {name: name}):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": value}}))
         with pytest.raises(InteropError, match="has no file"):
