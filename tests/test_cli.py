@@ -17,6 +17,7 @@ from jaxgpt.cli.train import Train, _print_summary, resume_command
 from jaxgpt.config import Config
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated
+from jaxgpt.monitor import loggers
 from jaxgpt.monitor.terminal import RunConsole
 from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run
@@ -117,6 +118,15 @@ def test_a_resume_takes_the_run_that_was_named(call, verse, tmp_path):
     for name in ("bigram", "a"):
         code, _, err = call("train", name, "--run", "a", "--resume")
         assert (code, f"leave out '{name}', and name the run with --run" in err) == (2, True)
+
+
+def test_a_run_in_use_is_refused_before_its_loggers_start(call, verse, tmp_path, monkeypatch):
+    assert call("train", "gpt-demo", "--corpus", verse, "--run", "one", *SMALL)[0] == 0
+    monkeypatch.setattr(loggers, "require", lambda names: None)
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda run: pytest.fail("the logger was started"))
+    with Run(tmp_path / "runs/one").lock():
+        code, _, err = call("train", "--run", "one", "--resume", "--steps", 30, "--log", "tensorboard")
+    assert (code, "run 'one' is in use by another process" in err) == (2, True)
 
 
 def test_an_interrupted_run_resumes_with_its_mesh_and_loggers():

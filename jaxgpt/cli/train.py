@@ -104,6 +104,8 @@ def _fit(given: Train, existing: Run | None) -> int:
     end = config.optimizer.decay_steps
     if config.optimizer.schedule != "constant" and config.train.steps > end:
         console.print(f"the learning rate stays at {config.optimizer.final_learning_rate:g} from step {end:,} on")
+    with run.lock():
+        pass  # before a logger joins the session of a process that trains this run
     used = partial(utilisation, config, jax.devices()[0].device_kind, jax.device_count())
     with (
         TrainingDisplay(console, config.train.steps, used) as display,
