@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxgpt import config as configs
 from jaxgpt import evaluation, model, processes
-from jaxgpt.checkpoint import CheckpointError, Checkpoints
+from jaxgpt.checkpoint import CheckpointError, Checkpoints, Manifest
 from jaxgpt.config import Config
 from jaxgpt.corpus import Corpus
 from jaxgpt.data import chunks, config_starts, loader
@@ -84,7 +84,6 @@ def fit(
         load = loader(config, train_tokens, mesh, parts, reader)
         newest = find_newest(run, config, corpus, checkpoints, on_event)
         step, n_bytes = (newest.step, newest.about["metrics"]["bytes"]) if newest else (0, 0)
-        saved = configs.from_tree(newest.about["config"]) if newest else config
         shapes = abstract_state(config, mesh)
 
         def compile_steps(begin: int, end: int) -> Any:
@@ -111,9 +110,8 @@ def fit(
             checkpoints,
         ):
             evaluated = any(scored.step == step for scored in log.scores)
-            wanted = due(saved, step) or due(config, step) if step else config.train.eval_start
-            if wanted and not evaluated:
-                log.add_evaluation(*score(config, corpus, state))  # a checkpoint is saved before it is evaluated
+            if not evaluated and due_at_start(config, newest):
+                log.add_evaluation(*score(config, corpus, state))
             for begin, end in chunks(config, step):
                 windows = load(begin, end)
                 if end - begin not in programs:
@@ -141,14 +139,7 @@ def fit(
                         stop = 0 if last else stop_signal()
                 if stop:
                     break
-            with save_errors(log, checkpoints):
-                checkpoints.settle()
-            with save_errors(log, checkpoints, stop=True):
-                # The last save failed: try again.
-                if not processes.broadcast(int(state.step) in checkpoints.steps):
-                    save(corpus, log, checkpoints, state)
-                    checkpoints.settle()
-                log.sync()
+            finish(corpus, log, checkpoints, state)
     seconds, speed = time.perf_counter() - began, log.speed["tokens_per_second"]
     return Summary(run, log.step, config.train.steps, log.scores, seconds, speed, stop)
 
@@ -162,6 +153,21 @@ def save(corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: Train
         record = partial(log.run.event, "save", step=int(state.step), **log.speed)
         checkpoints.save(state, identity(log.run.config, corpus.meta) | {"metrics": log.digest}, record)
     log.restart_clock()
+
+
+def finish(corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: TrainState) -> None:
+    """Wait until `state`, the last one, and its metrics are on disk. If its save failed, try once more.
+
+    Raises:
+      CheckpointError: that failed, too.
+    """
+    with save_errors(log, checkpoints):
+        checkpoints.settle()
+    with save_errors(log, checkpoints, stop=True):
+        if not processes.broadcast(int(state.step) in checkpoints.steps):
+            save(corpus, log, checkpoints, state)
+            checkpoints.settle()
+        log.sync()
 
 
 @contextmanager
@@ -198,6 +204,14 @@ def due(config: Config, step: int) -> bool:
     """Whether to save and evaluate after `step` steps."""
     every = config.train.eval_every
     return step == config.train.steps or bool(every and step % every == 0)
+
+
+def due_at_start(config: Config, newest: Manifest | None) -> bool:
+    """Whether to evaluate the state that `fit` starts from. A checkpoint is saved before it is evaluated, so a resume
+    evaluates a step that was due under the config it was saved with, too."""
+    if not newest or not newest.step:
+        return config.train.eval_start
+    return due(configs.from_tree(newest.about["config"]), newest.step) or due(config, newest.step)
 
 
 def find_nan(config: Config, state: TrainState, windows: Any, metrics: Metrics) -> str:
