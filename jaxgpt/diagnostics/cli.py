@@ -23,7 +23,7 @@ class Effort:
     batch: int = 32
     """Windows in the batch of curvature and landscape."""
     steps: int = 20
-    """Lanczos steps of curvature, each a Hessian-vector product; memory for as many copies of the parameters."""
+    """Lanczos steps of curvature; each takes a Hessian-vector product, and memory for a copy of the parameters."""
     seed: int = 0
     """Seed of the windows and the random directions."""
 

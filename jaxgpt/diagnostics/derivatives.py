@@ -21,8 +21,8 @@ Loss = Callable[[Any, Any], jax.Array]
 
 
 def exact(config: ModelConfig) -> ModelConfig:
-    """`config` with float32 matmuls, without dropout and rematerialization: bf16 matmuls would round Hessian-vector
-    products too much, and fused attention kernels have no second derivative."""
+    """`config` with float32 matmuls, without dropout and rematerialization: in bfloat16, Hessian-vector products
+    would be too inaccurate, and fused attention kernels have no second derivative."""
     return replace(config, precision="float32", dropout=0.0, remat="none")
 
 

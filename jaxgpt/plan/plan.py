@@ -59,12 +59,11 @@ def topology(name: str) -> tuple[Chip | None, list[Any]]:
     if kind == "cpu" and arrangement.isdecimal() and int(arrangement):
         return None, _virtual(int(arrangement))
     if kind not in CHIPS or not CHIPS[kind].torus:
-        tpus = ", ".join(
-            name for name, chip in CHIPS.items() if chip.torus and name != "v4"
-        )  # two devices per chip, see below
+        names = [each for each, chip in CHIPS.items() if chip.torus]
+        names.remove("v4")  # two devices per chip, see below
         raise PlanError(
-            f"--topology {name}: expected a TPU ({tpus}) and its arrangement, as in v5e:16x16, or cpu:8; GPUs can only "
-            "be estimated, --chips 8 --chip h100"
+            f"--topology {name}: expected a TPU ({', '.join(names)}) and its arrangement, as in v5e:16x16, or cpu:8; "
+            "GPUs can only be estimated, --chips 8 --chip h100"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for Google's metadata server
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
