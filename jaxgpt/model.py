@@ -207,8 +207,8 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, start: jax.Array | int | None = None) -> jax.Array:
         """(B, T, C) -> (B, T, C); `start` as in `MultiHeadAttention`."""
         cfg, rate = self.config, self.dropout
-        x = x + MultiHeadAttention(cfg, rate, name="attn")(norm(cfg, "ln_1")(x), start=start)
-        x = x + MLP(cfg, rate, name="mlp")(norm(cfg, "ln_2")(x))
+        x += MultiHeadAttention(cfg, rate, name="attn")(norm(cfg, "ln_1")(x), start=start).astype(x.dtype)
+        x += MLP(cfg, rate, name="mlp")(norm(cfg, "ln_2")(x)).astype(x.dtype)
         return sharding.constrain(x, "batch", "time", None)
 
 
@@ -238,6 +238,7 @@ class GPT(nn.Module):
             x = x + jnp.where(positions[None, :, None] > 0, embedded, 0)  # position 0 has no previous token
         if cfg.position == "learned":
             x = x + embed(cfg.block_size, C, "wpe")(positions)[None]
+        x = matmul.to_output_dtype(x, cfg.precision)
         x = dropout(self.dropout, "drop")(sharding.constrain(x, "batch", "time", None))
         block = Block
         if cfg.remat != "none" and cache is None:

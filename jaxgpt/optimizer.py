@@ -11,6 +11,7 @@ import optax
 from jaxgpt.config import Config
 from jaxgpt.matmul import Precision, matmul, transposed
 from jaxgpt.model import Params
+from jaxgpt.sharding import platform
 
 DECAYED = ("kernel", "embedding")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -119,7 +120,8 @@ def scale_by_adam(beta1: Any, beta2: Any, eps: Any) -> optax.GradientTransformat
         t = count.astype(jnp.float32)
         mu = jax.tree.map(lambda m, g: jnp.where(applied, beta1 * m + (1 - beta1) * g, m), state.mu, grads)
         nu = jax.tree.map(lambda v, g: jnp.where(applied, beta2 * v + (1 - beta2) * (g * g), v), state.nu, grads)
-        mu, nu = jax.lax.optimization_barrier((mu, nu))
+        if platform() == "cpu":
+            mu, nu = jax.lax.optimization_barrier((mu, nu))
         scale_mu, scale_nu = 1 / (1 - beta1**t), 1 / (1 - beta2**t)
         updates = jax.tree.map(lambda m, v: m * scale_mu / (jnp.sqrt(v * scale_nu) + eps), mu, nu)
         return updates, optax.ScaleByAdamState(jnp.where(applied, count, state.count), mu, nu)
