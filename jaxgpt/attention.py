@@ -11,9 +11,6 @@ from jaxgpt import matmul
 from jaxgpt.config import ModelConfig
 from jaxgpt.matmul import Precision
 
-Drop = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""A block (..., T, S) of an array, its row indices (T,) and column indices (S,) -> the block after dropout."""
-
 
 def attention(
     q: jax.Array,

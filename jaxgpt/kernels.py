@@ -6,12 +6,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import matmul, sharding
-from jaxgpt.attention import Drop, attention, attention_mask
+from jaxgpt import flash, matmul, sharding
+from jaxgpt.attention import attention, attention_mask
 from jaxgpt.config import ModelConfig
 from jaxgpt.matmul import to_compute_dtype
+from jaxgpt.prng import Drop, mask_seeds
 
-Kernel = Literal["reference", "blocked", "cudnn", "splash"]
+Kernel = Literal["reference", "blocked", "cudnn", "flash", "splash"]
 
 BLOCKED = 256
 """Shortest context for "blocked" attention."""
@@ -20,14 +21,17 @@ BLOCK = 128
 
 
 def kernel(config: ModelConfig, T: int, dropped: bool) -> Kernel:
-    """The kernel of `causal_attention` for contexts of T tokens, with or without dropout of the weights, which the
-    fused kernels do not support."""
-    if not dropped and sharding.num_shards("time") == 1 and matmul.resolve(config.precision) == "bfloat16":
+    """The kernel of `causal_attention` for contexts of T tokens, with or without dropout of the weights, which only
+    "flash" and the kernels of plain JAX support."""
+    if sharding.num_shards("time") == 1 and matmul.resolve(config.precision) == "bfloat16":
         platform, D = sharding.platform(), config.n_embd // config.n_head
-        allowed = not config.deterministic or repeatable("cudnn", T)
-        if platform == "gpu" and D % 8 == 0 and D <= 128 and T % 2 == 0 and allowed:
-            return "cudnn"
-        if platform == "tpu" and D % 64 == 0 and T % 128 == 0 and not config.window:
+        if platform == "gpu":
+            allowed = not dropped and (not config.deterministic or repeatable("cudnn", T))
+            if allowed and D % 8 == 0 and D <= 128 and T % 2 == 0:
+                return "cudnn"
+            if flash.supports(T, D) and not config.window:
+                return "flash"
+        if platform == "tpu" and D % 64 == 0 and T % 128 == 0 and not dropped and not config.window:
             return "splash"
     return "blocked" if T >= BLOCKED else "reference"
 
@@ -42,15 +46,27 @@ def repeatable(used: Kernel, T: int) -> bool:
 
 
 def causal_attention(
-    config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None = None
+    config: ModelConfig,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    drop: Drop | None = None,
+    used: Kernel | None = None,
 ) -> jax.Array:
-    """Attention of each token to itself and its past, or to the last `config.window` tokens, by the fastest `kernel`:
-    queries (B, H, T, D), keys and values (B, kv, T, D) -> (B, H, T, D). `drop` is dropout of the weights."""
+    """Attention of each token to itself and its past, or to the last `config.window` tokens: queries (B, H, T, D), keys
+    and values (B, kv, T, D) -> (B, H, T, D).
+
+    Args:
+      drop: dropout of the weights.
+      used: by default the fastest `kernel`.
+    """
     H, T = q.shape[1:3]
-    used = kernel(config, T, drop is not None)
+    used = used or kernel(config, T, drop is not None)
     if used == "cudnn":
         return sharding.by_device(partial(_cudnn, window=config.window), "batch", "width")(q, k, v)
     k, v = repeat_kv(k, H), repeat_kv(v, H)
+    if used == "flash":
+        return sharding.by_device(_flash, "batch", "width")(q, k, v, *_seeds(drop, *q.shape[:2]))
     if used == "splash":
         return sharding.by_device(_splash, "batch", "width")(q, k, v)
     if used == "blocked":
@@ -121,6 +137,19 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
     local = (window - 1, 0) if window else None
     out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
     return out.swapaxes(1, 2)
+
+
+def _seeds(drop: Drop | None, B: int, H: int) -> list[jax.Array]:
+    """Dropout masks of B sequences and H heads as arguments of `_flash`: one array (B, H, 4), or none."""
+    if drop is None:
+        return []
+    seeds = mask_seeds(drop.key, drop.keep, jnp.arange(B * H).reshape(B, H))
+    return [jnp.stack(jnp.broadcast_arrays(*seeds), axis=-1)]
+
+
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
+    q, k, v = (to_compute_dtype(x, "bfloat16") for x in (q, k, v))
+    return flash.flash_attention(q, k, v, seeds)
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import activations, kernels, loss, matmul, prng, sharding
-from jaxgpt.attention import Cache, Drop, cached_attention, rotate, update_cache
+from jaxgpt import activations, kernels, loss, matmul, sharding
+from jaxgpt.attention import Cache, cached_attention, rotate, update_cache
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.loss import cross_entropy, token_losses
+from jaxgpt.prng import Drop
 
 Params = dict[str, Any]
 Rate = jax.Array | float | None
@@ -107,14 +108,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def drop(self) -> Drop:
-        """A function that applies the same mask block by block."""
-        key, keep = self.make_rng("dropout"), 1.0 - self.rate
-
-        def drop(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-            kept = prng.keep_mask(key, keep, x.shape[:-2], rows, columns)
-            return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
-
-        return drop
+        return Drop(self.make_rng("dropout"), 1.0 - self.rate)
 
 
 def dropout(rate: Rate, name: str) -> Callable[[jax.Array], jax.Array]:

@@ -93,7 +93,7 @@ def test_a_kernel_that_is_not_repeatable_is_named_at_the_start(gpu):
     for other in (dict(block_size=256), dict(precision="float32"), dict(dropout=0.1), dict(block_size=1023)):
         assert "repeatable" not in cost.describe(dataclasses.replace(config, **other))
     deterministic = dataclasses.replace(config, deterministic=True)
-    assert "attention: blocked" in cost.describe(deterministic)
+    assert "attention: flash" in cost.describe(deterministic)
     assert "repeatable" not in cost.describe(deterministic)
     assert kernels.kernel(deterministic, 256, dropped=False) == "cudnn"
     assert "repeatable" not in cost.describe(ModelConfig(kind="bigram", vocab_size=V, precision="bfloat16"))

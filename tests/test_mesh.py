@@ -243,8 +243,7 @@ def test_where_it_trains_and_why_is_reported(small, monkeypatch):
 
 
 def test_long_contexts_split_over_devices_are_attended_exactly(small, change):
-    def drop(x, rows, columns):
-        return jnp.where(prng.keep_mask(prng.key(3), 0.7, x.shape[:-2], rows, columns), x / 0.7, 0)
+    drop = prng.Drop(prng.key(3), 0.7)
 
     config = change(small, block_size=512).model
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 512, 8))

@@ -155,8 +155,7 @@ def test_blocked_attention_drops_the_weights_that_the_reference_drops(window):
     given = jax.random.normal(KEY, (4, 2, 4, T, 8))
     assert kernels.kernel(config, T, dropped=True) == "blocked"
 
-    def drop(x, rows, columns):
-        return jnp.where(prng.keep_mask(KEY, 0.7, x.shape[:-2], rows, columns), x / 0.7, 0)
+    drop = prng.Drop(KEY, 0.7)
 
     def whole(q, k, v):
         weights = attention.attention_weights(q, k, attention.causal_mask(T, window)[None, None])

@@ -35,6 +35,20 @@ MUTATIONS = [
         "test_attention.py test_model_options.py",
     ),
     Mutation(
+        "fused attention drops other weights backward",
+        "flash.py",
+        "* scale, drop(weights, rows, columns)",
+        "* scale, drop(weights, columns, rows)",
+        "test_flash.py",
+    ),
+    Mutation(
+        "fused attention forgets the normalizer of earlier blocks",
+        "flash.py",
+        "total * shrink + weights.sum(axis=1)",
+        "total + weights.sum(axis=1)",
+        "test_flash.py",
+    ),
+    Mutation(
         "attention is scaled by 1/D",
         "attention.py",
         "q.shape[-1] ** -0.5 if scale",

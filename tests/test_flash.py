@@ -1,0 +1,77 @@
+"""FlashAttention with dropout: interpreted here, and lowered for GPUs."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import flash, kernels, prng, sharding
+from jaxgpt.attention import attention, causal_mask
+from jaxgpt.config import ModelConfig
+from jaxgpt.prng import Drop
+
+B, H, T, D = 2, 4, 128, 16
+CONFIG = ModelConfig(vocab_size=13, block_size=T, n_head=H, n_embd=H * D, precision="bfloat16", dropout=0.3)
+DROP = Drop(prng.key(3), 0.7)
+Q, K, V, G = jax.random.normal(jax.random.key(0), (4, B, H, T, D)).astype(jnp.bfloat16)
+
+
+def with_gradients(function, q, k, v):
+    out, vjp = jax.vjp(function, q, k, v)
+    return out, *vjp(G.astype(out.dtype))
+
+
+attend = partial(kernels.causal_attention, CONFIG, used="flash")
+
+
+@pytest.mark.parametrize("drop", [None, DROP])
+def test_it_is_the_reference(drop):
+    def reference(q, k, v):
+        places = jnp.arange(T)
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        return attention(q, k, v, causal_mask(T), drop=drop and (lambda weights: drop(weights, places, places)))
+
+    found = jax.jit(partial(with_gradients, partial(attend, drop=drop)))(Q, K, V)
+    expected = jax.jit(partial(with_gradients, reference))(Q, K, V)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(ours), np.float32(theirs), rtol=0.02, atol=0.02)
+
+
+def test_shards_and_mapped_calls_drop_the_same_weights():
+    call = jax.jit(partial(with_gradients, partial(attend, drop=DROP)))
+    alone = call(Q, K, V)
+    with jax.set_mesh(sharding.make_mesh(sharding.Sizes(data=2, tensor=2))):
+        sharded = call(Q, K, V)
+    chex.assert_trees_all_equal(sharded, alone)
+    keep = jnp.array([0.7, 0.4])
+    mapped = jax.jit(jax.vmap(lambda keep: attend(Q, K, V, Drop(DROP.key, keep))))(keep)
+    chex.assert_trees_all_equal(mapped[0], alone[0])
+    assert (mapped[1] != alone[0]).any()
+
+
+def test_where_it_runs(monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+
+    def kernel(T=256, dropped=True, **changes):
+        return kernels.kernel(ModelConfig(**dict(n_head=2, n_embd=128, precision="bfloat16") | changes), T, dropped)
+
+    assert kernel() == "flash"
+    assert kernel(T=1024, dropped=False) == "cudnn"
+    assert kernel(T=1024, dropped=False, deterministic=True) == "flash"
+    for other in (dict(T=260), dict(window=32), dict(n_embd=96), dict(precision="float32")):
+        assert kernel(**other) == "blocked"
+
+
+def test_it_compiles_to_two_kernels_of_triton(monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    shape = jax.ShapeDtypeStruct((B, H, T, D), jnp.bfloat16)
+    seeds = jax.ShapeDtypeStruct((B, H, 4), jnp.uint32)
+    traced = jax.jit(lambda *x: with_gradients(lambda *y: flash.flash_attention(*y, x[3]), *x[:3])).trace(
+        shape, shape, shape, seeds
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 2
