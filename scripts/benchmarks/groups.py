@@ -29,6 +29,7 @@ def _group(name: str, minutes: float, line: str) -> Group:
 GROUPS: dict[Device, list[Group]] = {
     "gpu": [
         _group("startup-124m", 1.5, "startup --recipe gpt2-124m --repeats 1"),
+        _group("attention", 1, "attention"),
         _group("train-124m", 3, "train --shapes small --rounds 3 --seconds 2 --ways bfloat16+compile"),
         _group(
             "train-baby-dropout",

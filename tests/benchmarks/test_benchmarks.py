@@ -4,11 +4,14 @@ import dataclasses
 import math
 import subprocess
 import sys
+from functools import partial
+from itertools import product
 
 import pytest
 
+from jaxgpt import kernels
 from jaxgpt.config import ModelConfig, OptimizerConfig, UsageError, to_tree
-from scripts.benchmarks import ablation, contest, contestants, groups, programs, rates
+from scripts.benchmarks import ablation, attention, contest, contestants, groups, programs, rates
 from scripts.benchmarks.programs import Place
 from scripts.benchmarks.shapes import config_of
 
@@ -152,6 +155,22 @@ def test_a_row_of_the_ablation_is_means_and_their_errors():
     assert math.isnan(ablation.standard_error([1.0]))
     with pytest.raises(UsageError, match="seeds is 0"):
         ablation.ablate(seeds=0)
+
+
+def test_attention_kernels_are_measured_against_the_reference(monkeypatch):
+    measure = partial(attention.attention, shapes=("micro",), rounds=1)
+    rows = measure()["tables"][0]["rows"]
+    assert [(row["kernel"], row["dropout"]) for row in rows] == [
+        (kernel, rate) for rate, kernel in product((0.0, 0.2), ("reference", "blocked"))
+    ]
+    assert all(float(row["error"]) < 0.02 and row["repeatable"] for row in rows)
+    correct = kernels.blocked
+    monkeypatch.setattr(kernels, "blocked", lambda *given: 1.1 * correct(*given))
+    assert [float(row["error"]) > 0.05 for row in measure()["tables"][0]["rows"]] == [False, True, False, True]
+    monkeypatch.setattr(kernels, "blocked", lambda *given: 1 / 0)
+    assert measure()["failed"] == dict.fromkeys(
+        ["blocked, micro, dropout 0.0", "blocked, micro, dropout 0.2"], "division by zero"
+    )
 
 
 @pytest.mark.parametrize(("base", "changes"), [(ablation.PLAIN, ablation.ADDED), (ablation.ALL, ablation.REMOVED)])
