@@ -97,3 +97,16 @@ def test_a_kernel_that_is_not_repeatable_is_named_at_the_start(gpu):
     assert "repeatable" not in cost.describe(deterministic)
     assert kernels.kernel(deterministic, 256, dropped=False) == "cudnn"
     assert "repeatable" not in cost.describe(ModelConfig(kind="bigram", vocab_size=V, precision="bfloat16"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_residual_stream_is_as_wide_as_matmuls(gpu, precision):
+    config = ModelConfig(vocab_size=V, block_size=17, n_head=2, n_embd=16, precision=precision, bias=True)
+
+    def streams(idx):
+        params = model.init_params(config, jax.random.key(0))
+        of_blocks = dict(capture_intermediates=lambda module, _: isinstance(module, model.Block))
+        return model.module(config).apply({"params": params}, idx, mutable=["intermediates"], **of_blocks)[1]
+
+    found = jax.tree.leaves(jax.eval_shape(streams, jax.ShapeDtypeStruct((2, 17), jnp.int32)))
+    assert [x.dtype.name for x in found] == [precision] * config.n_layer
