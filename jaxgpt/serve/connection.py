@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jaxgpt.serve import limits
 
 
-class Connections(dict[tuple[str, int], "Connection"]):
-    """The open connections by client address, at most `max_connections` of them.
+class Connections(dict["Connection", None]):
+    """The open connections in order of arrival, at most `max_connections` of them.
 
     A connection is closed when its client has sent no complete request, or has read nothing of a response, for TIMEOUT
     seconds. If there are too many, the one whose client has been idle for longest is closed, so that idle clients
@@ -24,17 +24,8 @@ class Connections(dict[tuple[str, int], "Connection"]):
 
     def config(self, app: ASGIApp, log_level: str = "warning") -> uvicorn.Config:
         """The settings of a server of `app` whose connections these are."""
-
-        async def tracked(scope: Scope, receive: Receive, send: Send) -> None:
-            connection = self[scope["client"]]
-            connection.set(answering=connection.answering + 1)
-            try:
-                await app(scope, receive, send)
-            finally:  # the next response may have begun
-                connection.set(answering=connection.answering - 1)
-
         config = uvicorn.Config(
-            tracked,
+            app,
             http="h11",
             ws="none",
             lifespan="off",
@@ -55,17 +46,25 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, others: Connections, protocol: Any, **options: Any):
         self.others, self.http = others, protocol(**options)
+        self.http.app = partial(self.answer, self.http.app)
         self.answering, self.paused = 0, False
         self.timer: asyncio.TimerHandle | None = None
         """Closes the connection; None while the client waits for the server."""
 
+    async def answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        self.set(answering=self.answering + 1)
+        try:
+            await app(scope, receive, send)
+        finally:  # the next response may have begun
+            self.set(answering=self.answering - 1)
+
     def connection_made(self, transport: Any) -> None:
-        self.transport, self.address = transport, transport.get_extra_info("peername")[:2]
+        self.transport = transport
         self.http.connection_made(transport)
-        self.others[self.address] = self
+        self.others[self] = None
         self.set()
         if len(self.others) > self.others.max_connections:
-            idle = [(other.timer.when(), other) for other in self.others.values() if other.timer]
+            idle = [(other.timer.when(), other) for other in self.others if other.timer]
             min(idle, key=lambda pair: pair[0])[1].close()  # of equal times, the first
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -105,5 +104,5 @@ class Connection(asyncio.Protocol):
         """Close at once: a graceful close would wait until the client has read the rest."""
         if self.timer:
             self.timer.cancel()
-        self.others.pop(self.address, None)
+        self.others.pop(self, None)
         self.transport.abort()

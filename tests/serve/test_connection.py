@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from unittest import mock
 
 import pytest
 import uvicorn
@@ -87,6 +88,25 @@ def test_idle_clients_do_not_lock_out_others(server, monkeypatch):
         for _ in range(3):
             assert load.first_run(f"http://127.0.0.1:{server.address[1]}/") == "good"
         assert len(server.connections) <= 4
+
+
+def test_a_connection_that_is_closed_as_its_request_arrives_logs_no_error(capsys):
+    """The limit is reached between the request and the first step of its answer."""
+
+    async def main():
+        config = Connections(1).config(app)
+        state = uvicorn.server.ServerState()
+        first, second = (config.http_protocol_class(config=config, server_state=state, app_state={}) for _ in range(2))
+        closed, other = (mock.Mock(**{"is_closing.return_value": False}) for _ in range(2))
+        first.connection_made(closed)
+        first.data_received(ASKED % b"")
+        second.connection_made(other)
+        closed.abort.assert_called_once()
+        await asyncio.gather(*state.tasks)
+        second.close()
+
+    asyncio.run(main())
+    assert capsys.readouterr().err == ""
 
 
 def test_a_client_that_sends_no_complete_request_is_disconnected(server):
