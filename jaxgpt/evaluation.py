@@ -83,7 +83,7 @@ def evaluation(sums: NDArray[np.float64], T: int, tokens: Ids, tokenizer: Tokeni
     error = math.sqrt((deviations**2).sum() / (n * (n - 1))) / float(counts.mean()) if n > 1 else math.nan
     n_chars, n_bytes = text_size(tokenizer, tokens[1:])
     bits = total / math.log(2)
-    return Evaluation(loss, error, bits / n_chars, bits / n_bytes, len(tokens) - 1)
+    return Evaluation(loss, error, bits / max(1, n_chars), bits / n_bytes, len(tokens) - 1)
 
 
 def estimate(config: Config, params: model.Params, tokens: Ids, step: int) -> float:

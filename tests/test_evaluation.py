@@ -97,6 +97,11 @@ def test_bits_are_per_character_and_byte_of_the_predicted_text():
     np.testing.assert_allclose(result.bits_per_byte, bits / 49, rtol=1e-5)  # é has two bytes
 
 
+def test_the_rest_of_a_character_counts_as_one():
+    result = evaluation.evaluation(np.array([math.log(2)]), 1, np.frombuffer("é".encode(), np.uint8), ByteTokenizer())
+    assert (result.bits_per_char, result.bits_per_byte) == (1, 1)
+
+
 @given(st.text(min_size=1))
 def test_text_size_counts_characters_and_bytes_for_any_tokenizer(text):
     for tok in (CharTokenizer.train(text), ByteTokenizer()):
