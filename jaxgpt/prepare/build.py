@@ -216,7 +216,7 @@ def _fetch(url: str) -> Path:
         with filelock.FileLock(here / LOCK):  # the processes of a host may fetch it at the same time
             for shard in missing():
                 path, copy = store / shard["file"], here / f".{shard['file']}.part"
-                with path.open("rb") as source, copy.open("wb") as target:
+                with documents.stream(path) as source, copy.open("wb") as target:
                     shutil.copyfileobj(source, target, documents.PIECE)
                 if (found := files.sha256(copy)) != shard["sha256"]:
                     copy.unlink()

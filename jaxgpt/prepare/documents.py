@@ -5,6 +5,8 @@ import gzip
 import io
 import itertools
 import json
+import shutil
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -36,6 +38,7 @@ BINARY = {
     b"\x93NUMPY": "is a NumPy array: if it holds tokens, prepare the text that they were made from",
 }
 """First bytes of a file that is not UTF-8, its format and how to convert it."""
+WEB = ("http://", "https://")
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 
 
@@ -60,6 +63,12 @@ def pieces(path: Path, column: str) -> Iterator[str]:
 def name_of(path: Path) -> str:
     """The name of a file, at a URL without its query: docs.jsonl for https://host/docs.jsonl?download=1."""
     return str(path).partition("?")[0].rstrip("/").rpartition("/")[2] if "://" in str(path) else path.name
+
+
+def stream(path: Path) -> Any:
+    """A file to be read from beginning to end: on the web with one request, as not every server supports ranges."""
+    options: Any = {"block_size": 0} if str(path).startswith(WEB) else {}
+    return path.open("rb", **options)
 
 
 def normalized(text: Iterable[str], changes: Counter[str] | None = None) -> Iterator[str]:
@@ -133,7 +142,7 @@ def _bytes(path: Path) -> Iterator[bytes]:
     """The bytes of a file in chunks, unpacked if its name ends in .gz."""
     size, limit = 0, float("inf")
     try:
-        with path.open("rb") as raw:
+        with stream(path) as raw:
             file: Any = raw
             if name_of(path).lower().endswith(".gz"):
                 file, limit = gzip.GzipFile(fileobj=raw), max(ALWAYS_ALLOWED, MAX_RATIO * path.stat().st_size)
@@ -181,7 +190,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
     except ImportError as error:
         raise MissingExtraError(f"{path.name}, a Parquet file,", "pyarrow", "data") from error
     try:
-        with path.open("rb") as raw, parquet.ParquetFile(raw) as file:
+        with _seekable(path) as raw, parquet.ParquetFile(raw) as file:
             names = [file.schema.column(i).path.removesuffix(".list.element") for i in range(len(file.schema))]
             if column not in names:
                 raise _no_column(str(path), column, names)
@@ -196,6 +205,16 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         if isinstance(error, OSError) and type(error) is not OSError:  # from a store or the file system, not pyarrow
             raise
         raise SourceError(f"{path} is not a Parquet file of strings, or is damaged: {error}") from error
+
+
+def _seekable(path: Path) -> Any:
+    """A file to be read in any order: of one on the web, a temporary copy."""
+    if not str(path).startswith(WEB):
+        return path.open("rb")
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    with stream(path) as file:
+        shutil.copyfileobj(file, copy, PIECE)
+    return copy
 
 
 def _columns(row: dict[str, Any]) -> Iterator[str]:

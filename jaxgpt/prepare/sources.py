@@ -109,9 +109,12 @@ def open_text(corpus: str, column: str = "text") -> Text:
         return {"python-docs": python_docs, "python-stdlib": python_stdlib, "shakespeare": shakespeare}[corpus]()
     with store_errors(corpus):
         path = path_of(corpus)
-        if path.is_dir():
+        on_web = corpus.startswith(documents.WEB)
+        if not on_web and path.is_dir():
             return _folder(path, column)
         if path.is_file():
+            if on_web:
+                _require_no_page(path)
             name = Path(documents.name_of(path).removesuffix(".gz")).stem
             return _of_files(name, corpus if is_url(corpus) else str(path.resolve()), [path], column)
         if path.is_fifo():
@@ -125,6 +128,16 @@ def open_text(corpus: str, column: str = "text") -> Text:
     )
 
 
+def _require_no_page(path: Path) -> None:
+    """Raise a SourceError for a page on the web, which may be the list of a folder."""
+    with documents.stream(path) as file:
+        start = file.read(1024).lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise SourceError(
+            f"{path} is a page of HTML, expected a file of UTF-8, .jsonl or .parquet; download a folder to read it"
+        )
+
+
 def path_of(corpus: str) -> Path:
     """The path of a text or of a prepared folder, local or at a URL, which needs the extra `data`."""
     if not is_url(corpus):
@@ -133,7 +146,12 @@ def path_of(corpus: str) -> Path:
         from upath import UPath
     except ImportError as error:
         raise MissingExtraError(f"{corpus}, in a store,", "universal_pathlib", "data") from error
-    return cast(Path, UPath(corpus))
+    options: Any = {}
+    if corpus.startswith(documents.WEB):
+        from aiohttp import ClientTimeout
+
+        options = {"client_kwargs": {"timeout": ClientTimeout(sock_connect=30, sock_read=60)}}  # else 300 s for a file
+    return cast(Path, UPath(corpus, **options))
 
 
 @contextmanager
@@ -168,8 +186,6 @@ def _of_files(
 def _folder(folder: Path, column: str) -> Text:
     """All files below `folder` that are not hidden, in the order of their paths. If a dataset on the Hugging Face Hub
     has JSON Lines or Parquet, its other files, such as the README, are left out."""
-    if str(folder).startswith("http"):  # a path on the web keeps its last slash, and then nothing is relative to it
-        folder = path_of(str(folder).rstrip("/"))
     paths, left_out = list[Path](), list[str]()
     for path in sorted(folder.rglob("*") if is_url(str(folder)) else _below(folder, {folder.resolve()})):
         inner = path.relative_to(folder)
@@ -177,8 +193,6 @@ def _folder(folder: Path, column: str) -> Text:
             continue
         if path.name == "tokens.json" and is_tokens_json(path):
             left_out.append(f"{inner}: left out, a vocabulary written by jaxgpt")
-        elif is_url(str(path)) and str(path).partition("?")[0].endswith("/"):  # a folder, or its list in another order
-            continue
         elif path.is_file():
             paths.append(path)
         elif is_prepared(path):
