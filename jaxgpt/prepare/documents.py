@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import shutil
 import tempfile
 import zlib
@@ -230,16 +231,22 @@ def _columns(row: dict[str, Any]) -> Iterator[str]:
 
 def _string(row: dict[str, Any], where: str, column: str) -> str:
     """The string in `column` of a row. meta.text is the column of that name, else the field `text` of `meta`."""
-    value: Any = row
-    for name in [column] if column in row else column.split("."):
-        if value is None:
-            break
-        if not isinstance(value, dict) or name not in value:
-            raise _no_column(where, column, _columns(row))
-        value = value[name]
-    if not isinstance(value, str):
-        raise SourceError(f"{where}: column {column!r} holds {shown(value)}, expected a string")
-    return value
+    if not (values := list(_values(row, column))):
+        raise _no_column(where, column, _columns(row))
+    if not isinstance(values[0], str):
+        raise SourceError(f"{where}: column {column!r} holds {shown(values[0])}, expected a string")
+    return values[0]
+
+
+def _values(row: Any, column: str) -> Iterator[Any]:
+    """The values in a column of a row. The name of an object may have dots, too; each field of null is null."""
+    if row is None:
+        yield None
+    elif isinstance(row, dict):
+        yield from [row[column]] if column in row else []
+        for dot in re.finditer(r"\.", column):
+            if column[: dot.start()] in row:
+                yield from _values(row[column[: dot.start()]], column[dot.end() :])
 
 
 def _no_column(where: str, column: str, names: Iterable[str]) -> SourceError:

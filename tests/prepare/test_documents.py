@@ -71,6 +71,12 @@ def test_a_column_of_an_object_is_named_after_a_dot(tmp_path, name):
         read(str(tmp_path / name), "meta.text")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_column_of_an_object_whose_own_name_has_a_dot(tmp_path, name):
+    write(tmp_path / name, "a.b", [{"c.d": {"text": "one"}}])
+    assert read(str(tmp_path / name), "a.b.c.d.text").text == "one"
+
+
 def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path):
     values = [pyarrow.array(["a"]), pyarrow.array(["b"])]
     parquet.write_table(pyarrow.Table.from_arrays(values, names=["text", "text"]), tmp_path / "a.parquet")
