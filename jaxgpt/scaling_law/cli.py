@@ -35,9 +35,9 @@ def run(args: list[str]) -> int:
     from jaxgpt.scaling_law import family, view
     from jaxgpt.scaling_law.law import fit
 
-    base = replaced(family.BASE, **vars(given.data))
-    members = family.family(base, [family.parse_size(text) for text in given.sizes], given.tokens, given.seeds)
-    sizes, amounts = set(given.sizes), sorted({family.tokens_seen(member.config) for member in members})
+    base, shapes = replaced(family.BASE, **vars(given.data)), [family.parse_size(text) for text in given.sizes]
+    members = family.family(base, shapes, given.tokens, given.seeds)
+    sizes, amounts = set(shapes), sorted({family.tokens_seen(member.config) for member in members})
     repeated = len(sizes) < len(given.sizes) or len(amounts) < len(given.tokens)
     if repeated or min(len(sizes), len(amounts)) < 3:
         raise UsageError(

@@ -60,7 +60,7 @@ def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeyp
     assert run_command(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32"]) == 2
     assert run_command(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "4000"]) == 2
     assert "6 --sizes and 1 amounts of --tokens (15360, in whole scans" in capsys.readouterr().err
-    assert run_command(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32", "2x16", "2x48"]) == 2
+    assert run_command(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32", "02x16", "2x48"]) == 2
     assert "3 --sizes and 4 amounts" in capsys.readouterr().err
     assert run_command(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "40000", "80000"]) == 2
     assert "3 amounts of --tokens (15360, 46080, 76800, in whole" in capsys.readouterr().err
