@@ -65,11 +65,16 @@ def needed(config: Config, n_tokens: int, *, recomputed: bool = False, shards: S
     activations = activation_bytes(model, micro_batch, recomputed=recomputed)
     tokens = n_tokens * (2 if model.vocab_size <= 2**16 else 4)
     peak = gradients + activations if train.accumulate > 1 else max(gradients, activations)
-    moments = 2 * parameters
-    if config.optimizer.algorithm == "muon" and model.kind == "gpt":
-        inside_blocks = model.n_layer * sum(k * n for k, n in cost.kernels(model).values())
-        moments -= cost.FLOAT * inside_blocks // shards.state
+    moments = cost.FLOAT * n_moments(config) // shards.state
     return Memory(parameters, gradients, moments, activations, tokens, parameters + moments + peak + tokens)
+
+
+def n_moments(config: Config) -> int:
+    """Elements of the optimizer state: AdamW has two per parameter, Muon one per parameter of a kernel in a block."""
+    model, moments = config.model, 2 * cost.n_params(config.model)
+    if config.optimizer.algorithm == "muon" and model.kind == "gpt":
+        moments -= model.n_layer * sum(k * n for k, n in cost.kernels(model).values())
+    return moments
 
 
 def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool = False) -> int:

@@ -3,6 +3,7 @@
 import jax
 from jax.sharding import Mesh
 
+from jaxgpt.cli.memory import n_moments
 from jaxgpt.config import Config
 from jaxgpt.monitor import cost
 from jaxgpt.sharding import MeshError, Sizes, make_mesh
@@ -74,7 +75,7 @@ def choose(config: Config, devices: int, memory: int | None) -> tuple[Sizes, str
     devices as possible. Devices stay idle if their number does not divide a micro-batch; the reason then names a better
     --accumulate.
     """
-    state = cost.FLOAT * 4 * cost.n_params(config.model)  # parameters, gradients, two moments
+    state = cost.FLOAT * (2 * cost.n_params(config.model) + n_moments(config))
     B, A = config.train.batch_size, config.train.accumulate
     used = max(n for n in divisors(devices) if B // A % n == 0)
     valid = [n for n in divisors(used) if not problems(config, Sizes(used // n, n))]

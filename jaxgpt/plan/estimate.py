@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 
+from jaxgpt.cli.memory import n_moments
 from jaxgpt.config import Config
 from jaxgpt.data import DEVICE_TOKENS
 from jaxgpt.loss import LOGITS
@@ -29,7 +30,7 @@ class Step:
     config: Config  # whose precision is not "auto"
     sizes: Sizes
     chip: Chip | None  # None for virtual devices, which have no rates
-    arguments: int  # bytes of parameters, AdamW moments, and as many tokens as training keeps on a chip
+    arguments: int  # bytes of parameters, moments, and as many tokens as training keeps on a chip
     temporaries: int
     collectives: Collectives
     network: float = 0  # bytes sent between pods
@@ -69,8 +70,9 @@ class Step:
     def seconds(self) -> dict[str, float]:
         """Seconds of matmuls, optimizer update and communication at the published rates."""
         assert self.chip is not None
-        # AdamW reads gradient, parameter and two moments, and writes the last three.
-        updated = 7 * cost.FLOAT * cost.n_params(self.config.model) // (self.sizes.fsdp * self.sizes.tensor)
+        # The optimizer reads gradients, parameters and moments, and writes the last two.
+        numbers = 3 * cost.n_params(self.config.model) + 2 * n_moments(self.config)
+        updated = cost.FLOAT * numbers // (self.sizes.fsdp * self.sizes.tensor)
         communication = sum(
             sent(kind, n, size) / self.chip.sending_rate(n, self.sizes.devices)
             for (kind, n), (_, size) in self.collectives.items()
@@ -154,14 +156,14 @@ def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
     kv = width * activations * sizes.context * (model.n_kv_head or model.n_head) / model.n_head / t
     send("all-gather", sizes.context, A * L * 2 * (passes - 1), kv)
     send("reduce-scatter", sizes.context, A * L * 2, kv)
-    state = cost.FLOAT * cost.n_params(model) // (f * t)  # of the parameters, their gradients, or one moment
+    state = cost.FLOAT * cost.n_params(model) // (f * t)  # of the parameters, or their gradients
     low_precision = width * state // cost.FLOAT if width < cost.FLOAT else 0  # the parameters in bfloat16
     shard = A * (cost.FLOAT * (kernels * L + 2 * table) / (f * t))
     return Step(
         config,
         sizes,
         chip,
-        arguments=3 * state + DEVICE_TOKENS * (2 if V <= 2**16 else 4),
+        arguments=state + cost.FLOAT * n_moments(config) // (f * t) + DEVICE_TOKENS * (2 if V <= 2**16 else 4),
         temporaries=state + low_precision + _activation_bytes(config, sizes, width),
         collectives={key: (int(n), int(size)) for key, (n, size) in sorted(counts.items())},
         network=2 * shard / copies * (slices - 1) / slices,

@@ -26,7 +26,7 @@ def compiled(topology: str, plan: Plan) -> Iterator[str]:
     yield from costs(step, "by the compiler")
     if step.chip:
         guess = estimate(step.config, step.chip, step.sizes)
-        yield f"  estimated: {size(guess.memory)}, communication {1000 * guess.seconds['communication']:.1f} ms"
+        yield f"  estimated: {size(guess.memory)}, communication {ms(guess.seconds['communication'], 1)} ms"
     yield f"verdict: {verdict(step)}"
 
 
@@ -57,17 +57,22 @@ def costs(step: Step, how: str) -> Iterator[str]:
     if step.network:
         yield f"  between pods: {size(step.network)}"
     if step.chip:
-        seconds = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in step.seconds.items())
+        seconds = ", ".join(f"{name} {ms(value, 1)} ms" for name, value in step.seconds.items())
         yield f"  {seconds} ({step.flops:.3g} FLOPs, {step.computed / step.flops:.2f} times with recomputation)"
         (least, most), (slow, fast) = step.bounds, step.utilisation
         yield (
-            f"  a step in {1000 * most:.0f} to {1000 * least:.0f} ms, {step.tokens / most:,.0f} to "
+            f"  a step in {ms(most)} to {ms(least)} ms, {step.tokens / most:,.0f} to "
             f"{step.tokens / least:,.0f} tokens/s, utilisation {slow:.0%} to {fast:.0%}"
         )
         yield RATES
         if step.config.model.precision == "float32":
             kind = "bfloat16" if step.chip.torus else "TF32"
             yield f"  (float32 matmuls at the rate of {kind}, which is JAX's default there)"
+
+
+def ms(seconds: float, digits: int = 0) -> str:
+    """Milliseconds with so many decimals; those below 10 have two significant digits."""
+    return f"{1000 * seconds:,.{digits}f}" if seconds >= 0.01 else f"{1000 * seconds:.2g}"
 
 
 def verdict(step: Step) -> str:
@@ -119,4 +124,4 @@ def table(steps: list[Step]) -> Iterator[str]:
         memory = size(step.memory) + ("" if step.fits else ", too much or nearly")
         rate, slow = f"{step.tokens / most:,.0f}", f"{step.utilisation[0]:.0%}"
         cells = (step.sizes.devices, step.sizes, train.batch_size, train.accumulate, memory)
-        yield "| " + " | ".join(map(str, (*cells, f"{1000 * most:,.0f}", rate, slow))) + " |"
+        yield "| " + " | ".join(map(str, (*cells, ms(most), rate, slow))) + " |"

@@ -10,15 +10,16 @@ import jax
 import pytest
 
 from jaxgpt.cli import options
+from jaxgpt.cli.mesh import choose
 from jaxgpt.config import UsageError
 from jaxgpt.data import DEVICE_TOKENS
 from jaxgpt.monitor.chips import CHIPS
-from jaxgpt.plan import cli, plan
-from jaxgpt.plan import view as plans
+from jaxgpt.plan import cli, plan, view
 from jaxgpt.plan.estimate import estimate, sent
 from jaxgpt.plan.plan import PlanError
 from jaxgpt.recipes import recipe
 from jaxgpt.sharding import MeshError, Sizes
+from jaxgpt.step import init_state
 
 tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra: pip install 'jaxgpt[tpu]'"
@@ -179,6 +180,19 @@ def test_the_estimate_agrees_with_the_program_for_virtual_devices(shallow, text)
         assert reduced[0] == pytest.approx(reduced[1], rel=0.3)
 
 
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_the_estimate_counts_the_moments_of_the_optimizer(shallow, change, algorithm):
+    config = change(shallow, algorithm=algorithm)
+    state = jax.eval_shape(init_state, config)
+    params, moments = (sum(4 * leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.opt_state))
+    step = estimate(config, CHIPS["v5e"], Sizes())
+    assert step.arguments - 2 * DEVICE_TOKENS == pytest.approx(params + moments, abs=100)
+    read, written = params + params + moments, params + moments  # it also reads the gradients
+    assert step.seconds["update"] == pytest.approx((read + written) / CHIPS["v5e"].memory_rate, rel=1e-4)
+    _, why = choose(config, 1, None)
+    assert why.startswith(f"parameters, gradients and moments take {(2 * params + moments) / 1e9:.2g} GB")
+
+
 def test_the_command_plans_for_virtual_devices(capsys):
     sizes = "--vocab-size 64 --block-size 8 --n-layer 1 --n-head 2 --n-embd 32 --batch-size 8"
     assert cli.run(["gpt-demo", *sizes.split(), "--topology", "cpu:2", "--mesh", "data=2"]) == 0
@@ -188,6 +202,16 @@ def test_the_command_plans_for_virtual_devices(capsys):
     assert "verdict: it compiles" in out
 
 
+def test_short_times_are_not_rounded_to_zero(capsys):
+    sizes = "--vocab-size 64 --block-size 8 --n-layer 1 --n-head 2 --n-embd 32 --batch-size 8"
+    for mesh in (["--mesh", "data=2"], []):
+        assert cli.run(["gpt-demo", *sizes.split(), "--chips", "2", *mesh]) == 0
+        out = capsys.readouterr().out
+        assert " ms" in out
+        assert not re.search(r" 0(\.0)? (ms|to|\|)", out)
+    assert [view.ms(seconds, 1) for seconds in (0.1424, 0.0053, 36.082)] == ["142.4", "5.3", "36,082.0"]
+
+
 def test_float32_is_counted_at_the_rate_of_its_matmuls(recipes, change):
     config, sizes = change(recipes["1.5b"], precision="float32"), Sizes(fsdp=8)
     for name, slower, kind in (("h100", 989 / 494.7, "TF32"), ("a100", 2, "TF32"), ("v5p", 1, "bfloat16")):
@@ -195,7 +219,7 @@ def test_float32_is_counted_at_the_rate_of_its_matmuls(recipes, change):
         times = [step.seconds["matmuls"] for step in steps]
         assert times[0] == pytest.approx(slower * times[1])
         assert steps[0].utilisation[0] == pytest.approx(steps[0].flops / steps[0].bounds[1] / CHIPS[name].float32)
-        said = ["\n".join(plans.costs(step, "")) for step in steps]
+        said = ["\n".join(view.costs(step, "")) for step in steps]
         assert [f"float32 matmuls at the rate of {kind}" in text for text in said] == [True, False]
 
 
