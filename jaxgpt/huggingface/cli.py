@@ -1,5 +1,6 @@
 """`jaxgpt import-gpt2` makes a run of a Hugging Face folder, `jaxgpt export` a folder of a run."""
 
+import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,5 +71,6 @@ def run_export(args: list[str]) -> int:
 
     step = folders.export_run(Run.open(given.runs_dir, given.run), given.out, given.checkpoint)
     print(f"step {step:,} of {given.run} written to {given.out}")
-    print(f"Sample from it: {shlex.join(['jaxgpt', 'sample', str(given.out)])}")
+    folder = os.path.join(".", given.out)  # not the name of a run
+    print(f"Sample from it: {shlex.join(['jaxgpt', 'sample', folder])}")
     return 0

@@ -14,6 +14,7 @@ from jaxgpt.cli import sample
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, UsageError
 from jaxgpt.corpus import CorpusError
 from jaxgpt.huggingface import folders, gpt2
+from jaxgpt.huggingface.cli import run_export
 from jaxgpt.huggingface.gpt2 import InteropError
 from jaxgpt.monitor.facts import command
 from jaxgpt.recipes import FINETUNE, RECIPES
@@ -79,6 +80,13 @@ def test_an_export_has_all_files_and_a_model_card(imported, tmp_path):
         sample.run([str(tmp_path / "out"), "--checkpoint", "last"])
     with pytest.raises(InteropError, match="exists; give a new folder"):
         folders.export_run(imported, tmp_path / "out")
+
+
+def test_the_printed_command_samples_the_export_not_a_run_of_its_name(imported, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for out, printed in (("tiny", "./tiny"), (str(tmp_path / "out"), str(tmp_path / "out"))):
+        assert run_export(["tiny", "--out", out]) == 0
+        assert capsys.readouterr().out.endswith(f"Sample from it: jaxgpt sample {printed}\n")
 
 
 def test_paths_that_are_not_utf8_can_be_trained_on_and_exported_to(tmp_path, change):
