@@ -16,6 +16,7 @@ from jaxgpt.corpus import CorpusError
 from jaxgpt.prepare import vocabularies
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.prepare.sources import SourceError
+from jaxgpt.prepare.vocabularies import accepts
 from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, UnknownCharacterError
 
 
@@ -76,8 +77,20 @@ def test_a_prepared_folder_can_be_given(prepared):
     assert again.corpus.meta == prepared.corpus.meta
     assert prepare_corpus(str(prepared.folder), str(prepared.folder)).reused
     for other in ("byte", "ascii"):
-        with pytest.raises(CorpusError, match=f"was prepared with char, but --tokenizer is {other}: give --tokenizer"):
+        said = rf"was prepared with char \(11 ids\), but --tokenizer is {other}: give --tokenizer"
+        with pytest.raises(CorpusError, match=said):
             prepare_corpus(str(prepared.folder), other)
+
+
+def test_a_folder_prepared_with_a_learned_bpe_is_not_taken_for_gpt2s(verse, tmp_path):
+    learned = prepare_corpus(str(verse), "bpe:300", data_dir=tmp_path / "data")
+    assert prepare_corpus(str(learned.folder), "bpe:300").reused
+    assert prepare_corpus(str(learned.folder), "bpe:400").reused, "a short text runs out of pairs"
+    for other in ("gpt2", "bpe:256", "bpe:x"):
+        with pytest.raises(UsageError, match=r"was prepared with bpe|no tokenizer 'bpe:x'"):
+            prepare_corpus(str(learned.folder), other)
+    pairs = (bytes([i // 256, i % 256]) for i in range(50_000))
+    assert accepts("gpt2", BPETokenizer((*(bytes([i]) for i in range(256)), *pairs), ("<|endoftext|>",)))
 
 
 @pytest.mark.parametrize("ours", [True, False])

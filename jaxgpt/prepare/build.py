@@ -20,7 +20,7 @@ from jaxgpt.corpus import Corpus, CorpusError, load, mix, read_meta, shards_of, 
 from jaxgpt.prepare import documents, sources
 from jaxgpt.prepare.encode import LOCK, PROGRESS, InterruptionError, encode
 from jaxgpt.prepare.sources import Progress, Text
-from jaxgpt.prepare.vocabularies import KINDS, tokenizer_for
+from jaxgpt.prepare.vocabularies import accepts, tokenizer_for
 from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError
 
 
@@ -72,9 +72,9 @@ def prepare_corpus(
         tok = tokenizer_for(spec, list(texts.values()), progress)
     else:
         name, first = next((name, part.corpus) for name, part in parts.items())
-        tok, kind = first.tokenizer, KINDS.get(spec.split(":")[0])
-        found = first.meta["tokenizer"]["kind"]
-        if kind != found if kind else tok != tokenizer_for(spec, [], progress):
+        tok, kind = first.tokenizer, first.meta["tokenizer"]["kind"]
+        if not accepts(spec, tok):
+            found = f"{kind} ({tok.vocab_size:,} ids)"
             raise CorpusError(f"{name} was prepared with {found}, but --tokenizer is {spec}: give --tokenizer {name}")
     if 0 < vocab_size < tok.vocab_size:
         raise CorpusError(

@@ -19,8 +19,8 @@ from jaxgpt.prepare.encode import split_words
 from jaxgpt.prepare.sources import Progress, Text
 from jaxgpt.tokenizer import MAX_TOKEN_BYTES, MAX_TOKENS, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 
-KINDS = {"char": "char", "byte": "byte", "gpt2": "bpe", "bpe": "bpe"}
-"""The values of --tokenizer, up to a colon, with which a prepared corpus of that kind of tokenizer is accepted."""
+LEARNED = re.compile("bpe:([0-9]{1,7})")
+GPT2_SIZE = 50_257
 
 
 def tokenizer_for(spec: str, texts: Sequence[Text], progress: Progress) -> Tokenizer:
@@ -42,9 +42,21 @@ def tokenizer_for(spec: str, texts: Sequence[Text], progress: Progress) -> Token
         return ByteTokenizer()
     if spec == "gpt2":
         return load_gpt2()
-    if re.fullmatch("bpe:[0-9]{1,7}", spec):
-        return learn_bpe(pieces, int(spec.removeprefix("bpe:")))
+    if learned := LEARNED.fullmatch(spec):
+        return learn_bpe(pieces, int(learned[1]))
     return read_tokenizer(Path(spec))
+
+
+def accepts(spec: str, found: Tokenizer) -> bool:
+    """Whether `spec`, as in `tokenizer_for`, may stand for the tokenizer of a prepared corpus. Neither its text nor the
+    files of GPT-2 are at hand, so that a BPE is known by its size; a short text may give less than SIZE."""
+    if spec in ("char", "byte"):
+        return found.to_json()["kind"] == spec
+    if spec == "gpt2":
+        return isinstance(found, BPETokenizer) and found.vocab_size == GPT2_SIZE
+    if learned := LEARNED.fullmatch(spec):
+        return isinstance(found, BPETokenizer) and found.vocab_size <= int(learned[1])
+    return found == tokenizer_for(spec, [], lambda what, share: None)
 
 
 def learn_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
