@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from jaxgpt import matmul, model, prng, sharding
 from jaxgpt.attention import Cache, init_cache
 from jaxgpt.config import ModelConfig, UsageError
-from jaxgpt.tokenizer import Tokenizer, drop_unknown, encode_prompt, normalize_line_ends
+from jaxgpt.tokenizer import Ids, Tokenizer, drop_unknown, encode_prompt, normalize_line_ends
 
 CHUNK = 16
 """Tokens per piece of `stream`."""
@@ -284,7 +285,7 @@ def write(
     if not all(re.fullmatch("[^\ud800-\udfff]+", each) for each in stop):
         raise UsageError(f"stop is {stop}, expected UTF-8 of at least one character each: --stop TEXT")
     ids = encode_prompt(tokenizer, prompt)
-    begin = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+    begin = prompt if isinstance(prompt, str) else ids
     sampling = dataclasses.replace(sampling, n_ids=tokenizer.vocab_size)
     inputs = np.tile(ids, (samples, 1)), n_tokens, prng.key(seed), sampling
     if samples == 1:
@@ -294,12 +295,16 @@ def write(
             yield _texts(tokenizer, begin, [row], stop)
 
 
-def _texts(tokenizer: Tokenizer, prompt: str, pieces: Iterable[Any], stop: Sequence[str] = ()) -> Iterator[str]:
+def _texts(tokenizer: Tokenizer, prompt: str | Ids, pieces: Iterable[Ids], stop: Sequence[str] = ()) -> Iterator[str]:
     """The prompt, then the decoded pieces of ids, up to a `stop`. Incomplete UTF-8 waits for the next piece."""
-    token_bytes = tokenizer.token_bytes
-    data = (b"".join(token_bytes[i] for i in ids) for ids in pieces)
-    yield prompt
-    yield from until(codecs.iterdecode(data, "utf-8", errors="replace"), stop)
+    token_bytes, decoder = tokenizer.token_bytes, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def decoded(ids: Ids) -> str:
+        return decoder.decode(b"".join(token_bytes[i] for i in ids))
+
+    yield prompt if isinstance(prompt, str) else decoded(prompt)
+    rest = map(decoder.decode, [b""], [True])  # a U+FFFD if the last character is incomplete
+    yield from until(chain(map(decoded, pieces), rest), stop)
 
 
 def until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:

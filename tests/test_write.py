@@ -63,6 +63,7 @@ def test_characters_split_between_pieces_stay_whole(run):
     pieces = [ids[:15], ids[15:16], ids[16:]]
     assert "".join(_texts(run.tokenizer, "", iter(pieces))) == "é" * 20
     assert "".join(_texts(run.tokenizer, "", iter([ids[:1]]))) == "�"
+    assert "".join(_texts(run.tokenizer, ids[:3], iter([ids[3:]]))) == "é" * 20, "nor after a prompt of bytes"
 
 
 @pytest.mark.parametrize(
