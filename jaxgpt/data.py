@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxgpt.config import Config
+from jaxgpt.tokenizer import Ids
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 Array = TypeVar("Array", bound=Any)
-Ids = NDArray[np.integer[Any]]
 Starts = NDArray[np.int64]
 Loader = Callable[[int, int], tuple[Any, Any]]
 """(begin, end) -> (tokens, windows) of steps begin to end - 1, the arguments of `train_steps`."""

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from jaxgpt import matmul, model, sharding
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.data import Ids, Starts, estimate_starts, evaluation_windows, gather, inputs_and_targets
+from jaxgpt.data import Starts, estimate_starts, evaluation_windows, gather, inputs_and_targets
 from jaxgpt.loss import logits_at_once
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer import Ids, Tokenizer
 
 BATCH_TOKENS = 8192
 """Maximum tokens in a batch on each accelerator."""

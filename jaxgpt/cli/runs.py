@@ -35,7 +35,7 @@ def start(
     Run.require_free(runs_dir, name)
     places.require_writable(runs_dir, "--runs-dir")
     require_room(config, 0)
-    corpus = tokens_of(config, data_dir)
+    corpus = prepared(config, data_dir)
     config = resolve(config, corpus)
     require_room(config, len(corpus.split(config.data)[0]))  # the size of the vocabulary is known only now
     return core.new_run(config, corpus, name, runs_dir, weights, origin), corpus
@@ -64,7 +64,7 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
     try:
         if any(corpora.local_path(part).is_fifo() for _, part in corpora.mixture(name)):
             raise CorpusError("a pipe is read only once")
-        found = tokens_of(run.config, data_dir)
+        found = prepared(run.config, data_dir)
         if found.meta["sha256"] == wanted:
             return found
     except UsageError as error:
@@ -75,7 +75,7 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
     )
 
 
-def tokens_of(config: Config, data_dir: Path) -> Corpus:
+def prepared(config: Config, data_dir: Path) -> Corpus:
     """The corpus of a config, prepared if necessary; a UsageError if it is unavailable or too small."""
     data, model = config.data, config.model
     try:
@@ -105,4 +105,4 @@ def complete(config: Config, data_dir: Path) -> Config:
     """`config`, checked; a vocab_size of 0 is replaced by that of its text, which is prepared."""
     if check(config).model.vocab_size:
         return config
-    return check(configs.replaced(config, vocab_size=tokens_of(config, data_dir).tokenizer.vocab_size))
+    return check(configs.replaced(config, vocab_size=prepared(config, data_dir).tokenizer.vocab_size))

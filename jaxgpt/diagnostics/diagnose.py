@@ -13,13 +13,14 @@ from jax.flatten_util import ravel_pytree
 from jaxgpt import model, prng
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, UsageError
-from jaxgpt.data import Batch, Ids, Starts, estimate_starts, take
+from jaxgpt.data import Batch, Starts, estimate_starts, take
 from jaxgpt.diagnostics import derivatives, inside
 from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.derivatives import Lanczos, Loss, NoiseScale, mean_loss
 from jaxgpt.display.text import visible
 from jaxgpt.monitor import cost
 from jaxgpt.step import init_state
+from jaxgpt.tokenizer import Ids
 
 PROBES, GRID = 8, 13
 """Random vectors that estimate the trace of the Hessian; points along each side of the landscape's plane."""

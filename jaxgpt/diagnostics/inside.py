@@ -12,9 +12,9 @@ import numpy as np
 from jaxgpt import kernels, model
 from jaxgpt.attention import attention_weights, causal_mask
 from jaxgpt.config import ModelConfig
-from jaxgpt.data import Ids
 from jaxgpt.diagnostics.derivatives import exact
 from jaxgpt.loss import token_losses
+from jaxgpt.tokenizer import Ids
 
 
 def attention_maps(config: ModelConfig, params: model.Params, idx: jax.Array) -> jax.Array:

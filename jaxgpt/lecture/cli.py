@@ -34,7 +34,7 @@ def run(args: list[str]) -> int:
     from rich.console import Console
 
     from jaxgpt import files
-    from jaxgpt.cli.runs import tokens_of
+    from jaxgpt.cli.runs import prepared
     from jaxgpt.display import charts
     from jaxgpt.lecture import ladder, view
 
@@ -50,7 +50,7 @@ def run(args: list[str]) -> int:
         charts.require(given.plot)
     longest = max(rung.block_size for rung in rungs)
     config = check(replaced(Config(), corpus=given.corpus, block_size=longest, seed=given.seed))
-    corpus = tokens_of(config, given.data_dir)
+    corpus = prepared(config, given.data_dir)
 
     console, results = Console(highlight=False), []
     console.print(corpus.summary, soft_wrap=True)

@@ -12,12 +12,12 @@ import numpy as np
 import optax
 
 from jaxgpt import prng
-from jaxgpt.data import Ids, chunk_starts, evaluation_windows, take
+from jaxgpt.data import chunk_starts, evaluation_windows, take
 from jaxgpt.display import baselines
 from jaxgpt.evaluation import loss_sums, map_batches
 from jaxgpt.lecture.model import Params, Rung, forward, init_params
 from jaxgpt.loss import cross_entropy, token_losses
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer import Ids, Tokenizer
 
 _RESIDUAL = Rung(
     "residual", "three blocks with residual connections", (2.08,), n_layer=3, n_head=4, feed_forward=4, residual=True,

@@ -107,7 +107,7 @@ def train(
     devices = jax.devices()[: len(members)]
     split([member.config for member in members], len(devices), given.at_once)  # raises if one does not fit
     longest = max(member.config.model.block_size for member in members)
-    corpus = runs.tokens_of(replaced(base, block_size=longest), given.data_dir)
+    corpus = runs.prepared(replaced(base, block_size=longest), given.data_dir)
     members = [member._replace(config=runs.resolve(member.config, corpus)) for member in members]
     identity |= {"config": to_tree(base), "tokens": corpus.meta["sha256"]}
     identity["precision"] = members[0].config.model.precision

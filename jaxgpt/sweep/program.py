@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.corpus import Corpus
-from jaxgpt.data import DEVICE_TOKENS, Ids, chunks, config_starts, evaluation_windows, gather
+from jaxgpt.data import DEVICE_TOKENS, chunks, config_starts, evaluation_windows, gather
 from jaxgpt.evaluation import Evaluation, evaluation, loss_sums, map_batches, windows_per_batch
 from jaxgpt.optimizer import hyperparameters
 from jaxgpt.step import Metrics, TrainState, init_state, train_steps
 from jaxgpt.sweep.chunks import Chunk, program_of, split
 from jaxgpt.sweep.grid import Member
+from jaxgpt.tokenizer import Ids
 from jaxgpt.train import due
 
 

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxgpt.config import Config, ModelConfig, UsageError
-from jaxgpt.data import Ids
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.recipes import RECIPES, recipe
+from jaxgpt.tokenizer import Ids
 
 try:
     import torch
