@@ -119,7 +119,7 @@ def open_text(corpus: str, column: str = "text") -> Text:
             return _of_files(name, corpus if is_url(corpus) else str(path.resolve()), [path], column)
         if path.is_fifo():
             return _pipe(path)
-        if corpus.startswith("hf://"):
+        if on_web or corpus.startswith("hf://"):
             path.stat()  # raises with the reason, such as that there is no such dataset
     raise SourceError(
         f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, and any file or folder of "
@@ -167,7 +167,10 @@ def store_errors(corpus: str) -> Iterator[None]:
             hint = "; pip install what it names, beside 'jaxgpt[data]'"
         elif "hf://" in corpus:
             hint = "; check the name and the network, and log in for a private or gated dataset: hf auth login"
-        raise SourceError(f"{corpus} is unavailable: {str(error) or type(error).__name__}{hint}") from error
+        why = str(error) or type(error).__name__
+        if error.__cause__ and why == corpus:  # fsspec hides the reason
+            why = str(error.__cause__)
+        raise SourceError(f"{corpus} is unavailable: {why}{hint}") from error
 
 
 def _of_files(

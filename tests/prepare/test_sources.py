@@ -245,8 +245,10 @@ def server(tmp_path):
 def test_a_text_at_a_url_is_read(tmp_path, server):
     (tmp_path / "www" / "a.txt").write_text("to be\nor not")
     assert "".join(sources.open_text(f"{server}/a.txt").pieces()) == "to be\nor not"
-    with pytest.raises(SourceError, match="no corpus, file or folder"):
+    with pytest.raises(SourceError, match=r"b\.txt is unavailable: 404, message='File not found'"):
         sources.open_text(f"{server}/b.txt")
+    with pytest.raises(SourceError, match=r"c\.txt is unavailable: Cannot connect to host 127\.0\.0\.1:1 "):
+        sources.open_text("http://127.0.0.1:1/c.txt")
 
 
 def test_a_large_text_and_parquet_need_no_range_requests(tmp_path, server):
