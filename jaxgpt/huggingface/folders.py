@@ -127,7 +127,7 @@ def card(run: Run, step: int) -> str:
     meta, config, loss = run.corpus_meta, run.config, "not evaluated at this step"
     with suppress(RunError):  # an export works without metrics
         for line in run.metrics():
-            if line["step"] == step and "val_loss" in line:
+            if line["step"] == step and line.get("val_loss") is not None:
                 loss = (
                     f"{line['val_loss']:.4f} nats per token over the whole validation split "
                     f"({line['val_n_tokens']:,} tokens, {line['val_bits_per_byte']:.4f} bits per byte)"

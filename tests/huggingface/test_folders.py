@@ -105,8 +105,9 @@ def test_a_gpt2_that_is_no_export_is_refused_with_the_command_that_makes_a_run_o
         sample.run([str(TINY)])
 
 
-def test_damaged_metrics_do_not_stop_an_export(imported, tmp_path):
-    imported.metrics_file.write_text('{"step": 0, "val_loss": 1.0\n')
+@pytest.mark.parametrize("line", ['{"step": 0, "val_loss": 1.0', '{"step": 0, "val_loss": null}'])
+def test_damaged_metrics_and_a_loss_that_is_nan_do_not_stop_an_export(imported, tmp_path, line):
+    imported.metrics_file.write_text(line + "\n")
     folders.export_run(imported, tmp_path / "out")
     assert "not evaluated" in (tmp_path / "out" / "README.md").read_text()
 
