@@ -178,7 +178,7 @@ def ranked(config: Config, chip: Chip, n: int, sweep: bool = False) -> list[Step
       sweep: try a quarter, half, once, twice and four times the batch size, if whole; else only the config's own.
 
     Raises:
-      PlanError: no mesh divides the config, or n chips exceed a pod and the rate between pods is unknown.
+      PlanError: n chips do not fill their pods equally, or exceed a pod and the rate between pods is unknown.
     """
     require_reachable(chip, n)
     B, found = config.train.batch_size, list[Step]()
@@ -194,7 +194,8 @@ def ranked(config: Config, chip: Chip, n: int, sweep: bool = False) -> list[Step
                         break
             found += [step] if step else []
     if not found:
-        raise PlanError(f"no mesh of {n} chips divides the model and {B} sequences: try --batch-size {n}")
+        slices = chip.slices(n)
+        raise PlanError(f"{n} chips span {slices} pods of {chip.pod}: expected a multiple of {slices}")
     return sorted(found, key=lambda step: (not step.fits, step.bounds[1] / step.config.train.batch_size))
 
 
