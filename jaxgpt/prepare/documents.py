@@ -155,7 +155,8 @@ def _bytes(path: Path) -> Iterator[bytes]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"{path} is not gzip, or is damaged: {error}") from error
     except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+        why = error.strerror or str(error) or repr(error.__cause__ or error)
+        raise SourceError(f"{path} cannot be read: {why}") from error
 
 
 def _json_lines(path: Path, column: str) -> Iterator[str]:

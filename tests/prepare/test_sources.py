@@ -205,15 +205,18 @@ def test_no_such_corpus_names_those_that_exist():
             read(name)
 
 
-def test_an_unreadable_file_is_a_clear_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"), [(PermissionError(13, "Permission denied"), "Permission denied"), (TimeoutError(), "TimeoutErr")]
+)
+def test_an_unreadable_file_is_a_clear_error(tmp_path, monkeypatch, error, said):
     from pathlib import Path
 
     def denied(self, *mode):
-        raise PermissionError(13, "Permission denied")
+        raise error
 
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.setattr(Path, "open", denied)
-    with pytest.raises(SourceError, match=r"a\.txt cannot be read: Permission denied"):
+    with pytest.raises(SourceError, match=rf"a\.txt cannot be read: {said}"):
         read(str(tmp_path / "a.txt"))
 
 
