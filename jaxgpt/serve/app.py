@@ -95,6 +95,7 @@ async def _events(job: Job, prompt: list[int], messages: asyncio.Queue[Any]) -> 
             drawn, *others = described(tokenizer, [token, *likely], [p, *likely_p])
             tokens.append(drawn | {"text": decoder.decode(tokenizer.token_bytes[token]), "likely": others})
         yield event("tokens", {"from": message.first, "tokens": tokens})
+        await asyncio.sleep(0)  # notice a client that has disconnected, even where many pieces wait
     yield event("end", {"text": decoder.decode(b"", final=True), "error": message.error})
 
 

@@ -6,17 +6,18 @@ import json
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxgpt.run import Run
-from jaxgpt.serve.app import application, described
-from jaxgpt.serve.batch import Settings
+from jaxgpt.serve.app import _events, application, described
+from jaxgpt.serve.batch import Drawn, Settings
 from jaxgpt.serve.library import Library
 from jaxgpt.serve.requests import to_write
 from jaxgpt.serve.scheduler import Scheduler
-from jaxgpt.serve.writer import Job, Writer
+from jaxgpt.serve.writer import End, Job, Piece, Writer
 from jaxgpt.start import load_model
 from jaxgpt.tokenizer import ByteTokenizer
 from tests.serve.client import JSON, Call, call
@@ -150,6 +151,23 @@ def test_one_request_too_many_is_refused_and_a_client_that_disconnects_makes_roo
             await asyncio.sleep(0.01)
 
     asyncio.run(story())
+
+
+def test_a_disconnect_is_noticed_between_two_pieces_that_wait_already():
+    """Otherwise asyncio warns of every write to a closed connection."""
+
+    async def main():
+        job, messages, noticed = Job(SimpleNamespace(tokenizer=ByteTokenizer()), [65]), asyncio.Queue(), []
+        for message in (*[Piece(Drawn([65], [0.5], [[65]], [[0.5]]), 0)] * 2, End()):
+            messages.put_nowait(message)
+        events = _events(job, job.ids, messages)
+        assert "start" in await anext(events)
+        assert "tokens" in await anext(events)
+        asyncio.get_running_loop().call_soon(noticed.append, True)
+        assert "tokens" in await anext(events)
+        assert noticed
+
+    asyncio.run(main())
 
 
 def test_a_client_that_disconnects_before_its_look_no_longer_counts(library):
