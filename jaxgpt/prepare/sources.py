@@ -109,17 +109,16 @@ def open_text(corpus: str, column: str = "text") -> Text:
         return {"python-docs": python_docs, "python-stdlib": python_stdlib, "shakespeare": shakespeare}[corpus]()
     with store_errors(corpus):
         path = path_of(corpus)
-        on_web = corpus.startswith(documents.WEB)
-        if not on_web and path.is_dir():
+        if corpus.startswith(documents.WEB):
+            _require_no_page(path)
+        elif path.is_dir():
             return _folder(path, column)
         if path.is_file():
-            if on_web:
-                _require_no_page(path)
             name = Path(documents.name_of(path).removesuffix(".gz")).stem
             return _of_files(name, corpus if is_url(corpus) else str(path.resolve()), [path], column)
         if path.is_fifo():
             return _pipe(path)
-        if on_web or corpus.startswith("hf://"):
+        if corpus.startswith("hf://"):
             path.stat()  # raises with the reason, such as that there is no such dataset
     raise SourceError(
         f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, and any file or folder of "
