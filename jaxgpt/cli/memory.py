@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from jaxgpt import flash
 from jaxgpt.config import Config, ModelConfig, UsageError, replaced
 from jaxgpt.data import DEVICE_TOKENS
 from jaxgpt.kernels import BLOCKED
@@ -98,7 +99,8 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
         return 2 * cost.FLOAT * batch_size * T * V  # the logits, and their gradient
     low = config.precision != "float32"
     columns = {name: n for name, (_, n) in cost.kernels(config).items()}
-    weights = config.n_head * T if T < BLOCKED and (config.dropout or not low) else 0
+    fused = low and (not config.dropout or flash.supports(T, C // config.n_head))
+    weights = 0 if fused or T >= BLOCKED else config.n_head * T
     if config.remat == "blocks":
         block = C
     elif recomputed or config.remat == "matmuls":

@@ -176,8 +176,8 @@ def _activation_bytes(config: Config, sizes: Sizes, width: int) -> int:
     model, tokens, t = config.model, _micro_batch_tokens(config, sizes), sizes.tensor
     C, V, shapes = model.n_embd, model.vocab_size, cost.kernels(model).values()
     kernels, hidden = sum(k * n for k, n in shapes), sum(n for _, n in shapes) / t
-    inside = cost.FLOAT * 3 * C + 2 * width * hidden  # of a block and a token: inputs of norms, results of kernels
-    saved = model.n_layer * tokens * (cost.FLOAT * C if model.remat == "blocks" else inside)
+    inside = width * (3 * C + 2 * hidden)  # of a block and a token: inputs of norms, results of kernels
+    saved = model.n_layer * tokens * (width * C if model.remat == "blocks" else inside)
     logits = tokens / _loss_chunks(config, sizes) * V / t
     head = (cost.FLOAT + width) * logits + (2 * cost.FLOAT + width) * V * C / t
     block = 2 * inside * tokens + (2 * width + cost.FLOAT) * kernels / t
