@@ -92,8 +92,8 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """The saved steps, oldest first."""
-        paths = list(self.directory.iterdir()) if self.directory.is_dir() else []
-        return sorted(int(path.name) for path in paths if STEP.fullmatch(path.name) and path.is_dir())
+        names = os.listdir(self.directory) if self.directory.is_dir() else []
+        return sorted(int(name) for name in names if STEP.fullmatch(name))
 
     @property
     def latest(self) -> int | None:

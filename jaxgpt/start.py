@@ -157,7 +157,7 @@ def _newest_valid(
         return manifest
     found = [f"step {step}: {problem}" for step, problem in problems.items()]
     if not found and (saved := run.last_event("save", "import")):
-        found = [f"step {saved['step']} was saved, but {checkpoints.directory} holds no checkpoint"]
+        found = [f"step {saved.get('step')} was saved, but {checkpoints.directory} holds no checkpoint"]
     if found:
         raise RunError(
             f"run {run.path.name!r} has no valid checkpoint, and is not started over:\n  " + "\n  ".join(found) + "\n"

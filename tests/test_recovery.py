@@ -81,6 +81,25 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again_from_nothing(done
         load_checkpoint(run)
 
 
+def test_a_file_in_place_of_a_step_is_a_damaged_step(done):
+    run, corpus = done
+    shutil.rmtree(run.checkpoints / "15")
+    (run.checkpoints / "15").touch()
+    events = []
+    fit(run, corpus, events.append)
+    (notice,) = (event for event in events if isinstance(event, Notice))
+    assert "manifest.json: Not a directory; step 15 was set aside" in notice.text
+    assert (run.checkpoints / "15.damaged").is_file()
+    assert load_checkpoint(run, "last")[0] == 15
+
+
+def test_a_save_event_without_its_step_is_believed(config, tmp_path):
+    run, corpus = start(config, "one", tmp_path / "runs", tmp_path / "data")
+    run.events_file.write_text('{"event": "save"}\n')
+    with pytest.raises(RunError, match=r"step None was saved, but .* holds no checkpoint"):
+        fit(run, corpus)
+
+
 def test_a_run_killed_before_its_first_save_starts_again(config, tmp_path):
     run, corpus = start(config, "one", tmp_path / "runs", tmp_path / "data")
     run.event("start", step=0)
