@@ -85,7 +85,7 @@ class Run:
                 "--run OTHER-NAME starts a new one"
             )
         if os.path.lexists(path):
-            raise RunError(f"{path} exists but is not a run directory: remove it, or choose another name: --run NAME")
+            raise RunError(f"{path} exists but is not a run directory: rename it, or choose another name: --run NAME")
 
     @classmethod
     def open(cls, runs_dir: Path, name: str) -> "Run":
@@ -117,7 +117,7 @@ class Run:
         """An existing run, by its name in `runs_dir`; a RunError if there is none or it is a link out of there."""
         path = runs_dir / _valid(name)
         if not cls.exists(runs_dir, name):
-            known = sorted(path.parent.name for path in runs_dir.glob("*/config.json"))
+            known = sorted(path.parent.name for path in runs_dir.glob("[!.]*/config.json"))
             found = f"there are {', '.join(known)}" if known else "jaxgpt train gpt-demo makes one"
             raise RunError(f"no run {name!r} in {runs_dir}; {found}")
         if (target := path.resolve()) != runs_dir.resolve() / name:
@@ -134,7 +134,7 @@ class Run:
 
     @cached_property
     def corpus_meta(self) -> dict[str, Any]:
-        return corpora.read_meta(self.path / "tokens.json", "restore a copy of the file")
+        return corpora.read_meta(self.path / "tokens.json", "restore a copy; the folder of its corpus has one")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -260,6 +260,7 @@ def _parsed(line: bytes, field: str) -> dict[str, Any] | None:
 def _valid(name: str) -> str:
     if not NAME.fullmatch(name):
         raise RunError(
-            f"run name {name!r}: expected letters, digits, '.', '_' and '-', the first a letter or digit, 100 at most"
+            f"run name {name!r}: expected letters, digits, '.', '_' and '-', the first a letter or digit, 100 at most; "
+            "for a run in another folder: --run NAME --runs-dir FOLDER"
         )
     return name

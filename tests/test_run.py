@@ -37,7 +37,7 @@ def test_an_existing_run_is_never_overwritten(run, tmp_path):
 
 def test_a_folder_that_is_no_run_and_a_full_disk_are_distinguished(tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()
-    with pytest.raises(RunError, match="exists but is not a run directory: remove it"):
+    with pytest.raises(RunError, match="exists but is not a run directory: rename it"):
         Run.create(tmp_path, "x", Config(), META)
 
     def full(*_):
@@ -59,7 +59,9 @@ def test_names_are_plain(tmp_path, name):
 def test_open_by_name_or_path_and_what_there_is_otherwise(run, tmp_path):
     assert Run.open(tmp_path / "runs", "one") == run
     assert Run.open(tmp_path, str(run.path)) == run
-    with pytest.raises(RunError, match="there are one"):
+    (tmp_path / "runs" / ".two.1234.part").mkdir()  # as a kill leaves it
+    (tmp_path / "runs" / ".two.1234.part" / "config.json").touch()
+    with pytest.raises(RunError, match=r"; there are one$"):
         Run.open(tmp_path / "runs", "two")
     with pytest.raises(RunError, match="jaxgpt train gpt-demo makes one"):
         Run.open(tmp_path / "empty", "two")
@@ -88,7 +90,7 @@ def test_a_damaged_config_is_named(run):
 
 def test_a_damaged_vocabulary_is_not_a_matter_of_prepare(run):
     (run.path / "tokens.json").write_bytes(b"{")
-    with pytest.raises(CorpusError, match=r"tokens\.json: it is not JSON.*; restore a copy of the file$"):
+    with pytest.raises(CorpusError, match=r"it is not JSON.*; restore a copy; the folder of its corpus has one$"):
         _ = Run(run.path).tokenizer
 
 
@@ -145,7 +147,7 @@ def test_a_link_that_leaves_the_runs_folder_is_no_run_of_it(run, tmp_path):
 
 def test_a_name_is_not_a_path(run, tmp_path):
     for name in ("../runs/one", str(run.path), ".."):
-        with pytest.raises(RunError, match="expected letters"):
+        with pytest.raises(RunError, match=r"expected letters.*: --run NAME --runs-dir FOLDER$"):
             Run.named(tmp_path / "runs", name)
 
 
