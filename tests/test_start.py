@@ -129,6 +129,15 @@ def test_the_tokens_of_a_run_are_found_or_made_again_or_refused(config, change, 
         corpus_of(run, folders[1])
 
 
+def test_the_tokens_are_made_again_with_the_tokenizer_of_the_run(config, change, folders, verse, tmp_path):
+    """Its file may be gone, or its relative path be of another folder."""
+    given = prepare_corpus(str(verse), data_dir=tmp_path / "given").folder
+    run, corpus = start(change(config, tokenizer=str(given / "tokens.json")), "one", *folders)
+    shutil.rmtree(given)
+    shutil.rmtree(folders[1])
+    assert corpus_of(run, folders[1]).meta == corpus.meta
+
+
 def test_a_pipe_is_not_read_again(config, change, folders, verse, tmp_path, monkeypatch):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -64,7 +64,7 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
     try:
         if any(corpora.local_path(part).is_fifo() for _, part in corpora.mixture(name)):
             raise CorpusError("a pipe is read only once")
-        found = prepared(run.config, data_dir)
+        found = prepared(configs.replaced(run.config, tokenizer=str(run.path / "tokens.json")), data_dir)
         if found.meta["sha256"] == wanted:
             return found
     except UsageError as error:
