@@ -129,8 +129,6 @@ def find_newest(
     """
     newest = processes.on_primary(partial(_newest_valid, run, config, corpus, checkpoints, on_event))
     step = processes.broadcast(newest.step if newest else -1)
-    if step > config.train.steps:
-        raise RunError(f"run {run.path.name!r} is at step {step} already, beyond the {config.train.steps} asked for")
     return checkpoints.manifest(step) if step >= 0 else None
 
 
@@ -146,6 +144,8 @@ def _newest_valid(
         except DamagedError as error:
             problems[step] = str(error)
             continue
+        if step > (steps := config.train.steps):
+            raise RunError(f"run {run.path.name!r} is at step {step} already, beyond the {steps} asked for")
         for bad, problem in problems.items():
             aside = f"{problem}; step {bad} was set aside as {checkpoints.set_aside(bad)}"
             notify(run, on_event, "damage", bad, f"{aside}; resuming from step {step}")

@@ -70,6 +70,15 @@ def test_where_no_step_is_whole_nothing_is_written_and_all_is_named(done):
     assert content(run) == before
 
 
+def test_a_resume_that_is_refused_sets_nothing_aside(done, change):
+    run, corpus = done
+    harm(run, 15)
+    before = content(run)
+    with pytest.raises(RunError, match="at step 10 already, beyond the 5 asked for"):
+        fit(run, corpus, config=change(run.config, steps=5))
+    assert content(run) == before
+
+
 def test_a_run_whose_checkpoints_are_gone_does_not_start_again_from_nothing(done, config, tmp_path):
     run, _ = done
     shutil.rmtree(run.checkpoints)
