@@ -197,8 +197,8 @@ def _folder(folder: Path, column: str) -> Text:
             left_out.append(f"{inner}: left out, a vocabulary written by jaxgpt")
         elif path.is_file():
             paths.append(path)
-        elif is_prepared(path):
-            left_out.append(f"{inner}: left out, a folder prepared by jaxgpt")
+        elif _is_ours(path):
+            left_out.append(f"{inner}: left out, a folder written by jaxgpt")
         elif path.is_symlink():
             left_out.append(f"{inner}: left out, a broken link, or a link to a folder above it")
     others = [path for path in paths if not documents.holds_documents(path, column)]
@@ -211,14 +211,19 @@ def _folder(folder: Path, column: str) -> Text:
 
 
 def _below(folder: Path, above: set[Path]) -> Iterator[Path]:
-    """The files below a local folder, and the prepared folders. Links to folders are followed, except to the folders
-    `above`."""
+    """The files below a local folder, and the folders that are ours. Links to folders are followed, except to the
+    folders `above`."""
     for path in folder.iterdir():
         hidden = path.name.startswith(".")
-        if path.is_dir() and not hidden and not is_prepared(path) and (real := path.resolve()) not in above:
+        if path.is_dir() and not hidden and not _is_ours(path) and (real := path.resolve()) not in above:
             yield from _below(path, above | {real})
         else:
             yield path
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is a prepared corpus or a run."""
+    return is_prepared(folder) or (is_tokens_json(folder / "tokens.json") and (folder / "checkpoints").is_dir())
 
 
 def _pipe(path: Path) -> Text:

@@ -17,11 +17,12 @@ import pytest
 
 from jaxgpt import files
 from jaxgpt.cli.corpora import find_prepared
-from jaxgpt.config import DataConfig
+from jaxgpt.config import Config, DataConfig
 from jaxgpt.corpus import CorpusError, load
 from jaxgpt.prepare import build, encode, sources
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.prepare.sources import SourceError
+from jaxgpt.run import Run
 from jaxgpt.tokenizer import UnknownCharacterError
 
 LINES = "".join(f"{i} the cat sat on the mat, that cat has a hat\n" for i in range(300))
@@ -236,14 +237,18 @@ def test_a_prepared_text_is_read_without_a_lock_or_a_write(tmp_path, small, monk
     assert {path: path.stat().st_mtime_ns for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]} == before
 
 
-def test_a_folder_with_prepared_folders_in_it_is_found_again(tmp_path, small, monkeypatch):
-    """`jaxgpt prepare .` writes into ./data."""
+def test_a_folder_with_prepared_folders_and_runs_in_it_is_found_again(tmp_path, small, monkeypatch):
+    """`jaxgpt train --corpus .` writes into ./data and ./runs."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(LINES)
-    first, again = (prepare_corpus(".", data_dir=tmp_path / "data") for _ in range(2))
+    first = prepare_corpus(".", data_dir=tmp_path / "data")
+    run = Run.create(tmp_path / "runs", "one", Config(), first.corpus.meta)
+    run.metrics_file.write_text("{}\n")
+    again = prepare_corpus(".", data_dir=tmp_path / "data")
     assert (again.reused, again.folder) == (True, first.folder)
     notes = prepare_corpus(".", "byte", data_dir=tmp_path / "data").corpus.meta["notes"]
-    assert notes == [f"data/{first.folder.name}: left out, a folder prepared by jaxgpt"]
+    ours = [f"data/{first.folder.name}", "runs/one"]
+    assert notes == [f"{name}: left out, a folder written by jaxgpt" for name in ours]
 
 
 @pytest.mark.parametrize("name", ["a" * 251, "猫" * 83], ids=["ascii", "wide"])
