@@ -144,11 +144,11 @@ def fit(
     return Summary(run, log.step, config.train.steps, log.scores, seconds, speed, stop)
 
 
-def save(corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: TrainState) -> None:
-    """Wait for the last save, sync metrics.jsonl to disk, then start to save `state`."""
+def save(corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: TrainState, stop: bool = False) -> None:
+    """Wait for the last save, sync metrics.jsonl to disk, then start to save `state`; `stop` as in `save_errors`."""
     with save_errors(log, checkpoints):
         checkpoints.settle()
-    with save_errors(log, checkpoints):
+    with save_errors(log, checkpoints, stop):
         log.sync()
         record = partial(log.run.event, "save", step=int(state.step), **log.speed)
         checkpoints.save(state, identity(log.run.config, corpus.meta) | {"metrics": log.digest}, record)
@@ -163,10 +163,10 @@ def finish(corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: Tra
     """
     with save_errors(log, checkpoints):
         checkpoints.settle()
+    if not processes.broadcast(int(state.step) in checkpoints.steps):
+        save(corpus, log, checkpoints, state, stop=True)
     with save_errors(log, checkpoints, stop=True):
-        if not processes.broadcast(int(state.step) in checkpoints.steps):
-            save(corpus, log, checkpoints, state)
-            checkpoints.settle()
+        checkpoints.settle()
         log.sync()
 
 

@@ -255,6 +255,15 @@ def test_the_last_save_of_an_interrupted_run_is_tried_twice(tiny, new_run, chang
     assert Checkpoints(run.checkpoints).latest == 30
 
 
+def test_a_run_whose_last_save_cannot_begin_ends_with_an_error(tiny, new_run, monkeypatch):
+    def fail(*args):
+        raise CheckpointError("the save did not begin")
+
+    monkeypatch.setattr(Checkpoints, "save", fail)
+    with pytest.raises(CheckpointError, match=r"^the save did not begin; no step is saved yet, and the run ends"):
+        fit(*new_run("one", tiny))
+
+
 def test_a_signal_in_the_last_chunk_finds_the_run_done(tiny, new_run, sigterm_at):
     done = fit(*new_run("one", tiny), sigterm_at(15))
     assert (done.step, done.interrupted_by) == (20, 0)
