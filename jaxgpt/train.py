@@ -180,7 +180,7 @@ def save_errors(log: MetricsLog, checkpoints: Checkpoints, stop: bool = False) -
         stop = stop or run.config.train.on_save_error == "stop"
         what = f"{run.metrics_file} cannot be written: {error.strerror}" if isinstance(error, OSError) else error
         saved = "no step is saved yet" if latest is None else f"step {latest} is saved"
-        then = f"the run ends: make room, then {run.resume_command}" if stop else "the next save tries again: make room"
+        then = "the run ends: make room, then resume it" if stop else "the next save tries again: make room"
         text = f"{what}; {saved}, and {then}"
         notify(run, log.on_event, "save-failed", log.step, text)
         if stop:

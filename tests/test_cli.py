@@ -12,6 +12,7 @@ import pytest
 
 import jaxgpt
 from jaxgpt import cli
+from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.options import take_name
 from jaxgpt.cli.train import Train, _print_summary, resume_command
 from jaxgpt.config import Config
@@ -134,6 +135,16 @@ def test_an_interrupted_run_resumes_with_its_mesh_and_loggers():
     assert resume_command(given, Run(Path("runs/one"))) == (
         "jaxgpt train --run one --resume --mesh data=2 --log tensorboard --log wandb"
     )
+
+
+def test_a_run_that_cannot_be_saved_names_the_command_that_resumes_it(call, verse, monkeypatch):
+    def full(*args):
+        raise CheckpointError("no room")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    code, _, err = call("train", "gpt-demo", "--corpus", verse, "--run", "one", "--data-dir", "d", *SMALL)
+    assert code == 1
+    assert err.endswith("then resume it\nResume with: jaxgpt train --run one --resume --data-dir d\n")
 
 
 def test_a_run_wins_over_a_folder_of_its_name(call, verse, tmp_path, monkeypatch):

@@ -61,6 +61,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     import jax
 
     from jaxgpt import processes
+    from jaxgpt.checkpoint import CheckpointError
     from jaxgpt.cli import memory
     from jaxgpt.cli.join import join
     from jaxgpt.cli.mesh import mesh_for
@@ -112,7 +113,11 @@ def _fit(given: Train, existing: Run | None) -> int:
         loggers.logged(run, given.log if primary else (), display) as log,
     ):
         sample = sampler(config.model, corpus.tokenizer) if display.live and jax.device_count() == 1 else None
-        done = fit(run, corpus, with_spikes(run, log), config, given.debug_nans, mesh, sample)
+        try:
+            done = fit(run, corpus, with_spikes(run, log), config, given.debug_nans, mesh, sample)
+        except CheckpointError as error:
+            error.add_note(f"Resume with: {resume_command(given, run)}")
+            raise
     if not display.live and (curve := display.curve()):  # a terminal shows it already
         console.print(curve)
     if display.notices:
