@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -25,9 +26,12 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
     def handle(number: int, frame: object) -> None:
         nonlocal received
+        if received:  # during the sleep below
+            return
         received = number
         with suppress(OSError):  # the terminal is gone
             os.write(2, b"\njaxgpt: finishing the steps under way, then saving; again to stop at once\n")
+        time.sleep(0.2)  # when a terminal closes, its shell and the kernel each send SIGHUP
         restore()
 
     def restore() -> None:

@@ -26,6 +26,19 @@ def test_a_first_signal_is_noted_and_a_second_one_acts(number):
         signal.signal(number, before)
 
 
+def test_a_signal_that_is_sent_twice_at_once_counts_once(monkeypatch):
+    heard = []
+    before = signal.signal(signal.SIGHUP, lambda *_: heard.append("second"))
+    monkeypatch.setattr("jaxgpt.signals.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGHUP))
+    try:
+        with stop_signals() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert asked() == signal.SIGHUP
+            assert heard == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_in_another_thread_nothing_is_noted():
     import threading
 
