@@ -2,6 +2,8 @@
 
 The dropout masks are those of `prng.keep_mask`, recomputed block by block in both passes. No two programs add to the
 same gradient, so gradients are deterministic. Forward: Dao 2023 (https://arxiv.org/abs/2307.08691), section 3.
+
+Pallas lowers them to Triton, which jax 0.12 deprecates for Mosaic; that needs a kernel for each generation of GPUs.
 """
 
 from collections.abc import Callable

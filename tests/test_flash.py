@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxgpt import flash, kernels, prng, sharding
 from jaxgpt.attention import attention, causal_mask
@@ -27,6 +28,7 @@ def with_gradients(function, q, k, v):
 attend = partial(kernels.causal_attention, CONFIG, used="flash")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("drop", [None, DROP])
 def test_it_is_the_reference(drop):
     def reference(q, k, v):
@@ -66,12 +68,15 @@ def test_where_it_runs(monkeypatch):
         assert kernel(**other) == "blocked"
 
 
-def test_it_compiles_to_two_kernels_of_triton(monkeypatch):
-    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
-    shape = jax.ShapeDtypeStruct((B, H, T, D), jnp.bfloat16)
+@pytest.mark.smoke
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_it_compiles_to_two_kernels_of_triton():
+    h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    shapes = [jax.ShapeDtypeStruct((B, H, T, D), jnp.bfloat16)] * 3
     seeds = jax.ShapeDtypeStruct((B, H, 4), jnp.uint32)
-    traced = jax.jit(lambda *x: with_gradients(lambda *y: flash.flash_attention(*y, x[3]), *x[:3])).trace(
-        shape, shape, shape, seeds
-    )
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=h100)):
+        traced = jax.jit(lambda s, *qkv: with_gradients(lambda *x: flash.flash_attention(*x, s), *qkv)).trace(
+            seeds, *shapes
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 2
