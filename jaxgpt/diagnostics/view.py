@@ -45,7 +45,7 @@ def landscape(found: Landscape, subject: Subject) -> Iterator[str]:
 
 def influence(found: Influence, subject: Subject) -> Iterator[str]:
     order, T = np.argsort(np.asarray(found.dots)), subject.config.model.block_size
-    yield f"of training windows on the loss of {subject.show(subject.text[:65])[:64]!r}"
+    yield f"of training windows on the loss of {subject.show(subject.text[: T + 1])[:64]!r}"
     for what, chosen in (("lowered most by", order[::-1][:3]), ("raised most by", order[:3])):
         for i in chosen:
             window = subject.show(subject.train[found.starts[i] : found.starts[i] + T + 1])

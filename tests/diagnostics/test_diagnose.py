@@ -53,6 +53,7 @@ def test_all_diagnoses_are_printed_drawn_and_written(call, capsys):
     assert set(written) == {"run", "step", "effort", *HAS}
     assert len(written["tokens"]["losses"]) == len(TEXT) - 1
     assert f"{max(written['tokens']['losses']):.2f}  '" in out
+    assert f"on the loss of {TEXT[:9]!r}\n" in out, "of the first window, of 8 tokens and a target"
     lowest = int(np.argmin(written["landscape"]["path"]))
     assert f"the lowest loss is {written['landscape']['path'][lowest]:.3f}" in out
     assert f"at {written['landscape']['shares'][lowest]:.2f} of the way" in out
