@@ -58,12 +58,12 @@ class Step:
     def computed(self) -> float:
         """`flops` with those that are recomputed, or computed by several chips."""
         model, forward, tensor = self.config.model, flops_per_token(self.config.model), self.sizes.tensor
-        head = 2 * model.vocab_size * model.n_embd
-        again = forward - head if model.remat == "blocks" else 0
+        head, attention = 2 * model.vocab_size * model.n_embd, model.n_layer * 4 * model.block_size * model.n_embd
+        unused = model.n_layer * 2 * math.prod(cost.kernels(model)["mlp/c_proj"])  # no gradient needs its result
+        again = {"none": 0, "matmuls": attention, "blocks": forward - head - unused}[model.remat]
         again += head if _loss_chunks(self.config, self.sizes) > 1 else 0
         if model.n_head % tensor:  # every chip of the axis computes all heads
-            attention = model.n_layer * 4 * model.block_size * model.n_embd
-            again += attention * (tensor - 1) * (4 if model.remat == "blocks" else 3)
+            again += attention * (tensor - 1) * (3 if model.remat == "none" else 4)
         return (3 * forward + again) * (self.tokens / self.sizes.devices)
 
     @property

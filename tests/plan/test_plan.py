@@ -17,6 +17,7 @@ from jaxgpt.monitor.chips import CHIPS
 from jaxgpt.plan import cli, plan, view
 from jaxgpt.plan.estimate import estimate, sent
 from jaxgpt.plan.plan import PlanError
+from jaxgpt.profile import hlo
 from jaxgpt.recipes import recipe
 from jaxgpt.sharding import MeshError, Sizes
 from jaxgpt.step import init_state
@@ -191,6 +192,13 @@ def test_the_estimate_counts_the_moments_of_the_optimizer(shallow, change, algor
     assert step.seconds["update"] == pytest.approx((read + written) / CHIPS["v5e"].memory_rate, rel=1e-4)
     _, why = choose(config, 1, None)
     assert why.startswith(f"parameters, gradients and moments take {(2 * params + moments) / 1e9:.2g} GB")
+
+
+@pytest.mark.parametrize("remat", ["none", "matmuls", "blocks"])
+def test_flops_are_those_of_the_program(shallow, change, remat):
+    """Those that are recomputed, too. Without a loop over the blocks, XLA for CPUs would recompute none."""
+    found = plan.plan(change(shallow, remat=remat), *plan.topology("cpu:1"), Sizes())
+    assert found.step.computed == sum(each.flops for each in hlo.matmuls(found.compiled.as_text()))
 
 
 def test_the_command_plans_for_virtual_devices(capsys):
