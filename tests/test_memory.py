@@ -32,6 +32,7 @@ def lowered(config):
         {"n_layer": 1, "n_embd": 128, "batch_size": 1, "dropout": 0.0},
         {"n_layer": 1, "block_size": 128, "batch_size": 4},
         {"n_layer": 1, "vocab_size": 4096, "tie_weights": True},
+        {"n_layer": 24, "n_head": 2, "block_size": 128, "remat": "matmuls", "scan_layers": True},
     ],
     ids=str,
 )

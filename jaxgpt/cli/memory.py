@@ -103,8 +103,10 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
     weights = 0 if fused or T >= BLOCKED else config.n_head * T
     if config.remat == "blocks":
         block = C
-    elif recomputed or config.remat == "matmuls":
-        block = sum(columns.values()) + C + weights  # results of the kernels, and the weighted values
+    elif config.remat == "matmuls":
+        block = sum(columns.values())  # results of the kernels: attention is recomputed
+    elif recomputed:
+        block = sum(columns.values()) + C + weights  # and the weighted values
     else:
         inputs = 5 * C + sum(columns[name] for name in ("query", "key", "value"))  # of norms and kernels; q, k, v
         hidden = (1 if config.mlp == "relu2" else 2) * columns["c_fc"]
