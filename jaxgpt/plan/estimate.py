@@ -56,7 +56,7 @@ class Step:
 
     @property
     def computed(self) -> float:
-        """`flops` with those that are recomputed, or computed by several chips."""
+        """`flops` with those that are recomputed, or computed by several chips, and those of Muon."""
         model, forward, tensor = self.config.model, flops_per_token(self.config.model), self.sizes.tensor
         head, attention = 2 * model.vocab_size * model.n_embd, model.n_layer * 4 * model.block_size * model.n_embd
         unused = model.n_layer * 2 * math.prod(cost.kernels(model)["mlp/c_proj"])  # no gradient needs its result
@@ -64,7 +64,7 @@ class Step:
         again += head if _loss_chunks(self.config, self.sizes) > 1 else 0
         if model.n_head % tensor:  # every chip of the axis computes all heads
             again += attention * (tensor - 1) * (3 if model.remat == "none" else 4)
-        return (3 * forward + again) * (self.tokens / self.sizes.devices)
+        return (3 * forward + again) * (self.tokens / self.sizes.devices) + _muon_flops(self.config, self.sizes)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -169,6 +169,16 @@ def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
         network=2 * shard / copies * (slices - 1) / slices,
         room=ROOM,
     )
+
+
+def _muon_flops(config: Config, sizes: Sizes) -> float:
+    """FLOPs of Newton-Schulz on a chip, with a kernel's rows as its shorter side: A = X Xᵀ, A A and A X (`orthogonal`).
+    Shards of a kernel divide them; every copy of a shard computes the same."""
+    if config.optimizer.algorithm != "muon":
+        return 0.0
+    sides = map(sorted, cost.kernels(config.model).values())
+    iteration = config.model.n_layer * sum(2 * rows * rows * (2 * columns + rows) for rows, columns in sides)
+    return config.optimizer.muon_steps * iteration / (sizes.fsdp * sizes.tensor)
 
 
 def _activation_bytes(config: Config, sizes: Sizes, width: int) -> int:

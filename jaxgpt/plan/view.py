@@ -58,7 +58,8 @@ def costs(step: Step, how: str) -> Iterator[str]:
         yield f"  between pods: {size(step.network)}"
     if step.chip:
         seconds = ", ".join(f"{name} {ms(value, 1)} ms" for name, value in step.seconds.items())
-        yield f"  {seconds} ({step.flops:.3g} FLOPs, {step.computed / step.flops:.2f} times with recomputation)"
+        more = "Muon and recomputation" if step.config.optimizer.algorithm == "muon" else "recomputation"
+        yield f"  {seconds} ({step.flops:.3g} FLOPs, {step.computed / step.flops:.2f} times with {more})"
         (least, most), (slow, fast) = step.bounds, step.utilisation
         yield (
             f"  a step in {ms(most)} to {ms(least)} ms, {step.tokens / most:,.0f} to "

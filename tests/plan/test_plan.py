@@ -194,11 +194,14 @@ def test_the_estimate_counts_the_moments_of_the_optimizer(shallow, change, algor
     assert why.startswith(f"parameters, gradients and moments take {(2 * params + moments) / 1e9:.2g} GB")
 
 
-@pytest.mark.parametrize("remat", ["none", "matmuls", "blocks"])
-def test_flops_are_those_of_the_program(shallow, change, remat):
-    """Those that are recomputed, too. Without a loop over the blocks, XLA for CPUs would recompute none."""
-    found = plan.plan(change(shallow, remat=remat), *plan.topology("cpu:1"), Sizes())
+@pytest.mark.parametrize(("remat", "algorithm"), [("none", "adamw"), ("matmuls", "muon"), ("blocks", "adamw")])
+def test_flops_and_state_are_those_of_the_program(shallow, change, remat, algorithm):
+    """Recomputed FLOPs, too. Without a loop over the blocks, XLA for CPUs would recompute none."""
+    config = change(shallow, remat=remat, algorithm=algorithm)
+    found = plan.plan(config, *plan.topology("cpu:1"), Sizes())
     assert found.step.computed == sum(each.flops for each in hlo.matmuls(found.compiled.as_text()))
+    guess = estimate(config, CHIPS["h100"], Sizes())
+    assert guess.arguments == pytest.approx(found.step.arguments, abs=200), "all but starts and counts of steps"
 
 
 def test_the_command_plans_for_virtual_devices(capsys):
