@@ -178,7 +178,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": machine.cpu_name(),
         "cores": machine.cores(),
-        "devices": jax.device_count(),
+        "devices": jax.sharding.get_abstract_mesh().size,
         "processes": jax.process_count(),
         "host": platform.node(),
         "process": os.getpid(),

@@ -98,8 +98,9 @@ def test_fit_tells_its_story(tiny, new_run):
     assert done.best.evaluation.loss == min(scored.evaluation.loss for scored in done.scores)
     assert done.scores[-1].evaluation.loss < done.scores[0].evaluation.loss
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 21))
-    kinds = [json.loads(line)["event"] for line in (run.path / "events.jsonl").read_text().splitlines()]
-    assert kinds == ["start", "save", "save", "end"]
+    recorded = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in recorded] == ["start", "save", "save", "end"]
+    assert recorded[0]["devices"] == 1, "of eight"
 
 
 def test_the_score_of_a_new_run_is_compiled_beside_its_steps(tiny, change, new_run):

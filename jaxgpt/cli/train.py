@@ -107,7 +107,7 @@ def _fit(given: Train, existing: Run | None) -> int:
         console.print(f"the learning rate stays at {config.optimizer.final_learning_rate:g} from step {end:,} on")
     with run.lock():
         pass  # before a logger joins the session of a process that trains this run
-    used = partial(utilisation, config, jax.devices()[0].device_kind, jax.device_count())
+    used = partial(utilisation, config, jax.devices()[0].device_kind, mesh.size)
     with (
         TrainingDisplay(console, config.train.steps, used) as display,
         loggers.logged(run, given.log if primary else (), display) as log,
