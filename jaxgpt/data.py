@@ -60,8 +60,8 @@ def chunk_starts(
     """First token of each window of steps `begin` to `end` - 1, (end - begin, B). A window is T inputs and the token
     after them.
 
-    Every MIX consecutive windows are assigned to the parts of a mixture in a keyed order. The j-th window of a part is
-    window j of a run on that part alone.
+    Every MIX consecutive windows are assigned to the parts of a mixture in a keyed order. With sampling "epoch",
+    the j-th window of a part is window j of a run on that part alone.
 
     Args:
       parts: the parts of a mixture, in the order of their tokens; or the number of tokens of a plain corpus.
