@@ -46,8 +46,8 @@ def landscape(found: Landscape, subject: Subject) -> Iterator[str]:
 def influence(found: Influence, subject: Subject) -> Iterator[str]:
     order, T = np.argsort(np.asarray(found.dots)), subject.config.model.block_size
     yield f"of training windows on the loss of {subject.show(subject.text[: T + 1])[:64]!r}"
-    for what, chosen in (("lowered most by", order[::-1][:3]), ("raised most by", order[:3])):
-        for i in chosen:
+    for what, sign in (("lowered most by", 1), ("raised most by", -1)):
+        for i in (i for i in order[::-sign][:3] if sign * found.dots[i] > 0):
             window = subject.show(subject.train[found.starts[i] : found.starts[i] + T + 1])
             yield f"{what:<16} {found.dots[i]:+8.3f}  {window[:64]!r}"
 

@@ -1,6 +1,7 @@
 """The diagnoses of a run as `jaxgpt diagnose` makes, prints and draws them."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -84,6 +85,14 @@ def test_uniform_attention_has_the_greatest_entropy(tiny, change, tmp_path):
     assert f"{np.log(seen).mean():.2f}/{(seen - 1).mean() / 2:.0f}" in block
     charts.save(plots.CHARTS["attention"](found, subject), tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_only_windows_that_raise_the_loss_are_listed_as_such(tiny):
+    """The gradients of an untrained model are so alike that every window lowers it."""
+    subject = Subject(tiny, {}, np.arange(40) % 13, np.arange(20) % 13, list("abcdefghijklm"))
+    for dots, expected in (([4.0, 3.0, 2.0, 1.0], ["+4", "+3", "+2"]), ([0.0, -2.0, 1.0, -3.0], ["+1", "-3", "-2"])):
+        found = diagnose.Influence(np.array(dots), np.arange(4))
+        assert re.findall(r"by +([+-]\d)", "".join(view.lines("influence", found, subject))) == expected
 
 
 def test_a_text_of_one_character_can_be_diagnosed_and_reported(call, capsys):
