@@ -21,10 +21,11 @@ from jaxgpt.monitor import cost
 
 
 class Shards(NamedTuple):
-    """Number of shards of the train state and of the batch on a mesh."""
+    """Number of shards of the train state, of the batch, and of the activations of a sequence, on a mesh."""
 
     state: int = 1
     batch: int = 1
+    sequence: int = 1
     per_host: int = 1
     """Devices of this process; CPU devices share its memory."""
 
@@ -32,7 +33,7 @@ class Shards(NamedTuple):
     def of(cls, mesh: Mesh) -> "Shards":
         n = mesh.shape
         local = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
-        return cls(n["fsdp"] * n["tensor"], n["data"] * n["fsdp"] * n["context"], local)
+        return cls(n["fsdp"] * n["tensor"], n["data"] * n["fsdp"], n["tensor"] * n["context"], local)
 
 
 ONE_DEVICE = Shards()
@@ -63,7 +64,7 @@ def needed(config: Config, n_tokens: int, *, recomputed: bool = False, shards: S
     model, train = config.model, config.train
     parameters = gradients = cost.FLOAT * cost.n_params(model) // shards.state
     micro_batch = max(1, train.batch_size // train.accumulate // shards.batch)
-    activations = activation_bytes(model, micro_batch, recomputed=recomputed)
+    activations = activation_bytes(model, micro_batch, recomputed=recomputed) // shards.sequence
     tokens = n_tokens * (2 if model.vocab_size <= 2**16 else 4)
     peak = gradients + activations if train.accumulate > 1 else max(gradients, activations)
     moments = cost.FLOAT * n_moments(config) // shards.state
