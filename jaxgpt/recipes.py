@@ -27,8 +27,8 @@ MUON: dict[str, Any] = dict(algorithm="muon", muon_steps=4, learning_rate=1e-2, 
 MUON |= dict(schedule="linear", warmup_steps=0, weight_decay=0.0, grad_clip=0.0)
 SHORT: dict[str, Any] = dict(corpus="shakespeare", eval_every=0, eval_start=False, eval_batches=0)
 """Tiny Shakespeare, evaluated only at the end."""
-LOCAL: dict[str, Any] = dict(mlp="swiglu", zero_init=False, beta1=0.8, muon_momentum=0.85)
-"""For small models with a short attention `window`."""
+TUNED: dict[str, Any] = dict(mlp="swiglu", zero_init=False, beta1=0.8, muon_momentum=0.85)
+"""What learns fastest in short runs on Tiny Shakespeare."""
 BABY: dict[str, Any] = dict(block_size=256, n_layer=6, n_head=6, n_embd=384, batch_size=64)
 """The size of nanoGPT's baby GPT."""
 GPT2: dict[str, Any] = dict(corpus="python-stdlib", tokenizer="gpt2", vocab_size=50304, block_size=1024, beta2=0.95)
@@ -70,7 +70,7 @@ RECIPES: dict[str, Recipe] = {
     "speedrun-cpu": Recipe(
         replaced(
             Config(),
-            **MODERN | MUON | SHORT | LOCAL | dict(muon_learning_rate=4e-2, muon_steps=3),
+            **MODERN | MUON | SHORT | TUNED | dict(muon_learning_rate=4e-2, muon_steps=3),
             **dict(n_layer=1, window=8, bigram_embed=True, batch_size=20, steps=110, scan_steps=55),
         ),
         about="The loss of nanoGPT's CPU settings in the shortest time: a modern block, a window of 8, and Muon.",
@@ -81,7 +81,7 @@ RECIPES: dict[str, Recipe] = {
     "best-cpu": Recipe(
         replaced(
             Config(),
-            **MODERN | MUON | SHORT | LOCAL | dict(weight_decay=0.1, muon_learning_rate=1.8e-2),
+            **MODERN | MUON | SHORT | TUNED | dict(weight_decay=0.1, muon_learning_rate=1.8e-2),
             **dict(block_size=256, window=64, n_head=2, batch_size=8, smear=True, steps=850, scan_steps=85),
         ),
         about="The lowest loss within the time of nanoGPT's CPU settings.",
@@ -99,13 +99,13 @@ RECIPES: dict[str, Recipe] = {
     "speedrun-gpu": Recipe(
         replaced(
             Config(),
-            **MODERN | MUON | SHORT | BABY | dict(weight_decay=0.1, muon_momentum=0.9),
+            **MODERN | MUON | SHORT | BABY | TUNED | dict(weight_decay=0.1, muon_learning_rate=1.8e-2, batch_size=32),
             **dict(smear=True, steps=300, scan_steps=100),
         ),
         about="The loss of nanoGPT's GPU settings in few steps: a modern block, and Muon.",
         hardware=GPU,
         time="not measured",
-        loss="not measured; meant to reach 1.4697, in windows of 256",
+        loss="not measured on a GPU; 1.442 on a CPU (seed 1337) in bfloat16, in windows of 256",
     ),
     "best-gpu": Recipe(
         replaced(
