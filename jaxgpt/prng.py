@@ -61,8 +61,8 @@ class Drop(NamedTuple):
 
     def __call__(self, x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
         """A block (..., T, S) of the array, its row indices (T,) and column indices (S,) -> the block after dropout."""
-        kept = keep_mask(self.key, self.keep, x.shape[:-2], rows, columns)
-        return jnp.where(kept, x / jnp.asarray(self.keep, x.dtype), jnp.zeros_like(x))
+        mask = keep_mask(self.key, self.keep, x.shape[:-2], rows, columns)
+        return jnp.where(mask, x / jnp.asarray(self.keep, x.dtype), jnp.zeros_like(x))
 
 
 def mask_seeds(key: jax.Array, keep: jax.Array | float, indices: jax.Array) -> list[jax.Array]:
