@@ -66,14 +66,14 @@ class Drop(NamedTuple):
 
 
 def mask_seeds(key: jax.Array, keep: jax.Array | float, indices: jax.Array) -> list[jax.Array]:
-    """What `kept` needs for the entries of these indices in `shape`: four of uint32, the first like `indices`."""
+    """The first argument of `kept`, four arrays of uint32. `indices` are those of the leading dimensions, flattened."""
     high, low = jax.random.key_data(key)
     first, row, column = (_mix(high ^ _mix(low + jnp.uint32(0x9E3779B9 * i % 2**32))) for i in (1, 2, 3))
     return [_mix(indices.astype(jnp.uint32) ^ first), row, column, jnp.asarray(keep * 2**24).astype(jnp.uint32)]
 
 
 def kept(seeds: Sequence[jax.Array], rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """The entries of a mask with these seeds, rows and columns, which are broadcast."""
+    """A block of a dropout mask, True where an entry is kept: `mask_seeds` and indices, all broadcast together."""
     first, row_seed, column_seed, threshold = seeds
     row, column = _mix(rows.astype(jnp.uint32) ^ row_seed), _mix(columns.astype(jnp.uint32) ^ column_seed)
     return _mix((first ^ row) ^ column) >> 8 < threshold

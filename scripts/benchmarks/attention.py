@@ -9,8 +9,8 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import kernels, prng
-from jaxgpt.config import ModelConfig
+from jaxgpt import kernels, prng, sharding
+from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.profile.report import Report, facts
 from jaxgpt.profile.timing import series
 from scripts.benchmarks.shapes import Device, config_of, describe
@@ -30,6 +30,8 @@ def attention(
       dropout: of the weights, in half of the rows
       rounds: the kernels take turns
     """
+    if (found := sharding.platform()) != device:
+        raise UsageError(f"JAX's default device is a {found}, not a {device}: choose with --device or JAX_PLATFORMS")
     tables, failed = list[dict[str, Any]](), dict[str, str]()
     for shape in shapes:
         config = config_of(shape, device, "bfloat16")
