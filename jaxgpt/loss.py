@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxgpt import sharding
@@ -25,12 +26,39 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _token_losses_forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, Any]:
-    wide = logits.astype(jnp.float32)
-    normalizer = jax.nn.logsumexp(wide, axis=-1)
-    # A sum with one nonzero term: XLA fuses it with the other reductions, unlike a gather.
-    picked = jnp.where(_one_hot(targets, logits), wide, 0).sum(-1)
+    reduced = _reduced_in_one_pass if sharding.platform() == "gpu" else _reduced
+    normalizer, picked = reduced(logits, targets)
     valid = (targets >= 0) & (targets < logits.shape[-1])
     return jnp.where(valid, normalizer - picked, jnp.nan), (logits, targets, normalizer)
+
+
+def _reduced(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(log of the sum of the exponentials, logit of the target), both (...) float32."""
+    wide = logits.astype(jnp.float32)
+    # A sum with one nonzero term: XLA fuses it with the other reductions, unlike a gather.
+    return jax.nn.logsumexp(wide, axis=-1), jnp.where(_one_hot(targets, logits), wide, 0).sum(-1)
+
+
+@jax.custom_jvp
+def _reduced_in_one_pass(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`_reduced`, reading the logits once: a running maximum and the sum of exponentials relative to it (Milakov and
+    Gimelshein 2018, arXiv:1805.02867)."""
+
+    def merged(a: Any, b: Any) -> Any:
+        e = jnp.exp(-jnp.abs(a[0] - b[0]))
+        total = jnp.where(a[0] > b[0], a[1] + b[1] * e, a[1] * e + b[1])
+        return jnp.maximum(a[0], b[0]), total, a[2] + b[2]
+
+    wide = logits.astype(jnp.float32)
+    terms = wide, jnp.ones_like(wide), jnp.where(_one_hot(targets, logits), wide, 0)
+    start = np.finfo(np.float32).min, np.float32(0), np.float32(0)
+    largest, total, picked = lax.reduce(terms, start, merged, [logits.ndim - 1])
+    return largest + jnp.log(total), picked
+
+
+_reduced_in_one_pass.defjvp(
+    lambda primals, tangents: jax.jvp(lambda x: _reduced(x, primals[1]), primals[:1], tangents[:1])
+)
 
 
 def _token_losses_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, None]:

@@ -1,11 +1,18 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from jaxgpt import sharding
 from jaxgpt.loss import cross_entropy, token_losses
 
 LOGITS = jax.random.normal(jax.random.key(0), (2, 3, 5)) * 4
 TARGETS = jnp.array([[0, 1, 2], [3, 4, 0]])
+
+
+@pytest.fixture(autouse=True, params=["cpu", "gpu"])
+def platform(request, monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: request.param)
 
 
 def test_loss_is_minus_the_log_of_the_softmax():
@@ -26,6 +33,7 @@ def test_a_uniform_guess_costs_the_log_of_V():
 
 def test_huge_and_bfloat16_logits_are_safe():
     assert cross_entropy(jnp.array([[[1e4, -1e4]]]), jnp.array([[1]])) == 2e4
+    assert cross_entropy(jnp.array([[[-jnp.inf, 1.0, -jnp.inf]]]), jnp.array([[1]])) == 0
     assert cross_entropy(LOGITS.astype(jnp.bfloat16), TARGETS).dtype == jnp.float32
 
 
