@@ -39,8 +39,15 @@ class Linear(nn.Module):
     @nn.compact
     def weights(self, K: int) -> tuple[jax.Array, jax.Array | None]:
         """(kernel, bias or None) for inputs of K channels."""
-        kernel = self.param("kernel", normal(self.stddev), (K, self.features))
-        return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.config.bias else None
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.config.bias else None
+        if self.is_transposed:
+            return self.get_variable("params", "transposed").T, bias
+        return self.param("kernel", normal(self.stddev), (K, self.features)), bias
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the kernel is stored as (N, K), by `transposed`."""
+        return self.has_variable("params", "transposed")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return fused_linear(x, [self])[0]
@@ -50,7 +57,8 @@ def fused_linear(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
     """The outputs (..., N) of several layers applied to `x` (..., K): one matmul with the kernels side by side."""
     kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
     precision = layers[0].config.precision
-    if sharding.num_shards("width") > 1:  # the columns of each kernel are sharded
+    # Columns of sharded kernels are sharded each by itself. Transposed kernels are applied to one token, side by side.
+    if sharding.num_shards("width") > 1 or layers[0].is_transposed:
         outs = [matmul.dot(x, kernel, precision) for kernel in kernels]
     else:
         ends = np.cumsum([layer.features for layer in layers])[:-1]
@@ -286,7 +294,10 @@ def module(config: ModelConfig, dropout: Rate = None) -> GPT | Bigram:
 
 def head_kernel(config: ModelConfig, params: Params) -> jax.Array:
     """The kernel (C, V) of a GPT's `head`; with tied weights the token embedding."""
-    return cast(jax.Array, params["wte"]["embedding"].T if config.tie_weights else params["lm_head"]["kernel"])
+    if config.tie_weights:
+        return cast(jax.Array, params["wte"]["embedding"].T)
+    head = params["lm_head"]
+    return cast(jax.Array, head["transposed"].T if "transposed" in head else head["kernel"])
 
 
 def head(config: ModelConfig, x: jax.Array, kernel: jax.Array) -> jax.Array:

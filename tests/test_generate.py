@@ -234,12 +234,16 @@ def test_refusals(tiny_model, prompt, options, said):
         {"position": "rope", "mlp": "swiglu", "n_kv_head": 1, "smear": True, "bigram_embed": True},
     ],
 )
-def test_kernels_cast_beforehand_change_no_bit(tiny, change, options):
+def test_kernels_cast_beforehand_give_the_same_tokens_and_logits(tiny, change, options):
     config = change(tiny, dropout=0.0, precision="bfloat16", **options).model
     params = weights(config)
     cast = cast_kernels(config, params)
-    kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(cast[1]) if path[-1].key == "kernel"]
-    assert {x.dtype for x in kernels} == {jnp.dtype("bfloat16")}
+    kernels, found = (
+        {path[:-1]: x for path, x in jax.tree_util.tree_leaves_with_path(tree) if path[-1].key == name}
+        for tree, name in ((model.unstacked(params), "kernel"), (cast[1], "transposed"))
+    )
+    for path, kernel in kernels.items():
+        np.testing.assert_array_equal(found[path], kernel.T.astype(jnp.bfloat16), strict=True)
     prompts = np.random.default_rng(0).integers(0, 13, (5, 6))
     for draw in (GREEDY, SamplingParams(2.0)):
         np.testing.assert_array_equal(
@@ -248,4 +252,4 @@ def test_kernels_cast_beforehand_change_no_bit(tiny, change, options):
     extend = jax.jit(model.extend, static_argnums=0)
     for idx in (prompts, prompts[:1, :1]):
         before, after = (extend(*of, init_cache(config, len(idx), 8), idx)[0] for of in ((config, params), cast))
-        np.testing.assert_array_equal(before, after)
+        np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-5)  # sums in another order

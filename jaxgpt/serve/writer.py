@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxgpt import model
 from jaxgpt.config import ModelConfig
-from jaxgpt.sample import bucket
+from jaxgpt.sample import bucket, for_decoding
 from jaxgpt.serve import batch
 from jaxgpt.serve.batch import CHUNK, Drawn, Settings
 from jaxgpt.serve.library import Served
@@ -64,6 +64,7 @@ class Writer:
 
     def __init__(self, config: ModelConfig, params: model.Params, n_ids: int, places: int):
         self.config, self.params, self.n_ids = config, params, n_ids
+        self.decoder = for_decoding(config, params)
         cache = jax.tree.leaves(jax.eval_shape(lambda: batch.empty(config, 1)).cache)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in cache)
         self.R = max(1, min(places, MEMORY // max(1, size)))
@@ -122,7 +123,7 @@ class Writer:
             "seed": np.array([job.seed for job in padded], np.uint32),
             "settings": Settings(*map(np.array, settings, batch.DTYPES)),
         }
-        self.rows, drawn = batch.read(self.config, self.params, self.rows, new, self.n_ids)
+        self.rows, drawn = batch.read(*self.decoder, self.rows, new, self.n_ids)
         drawn = jax.device_get(drawn)
         for i, job in enumerate(jobs):
             job.read = len(contexts[i])
@@ -135,7 +136,7 @@ class Writer:
         if self.seconds:
             n = max(1, min(n, int(PACE / self.seconds)))
         began = time.perf_counter()
-        self.rows, drawn = batch.decode(self.config, self.params, self.rows, np.int32(n), N, self.n_ids)
+        self.rows, drawn = batch.decode(*self.decoder, self.rows, np.int32(n), N, self.n_ids)
         drawn = jax.device_get(drawn)
         self.seconds = (time.perf_counter() - began) / n
         for job in jobs:
