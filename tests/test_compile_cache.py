@@ -1,9 +1,11 @@
 import os
 import stat
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgpt.cli.compile_cache import is_private, prune, use_compile_cache
 
@@ -122,3 +124,23 @@ def test_a_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
     assert is_private(tmp_path)
     monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
     assert not is_private(tmp_path)
+
+
+def test_an_entry_that_was_cut_off_is_written_anew(cache):
+    """As by a full disk. JAX itself would keep it, and warn at every start."""
+    function = jax.jit(lambda x: x + 1)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        use_compile_cache()
+        compilation_cache.reset_cache()
+        try:
+            function(1.0)
+            (entry,) = (path for path in cache.glob("*/*") if "lambda" in path.name)
+            whole = entry.read_bytes()
+            entry.write_bytes(whole[: len(whole) // 2])
+            jax.clear_caches()
+            function(1.0)
+            assert len(shown) == 1
+            assert len(entry.read_bytes()) > len(whole) // 2
+        finally:
+            compilation_cache.reset_cache()

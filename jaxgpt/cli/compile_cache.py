@@ -5,8 +5,10 @@ import os
 import platform
 import stat
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from jaxgpt.cli.places import cache_dir
 from jaxgpt.machine import cpu_info
@@ -41,6 +43,14 @@ def use_compile_cache() -> None:
 
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    show = warnings.showwarning
+
+    def showwarning(message: Any, *args: Any, **kwargs: Any) -> None:
+        if "persistent compilation cache entry" in str(message):  # a full disk or a kill cut it off
+            prune(cache, 0)  # JAX replaces no entry, and would warn at every start
+        show(message, *args, **kwargs)
+
+    warnings.showwarning = showwarning
 
 
 def prune(cache: Path, max_bytes: int) -> None:
