@@ -14,6 +14,7 @@ import jaxgpt
 from jaxgpt import cli
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.options import take_name
+from jaxgpt.cli.runs import start
 from jaxgpt.cli.train import Train, _print_summary, resume_command
 from jaxgpt.config import Config
 from jaxgpt.evaluation import Evaluation
@@ -461,3 +462,15 @@ def test_main_exits_with_the_code(monkeypatch):
         cli.main()
     assert done.value.code == 2
     assert os.environ["JAX_ENABLE_X64"] == "0", "commands compute in float32"
+
+
+def test_a_resume_may_name_the_corpus_of_the_run_as_it_was_typed(call, verse, tiny, change, tmp_path, monkeypatch):
+    run, _ = start(change(tiny, corpus=str(verse), vocab_size=0), "one", tmp_path / "runs", tmp_path / "data")
+    given = []
+    monkeypatch.setattr(
+        "jaxgpt.train.fit", lambda run, *args: given.append(args[2]) or Summary(run, 0, 1, [], 0, None, 2)
+    )
+    assert call("train", "--run", "one", "--resume", "--corpus", os.path.relpath(verse))[0] == 130
+    assert given == [run.config]
+    code, _, err = call("train", "--run", "one", "--resume", "--corpus", "other.txt")
+    assert (code, "'other.txt' asked for" in err) == (2, True)

@@ -9,7 +9,7 @@ import tyro
 
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Folders, command_line, parse, take_name
-from jaxgpt.config import Config, UsageError
+from jaxgpt.config import Config, UsageError, replaced
 from jaxgpt.recipes import RECIPES, recipe
 from jaxgpt.run import Run
 
@@ -63,6 +63,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     from jaxgpt import processes
     from jaxgpt.checkpoint import CheckpointError
     from jaxgpt.cli import memory
+    from jaxgpt.cli.corpora import absolute
     from jaxgpt.cli.join import join
     from jaxgpt.cli.mesh import mesh_for
     from jaxgpt.cli.runs import resume, start
@@ -88,6 +89,8 @@ def _fit(given: Train, existing: Run | None) -> int:
     config = given.config
     if existing:
         run = existing
+        if absolute(config.data.corpus) == run.config.data.corpus:
+            config = replaced(config, corpus=run.config.data.corpus)
         corpus = processes.on_primary(lambda: resume(config, run, data_dir))
     else:
         made = processes.on_primary(lambda: start(config, given.run, runs_dir, data_dir, require_room=require_room))
