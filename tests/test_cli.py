@@ -13,8 +13,9 @@ import pytest
 import jaxgpt
 from jaxgpt import cli
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
-from jaxgpt.cli.options import take_name
+from jaxgpt.cli.options import parse, take_name
 from jaxgpt.cli.runs import start
+from jaxgpt.cli.sample import Sample
 from jaxgpt.cli.train import Train, _print_summary, resume_command
 from jaxgpt.config import Config
 from jaxgpt.evaluation import Evaluation
@@ -474,3 +475,9 @@ def test_a_resume_may_name_the_corpus_of_the_run_as_it_was_typed(call, verse, ti
     assert given == [run.config]
     code, _, err = call("train", "--run", "one", "--resume", "--corpus", "other.txt")
     assert (code, "'other.txt' asked for" in err) == (2, True)
+
+
+def test_a_shell_leaves_the_home_folder_after_an_equals_sign_to_us(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = parse(Sample, ["one", "--runs-dir=~/runs", "--prompt=~/x"], "sample")
+    assert (given.runs_dir, given.prompt) == (Path("/home/me/runs"), "~/x")

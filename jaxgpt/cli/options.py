@@ -42,6 +42,8 @@ def parse(
 ) -> T:
     """Parse the arguments of a command into a `kind`. `about` describes it in the help, by default as in COMMANDS."""
     about, config = about or COMMANDS[command][1], (tyro.conf.OmitArgPrefixes,)
+    paths = {option for option, of in _types(kind).items() if of in (Path, Path | None)}  # no shell expands --option=~/
+    args = [arg.replace("=~/", f"={os.path.expanduser('~/')}", 1) if _positive(arg) in paths else arg for arg in args]
     if shutil.get_terminal_size().columns < LEAST_WIDTH:
         os.environ["COLUMNS"] = str(LEAST_WIDTH)
     try:
