@@ -62,8 +62,8 @@ def pieces(path: Path, column: str) -> Iterator[str]:
 
 
 def name_of(path: Path) -> str:
-    """The name of a file, at a URL without its query: docs.jsonl for https://host/docs.jsonl?download=1."""
-    return str(path).partition("?")[0].rstrip("/").rpartition("/")[2] if "://" in str(path) else path.name
+    """The name of a file, at a URL without query and fragment: docs.jsonl for https://host/docs.jsonl?download=1#x."""
+    return re.split("[?#]", str(path))[0].rstrip("/").rpartition("/")[2] if "://" in str(path) else path.name
 
 
 def stream(path: Path) -> Any:
@@ -193,7 +193,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         raise MissingExtraError(f"{path.name}, a Parquet file,", "pyarrow", "data") from error
     try:
         with _seekable(path) as raw, parquet.ParquetFile(raw) as file:
-            names = [file.schema.column(i).path.removesuffix(".list.element") for i in range(len(file.schema))]
+            names = [re.sub(r"\.list\.(element|item)$", "", column.path) for column in file.schema]
             if column not in names:
                 raise _no_column(str(path), column, names)
             if names.count(column) > 1:

@@ -176,3 +176,16 @@ def test_without_pyarrow_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r"a\.parquet, a Parquet file, needs pyarrow.*pip install pyarrow"):
         read(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("compliant", [True, False])  # list.element, or list.item as pyarrow wrote before
+def test_a_parquet_column_of_lists_is_named_without_its_items(tmp_path, compliant):
+    table = pyarrow.table({"tags": [["a"]]})
+    parquet.write_table(table, tmp_path / "a.parquet", use_compliant_nested_type=compliant)
+    with pytest.raises(SourceError, match="it has tags: --column"):
+        read(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("url", ["https://host/x.jsonl#part", "https://host/x.jsonl?download=1#part"])
+def test_the_name_of_a_file_at_a_url_has_no_fragment(url):
+    assert documents.name_of(url) == "x.jsonl"
