@@ -358,3 +358,9 @@ class TestShakespeare:
         assert read("shakespeare").text == data.decode()
         (tmp_path / "www" / "input.txt").unlink()
         assert read("shakespeare").text == data.decode(), "the second time it comes from the cache"
+
+
+def test_a_tokens_json_of_ours_is_no_text(tmp_path):
+    (tmp_path / "tokens.json").write_text('{\n  "format": 2,')
+    with pytest.raises(SourceError, match=r"tokens.json describes a prepared corpus.*: give the folder"):
+        sources.open_text(str(tmp_path / "tokens.json"))
