@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from jaxgpt.cli import places
 from jaxgpt.cli.options import Checkpoint, Folders, RunName, RunsDir, command_line, parse
 from jaxgpt.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from jaxgpt.recipes import FINETUNE
@@ -69,6 +70,7 @@ def run_export(args: list[str]) -> int:
     from jaxgpt.huggingface import folders
     from jaxgpt.run import Run
 
+    places.require_writable(given.out.parent, "--out FOLDER")
     step = folders.export_run(Run.open(given.runs_dir, given.run), given.out, given.checkpoint)
     print(f"step {step:,} of {given.run} written to {given.out}")
     folder = os.path.join(".", given.out)  # not the name of a run

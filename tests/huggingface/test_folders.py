@@ -249,3 +249,10 @@ def test_a_kill_during_import_leaves_no_run(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         folders.import_run(TINY, config, "one", tmp_path / "runs", tmp_path / "data")
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_an_export_to_where_nothing_can_be_written_is_refused_with_the_option(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "open", lambda *_: pytest.fail("before the run is read"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file cannot be written to: Not a directory; name another folder: --out"):
+        run_export(["tiny", "--out", str(tmp_path / "file" / "x")])
