@@ -29,6 +29,7 @@ Loader = Callable[[int, int], tuple[Any, Any]]
 
 # Purposes of random numbers: part of the key, so that their streams are independent.
 RANDOM, OFFSET, PERMUTATION, ESTIMATE, MIXTURE = range(5)
+STREAMS = {"random": RANDOM, "estimate": ESTIMATE}
 MIX = 1000
 """Each part of a mixture gets its exact share of every MIX consecutive windows."""
 DEVICE_TOKENS = 2**28
@@ -67,7 +68,7 @@ def chunk_starts(
       parts: the parts of a mixture, in the order of their tokens; or the number of tokens of a plain corpus.
       sampling: "epoch": every window once per epoch, in a keyed order. Each epoch cuts the tokens into
         n_windows(n_tokens, T) disjoint windows at its own offset, so that boundaries move between epochs.
-        "random": each start uniform over all n_tokens - T, with replacement, as in nanoGPT.
+        "random": each start uniform over all n_tokens - T, with replacement, as in nanoGPT; "estimate": another stream.
 
     Raises:
       ValueError: a part has fewer than T + 1 tokens, or sampling is unknown.
@@ -75,12 +76,14 @@ def chunk_starts(
     parts = [Part(parts, 1.0)] if isinstance(parts, int) else parts
     for n_tokens, _ in parts:
         _require_window(n_tokens, T)
-    if sampling not in ("epoch", "random"):
+    if sampling not in ("epoch", *STREAMS):
         raise ValueError(f"sampling is {sampling!r}, expected 'epoch' or 'random'")
     windows = np.arange(begin * B, end * B)
     part, index = _parts_of(seed, windows, [share for _, share in parts])
     starts, first = np.empty_like(windows), 0
-    raw = np.concatenate([_raw(seed, RANDOM, step, B) for step in range(begin, end)]) if sampling == "random" else None
+    raw = None
+    if sampling != "epoch":
+        raw = np.concatenate([_raw(seed, STREAMS[sampling], step, B) for step in range(begin, end)])
     for i, (n_tokens, _) in enumerate(parts):
         mine = part == i
         within = _epoch_starts(seed, index[mine], n_tokens, T) if raw is None else raw[mine] % (n_tokens - T)
@@ -146,9 +149,9 @@ def evaluation_windows(N: int, T: int) -> tuple[Starts, Starts]:
     return starts - skip, skip
 
 
-def estimate_starts(seed: int, step: int, n_tokens: int, T: int, n: int) -> Starts:
-    """Uniform window starts (n,) for a noisy estimate at `step`, from a stream of their own."""
-    return _raw(seed, ESTIMATE, step, n) % (n_tokens - T)
+def estimate_starts(seed: int, step: int, parts: int | Sequence[Part], T: int, n: int) -> Starts:
+    """Random window starts (n,) for a noisy estimate at `step`, from a stream of their own; `parts` as above."""
+    return chunk_starts(seed, step, step + 1, parts, T, n, "estimate")[0]
 
 
 def n_windows(n_tokens: int, T: int) -> int:

@@ -249,3 +249,8 @@ def test_each_epoch_has_an_order_of_its_own():
     n = batches.n_windows(1000, 8)
     first, second = (np.argsort(batches.window_starts(7, epoch, 1000, 8, n)) for epoch in (0, 1))
     assert not np.array_equal(first, second)
+
+
+def test_estimates_on_a_mixture_draw_from_its_parts_by_weight():
+    starts = batches.estimate_starts(0, 1, [batches.Part(9000, 1.0), batches.Part(1000, 3.0)], 8, 1000)
+    assert ((starts >= 9000).sum(), starts.max() < 10_000 - 8) == (750, True)

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxgpt import model, prng
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, UsageError
-from jaxgpt.data import Batch, Starts, estimate_starts, take
+from jaxgpt.data import Batch, Part, Starts, estimate_starts, take
 from jaxgpt.diagnostics import derivatives, inside
 from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.derivatives import Lanczos, Loss, NoiseScale, mean_loss
@@ -36,6 +36,7 @@ class Subject(NamedTuple):
     train: Ids
     text: Ids
     texts: list[str]  # of each token id
+    parts: Sequence[Part] = ()  # of a mixture
 
     def show(self, ids: Any) -> str:
         """Tokens on one line; "?" for the padding of the vocabulary."""
@@ -51,9 +52,9 @@ class Subject(NamedTuple):
         return take(self.text, np.zeros(1, np.int64), min(self.config.model.block_size, len(self.text) - 1))
 
     def windows(self, seed: int, purpose: int, n: int) -> tuple[Batch, Starts]:
-        """`n` random windows of the training tokens, and where they start."""
+        """`n` random windows of the training tokens, of a mixture by its weights, and where they start."""
         T = self.config.model.block_size
-        starts = estimate_starts(seed, purpose, len(self.train), T, n)
+        starts = estimate_starts(seed, purpose, self.parts or len(self.train), T, n)
         return take(self.train, starts, T), starts
 
 

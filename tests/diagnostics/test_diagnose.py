@@ -10,6 +10,7 @@ import pytest
 from jaxgpt import cli, model
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, ModelConfig, UsageError
+from jaxgpt.data import Part
 from jaxgpt.diagnostics import diagnose, plots, view
 from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.diagnose import DIAGNOSES, Subject, require
@@ -133,3 +134,11 @@ def test_too_many_lanczos_steps_are_refused_with_the_number_that_fits(monkeypatc
         else:
             with pytest.raises(UsageError, match=rf"20 Lanczos steps .* try --steps {steps}"):
                 require(bigram, Effort(steps=20), ["curvature"], np.arange(9))
+
+
+def test_the_windows_of_a_mixture_are_drawn_by_weight():
+    config = Config(model=ModelConfig(block_size=8, vocab_size=2))
+    tokens = np.repeat([0, 1], [9000, 1000]).astype(np.uint16)
+    parts = [Part(9000, 1.0), Part(1000, 3.0)]
+    windows, _ = Subject(config, {}, tokens, tokens, [], parts).windows(0, diagnose.WINDOWS, 400)
+    assert 0.7 < windows.inputs.mean() < 0.8

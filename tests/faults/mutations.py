@@ -253,8 +253,8 @@ MUTATIONS = [
     Mutation(
         "estimates draw from the stream of the training batches",
         "data.py",
-        "_raw(seed, ESTIMATE, step, n)",
-        "_raw(seed, RANDOM, step, n)",
+        'parts, T, n, "estimate")',
+        'parts, T, n, "random")',
         "test_data.py",
     ),
     Mutation(
