@@ -133,7 +133,7 @@ class Lanczos(NamedTuple):
 
     values: jax.Array  # (K,) Ritz values, ascending: estimates of eigenvalues, best at the ends of the spectrum
     weights: jax.Array  # (K,) share of the start vector along the eigenvector of each; they sum to 1
-    errors: jax.Array  # (K,) bound of the distance to the nearest eigenvalue, or the rounding error if that is larger
+    errors: jax.Array  # (K,) bound of the distance to the nearest eigenvalue, or 1e-5 of the largest for rounding
     top: jax.Array  # (P,) the unit eigenvector of the largest
 
 
@@ -166,7 +166,7 @@ def lanczos(matvec: Callable[[jax.Array], jax.Array], start: jax.Array, steps: i
     diagonal = jnp.where(alive, diagonal, diagonal[0])
     values, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1))
     eps, weights = jnp.finfo(start.dtype).eps, vectors[0] ** 2
-    errors = jnp.maximum(jnp.abs(beside[-1] * vectors[-1]), eps * jnp.abs(values).max())
+    errors = jnp.maximum(jnp.abs(beside[-1] * vectors[-1]), 1e-5 * jnp.abs(values).max())
     top = dot(vectors[:, jnp.argmax(jnp.where(weights > eps, values, -jnp.inf))], basis)  # not of a repeated step
     return Lanczos(values, weights, errors, top / jnp.linalg.norm(top))
 

@@ -127,3 +127,15 @@ def test_the_loss_of_diagnoses_has_no_bf16_matmuls(gpt):
     as_it_trains = partial(model.losses, config)
     assert "bf16" in str(jax.make_jaxpr(as_it_trains)(params, batch.inputs, batch.targets))
     assert "bf16" not in str(jax.make_jaxpr(partial(derivatives.hvp, mean_loss(config)))(params, batch, params))
+
+
+def test_the_errors_of_eigenvalues_cover_rounding():
+    n, rng = 200, np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(n, n)))[0]
+    symmetric = jnp.asarray(basis * [*rng.normal(0, 0.1, n - 4), -3, 8, 12, 20] @ basis.T, jnp.float32)
+    exact = np.linalg.eigvalsh(np.asarray(symmetric, np.float64))
+    matvec = partial(jnp.dot, symmetric, precision="highest")
+    measure = jax.jit(partial(jax.lax.map, lambda start: derivatives.lanczos(matvec, start, 12)))
+    found = measure(jax.random.normal(KEY, (8, n)))
+    distances = np.abs(exact - np.asarray(found.values, np.float64)[..., None]).min(axis=-1)
+    assert (distances <= found.errors).all()
