@@ -155,7 +155,8 @@ def rows(figures: dict[str, Any], steps: Rates) -> tuple[Rows, Rows]:
     for name, found in figures.items():
         pays = None
         if "eager" in figures and name != "eager":
-            after = break_even(seconds[name] - seconds["eager"], medians["eager"], medians[name])
+            extra = seconds[name] - seconds["eager"] - (VARIANTS[name].steps - 1) * medians[name]  # of its first step
+            after = break_even(extra, medians["eager"], medians[name])
             pays = "never" if after is None else round(after)
         stages = {f"{stage}, s": found["stages"].get(stage) for stage in STAGES}
         first.append({"variant": name, **stages, "in all, s": seconds[name], "programs": found["programs"]})

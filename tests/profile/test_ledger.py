@@ -182,3 +182,25 @@ def test_the_command_writes_tables_a_plot_and_json(capsys, tmp_path, monkeypatch
     config = recipe("gpt-demo").config
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=13))
     assert asked == [config, "gpt-demo", choose(["eager", "jit"]), 5, 0.5]
+
+
+@pytest.mark.parametrize("name", ["jit", "scan of 10"])
+def test_a_variant_pays_when_its_total_time_is_below_eagers(name):
+    then = {row["variant"]: row for row in ledger.rows(DONE, STEPS)[1]}
+    pays = then[name]["pays after, steps"]
+    start, step = ({each: of(each) for each in ("eager", name)} for of in (first_call, median_step))
+
+    def ahead(later):
+        """By how much the variant is ahead of eager after the first step and `later` more."""
+        in_first = VARIANTS[name].steps - 1  # of the later steps
+        return start["eager"] + later * step["eager"] - start[name] - (later - in_first) * step[name]
+
+    assert ahead(pays - 1) < 0 < ahead(pays + 1)
+
+
+def first_call(name):
+    return sum(DONE[name]["stages"].values())
+
+
+def median_step(name):
+    return 2 / sum(STEPS[name])
