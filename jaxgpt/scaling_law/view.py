@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.display.charts import INK, PALETTE, Spec, category, chart, columns, label, layer, quantity, ticks
-from jaxgpt.scaling_law.law import FLOPS, INTERVAL, Fit, Law, Point
+from jaxgpt.scaling_law.law import FLOPS, HIGH, INTERVAL, LOW, Fit, Law, Point
 
 
 def lines(fit: Fit, points: Sequence[Point], flops: Sequence[float]) -> Iterator[str]:
@@ -16,7 +16,9 @@ def lines(fit: Fit, points: Sequence[Point], flops: Sequence[float]) -> Iterator
     yield f"L(N, D) = {E:.3f} + {A:.3g} / N^{a:.3f} + {B:.3g} / D^{b:.3f} nats/token"
     yield f"  residuals of {fit.error:.2%} (root mean square); {INTERVAL:.0%} intervals by bootstrap:"
     for name, value, low, high in zip(Law._fields, fit.law, *fit.interval(lambda law: law), strict=True):
-        yield f"  {name}  {value:>8.3g}  {low:.3g} to {high:.3g}"
+        bound = name in "ab" and min(value - LOW[-1], HIGH[-1] - value) < 1e-3
+        note = ", at a bound of the fit: these runs do not determine it" * bound
+        yield f"  {name}  {value:>8.3g}  {low:.3g} to {high:.3g}{note}"
     yield f"best parameters and tokens for a budget of {FLOPS} N D FLOPs:"
     for budget in flops:
         N, D = fit.law.optimum(budget)

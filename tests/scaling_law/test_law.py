@@ -60,3 +60,10 @@ def test_too_few_or_bad_runs_are_refused():
         fit([(n, 9, 3.0) for n in range(1, 6)])
     with pytest.raises(UsageError, match="no loss above 0"):
         fit(points(np.where(N > 5e5, np.nan, 3.0)))
+
+
+def test_an_exponent_that_the_runs_do_not_determine_is_marked():
+    losses = 1.5 + 20 / N**0.35 + (1e5 / D) ** 3.2  # steeper than any exponent of the fit
+    found = {line.split()[0]: line for line in lines_of(fit(points(losses), resamples=2), points(losses), [1e12])}
+    marked = [name for name in Law._fields if "at a bound of the fit" in found[name]]
+    assert marked == ["b"]
