@@ -73,13 +73,14 @@ def fit(
     train_tokens, val_tokens = corpus.split(config.data)
     parts = corpus.training_parts(config.data)
     checkpoints = Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every)
+    # Each thread has its own current mesh. Not in the `with` below, which would wait for it after a second signal.
+    compiler = ThreadPoolExecutor(1, "compiler", jax.set_mesh, (mesh,))
 
     with (
         jax.set_mesh(mesh),
         run.lock(),
         stop_signals() as stop_signal,
         ThreadPoolExecutor(1, "reader") as reader,
-        ThreadPoolExecutor(1, "compiler", jax.set_mesh, (mesh,)) as compiler,  # each thread has its own current mesh
     ):
         load = loader(config, train_tokens, mesh, parts, reader)
         newest = find_newest(run, config, corpus, checkpoints, on_event)

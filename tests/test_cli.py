@@ -481,3 +481,12 @@ def test_a_shell_leaves_the_home_folder_after_an_equals_sign_to_us(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     given = parse(Sample, ["one", "--runs-dir=~/runs", "--prompt=~/x"], "sample")
     assert (given.runs_dir, given.prompt) == (Path("/home/me/runs"), "~/x")
+
+
+def test_an_interrupted_process_does_not_wait_for_its_threads(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(cli, "run_command", lambda argv: 130)
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert ended == [130]

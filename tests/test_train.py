@@ -473,3 +473,17 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, change, long, 
     assert 300 <= step < 60_000
     assert f"interrupted at step {step:,} of 60,000" in out
     assert max(line["step"] for line in run.metrics()) == step
+
+
+def test_a_second_signal_does_not_wait_for_a_compilation(new_run, tiny, monkeypatch):
+    go_on, compiled = threading.Event(), []
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxgpt.train.jit_train_steps", lambda *_: compiled.append(go_on.wait(20)))
+    monkeypatch.setattr("jaxgpt.train.lower_init", lambda *_: SimpleNamespace(compile=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        fit(*new_run("one", tiny))
+    assert compiled == []
+    go_on.set()

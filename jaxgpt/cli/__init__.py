@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except OSError:  # a full disk or a closed pipe: make the interpreter's own last flush succeed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if code == 130 and not _one_of_several():
+        os._exit(code)  # at once: the interpreter would wait for threads that compile
     sys.exit(code)
 
 
