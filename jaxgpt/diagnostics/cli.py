@@ -78,8 +78,7 @@ def run(args: list[str]) -> int:
     require(config, given.effort, names, text)
     step, params = load_checkpoint(run, given.checkpoint)
 
-    parts = corpus.training_parts(config.data)
-    subject = Subject(config, params, train, text, token_texts(corpus.tokenizer), parts)
+    subject = Subject(config, params, train, text, token_texts(corpus.tokenizer), corpus.training_parts(config.data))
     console, found = RunConsole(), dict[str, Any]()
     console.print(f"{run.path.name}, step {step:,}, without dropout, in float32")
     for name in names:

@@ -115,9 +115,7 @@ def open_text(corpus: str, column: str = "text") -> Text:
             return _folder(path, column)
         if path.is_file():
             if path.name == "tokens.json" and is_tokens_json(path):
-                raise SourceError(
-                    f"{corpus} describes a prepared corpus, and is no text: give the folder of that corpus"
-                )
+                raise SourceError(f"{corpus} describes a prepared corpus: give the folder of that corpus")
             name = Path(documents.name_of(path).removesuffix(".gz")).stem
             return _of_files(name, corpus if is_url(corpus) else str(path.resolve()), [path], column)
         if path.is_fifo():
