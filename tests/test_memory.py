@@ -173,3 +173,12 @@ def test_a_device_that_says_what_it_has(monkeypatch):
     assert memory.available() == 700
     monkeypatch.setattr(jax, "local_devices", device(None))
     assert memory.available() is None
+
+
+@pytest.mark.parametrize("text", ["data=1", "data=2,tensor=4"])
+def test_remat_leaves_the_activations_of_one_block(tiny, change, text):
+    sizes = dict(vocab_size=64, block_size=64, n_layer=8, n_head=4, n_kv_head=4, n_embd=32, batch_size=8, dropout=0.0)
+    config, mesh = change(tiny, **sizes, remat="blocks", scan_layers=True), make_mesh(Sizes.parse(text))
+    with jax.set_mesh(mesh):
+        held, more = memory.compiled_bytes(lowered(config, mesh).compile())
+    assert 1.0 <= (held + more) / memory.needed(config, N, shards=memory.Shards.of(mesh)).total <= 2.0

@@ -89,7 +89,8 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
     - 2 C + V after the blocks: the input and output of the last norm, and the logits
 
     Not counted: the gradient of the logits, which may replace them, masks, temporaries, attention weights that can be
-    computed by blocks, what remat recomputes, and logits beyond one chunk. With bf16 matmuls a float has two bytes.
+    computed by blocks, what remat recomputes except in one block, and logits beyond one chunk. With bf16 matmuls a
+    float has two bytes.
 
     Args:
       recomputed: count only the results of matmuls, L (10 C + H T) + V. Compilers for accelerators can recompute the
@@ -102,18 +103,15 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
     columns = {name: n for name, (_, n) in cost.kernels(config).items()}
     fused = low and (not config.dropout or flash.supports(T, C // config.n_head))
     weights = 0 if fused or T >= BLOCKED else config.n_head * T
-    if config.remat == "blocks":
-        block = C
-    elif config.remat == "matmuls":
-        block = sum(columns.values())  # results of the kernels: attention is recomputed
-    elif recomputed:
-        block = sum(columns.values()) + C + weights  # and the weighted values
+    if recomputed:
+        block = sum(columns.values()) + C + weights  # results of the kernels, and the weighted values
     else:
         inputs = 5 * C + sum(columns[name] for name in ("query", "key", "value"))  # of norms and kernels; q, k, v
         hidden = (1 if config.mlp == "relu2" else 2) * columns["c_fc"]
         block = inputs + hidden + 2 * weights
+    kept = {"blocks": C, "matmuls": sum(columns.values())}.get(config.remat, block)  # of the other blocks
     logits = min(V, logits_at_once() // (batch_size * T) + 1)
-    floats = config.n_layer * block + (0 if recomputed else 2 * C) + logits
+    floats = (config.n_layer - 1) * kept + block + (0 if recomputed else 2 * C) + logits
     return (cost.FLOAT // 2 if low else cost.FLOAT) * batch_size * T * floats
 
 
