@@ -117,7 +117,8 @@ class ModelConfig:
     """Add an embedding of the pair (previous token, token), initially zero: a full table of V x V rows, for small
     vocabularies (modded-nanogpt 2025 hashes it to fewer rows)."""
     remat: Literal["none", "matmuls", "blocks"] = "none"
-    """What the backward pass recomputes to save memory: nothing; everything but matmuls; whole blocks."""
+    """What the backward pass recomputes to save memory: nothing; everything but matmuls; whole blocks. On CPUs, this
+    saves memory only with scan_layers."""
     scan_layers: bool = False
     """Stack the blocks' parameters and scan over them: deep models compile many times faster."""
     deterministic: bool = False
