@@ -24,12 +24,8 @@ class Chunk(NamedTuple):
     base: Config  # of one of them; the others differ in mapped settings only
     names: tuple[str, ...]  # of the mapped settings
     members: tuple[int, ...]  # indices in the list of all members
-    devices: int  # at most as many as members
-
-    @property
-    def size(self) -> int:
-        """The number of members, padded to a multiple of the devices."""
-        return -(-len(self.members) // self.devices) * self.devices
+    devices: int
+    size: int  # a multiple of the devices: with the finished members, and with padding
 
 
 def split(
@@ -38,8 +34,8 @@ def split(
     """The chunks of a sweep, with `at_once` members at most, or as many as fit in memory. Raises as `max_members`.
 
     Args:
-      finished: members to leave out. A setting in which only they differ is still mapped: a constant would be rounded
-        differently.
+      finished: members to leave out. They change neither what is mapped nor the sizes and devices of the chunks, so
+        that the others are rounded as without them.
     """
     programs: dict[Config, list[int]] = {}
     for i, config in enumerate(configs):
@@ -49,13 +45,14 @@ def split(
         hypers = [hyperparameters(configs[i]) for i in members]
         names = tuple(name for name in Hyperparameters._fields if len({getattr(each, name) for each in hypers}) > 1)
         for steps in dict.fromkeys(configs[i].train.steps for i in members):
-            alike = [i for i in members if configs[i].train.steps == steps and i not in finished]
-            if alike:
-                base, used = configs[alike[0]], min(devices, len(alike), at_once or devices)
-                n_chunks = -(-len(alike) // max_members(base, used, at_once))
-                size = -(-len(alike) // n_chunks // used) * used
-                for first in range(0, len(alike), size):
-                    chunks.append(Chunk(base, names, tuple(alike[first : first + size]), used))
+            alike = [i for i in members if configs[i].train.steps == steps]
+            base, used = configs[alike[0]], min(devices, len(alike), at_once or devices)
+            n_chunks = -(-len(alike) // max_members(base, used, at_once))
+            size = -(-len(alike) // n_chunks // used) * used
+            for first in range(0, len(alike), size):
+                together = alike[first : first + size]
+                if left := tuple(i for i in together if i not in finished):
+                    chunks.append(Chunk(base, names, left, used, -(-len(together) // used) * used))
     return chunks
 
 

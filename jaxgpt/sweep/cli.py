@@ -47,9 +47,9 @@ def run(args: list[str]) -> int:
     name, args = take_recipe(Sweep, args, "which recipe? jaxgpt sweep gpt-demo --seeds 4 --lr 1e-3:1e-2:4")
     default = Sweep(Path(name).stem, recipe(name).config)
     given = parse(Sweep, args, f"sweep {name}", "Train seeds and settings of a recipe together.", default=default)
-    axes = [grid.parse(text) for text in (*([f"lr={given.lr}"] if given.lr else []), *given.set)]
+    axes = sorted(grid.parse(text) for text in (*([f"lr={given.lr}"] if given.lr else []), *given.set))
     members = grid.members(given.config, axes, given.seeds)
-    identity = {"program": "jaxgpt sweep 1", "values": dict(axes), "seeds": given.seeds}
+    identity = {"program": "jaxgpt sweep 2", "values": dict(axes), "seeds": given.seeds}
     members, scores = train(given, given.config, members, identity)
     from jaxgpt import files
     from jaxgpt.monitor.terminal import RunConsole

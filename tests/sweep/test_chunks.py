@@ -64,3 +64,11 @@ def test_lengths_share_a_program_but_not_a_chunk(base):
     assert [each.members for each in chunks] == [(0, 2), (1,)]
     assert {each.names for each in chunks} == {("decay_steps",)}
     assert len({program_of(each.base) for each in chunks}) == 1
+
+
+def test_finished_members_change_neither_devices_nor_sizes(base):
+    """One member on one device would be rounded differently from the same member on one of two."""
+    many = [replaced(base, seed=i) for i in range(5)]
+    (whole,), (rest,) = split(many, 2), split(many, 2, finished=frozenset(range(4)))
+    assert rest.members == (4,)
+    assert (rest.devices, rest.size) == (whole.devices, whole.size) == (2, 6)

@@ -122,3 +122,14 @@ def test_nothing_is_recommended_if_every_setting_diverged(sweep, tmp_path, capsy
     assert sweep("lost", "--lr", "1e38", "--weight-decay", "1", "--steps", "10") == 0
     assert "every setting diverged" in capsys.readouterr().out
     assert not (tmp_path / "sweeps/lost/best.json").exists()
+
+
+def test_a_sweep_resumes_with_its_options_in_any_order(sweep, tmp_path):
+    shared = ("order", "--lr", "1e-1", "--seeds", "1", "--steps", "10")
+    betas, decays = ("--set", "beta2=0.9,0.99"), ("--set", "weight_decay=0,0.1")
+    assert sweep(*shared, *betas, *decays) == 0
+    results = tmp_path / "sweeps/order/results.jsonl"
+    whole = results.read_bytes()
+    results.write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))  # the first two of four members
+    assert sweep(*shared, *decays, *betas) == 0
+    assert results.read_bytes() == whole
