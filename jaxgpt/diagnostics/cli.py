@@ -51,7 +51,6 @@ def run(args: list[str]) -> int:
     from jaxgpt.diagnostics import plots, view
     from jaxgpt.diagnostics.diagnose import DIAGNOSES, Subject, require
     from jaxgpt.display import charts
-    from jaxgpt.display.text import token_texts
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.run import Run
     from jaxgpt.start import load_checkpoint
@@ -78,7 +77,7 @@ def run(args: list[str]) -> int:
     require(config, given.effort, names, text)
     step, params = load_checkpoint(run, given.checkpoint)
 
-    subject = Subject(config, params, train, text, token_texts(corpus.tokenizer), corpus.training_parts(config.data))
+    subject = Subject(config, params, train, text, corpus.tokenizer.token_bytes, corpus.training_parts(config.data))
     console, found = RunConsole(), dict[str, Any]()
     console.print(f"{run.path.name}, step {step:,}, without dropout, in float32")
     for name in names:

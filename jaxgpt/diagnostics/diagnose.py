@@ -35,12 +35,13 @@ class Subject(NamedTuple):
     params: model.Params
     train: Ids
     text: Ids
-    texts: list[str]  # of each token id
+    token_bytes: Sequence[bytes]  # of each token id
     parts: Sequence[Part] = ()  # of a mixture
 
     def show(self, ids: Any) -> str:
         """Tokens on one line; "?" for the padding of the vocabulary."""
-        return "".join(visible(self.texts[i]) if i < len(self.texts) else "?" for i in np.atleast_1d(ids))
+        texts = (self.token_bytes[i] if i < len(self.token_bytes) else b"?" for i in np.atleast_1d(ids))
+        return visible(b"".join(texts).decode("utf-8", "backslashreplace"))
 
     @property
     def loss(self) -> Loss:

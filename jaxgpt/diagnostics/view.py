@@ -45,11 +45,11 @@ def landscape(found: Landscape, subject: Subject) -> Iterator[str]:
 
 def influence(found: Influence, subject: Subject) -> Iterator[str]:
     order, T = np.argsort(np.asarray(found.dots)), subject.config.model.block_size
-    yield f"of training windows on the loss of {subject.show(subject.text[: T + 1])[:64]!r}"
+    yield f"of training windows on the loss of '{subject.show(subject.text[: T + 1])[:64]}'"
     for what, sign in (("lowered most by", 1), ("raised most by", -1)):
         for i in (i for i in order[::-sign][:3] if sign * found.dots[i] > 0):
             window = subject.show(subject.train[found.starts[i] : found.starts[i] + T + 1])
-            yield f"{what:<16} {found.dots[i]:+8.3f}  {window[:64]!r}"
+            yield f"{what:<16} {found.dots[i]:+8.3f}  '{window[:64]}'"
 
 
 def lens(found: Lens, subject: Subject) -> Iterator[str]:
@@ -69,8 +69,8 @@ def tokens(found: Scores, subject: Subject) -> Iterator[str]:
     for i in np.argsort(found.losses)[::-1][:5]:
         before, token = subject.show(subject.text[max(0, i - 24) : i + 1]), subject.show(subject.text[i + 1])
         likely = zip(found.ids[i, :3], found.probabilities[i, :3], strict=True)
-        instead = ", ".join(f"{subject.show(id)!r} {p:.2f}" for id, p in likely)
-        yield f"{found.losses[i]:6.2f}  {before!r} -> {token!r}; likelier: {instead}"
+        instead = ", ".join(f"'{subject.show(id)}' {p:.2f}" for id, p in likely)
+        yield f"{found.losses[i]:6.2f}  '{before}' -> '{token}'; likelier: {instead}"
 
 
 VIEWS: dict[str, Callable[[Any, Subject], Iterator[str]]] = {

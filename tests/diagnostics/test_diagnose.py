@@ -14,12 +14,15 @@ from jaxgpt.data import Part
 from jaxgpt.diagnostics import diagnose, plots, view
 from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.diagnose import DIAGNOSES, Subject, require
+from jaxgpt.diagnostics.inside import Scores
 from jaxgpt.display import charts
+from jaxgpt.tokenizer import ByteTokenizer
 
 SMALL = ("--block-size", 8, "--steps", 5, "--scan-steps", 5, "--eval-every", 0, "--batch-size", 4, "--eval-batches", 0)
 LITTLE = ("--windows", 8, "--batch", 4, "--steps", 3)
 TEXT = "the cat sat on a $mat$\n"
 HAS = [name for name in DIAGNOSES if name != "attention"]
+LETTERS = [bytes([byte]) for byte in b"abcdefghijklm"]
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +74,10 @@ def test_all_diagnoses_are_printed_drawn_and_written(call, capsys):
 
 def test_uniform_attention_has_the_greatest_entropy(tiny, change, tmp_path):
     """With queries of zero each token attends to n tokens evenly: entropy log n, distance (n - 1) / 2."""
-    config, tokens, texts = change(tiny, window=3, precision="bfloat16"), np.arange(40) % 13, list("abcdefghijklm")
+    config, tokens = change(tiny, window=3, precision="bfloat16"), np.arange(40) % 13
     params = jax.jit(lambda key: model.init_params(config.model, key))(jax.random.key(0))
     params = jax.tree_util.tree_map_with_path(lambda path, p: 0 * p if "query" in str(path) else p, params)
-    subject = Subject(config, params, tokens, tokens[:20], texts)
+    subject = Subject(config, params, tokens, tokens[:20], LETTERS)
     found = DIAGNOSES["attention"](subject, Effort(batch=2))
     seen = np.minimum(np.arange(8) + 1, 3)
     assert found.maps.shape == (1, 2, 8, 8)
@@ -90,7 +93,7 @@ def test_uniform_attention_has_the_greatest_entropy(tiny, change, tmp_path):
 
 def test_only_windows_that_raise_the_loss_are_listed_as_such(tiny):
     """The gradients of an untrained model are so alike that every window lowers it."""
-    subject = Subject(tiny, {}, np.arange(40) % 13, np.arange(20) % 13, list("abcdefghijklm"))
+    subject = Subject(tiny, {}, np.arange(40) % 13, np.arange(20) % 13, LETTERS)
     for dots, expected in (([4.0, 3.0, 2.0, 1.0], ["+4", "+3", "+2"]), ([0.0, -2.0, 1.0, -3.0], ["+1", "-3", "-2"])):
         found = diagnose.Influence(np.array(dots), np.arange(4))
         assert re.findall(r"by +([+-]\d)", "".join(view.lines("influence", found, subject))) == expected
@@ -142,3 +145,12 @@ def test_the_windows_of_a_mixture_are_drawn_by_weight():
     parts = [Part(9000, 1.0), Part(1000, 3.0)]
     windows, _ = Subject(config, {}, tokens, tokens, [], parts).windows(0, diagnose.WINDOWS, 400)
     assert 0.7 < windows.inputs.mean() < 0.8
+
+
+def test_characters_of_several_tokens_are_shown_as_characters(tiny):
+    text = np.frombuffer("größer".encode(), np.uint8)
+    subject = Subject(tiny, {}, text, text, ByteTokenizer().token_bytes)
+    assert subject.show([*text, 256]) == "größer?"
+    found = Scores(np.arange(7), np.zeros((7, 1), int), np.ones((7, 1)))
+    assert r"'größ' -> 'e'; likelier: '·' 1.00" in "".join(view.lines("tokens", found, subject))
+    assert r"'gr\xc3' -> '\xb6'" in "".join(view.lines("tokens", found, subject))
