@@ -1,5 +1,6 @@
 """The display of a training run: a live line on a terminal, plain lines elsewhere."""
 
+import math
 import os
 import sys
 import time
@@ -139,8 +140,9 @@ class TrainingDisplay(Live):
 
 def describe(evaluation: Evaluation) -> str:
     """An evaluation on one line."""
+    error = "" if math.isnan(evaluation.standard_error) else f" ± {evaluation.standard_error:.4f}"
     return (
-        f"loss {evaluation.loss:.4f} ± {evaluation.standard_error:.4f} nats/token, "
+        f"loss {evaluation.loss:.4f}{error} nats/token, "
         f"{evaluation.bits_per_char:.4f} bits/char, {evaluation.bits_per_byte:.4f} bits/byte"
     )
 

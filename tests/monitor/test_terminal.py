@@ -1,5 +1,6 @@
 import io
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated, Progress, Sampled
 from jaxgpt.monitor import terminal
-from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay, duration
+from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay, describe, duration
 
 RESULT = Evaluation(1.5, 0.01, 2.1640, 2.1500, 1000)
 
@@ -124,3 +125,7 @@ def test_points_of_a_curve_are_evenly_spaced_few_and_end_at_the_newest_loss(monk
 )
 def test_durations(seconds, said):
     assert duration(seconds) == said
+
+
+def test_the_loss_of_a_single_window_has_no_error():
+    assert describe(replace(RESULT, standard_error=math.nan)).startswith("loss 1.5000 nats/token, ")
