@@ -63,6 +63,7 @@ def run(args: list[str]) -> int:
         best = next(member for member in members if member.setting == found[0].setting)
         files.write_atomically(path / "best.json", to_json(best.config).encode())
         words = ["jaxgpt", "train", str(path / "best.json"), "--run", f"{given.name}-best"]
+        words += ["--data-dir", str(given.data_dir)] if given.data_dir != Path("data") else []
         console.print(f"Train it: {shlex.join(words)}")
     save_charts(path, plots.specs(found))
     return 0

@@ -50,7 +50,8 @@ class SweepFolder:
         Raises:
           SweepError: the folder is in use, damaged, not a sweep, or a sweep of another identity.
         """
-        if path.is_dir() and not (path / "sweep.json").exists() and any(e.name[0] != "." for e in path.iterdir()):
+        others = path.is_file() or (path.is_dir() and any(e.name[0] != "." for e in path.iterdir()))
+        if others and not (path / "sweep.json").exists():
             raise SweepError(f"{path} exists but is not a sweep: choose another folder, {RESTART}")
         path.mkdir(parents=True, exist_ok=True)
         try:

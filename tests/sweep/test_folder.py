@@ -104,6 +104,9 @@ def test_a_refused_sweep_leaves_nothing_behind(sweep, tmp_path, capsys):
     assert sweep("bad") == 2
     assert "exists but is not a sweep" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "sweeps/bad").iterdir()] == ["mine.txt"]
+    (tmp_path / "sweeps/file").write_text("")
+    assert sweep("file") == 2
+    assert "sweeps/file exists but is not a sweep" in capsys.readouterr().err
     (tmp_path / "sweeps/killed").mkdir()
     for name in (".lock", ".sweep.json.0a1b2c3d.part"):  # a kill in the first write
         (tmp_path / "sweeps/killed" / name).write_text("")
@@ -124,8 +127,8 @@ def test_nothing_is_recommended_if_every_setting_diverged(sweep, tmp_path, capsy
     assert not (tmp_path / "sweeps/lost/best.json").exists()
 
 
-def test_a_sweep_resumes_with_its_options_in_any_order(sweep, tmp_path):
-    shared = ("order", "--lr", "1e-1", "--seeds", "1", "--steps", "10")
+def test_a_sweep_resumes_with_its_options_in_any_order(sweep, tmp_path, capsys):
+    shared = ("order", "--lr", "1e-1", "--seeds", "1", "--steps", "10", "--data-dir", "texts")
     betas, decays = ("--set", "beta2=0.9,0.99"), ("--set", "weight_decay=0,0.1")
     assert sweep(*shared, *betas, *decays) == 0
     results = tmp_path / "sweeps/order/results.jsonl"
@@ -133,3 +136,5 @@ def test_a_sweep_resumes_with_its_options_in_any_order(sweep, tmp_path):
     results.write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))  # the first two of four members
     assert sweep(*shared, *decays, *betas) == 0
     assert results.read_bytes() == whole
+    trained = "jaxgpt train sweeps/order/best.json --run order-best --data-dir texts"
+    assert trained in " ".join(capsys.readouterr().out.split())
