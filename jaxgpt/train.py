@@ -147,6 +147,7 @@ def fit(
 
 def save(corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: TrainState, stop: bool = False) -> None:
     """Wait for the last save, sync metrics.jsonl to disk, then start to save `state`; `stop` as in `save_errors`."""
+    log.flush()  # the chunk under way, whose time excludes the wait
     with save_errors(log, checkpoints):
         checkpoints.settle()
     with save_errors(log, checkpoints, stop):

@@ -1,5 +1,6 @@
 """The laws of a run: equal runs are equal, ended and resumed ones too, and looking changes nothing."""
 
+import itertools
 import json
 import math
 import os
@@ -487,3 +488,19 @@ def test_a_second_signal_does_not_wait_for_a_compilation(new_run, tiny, monkeypa
         fit(*new_run("one", tiny))
     assert compiled == []
     go_on.set()
+
+
+def test_the_speed_excludes_the_wait_for_a_slow_save(tiny, new_run, change, monkeypatch):
+    clock, settle = itertools.count(1.0), Checkpoints.settle
+
+    def wait_an_hour(checkpoints, wait=True):
+        for _ in range(3600 * wait):
+            next(clock)
+        return settle(checkpoints, wait)
+
+    monkeypatch.setattr(metrics_log, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(Checkpoints, "settle", wait_an_hour)
+    run, corpus = new_run("one", change(tiny, steps=20))
+    fit(run, corpus)
+    assert next(clock) > 7200
+    assert 0 < run.last_event("save")["trained_seconds"] < 3600
