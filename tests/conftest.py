@@ -31,6 +31,12 @@ QUICK: dict[str, Any] = {"xla_cpu_parallel_codegen_split_count": 1, "xla_backend
 """Options with which XLA compiles in half the time what is not optimized."""
 if jaxlib.version.__version_info__ < (0, 11):  # newer ones have no other
     QUICK["xla_cpu_use_fusion_emitters"] = False
+HASTY = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in QUICK.items()),
+}
+"""The same for processes."""
+PLAIN_OPTIONS = compiler.get_compile_options
 
 UNCOUNTED = ["bigram_limit", "browser", "cache", "docs", "generate", "matmul", "mesh", "model", "model_options", "muon"]
 UNCOUNTED += ["notebooks", "optimizer", "page", "program", "recovery", "step", "train", "write"]
@@ -55,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In each module, what is `hasty` comes last: else programs would be compiled again at each change."""
+    """In each module, what is optimized comes first: else programs would be compiled again at each change."""
     modules = {item.path: i for i, item in enumerate(reversed(items))}
     items.sort(key=lambda item: (-modules[item.path], not _as_a_user(item)))
     gc.freeze()  # a million objects of modules, which no collection needs to look at again
@@ -64,6 +70,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _as_a_user(item: pytest.Item) -> bool:
     return item.get_closest_marker("optimized") is not None or item.config.option.markexpr == "smoke"
+
+
+def quick_options(*args: Any, **kwargs: Any) -> Any:
+    options = PLAIN_OPTIONS(*args, **kwargs)
+    options.env_option_overrides = [*options.env_option_overrides, *QUICK.items()]
+    return options
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which compile most
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Hundreds of small programs run once each: what LLVM would win in running them, it loses in compiling them. Tests
+    marked optimized compile as a user's do, and so do smoke tests that run alone, and the processes of a test that asks
+    for `as_a_user`."""
+    as_a_user = _as_a_user(item)
+    if jax.config.values["jax_disable_most_optimizations"] == as_a_user:
+        jax.clear_caches()  # of what was compiled the other way
+        jax.config.update("jax_disable_most_optimizations", not as_a_user)
+    compiler.get_compile_options = PLAIN_OPTIONS if as_a_user else quick_options
+    for name, value in HASTY.items():
+        os.environ.pop(name, None)
+        if not as_a_user:
+            os.environ[name] = value
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -85,28 +113,6 @@ def uncounted(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     sys.settrace(here)
     threading.settrace(threads)
-
-
-@pytest.fixture(autouse=True)
-def hasty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of small programs run once each: what LLVM would win in running them, it loses in compiling them. Tests
-    marked optimized compile as a user's do, and so do smoke tests that run alone, and the processes of a test that asks
-    for `as_a_user`."""
-    as_a_user = _as_a_user(request.node)
-    if jax.config.values["jax_disable_most_optimizations"] == as_a_user:
-        jax.clear_caches()  # of what was compiled the other way
-        jax.config.update("jax_disable_most_optimizations", not as_a_user)
-    if not as_a_user:
-        plain = compiler.get_compile_options
-
-        def quick(*args: Any, **kwargs: Any) -> Any:
-            options = plain(*args, **kwargs)
-            options.env_option_overrides = [*options.env_option_overrides, *QUICK.items()]
-            return options
-
-        monkeypatch.setattr(compiler, "get_compile_options", quick)
-        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        monkeypatch.setenv("XLA_FLAGS", " ".join(f"--{name}={value}" for name, value in QUICK.items()))
 
 
 @pytest.fixture
