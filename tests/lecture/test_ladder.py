@@ -251,12 +251,14 @@ def test_bad_options_are_refused_before_anything_is_done(lecture, tmp_path, args
 @pytest.mark.slow
 @pytest.mark.optimized
 def test_each_rung_up_to_layer_norm_comes_within_0_05_of_the_lecture(shakespeare):
+    """In 4,000 of its 5,000 steps."""
     text = shakespeare.read_text("utf-8")
     tokenizer = CharTokenizer.train(text)
     assert len(text) == sources.SHAKESPEARE_BYTES
     ids = tokenizer.encode(text).astype(np.uint16)
     train, val = np.split(ids, [int(0.9 * len(ids))])
-    rungs = tuple(rung for rung in ladder.RUNGS if rung.lecture and not rung.lecture_size)
+    rungs = [rung for rung in ladder.RUNGS if rung.lecture and not rung.lecture_size]
+    rungs = [replace(rung, steps=min(4000, rung.steps)) for rung in rungs]
     assert [rung.name for rung in rungs][:: len(rungs) - 1] == ["bigram", "layer norm"]
     for result in ladder.climb(rungs, train, val, tokenizer, sample=0):
         print(result.rung.name, result.loss)
