@@ -30,6 +30,7 @@ OPTIONS = [
     {"zero_init": True, "tie_weights": False},
 ]
 EVERYTHING = {name: value for option in OPTIONS for name, value in option.items()} | {"mlp": "relu2"}
+OTHERS = {"mlp": "swiglu", "bias": True, "smear": True, "bigram_embed": True}
 
 
 def noisy(config):
@@ -49,10 +50,12 @@ def changed(**options):
 def test_the_past_alone_matters_and_all_of_it_that_is_in_sight(options):
     config = changed(**options)
     params = noisy(config)
-    logits = forward(config, params, IDX)
-    assert logits.dtype == jnp.float32
+    logits = np.asarray(forward(config, params, IDX))
+    assert logits.dtype == np.float32
     for t in range(8):
-        other = forward(config, params, IDX.at[:, t].set((IDX[:, t] + 1) % 11))
+        idx = np.array(IDX)
+        idx[:, t] = (idx[:, t] + 1) % 11
+        other = np.asarray(forward(config, params, idx))
         np.testing.assert_array_equal(logits[:, :t], other[:, :t])
         assert (logits[:, t] != other[:, t]).any()
         # Two blocks with windows of 3 look back 4 tokens; smear, pairs one more.
@@ -62,24 +65,28 @@ def test_the_past_alone_matters_and_all_of_it_that_is_in_sight(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o))
-def test_every_option_changes_something_and_every_parameter_learns(options):
+def test_every_option_changes_something(options):
     config = changed(**options)
-    params = noisy(config)
-
-    def mean_loss(params):
-        return model.losses(config, params, IDX, jnp.roll(IDX, -1, axis=1)).mean()
-
-    value, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
-    assert np.isfinite(value)
-    for path, g in jax.tree_util.tree_leaves_with_path(grads):
-        assert np.abs(g).max() > 0, jax.tree_util.keystr(path)
-    plain = changed(tie_weights=config.tie_weights)
-    if "zero_init" not in options and shapes(params) == shapes(model.init_params(plain, KEY)):
-        assert (forward(plain, params, IDX) != forward(config, params, IDX)).any()
+    params, plain = noisy(config), changed(tie_weights=config.tie_weights)
+    if "zero_init" not in options and shapes(params) == shapes(noisy(plain)):
+        assert (np.asarray(forward(plain, params, IDX)) != forward(config, params, IDX)).any()
 
 
 def shapes(params):
     return jax.tree.map(jnp.shape, params)
+
+
+@pytest.mark.parametrize("options", [{"tie_weights": False}, OTHERS, EVERYTHING], ids=lambda o: "+".join(o))
+def test_every_parameter_learns(options):
+    config = changed(**options)
+
+    def mean_loss(params):
+        return model.losses(config, params, IDX, jnp.roll(IDX, -1, axis=1)).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(mean_loss))(noisy(config))
+    assert np.isfinite(value)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.abs(g).max() > 0, jax.tree_util.keystr(path)
 
 
 def test_zero_init_starts_as_the_uniform_guess():
@@ -136,8 +143,7 @@ def blocked(config, *given):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("window", [0, 1, 50, 140, 300])
-@pytest.mark.parametrize("T", [256, 300])
+@pytest.mark.parametrize(("T", "window"), [(256, 0), (256, 140), (300, 0), (300, 1), (300, 50), (300, 140), (300, 300)])
 def test_blocked_attention_is_the_reference(T, window):
     config = changed(n_embd=32, block_size=T, window=window)
     given = jax.random.normal(KEY, (4, 2, 4, T, 8))

@@ -1,6 +1,7 @@
 """Resuming after damage: from the newest valid checkpoint, with a warning; never from nothing."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,25 +9,33 @@ import pytest
 from jaxgpt import corpus as corpora
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli.runs import resume, start
+from jaxgpt.config import replaced
 from jaxgpt.metrics_log import Evaluated, Notice
-from jaxgpt.run import RunError
+from jaxgpt.run import Run, RunError
 from jaxgpt.sharding import Sizes, make_mesh
 from jaxgpt.start import load_checkpoint
 from jaxgpt.train import fit
 
 
-@pytest.fixture
-def config(tiny, change, verse):
-    return change(tiny, corpus=str(verse), vocab_size=0, steps=15, scan_steps=5, eval_every=5)
+@pytest.fixture(scope="module")
+def config(tiny_config, verse):
+    return replaced(tiny_config, corpus=str(verse), vocab_size=20, steps=15, scan_steps=5, eval_every=5)
 
 
-@pytest.fixture
-def done(config, tmp_path):
-    """A finished run of three saves, and its corpus."""
-    run, corpus = start(config, "one", tmp_path / "runs", tmp_path / "data")
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run, corpus = start(config, "one", folder / "runs", folder / "data")
     fit(run, corpus)
     assert Checkpoints(run.checkpoints).steps[-2:] == [10, 15]
     return run, corpus
+
+
+@pytest.fixture
+def done(trained, tmp_path):
+    """A finished run of three saves, and its corpus."""
+    run, corpus = trained
+    return Run(Path(shutil.copytree(run.path, tmp_path / "runs" / "one"))), corpus
 
 
 def harm(run, step):
@@ -208,13 +217,10 @@ def test_after_damage_to_the_lines_every_later_save_counts(config, change, tmp_p
 
 def test_a_checkpoint_of_another_run_is_not_written_with(done, config, change, tmp_path):
     run, _ = done
-    (tmp_path / "other.txt").write_text("some other text of quite other letters\n" * 30)
-    other = change(config, corpus=str(tmp_path / "other.txt"), vocab_size=run.config.model.vocab_size + 9)
-    mine = change(config, vocab_size=run.config.model.vocab_size + 9)
-    runs = [start(c, name, tmp_path / "runs", tmp_path / "data") for c, name in ((mine, "mine"), (other, "other"))]
-    for each in runs:
-        fit(*each)
-    shutil.rmtree(runs[0][0].checkpoints)
-    shutil.copytree(runs[1][0].checkpoints, runs[0][0].checkpoints)
+    (tmp_path / "other.txt").write_text(("some other text of quite other letters\n" * 30)[:840])
+    other = start(change(config, corpus=str(tmp_path / "other.txt")), "other", tmp_path / "runs", tmp_path / "data")
+    fit(*other)
+    shutil.rmtree(run.checkpoints)
+    shutil.copytree(other[0].checkpoints, run.checkpoints)
     with pytest.raises(RunError, match=r"corpus: .* in the run|tokens of step"):
-        load_checkpoint(runs[0][0], "last")
+        load_checkpoint(run, "last")
