@@ -1,7 +1,8 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxgpt import model
@@ -55,11 +56,11 @@ def test_the_schedule_ends_at_a_share_of_the_peak_or_at_a_minimum_of_ones_own(ch
 
 
 def test_decay_is_by_path_and_is_nanogpts_choice(tiny):
-    params = model.init_params(tiny.model, jax.random.key(0))
+    params = jax.eval_shape(partial(model.init_params, tiny.model), jax.random.key(0))
     mask = decay_mask(params)
     by_ndim = jax.tree.map(lambda x: x.ndim >= 2, params)
     assert mask == by_ndim
-    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), params)
     assert decay_mask(stacked) == mask, "stacking layers changes no parameter's decay"
 
 
@@ -67,18 +68,18 @@ def test_decay_is_by_path_and_is_nanogpts_choice(tiny):
 def test_one_step_is_adamw_by_hand(tiny, change, clip):
     """The first AdamW step: clipped g, bias-corrected moments g and g^2, so -lr * (g / (|g| + eps) + wd * p)."""
     config = change(tiny, schedule="constant", warmup_steps=0, grad_clip=clip)
-    params = init_state(config).params
-    grads = jax.tree.map(jnp.cos, params)
+    params = jax.device_get(init_state(tiny).params)
+    grads = jax.tree.map(np.cos, params)
     tx = make_optimizer(config)
     updates, _ = jax.jit(lambda: tx.update(grads, tx.init(params), params))()
-    updates = jax.tree.map(lambda u: -1e-3 * u, updates)
-    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+    updates = jax.tree.map(lambda u: np.float32(-1e-3) * u, jax.device_get(updates))
+    norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
     shrink = min(1.0, clip / norm) if clip else 1.0
 
     def by_hand(p, g, decayed):
         g = g * shrink
-        return -1e-3 * (g / (jnp.abs(g) + 1e-8) + 0.1 * decayed * p)
+        return -1e-3 * (g / (np.abs(g) + 1e-8) + 0.1 * decayed * p)
 
     expected = jax.tree.map(by_hand, params, grads, decay_mask(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9), updates, expected)
-    assert optax.tree.norm(updates) > 0
+    assert all(u.any() for u in jax.tree.leaves(updates))
