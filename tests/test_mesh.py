@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +55,18 @@ def mesh_of(text):
     return make_mesh(Sizes.parse(text))
 
 
+@lru_cache
+def initial(config):
+    return jax.device_get(init_state(config))
+
+
 def trained(config, over, tokens=TOKENS):
     """20 steps in two chunks: their metrics, the parameters after them, and the losses of some windows and of all
     tokens."""
     load, steps, K = loader(config, tokens, over), jit_train_steps(config, over), config.train.scan_steps
     with jax.set_mesh(over):
-        state, chunks, programs = sharded_init(config, over), [], []
+        state = jax.device_put(initial(config), state_shardings(over, initial(config)))
+        chunks, programs = [], []
         for begin in range(0, 2 * K, K):
             state, metrics = steps(state, *load(begin, begin + K))
             chunks.append(jax.device_get(metrics))
@@ -108,9 +115,9 @@ def test_so_it_is_with_a_bigram_of_which_each_device_takes_its_part_of_the_logit
 def test_the_mesh_of_one_device_costs_nothing(rich, small):
     """Its program has no sharding constraints, and computes the bits that the plain function computes."""
     tokens, starts = jnp.asarray(TOKENS), jnp.zeros((1, 16), jnp.int32)
-    for over, constrained in ((one_device(), False), (mesh_of("data=2,tensor=2"), True)):
+    for config, over, constrained in ((rich, one_device(), False), (small, mesh_of("data=2,tensor=2"), True)):
         with jax.set_mesh(over):
-            text = jit_train_steps(rich, over).lower(abstract_state(rich, over), tokens, starts).as_text()
+            text = jit_train_steps(config, over).lower(abstract_state(config, over), tokens, starts).as_text()
         assert ("sdy.sharding_constraint" in text) == constrained
     plain = jax.jit(train_steps, static_argnums=0)(small, init_state(small), tokens, starts)
     with jax.set_mesh(one_device()):
@@ -141,11 +148,18 @@ def test_a_corpus_on_disk_is_read_by_those_who_need_it(small, results, monkeypat
     assert windows.addressable_shards[0].data.shape == (10, 8 // (over.data * over.fsdp), 9)
 
 
+def test_the_initial_state_has_the_same_bits_over_a_mesh(rich):
+    with jax.set_mesh(over := mesh_of("data=2,fsdp=2,tensor=2")):
+        state = sharded_init(rich, over)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), initial(rich))
+
+
 def test_a_batch_lies_where_it_is_computed(small):
     """Each of four devices has two sequences, and no more of the parameters than its share."""
     over = mesh_of("fsdp=4")
     with jax.set_mesh(over):
-        state = sharded_init(small, over)
+        state = jax.device_put(initial(small), state_shardings(over, initial(small)))
         idx = jax.jit(lambda x: sharding.constrain(x, "batch", None))(jnp.zeros((8, 3), int))
     assert idx.addressable_shards[0].data.shape == (2, 3)
     kernel = state.params["h_0"]["mlp"]["c_fc"]["kernel"]
@@ -283,8 +297,8 @@ def test_the_loss_in_parts_and_its_gradients_are_those_of_the_whole(text):
 
 
 def test_a_checkpoint_goes_from_any_mesh_to_any_other(small, tmp_path):
-    with jax.set_mesh(over := mesh_of("fsdp=4,tensor=2")):
-        state = sharded_init(small, over)
+    over = mesh_of("fsdp=4,tensor=2")
+    state = jax.device_put(initial(small), state_shardings(over, initial(small)))
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(state, {})
     for over in (one_device(), mesh_of("data=2,fsdp=2")):

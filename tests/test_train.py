@@ -33,9 +33,16 @@ from jaxgpt.train import fit
 from tests.processes import resume, wait_for
 
 
-@pytest.fixture
-def tiny(tiny, change, verse):
-    return change(tiny, corpus=str(verse), vocab_size=0, scan_steps=5, eval_every=10)
+@pytest.fixture(scope="module")
+def tiny(tiny_config, verse):
+    return configs.replaced(tiny_config, corpus=str(verse), vocab_size=0, scan_steps=5, eval_every=10)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, tmp_path_factory):
+    """A run of `tiny` from its first step to its last, which no test changes."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return fit(*start(tiny, "unbroken", folder / "runs", folder / "data")).run
 
 
 @pytest.fixture
@@ -115,9 +122,8 @@ def test_the_score_of_a_new_run_is_compiled_beside_its_steps(tiny, change, new_r
     assert evaluation._loss_sums._cache_size() == 1
 
 
-def test_two_runs_of_one_config_are_equal(tiny, new_run):
-    a, b = (fit(*new_run(name, tiny)).run for name in ("a", "b"))
-    assert_same_run(a, b)
+def test_two_runs_of_one_config_are_equal(tiny, new_run, unbroken):
+    assert_same_run(unbroken, fit(*new_run("again", tiny)).run)
 
 
 def test_a_run_is_the_same_whatever_the_flags_of_jax(tiny, change, new_run, set_flags):
@@ -150,8 +156,7 @@ def test_looking_more_often_changes_nothing_that_is_learnt(tiny, change, new_run
 
 
 @pytest.mark.parametrize("step", [5, 10, 15])
-def test_a_run_that_died_goes_on_as_if_it_had_not(tiny, new_run, step):
-    unbroken = fit(*new_run("unbroken", tiny)).run
+def test_a_run_that_died_goes_on_as_if_it_had_not(tiny, new_run, unbroken, step):
     broken, corpus = new_run("broken", tiny)
     with pytest.raises(Stop):
         fit(broken, corpus, stop_after(step))
@@ -160,10 +165,9 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(tiny, new_run, step):
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_run_that_ends_before_a_score_goes_on_with_it(tiny, new_run, monkeypatch, sigterm_at, killed):
+def test_a_run_that_ends_before_a_score_goes_on_with_it(tiny, new_run, unbroken, monkeypatch, sigterm_at, killed):
     """Asked to end in the chunk before it, the run does not make whoever asked wait for the score; killed in it, it has
     lost nothing else. Even the manifests are those of a run that was not ended."""
-    unbroken = fit(*new_run("unbroken", tiny)).run
     broken, corpus = new_run("broken", tiny)
 
     def die(config, corpus, state, score=loop.score):
@@ -211,11 +215,9 @@ def test_a_finished_run_has_nothing_left_to_do(tiny, new_run):
     assert again.scores == first.scores
 
 
-def test_a_corpus_on_disk_gives_the_same_run_as_one_on_the_device(tiny, new_run, monkeypatch):
-    on_device = fit(*new_run("device", tiny)).run
+def test_a_corpus_on_disk_gives_the_same_run_as_one_on_the_device(tiny, new_run, unbroken, monkeypatch):
     monkeypatch.setattr(batches, "DEVICE_TOKENS", 0)
-    on_disk = fit(*new_run("disk", tiny)).run
-    assert_same_run(on_device, on_disk)
+    assert_same_run(unbroken, fit(*new_run("disk", tiny)).run)
 
 
 def test_a_corpus_that_cannot_be_read_any_more_ends_the_run(tiny, new_run, monkeypatch):
@@ -323,13 +325,12 @@ def test_the_speed_excludes_the_compilation_of_a_shorter_chunk(tiny, new_run, ch
     assert 0 < run.last_event("save")["trained_seconds"] < 3600
 
 
-def test_a_run_may_leave_out_the_score_of_the_untrained_model(tiny, change, new_run):
+def test_a_run_may_leave_out_the_score_of_the_untrained_model(tiny, change, new_run, unbroken):
     """And whether it does changes nothing else: every line but that of step 0 is the same."""
-    runs = {start: new_run(str(start), change(tiny, eval_start=start)) for start in (True, False)}
-    done = {start: fit(*each) for start, each in runs.items()}
-    assert [scored.step for scored in done[False].scores] == [10, 20]
-    lines = {start: run.metrics_file.read_text().splitlines() for start, (run, _) in runs.items()}
-    assert lines[True][1:] == lines[False]
+    done = fit(*new_run("one", change(tiny, eval_start=False)))
+    assert [scored.step for scored in done.scores] == [10, 20]
+    without, lines = (run.metrics_file.read_text().splitlines() for run in (done.run, unbroken))
+    assert lines[1:] == without
 
 
 def test_auto_is_settled_when_a_run_starts(tiny, change, new_run, monkeypatch):
@@ -378,13 +379,12 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.smoke
-def test_a_step_without_a_number_is_left_out_and_written_down(tiny, new_run, poisoned):
-    whole = fit(*new_run("whole", tiny)).run
+def test_a_step_without_a_number_is_left_out_and_written_down(tiny, new_run, unbroken, poisoned):
     poisoned(13)
     events = []
     run, corpus = new_run("one", tiny)
     fit(run, corpus, events.append)
-    lines, before = ([line for line in each.metrics() if "loss" in line] for each in (run, whole))
+    lines, before = ([line for line in each.metrics() if "loss" in line] for each in (run, unbroken))
     assert lines[:12] == before[:12]
     assert lines[12]["skipped"]
     assert lines[12]["loss"] is None
