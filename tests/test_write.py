@@ -101,13 +101,13 @@ def test_a_refusal_names_only_the_number_that_is_out_of_range(run, options, said
 def test_without_a_prompt_it_begins_with_a_line_feed_or_the_first_character(run, tmp_path, tiny, change):
     assert texts(run, None, 5)[0].startswith("\n")
     (tmp_path / "line.txt").write_text("the cat sat on the mat " * 40)
-    config = change(tiny, corpus=str(tmp_path / "line.txt"), vocab_size=0, steps=5)
+    config = change(tiny, kind="bigram", corpus=str(tmp_path / "line.txt"), vocab_size=0, steps=5)
     chars = fit(*start(config, "chars", tmp_path / "runs", tmp_path / "data")).run
     assert texts(chars, None, 5)[0].startswith(" ")
 
 
 def test_unknown_characters_of_a_prompt_are_an_error_or_skipped(run, tmp_path, tiny, change, verse):
-    config = change(tiny, corpus=str(verse), vocab_size=0, steps=5)
+    config = change(tiny, kind="bigram", corpus=str(verse), vocab_size=0, steps=5)
     chars = fit(*start(config, "chars", tmp_path / "runs", tmp_path / "data")).run
     with pytest.raises(UnknownCharacterError, match="'Z'"):
         texts(chars, "the Zoo", 5)
