@@ -199,7 +199,7 @@ def lecture(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(ladder, "RUNGS", tuple(small(name) for name in FEW))
-    monkeypatch.setattr(ladder, "FULL", small("dropout and scale", channels=16, about="in full"))
+    monkeypatch.setattr(ladder, "FULL", small("dropout and scale", about="in full"))
 
     def run(*args):
         code = cli.run_command(["lecture", *map(str, args)])

@@ -77,7 +77,6 @@ def test_the_table_of_parameters_is_the_tree(stacked):
 
 @pytest.fixture(scope="module")
 def found():
-    jax.config.update("jax_disable_most_optimizations", True)
     return programs(PLAIN)
 
 

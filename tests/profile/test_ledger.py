@@ -93,7 +93,6 @@ def found():
     """A real report, and the settings of the compile cache before and after."""
     names = [name for name in jax.config.values if "cache" in name]
     before = {name: jax.config.values[name] for name in names}
-    jax.config.update("jax_disable_most_optimizations", True)
     found = ledger.measure(TABLE, "bigram", choose(VARIED), rounds=2, seconds=0.01)
     assert {name: jax.config.values[name] for name in names} == before
     return found
