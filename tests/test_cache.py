@@ -20,11 +20,11 @@ OPTIONS = [  # what a cache has to do with
     {"position": "rope"},
     {"n_kv_head": 1},
     {"window": 3},
-    {"smear": True},
-    {"bigram_embed": True},
     {"kind": "bigram"},
 ]
 OTHERS = {
+    "smear": True,
+    "bigram_embed": True,
     "norm": "rms",
     "mlp": "relu2",
     "gelu": "tanh",

@@ -66,15 +66,6 @@ def test_splitting_a_scan_changes_no_bit(tiny):
     chex.assert_trees_all_equal(whole, halves)
 
 
-def test_gathered_windows_train_the_same_bits_as_the_whole_corpus(tiny):
-    """A corpus that does not fit on the device is served a few windows at a time."""
-    whole, metrics = run(tiny, fresh(tiny), 0, 5)
-    windows = batches.gather(TOKENS, starts(tiny, 0, 5), tiny.model.block_size)
-    served, served_metrics = jit_train_steps(tiny, one_device())(fresh(tiny), None, windows)
-    chex.assert_trees_all_equal(whole, served)
-    chex.assert_trees_all_equal(metrics, served_metrics)
-
-
 @pytest.mark.optimized
 def test_the_initial_state_has_the_same_bits_however_its_program_is_optimized(tiny):
     chex.assert_trees_all_equal(sharded_init(tiny, one_device()), init_state(tiny))
