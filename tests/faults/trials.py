@@ -223,7 +223,7 @@ def soak(folder: Path, steps: int = 2000, every: int = 20) -> Count:
     enough for a leak to stand out: half a state a save is more than that, by the medians of the quarters.
     """
     count = Count()
-    model = replace(SMALL.model, n_embd=192)
+    model = replace(SMALL.model, n_embd=256)
     train = TrainConfig(**{**vars(SMALL.train), "steps": steps, "scan_steps": every, "eval_every": every})
     run = new_run(folder, "soak", Config(SMALL.data, model, SMALL.optimizer, train))
     process, seen = spawn(run), []
