@@ -27,7 +27,6 @@ LIMITS = Limits(max_prompt=50, max_tokens=10**6, places=2, max_requests=3)
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """A folder of two runs on a small text: a trained GPT and an untrained bigram."""
-    jax.config.update("jax_disable_most_optimizations", True)
     folder = tmp_path_factory.mktemp("served")
     text, runs, data = (folder / name for name in ("text.txt", "runs", "data"))
     text.write_text("the cat sat on the mat\nthat cat has a hat\n" * 40)
