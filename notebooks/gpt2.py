@@ -60,6 +60,8 @@ steps = 20 if SMALL else 200 if FULL else 600
 config = replaced(FINETUNE, corpus="python-docs", steps=steps, scan_steps=10, eval_every=0, eval_batches=0)
 if not FULL:
     config = replaced(config, tokenizer="ascii", unknown="skip", learning_rate=3e-3, batch_size=16)
+if SMALL:
+    config = replaced(config, val_tokens=4096)
 run = folders.import_run(source, config, "tuned", work / "runs", Path("data"), block_size=256 if FULL else 0)
 before = jaxgpt.load(run.path)
 before
@@ -139,7 +141,8 @@ print("by depth:", by_depth(after))
 from jaxgpt.diagnostics import plots
 from jaxgpt.monitor.notebook import Chart
 
-maps = inside.attention_maps(after.config.model, after.params, batch.inputs)[:4, 0, :4]  # (L, H, T, T), at most 4 each
+attention_maps = jax.jit(inside.attention_maps, static_argnums=0)
+maps = attention_maps(after.config.model, after.params, batch.inputs)[:4, 0, :4]  # (L, H, T, T), at most 4 each
 Chart(plots.attention_maps(maps))
 
 # %% [markdown]

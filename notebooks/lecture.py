@@ -106,7 +106,7 @@ def outputs(x):
     return (attention_weights(x @ query, x @ key, causal_mask(T)[None]) @ (x @ value)).sum(-1)[0]  # (T,)
 
 
-reaches = jnp.abs(jax.jacobian(outputs)(x[:1])).sum(-1)[:, 0] > 0  # (T, T)
+reaches = jnp.abs(jax.jit(jax.jacobian(outputs))(x[:1])).sum(-1)[:, 0] > 0  # (T, T)
 print(reaches.astype(int))
 assert (reaches == np.tril(np.ones((T, T), bool))).all()
 
@@ -122,7 +122,7 @@ from jaxgpt.monitor.notebook import Chart
 
 rungs = ladder.RUNGS[:-1]
 if SMALL:
-    rungs = tuple(replace(rung, steps=30) for rung in rungs[:6])
+    rungs, val = tuple(replace(rung, steps=30) for rung in rungs[:6]), val[:4096]
 results = []
 for result in ladder.climb(rungs, train, val, tokenizer):
     results.append(result)
@@ -147,7 +147,9 @@ from jaxgpt.recipes import recipe
 
 config = recipe("gpt-demo").config
 if SMALL:
-    config = replaced(config, n_layer=1, n_embd=32, block_size=32, steps=20, scan_steps=10, eval_every=0)
+    config = replaced(
+        config, n_layer=1, n_embd=32, block_size=32, steps=20, scan_steps=10, eval_every=0, val_tokens=4096
+    )
 
 
 def show(event):

@@ -171,7 +171,7 @@ print(f"predicted {rate * products[best]:.6f}, measured {improvement(params):.6f
 # %%
 from jaxgpt.diagnostics import inside, plots
 
-maps = inside.attention_maps(config, params, question.inputs)[:, 0]  # (L, H, T, T)
+maps = jax.jit(inside.attention_maps, static_argnums=0)(config, params, question.inputs)[:, 0]  # (L, H, T, T)
 Chart(plots.attention_maps(maps))
 
 # %% [markdown]
@@ -191,6 +191,8 @@ from jaxgpt.report.reporter import Reporter
 saved = replaced(
     recipe("gpt-demo").config, n_layer=LAYERS, n_embd=64, block_size=T, steps=STEPS, scan_steps=10, eval_every=0
 )
+if SMALL:
+    saved = replaced(saved, val_tokens=4096)
 run, tokens = start(saved, "value", Path(tempfile.mkdtemp()), Path("data"))
 jaxgpt.fit(run, tokens)
 page = run.path / "report.html"
