@@ -16,7 +16,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SIZE = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 8 --batch-size 4"
 TRAIN = "--steps 4 --scan-steps 2 --eval-every 4 --eval-batches 0 --warmup-steps 1"
-KEPT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("COV")}
+TYPED = """
+import sys
+from jaxgpt.cli import run_command
+for line in sys.argv[1:]:
+    if code := run_command(line.split()):
+        sys.exit(f"jaxgpt {line} ended with {code}")
+"""
+
+
+def kept():
+    """The environment without what leads to the checkout."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("COV")}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,7 @@ def environment(tmp_path_factory):
 
 def test_the_readme_of_an_index_page_has_absolute_links(environment):
     show = "from importlib.metadata import metadata as m; print(m('jaxgpt')['Project-URL'], m('jaxgpt').get_payload())"
-    done = subprocess.run([environment / "python", "-c", show], cwd="/", env=KEPT, capture_output=True, text=True)
+    done = subprocess.run([environment / "python", "-c", show], cwd="/", env=kept(), capture_output=True, text=True)
     url, readme = done.stdout.removeprefix("Repository, ").split(" ", 1)
     links = re.findall(r"\]\(([^)#]+)", readme)
     ours = [link.partition("/main/")[2] for link in links if link.startswith((f"{url}/raw/main/", f"{url}/blob/main/"))]
@@ -61,7 +72,7 @@ def test_the_wheel_trains_samples_reports_exports_and_serves_in_an_empty_folder(
     pytest.importorskip("vl_convert", reason="a report needs the extra report")
 
     def run(*command):
-        done = subprocess.run(command, cwd=tmp_path, env=KEPT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tmp_path, env=kept(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -69,15 +80,18 @@ def test_the_wheel_trains_samples_reports_exports_and_serves_in_an_empty_folder(
     where = run(environment / "python", "-c", "import jaxgpt; print(jaxgpt.__file__)")
     assert where.startswith(str(environment.parent)), "not the checkout"
     assert run(jaxgpt, "--version").startswith("jaxgpt 0.")
-    run(jaxgpt, "train", "shakespeare-cpu", "--corpus", verse, "--run", "one", *SIZE.split(), *TRAIN.split())
+    lines = (
+        f"train shakespeare-cpu --corpus {verse} --run one {SIZE} {TRAIN}",
+        "report one",
+        "export one --out exported",
+    )
+    run(environment / "python", "-c", TYPED, *lines)  # in one process, which imports JAX once
     assert run(jaxgpt, "sample", "one", "--prompt", "the ", "--tokens", "5").startswith("the ")
-    run(jaxgpt, "report", "one")
     assert "</html>" in (tmp_path / "runs" / "one" / "report.html").read_text("utf-8")
-    run(jaxgpt, "export", "one", "--out", "exported")
     assert (tmp_path / "exported" / "model.safetensors").exists()
     pytest.importorskip("uvicorn", reason="the playground needs the extra serve")
     command = [jaxgpt, "serve", "--port", "0"]
-    with subprocess.Popen(command, cwd=tmp_path, env=KEPT, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, cwd=tmp_path, env=kept(), stdout=subprocess.PIPE, text=True) as server:
         try:
             (address,) = re.findall(r"http://\S+", "".join(server.stdout.readline() for _ in range(2)))
             with urllib.request.urlopen(f"{address.rstrip('/')}/api/runs", timeout=60) as answer:
