@@ -168,7 +168,7 @@ def test_a_run_wins_over_a_folder_of_its_name(call, verse, tmp_path, monkeypatch
 def test_a_path_may_look_like_markup(call, tmp_path):
     (tmp_path / "my[draft]").mkdir()
     (tmp_path / "my[draft]" / "a[").write_text("the cat sat on the mat\n" * 30)
-    code, out, _ = call("train", "gpt-demo", "--corpus", "my[draft]/a[", "--run", "one", *SMALL)
+    code, out, _ = call("train", "bigram", "--corpus", "my[draft]/a[", "--run", "one", *SMALL)
     assert code == 0
     assert "my[draft]/a[" in out
 
@@ -253,7 +253,7 @@ def test_documents_and_a_vocabulary_learnt_from_them(call, verse, tmp_path):
     assert code == 0
     assert "vocabulary of 260 (bpe)" in out
     assert err == "", "a bar is for terminals"
-    code, out, _ = call("train", "gpt-demo", "--run", "one", *SMALL, "--corpus", *documents)
+    code, out, _ = call("train", "bigram", "--run", "one", *SMALL, "--corpus", *documents)
     assert code == 0, out
     code, out, _ = call("sample", "one", "--prompt", "the ", "--tokens", 20)
     assert code == 0
