@@ -51,8 +51,6 @@ settings.load_profile("jaxgpt")
 
 def pytest_configure(config: pytest.Config) -> None:
     assert jax.device_count() == 8, "the tests ask for 8 CPU devices"
-    # What fixtures of a session or a module compile, too, before the first test is `hasty`.
-    jax.config.update("jax_disable_most_optimizations", config.option.markexpr != "smoke")
     if hasattr(config, "workerinput"):
         # A process takes a third longer where its lines are counted; those lines are run in the workers too.
         os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
