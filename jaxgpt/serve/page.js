@@ -376,6 +376,7 @@ async function begin() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.closest("#ask")) $("#ask").requestSubmit();
   });
   arrange();
+  $("#write").disabled = false; // until now, a click would have sent the form and loaded the page anew
 }
 
 begin().catch((error) => ($("#status").textContent = error.message));

@@ -184,8 +184,13 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         phone = browser.new_context(
             viewport={"width": 390, "height": 844}, color_scheme="dark", has_touch=True, is_mobile=True
         )
-        small = phone.new_page()
+        small, held = phone.new_page(), []
+        small.route("**/api/runs", lambda route: held.append(route))
         small.goto(address)
+        while not held:
+            small.wait_for_timeout(10)
+        assert small.is_disabled("#write")  # while it does not know the runs
+        held.pop().continue_()
         small.fill("#prompt", "the ")
         small.tap("#write")
         small.wait_for_selector("#status:has-text('Sampled')")
