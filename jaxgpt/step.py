@@ -1,7 +1,7 @@
 """One training step as a pure function, a scan of K steps, and their compilation for a mesh."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -11,17 +11,13 @@ import optax
 from jax.sharding import Mesh
 
 from jaxgpt import matmul, model, prng
-from jaxgpt.config import Config, DataConfig, TrainConfig
+from jaxgpt.config import Config
 from jaxgpt.data import Batch, inputs_and_targets, take
 from jaxgpt.optimizer import Hyperparameters, hyperparameters, learning_rate, make_optimizer
 from jaxgpt.sharding import platform, replicated, state_shardings
 
 # Streams of random keys, folded into the key of the seed. Batches have their own generator.
 INIT, DROPOUT = range(2)
-
-UNUSED = ["eval_batches", "eval_every", "eval_start", "keep", "keep_every", "max_skipped", "on_save_error"]
-UNUSED += ["sampling", "scan_steps", "steps"]
-"""Settings of training that the functions below do not read, once `decay_steps` is known."""
 
 
 @jax.tree_util.register_dataclass
@@ -139,17 +135,9 @@ def stream_key(seed: Any, stream: int) -> jax.Array:
     return jax.random.fold_in(prng.key(seed), stream)
 
 
-def program_config(config: Config) -> Config:
-    """`config` with the defaults of what no program here depends on: UNUSED and the data. So a run that is made longer
-    or scored more often is not traced and compiled again."""
-    optimizer = replace(config.optimizer, decay_steps=config.optimizer.decay_steps or config.train.steps)
-    train = replace(config.train, **{name: getattr(TrainConfig, name) for name in UNUSED})
-    return replace(config, data=DataConfig(), optimizer=optimizer, train=train)
-
-
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and shardings of a train state."""
-    shapes = jax.eval_shape(init_state, program_config(config))
+    shapes = jax.eval_shape(init_state, config)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -171,21 +159,17 @@ def lower_init(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 
     It runs once, so on CPUs it is optimized less: it compiles in a third less time and gives the same bits.
     """
-    config, out, device = program_config(config), _shardings(config, mesh), platform()
+    out, device = _shardings(config, mesh), platform()
     options = {"xla_backend_optimization_level": 1} if device == "cpu" else None
     with prng.one_kernel_on_gpus() if device == "gpu" else nullcontext():
         return jax.jit(init_state, static_argnums=0, out_shardings=out, compiler_options=options).lower(config)
 
 
+@lru_cache(maxsize=16)
 def jit_train_steps(config: Config, mesh: Mesh) -> Any:
     """`train_steps` of `config`, jitted: (state, tokens, windows) -> (state, metrics).
 
     The state is donated and keeps its shardings. Trace and call it under `jax.set_mesh(mesh)`.
     """
-    return _jit_train_steps(program_config(config), mesh)
-
-
-@lru_cache(maxsize=16)
-def _jit_train_steps(config: Config, mesh: Mesh) -> Any:
     out = _shardings(config, mesh), replicated(mesh)
     return jax.jit(partial(train_steps, config), donate_argnums=0, out_shardings=out)

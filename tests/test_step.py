@@ -79,21 +79,6 @@ def test_the_second_call_compiles_nothing(tiny):
     assert jit_train_steps(tiny, one_device())._cache_size() == compiled
 
 
-def test_a_run_that_is_longer_or_scored_more_often_is_the_same_program(tiny, change):
-    config = change(tiny, kind="bigram", decay_steps=0)
-    more = dict(eval_batches=7, eval_every=3, eval_start=False, keep=9, keep_every=5, max_skipped=8, scan_steps=2)
-    other = change(config, steps=30, decay_steps=20, sampling="random", on_save_error="stop", corpus="b.txt", **more)
-    assert all(getattr(config.train, name) != getattr(other.train, name) for name in steps.UNUSED)
-    programs = [
-        jax.make_jaxpr(steps.train_steps, static_argnums=0)(c, init_state(config), TOKENS, starts(config, 0, 5))
-        for c in (config, other)
-    ]
-    assert str(programs[0]) == str(programs[1])
-    assert jit_train_steps(config, one_device()) is jit_train_steps(other, one_device())
-    for changes in ({"steps": 30}, {"seed": 1}, {"accumulate": 2}, {"dropout": 0.2}, {"learning_rate": 1e-2}):
-        assert jit_train_steps(change(config, **changes), one_device()) is not jit_train_steps(config, one_device())
-
-
 def test_the_state_is_donated(tiny):
     state = fresh(tiny)
     run(tiny, state, 0, 5)

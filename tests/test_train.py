@@ -372,10 +372,10 @@ def poisoned(monkeypatch):
                 return honest(config, state, batch, hyper)
 
         monkeypatch.setattr(step, "train_step", train_step)
-        step._jit_train_steps.cache_clear()
+        step.jit_train_steps.cache_clear()
 
     yield poison
-    step._jit_train_steps.cache_clear()
+    step.jit_train_steps.cache_clear()
 
 
 @pytest.mark.smoke
