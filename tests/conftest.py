@@ -38,9 +38,10 @@ HASTY = {
 """The same for processes."""
 PLAIN_OPTIONS = compiler.get_compile_options
 
-UNCOUNTED = ["bigram_limit", "browser", "cache", "checkpoint", "docs", "generate", "gpt2", "matmul", "memory", "mesh"]
-UNCOUNTED += ["model", "model_options", "muon", "notebooks", "optimizer", "page", "program", "recovery", "start"]
-UNCOUNTED += ["step", "train", "write"]
+UNCOUNTED = ["activations", "architecture", "attention", "benchmarks", "bigram_limit", "browser", "cache"]
+UNCOUNTED += ["checkpoint", "contest", "curvature", "docs", "evaluation", "generate", "goldens", "gpt2", "gradients"]
+UNCOUNTED += ["landscape", "matmul", "memory", "mesh", "model", "model_options", "muon", "notebooks", "optimizer"]
+UNCOUNTED += ["page", "program", "readme", "recovery", "start", "step", "torch_parity", "train", "twin", "write"]
 """Modules of tests whose lines of jaxgpt others run too. Python is a third slower where coverage counts lines."""
 
 HOSTILE = "</script><script>alert('x')</script><b>\"&amp;"
