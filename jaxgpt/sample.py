@@ -204,7 +204,7 @@ def cast_kernels(config: ModelConfig, params: model.Params) -> tuple[ModelConfig
     because the embedding stays float32.
 
     One token's matmul with a transposed kernel sums over rows. With a kernel (K, N) it sums over columns: XLA for GPUs
-    first writes all K N products to memory if N is small.
+    first writes all K N terms to memory if N is small.
     """
 
     def cast(tree: model.Params) -> model.Params:
