@@ -39,10 +39,11 @@ class Linear(nn.Module):
     @nn.compact
     def weights(self, K: int) -> tuple[jax.Array, jax.Array | None]:
         """(kernel, bias or None) for inputs of K channels."""
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.config.bias else None
         if self.is_transposed:
-            return self.get_variable("params", "transposed").T, bias
-        return self.param("kernel", normal(self.stddev), (K, self.features)), bias
+            kernel = cast(jax.Array, self.get_variable("params", "transposed")).T
+        else:  # before the bias: Flax numbers the keys of parameters in the order of these calls
+            kernel = self.param("kernel", normal(self.stddev), (K, self.features))
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.config.bias else None
 
     @property
     def is_transposed(self) -> bool:

@@ -54,6 +54,15 @@ def test_the_bigram_reads_logits_directly_off_its_table():
     np.testing.assert_array_equal(forward(BIGRAM, params, IDX), table[IDX])
 
 
+def test_biases_change_no_initial_kernel():
+    plain, with_biases = (
+        dict(jax.tree_util.tree_leaves_with_path(init_params(ModelConfig(**{**vars(GPT), "bias": bias}), KEY)))
+        for bias in (False, True)
+    )
+    for path, kernel in plain.items():
+        np.testing.assert_array_equal(kernel, with_biases[path])
+
+
 @pytest.mark.smoke
 def test_causality_by_gradients():
     """The logits at t have zero gradient with respect to the embeddings after t, and non-zero up to it."""
