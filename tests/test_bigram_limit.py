@@ -1,5 +1,7 @@
 """The trained bigram against what counting gives: two independent ways to one number."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -20,14 +22,18 @@ def conditional_entropy(tokens, V):
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_the_bigram_recipe_reaches_the_conditional_entropy_of_its_training_split(tmp_path):
+@pytest.mark.parametrize("corpus", ["python-docs", "shakespeare"])
+def test_the_bigram_recipe_reaches_the_conditional_entropy_of_its_training_split(corpus, tmp_path, request):
+    if corpus == "shakespeare":
+        request.getfixturevalue("shakespeare")
     config = recipe("bigram").config
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=corpus))
     run, text = start(config, "bigram", tmp_path / "runs", tmp_path / "data")
     fit(run, text)
     train, _ = text.split(config.data)
     limit = conditional_entropy(train, text.tokenizer.vocab_size)
     _, params = load_checkpoint(run, "last")
     loss = evaluate(run.config.model, params, train, text.tokenizer).loss
-    print(f"trained {loss:.4f}, counted {limit:.4f}")
+    print(f"{corpus}: trained {loss:.4f}, counted {limit:.4f}")
     assert limit <= loss + 1e-4, "no table is better than the counts"
     assert loss < limit + 0.01

@@ -25,6 +25,14 @@ def finish(process, code=0):
     return out
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The losses of a run of one process that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    finish(train(folder, new(folder, "one")))
+    return curve(folder, "one")
+
+
 @pytest.fixture
 def begin_with(tmp_path, monkeypatch):
     """begin_with(code): what each process of a group, of number `process`, runs before all else."""
@@ -39,10 +47,15 @@ def begin_with(tmp_path, monkeypatch):
     return begin
 
 
-def test_killed_it_goes_on_with_another_number_of_processes_and_devices(tmp_path, begin_with):
+def test_several_processes_train_as_one_does(tmp_path, unbroken, begin_with):
+    begin_with("from jaxgpt import data\ndata.DEVICE_TOKENS = 0")  # from disk, each what is its own
+    out = finish(train(tmp_path, [*new(tmp_path, "many"), "--mesh", "auto"], 4))
+    assert out.count("validation loss") == 7  # told by one process
+    np.testing.assert_allclose(curve(tmp_path, "many"), unbroken, atol=BOUND, rtol=0)
+
+
+def test_killed_it_goes_on_with_another_number_of_processes_and_devices(tmp_path, unbroken):
     """Two processes that share batch and parameters, one of them killed; one process, killed; then two to the end."""
-    finish(train(tmp_path, new(tmp_path, "unbroken")))
-    begin_with("from jaxgpt import data\ndata.DEVICE_TOKENS = 0")  # a group reads from disk, each what is its own
     for processes, devices, mesh in ((2, 2, "data=2,fsdp=2"), (1, 1, "auto")):
         before = len(curve(tmp_path, "two"))
         process = train(tmp_path, [*on(tmp_path, "two"), "--mesh", mesh], processes, devices)
@@ -50,7 +63,7 @@ def test_killed_it_goes_on_with_another_number_of_processes_and_devices(tmp_path
         os.kill(members(process)[-1], signal.SIGKILL)
         finish(process, 137 if processes > 1 else -9)
     out = finish(train(tmp_path, [*on(tmp_path, "two"), "--mesh", "fsdp=2"], 2, 1))
-    np.testing.assert_allclose(curve(tmp_path, "two"), curve(tmp_path, "unbroken"), atol=BOUND, rtol=0)
+    np.testing.assert_allclose(curve(tmp_path, "two"), unbroken, atol=BOUND, rtol=0)
     assert out.count("step    120  validation loss") == 1  # told by one process
 
 

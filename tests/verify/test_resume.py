@@ -100,11 +100,11 @@ def test_a_recipe_killed_and_resumed(verse, tmp_path, monkeypatch, capsys, as_a_
     monkeypatch.chdir(tmp_path)
     small = {"n-layer": 1, "n-embd": 16, "n-head": 2, "block-size": 8, "scan-steps": 20, "eval-every": 60, "steps": 300}
     flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]
-    code = run_command(["verify-resume", "gpt-demo", "--corpus", str(verse), *flags, "--kills", "1"])
+    code = run_command(["verify-resume", "gpt-demo", "--corpus", str(verse), *flags, "--kills", "2"])
     out = capsys.readouterr().out
     assert code == 0, out
-    assert "IDENTICAL after 1 kills: 306 lines of metrics" in out
-    assert out.count("killed at step") == 1 + out.count("does not count")
+    assert "IDENTICAL after 2 kills: 306 lines of metrics" in out
+    assert out.count("killed at step") == 2 + out.count("does not count")
 
 
 class Stopped(Exception):
