@@ -126,9 +126,8 @@ def mix(parts: Sequence[tuple[float, Corpus]]) -> Corpus:
         "notes": [f"{meta['source']}: {note}" for meta in metas for note in meta.get("notes", [])],
         "skipped_characters": sum(meta.get("skipped_characters", 0) for meta in metas),
         "parts": [{name: meta[name] for name in ("source", "count", "sha256")} for meta in metas],
-        "format": FORMAT,
     }
-    meta.pop("shards", None)
+    del meta["shards"]
     return Corpus(joined([part.tokens for _, part in parts]), parts[0][1].tokenizer, meta, tuple(parts))
 
 
@@ -142,7 +141,7 @@ def load(folder: Path, verified: bool = False) -> Corpus:
     if "parts" in meta:
         raise CorpusError(f"{folder}/tokens.json describes the mixture of a run, expected a prepared corpus")
     tok, dtype = tokenizer.from_json(meta["tokenizer"]), np.dtype(meta["dtype"]).newbyteorder("<")
-    return Corpus(joined([_load_shard(folder, shard, dtype, tok, verified) for shard in shards_of(meta)]), tok, meta)
+    return Corpus(joined([_load_shard(folder, shard, dtype, tok, verified) for shard in meta["shards"]]), tok, meta)
 
 
 def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: Tokenizer, verified: bool) -> Ids:
@@ -178,14 +177,12 @@ def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
     for name, kind in _KINDS.items():
         if type(meta.get(name)) is not kind:
             raise ValueError(f"it has no {name} of type {kind.__name__}")
-    if meta["format"] not in (1, FORMAT) or meta["dtype"] not in ("uint16", "uint32") or not 1 <= meta["count"] < 2**63:
+    if meta["format"] != FORMAT or meta["dtype"] not in ("uint16", "uint32") or not 1 <= meta["count"] < 2**63:
         raise ValueError(
             f"it has format {meta['format']}, dtype {meta['dtype']}, count {meta['count']}; expected format "
-            f"1 or {FORMAT}, dtype uint16 or uint32 and a count from 1 to 2**63 - 1"
+            f"{FORMAT}, dtype uint16 or uint32 and a count from 1 to 2**63 - 1"
         )
     tokenizer.from_json(meta["tokenizer"])
-    if meta["format"] == 1 and "parts" not in meta:
-        return meta
     name, least = ("parts", 2) if "parts" in meta else ("shards", 1)
     rows = meta.get(name)
     if not isinstance(rows, list) or len(rows) < least:
@@ -203,10 +200,3 @@ def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
     if (total := sum(row["count"] for row in rows)) != meta["count"]:
         raise ValueError(f"its {name} have {total:,} tokens, expected {meta['count']:,}")
     return meta
-
-
-def shards_of(meta: dict[str, Any]) -> list[dict[str, Any]]:
-    """File, count and SHA-256 of each shard; format 1 had one shard."""
-    if meta["format"] == 1:
-        return [{"file": "tokens.bin", "count": meta["count"], "sha256": meta["sha256"]}]
-    return cast(list[dict[str, Any]], meta["shards"])

@@ -11,8 +11,11 @@ from jaxgpt.corpus import CorpusError
 from jaxgpt.monitor import facts
 from jaxgpt.run import Run, RunError
 
-META = {"format": 1, "dtype": "uint16", "count": 3, "sha256": "0", "source": "a", "origin": "b", "source_sha256": "0"}
-META |= {"tokenizer": {"kind": "char", "chars": "ab"}}
+META = {"format": 2, "dtype": "uint16", "count": 3, "sha256": "0", "source": "a", "origin": "b", "source_sha256": "0"}
+META |= {
+    "tokenizer": {"kind": "char", "chars": "ab"},
+    "shards": [{"file": "tokens-00000.bin", "count": 3, "sha256": "0"}],
+}
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def is_prepared(folder: Path) -> bool:
     if not is_tokens_json(folder / "tokens.json"):
         return False
     others = [] if is_url(str(folder)) else [path.name for path in folder.iterdir() if path.name != "tokens.json"]
-    return not others or any(re.fullmatch(r"tokens(-\d{5})?\.bin", name) for name in others)
+    return not others or any(re.fullmatch(r"tokens-\d{5}\.bin", name) for name in others)
 
 
 def is_tokens_json(file: Path) -> bool:

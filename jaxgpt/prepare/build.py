@@ -16,7 +16,7 @@ import filelock
 
 from jaxgpt import files
 from jaxgpt.cli.corpora import NAMED, cached_folder, folder_of, is_prepared, is_url, local_path, mixture
-from jaxgpt.corpus import Corpus, CorpusError, load, mix, read_meta, shards_of, train_size
+from jaxgpt.corpus import Corpus, CorpusError, load, mix, read_meta, train_size
 from jaxgpt.prepare import documents, sources
 from jaxgpt.prepare.encode import LOCK, PROGRESS, InterruptionError, encode
 from jaxgpt.prepare.sources import Progress, Text
@@ -208,7 +208,7 @@ def _fetch(url: str) -> Path:
             return (here / name).is_file() and files.sha256(here / name) == sha256
 
         def missing() -> list[dict[str, Any]]:
-            return [shard for shard in shards_of(meta) if not is_here(shard["file"], shard["sha256"])]
+            return [shard for shard in meta["shards"] if not is_here(shard["file"], shard["sha256"])]
 
         if is_here("tokens.json", hashlib.sha256(sealed).hexdigest()) and not missing():
             return here
