@@ -306,13 +306,8 @@ def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def to_json(config: Config) -> str:
-    """`config` as indented JSON, which `from_json` reads."""
-    return json.dumps(to_tree(config), indent=2) + "\n"
-
-
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`.
+    """The inverse of `json.dumps(dataclasses.asdict(config))`.
 
     Raises:
       ConfigError: the text is not JSON, or `from_tree` raises.
@@ -322,11 +317,6 @@ def from_json(text: str) -> Config:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the config is not JSON: {error}") from error
     return from_tree(tree)
-
-
-def to_tree(config: Config) -> dict[str, Any]:
-    """`config` as nested dicts of plain values."""
-    return dataclasses.asdict(config)
 
 
 # Saved configs of older versions:
@@ -339,8 +329,8 @@ REMOVED = {"model.value_embed": False}
 
 
 def from_tree(tree: Any) -> Config:
-    """The inverse of `to_tree`. A missing field has its value in BEFORE, or its default, so that configs of older
-    versions keep their meaning.
+    """The inverse of `dataclasses.asdict`. A missing field has its value in BEFORE, or its default, so that configs of
+    older versions keep their meaning.
 
     Raises:
       ConfigError: a field is unknown (perhaps of a newer version), of the wrong type or out of range.

@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Run:
         path, partial = runs_dir / name, runs_dir / f".{name}.{secrets.token_hex(4)}.part"
         try:
             (partial / "checkpoints").mkdir(parents=True)
-            files.write_atomically(partial / "config.json", files.seal(configs.to_tree(config)).encode())
+            files.write_atomically(partial / "config.json", files.seal(asdict(config)).encode())
             files.write_atomically(partial / "tokens.json", files.seal(corpus_meta).encode())
             fill(cls(partial))
             partial.rename(path)
@@ -165,7 +165,7 @@ class Run:
     def with_config(self, config: Config) -> "Run":
         """Replace config.json; a RunError if it cannot be written."""
         try:
-            files.write_atomically(self.path / "config.json", files.seal(configs.to_tree(config)).encode())
+            files.write_atomically(self.path / "config.json", files.seal(asdict(config)).encode())
         except OSError as error:
             raise RunError(f"{self.path / 'config.json'} cannot be written: {error.strerror}; make room") from error
         return Run(self.path)

@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def require_resumable(run: Run, was: Config, now: Config) -> None:
 def identity(config: Config, corpus_meta: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint records of its run, besides the `digest` of metrics.jsonl; a resume compares it."""
     tokenizer = digest(json.dumps(corpus_meta["tokenizer"], sort_keys=True).encode())["sha256"]
-    return {"config": configs.to_tree(config), "tokens": corpus_meta["sha256"], "tokenizer": tokenizer}
+    return {"config": asdict(config), "tokens": corpus_meta["sha256"], "tokenizer": tokenizer}
 
 
 def digest(data: bytes) -> dict[str, Any]:

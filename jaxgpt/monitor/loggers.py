@@ -9,7 +9,6 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from jaxgpt import config as configs
 from jaxgpt import files
 from jaxgpt.config import MissingExtraError
 from jaxgpt.metrics_log import Evaluated, Event, Progress, notify
@@ -40,7 +39,7 @@ def wandb(run: Run) -> Iterator[Log]:
     """To Weights & Biases, as the user configured it. The id in the run's directory survives a resume or a move."""
     import wandb
 
-    id_file, config = run.path / "wandb-id", configs.to_tree(run.config)
+    id_file, config = run.path / "wandb-id", asdict(run.config)
     if not id_file.exists():
         files.write_atomically(id_file, f"{run.path.name}-{secrets.token_hex(4)}".encode())
     settings = {"config": config, "id": id_file.read_text(), "resume": "allow", "dir": str(run.path)}
@@ -54,7 +53,7 @@ def trackio(run: Run) -> Iterator[Log]:
     """To trackio, as the user configured it: on this machine by default."""
     import trackio
 
-    trackio.init(project="jaxgpt", name=run.path.name, config=configs.to_tree(run.config), resume="allow")
+    trackio.init(project="jaxgpt", name=run.path.name, config=asdict(run.config), resume="allow")
     yield lambda step, values: trackio.log(values, step=step)
     trackio.finish()
 

@@ -1,9 +1,10 @@
 """`jaxgpt sweep`: train seeds and settings of a recipe together."""
 
+import json
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from jaxgpt import machine
 from jaxgpt.cli import places
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import DataDir, parse, take_recipe
-from jaxgpt.config import Config, UsageError, replaced, to_json, to_tree
+from jaxgpt.config import Config, UsageError, replaced
 from jaxgpt.display import charts
 from jaxgpt.recipes import recipe
 from jaxgpt.run import NAME
@@ -61,7 +62,7 @@ def run(args: list[str]) -> int:
     console.print(view.verdict(found))
     if not found[0].diverged:
         best = next(member for member in members if member.setting == found[0].setting)
-        files.write_atomically(path / "best.json", to_json(best.config).encode())
+        files.write_atomically(path / "best.json", (json.dumps(asdict(best.config), indent=2) + "\n").encode())
         words = ["jaxgpt", "train", str(path / "best.json"), "--run", f"{given.name}-best"]
         words += ["--data-dir", str(given.data_dir)] if given.data_dir != Path("data") else []
         console.print(f"Train it: {shlex.join(words)}")
@@ -110,7 +111,7 @@ def train(
     longest = max(member.config.model.block_size for member in members)
     corpus = runs.prepared(replaced(base, block_size=longest), given.data_dir)
     members = [member._replace(config=runs.resolve(member.config, corpus)) for member in members]
-    identity |= {"config": to_tree(base), "tokens": corpus.meta["sha256"]}
+    identity |= {"config": asdict(base), "tokens": corpus.meta["sha256"]}
     identity["precision"] = members[0].config.model.precision
     path, console = given.sweeps_dir / given.name, RunConsole()
     console.print(corpus.summary)

@@ -68,7 +68,7 @@ def members(base: Config, axes: Sequence[tuple[str, list[Any]]], seeds: int) -> 
     for values in itertools.product(*(values for _, values in axes)):
         setting = dict(zip(names, values, strict=True))
         for seed in range(base.train.seed, base.train.seed + seeds):
-            tree = configs.to_tree(replaced(base, **setting, seed=seed))
+            tree = dataclasses.asdict(replaced(base, **setting, seed=seed))
             try:
                 found.append(Member(configs.check(configs.from_tree(tree), new=True), setting))  # checks types too
             except ConfigError as error:

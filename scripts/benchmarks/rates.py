@@ -5,10 +5,10 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from jaxgpt.config import Config, UsageError, to_tree
+from jaxgpt.config import Config, UsageError
 from jaxgpt.profile.report import Report, facts
 from jaxgpt.profile.timing import Rates, Series, disturbance, ratio, series
 from scripts.benchmarks.contest import Contest
@@ -92,14 +92,14 @@ def train(
 def training_entrants(config: Config, device: Device, ways: Sequence[str]) -> Entrants:
     found: Entrants = {}
     for precision in PRECISIONS:
-        tree = to_tree(replace(config, model=replace(config.model, precision=precision)))
+        tree = asdict(replace(config, model=replace(config.model, precision=precision)))
         spec = {"task": "train jaxgpt", "config": tree}
         if device == "gpu" and precision == "float32":  # XLA uses TF32 by default
             found["jaxgpt tf32"] = spec, {}
             found["jaxgpt float32"] = spec, {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}
         else:
             found[f"jaxgpt {precision}"] = spec, {}
-    theirs = {"task": "train torch", "config": to_tree(config), "device": device}
+    theirs = {"task": "train torch", "config": asdict(config), "device": device}
     return found | {f"torch {way}": ({**theirs, "way": way}, {}) for way in ways}
 
 
@@ -203,9 +203,9 @@ def sampling_entrants(
     common: dict[str, Any] = {"batch_size": batch_size, "n_tokens": n_tokens, **DRAW}
     found: Entrants = {}
     for precision in PRECISIONS:
-        tree = to_tree(config_of(shape, device, precision))
+        tree = asdict(config_of(shape, device, precision))
         found[f"jaxgpt {precision}"] = {"task": "sample jaxgpt", "config": tree, **common}, {}
-    theirs = {"task": f"sample {library}", "config": to_tree(config_of(shape, device)), "device": device, **common}
+    theirs = {"task": f"sample {library}", "config": asdict(config_of(shape, device)), "device": device, **common}
     return found | {f"{library} {way}": ({**theirs, "way": way}, {}) for way in ways}
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from jaxgpt import kernels
-from jaxgpt.config import ModelConfig, OptimizerConfig, UsageError, to_tree
+from jaxgpt.config import ModelConfig, OptimizerConfig, UsageError
 from scripts.benchmarks import ablation, attention, contest, contestants, groups, programs, rates
 from scripts.benchmarks.programs import Place
 from scripts.benchmarks.shapes import config_of
@@ -58,7 +58,7 @@ def test_without_pytorch_the_error_names_the_package(monkeypatch):
 
 def test_both_sides_count_the_same_tokens():
     pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
-    tree = to_tree(config_of("micro", "cpu"))
+    tree = dataclasses.asdict(config_of("micro", "cpu"))
     for task, settings in {"train jaxgpt": {}, "train torch": {"way": "float32", "device": "cpu"}}.items():
         contestant = contestants.build(task, tree, **settings)
         assert contestant.run() == 2 * 2 * 8, "2 steps of 2 windows of 8 tokens"

@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from jaxgpt import cli
-from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError, to_tree
+from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError
 from jaxgpt.display import charts
 from jaxgpt.profile import ledger, plots, report
 from jaxgpt.profile.ledger import VARIANTS, break_even, choose
@@ -57,10 +57,10 @@ def test_variants_are_chosen_by_name():
 
 def test_each_variant_differs_from_jit_in_one_thing(tiny, change):
     asked = change(tiny, precision="auto", remat="blocks", accumulate=2)
-    jit = to_tree(ledger.varied(asked, VARIANTS["jit"]))
+    jit = dataclasses.asdict(ledger.varied(asked, VARIANTS["jit"]))
     assert (jit["model"]["precision"], jit["model"]["remat"], jit["train"]["accumulate"]) == ("float32", "none", 2)
     for name, variant in VARIANTS.items():
-        found = to_tree(ledger.varied(asked, variant))
+        found = dataclasses.asdict(ledger.varied(asked, variant))
         changed = {
             key: value
             for section, fields in found.items()
