@@ -149,11 +149,6 @@ def evaluation_windows(N: int, T: int) -> tuple[Starts, Starts]:
     return starts - skip, skip
 
 
-def estimate_starts(seed: int, step: int, parts: int | Sequence[Part], T: int, n: int) -> Starts:
-    """Random window starts (n,) for a noisy estimate at `step`, from a stream of their own; `parts` as above."""
-    return chunk_starts(seed, step, step + 1, parts, T, n, "estimate")[0]
-
-
 def n_windows(n_tokens: int, T: int) -> int:
     """Windows in an epoch: one fewer than fit, so that the offset has at least T possible values."""
     return max(1, n_tokens // T - 1)

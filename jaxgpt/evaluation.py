@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from jaxgpt import matmul, model, sharding
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.data import Starts, estimate_starts, evaluation_windows, gather, inputs_and_targets
+from jaxgpt.data import Starts, evaluation_windows, gather, inputs_and_targets, window_starts
 from jaxgpt.loss import logits_at_once
 from jaxgpt.tokenizer import Ids, Tokenizer
 
@@ -89,7 +89,7 @@ def evaluation(sums: NDArray[np.float64], T: int, tokens: Ids, tokenizer: Tokeni
 def estimate(config: Config, params: model.Params, tokens: Ids, step: int) -> float:
     """Mean loss over `eval_batches` random batches, as in nanoGPT's estimate_loss: noisy, for comparison only."""
     T, n = config.model.block_size, config.train.eval_batches * config.train.batch_size
-    starts = estimate_starts(config.train.seed, step, len(tokens), T, n)
+    starts = window_starts(config.train.seed, step, len(tokens), T, n, "estimate")
     losses, B = partial(_loss_sums, config.model, params), windows_per_batch(config.model, n)
     return float(loss_sums(losses, tokens, T, starts, np.zeros_like(starts), B).sum() / (n * T))
 

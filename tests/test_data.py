@@ -127,7 +127,7 @@ def test_device_memory_map_and_gathered_windows_give_the_same_batch(tmp_path):
 
 
 def test_estimates_draw_from_a_stream_of_their_own():
-    drawn = batches.estimate_starts(0, 3, 1000, 8, 64)
+    drawn = batches.window_starts(0, 3, 1000, 8, 64, "estimate")
     assert (drawn != batches.window_starts(0, 3, 1000, 8, 64, "random")).any()
     assert drawn.min() >= 0
     assert drawn.max() + 9 <= 1000
@@ -252,5 +252,6 @@ def test_each_epoch_has_an_order_of_its_own():
 
 
 def test_estimates_on_a_mixture_draw_from_its_parts_by_weight():
-    starts = batches.estimate_starts(0, 1, [batches.Part(9000, 1.0), batches.Part(1000, 3.0)], 8, 1000)
+    parts = [batches.Part(9000, 1.0), batches.Part(1000, 3.0)]
+    starts = batches.chunk_starts(0, 1, 2, parts, 8, 1000, "estimate")[0]
     assert ((starts >= 9000).sum(), starts.max() < 10_000 - 8) == (750, True)

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxgpt import model, prng
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, UsageError
-from jaxgpt.data import Batch, Part, Starts, estimate_starts, take
+from jaxgpt.data import Batch, Part, Starts, chunk_starts, take
 from jaxgpt.diagnostics import derivatives, inside
 from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.derivatives import Lanczos, Loss, NoiseScale, mean_loss
@@ -55,7 +55,7 @@ class Subject(NamedTuple):
     def windows(self, seed: int, purpose: int, n: int) -> tuple[Batch, Starts]:
         """`n` random windows of the training tokens, of a mixture by its weights, and where they start."""
         T = self.config.model.block_size
-        starts = estimate_starts(seed, purpose, self.parts or len(self.train), T, n)
+        starts = chunk_starts(seed, purpose, purpose + 1, self.parts or len(self.train), T, n, "estimate")[0]
         return take(self.train, starts, T), starts
 
 
