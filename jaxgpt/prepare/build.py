@@ -202,25 +202,21 @@ def _fetch(url: str) -> Path:
             )
         if not (here := cached_folder(folder_of(meta, Path()).name)):
             raise CorpusError(f"{url} needs a cache folder for its copy, but there is none: set XDG_CACHE_HOME")
-        sealed = files.seal(meta).encode()
-
-        def is_here(name: str, sha256: str) -> bool:
-            return (here / name).is_file() and files.sha256(here / name) == sha256
-
-        def missing() -> list[dict[str, Any]]:
-            return [shard for shard in meta["shards"] if not is_here(shard["file"], shard["sha256"])]
-
-        if is_here("tokens.json", hashlib.sha256(sealed).hexdigest()) and not missing():
-            return here
+        with suppress(CorpusError):  # it is not there yet, or is damaged
+            if load(here).meta == meta:
+                return here
         here.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(here / LOCK):  # the processes of a host may fetch it at the same time
-            for shard in missing():
-                path, copy = store / shard["file"], here / f".{shard['file']}.part"
-                with documents.stream(path) as source, copy.open("wb") as target:
-                    shutil.copyfileobj(source, target, documents.PIECE)
+            for shard in meta["shards"]:
+                path, target = store / shard["file"], here / shard["file"]
+                if target.is_file() and files.sha256(target) == shard["sha256"]:
+                    continue
+                copy = here / f".{shard['file']}.part"
+                with documents.stream(path) as source, copy.open("wb") as file:
+                    shutil.copyfileobj(source, file, documents.PIECE)
                 if (found := files.sha256(copy)) != shard["sha256"]:
                     copy.unlink()
                     raise CorpusError(f"{path} has SHA-256 {found}, expected {shard['sha256']}")
-                copy.replace(here / shard["file"])
-            files.write_atomically(here / "tokens.json", sealed)
+                copy.replace(target)
+            files.write_atomically(here / "tokens.json", files.seal(meta).encode())
     return here
