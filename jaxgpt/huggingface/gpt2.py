@@ -74,12 +74,7 @@ def table(config: ModelConfig) -> list[Row]:
 
 
 def to_params(config: ModelConfig, tensors: Tensors) -> Params:
-    """Our parameters from Hugging Face's tensors.
-
-    Raises:
-      InteropError: names are missing or unknown, or shapes are wrong; it lists them.
-    """
-    _require_fit(config, {name: tensor.shape for name, tensor in tensors.items()})
+    """Our parameters from Hugging Face's tensors."""
     params: Params = {}
     for row in table(config):
         tensor = tensors[row.name].T if row.transposed else tensors[row.name]
@@ -160,8 +155,8 @@ def read_tensors(folder: Path, config: ModelConfig) -> Tensors:
     of a tied head, which some files have.
 
     Raises:
-      InteropError: a file is missing or damaged, or is outside the folder; or, before any tensor is read, as
-        `to_params`.
+      InteropError: a file is missing or damaged, or is outside the folder; or, before any tensor is read, names are
+        missing or unknown, or shapes are wrong: it lists them.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -227,7 +222,7 @@ def load(folder: Path, block_size: int = 0) -> tuple[ModelConfig, Params]:
       block_size: keep only the first positions; 0 keeps all.
 
     Raises:
-      InteropError: as `read_config`, `read_tensors` and `to_params`; or there are fewer positions than `block_size`.
+      InteropError: as `read_config` and `read_tensors`; or there are fewer positions than `block_size`.
     """
     config = read_config(folder)
     params = to_params(config, read_tensors(folder, config))
