@@ -1,12 +1,13 @@
 """The four programs of training (forward, loss, gradient and step), and the report of `jaxgpt inspect` on them."""
 
+import math
 import re
 import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,7 @@ def programs(config: Config) -> dict[str, Program]:
 def xla_counts(stage: Any) -> dict[str, float]:
     """Millions of "flops", "bytes accessed" and "transcendentals", as far as XLA counts them, of a lowered or compiled
     function."""
-    found = stage.cost_analysis() or {}
-    return {name: found[name] / 1e6 for name in ("flops", "bytes accessed", "transcendentals") if name in found}
+    return {name: count / 1e6 for name, count in (stage.cost_analysis() or {}).items()}
 
 
 def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: Path | None = None) -> Report:
@@ -141,24 +141,21 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: P
 
 def parameter_rows(config: ModelConfig) -> Rows:
     """A row for each parameter, those of all blocks in one, and the total."""
-    params = jax.eval_shape(lambda key: model.init_params(config, key), prng.key(0))
-    found: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}  # (name, shape) -> (blocks, parameters)
+    unrolled = replace(config, scan_layers=False)
+    params = jax.eval_shape(lambda: model.init_params(unrolled, prng.key(0)))
+    found = Counter[tuple[str, tuple[int, ...]]]()  # how many parameters have this name and shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = "/".join(key.key for key in path)
-        stacked = name.startswith("h/")
-        key = re.sub(r"^h(_\d+)?/", "h_*/", name), leaf.shape[1:] if stacked else leaf.shape
-        blocks, size = found.get(key, (0, 0))
-        found[key] = blocks + (leaf.shape[0] if stacked else 1), size + leaf.size
-    total = sum(size for _, size in found.values())
+        found[re.sub(r"^h_\d+/", "h_*/", "/".join(key.key for key in path)), leaf.shape] += 1
+    total = cost.n_params(config)
     rows: Rows = [
         {
             "module": name,
             "shape": " x ".join(map(str, shape)),
-            "blocks": blocks if name.startswith("h_*") else None,
-            "count": size,
-            "share, %": 100 * size / total,
+            "blocks": n if name.startswith("h_*") else None,
+            "count": n * math.prod(shape),
+            "share, %": 100 * n * math.prod(shape) / total,
         }
-        for (name, shape), (blocks, size) in found.items()
+        for (name, shape), n in found.items()
     ]
     return [*rows, {"module": "in all", "count": total, "share, %": 100.0}]
 
