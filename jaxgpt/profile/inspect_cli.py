@@ -12,8 +12,8 @@ from jaxgpt.recipes import RECIPES, recipe
 
 Program = Literal["forward", "loss", "gradient", "step"]
 ABOUT = (
-    "Parameters, FLOPs, memory traffic and memory of a recipe or a run; its fusions, the kernels of its matmuls, "
-    "and how far each part is below this machine's roofline. Accepts every setting of the recipe."
+    "Parameters, FLOPs, memory traffic and memory of a recipe or a run, the kernels of its matmuls, and "
+    "how far each part is below this machine's roofline. Accepts every setting of the recipe."
 )
 
 

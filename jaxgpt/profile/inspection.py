@@ -121,7 +121,6 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: P
         f"Parameters of {name}": parameter_rows(config.model),
         "Each program: FLOPs in millions, bytes in MB": program_rows(found),
         "Matmuls of a step, with the kernel of each": matmul_rows(found["step"].text),
-        "Instructions of a step, by kernel": kernel_rows(found["step"].text),
     }
     calls = sorted(hlo.custom_calls(found["step"].text))
     notes = [cost.describe(config.model), *NOTES, f"custom calls: {', '.join(calls) or 'none'}"]
@@ -205,22 +204,6 @@ def matmul_rows(text: str) -> Rows:
             "share, %": 100 * each.flops / total,
         }
         for each in found[:SHOWN]
-    ]
-
-
-def kernel_rows(text: str) -> Rows:
-    """For each kernel: how often it runs, how many operations are fused in its instructions, its share of matmuls."""
-    runs, fused, matmuls = Counter[str](), Counter[str](), Counter[str]()
-    for each in hlo.instructions(text).values():
-        if each.op not in hlo.FREE:
-            runs[each.kernel] += each.runs
-            fused[each.kernel] += each.runs * max(1, sum(inner.op not in hlo.FREE for inner in each.body))
-    for dot in hlo.matmuls(text):
-        matmuls[dot.kernel] += dot.flops
-    total = matmuls.total() or 1
-    return [
-        {"kernel": kernel, "times": n, "operations": fused[kernel], "matmuls, %": 100 * matmuls[kernel] / total}
-        for kernel, n in runs.most_common(SHOWN)
     ]
 
 

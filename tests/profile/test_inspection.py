@@ -94,8 +94,6 @@ def test_the_optimised_program_has_the_matmuls_of_the_formula(found):
         matmuls, passes = hlo.matmuls(program.text), 3 if name in ("gradient", "step") else 1
         assert sum(each.flops for each in matmuls) == program.formula_flops == passes * found["forward"].formula_flops
         assert all(each.kernel and "?" not in each.shapes for each in matmuls)
-    rows = inspection.kernel_rows(found["step"].text)
-    assert sum(row["matmuls, %"] for row in rows) == pytest.approx(100)
 
 
 def test_flops_and_bytes_are_those_that_xla_counts(found):
