@@ -54,7 +54,7 @@ def run(args: list[str]) -> int:
     members, scores = train(given, given.config, members, identity)
     from jaxgpt import files
     from jaxgpt.monitor.terminal import RunConsole
-    from jaxgpt.sweep import plots, view
+    from jaxgpt.sweep import view
     from jaxgpt.sweep.results import outcomes
 
     path, console, found = given.sweeps_dir / given.name, RunConsole(), outcomes(scores)
@@ -66,7 +66,7 @@ def run(args: list[str]) -> int:
         words = ["jaxgpt", "train", str(path / "best.json"), "--run", f"{given.name}-best"]
         words += ["--data-dir", str(given.data_dir)] if given.data_dir != Path("data") else []
         console.print(f"Train it: {shlex.join(words)}")
-    save_charts(path, plots.specs(found))
+    save_charts(path, view.charts(found))
     return 0
 
 

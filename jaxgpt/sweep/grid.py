@@ -8,6 +8,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxgpt import config as configs
 from jaxgpt.config import Config, ConfigError, UsageError, replaced
 
@@ -109,6 +111,5 @@ def _range(kind: Any, low: str, high: str, n: str) -> list[Any]:
     first, last, steps = float(_read(kind, low)), float(_read(kind, high)), int(n) - 1
     if not 0 <= first < last < math.inf or not 1 <= steps < MAX_MEMBERS or kind is bool:
         raise ValueError
-    shares = [i / steps for i in range(1, steps)]
-    between = [first * (last / first) ** share if first else last * share for share in shares]
+    between = (np.geomspace if first else np.linspace)(first, last, steps + 1)[1:-1]
     return [kind(round(x) if kind is int else x) for x in (first, *(float(f"{x:.4g}") for x in between), last)]

@@ -1,14 +1,19 @@
-"""A sweep on a terminal: each evaluation on a line, and at the end a table and the best setting."""
+"""A sweep on a terminal: each evaluation on a line, then a table and the best setting; and its charts."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
+from jaxgpt.display.charts import ACCENT, PALETTE, Spec, category, chart, columns, layer, quantity
 from jaxgpt.sweep.grid import cell, describe
 from jaxgpt.sweep.program import Score
 from jaxgpt.sweep.results import LEVEL, Outcome, difference
+
+LABEL = "validation loss, nats/token"
 
 
 def progress(scores: Sequence[Score], n: int) -> str:
@@ -52,3 +57,63 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     how = f"Student's t, {n} seeds paired" + (f", Bonferroni over {math.comb(k, 2)} pairs of settings" if k > 2 else "")
     text += f" ({LEVEL:.0%} interval {low:.4f} to {high:.4f}: {how})"
     return text if low > 0 else f"{text}; 0 is within it: these seeds do not show that it is worse, more --seeds may"
+
+
+def charts(outcomes: Sequence[Outcome]) -> dict[str, Spec]:
+    """The charts of `outcomes`, best first, by file name; diverged ones are left out."""
+    outcomes = [outcome for outcome in outcomes if not outcome.diverged]
+    if not outcomes:
+        return {}
+    varied = [name for name in outcomes[0].setting if len({outcome.setting[name] for outcome in outcomes}) > 1]
+    found = {"settings.png": settings(outcomes, varied)} if varied else {}
+    if len(outcomes[0].curve) > 1:
+        found["curves.png"] = curves(outcomes)
+    return found
+
+
+def settings(outcomes: Sequence[Outcome], names: Sequence[str]) -> Spec:
+    """A panel per setting: the mean loss of every outcome against its value, with the standard error over seeds, and a
+    line through the best of each value. Losses far above the best are cut off."""
+    means = [outcome.mean for outcome in outcomes]
+    low = means[0]
+    high = min(means[-1], low + max(4 * (means[len(means) // 2] - low), 0.05))
+    room = 0.06 * (high - low) or 0.05
+    y = quantity("loss", LABEL, domain=[low - room, high + room], nice=False)
+    panels = []
+    for name in names:
+        values = [outcome.setting[name] for outcome in outcomes]
+        x: Spec = {"field": "x", "type": "ordinal", "title": name}
+        if all(type(value) in (int, float) for value in values):
+            scale = "log" if min(values) > 0 and max(values) / min(values) >= 4 else "linear"
+            x = quantity("x", name, {"tickCount": 6, "format": ".4~g"}, type=scale, nice=False, padding=16)
+        rows = _rows(values, means, [outcome.standard_error for outcome in outcomes])
+        best = list({row["x"]: row for row in reversed(rows)}.values())
+        panels.append({"width": 400, "height": 340, "layer": _layers(rows, best, x, y, {"value": ACCENT})})
+    return chart(hconcat=panels)
+
+
+def curves(outcomes: Sequence[Outcome]) -> Spec:
+    """Loss by step of the best settings, as many as there are colours: the mean over seeds, and its standard error."""
+    rows, names = list[Spec](), list[str]()
+    for outcome in outcomes[: len(PALETTE)]:
+        names.append(describe(outcome.setting) or "the only setting")
+        rows += _rows(*zip(*outcome.curve, strict=True), line=names[-1])
+    color = category("line", names, PALETTE, {"columns": 2, "labelLimit": 400, "title": None})
+    x, y = quantity("x", "step"), quantity("loss", LABEL)
+    return chart(layer=_layers(rows, rows, x, y, color), width=560, height=360)
+
+
+def _layers(rows: list[Spec], line: list[Spec], x: Spec, y: Spec, color: Spec) -> list[Spec]:
+    """Points with error bars, and a line."""
+    at: Spec = {"x": x, "y": y, "color": color}
+    return [
+        layer(rows, "rule", {**at, "y": {**y, "field": "low"}, "y2": {"field": "high"}}, clip=True),
+        layer(line, "line", at, clip=True),
+        layer(rows, "point", at, filled=True, size=60, opacity=1, clip=True),
+    ]
+
+
+def _rows(x: Sequence[Any], means: Sequence[float], errors: Sequence[float], **more: Any) -> list[Spec]:
+    """Rows with x, the loss, and the ends of its error bar."""
+    loss, error = np.array(means), np.nan_to_num(errors)
+    return columns(x=x, loss=loss, low=loss - error, high=loss + error, **more)

@@ -5,10 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from jaxgpt.sweep import plots
 from jaxgpt.sweep.program import Score
 from jaxgpt.sweep.results import difference, outcomes
-from jaxgpt.sweep.view import progress, verdict
+from jaxgpt.sweep.view import charts, progress, verdict
 
 
 def score(rate, seed, step, loss, done=False):
@@ -100,6 +99,6 @@ def test_the_verdict_claims_no_more_than_the_seeds_show(losses, said):
 def test_a_switch_is_drawn_as_two_names_and_a_number_on_an_axis():
     settings = [{"bias": bias, "n_layer": n} for bias in (True, False) for n in (1, 2)]
     found = outcomes([Score(i, each, 0, 1, 3.0 + i, *(None,) * 4, False, True) for i, each in enumerate(settings)])
-    bias, n_layer = plots.specs(found)["settings.png"]["hconcat"]
+    bias, n_layer = charts(found)["settings.png"]["hconcat"]
     kinds = [panel["layer"][2]["encoding"]["x"]["type"] for panel in (bias, n_layer)]
     assert kinds == ["ordinal", "quantitative"]
