@@ -24,7 +24,6 @@ INK, QUIET, LINE, ACCENT, WARM = (f"var(--{name})" for name in ("ink", "quiet", 
 SERIES = [f"var(--series-{i})" for i in range(6)]
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c8c")
 """For colour-blind readers too (Okabe and Ito 2008, with grey in place of yellow)."""
-SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "triangle-right", "triangle-left")
 MONO = "ui-monospace, 'DejaVu Sans Mono', monospace"
 
 Spec = dict[str, Any]
@@ -107,10 +106,10 @@ def category(field: str, names: list[str], values: Any, legend: Spec | None = No
     return {"field": field, "type": "nominal", "scale": scale, "legend": legend}
 
 
-def label(text: str, x: Spec, y: Spec, colour: str = QUIET, **properties: Any) -> Spec:
-    """A text at x and y: {"datum": 3} in units of the axis, or {"value": 10} in pixels."""
-    encoding = {"x": x, "y": y}
-    return layer([{}], "text", encoding, text=text.split("\n"), color=colour, **{"fontSize": 11, **properties})
+def label(text: str, x: int, y: int) -> Spec:
+    """A text whose right end is at x and y, in pixels."""
+    at = {"x": {"value": x}, "y": {"value": y}}
+    return layer([{}], "text", at, text=text, color=QUIET, fontSize=11, align="right")
 
 
 def dots(rows: list[Spec], kinds: list[str], title: str) -> Spec:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from jaxgpt.cli import places
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Folders, parse, refuse_unused, take_recipe
@@ -74,15 +76,12 @@ def run(args: list[str]) -> int:
 
 def _config(name: str, args: list[str]) -> Config:
     """The config of a recipe or, if there is none of that name, of a run."""
-    import argparse
-
     from jaxgpt.run import Run
 
     if name in RECIPES or name.endswith(".json"):
         return recipe(name).config
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--runs-dir", "--runs_dir", type=Path, default=Path("runs"))
+    folders, _ = tyro.cli(Folders, args=args, add_help=False, return_unknown_args=True)
     try:
-        return Run.open(peek.parse_known_args(args)[0].runs_dir, name).config
+        return Run.open(folders.runs_dir, name).config
     except UsageError as error:
         raise UsageError(f"{error}; nor is there a recipe of that name, only {', '.join(RECIPES)}") from error

@@ -67,13 +67,11 @@ def roofline(report: Report) -> Spec:
     color = category("part", list(names.values()), PALETTE, {"title": None, "orient": "right", "labelLimit": 300})
     shape = category("pass", ["forward", "backward"], ("circle", "square"))
     roof = columns(intensity=[low, ridge, high], rate=[low * bandwidth, peak, peak])
+    text = f"{peak:,.0f} GFLOP/s of matmuls, {bandwidth:.1f} GB/s of memory, ridge at {ridge:.1f}"
     layers = [
         layer(roof, "line", at, color=INK),
         layer(points, "point", {**at, "color": color, "shape": shape}, size=200, opacity=1, fill="white"),
         layer(points, "text", {**at, "text": {"field": "number"}}, color=INK, fontSize=10, fontWeight="bold"),
-        label(
-            f"{peak:,.0f} GFLOP/s of matmuls, {bandwidth:.1f} GB/s of memory, ridge at {ridge:.1f}",
-            {"value": 592}, {"value": 410}, align="right",
-        ),
-    ]  # fmt: skip
+        label(text, 592, 410),
+    ]
     return chart(layer=layers, title=f"{report['mode']}: circles forward, squares backward", width=600, height=420)

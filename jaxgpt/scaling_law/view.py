@@ -55,6 +55,6 @@ def law_chart(fit: Fit, points: Sequence[Point]) -> Spec:
         layer(measured, "point", {"x": x, "y": y, "color": color}, filled=True, size=60, opacity=1),
         layer(band, "area", {"x": x, "y": y, "y2": {"field": "high"}}, color=INK, opacity=0.15, clip=True),
         layer(band, "line", {"x": x, "y": {**y, "field": "best"}}, color=INK, strokeDash=[6, 3], clip=True),
-        label(text, {"value": 480}, {"value": 6}, align="right"),
+        label(text, 480, 6),
     ]
     return chart(layer=layers, width=480, height=340)
