@@ -82,6 +82,6 @@ def _config(name: str, args: list[str]) -> Config:
         return recipe(name).config
     folders, _ = tyro.cli(Folders, args=args, add_help=False, return_unknown_args=True)
     try:
-        return Run.open(folders.runs_dir, name).config
+        return Run.open(folders.runs_dir.expanduser(), name).config
     except UsageError as error:
         raise UsageError(f"{error}; nor is there a recipe of that name, only {', '.join(RECIPES)}") from error

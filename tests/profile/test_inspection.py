@@ -230,4 +230,6 @@ def test_a_run_is_inspected_by_its_name(tmp_path, monkeypatch, verse):
     monkeypatch.chdir(tmp_path)
     assert cli.run_command(["inspect", "mine"]) == 0
     assert cli.run_command(["inspect", "mine", "--runs-dir", str(tmp_path / "runs"), "--no-measure"]) == 0
-    assert asked == [run.config] * 2
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.run_command(["inspect", "mine", "--runs-dir=~/runs"]) == 0
+    assert asked == [run.config] * 3
