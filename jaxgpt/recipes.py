@@ -1,6 +1,7 @@
 """Named configurations, each with its hardware, wall time and final loss: measured, unless it says otherwise."""
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def recipe(name: str) -> Recipe:
     """
     if name.endswith(".json"):
         try:
-            config = from_json(Path(name).read_text("utf-8-sig"))
+            config = from_json(Path(os.path.expanduser(name)).read_text("utf-8-sig"))
         except (OSError, UnicodeDecodeError, ConfigError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"the recipe {name} cannot be read: {why}; jaxgpt sweep writes such files") from error

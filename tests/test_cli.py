@@ -13,11 +13,12 @@ import pytest
 import jaxgpt
 from jaxgpt import cli
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
+from jaxgpt.cli.evaluate import Eval
 from jaxgpt.cli.options import parse, take_name
 from jaxgpt.cli.runs import start
 from jaxgpt.cli.sample import Sample
 from jaxgpt.cli.train import Train, _print_summary, resume_command
-from jaxgpt.config import Config
+from jaxgpt.config import Config, to_json
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated
 from jaxgpt.monitor import loggers
@@ -477,10 +478,25 @@ def test_a_resume_may_name_the_corpus_of_the_run_as_it_was_typed(call, verse, ti
     assert (code, "'other.txt' asked for" in err) == (2, True)
 
 
-def test_a_shell_leaves_the_home_folder_after_an_equals_sign_to_us(monkeypatch):
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [(["--runs-dir=~/runs"], "/home/me/runs"), (["--runs-dir=~"], "/home/me"), (["--runs_dir", "~/x"], "/home/me/x")],
+)
+def test_a_shell_leaves_the_home_folder_after_an_equals_sign_or_in_quotes_to_us(monkeypatch, args, expected):
     monkeypatch.setenv("HOME", "/home/me")
-    given = parse(Sample, ["one", "--runs-dir=~/runs", "--prompt=~/x"], "sample")
-    assert (given.runs_dir, given.prompt) == (Path("/home/me/runs"), "~/x")
+    given = parse(Sample, ["one", *args, "--prompt=~/x"], "sample")
+    assert (given.runs_dir, given.prompt) == (Path(expected), "~/x")
+    assert parse(Eval, ["one", *args], "eval").folders.runs_dir == Path(expected)
+
+
+def test_the_home_folder_in_the_name_of_a_recipe_an_export_or_a_run_to_inspect(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    (tmp_path / "me" / "export").mkdir(parents=True)
+    (tmp_path / "me" / "export" / "model.safetensors").touch()
+    (tmp_path / "me" / "best.json").write_text(to_json(Config()))
+    assert "no corpus, file or folder 'nowhere'" in call("train", "~/best.json", "--corpus", "nowhere")[2]
+    assert "me/export/config.json" in call("sample", "~/export")[2]
+    assert f"no run 'one' in {tmp_path}/me" in call("inspect", "one", "--runs-dir=~")[2]
 
 
 def test_an_interrupted_process_does_not_wait_for_its_threads(monkeypatch):

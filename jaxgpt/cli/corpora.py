@@ -120,6 +120,6 @@ def is_url(corpus: str) -> bool:
     return "://" in corpus
 
 
-def local_path(corpus: str) -> Path:
+def local_path(path: str | Path) -> Path:
     """The path of a file or folder; ~ is the home folder. Path.expanduser() would raise for "~draft.txt"."""
-    return Path(os.path.expanduser(corpus))
+    return Path(os.path.expanduser(path))

@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 import tyro
 
 from jaxgpt.cli import COMMANDS
+from jaxgpt.cli.corpora import local_path
 from jaxgpt.config import UsageError
 from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run
@@ -42,17 +43,23 @@ def parse(
 ) -> T:
     """Parse the arguments of a command into a `kind`. `about` describes it in the help, by default as in COMMANDS."""
     about, config = about or COMMANDS[command][1], (tyro.conf.OmitArgPrefixes,)
-    paths = {option for option, of in _types(kind).items() if of in (Path, Path | None)}  # no shell expands --option=~/
-    args = [arg.replace("=~/", f"={os.path.expanduser('~/')}", 1) if _positive(arg) in paths else arg for arg in args]
     if shutil.get_terminal_size().columns < LEAST_WIDTH:
         os.environ["COLUMNS"] = str(LEAST_WIDTH)
     try:
         prog = f"jaxgpt {command}"
-        return tyro.cli(kind, args=args, prog=prog, description=about, default=default, config=config)
+        return at_home(tyro.cli(kind, args=args, prog=prog, description=about, default=default, config=config))
     except SystemExit as refused:  # tyro has printed why
         if refused.code == 2 and (hint := _hint(_types(kind), args)):
             raise UsageError(hint) from refused
         raise
+
+
+def at_home(given: Any) -> Any:
+    """`given`, a dataclass or a value in one, with the home folder for ~ in its paths: shells leave it in quotes and
+    after =."""
+    if not is_dataclass(given) or isinstance(given, type):
+        return local_path(given) if isinstance(given, Path) else given
+    return replace(given, **{name: at_home(value) for name, value in vars(given).items()})
 
 
 def take_name(kind: type, args: list[str]) -> tuple[str | None, list[str]]:

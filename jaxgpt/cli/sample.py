@@ -7,6 +7,7 @@ from typing import Any, Literal
 import tyro
 
 from jaxgpt.cli.compile_cache import use_compile_cache
+from jaxgpt.cli.corpora import local_path
 from jaxgpt.cli.options import Checkpoint, RunName, RunsDir, parse, typed
 from jaxgpt.config import UsageError
 
@@ -70,10 +71,10 @@ def _load_model(name: str, runs_dir: Path, checkpoint: str) -> Any:
     from jaxgpt.run import Run
     from jaxgpt.start import load_model
 
-    if Run.exists(runs_dir, name) or not (Path(name) / "model.safetensors").is_file():
+    if Run.exists(runs_dir, name) or not (local_path(name) / "model.safetensors").is_file():
         return load_model(Run.open(runs_dir, name), checkpoint)
     from jaxgpt.huggingface.folders import load_export
 
     if checkpoint != "best":
         raise UsageError(f"{name} is an export, with one set of weights: leave out --checkpoint {checkpoint}")
-    return load_export(Path(name))
+    return load_export(local_path(name))

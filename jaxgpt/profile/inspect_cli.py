@@ -8,6 +8,7 @@ import tyro
 
 from jaxgpt.cli import places
 from jaxgpt.cli.compile_cache import use_compile_cache
+from jaxgpt.cli.corpora import local_path
 from jaxgpt.cli.options import Folders, parse, refuse_unused, take_recipe
 from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import RECIPES, recipe
@@ -82,6 +83,6 @@ def _config(name: str, args: list[str]) -> Config:
         return recipe(name).config
     folders, _ = tyro.cli(Folders, args=args, add_help=False, return_unknown_args=True)
     try:
-        return Run.open(folders.runs_dir.expanduser(), name).config
+        return Run.open(local_path(folders.runs_dir), name).config
     except UsageError as error:
         raise UsageError(f"{error}; nor is there a recipe of that name, only {', '.join(RECIPES)}") from error
