@@ -193,7 +193,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         raise MissingExtraError(f"{path.name}, a Parquet file,", "pyarrow", "data") from error
     try:
         with _seekable(path) as raw, parquet.ParquetFile(raw) as file:
-            names = [re.sub(r"\.list\.(element|item)$", "", column.path) for column in file.schema]
+            names = list(_leaves(file.schema_arrow))
             if column not in names:
                 raise _no_column(str(path), column, names)
             if names.count(column) > 1:
@@ -207,6 +207,13 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         if isinstance(error, OSError) and type(error) is not OSError:  # from a store or the file system, not pyarrow
             raise
         raise SourceError(f"{path} is not a Parquet file of strings, or is damaged: {error}") from error
+
+
+def _leaves(fields: Iterable[Any]) -> Iterator[str]:
+    """The columns of a Parquet file, as `_columns`: lists and maps are not entered."""
+    for field in fields:
+        inner = field.flatten()
+        yield from [field.name] if inner == [field] else _leaves(inner)
 
 
 def _seekable(path: Path) -> Any:

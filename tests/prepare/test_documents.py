@@ -119,6 +119,16 @@ def test_an_array_on_one_line_is_not_read_whole_to_see_that_it_is_one(tmp_path, 
     assert not documents.holds_documents(tmp_path / "a.json", "text")
 
 
+@pytest.mark.parametrize("value", [[{"role": "user", "content": "hi"}], [("user", "hi")]], ids=["list", "map"])
+def test_a_parquet_column_of_objects_in_a_list_or_of_maps_is_named_as_it_is_given(tmp_path, value):
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string()) if isinstance(value[0], tuple) else None
+    parquet.write_table(pyarrow.table({"turns": pyarrow.array([value], kind)}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match="has no column 'text'; it has turns: --column"):
+        read(str(tmp_path / "a.parquet"))
+    with pytest.raises(SourceError, match=r"row 1: column 'turns' holds .*user.*, expected a string"):
+        read(str(tmp_path / "a.parquet"), "turns")
+
+
 @given(st.lists(st.text(st.characters())))
 def test_json_lines_give_back_any_strings(tmp_path_factory, strings):
     path = tmp_path_factory.mktemp("a") / "a.jsonl"
