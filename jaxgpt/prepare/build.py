@@ -212,11 +212,13 @@ def _fetch(url: str) -> Path:
                 if target.is_file() and files.sha256(target) == shard["sha256"]:
                     continue
                 copy = here / f".{shard['file']}.part"
-                with documents.stream(path) as source, copy.open("wb") as file:
-                    shutil.copyfileobj(source, file, documents.PIECE)
-                if (found := files.sha256(copy)) != shard["sha256"]:
-                    copy.unlink()
-                    raise CorpusError(f"{path} has SHA-256 {found}, expected {shard['sha256']}")
-                copy.replace(target)
+                try:
+                    with copy.open("wb") as file:
+                        documents.copy_to(file, path, here, "XDG_CACHE_HOME")
+                    if (found := files.sha256(copy)) != shard["sha256"]:
+                        raise CorpusError(f"{path} has SHA-256 {found}, expected {shard['sha256']}")
+                    copy.replace(target)
+                finally:
+                    copy.unlink(missing_ok=True)
             files.write_atomically(here / "tokens.json", files.seal(meta).encode())
     return here

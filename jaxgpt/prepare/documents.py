@@ -1,6 +1,7 @@
 """Read a file as text, piece by piece: UTF-8, JSON Lines or Parquet, also gzipped, local or at a URL."""
 
 import codecs
+import errno
 import gzip
 import io
 import itertools
@@ -70,6 +71,31 @@ def stream(path: Path) -> Any:
     """A file to be read from beginning to end: on the web with one request, as not every server supports ranges."""
     options: Any = {"block_size": 0} if str(path).startswith(WEB) else {}
     return path.open("rb", **options)
+
+
+def temporary_copy(path: Path) -> Any:
+    """A copy of a file or pipe, which lives until it is closed."""
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    try:
+        copy_to(copy, path, tempfile.gettempdir(), "TMPDIR")
+    except BaseException:
+        copy.close()
+        raise
+    return copy
+
+
+def copy_to(target: Any, path: Path, folder: str | Path, variable: str) -> None:
+    """Copy the bytes of `path` to an open file in `folder`, which the environment variable sets."""
+    try:
+        with stream(path) as file:
+            shutil.copyfileobj(file, target, PIECE)
+        target.flush()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SourceError(
+            f"{path}: no space left in {folder} for a copy of it; make room, or set {variable} to another folder"
+        ) from error
 
 
 def normalized(text: Iterable[str], changes: Counter[str] | None = None) -> Iterator[str]:
@@ -220,10 +246,7 @@ def _seekable(path: Path) -> Any:
     """A file to be read in any order: of one on the web, a temporary copy."""
     if not str(path).startswith(WEB):
         return path.open("rb")
-    copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
-    with stream(path) as file:
-        shutil.copyfileobj(file, copy, PIECE)
-    return copy
+    return temporary_copy(path)
 
 
 def _columns(row: dict[str, Any]) -> Iterator[str]:

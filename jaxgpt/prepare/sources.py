@@ -5,10 +5,8 @@ import http.client
 import json
 import os
 import platform
-import shutil
 import sys
 import sysconfig
-import tempfile
 import urllib.request
 import weakref
 from collections import Counter
@@ -230,9 +228,7 @@ def _is_ours(folder: Path) -> bool:
 
 def _pipe(path: Path) -> Text:
     """Copy a pipe into a temporary file, which lives as long as the `Text`."""
-    spool = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the text)
-    with path.open("rb") as pipe:
-        shutil.copyfileobj(pipe, spool, documents.PIECE)
+    spool = documents.temporary_copy(path)
 
     def read() -> Iterator[str]:
         spool.seek(0)

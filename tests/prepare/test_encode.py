@@ -431,6 +431,13 @@ class TestStores:
         with pytest.raises(CorpusError, match=r"memory://prepared/tokens-00000.bin has SHA-256 .*, expected"):
             prepare_corpus("memory://prepared")
         assert not (cached / "tokens-00000.bin").exists()
+        full = mock.patch("shutil.copyfileobj", side_effect=OSError(28, "No space left on device"))
+        with (
+            full,
+            pytest.raises(SourceError, match=f"no space left in {cached} for a copy of it; .* XDG_CACHE_HOME to"),
+        ):
+            prepare_corpus("memory://prepared")
+        assert not [path.name for path in cached.iterdir() if path.name.endswith(".part")]
 
     def test_a_run_finds_the_copy_of_a_prepared_folder_without_the_store(self, tmp_path):
         (tmp_path / "a.txt").write_text(LINES)

@@ -6,6 +6,7 @@ import lzma
 import os
 import socket
 import threading
+from unittest import mock
 
 import numpy as np
 import pyarrow
@@ -261,6 +262,21 @@ def test_a_large_text_and_parquet_need_no_range_requests(tmp_path, server):
     parquet.write_table(pyarrow.table({"text": [text] * 2}), tmp_path / "www" / "a.parquet")
     for name, n in (("a.txt", 1), ("a.txt?made", 1), ("a.txt.gz", 1), ("a.parquet", 2), ("a.parquet?made", 2)):
         assert "".join(sources.open_text(f"{server}/{name}").pieces()) == "\n\n".join([text] * n)
+
+
+def test_no_room_for_a_temporary_copy_is_named(tmp_path, server, monkeypatch):
+    """Of a pipe, or of Parquet on the web."""
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "www" / "a.parquet")
+    end, begin = os.pipe()
+    os.write(begin, b"the cat")
+    os.close(begin)
+    full = mock.Mock(write=mock.Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(documents.tempfile, "TemporaryFile", lambda: full)
+    for corpus in (f"/dev/fd/{end}", f"{server}/a.parquet"):
+        with pytest.raises(SourceError, match=f"^{corpus}: no space left in .* for a copy of it; .* TMPDIR to another"):
+            read(corpus)
+    assert full.close.call_count == 2
+    os.close(end)
 
 
 def test_a_page_of_html_at_a_url_is_refused(tmp_path, server):
