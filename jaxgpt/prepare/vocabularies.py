@@ -131,7 +131,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     path = Path(os.path.expanduser(path))
     saved = path / "tokens.json" if path.is_dir() else path
     if saved.is_file():
-        return tokenizer.from_json(read_meta(saved)["tokenizer"])
+        hint = "expected a tokens.json of jaxgpt, or the folder of a Hugging Face model"
+        return tokenizer.from_json(read_meta(saved, hint)["tokenizer"])
     if not path.is_dir():
         raise CorpusError(
             f"no tokenizer {str(path)!r}: expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, "

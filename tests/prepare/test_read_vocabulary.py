@@ -84,6 +84,12 @@ def test_vocabularies_of_other_kinds_and_halves_are_refused(tmp_path):
         vocabularies.read_vocabulary(tmp_path)
 
 
+def test_for_a_file_of_a_hugging_face_folder_the_folder_is_asked_for(tmp_path):
+    trained([]).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CorpusError, match=r"tokenizer\.json: it has no seal.*, or the folder of a Hugging Face model$"):
+        vocabularies.read_tokenizer(tmp_path / "tokenizer.json")
+
+
 def test_merges_that_the_merges_before_them_never_reach_are_refused(tmp_path):
     """With "ab" merged first, "a" and "bc" never meet: their library leaves "ab", "c"; tiktoken would make "abc"."""
     letters = sorted(vocabularies.byte_of_letter())
