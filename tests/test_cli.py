@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from jaxgpt.cli.options import parse, take_name
 from jaxgpt.cli.runs import start
 from jaxgpt.cli.sample import Sample
 from jaxgpt.cli.train import Train, _print_summary, resume_command
-from jaxgpt.config import Config, to_json
+from jaxgpt.config import Config
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated
 from jaxgpt.monitor import loggers
@@ -493,7 +494,7 @@ def test_the_home_folder_in_the_name_of_a_recipe_an_export_or_a_run_to_inspect(c
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     (tmp_path / "me" / "export").mkdir(parents=True)
     (tmp_path / "me" / "export" / "model.safetensors").touch()
-    (tmp_path / "me" / "best.json").write_text(to_json(Config()))
+    (tmp_path / "me" / "best.json").write_text(json.dumps(asdict(Config())))
     assert "no corpus, file or folder 'nowhere'" in call("train", "~/best.json", "--corpus", "nowhere")[2]
     assert "me/export/config.json" in call("sample", "~/export")[2]
     assert f"no run 'one' in {tmp_path}/me" in call("inspect", "one", "--runs-dir=~")[2]
