@@ -16,10 +16,11 @@ from jaxgpt.run import Run
 
 Log = Callable[[int, dict[str, float]], Any]
 """(step, metrics by name)."""
+Logger = tuple[Log, Callable[[], Any]]
+"""And the function that ends it."""
 
 
-@contextmanager
-def tensorboard(run: Run) -> Iterator[Log]:
+def tensorboard(run: Run) -> Logger:
     """To the run's folder tensorboard; view with: tensorboard --logdir runs."""
     from tensorboard.summary import Writer
 
@@ -30,12 +31,10 @@ def tensorboard(run: Run) -> Iterator[Log]:
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    yield log
-    writer.close()
+    return log, writer.close
 
 
-@contextmanager
-def wandb(run: Run) -> Iterator[Log]:
+def wandb(run: Run) -> Logger:
     """To Weights & Biases, as the user configured it. The id in the run's directory survives a resume or a move."""
     import wandb
 
@@ -44,18 +43,15 @@ def wandb(run: Run) -> Iterator[Log]:
         files.write_atomically(id_file, f"{run.path.name}-{secrets.token_hex(4)}".encode())
     settings = {"config": config, "id": id_file.read_text(), "resume": "allow", "dir": str(run.path)}
     handle = wandb.init(project="jaxgpt", name=run.path.name, **settings)
-    yield lambda step, values: handle.log(values, step=step)
-    handle.finish()
+    return lambda step, values: handle.log(values, step=step), handle.finish
 
 
-@contextmanager
-def trackio(run: Run) -> Iterator[Log]:
+def trackio(run: Run) -> Logger:
     """To trackio, as the user configured it: on this machine by default."""
     import trackio
 
     trackio.init(project="jaxgpt", name=run.path.name, config=asdict(run.config), resume="allow")
-    yield lambda step, values: trackio.log(values, step=step)
-    trackio.finish()
+    return lambda step, values: trackio.log(values, step=step), trackio.finish
 
 
 LOGGERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
@@ -89,10 +85,9 @@ def logged(run: Run, names: Sequence[str], on_event: Callable[[Event], None]) ->
 
     with ExitStack() as stack:
         for name in names:
-            logger = LOGGERS[name](run)
-            if log := guarded(name, 0, logger.__enter__):
-                logs[name] = log
-                stack.callback(guarded, name, 0, partial(logger.__exit__, None, None, None))
+            if begun := guarded(name, 0, partial(LOGGERS[name], run)):
+                logs[name], end = begun
+                stack.callback(guarded, name, 0, end)
         yield log_too
 
 
