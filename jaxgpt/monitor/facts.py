@@ -78,14 +78,10 @@ class Facts:
         return sum(seconds for seconds, _ in self._processes) or None
 
     @property
-    def ended(self) -> bool:
-        """Whether every process recorded its end; otherwise `seconds` is a lower bound."""
-        return all(ended for _, ended in self._processes)
-
-    @property
     def took(self) -> str:
-        """`seconds` in words; empty if unknown."""
-        return "" if self.seconds is None else ("" if self.ended else "at least ") + duration(self.seconds)
+        """`seconds` in words, a lower bound if a process did not record its end; empty if unknown."""
+        least = "" if all(ended for _, ended in self._processes) else "at least "
+        return "" if self.seconds is None else least + duration(self.seconds)
 
     @property
     def _processes(self) -> list[tuple[float, bool]]:

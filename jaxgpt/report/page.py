@@ -16,7 +16,6 @@ from jaxgpt.config import MissingExtraError
 from jaxgpt.display.baselines import COUNTED, published
 from jaxgpt.display.charts import Spec, script
 from jaxgpt.monitor.facts import Facts, differing, kinds
-from jaxgpt.monitor.terminal import duration
 from jaxgpt.recipes import RECIPES
 from jaxgpt.report.charts import chosen, same_tokens
 from jaxgpt.report.looks import TEMPERATURE, Attention, Looks, Sample
@@ -99,9 +98,9 @@ def numbers(facts: Facts) -> list[tuple[str, str, str]]:
         *bits,
         ("perplexity", f"{math.exp(min(best.loss, 700)):.3f}", "exp of the loss, per token"),
     ]
-    if facts.seconds is not None:
+    if facts.took:
         speed = f"{facts.tokens_per_second:,.0f} tokens/s" if facts.tokens_per_second else "from start to end"
-        found.append(("time" if facts.ended else "time, at least", duration(facts.seconds), speed))
+        found.append(("time", facts.took, speed))
     if (used := facts.utilisation) is not None:
         found.append(("utilisation", f"{used:.1%}", "of the published bfloat16 rate"))
     return found
