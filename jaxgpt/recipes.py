@@ -38,107 +38,91 @@ GPT2 |= dict(precision="auto")
 """nanoGPT's settings for GPT-2."""
 CPU, GPU = "2 CPU cores", "one data-centre GPU"
 
+
+def _recipe(about: str, hardware: str, time: str, loss: str, **settings: Any) -> Recipe:
+    return Recipe(replaced(Config(), **settings), about, hardware, time, loss)
+
+
 RECIPES: dict[str, Recipe] = {
-    "bigram": Recipe(
-        replaced(
-            Config(),
-            **dict(kind="bigram", block_size=256, batch_size=64, steps=1000, scan_steps=100, eval_every=500),
-            **dict(learning_rate=0.1, min_lr_ratio=0.01, warmup_steps=0, weight_decay=0.0, grad_clip=0.0),
-        ),
+    "bigram": _recipe(
         about="The bigram table of the lecture notes, trained to the loss of bigram counts.",
         hardware=CPU,
         time="3 s",
         loss="2.321 ± 0.039 (CPython 3.11.7), 2.492 ± 0.005 on Tiny Shakespeare",
+        **dict(kind="bigram", block_size=256, batch_size=64, steps=1000, scan_steps=100, eval_every=500),
+        **dict(learning_rate=0.1, min_lr_ratio=0.01, warmup_steps=0, weight_decay=0.0, grad_clip=0.0),
     ),
-    "gpt-demo": Recipe(
-        replaced(
-            Config(),
-            **MODERN | MUON | dict(weight_decay=0.1, muon_momentum=0.9, learning_rate=2e-2),
-            **dict(block_size=128, smear=True, steps=800, eval_every=200, eval_batches=0),
-        ),
+    "gpt-demo": _recipe(
         about="A small GPT on the documentation that ships with Python: no download.",
         hardware=CPU,
         time="1 min",
         loss="1.112 ± 0.021 (CPython 3.11.7) in bfloat16, in windows of 128",
+        **MODERN | MUON | dict(weight_decay=0.1, muon_momentum=0.9, learning_rate=2e-2),
+        **dict(block_size=128, smear=True, steps=800, eval_every=200, eval_batches=0),
     ),
-    "shakespeare-cpu": Recipe(
-        replaced(Config(), corpus="shakespeare", steps=2000, sampling="random"),
+    "shakespeare-cpu": _recipe(
         about="nanoGPT's settings for Tiny Shakespeare on a CPU, exactly.",
         hardware=CPU,
         time="1 min 45 s",
         loss="1.907, the mean of seeds 1337, 1338, 1339 (1.916, 1.906, 1.900)",
+        **dict(corpus="shakespeare", steps=2000, sampling="random"),
     ),
-    "speedrun-cpu": Recipe(
-        replaced(
-            Config(),
-            **MODERN | MUON | SHORT | TUNED | dict(muon_learning_rate=4e-2, muon_steps=3),
-            **dict(n_layer=1, window=8, bigram_embed=True, batch_size=20, steps=110, scan_steps=55),
-        ),
+    "speedrun-cpu": _recipe(
         about="The loss of nanoGPT's CPU settings in the shortest time: a modern block, a window of 8, and Muon.",
         hardware=CPU,
         time="9.1 s with an empty compile cache, 4.8 s with a warm one",
         loss="1.857, the mean of seeds 1337 to 1341 (1.836 to 1.867)",
+        **MODERN | MUON | SHORT | TUNED | dict(muon_learning_rate=4e-2, muon_steps=3),
+        **dict(n_layer=1, window=8, bigram_embed=True, batch_size=20, steps=110, scan_steps=55),
     ),
-    "best-cpu": Recipe(
-        replaced(
-            Config(),
-            **MODERN | MUON | SHORT | TUNED | dict(weight_decay=0.1, muon_learning_rate=1.8e-2),
-            **dict(block_size=256, window=64, n_head=2, batch_size=8, smear=True, steps=850, scan_steps=85),
-        ),
+    "best-cpu": _recipe(
         about="The lowest loss within the time of nanoGPT's CPU settings.",
         hardware=CPU,
         time="1 min 44 s",
         loss="1.479, the mean of seeds 1337, 1338, 1339 (1.474, 1.481, 1.481) in bfloat16, in windows of 256",
+        **MODERN | MUON | SHORT | TUNED | dict(weight_decay=0.1, muon_learning_rate=1.8e-2),
+        **dict(block_size=256, window=64, n_head=2, batch_size=8, smear=True, steps=850, scan_steps=85),
     ),
-    "shakespeare-gpu": Recipe(
-        replaced(Config(), **BABY, dropout=0.2, precision="auto", corpus="shakespeare", steps=5000, sampling="random"),
+    "shakespeare-gpu": _recipe(
         about="nanoGPT's settings for Tiny Shakespeare on a GPU, exactly.",
         hardware=GPU,
         time="not measured here; nanoGPT reports 3 minutes on an A100",
         loss="not measured here; nanoGPT reports 1.47, by random batches",
+        **BABY,
+        **dict(dropout=0.2, precision="auto", corpus="shakespeare", steps=5000, sampling="random"),
     ),
-    "speedrun-gpu": Recipe(
-        replaced(
-            Config(),
-            **MODERN | MUON | SHORT | BABY | TUNED | dict(weight_decay=0.1, muon_learning_rate=1.8e-2, batch_size=32),
-            **dict(smear=True, steps=300, scan_steps=100),
-        ),
+    "speedrun-gpu": _recipe(
         about="The loss of nanoGPT's GPU settings in few steps: a modern block, and Muon.",
         hardware=GPU,
         time="not measured",
         loss="not measured on a GPU; 1.442 on a CPU (seed 1337) in bfloat16, in windows of 256",
+        **MODERN | MUON | SHORT | BABY | TUNED | dict(weight_decay=0.1, muon_learning_rate=1.8e-2, batch_size=32),
+        **dict(smear=True, steps=300, scan_steps=100),
     ),
-    "best-gpu": Recipe(
-        replaced(
-            Config(),
-            **MODERN | MUON | SHORT | BABY | dict(weight_decay=0.1, muon_momentum=0.9, eval_every=250),
-            **dict(smear=True, dropout=0.4, steps=1500, scan_steps=50),
-        ),
+    "best-gpu": _recipe(
         about="The lowest loss within the time of nanoGPT's GPU settings.",
         hardware=GPU,
         time="not measured",
         loss="not measured; meant to reach 1.43, in windows of 256",
+        **MODERN | MUON | SHORT | BABY | dict(weight_decay=0.1, muon_momentum=0.9, eval_every=250),
+        **dict(smear=True, dropout=0.4, steps=1500, scan_steps=50),
     ),
-    "gpt2-124m": Recipe(
-        replaced(
-            Config(), **GPT2, n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4, batch_size=480, accumulate=40
-        ),
+    "gpt2-124m": _recipe(
         about="GPT-2 124M with nanoGPT's settings; train it on your own text with --corpus.",
         hardware="eight data-centre GPUs",
         time="not measured here; nanoGPT reports 4 days on eight A100",
         loss="not measured here; nanoGPT reports 2.85 on OpenWebText",
+        **GPT2,
+        **dict(n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4, batch_size=480, accumulate=40),
     ),
-    "gpt2-1.5b": Recipe(
-        replaced(
-            Config(),
-            **GPT2,
-            **dict(n_layer=48, n_head=25, n_embd=1600, scan_layers=True, remat="blocks"),
-            **dict(learning_rate=2e-4, batch_size=512),
-        ),
+    "gpt2-1.5b": _recipe(
         about="The size of the largest GPT-2; train it on your own text with --corpus.",
         hardware="256 TPU v5e chips, --mesh data=64,fsdp=4",
         time="not measured; jaxgpt plan gpt2-1.5b estimates it",
         loss="not measured",
+        **GPT2,
+        **dict(n_layer=48, n_head=25, n_embd=1600, scan_layers=True, remat="blocks"),
+        **dict(learning_rate=2e-4, batch_size=512),
     ),
 }
 
