@@ -192,9 +192,8 @@ def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
         match row:
             case {"source": str(), "count": int(n), "sha256": str()} if name == "parts" and n >= 1:
                 continue
-            case {"file": str(found), "count": int(n), "sha256": str()} if name == "shards" and n >= 1:
-                if found == file:  # it becomes a path
-                    continue
+            case {"file": found, "count": int(n), "sha256": str()} if name == "shards" and n >= 1 and found == file:
+                continue  # its file becomes a path
         wanted = "a source" if name == "parts" else f"file {file}"
         raise ValueError(f"its {name[:-1]} {i} is {shown(row)}, expected {wanted}, a count and a sha256")
     if (total := sum(row["count"] for row in rows)) != meta["count"]:

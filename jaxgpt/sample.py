@@ -32,8 +32,6 @@ BUCKET = 16
 """Smallest compiled length of a prompt or a cache; longer ones are padded to powers of two."""
 
 Number = jax.Array | float
-STATIC = {"static": True}
-"""Metadata of fields that are part of the compiled program."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,13 +41,13 @@ class SamplingParams:
 
     temperature: Number | None = 0.8
     """Below 1 sharper, above 1 flatter; 0 takes the most likely token, whatever the filters."""
-    top_k: int = dataclasses.field(default=0, metadata=STATIC)
+    top_k: int = dataclasses.field(default=0, metadata={"static": True})
     """Draw only from the k most likely tokens; 0 turns it off."""
     top_p: Number | None = 1.0
     """Draw only from the fewest most likely tokens whose probabilities add up to this; 1 turns it off."""
     min_p: Number | None = 0.0
     """Draw only from tokens at least this many times as likely as the most likely one; 0 turns it off."""
-    n_ids: int = dataclasses.field(default=0, metadata=STATIC)
+    n_ids: int = dataclasses.field(default=0, metadata={"static": True})
     """Draw only ids below this, if the model's vocabulary is padded beyond the tokenizer's; 0 turns it off."""
 
 

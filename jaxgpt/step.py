@@ -138,11 +138,7 @@ def stream_key(seed: Any, stream: int) -> jax.Array:
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and shardings of a train state."""
     shapes = jax.eval_shape(init_state, config)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        state_shardings(mesh, shapes),
-    )
+    return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, state_shardings(mesh, shapes))
 
 
 def _shardings(config: Config, mesh: Mesh) -> TrainState:
