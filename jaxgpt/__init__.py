@@ -5,33 +5,20 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_MODULES = {  # public name -> module
-    "Config": "config",
-    "DataConfig": "config",
-    "ModelConfig": "config",
-    "OptimizerConfig": "config",
-    "TrainConfig": "config",
-    "Batch": "data",
-    "take": "data",
-    "window_starts": "data",
-    "prepare_corpus": "prepare.build",
-    "BPETokenizer": "tokenizer",
-    "ByteTokenizer": "tokenizer",
-    "CharTokenizer": "tokenizer",
-    "cross_entropy": "loss",
-    "forward": "model",
-    "init_params": "model",
-    "logits_and_loss": "model",
-    "TrainState": "step",
-    "init_state": "step",
-    "train_step": "step",
-    "train_steps": "step",
-    "evaluate": "evaluation",
-    "fit": "train",
-    "SamplingParams": "sample",
-    "generate": "sample",
-    "load": "monitor.notebook",
+_NAMES = {  # module -> its public names
+    "config": "Config DataConfig ModelConfig OptimizerConfig TrainConfig",
+    "data": "Batch take window_starts",
+    "prepare.build": "prepare_corpus",
+    "tokenizer": "BPETokenizer ByteTokenizer CharTokenizer",
+    "loss": "cross_entropy",
+    "model": "forward init_params logits_and_loss",
+    "step": "TrainState init_state train_step train_steps",
+    "evaluation": "evaluate",
+    "train": "fit",
+    "sample": "SamplingParams generate",
+    "monitor.notebook": "load",
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = list(_MODULES)
 
