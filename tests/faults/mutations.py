@@ -253,8 +253,8 @@ MUTATIONS = [
     Mutation(
         "estimates draw from the stream of the training batches",
         "data.py",
-        'parts, T, n, "estimate")',
-        'parts, T, n, "random")',
+        '"estimate": ESTIMATE}',
+        '"estimate": RANDOM}',
         "test_data.py",
     ),
     Mutation(
