@@ -67,9 +67,13 @@ def name_of(path: Path) -> str:
     return re.split("[?#]", str(path))[0].rstrip("/").rpartition("/")[2] if "://" in str(path) else path.name
 
 
-def stream(path: Path) -> Any:
-    """A file to be read from beginning to end: on the web with one request, as not every server supports ranges."""
-    options: Any = {"block_size": 0} if str(path).startswith(WEB) else {}
+def stream(path: Path, decoded: bool = True) -> Any:
+    """A file to be read from beginning to end: on the web with one request, as not every server supports ranges.
+
+    Args:
+      decoded: undo a Content-Encoding.
+    """
+    options: Any = {"block_size": 0, "auto_decompress": decoded} if str(path).startswith(WEB) else {}
     return path.open("rb", **options)
 
 
@@ -167,14 +171,15 @@ def _text(path: Path) -> Iterator[str]:
 
 def _bytes(path: Path) -> Iterator[bytes]:
     """The bytes of a file in chunks, unpacked if its name ends in .gz."""
-    size, limit = 0, float("inf")
+    size, known, packed = 0, float("inf"), name_of(path).lower().endswith(".gz")
     try:
-        with stream(path) as raw:
+        with stream(path, decoded=not packed) as raw:  # some servers call a stored .gz an encoding
             file: Any = raw
-            if name_of(path).lower().endswith(".gz"):
-                file, limit = gzip.GzipFile(fileobj=raw), max(ALWAYS_ALLOWED, MAX_RATIO * path.stat().st_size)
+            if packed:
+                file, known = gzip.GzipFile(fileobj=raw), path.stat().st_size
             while chunk := file.read(PIECE):
                 size += len(chunk)
+                limit = max(ALWAYS_ALLOWED, MAX_RATIO * max(known, raw.tell()))  # a server may not give the size
                 if size > limit:
                     raise SourceError(f"{path} unpacks to more than {limit:,} bytes; if it is meant to: gunzip")
                 yield chunk

@@ -233,6 +233,11 @@ def server(tmp_path):
         def log_message(self, *args):
             pass
 
+        def end_headers(self):
+            if "encoding" in self.path:
+                self.send_header("Content-Encoding", "gzip")
+            super().end_headers()
+
         def send_header(self, name, value):
             """With a query, the size of the answer is not known before its end."""
             if name != "Content-Length" or "?" not in self.path:
@@ -262,6 +267,17 @@ def test_a_large_text_and_parquet_need_no_range_requests(tmp_path, server):
     parquet.write_table(pyarrow.table({"text": [text] * 2}), tmp_path / "www" / "a.parquet")
     for name, n in (("a.txt", 1), ("a.txt?made", 1), ("a.txt.gz", 1), ("a.parquet", 2), ("a.parquet?made", 2)):
         assert "".join(sources.open_text(f"{server}/{name}").pieces()) == "\n\n".join([text] * n)
+
+
+def test_gzip_whose_size_or_encoding_the_server_misses(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(documents, "ALWAYS_ALLOWED", 100)
+    text = "".join(f"{i * i} to be or not\n" for i in range(2000))
+    (tmp_path / "www" / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    for query in ("?size", "?encoding"):
+        assert "".join(sources.open_text(f"{server}/a.txt.gz{query}").pieces()) == text
+    (tmp_path / "www" / "b.txt.gz").write_bytes(gzip.compress(b"<!doctype html>Log in"))
+    with pytest.raises(SourceError, match="is a page of HTML"):
+        sources.open_text(f"{server}/b.txt.gz?encoding")
 
 
 def test_no_room_for_a_temporary_copy_is_named(tmp_path, server, monkeypatch):
