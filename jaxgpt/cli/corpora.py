@@ -58,7 +58,11 @@ def is_prepared(folder: Path) -> bool:
 
 def is_tokens_json(file: Path) -> bool:
     """Whether `file` begins as a tokens.json of `prepare`. Its name is not enough: a server may answer any name."""
-    begin = b'{\n  "format": '
+    return begins_with(file, b'{\n  "format": ')
+
+
+def begins_with(file: Path, begin: bytes) -> bool:
+    """Whether there is such a file, and it begins with these bytes."""
     if not file.is_file():
         return False
     with file.open("rb") as found:

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from jaxgpt import files
 from jaxgpt.cli import places
-from jaxgpt.cli.corpora import HUB, NAMED, is_prepared, is_tokens_json, is_url, local_path
+from jaxgpt.cli.corpora import HUB, NAMED, begins_with, is_prepared, is_tokens_json, is_url, local_path
 from jaxgpt.config import MissingExtraError, UsageError
 from jaxgpt.prepare import documents
 from jaxgpt.prepare.documents import SourceError
@@ -222,8 +222,11 @@ def _below(folder: Path, above: set[Path]) -> Iterator[Path]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder is a prepared corpus or a run."""
-    return is_prepared(folder) or (is_tokens_json(folder / "tokens.json") and (folder / "checkpoints").is_dir())
+    """Whether a folder is a prepared corpus, a run, an export or a sweep."""
+    if is_prepared(folder) or begins_with(folder / "sweep.json", b'{\n  "program": "jaxgpt '):
+        return True
+    others = folder / "checkpoints", folder / "model.safetensors"
+    return is_tokens_json(folder / "tokens.json") and any(map(Path.exists, others))
 
 
 def _pipe(path: Path) -> Text:

@@ -237,17 +237,21 @@ def test_a_prepared_text_is_read_without_a_lock_or_a_write(tmp_path, small, monk
     assert {path: path.stat().st_mtime_ns for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]} == before
 
 
-def test_a_folder_with_prepared_folders_and_runs_in_it_is_found_again(tmp_path, small, monkeypatch):
-    """`jaxgpt train --corpus .` writes into ./data and ./runs."""
+def test_a_folder_with_what_commands_write_in_it_is_found_again(tmp_path, small, monkeypatch):
+    """`jaxgpt train --corpus .` writes into ./data and ./runs, `sweep` into ./sweeps, and `export` anywhere."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(LINES)
     first = prepare_corpus(".", data_dir=tmp_path / "data")
     run = Run.create(tmp_path / "runs", "one", Config(), first.corpus.meta)
     run.metrics_file.write_text("{}\n")
+    (tmp_path / "sweeps" / "one").mkdir(parents=True)
+    (tmp_path / "sweeps" / "one" / "sweep.json").write_text(files.seal({"program": "jaxgpt sweep 2"}))
+    shutil.copytree(first.folder, tmp_path / "exported", ignore=shutil.ignore_patterns("*.bin"))
+    (tmp_path / "exported" / "model.safetensors").write_bytes(b"\0")
     again = prepare_corpus(".", data_dir=tmp_path / "data")
     assert (again.reused, again.folder) == (True, first.folder)
     notes = prepare_corpus(".", "byte", data_dir=tmp_path / "data").corpus.meta["notes"]
-    ours = [f"data/{first.folder.name}", "runs/one"]
+    ours = [f"data/{first.folder.name}", "exported", "runs/one", "sweeps/one"]
     assert notes == [f"{name}: left out, a folder written by jaxgpt" for name in ours]
 
 
