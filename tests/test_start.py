@@ -124,9 +124,10 @@ def test_the_tokens_of_a_run_are_found_or_made_again_or_refused(config, change, 
     assert corpus_of(run, folders[1]).meta == corpus.meta
     for path in folder.iterdir():
         path.unlink()
-    mine.write_text(verse.read_text() + "a\n")
-    with pytest.raises(CorpusError, match=corpus.meta["sha256"]):
-        corpus_of(run, folders[1])
+    for more in ("a\n", "z\n"):  # also with an unknown character
+        mine.write_text(verse.read_text() + more)
+        with pytest.raises(CorpusError, match=f"{corpus.meta['sha256']}.*text.txt' now gives other tokens; put its"):
+            corpus_of(run, folders[1])
 
 
 def test_the_tokens_are_made_again_with_the_tokenizer_of_the_run(config, change, folders, verse, tmp_path):

@@ -10,6 +10,7 @@ from jaxgpt.cli import corpora, memory, places
 from jaxgpt.config import Config, UsageError, check
 from jaxgpt.corpus import Corpus, CorpusError, load
 from jaxgpt.run import Run
+from jaxgpt.tokenizer import UnknownCharacterError
 
 
 def start(
@@ -67,6 +68,8 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
         found = prepared(configs.replaced(run.config, tokenizer=str(run.path / "tokens.json")), data_dir)
         if found.meta["sha256"] == wanted:
             return found
+    except UnknownCharacterError:  # of a text that changed; --unknown, which its message names, cannot help
+        pass
     except UsageError as error:
         problem = f"cannot be prepared again: {error}"
     raise CorpusError(
