@@ -206,6 +206,11 @@ def _folder(folder: Path, column: str) -> Text:
         why = "left out, a dataset is read from its JSON Lines and Parquet"
         left_out += [f"{path.relative_to(folder)}: {why}" for path in others]
         paths = [path for path in paths if path not in others]
+    if not paths:
+        raise SourceError(
+            f"{folder} has no files of text; hidden ones are left out, and folders that jaxgpt wrote: for a prepared "
+            "corpus give its own folder"
+        )
     name = folder.name if is_url(str(folder)) else folder.resolve().name
     return _of_files(name, f"{len(paths)} files in {folder}", paths, column, left_out)
 

@@ -194,6 +194,14 @@ def test_where_a_character_is_in_a_folder(tmp_path, monkeypatch, size):
     assert one.where(8) == f"line 2, column 3 of the text in {tmp_path}/one.txt"
 
 
+def test_a_folder_without_texts_is_refused_with_the_reason(tmp_path):
+    (tmp_path / "data" / "a-char").mkdir(parents=True)
+    (tmp_path / "data" / "a-char" / "tokens.json").write_text('{\n  "format": 2,')
+    (tmp_path / "data" / ".hidden").write_text("text")
+    with pytest.raises(SourceError, match=r"data has no files of text; .* for a prepared corpus give its own folder"):
+        sources.open_text(str(tmp_path / "data"))
+
+
 def test_a_folder_with_a_bad_file_names_the_file(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     with pytest.raises(SourceError, match=r"image\.png is a PNG image; expected UTF-8"):
