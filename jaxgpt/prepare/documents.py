@@ -33,6 +33,8 @@ BINARY = {
     b"\x28\xb5\x2f\xfd": "is compressed with Zstandard: unzstd",
     b"PK\x03\x04": "is a ZIP archive (as .docx, .npz and .pt are): extract its text",
     b"PAR1": "is a Parquet file: give it a name that ends in .parquet",
+    b"ARROW1": "is an Arrow file: Dataset.to_parquet of Hugging Face's datasets writes Parquet",
+    b"\xff\xff\xff\xff": "is an Arrow stream, as of save_to_disk: Dataset.to_parquet writes Parquet",
     b"%PDF-": "is a PDF document: pdftotext",
     b"\x89PNG": "is a PNG image",
     b"\xff\xd8\xff": "is a JPEG image",

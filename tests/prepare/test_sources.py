@@ -65,6 +65,8 @@ def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, notes
         (b"\x93NUMPY\x01\x00v\x00{'descr': '<u2'", "NumPy array"),
         (b"PK\x03\x04\x14\x00", "ZIP archive"),
         (b"PAR1\x15\x04\x00", r"Parquet file: .*\.parquet"),
+        (b"ARROW1\0\0\xff\xff", r"Arrow file: .*to_parquet"),
+        (b"\xff\xff\xff\xff\x08\x01\0\0", r"save_to_disk: .*to_parquet"),
         (b"%PDF-1.7\n%\xe2\xe3", "PDF"),
     ],
 )
