@@ -31,6 +31,7 @@ BINARY = {
     b"BZh": "is compressed with bzip2: bunzip2",
     b"\xfd7zXZ\0": "is compressed with xz: unxz",
     b"\x28\xb5\x2f\xfd": "is compressed with Zstandard: unzstd",
+    b"ustar": "is a tar archive: extract its files (tar -xf) and give their folder",
     b"PK\x03\x04": "is a ZIP archive (as .docx, .npz and .pt are): extract its text",
     b"PAR1": "is a Parquet file: give it a name that ends in .parquet",
     b"ARROW1": "is an Arrow file: Dataset.to_parquet of Hugging Face's datasets writes Parquet",
@@ -42,6 +43,8 @@ BINARY = {
     b"\x93NUMPY": "is a NumPy array: if it holds tokens, prepare the text that they were made from",
 }
 """First bytes of a file that is not UTF-8, its format and how to convert it."""
+TAR = 257
+"""Offset of the "ustar" of a tar archive."""
 WEB = ("http://", "https://")
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 
@@ -126,7 +129,7 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
     """
     decoder, start, read = codecs.getincrementaldecoder("utf-8")(), b"", 0
     for chunk in itertools.chain(data, [b""]):
-        start, problem = start or chunk[:8], ""
+        start, problem = start or chunk[: TAR + 5], ""
         if (nul := chunk.find(b"\0")) >= 0:
             kind, width = ("UTF-32", 4) if chunk[nul : nul + 2] == b"\0\0" else ("UTF-16", 2)
             order = "LE" if (read + nul) % width else "BE"
@@ -144,7 +147,11 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
                     "text, convert it: iconv -f LATIN1 -t UTF-8"
                 )
         if problem:
-            known = (f"{what}; expected UTF-8" for magic, what in BINARY.items() if start.startswith(magic))
+            known = (
+                f"{what}; expected UTF-8"
+                for magic, what in BINARY.items()
+                if magic in (start[: len(magic)], start[TAR:])
+            )
             raise SourceError(f"{origin} {next(known, problem)}")
         read += len(chunk)
 

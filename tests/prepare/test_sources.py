@@ -5,6 +5,7 @@ import http.server
 import lzma
 import os
 import socket
+import tarfile
 import threading
 from unittest import mock
 
@@ -74,6 +75,15 @@ def test_what_is_no_text_is_refused_with_the_reason(tmp_path, data, said):
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(SourceError, match=said):
         read(str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_a_tar_archive_is_refused_as_one(tmp_path, name):
+    (tmp_path / "b.txt").write_text("text")
+    with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as archive:
+        archive.add(tmp_path / "b.txt", "b.txt")
+    with pytest.raises(SourceError, match=rf"{name} is a tar archive: extract its files \(tar -xf\)"):
+        read(str(tmp_path / name))
 
 
 def test_a_name_that_begins_with_a_tilde_is_a_path_unless_it_is_a_users_home(tmp_path, monkeypatch):
