@@ -363,6 +363,7 @@ def test_a_platform_without_devices_is_named(call, tiny, verse, tmp_path, monkey
         ("report one --watch True", "--watch takes no value: write --watch or --no-watch"),
         ("sample one --prompt -x", "a value that begins with '-' is written with '=': --prompt=-x"),
         ("sample one --stop --", "a value that begins with '-' is written with '=': --stop=--"),
+        ("prepare 1*a.txt + 1*b.txt", "a mixture is one argument, in quotes: '0.7*a.txt + 0.3*b.txt'"),
         ("diagnose one --text --help-me", "a value that begins with '-' is written with '=': --text=--help-me"),
     ],
 )

@@ -104,6 +104,8 @@ def _positive(arg: str) -> str:
 
 def _hint(types: dict[str, Any], args: list[str]) -> str | None:
     """What to type instead of `args`, which tyro refused."""
+    if "+" in args:
+        return "a mixture is one argument, in quotes: '0.7*a.txt + 0.3*b.txt'"
     for arg, following in pairwise([*args, ""]):
         option, (_, equals, value) = _positive(arg), arg.partition("=")
         if types.get(option) is bool and (value if equals else following).lower() in ("true", "false"):
