@@ -363,6 +363,7 @@ async function begin() {
   $("#prompt").maxLength = data.limits.max_prompt;
   const wide = matchMedia("(min-width: 50rem)");
   $("#settings").open = wide.matches;
+  $("#settings").addEventListener("invalid", () => ($("#settings").open = true), true); // or nothing would be shown
   wide.onchange = () => ($("#settings").open ||= wide.matches); // the wide layout has no toggle
   $("#run").onchange = $("#beside").onchange = arrange;
   $("#roll").onclick = () => ($("#seed").value = crypto.getRandomValues(new Uint32Array(1))[0]);

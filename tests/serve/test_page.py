@@ -355,6 +355,13 @@ def test_settings_are_there_after_a_window_has_grown(faked):
     page.wait_for_selector("#tokens", state="visible")
 
 
+def test_a_number_out_of_range_is_shown_where_the_settings_are_folded(faked):
+    page = faked(viewport={"width": 390, "height": 800})
+    page.evaluate("document.querySelector('#tokens').value = 0")
+    page.click("#write")
+    page.wait_for_selector("#tokens:focus", state="visible")
+
+
 def test_a_line_feed_that_surprised_is_legible(faked):
     page = faked(lambda asked: text("s", "\n", p=0))
     page.click("#write")
