@@ -360,7 +360,6 @@ async function begin() {
     showValue();
   }
   $("#tokens").max = data.limits.max_tokens;
-  $("#prompt").maxLength = data.limits.max_prompt;
   const wide = matchMedia("(min-width: 50rem)");
   $("#settings").open = wide.matches;
   $("#settings").addEventListener("invalid", () => ($("#settings").open = true), true); // or nothing would be shown

@@ -362,6 +362,16 @@ def test_a_number_out_of_range_is_shown_where_the_settings_are_folded(faked):
     page.wait_for_selector("#tokens:focus", state="visible")
 
 
+def test_a_prompt_is_not_cut(faked):
+    """The server refuses one above the limit, and names it."""
+    page = faked(lambda asked: text("s"))
+    page.focus("#prompt")
+    page.keyboard.insert_text("😀" * 100)
+    page.click("#write")
+    page.wait_for_selector("#status:has-text('tokens from cat')")
+    assert page.asked[-1][2]["prompt"] == "😀" * 100
+
+
 def test_a_line_feed_that_surprised_is_legible(faked):
     page = faked(lambda asked: text("s", "\n", p=0))
     page.click("#write")
