@@ -149,9 +149,8 @@ class Pane {
     try {
       for await (const [name, data] of events(await ask("api/write", { run: this.run.name, prompt, ...settings }, leaving.signal))) {
         if (leaving.signal.aborted) break; 
-        if (name === "start") {
-          if (!kept.length) this.add(data.prompt.map(([id, text]) => ({ id, text })));
-        } else if (name === "tokens") {
+        if (name === "start") this.show(data.prompt.map(([id, text], i) => ({ id, ...kept[i], text })));
+        else if (name === "tokens") {
           this.add(data.tokens.map((each) => ({ ...each, from: data.from })));
           if (began) timed += data.tokens.length;
           else if (written) began = performance.now();

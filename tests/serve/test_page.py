@@ -321,7 +321,7 @@ def test_a_text_that_was_left_says_no_more(faked):
 
 
 def test_an_empty_prompt_and_on_from_a_text_that_ends_inside_a_character(faked):
-    page = faked(lambda asked: text("s", "a", 2, tail="\ufffd"))
+    page = faked(lambda asked: text("saa"[: len(asked["prompt"])], "a", 2, tail="\ufffd"))
     page.click("#write")
     page.wait_for_selector("#status:text-is('Sampled 2 tokens from cat.')")
     assert page.asked[-1][2]["prompt"] == "s", "what the run begins with where nothing is said"
@@ -370,6 +370,18 @@ def test_a_prompt_is_not_cut(faked):
     page.click("#write")
     page.wait_for_selector("#status:has-text('tokens from cat')")
     assert page.asked[-1][2]["prompt"] == "😀" * 100
+
+
+def test_a_token_that_completes_a_character_is_shown_as_the_server_decodes_it(faked):
+    page = faked(lambda asked: text("s" if asked["prompt"] == "s" else ["s", "é"]))
+    page.click("#write")
+    page.wait_for_selector("#status:has-text('tokens from cat')")
+    page.locator(".text span").nth(1).click()
+    page.locator(".likely button").nth(1).click()
+    until(page, "document.querySelectorAll('.text span').length === 11")
+    assert spans(page)[:3] == ["s", "é", "a"]
+    chosen = page.locator(".text span").nth(1)
+    assert (chosen.get_attribute("class"), chosen.get_attribute("aria-label")) == ("chosen", "é, 10%")
 
 
 def test_a_line_feed_that_surprised_is_legible(faked):
