@@ -10,7 +10,7 @@ const NUMBERS = ["temperature", "top_k", "top_p", "min_p", "tokens", "seed"];
 const SYMBOLS = { " ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", "": "\u2205" };
 const NAMES = { " ": "space", "\n": "newline", "\t": "tab", "\r": "carriage return", "": "part of a character" };
 const seen = (text) => [...text].map((each) => SYMBOLS[each] ?? each).join("") || SYMBOLS[""];
-const said = (text) => NAMES[text] ?? text;
+const said = (text) => (text.trim() ? text : [...text].map((each) => NAMES[each] ?? each).join(" ") || NAMES[""]);
 const percent = (p) => (p >= 0.0995 ? `${Math.round(100 * p)}%` : p >= 0.001 ? `${(100 * p).toFixed(1)}%` : "<0.1%");
 const bits = (p) => -Math.log2(Math.max(p, 1e-9));
 

@@ -384,6 +384,16 @@ def test_a_token_that_completes_a_character_is_shown_as_the_server_decodes_it(fa
     assert (chosen.get_attribute("class"), chosen.get_attribute("aria-label")) == ("chosen", "é, 10%")
 
 
+@pytest.mark.parametrize(
+    ("token", "name"), [("\n\n ", "newline newline space"), ("constructor", "constructor"), ("", "part of a character")]
+)
+def test_a_screen_reader_is_given_a_name_for_each_token(faked, token, name):
+    page = faked(lambda asked: text("s", token))
+    page.click("#write")
+    page.wait_for_selector("#status:has-text('tokens from cat')")
+    assert page.locator(".text span").nth(1).get_attribute("aria-label") == f"{name}, 50%"
+
+
 def test_a_line_feed_that_surprised_is_legible(faked):
     page = faked(lambda asked: text("s", "\n", p=0))
     page.click("#write")
