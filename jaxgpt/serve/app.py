@@ -60,7 +60,8 @@ def application(library: Library, scheduler: Scheduler, hosts: Iterable[str] = (
         if isinstance(looked, End):
             return json_response({"error": looked.error}, 503)
         likely = described(job.run.tokenizer, looked.likely, looked.likely_p)
-        return json_response({"attention": _rounded(looked.attention), "likely": likely})
+        attention = np.nan_to_num(np.asarray(looked.attention, np.float64)).round(6).tolist()
+        return json_response({"attention": attention, "likely": likely})
 
     async def health(request: Request) -> Response:
         state = scheduler.state
@@ -100,20 +101,14 @@ async def _events(job: Job, prompt: list[int], messages: asyncio.Queue[Any]) -> 
 
 
 def described(tokenizer: Tokenizer, ids: Any, probabilities: Any) -> list[dict[str, Any]]:
-    r"""The text and probability of each id; for a token that is not UTF-8 by itself also `shown`, with its bytes as
-    \xNN."""
+    r"""The text of each id, and its probability to six significant digits, 0 for NaN (from a diverged model); for a
+    token that is not UTF-8 by itself also `shown`, with its bytes as \xNN."""
     found = []
-    for i, p in zip(np.asarray(ids).tolist(), _rounded(probabilities), strict=True):
-        token = tokenizer.token_bytes[i]
+    for i, x in zip(np.asarray(ids).tolist(), np.nan_to_num(np.asarray(probabilities, np.float64)), strict=True):
+        token, p = tokenizer.token_bytes[i], float(f"{x:.6g}")
         text, shown = (token.decode("utf-8", errors) for errors in ("ignore", "backslashreplace"))
         found.append({"id": i, "text": text, "p": p} | ({} if text.encode() == token else {"shown": shown}))
     return found
-
-
-def _rounded(x: Any) -> list[Any]:
-    """`x` as JSON numbers, with 0 for NaN (from a diverged model)."""
-    rounded: list[Any] = np.nan_to_num(np.asarray(x, np.float64)).round(6).tolist()
-    return rounded
 
 
 def _submit(scheduler: Scheduler, job: Job) -> asyncio.Queue[Any]:

@@ -12,7 +12,7 @@ const NAMES = { " ": "space", "\n": "newline", "\t": "tab", "\r": "carriage retu
 const seen = (text) => [...text].map((each) => SYMBOLS[each] ?? each).join("") || SYMBOLS[""];
 const said = (text) => (text.trim() ? text : [...text].map((each) => NAMES[each] ?? each).join(" ") || NAMES[""]);
 const percent = (p) => (p >= 0.0995 ? `${Math.round(100 * p)}%` : p >= 0.001 ? `${(100 * p).toFixed(1)}%` : "<0.1%");
-const bits = (p) => -Math.log2(Math.max(p, 1e-9));
+const bits = (p) => -Math.log2(Math.max(p, 1e-45));
 
 let runs = {};
 let token = sessionStorage.getItem("token") ?? "";

@@ -69,6 +69,12 @@ def test_parts_of_characters_are_shown_as_bytes():
     assert whole == {"id": 97, "text": "a", "p": 0.25}
 
 
+def test_small_probabilities_keep_their_surprise():
+    """At temperature 2, GPT-2 often draws tokens below 1e-6."""
+    found = described(ByteTokenizer(), np.arange(3), np.array([1.234567e-7, 1e-30, np.nan], np.float32))
+    assert [each["p"] for each in found] == [1.23457e-7, 1e-30, 0]
+
+
 def test_a_run_that_is_created_again_is_listed_as_it_is_now(library, app):
     """The new run has a smaller vocabulary, without a line feed."""
     shutil.copytree(library.folder / "pairs", library.folder / "anew")

@@ -394,6 +394,13 @@ def test_a_screen_reader_is_given_a_name_for_each_token(faked, token, name):
     assert page.locator(".text span").nth(1).get_attribute("aria-label") == f"{name}, 50%"
 
 
+def test_a_large_surprise_is_counted_in_full(faked):
+    page = faked(lambda asked: text("s", p=2.0**-40))
+    page.click("#write")
+    page.wait_for_selector("#status:has-text('tokens from cat')")
+    assert page.inner_text(".sum").endswith("40.00 bits/token")
+
+
 def test_a_line_feed_that_surprised_is_legible(faked):
     page = faked(lambda asked: text("s", "\n", p=0))
     page.click("#write")
