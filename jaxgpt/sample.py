@@ -57,7 +57,8 @@ def checked(sampling: SamplingParams) -> SamplingParams:
     Raises:
       UsageError: a number out of range.
     """
-    t, p, m = (float(x or 0) for x in (sampling.temperature, sampling.top_p, sampling.min_p))
+    t, m = float(sampling.temperature or 0), float(sampling.min_p or 0)
+    p = 1.0 if sampling.top_p is None else float(sampling.top_p)
     if t != 0 and not 1e-4 <= t < math.inf:
         raise UsageError(f"temperature is {t}, expected 0 or a number from 1e-4 up")
     if sampling.top_k < 0:
@@ -151,8 +152,9 @@ def stream(
 ) -> Iterator[NDArray[np.int32]]:
     """`generate` in pieces (B, n), n <= chunk <= LONGEST. Errors are raised before the first piece is requested."""
     text, draw, V, W = np.asarray(prompt), checked(sampling), config.vocab_size, config.block_size
-    if text.ndim != 2 or text.size == 0:
-        raise UsageError(f"the prompt has shape {text.shape}, expected (B, P) with at least one token")
+    if text.ndim != 2 or text.size == 0 or text.dtype.kind not in "iu":
+        found = f"shape {text.shape} and dtype {text.dtype}"
+        raise UsageError(f"the prompt has {found}, expected (B, P) integers with at least one token")
     if not (text.min() >= 0 and text.max() < V):
         raise UsageError(f"the prompt has ids from {text.min()} to {text.max()}, expected ids from 0 to {V - 1}")
     if n_tokens < 0:
@@ -187,7 +189,7 @@ def stream(
 
 def bucket(n: int, W: int) -> int:
     """The compiled length for n tokens: n rounded up to a power of two, at least BUCKET and at most W."""
-    return min(W, max(BUCKET, 1 << (n - 1).bit_length()))
+    return min(W, max(BUCKET, 1 << int(n - 1).bit_length()))
 
 
 def for_decoding(config: ModelConfig, params: model.Params) -> tuple[ModelConfig, model.Params]:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxgpt import model
 from jaxgpt.attention import init_cache
-from jaxgpt.sample import CHUNK, LONGEST, SamplingParams, cast_kernels, generate, min_p, stream, top_k
+from jaxgpt.sample import CHUNK, LONGEST, SamplingParams, cast_kernels, checked, generate, min_p, stream, top_k
 
 KEY = jax.random.key(0)
 GREEDY = SamplingParams(0)
@@ -103,6 +103,15 @@ def test_a_sequence_does_not_depend_on_the_rest_of_its_batch(tiny_model):
     together = generate(config, params, prompts, 20, KEY)
     np.testing.assert_array_equal(generate(config, params, prompts[:1], 20, KEY)[0], together[0])
     assert (together[0] != together[1]).any(), "equal prompts are continued differently"
+
+
+def test_a_filter_of_none_is_off_and_a_number_of_tokens_may_be_numpys(tiny_model):
+    config, params = tiny_model
+    off = SamplingParams(top_p=None, min_p=None)
+    assert checked(off) == checked(checked(off)) == checked(SamplingParams())
+    expected = generate(config, params, [[1, 2]], 3, KEY, GREEDY)
+    for n in (np.int64(3), jnp.int32(3)):
+        np.testing.assert_array_equal(generate(config, params, [[1, 2]], n, KEY, GREEDY), expected)
 
 
 def test_padded_ids_are_never_drawn(tiny_model):
@@ -207,6 +216,7 @@ def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(tiny_model):
         (np.zeros((0, 3)), {}, "at least one token"),
         ([[1, 99]], {}, "ids from 1 to 99, expected ids from 0 to 1"),
         ([[-1, 1]], {}, "ids from -1 to 1"),
+        ([[0.7, 1.9]], {}, r"shape \(1, 2\) and dtype float64, expected \(B, P\) integers"),
         (np.array([[1, 2**32 + 1]]), {}, "ids from 1 to 4294967297"),
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
