@@ -77,7 +77,13 @@ token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """The mean of `token_losses`, a scalar, as PyTorch's `F.cross_entropy`."""
+    """The mean of `token_losses`, a scalar, as PyTorch's `F.cross_entropy`.
+
+    Raises:
+      ValueError: the targets have another shape than the logits without V.
+    """
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(f"the targets have shape {targets.shape}, expected {logits.shape[:-1]}")
     return token_losses(logits, targets).mean()
 
 

@@ -50,6 +50,12 @@ def test_ids_outside_of_the_vocabulary_give_nan():
     assert np.isnan(found).tolist() == [[True, False, False], [True, False, False]]
 
 
+@pytest.mark.parametrize("shape", [(4,), (2, 1), (2, 3), (2, 4, 1)])
+def test_targets_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"expected \(2, 4\)"), jax.numpy_rank_promotion("allow"):
+        cross_entropy(jnp.zeros((2, 4, 5)), jnp.zeros(shape, int))
+
+
 def test_second_derivatives_and_vmap():
     """H v for the cross-entropy of one row is (diag p - p pT) v."""
 
