@@ -14,8 +14,8 @@ from jaxgpt.serve.limits import Limits
 
 @dataclass(frozen=True)
 class Serve:
-    served: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FOLDER")] = "runs"
-    """Name of a run, or ./FOLDER of one or more."""
+    served: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FOLDER")] = None
+    """Name of a run, or ./FOLDER of one or more. None: all runs in --runs-dir."""
     host: str = "127.0.0.1"
     """Address to listen on; any that other machines can reach (not loopback) requires a token."""
     port: int = 8000

@@ -33,17 +33,17 @@ class Library:
     only: str | None = None
 
     @classmethod
-    def at(cls, name: str, runs_dir: Path) -> "Library":
-        """The runs of `jaxgpt serve NAME`: one run, by its name or folder, or all runs of a folder.
+    def at(cls, name: str | None, runs_dir: Path) -> "Library":
+        """The runs of `jaxgpt serve NAME`: one run, by its name or folder, or all runs of a folder (`runs_dir`).
 
         Raises:
           RunError: there is no such run or folder.
         """
-        path = Path(os.path.expanduser(name))
-        is_run = Run.exists(runs_dir, name) or (path / "config.json").is_file()
+        path = Path(os.path.expanduser(name or runs_dir))
+        is_run = (name and Run.exists(runs_dir, name)) or (path / "config.json").is_file()
         if not is_run and any(path.glob("*/config.json")):
             return cls(path)
-        path = Run.open(runs_dir, name).path.resolve()
+        path = Run.open(runs_dir, name or str(path)).path.resolve()
         library = cls(path.parent, path.name)
         library.run(path.name)
         return library

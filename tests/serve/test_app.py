@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxgpt.run import Run
+from jaxgpt.cli.options import parse
+from jaxgpt.run import Run, RunError
 from jaxgpt.serve.app import _events, application, described
 from jaxgpt.serve.batch import Drawn, Settings
+from jaxgpt.serve.cli import Serve
 from jaxgpt.serve.library import Library
 from jaxgpt.serve.requests import to_write
 from jaxgpt.serve.scheduler import Scheduler
@@ -101,6 +103,13 @@ def test_a_run_is_served_from_any_folder(library, tmp_path):
     one = Library.at(str(tmp_path / "a copy"), library.folder)
     assert one.names == ["a copy"]
     assert one.run("a copy").config == library.run("pairs").config
+
+
+def test_without_a_name_all_runs_of_runs_dir_are_served(library, tmp_path):
+    given = parse(Serve, ["--runs-dir", str(library.folder)], "serve")
+    assert Library.at(given.served, given.runs_dir) == library
+    with pytest.raises(RunError, match="no such folder"):
+        Library.at(None, tmp_path / "none")
 
 
 def test_runs_health_and_the_page(app):
