@@ -401,6 +401,17 @@ def test_a_large_surprise_is_counted_in_full(faked):
     assert page.inner_text(".sum").endswith("40.00 bits/token")
 
 
+def test_a_long_name_and_a_long_token_fit_a_phone(faked, monkeypatch):
+    monkeypatch.setitem(RUNS["runs"][0], "name", "n" * 100)
+    page = faked(lambda asked: text("s", "-" * 100), viewport={"width": 390, "height": 800})
+    page.click("#write")
+    page.wait_for_selector("#status:has-text('tokens from n')")
+    wide_enough(page)
+    page.evaluate("document.querySelectorAll('.text span')[1].click()")
+    page.wait_for_selector("h3 code")
+    wide_enough(page)
+
+
 def test_a_line_feed_that_surprised_is_legible(faked):
     page = faked(lambda asked: text("s", "\n", p=0))
     page.click("#write")
