@@ -22,6 +22,7 @@ if (given) {
   sessionStorage.setItem("token", (token = given));
   history.replaceState(null, "", location.pathname);
 }
+addEventListener("hashchange", () => location.reload()); // a token given to the open page
 
 function plain(given) {
   try {

@@ -435,3 +435,12 @@ def test_a_token_is_taken_as_it_is_and_a_wrong_one_is_reported(faked):
         page = faked(token=True, address=f"/#token={handed}")
         page.wait_for_selector(".pane h2")
         assert "token" not in page.url
+
+
+def test_a_token_may_be_given_to_a_page_that_asks_for_it(faked):
+    """To open the page's own address with a token changes the fragment and loads nothing."""
+    page = faked(token=True)
+    page.wait_for_selector("dialog[open]")
+    page.goto("http://playground.test/#token=ab+cd%")
+    page.wait_for_selector(".pane h2")
+    assert "token" not in page.url
