@@ -108,11 +108,16 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop:
     return jnp.concatenate(outs, axis=2)
 
 
+def shard_block(T: int) -> int:
+    """Queries per block of "blocked" attention where a device has T of them: a divisor of T."""
+    return next(size for size in range(min(BLOCK, T), 0, -1) if T % size == 0)
+
+
 def _blocked_sharded(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None) -> jax.Array:
     """`blocked` over n shards of the queries: each device loops over the blocks of its own shard."""
     B, H, T, D = q.shape
     n = sharding.num_shards("time")
-    size = next(size for size in range(min(BLOCK, T // n), 0, -1) if T // n % size == 0)
+    size = shard_block(T // n)
     positions = jnp.arange(T).reshape(n, -1, size).swapaxes(0, 1)  # (blocks, n, size)
     blocks = jnp.moveaxis(q.reshape(B, H, n, -1, size, D), 3, 0)  # (blocks, B, H, n, size, D)
 

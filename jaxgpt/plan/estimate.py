@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from jaxgpt.cli.memory import n_moments
 from jaxgpt.config import Config
 from jaxgpt.data import DEVICE_TOKENS
+from jaxgpt.kernels import BLOCKED, shard_block
 from jaxgpt.loss import LOGITS
 from jaxgpt.monitor import cost
 from jaxgpt.monitor.chips import Chip, flops_per_token
@@ -152,10 +153,15 @@ def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
     send("all-reduce", t, 2 * A, cost.FLOAT * activations)
     if model.n_head % t:
         send("all-gather", t, A * L * 3 * passes, width * activations)
-    # Keys and values of all tokens, and the sums of their gradients.
+    # Keys and values of all tokens.
     kv = width * activations * sizes.context * (model.n_kv_head or model.n_head) / model.n_head / t
     send("all-gather", sizes.context, A * L * 2 * (passes - 1), kv)
-    send("reduce-scatter", sizes.context, A * L * 2, kv)
+    # The float32 sums of their gradients, for every head; blocked attention has them after each block of queries.
+    queries, sums = model.block_size // sizes.context, cost.FLOAT * activations * sizes.context / t
+    if model.block_size >= BLOCKED:
+        send("all-reduce", sizes.context, A * L * 2 * (queries // shard_block(queries)), sums)
+    else:
+        send("reduce-scatter", sizes.context, A * L * 2, sums)
     state = cost.FLOAT * cost.n_params(model) // (f * t)  # of the parameters, or their gradients
     low_precision = width * state // cost.FLOAT if width < cost.FLOAT else 0  # the parameters in bfloat16
     shard = A * (cost.FLOAT * (kernels * L + 2 * table) / (f * t))

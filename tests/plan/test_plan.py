@@ -169,10 +169,18 @@ def shallow(tiny, change):
     return change(tiny, **sizes, scan_layers=True, remat="blocks", bias=False, tie_weights=True)
 
 
-@pytest.mark.parametrize("text", ["data=4,fsdp=2", "data=2,fsdp=2,tensor=2"])
-def test_the_estimate_agrees_with_the_program_for_virtual_devices(shallow, text):
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("data=4,fsdp=2", {}),
+        ("data=2,fsdp=2,tensor=2", {}),
+        ("data=4,context=2", {"block_size": 512}),  # of two blocks of queries on each chip
+    ],
+)
+def test_the_estimate_agrees_with_the_program_for_virtual_devices(shallow, change, text, changes):
     chip, devices = plan.topology("cpu:8")
     assert chip is None
+    shallow = change(shallow, n_layer=1 if changes else 2, **changes)
     found = plan.plan(shallow, chip, devices, Sizes.parse(text)).step
     assert found.config == shallow
     guess = estimate(shallow, CHIPS["h100"], Sizes.parse(text))
