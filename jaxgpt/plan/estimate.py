@@ -133,6 +133,8 @@ def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
     table = V * C
     rows = C / f  # of a shard
     padded = math.ceil(rows / TILE) * TILE / rows if chip.torus and f > 1 else 1
+    # Elements on a chip of the embeddings of positions and pairs, which tensor does not split.
+    whole = (model.block_size * (model.position == "learned") + V * V * model.bigram_embed) * C // f
     activations = _micro_batch_tokens(config, sizes) * C
     # Block kernels are gathered for both passes, those of attention again for remat; the head's once.
     attention = sum(k * n for name, (k, n) in shapes.items() if "c_" not in name or "attn" in name)
@@ -146,6 +148,7 @@ def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
     send("collective-permute", 2, hops * A * L * n_kernels, cost.FLOAT * kernels / n_kernels / (f * t) * padded)
     send("all-reduce", copies, A * L * n_kernels, cost.FLOAT * kernels / n_kernels / (f * t))
     send("all-reduce", copies, 2 * A, cost.FLOAT * table / (f * t))
+    send("all-reduce", copies, A * bool(whole), cost.FLOAT * whole)
     send("all-to-all", f, 2 * A, cost.FLOAT * activations)
     # Sums after attention and MLP: forward, backward, and again for remat.
     passes = 3 if model.remat == "blocks" else 2
@@ -162,14 +165,16 @@ def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
         send("all-reduce", sizes.context, A * L * 2 * (queries // shard_block(queries)), sums)
     else:
         send("reduce-scatter", sizes.context, A * L * 2, sums)
-    state = cost.FLOAT * cost.n_params(model) // (f * t)  # of the parameters, or their gradients
+    repeated = whole - whole // t  # beyond a share of it
+    state = cost.FLOAT * (cost.n_params(model) // (f * t) + repeated)  # of the parameters, or their gradients
+    moments = cost.FLOAT * (n_moments(config) // (f * t) + 2 * repeated)
     low_precision = width * state // cost.FLOAT if width < cost.FLOAT else 0  # the parameters in bfloat16
-    shard = A * (cost.FLOAT * (kernels * L + 2 * table) / (f * t))
+    shard = A * cost.FLOAT * ((kernels * L + 2 * table) / (f * t) + whole)
     return Step(
         config,
         sizes,
         chip,
-        arguments=state + cost.FLOAT * n_moments(config) // (f * t) + DEVICE_TOKENS * (2 if V <= 2**16 else 4),
+        arguments=state + moments + DEVICE_TOKENS * (2 if V <= 2**16 else 4),
         temporaries=state + low_precision + _activation_bytes(config, sizes, width),
         collectives={key: (int(n), int(size)) for key, (n, size) in sorted(counts.items())},
         network=2 * shard / copies * (slices - 1) / slices,

@@ -19,8 +19,8 @@ from jaxgpt.plan.estimate import estimate, sent
 from jaxgpt.plan.plan import PlanError
 from jaxgpt.profile import hlo
 from jaxgpt.recipes import recipe
-from jaxgpt.sharding import MeshError, Sizes
-from jaxgpt.step import init_state
+from jaxgpt.sharding import MeshError, Sizes, make_mesh
+from jaxgpt.step import abstract_state, init_state
 
 tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra: pip install 'jaxgpt[tpu]'"
@@ -174,6 +174,7 @@ def shallow(tiny, change):
     [
         ("data=4,fsdp=2", {}),
         ("data=2,fsdp=2,tensor=2", {}),
+        ("data=4,fsdp=2", {"vocab_size": 128, "bigram_embed": True}),
         ("data=4,context=2", {"block_size": 512}),  # of two blocks of queries on each chip
     ],
 )
@@ -189,6 +190,15 @@ def test_the_estimate_agrees_with_the_program_for_virtual_devices(shallow, chang
     for kinds in (("all-gather",), ("all-reduce", "reduce-scatter")):
         reduced = [sum(bytes_of(step, kind) for kind in kinds) for step in (guess, found)]
         assert reduced[0] == pytest.approx(reduced[1], rel=0.3)
+
+
+def test_the_estimate_counts_the_shards_of_every_parameter(shallow, change):
+    """The embeddings of positions and of pairs are not split by tensor."""
+    config, sizes = change(shallow, bigram_embed=True, vocab_size=128), Sizes.parse("data=2,fsdp=2,tensor=2")
+    state = abstract_state(config, make_mesh(sizes))
+    shards = [4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)]
+    step = estimate(config, CHIPS["v5e"], sizes)
+    assert step.arguments - 2 * DEVICE_TOKENS == pytest.approx(sum(shards), rel=0.01)
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "muon"])
