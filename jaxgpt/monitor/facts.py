@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from jaxgpt.config import Config, differences, replaced
+from jaxgpt.corpus import train_size
 from jaxgpt.monitor import cost
 from jaxgpt.monitor.chips import utilisation
 from jaxgpt.monitor.terminal import duration
@@ -54,6 +55,13 @@ class Facts:
     grad_norm: Points
     learning_rate: Points
     speed: Points  # tokens per second of training since the save before
+
+    @property
+    def held_out(self) -> int:
+        """Tokens of the validation split, as `Corpus.split` takes them."""
+        data, parts = self.config.data, self.corpus.get("parts", [self.corpus])
+        n = sum(part["count"] - train_size(part["count"], data.val_fraction) for part in parts)
+        return min(n, data.val_tokens or n)
 
     @property
     def best(self) -> Score | None:

@@ -135,15 +135,14 @@ def samples(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, Sa
 
 def configuration(facts: Facts) -> list[tuple[str, list[Any], bool]]:
     """(name, lines, whether they are code) of the recipe, commands, data, versions and hardware."""
-    corpus, data, start = facts.corpus, facts.config.data, facts.starts[-1] if facts.starts else {}
+    corpus, start = facts.corpus, facts.starts[-1] if facts.starts else {}
+    kind = corpus["tokenizer"]["kind"]
     versions = (("jaxgpt", "jaxgpt"), ("JAX", "jax"), ("Python", "python"))
     device = start.get("device", "")
     if start.get("backend") == "cpu" and "cpu" in start:
         device = f"{start['cpu']}, {start['cores']} cores"
     elif start.get("devices", 1) > 1:
         device = f"{start['devices']} x {device}"
-    few = 0 < data.val_tokens < corpus["count"] * data.val_fraction
-    held_out = f"{data.val_tokens:,}" if few else f"{data.val_fraction:.0%}"
     changes = ", ".join(f"{field} {value} (recipe: {was})" for field, was, value in facts.changes)
     rows: list[tuple[str, list[Any], bool]] = [
         ("recipe", [f"{facts.recipe}: {RECIPES[facts.recipe].about}"], False),
@@ -151,7 +150,7 @@ def configuration(facts: Facts) -> list[tuple[str, list[Any], bool]]:
         ("command", [facts.command], True),
         ("as typed", [start["command"] for start in facts.starts if "command" in start], True),
         ("text", [f"{corpus['source']}, from {corpus['origin']}"], False),
-        ("tokens", [f"{corpus['count']:,}, {corpus['tokenizer']['kind']}, {held_out} of them for validation"], False),
+        ("tokens", [f"{corpus['count']:,}, {kind}, {facts.held_out:,} of them for validation"], False),
         ("SHA-256 of the tokens", [corpus["sha256"]], True),
         ("SHA-256 of the text", [corpus["source_sha256"]], True),
         ("versions", [" · ".join(f"{name} {start[key]}" for name, key in versions if key in start)], False),

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import metrics_log
+from jaxgpt.corpus import Corpus
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.monitor import facts
 from jaxgpt.run import Run
@@ -39,6 +40,18 @@ def written(run, *lines, events=()):
 def test_a_new_run_has_no_curves(run):
     found = facts.gather(run)
     assert (found.step, found.best, found.loss, found.running, found.seconds) == (0, None, [], True, None)
+
+
+def test_the_tokens_held_out_are_those_of_the_split(run, tiny, change):
+    ids, found = np.zeros(997, np.uint16), facts.gather(run)
+    parts = [Corpus(ids[:n], None, {"count": n}) for n in (600, 397)]
+    plain = Corpus(ids, None, {"count": 997})
+    mixture = Corpus(ids, None, {"count": 997, "parts": [part.meta for part in parts]}, tuple((0.5, p) for p in parts))
+    for fraction, most in ((0.004, 0), (0.1, 4_000_000), (0.1, 50)):
+        config = change(tiny, val_fraction=fraction, val_tokens=most)
+        for corpus in (plain, mixture):
+            found = dataclasses.replace(found, config=config, corpus=corpus.meta)
+            assert found.held_out == len(corpus.split(config.data)[1])
 
 
 def test_facts_of_a_run(run):

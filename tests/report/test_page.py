@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import cli
+from jaxgpt.config import replaced
 from jaxgpt.display.charts import COLOURS
 from jaxgpt.monitor import curves, facts
 from jaxgpt.report import charts, page, reporter
@@ -188,6 +189,15 @@ def test_published_figures_are_shown_only_for_their_corpus(made):
     for runs, there in (([one], True), ([one, replace(one, name="again")], True), ([one, other], False)):
         rows = charts.outcome(runs, made.looks * 2)["layer"][0]["data"]["values"]
         assert ("published" in {row["kind"] for row in rows}) == there
+
+
+def test_the_tokens_held_out_are_counted(made):
+    """A share of 0.4% is not 0%."""
+    (run,) = made.runs
+    few = replace(run, config=replaced(run.config, val_fraction=0.004))
+    (row,) = [lines[0] for name, lines, _ in page.configuration(few) if name == "tokens"]
+    n = run.corpus["count"]
+    assert row.endswith(f"{n - int(n * 0.996):,} of them for validation")
 
 
 def test_the_outcome_is_also_in_words(made, written):
