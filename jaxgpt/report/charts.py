@@ -32,7 +32,8 @@ def chosen(runs: Sequence[Facts], looks: Sequence[Looks]) -> int:
 
 
 def same_tokens(runs: Sequence[Facts]) -> bool:
-    return len({facts.corpus["sha256"] for facts in runs}) == 1
+    """Whether all runs learn from the same tokens, and are evaluated on the same."""
+    return len({(facts.corpus["sha256"], facts.held_out) for facts in runs}) == 1
 
 
 def baselines(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, float]]:
@@ -44,17 +45,18 @@ def baselines(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, 
 
 
 def outcome(runs: Sequence[Facts], looks: Sequence[Looks]) -> Spec | None:
-    """The best loss of each run beside the n-gram baselines and published figures."""
+    """The best loss of each run beside the n-gram baselines and published figures; bits per byte if tokens differ."""
     rows: list[Spec] = []
+    same = same_tokens(runs)
     for facts in runs:
-        if facts.best:
-            error = facts.best.standard_error or 0
-            ends = {"low": facts.best.loss - error, "high": facts.best.loss + error}
-            rows.append({"what": facts.name, "loss": facts.best.loss, "kind": "run", **ends})
-    others = {"baseline": baselines(runs, looks), "published": published(runs[0].corpus) if same_tokens(runs) else ()}
+        if best := facts.best:
+            loss = best.loss if same else best.bits_per_byte
+            error = (best.standard_error or 0) * loss / (best.loss or 1)
+            rows.append({"what": facts.name, "loss": loss, "kind": "run", "low": loss - error, "high": loss + error})
+    others = {"baseline": baselines(runs, looks), "published": published(runs[0].corpus) if same else ()}
     rows += [{"what": name, "loss": value, "kind": kind} for kind, each in others.items() for name, value in each]
     rows.sort(key=lambda row: -row["loss"])
-    return dots(rows, ["run", *others], "nats per token") if rows else None
+    return dots(rows, ["run", *others], "nats per token" if same else "bits per byte") if rows else None
 
 
 def maps(attention: Attention) -> Spec:

@@ -191,6 +191,25 @@ def test_published_figures_are_shown_only_for_their_corpus(made):
         assert ("published" in {row["kind"] for row in rows}) == there
 
 
+def test_runs_on_different_tokens_are_compared_in_bits_per_byte(made):
+    """A loss per token is lower for tokens of a byte than for words, though they take more bits."""
+    (run,) = made.runs
+    score = facts.Score(9, 0.5, 0.01, 0.9, 0.8, 100)
+    for other in (
+        replace(run, name="words", corpus=run.corpus | {"sha256": "another"}),
+        replace(run, name="words", config=replaced(run.config, val_fraction=0.2)),
+    ):
+        runs = [replace(run, scores=[score]), replace(other, scores=[replace(score, loss=2.0, bits_per_byte=0.6)])]
+        assert not charts.same_tokens(runs)
+        specs = charts.charts(runs, made.looks * 2)
+        rows = layer(specs["outcome"], "point")
+        assert sorted((row["what"], row["loss"]) for row in rows) == [("hostile", 0.8), ("words", 0.6)]
+        assert rows[0]["high"] - rows[0]["loss"] == pytest.approx(0.01 * 0.6 / 2.0)
+        text = page.page(runs, made.looks * 2, specs)
+        assert "<li>words: 0.6000 bits per byte</li>" in text
+    assert charts.same_tokens([run, replace(run, config=replaced(run.config, val_tokens=0))]), "which limits nothing"
+
+
 def test_the_tokens_held_out_are_counted(made):
     """A share of 0.4% is not 0%."""
     (run,) = made.runs
