@@ -128,11 +128,14 @@ class Facts:
 
     @property
     def utilisation(self) -> float | None:
-        """Model FLOPs utilisation at `tokens_per_second`; None if unknown."""
-        if not self.starts or not self.tokens_per_second:
-            return None
-        start = self.starts[-1]
-        return utilisation(self.config, start.get("device", ""), start.get("devices", 1), self.tokens_per_second)
+        """Model FLOPs utilisation at `tokens_per_second`, on the devices of its process; None if unknown."""
+        start, found = dict[str, Any](), None
+        for event in self.events:
+            if event["event"] == "start":
+                start = event
+            elif speed := event.get("tokens_per_second"):
+                found = utilisation(self.config, start.get("device", ""), start.get("devices", 1), speed)
+        return found
 
 
 def gather(run: Run, points: int = POINTS, name: str = "") -> Facts:
