@@ -104,7 +104,8 @@ def steps(run: Run) -> list[int]:
 
 def samples(run: Run, val: Ids | None) -> list[Sample]:
     """A sample for each of `steps`, all with the same seed and, if there are tokens, the beginning of `val` (M,)."""
-    prompt = None if val is None else run.tokenizer.decode(val[:PROMPT])
+    # A split, or the prompt, may begin or end within a character; a U+FFFD would be another text.
+    prompt = None if val is None else run.tokenizer.decode(val[:PROMPT]).strip("\ufffd") or None
     found, config, sampling = [], run.config, SamplingParams(TEMPERATURE)
     for step in steps(run):
         try:

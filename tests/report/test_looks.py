@@ -8,6 +8,7 @@ from jaxgpt.config import DataConfig
 from jaxgpt.display.text import token_texts
 from jaxgpt.report import looks
 from jaxgpt.start import load_checkpoint
+from jaxgpt.tokenizer import ByteTokenizer
 
 
 def test_all_sections_are_available(trained, seen):
@@ -44,6 +45,17 @@ def test_each_token_of_the_passage_has_at_least_half_a_window_of_context(trained
         assert chances == sorted(chances, reverse=True)
         if token == likely[0][0]:
             assert np.exp(-loss) == pytest.approx(chances[0], rel=1e-4)
+
+
+def test_a_prompt_has_whole_characters(trained, monkeypatch):
+    """Of bytes, a split may begin within a character, and 16 of them end within one."""
+    run, prompts = trained[0], []
+    monkeypatch.setattr(looks, "write", lambda *args, **more: prompts.append(args[3]) or [iter(["", ""])])
+    monkeypatch.setitem(vars(run), "tokenizer", ByteTokenizer())
+    text = "\U0001f642 größe naïve".encode()
+    for ids in (text[1:], text[:16], b"\x99\x82" * 20):
+        looks.samples(run, np.frombuffer(ids, np.uint8))
+    assert dict.fromkeys(prompts) == dict.fromkeys([" größe naï", "\U0001f642 größe na", None])
 
 
 @pytest.mark.parametrize("broken", ["read", "attend"])
