@@ -89,15 +89,18 @@ def quantity(field: str, title: str | None = None, axis: Spec | None = None, **s
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """A few round values for a logarithmic axis, or both ends if there are fewer than two.
+    """A few round values for a logarithmic axis, or both ends if there are fewer than two. None is outside of the axis,
+    where Vega draws nothing.
 
-    >>> ticks(0.6, 4.2), ticks(0.01, 900), ticks(0.2104, 0.4)
-    ([1.0, 2.0], [0.01, 0.1, 1.0, 10.0, 100.0], [0.21, 0.4])
+    >>> ticks(0.6, 4.2), ticks(0.01, 900), ticks(0.2104, 0.4), ticks(0.3001, 0.305)
+    ([1.0, 2.0], [0.01, 0.1, 1.0, 10.0, 100.0], [0.22, 0.4], [0.3001, 0.305])
     """
     powers = [10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     parts = (1, 2, 5) if high < 100 * low else (1,)
     found = [n * power for power in powers for n in parts if low <= n * power <= high]
-    return found if len(found) > 1 else [float(f"{end:.2g}") for end in (low, high)]
+    unit = powers[0] / 10
+    ends = [float(f"{n * unit:.2g}") for n in (math.ceil(low / unit), math.floor(high / unit))]
+    return found if len(found) > 1 else ends if ends[0] < ends[1] else [low, high]
 
 
 def category(field: str, names: list[str], values: Any, legend: Spec | None = None) -> Spec:

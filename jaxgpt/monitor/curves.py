@@ -1,5 +1,6 @@
 """Charts of one or more runs over steps: the loss, and other values of each step."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> 
     name: Spec = {"y": y, "x": {"value": {"expr": "width"}}, "text": {"field": "what"}}
     thin = {**at, "color": {"value": QUIET}} if len(runs) == 1 else at
     note = {"align": "right", "dx": -8, "dy": -16, "color": INK, "fontWeight": 600}
-    curve = layer(train, "line", thin, strokeWidth=1, opacity=0.55)
+    curve = layer(train, "line", thin, strokeWidth=1, opacity=0.55, point=_single(train))
     curve["params"] = [ZOOM]
     layers = [
         layer(rules, "rule", {"y": y}, strokeDash=[2, 4], color=QUIET),
@@ -73,14 +74,14 @@ def curves(runs: Sequence[Facts], field: str) -> Spec | None:
     if not rows:
         return None
     values = [row["value"] for row in rows]
-    y = quantity("value", axis={"tickCount": 5, "format": ".1~e" if field == "learning_rate" else "~s"})
+    y = quantity("value", axis={"tickCount": 5, "format": ".5~e" if field == "learning_rate" else "~s"})
     y["scale"]["zero"] = field == "speed"
     if field == "grad_norm" and min(values) > 0:
         y["scale"] = {"type": "log", "nice": False}
         y["axis"] = {"values": ticks(min(values), max(values)), "format": "~g"}
     x, color = _steps(max(row["step"] for row in rows)), _by_run(runs, legend=False)
     encoding = {"x": x, "y": y, "color": color, "tooltip": _tooltip(".4~g")}
-    mark = {"type": "line", "strokeWidth": 1.5, "point": field == "speed"}
+    mark = {"type": "line", "strokeWidth": 1.5, "point": field == "speed" or _single(rows)}
     return chart(data={"values": rows}, params=[ZOOM], mark=mark, encoding=encoding, height=170)
 
 
@@ -90,6 +91,11 @@ def _rows(runs: Sequence[Facts], field: str) -> list[Spec]:
         for facts in runs
         for step, value in getattr(facts, field)
     ]
+
+
+def _single(rows: list[Spec]) -> bool:
+    """Whether a run has one point only, of which a line shows nothing."""
+    return 1 in Counter(row["run"] for row in rows).values()
 
 
 def _marks(facts: Facts, last: int) -> list[Spec]:
@@ -103,7 +109,7 @@ def _marks(facts: Facts, last: int) -> list[Spec]:
 
 
 def _steps(last: int) -> Spec:
-    axis = {"format": ",d", "tickMinStep": 1, "tickCount": 8}
+    axis = {"format": ",d", "tickCount": max(1, min(8, last))}  # whole steps
     return quantity("step", "step", axis, domain=[0, last], nice=False, padding=8)
 
 

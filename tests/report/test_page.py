@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxgpt import cli
 from jaxgpt.config import replaced
-from jaxgpt.display.charts import COLOURS
+from jaxgpt.display.charts import COLOURS, render
 from jaxgpt.monitor import curves, facts
 from jaxgpt.report import charts, page, reporter
 from jaxgpt.report.looks import Attention
@@ -250,6 +250,31 @@ def test_resumes_spikes_and_failures_are_marked_on_the_curve(made):
     quiet = replace(run, events=EVENTS[:2])
     assert layer(curves.loss([quiet]), "rule") == []
     assert "Vertical lines" not in page.page([quiet], looks, charts.charts([quiet], looks))
+
+
+def labels(spec):
+    """The labels and titles of the axes, as they are drawn."""
+    return re.findall(r"<text[^>]*>([^<]+)</text>", render(spec, ".svg").decode())
+
+
+def test_the_labels_of_an_axis_differ(made):
+    """Steps are whole, and a learning rate that hardly changes has enough digits."""
+    rates = [(step, 1.05e-3 - 1e-6 * step) for step in range(1, 50)]
+    norms = [(step, 0.3001 + 1e-4 * step) for step in range(1, 49)]
+    run = replace(made.runs[0], learning_rate=rates, grad_norm=norms, loss=[(1, 3.0)], scores=[], events=[])
+    for spec in (curves.curves([run], "learning_rate"), curves.curves([run], "grad_norm"), curves.loss([run])):
+        found = labels(spec)
+        assert len(found) == len(set(found)), found
+    assert len([text for text in labels(curves.curves([run], "grad_norm")) if text.startswith("0.3")]) >= 2
+    assert {"0", "1", "step"} <= set(labels(curves.loss([run])))
+    constant = replace(run, learning_rate=[(1, 2.5e-4), (9, 2.5e-4)])
+    assert "2.5e-4" in labels(curves.curves([constant], "learning_rate"))
+
+
+def test_a_curve_of_one_point_is_drawn(made):
+    run = replace(made.runs[0], learning_rate=[(1, 0.1)], loss=[(1, 3.0)], scores=[], events=[])
+    for spec in (curves.curves([run], "learning_rate"), curves.loss([run])):
+        assert b"mark-symbol" in render(spec, ".svg"), "a line of one point is invisible"
 
 
 def test_only_the_newest_of_many_events_are_listed(made):
