@@ -34,17 +34,9 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.fixture
-def begin_with(tmp_path, monkeypatch):
+def begin_with(monkeypatch):
     """begin_with(code): what each process of a group, of number `process`, runs before all else."""
-
-    def begin(code):
-        code = f"process = int(sys.orig_argv[-1])\n{textwrap.dedent(code)}"
-        code = f"import sys\nif '--process-id' in sys.orig_argv:\n{textwrap.indent(code, '    ')}"
-        (tmp_path / "first").mkdir()
-        (tmp_path / "first" / "sitecustomize.py").write_text(code)
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "first"), prepend=os.pathsep)
-
-    return begin
+    return lambda code: monkeypatch.setenv("BEGIN_WITH", textwrap.dedent(code))
 
 
 def test_several_processes_train_as_one_does(tmp_path, unbroken, begin_with):
