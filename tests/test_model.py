@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 
 from jaxgpt import model
 from jaxgpt.config import ModelConfig, UsageError
@@ -52,6 +53,17 @@ def test_the_bigram_reads_logits_directly_off_its_table():
     (table,) = jax.tree.leaves(params)
     chex.assert_shape(table, (11, 11))
     np.testing.assert_array_equal(forward(BIGRAM, params, IDX), table[IDX])
+
+
+def test_parameters_are_used_without_a_trace_of_their_initializers_and_of_one_shape_only(monkeypatch):
+    params = init_params(ModelConfig(**{**vars(GPT), "bias": True}), KEY)
+    wrong = params | {"ln_f": {"scale": jnp.ones(1), "bias": jnp.zeros(16)}}
+    features = partial(model.features, ModelConfig(**{**vars(GPT), "bias": True}))
+    with pytest.raises(ScopeParamShapeError, match="scale"):
+        jax.eval_shape(features, wrong, IDX)
+    for layer in (model.Linear, model.LayerNorm):
+        monkeypatch.setattr(layer, "param", lambda *_: pytest.fail("Flax traces the initializer"))
+    jax.eval_shape(features, params, IDX)
 
 
 def test_biases_change_no_initial_kernel():
