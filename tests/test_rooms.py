@@ -14,8 +14,10 @@ PACKAGE = Path(jaxgpt.__file__).parent
 ROOMS = sorted({path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"cli", "monitor", "display"})
 
 COMMANDS = """
-import os, sys
-import flax.linen, jax, optax, orbax.checkpoint  # once, for all that is forked from here
+import gc, os, sys
+import flax.linen, jax, optax, orbax.checkpoint, rich.progress, tyro  # once, for all that is forked from here
+
+gc.freeze()
 
 def run(recipe):
     import jaxgpt
@@ -56,7 +58,7 @@ for room in sys.argv[2:]:
 def copy_without(rooms, folder):
     """A copy of the package in `folder`, without some of its rooms and their lines in the table of commands."""
     copy = folder / "jaxgpt"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, copy)
     table = copy / "cli" / "__init__.py"
     text = table.read_text("utf-8")
     for room in rooms:
