@@ -1,6 +1,7 @@
 """Means, standard errors and intervals of differences, against values computed by hand."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -49,6 +50,11 @@ def test_the_difference_is_paired_by_seed_and_has_a_t_interval():
     assert mean == 0.0
     assert interval == pytest.approx((-math.tan(math.pi * 0.475), math.tan(math.pi * 0.475)))
     assert difference(best, outcome(4, (1.5, 2.5)))[2] == pytest.approx((0.5, 0.5)), "by as much in every seed"
+
+
+def test_an_interval_imports_one_distribution_not_all(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)  # half a second
+    assert difference(outcome(1, (1.0, 2.0)), outcome(2, (1.1, 2.3)))[2]
 
 
 def test_the_newest_scores_are_one_line():
