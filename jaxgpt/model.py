@@ -304,9 +304,9 @@ def module(config: ModelConfig, dropout: Rate = None) -> GPT | Bigram:
 def head_kernel(config: ModelConfig, params: Params) -> jax.Array:
     """The kernel (C, V) of a GPT's `head`; with tied weights the token embedding."""
     if config.tie_weights:
-        return cast(jax.Array, params["wte"]["embedding"].T)
+        return params["wte"]["embedding"].T
     head = params["lm_head"]
-    return cast(jax.Array, head["transposed"].T if "transposed" in head else head["kernel"])
+    return head["transposed"].T if "transposed" in head else head["kernel"]
 
 
 def head(config: ModelConfig, x: jax.Array, kernel: jax.Array) -> jax.Array:

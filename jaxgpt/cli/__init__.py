@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import NoReturn, cast
+from typing import NoReturn
 
 from jaxgpt.config import UsageError
 
@@ -76,7 +76,7 @@ def run_command(argv: Sequence[str]) -> int:
     try:
         module = import_module(f"jaxgpt.{COMMANDS[command][0]}")
         run = getattr(module, f"run_{command.replace('-', '_')}", None) or module.run
-        return cast(int, run(args))
+        return run(args)
     except UsageError as error:
         return _fail(str(error), 2)
     except BrokenPipeError:  # the reader of the output has closed it
