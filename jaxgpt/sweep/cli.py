@@ -102,12 +102,11 @@ def train(
     from jaxgpt.cli import runs
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.sweep import program, view
-    from jaxgpt.sweep.chunks import split
     from jaxgpt.sweep.results import SweepFolder
 
     places.require_writable(given.sweeps_dir, "--sweeps-dir")
     devices = jax.devices()[: len(members)]
-    split([member.config for member in members], len(devices), given.at_once)  # raises if one does not fit
+    program.split([member.config for member in members], len(devices), given.at_once)  # raises if one does not fit
     longest = max(member.config.model.block_size for member in members)
     corpus = runs.prepared(replaced(base, block_size=longest), given.data_dir)
     members = [member._replace(config=runs.resolve(member.config, corpus)) for member in members]

@@ -6,7 +6,7 @@ import pytest
 from jaxgpt.cli import memory
 from jaxgpt.cli.memory import OutOfMemoryError
 from jaxgpt.config import replaced
-from jaxgpt.sweep.chunks import program_of, split
+from jaxgpt.sweep.program import program_of, split
 
 
 @pytest.fixture

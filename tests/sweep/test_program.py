@@ -9,9 +9,8 @@ from jaxgpt.config import replaced
 from jaxgpt.sharding import one_device
 from jaxgpt.step import sharded_init
 from jaxgpt.sweep import program as sweep
-from jaxgpt.sweep.chunks import split
 from jaxgpt.sweep.grid import Member
-from jaxgpt.sweep.program import Program
+from jaxgpt.sweep.program import Program, split
 from jaxgpt.train import fit
 
 BOUND = 2e-5
