@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgpt.cli import memory
-from jaxgpt.config import Config, UsageError, differences
+from jaxgpt.config import Config, UsageError, differences, replaced
 from jaxgpt.data import chunk_starts, take
 from jaxgpt.matmul import Precision
 from jaxgpt.profile import trace
@@ -123,8 +122,7 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
 
 def varied(config: Config, variant: Variant) -> Config:
     """The config of a variant: float32 without remat, except for what it sets."""
-    model = replace(config.model, precision=variant.precision, remat=variant.remat)
-    return replace(config, model=model, train=replace(config.train, scan_steps=variant.steps))
+    return replaced(config, precision=variant.precision, remat=variant.remat, scan_steps=variant.steps)
 
 
 def require_not_varied(config: Config, recipe: Config) -> None:

@@ -106,14 +106,13 @@ def samples(run: Run, val: Ids | None) -> list[Sample]:
     """A sample for each of `steps`, all with the same seed and, if there are tokens, the beginning of `val` (M,)."""
     # A split, or the prompt, may begin or end within a character; a U+FFFD would be another text.
     prompt = None if val is None else run.tokenizer.decode(val[:PROMPT]).strip("\ufffd") or None
-    found, config, sampling = [], run.config, SamplingParams(TEMPERATURE)
+    found, config, saved = [], run.config, Checkpoints(run.checkpoints).steps
     for step in steps(run):
         try:
-            fresh = step == 0 and step not in Checkpoints(run.checkpoints).steps
-            params = init_state(config).params if fresh else load_checkpoint(run, step)[1]
+            params = load_checkpoint(run, step)[1] if step or step in saved else init_state(config).params
         except (CheckpointError, UsageError):  # it was pruned just now
             continue
-        (pieces,) = write(config.model, params, run.tokenizer, prompt, WRITTEN, sampling, seed=SEED)
+        (pieces,) = write(config.model, params, run.tokenizer, prompt, WRITTEN, SamplingParams(TEMPERATURE), seed=SEED)
         found.append(Sample(step, next(pieces), "".join(pieces)))
     return found
 
