@@ -19,7 +19,6 @@ class Chip:
     torus: int  # dimensions of the torus of its links; 0: a switch connects all chips
     pod: int  # chips that these links connect: a TPU pod, or one GPU machine
     network_rate: float  # bytes to other pods, its share of the host's network; 0 if unknown
-    source: str
 
     def rate(self, precision: str) -> float:
         """FLOP/s of matmuls in `precision`, a resolved compute dtype."""
@@ -39,20 +38,19 @@ class Chip:
         return math.ceil(chips / self.pod)
 
 
-TPUS = "https://docs.cloud.google.com/tpu/docs/"
-DGX = "https://www.nvidia.com/en-us/data-center/"
 CHIPS = {
-    "v4": Chip(275e12, 275e12, 32 * 2**30, 1200e9, 268e9, 3, 4096, 0, TPUS + "v4"),
-    "v5e": Chip(197e12, 197e12, 16 * 2**30, 819e9, 200e9, 2, 256, 25e9 / 8, TPUS + "v5e"),
-    "v5p": Chip(459e12, 459e12, 95 * 2**30, 2765e9, 600e9, 3, 8960, 50e9 / 8, TPUS + "v5p"),
-    "v6e": Chip(918e12, 918e12, 32 * 2**30, 1638e9, 400e9, 2, 256, 0, TPUS + "v6e"),
-    "a100": Chip(312e12, 156e12, 80e9, 2039e9, 300e9, 0, 8, 25e9, DGX + "a100/"),
-    "h100": Chip(989e12, 494.7e12, 80e9, 3350e9, 450e9, 0, 8, 50e9, DGX + "h100/"),
-    "h100-pcie": Chip(756e12, 378e12, 80e9, 2000e9, 300e9, 0, 2, 0, DGX + "h100/"),
-    "h100-nvl": Chip(835e12, 417.5e12, 94e9, 3900e9, 300e9, 0, 2, 0, DGX + "h100/"),
-    "h200": Chip(989e12, 494.7e12, 141e9, 4800e9, 450e9, 0, 8, 50e9, DGX + "h200/"),
+    "v4": Chip(275e12, 275e12, 32 * 2**30, 1200e9, 268e9, 3, 4096, 0),
+    "v5e": Chip(197e12, 197e12, 16 * 2**30, 819e9, 200e9, 2, 256, 25e9 / 8),
+    "v5p": Chip(459e12, 459e12, 95 * 2**30, 2765e9, 600e9, 3, 8960, 50e9 / 8),
+    "v6e": Chip(918e12, 918e12, 32 * 2**30, 1638e9, 400e9, 2, 256, 0),
+    "a100": Chip(312e12, 156e12, 80e9, 2039e9, 300e9, 0, 8, 25e9),
+    "h100": Chip(989e12, 494.7e12, 80e9, 3350e9, 450e9, 0, 8, 50e9),
+    "h100-pcie": Chip(756e12, 378e12, 80e9, 2000e9, 300e9, 0, 2, 0),
+    "h100-nvl": Chip(835e12, 417.5e12, 94e9, 3900e9, 300e9, 0, 2, 0),
+    "h200": Chip(989e12, 494.7e12, 141e9, 4800e9, 450e9, 0, 8, 50e9),
 }
-"""Link rates are half of the published ones, which count both directions; v4 has the pod's all-reduce rate per chip.
+"""Sources: https://docs.cloud.google.com/tpu/docs/NAME, https://www.nvidia.com/en-us/data-center/NAME.
+Link rates are half of the published ones, which count both directions; v4 has the pod's all-reduce rate per chip.
 The network rate of v5e is the pod's divided by its chips; GPUs have one adapter each, as in a DGX."""
 
 

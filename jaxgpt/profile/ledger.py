@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, UsageError, differences, replaced
-from jaxgpt.data import chunk_starts, take
+from jaxgpt.data import config_starts, take
 from jaxgpt.matmul import Precision
 from jaxgpt.profile import trace
 from jaxgpt.profile.report import Report, Rows, facts
@@ -223,10 +223,8 @@ class Runner:
 
     def starts(self) -> Any:
         """Window starts of the next call: (B,), or (K, B) for a scan."""
-        train, T = self.config.train, self.config.model.block_size
-        end = self.step + self.K
-        starts = chunk_starts(train.seed, self.step, end, len(self.tokens), T, train.batch_size, train.sampling)
-        return starts.astype(np.int32) if self.K > 1 else starts.astype(np.int32)[0]
+        starts = config_starts(self.config, len(self.tokens), self.step, self.step + self.K).astype(np.int32)
+        return starts if self.K > 1 else starts[0]
 
     def run(self) -> int:
         """Run one step, or one scan; return the number of steps."""
