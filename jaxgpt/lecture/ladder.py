@@ -50,8 +50,7 @@ FULL = replace(
 @dataclass(frozen=True)
 class Result:
     rung: Rung
-    loss: float
-    """Nats per character over the whole validation split."""
+    loss: float  # nats per character over the whole validation split
     n_params: int
     seconds: float
     sample: str

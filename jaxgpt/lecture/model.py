@@ -20,17 +20,13 @@ class Rung:
 
     name: str
     about: str
-    lecture: tuple[float, ...] = ()
-    """The loss in the lecture, or reported by others: one figure, or both ends of a range."""
-    lecture_size: str = ""
-    """Size of the lecture's model where it is larger."""
+    lecture: tuple[float, ...] = ()  # the loss there, or reported by others: one figure, or both ends of a range
+    lecture_size: str = ""  # of the lecture's model where it is larger
     kind: Literal["uniform", "unigram", "bigram counts", "bigram", "transformer"] = "transformer"
     n_layer: int = 1
     n_head: int = 1
-    feed_forward: int = 0
-    """Width of the hidden layer in multiples of the channels. 0: no feed-forward; 1: one linear layer and a ReLU."""
-    residual: bool = False
-    """Project the output of attention and of the feed-forward, and add it to the input."""
+    feed_forward: int = 0  # hidden width in multiples of the channels; 0: none, 1: one linear layer and a ReLU
+    residual: bool = False  # project the output of attention and of the feed-forward, and add it to the input
     layer_norm: bool = False
     dropout: float = 0.0
     channels: int = 32

@@ -33,8 +33,7 @@ Point = tuple[int, int, float]
 class Law(NamedTuple):
     """The coefficients, in nats per token."""
 
-    E: float
-    """The irreducible loss."""
+    E: float  # the irreducible loss
     A: float
     B: float
     a: float
@@ -56,10 +55,8 @@ class Fit:
     """A law, its residuals, and bootstrap resamples of it."""
 
     law: Law
-    resampled: tuple[Law, ...]
-    """Laws fitted to runs with resampled residuals."""
-    error: float
-    """Root mean square of the residuals of log L."""
+    resampled: tuple[Law, ...]  # fitted to runs with resampled residuals
+    error: float  # root mean square of the residuals of log L
 
     def interval(self, of: Callable[[Law], Any]) -> Any:
         """The ends of the middle 90% of `of(law)` over the resampled laws: (2, ...) as lists."""

@@ -36,8 +36,7 @@ class SweepFolder:
     """A sweep on disk, locked by one process at a time."""
 
     path: Path
-    scores: list[Score]
-    """Of members that are finished or in training."""
+    scores: list[Score]  # of members that are finished or in training
 
     @classmethod
     @contextmanager
