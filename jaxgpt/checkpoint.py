@@ -21,7 +21,9 @@ from typing import Any
 
 import jax
 import tensorstore
+from jax._src import distributed
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
 
 from jaxgpt import files, processes
 from jaxgpt.run import Run
@@ -30,6 +32,9 @@ from jaxgpt.step import TrainState
 PROGRAM = "jaxgpt checkpoint 2"
 READABLE = (PROGRAM, "jaxgpt checkpoint 1")  # whose manifests held the validation loss, too
 STEP = re.compile("0|[1-9][0-9]{0,17}")
+BARRIERS = [f"[op={{0}}] {name}" for name in ("create_directory:post", "save_checkpointables_async:finalize")]
+BARRIERS += [f"[op={{0}}.state] save_and_finalize_{{0}}.state_{name}_complete" for name in ("commit", "finalize")]
+"""Where the processes of an Orbax save, its operation {0}, wait for each other."""
 
 # Each thread of a failed save also logs a traceback; `_finish` reports the error.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in Path(record.pathname).parts))
@@ -214,9 +219,12 @@ class Checkpoints:
             partial.rename(self._path(manifest.step))
             files.sync(self.directory)
         except Exception as error:
-            self._sweep()
             code = re.search(r"os_error_code='(\d+)'", str(error))  # the rest of the text is temporary paths
             reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)
+            if processes.single_process():
+                self._sweep()
+            else:  # the next save sweeps: another process may be writing
+                reason = _end_in_all(partial.name, reason)
             raise CheckpointError(f"step {manifest.step} was not saved in {self.directory}: {reason}") from error
         then()
         self._prune()
@@ -252,3 +260,15 @@ def _arrays(tree: Any) -> dict[str, str]:
     """Path of each array in `tree` to its dtype and shape."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+
+def _end_in_all(name: str, reason: str) -> str:
+    """End the failed save `name` in all processes, which Orbax would do after 20 minutes; return the first's reason."""
+    client: Any = distributed.global_state.client
+    operation = OperationIdGenerator.get_current_operation_id()
+    with suppress(RuntimeError):  # another process has set it
+        client.key_value_set(name, f"process {jax.process_index()}: {reason}")
+    for barrier in BARRIERS:
+        with suppress(RuntimeError):  # it fails in all processes, because only this one expects no others there
+            client.wait_at_barrier(barrier.format(operation), 10_000, [jax.process_index()])
+    return str(client.key_value_try_get(name))

@@ -109,6 +109,33 @@ def test_an_error_that_nobody_foresaw_in_one_process_is_reported_and_ends_all(tm
     assert last["text"] == "ValueError: nobody foresaw this"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a limit on the size of files is a matter of POSIX")
+def test_a_save_that_fails_in_one_process_fails_at_once_in_all(tmp_path, begin_with):
+    begin_with("""
+        import resource
+        from jaxgpt.checkpoint import Checkpoints
+        save, settle, hard = Checkpoints.save, Checkpoints.settle, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+        def save_on_full_disk(self, state, *rest):
+            save(self, state, *rest)
+            if (state.step, process) in ((40, 1), (60, 0)):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+
+        def make_room(self, wait=True):
+            try:
+                settle(self, wait)
+            finally:
+                if wait:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+        Checkpoints.save, Checkpoints.settle = save_on_full_disk, make_room
+    """)
+    out = " ".join(finish(train(tmp_path, [*new(tmp_path, "two"), *PAIRS], 2)).split())
+    for step, process in ((40, 1), (60, 0)):
+        assert re.search(rf"step {step} was not saved in \S+: process {process}: File too large", out), out
+    assert (tmp_path / "runs" / "two" / "checkpoints" / "120").is_dir()
+
+
 def test_processes_wait_for_each_other_for_days(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_collective_timeout_seconds=5")
     given = []
