@@ -31,7 +31,8 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         received = number
         with suppress(OSError):  # the terminal is gone
             os.write(2, b"\njaxgpt: finishing the steps under way, then saving; again to stop at once\n")
-        time.sleep(0.2)  # when a terminal closes, its shell and the kernel each send SIGHUP
+        # When a terminal closes, its shell and the kernel each send SIGHUP; a wrapper may pass on the SIGINT of Ctrl-C.
+        time.sleep(0.05 if number == signal.SIGINT else 0.2)
         restore()
 
     def restore() -> None:
