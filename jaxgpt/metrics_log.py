@@ -1,5 +1,6 @@
 """metrics.jsonl of a run while it trains, and the events that `fit` reports."""
 
+import errno
 import hashlib
 import json
 import math
@@ -163,14 +164,12 @@ class MetricsLog:
         """Sync all lines so far to disk; all processes must call this.
 
         Raises:
-          OSError: in process 0, the lines cannot be written; the other processes raise a ProcessError.
+          OSError: in process 0, the lines cannot be written, or the run was moved, a FileNotFoundError; the other
+            processes raise a ProcessError.
           DivergedError: as in `flush`.
         """
         self.flush()
-        error = self._drain()
-        if self._file and not error:
-            os.fsync(self._file.fileno())
-        processes.raise_in_all(error)
+        processes.on_primary(self._sync)
 
     def _progress(self, metrics: Metrics) -> Progress:
         config, losses, now = self.run.config, tuple(map(float, metrics.loss)), time.perf_counter()
@@ -217,6 +216,15 @@ class MetricsLog:
         found = {field.name: line[f"val_{field.name}"] for field in fields(Evaluation)}
         values: dict[str, Any] = {name: math.nan if value is None else value for name, value in found.items()}
         self.scores.append(Evaluated(self.step, Evaluation(**values)))
+
+    def _sync(self) -> None:
+        if error := self._drain():
+            raise error
+        if self._file:
+            os.fsync(self._file.fileno())
+            path = self.run.metrics_file
+            if not (path.exists() and os.path.samefile(self._file.fileno(), path)):
+                raise FileNotFoundError(errno.ENOENT, "it was moved, deleted or replaced")
 
     def _drain(self) -> OSError | None:
         """Write the lines in memory; return the error if the disk does not take them all."""

@@ -182,7 +182,10 @@ def save_errors(log: MetricsLog, checkpoints: Checkpoints, stop: bool = False) -
         stop = stop or run.config.train.on_save_error == "stop"
         what = f"{run.metrics_file} cannot be written: {error.strerror}" if isinstance(error, OSError) else error
         saved = "no step is saved yet" if latest is None else f"step {latest} is saved"
-        then = "the run ends: make room, then resume it" if stop else "the next save tries again: make room"
+        fix = "make room"
+        if isinstance(error, FileNotFoundError):
+            saved, fix = "nothing more is saved", "put it back"
+        then = f"the run ends: {fix}, then resume it" if stop else f"the next save tries again: {fix}"
         text = f"{what}; {saved}, and {then}"
         notify(run, log.on_event, "save-failed", log.step, text)
         if stop:

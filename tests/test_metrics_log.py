@@ -157,6 +157,36 @@ def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(run, monke
     assert [line["step"] for line in lines(run)] == list(range(1, 11))
 
 
+def test_a_run_that_is_moved_fails_to_sync_until_it_is_back(run, tmp_path):
+    with log_of(run) as log:
+        for path in (run.path, run.metrics_file):
+            log.add(log.step, chunk(log.step + 1))
+            log.flush()
+            moved = path.rename(tmp_path / "moved")
+            with pytest.raises(FileNotFoundError, match="it was moved, deleted or replaced"):
+                log.sync()
+            moved.rename(path)
+            log.sync()
+        run.metrics_file.rename(tmp_path / "old")
+        run.metrics_file.write_bytes((tmp_path / "old").read_bytes())
+        with pytest.raises(FileNotFoundError, match="it was moved, deleted or replaced"):
+            log.sync()
+    assert [line["step"] for line in lines(run)] == list(range(1, 11))
+
+
+def test_all_processes_learn_that_a_sync_failed(run, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    failed = []
+    monkeypatch.setattr("jaxgpt.processes.any_process", lambda value: failed.append(value) or value)
+    with log_of(run) as log, monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            log.sync()
+    assert failed == [True]
+
+
 def test_numbers_are_the_shortest_that_give_the_float32_back(run):
     x = jnp.float32(1) / 3
     with log_of(run) as log:

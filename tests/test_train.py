@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+import time
 from types import SimpleNamespace
 
 import jax
@@ -267,6 +268,20 @@ def test_a_run_whose_last_save_cannot_begin_ends_with_an_error(tiny, new_run, mo
     monkeypatch.setattr(Checkpoints, "save", fail)
     with pytest.raises(CheckpointError, match=r"^the save did not begin; no step is saved yet, and the run ends"):
         fit(*new_run("one", tiny))
+
+
+def test_a_run_that_is_moved_while_it_trains_makes_no_second_one(tiny, new_run):
+    def move(event):
+        if isinstance(event, Evaluated) and event.step == 10:
+            while Checkpoints(run.checkpoints).latest != 10:  # its save is under way
+                time.sleep(0.01)
+            run.path.rename(run.path.with_name("two"))
+
+    run, corpus = new_run("one", tiny)
+    with pytest.raises(CheckpointError, match=r"moved, deleted or replaced; nothing more is saved.*: put it back"):
+        fit(run, corpus, move)
+    assert not run.path.exists()
+    assert fit(Run(run.path.with_name("two")), corpus).step == 20
 
 
 def test_a_signal_in_the_last_chunk_finds_the_run_done(tiny, new_run, sigterm_at):
