@@ -498,6 +498,7 @@ def test_the_home_folder_in_the_name_of_a_recipe_an_export_or_a_run_to_inspect(c
     (tmp_path / "me" / "best.json").write_text(json.dumps(asdict(Config())))
     assert "no corpus, file or folder 'nowhere'" in call("train", "~/best.json", "--corpus", "nowhere")[2]
     assert "me/export/config.json" in call("sample", "~/export")[2]
+    assert f"no tokenizer '{tmp_path}/me/none'" in call("prepare", "python-docs", "--tokenizer", "~/none")[2]
     assert f"no run 'one' in {tmp_path}/me" in call("inspect", "one", "--runs-dir=~")[2]
 
 

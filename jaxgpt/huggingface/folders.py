@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.cli.corpora import local_path
 from jaxgpt.cli.runs import start
 from jaxgpt.config import Config, MissingExtraError, ModelConfig, replaced
 from jaxgpt.corpus import read_meta
@@ -34,7 +35,7 @@ def find(name: str) -> Path:
     Raises:
       InteropError: there is no such folder, and no such model on the hub, or the hub is unreachable.
     """
-    folder = Path(os.path.expanduser(name))
+    folder = local_path(name)
     if folder.is_dir():
         return folder
     if folder.is_file() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):

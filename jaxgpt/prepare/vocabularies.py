@@ -1,7 +1,6 @@
 """Tokenizers by the value of --tokenizer: fixed, learned from the text, or read from files."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from threading import Event
 from typing import Any
 
 from jaxgpt import tokenizer
+from jaxgpt.cli.corpora import local_path
 from jaxgpt.config import MissingExtraError, UsageError, shown
 from jaxgpt.corpus import CorpusError, read_meta
 from jaxgpt.prepare.documents import SourceError
@@ -44,7 +44,7 @@ def tokenizer_for(spec: str, texts: Sequence[Text], progress: Progress) -> Token
         return load_gpt2()
     if learned := LEARNED.fullmatch(spec):
         return learn_bpe(pieces, int(learned[1]))
-    return read_tokenizer(Path(spec))
+    return read_tokenizer(local_path(spec))
 
 
 def accepts(spec: str, found: Tokenizer) -> bool:
@@ -128,7 +128,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
     Raises:
       CorpusError: there is none, or it cannot be used.
     """
-    path = Path(os.path.expanduser(path))
     saved = path / "tokens.json" if path.is_dir() else path
     if saved.is_file():
         hint = "expected a tokens.json of jaxgpt, or the folder of a Hugging Face model"

@@ -1,11 +1,11 @@
 """The runs that are served: listed, described and opened by name."""
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.cli.corpora import local_path
 from jaxgpt.config import UsageError
 from jaxgpt.monitor import cost
 from jaxgpt.run import Run, RunError
@@ -39,7 +39,7 @@ class Library:
         Raises:
           RunError: there is no such run or folder.
         """
-        path = Path(os.path.expanduser(name or runs_dir))
+        path = local_path(name or runs_dir)
         is_run = (name and Run.exists(runs_dir, name)) or (path / "config.json").is_file()
         if not is_run and any(path.glob("*/config.json")):
             return cls(path)
