@@ -83,7 +83,10 @@ def prepare_corpus(
     fit = partial(_require_fit, block_size=block_size, val_fraction=val_fraction)
     for name, part in parts.items():
         if part.corpus.tokenizer != tok:
-            raise CorpusError(f"{name} was prepared with another vocabulary than the rest: give --tokenizer {name}")
+            rest, fix = "the rest", f"give --tokenizer {name}"
+            if part.corpus.tokenizer != parts[other := next(iter(parts))].corpus.tokenizer:
+                rest, fix = other, f"prepare its text with --tokenizer {other}"
+            raise CorpusError(f"{name} was prepared with another vocabulary than {rest}: {fix}")
         fit(part.corpus.meta)
     for name, text in texts.items():
         parts[name] = _prepare(text, tok, unknown, column, data_dir, fit, progress)
