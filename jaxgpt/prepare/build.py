@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from glob import escape
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import filelock
@@ -75,7 +76,8 @@ def prepare_corpus(
         tok, kind = first.tokenizer, first.meta["tokenizer"]["kind"]
         if not accepts(spec, tok):
             found = f"{kind} ({tok.vocab_size:,} ids)"
-            raise CorpusError(f"{name} was prepared with {found}, but --tokenizer is {spec}: give --tokenizer {name}")
+            fix = f"give --tokenizer {quote(name)}"
+            raise CorpusError(f"{name} was prepared with {found}, but --tokenizer is {spec}: {fix}")
     if 0 < vocab_size < tok.vocab_size:
         raise CorpusError(
             f"vocab_size is {vocab_size}, expected at least the {tok.vocab_size} ids of {corpus}, or 0 to take those"
@@ -83,9 +85,9 @@ def prepare_corpus(
     fit = partial(_require_fit, block_size=block_size, val_fraction=val_fraction)
     for name, part in parts.items():
         if part.corpus.tokenizer != tok:
-            rest, fix = "the rest", f"give --tokenizer {name}"
+            rest, fix = "the rest", f"give --tokenizer {quote(name)}"
             if part.corpus.tokenizer != parts[other := next(iter(parts))].corpus.tokenizer:
-                rest, fix = other, f"prepare its text with --tokenizer {other}"
+                rest, fix = other, f"prepare its text with --tokenizer {quote(other)}"
             raise CorpusError(f"{name} was prepared with another vocabulary than {rest}: {fix}")
         fit(part.corpus.meta)
     for name, text in texts.items():

@@ -375,7 +375,9 @@ def test_a_mixture_has_its_parts_and_one_vocabulary(tmp_path):
     (tmp_path / "c.txt").write_text("xyz\n" * 50)
     with pytest.raises(CorpusError, match="was prepared with another vocabulary than the rest"):
         prepare_corpus(f"1*{prepared[0]} + 1*{tmp_path}/c.txt", data_dir=tmp_path / "data")
-    other = prepare_corpus(f"{tmp_path}/c.txt", data_dir=tmp_path / "data").folder
+    other = prepare_corpus(f"{tmp_path}/c.txt", data_dir=tmp_path / "da ta").folder
+    with pytest.raises(CorpusError, match=f"but --tokenizer is byte: give --tokenizer '{other}'$"):
+        prepare_corpus(str(other), "byte")
     with pytest.raises(CorpusError, match=f"than {prepared[0]}: prepare its text with --tokenizer {prepared[0]}$"):
         prepare_corpus(f"1*{prepared[0]} + 1*{other}", data_dir=tmp_path / "data")
 
