@@ -295,4 +295,6 @@ def _values(row: Any, column: str) -> Iterator[Any]:
 
 
 def _no_column(where: str, column: str, names: Iterable[str]) -> SourceError:
-    return SourceError(f"{where} has no column {column!r}; it has {', '.join(names) or 'none'}: --column NAME")
+    names = list(names)
+    found = ", ".join(names[:20]) + f" and {len(names) - 20:,} more" * (len(names) > 20)
+    return SourceError(f"{where} has no column {column!r}; it has {found or 'none'}: --column NAME")

@@ -77,6 +77,13 @@ def test_a_column_of_an_object_whose_own_name_has_a_dot(tmp_path, name):
     assert read(str(tmp_path / name), "a.b.c.d.text").text == "one"
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_of_many_columns_the_first_are_named(tmp_path, name):
+    write(tmp_path / name, "x", [{f"c{i}": "a" for i in range(2000)}])
+    with pytest.raises(SourceError, match=r"it has id, x\.c0, x\.c1, [^:]* x\.c18 and 1,981 more: --column NAME$"):
+        read(str(tmp_path / name))
+
+
 def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path):
     values = [pyarrow.array(["a"]), pyarrow.array(["b"])]
     parquet.write_table(pyarrow.Table.from_arrays(values, names=["text", "text"]), tmp_path / "a.parquet")
