@@ -82,6 +82,7 @@ def lens(found: Lens, subject: Subject) -> Spec:
     top, probability = (np.asarray(x)[depth, 0, t] for x in (found.top, found.probability))
     cells = columns(depth=depth, t=t, probability=probability, text=[label(token) for token in top])
     read = columns(t=np.arange(N), token=[label(token) for token in subject.text[:N]])
+    width = max(26, 8 * max(len(value) for row in cells + read for value in row.values() if isinstance(value, str)))
     x: Spec = {"field": "t", "type": "ordinal", "title": None, "axis": None}
     y = {"field": "depth", "type": "ordinal", "sort": "descending", "title": "blocks before the head"}
     below = {"x": x, "y": {"value": 26 * depths + 12}, "text": {"field": "token"}}
@@ -92,7 +93,7 @@ def lens(found: Lens, subject: Subject) -> Spec:
         layer(read, "text", below, font=MONO, fontSize=12),
     ]
     title = "the likeliest next token at each depth; below, the token read"
-    return chart(layer=layers, title=title, width=26 * N, height=26 * depths)
+    return chart(layer=layers, title=title, width=width * N, height=26 * depths)
 
 
 def attention(found: Attention, subject: Subject) -> Spec:
@@ -107,7 +108,7 @@ CHARTS: dict[str, Callable[[Any, Subject], Spec]] = {
 
 def _shade(field: str, title: str, **scale: Any) -> Spec:
     """A quantity as colour."""
-    legend = {"title": title, "orient": "right", "gradientLength": 120}
+    legend = {"title": title, "orient": "right", "gradientLength": 120, "format": ".3~g"}
     return {"field": field, "type": "quantitative", "scale": {"scheme": SCHEME, **scale}, "legend": legend}
 
 

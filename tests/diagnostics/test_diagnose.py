@@ -14,7 +14,7 @@ from jaxgpt.data import Part
 from jaxgpt.diagnostics import diagnose, plots, view
 from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.diagnose import DIAGNOSES, Subject, require
-from jaxgpt.diagnostics.inside import Scores
+from jaxgpt.diagnostics.inside import Lens, Scores
 from jaxgpt.display import charts
 from jaxgpt.tokenizer import ByteTokenizer
 
@@ -108,6 +108,23 @@ def test_a_text_of_one_character_can_be_diagnosed_and_reported(call, capsys):
     assert (folder / "flat" / "curvature.png").stat().st_size > 0
     assert call("report", "flat", "--out", "flat.html")[0] == 0, capsys.readouterr().err
     assert "Loss by token" in (folder / "flat.html").read_text()
+
+
+def test_the_legend_of_a_landscape_names_its_losses(tiny):
+    """Where no round number is between them, its ends."""
+    losses, line = np.full((3, 3), 2.28), np.arange(3.0)
+    losses[0, 0] = 3.86
+    spec = plots.landscape(diagnose.Landscape(line, losses, line, line), Subject(tiny, {}, line, line, LETTERS))
+    (legend,) = re.findall('role-legend-label"(.*?)</g>', charts.render(spec, ".svg").decode())
+    assert re.findall(r">([\d.]+)</text>", legend) == ["2.28", "3.86"]
+
+
+def test_the_tokens_of_a_lens_do_not_overlap(tiny):
+    ids, pixels = np.arange(2), 7.2  # the width of a character of 12 pixels
+    for token_bytes, widest in (([b"a", b"b"], 1), ([b"a", b"\xf0\x9f"], 6)):
+        found = Lens(np.zeros((2, 1, 2)), np.zeros((2, 1, 2)), np.tile(ids, (2, 1, 1)), np.ones((2, 1, 2)))
+        spec = plots.lens(found, Subject(tiny, {}, ids, ids, token_bytes))
+        assert spec["width"] / 2 >= pixels * widest
 
 
 @pytest.mark.parametrize(
