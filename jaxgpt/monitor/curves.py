@@ -7,6 +7,7 @@ from typing import Any
 from jaxgpt.display.charts import INK, QUIET, SERIES, WARM, Spec, category, chart, layer, quantity, ticks
 from jaxgpt.monitor.facts import Facts
 
+DASHES = ([1, 0], [7, 3], [2, 2])
 MARKS = 200
 """Most marks of one kind along the axis of steps."""
 ZOOM: Spec = {
@@ -44,8 +45,8 @@ def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> 
     last = max(row["step"] for row in [*train, *scores])
     marks = [row for facts in runs for row in _marks(facts, last)]
     rules = [{"what": what, "value": value} for what, value in baselines]
-    x, y, color = _steps(last), quantity("value", "loss, nats per token"), _by_run(runs)
-    at: Spec = {"x": x, "y": y, "color": color}
+    x, y = _steps(last), quantity("value", "loss, nats per token")
+    at: Spec = {"x": x, "y": y, **_by_run(runs)}
     mark: Spec = {"x": x, "color": {"condition": {"test": "datum.kind === 'resume'", "value": QUIET}, "value": WARM}}
     mark["tooltip"] = [{"field": name} for name in ("run", "step", "kind", "text")]
     name: Spec = {"y": y, "x": {"value": {"expr": "width"}}, "text": {"field": "what"}}
@@ -79,8 +80,8 @@ def curves(runs: Sequence[Facts], field: str) -> Spec | None:
     if field == "grad_norm" and min(values) > 0:
         y["scale"] = {"type": "log", "nice": False}
         y["axis"] = {"values": ticks(min(values), max(values)), "format": "~g"}
-    x, color = _steps(max(row["step"] for row in rows)), _by_run(runs, legend=False)
-    encoding = {"x": x, "y": y, "color": color, "tooltip": _tooltip(".4~g")}
+    x = _steps(max(row["step"] for row in rows))
+    encoding = {"x": x, "y": y, **_by_run(runs, legend=False), "tooltip": _tooltip(".4~g")}
     mark = {"type": "line", "strokeWidth": 1.5, "point": field == "speed" or _single(rows)}
     return chart(data={"values": rows}, params=[ZOOM], mark=mark, encoding=encoding, height=170)
 
@@ -114,9 +115,16 @@ def _steps(last: int) -> Spec:
 
 
 def _by_run(runs: Sequence[Facts], legend: bool = True) -> Spec:
+    """The channels that tell runs apart: colours and, where these repeat, dashes."""
     if len(runs) == 1:
-        return {"value": SERIES[0]}
-    return category("run", [facts.name for facts in runs], SERIES, {"title": None} if legend else None)
+        return {"color": {"value": SERIES[0]}}
+    names = [facts.name for facts in runs]
+    columns = max(1, 90 // (max(map(len, names)) + 5))  # of a chart as wide as about 90 characters
+    shown = {"title": None, "columns": columns, "labelLimit": 600} if legend else None
+    found = {"color": category("run", names, SERIES, shown)}
+    if len(runs) > len(SERIES):
+        found["strokeDash"] = category("run", names, [dash for dash in DASHES for _ in SERIES], shown)
+    return found
 
 
 def _tooltip(form: str) -> list[dict[str, Any]]:

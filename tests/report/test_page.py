@@ -176,10 +176,14 @@ def test_several_runs_on_one_page(made):
     assert {row["run"] for row in layer(specs["loss"], "line")} == {"hostile", "again"}
 
 
+def layer_of(spec, mark):
+    return next((each for each in spec["layer"] if each["mark"]["type"] == mark), None)
+
+
 def layer(spec, mark):
     """The values of the first layer that is drawn with `mark`; empty without one."""
-    marks = [(each["mark"]["type"], each["data"]["values"]) for each in spec["layer"]]
-    return next((values for kind, values in marks if kind == mark), [])
+    found = layer_of(spec, mark)
+    return found["data"]["values"] if found else []
 
 
 def test_published_figures_are_shown_only_for_their_corpus(made):
@@ -275,6 +279,19 @@ def test_a_curve_of_one_point_is_drawn(made):
     run = replace(made.runs[0], learning_rate=[(1, 0.1)], loss=[(1, 3.0)], scores=[], events=[])
     for spec in (curves.curves([run], "learning_rate"), curves.loss([run])):
         assert b"mark-symbol" in render(spec, ".svg"), "a line of one point is invisible"
+
+
+def test_many_runs_are_told_apart(made):
+    runs = [replace(made.runs[0], name=f"shakespeare-cpu-dropout-{i}", events=[]) for i in range(8)]
+    spec = curves.loss(runs)
+    at = layer_of(spec, "line")["encoding"]
+    looks = set(zip(at["color"]["scale"]["range"], map(str, at["strokeDash"]["scale"]["range"]), strict=True))
+    assert len(looks) == 8
+    names = [text for text in labels(spec) if text.startswith("shakespeare")]
+    assert names == [run.name for run in runs]
+    drawn = render(spec, ".svg").decode()
+    legend = re.search(r'role-legend".*?d="M0,0h([\d.]+)v', drawn)
+    assert float(legend[1]) < 700, "the width of a chart without its axis"
 
 
 def test_only_the_newest_of_many_events_are_listed(made):
