@@ -21,9 +21,7 @@ from typing import Any
 
 import jax
 import tensorstore
-from jax._src import distributed
 from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
 
 from jaxgpt import files, processes
 from jaxgpt.run import Run
@@ -264,8 +262,11 @@ def _arrays(tree: Any) -> dict[str, str]:
 
 def _end_in_all(name: str, reason: str) -> str:
     """End the failed save `name` in all processes, which Orbax would do after 20 minutes; return the first's reason."""
-    client: Any = distributed.global_state.client
-    operation = OperationIdGenerator.get_current_operation_id()
+    # Orbax below 0.13 (pyproject.toml) has no public names for these two, and for BARRIERS.
+    from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
+    from orbax.checkpoint._src.multihost.multihost import get_jax_distributed_client
+
+    client, operation = get_jax_distributed_client(), OperationIdGenerator.get_current_operation_id()
     with suppress(RuntimeError):  # another process has set it
         client.key_value_set(name, f"process {jax.process_index()}: {reason}")
     for barrier in BARRIERS:

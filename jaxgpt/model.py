@@ -32,7 +32,7 @@ def normal(stddev: float) -> nn.initializers.Initializer:
 def parameter(module: nn.Module, name: str, initializer: nn.initializers.Initializer, *shape: int) -> jax.Array:
     """`module.param`, which would trace the initializer wherever a parameter is used: a fifth of the time to trace a
     model."""
-    found = module.get_variable("params", name)
+    found: jax.Array | None = module.get_variable("params", name)
     same = found is not None and found.shape == shape
     return cast(jax.Array, found if same else module.param(name, initializer, shape))
 
