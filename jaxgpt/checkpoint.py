@@ -112,7 +112,15 @@ class Checkpoints:
         self._sweep()
         step = int(state.step)
         partial = self.directory / f".{step}.{processes.broadcast(secrets.randbits(31)):08x}.part"
+
+        def try_folders() -> None:  # if Orbax cannot make them, threads with copies of the arrays wait for 5 minutes
+            self.directory.mkdir(exist_ok=True)
+            partial.mkdir()
+            (partial / "state").mkdir()
+            shutil.rmtree(partial)
+
         try:
+            processes.on_primary(try_folders)
             written = ocp.save_async(partial.resolve(), state)
         except Exception as error:
             written = Future()

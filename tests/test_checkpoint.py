@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -269,6 +270,17 @@ def test_a_failed_save_is_reported_leaves_nothing_and_does_not_stop_the_next(tmp
         checkpoints.save(at(state, 7), {})
         checkpoints.settle()
         assert checkpoints.steps == [7]
+
+
+def test_a_folder_that_cannot_be_made_leaves_no_thread_behind(tmp_path, state):
+    before = set(threading.enumerate())
+    with Checkpoints(tmp_path / "runs" / "checkpoints", keep=1) as checkpoints:
+        (tmp_path / "runs").rename(tmp_path / "moved")
+        (tmp_path / "runs").touch()
+        checkpoints.save(at(state, 5), {})
+        with pytest.raises(CheckpointError, match=r"step 5 was not saved in .*: Not a directory"):
+            checkpoints.settle()
+    assert not {thread for thread in threading.enumerate() if thread.is_alive() and not thread.daemon} - before
 
 
 def test_a_save_leaves_no_metrics_of_tensorstore_behind(tmp_path, state):
