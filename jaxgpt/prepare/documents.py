@@ -45,6 +45,7 @@ BINARY = {
 """First bytes of a file that is not UTF-8, its format and how to convert it."""
 TAR = 257
 """Offset of the "ustar" of a tar archive."""
+POINTER = b"version https://git-lfs.github.com/spec/"
 WEB = ("http://", "https://")
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 
@@ -79,7 +80,11 @@ def stream(path: Path, decoded: bool = True) -> Any:
       decoded: undo a Content-Encoding.
     """
     options: Any = {"block_size": 0, "auto_decompress": decoded} if str(path).startswith(WEB) else {}
-    return path.open("rb", **options)
+    file: Any = path.open("rb", **options)
+    if isinstance(file, io.BufferedReader) and file.peek(len(POINTER)).startswith(POINTER):
+        file.close()
+        raise SourceError(f"{path} is a pointer of Git LFS, expected the file that it stands for: git lfs pull")
+    return file
 
 
 def temporary_copy(path: Path) -> Any:
@@ -258,9 +263,7 @@ def _leaves(fields: Iterable[Any]) -> Iterator[str]:
 
 def _seekable(path: Path) -> Any:
     """A file to be read in any order: of one on the web, a temporary copy."""
-    if not str(path).startswith(WEB):
-        return path.open("rb")
-    return temporary_copy(path)
+    return temporary_copy(path) if str(path).startswith(WEB) else stream(path)
 
 
 def _columns(row: dict[str, Any]) -> Iterator[str]:

@@ -84,6 +84,13 @@ def test_of_many_columns_the_first_are_named(tmp_path, name):
         read(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz", "a.parquet"])
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(SourceError, match=rf"{name} is a pointer of Git LFS, .*: git lfs pull"):
+        read(str(tmp_path))
+
+
 def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path):
     values = [pyarrow.array(["a"]), pyarrow.array(["b"])]
     parquet.write_table(pyarrow.Table.from_arrays(values, names=["text", "text"]), tmp_path / "a.parquet")
