@@ -138,10 +138,13 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
         if (nul := chunk.find(b"\0")) >= 0:
             kind, width = ("UTF-32", 4) if chunk[nul : nul + 2] == b"\0\0" else ("UTF-16", 2)
             order = "LE" if (read + nul) % width else "BE"
-            problem = (
-                f"has a NUL byte at offset {read + nul:,}, so it is not UTF-8 text: convert it (iconv -f {kind}{order} "
-                "-t UTF-8), or, for tokens such as nanoGPT's train.bin, prepare the text that they were made from"
+            fix = (
+                f"convert it (iconv -f {kind}{order} -t UTF-8), or, for tokens such as nanoGPT's train.bin, prepare "
+                "the text that they were made from"
             )
+            if read + nul >= 1000:  # UTF-16 and tokens have one earlier
+                fix = "if it is text otherwise, drop such bytes: tr -d '\\0'"
+            problem = f"has a NUL byte at offset {read + nul:,}, so it is not UTF-8 text: {fix}"
         else:
             try:
                 yield decoder.decode(chunk, final=not chunk)
