@@ -132,7 +132,7 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
     Raises:
       SourceError: `origin` is not UTF-8, or has a NUL byte, as UTF-16 and files of tokens do.
     """
-    decoder, start, read = codecs.getincrementaldecoder("utf-8")(), b"", 0
+    decoder, start, read, plain = codecs.getincrementaldecoder("utf-8")(), b"", 0, True
     for chunk in itertools.chain(data, [b""]):
         start, problem = start or chunk[: TAR + 5], ""
         if (nul := chunk.find(b"\0")) >= 0:
@@ -147,13 +147,18 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
             problem = f"has a NUL byte at offset {read + nul:,}, so it is not UTF-8 text: {fix}"
         else:
             try:
-                yield decoder.decode(chunk, final=not chunk)
+                text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 at = read + len(chunk) - len(error.object) + error.start  # a character may begin in the last chunk
+                plain = plain and error.object[: error.start].isascii()  # then not one character shows that it is UTF-8
+                fix = "convert it: iconv -f LATIN1 -t UTF-8" if plain else "drop such bytes: iconv -c -f UTF-8 -t UTF-8"
                 problem = (
                     f"is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at} ({error.reason}); if it is "
-                    "text, convert it: iconv -f LATIN1 -t UTF-8"
+                    f"text, {fix}"
                 )
+            else:
+                plain = plain and text.isascii()
+                yield text
         if problem:
             known = (
                 f"{what}; expected UTF-8"

@@ -51,7 +51,9 @@ def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, notes
     [
         (b"", "holds no text"),
         (b" \n\t", "holds no text"),
-        (b"caf\xe9 au lait", "byte 0xe9 at offset 3"),
+        (b"caf\xe9 au lait", "byte 0xe9 at offset 3 .*iconv -f LATIN1"),
+        ("café ".encode() + b"caf\xe9 au lait", "byte 0xe9 at offset 9 .*iconv -c -f UTF-8"),
+        ("é".encode() + b"a" * documents.PIECE + b"\xe9", "byte 0xe9 .*iconv -c -f UTF-8"),
         ("text".encode("utf-16"), "is UTF-16: iconv -f UTF-16 -t UTF-8"),
         ("text".encode("utf-32"), "is UTF-32: iconv -f UTF-32 -t UTF-8"),
         *(("the cat".encode(name), f"offset [01], .*iconv -f {name} -t") for name in ("UTF-16LE", "UTF-16BE")),
