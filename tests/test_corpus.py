@@ -366,3 +366,5 @@ def test_only_weights_and_parts_are_a_mixture():
         assert mixture(text) == [(shares[0], "/x/a"), (shares[1], "/x/b")]
     with pytest.raises(CorpusError, match=r"the least weight is 0\.0005 of all"):
         mixture("1*a + 1999*b")
+    with pytest.raises(CorpusError, match=r"the least weight is 0\.000999001 of all, expected a thousandth"):
+        mixture("1*a + 1000*b")

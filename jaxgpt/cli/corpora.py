@@ -103,7 +103,7 @@ def mixture(corpus: str) -> list[tuple[float, str]]:
     if not all(share > 0 for share, _ in found) or len({absolute(part) for _, part in found}) < len(found):
         raise CorpusError(f"{corpus!r}: expected parts that differ, each with a weight above 0")
     if (least := min(share for share, _ in found) / sum(share for share, _ in found)) < 1e-3:
-        raise CorpusError(f"{corpus!r}: the least weight is {least:.2g} of all, expected a thousandth or more")
+        raise CorpusError(f"{corpus!r}: the least weight is {least:.6g} of all, expected a thousandth or more")
     return found
 
 
