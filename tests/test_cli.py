@@ -373,7 +373,15 @@ def test_refused_options_come_with_what_to_type(call, args, said):
     assert err.endswith(f"\njaxgpt: {said}\n")
 
 
-@pytest.mark.parametrize("args", ["sample one --prompt --tokens 3", "sample one --prompt", "sample one --tokens x"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        "sample one --prompt --tokens 3",
+        "sample one --prompt",
+        "sample one --tokens x",
+        "sample one --prompt + --tokens x",
+    ],
+)
 def test_no_hint_where_none_helps(call, args):
     code, _, err = call(*args.split())
     assert code == 2

@@ -104,7 +104,7 @@ def _positive(arg: str) -> str:
 
 def _hint(types: dict[str, Any], args: list[str]) -> str | None:
     """What to type instead of `args`, which tyro refused."""
-    if "+" in args:
+    if "+" in args and "--corpus" in types:
         return "a mixture is one argument, in quotes: '0.7*a.txt + 0.3*b.txt'"
     for arg, following in pairwise([*args, ""]):
         option, (_, equals, value) = _positive(arg), arg.partition("=")
