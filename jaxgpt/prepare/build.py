@@ -72,11 +72,11 @@ def prepare_corpus(
     if texts:
         tok = tokenizer_for(spec, list(texts.values()), progress)
     else:
-        name, first = next((name, part.corpus) for name, part in parts.items())
-        tok, kind = first.tokenizer, first.meta["tokenizer"]["kind"]
+        name, first = next(iter(parts.items()))
+        tok, kind = first.corpus.tokenizer, first.corpus.meta["tokenizer"]["kind"]
         if not accepts(spec, tok):
             found = f"{kind} ({tok.vocab_size:,} ids)"
-            fix = f"give --tokenizer {quote(name)}"
+            fix = f"give --tokenizer {quote(str(first.folder))}"
             raise CorpusError(f"{name} was prepared with {found}, but --tokenizer is {spec}: {fix}")
     if 0 < vocab_size < tok.vocab_size:
         raise CorpusError(
@@ -85,9 +85,10 @@ def prepare_corpus(
     fit = partial(_require_fit, block_size=block_size, val_fraction=val_fraction)
     for name, part in parts.items():
         if part.corpus.tokenizer != tok:
-            rest, fix = "the rest", f"give --tokenizer {quote(name)}"
-            if part.corpus.tokenizer != parts[other := next(iter(parts))].corpus.tokenizer:
-                rest, fix = other, f"prepare its text with --tokenizer {quote(other)}"
+            rest, fix = "the rest", f"give --tokenizer {quote(str(part.folder))}"
+            other, first = next(iter(parts.items()))
+            if part.corpus.tokenizer != first.corpus.tokenizer:
+                rest, fix = other, f"prepare its text with --tokenizer {quote(str(first.folder))}"
             raise CorpusError(f"{name} was prepared with another vocabulary than {rest}: {fix}")
         fit(part.corpus.meta)
     for name, text in texts.items():

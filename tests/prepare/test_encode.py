@@ -448,6 +448,16 @@ class TestStores:
             prepare_corpus("memory://prepared")
         assert not [path.name for path in cached.iterdir() if path.name.endswith(".part")]
 
+    def test_the_vocabulary_of_a_prepared_folder_is_that_of_its_copy(self, tmp_path):
+        (tmp_path / "a.txt").write_text(LINES)
+        folder = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
+        self.files.put(f"{folder}/", "/prepared/", recursive=True)
+        copy = tmp_path / "cache" / "jaxgpt" / "corpora" / folder.name
+        for corpus in ("memory://prepared", f"1*memory://prepared + 1*{tmp_path}/a.txt"):
+            with pytest.raises(CorpusError, match=f"give --tokenizer {copy}$"):
+                prepare_corpus(corpus, "byte", data_dir=tmp_path / "data")
+            prepare_corpus(corpus, str(copy), data_dir=tmp_path / "data")
+
     def test_a_run_finds_the_copy_of_a_prepared_folder_without_the_store(self, tmp_path):
         (tmp_path / "a.txt").write_text(LINES)
         folder = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
