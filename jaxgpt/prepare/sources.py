@@ -110,6 +110,10 @@ def open_text(corpus: str, column: str = "text") -> Text:
         if corpus.startswith(documents.WEB):
             _require_no_page(path)
         elif path.is_dir():
+            if not is_url(corpus) and _is_ours(path):
+                raise SourceError(
+                    f"{corpus} was written by jaxgpt; expected texts, or a prepared folder such as data/NAME"
+                )
             return _folder(path, column)
         if path.is_file():
             if path.name == "tokens.json" and is_tokens_json(path):

@@ -250,6 +250,9 @@ def test_a_folder_with_what_commands_write_in_it_is_found_again(tmp_path, small,
     (tmp_path / "exported" / "model.safetensors").write_bytes(b"\0")
     again = prepare_corpus(".", data_dir=tmp_path / "data")
     assert (again.reused, again.folder) == (True, first.folder)
+    for ours in ("runs/one", "sweeps/one", "exported"):
+        with pytest.raises(SourceError, match=f"^{ours} was written by jaxgpt; expected texts, or a prepared folder"):
+            prepare_corpus(ours, data_dir=tmp_path / "data")
     notes = prepare_corpus(".", "byte", data_dir=tmp_path / "data").corpus.meta["notes"]
     ours = [f"data/{first.folder.name}", "exported", "runs/one", "sweeps/one"]
     assert notes == [f"{name}: left out, a folder written by jaxgpt" for name in ours]
