@@ -1,5 +1,6 @@
 """A scaling law as lines of text, and as a chart with its runs."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,19 +12,25 @@ from jaxgpt.scaling_law.law import FLOPS, HIGH, INTERVAL, LOW, Fit, Law, Point
 
 def lines(fit: Fit, points: Sequence[Point], flops: Sequence[float]) -> Iterator[str]:
     """The fit to `points`, and the best parameters and tokens for budgets of FLOPs."""
+    sizes, amounts, _ = zip(*points, strict=True)
     trained = [FLOPS * N * D for N, D, _ in points]
     E, A, B, a, b = fit.law
     yield f"L(N, D) = {E:.3f} + {A:.3g} / N^{a:.3f} + {B:.3g} / D^{b:.3f} nats/token"
+    bounded = [name for name, x in (("a", a), ("b", b)) if min(x - LOW[-1], HIGH[-1] - x) < 1e-3]
+    bounded += ["E"] * (math.log(E) - LOW[0] < 1e-3)
     yield f"  residuals of {fit.error:.2%} (root mean square); {INTERVAL:.0%} intervals by bootstrap:"
     for name, value, low, high in zip(Law._fields, fit.law, *fit.interval(lambda law: law), strict=True):
-        bound = name in "ab" and min(value - LOW[-1], HIGH[-1] - value) < 1e-3
-        note = ", at a bound of the fit: these runs do not determine it" * bound
+        note = ", at a bound of the fit: these runs do not determine it" * (name in bounded)
         yield f"  {name}  {value:>8.3g}  {low:.3g} to {high:.3g}{note}"
     yield f"best parameters and tokens for a budget of {FLOPS} N D FLOPs:"
     for budget in flops:
         N, D = fit.law.optimum(budget)
         low, high = fit.interval(lambda law: law.optimum(budget)[0])  # noqa: B023
-        beyond = "" if min(trained) <= budget <= max(trained) else ", extrapolated"
+        beyond = ""
+        if not min(trained) <= budget <= max(trained):
+            beyond = ", extrapolated"
+        elif not (min(sizes) <= N <= max(sizes) and min(amounts) <= D <= max(amounts)):
+            beyond = ", beyond the sizes or tokens of the runs"
         yield (
             f"  {budget:g}  {N:>13,.0f} parameters ({low:,.0f} to {high:,.0f}), {D:,.0f} tokens, "
             f"loss {fit.law.loss(N, D):.3f}{beyond}"

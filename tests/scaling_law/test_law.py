@@ -62,8 +62,24 @@ def test_too_few_or_bad_runs_are_refused():
         fit(points(np.where(N > 5e5, np.nan, 3.0)))
 
 
-def test_an_exponent_that_the_runs_do_not_determine_is_marked():
-    losses = 1.5 + 20 / N**0.35 + (1e5 / D) ** 3.2  # steeper than any exponent of the fit
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        (1.5 + 20 / N**0.35 + (1e5 / D) ** 3.2, ["b"]),  # steeper than any exponent of the fit
+        (40 / N**0.42 + 60 / D**0.31, ["E"]),  # without an end
+    ],
+    ids=["steep", "endless"],
+)
+def test_a_coefficient_that_the_runs_do_not_determine_is_marked(losses, expected):
     found = {line.split()[0]: line for line in lines_of(fit(points(losses), resamples=2), points(losses), [1e12])}
     marked = [name for name in Law._fields if "at a bound of the fit" in found[name]]
-    assert marked == ["b"]
+    assert marked == expected
+
+
+def test_an_optimum_that_no_run_is_near_is_marked():
+    """A budget within those of the runs may be spent best on more tokens than any run had."""
+    found = fit(points(TRUE.loss(N, D)), resamples=2)
+    near, far = list(lines_of(found, points(N), [1e11, 1e12]))[-2:]
+    assert TRUE.optimum(1e11)[1] < 2e6 < TRUE.optimum(1e12)[1]
+    assert far.endswith(", beyond the sizes or tokens of the runs")
+    assert "beyond" not in near
