@@ -85,7 +85,8 @@ def settings(outcomes: Sequence[Outcome], names: Sequence[str]) -> Spec:
         x: Spec = {"field": "x", "type": "ordinal", "title": name}
         if all(type(value) in (int, float) for value in values):
             scale = "log" if min(values) > 0 and max(values) / min(values) >= 4 else "linear"
-            x = quantity("x", name, {"tickCount": 6, "format": ".4~g"}, type=scale, nice=False, padding=16)
+            axis = {"values": sorted(set(values)), "format": ".4~g"}
+            x = quantity("x", name, axis, type=scale, nice=False, padding=16)
         rows = _rows(values, means, [outcome.standard_error for outcome in outcomes])
         best = list({row["x"]: row for row in reversed(rows)}.values())
         panels.append({"width": 400, "height": 340, "layer": _layers(rows, best, x, y, {"value": ACCENT})})

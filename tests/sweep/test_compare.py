@@ -108,3 +108,4 @@ def test_a_switch_is_drawn_as_two_names_and_a_number_on_an_axis():
     bias, n_layer = charts(found)["settings.png"]["hconcat"]
     kinds = [panel["layer"][2]["encoding"]["x"]["type"] for panel in (bias, n_layer)]
     assert kinds == ["ordinal", "quantitative"]
+    assert n_layer["layer"][2]["encoding"]["x"]["axis"]["values"] == [1, 2], "no layer and a half"
