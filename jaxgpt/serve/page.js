@@ -254,10 +254,13 @@ class Pane {
     try {
       const looked = await (await ask("api/look", { run: this.run.name, ids: context.map((each) => each.id) }, signal)).json();
       if (signal.aborted) return;
+      this.fail("");
       if (!token.likely) this.list(i, looked.likely);
       this.draw(looked.attention, from, i);
     } catch (error) {
-      if (error.name !== "AbortError") this.fail(error.message);
+      if (error.name === "AbortError") return;
+      this.fail(error.message);
+      this.root.classList.remove("attention"); // of another token
     }
   }
 

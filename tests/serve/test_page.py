@@ -348,6 +348,24 @@ def test_a_look_that_is_not_waited_for_is_given_up(faked):
     assert page.is_hidden(".fault")
 
 
+def test_a_refused_look_leaves_neither_its_error_nor_the_attention_of_another_token(faked):
+    page = faked(lambda asked: text("s"))
+
+    def answer(route):
+        n, refused = len(route.request.post_data_json["ids"]), {"error": "too large"}
+        looked = {"attention": [[[1] * n]], "likely": LIKELY}
+        route.fulfill(status=400 if n == 5 else 200, body=json.dumps(refused if n == 5 else looked))
+
+    page.route("**/api/look", answer)
+    page.click("#write")
+    page.wait_for_selector("#status:has-text('tokens from cat')")
+    for n, fault in ((3, ""), (5, "too large"), (4, "")):
+        page.locator(".text span").nth(n).click()
+        until(page, f"document.querySelector('.pane .fault').textContent === {fault!r}")
+        until(page, f"document.querySelector('.attention') {'=' if fault else '!'}== null")
+        assert page.is_hidden(".looked") == bool(fault)
+
+
 def test_settings_are_there_after_a_window_has_grown(faked):
     page = faked(viewport={"width": 390, "height": 800})
     assert page.is_hidden("#tokens")
