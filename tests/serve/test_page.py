@@ -430,6 +430,17 @@ def test_a_long_name_and_a_long_token_fit_a_phone(faked, monkeypatch):
     wide_enough(page)
 
 
+def test_a_text_is_written_in_the_direction_of_its_script(faked):
+    page = faked(lambda asked: text(asked["prompt"]))
+    for prompt, direction in (("a", "ltr"), ("\u05e9\u05dc\u05d5\u05dd", "rtl")):
+        page.fill("#prompt", prompt)
+        page.click("#write")
+        until(page, f"document.querySelector('.text').textContent.startsWith({prompt!r})")
+        assert page.evaluate("getComputedStyle(document.querySelector('#prompt')).direction") == direction
+        whole, first = (page.locator(each).first.bounding_box() for each in (".text", ".text span"))
+        assert (first["x"] > whole["x"] + whole["width"] / 2) == (direction == "rtl")
+
+
 def test_a_line_feed_that_surprised_is_legible(faked):
     page = faked(lambda asked: text("s", "\n", p=0))
     page.click("#write")
