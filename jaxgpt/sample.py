@@ -135,7 +135,7 @@ def generate(
       start of a new one.
 
     Raises:
-      UsageError: an empty prompt, an id outside the vocabulary, or a number out of range.
+      UsageError: a prompt that is empty or not of integers, an id outside the vocabulary, or a number out of range.
     """
     pieces = stream(config, params, prompt, n_tokens, key, sampling, LONGEST)
     return jax.device_put(np.concatenate([np.empty((np.shape(prompt)[0], 0), np.int32), *pieces], axis=1))
