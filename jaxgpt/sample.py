@@ -268,7 +268,7 @@ def write(
     n_tokens: int,
     sampling: SamplingParams = SamplingParams(),
     *,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     seed: int = 1337,
     samples: int = 1,
     unknown: str = "error",
@@ -278,7 +278,7 @@ def write(
     Args:
       prompt: text, or bytes that need not be UTF-8. None: a line feed, or the vocabulary's first character if it has no
         line feed. Line ends, also in `stop`, become those of the training text.
-      stop: a text ends before the first of these that appears after the prompt.
+      stop: a text ends before this, or the first of these, that appears after the prompt.
 
     Raises:
       UsageError: an empty prompt, one with characters outside the vocabulary, an empty stop, or a number out of range.
@@ -294,7 +294,7 @@ def write(
         raise UsageError(f"samples is {samples}, expected 1 or more")
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed is {seed}, expected 0 to 2**32 - 1")
-    stop = [normalize_line_ends(tokenizer, each) for each in stop]
+    stop = [normalize_line_ends(tokenizer, each) for each in ([stop] if isinstance(stop, str) else stop)]
     if not all(re.fullmatch("[^\ud800-\udfff]+", each) for each in stop):
         raise UsageError(f"stop is {stop}, expected UTF-8 of at least one character each: --stop TEXT")
     ids = encode_prompt(tokenizer, prompt)

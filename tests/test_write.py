@@ -178,6 +178,7 @@ def test_writing_ends_before_a_stop_in_one_text_and_in_many(run, monkeypatch):
     assert len(expected[0]) < len(prompt + many[0])
     assert texts(run, prompt, n, samples=3, stop=stop) == expected
     assert texts(run, prompt, n, stop=stop) == expected[:1]
+    assert texts(run, prompt, n, stop=stop[0]) == texts(run, prompt, n, stop=stop[:1])
 
     read = []
 

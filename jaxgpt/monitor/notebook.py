@@ -49,7 +49,7 @@ class Loaded:
         tokens: int = 300,
         sampling: SamplingParams | None = None,
         seed: int = 1337,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> str:
         """A text that begins with `prompt` and ends before a `stop`."""
         model, sampling = self.config.model, sampling or SamplingParams()
