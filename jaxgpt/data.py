@@ -73,7 +73,7 @@ def chunk_starts(
     Raises:
       ValueError: a part has fewer than T + 1 tokens, or sampling is unknown.
     """
-    parts = [Part(parts, 1.0)] if isinstance(parts, int) else parts
+    parts = parts if isinstance(parts, Sequence) else [Part(int(parts), 1.0)]
     for n_tokens, _ in parts:
         _require_window(n_tokens, T)
     if sampling not in ("epoch", *STREAMS):
@@ -151,7 +151,7 @@ def evaluation_windows(N: int, T: int) -> tuple[Starts, Starts]:
 
 def n_windows(n_tokens: int, T: int) -> int:
     """Windows in an epoch: one fewer than fit, so that the offset has at least T possible values."""
-    return max(1, n_tokens // T - 1)
+    return max(1, int(n_tokens // T) - 1)
 
 
 def permute(index: Starts, n: int, seed: int, epoch: int, purpose: int = PERMUTATION) -> Starts:

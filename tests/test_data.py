@@ -102,6 +102,13 @@ def test_a_batch_depends_on_seed_and_step_alone(sampling):
     assert (batches.chunk_starts(6, 0, 30, 1000, 8, 4, sampling) != together).any()
 
 
+@pytest.mark.parametrize("sampling", ["epoch", "random"])
+def test_sizes_may_be_numpys(sampling):
+    seed, step, n_tokens, T, B = np.array([7, 3, 100, 8, 4])
+    found = batches.window_starts(seed, step, n_tokens, T, B, sampling)
+    np.testing.assert_array_equal(found, batches.window_starts(7, 3, 100, 8, 4, sampling))
+
+
 def test_corpora_beyond_32_bits():
     N = 9_000_000_000
     for sampling in ("epoch", "random"):
