@@ -63,9 +63,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In each module, what is optimized comes first: else programs would be compiled again at each change."""
+    """Modules with slow tests come first, so that no worker ends with one while the others have nothing left. In each
+    module, what is optimized comes first: else programs would be compiled again at each change."""
     modules = {item.path: i for i, item in enumerate(reversed(items))}
-    items.sort(key=lambda item: (-modules[item.path], not _as_a_user(item)))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, -modules[item.path], not _as_a_user(item)))
     gc.freeze()  # a million objects of modules, which no collection needs to look at again
     gc.set_threshold(100_000)  # collections took 8% of the processor time
 

@@ -20,7 +20,6 @@ def conditional_entropy(tokens, V):
     return -(counts[counts > 0] * np.log(conditional[counts > 0])).sum() / counts.sum()
 
 
-@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("corpus", ["python-docs", "shakespeare"])
 def test_the_bigram_recipe_reaches_the_conditional_entropy_of_its_training_split(corpus, tmp_path, request):

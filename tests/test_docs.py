@@ -40,6 +40,7 @@ def test_a_page_does_what_it_says(path):
         assert expected is None or out.getvalue() == expected, f"{path.name}, line {line}"
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_eleven_recipes_each_of_which_stands_alone_and_keeps_a_law():
     page = RECIPES.read_text("utf-8")

@@ -39,6 +39,7 @@ def begin_with(monkeypatch):
     return lambda code: monkeypatch.setenv("BEGIN_WITH", textwrap.dedent(code))
 
 
+@pytest.mark.slow
 def test_several_processes_train_as_one_does(tmp_path, unbroken, begin_with):
     begin_with("from jaxgpt import data\ndata.DEVICE_TOKENS = 0")  # from disk, each what is its own
     out = finish(train(tmp_path, [*new(tmp_path, "many"), "--mesh", "auto"], 4))
@@ -46,6 +47,7 @@ def test_several_processes_train_as_one_does(tmp_path, unbroken, begin_with):
     np.testing.assert_allclose(curve(tmp_path, "many"), unbroken, atol=BOUND, rtol=0)
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_with_another_number_of_processes_and_devices(tmp_path, unbroken):
     """Two processes that share batch and parameters, one of them killed; one process, killed; then two to the end."""
     for processes, devices, mesh in ((2, 2, "data=2,fsdp=2"), (1, 1, "auto")):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import jaxgpt
 from jaxgpt.prepare.build import prepare_corpus
 
@@ -68,6 +70,7 @@ def copy_without(rooms, folder):
     table.write_text(text, "utf-8")
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_core_run_without_a_room_and_without_any(verse, tmp_path):
     corpus = prepare_corpus(str(verse), data_dir=tmp_path / "data").folder
     for room in ROOMS:

@@ -127,6 +127,7 @@ def test_two_runs_of_one_config_are_equal(tiny, new_run, unbroken):
     assert_same_run(unbroken, fit(*new_run("again", tiny)).run)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_whatever_the_flags_of_jax(tiny, change, new_run, set_flags):
     """Begun with them and resumed without, and the other way round: initial weights, dropout, sums, what is sampled."""
     tiny = change(tiny, dropout=0.2, accumulate=2)

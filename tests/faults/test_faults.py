@@ -33,6 +33,7 @@ def typed(words, folder):
     return code, out.getvalue()
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_to_kills(tmp_path):
     count = trials.kills(tmp_path, 10, seed=1)
     assert count.failures == [], count.notes
@@ -102,6 +103,7 @@ def test_a_second_signal_stops_at_once_with_the_last_save_intact(tmp_path):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="a limit of another process is a matter of Linux")
 def test_a_disk_that_is_full_for_a_while(tmp_path):
     """Files may not grow beyond 2 KiB for a while, which no checkpoint fits in; the lines of metrics neither."""

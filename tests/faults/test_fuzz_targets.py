@@ -158,6 +158,7 @@ def test_an_index_names_no_file_outside_its_folder(tmp_path, name):
             gpt2.load(folder)
 
 
+@pytest.mark.slow
 def test_a_short_search_guided_by_coverage(tmp_path):
     if importlib.util.find_spec("atheris") is None:
         pytest.skip("needs Atheris: pip install --group fuzz (Linux)")

@@ -43,7 +43,6 @@ def logits(loaded):
     return np.asarray(model.forward(config, params, IDX))
 
 
-@pytest.mark.slow
 def test_a_fine_tuned_model_is_exported_and_imported_again(imported, tmp_path):
     """Import, sample, fine-tuning on the embedded corpus, export, re-import: equal logits throughout."""
     theirs = model.forward(*gpt2.load(TINY), IDX)

@@ -35,6 +35,7 @@ def bytes_sent(step):
     return sum(sent(kind, n, size) for (kind, n), (_, size) in step.collectives.items())
 
 
+@pytest.mark.slow
 @tpu
 @pytest.mark.parametrize(
     ("name", "text"),

@@ -83,6 +83,7 @@ def until(page, expression):
     raise AssertionError(f"never: {expression}")
 
 
+@pytest.mark.slow
 def test_the_page_does_what_a_person_asks(browser, runs, keep):
     shown = Path(os.environ.get("JAXGPT_RUNS") or runs)
     names = [path.parent.name for path in shown.glob("*/config.json")]

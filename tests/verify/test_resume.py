@@ -95,6 +95,7 @@ def test_the_start_of_every_recipe_can_be_verified(name):
     assert part.train.scan_steps < part.train.eval_every < part.train.steps <= config.train.steps
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_a_recipe_killed_and_resumed(verse, tmp_path, monkeypatch, capsys, as_a_user):
     monkeypatch.chdir(tmp_path)
