@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgpt import config as configs
 from jaxgpt import data as batches
 from jaxgpt import kernels, loss, model, prng, sharding
 from jaxgpt.attention import attention, causal_mask
@@ -209,6 +210,14 @@ def test_what_a_mesh_does_not_divide_is_named(small, change):
     ):
         assert line in said
     assert said.count("\n") == 3
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_an_advised_n_embd_is_a_multiple_of_the_heads(small, change, position):
+    config = change(small, n_head=8, n_embd=512, position=position, batch_size=12)
+    assert mesh.problems(config, Sizes(fsdp=3)) == ["fsdp = 3 does not divide 512 channels (n_embd): try --n-embd 528"]
+    advised = change(config, n_embd=528)
+    assert mesh.problems(advised, Sizes(fsdp=3)) == configs.problems(advised) == []
 
 
 def test_sizes_are_read_and_written():

@@ -1,5 +1,7 @@
 """The mesh of a run: its sizes, from --mesh or automatic, and whether a config fits it."""
 
+from math import lcm
+
 import jax
 from jax.sharding import Mesh
 
@@ -30,11 +32,12 @@ def problems(config: Config, sizes: Sizes) -> list[str]:
             ("tensor", sizes.tensor, model.n_kv_head, "KV heads (n_kv_head)", "--n-kv-head", 1),
             ("tensor", sizes.tensor, model.vocab_size, "tokens of the vocabulary (vocab_size)", "--vocab-size", 1),
         ]
-    found = [
-        f"{axis} = {n} does not divide {size} {name}: try {option} {-(-size // n) * n * unit}"
-        for axis, n, size, name, option, unit in rows
-        if size % n
-    ]
+    found, heads = list[str](), model.n_head * (2 if model.position == "rope" else 1)
+    for axis, n, size, name, option, unit in rows:
+        if size % n:
+            step = lcm(n, heads) if option == "--n-embd" else n  # a config asks for a multiple of heads
+            value = -(-size // step) * step * unit
+            found.append(f"{axis} = {n} does not divide {size} {name}: try {option} {value}")
     hidden = cost.kernels(model)["c_fc"][1]
     if model.kind == "gpt" and not found and hidden % sizes.tensor:
         found = [f"tensor = {sizes.tensor} does not divide {hidden} hidden channels: try a divisor of it"]
