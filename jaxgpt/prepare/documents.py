@@ -81,9 +81,12 @@ def stream(path: Path, decoded: bool = True) -> Any:
     """
     options: Any = {"block_size": 0, "auto_decompress": decoded} if str(path).startswith(WEB) else {}
     file: Any = path.open("rb", **options)
-    if isinstance(file, io.BufferedReader) and file.peek(len(POINTER)).startswith(POINTER):
+    try:
+        if isinstance(file, io.BufferedReader) and file.peek(len(POINTER)).startswith(POINTER):
+            raise SourceError(f"{path} is a pointer of Git LFS, expected the file that it stands for: git lfs pull")
+    except BaseException:
         file.close()
-        raise SourceError(f"{path} is a pointer of Git LFS, expected the file that it stands for: git lfs pull")
+        raise
     return file
 
 

@@ -244,6 +244,12 @@ def test_an_unreadable_file_is_a_clear_error(tmp_path, monkeypatch, error, said)
         read(str(tmp_path / "a.txt"))
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="only Linux has this file, whose start is unreadable")
+def test_a_file_whose_start_cannot_be_read_is_closed():
+    with pytest.raises(SourceError, match="/proc/self/mem cannot be read: Input/output error"):
+        read("/proc/self/mem")
+
+
 @pytest.fixture
 def server(tmp_path):
     """A web server on this machine that serves tmp_path / 'www'."""
