@@ -220,6 +220,15 @@ def test_an_advised_n_embd_is_a_multiple_of_the_heads(small, change, position):
     assert mesh.problems(advised, Sizes(fsdp=3)) == configs.problems(advised) == []
 
 
+@pytest.mark.parametrize(("n_head", "advised"), [(6, 0), (8, 4)])
+def test_an_advised_n_kv_head_divides_the_heads(small, change, n_head, advised):
+    config = change(small, n_head=n_head, n_kv_head=2, n_embd=96)
+    said = f"tensor = 4 does not divide 2 KV heads (n_kv_head): try --n-kv-head {advised}"
+    assert mesh.problems(config, Sizes(tensor=4)) == [said]
+    again = change(config, n_kv_head=advised)
+    assert mesh.problems(again, Sizes(tensor=4)) == configs.problems(again) == []
+
+
 def test_sizes_are_read_and_written():
     assert Sizes.parse("fsdp=4,data=8") == Sizes(data=8, fsdp=4)
     assert str(Sizes(data=8, fsdp=4)) == "data=8,fsdp=4"

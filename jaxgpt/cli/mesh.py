@@ -37,6 +37,8 @@ def problems(config: Config, sizes: Sizes) -> list[str]:
         if size % n:
             step = lcm(n, heads) if option == "--n-embd" else n  # a config asks for a multiple of heads
             value = -(-size // step) * step * unit
+            if option == "--n-kv-head" and model.n_head % value:
+                value = 0  # n_head, which tensor need not divide
             found.append(f"{axis} = {n} does not divide {size} {name}: try {option} {value}")
     hidden = cost.kernels(model)["c_fc"][1]
     if model.kind == "gpt" and not found and hidden % sizes.tensor:
