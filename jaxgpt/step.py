@@ -1,7 +1,7 @@
 """One training step as a pure function, a scan of K steps, and their compilation for a mesh."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxgpt import matmul, model, prng
-from jaxgpt.config import Config
+from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import Batch, inputs_and_targets, take
 from jaxgpt.optimizer import Hyperparameters, hyperparameters, learning_rate, make_optimizer
 from jaxgpt.sharding import platform, replicated, state_shardings
@@ -135,9 +135,16 @@ def stream_key(seed: Any, stream: int) -> jax.Array:
     return jax.random.fold_in(prng.key(seed), stream)
 
 
+def shared(config: Config) -> Config:
+    """`config` without the settings that no step depends on: runs that differ in these alone share their programs."""
+    optimizer = replace(config.optimizer, decay_steps=config.optimizer.decay_steps or config.train.steps)
+    train = TrainConfig(seed=config.train.seed, accumulate=config.train.accumulate)
+    return Config(model=config.model, optimizer=optimizer, train=train)
+
+
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and shardings of a train state."""
-    shapes = jax.eval_shape(init_state, config)
+    shapes = jax.eval_shape(init_state, shared(config))
     return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, state_shardings(mesh, shapes))
 
 
@@ -158,14 +165,18 @@ def lower_init(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     out, device = _shardings(config, mesh), platform()
     options = {"xla_backend_optimization_level": 1} if device == "cpu" else None
     with prng.one_kernel_on_gpus() if device == "gpu" else nullcontext():
-        return jax.jit(init_state, static_argnums=0, out_shardings=out, compiler_options=options).lower(config)
+        return jax.jit(init_state, static_argnums=0, out_shardings=out, compiler_options=options).lower(shared(config))
 
 
-@lru_cache(maxsize=16)
 def jit_train_steps(config: Config, mesh: Mesh) -> Any:
     """`train_steps` of `config`, jitted: (state, tokens, windows) -> (state, metrics).
 
     The state is donated and keeps its shardings. Trace and call it under `jax.set_mesh(mesh)`.
     """
+    return _jit_train_steps(shared(config), mesh)
+
+
+@lru_cache(maxsize=16)
+def _jit_train_steps(config: Config, mesh: Mesh) -> Any:
     out = _shardings(config, mesh), replicated(mesh)
     return jax.jit(partial(train_steps, config), donate_argnums=0, out_shardings=out)

@@ -8,7 +8,7 @@ from jaxgpt import data as batches
 from jaxgpt import model, prng
 from jaxgpt import step as steps
 from jaxgpt.sharding import one_device, state_shardings
-from jaxgpt.step import init_state, jit_train_steps, sharded_init
+from jaxgpt.step import abstract_state, init_state, jit_train_steps, sharded_init
 
 loss_and_grads, train_step = (jax.jit(f, static_argnums=0) for f in (steps.loss_and_grads, steps.train_step))
 
@@ -77,6 +77,22 @@ def test_the_second_call_compiles_nothing(tiny):
     state, _ = run(tiny, state, 5, 10)
     run(tiny, state, 10, 15)
     assert jit_train_steps(tiny, one_device())._cache_size() == compiled
+
+
+def test_runs_that_differ_in_what_no_step_depends_on_share_its_program(tiny, change):
+    tiny, mesh = change(tiny, kind="bigram"), one_device()
+    other = change(tiny, corpus="b", val_fraction=0.2, steps=40, batch_size=2, sampling="random", scan_steps=10)
+    other = change(other, eval_every=0, eval_start=False, eval_batches=0, keep=9, keep_every=10, max_skipped=1)
+    other = change(other, on_save_error="stop")
+    equal = {name for name, value in vars(tiny.train).items() if value == vars(other.train)[name]}
+    assert equal == {"seed", "accumulate"}, "one value for each setting that no step depends on"
+    assert jit_train_steps(other, mesh) is jit_train_steps(tiny, mesh)
+    for name, value in dict(seed=1, accumulate=2, vocab_size=9, learning_rate=1.0, decay_steps=30).items():
+        assert jit_train_steps(change(tiny, **{name: value}), mesh) is not jit_train_steps(tiny, mesh)
+    for config in (other, change(other, decay_steps=0)):  # which ends with the run
+        given = abstract_state(config, mesh), TOKENS, starts(tiny, 0, 2).astype(np.int32)
+        lower = jax.jit(steps.train_steps, static_argnums=0).lower
+        assert lower(steps.shared(config), *given).as_text() == lower(config, *given).as_text()
 
 
 def test_the_state_is_donated(tiny):

@@ -388,10 +388,10 @@ def poisoned(monkeypatch):
                 return honest(config, state, batch, hyper)
 
         monkeypatch.setattr(step, "train_step", train_step)
-        step.jit_train_steps.cache_clear()
+        step._jit_train_steps.cache_clear()
 
     yield poison
-    step.jit_train_steps.cache_clear()
+    step._jit_train_steps.cache_clear()
 
 
 @pytest.mark.smoke
