@@ -115,14 +115,15 @@ def test_so_it_is_with_a_bigram_of_which_each_device_takes_its_part_of_the_logit
 
 def test_the_mesh_of_one_device_costs_nothing(rich, small):
     """Its program has no sharding constraints, and computes the bits that the plain function computes."""
-    tokens, starts = jnp.asarray(TOKENS), jnp.zeros((1, 16), jnp.int32)
     for config, over, constrained in ((rich, one_device(), False), (small, mesh_of("data=2,tensor=2"), True)):
         with jax.set_mesh(over):
-            text = jit_train_steps(config, over).lower(abstract_state(config, over), tokens, starts).as_text()
+            served = loader(config, TOKENS, over)(0, 10)
+            text = jit_train_steps(config, over).lower(abstract_state(config, over), *served).as_text()
         assert ("sdy.sharding_constraint" in text) == constrained
-    plain = jax.jit(train_steps, static_argnums=0)(small, init_state(small), tokens, starts)
+    served = loader(small, TOKENS, one_device())(0, 10)  # as above, so that it is compiled already
+    plain = jax.jit(train_steps, static_argnums=0)(small, init_state(small), *served)
     with jax.set_mesh(one_device()):
-        alone = jit_train_steps(small, one_device())(sharded_init(small, one_device()), tokens, starts)
+        alone = jit_train_steps(small, one_device())(sharded_init(small, one_device()), *served)
     jax.tree.map(np.testing.assert_array_equal, alone, plain)
 
 
