@@ -191,14 +191,15 @@ def test_a_bigram_sees_the_last_token_alone(tiny, change):
 def test_tokens_are_drawn_with_the_key_of_their_sequence_and_number(tiny_model):
     config, params = tiny_model
     got = generate(config, params, [[1, 2], [1, 2]], 12, KEY, SamplingParams(0.7, 5, min_p=0.01))
+
+    @jax.jit
+    def choose(key, logits, i):
+        logits = min_p(top_k(logits / 0.7, 5), 0.01)
+        return jax.random.categorical(jax.random.fold_in(key, i), logits)
+
     for b in range(2):
         key = jax.random.fold_in(KEY, b)
-
-        def choose(logits, i, key=key):
-            logits = min_p(top_k(logits / 0.7, 5), 0.01)
-            return jax.random.categorical(jax.random.fold_in(key, i), logits)
-
-        assert got[b].tolist() == by_hand(config, params, [1, 2], 12, choose)
+        assert got[b].tolist() == by_hand(config, params, [1, 2], 12, partial(choose, key))
 
 
 def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(tiny_model):

@@ -1,7 +1,7 @@
 """Laws of the options of a block: causal, the same by every kernel, and each what its paper says."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,7 @@ def test_what_starts_from_none_changes_nothing_at_the_start(option):
 def test_rotation_keeps_lengths_and_makes_dot_products_depend_on_distances():
     q, k = jax.random.normal(KEY, (2, 1, 1, 1, 8))
 
+    @jax.jit
     def at(x, place):
         return attention.rotate(x, place)[0, 0, 0]
 
@@ -217,13 +218,14 @@ def test_all_logits_never_exist_at_once_where_they_are_many():
     assert largest(jax.make_jaxpr(whole)(x, kernel).jaxpr) == 24 * 50
 
 
+@cache
+def grads(config):
+    return jax.jit(jax.grad(partial_loss(config)))(noisy(SMALL))
+
+
 @pytest.mark.parametrize("remat", ["matmuls", "blocks"])
 def test_what_is_computed_again_is_the_same(remat):
     params = noisy(SMALL)
-
-    def grads(config):
-        return jax.jit(jax.grad(lambda params: model.losses(config, params, IDX, IDX).mean()))(params)
-
     for a, b in zip(jax.tree.leaves(grads(changed(remat=remat))), jax.tree.leaves(grads(SMALL)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     saved = [
@@ -279,12 +281,10 @@ def test_what_is_added_to_the_token_embedding(option):
     )
     params = model.init_params(config, jax.random.key(0))
     name = "smear" if option == "smear" else "bigram"
-    fresh = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), params[name])
-    idx = jnp.array([[3, 1, 4, 0]])
+    fresh = jax.tree.map(lambda x: np.random.default_rng(1).standard_normal(x.shape, np.float32), params[name])
+    idx = np.array([[3, 1, 4, 0]])
     found = jax.jit(model.features, static_argnums=0)(config, params | {name: fresh}, idx)
-    token = params["wte"]["embedding"][idx]
-    if option == "smear":
-        added = fresh[None, None] * jnp.concatenate([jnp.zeros((1, 1, 8)), token[:, :-1]], axis=1)
-    else:
-        added = jnp.concatenate([jnp.zeros((1, 1, 8)), fresh["embedding"][idx[:, :-1] * 5 + idx[:, 1:]]], axis=1)
+    token = np.asarray(params["wte"]["embedding"])[idx]
+    added = fresh * token[:, :-1] if option == "smear" else fresh["embedding"][idx[:, :-1] * 5 + idx[:, 1:]]
+    added = np.pad(added, [(0, 0), (1, 0), (0, 0)])  # the first token has none before it
     np.testing.assert_allclose(found, model.rms_norm(token + added), rtol=1e-5, atol=1e-6)
