@@ -250,7 +250,7 @@ def test_the_converter_of_the_docs_reads_nanogpts_checkpoints(folder, tmp_path, 
 def test_a_bigram_cannot_be_exported(tmp_path):
     config = ModelConfig(kind="bigram", vocab_size=5)
     with pytest.raises(InteropError, match="a bigram is not a GPT-2"):
-        gpt2.save(tmp_path, config, model.init_params(config, jax.random.key(0)))
+        gpt2.save(tmp_path, config, noisy(config))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -261,7 +261,7 @@ def test_a_model_with_features_that_gpt2_lacks_cannot_be_exported(tmp_path, opti
     config = ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=2, n_embd=8, **options)
     ((name, value),) = options.items()
     with pytest.raises(InteropError, match=f"GPT-2 does not have {name} {value}"):
-        gpt2.save(tmp_path, config, model.init_params(config, jax.random.key(0)))
+        gpt2.save(tmp_path, config, noisy(config))
     assert list(tmp_path.iterdir()) == []
 
 
