@@ -94,7 +94,7 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop:
     T = q.shape[2]
     if sharding.num_shards("time") > 1:
         return _blocked_sharded(config, q, k, v, drop)
-    size = max(BLOCK, -(-T // 16))
+    size = block_size(T)
 
     @partial(jax.checkpoint, static_argnums=(3, 4))
     def block(q: jax.Array, k: jax.Array, v: jax.Array, start: int, first: int) -> jax.Array:
@@ -106,6 +106,11 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop:
         first = max(0, start - config.window + 1) if config.window else 0
         outs.append(block(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], start, first))
     return jnp.concatenate(outs, axis=2)
+
+
+def block_size(T: int) -> int:
+    """Queries per block of "blocked" attention on one device."""
+    return max(BLOCK, -(-T // 16))
 
 
 def shard_block(T: int) -> int:

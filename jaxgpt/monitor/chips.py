@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from jaxgpt.config import Config, ModelConfig
+from jaxgpt.kernels import BLOCKED, block_size
 from jaxgpt.monitor import cost
 
 
@@ -79,11 +80,18 @@ def flops_per_token(config: ModelConfig) -> int:
     """FLOPs of the matmuls of a forward pass, per token of a full context of T: L (24 C² + 4 T C) + 2 V C for GPT-2.
 
     (M, K) @ (K, N) takes 2 M K N: 24 C² for the kernels of a block, 4 T C for its attention scores and weighted values
-    (with the masked half, which some kernels skip), 2 V C for the head. Training takes three times as many, because the
-    backward pass has two matmuls for each. Nothing else is counted, so a bigram, an embedding lookup, has 0.
+    (with the masked half, which some kernels skip; for a window see `attended`), 2 V C for the head. Training takes
+    three times as many, because the backward pass has two matmuls for each. Nothing else is counted, so a bigram, an
+    embedding lookup, has 0.
     """
-    C, T = config.n_embd, config.block_size
+    C = config.n_embd
     if config.kind == "bigram":
         return 0
-    block = 2 * sum(k * n for k, n in cost.kernels(config).values()) + 4 * T * C
+    block = 2 * sum(k * n for k, n in cost.kernels(config).values()) + 4 * attended(config) * C
     return config.n_layer * block + 2 * config.vocab_size * C
+
+
+def attended(config: ModelConfig) -> int:
+    """Keys of each query, whether masked or not: T, or with a window those of its block in `kernels.blocked`."""
+    T = config.block_size
+    return min(T, block_size(T) + config.window - 1) if config.window and T >= BLOCKED else T

@@ -5,7 +5,7 @@ It counts what XLA's TPU compiler does with each mesh axis. A is the number of m
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxgpt.cli.memory import n_moments
 from jaxgpt.config import Config
@@ -13,7 +13,7 @@ from jaxgpt.data import DEVICE_TOKENS
 from jaxgpt.kernels import BLOCKED, shard_block
 from jaxgpt.loss import LOGITS
 from jaxgpt.monitor import cost
-from jaxgpt.monitor.chips import Chip, flops_per_token
+from jaxgpt.monitor.chips import Chip, attended, flops_per_token
 from jaxgpt.profile.hlo import Collectives
 from jaxgpt.sharding import Sizes
 
@@ -58,8 +58,11 @@ class Step:
     @property
     def computed(self) -> float:
         """`flops` with those that are recomputed, or computed by several chips, and those of Muon."""
-        model, forward, tensor = self.config.model, flops_per_token(self.config.model), self.sizes.tensor
-        head, attention = 2 * model.vocab_size * model.n_embd, model.n_layer * 4 * model.block_size * model.n_embd
+        model, tensor = self.config.model, self.sizes.tensor
+        if self.sizes.context > 1:  # blocks of a shard take the keys of the whole context
+            model = replace(model, window=0)
+        forward, head = flops_per_token(model), 2 * model.vocab_size * model.n_embd
+        attention = model.n_layer * 4 * attended(model) * model.n_embd
         unused = model.n_layer * 2 * math.prod(cost.kernels(model)["mlp/c_proj"])  # no gradient needs its result
         again = {"none": 0, "matmuls": attention, "blocks": forward - head - unused}[model.remat]
         again += head if _loss_chunks(self.config, self.sizes) > 1 else 0

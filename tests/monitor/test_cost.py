@@ -51,7 +51,8 @@ def matmul_flops(jaxpr):
             for axis in contracted:
                 terms *= eqn.invars[0].aval.shape[axis]
             total += 2 * terms
-        total += sum(matmul_flops(value.jaxpr) for value in eqn.params.values() if hasattr(value, "jaxpr"))
+        inner = (getattr(value, "jaxpr", value) for value in eqn.params.values())  # closed, or of a checkpoint
+        total += sum(matmul_flops(each) for each in inner if hasattr(each, "eqns"))
     return total
 
 
@@ -64,6 +65,17 @@ def test_flops_equal_those_of_the_matmuls_in_the_traced_forward_pass(change):
     idx = jax.ShapeDtypeStruct((B, config.block_size), "int32")
     traced = jax.make_jaxpr(lambda params, idx: model.forward(config, params, idx))(params, idx)
     assert flops_per_token(config) * B * config.block_size == matmul_flops(traced.jaxpr)
+
+
+@pytest.mark.parametrize("T", [512, 4096])
+def test_flops_are_those_of_blocks_with_a_window(T):
+    """Each block of 128 queries, or of a sixteenth of the context, takes its keys and those of the window before it."""
+    config = dataclasses.replace(SMALL, block_size=T, window=48)
+    params = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
+    traced = jax.make_jaxpr(lambda params, idx: model.forward(config, params, idx))(
+        params, jax.ShapeDtypeStruct((1, T), "int32")
+    )
+    assert flops_per_token(config) * T == pytest.approx(matmul_flops(traced.jaxpr), rel=0.1)
 
 
 def test_training_takes_three_times_the_matmuls_of_the_forward_pass():

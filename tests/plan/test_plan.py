@@ -225,6 +225,16 @@ def test_flops_and_state_are_those_of_the_program(shallow, change, remat, algori
     assert guess.arguments == pytest.approx(found.step.arguments, abs=200), "all but starts and counts of steps"
 
 
+def test_a_window_saves_flops_unless_chips_share_the_context(shallow, change):
+    """Their blocks of queries take the keys of the whole context."""
+    whole = change(shallow, block_size=512)
+    window = change(whole, window=64)
+    for sizes, saves in ((Sizes(data=2), True), (Sizes(context=2), False)):
+        ours, theirs = (estimate(config, CHIPS["v5e"], sizes).computed for config in (window, whole))
+        assert (ours < theirs) == saves
+        assert ours <= theirs
+
+
 def test_the_command_plans_for_virtual_devices(capsys):
     sizes = "--vocab-size 64 --block-size 8 --n-layer 1 --n-head 2 --n-embd 32 --batch-size 8"
     assert cli.run(["gpt-demo", *sizes.split(), "--topology", "cpu:2", "--mesh", "data=2"]) == 0
