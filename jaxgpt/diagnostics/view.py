@@ -37,7 +37,8 @@ def curvature(found: Curvature, subject: Subject) -> Iterator[str]:
 
 def landscape(found: Landscape, subject: Subject) -> Iterator[str]:
     losses, (first, here) = np.asarray(found.losses), np.interp([0, 1], found.shares, found.path)
-    edge, least = np.concatenate([losses[[0, -1]], losses[:, [0, -1]].T]), int(np.argmin(found.path))
+    middle, least = len(losses) // 2, int(np.argmin(found.path))
+    edge = np.concatenate([losses[[0, -1], middle], losses[middle, [0, -1]]])
     yield f"loss {here:.3f} here, {edge.min():.3f} to {edge.max():.3f} at one filter norm along random directions"
     lowest = f"{found.path[least]:.3f}, at {found.shares[least]:.2f} of the way"
     yield f"on the line from the initial parameters, of loss {first:.3f}, the lowest loss is {lowest}"

@@ -119,6 +119,13 @@ def test_the_legend_of_a_landscape_names_its_losses(tiny):
     assert re.findall(r">([\d.]+)</text>", legend) == ["2.28", "3.86"]
 
 
+def test_one_filter_norm_is_not_the_corner_of_the_plane(tiny):
+    x = np.linspace(-1, 1, 3)
+    found = diagnose.Landscape(x, 2 + x[:, None] + x**2, np.array([0.0, 1.0]), np.array([4.0, 2.0]))
+    line, _ = view.lines("landscape", found, Subject(tiny, {}, x, x, LETTERS))
+    assert "loss 2.000 here, 1.000 to 3.000 at one filter norm" in line
+
+
 def test_the_tokens_of_a_lens_do_not_overlap(tiny):
     ids, pixels = np.arange(2), 7.2  # the width of a character of 12 pixels
     for token_bytes, widest in (([b"a", b"b"], 1), ([b"a", b"\xf0\x9f"], 6)):
