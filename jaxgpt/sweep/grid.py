@@ -88,7 +88,8 @@ def describe(setting: dict[str, Any]) -> str:
 
 
 def cell(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A value as text, a float with all of its digits: settings are told apart by it."""
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _kinds() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from jaxgpt.sweep.grid import describe
 from jaxgpt.sweep.program import Score
 from jaxgpt.sweep.results import difference, outcomes
 from jaxgpt.sweep.view import charts, progress, verdict
@@ -100,6 +101,14 @@ def test_the_verdict_claims_no_more_than_the_seeds_show(losses, said):
     found = verdict(outcomes(scores))
     assert said in found
     assert "sure" not in found
+
+
+def test_settings_that_differ_little_are_told_apart():
+    settings = [{"beta2": beta} for beta in (0.9999991, 0.9999995, 1e-5, 2.0)]
+    assert [describe(each) for each in settings] == ["beta2 0.9999991", "beta2 0.9999995", "beta2 1e-05", "beta2 2"]
+    found = outcomes([Score(0, each, 0, step, 3.0, *(None,) * 4, False, True) for each in settings for step in (1, 2)])
+    scale = charts(found)["curves.png"]["layer"][1]["encoding"]["color"]["scale"]
+    assert len(set(scale["domain"])) == 4, "each has a curve"
 
 
 def test_a_switch_is_drawn_as_two_names_and_a_number_on_an_axis():
