@@ -3,6 +3,7 @@
 from jaxgpt.display.charts import INK, PALETTE, QUIET, Spec, category, chart, columns, label, layer, quantity, ticks
 from jaxgpt.profile.ledger import STAGES
 from jaxgpt.profile.report import Report
+from jaxgpt.profile.roofline import pass_of
 from jaxgpt.profile.timing import series
 
 
@@ -36,8 +37,8 @@ def ledger(report: Report) -> Spec:
 
 
 def roofline(report: Report) -> Spec:
-    """FLOP/s of each part against its FLOPs per byte, under the roof: circles forward, squares backward, with the
-    numbers of the legend."""
+    """FLOP/s of each part against its FLOPs per byte, under the roof: circles forward, squares backward, diamonds
+    neither, with the numbers of the legend."""
     found = report["roofline"]
     peak, bandwidth = found["peak_flops"] / 1e9, found["bandwidth"] / 1e9
     parts = [part for part in found["parts"] if part["flops"] and part["seconds"]]
@@ -46,7 +47,7 @@ def roofline(report: Report) -> Spec:
         {
             "part": names[part["name"]],
             "number": names[part["name"]].split()[0],
-            "pass": "backward" if part["backward"] else "forward",
+            "pass": pass_of(part["name"], part["backward"]) or "neither",
             "intensity": part["flops"] / part["bytes"],
             "rate": part["flops"] / part["seconds"] / 1e9,
         }
@@ -65,7 +66,7 @@ def roofline(report: Report) -> Spec:
         "y": log("rate", "GFLOP/s", bottom, max(2 * peak, *(point["rate"] for point in points))),
     }
     color = category("part", list(names.values()), PALETTE, {"title": None, "orient": "right", "labelLimit": 300})
-    shape = category("pass", ["forward", "backward"], ("circle", "square"))
+    shape = category("pass", ["forward", "backward", "neither"], ("circle", "square", "diamond"))
     roof = columns(intensity=[low, ridge, high], rate=[low * bandwidth, peak, peak])
     text = f"{peak:,.0f} GFLOP/s of matmuls, {bandwidth:.1f} GB/s of memory, ridge at {ridge:.1f}"
     layers = [
@@ -74,4 +75,5 @@ def roofline(report: Report) -> Spec:
         layer(points, "text", {**at, "text": {"field": "number"}}, color=INK, fontSize=10, fontWeight="bold"),
         label(text, 592, 410),
     ]
-    return chart(layer=layers, title=f"{report['mode']}: circles forward, squares backward", width=600, height=420)
+    title = f"{report['mode']}: circles forward, squares backward, diamonds neither"
+    return chart(layer=layers, title=title, width=600, height=420)

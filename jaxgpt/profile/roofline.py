@@ -88,11 +88,16 @@ def part_of(origin: str, modules: set[str]) -> tuple[str, bool]:
     return "optimizer" if origin else "unnamed", False
 
 
+def pass_of(name: str, backward: bool) -> str | None:
+    """The pass of a part; None if it is in neither."""
+    return "backward" if backward else None if name in ("optimizer", "unnamed") else "forward"
+
+
 def rows(found: Iterable[Part], machine: Machine) -> list[dict[str, Any]]:
     return [
         {
             "part": part.name,
-            "pass": "backward" if part.backward else "forward" if part.name not in ("optimizer", "unnamed") else None,
+            "pass": pass_of(part.name, part.backward),
             "MFLOP": part.flops / 1e6,
             "MB": part.bytes / 1e6,
             "FLOP/byte": part.flops / part.bytes,

@@ -162,6 +162,7 @@ def test_the_chart_has_a_point_for_each_pass_of_each_part(inspected, tmp_path):
     (points,) = [each["data"]["values"] for each in spec["layer"] if each["mark"]["type"] == "point"]
     parts = [part for part in inspected["roofline"]["parts"] if part["flops"] and part["seconds"]]
     assert [row["intensity"] for row in points] == [part["flops"] / part["bytes"] for part in parts]
+    assert {row["pass"] for row in points if row["part"].endswith("optimizer")} == {"neither"}
     (roof,) = [each["data"]["values"] for each in spec["layer"] if each["mark"]["type"] == "line"]
     assert [row["rate"] for row in roof[1:]] == [1.0, 1.0], "GFLOP/s"
     assert roof[1]["intensity"] == 10.0
