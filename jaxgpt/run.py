@@ -34,6 +34,9 @@ from jaxgpt.config import Config, UsageError
 from jaxgpt.tokenizer import Tokenizer
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+UNREADABLE = re.compile(r"[\[\ud800-\udfff]" if os.name == "nt" else r"[\[\\\ud800-\udfff]")
+"""Where a path contains "[" or a backslash, Orbax saves what it cannot read back. TensorStore takes no path that is not
+UTF-8, whose other bytes are surrogates."""
 
 
 class RunError(UsageError):
@@ -77,8 +80,9 @@ class Run:
 
     @classmethod
     def require_free(cls, runs_dir: Path, name: str) -> None:
-        """Raise a RunError if the name is invalid or taken."""
+        """Raise a RunError if the name is invalid or taken, or checkpoints there could not be read."""
         path = runs_dir / _valid(name)
+        _require_readable(path)
         if (path / "config.json").is_file():
             raise RunError(
                 f"run {name!r} exists in {runs_dir}: --run {name} --resume continues it, "
@@ -221,7 +225,8 @@ class Run:
         """Hold the run for writing; process 0 takes the lock for all. The lock of a dead process is free.
 
         Raises:
-          RunError: another process, which is named, holds it; or the directory cannot be written to.
+          RunError: another process, which is named, holds it; or the directory cannot be written to, or checkpoints
+            there could not be read.
         """
         lock = filelock.FileLock(self.path / ".lock", timeout=0)
         processes.on_primary(partial(self._acquire, lock))
@@ -231,6 +236,7 @@ class Run:
             lock.release()
 
     def _acquire(self, lock: filelock.BaseFileLock) -> None:
+        _require_readable(self.path)
         try:
             lock.acquire()
         except filelock.Timeout:
@@ -255,6 +261,11 @@ def _parsed(line: bytes, field: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and field in value else None
+
+
+def _require_readable(path: Path) -> None:
+    if found := UNREADABLE.search(str(path.resolve())):
+        raise RunError(f"{path.resolve()}: checkpoints under {found[0]!a} could not be read; use another folder")
 
 
 def _valid(name: str) -> str:

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import platform
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,18 @@ def test_names_are_plain(tmp_path, name):
     with pytest.raises(RunError, match="expected letters"):
         Run.create(tmp_path, name, Config(), META)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere paths are other ones")
+@pytest.mark.parametrize("folder", [b"a[b]", b"a\\b", b"\xff"])
+def test_no_run_begins_or_goes_on_where_its_checkpoints_could_not_be_read(run, tmp_path, folder):
+    folder = tmp_path / os.fsdecode(folder)
+    with pytest.raises(RunError, match="could not be read; use another folder"):
+        Run.require_free(folder, "one")
+    folder.mkdir()
+    moved = Run(run.path.rename(folder / "one"))
+    with pytest.raises(RunError, match="could not be read; use another folder"), moved.lock():
+        pass
 
 
 def test_open_by_name_or_path_and_what_there_is_otherwise(run, tmp_path):
