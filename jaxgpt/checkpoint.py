@@ -229,7 +229,7 @@ class Checkpoints:
             reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)
             if processes.single_process():
                 self._sweep()
-            else:  # the next save sweeps: another process may be writing
+            elif not isinstance(error, processes.ProcessError):  # the next save sweeps: another process may be writing
                 reason = _end_in_all(partial.name, reason)
             raise CheckpointError(f"step {manifest.step} was not saved in {self.directory}: {reason}") from error
         then()

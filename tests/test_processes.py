@@ -119,7 +119,11 @@ def test_a_save_that_fails_in_one_process_fails_at_once_in_all(tmp_path, begin_w
         save, settle, hard = Checkpoints.save, Checkpoints.settle, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
         def save_on_full_disk(self, state, *rest):
+            there = self.directory
+            if (state.step, process) == (80, 0):
+                self.directory = there / "no" / "folder"
             save(self, state, *rest)
+            self.directory = there
             if (state.step, process) in ((40, 1), (60, 0)):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
 
@@ -133,8 +137,8 @@ def test_a_save_that_fails_in_one_process_fails_at_once_in_all(tmp_path, begin_w
         Checkpoints.save, Checkpoints.settle = save_on_full_disk, make_room
     """)
     out = " ".join(finish(train(tmp_path, [*new(tmp_path, "two"), *PAIRS], 2)).split())
-    for step, process in ((40, 1), (60, 0)):
-        assert re.search(rf"step {step} was not saved in \S+: process {process}: File too large", out), out
+    for step, process, reason in ((40, 1, "File too large"), (60, 0, "File too large"), (80, 0, "No such file")):
+        assert re.search(rf"step {step} was not saved in \S+: process {process}: {reason}", out), out
     assert (tmp_path / "runs" / "two" / "checkpoints" / "120").is_dir()
 
 
