@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from statistics import fmean
 from typing import Any
 
@@ -28,14 +27,16 @@ CURVE = 1000
 
 
 class RunConsole(Console):
-    """A console whose output may fail (a full disk, a closed pipe) without ending the run."""
+    """A console whose output may fail (a full disk, a closed pipe or terminal) without ending the run."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(highlight=False, markup=False, soft_wrap=True, **kwargs)
 
-    def print(self, *objects: Any, **kwargs: Any) -> None:
-        with suppress(OSError):
-            super().print(*objects, **kwargs)
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:
+            del self._buffer[:]
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

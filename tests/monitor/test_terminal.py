@@ -56,6 +56,19 @@ def test_a_closed_pipe_does_not_end_the_run():
         display(Evaluated(50, RESULT))
 
 
+def test_a_terminal_that_is_closed_does_not_end_the_run():
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    console = RunConsole(file=Gone(), force_terminal=True, width=100)
+    with TrainingDisplay(console, 100) as display:
+        display(Progress(50, 100, 2.5, 12_345.6, 75.0))
+        display(Evaluated(50, RESULT))
+    console.print("done")
+    assert not console._buffer, "it would grow for the rest of the run"
+
+
 def test_a_live_line_on_a_terminal():
     out = show(True, Progress(50, 100, 2.5, 12_345.6, 75.0), Evaluated(50, RESULT))
     assert "50/100" in out
