@@ -32,11 +32,15 @@ class RunConsole(Console):
     def __init__(self, **kwargs: Any):
         super().__init__(highlight=False, markup=False, soft_wrap=True, **kwargs)
 
-    def _check_buffer(self) -> None:
+    def __exit__(self, *error: Any) -> None:
+        """Write what was printed, and forget it if that fails."""
         try:
-            super()._check_buffer()
+            super().__exit__(*error)
         except OSError:
-            del self._buffer[:]
+            quiet, self.quiet = self.quiet, True
+            with self:  # a quiet console empties its buffer
+                pass
+            self.quiet = quiet
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

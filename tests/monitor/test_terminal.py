@@ -57,8 +57,11 @@ def test_a_closed_pipe_does_not_end_the_run():
 
 
 def test_a_terminal_that_is_closed_does_not_end_the_run():
+    tried = []
+
     class Gone(io.StringIO):
         def write(self, text):
+            tried.append(text)
             raise OSError(5, "Input/output error")
 
     console = RunConsole(file=Gone(), force_terminal=True, width=100)
@@ -66,7 +69,8 @@ def test_a_terminal_that_is_closed_does_not_end_the_run():
         display(Progress(50, 100, 2.5, 12_345.6, 75.0))
         display(Evaluated(50, RESULT))
     console.print("done")
-    assert not console._buffer, "it would grow for the rest of the run"
+    assert any("50/100" in text for text in tried)
+    assert tried[-1] == "done\n", "what could not be shown is not kept, as it would grow for the rest of the run"
 
 
 def test_a_live_line_on_a_terminal():
