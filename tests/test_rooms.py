@@ -60,7 +60,7 @@ for room in sys.argv[2:]:
 def copy_without(rooms, folder):
     """A copy of the package in `folder`, without some of its rooms and their lines in the table of commands."""
     copy = folder / "jaxgpt"
-    shutil.copytree(PACKAGE, copy)
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.pyc.*"))  # which another process is writing
     table = copy / "cli" / "__init__.py"
     text = table.read_text("utf-8")
     for room in rooms:
