@@ -279,7 +279,7 @@ def test_a_run_that_is_moved_while_it_trains_makes_no_second_one(tiny, new_run):
             run.path.rename(run.path.with_name("two"))
 
     run, corpus = new_run("one", tiny)
-    with pytest.raises(CheckpointError, match=r"moved, deleted or replaced; nothing more is saved.*: put it back"):
+    with pytest.raises(CheckpointError, match=r"by another process; nothing more is saved.*: put it back"):
         fit(run, corpus, move)
     assert not run.path.exists()
     assert fit(Run(run.path.with_name("two")), corpus).step == 20
