@@ -13,8 +13,9 @@ import jaxgpt.cli.train
 import jaxgpt.train  # noqa: F401
 from jaxgpt import cli
 
-GRACE = 10.0
-"""Seconds that the other processes have to end once one of them has failed."""
+PATIENCE, GRACE = 2.0, 10.0
+"""Seconds that the other processes have to end by themselves once one has failed, as each is to say why it fails, and
+then to end when they are asked to."""
 
 
 def launch(words, n):
@@ -49,18 +50,16 @@ def launch(words, n):
             signal.signal(number, handler)
         exec(os.environ.get("BEGIN_WITH", ""), {"process": i})
         cli.main([*shared, "--process-id", str(i)])
-    code, deadline = 0, float("inf")
+    code, failed = 0, float("inf")
+    pending = [(PATIENCE, signal.SIGTERM), (PATIENCE + GRACE, signal.SIGKILL)]
     while None in codes.values():
         for pid in [pid for pid, code in codes.items() if code is None]:
             ended, status = os.waitpid(pid, os.WNOHANG)
             codes[pid] = os.waitstatus_to_exitcode(status) if ended else None
         code = code or min(filter(None, codes.values()), default=0)  # negative: by a signal
-        if code and deadline == float("inf"):
-            time.sleep(0.5)  # they fail together, and each is to say why
-            deadline = time.monotonic() + GRACE
-            send(signal.SIGTERM)
-        if time.monotonic() > deadline:
-            send(signal.SIGKILL)
+        failed = min(failed, time.monotonic()) if code else failed
+        if pending and time.monotonic() - failed > pending[0][0]:
+            send(pending.pop(0)[1])
         time.sleep(0.05)
     return 128 - code if code < 0 else code
 
