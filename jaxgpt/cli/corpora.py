@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.cli import places
+from jaxgpt.cli.places import local_path
 from jaxgpt.corpus import Corpus, CorpusError, load, mix
 
 HUB = {
@@ -122,8 +122,3 @@ def absolute(corpus: str) -> str:
 def is_url(corpus: str) -> bool:
     """Whether a corpus is at a URL, such as gs://bucket/texts."""
     return "://" in corpus
-
-
-def local_path(path: str | Path) -> Path:
-    """The path of a file or folder; ~ is the home folder. Path.expanduser() would raise for "~draft.txt"."""
-    return Path(os.path.expanduser(path))

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 import tyro
 
 from jaxgpt.cli import COMMANDS
-from jaxgpt.cli.corpora import local_path
+from jaxgpt.cli.places import local_path
 from jaxgpt.config import UsageError
 from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run

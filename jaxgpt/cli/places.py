@@ -1,10 +1,15 @@
-"""Checks, before the work starts, that its results can be written; and the user's cache folder."""
+"""Paths as users type them, checks that results can be written before the work starts, and the user's cache folder."""
 
 import os
 import tempfile
 from pathlib import Path
 
 from jaxgpt.config import UsageError
+
+
+def local_path(path: str | Path) -> Path:
+    """The path of a file or folder; ~ is the home folder. Path.expanduser() would raise for "~draft.txt"."""
+    return Path(os.path.expanduser(path))
 
 
 def require_writable(folder: Path, option: str) -> None:

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import tyro
 
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.corpora import local_path
 from jaxgpt.cli.options import Checkpoint, RunName, RunsDir, parse, typed
+from jaxgpt.cli.places import local_path
 from jaxgpt.config import UsageError
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.cli.corpora import local_path
+from jaxgpt.cli.places import local_path
 from jaxgpt.cli.runs import start
 from jaxgpt.config import Config, MissingExtraError, ModelConfig, replaced
 from jaxgpt.corpus import read_meta

@@ -16,7 +16,8 @@ from typing import Any
 import filelock
 
 from jaxgpt import files
-from jaxgpt.cli.corpora import NAMED, cached_folder, folder_of, is_prepared, is_url, local_path, mixture
+from jaxgpt.cli.corpora import NAMED, cached_folder, folder_of, is_prepared, is_url, mixture
+from jaxgpt.cli.places import local_path
 from jaxgpt.corpus import Corpus, CorpusError, load, mix, read_meta, train_size
 from jaxgpt.prepare import documents, sources
 from jaxgpt.prepare.encode import LOCK, PROGRESS, InterruptionError, encode

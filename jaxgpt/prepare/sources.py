@@ -20,7 +20,8 @@ from typing import Any, cast
 
 from jaxgpt import files
 from jaxgpt.cli import places
-from jaxgpt.cli.corpora import HUB, NAMED, begins_with, is_prepared, is_tokens_json, is_url, local_path
+from jaxgpt.cli.corpora import HUB, NAMED, begins_with, is_prepared, is_tokens_json, is_url
+from jaxgpt.cli.places import local_path
 from jaxgpt.config import MissingExtraError, UsageError
 from jaxgpt.prepare import documents
 from jaxgpt.prepare.documents import SourceError

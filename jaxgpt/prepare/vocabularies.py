@@ -11,7 +11,7 @@ from threading import Event
 from typing import Any
 
 from jaxgpt import tokenizer
-from jaxgpt.cli.corpora import local_path
+from jaxgpt.cli.places import local_path
 from jaxgpt.config import MissingExtraError, UsageError, shown
 from jaxgpt.corpus import CorpusError, read_meta
 from jaxgpt.prepare.documents import SourceError

@@ -8,8 +8,8 @@ import tyro
 
 from jaxgpt.cli import places
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.corpora import local_path
 from jaxgpt.cli.options import Folders, parse, refuse_unused, take_recipe
+from jaxgpt.cli.places import local_path
 from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import RECIPES, recipe
 

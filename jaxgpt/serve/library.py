@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.cli.corpora import local_path
+from jaxgpt.cli.places import local_path
 from jaxgpt.config import UsageError
 from jaxgpt.monitor import cost
 from jaxgpt.run import Run, RunError
