@@ -94,7 +94,7 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop:
     T = q.shape[2]
     if sharding.num_shards("time") > 1:
         return _blocked_sharded(config, q, k, v, drop)
-    size = block_size(T)
+    size = queries_per_block(T)
 
     @partial(jax.checkpoint, static_argnums=(3, 4))
     def block(q: jax.Array, k: jax.Array, v: jax.Array, start: int, first: int) -> jax.Array:
@@ -108,13 +108,13 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop:
     return jnp.concatenate(outs, axis=2)
 
 
-def block_size(T: int) -> int:
-    """Queries per block of "blocked" attention on one device."""
+def queries_per_block(T: int) -> int:
+    """Of "blocked" attention on one device."""
     return max(BLOCK, -(-T // 16))
 
 
-def shard_block(T: int) -> int:
-    """Queries per block of "blocked" attention where a device has T of them: a divisor of T."""
+def queries_per_shard_block(T: int) -> int:
+    """Of "blocked" attention where each device has T of the queries: a divisor of T."""
     return next(size for size in range(min(BLOCK, T), 0, -1) if T % size == 0)
 
 
@@ -122,7 +122,7 @@ def _blocked_sharded(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Arr
     """`blocked` over n shards of the queries: each device loops over the blocks of its own shard."""
     B, H, T, D = q.shape
     n = sharding.num_shards("time")
-    size = shard_block(T // n)
+    size = queries_per_shard_block(T // n)
     positions = jnp.arange(T).reshape(n, -1, size).swapaxes(0, 1)  # (blocks, n, size)
     blocks = jnp.moveaxis(q.reshape(B, H, n, -1, size, D), 3, 0)  # (blocks, B, H, n, size, D)
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.kernels import BLOCKED, block_size
+from jaxgpt.kernels import BLOCKED, queries_per_block
 from jaxgpt.monitor import cost
 
 
@@ -50,7 +50,7 @@ CHIPS = {
     "h100-nvl": Chip(835e12, 417.5e12, 94e9, 3900e9, 300e9, 0, 2, 0),
     "h200": Chip(989e12, 494.7e12, 141e9, 4800e9, 450e9, 0, 8, 50e9),
 }
-"""Sources: https://docs.cloud.google.com/tpu/docs/NAME, https://www.nvidia.com/en-us/data-center/NAME.
+"""Sources: docs.cloud.google.com/tpu/docs/v4 and so on; www.nvidia.com/en-us/data-center/a100, h100 and h200.
 Link rates are half of the published ones, which count both directions; v4 has the pod's all-reduce rate per chip.
 The network rate of v5e is the pod's divided by its chips; GPUs have one adapter each, as in a DGX."""
 
@@ -94,4 +94,4 @@ def flops_per_token(config: ModelConfig) -> int:
 def attended(config: ModelConfig) -> int:
     """Keys of each query, whether masked or not: T, or with a window those of its block in `kernels.blocked`."""
     T = config.block_size
-    return min(T, block_size(T) + config.window - 1) if config.window and T >= BLOCKED else T
+    return min(T, queries_per_block(T) + config.window - 1) if config.window and T >= BLOCKED else T

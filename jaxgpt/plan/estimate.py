@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from jaxgpt.cli.memory import n_moments
 from jaxgpt.config import Config
 from jaxgpt.data import DEVICE_TOKENS
-from jaxgpt.kernels import BLOCKED, shard_block
+from jaxgpt.kernels import BLOCKED, queries_per_shard_block
 from jaxgpt.loss import LOGITS
 from jaxgpt.monitor import cost
 from jaxgpt.monitor.chips import Chip, attended, flops_per_token
@@ -165,7 +165,7 @@ def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
     # The float32 sums of their gradients, for every head; blocked attention has them after each block of queries.
     queries, sums = model.block_size // sizes.context, cost.FLOAT * activations * sizes.context / t
     if model.block_size >= BLOCKED:
-        send("all-reduce", sizes.context, A * L * 2 * (queries // shard_block(queries)), sums)
+        send("all-reduce", sizes.context, A * L * 2 * (queries // queries_per_shard_block(queries)), sums)
     else:
         send("reduce-scatter", sizes.context, A * L * 2, sums)
     repeated = whole - whole // t  # beyond a share of it

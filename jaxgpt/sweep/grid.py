@@ -88,7 +88,7 @@ def describe(setting: dict[str, Any]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as text, a float with all of its digits: settings are told apart by it."""
+    """A value as text. A float keeps all of its digits, because the text identifies a setting."""
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
