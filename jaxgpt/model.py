@@ -367,8 +367,10 @@ def features(
       dropout: a traced rate in place of `config.dropout`.
 
     Raises:
-      ValueError: T is longer than block_size.
+      ValueError: the ids are not (B, T), or T is longer than block_size.
     """
+    if idx.ndim != 2:
+        raise ValueError(f"the ids have shape {idx.shape}, expected (B, T)")
     if idx.shape[1] > config.block_size:
         raise ValueError(f"{idx.shape[1]} tokens are longer than block_size, {config.block_size}")
     if dropout_key is None or not config.dropout:

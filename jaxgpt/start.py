@@ -206,8 +206,9 @@ def load_checkpoint(run: Run, which: str | int = "best") -> tuple[int, model.Par
         steps = checkpoints.steps
         if not steps:
             raise RunError(f"run {run.path.name!r} has no checkpoint yet: let it train, or {run.resume_command}")
-        step = {"best": best_step(steps, run.val_losses()), "last": steps[-1]}.get(str(which), which)
-        if step not in steps:
+        named = {"best": best_step(steps, run.val_losses()), "last": steps[-1]} | {str(step): step for step in steps}
+        step = named.get(str(which))
+        if step is None:
             raise RunError(f"checkpoint is {which!r}, expected 'best', 'last' or a step: {', '.join(map(str, steps))}")
         try:
             require_own(run, run.config, run.corpus_meta, checkpoints.verify(step))

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -212,6 +213,17 @@ def test_every_command_has_help(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0
     assert f"usage: jaxgpt {command}" in out
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "sweep"])
+def test_help_fills_its_lines(call, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = call(command, "--help")[1].splitlines()
+    lines = [line.rstrip() for line in out if line.startswith(10 * " ") and line.strip()]  # after an option's first
+    assert len(lines) > 4
+    for line, following in pairwise(lines):
+        if not line.endswith(")"):  # a default ends each text
+            assert len(f"{line} {following.split()[0]}") >= 80
 
 
 def test_the_help_of_prepare_names_all_that_it_takes(call):

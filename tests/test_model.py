@@ -30,6 +30,8 @@ def test_logits_are_B_T_V(config):
         chex.assert_shape(jax.eval_shape(partial(model.forward, config), params, IDX[:, :T]), (3, T, 11))
     with pytest.raises(ValueError, match="9 tokens are longer than block_size, 8"):
         forward(config, params, jnp.zeros((1, 9), jnp.int32))
+    with pytest.raises(ValueError, match=r"shape \(8,\), expected \(B, T\)"):
+        forward(config, params, IDX[0])
 
 
 @pytest.mark.parametrize("config", [GPT, BIGRAM])

@@ -1,12 +1,15 @@
 """Options that commands share, their parsing, and the command line to type next."""
 
+import ast
+import inspect
 import os
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 import tyro
@@ -45,6 +48,8 @@ def parse(
     about, config = about or COMMANDS[command][1], (tyro.conf.OmitArgPrefixes,)
     if shutil.get_terminal_size().columns < LEAST_WIDTH:
         os.environ["COLUMNS"] = str(LEAST_WIDTH)
+    if {"-h", "--help"} & set(args):
+        _rewrap(kind)
     try:
         prog = f"jaxgpt {command}"
         return at_home(tyro.cli(kind, args=args, prog=prog, description=about, default=default, config=config))
@@ -52,6 +57,19 @@ def parse(
         if refused.code == 2 and (hint := _hint(_types(kind), args)):
             raise UsageError(hint) from refused
         raise
+
+
+def _rewrap(kind: Any) -> None:
+    """Let tyro wrap the text of each option of a dataclass: it would keep the line breaks of an indented docstring."""
+    (source,) = ast.parse(inspect.getsource(kind)).body
+    texts = {field.name: field for field in fields(kind)}
+    for line, following in pairwise(source.body if isinstance(source, ast.ClassDef) else []):
+        match line, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                texts[name].metadata = MappingProxyType({"help": " ".join(text.split())})
+    for of in get_type_hints(kind).values():
+        if is_dataclass(of):
+            _rewrap(of)
 
 
 def at_home(given: Any) -> Any:

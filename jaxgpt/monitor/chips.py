@@ -49,8 +49,10 @@ CHIPS = {
     "h100-pcie": Chip(756e12, 378e12, 80e9, 2000e9, 300e9, 0, 2, 0),
     "h100-nvl": Chip(835e12, 417.5e12, 94e9, 3900e9, 300e9, 0, 2, 0),
     "h200": Chip(989e12, 494.7e12, 141e9, 4800e9, 450e9, 0, 8, 50e9),
+    "h200-nvl": Chip(835.5e12, 417.5e12, 141e9, 4800e9, 450e9, 0, 4, 0),
+    "b200": Chip(2250e12, 1100e12, 180e9, 8000e9, 900e9, 0, 8, 50e9),
 }
-"""Sources: docs.cloud.google.com/tpu/docs/v4 and so on; www.nvidia.com/en-us/data-center/a100, h100 and h200.
+"""Sources: docs.cloud.google.com/tpu/docs/v4 and so on; www.nvidia.com/en-us/data-center/a100, h100, h200 and dgx-b200.
 Link rates are half of the published ones, which count both directions; v4 has the pod's all-reduce rate per chip.
 The network rate of v5e is the pod's divided by its chips; GPUs have one adapter each, as in a DGX."""
 

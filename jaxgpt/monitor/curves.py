@@ -46,13 +46,16 @@ def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> 
     marks = [row for facts in runs for row in _marks(facts, last)]
     rules = [{"what": what, "value": value} for what, value in baselines]
     x, y = _steps(last), quantity("value", "loss, nats per token")
+    top = 1.5 * max([row["high"] for row in scores] + [value for facts in runs for _, value in facts.loss[:1]])
+    if max((row["value"] for row in train), default=0.0) > top:  # a spike would flatten all the rest
+        y["scale"]["domainMax"] = top
     at: Spec = {"x": x, "y": y, **_by_run(runs)}
     mark: Spec = {"x": x, "color": {"condition": {"test": "datum.kind === 'resume'", "value": QUIET}, "value": WARM}}
     mark["tooltip"] = [{"field": name} for name in ("run", "step", "kind", "text")]
     name: Spec = {"y": y, "x": {"value": {"expr": "width"}}, "text": {"field": "what"}}
     thin = {**at, "color": {"value": QUIET}} if len(runs) == 1 else at
     note = {"align": "right", "dx": -8, "dy": -16, "color": INK, "fontWeight": 600}
-    curve = layer(train, "line", thin, strokeWidth=1, opacity=0.55, point=_single(train))
+    curve = layer(train, "line", thin, strokeWidth=1, opacity=0.55, point=_single(train), clip=True)
     curve["params"] = [ZOOM]
     layers = [
         layer(rules, "rule", {"y": y}, strokeDash=[2, 4], color=QUIET),

@@ -101,8 +101,8 @@ class Chart:
         return {"image/svg+xml": charts.render(self.spec, ".svg").decode()}
 
 
-def load(run: str | Path, checkpoint: str = "best", runs_dir: str | Path = "runs") -> Loaded:
-    """A run by its name in `runs_dir` or by its path, with the parameters of its "best" or "last" checkpoint.
+def load(run: str | Path, checkpoint: str | int = "best", runs_dir: str | Path = "runs") -> Loaded:
+    """A run by its name in `runs_dir` or by its path, with the parameters of a checkpoint: "best", "last" or a step.
 
     Raises:
       RunError: there is no such run, or it has no checkpoint yet.

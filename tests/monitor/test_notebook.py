@@ -24,7 +24,8 @@ def test_a_loaded_run_has_a_summary_samples_and_a_chart(trained, tmp_path):
     assert chart._repr_mimebundle_()["image/svg+xml"].startswith("<svg")
     chart.save(tmp_path / "loss.svg")
     assert (tmp_path / "loss.svg").stat().st_size > 1000
-    assert jaxgpt.load("hostile", "last", runs_dir=run.path.parent).step == 20
+    for which in ("last", 20, "20"):
+        assert jaxgpt.load("hostile", which, runs_dir=run.path.parent).step == 20
     with pytest.raises(RunError, match="no run 'nobody'"):
         jaxgpt.load("nobody", runs_dir=run.path.parent)
 

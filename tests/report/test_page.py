@@ -275,6 +275,15 @@ def test_the_labels_of_an_axis_differ(made):
     assert "2.5e-4" in labels(curves.curves([constant], "learning_rate"))
 
 
+@pytest.mark.parametrize(("spike", "top"), [(5.0, 5), (1e4, 6)])
+def test_a_spike_does_not_flatten_the_curve(made, spike, top):
+    losses = [(1, 4.0), (2, 3.0), (3, spike), (4, 2.5), (5, 2.0)]
+    spec = curves.loss([replace(made.runs[0], loss=losses, scores=[], events=[])])
+    values = [float(text) for text in labels(spec) if re.fullmatch(r"\d+\.\d+", text)]
+    assert max(values) <= top
+    assert len(values) > 4
+
+
 def test_a_curve_of_one_point_is_drawn(made):
     run = replace(made.runs[0], learning_rate=[(1, 0.1)], loss=[(1, 3.0)], scores=[], events=[])
     for spec in (curves.curves([run], "learning_rate"), curves.loss([run])):
