@@ -307,7 +307,7 @@ def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `json.dumps(dataclasses.asdict(config))`.
+    """The inverse of `json.dumps(dataclasses.asdict(config))`. The seal of a run's config.json is ignored.
 
     Raises:
       ConfigError: the text is not JSON, or `from_tree` raises.
@@ -316,6 +316,8 @@ def from_json(text: str) -> Config:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the config is not JSON: {error}") from error
+    if isinstance(tree, dict):
+        tree.pop("seal", None)
     return from_tree(tree)
 
 

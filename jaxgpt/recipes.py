@@ -146,7 +146,9 @@ def recipe(name: str) -> Recipe:
             config = from_json(Path(os.path.expanduser(name)).read_text("utf-8-sig"))
         except (OSError, UnicodeDecodeError, ConfigError) as error:
             why = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(f"the recipe {name} cannot be read: {why}; jaxgpt sweep writes such files") from error
+            raise ConfigError(
+                f"the recipe {name} cannot be read: {why}; expected a run's config.json or the best.json of a sweep"
+            ) from error
         return Recipe(config, f"The settings in {name}.", "unknown", "unknown", "unknown")
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)

@@ -8,15 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import config as configs
+from jaxgpt import files
 from jaxgpt.config import Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.recipes import RECIPES, recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_can_run_and_round_trip(name):
+def test_recipes_can_run_and_round_trip(name, tmp_path):
     config = RECIPES[name].config
     assert configs.problems(config) == []
     assert configs.from_json(json.dumps(dataclasses.asdict(config))) == config
+    of_a_run = tmp_path / "config.json"
+    of_a_run.write_text(files.seal(dataclasses.asdict(config)))
+    assert recipe(str(of_a_run)).config == config
 
 
 @given(
