@@ -297,6 +297,12 @@ def replaced(config: Config, **values: Any) -> Config:
     return Config(**sections)
 
 
+def unresolved(config: Config) -> Config:
+    """`config` with decay_steps 0 where it is the number of steps, as `start.resolve` sets it: the schedule then
+    follows a change of steps."""
+    return replaced(config, decay_steps=0) if config.optimizer.decay_steps == config.train.steps else config
+
+
 def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
     """(field, value in `a`, value in `b`) of every field in which two configs differ."""
     found = []

@@ -164,8 +164,8 @@ class MetricsLog:
         """Sync all lines so far to disk; all processes must call this.
 
         Raises:
-          OSError: in process 0, the lines cannot be written, or the run was moved or has another writer (a
-            FileNotFoundError); the other processes raise a ProcessError.
+          OSError: in process 0, the lines cannot be written; a FileNotFoundError if the run was moved, a
+            FileExistsError if the log has another writer. The other processes raise a ProcessError.
           DivergedError: as in `flush`.
         """
         self.flush()
@@ -223,8 +223,10 @@ class MetricsLog:
         if self._file:
             os.fsync(self._file.fileno())
             path, open_file = self.run.metrics_file, os.fstat(self._file.fileno())
-            if not (path.exists() and os.path.samestat(open_file, path.stat()) and open_file.st_size == self._n_bytes):
-                raise FileNotFoundError(errno.ENOENT, "it was moved, deleted or changed by another process")
+            if not path.exists():
+                raise FileNotFoundError(errno.ENOENT, "it was moved or deleted")
+            if not os.path.samestat(open_file, path.stat()) or open_file.st_size != self._n_bytes:
+                raise FileExistsError(errno.EEXIST, "another process has changed it")
 
     def _drain(self) -> OSError | None:
         """Write the lines in memory; return the error if the disk does not take them all."""

@@ -1,42 +1,18 @@
-"""Random keys whose stream depends only on the seed, and dropout masks.
-
-The stream of `jax.random.key(seed)` also depends on JAX_DEFAULT_PRNG_IMPL, JAX_THREEFRY_PARTITIONABLE and
-JAX_RANDOM_SEED_OFFSET. Keys made here are always partitionable threefry2x32, JAX's default.
-"""
+"""Random keys whose stream depends only on the seed, and dropout masks."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import define_prng_impl, threefry_prng_impl
-
-
-def _partitionable(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    # JAX calls `function` when it lowers a program, so a scope around tracing would end too early.
-    def pinned(*args: Any) -> jax.Array:
-        with jax.threefry_partitionable(True):
-            return function(*args)
-
-    return pinned
-
-
-THREEFRY = define_prng_impl(
-    key_shape=threefry_prng_impl.key_shape,
-    seed=threefry_prng_impl.seed,
-    split=_partitionable(threefry_prng_impl.split),
-    random_bits=_partitionable(threefry_prng_impl.random_bits),
-    fold_in=threefry_prng_impl.fold_in,
-    name="threefry2x32_partitionable",
-    tag="fry",
-)
 
 
 def key(seed: jax.Array | int) -> jax.Array:
-    """`jax.random.key(seed)` with JAX's default settings; the seed, 0 to 2**32 - 1, may be traced."""
-    return jax.random.wrap_key_data(jnp.array([0, seed], jnp.uint32), impl=THREEFRY)
+    """`jax.random.key(seed)` of JAX's default generator, whatever JAX_DEFAULT_PRNG_IMPL; the seed, 0 to 2**32 - 1, may
+    be traced. Commands also set the two flags that change this generator's stream (`cli.main`)."""
+    return jax.random.key(seed, impl="threefry2x32")
 
 
 def keep_mask(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import Config, ConfigError, from_json, replaced
+from jaxgpt.config import Config, ConfigError, from_json, replaced, unresolved
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def recipe(name: str) -> Recipe:
     """
     if name.endswith(".json"):
         try:
-            config = from_json(Path(os.path.expanduser(name)).read_text("utf-8-sig"))
+            config = unresolved(from_json(Path(os.path.expanduser(name)).read_text("utf-8-sig")))
         except (OSError, UnicodeDecodeError, ConfigError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(

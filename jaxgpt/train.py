@@ -184,7 +184,10 @@ def save_errors(log: MetricsLog, checkpoints: Checkpoints, stop: bool = False) -
         saved = "no step is saved yet" if latest is None else f"step {latest} is saved"
         fix = "make room"
         if isinstance(error, FileNotFoundError):
-            saved, fix = "nothing more is saved", "put it back, or end the other process"
+            saved, fix = "nothing more is saved", "put it back"
+        elif isinstance(error, FileExistsError):  # no later save could succeed
+            fix, stop = "end the other process", True
+        stop = bool(processes.any_process(stop))
         then = f"the run ends: {fix}, then resume it" if stop else f"the next save tries again: {fix}"
         text = f"{what}; {saved}, and {then}"
         notify(run, log.on_event, "save-failed", log.step, text)

@@ -19,7 +19,8 @@ def test_recipes_can_run_and_round_trip(name, tmp_path):
     assert configs.problems(config) == []
     assert configs.from_json(json.dumps(dataclasses.asdict(config))) == config
     of_a_run = tmp_path / "config.json"
-    of_a_run.write_text(files.seal(dataclasses.asdict(config)))
+    resolved = configs.replaced(config, decay_steps=config.train.steps)
+    of_a_run.write_text(files.seal(dataclasses.asdict(resolved)))
     assert recipe(str(of_a_run)).config == config
 
 

@@ -163,13 +163,13 @@ def test_a_run_that_is_moved_fails_to_sync_until_it_is_back(run, tmp_path):
             log.add(log.step, chunk(log.step + 1))
             log.flush()
             moved = path.rename(tmp_path / "moved")
-            with pytest.raises(FileNotFoundError, match="it was moved, deleted or changed by another process"):
+            with pytest.raises(FileNotFoundError, match="it was moved or deleted"):
                 log.sync()
             moved.rename(path)
             log.sync()
         run.metrics_file.rename(tmp_path / "old")
         run.metrics_file.write_bytes((tmp_path / "old").read_bytes())
-        with pytest.raises(FileNotFoundError, match="it was moved, deleted or changed by another process"):
+        with pytest.raises(FileExistsError, match="another process has changed it"):
             log.sync()
     assert [line["step"] for line in lines(run)] == list(range(1, 11))
 
@@ -183,7 +183,7 @@ def test_two_processes_that_write_one_log_save_nothing_more(run):
             second.add(0, chunk(1))
             first.add(5, chunk(6))
             for log in (first, second):
-                with pytest.raises(FileNotFoundError, match="changed by another process"):
+                with pytest.raises(FileExistsError, match="another process has changed it"):
                     log.sync()
 
 

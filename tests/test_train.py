@@ -68,8 +68,6 @@ DEFAULTS = dict(jax.config.values)
 FLAGS = {
     "jax_enable_x64": True,
     "jax_default_prng_impl": "rbg",
-    "jax_threefry_partitionable": False,
-    "jax_random_seed_offset": 7,
 }
 
 
@@ -279,10 +277,25 @@ def test_a_run_that_is_moved_while_it_trains_makes_no_second_one(tiny, new_run):
             run.path.rename(run.path.with_name("two"))
 
     run, corpus = new_run("one", tiny)
-    with pytest.raises(CheckpointError, match=r"by another process; nothing more is saved.*: put it back"):
+    with pytest.raises(CheckpointError, match=r"it was moved or deleted; nothing more is saved.*: put it back"):
         fit(run, corpus, move)
     assert not run.path.exists()
     assert fit(Run(run.path.with_name("two")), corpus).step == 20
+
+
+def test_a_run_with_a_second_writer_ends_at_its_next_save(tiny, new_run, change):
+    """As on two hosts with a network file system without locks: no later save could succeed."""
+
+    def write_too(event):
+        if isinstance(event, Evaluated) and event.step == 5:
+            with run.metrics_file.open("ab") as log:
+                log.write(b'{"step": 6}\n')
+
+    run, corpus = new_run("one", change(tiny, eval_every=5))
+    with pytest.raises(CheckpointError, match=r"has changed it; step 5 is saved, and the run ends: end the other"):
+        fit(run, corpus, write_too)
+    assert Checkpoints(run.checkpoints).latest == 5
+    assert fit(Run(run.path), corpus).step == 20
 
 
 def test_a_signal_in_the_last_chunk_finds_the_run_done(tiny, new_run, sigterm_at):

@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # replace characters that a terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    os.environ["JAX_ENABLE_X64"] = "0"  # commands compute in float32; JAX is not imported yet
+    # Commands compute in float32, and draw from one stream of random numbers; JAX is not imported yet.
+    os.environ |= {"JAX_ENABLE_X64": "0", "JAX_THREEFRY_PARTITIONABLE": "1", "JAX_RANDOM_SEED_OFFSET": "0"}
     gc.set_threshold(100_000)  # 700 new objects by default; JAX creates many that live on
     code = run_command(sys.argv[1:] if argv is None else argv)
     gc.freeze()  # the last collection would take half a second, for objects that end with the process

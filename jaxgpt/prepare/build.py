@@ -194,11 +194,12 @@ def _already_prepared(corpus: str) -> Prepared | None:
     with sources.store_errors(corpus):
         if not corpus or corpus in NAMED or not is_prepared(sources.path_of(corpus)):
             return None
-    folder = _fetch(corpus) if is_url(corpus) else local_path(corpus)
-    return Prepared(load(folder), folder, True)
+    if is_url(corpus):
+        return _fetch(corpus)
+    return Prepared(load(local_path(corpus)), local_path(corpus), True)
 
 
-def _fetch(url: str) -> Path:
+def _fetch(url: str) -> Prepared:
     """Copy a prepared folder at a URL into the cache: each file once, and only if its SHA-256 is right."""
     with sources.store_errors(url):
         store = sources.path_of(url)
@@ -210,8 +211,8 @@ def _fetch(url: str) -> Path:
         if not (here := cached_folder(folder_of(meta, Path()).name)):
             raise CorpusError(f"{url} needs a cache folder for its copy, but there is none: set XDG_CACHE_HOME")
         with suppress(CorpusError):  # it is not there yet, or is damaged
-            if load(here).meta == meta:
-                return here
+            if (kept := load(here)).meta == meta:
+                return Prepared(kept, here, True)
         here.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(here / LOCK):  # the processes of a host may fetch it at the same time
             for shard in meta["shards"]:
@@ -228,4 +229,4 @@ def _fetch(url: str) -> Path:
                 finally:
                     copy.unlink(missing_ok=True)
             files.write_atomically(here / "tokens.json", files.seal(meta).encode())
-    return here
+    return Prepared(load(here), here, True)

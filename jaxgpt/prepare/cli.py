@@ -28,18 +28,20 @@ class Prepare:
 def run(args: list[str]) -> int:
     given = parse(Prepare, args, "prepare")
     from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    from jaxgpt.monitor.progress import patient_bar
     from jaxgpt.prepare.build import prepare_corpus
 
-    with patient_bar(Console(stderr=True)) as progress:
+    columns, console = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn()), Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
         done = prepare_corpus(
             given.corpus,
             given.tokenizer,
             unknown=given.unknown,
             data_dir=given.data_dir,
             column=given.column,
-            progress=progress,
+            progress=lambda what, share: bar.update(task, description=what, completed=share),
         )
     print(done.corpus.summary)
     for note in done.corpus.meta.get("notes", []):

@@ -12,6 +12,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ BINARY = {
     b"GIF8": "is a GIF image",
     b"\x93NUMPY": "is a NumPy array: if it holds tokens, prepare the text that they were made from",
 }
-"""First bytes of a file that is not UTF-8, its format and how to convert it."""
+"""Bytes at the beginning of a file that is not UTF-8 ("ustar": at TAR), its format and how to convert it."""
 TAR = 257
 """Offset of the "ustar" of a tar archive."""
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -110,6 +111,8 @@ def copy_to(target: Any, path: Path, folder: str | Path, variable: str) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
+        with suppress(OSError):  # or the caller's close would flush, and fail, again
+            target.close()
         raise SourceError(
             f"{path}: no space left in {folder} for a copy of it; make room, or set {variable} to another folder"
         ) from error

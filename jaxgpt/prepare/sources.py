@@ -295,8 +295,8 @@ def download(url: str, target: Path, size: int, sha256: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(target, data)
     except (OSError, http.client.HTTPException, SourceError) as error:
-        places = " or ".join(dict.fromkeys([str(target), f"data/{target.name}"]))
-        by_hand = f"fetch it elsewhere and put it at {places}, SHA-256 {sha256}"
+        where = " or ".join(dict.fromkeys([str(target), f"data/{target.name}"]))
+        by_hand = f"fetch it elsewhere and put it at {where}, SHA-256 {sha256}"
         raise SourceError(f"{url} cannot be fetched to {target} ({error}); {by_hand}") from error
     return target
 
