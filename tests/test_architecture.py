@@ -157,7 +157,7 @@ def test_heavy_imports_wait_for_their_use():
     commands = ", ".join(f"jaxgpt.{module}" for module, _ in COMMANDS.values())
     assert "jax" not in loaded_after(f"import {commands}", *heavy), "a command's help waits for no JAX"
     assert loaded_after("import jaxgpt.corpus, jaxgpt.data", *heavy) == ["numpy"]
-    assert loaded_after("import jaxgpt.monitor.progress, jaxgpt.display.text", "jax") == []
+    assert loaded_after("import jaxgpt.display.text", "jax") == []
     assert "orbax" not in loaded_after("import jaxgpt; jaxgpt.train_steps; jaxgpt.generate", *heavy)
 
 

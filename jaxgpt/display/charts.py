@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -92,14 +91,16 @@ def ticks(low: float, high: float) -> list[float]:
     """A few round values for a logarithmic axis, or both ends if there are fewer than two. None is outside of the axis,
     where Vega draws nothing.
 
-    >>> ticks(0.6, 4.2), ticks(0.01, 900), ticks(0.2104, 0.4), ticks(0.3001, 0.305)
-    ([1.0, 2.0], [0.01, 0.1, 1.0, 10.0, 100.0], [0.22, 0.4], [0.3001, 0.305])
+    >>> ticks(0.6, 4.2), ticks(0.01, 900), ticks(0.2104, 0.4), ticks(5.1, 19.9), ticks(0.3001, 0.305)
+    ([1.0, 2.0], [0.01, 0.1, 1.0, 10.0, 100.0], [0.22, 0.4], [5.1, 19.0], [0.3001, 0.305])
     """
     powers = [10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     parts = (1, 2, 5) if high < 100 * low else (1,)
     found = [n * power for power in powers for n in parts if low <= n * power <= high]
-    unit = powers[0] / 10
-    ends = [float(f"{n * unit:.2g}") for n in (math.ceil(low / unit), math.floor(high / unit))]
+    ends = []
+    for end, whole in ((low, math.ceil), (high, math.floor)):
+        unit = 10.0 ** (math.floor(math.log10(end)) - 1)
+        ends.append(float(f"{whole(end / unit) * unit:.2g}"))
     return found if len(found) > 1 else ends if ends[0] < ends[1] else [low, high]
 
 
@@ -174,22 +175,10 @@ def render(spec: Spec, suffix: str, width: int = 760) -> bytes:
         coloured["width"] = width
     convert = require()
     if suffix == ".png":
-        return _compressed(bytes(convert.vegalite_to_png(coloured, vl_version=VERSION, scale=2)))
+        return bytes(convert.vegalite_to_png(coloured, vl_version=VERSION, scale=2))
     if suffix == ".pdf":
         return bytes(convert.vegalite_to_pdf(coloured, vl_version=VERSION))
     return str(convert.vegalite_to_svg(coloured, vl_version=VERSION)).encode()
-
-
-def _compressed(png: bytes) -> bytes:
-    """The same picture at zlib's highest level: a third of the size that vl-convert writes."""
-    head, pixels, at = png[:33], b"", 33  # signature and IHDR
-    while (kind := png[at + 4 : at + 8]) != b"IEND":
-        size = int.from_bytes(png[at : at + 4])
-        if kind == b"IDAT":
-            pixels += png[at + 8 : at + 8 + size]
-        at += 12 + size
-    data = b"IDAT" + zlib.compress(zlib.decompress(pixels), 9)
-    return head + (len(data) - 4).to_bytes(4) + data + zlib.crc32(data).to_bytes(4) + png[at:]
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Published rates of accelerators, and model FLOPs utilisation."""
+"""Published rates of accelerators, and model FLOPs utilization."""
 
 import math
 from dataclasses import dataclass
@@ -71,8 +71,8 @@ def of_kind(device_kind: str) -> Chip | None:
     return CHIPS[max(found, key=len)] if found else None
 
 
-def utilisation(config: Config, device_kind: str, n_devices: int, tokens_per_second: float) -> float | None:
-    """Model FLOPs utilisation: the share of the devices' bfloat16 FLOP/s that training uses, at 3 * `flops_per_token`
+def utilization(config: Config, device_kind: str, n_devices: int, tokens_per_second: float) -> float | None:
+    """Model FLOPs utilization: the share of the devices' bfloat16 FLOP/s that training uses, at 3 * `flops_per_token`
     per token; None if their rate is unknown."""
     chip = of_kind(device_kind)
     return 3 * flops_per_token(config.model) * tokens_per_second / (chip.flops * n_devices) if chip else None

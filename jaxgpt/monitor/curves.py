@@ -46,7 +46,8 @@ def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> 
     marks = [row for facts in runs for row in _marks(facts, last)]
     rules = [{"what": what, "value": value} for what, value in baselines]
     x, y = _steps(last), quantity("value", "loss, nats per token")
-    top = 1.5 * max([row["high"] for row in scores] + [value for facts in runs for _, value in facts.loss[:1]])
+    usual = [row["high"] for row in scores] + [value for facts in runs for _, value in facts.loss[:1]]
+    top = max(1.5 * max(usual), *(value for _, value in baselines), 0.0)
     if max((row["value"] for row in train), default=0.0) > top:  # a spike would flatten all the rest
         y["scale"]["domainMax"] = top
     at: Spec = {"x": x, "y": y, **_by_run(runs)}
@@ -113,7 +114,7 @@ def _marks(facts: Facts, last: int) -> list[Spec]:
 
 
 def _steps(last: int) -> Spec:
-    axis = {"format": ",d", "tickCount": max(1, min(8, last))}  # whole steps
+    axis = {"tickCount": 8, "labelExpr": "datum.value % 1 ? '' : format(datum.value, ',d')"}  # whole steps
     return quantity("step", "step", axis, domain=[0, last], nice=False, padding=8)
 
 

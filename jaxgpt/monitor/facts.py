@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from jaxgpt.config import Config, differences, replaced
+from jaxgpt.config import Config, differences, replaced, unresolved
 from jaxgpt.corpus import train_size
 from jaxgpt.monitor import cost
-from jaxgpt.monitor.chips import utilisation
+from jaxgpt.monitor.chips import utilization
 from jaxgpt.monitor.terminal import duration
 from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run
@@ -127,14 +127,14 @@ class Facts:
         return next(filter(None, speeds), None)
 
     @property
-    def utilisation(self) -> float | None:
-        """Model FLOPs utilisation at `tokens_per_second`, on the devices of its process; None if unknown."""
+    def utilization(self) -> float | None:
+        """Model FLOPs utilization at `tokens_per_second`, on the devices of its process; None if unknown."""
         start, found = dict[str, Any](), None
         for event in self.events:
             if event["event"] == "start":
                 start = event
             elif speed := event.get("tokens_per_second"):
-                found = utilisation(self.config, start.get("device", ""), start.get("devices", 1), speed)
+                found = utilization(self.config, start.get("device", ""), start.get("devices", 1), speed)
         return found
 
 
@@ -182,8 +182,7 @@ def gather(run: Run, points: int = POINTS, name: str = "") -> Facts:
 
 def nearest(config: Config) -> tuple[str, list[Change]]:
     """The recipe from which `config` differs in the fewest settings, and these settings."""
-    if config.optimizer.decay_steps == config.train.steps:  # what the default, 0, becomes
-        config = replaced(config, decay_steps=0)
+    config = unresolved(config)
     changes = {name: differences(recipe.config, config) for name, recipe in RECIPES.items()}
     return min(changes.items(), key=lambda item: len(item[1]))
 

@@ -17,7 +17,7 @@ from jaxgpt.run import Run
 Log = Callable[[int, dict[str, float]], Any]
 """(step, metrics by name)."""
 Logger = tuple[Log, Callable[[], Any]]
-"""And the function that ends it."""
+"""A `Log`, and the function that closes it."""
 
 
 def tensorboard(run: Run) -> Logger:

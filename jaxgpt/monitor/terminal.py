@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from statistics import fmean
 from typing import Any
 
 from rich import progress
@@ -22,8 +21,6 @@ PLAIN_SECONDS = 5.0
 """Seconds between progress lines, at least, where the output is not a terminal."""
 WIDE = 72
 """Columns that the bar and all numbers need."""
-CURVE = 1000
-"""Most points of a curve; even."""
 
 
 class RunConsole(Console):
@@ -48,38 +45,19 @@ class RunConsole(Console):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Curve:
-    """The losses so far, as at most CURVE means of equally many losses; the last may be of fewer."""
-
-    def __init__(self) -> None:
-        self.points: list[float] = []
-        self._full = self._n = 1  # losses per point, and in the last one
-
-    def add(self, loss: float) -> None:
-        if self._n < self._full:
-            self._n += 1
-            self.points[-1] += (loss - self.points[-1]) / self._n
-            return
-        if len(self.points) == CURVE:
-            self.points = [fmean(pair) for pair in zip(self.points[::2], self.points[1::2], strict=True)]
-            self._full *= 2
-        self.points.append(loss)
-        self._n = 1
-
-
 class TrainingDisplay(Live):
     """Shows the events of `fit`; a context manager, and the `on_event` of `fit`.
 
     Args:
-      utilisation: tokens per second -> model FLOPs utilisation; None if unknown.
+      utilization: tokens per second -> model FLOPs utilization; None if unknown.
     """
 
-    def __init__(self, console: Console, steps: int, utilisation: Callable[[float], float | None] = lambda speed: None):
+    def __init__(self, console: Console, steps: int, utilization: Callable[[float], float | None] = lambda speed: None):
         self.live = console.is_terminal and not console.is_dumb_terminal
         """Whether the terminal can redraw lines."""
         self.notices = 0
-        self._utilisation, self._printed = utilisation, time.monotonic()
-        self._curve, self._ends = Curve(), list[float]()  # the first loss and the last
+        self._utilization, self._printed = utilization, time.monotonic()
+        self._losses, self._line = list[float](), ""  # of each chunk, and the curve as it was drawn last
         self._best: Evaluated | None = None
         self._sample = ""
         bar = [BarColumn(bar_width=None)] if console.width >= WIDE else []
@@ -108,12 +86,12 @@ class TrainingDisplay(Live):
 
     def _progress(self, event: Progress) -> None:
         self._best = event.best or self._best
-        self._curve.add(event.loss)
-        self._ends = [*self._ends[:1], event.loss]
+        self._losses.append(event.loss)
+        self._line = self.curve() if self.live else ""
         numbers = short = f"loss {event.loss:.4f}"
         if (speed := event.tokens_per_second) and event.seconds_left is not None:
             left = f"  {duration(event.seconds_left)} left"
-            used = self._utilisation(speed)
+            used = self._utilization(speed)
             share = "" if used is None else f"  {used:.0%} used"
             numbers, short = f"{short}  {speed:,.0f} tokens/s{share}{left}", short + left
         self._bar.update(self._task, completed=event.step, numbers=numbers if self.console.width >= WIDE else short)
@@ -122,21 +100,21 @@ class TrainingDisplay(Live):
 
     def _below(self) -> Iterator[Text]:
         """The lines under the bar: the loss curve and the newest sample."""
-        if curve := self.curve():
-            yield Text(curve, no_wrap=True, overflow="crop")
+        if self._line:
+            yield Text(self._line, no_wrap=True, overflow="crop")
         if self._sample:
             yield Text(visible(self._sample), style="dim", no_wrap=True, overflow="crop")
 
     def curve(self) -> str:
         """The training loss so far on one line; empty before the second Progress."""
-        if len(self._ends) < 2:
+        if len(self._losses) < 2:
             return ""
         levels = BLOCKS if self.console.encoding.startswith("utf") else ASCII
-        text = f"  {self._ends[0]:.2f} to {self._ends[1]:.2f}"
+        text = f"  {self._losses[0]:.2f} to {self._losses[-1]:.2f}"
         if self._best:
             text += f"  best {self._best.evaluation.loss:.4f} at {self._best.step:,}"
         room = min(60, self.console.width - len(text) - 5)
-        return f"loss {sparkline(self._curve.points, room, levels) if room > 10 else ''}{text}"
+        return f"loss {sparkline(self._losses, room, levels) if room > 10 else ''}{text}"
 
     def _print(self, line: str, **style: str) -> None:
         self._printed = time.monotonic()

@@ -11,13 +11,13 @@ TIMEOUT = 30.0
 @dataclass(frozen=True)
 class Limits:
     max_prompt: int = 20_000
-    """Most characters, or ids, of a prompt."""
+    """Maximum length of a prompt, in characters or ids."""
     max_tokens: int = 1000
-    """Most tokens that one request may generate."""
+    """Maximum number of tokens per request."""
     places: int = 32
     """Rows in the batch of a model: how many requests it serves at once; others wait."""
     max_requests: int = 64
-    """Most open requests, including waiting ones; any more get 429 Too Many Requests."""
+    """Maximum number of open requests, waiting ones included; further ones get 429 Too Many Requests."""
 
     def check(self) -> "Limits":
         """`self`; raises UsageError unless every limit is from 1 to 2**31 - 1."""

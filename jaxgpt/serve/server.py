@@ -12,7 +12,6 @@ import uvicorn
 from jaxgpt.config import UsageError
 from jaxgpt.serve.app import application
 from jaxgpt.serve.cli import Serve
-from jaxgpt.serve.connection import Connections
 from jaxgpt.serve.library import Library, Served
 from jaxgpt.serve.scheduler import Scheduler
 from jaxgpt.serve.writer import Job, Writer
@@ -48,7 +47,18 @@ def serve(options: Serve) -> None:
             scheduler.stop()
 
     app = application(library, scheduler, {host, *options.allow_host}, token)
-    server = Server(Connections(limits.max_requests + 99).config(app))
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    server = Server(config)
     if library.only:  # load it and compile its programs before the first request
         scheduler.submit(Job(library.run(library.only), [0], tokens=2))
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"

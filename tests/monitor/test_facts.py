@@ -73,9 +73,9 @@ def test_facts_of_a_run(run):
     assert found.recipe in found.command
     assert ("n_embd", 128, 16) in found.changes
     flops = 2 * 16 * (12 * 16) + 4 * 8 * 16 + 2 * 13 * 16  # of a block's kernels, its attention, and the head
-    assert found.utilisation == pytest.approx(3 * flops * 1e6 / (2 * 989e12))
+    assert found.utilization == pytest.approx(3 * flops * 1e6 / (2 * 989e12))
     moved = [*found.events, {"event": "start", "step": 20, "device": "NVIDIA A100-SXM4-80GB", "devices": 1}]
-    assert dataclasses.replace(found, events=moved).utilisation == found.utilisation, "it has no speed there yet"
+    assert dataclasses.replace(found, events=moved).utilization == found.utilization, "it has no speed there yet"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
 import io
-import itertools
 import math
 from dataclasses import replace
 
@@ -121,20 +120,6 @@ def test_a_resumed_run_shows_the_best_loss_before_it():
     before = Evaluated(70, replace(RESULT, loss=1.25))
     out = show(True, *(replace(event, best=before) for event in CURVE), Evaluated(90, RESULT))
     assert last_drawn(out)[1].endswith("best 1.2500 at 70")
-
-
-def test_points_of_a_curve_are_evenly_spaced_few_and_end_at_the_newest_loss(monkeypatch):
-    monkeypatch.setattr(terminal, "CURVE", 8)
-    curve = terminal.Curve()
-    for n in range(1, 100):
-        curve.add(float(n))
-        steps = {b - a for a, b in itertools.pairwise(curve.points[:-1])}
-        assert len(steps) <= 1, "a straight line stays straight"
-        assert len(curve.points) <= 8
-    line = last_drawn(show(True, *(Progress(i, 100, 100.0 - i, None, None) for i in range(99))))[1]
-    assert "100.00 to 2.00" in line
-    assert 4 <= len(line.split()[1]) <= 8
-    assert (line.split()[1][0], line.split()[1][-1]) == ("█", "▁")
 
 
 @pytest.mark.parametrize(
