@@ -30,8 +30,12 @@ from jaxgpt.step import TrainState
 PROGRAM = "jaxgpt checkpoint 2"
 READABLE = (PROGRAM, "jaxgpt checkpoint 1")  # whose manifests held the validation loss, too
 STEP = re.compile("0|[1-9][0-9]{0,17}")
-BARRIERS = [f"[op={{0}}] {name}" for name in ("create_directory:post", "save_checkpointables_async:finalize")]
-BARRIERS += [f"[op={{0}}.state] save_and_finalize_{{0}}.state_{name}_complete" for name in ("commit", "finalize")]
+BARRIERS = (
+    "[op={0}] create_directory:post",
+    "[op={0}] save_checkpointables_async:finalize",
+    "[op={0}.state] save_and_finalize_{0}.state_commit_complete",
+    "[op={0}.state] save_and_finalize_{0}.state_finalize_complete",
+)
 """Where the processes of an Orbax save, its operation {0}, wait for each other."""
 
 # Each thread of a failed save also logs a traceback; `_finish` reports the error.
@@ -269,7 +273,8 @@ def _arrays(tree: Any) -> dict[str, str]:
 
 
 def _end_in_all(name: str, reason: str) -> str:
-    """End the failed save `name` in all processes, which Orbax would do after 20 minutes; return the first's reason."""
+    """End the failed save `name` in all processes, which Orbax would do after 20 minutes; return the reason of
+    the one that failed first."""
     # Orbax below 0.13 (pyproject.toml) has no public names for these two, and for BARRIERS.
     from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
     from orbax.checkpoint._src.multihost.multihost import get_jax_distributed_client

@@ -160,8 +160,9 @@ def permute(index: Starts, n: int, seed: int, epoch: int, purpose: int = PERMUTA
     A four-round Feistel network on the smallest even number of bits that holds n, applied until the image is below n
     (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 
-    For n from 5 to 12, four rounds are few: over many keys, an index falls on some places, and follows some indices, up
-    to a third more or less often than others (standard deviations: 4 to 8%, 8 to 15%). Runs need these very numbers.
+    For n from 5 to 12, four rounds are too few to be uniform: over many keys, how often an index has an image, or two
+    indices are neighbours, differs from the mean by up to a third (standard deviations: 4 to 8%, 8 to 15%). More rounds
+    would change the batches of existing runs.
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)

@@ -186,7 +186,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def load_model(run: Run, which: str = "best") -> tuple[ModelConfig, model.Params, Tokenizer]:
+def load_model(run: Run, which: str | int = "best") -> tuple[ModelConfig, model.Params, Tokenizer]:
     """The model config, the parameters of a checkpoint and the tokenizer of a run, as sampling takes them."""
     return run.config.model, load_checkpoint(run, which)[1], run.tokenizer
 
@@ -216,6 +216,6 @@ def load_checkpoint(run: Run, which: str | int = "best") -> tuple[int, model.Par
         except CheckpointError as error:
             if step in checkpoints.steps:
                 raise CheckpointError(
-                    f"the {which} checkpoint cannot be used: {error}; {run.resume_command} resumes from the newest "
+                    f"checkpoint {which} cannot be used: {error}; {run.resume_command} resumes from the newest "
                     "valid one"
                 ) from error

@@ -1,4 +1,4 @@
-"""Laws of the models behind the seam: shapes, causality, initialisation, dropout."""
+"""Laws of the models behind the seam: shapes, causality, initialization, dropout."""
 
 from functools import partial
 
@@ -101,7 +101,7 @@ def test_without_a_vocabulary_there_are_no_parameters(kind):
         model.init_params(ModelConfig(kind), jax.random.key(0))
 
 
-def test_initialisation_is_nanogpts():
+def test_initialization_is_nanogpts():
     config = ModelConfig(vocab_size=500, block_size=64, n_layer=2, n_head=4, n_embd=256, bias=True, tie_weights=False)
     params = init_params(config, KEY)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -202,7 +202,7 @@ def test_best_and_last_checkpoints(config, folders):
             load_checkpoint(run, which)
     (run.checkpoints / "10" / "state" / "_METADATA").unlink()
     with pytest.raises(
-        CheckpointError, match=r"the last checkpoint cannot be used: .*_METADATA is missing .*; jaxgpt train --run"
+        CheckpointError, match=r"checkpoint last cannot be used: .*_METADATA is missing .*; jaxgpt train --run"
     ):
         load_checkpoint(run, "last")
 

@@ -16,7 +16,7 @@ COLLECTIVE_SECONDS = 7 * 24 * 3600
 
 
 def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> None:
-    """Initialise `jax.distributed`, before any other use of JAX.
+    """Initialize `jax.distributed`, before any other use of JAX.
 
     Args:
       coordinator: HOST:PORT of process 0; empty where SLURM, Open MPI, Kubernetes or Cloud TPU provide all three.

@@ -62,11 +62,11 @@ def parse(
 def _rewrap(kind: Any) -> None:
     """Let tyro wrap the text of each option of a dataclass: it would keep the line breaks of an indented docstring."""
     (source,) = ast.parse(inspect.getsource(kind)).body
-    texts = {field.name: field for field in fields(kind)}
+    by_name = {field.name: field for field in fields(kind)}
     for line, following in pairwise(source.body if isinstance(source, ast.ClassDef) else []):
         match line, following:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                texts[name].metadata = MappingProxyType({"help": " ".join(text.split())})
+                by_name[name].metadata = MappingProxyType({"help": " ".join(text.split())})
     for of in get_type_hints(kind).values():
         if is_dataclass(of):
             _rewrap(of)

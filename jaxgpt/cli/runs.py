@@ -1,4 +1,4 @@
-"""From a config to its corpus and its run. Without the room prepare/, only prepared corpora can be used."""
+"""From a config to its corpus and its run. Without the package prepare/, only prepared corpora can be used."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -84,9 +84,10 @@ def prepared(config: Config, data_dir: Path) -> Corpus:
     try:
         from jaxgpt.prepare.build import prepare_corpus
     except ModuleNotFoundError as error:
-        if not (Path(data.corpus) / "tokens.json").is_file():
+        folder = places.local_path(data.corpus)
+        if not (folder / "tokens.json").is_file():
             raise UsageError(f"{data.corpus} is not a prepared corpus, and jaxgpt.prepare is not installed") from error
-        return load(Path(data.corpus))
+        return load(folder)
     return prepare_corpus(
         data.corpus,
         data.tokenizer,

@@ -68,7 +68,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     from jaxgpt.cli.mesh import mesh_for
     from jaxgpt.cli.runs import resume, start
     from jaxgpt.monitor import cost, loggers
-    from jaxgpt.monitor.chips import utilisation
+    from jaxgpt.monitor.chips import utilization
     from jaxgpt.monitor.spikes import sampler, with_spikes
     from jaxgpt.monitor.terminal import RunConsole, TrainingDisplay
     from jaxgpt.sharding import Sizes
@@ -110,7 +110,7 @@ def _fit(given: Train, existing: Run | None) -> int:
         console.print(f"the learning rate stays at {config.optimizer.final_learning_rate:g} from step {end:,} on")
     with run.lock():
         pass  # before a logger joins the session of a process that trains this run
-    used = partial(utilisation, config, jax.devices()[0].device_kind, mesh.size)
+    used = partial(utilization, config, jax.devices()[0].device_kind, mesh.size)
     with (
         TrainingDisplay(console, config.train.steps, used) as display,
         loggers.logged(run, given.log if primary else (), display) as log,

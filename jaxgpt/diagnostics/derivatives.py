@@ -201,7 +201,7 @@ def _flat_hessian(loss: Loss, params: Any, batch: Any) -> tuple[jax.Array, Calla
     return flat, lambda v: ravel_pytree(hvp(loss, params, batch, unravel(v)))[0]
 
 
-def filter_normalised(params: Any, key: jax.Array) -> Any:
+def filter_normalized(params: Any, key: jax.Array) -> Any:
     """A random direction whose filters have the norms of those of `params`, so that landscapes of models of different
     scale can be compared (Li et al. 2018, "Visualizing the loss landscape of neural nets", arXiv:1712.09913).
 

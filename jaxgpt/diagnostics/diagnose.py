@@ -100,7 +100,7 @@ def landscape(subject: Subject, effort: Effort) -> Landscape:
     random ones even if the run began with imported weights."""
     loss, params = subject.loss, subject.params
     batch, _ = subject.windows(effort.seed, BATCH, effort.batch)
-    directions = [derivatives.filter_normalised(params, _key(effort.seed, k)) for k in (FIRST, SECOND)]
+    directions = [derivatives.filter_normalized(params, _key(effort.seed, k)) for k in (FIRST, SECOND)]
     places, shares = np.linspace(-1, 1, GRID, dtype=np.float32), np.linspace(-0.2, 1.4, 33, dtype=np.float32)
     losses = jax.jit(partial(derivatives.plane, loss))(params, batch, *directions, places, places)
     initial = init_state(subject.config).params

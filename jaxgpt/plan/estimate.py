@@ -96,7 +96,7 @@ class Step:
         return max(matmuls + update, communication), matmuls + update + communication
 
     @property
-    def utilisation(self) -> tuple[float, float]:
+    def utilization(self) -> tuple[float, float]:
         """`flops` over what the chip could compute in that time, the lower and the upper bound."""
         assert self.chip is not None
         least, most = self.bounds

@@ -14,7 +14,7 @@ RATES = (
     "  (at published rates of matmuls, memory and links; programs reach about half of the first two. The first figure "
     "overlaps no communication, the second all of it)"
 )
-COLUMNS = ("chips", "mesh", "batch", "accumulate", "memory per chip", "ms per step", "tokens/s", "utilisation")
+COLUMNS = ("chips", "mesh", "batch", "accumulate", "memory per chip", "ms per step", "tokens/s", "utilization")
 
 
 def compiled(topology: str, plan: Plan) -> Iterator[str]:
@@ -60,10 +60,10 @@ def costs(step: Step, how: str) -> Iterator[str]:
         seconds = ", ".join(f"{name} {ms(value, 1)} ms" for name, value in step.seconds.items())
         more = "Muon and recomputation" if step.config.optimizer.algorithm == "muon" else "recomputation"
         yield f"  {seconds} ({step.flops:.3g} FLOPs, {step.computed / step.flops:.2f} times with {more})"
-        (least, most), (slow, fast) = step.bounds, step.utilisation
+        (least, most), (slow, fast) = step.bounds, step.utilization
         yield (
             f"  a step in {ms(most)} to {ms(least)} ms, {step.tokens / most:,.0f} to "
-            f"{step.tokens / least:,.0f} tokens/s, utilisation {slow:.0%} to {fast:.0%}"
+            f"{step.tokens / least:,.0f} tokens/s, utilization {slow:.0%} to {fast:.0%}"
         )
         yield RATES
         if step.config.model.precision == "float32":
@@ -123,6 +123,6 @@ def table(steps: list[Step]) -> Iterator[str]:
     for step in steps:
         train, (_, most) = step.config.train, step.bounds
         memory = size(step.memory) + ("" if step.fits else ", too much or nearly")
-        rate, slow = f"{step.tokens / most:,.0f}", f"{step.utilisation[0]:.0%}"
+        rate, slow = f"{step.tokens / most:,.0f}", f"{step.utilization[0]:.0%}"
         cells = (step.sizes.devices, step.sizes, train.batch_size, train.accumulate, memory)
         yield "| " + " | ".join(map(str, (*cells, ms(most), rate, slow))) + " |"

@@ -1,4 +1,4 @@
-"""The cost of each instruction of a compiled program, read from its optimised HLO text: kernel, FLOPs, memory traffic,
+"""The cost of each instruction of a compiled program, read from its optimized HLO text: kernel, FLOPs, memory traffic,
 collectives. `compiled.cost_analysis()` gives totals only, and counts the body of a loop once."""
 
 import math

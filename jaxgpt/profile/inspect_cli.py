@@ -27,7 +27,7 @@ class Inspect:
     jaxpr: tuple[Program, ...] = ()
     """Print only the jaxprs of these programs."""
     hlo: tuple[Program, ...] = ()
-    """Print only the optimised HLO of these programs."""
+    """Print only the optimized HLO of these programs."""
     measure: bool = True
     """Profile some steps, and time the machine and the step; else only compile and count."""
     profile: Path | None = None

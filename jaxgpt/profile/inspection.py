@@ -35,7 +35,7 @@ TRACED = 5
 """Steps of a profile."""
 NOTES = (
     "by formula: matmul FLOPs by flops_per_token, three times that with the backward pass. compiled: those of the "
-    "optimised program; more with remat, chunked logits or Muon, fewer where attention is a library's kernel.",
+    "optimized program; more with remat, chunked logits or Muon, fewer where attention is a library's kernel.",
     "XLA: all FLOPs, one for each element outside of matmuls, before and after optimisation. XLA counts the body of a "
     "loop (scanned blocks, micro-batches) once, and custom calls as nothing.",
     "compulsory: arguments and results of a program, once. XLA's bytes: reads and writes of each operation before "
@@ -72,7 +72,7 @@ class Program:
 
     @cached_property
     def text(self) -> str:
-        """Optimised HLO."""
+        """Optimized HLO."""
         return self.compiled.as_text() or ""
 
 
@@ -99,8 +99,7 @@ def programs(config: Config) -> dict[str, Program]:
 
 
 def xla_counts(stage: Any) -> dict[str, float]:
-    """Millions of "flops", "bytes accessed" and "transcendentals", as far as XLA counts them, of a lowered or compiled
-    function."""
+    """XLA's cost analysis of a lowered or compiled function, in millions: "flops", "bytes accessed" and others."""
     return {name: count / 1e6 for name, count in (stage.cost_analysis() or {}).items()}
 
 
@@ -173,11 +172,11 @@ def program_figures(program: Program) -> dict[str, float | None]:
         "FLOPs of matmuls, by formula": program.formula_flops / 1e6,
         "FLOPs of matmuls, compiled": sum(each.flops for each in hlo.matmuls(program.text)) / 1e6,
         "FLOPs, XLA": before.get("flops"),
-        "FLOPs, XLA, optimised": after.get("flops"),
+        "FLOPs, XLA, optimized": after.get("flops"),
         "exp, log, roots": before.get("transcendentals"),
         "bytes, compulsory": program.bytes / 1e6,
         "bytes, XLA": before.get("bytes accessed"),
-        "bytes, XLA, optimised": after.get("bytes accessed"),
+        "bytes, XLA, optimized": after.get("bytes accessed"),
     }
     if stats := program.compiled.memory_analysis():
         sizes = {
@@ -249,7 +248,7 @@ def measure(config: Config, step: Program, folder: Path | None) -> tuple[dict[st
         f"{step.formula_flops / took / machine.flops:.0%} of the machine's peak",
         f"profiled: {1e3 * work:.1f} ms of work per step, which threads share, in {len(operations)} operations and "
         f"{trace.dispatches(lines) / TRACED:g} programs dispatched per step. A fusion belongs to the part of its last "
-        "operation. FLOPs and bytes are those of the optimised program, every iteration of a loop included",
+        "operation. FLOPs and bytes are those of the optimized program, every iteration of a loop included",
     ]
     if folder:
         notes.append(

@@ -24,9 +24,11 @@ def ledger(report: Report) -> Spec:
         "order": {"field": "order", "type": "quantitative"},
     }
     y |= {"axis": {"labels": False, "ticks": False, "domain": False}}
-    low, high = min(row["low"] for row in steady), max(row["high"] for row in steady)
-    axis = {"values": ticks(low / 1.3, high * 1.3), "labelExpr": "format(datum.value, ',~g')"}
-    x = quantity("low", "ms of each step after it: median, minimum to maximum", axis, type="log", nice=False)
+    ends = [min(row["low"] for row in steady) / 1.3, max(row["high"] for row in steady) * 1.3]
+    axis = {"values": ticks(*ends), "labelExpr": "format(datum.value, ',~g')"}
+    x = quantity(
+        "low", "ms of each step after it: median, minimum to maximum", axis, type="log", domain=ends, nice=False
+    )
     steps = [
         layer(steady, "rule", {"x": x, "x2": {"field": "high"}, "y": y}, strokeWidth=3, color=QUIET, opacity=0.7),
         layer(steady, "point", {"x": {**x, "field": "median"}, "y": y}, filled=True, size=60, opacity=1, color=INK),

@@ -55,7 +55,7 @@ def parts(text: str, operations: Iterable[Operation], steps: int, modules: Itera
     """The parts of a compiled step, slowest first.
 
     Args:
-      text: the optimised HLO of the step.
+      text: the optimized HLO of the step.
       operations: the profile of `steps` steps.
       modules: the names of the modules in the paths of parameters.
     """

@@ -37,7 +37,7 @@ def same_tokens(runs: Sequence[Facts]) -> bool:
 
 
 def baselines(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, float]]:
-    """(name, nats per token) of the n-gram baselines, if all runs are trained on the same tokens."""
+    """(name, nats per token) of the n-gram baselines, if all runs have the same tokens."""
     known = next((look.ngrams for look in looks if look.ngrams), None)
     if not known or not same_tokens(runs):
         return []

@@ -101,8 +101,8 @@ def numbers(facts: Facts) -> list[tuple[str, str, str]]:
     if facts.took:
         speed = f"{facts.tokens_per_second:,.0f} tokens/s" if facts.tokens_per_second else "from start to end"
         found.append(("time", facts.took, speed))
-    if (used := facts.utilisation) is not None:
-        found.append(("utilisation", f"{used:.1%}", "of the published bfloat16 rate"))
+    if (used := facts.utilization) is not None:
+        found.append(("utilization", f"{used:.1%}", "of the published bfloat16 rate"))
     return found
 
 

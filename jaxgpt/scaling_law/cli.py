@@ -20,7 +20,7 @@ class ScalingFit:
     seeds: int = 1
     """Runs per size and amount of tokens."""
     at_once: int = 0
-    """Most runs to train together; 0: as many as fit in memory."""
+    """Maximum number of runs trained together; 0: as many as fit in memory, at most 8 on a CPU."""
     flops: tuple[float, ...] = (1e12, 1e13, 1e14, 1e15)
     """FLOP budgets for which to print the best size and amount of tokens."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -39,7 +39,7 @@ class Sweep:
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """NAME=VALUE,VALUE or NAME=LOW:HIGH:HOW-MANY for any setting of the model or of training; may be repeated."""
     at_once: int = 0
-    """Most members to train together; 0: as many as fit in memory."""
+    """Maximum number of members trained together; 0: as many as fit in memory, at most 8 on a CPU."""
     sweeps_dir: SweepsDir = Path("sweeps")
     data_dir: DataDir = Path("data")
 

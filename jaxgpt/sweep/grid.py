@@ -89,7 +89,7 @@ def describe(setting: dict[str, Any]) -> str:
 
 def cell(value: Any) -> str:
     """A value as text. A float keeps all of its digits, because the text identifies a setting."""
-    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0")
 
 
 def _kinds() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The twin: the same GPT in PyTorch, as nanoGPT trains and samples it, to compare jaxgpt with.
 
-Model, initialisation, parameter groups, schedule, batches and sampling are those of nanoGPT's model.py, train.py and
+Model, initialization, parameter groups, schedule, batches and sampling are those of nanoGPT's model.py, train.py and
 sample.py, with fused AdamW. As a program it does nanoGPT's whole job, without evaluating on the way:
 
     python -m scripts.benchmarks.twin --data TEXT --out FILE --steps 2000 --seed 1337

@@ -33,7 +33,7 @@ def test_along_interpolates_between_two_sets_of_parameters():
 def test_every_filter_has_the_norm_of_its_parameters_and_biases_stay(L):
     shapes = {"kernel": (4, 6), "bias": (6,), "embedding": (5, 4), "scale": (4,)}
     params = {"h": {name: np.random.default_rng(1).normal(size=(*L, *shape)) for name, shape in shapes.items()}}
-    moves = jax.jit(derivatives.filter_normalised)(params, jax.random.key(1))["h"]
+    moves = jax.jit(derivatives.filter_normalized)(params, jax.random.key(1))["h"]
     assert {name: d.shape for name, d in moves.items()} == {name: (*L, *shape) for name, shape in shapes.items()}
     for name, axis in (("kernel", -2), ("embedding", -1)):  # a column makes an output, a row stands for a token
         d, p = moves[name], params["h"][name]

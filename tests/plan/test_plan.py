@@ -260,7 +260,7 @@ def test_float32_is_counted_at_the_rate_of_its_matmuls(recipes, change):
         steps = [estimate(each, CHIPS[name], sizes) for each in (config, recipes["1.5b"])]
         times = [step.seconds["matmuls"] for step in steps]
         assert times[0] == pytest.approx(slower * times[1])
-        assert steps[0].utilisation[0] == pytest.approx(steps[0].flops / steps[0].bounds[1] / CHIPS[name].float32)
+        assert steps[0].utilization[0] == pytest.approx(steps[0].flops / steps[0].bounds[1] / CHIPS[name].float32)
         said = ["\n".join(view.costs(step, "")) for step in steps]
         assert [f"float32 matmuls at the rate of {kind}" in text for text in said] == [True, False]
 

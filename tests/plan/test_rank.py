@@ -64,7 +64,7 @@ def test_more_chips_are_faster_until_communication_dominates(recipes, change):
     steps = [estimate(config, CHIPS["v5p"], Sizes(fsdp=n)) for n in (16, 64, 256)]
     assert steps[0].seconds["matmuls"] == pytest.approx(16 * steps[2].seconds["matmuls"])
     assert steps[0].bounds[1] > steps[1].bounds[1] > steps[2].bounds[1]
-    assert steps[0].utilisation[0] > steps[2].utilisation[0]
+    assert steps[0].utilization[0] > steps[2].utilization[0]
     one, two = (estimate(config, CHIPS["v5e"], Sizes(data=4 * n, fsdp=64)) for n in (1, 2))
     assert one.network == 0
     # Between two pods, each chip sends its share of half of the summed shard, twice.

@@ -135,7 +135,7 @@ ENTRY %main (a: bf16[8,4], b: bf16[4,2]) -> f32[8,2] {
         ("__other", "mine", ("__other", "mine")),
     ],
 )
-def test_kernels_are_recognised_by_kind_and_target(kind, target, names):
+def test_kernels_are_recognized_by_kind_and_target(kind, target, names):
     dims = '"lhs_contracting_dimensions":["1"]' if "cublas" in target else ""
     text = HLO.replace("KIND", kind).replace("TARGET", target).replace("DIMS", dims)
     found = hlo.instructions(text)

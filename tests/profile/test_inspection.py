@@ -88,7 +88,7 @@ def inspected(found, tmp_path_factory):
         return inspection.inspect(PLAIN, "small", trace_folder=tmp_path_factory.mktemp("trace"))
 
 
-def test_the_optimised_program_has_the_matmuls_of_the_formula(found):
+def test_the_optimized_program_has_the_matmuls_of_the_formula(found):
     """Whatever computes them: none is lost, none is done twice."""
     for name, program in found.items():
         matmuls, passes = hlo.matmuls(program.text), 3 if name in ("gradient", "step") else 1
@@ -110,7 +110,7 @@ def test_bytes_are_those_of_the_arrays(found):
     assert found["loss"].bytes == 4 * (n + 2 * B * T + 1)
     assert found["gradient"].bytes == 4 * (n + 2 * B * T + 1 + n)
     rows = {row["figure"]: row["step"] for row in inspection.program_rows(found)}
-    assert rows["bytes, XLA"] > rows["bytes, XLA, optimised"] > rows["bytes, compulsory"]
+    assert rows["bytes, XLA"] > rows["bytes, XLA, optimized"] > rows["bytes, compulsory"]
     state = 4 * 3 * n
     assert rows["memory, arguments"] == pytest.approx((state + 4 * 2 * B * T) / 1e6, rel=1e-3)
     assert rows["memory, donated"] == pytest.approx(-state / 1e6, rel=1e-3), "the state is donated"
