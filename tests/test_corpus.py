@@ -322,7 +322,7 @@ def test_what_is_verified_already_is_checked_for_its_size(prepared):
 
 def test_a_tokens_json_that_is_no_json(prepared):
     (prepared.folder / "tokens.json").write_text("{")
-    with pytest.raises(CorpusError, match="not JSON"):
+    with pytest.raises(CorpusError, match="it has no seal"):
         corpora.load(prepared.folder)
 
 

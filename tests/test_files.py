@@ -1,3 +1,4 @@
+import hashlib
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from jaxgpt.config import UsageError
 from jaxgpt.files import SealError
 
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4)
-trees = st.dictionaries(st.text().filter(lambda key: key != "seal"), values)
+trees = st.dictionaries(st.text().filter(lambda key: key != "seal"), values, min_size=1)
 
 
 @given(trees)
@@ -33,6 +34,13 @@ def test_no_byte_of_a_sealed_text_changes_unseen(tree, data):
 def test_what_was_never_sealed_is_refused(data):
     with pytest.raises(SealError):
         files.unseal(data)
+
+
+@pytest.mark.parametrize("body", [b"{nope", b'{"a": ' + b"[" * 100_000, b"\xff"])
+def test_a_seal_of_what_is_not_json_is_refused(body):
+    digest = hashlib.sha256(body + b"\n}\n").hexdigest().encode()
+    with pytest.raises(SealError, match="it is not JSON"):
+        files.unseal(body + b',\n  "seal": "' + digest + b'"\n}\n')
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

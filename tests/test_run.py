@@ -98,7 +98,7 @@ def test_a_damaged_config_is_named(run):
     whole = (run.path / "config.json").read_bytes()
     edited = whole.replace(b'"n_layer": 4', b'"n_layer": 5')
     assert edited != whole
-    for data, said in ((b"{", "it is not JSON"), (b"\xff{}", "it is not JSON"), (edited, "does not match its seal")):
+    for data, said in ((b"{", "it has no seal"), (b"\xff{}", "it has no seal"), (edited, "does not match its seal")):
         (run.path / "config.json").write_bytes(data)
         with pytest.raises(RunError, match=rf"config\.json: .*{said}"):
             _ = Run(run.path).config
@@ -106,7 +106,7 @@ def test_a_damaged_config_is_named(run):
 
 def test_a_damaged_vocabulary_is_not_a_matter_of_prepare(run):
     (run.path / "tokens.json").write_bytes(b"{")
-    with pytest.raises(CorpusError, match=r"it is not JSON.*; restore a copy; the folder of its corpus has one$"):
+    with pytest.raises(CorpusError, match=r"it has no seal.*; restore a copy; the folder of its corpus has one$"):
         _ = Run(run.path).tokenizer
 
 

@@ -329,7 +329,7 @@ MUTATIONS = [
         "{*steps[-self._keep :]}",
         "test_checkpoint.py",
     ),
-    Mutation("a sealed file may be edited", "files.py", "if data != sealed:", "if False:", "test_files.py"),
+    Mutation("a sealed file may be edited", "files.py", "if digest !=", "if False and digest !=", "test_files.py"),
     Mutation("the run directory is not locked", "run.py", "lock.acquire()", "pass", "test_run.py"),
     Mutation(
         "metrics beyond the checkpoint are kept at a resume",
