@@ -52,7 +52,7 @@ def parse(
         _rewrap(kind)
     try:
         prog = f"jaxgpt {command}"
-        return at_home(tyro.cli(kind, args=args, prog=prog, description=about, default=default, config=config))
+        return expand_home(tyro.cli(kind, args=args, prog=prog, description=about, default=default, config=config))
     except SystemExit as refused:  # tyro has printed why
         if refused.code == 2 and (hint := _hint(_types(kind), args)):
             raise UsageError(hint) from refused
@@ -72,12 +72,12 @@ def _rewrap(kind: Any) -> None:
             _rewrap(of)
 
 
-def at_home(given: Any) -> Any:
+def expand_home(given: Any) -> Any:
     """`given`, a dataclass or a value in one, with the home folder for ~ in its paths: shells leave it in quotes and
     after =."""
     if not is_dataclass(given) or isinstance(given, type):
         return local_path(given) if isinstance(given, Path) else given
-    return replace(given, **{name: at_home(value) for name, value in vars(given).items()})
+    return replace(given, **{name: expand_home(value) for name, value in vars(given).items()})
 
 
 def take_name(kind: type, args: list[str]) -> tuple[str | None, list[str]]:

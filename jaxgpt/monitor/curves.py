@@ -56,7 +56,7 @@ def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> 
     name: Spec = {"y": y, "x": {"value": {"expr": "width"}}, "text": {"field": "what"}}
     thin = {**at, "color": {"value": QUIET}} if len(runs) == 1 else at
     note = {"align": "right", "dx": -8, "dy": -16, "color": INK, "fontWeight": 600}
-    curve = layer(train, "line", thin, strokeWidth=1, opacity=0.55, point=_single(train), clip=True)
+    curve = layer(train, "line", thin, strokeWidth=1, opacity=0.55, point=_has_single_point(train), clip=True)
     curve["params"] = [ZOOM]
     layers = [
         layer(rules, "rule", {"y": y}, strokeDash=[2, 4], color=QUIET),
@@ -86,7 +86,7 @@ def curves(runs: Sequence[Facts], field: str) -> Spec | None:
         y["axis"] = {"values": ticks(min(values), max(values)), "format": "~g"}
     x = _steps(max(row["step"] for row in rows))
     encoding = {"x": x, "y": y, **_by_run(runs, legend=False), "tooltip": _tooltip(".4~g")}
-    mark = {"type": "line", "strokeWidth": 1.5, "point": field == "speed" or _single(rows)}
+    mark = {"type": "line", "strokeWidth": 1.5, "point": field == "speed" or _has_single_point(rows)}
     return chart(data={"values": rows}, params=[ZOOM], mark=mark, encoding=encoding, height=170)
 
 
@@ -98,7 +98,7 @@ def _rows(runs: Sequence[Facts], field: str) -> list[Spec]:
     ]
 
 
-def _single(rows: list[Spec]) -> bool:
+def _has_single_point(rows: list[Spec]) -> bool:
     """Whether a run has one point only, of which a line shows nothing."""
     return 1 in Counter(row["run"] for row in rows).values()
 

@@ -199,15 +199,15 @@ def _text(path: Path) -> Iterator[str]:
 
 def _bytes(path: Path) -> Iterator[bytes]:
     """The bytes of a file in chunks, unpacked if its name ends in .gz."""
-    size, known, packed = 0, float("inf"), name_of(path).lower().endswith(".gz")
+    size, packed_size, packed = 0, float("inf"), name_of(path).lower().endswith(".gz")
     try:
         with stream(path, decoded=not packed) as raw:  # some servers call a stored .gz an encoding
             file: Any = raw
             if packed:
-                file, known = gzip.GzipFile(fileobj=raw), path.stat().st_size
+                file, packed_size = gzip.GzipFile(fileobj=raw), path.stat().st_size
             while chunk := file.read(PIECE):
                 size += len(chunk)
-                limit = max(ALWAYS_ALLOWED, MAX_RATIO * max(known, raw.tell()))  # a server may not give the size
+                limit = max(ALWAYS_ALLOWED, MAX_RATIO * max(packed_size, raw.tell()))  # a server may not give the size
                 if size > limit:
                     raise SourceError(f"{path} unpacks to more than {limit:,} bytes; if it is meant to: gunzip")
                 yield chunk

@@ -111,7 +111,7 @@ def open_text(corpus: str, column: str = "text") -> Text:
         if corpus.startswith(documents.WEB):
             _require_no_page(path)
         elif path.is_dir():
-            if not is_url(corpus) and _is_ours(path):
+            if not is_url(corpus) and _written_by_jaxgpt(path):
                 raise SourceError(
                     f"{corpus} was written by jaxgpt; expected texts, or a prepared folder such as data/NAME"
                 )
@@ -202,7 +202,7 @@ def _folder(folder: Path, column: str) -> Text:
             left_out.append(f"{inner}: left out, a vocabulary written by jaxgpt")
         elif path.is_file():
             paths.append(path)
-        elif _is_ours(path):
+        elif _written_by_jaxgpt(path):
             left_out.append(f"{inner}: left out, a folder written by jaxgpt")
         elif path.is_symlink():
             left_out.append(f"{inner}: left out, a broken link, or a link to a folder above it")
@@ -225,13 +225,13 @@ def _below(folder: Path, above: set[Path]) -> Iterator[Path]:
     folders `above`."""
     for path in folder.iterdir():
         hidden = path.name.startswith(".")
-        if path.is_dir() and not hidden and not _is_ours(path) and (real := path.resolve()) not in above:
+        if path.is_dir() and not hidden and not _written_by_jaxgpt(path) and (real := path.resolve()) not in above:
             yield from _below(path, above | {real})
         else:
             yield path
 
 
-def _is_ours(folder: Path) -> bool:
+def _written_by_jaxgpt(folder: Path) -> bool:
     """Whether a folder is a prepared corpus, a run, an export or a sweep."""
     if is_prepared(folder) or begins_with(folder / "sweep.json", b'{\n  "program": "jaxgpt '):
         return True
