@@ -81,7 +81,7 @@ RECIPES: dict[str, Recipe] = {
         time="1 min 44 s",
         loss="1.479, the mean of seeds 1337, 1338, 1339 (1.474, 1.481, 1.481) in bfloat16, in windows of 256",
         **MODERN | MUON | SHORT | TUNED | dict(weight_decay=0.1, muon_learning_rate=1.8e-2),
-        **dict(block_size=256, window=64, n_head=2, batch_size=8, smear=True, steps=850, scan_steps=85),
+        **dict(block_size=256, window=64, n_head=2, batch_size=8, accumulate=2, smear=True, steps=1020, scan_steps=85),
     ),
     "shakespeare-gpu": _recipe(
         about="nanoGPT's settings for Tiny Shakespeare on a GPU, exactly.",
