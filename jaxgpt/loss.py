@@ -26,6 +26,7 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _token_losses_forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, Any]:
+    targets = targets.astype(jnp.int32)
     reduced = _reduced_in_one_pass if sharding.platform() == "gpu" else _reduced
     normalizer, picked = reduced(logits, targets)
     valid = (targets >= 0) & (targets < logits.shape[-1])
@@ -70,7 +71,7 @@ def _token_losses_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, None]:
 
 def _one_hot(targets: jax.Array, logits: jax.Array) -> jax.Array:
     """(..., V) bool: True at each target."""
-    return targets[..., None].astype(jnp.int32) == lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return targets[..., None] == lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
 token_losses.defvjp(_token_losses_forward, _token_losses_backward)

@@ -244,7 +244,7 @@ class GPT(nn.Module):
             before = None if cache is None else jnp.where(cache.read > 0, sharding.rows(wte, cache.last), 0)
             x = x + factor[None, None] * previous(x, before)
         if cfg.bigram_embed:
-            pairs = previous(idx, None if cache is None else cache.last) * V + idx
+            pairs = previous(idx, None if cache is None else cache.last).astype(jnp.int32) * V + idx
             embedded = sharding.rows(embed(V * V, C, "bigram", stddev=0.0).embedding, pairs)
             x = x + jnp.where(positions[None, :, None] > 0, embedded, 0)  # position 0 has no previous token
         if cfg.position == "learned":

@@ -50,6 +50,12 @@ def test_ids_outside_of_the_vocabulary_give_nan():
     assert np.isnan(found).tolist() == [[True, False, False], [True, False, False]]
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.uint16])
+def test_ids_may_have_any_integer_dtype(dtype):
+    logits, ids = jax.random.normal(jax.random.key(0), (3, 256)), jnp.array([0, 127, 255])
+    np.testing.assert_array_equal(token_losses(logits, ids.astype(dtype)), token_losses(logits, ids))
+
+
 @pytest.mark.parametrize("shape", [(4,), (2, 1), (2, 3), (2, 4, 1)])
 def test_targets_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"expected \(2, 4\)"), jax.numpy_rank_promotion("allow"):

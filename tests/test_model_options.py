@@ -269,7 +269,7 @@ def test_rms_norm_and_softcap():
 def test_what_is_added_to_the_token_embedding(option):
     """Blocks of zero_init add nothing at first: features are the norm of the embeddings."""
     config = ModelConfig(
-        vocab_size=5,
+        vocab_size=20,
         block_size=4,
         n_layer=1,
         n_head=1,
@@ -282,9 +282,9 @@ def test_what_is_added_to_the_token_embedding(option):
     params = model.init_params(config, jax.random.key(0))
     name = "smear" if option == "smear" else "bigram"
     fresh = jax.tree.map(lambda x: np.random.default_rng(1).standard_normal(x.shape, np.float32), params[name])
-    idx = np.array([[3, 1, 4, 0]])
-    found = jax.jit(model.features, static_argnums=0)(config, params | {name: fresh}, idx)
+    idx = np.array([[3, 17, 14, 0]])  # a pair exceeds 255
+    found = jax.jit(model.features, static_argnums=0)(config, params | {name: fresh}, idx.astype(np.uint8))
     token = np.asarray(params["wte"]["embedding"])[idx]
-    added = fresh * token[:, :-1] if option == "smear" else fresh["embedding"][idx[:, :-1] * 5 + idx[:, 1:]]
+    added = fresh * token[:, :-1] if option == "smear" else fresh["embedding"][idx[:, :-1] * 20 + idx[:, 1:]]
     added = np.pad(added, [(0, 0), (1, 0), (0, 0)])  # the first token has none before it
     np.testing.assert_allclose(found, model.rms_norm(token + added), rtol=1e-5, atol=1e-6)
