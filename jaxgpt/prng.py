@@ -43,7 +43,7 @@ class Drop(NamedTuple):
 
 def mask_seeds(key: jax.Array, keep: jax.Array | float, indices: jax.Array) -> list[jax.Array]:
     """The first argument of `kept`, four arrays of uint32. `indices` are those of the leading dimensions, flattened."""
-    high, low = jax.random.key_data(key)
+    high, low, *_ = jax.random.key_data(key)  # a key of rbg has two more words
     first, row, column = (_mix(high ^ _mix(low + jnp.uint32(0x9E3779B9 * i % 2**32))) for i in (1, 2, 3))
     return [_mix(indices.astype(jnp.uint32) ^ first), row, column, jnp.asarray(keep * 2**24).astype(jnp.uint32)]
 

@@ -49,6 +49,14 @@ def mask(key, keep, *shape):
     return jax.jit(lambda key, keep: prng.keep_mask(key, keep, shape[:-2], *map(jnp.arange, shape[-2:])))(key, keep)
 
 
+@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
+def test_a_mask_takes_keys_of_other_generators(kind):
+    keys = jax.random.split(jax.random.key(0, impl=kind), 2)
+    one, other = mask(keys[0], 0.5, 16, 16), mask(keys[1], 0.5, 16, 16)
+    assert (one != other).any()
+    assert (one != mask(jax.random.fold_in(keys[0], 1), 0.5, 16, 16)).any()
+
+
 def test_a_mask_keeps_its_share_without_a_pattern():
     """Shares, correlations of rows, columns and keys, and the spectrum, all within the noise of independent bits."""
     for keep in (0.5, 0.8, 0.999):
