@@ -123,10 +123,15 @@ def scale_by_adam(beta1: Any, beta2: Any, eps: Any) -> optax.GradientTransformat
         if platform() == "cpu":
             mu, nu = jax.lax.optimization_barrier((mu, nu))
         scale_mu, scale_nu = 1 / (1 - beta1**t), 1 / (1 - beta2**t)
-        updates = jax.tree.map(lambda m, v: m * scale_mu / (jnp.sqrt(v * scale_nu) + eps), mu, nu)
+        updates = jax.tree.map(lambda m, v: m * scale_mu / (root(v * scale_nu) + eps), mu, nu)
         return updates, optax.ScaleByAdamState(jnp.where(applied, count, state.count), mu, nu)
 
     return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
+
+
+def root(x: jax.Array) -> jax.Array:
+    """The square root, 1e-18 at 0, where its derivative must be finite to differentiate through training."""
+    return jnp.sqrt(jnp.maximum(x, 1e-36))
 
 
 def optimizer_labels(params: Params) -> Params:
@@ -188,7 +193,7 @@ def orthogonal(x: jax.Array, n_steps: int, precision: Precision) -> jax.Array:
     """Roughly the nearest matrices with orthonormal rows to (n, rows, columns), rows <= columns: singular values end
     between about 0.7 and 1.2. Newton-Schulz: X <- a X + (b A + c A²) X with A = X Xᵀ, from X of Frobenius norm 1."""
     a, b, c = NEWTON_SCHULZ
-    x = x / (jnp.sqrt(jnp.sum(x * x, axis=(1, 2), keepdims=True)) + 1e-7)
+    x = x / (root(jnp.sum(x * x, axis=(1, 2), keepdims=True)) + 1e-7)
     for _ in range(n_steps):
         A = matmul(x, transposed(x), precision=precision)
         x = a * x + matmul(b * A + c * matmul(A, A, precision=precision), x, precision=precision)

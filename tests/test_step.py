@@ -7,6 +7,7 @@ import pytest
 from jaxgpt import data as batches
 from jaxgpt import model, prng
 from jaxgpt import step as steps
+from jaxgpt.optimizer import hyperparameters
 from jaxgpt.sharding import one_device, state_shardings
 from jaxgpt.step import abstract_state, init_state, jit_train_steps, sharded_init
 
@@ -164,6 +165,19 @@ def test_many_models_train_as_one_program(tiny, change):
     alone, _ = train_step(config, seeds[1], batch)
     for a, b in zip(jax.tree.leaves(together.params), jax.tree.leaves(alone.params), strict=True):
         np.testing.assert_allclose(a[1], b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_training_can_be_differentiated_where_gradients_are_zero(tiny, change, algorithm):
+    """At first, zero_init stops the gradients of all kernels but those that write to the residual stream."""
+    config = change(tiny, zero_init=True, tie_weights=True, bigram_embed=True, algorithm=algorithm, muon_steps=1)
+    plan = starts(config, 0, 2).astype(np.int32)
+
+    def after_training(rate):
+        hyper = hyperparameters(config)._replace(learning_rate=rate)
+        return steps.train_steps(config, init_state(config), jnp.asarray(TOKENS), plan, hyper)[1].loss[-1]
+
+    assert jnp.isfinite(jax.jit(jax.grad(after_training))(1e-3))
 
 
 def test_it_learns_a_text_that_repeats(tiny, change):
