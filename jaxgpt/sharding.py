@@ -291,5 +291,8 @@ _take_in_order.defvjp(lambda table, idx, beyond: (_take(table, idx, beyond), (ta
 
 
 def _is_even(x: jax.Array) -> bool:
-    """Whether (B, T) divides evenly over the devices, unlike the one sequence that parameters are initialized with."""
+    """Whether (B, T) divides evenly over the devices, unlike the one sequence that parameters are initialized with, and
+    the mesh has all of AXES, unlike a user's."""
+    if not set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
+        return False
     return all(size % num_shards(dim) == 0 for size, dim in zip(x.shape, ("batch", "time"), strict=True))

@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from jaxgpt import config as configs
 from jaxgpt import data as batches
@@ -313,6 +314,21 @@ def test_the_loss_in_parts_and_its_gradients_are_those_of_the_whole(text):
     expected = jax.grad(whole, (0, 1), has_aux=True)(x, kernel)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mesh_may_have_some_of_the_axes_only(small, monkeypatch):
+    """As one that a user makes with `jax.make_mesh`."""
+    monkeypatch.setattr(loss, "LOGITS", 40)
+    over = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    params, (inputs, targets) = initial(small).params, batches.take(TOKENS, np.arange(8), 8)
+
+    def mean_loss(params):
+        return model.losses(small.model, params, inputs, targets).mean()
+
+    found = jax.jit(jax.value_and_grad(mean_loss))
+    expected = found(params)
+    with jax.set_mesh(over):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found(params), expected)
 
 
 def test_a_checkpoint_goes_from_any_mesh_to_any_other(small, tmp_path):
