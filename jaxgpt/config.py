@@ -40,8 +40,17 @@ class ConfigError(UsageError):
     """A setting is missing, unknown, of the wrong type or out of range."""
 
 
+class Section:
+    """Settings, of which those with a choice of values are checked; a ConfigError names one that is unknown."""
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(kind) is Literal:
+                _value(kind, getattr(self, name), name)
+
+
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """The text to train on, and its tokenizer."""
 
     corpus: str = "python-docs"
@@ -62,7 +71,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The model, with nanoGPT's names."""
 
     kind: Literal["gpt", "bigram"] = "gpt"
@@ -126,7 +135,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """AdamW or Muon, its schedule and clipping."""
 
     algorithm: Literal["adamw", "muon"] = "adamw"
@@ -168,7 +177,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """Length, batch size, evaluation and checkpoints."""
 
     seed: int = 1337

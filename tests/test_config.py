@@ -49,6 +49,19 @@ def test_json_gives_any_config_back(config):
     assert configs.from_json(json.dumps(dataclasses.asdict(config))) == config
 
 
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [(ModelConfig, {"norm": "rmsnorm"}), (ModelConfig, {"precision": "bf16"}), (OptimizerConfig, {"schedule": "wsd"})],
+)
+def test_an_unknown_choice_is_refused_where_a_config_is_made(section, values):
+    """It would select the default silently: `rmsnorm` was LayerNorm."""
+    (name,) = values
+    with pytest.raises(ConfigError, match=f"{name}: expected one of .*, found '{values[name]}'"):
+        section(**values)
+    with pytest.raises(ConfigError):
+        configs.replaced(Config(), **values)
+
+
 def test_every_field_is_documented():
     source = Path(configs.__file__).read_text("utf-8").splitlines()
     for section in dataclasses.fields(Config):

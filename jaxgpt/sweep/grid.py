@@ -70,8 +70,8 @@ def members(base: Config, axes: Sequence[tuple[str, list[Any]]], seeds: int) -> 
     for values in itertools.product(*(values for _, values in axes)):
         setting = dict(zip(names, values, strict=True))
         for seed in range(base.train.seed, base.train.seed + seeds):
-            tree = dataclasses.asdict(replaced(base, **setting, seed=seed))
             try:
+                tree = dataclasses.asdict(replaced(base, **setting, seed=seed))
                 found.append(Member(configs.check(configs.from_tree(tree), new=True), setting))  # checks types too
             except ConfigError as error:
                 raise ConfigError(f"with {describe(setting)}: {error}" if setting else str(error)) from error
