@@ -124,7 +124,8 @@ def generate(
     key: jax.Array,
     sampling: SamplingParams = SamplingParams(),
 ) -> jax.Array:
-    """Continue each prompt by `n_tokens`: ids (B, P), with P at least 1 -> (B, n_tokens) int32.
+    """Continue each prompt by `n_tokens`: ids (B, P), with P at least 1 -> (B, n_tokens) int32. Python calls compiled
+    programs, so it cannot be called inside `jit` or `vmap`.
 
     Token i of sequence b depends only on (key, b, i) and the tokens before it, not on the rest of the batch. Only the
     last block_size tokens of a prompt are read. Up to block_size tokens in total, the logits are those of
