@@ -73,14 +73,8 @@ def fit(
     train_tokens, val_tokens = corpus.split(config.data)
     parts = corpus.training_parts(config.data)
     checkpoints = Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every)
-    precision = jax.default_matmul_precision.value
-
-    def enter() -> None:  # each thread has its own mesh and `jax.default_matmul_precision`
-        jax.set_mesh(mesh)
-        jax.default_matmul_precision(precision).__enter__()
-
-    # Not in the `with` below, which would wait for it after a second signal.
-    compiler = ThreadPoolExecutor(1, "compiler", enter)
+    # Each thread has its own current mesh. Not in the `with` below, which would wait for it after a second signal.
+    compiler = ThreadPoolExecutor(1, "compiler", jax.set_mesh, (mesh,))
 
     with (
         jax.set_mesh(mesh),

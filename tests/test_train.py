@@ -121,19 +121,6 @@ def test_the_score_of_a_new_run_is_compiled_beside_its_steps(tiny, change, new_r
     assert evaluation._loss_sums._cache_size() == 1
 
 
-def test_steps_are_compiled_with_the_precision_in_scope(tiny, new_run, monkeypatch):
-    seen = []
-
-    def spy(*args):
-        seen.append(jax.config.jax_default_matmul_precision)
-        return step.jit_train_steps(*args)
-
-    monkeypatch.setattr(loop, "jit_train_steps", spy)
-    with jax.default_matmul_precision("highest"):
-        fit(*new_run("precise", tiny))
-    assert set(seen) == {"highest"}
-
-
 def test_two_runs_of_one_config_are_equal(tiny, new_run, unbroken):
     assert_same_run(unbroken, fit(*new_run("again", tiny)).run)
 
