@@ -303,6 +303,27 @@ def test_interrupted_before_anything_was_done(call, monkeypatch):
     assert call("recipes")[0] == 130
 
 
+SIGNAL_WHILE_JAX_IS_IMPORTED = """
+import gc, os, signal, sys
+from jaxgpt import cli
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "jax.version":
+            gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGINT))  # whose exceptions are ignored
+            gc.collect()
+
+sys.meta_path.insert(0, Finder)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.main(["sample", "none"])
+"""
+
+
+def test_interrupted_while_jax_is_imported():
+    done = subprocess.run([sys.executable, "-c", SIGNAL_WHILE_JAX_IS_IMPORTED], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "jaxgpt: interrupted\n")
+
+
 def test_versions(call):
     code, out, _ = call("--version")
     assert code == 0

@@ -8,11 +8,13 @@ import difflib
 import gc
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from types import FrameType
 from typing import NoReturn
 
 from jaxgpt.config import UsageError
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     # Commands compute in float32, and draw from one stream of random numbers; JAX is not imported yet.
     os.environ |= {"JAX_ENABLE_X64": "0", "JAX_THREEFRY_PARTITIONABLE": "1", "JAX_RANDOM_SEED_OFFSET": "0"}
     gc.set_threshold(100_000)  # 700 new objects by default; JAX creates many that live on
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     code = run_command(sys.argv[1:] if argv is None else argv)
     gc.freeze()  # the last collection would take half a second, for objects that end with the process
     try:
@@ -130,6 +134,17 @@ def _open_standard_streams() -> None:
         pass
     os.close(file)
     sys.stdout, sys.stderr = sys.stdout or open(1, "w", closefd=False), sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; during an import, exit: JAX's extensions abort, its garbage collection loses it."""
+    while frame and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    if frame:
+        with suppress(OSError):  # the terminal is gone
+            os.write(2, b"jaxgpt: interrupted\n")
+        os._exit(130)
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> int:
