@@ -84,7 +84,7 @@ def logged(run: Run, names: Sequence[str], on_event: Callable[[Event], None]) ->
                 guarded(name, event.step, partial(log, event.step, values))
 
     with ExitStack() as stack:
-        for name in names:
+        for name in dict.fromkeys(names):
             if begun := guarded(name, 0, partial(LOGGERS[name], run)):
                 logs[name], end = begun
                 stack.callback(guarded, name, 0, end)

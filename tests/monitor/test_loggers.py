@@ -51,6 +51,13 @@ def test_tensorboard_reads_the_metrics(run):
         assert dict(values[name]) == pytest.approx({step: numbers[name] for step, numbers in LOGGED if name in numbers})
 
 
+def test_a_logger_that_is_named_twice_is_opened_once(run, monkeypatch):
+    opened = []
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda run: opened.append(run) or (print, lambda: None))
+    log(run, "tensorboard", "tensorboard")
+    assert opened == [run]
+
+
 def test_wandb_resumes_the_run_by_its_id(run, tmp_path, tiny, monkeypatch):
     sent, begun = [], []
 
