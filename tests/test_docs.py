@@ -13,6 +13,7 @@ import pytest
 
 import jaxgpt
 from jaxgpt import cli, recipes
+from jaxgpt.monitor.chips import CHIPS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -94,6 +95,10 @@ def test_the_generated_pages_are_those_of_the_code(tmp_path):
         assert (DOCS / "reference" / page.name).read_text("utf-8") == page.read_text("utf-8"), "run scripts/reference"
 
 
+def test_the_help_of_plan_names_every_chip():
+    assert f"Kind of --chips: {', '.join(CHIPS)}." in (DOCS / "reference" / "commands.md").read_text("utf-8")
+
+
 def test_the_api_page_has_the_public_names_and_no_others():
     page = (DOCS / "reference" / "api.md").read_text("utf-8")
     found = re.findall(r"^::: (jaxgpt\.\S+)$", page, re.MULTILINE)
@@ -155,7 +160,7 @@ def test_every_command_line_is_understood(path):
     for command, words in command_lines(path):
         if command.startswith("--") or "--help" in words:
             continue
-        named = words[:1] if command == "train" and not words[0].startswith("--") else []
+        named = words[:1] if command == "train" and not re.search(r"^--|\.json$", words[0]) else []
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert given <= options(command, *named), (command, *words)
 

@@ -24,7 +24,7 @@ class PlanOptions:
     chips: tuple[int, ...] = ()
     """Only estimate, for this many chips; several numbers give a table of the best of each."""
     chip: str = "v5e"
-    """Kind of --chips: v4, v5e, v5p, v6e, a100, h100, h200, b200."""
+    """Kind of --chips: v4, v5e, v5p, v6e, a100, h100, h100-pcie, h100-nvl, h200, h200-nvl, b200."""
 
 
 def run(args: list[str]) -> int:
