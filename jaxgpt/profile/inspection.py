@@ -36,10 +36,10 @@ TRACED = 5
 NOTES = (
     "by formula: matmul FLOPs by flops_per_token, three times that with the backward pass. compiled: those of the "
     "optimized program; more with remat, chunked logits or Muon, fewer where attention is a library's kernel.",
-    "XLA: all FLOPs, one for each element outside of matmuls, before and after optimisation. XLA counts the body of a "
+    "XLA: all FLOPs, one for each element outside of matmuls, before and after optimization. XLA counts the body of a "
     "loop (scanned blocks, micro-batches) once, and custom calls as nothing.",
     "compulsory: arguments and results of a program, once. XLA's bytes: reads and writes of each operation before "
-    "optimisation, and of each fusion after it, whose inner results stay in registers or caches.",
+    "optimization, and of each fusion after it, whose inner results stay in registers or caches.",
     "gradient minus loss: the cost of the backward pass. memory: donated arguments count once.",
 )
 
