@@ -11,6 +11,7 @@ import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 
@@ -44,9 +45,14 @@ class Section:
     """Settings, of which those with a choice of values are checked; a ConfigError names one that is unknown."""
 
     def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(type(self)).items():
-            if typing.get_origin(kind) is Literal:
-                _value(kind, getattr(self, name), name)
+        for name, kind in _choices(type(self)).items():
+            _value(kind, getattr(self, name), name)
+
+
+@cache
+def _choices(section: Any) -> dict[str, Any]:
+    """The types of the settings with a choice of values, by name."""
+    return {name: kind for name, kind in typing.get_type_hints(section).items() if typing.get_origin(kind) is Literal}
 
 
 @dataclass(frozen=True)
