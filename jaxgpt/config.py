@@ -11,7 +11,6 @@ import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal
 
 
@@ -44,15 +43,17 @@ class ConfigError(UsageError):
 class Section:
     """Settings, of which those with a choice of values are checked; a ConfigError names one that is unknown."""
 
+    def __init_subclass__(cls) -> None:
+        kinds = typing.get_type_hints(cls).items()
+        _CHOICES[cls] = {name: kind for name, kind in kinds if typing.get_origin(kind) is Literal}
+
     def __post_init__(self) -> None:
-        for name, kind in _choices(type(self)).items():
+        for name, kind in _CHOICES[type(self)].items():
             _value(kind, getattr(self, name), name)
 
 
-@cache
-def _choices(section: Any) -> dict[str, Any]:
-    """The types of the settings with a choice of values, by name."""
-    return {name: kind for name, kind in typing.get_type_hints(section).items() if typing.get_origin(kind) is Literal}
+_CHOICES = dict[type, dict[str, Any]]()
+"""Section -> the types of its settings with a choice of values, by name."""
 
 
 @dataclass(frozen=True)
