@@ -22,8 +22,8 @@ def launch(words, n):
     """Run `jaxgpt *words` in `n` processes, as the launcher of a cluster does; the exit code of the first that failed.
 
     SIGINT and SIGTERM are forwarded, and a third one kills. Of several that ended between two polls, the code is that
-    of a killed one: the others lost their connections. Each process first runs what $BEGIN_WITH holds, which knows
-    its number as `process`.
+    of a killed or an interrupted one: the others lost their connections. Each process first runs what $BEGIN_WITH
+    holds, which knows its number as `process`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,7 +56,8 @@ def launch(words, n):
         for pid in [pid for pid, code in codes.items() if code is None]:
             ended, status = os.waitpid(pid, os.WNOHANG)
             codes[pid] = os.waitstatus_to_exitcode(status) if ended else None
-        code = code or min(filter(None, codes.values()), default=0)  # negative: by a signal
+        # Negative: by a signal; 130: interrupted.
+        code = code or min(filter(None, codes.values()), key=lambda code: (code > 0, code != 130), default=0)
         failed = min(failed, time.monotonic()) if code else failed
         if pending and time.monotonic() - failed > pending[0][0]:
             send(pending.pop(0)[1])
