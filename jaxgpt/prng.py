@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 
 def key(seed: jax.Array | int) -> jax.Array:
-    """`jax.random.key(seed)` of JAX's default generator, whatever JAX_DEFAULT_PRNG_IMPL; the seed, 0 to 2**32 - 1, may
-    be traced. Commands also set the two flags that change this generator's stream (`cli.main`)."""
-    return jax.random.key(seed, impl="threefry2x32")
+    """`jax.random.key(seed)` of JAX's default generator and seed offset, whatever the flags. The seed, 0 to 2**32 - 1,
+    may be traced. Commands also set JAX_THREEFRY_PARTITIONABLE, which changes this generator's stream (`cli.main`)."""
+    return jax.random.wrap_key_data(jnp.array([0, seed], jnp.uint32), impl="threefry2x32")
 
 
 def keep_mask(

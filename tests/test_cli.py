@@ -503,7 +503,7 @@ def test_a_process_does_not_end_with_a_search_for_garbage():
 
 def test_main_exits_with_the_code(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["jaxgpt", "nonsense"])
-    flags = {"JAX_ENABLE_X64": "0", "JAX_THREEFRY_PARTITIONABLE": "1", "JAX_RANDOM_SEED_OFFSET": "0"}
+    flags = {"JAX_ENABLE_X64": "0", "JAX_THREEFRY_PARTITIONABLE": "1"}
     for name in flags:
         monkeypatch.setenv(name, "7")
     with pytest.raises(SystemExit) as done:

@@ -36,6 +36,7 @@ def test_by_default_a_key_is_jaxs_own(expected, seed):
     [
         ("jax_default_prng_impl", "rbg"),
         ("jax_default_prng_impl", "unsafe_rbg"),
+        ("jax_random_seed_offset", 7),
         ("jax_enable_x64", True),
     ],
 )

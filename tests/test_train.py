@@ -68,6 +68,7 @@ DEFAULTS = dict(jax.config.values)
 FLAGS = {
     "jax_enable_x64": True,
     "jax_default_prng_impl": "rbg",
+    "jax_random_seed_offset": 7,
 }
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     # Commands compute in float32, and draw from one stream of random numbers; JAX is not imported yet.
-    os.environ |= {"JAX_ENABLE_X64": "0", "JAX_THREEFRY_PARTITIONABLE": "1", "JAX_RANDOM_SEED_OFFSET": "0"}
+    os.environ |= {"JAX_ENABLE_X64": "0", "JAX_THREEFRY_PARTITIONABLE": "1"}
     gc.set_threshold(100_000)  # 700 new objects by default; JAX creates many that live on
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
@@ -137,7 +137,8 @@ def _open_standard_streams() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt; during an import, exit: JAX's extensions abort, its garbage collection loses it."""
+    """Raise KeyboardInterrupt; during an import, exit at once: it would abort JAX's extensions, or be ignored in JAX's
+    garbage collection callback."""
     while frame and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
         frame = frame.f_back
     if frame:

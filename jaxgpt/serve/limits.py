@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxgpt.config import UsageError
 
 TIMEOUT = 30.0
-"""Seconds that a client may take to send a request, or to read more of the response."""
+"""Seconds that the body of a request may take to arrive."""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ def serve(options: Serve) -> None:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        limit_concurrency=512,  # connections; more get 503, before the usual limit of 1,024 open files
         timeout_graceful_shutdown=5,
     )
     server = Server(config)

@@ -53,6 +53,7 @@ def test_all_diagnoses_are_printed_drawn_and_written(call, capsys):
     assert set(drawn) == {"curvature", "landscape", "lens"}
     for picture in drawn.values():
         assert picture.startswith(b"\x89PNG")
+        assert len(picture) < 120_000
     written = json.loads((folder / "all.json").read_text())
     assert set(written) == {"run", "step", "effort", *HAS}
     assert len(written["tokens"]["losses"]) == len(TEXT) - 1

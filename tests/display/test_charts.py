@@ -3,6 +3,7 @@ import math
 import struct
 import sys
 import xml.etree.ElementTree as ET
+import zlib
 
 import numpy as np
 import pytest
@@ -33,11 +34,20 @@ def test_the_suffix_of_a_file_chooses_its_format(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {f"a{suffix}" for suffix in charts.FORMATS}
 
 
-def test_a_png_has_two_pixels_for_each_of_the_width(tmp_path):
+def test_a_png_is_small_and_valid(tmp_path):
     charts.save(SPEC, tmp_path / "a.png", width=300)
     data = (tmp_path / "a.png").read_bytes()
-    assert data.startswith(b"\x89PNG")
-    assert struct.unpack(">I", data[16:20]) == (600,)
+    assert len(data) < 30_000
+    at, kinds, pixels = 8, [], b""
+    while at < len(data):
+        size, kind = struct.unpack(">I4s", data[at : at + 8])
+        body = data[at + 8 : at + 8 + size]
+        assert struct.unpack(">I", data[at + 8 + size : at + 12 + size]) == (zlib.crc32(kind + body),)
+        kinds, pixels, at = [*kinds, kind], pixels + (body if kind == b"IDAT" else b""), at + 12 + size
+    assert (kinds[0], kinds[-1]) == (b"IHDR", b"IEND")
+    width, height = struct.unpack(">II", data[16:24])
+    assert width == 600, "two pixels for each of the width"
+    assert len(zlib.decompress(pixels)) == height * (1 + 4 * width)
 
 
 def test_a_bad_path_is_refused(tmp_path):
