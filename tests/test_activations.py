@@ -1,4 +1,4 @@
-"""Activation functions and norms against those of JAX and Flax, and their derivatives against automatic ones."""
+"""GELU and LayerNorm against JAX and Flax: values, and derivatives up to second order."""
 
 from functools import partial
 
@@ -21,16 +21,16 @@ def flax_layer_norm(x, scale):
 
 @partial(jax.jit, static_argnums=0)
 def derivatives(function, *args):
-    """Value, gradient, Hessian times a vector (by jvp of grad), and the gradient of the gradient's norm."""
+    """Value, gradient, Hessian-vector product (jvp of grad), and the gradient of the squared gradient norm."""
 
     def loss(*args):
         return (function(*args) * WEIGHTS).sum()
 
-    every = tuple(range(len(args)))
-    grad = jax.grad(loss, every)
+    argnums = tuple(range(len(args)))
+    grad = jax.grad(loss, argnums)
     ones = jax.tree.map(jnp.ones_like, args)
-    twice = jax.grad(lambda *args: sum((g**2).sum() for g in grad(*args)), every)
-    return function(*args), grad(*args), jax.jvp(grad, args, ones)[1], twice(*args)
+    second_order = jax.grad(lambda *args: sum((g**2).sum() for g in grad(*args)), argnums)
+    return function(*args), grad(*args), jax.jvp(grad, args, ones)[1], second_order(*args)
 
 
 @pytest.mark.parametrize(
@@ -42,14 +42,14 @@ def derivatives(function, *args):
     ],
     ids=["gelu", "gelu by tanh", "layer norm"],
 )
-def test_values_and_derivatives_are_those_of_the_reference(ours, reference, args):
+def test_values_and_derivatives_match_the_reference(ours, reference, args):
     with jax.numpy_rank_promotion("allow"):
         expected = derivatives(reference, *args)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), derivatives(ours, *args), expected
     )
-    rows = jax.vmap(lambda x: ours(x, *args[1:]))(X)
-    np.testing.assert_allclose(rows, ours(*args), rtol=1e-6, atol=1e-6)
+    mapped = jax.vmap(lambda x: ours(x, *args[1:]))(X)
+    np.testing.assert_allclose(mapped, ours(*args), rtol=1e-6, atol=1e-6)
 
 
 def test_gelu_far_from_zero():
@@ -59,8 +59,8 @@ def test_gelu_far_from_zero():
         np.testing.assert_array_equal(jax.grad(lambda x: activations.gelu(x, tanh).sum())(x), [0, 0, 0.5, 1, 1])  # noqa: B023
 
 
-def test_the_backward_pass_keeps_the_input_alone():
-    """GELU and LayerNorm of (B, T, C) leave one array of that size, in its own dtype."""
+def test_backward_pass_saves_only_the_input():
+    """GELU and LayerNorm of (B, T, C) save one array of that size, in the dtype of the input."""
     x = X.astype(jnp.bfloat16)
     for function in (activations.gelu, lambda x: activations.layer_norm(x, SCALE)):
         _, vjp = jax.vjp(function, x)

@@ -1,3 +1,5 @@
+"""The lecture notes' attention: weights, mask, scale and gradients."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,31 +25,31 @@ def test_causal_weights_are_lower_triangular_with_rows_that_sum_to_one():
     assert (np.asarray(weights)[:, *np.tril_indices(6)] > 0).all()
 
 
-def test_attention_is_the_loop_that_it_says_it_is():
-    """Node t gathers the values of the nodes that point to it, weighted by exp(q . k / sqrt(D)), one node at a time."""
+def test_attention_equals_a_loop_over_tokens():
+    """Token t averages the values of the tokens that it attends to, weighted by exp(q . k / sqrt(D))."""
     q, k, v = (np.asarray(x) for x in qkv())
     mask = np.asarray(causal_mask(6))
     expected = np.zeros_like(v)
     for b, t in np.ndindex(2, 6):
-        nodes = np.flatnonzero(mask[t])
-        weights = np.exp([q[b, t] @ k[b, s] / 2.0 for s in nodes])
-        expected[b, t] = sum(w * v[b, s] for w, s in zip(weights / weights.sum(), nodes, strict=True))
+        sources = np.flatnonzero(mask[t])
+        weights = np.exp([q[b, t] @ k[b, s] / 2.0 for s in sources])
+        expected[b, t] = sum(w * v[b, s] for w, s in zip(weights / weights.sum(), sources, strict=True))
     np.testing.assert_allclose(attention(q, k, v, mask[None]), expected, rtol=1e-5, atol=1e-6)
 
 
 @given(hnp.arrays(bool, st.tuples(st.just(5), st.just(7))).filter(lambda mask: mask.any(axis=1).all()))
-def test_gradients_flow_along_exactly_the_edges_of_the_graph(mask):
-    """Attention aggregates over a directed graph: out[t] depends on v[s] if and only if s points to t."""
+def test_output_depends_on_exactly_the_unmasked_values(mask):
+    """out[t] depends on v[s] if and only if mask[t, s]: attention aggregates over the edges of a directed graph."""
     q, k, v = qkv(T=5, S=7)
     jacobian = jax.jacobian(lambda v: attention(q[0], k[0], v, mask))(v[0])  # (T, D, S, D)
     np.testing.assert_array_equal(np.abs(np.asarray(jacobian)).sum(axis=(1, 3)) > 0, mask)
 
 
-def test_scale_defaults_to_the_root_of_the_head_size_and_can_be_left_out():
+def test_scale_defaults_to_inverse_square_root_of_head_size():
     q, k, v = qkv()
     np.testing.assert_allclose(attention(q, k, v), attention(q * 0.5, k, v, scale=1.0), rtol=1e-5)
 
 
-def test_drop_sees_the_weights():
+def test_drop_is_applied_to_the_weights():
     q, k, v = qkv()
     np.testing.assert_array_equal(attention(q, k, v, drop=jnp.zeros_like), np.zeros((2, 6, 4)))

@@ -1,4 +1,4 @@
-"""The trained bigram against what counting gives: two independent ways to one number."""
+"""The trained bigram against counted pairs: two independent ways to the same loss."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from jaxgpt.train import fit
 
 
 def conditional_entropy(tokens, V):
-    """H(next | current) in nats, by counting pairs: the least loss that any bigram table can have on `tokens`."""
+    """H(next | current) in nats, by counting pairs: the lowest loss that any bigram table can have on `tokens`."""
     counts = np.zeros((V, V))
     np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
     conditional = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -22,7 +22,7 @@ def conditional_entropy(tokens, V):
 
 @pytest.mark.optimized
 @pytest.mark.parametrize("corpus", ["python-docs", "shakespeare"])
-def test_the_bigram_recipe_reaches_the_conditional_entropy_of_its_training_split(corpus, tmp_path, request):
+def test_bigram_recipe_reaches_the_conditional_entropy_of_its_training_split(corpus, tmp_path, request):
     if corpus == "shakespeare":
         request.getfixturevalue("shakespeare")
     config = recipe("bigram").config
@@ -34,5 +34,5 @@ def test_the_bigram_recipe_reaches_the_conditional_entropy_of_its_training_split
     _, params = load_checkpoint(run, "last")
     loss = evaluate(run.config.model, params, train, text.tokenizer).loss
     print(f"{corpus}: trained {loss:.4f}, counted {limit:.4f}")
-    assert limit <= loss + 1e-4, "no table is better than the counts"
+    assert limit <= loss + 1e-4, "no bigram table is better than the counts"
     assert loss < limit + 0.01

@@ -1,3 +1,5 @@
+"""The loss of a whole split: every prediction once, whatever the batches; bits, standard error, estimates."""
+
 import dataclasses
 import itertools
 import math
@@ -25,7 +27,7 @@ def tokens(n):
     return np.random.default_rng(n).integers(0, 5, n).astype(np.uint16)
 
 
-def by_hand(ids):
+def bigram_losses(ids):
     """The bigram's loss of each prediction, one pair at a time."""
     table = np.asarray(PARAMS["token_embedding_table"]["embedding"], np.float64)
     return np.array([np.log(np.exp(table[a]).sum()) - table[a, b] for a, b in itertools.pairwise(ids)])
@@ -37,11 +39,11 @@ def by_hand(ids):
 def test_every_predicted_token_counts_once(n, batch_size):
     result = evaluate(BIGRAM, PARAMS, tokens(n), TOKENIZER, batch_size)
     assert result.n_tokens == n - 1
-    np.testing.assert_allclose(result.loss, by_hand(tokens(n)).mean(), rtol=1e-5)
+    np.testing.assert_allclose(result.loss, bigram_losses(tokens(n)).mean(), rtol=1e-5)
 
 
-def test_a_gpt_sees_windows_that_do_not_overlap_but_for_the_last(tiny, change):
-    """Against a loop over windows: [0, 8), [8, 16), and the last one, ending at the last token, for what is left."""
+def test_only_the_last_window_overlaps(tiny, change):
+    """Against a loop over the windows [0, 8), [8, 16) and one that ends at the last token, for the rest."""
     config = change(tiny, dropout=0.5).model
     params = init_state(tiny).params
     ids = np.random.default_rng(1).integers(0, 13, 22).astype(np.uint16)  # 21 predictions: 8 + 8 + 5
@@ -55,8 +57,8 @@ def test_a_gpt_sees_windows_that_do_not_overlap_but_for_the_last(tiny, change):
 
 
 @pytest.mark.parametrize("batches", [1, 3])
-def test_the_result_does_not_depend_on_the_batch_size(tiny, monkeypatch, batches):
-    """Nor on how many batches are computed in a call, as on accelerators."""
+def test_result_does_not_depend_on_the_batch_size(tiny, monkeypatch, batches):
+    """Nor on the number of batches in a call, which is larger on accelerators."""
     if batches > 1:
         monkeypatch.setattr(evaluation, "BATCHES", batches)
         monkeypatch.setattr(evaluation.sharding, "platform", lambda: "tpu")
@@ -65,14 +67,14 @@ def test_the_result_does_not_depend_on_the_batch_size(tiny, monkeypatch, batches
     results = [evaluate(tiny.model, params, ids, CharTokenizer("abcdefghijklm"), size) for size in (None, 1, 7, 64)]
     for result in results[1:]:
         np.testing.assert_allclose(dataclasses.astuple(result), dataclasses.astuple(results[0]), rtol=1e-6)
-    assert results[0] == evaluate(tiny.model, params, ids, CharTokenizer("abcdefghijklm")), "and is deterministic"
+    assert results[0] == evaluate(tiny.model, params, ids, CharTokenizer("abcdefghijklm")), "not deterministic"
     program = evaluation.compiled(tiny.model, jax.eval_shape(lambda: params), len(ids))
     assert results[0] == evaluate(tiny.model, params, ids, CharTokenizer("abcdefghijklm"), program=program)
 
 
 @given(st.integers(1, 100_000), st.integers(1, 512), st.integers(2, 60_000), st.integers(1, 9))
-def test_little_is_computed_for_nothing(n, T, V, models):
-    """Of few windows a batch is less than twice as many, or 32; of many it is what a device takes."""
+def test_batches_have_little_padding(n, T, V, models):
+    """For few windows, a batch has at most 32 or less than twice as many; for many, what a device allows."""
     config = ModelConfig(vocab_size=V, block_size=T)
     batch, most = windows_per_batch(config, n, models), windows_per_batch(config, 10**9, models)
     assert batch <= max(2 * n - 1, 32)
@@ -81,7 +83,7 @@ def test_little_is_computed_for_nothing(n, T, V, models):
     assert most == 1 or models * most * T * V <= 2**26
 
 
-def test_where_memory_allows_it_a_batch_of_many_logits_has_all_its_tokens(monkeypatch):
+def test_batch_is_limited_by_logits_or_by_tokens(monkeypatch):
     gpt2 = ModelConfig(vocab_size=50304, block_size=1024)
     assert windows_per_batch(gpt2, 10**6) == 1
     monkeypatch.setattr(evaluation, "logits_at_once", lambda: 10**9)
@@ -93,12 +95,12 @@ def test_where_memory_allows_it_a_batch_of_many_logits_has_all_its_tokens(monkey
 def test_bits_are_per_character_and_byte_of_the_predicted_text():
     ids = TOKENIZER.encode("aéé" * 10).astype(np.uint16)
     result = evaluate(BIGRAM, PARAMS, ids, TOKENIZER)
-    bits = by_hand(ids).sum() / math.log(2)
+    bits = bigram_losses(ids).sum() / math.log(2)
     np.testing.assert_allclose(result.bits_per_char, bits / 29, rtol=1e-5)
     np.testing.assert_allclose(result.bits_per_byte, bits / 49, rtol=1e-5)  # é has two bytes
 
 
-def test_the_rest_of_a_character_counts_as_one():
+def test_rest_of_a_character_counts_as_one_character():
     result = evaluation.evaluation(np.array([math.log(2)]), 1, np.frombuffer("é".encode(), np.uint8), ByteTokenizer())
     assert (result.bits_per_char, result.bits_per_byte) == (1, 1)
 
@@ -112,12 +114,12 @@ def test_text_size_counts_characters_and_bytes_for_any_tokenizer(text):
 def test_the_standard_error_is_that_of_the_window_means():
     """With windows of equal length, it is the textbook's standard error of their means."""
     ids = tokens(8 * 12 + 1)
-    means = by_hand(ids).reshape(12, 8).mean(axis=1)
+    means = bigram_losses(ids).reshape(12, 8).mean(axis=1)
     result = evaluate(BIGRAM, PARAMS, ids, TOKENIZER)
     np.testing.assert_allclose(result.standard_error, means.std(ddof=1) / math.sqrt(12), rtol=1e-4)
 
 
-def test_one_window_has_no_standard_error_and_none_is_refused():
+def test_one_window_has_no_standard_error_and_fewer_tokens_are_refused():
     assert math.isnan(evaluate(BIGRAM, PARAMS, tokens(9), TOKENIZER).standard_error)
     with pytest.raises(ValueError, match="8 tokens hold no window"):
         evaluate(BIGRAM, PARAMS, tokens(8), TOKENIZER)
@@ -129,4 +131,4 @@ def test_the_estimate_is_a_noisy_mean_and_a_function_of_the_step(tiny, change):
     one = estimate(config, PARAMS, ids, 3)
     assert one == estimate(config, PARAMS, ids, 3)
     assert one != estimate(config, PARAMS, ids, 4)
-    assert abs(one - by_hand(ids).mean()) < 0.05
+    assert abs(one - bigram_losses(ids).mean()) < 0.05
