@@ -1,3 +1,5 @@
+"""Sealed JSON, atomic writes, and checks that a path can be written to."""
+
 import hashlib
 import os
 from pathlib import Path
@@ -16,44 +18,44 @@ trees = st.dictionaries(st.text().filter(lambda key: key != "seal"), values, min
 
 
 @given(trees)
-def test_what_is_sealed_comes_back(tree):
+def test_unseal_inverts_seal(tree):
     assert repr(files.unseal(files.seal(tree).encode())) == repr(tree)
 
 
 @given(trees, st.data())
-def test_no_byte_of_a_sealed_text_changes_unseen(tree, data):
+def test_any_change_of_a_sealed_text_is_detected(tree, data):
     whole = files.seal(tree).encode()
-    place = data.draw(st.integers(0, len(whole) - 1))
-    flipped = bytes([whole[place] ^ (1 << data.draw(st.integers(0, 7)))])
-    for damaged in (whole[:place], whole[:place] + flipped + whole[place + 1 :], whole + b" "):
+    position = data.draw(st.integers(0, len(whole) - 1))
+    flipped = bytes([whole[position] ^ (1 << data.draw(st.integers(0, 7)))])
+    for damaged in (whole[:position], whole[:position] + flipped + whole[position + 1 :], whole + b" "):
         with pytest.raises(SealError):
             files.unseal(damaged)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{}", b'{"seal": 3}', b"[" * 100_000, b"\xff"])
-def test_what_was_never_sealed_is_refused(data):
+def test_data_without_a_seal_is_refused(data):
     with pytest.raises(SealError):
         files.unseal(data)
 
 
 @pytest.mark.parametrize("body", [b"{nope", b'{"a": ' + b"[" * 100_000, b"\xff"])
-def test_a_seal_of_what_is_not_json_is_refused(body):
+def test_seal_of_invalid_json_is_refused(body):
     digest = hashlib.sha256(body + b"\n}\n").hexdigest().encode()
     with pytest.raises(SealError, match="it is not JSON"):
         files.unseal(body + b',\n  "seal": "' + digest + b'"\n}\n')
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, call):
+def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch, call):
     path = tmp_path / "file"
     files.write_atomically(path, b"old")
 
-    def full(*_):
+    def raise_disk_full(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, full)
-        patch.setattr("pathlib.Path.replace" if call == "replace" else "os.fsync", full)
+        patch.setattr(os, call, raise_disk_full)
+        patch.setattr("pathlib.Path.replace" if call == "replace" else "os.fsync", raise_disk_full)
         with pytest.raises(OSError, match="No space"):
             files.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
@@ -62,7 +64,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, call):
     assert path.read_bytes() == b"new"
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_and_one_that_can_is_left_empty(tmp_path):
+def test_require_writable_names_the_folder_and_leaves_no_files(tmp_path):
     places.require_writable(tmp_path / "new" / "folder", "--runs-dir")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
@@ -71,14 +73,14 @@ def test_a_folder_that_cannot_be_written_to_is_named_and_one_that_can_is_left_em
             places.require_writable(folder, "--runs-dir")
 
 
-def test_a_file_that_cannot_be_written_is_reported_before_there_is_anything_to_write(tmp_path):
+def test_require_file_refuses_unwritable_paths(tmp_path):
     places.require_file(None, "--out")
     places.require_file(tmp_path / "new.json", "--out")
     assert list(tmp_path.iterdir()) == []
-    for path, said in (
+    for path, message in (
         (tmp_path, "is a folder or a device: name a file, --out FILE"),
         (Path("/dev/null"), "is a folder or a device"),
         (tmp_path / "no" / "x.json", "there is no folder"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             places.require_file(path, "--out")
