@@ -1,3 +1,5 @@
+"""BPE against GPT-2's algorithm, and the splitting of a text into parts that are encoded alone."""
+
 import json
 import sys
 import time
@@ -20,19 +22,19 @@ from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer, UnknownCharacterError
 BYTES = tuple(ByteTokenizer().token_bytes)
 SAMPLE = "the cat sat on the mat, that cat's hat  \n\n    it'll be 1234 été 中文 🙂\n" * 9
 TOKENIZER = learn_bpe([SAMPLE], 300)
-# What the split pattern tells apart: letters, digits, signs, contractions, and white space that Python and the
-# pattern see alike or, as 0x1c, do not.
+# Every class of the split pattern: letters, digits, symbols, contractions and white space, including 0x1c, which only
+# Python's \s matches.
 HARD = st.text(st.sampled_from("tha's1.中é\u0301🙂 \n\t\u00a0\u2028\u3000\x1c\x85\u200b"), max_size=60)
 HARD |= st.lists(st.sampled_from(["the", " ", "  ", "\n", "\n\n", " \n", "'ll", "'", "12", "...", "\x1c"])).map("".join)
 
-ORIGINAL = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
 def reference(tok, text):
-    """BPE as GPT-2's encoder.py does it: in each word of its pattern, merge the pair of lowest rank until none is."""
+    """BPE as in GPT-2's encoder.py: in each word, merge the adjacent pair of lowest rank until there is none."""
     rank = {token: i for i, token in enumerate(tok.tokens)}
     ids = []
-    for word in regex.findall(ORIGINAL, text):
+    for word in regex.findall(GPT2_PATTERN, text):
         parts = [bytes([byte]) for byte in word.encode()]
         while pairs := [(rank[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in rank]:
             _, i = min(pairs)
@@ -43,7 +45,7 @@ def reference(tok, text):
 
 @pytest.mark.smoke
 @given(st.text() | HARD)
-def test_decode_inverts_encode_and_tokens_are_the_bytes_of_the_text(text):
+def test_decode_inverts_encode_and_token_bytes_spell_the_text(text):
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.decode(ids) == text
     assert b"".join(TOKENIZER.token_bytes[i] for i in ids) == text.encode()
@@ -51,26 +53,26 @@ def test_decode_inverts_encode_and_tokens_are_the_bytes_of_the_text(text):
 
 
 @given(HARD)
-def test_encoding_is_that_of_gpt2s_own_code(text):
+def test_encoding_matches_gpt2_reference(text):
     assert TOKENIZER.encode(text).tolist() == reference(TOKENIZER, text)
 
 
-def test_merges_really_happen():
+def test_merges_shorten_the_encoding():
     assert len(TOKENIZER.encode(SAMPLE)) < 0.6 * len(SAMPLE.encode())
 
 
 @given(HARD, st.integers(1, 20), st.integers(1, 9))
 @settings(max_examples=300)
-def test_the_parts_encode_to_what_the_whole_encodes_to(text, size, step):
+def test_ids_of_the_parts_are_ids_of_the_whole_text(text, size, step):
     parts = list(split_words([text[i : i + step] for i in range(0, len(text), step)], size))
     assert "".join(parts) == text
     assert parts == list(split_words([text], size))
-    for split in (TOKENIZER._encoding.encode_ordinary, lambda text: regex.findall(ORIGINAL, text)):
+    for split in (TOKENIZER._encoding.encode_ordinary, lambda text: regex.findall(GPT2_PATTERN, text)):
         assert [ids for part in parts for ids in split(part)] == split(text)
 
 
 @given(HARD, st.integers(1, 8), st.integers(1, 9))
-def test_the_parts_after_any_part_follow_from_the_text_after_it(text, size, step):
+def test_splitting_can_start_after_any_part(text, size, step):
     with mock.patch.object(encode, "LONGEST_WORD", 8):
         parts = list(split_words([text], size))
         for n in range(len(parts)):
@@ -80,47 +82,47 @@ def test_the_parts_after_any_part_follow_from_the_text_after_it(text, size, step
 
 
 @given(st.text(st.sampled_from("a \n\ud800"), max_size=30), st.integers(1, 9))
-def test_surrogates_can_be_left_out_before_or_after_the_text_is_cut(text, size):
+def test_surrogates_can_be_dropped_before_or_after_splitting(text, size):
     kept = tokenizer.drop_unknown(TOKENIZER, text)
     parts = [tokenizer.drop_unknown(TOKENIZER, part) for part in split_words([text], size)]
     assert [i for part in parts for i in TOKENIZER.encode(part)] == TOKENIZER.encode(kept).tolist()
 
 
-def test_a_text_is_cut_as_often_as_it_can_be():
+def test_parts_are_shorter_than_twice_the_size():
     assert max(map(len, split_words([SAMPLE], 10))) < 20
 
 
 @given(st.text(st.sampled_from("abc d\x1c"), max_size=90), st.lists(st.integers(1, 7), min_size=2, max_size=2))
-def test_words_without_end_are_cut_at_places_that_no_size_changes(text, sizes):
+def test_cuts_in_long_words_do_not_depend_on_size(text, sizes):
     with mock.patch.object(encode, "LONGEST_WORD", 8):
-        forced = []
+        cuts_in_words = []
         for size in sizes:
             parts = list(split_words([text], size))
             assert "".join(parts) == text
             assert max(map(len, parts), default=0) <= 8 + size
             ends = np.cumsum([len(part) for part in parts])[:-1].tolist()
-            forced.append([end for end in ends if not encode._WORD_START.match(text, end)])
-    assert forced[0] == forced[1]
+            cuts_in_words.append([end for end in ends if not encode._WORD_START.match(text, end)])
+    assert cuts_in_words[0] == cuts_in_words[1]
 
 
-def test_a_text_without_white_space_is_cut_in_a_time_that_grows_with_its_length():
+def test_text_without_white_space_is_split_in_linear_time():
     with mock.patch.object(encode, "LONGEST_WORD", 5000):
         assert [len(part) for part in split_words(["x" * 1000] * 2000, 1000)] == [5000] * 400
     began = time.perf_counter()
     assert sum(len(part) for part in split_words(["x" * 2**20] * 64, 2**18)) == 2**26
-    assert time.perf_counter() - began < 10, "it takes a second, and minutes where all is searched again"
+    assert time.perf_counter() - began < 10, "linear: about 1 s; quadratic: minutes"
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\t", " \n"])
-def test_white_space_without_end(space):
-    """More of it than the stack of a backtracking regular expression holds."""
+def test_long_white_space_is_split_and_encoded(space):
+    """A run long enough to overflow the stack of a backtracking regular expression."""
     run = space * (1_500_000 // len(space))
     text = f"x{run}\x1c{run}x"
     assert "".join(TOKENIZER.decode(TOKENIZER.encode(part)) for part in split_words([text], encode.PART)) == text
 
 
 @given(st.text(st.characters(), max_size=9).filter(bool), st.integers(0xD800, 0xDFFF))
-def test_half_a_surrogate_pair_is_an_unknown_character(text, code):
+def test_lone_surrogate_is_an_unknown_character(text, code):
     text += chr(code)
     known = TOKENIZER.knows(text)
     with pytest.raises(UnknownCharacterError, match=r"UTF-8 can write; --unknown skip") as caught:
@@ -131,7 +133,7 @@ def test_half_a_surrogate_pair_is_an_unknown_character(text, code):
     assert TOKENIZER.decode(TOKENIZER.encode(rest)) == rest
 
 
-def test_what_looks_like_a_special_token_is_plain_text():
+def test_special_token_in_a_text_is_encoded_as_plain_text():
     tok = BPETokenizer(BYTES, ("<|endoftext|>",))
     assert tok.vocab_size == 257
     assert tok.encode("<|endoftext|>").tolist() == list(b"<|endoftext|>")
@@ -139,7 +141,7 @@ def test_what_looks_like_a_special_token_is_plain_text():
     assert len(tok.token_bytes) == 257
 
 
-def test_torn_bytes_and_ids_outside():
+def test_decode_replaces_invalid_utf8_and_refuses_unknown_ids():
     assert TOKENIZER.decode([TOKENIZER.tokens.index(b"\xc3")]) == "\ufffd"
     with pytest.raises(ValueError, match="outside the vocabulary, expected 0 to 299"):
         TOKENIZER.decode([300])
@@ -147,12 +149,12 @@ def test_torn_bytes_and_ids_outside():
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("tok", [TOKENIZER, BPETokenizer(BYTES, ("<|endoftext|>", "<|é|>"))])
-def test_json_gives_an_equal_tokenizer(tok):
+def test_json_round_trip(tok):
     assert tokenizer.from_json(json.loads(json.dumps(tok.to_json()))) == tok
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"pattern": r"(a+)+$"}, "split pattern"),
         ({"pattern": 3}, "not a tokenizer"),
@@ -171,8 +173,8 @@ def test_json_gives_an_equal_tokenizer(tok):
         ({"special": list(map(str, range(2**20)))}, "at most 1,048,576"),
     ],
 )
-def test_a_file_that_describes_no_bpe_is_refused(change, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_bpe_json_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
         tokenizer.from_json({**BPETokenizer(BYTES).to_json(), **change})
 
 
@@ -180,7 +182,7 @@ def test_a_file_that_describes_no_bpe_is_refused(change, said):
     ("library", "use"),
     [("tiktoken", lambda: BPETokenizer(BYTES).encode("a")), ("tokenizers", lambda: learn_bpe(["a"], 300))],
 )
-def test_without_its_library_it_says_what_to_install(monkeypatch, library, use):
+def test_missing_library_error_names_what_to_install(monkeypatch, library, use):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UsageError, match=rf"needs {library}.*pip install {library} \(or 'jaxgpt\[data\]'\)"):
         use()

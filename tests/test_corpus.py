@@ -1,6 +1,9 @@
+"""Prepared corpora: writing, reuse, damage, splits, tokenizers and mixtures."""
+
 import hashlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Unknown
 
 @pytest.fixture
 def verse(verse, tmp_path):
-    """A copy, which may be changed."""
+    """A copy that a test may change."""
     return Path(shutil.copy(verse, tmp_path))
 
 
@@ -44,7 +47,7 @@ def tokenize(tmp_path):
     return tokenize
 
 
-def test_prepare_writes_tokens_that_load_gives_back(prepared, verse):
+def test_load_returns_what_prepare_wrote(prepared, verse):
     loaded = corpora.load(prepared.folder)
     assert isinstance(loaded.tokens, np.memmap)
     assert loaded.tokens.dtype == np.uint16
@@ -60,7 +63,7 @@ def test_prepare_writes_tokens_that_load_gives_back(prepared, verse):
     assert sorted(path.name for path in prepared.folder.iterdir()) == ["tokens-00000.bin", "tokens.json"]
 
 
-def test_prepare_again_reuses_and_a_changed_text_gets_a_folder_of_its_own(prepared, verse, tmp_path):
+def test_prepare_reuses_a_corpus_and_a_changed_text_gets_a_new_folder(prepared, verse, tmp_path):
     again = prepare_corpus(str(verse), data_dir=tmp_path / "data")
     assert again.reused
     assert again.folder == prepared.folder
@@ -71,21 +74,21 @@ def test_prepare_again_reuses_and_a_changed_text_gets_a_folder_of_its_own(prepar
     assert corpora.load(prepared.folder).meta == prepared.corpus.meta
 
 
-def test_a_prepared_folder_can_be_given(prepared):
+def test_prepare_accepts_a_prepared_folder(prepared):
     again = prepare_corpus(str(prepared.folder))
     assert again.reused
     assert again.corpus.meta == prepared.corpus.meta
     assert prepare_corpus(str(prepared.folder), str(prepared.folder)).reused
     for other in ("byte", "ascii"):
-        said = rf"was prepared with char \(11 ids\), but --tokenizer is {other}: give --tokenizer"
-        with pytest.raises(CorpusError, match=said):
+        message = rf"was prepared with char \(11 ids\), but --tokenizer is {other}: give --tokenizer"
+        with pytest.raises(CorpusError, match=message):
             prepare_corpus(str(prepared.folder), other)
 
 
-def test_a_folder_prepared_with_a_learned_bpe_is_not_taken_for_gpt2s(verse, tmp_path):
+def test_bpe_of_a_prepared_folder_must_match_the_requested_tokenizer(verse, tmp_path):
     learned = prepare_corpus(str(verse), "bpe:300", data_dir=tmp_path / "data")
     assert prepare_corpus(str(learned.folder), "bpe:300").reused
-    assert prepare_corpus(str(learned.folder), "bpe:400").reused, "a short text runs out of pairs"
+    assert prepare_corpus(str(learned.folder), "bpe:400").reused, "a short text may give fewer tokens"
     for other in ("gpt2", "bpe:256", "bpe:x"):
         with pytest.raises(UsageError, match=r"was prepared with bpe|no tokenizer 'bpe:x'"):
             prepare_corpus(str(learned.folder), other)
@@ -94,7 +97,7 @@ def test_a_folder_prepared_with_a_learned_bpe_is_not_taken_for_gpt2s(verse, tmp_
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_texts_beside_a_tokens_json_are_no_prepared_folder(prepared, verse, tmp_path, ours):
+def test_texts_beside_a_tokens_json_are_read_as_text(prepared, verse, tmp_path, ours):
     folder = tmp_path / "texts"
     folder.mkdir()
     shutil.copy(verse, folder / "a.txt")
@@ -108,17 +111,18 @@ def test_texts_beside_a_tokens_json_are_no_prepared_folder(prepared, verse, tmp_
     assert found.meta["notes"] == ["tokens.json: left out, a vocabulary written by jaxgpt"] * ours
 
 
-def test_a_prepared_folder_without_its_tokens_is_not_read_as_text(prepared):
-    for damage in ((prepared.folder / "tokens-00000.bin").unlink, (prepared.folder / "tokens.json").write_text):
+def test_damaged_prepared_folder_is_not_read_as_text(prepared):
+    shard, meta = prepared.folder / "tokens-00000.bin", prepared.folder / "tokens.json"
+    for damage_file in (shard.unlink, partial(meta.write_text, "")):
         shutil.copytree(prepared.folder, copy := prepared.folder.with_name("copy"))
-        damage(*[""] * (damage.__name__ == "write_text"))
+        damage_file()
         with pytest.raises(UsageError, match=r"tokens-00000\.bin (is missing|has a NUL byte)"):
             prepare_corpus(str(prepared.folder))
         shutil.rmtree(prepared.folder)
         copy.rename(prepared.folder)
 
 
-def test_texts_of_equal_ids_do_not_share_a_folder(verse, tmp_path):
+def test_texts_with_equal_ids_do_not_share_a_folder(verse, tmp_path):
     first = prepare_corpus(str(verse), data_dir=tmp_path / "data")
     verse.write_text(verse.read_text().replace("a", "b"))
     second = prepare_corpus(str(verse), data_dir=tmp_path / "data")
@@ -126,7 +130,7 @@ def test_texts_of_equal_ids_do_not_share_a_folder(verse, tmp_path):
     assert first.folder != second.folder
 
 
-def test_a_corpus_with_both_halves_of_a_split_emoji_is_read_again(tmp_path):
+def test_lone_surrogates_are_loaded_as_written(tmp_path):
     path = tmp_path / "halves.jsonl"
     path.write_text(
         r'{"text": "split \ud83d emoji"}' + "\n" + r'{"text": "\ude00, and a whole one \ud83d\ude00"}' + "\n"
@@ -140,21 +144,21 @@ def test_a_corpus_with_both_halves_of_a_split_emoji_is_read_again(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tokens-00000.bin", "tokens.json"])
-def test_a_damaged_corpus_is_replaced_by_the_text_in_hand(prepared, verse, tmp_path, name):
+def test_prepare_replaces_a_damaged_corpus(prepared, verse, tmp_path, name):
     (prepared.folder / name).write_text("damage")
     again = prepare_corpus(str(verse), data_dir=tmp_path / "data")
     assert not again.reused
     assert corpora.load(prepared.folder).meta == prepared.corpus.meta
 
 
-def test_split_is_the_notes_ninety_ten(prepared):
+def test_default_split_is_90_to_10(prepared):
     train, val = prepared.corpus.split(DataConfig())
     n = int(0.9 * len(prepared.corpus.tokens))
     assert (len(train), len(val)) == (n, len(prepared.corpus.tokens) - n)
     np.testing.assert_array_equal(np.concatenate([train, val]), prepared.corpus.tokens)
 
 
-def test_a_large_validation_split_is_cut_and_the_rest_trains(prepared):
+def test_val_tokens_limits_the_validation_split(prepared):
     tokens = prepared.corpus.tokens
     train, val = prepared.corpus.split(DataConfig(val_tokens=20))
     np.testing.assert_array_equal(train, tokens[:-20])
@@ -164,15 +168,16 @@ def test_a_large_validation_split_is_cut_and_the_rest_trains(prepared):
         assert len(prepared.corpus.split(DataConfig(val_tokens=enough))[1]) == 84
 
 
-def test_the_default_limit_changes_only_large_texts():
-    """Tiny Shakespeare, python-docs and python-stdlib (data/README.md) stay whole; OpenWebText does not."""
+def test_default_val_tokens_limits_only_large_texts():
+    """The validation splits of Tiny Shakespeare, python-docs and python-stdlib (data/README.md) stay whole; that of
+    OpenWebText does not."""
     tokenizer = ByteTokenizer()
     for n, expected in ((1_115_394, 111_540), (465_126, 46_513), (11_054_222, 1_105_423), (9 * 10**9, 4_000_000)):
         text = np.broadcast_to(np.uint16(0), n)
         assert len(corpora.Corpus(text, tokenizer, {}).split(DataConfig())[1]) == expected
 
 
-def test_wide_vocabularies_take_uint32(tokenize):
+def test_vocabularies_above_16_bits_use_uint32(tokenize):
     text = "".join(chr(0x10000 + i) for i in range(2**16 + 1))
     corpus = tokenize(text)
     assert corpus.tokens.dtype == np.uint32
@@ -181,7 +186,7 @@ def test_wide_vocabularies_take_uint32(tokenize):
     assert narrow.tokens.dtype == np.uint16
 
 
-def test_another_vocabulary_can_be_used_and_unknown_characters_skipped(prepared, tokenize):
+def test_vocabulary_of_another_corpus_can_be_reused(prepared, tokenize):
     spec, text = str(prepared.folder / "tokens.json"), "the zebra sat"
     with pytest.raises(UnknownCharacterError, match="'z'"):
         tokenize(text, spec)
@@ -192,7 +197,7 @@ def test_another_vocabulary_can_be_used_and_unknown_characters_skipped(prepared,
     assert tokenize(text, str(prepared.folder), unknown="skip").meta == skipped.meta
 
 
-def test_bytes_encode_anything(tokenize):
+def test_byte_tokenizer_gives_utf8_bytes(tokenize):
     corpus = tokenize("é\n", "byte")
     assert corpus.tokens.tolist() == [0xC3, 0xA9, 10]
 
@@ -209,7 +214,7 @@ def test_too_little_text_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_column_is_refused_where_there_is_none(verse, prepared, tmp_path):
+def test_column_is_refused_for_plain_text(verse, prepared, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.json").write_text(json.dumps({"body": verse.read_text()}, indent=1))
@@ -223,7 +228,7 @@ def test_a_column_is_refused_where_there_is_none(verse, prepared, tmp_path):
     assert prepare_corpus(str(prepared.folder), column="body").reused
 
 
-def test_no_such_tokenizer(tokenize):
+def test_unknown_tokenizer_is_refused(tokenize):
     for spec in ("words", "~words", "bpe", "bpe:", "bpe:many", "bpe:-300", "bpe:4_096", "bpe:99999999"):
         with pytest.raises(CorpusError, match="expected char, ascii, byte, gpt2, bpe:SIZE such as bpe:4096, the path"):
             tokenize("text", spec)
@@ -247,7 +252,7 @@ def test_a_bpe_is_learned_saved_and_used_again(verse, tmp_path, tokenize):
     assert learned.meta["skipped_characters"] == 1
 
 
-def test_gpt2_is_a_tokenizer_of_that_name(monkeypatch, tokenize):
+def test_gpt2_tokenizer_by_name(monkeypatch, tokenize):
     tok = BPETokenizer(tuple(ByteTokenizer().token_bytes), ("<|endoftext|>",))
     monkeypatch.setattr(vocabularies, "load_gpt2", lambda: tok)
     corpus = tokenize("é<|endoftext|>", "gpt2")
@@ -255,8 +260,8 @@ def test_gpt2_is_a_tokenizer_of_that_name(monkeypatch, tokenize):
     assert corpus.tokenizer.vocab_size == 257
 
 
-OTHER = {"file": "tokens-00001.bin", "sha256": ""}
-PART = {"source": "a", "count": 420, "sha256": ""}
+NEXT_SHARD = {"file": "tokens-00001.bin", "sha256": ""}
+MIXTURE_PART = {"source": "a", "count": 420, "sha256": ""}
 
 
 def damage(folder, name, change):
@@ -274,7 +279,7 @@ def damage(folder, name, change):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "message"),
     [
         ("tokens-00000.bin", None, "is missing; jaxgpt prepare makes it"),
         ("tokens-00000.bin", lambda data: data.pop(), "1,679 bytes, expected 1,680"),
@@ -291,7 +296,7 @@ def damage(folder, name, change):
             lambda meta: meta["shards"][0].update(file="../tokens-00000.bin"),
             "expected file tokens-00000",
         ),
-        ("tokens.json", lambda meta: meta["shards"].append(OTHER | {"count": 0}), "its shard 1 is"),
+        ("tokens.json", lambda meta: meta["shards"].append(NEXT_SHARD | {"count": 0}), "its shard 1 is"),
         ("tokens.json", lambda meta: meta.update(parts=[]), r"its parts are \[\], expected a list of 2 or more"),
         (
             "tokens.json",
@@ -300,19 +305,19 @@ def damage(folder, name, change):
         ),
         (
             "tokens.json",
-            lambda meta: meta.update(parts=[meta["shards"][0], OTHER | {"count": 1}]),
+            lambda meta: meta.update(parts=[meta["shards"][0], NEXT_SHARD | {"count": 1}]),
             "expected a source, a count and a sha256",
         ),
-        ("tokens.json", lambda meta: meta.update(parts=[PART] * 2), "describes the mixture of a run"),
+        ("tokens.json", lambda meta: meta.update(parts=[MIXTURE_PART] * 2), "describes the mixture of a run"),
     ],
 )
-def test_damage_is_named(prepared, name, change, said):
+def test_load_names_the_damage(prepared, name, change, message):
     damage(prepared.folder, name, change)
-    with pytest.raises(CorpusError, match=said):
+    with pytest.raises(CorpusError, match=message):
         corpora.load(prepared.folder)
 
 
-def test_what_is_verified_already_is_checked_for_its_size(prepared):
+def test_verified_corpus_is_only_checked_for_its_size(prepared):
     damage(prepared.folder, "tokens-00000.bin", lambda data: data.__setitem__(5, data[5] ^ 1))
     assert len(corpora.load(prepared.folder, verified=True).tokens) == 840
     damage(prepared.folder, "tokens-00000.bin", lambda data: data.pop())
@@ -320,48 +325,48 @@ def test_what_is_verified_already_is_checked_for_its_size(prepared):
         corpora.load(prepared.folder, verified=True)
 
 
-def test_a_tokens_json_that_is_no_json(prepared):
+def test_tokens_json_without_a_seal_is_refused(prepared):
     (prepared.folder / "tokens.json").write_text("{")
     with pytest.raises(CorpusError, match="it has no seal"):
         corpora.load(prepared.folder)
 
 
-def test_vocabulary_order_is_the_sorted_characters(prepared):
+def test_char_vocabulary_is_sorted(prepared):
     assert prepared.corpus.tokenizer == CharTokenizer("\n acehmnost")
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.data())
-def test_joined_arrays_are_read_like_one(sizes, data):
+def test_joined_arrays_are_indexed_like_one(sizes, data):
     whole = np.arange(sum(sizes)).astype(np.uint16)
     tokens = corpora.Joined(np.split(whole, np.cumsum(sizes)[:-1]))
     begin, end = (data.draw(st.integers(-7, 30)) for _ in range(2))
     np.testing.assert_array_equal(np.asarray(tokens[begin:end]), whole[begin:end])
     assert len(tokens) == len(whole)
     if len(whole):
-        places = np.array(data.draw(st.lists(st.lists(st.integers(0, len(whole) - 1), min_size=2, max_size=2))), int)
-        np.testing.assert_array_equal(tokens[places.reshape(-1, 2)], whole[places.reshape(-1, 2)])
+        indices = np.array(data.draw(st.lists(st.lists(st.integers(0, len(whole) - 1), min_size=2, max_size=2))), int)
+        np.testing.assert_array_equal(tokens[indices.reshape(-1, 2)], whole[indices.reshape(-1, 2)])
     with pytest.raises(IndexError, match="tokens"):
         tokens[np.array([len(whole)])]
 
 
-def test_one_array_is_itself():
+def test_joining_one_array_returns_it():
     one = np.zeros(3, np.uint16)
     assert corpora.joined([one]) is one
 
 
-def test_only_weights_and_parts_are_a_mixture():
+def test_mixtures_are_parsed():
     assert mixture("0.7*a + .3*b c") == [(0.7, "a"), (0.3, "b c")]
     assert mixture("2*/C + D/a  +  1*b + c.txt") == [(2, "/C + D/a"), (1, "b + c.txt")]
     for one in ("a.txt", "a + b.txt", "0.5*a.txt", "2*a + b", "a + 2*b"):
         assert mixture(one) == [(1.0, one)]
     with pytest.raises(CorpusError, match="parts that differ, each with a weight above 0"):
         mixture("0*a + 1*b")
-    for same in ("1*a + 1*a", "1*a + 1*./a"):  # a run stores absolute paths, which have to differ too
+    for same in ("1*a + 1*a", "1*a + 1*./a"):  # a run stores absolute paths, which must differ too
         with pytest.raises(CorpusError, match="parts that differ"):
             mixture(same)
     assert absolute("1*/x/a + 2*python-docs") == "1*/x/a + 2*python-docs"
     assert absolute("gs://bucket/a.txt") == "gs://bucket/a.txt"
-    for shares in ([2e6, 4e3], [5e-5, 1e-6], [0.123456789, 0.1]):  # what a config holds is read again
+    for shares in ([2e6, 4e3], [5e-5, 1e-6], [0.123456789, 0.1]):  # a config stores this text, and it is parsed again
         text = absolute(f"{shares[0]:.12f}*/x/a + {shares[1]:.12f}*/x/b")
         assert mixture(text) == [(shares[0], "/x/a"), (shares[1], "/x/b")]
     with pytest.raises(CorpusError, match=r"the least weight is 0\.0005 of all"):

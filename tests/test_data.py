@@ -1,3 +1,5 @@
+"""Window starts as a function of seed and step, batches, mixtures, and the loaders."""
+
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +34,7 @@ def test_permutations_differ_by_seed_and_epoch_and_are_not_the_identity():
 
 
 def test_permute_spreads_each_index_evenly():
-    """Over many epochs, index 0 falls on every place about equally often (chi-squared, 5 sigma)."""
+    """Over many epochs, index 0 has every image about equally often (chi-squared, 5 sigma)."""
     n, epochs = 16, 4000
     counts = np.bincount([int(batches.permute(np.array([0]), n, 7, e)[0]) for e in range(epochs)], minlength=n)
     chi2 = ((counts - epochs / n) ** 2 / (epochs / n)).sum()
@@ -42,7 +44,7 @@ def test_permute_spreads_each_index_evenly():
 @pytest.mark.smoke
 @given(SEEDS, st.integers(1, 9), st.integers(2, 200), st.integers(1, 7))
 def test_an_epoch_takes_every_window_once(seed, T, extra, B):
-    """n steps of B windows are exactly B epochs: each epoch's starts are n distinct places, T apart."""
+    """n steps of B windows are exactly B epochs: each has n distinct starts, T apart."""
     N = T + extra
     n = batches.n_windows(N, T)
     starts = batches.chunk_starts(seed, 0, n, N, T, B).reshape(B, n)
@@ -52,18 +54,18 @@ def test_an_epoch_takes_every_window_once(seed, T, extra, B):
         assert epoch.max() + T + 1 <= N
 
 
-def test_each_epoch_has_a_phase_of_its_own_and_all_tokens_are_seen():
+def test_epoch_offsets_vary_and_all_tokens_are_used():
     N, T = 103, 8
     n = batches.n_windows(N, T)
     starts = batches.chunk_starts(0, 0, 200, N, T, n)  # an epoch a step
-    phases = set(starts.min(axis=1))
-    assert phases == set(range(N - n * T)), "every offset at which n windows fit occurs"
+    offsets = set(starts.min(axis=1))
+    assert offsets == set(range(N - n * T)), "every offset at which n windows fit must occur"
     assert starts.min() == 0
     assert starts.max() + T + 1 == N
 
 
 @given(SEEDS, st.integers(1, 9), st.integers(1, 200))
-def test_random_starts_stay_inside(seed, T, extra):
+def test_random_windows_stay_inside_the_tokens(seed, T, extra):
     starts = batches.chunk_starts(seed, 0, 5, T + extra, T, 16, "random")
     assert starts.min() >= 0
     assert starts.max() + T + 1 <= T + extra
@@ -71,7 +73,7 @@ def test_random_starts_stay_inside(seed, T, extra):
 
 @pytest.mark.parametrize("sampling", ["epoch", "random"])
 def test_the_last_window_ends_at_the_last_token(sampling):
-    """'Off by one in the data?' No: over many steps the furthest target is the last token, and none lies beyond."""
+    """No off-by-one error: over many steps, the furthest target is the last token."""
     N, T = 50, 8
     tokens = np.arange(N, dtype=np.uint16)
     starts = batches.chunk_starts(3, 0, 500, N, T, 4, sampling).reshape(-1)
@@ -81,7 +83,7 @@ def test_the_last_window_ends_at_the_last_token(sampling):
 
 
 @pytest.mark.smoke
-def test_targets_are_inputs_one_later():
+def test_targets_are_inputs_shifted_by_one():
     tokens = np.random.default_rng(0).integers(0, 9, 100).astype(np.uint16)
     starts = batches.window_starts(1, 0, 100, 8, 4)
     inputs, targets = batches.take(tokens, starts, 8)
@@ -93,7 +95,7 @@ def test_targets_are_inputs_one_later():
 
 
 @pytest.mark.parametrize("sampling", ["epoch", "random"])
-def test_a_batch_depends_on_seed_and_step_alone(sampling):
+def test_batch_depends_only_on_seed_and_step(sampling):
     alone = [batches.window_starts(5, step, 1000, 8, 4, sampling) for step in range(30)]
     together = batches.chunk_starts(5, 0, 30, 1000, 8, 4, sampling)
     later = batches.chunk_starts(5, 17, 30, 1000, 8, 4, sampling)
@@ -103,7 +105,7 @@ def test_a_batch_depends_on_seed_and_step_alone(sampling):
 
 
 @pytest.mark.parametrize("sampling", ["epoch", "random"])
-def test_sizes_may_be_numpys(sampling):
+def test_arguments_may_be_numpy_integers(sampling):
     seed, step, n_tokens, T, B = np.array([7, 3, 100, 8, 4])
     found = batches.window_starts(seed, step, n_tokens, T, B, sampling)
     np.testing.assert_array_equal(found, batches.window_starts(7, 3, 100, 8, 4, sampling))
@@ -133,14 +135,14 @@ def test_device_memory_map_and_gathered_windows_give_the_same_batch(tmp_path):
         np.testing.assert_array_equal(got.targets, expected.targets)
 
 
-def test_estimates_draw_from_a_stream_of_their_own():
+def test_estimates_draw_from_their_own_stream():
     drawn = batches.window_starts(0, 3, 1000, 8, 64, "estimate")
     assert (drawn != batches.window_starts(0, 3, 1000, 8, 64, "random")).any()
     assert drawn.min() >= 0
     assert drawn.max() + 9 <= 1000
 
 
-def test_refusals():
+def test_too_few_tokens_and_unknown_sampling_are_refused():
     with pytest.raises(ValueError, match="8 tokens hold no window of 8"):
         batches.window_starts(0, 0, 8, 8, 1)
     with pytest.raises(ValueError, match="expected 'epoch' or 'random'"):
@@ -150,27 +152,27 @@ def test_refusals():
 class TestMixtures:
     PARTS = (batches.Part(100, 0.7), batches.Part(61, 0.2), batches.Part(200, 0.1))
 
-    def of(self, starts):
-        """Which part each start lies in."""
+    def part_of(self, starts):
+        """The part in which each start lies."""
         return np.searchsorted(np.cumsum([n for n, _ in self.PARTS]), starts, side="right")
 
     @pytest.mark.parametrize("sampling", ["epoch", "random"])
     def test_each_part_has_exactly_its_share_of_every_thousand_windows(self, sampling):
         starts = batches.chunk_starts(3, 0, 300, self.PARTS, 8, 10, sampling)
         for block in starts.reshape(3, 1000):
-            assert np.bincount(self.of(block)).tolist() == [700, 200, 100]
+            assert np.bincount(self.part_of(block)).tolist() == [700, 200, 100]
 
     @pytest.mark.parametrize("sampling", ["epoch", "random"])
-    def test_a_step_alone_is_the_step_in_a_chunk(self, sampling):
+    def test_a_step_alone_equals_the_step_in_a_chunk(self, sampling):
         whole = batches.chunk_starts(3, 0, 220, self.PARTS, 8, 10, sampling)
         for step in (0, 1, 99, 100, 157, 219):
             alone = batches.chunk_starts(3, step, step + 1, self.PARTS, 8, 10, sampling)
             np.testing.assert_array_equal(alone[0], whole[step])
 
-    def test_an_epoch_of_a_part_is_what_it_is_alone(self):
+    def test_windows_of_a_part_are_those_of_the_part_alone(self):
         starts, first = batches.chunk_starts(3, 0, 200, self.PARTS, 8, 10).reshape(-1), 0
         for i, (n, _) in enumerate(self.PARTS):
-            mine = starts[self.of(starts) == i] - first
+            mine = starts[self.part_of(starts) == i] - first
             alone = batches.chunk_starts(3, 0, len(mine), n, 8, 1).reshape(-1)
             np.testing.assert_array_equal(mine, alone)
             first += n
@@ -178,7 +180,7 @@ class TestMixtures:
     def test_no_window_crosses_into_the_next_part(self):
         for sampling in ("epoch", "random"):
             starts = batches.chunk_starts(3, 0, 200, self.PARTS, 8, 10, sampling)
-            np.testing.assert_array_equal(self.of(starts), self.of(starts + 8))
+            np.testing.assert_array_equal(self.part_of(starts), self.part_of(starts + 8))
 
     @pytest.mark.parametrize(
         ("shares", "counts"),
@@ -189,15 +191,15 @@ class TestMixtures:
             ((1, 1, 1), [333, 334, 333]),
         ],
     )
-    def test_a_part_with_the_share_of_one_window_has_one(self, shares, counts):
-        of, _ = batches._parts_of(3, np.arange(2000, 3000), shares)
-        assert np.bincount(of, minlength=len(shares)).tolist() == counts
+    def test_shares_are_rounded_to_whole_windows(self, shares, counts):
+        part, _ = batches._parts_of(3, np.arange(2000, 3000), shares)
+        assert np.bincount(part, minlength=len(shares)).tolist() == counts
 
-    def test_the_order_is_no_pattern(self):
-        of = self.of(batches.chunk_starts(3, 0, 100, self.PARTS, 8, 10).reshape(-1))
-        other = self.of(batches.chunk_starts(3, 100, 200, self.PARTS, 8, 10).reshape(-1))
-        assert (of != other).sum() > 300
-        assert 400 < (of[1:] == 0).sum() - (np.diff(of)[of[1:] == 0] != 0).sum() < 600  # 490 expected after itself
+    def test_parts_are_shuffled_anew_every_thousand_windows(self):
+        first = self.part_of(batches.chunk_starts(3, 0, 100, self.PARTS, 8, 10).reshape(-1))
+        second = self.part_of(batches.chunk_starts(3, 100, 200, self.PARTS, 8, 10).reshape(-1))
+        assert (first != second).sum() > 300
+        assert 400 < ((first[:-1] == 0) & (first[1:] == 0)).sum() < 600  # expected: 0.7 * 0.7 of 999 neighbors
 
 
 @pytest.mark.parametrize(
@@ -208,26 +210,26 @@ def test_chunks_end_at_multiples_of_scan_steps(tiny, change, step, steps, expect
     assert list(chunks(change(tiny, steps=steps), step)) == expected
 
 
-def test_what_is_read_from_disk_is_what_the_device_would_take(tiny, monkeypatch):
+def test_windows_from_disk_equal_windows_on_the_device(tiny, monkeypatch):
     tokens = np.arange(200, dtype=np.uint16) * 7 % 13
     on_device = loader(tiny, tokens, one_device())
     monkeypatch.setattr(batches, "DEVICE_TOKENS", len(tokens) - 1)
     with ThreadPoolExecutor(1) as pool:
         for on_disk in loader(tiny, tokens, one_device()), loader(tiny, tokens, one_device(), pool=pool):
-            require_the_same_windows(tiny, on_device, on_disk)
+            assert_same_windows(tiny, on_device, on_disk)
 
 
-def require_the_same_windows(tiny, on_device, on_disk):
-    for begin, end in [*chunks(tiny, 0), (5, 10), (3, 4)]:  # also a chunk that is served again, and one out of turn
+def assert_same_windows(tiny, on_device, on_disk):
+    for begin, end in [*chunks(tiny, 0), (5, 10), (3, 4)]:  # then a chunk again, and one out of order
         whole, starts = on_device(begin, end)
-        nothing, windows = on_disk(begin, end)
-        assert nothing is None
-        at = np.asarray(starts)[..., None] + np.arange(tiny.model.block_size + 1)
-        np.testing.assert_array_equal(np.asarray(windows), np.asarray(whole)[at])
+        tokens, windows = on_disk(begin, end)
+        assert tokens is None
+        indices = np.asarray(starts)[..., None] + np.arange(tiny.model.block_size + 1)
+        np.testing.assert_array_equal(np.asarray(windows), np.asarray(whole)[indices])
 
 
 def test_a_run_reads_each_chunk_once_and_leaves_no_thread(tiny, change, verse, tmp_path, monkeypatch):
-    """Also the first one, for which a thread compiles while the run evaluates."""
+    """Also the first one, which two threads request: one compiles the step, one trains."""
     read, starts = Counter(), batches.config_starts
     monkeypatch.setattr(batches, "DEVICE_TOKENS", 0)
     monkeypatch.setattr(batches, "config_starts", lambda *args: read.update([args[2:]]) or starts(*args))
@@ -236,15 +238,15 @@ def test_a_run_reads_each_chunk_once_and_leaves_no_thread(tiny, change, verse, t
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("reader")]
 
 
-def test_threads_that_ask_for_a_chunk_together_read_it_once(tiny, monkeypatch):
-    read, starts, both = Counter(), batches.config_starts, threading.Barrier(2)
+def test_threads_that_request_a_chunk_together_read_it_once(tiny, monkeypatch):
+    read, starts, barrier = Counter(), batches.config_starts, threading.Barrier(2)
     monkeypatch.setattr(batches, "DEVICE_TOKENS", 0)
     monkeypatch.setattr(batches, "config_starts", lambda *args: read.update([args[2:]]) or starts(*args))
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(2) as threads:
         on_disk = loader(tiny, np.arange(200, dtype=np.uint16) % 13, one_device(), pool=pool)
 
         def first_chunk(_):
-            both.wait()
+            barrier.wait()
             return on_disk(0, 5)[1]
 
         one, other = threads.map(first_chunk, range(2))
@@ -252,7 +254,7 @@ def test_threads_that_ask_for_a_chunk_together_read_it_once(tiny, monkeypatch):
     assert read == {(0, 5): 1, (5, 10): 1}
 
 
-def test_each_epoch_has_an_order_of_its_own():
+def test_order_of_windows_differs_between_epochs():
     n = batches.n_windows(1000, 8)
     first, second = (np.argsort(batches.window_starts(7, epoch, 1000, 8, n)) for epoch in (0, 1))
     assert not np.array_equal(first, second)
