@@ -1,4 +1,4 @@
-"""The command line as people use it: in process where that is enough, as a process where exits matter."""
+"""The command line: in this process where possible, in a child process where the exit matters."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def call(tmp_path, monkeypatch, capsys):
     def run(*args):
         try:
             code = cli.run_command([str(arg) for arg in args])
-        except SystemExit as done:  # tyro's own way out
+        except SystemExit as done:  # tyro exits by itself
             code = done.code
         out, err = capsys.readouterr()
         return code, out, err
@@ -52,13 +52,13 @@ def call(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("steps", "shown"), [([0, 10, 20], True), ([10, 20], False)])
-def test_the_score_before_training_is_that_of_step_0(steps, shown, capsys):
+def test_summary_shows_the_loss_before_training_only_with_step_0(steps, shown, capsys):
     scores = [Evaluated(step, Evaluation(3.0, 0.1, 4.0, 4.0, 100)) for step in steps]
     _print_summary(RunConsole(), Summary(Run(Path("runs/one")), 20, 20, scores, 1.0, None, 0))
     assert ("  before  loss 3.0000" in capsys.readouterr().out) == shown
 
 
-def test_the_main_job_from_text_to_text(call, verse, tmp_path):
+def test_prepare_train_sample_eval(call, verse, tmp_path):
     code, out, _ = call("prepare", verse)
     assert code == 0
     assert "840 tokens, vocabulary of 11 (char)" in out
@@ -109,8 +109,8 @@ def test_a_run_is_never_overwritten_and_resumes_with_its_own_settings(call, vers
     assert (tmp_path / "runs/one/metrics.jsonl").read_bytes().startswith(metrics)
 
 
-def test_a_resume_takes_the_run_that_was_named(call, verse, tmp_path):
-    """However the folder of runs is spelt, and wherever the hints lead: they can be pasted."""
+def test_resume_finds_the_named_run_in_runs_dir(call, verse, tmp_path):
+    """With any spelling of --runs-dir; the commands that it prints can be pasted."""
     for folder in ("runs", "else where"):
         assert call("train", "gpt-demo", "--corpus", verse, "--run", "a", "--runs-dir", folder, *SMALL)[0] == 0
     before = (tmp_path / "runs/a/config.json").read_bytes()
@@ -135,24 +135,24 @@ def test_a_run_in_use_is_refused_before_its_loggers_start(call, verse, tmp_path,
     assert (code, "run 'one' is in use by another process" in err) == (2, True)
 
 
-def test_an_interrupted_run_resumes_with_its_mesh_and_loggers():
+def test_resume_command_keeps_mesh_and_loggers():
     given = Train("one", Config(), mesh="data=2", log=("tensorboard", "wandb"))
     assert resume_command(given, Run(Path("runs/one"))) == (
         "jaxgpt train --run one --resume --mesh data=2 --log tensorboard --log wandb"
     )
 
 
-def test_a_run_that_cannot_be_saved_names_the_command_that_resumes_it(call, verse, monkeypatch):
-    def full(*args):
+def test_failed_save_prints_the_resume_command(call, verse, monkeypatch):
+    def fail(*args):
         raise CheckpointError("no room")
 
-    monkeypatch.setattr(Checkpoints, "save", full)
+    monkeypatch.setattr(Checkpoints, "save", fail)
     code, _, err = call("train", "gpt-demo", "--corpus", verse, "--run", "one", "--data-dir", "d", *SMALL)
     assert code == 1
     assert err.endswith("then resume it\nResume with: jaxgpt train --run one --resume --data-dir d\n")
 
 
-def test_a_run_wins_over_a_folder_of_its_name(call, verse, tmp_path, monkeypatch):
+def test_run_takes_precedence_over_a_folder_of_its_name(call, verse, tmp_path, monkeypatch):
     assert call("train", "shakespeare-cpu", "--corpus", verse, "--run", "one", *SMALL)[0] == 0
     assert call("export", "one", "--out", "exported")[0] == 0
     shutil.copytree("exported", "one")
@@ -177,7 +177,7 @@ def test_a_path_may_look_like_markup(call, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         ([], "usage: jaxgpt COMMAND"),
         (["trian"], "did you mean 'train'?"),
@@ -200,10 +200,10 @@ def test_a_path_may_look_like_markup(call, tmp_path):
         (["prepare", "python-docs", "--tokenizer", "bpe:12"], "a BPE vocabulary of 12, expected 256 to"),
     ],
 )
-def test_bad_usage_exits_with_2_and_writes_nothing(call, tmp_path, args, said):
+def test_bad_usage_exits_with_2_and_writes_nothing(call, tmp_path, args, message):
     code, out, err = call(*args)
     assert code == 2
-    assert said in out + err
+    assert message in out + err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -216,20 +216,20 @@ def test_every_command_has_help(call, command):
 
 
 @pytest.mark.parametrize("command", ["train", "prepare", "sweep"])
-def test_help_fills_its_lines(call, monkeypatch, command):
+def test_help_is_wrapped_to_the_width_of_the_terminal(call, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
     out = call(command, "--help")[1].splitlines()
-    lines = [line.rstrip() for line in out if line.startswith(10 * " ") and line.strip()]  # after an option's first
+    lines = [line.rstrip() for line in out if line.startswith(10 * " ") and line.strip()]  # wrapped lines
     assert len(lines) > 4
     for line, following in pairwise(lines):
-        if not line.endswith(")"):  # a default ends each text
+        if not line.endswith(")"):  # the default ends the help of an option
             assert len(f"{line} {following.split()[0]}") >= 80
 
 
-def test_the_help_of_prepare_names_all_that_it_takes(call):
-    said = " ".join(call("prepare", "--help")[1].replace("│", " ").split())
+def test_help_of_prepare_names_every_kind_of_corpus(call):
+    text = " ".join(call("prepare", "--help")[1].replace("│", " ").split())
     for corpus in ("python-docs", ".parquet", "gs://bucket/texts", '"0.7*a.txt + 0.3*b.txt"'):
-        assert corpus in said
+        assert corpus in text
 
 
 def test_help_of_a_recipe_shows_its_defaults(call):
@@ -245,7 +245,7 @@ def test_recipes_are_listed(call):
         assert f"jaxgpt train {name}\n" in out
 
 
-def test_skipped_characters_and_mended_line_ends_are_reported(call, verse, tmp_path):
+def test_skipped_characters_and_normalized_line_ends_are_reported(call, verse, tmp_path):
     call("prepare", verse)
     (tmp_path / "other.txt").write_bytes(b"the zebra\r\nsat on a mat\r\n" * 9)
     (tokens,) = (tmp_path / "data").glob("*/tokens.json")
@@ -256,7 +256,7 @@ def test_skipped_characters_and_mended_line_ends_are_reported(call, verse, tmp_p
     assert call("prepare", "other.txt", "--tokenizer", tokens)[0] == 2
 
 
-def test_documents_and_a_vocabulary_learnt_from_them(call, verse, tmp_path):
+def test_json_lines_with_a_learned_bpe(call, verse, tmp_path):
     lines = verse.read_text().splitlines()
     (tmp_path / "verse.jsonl").write_text("".join(json.dumps({"line": line}) + "\n" for line in lines))
     code, _, err = call("prepare", "verse.jsonl")
@@ -266,17 +266,17 @@ def test_documents_and_a_vocabulary_learnt_from_them(call, verse, tmp_path):
     code, out, err = call("prepare", *documents)
     assert code == 0
     assert "vocabulary of 260 (bpe)" in out
-    assert err == "", "a bar is for terminals"
+    assert err == "", "progress bars are for terminals"
     code, out, _ = call("train", "bigram", "--run", "one", *SMALL, "--corpus", *documents)
     assert code == 0, out
     code, out, _ = call("sample", "one", "--prompt", "the ", "--tokens", 20)
     assert code == 0
     assert out.startswith("the ")
     shutil.rmtree(tmp_path / "data")
-    assert call("eval", "one", "--eval-batches", 0)[0] == 0, "the same tokens are prepared anew"
+    assert call("eval", "one", "--eval-batches", 0)[0] == 0, "eval prepares the same tokens again"
 
 
-def test_failures_exit_with_1(call, verse, tmp_path, monkeypatch):
+def test_damaged_checkpoint_exits_with_1(call, verse, tmp_path, monkeypatch):
     assert call("train", "gpt-demo", "--corpus", verse, "--run", "one", *SMALL)[0] == 0
     (tmp_path / "runs/one/checkpoints/20/state/_METADATA").unlink()
     code, _, err = call("sample", "one", "--checkpoint", "last")
@@ -284,18 +284,18 @@ def test_failures_exit_with_1(call, verse, tmp_path, monkeypatch):
     assert "checkpoint last cannot be used: runs/one/checkpoints/20/state/_METADATA is missing" in err
 
 
-@pytest.mark.parametrize(("error", "said"), [(MemoryError("12 TiB"), " 12 TiB"), (MemoryError(), "")])
-def test_too_much_memory_is_reported(call, monkeypatch, error, said):
+@pytest.mark.parametrize(("error", "message"), [(MemoryError("12 TiB"), " 12 TiB"), (MemoryError(), "")])
+def test_out_of_memory_is_reported(call, monkeypatch, error, message):
     def exhaust(args):
         raise error
 
     monkeypatch.setattr("jaxgpt.cli.list_recipes.run", exhaust)
     code, _, err = call("recipes")
     assert code == 1
-    assert f"out of memory{said}: close other programs" in err
+    assert f"out of memory{message}: close other programs" in err
 
 
-def test_interrupted_before_anything_was_done(call, monkeypatch):
+def test_interrupt_exits_with_130(call, monkeypatch):
     def interrupt(args):
         raise KeyboardInterrupt
 
@@ -303,14 +303,14 @@ def test_interrupted_before_anything_was_done(call, monkeypatch):
     assert call("recipes")[0] == 130
 
 
-SIGNAL_WHILE_JAX_IS_IMPORTED = """
+INTERRUPT_WHILE_JAX_IS_IMPORTED = """
 import gc, os, signal, sys
 from jaxgpt import cli
 
 class Finder:
     def find_spec(name, path=None, target=None):
         if name == "jax.version":
-            gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGINT))  # whose exceptions are ignored
+            gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGINT))  # gc ignores exceptions of callbacks
             gc.collect()
 
 sys.meta_path.insert(0, Finder)
@@ -319,8 +319,8 @@ cli.main(["sample", "none"])
 """
 
 
-def test_interrupted_while_jax_is_imported():
-    done = subprocess.run([sys.executable, "-c", SIGNAL_WHILE_JAX_IS_IMPORTED], capture_output=True, text=True)
+def test_interrupt_while_jax_is_imported():
+    done = subprocess.run([sys.executable, "-c", INTERRUPT_WHILE_JAX_IS_IMPORTED], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "jaxgpt: interrupted\n")
 
 
@@ -331,7 +331,7 @@ def test_versions(call):
 
 
 @pytest.mark.parametrize("ask", ["flag before", "flag after", "variable"])
-def test_a_traceback_is_printed_if_it_is_asked_for(call, monkeypatch, ask):
+def test_traceback_is_printed_on_request(call, monkeypatch, ask):
     def fail(args):
         assert args == ["--x"]
         raise RuntimeError("INTERNAL: of a library")
@@ -352,7 +352,7 @@ def test_a_traceback_is_printed_if_it_is_asked_for(call, monkeypatch, ask):
     assert err.endswith("\njaxgpt: RuntimeError: INTERNAL: of a library (--traceback shows where)\n")
 
 
-def test_the_traceback_of_bad_usage(call, monkeypatch):
+def test_traceback_is_printed_for_bad_usage_too(call, monkeypatch):
     monkeypatch.setenv("JAXGPT_TRACEBACK", "0")
     code, _, err = call("train", "gpt-dmo", "--traceback")
     assert code == 2
@@ -364,7 +364,7 @@ def test_the_traceback_of_bad_usage(call, monkeypatch):
     "command", ["sample one", "train gpt-demo --corpus TEXT --run two", "export one --out x", "serve one"]
 )
 def test_a_platform_without_devices_is_named(call, tiny, verse, tmp_path, monkeypatch, command):
-    """JAX_PLATFORMS=cuda without a GPU: JAX raises an AssertionError that says nothing."""
+    """As JAX_PLATFORMS=cuda without a GPU: JAX raises an AssertionError without a message."""
     from jax._src import xla_bridge
 
     call("prepare", verse)
@@ -372,15 +372,15 @@ def test_a_platform_without_devices_is_named(call, tiny, verse, tmp_path, monkey
     meta.pop("seal")
     Run.create(tmp_path / "runs", "one", tiny, meta)
 
-    def none(*_):
+    def no_device(*_):
         raise AssertionError
 
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setattr(xla_bridge, "backends", none)
-    monkeypatch.setattr(xla_bridge, "default_backend", none)
-    monkeypatch.setattr(jax, "devices", none)
-    monkeypatch.setattr(jax, "process_index", none)
-    monkeypatch.setattr(jax, "process_count", none)
+    monkeypatch.setattr(xla_bridge, "backends", no_device)
+    monkeypatch.setattr(xla_bridge, "default_backend", no_device)
+    monkeypatch.setattr(jax, "devices", no_device)
+    monkeypatch.setattr(jax, "process_index", no_device)
+    monkeypatch.setattr(jax, "process_count", no_device)
     monkeypatch.setattr("jaxgpt.serve.server.serve", lambda *_: None)
     code, _, err = call(*command.replace("TEXT", str(verse)).split())
     assert code == 1
@@ -389,7 +389,7 @@ def test_a_platform_without_devices_is_named(call, tiny, verse, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         ("train gpt-demo --bias True", "--bias takes no value: write --bias or --no-bias"),
         ("train gpt-demo --tie_weights=false", "--tie-weights takes no value: write --tie-weights or --no-tie-weights"),
@@ -401,10 +401,10 @@ def test_a_platform_without_devices_is_named(call, tiny, verse, tmp_path, monkey
         ("diagnose one --text --help-me", "a value that begins with '-' is written with '=': --text=--help-me"),
     ],
 )
-def test_refused_options_come_with_what_to_type(call, args, said):
+def test_refused_options_come_with_a_hint(call, args, message):
     code, _, err = call(*args.split())
     assert code == 2
-    assert err.endswith(f"\njaxgpt: {said}\n")
+    assert err.endswith(f"\njaxgpt: {message}\n")
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_a_recipe_may_follow_the_options(args):
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         ("train --n-embd 65 gpt-demo", "try --n-embd 64"),
         ("train --run gpt-demo --n-embd 65", "try --n-embd 64"),
@@ -456,16 +456,16 @@ def test_a_recipe_may_follow_the_options(args):
         ("verify-resume --kills 3", "which recipe?"),
     ],
 )
-def test_every_command_takes_its_recipe_after_the_options(call, command, said):
+def test_every_command_takes_its_recipe_after_the_options(call, command, message):
     code, out, err = call(*command.split())
     assert code == 2
-    assert said in out + err
+    assert message in out + err
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("columns", ["1", "5"])
-def test_a_narrow_terminal(columns):
-    """The help once wrapped words into nothing, forever, in ever more memory."""
+def test_help_in_a_narrow_terminal(columns):
+    """With fewer than 6 columns, tyro would wrap the help forever, in ever more memory."""
     command = f"ulimit -v 4000000; COLUMNS={columns} PYTHONUTF8=1 exec '{sys.executable}' -m jaxgpt sample --help"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
@@ -474,14 +474,14 @@ def test_a_narrow_terminal(columns):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("closed", [">&-", "<&- >&-", ">&- 2>&-"])
-def test_output_that_is_closed_is_no_fault(tmp_path, closed):
+def test_closed_output_is_not_an_error(tmp_path, closed):
     command = f"'{sys.executable}' -m jaxgpt recipes {closed}"
     done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=60, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.smoke
-def test_the_command_is_installed_and_a_closed_pipe_is_no_fault(tmp_path):
+def test_installed_command_ignores_a_closed_pipe(tmp_path):
     command = os.path.join(os.path.dirname(sys.executable), "jaxgpt")
     done = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
@@ -492,8 +492,8 @@ def test_the_command_is_installed_and_a_closed_pipe_is_no_fault(tmp_path):
     assert piped.stderr == ""
 
 
-def test_a_process_does_not_end_with_a_search_for_garbage():
-    """Among the objects of JAX it would take half a second."""
+def test_exit_skips_the_last_garbage_collection():
+    """It would take half a second, because JAX creates many objects."""
     code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); "
     code += "from jaxgpt.cli import main; main(['recipes'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -501,7 +501,7 @@ def test_a_process_does_not_end_with_a_search_for_garbage():
     assert int(done.stdout.split()[-1]) > 10_000
 
 
-def test_main_exits_with_the_code(monkeypatch):
+def test_main_exits_with_the_code_and_overrides_jax_flags(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["jaxgpt", "nonsense"])
     flags = {"JAX_ENABLE_X64": "0", "JAX_THREEFRY_PARTITIONABLE": "1"}
     for name in flags:
@@ -509,10 +509,10 @@ def test_main_exits_with_the_code(monkeypatch):
     with pytest.raises(SystemExit) as done:
         cli.main()
     assert done.value.code == 2
-    assert {name: os.environ[name] for name in flags} == flags, "no flag changes what a command computes"
+    assert {name: os.environ[name] for name in flags} == flags, "flags of JAX must not change what a command computes"
 
 
-def test_a_resume_may_name_the_corpus_of_the_run_as_it_was_typed(call, verse, tiny, change, tmp_path, monkeypatch):
+def test_resume_accepts_the_corpus_of_the_run_as_a_relative_path(call, verse, tiny, change, tmp_path, monkeypatch):
     run, _ = start(change(tiny, corpus=str(verse), vocab_size=0), "one", tmp_path / "runs", tmp_path / "data")
     given = []
     monkeypatch.setattr(
@@ -528,14 +528,14 @@ def test_a_resume_may_name_the_corpus_of_the_run_as_it_was_typed(call, verse, ti
     ("args", "expected"),
     [(["--runs-dir=~/runs"], "/home/me/runs"), (["--runs-dir=~"], "/home/me"), (["--runs_dir", "~/x"], "/home/me/x")],
 )
-def test_a_shell_leaves_the_home_folder_after_an_equals_sign_or_in_quotes_to_us(monkeypatch, args, expected):
+def test_tilde_in_path_options_is_expanded(monkeypatch, args, expected):
     monkeypatch.setenv("HOME", "/home/me")
     given = parse(Sample, ["one", *args, "--prompt=~/x"], "sample")
     assert (given.runs_dir, given.prompt) == (Path(expected), "~/x")
     assert parse(Eval, ["one", *args], "eval").folders.runs_dir == Path(expected)
 
 
-def test_the_home_folder_in_the_name_of_a_recipe_an_export_or_a_run_to_inspect(call, tmp_path, monkeypatch):
+def test_tilde_in_names_of_recipes_exports_tokenizers_and_folders_is_expanded(call, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     (tmp_path / "me" / "export").mkdir(parents=True)
     (tmp_path / "me" / "export" / "model.safetensors").touch()

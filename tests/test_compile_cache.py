@@ -1,3 +1,5 @@
+"""JAX's compile cache in the user's cache folder: private, bounded, optional."""
+
 import os
 import stat
 import warnings
@@ -12,7 +14,7 @@ from jaxgpt.cli.compile_cache import is_private, prune, use_compile_cache
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The user's cache folder, and JAX's setting put back at the end."""
+    """The user's cache folder. JAX's settings are restored at the end."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
@@ -21,14 +23,14 @@ def cache(tmp_path, monkeypatch):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
 
 
-def test_the_cache_is_the_users_alone(cache):
+def test_cache_is_private(cache):
     use_compile_cache()
     (folder,) = cache.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert jax.config.jax_compilation_cache_dir == str(folder)
 
 
-def test_a_folder_that_others_may_write_to_is_not_used(cache, capsys):
+def test_folder_writable_by_others_and_symlink_are_not_used(cache, capsys):
     use_compile_cache()
     (folder,) = cache.iterdir()
     jax.config.update("jax_compilation_cache_dir", None)
@@ -42,7 +44,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(cache, capsys):
     assert not is_private(folder)
 
 
-def test_a_cache_that_cannot_be_made_is_no_reason_to_stop(cache, capsys):
+def test_failure_to_create_the_cache_is_only_a_warning(cache, capsys):
     cache.write_text("a file where the folder should be")
     before = jax.config.jax_compilation_cache_dir
     use_compile_cache()
@@ -51,18 +53,18 @@ def test_a_cache_that_cannot_be_made_is_no_reason_to_stop(cache, capsys):
 
 
 @pytest.fixture
-def homeless(monkeypatch):
-    """A user whom the system does not know, as in a container: no $HOME, and no entry that says one."""
-    pwd = pytest.importorskip("pwd", reason="users are numbers on POSIX alone")
+def no_home(monkeypatch):
+    """A user without $HOME and without an entry in the password database, as in a container."""
+    pwd = pytest.importorskip("pwd", reason="user ids need POSIX")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: pwd.getpwnam("no-such-user"))
 
 
-@pytest.mark.parametrize("named", [None, ""])
-def test_without_a_home_there_is_no_cache_and_that_is_said(homeless, tmp_path, monkeypatch, capsys, cache, named):
+@pytest.mark.parametrize("xdg_cache_home", [None, ""])
+def test_without_a_home_folder_nothing_is_cached(no_home, tmp_path, monkeypatch, capsys, cache, xdg_cache_home):
     monkeypatch.delenv("XDG_CACHE_HOME")
-    if named is not None:
-        monkeypatch.setenv("XDG_CACHE_HOME", named)
+    if xdg_cache_home is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", xdg_cache_home)
     monkeypatch.chdir(tmp_path)
     before = jax.config.jax_compilation_cache_dir
     use_compile_cache()
@@ -71,27 +73,27 @@ def test_without_a_home_there_is_no_cache_and_that_is_said(homeless, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_name_of_the_cache_counts_as_none(cache, monkeypatch):
+def test_empty_xdg_cache_home_counts_as_unset(cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(cache.parent))
     use_compile_cache()
     assert jax.config.jax_compilation_cache_dir.startswith(str(cache.parent / ".cache" / "jaxgpt"))
 
 
-def test_a_folder_named_by_the_user_is_left_to_them(cache, monkeypatch):
+def test_jax_compilation_cache_dir_takes_precedence(cache, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/named")
     use_compile_cache()
     assert not cache.exists()
 
 
-def test_the_cache_is_bounded_and_what_was_used_last_stays(cache, monkeypatch):
+def test_least_recently_used_programs_are_deleted(cache, monkeypatch):
     use_compile_cache()
     (folder,) = cache.iterdir()
     other = cache / "compiled-of-another-processor"
     tuned = folder / "xla_gpu_per_fusion_autotune_cache_dir"
     for each in (other, tuned):
         each.mkdir()
-    (cache / "gpt2").write_bytes(b"x" * 1000)  # a download, no program
+    (cache / "gpt2").write_bytes(b"x" * 1000)  # a download, not a program
     paths = [folder / f"jit_{i}-cache" for i in range(3)] + [
         other / "jit_3-cache",
         tuned / "fusion",
@@ -107,7 +109,7 @@ def test_the_cache_is_bounded_and_what_was_used_last_stays(cache, monkeypatch):
     assert (cache / "gpt2").exists()
 
 
-def test_many_processes_may_bound_the_cache_at_once(cache):
+def test_concurrent_pruning(cache):
     folder = cache / "compiled-x"
     folder.mkdir(parents=True)
     for i in range(500):
@@ -118,7 +120,7 @@ def test_many_processes_may_bound_the_cache_at_once(cache):
     assert len(list(folder.iterdir())) <= 100
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners are a matter of POSIX")
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners of files need POSIX")
 def test_a_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
     tmp_path.chmod(0o700)
     assert is_private(tmp_path)
@@ -126,8 +128,8 @@ def test_a_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
     assert not is_private(tmp_path)
 
 
-def test_an_entry_that_was_cut_off_is_written_anew(cache):
-    """As by a full disk. JAX itself would keep it, and warn at every start."""
+def test_truncated_entry_is_written_again(cache):
+    """A full disk cuts entries off. JAX itself would keep them, and warn at every start."""
     function = jax.jit(lambda x: x + 1)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")

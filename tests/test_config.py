@@ -1,3 +1,5 @@
+"""Config: validation, JSON, and configs of earlier versions."""
+
 import dataclasses
 import json
 import math
@@ -14,14 +16,14 @@ from jaxgpt.recipes import RECIPES, recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_can_run_and_round_trip(name, tmp_path):
+def test_recipes_are_valid_and_round_trip(name, tmp_path):
     config = RECIPES[name].config
     assert configs.problems(config) == []
     assert configs.from_json(json.dumps(dataclasses.asdict(config))) == config
-    of_a_run = tmp_path / "config.json"
+    run_config = tmp_path / "config.json"
     resolved = configs.replaced(config, decay_steps=config.train.steps)
-    of_a_run.write_text(files.seal(dataclasses.asdict(resolved)))
-    assert recipe(str(of_a_run)).config == config
+    run_config.write_text(files.seal(dataclasses.asdict(resolved)))
+    assert recipe(str(run_config)).config == config
 
 
 @given(
@@ -45,7 +47,7 @@ def test_recipes_can_run_and_round_trip(name, tmp_path):
         train=st.builds(TrainConfig, seed=st.integers(0, 2**32 - 1), steps=st.integers(101, 10**6)),
     )
 )
-def test_json_gives_any_config_back(config):
+def test_json_round_trip(config):
     assert configs.from_json(json.dumps(dataclasses.asdict(config))) == config
 
 
@@ -53,8 +55,8 @@ def test_json_gives_any_config_back(config):
     ("section", "values"),
     [(ModelConfig, {"norm": "rmsnorm"}), (ModelConfig, {"precision": "bf16"}), (OptimizerConfig, {"schedule": "wsd"})],
 )
-def test_an_unknown_choice_is_refused_where_a_config_is_made(section, values):
-    """It would select the default silently: `rmsnorm` was LayerNorm."""
+def test_unknown_choice_is_refused_on_construction(section, values):
+    """Unchecked, it would silently select the default: `rmsnorm` was LayerNorm."""
     (name,) = values
     with pytest.raises(ConfigError, match=f"{name}: expected one of .*, found '{values[name]}'"):
         section(**values)
@@ -71,7 +73,7 @@ def test_every_field_is_documented():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"n_embd": 65}, "try --n-embd 64"),
         ({"n_head": 0}, "n_head is 0"),
@@ -95,13 +97,13 @@ def test_every_field_is_documented():
         ({"steps": 0}, "steps is 0"),
     ],
 )
-def test_what_cannot_run_is_refused_by_name(change, changes, said):
+def test_invalid_setting_is_refused_by_name(change, changes, message):
     with pytest.raises(ConfigError) as caught:
         configs.check(change(Config(), **changes))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_new_run_whose_rate_would_rise_is_refused_and_a_saved_one_is_read(change):
+def test_rising_learning_rate_is_refused_only_in_new_runs(change):
     rising = change(Config(), learning_rate=1e-5, min_learning_rate=1e-4)
     with pytest.raises(ConfigError, match=r"min_learning_rate is 0.0001, expected at most learning_rate \(1e-05\)"):
         configs.check(rising, new=True)
@@ -116,7 +118,7 @@ def test_all_problems_are_reported_at_once(change):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "not JSON"),
         ("[]", "expected an object"),
@@ -130,29 +132,29 @@ def test_all_problems_are_reported_at_once(change):
         (lambda tree: tree["model"].update(n_embd=10**400 + 1), "model.n_embd: expected int of at most 64 bits"),
     ],
 )
-def test_damaged_json_is_refused_by_place(text, said):
+def test_invalid_json_is_refused_by_field(text, message):
     if callable(text):
         tree = dataclasses.asdict(Config())
         text(tree)
         text = json.dumps(tree)
     with pytest.raises(ConfigError) as caught:
         configs.from_json(text)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_field_that_an_older_version_did_not_know_has_its_default(change):
+def test_missing_field_has_its_default(change):
     tree = dataclasses.asdict(change(Config(), n_layer=2))
     del tree["train"]["seed"], tree["model"]["dropout"]
     assert configs.from_tree(tree) == change(Config(), n_layer=2)
 
 
-def test_a_run_of_an_older_version_keeps_its_whole_validation_split(change):
+def test_config_without_val_tokens_keeps_its_whole_validation_split(change):
     tree = dataclasses.asdict(Config())
     del tree["data"]["val_tokens"]
     assert configs.from_tree(tree) == change(Config(), val_tokens=0) != Config()
 
 
-def test_whole_numbers_are_welcome_as_floats():
+def test_integer_is_accepted_as_float():
     tree = dataclasses.asdict(Config())
     tree["optimizer"]["weight_decay"] = 1
     assert configs.from_json(json.dumps(tree)).optimizer.weight_decay == 1.0
