@@ -58,7 +58,7 @@ def test_summary_shows_the_loss_before_training_only_with_step_0(steps, shown, c
     assert ("  before  loss 3.0000" in capsys.readouterr().out) == shown
 
 
-def test_prepare_train_sample_eval(call, verse, tmp_path):
+def test_prepare_train_sample_eval(call, verse):
     code, out, _ = call("prepare", verse)
     assert code == 0
     assert "840 tokens, vocabulary of 11 (char)" in out
@@ -152,7 +152,7 @@ def test_failed_save_prints_the_resume_command(call, verse, monkeypatch):
     assert err.endswith("then resume it\nResume with: jaxgpt train --run one --resume --data-dir d\n")
 
 
-def test_run_takes_precedence_over_a_folder_of_its_name(call, verse, tmp_path, monkeypatch):
+def test_run_takes_precedence_over_a_folder_of_its_name(call, verse, tmp_path):
     assert call("train", "shakespeare-cpu", "--corpus", verse, "--run", "one", *SMALL)[0] == 0
     assert call("export", "one", "--out", "exported")[0] == 0
     shutil.copytree("exported", "one")
@@ -276,7 +276,7 @@ def test_json_lines_with_a_learned_bpe(call, verse, tmp_path):
     assert call("eval", "one", "--eval-batches", 0)[0] == 0, "eval prepares the same tokens again"
 
 
-def test_damaged_checkpoint_exits_with_1(call, verse, tmp_path, monkeypatch):
+def test_damaged_checkpoint_exits_with_1(call, verse, tmp_path):
     assert call("train", "gpt-demo", "--corpus", verse, "--run", "one", *SMALL)[0] == 0
     (tmp_path / "runs/one/checkpoints/20/state/_METADATA").unlink()
     code, _, err = call("sample", "one", "--checkpoint", "last")
