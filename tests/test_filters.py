@@ -11,7 +11,7 @@ LOGITS = jax.random.normal(jax.random.key(0), (3, 9))
 
 
 @given(st.integers(1, 8))
-def test_top_k_keeps_the_k_largest_and_their_proportions(k):
+def test_top_k_keeps_the_k_largest_logits_unchanged(k):
     kept = np.asarray(top_k(LOGITS, k))
     for row, logits in zip(kept, np.asarray(LOGITS), strict=True):
         assert set(np.flatnonzero(np.isfinite(row))) == set(np.argsort(logits)[-k:])
@@ -19,7 +19,7 @@ def test_top_k_keeps_the_k_largest_and_their_proportions(k):
 
 
 @pytest.mark.parametrize("k", [0, 9, 100])
-def test_top_k_of_none_or_all_keeps_all(k):
+def test_top_k_of_zero_or_at_least_V_keeps_all(k):
     np.testing.assert_array_equal(top_k(LOGITS, k), LOGITS)
 
 
@@ -28,7 +28,7 @@ def test_top_k_keeps_ties():
 
 
 ROWS = st.sampled_from([1, 2, 3, 12]).flatmap(lambda n: st.lists(st.floats(-20, 20, width=32), min_size=n, max_size=n))
-SHARES = st.floats(0.01, 1, exclude_max=True)
+THRESHOLDS = st.floats(0.01, 1, exclude_max=True)
 
 
 def probabilities(logits):
@@ -36,19 +36,19 @@ def probabilities(logits):
     return e / e.sum()
 
 
-@given(ROWS, SHARES)
-def test_top_p_keeps_the_fewest_that_reach_it(row, p):
+@given(ROWS, THRESHOLDS)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(row, p):
     kept = np.isfinite(jax.jit(top_p)(np.array([row], np.float32), p))[0]
     q = probabilities(row)
     assert kept.any()
-    assert q[kept].min() >= q[~kept].max(initial=0), "the most likely ones"
+    assert q[kept].min() >= q[~kept].max(initial=0), "the kept tokens are the most likely ones"
     assert q[kept].sum() >= p - 1e-5
     fewer = q[kept & (q > q[kept].min())].sum()
-    assert fewer < p + 1e-5, "without the least of them they do not reach it"
+    assert fewer < p + 1e-5, "without the least likely of them, the kept tokens fall short of p"
 
 
-@given(ROWS, SHARES)
-def test_min_p_keeps_what_is_likely_beside_the_most_likely(row, p):
+@given(ROWS, THRESHOLDS)
+def test_min_p_compares_with_the_most_likely_token(row, p):
     kept = np.isfinite(jax.jit(min_p)(np.array([row], np.float32), p))[0]
     ratio = probabilities(row) / probabilities(row).max()
     clear = np.abs(ratio - p) > 1e-4 * p
@@ -57,7 +57,7 @@ def test_min_p_keeps_what_is_likely_beside_the_most_likely(row, p):
 
 
 @pytest.mark.parametrize("keep", [top_p, min_p])
-def test_what_is_kept_keeps_its_proportions_and_what_was_left_out_stays_out(keep):
+def test_filters_neither_change_nor_restore_logits(keep):
     logits = top_k(LOGITS, 5)
     kept = np.asarray(keep(logits, 0.3))
     assert np.isfinite(kept).any(axis=-1).all()
@@ -70,6 +70,6 @@ def test_top_p_by_hand(p, n):
     assert np.isfinite(top_p(jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3])), p)).tolist() == [n >= 4, n >= 1, n >= 3, n >= 2]
 
 
-def test_top_p_keeps_one_at_least_and_ties():
+def test_top_p_keeps_at_least_one_and_ties():
     assert np.isfinite(top_p(jnp.array([0.0, 3.0, 1.0]), 0.01)).tolist() == [False, True, False]
     assert np.isfinite(top_p(jnp.array([1.0, 3.0, 3.0]), 0.01)).tolist() == [False, True, True]

@@ -1,4 +1,4 @@
-"""FlashAttention with dropout: interpreted here, and lowered for GPUs."""
+"""FlashAttention with dropout: run on the CPU, where Pallas interprets it, and lowered for GPUs."""
 
 from functools import partial
 
@@ -30,11 +30,11 @@ attend = partial(kernels.causal_attention, CONFIG, used="flash")
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("drop", [None, DROP])
-def test_it_is_the_reference(drop):
+def test_outputs_and_gradients_match_reference(drop):
     def reference(q, k, v):
-        places = jnp.arange(T)
+        positions = jnp.arange(T)
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        return attention(q, k, v, causal_mask(T), drop=drop and (lambda weights: drop(weights, places, places)))
+        return attention(q, k, v, causal_mask(T), drop=drop and (lambda weights: drop(weights, positions, positions)))
 
     found = jax.jit(partial(with_gradients, partial(attend, drop=drop)))(Q, K, V)
     expected = jax.jit(partial(with_gradients, reference))(Q, K, V)
@@ -43,7 +43,7 @@ def test_it_is_the_reference(drop):
         np.testing.assert_allclose(np.float32(ours), np.float32(theirs), rtol=0.02, atol=0.02)
 
 
-def test_shards_and_mapped_calls_drop_the_same_weights():
+def test_sharded_and_vmapped_calls_drop_the_same_weights():
     call = jax.jit(partial(with_gradients, partial(attend, drop=DROP)))
     alone = call(Q, K, V)
     with jax.set_mesh(sharding.make_mesh(sharding.Sizes(data=2, tensor=2))):
@@ -55,7 +55,7 @@ def test_shards_and_mapped_calls_drop_the_same_weights():
     assert (mapped[1] != alone[0]).any()
 
 
-def test_where_it_runs(monkeypatch):
+def test_kernel_choice_on_gpu(monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
 
     def kernel(T=256, dropped=True, **changes):
@@ -70,7 +70,7 @@ def test_where_it_runs(monkeypatch):
 
 @pytest.mark.smoke
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-def test_it_compiles_to_two_kernels_of_triton():
+def test_forward_and_backward_lower_to_two_triton_kernels():
     h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     shapes = [jax.ShapeDtypeStruct((B, H, T, D), jnp.bfloat16)] * 3
     seeds = jax.ShapeDtypeStruct((B, H, 4), jnp.uint32)

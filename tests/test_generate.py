@@ -15,8 +15,8 @@ forward = jax.jit(model.forward, static_argnums=0)
 
 
 @lru_cache
-def weights(config):
-    """Parameters none of which is zero, far from a uniform guess, so that a fault shows."""
+def random_params(config):
+    """Non-zero parameters with logits far from uniform, so that an error changes the tokens."""
     shapes, rng = jax.eval_shape(partial(model.init_params, config), KEY), np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.standard_normal(x.shape) + (x.ndim == 1), x.dtype), shapes)
 
@@ -24,13 +24,13 @@ def weights(config):
 @pytest.fixture
 def tiny_model(tiny, change):
     config = change(tiny, dropout=0.0).model
-    return config, weights(config)
+    return config, random_params(config)
 
 
-def by_hand(config, params, prompt, n, choose):
-    """Greedy or sampled continuation in plain Python: one forward pass of the visible tokens a step.
+def plain_loop(config, params, prompt, n, choose):
+    """Continue `prompt` by `n` tokens in plain Python, with one forward pass of the context per token.
 
-    Those are the last block_size of the prompt and all that follow; when block_size were read, half of them.
+    The context starts with the last block_size tokens of the prompt. Once full, it shrinks to its newest half.
     """
     W = config.block_size
     ids = list(prompt)[-W:]
@@ -45,18 +45,18 @@ def by_hand(config, params, prompt, n, choose):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("length", [1, 5, 8, 30])
-def test_greedy_is_the_plain_loop_for_short_and_long_prompts(tiny_model, length):
+def test_greedy_matches_plain_loop(tiny_model, length):
     config, params = tiny_model
     prompt = np.random.default_rng(length).integers(0, 13, length)
     got = generate(config, params, prompt[None], 20, KEY, GREEDY)
-    assert got[0].tolist() == by_hand(config, params, prompt, 20, lambda logits, i: logits.argmax())
+    assert got[0].tolist() == plain_loop(config, params, prompt, 20, lambda logits, i: logits.argmax())
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_a_cache_smaller_than_block_size_holds_all_that_is_read(tiny, change, position):
-    """A prompt of 3 and 20 more, of which the last is not read, get 32 slots of 64; so do the 17 that 15 more make."""
+def test_cache_smaller_than_block_size_suffices(tiny, change, position):
+    """3 tokens of the prompt and 20 or 15 new ones, the last of which is not read, take 22 or 17 of the 32 slots."""
     config = change(tiny, block_size=64, dropout=0.0, position=position).model
-    params, ids = weights(config), np.random.default_rng(0).integers(0, 13, (64, 3))
+    params, ids = random_params(config), np.random.default_rng(0).integers(0, 13, (64, 3))
     prompts = ids
     for n in range(3, 23):
         logits = forward(config, params, np.pad(ids, [(0, 0), (0, 64 - n)]))[:, n - 1]
@@ -66,7 +66,7 @@ def test_a_cache_smaller_than_block_size_holds_all_that_is_read(tiny, change, po
         np.testing.assert_array_equal(got, ids[:, 3 : 3 + n])
 
 
-def test_sampling_draws_from_the_softmax_at_that_temperature(tiny_model):
+def test_sampling_draws_from_softmax_at_temperature(tiny_model):
     config, params = tiny_model
     many = generate(config, params, np.full((20_000, 1), 3), 1, KEY, SamplingParams(2.0))
     counts = np.bincount(np.asarray(many)[:, 0], minlength=13) / 20_000
@@ -82,7 +82,7 @@ def test_top_k_of_one_is_greedy(tiny_model):
 
 
 @pytest.mark.parametrize("n", [0, 1, CHUNK, CHUNK + 1, LONGEST + 3])
-def test_a_stream_joined_is_the_whole(tiny_model, n):
+def test_concatenated_stream_equals_generate(tiny_model, n):
     config, params = tiny_model
     pieces = list(stream(config, params, [[1], [2]], n, KEY))
     whole = generate(config, params, [[1], [2]], n, KEY)
@@ -90,22 +90,22 @@ def test_a_stream_joined_is_the_whole(tiny_model, n):
     np.testing.assert_array_equal(np.concatenate([np.empty((2, 0)), *pieces], axis=1), whole)
 
 
-def test_the_same_key_writes_the_same_and_another_key_something_else(tiny_model):
+def test_tokens_are_a_function_of_the_key(tiny_model):
     config, params = tiny_model
     one, two = (generate(config, params, [[1]], 30, KEY) for _ in range(2))
     np.testing.assert_array_equal(one, two)
     assert (generate(config, params, [[1]], 30, jax.random.key(1)) != one).any()
 
 
-def test_a_sequence_does_not_depend_on_the_rest_of_its_batch(tiny_model):
+def test_sequence_does_not_depend_on_the_rest_of_its_batch(tiny_model):
     config, params = tiny_model
     prompts = np.array([[1], [1], [2]])
     together = generate(config, params, prompts, 20, KEY)
     np.testing.assert_array_equal(generate(config, params, prompts[:1], 20, KEY)[0], together[0])
-    assert (together[0] != together[1]).any(), "equal prompts are continued differently"
+    assert (together[0] != together[1]).any(), "each sequence has its own key"
 
 
-def test_a_filter_of_none_is_off_and_a_number_of_tokens_may_be_numpys(tiny_model):
+def test_none_disables_filters_and_n_tokens_may_be_an_array_scalar(tiny_model):
     config, params = tiny_model
     off = SamplingParams(top_p=None, min_p=None)
     assert checked(off) == checked(checked(off)) == checked(SamplingParams())
@@ -122,7 +122,7 @@ def test_padded_ids_are_never_drawn(tiny_model):
 
 @pytest.fixture
 def compiled():
-    """How many programs were compiled since, by JAX's own count."""
+    """A function that returns how many programs JAX has compiled since the test began."""
     count = 0
 
     def listen(event, *_, **__):
@@ -136,14 +136,14 @@ def compiled():
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_another_prompt_length_number_of_tokens_or_temperature_compiles_nothing(tiny, change, compiled, position):
+def test_new_lengths_and_sampling_params_do_not_recompile(tiny, change, compiled, position):
     config = change(tiny, block_size=64, n_layer=1, position=position).model
 
     def write(P, n, temperature=0.7, top_p=0.8, min_p=0.2):
         sampling = SamplingParams(temperature, 0, top_p, min_p)
-        given = config, weights(config), np.ones((2, P), int), n, jax.random.key(n), sampling
-        np.asarray(generate(*given))
-        list(stream(*given))
+        args = config, random_params(config), np.ones((2, P), int), n, jax.random.key(n), sampling
+        np.asarray(generate(*args))
+        list(stream(*args))
 
     write(17, 100, 0.5, 0.9, 0.1)
     before = compiled()
@@ -152,16 +152,16 @@ def test_another_prompt_length_number_of_tokens_or_temperature_compiles_nothing(
         write(P, n)
     assert compiled() == before
     write(18, 15)
-    assert compiled() > before, "no more than 32 tokens get a cache of 32, half as much to look back on"
+    assert compiled() > before, "up to 32 tokens get a cache of 32 slots, half as many as before"
     before = compiled()
     write(33, 100)
-    assert compiled() > before, "prompts of 33 and more are padded to 64"
+    assert compiled() > before, "a prompt of 33 tokens is padded to 64"
 
 
-def test_rotated_positions_slide(tiny, change):
+def test_rope_context_slides(tiny, change):
     config = change(tiny, dropout=0.0, position="rope", n_layer=1).model
-    params, ids = weights(config), [3]
-    for _ in range(30):  # with one block, sliding is reading the last block_size tokens again
+    params, ids = random_params(config), [3]
+    for _ in range(30):  # with one block, a sliding cache gives the logits of the last block_size tokens
         padded = np.zeros((1, 8), int)
         padded[0, : len(ids[-8:])] = ids[-8:]
         ids.append(int(forward(config, params, padded)[0, len(ids[-8:]) - 1].argmax()))
@@ -169,16 +169,16 @@ def test_rotated_positions_slide(tiny, change):
 
 
 @pytest.mark.parametrize("block_size", [1, 3])
-def test_the_shortest_contexts(tiny, change, block_size):
+def test_shortest_block_sizes(tiny, change, block_size):
     for position in ("learned", "rope"):
         config = change(tiny, block_size=block_size, n_layer=1, position=position).model
-        got = generate(config, weights(config), [[1, 2, 3, 4]], 9, KEY, GREEDY)[0].tolist()
+        got = generate(config, random_params(config), [[1, 2, 3, 4]], 9, KEY, GREEDY)[0].tolist()
         if position == "learned":
-            assert got == by_hand(config, weights(config), [1, 2, 3, 4], 9, lambda logits, i: logits.argmax())
+            assert got == plain_loop(config, random_params(config), [1, 2, 3, 4], 9, lambda logits, i: logits.argmax())
         assert len(got) == 9
 
 
-def test_a_bigram_sees_the_last_token_alone(tiny, change):
+def test_bigram_depends_on_the_last_token_only(tiny, change):
     config = change(tiny, kind="bigram").model
     table = 8 * np.random.default_rng(0).standard_normal((13, 13))
     ids = [4]
@@ -188,7 +188,7 @@ def test_a_bigram_sees_the_last_token_alone(tiny, change):
     assert generate(config, params, [[7, 4]], 20, KEY, GREEDY)[0].tolist() == ids[1:]
 
 
-def test_tokens_are_drawn_with_the_key_of_their_sequence_and_number(tiny_model):
+def test_keys_are_folded_by_sequence_and_token_number(tiny_model):
     config, params = tiny_model
     got = generate(config, params, [[1, 2], [1, 2]], 12, KEY, SamplingParams(0.7, 5, min_p=0.01))
 
@@ -199,18 +199,18 @@ def test_tokens_are_drawn_with_the_key_of_their_sequence_and_number(tiny_model):
 
     for b in range(2):
         key = jax.random.fold_in(KEY, b)
-        assert got[b].tolist() == by_hand(config, params, [1, 2], 12, partial(choose, key))
+        assert got[b].tolist() == plain_loop(config, params, [1, 2], 12, partial(choose, key))
 
 
-def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(tiny_model):
+def test_tiny_top_p_and_min_p_of_one_are_greedy(tiny_model):
     config, params = tiny_model
     greedy = generate(config, params, [[1, 2]], 20, KEY, GREEDY)
-    for how in ({"top_p": 1e-6}, {"min_p": 1.0}):
-        np.testing.assert_array_equal(generate(config, params, [[1, 2]], 20, KEY, SamplingParams(**how)), greedy)
+    for options in ({"top_p": 1e-6}, {"min_p": 1.0}):
+        np.testing.assert_array_equal(generate(config, params, [[1, 2]], 20, KEY, SamplingParams(**options)), greedy)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "options", "said"),
+    ("prompt", "options", "message"),
     [
         ([[]], {}, "at least one token"),
         ([1, 2], {}, r"expected \(B, P\)"),
@@ -231,9 +231,9 @@ def test_the_smallest_nucleus_and_the_greatest_share_are_greedy(tiny_model):
         ([[1]], {"n_ids": -1}, "n_ids is -1"),
     ],
 )
-def test_refusals(tiny_model, prompt, options, said):
+def test_bad_arguments_are_refused(tiny_model, prompt, options, message):
     config, params = tiny_model
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         generate(config, params, prompt, 5, KEY, SamplingParams(**options))
 
 
@@ -244,9 +244,9 @@ def test_refusals(tiny_model, prompt, options, said):
         {"position": "rope", "mlp": "swiglu", "n_kv_head": 1, "smear": True, "bigram_embed": True},
     ],
 )
-def test_kernels_cast_beforehand_give_the_same_tokens_and_logits(tiny, change, options):
+def test_precast_kernels_give_the_same_tokens_and_logits(tiny, change, options):
     config = change(tiny, dropout=0.0, precision="bfloat16", **options).model
-    params = weights(config)
+    params = random_params(config)
     cast = cast_kernels(config, params)
     kernels, found = (
         {path[:-1]: x for path, x in jax.tree_util.tree_leaves_with_path(tree) if path[-1].key == name}
@@ -260,4 +260,4 @@ def test_kernels_cast_beforehand_give_the_same_tokens_and_logits(tiny, change, o
     extend = jax.jit(model.extend, static_argnums=0)
     for idx in (prompts, prompts[:1, :1]):
         before, after = (extend(*of, init_cache(config, len(idx), 8), idx)[0] for of in ((config, params), cast))
-        np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-5)  # sums in another order
+        np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-5)  # float32 sums in another order

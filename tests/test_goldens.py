@@ -1,4 +1,4 @@
-"""The GPT against PyTorch's numbers: logits, loss, every gradient, and 20 AdamW steps with clipping."""
+"""The GPT matches numbers that PyTorch computed: logits, loss, every gradient, and 20 AdamW steps with clipping."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,12 @@ from jaxgpt.optimizer import make_optimizer
 from jaxgpt.step import TrainState, loss_and_grads, train_step
 
 GOLDENS = Path(__file__).parent / "goldens"
-LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # PyTorch's Linear keeps its weights (out, in)
+LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # PyTorch's Linear stores weights as (out, in)
 
 
 @pytest.fixture(scope="module", params=["gpt_bias", "gpt_nobias"])
 def golden(request):
-    """(config, arrays, a function from a prefix of the arrays to our parameters)."""
+    """(config, arrays of PyTorch, params): `params(prefix)` converts the arrays of that prefix to our parameters."""
     settings = json.loads((GOLDENS / f"{request.param}.json").read_text())
     arrays = dict(np.load(GOLDENS / f"{request.param}.npz"))
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
@@ -59,13 +59,13 @@ def batch(arrays, i):
 
 
 def assert_close(ours, theirs, relative, name=""):
-    """Within `relative` of the largest entry."""
+    """Compare within `relative` times the largest entry of `theirs`."""
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=relative * float(np.abs(theirs).max()), err_msg=name)
 
 
 def assert_params_close(config, ours, theirs, relative):
-    """Tensor by tensor of theirs. (The gradient of the keys' bias alone is zero but for rounding: a number added to
-    every key changes no softmax.)"""
+    """Compare tensor by tensor in GPT-2's layout, in which queries, keys and values share one bias. The gradient of the
+    keys' bias alone is only rounding error: a constant added to all scores of a query changes no softmax."""
     ours, theirs = (gpt2.to_tensors(config, jax.device_get(params)) for params in (ours, theirs))
     for name in theirs:
         if config.bias or not name.endswith(".bias"):
@@ -73,7 +73,7 @@ def assert_params_close(config, ours, theirs, relative):
 
 
 @pytest.mark.smoke
-def test_logits_and_loss(golden):
+def test_logits_and_loss_match(golden):
     config, arrays, params = golden
     inputs, targets = batch(arrays, 0)
     logits = jax.jit(model.forward, static_argnums=0)(config.model, params("param"), inputs)
@@ -82,14 +82,14 @@ def test_logits_and_loss(golden):
 
 
 @pytest.mark.smoke
-def test_every_gradient(golden):
+def test_every_gradient_matches(golden):
     config, arrays, params = golden
     _, grads = jax.jit(loss_and_grads, static_argnums=0)(config, params("param"), batch(arrays, 0), None)
     assert_params_close(config.model, grads, params("grad"), 1e-5)
 
 
 @pytest.mark.smoke
-def test_twenty_steps_of_adamw(golden):
+def test_twenty_steps_of_adamw_match(golden):
     config, arrays, params = golden
     start = params("param")
     state = TrainState(jnp.int32(0), start, make_optimizer(config).init(start))

@@ -1,4 +1,5 @@
-"""Rows of tables: as on a GPU, where equal ids add up their gradients in one order, so that runs repeat to the bit."""
+"""Code for GPUs, run on the CPU: deterministic gradients of embeddings, the choice of an attention kernel, the dtype of
+the residual stream."""
 
 import dataclasses
 
@@ -22,51 +23,51 @@ def gpu(monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
 
 
-def weighed(table):
+def weighted_sum(table):
     return (jnp.tanh(sharding.rows(table, IDS)) * WEIGHTS).sum()
 
 
 @pytest.mark.parametrize("ids", [IDS, jnp.full((3,), 2), jnp.zeros((1, 1), int), jnp.arange(V)[::-1]])
-def test_the_rows_are_those_of_the_table(gpu, ids):
+def test_rows_equal_indexing(gpu, ids):
     found = jax.jit(sharding.rows)(TABLE, ids)
     np.testing.assert_array_equal(found, TABLE[ids])
 
 
-def test_ids_beyond_the_table_are_filled(gpu):
+def test_ids_beyond_the_table_give_the_fill_value(gpu):
     ids = jnp.array([V, 1, V, V + 3])
     assert np.isnan(sharding.rows(TABLE, ids)).all(axis=1).tolist() == [True, False, True, True]
     np.testing.assert_array_equal(sharding.rows(TABLE, ids, beyond=0), TABLE[jnp.array([1])] * (ids == 1)[:, None])
 
 
-def test_all_derivatives_are_those_of_a_plain_gather(monkeypatch):
-    def found():
-        grad = jax.grad(weighed)
+def test_derivatives_match_plain_gather(monkeypatch):
+    def derivatives():
+        grad = jax.grad(weighted_sum)
         return {
-            "backwards": grad(TABLE),
-            "forwards of backwards": jax.jvp(grad, (TABLE,), (TABLE + 1,))[1],
-            "for each row": jax.vmap(lambda ids: sharding.rows(TABLE, ids))(IDS),
+            "gradient": grad(TABLE),
+            "jvp of the gradient": jax.jvp(grad, (TABLE,), (TABLE + 1,))[1],
+            "vmap": jax.vmap(lambda ids: sharding.rows(TABLE, ids))(IDS),
         }
 
-    plain = jax.jit(lambda: found())()
+    plain = jax.jit(lambda: derivatives())()  # not jit(derivatives), whose trace would be reused
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, jax.jit(found)())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, jax.jit(derivatives)())
 
 
-def added_up(jaxpr):
-    """(the shape written to, whether each place is written to once) of each scatter-add, also of inner functions."""
+def scatter_adds(jaxpr):
+    """Yield (shape of the operand, unique_indices) of each scatter-add, also of inner jaxprs."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scatter-add":
             yield eqn.invars[0].aval.shape, eqn.params["unique_indices"]
         for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                yield from added_up(inner)
+                yield from scatter_adds(inner)
 
 
 @pytest.mark.parametrize(
-    ("config", "once"),
+    ("config", "not_unique"),
     [
-        # Each position is looked up once.
+        # wpe is not marked, but looks up each position once.
         (ModelConfig(vocab_size=V, block_size=8, n_layer=2, n_head=2, n_embd=16), {(8, 16)}),
         (
             ModelConfig(vocab_size=V, block_size=8, n_head=2, n_embd=16, bigram_embed=True),
@@ -75,19 +76,19 @@ def added_up(jaxpr):
         (ModelConfig(kind="bigram", vocab_size=V, block_size=8), set()),
     ],
 )
-def test_no_two_rows_are_added_to_one_place_at_a_time(gpu, config, once):
+def test_scatter_adds_have_unique_indices(gpu, config, not_unique):
     params = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
     grad = jax.grad(lambda params, idx: model.losses(config, params, idx[:, :-1], idx[:, 1:]).mean())
-    found = list(added_up(jax.make_jaxpr(grad)(params, jax.ShapeDtypeStruct((4, 9), jnp.int32)).jaxpr))
-    assert {shape for shape, unique in found if not unique} == once
+    found = list(scatter_adds(jax.make_jaxpr(grad)(params, jax.ShapeDtypeStruct((4, 9), jnp.int32)).jaxpr))
+    assert {shape for shape, unique in found if not unique} == not_unique
 
 
-def test_cudnn_attends_to_even_contexts_alone(gpu):
+def test_cudnn_needs_an_even_context(gpu):
     config = ModelConfig(block_size=64, n_head=2, n_embd=32, precision="bfloat16")
     assert [kernels.kernel(config, T, dropped=False) for T in (64, 17, 257)] == ["cudnn", "reference", "blocked"]
 
 
-def test_a_kernel_that_is_not_repeatable_is_named_at_the_start(gpu):
+def test_startup_line_names_a_nondeterministic_kernel(gpu):
     config = ModelConfig(vocab_size=V, block_size=1024, n_head=2, n_embd=128, precision="bfloat16")
     assert "attention: cudnn; its gradients are not repeatable" in cost.describe(config)
     for other in (dict(block_size=256), dict(precision="float32"), dict(dropout=0.1), dict(block_size=1023)):
@@ -100,13 +101,13 @@ def test_a_kernel_that_is_not_repeatable_is_named_at_the_start(gpu):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_residual_stream_is_as_wide_as_matmuls(gpu, precision):
+def test_residual_stream_has_the_compute_dtype(gpu, precision):
     config = ModelConfig(vocab_size=V, block_size=17, n_head=2, n_embd=16, precision=precision, bias=True)
 
-    def streams(idx):
+    def block_outputs(idx):
         params = model.init_params(config, jax.random.key(0))
-        of_blocks = dict(capture_intermediates=lambda module, _: isinstance(module, model.Block))
-        return model.module(config).apply({"params": params}, idx, mutable=["intermediates"], **of_blocks)[1]
+        capture = dict(capture_intermediates=lambda module, _: isinstance(module, model.Block))
+        return model.module(config).apply({"params": params}, idx, mutable=["intermediates"], **capture)[1]
 
-    found = jax.tree.leaves(jax.eval_shape(streams, jax.ShapeDtypeStruct((2, 17), jnp.int32)))
+    found = jax.tree.leaves(jax.eval_shape(block_outputs, jax.ShapeDtypeStruct((2, 17), jnp.int32)))
     assert [x.dtype.name for x in found] == [precision] * config.n_layer

@@ -22,22 +22,22 @@ def test_loss_is_minus_the_log_of_the_softmax():
     np.testing.assert_allclose(cross_entropy(LOGITS, TARGETS), expected.mean(), rtol=1e-5)
 
 
-def test_its_gradient_is_softmax_minus_one_hot():
+def test_gradient_is_softmax_minus_one_hot():
     grad = jax.grad(lambda x: cross_entropy(x, TARGETS))(LOGITS)
     np.testing.assert_allclose(grad, (jax.nn.softmax(LOGITS) - jax.nn.one_hot(TARGETS, 5)) / 6, rtol=1e-5, atol=1e-7)
 
 
-def test_a_uniform_guess_costs_the_log_of_V():
+def test_loss_of_uniform_logits_is_log_V():
     np.testing.assert_allclose(cross_entropy(jnp.zeros((1, 1, 65)), jnp.array([[3]])), np.log(65), rtol=1e-6)
 
 
-def test_huge_and_bfloat16_logits_are_safe():
+def test_huge_infinite_and_bfloat16_logits():
     assert cross_entropy(jnp.array([[[1e4, -1e4]]]), jnp.array([[1]])) == 2e4
     assert cross_entropy(jnp.array([[[-jnp.inf, 1.0, -jnp.inf]]]), jnp.array([[1]])) == 0
     assert cross_entropy(LOGITS.astype(jnp.bfloat16), TARGETS).dtype == jnp.float32
 
 
-def test_gradients_are_written_in_the_dtype_of_the_logits():
+def test_gradient_has_the_dtype_of_the_logits():
     low = LOGITS.astype(jnp.bfloat16)
     grad = jax.grad(lambda x: cross_entropy(x, TARGETS))(low)
     assert grad.dtype == jnp.bfloat16
@@ -57,7 +57,7 @@ def test_ids_may_have_any_integer_dtype(dtype):
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 1), (2, 3), (2, 4, 1)])
-def test_targets_of_another_shape_are_refused(shape):
+def test_targets_of_wrong_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"expected \(2, 4\)"), jax.numpy_rank_promotion("allow"):
         cross_entropy(jnp.zeros((2, 4, 5)), jnp.zeros(shape, int))
 

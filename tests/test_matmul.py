@@ -12,14 +12,14 @@ KEYS = jax.random.split(jax.random.key(0), 3)
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5)])
-def test_dot_is_the_dense_matmul(shape):
+def test_dot_matches_numpy(shape):
     x, w = jax.random.normal(KEYS[0], shape), jax.random.normal(KEYS[1], (5, 7))
     np.testing.assert_allclose(matmul.dot(x, w), np.asarray(x) @ np.asarray(w), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_matmuls_of_layers_are_two_dimensional(precision):
-    """What makes them fast on a CPU."""
+    """XLA for CPUs is fast at these."""
     jaxpr = jax.make_jaxpr(lambda x, w: matmul.dot(x, w, precision))(jnp.ones((2, 3, 5)), jnp.ones((5, 7)))
     shapes = [eqn.invars[0].aval.ndim for eqn in jaxpr.eqns if eqn.primitive.name in ("dot_general", "custom_vjp_call")]
     assert shapes == [2]
@@ -27,7 +27,7 @@ def test_matmuls_of_layers_are_two_dimensional(precision):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(("K", "N"), [(8, 12), (12, 8), (8, 65), (3, 5)])
-def test_bfloat16_rounds_operands_and_nothing_else(K, N):
+def test_bfloat16_rounds_operands_only(K, N):
     """The matmul and both its gradients equal float32 matmuls of rounded matrices: sums are float32."""
     x, w, g = (jax.random.normal(key, s) for key, s in zip(KEYS, [(6, K), (K, N), (6, N)], strict=True))
 
@@ -51,8 +51,8 @@ def test_transposed(shape):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("C", [15, 16, 18])
-def test_bfloat16_gradients_of_a_head_of_any_shape(C, tied):
-    """XLA has refused some of these, where the kernel is a transposed embedding."""
+def test_bfloat16_gradients_of_heads_of_any_shape(C, tied):
+    """XLA has failed to compile some of these shapes with a transposed embedding as the kernel."""
 
     @jax.jit
     def grads(x, weight):
@@ -69,7 +69,7 @@ def test_bfloat16_gradients_of_a_head_of_any_shape(C, tied):
 @pytest.mark.parametrize(
     ("precision", "C", "V", "bias"), [("bfloat16", 16, 16, False), ("auto", 18, 40, True), ("auto", 15, 17, False)]
 )
-def test_a_tied_head_trains_in_bfloat16(tiny, change, precision, C, V, bias):
+def test_tied_head_trains_in_bfloat16(tiny, change, precision, C, V, bias):
     shape = {"n_embd": C, "vocab_size": V, "n_head": 1, "bias": bias, "tie_weights": True, "dropout": 0.0}
     config = change(tiny, **shape, scan_steps=6)
     tokens, starts = jnp.arange(200, dtype=jnp.uint16) % V, jnp.arange(24, dtype=jnp.int32).reshape(6, 4)
@@ -80,7 +80,7 @@ def test_a_tied_head_trains_in_bfloat16(tiny, change, precision, C, V, bias):
     np.testing.assert_allclose(low, full, atol=5e-3)
 
 
-def test_auto_is_a_precision_and_stays_it():
+def test_auto_resolves_to_a_precision():
     assert matmul.resolve("float32") == "float32"
     assert matmul.resolve("bfloat16") == "bfloat16"
     assert matmul.resolve("auto") in ("float32", "bfloat16")
@@ -89,7 +89,7 @@ def test_auto_is_a_precision_and_stays_it():
 
 
 @pytest.mark.parametrize(
-    ("platform", "flags", "capability", "chosen"),
+    ("platform", "flags", "capability", "expected"),
     [
         ("cpu", "fpu avx2 avx512f avx512_bf16", None, "bfloat16"),
         ("cpu", "fpu amx_bf16 amx_tile", None, "bfloat16"),
@@ -103,8 +103,8 @@ def test_auto_is_a_precision_and_stays_it():
         ("other", "avx512_bf16", None, "float32"),
     ],
 )
-def test_auto_is_a_table(monkeypatch, platform, flags, capability, chosen):
+def test_auto_follows_platform_and_hardware(monkeypatch, platform, flags, capability, expected):
     monkeypatch.setattr(machine, "cpu_info", lambda: f"processor\t: 0\nflags\t\t: {flags}\n")
     monkeypatch.setattr(matmul.sharding, "platform", lambda: platform)
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    assert matmul.resolve("auto") == chosen
+    assert matmul.resolve("auto") == expected

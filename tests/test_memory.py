@@ -12,11 +12,11 @@ from jaxgpt.config import ModelConfig, UsageError, check
 from jaxgpt.sharding import Sizes, make_mesh, one_device
 from jaxgpt.step import abstract_state, init_state, jit_train_steps
 
-N = 500
+N_TOKENS = 500
 
 
 def lowered(config, mesh):
-    tokens, starts = jnp.zeros(N, jnp.uint16), jnp.zeros((2, config.train.batch_size), jnp.int32)
+    tokens, starts = jnp.zeros(N_TOKENS, jnp.uint16), jnp.zeros((2, config.train.batch_size), jnp.int32)
     return jit_train_steps(config, mesh).lower(abstract_state(config, mesh), tokens, starts)
 
 
@@ -35,50 +35,51 @@ def lowered(config, mesh):
     ],
     ids=str,
 )
-def test_the_count_on_paper_stays_below_the_compilers_by_at_most_some_two_times(tiny, change, shape):
+def test_estimate_is_a_close_lower_bound(tiny, change, shape):
     config = change(tiny, **shape)
-    held, more = memory.compiled_bytes(lowered(config, one_device()).compile())
-    assert 1.0 <= (held + more) / memory.needed(config, N).total <= 2.2
+    arguments, further = memory.compiled_bytes(lowered(config, one_device()).compile())
+    assert 1.0 <= (arguments + further) / memory.needed(config, N_TOKENS).total <= 2.2
 
 
 @pytest.mark.parametrize("text", ["data=2,tensor=4", "data=2,context=4"])
-def test_the_count_of_a_device_of_a_mesh_stays_below_the_compilers(tiny, change, text):
-    """Even with a sequence in each micro-batch, which the axes beside `data` share."""
+def test_estimate_per_device_of_a_mesh_is_a_lower_bound(tiny, change, text):
+    """Even if each data shard has a single sequence, which the other axis shards."""
     sizes = dict(vocab_size=16, block_size=64, n_layer=8, n_head=4, n_kv_head=4, n_embd=32, batch_size=2)
     config, mesh = change(tiny, **sizes, scan_layers=True), make_mesh(Sizes.parse(text))
     with jax.set_mesh(mesh):
-        held, more = memory.compiled_bytes(lowered(config, mesh).compile())
-    assert 1.0 <= (held + more) / memory.needed(config, N, shards=memory.Shards.of(mesh)).total <= 2.5
+        arguments, further = memory.compiled_bytes(lowered(config, mesh).compile())
+    assert 1.0 <= (arguments + further) / memory.needed(config, N_TOKENS, shards=memory.Shards.of(mesh)).total <= 2.5
 
 
-def test_the_state_counts_to_the_byte(tiny):
-    state, counted = jax.eval_shape(init_state, tiny), memory.needed(tiny, N)
+def test_bytes_of_the_state_are_exact(tiny):
+    state, counted = jax.eval_shape(init_state, tiny), memory.needed(tiny, N_TOKENS)
     n_bytes = [sum(4 * leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.opt_state)]
-    assert [counted.parameters, counted.optimizer_state + 4] == n_bytes  # and Adam's count of steps
-    assert counted.tokens == 2 * N
+    assert [counted.parameters, counted.optimizer_state + 4] == n_bytes  # 4 bytes: the step count of Adam
+    assert counted.tokens == 2 * N_TOKENS
 
 
-def test_gradients_count_beside_activations_only_where_they_are_summed(tiny, change):
+def test_gradients_add_to_activations_only_with_micro_batches(tiny, change):
     one, two = memory.needed(tiny, 0), memory.needed(change(tiny, accumulate=2), 0)
     assert one.total == 3 * one.parameters + max(one.gradients, one.activations)
     assert two.total == 3 * two.parameters + two.gradients + two.activations
     assert two.activations == one.activations // 2
 
 
-def refusal(config, free, **more):
+def refusal(config, free, **kwargs):
+    """The message with which `memory.require` refuses."""
     with pytest.raises(memory.OutOfMemoryError) as caught:
-        memory.require(config, N, free, **more)
+        memory.require(config, N_TOKENS, free, **kwargs)
     assert isinstance(caught.value, UsageError)
     return str(caught.value)
 
 
-def test_what_fits_to_the_byte_is_let_through(tiny):
-    total = memory.needed(tiny, 0).total  # the CPU maps the tokens' file
-    memory.require(tiny, N, total)
+def test_exact_fit_is_accepted(tiny):
+    total = memory.needed(tiny, 0).total  # on a CPU, the corpus is memory-mapped
+    memory.require(tiny, N_TOKENS, total)
     refusal(tiny, total - 1)
 
 
-def test_the_refusal_has_the_numbers(tiny, change):
+def test_refusal_states_the_numbers(tiny, change):
     message = refusal(change(tiny, n_layer=24, n_embd=2048, n_head=16, block_size=1024), 22_100_000_000)
     assert message.startswith("a training step needs at least 27.5 GB: parameters 4.8 GB, optimizer state 9.7 GB")
     assert "activations 13.0 GB or, after them, gradients 4.8 GB, tokens 0.0 MB; 22.1 GB are free: try " in message
@@ -91,32 +92,32 @@ def test_the_refusal_has_the_numbers(tiny, change):
         ({"batch_size": 12, "accumulate": 2}, {"accumulate": 6}, "--accumulate 6"),
     ],
 )
-def test_the_setting_to_change_is_the_smallest_number_of_micro_batches(tiny, change, shape, changed, expected):
+def test_refusal_suggests_the_fewest_micro_batches(tiny, change, shape, changed, expected):
     config = change(tiny, **shape)
     free = memory.needed(change(config, **changed), 0).total
     message = refusal(config, free)
     assert message.endswith(expected)
     options = re.findall(r"--([a-z-]+) (\d+)", message)
-    typed = check(change(config, **{name.replace("-", "_"): int(value) for name, value in options}))
-    memory.require(typed, N, free)
+    suggested = check(change(config, **{name.replace("-", "_"): int(value) for name, value in options}))
+    memory.require(suggested, N_TOKENS, free)
 
 
-def test_where_no_number_of_micro_batches_fits(tiny, change):
+def test_refusal_if_no_number_of_micro_batches_fits(tiny):
     assert refusal(tiny, 100).endswith("try a smaller --batch-size, --block-size or model (--n-embd, --n-layer)")
     assert refusal(tiny, 100, new=False).endswith(memory.ELSEWHERE)
 
 
-def test_an_accelerator_counts_the_tokens_and_only_what_cannot_be_computed_again(tiny, monkeypatch):
+def test_accelerators_count_tokens_and_only_matmul_results(tiny, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    lean = memory.needed(tiny, N, recomputed=True)
-    assert lean.total < memory.needed(tiny, N).total
-    memory.require(tiny, N, lean.total)
+    lean = memory.needed(tiny, N_TOKENS, recomputed=True)
+    assert lean.total < memory.needed(tiny, N_TOKENS).total
+    memory.require(tiny, N_TOKENS, lean.total)
     refusal(tiny, lean.total - 1)
 
 
-def test_nothing_is_refused_where_nobody_knows(tiny, monkeypatch):
+def test_unknown_free_memory_refuses_nothing(tiny, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: None)
-    memory.require(tiny, N)
+    memory.require(tiny, N_TOKENS)
 
 
 def test_activations_by_hand():
@@ -124,12 +125,12 @@ def test_activations_by_hand():
     small = ModelConfig(vocab_size=V, block_size=T, n_layer=L, n_head=H, n_embd=C)
     assert memory.activation_bytes(small, 3) == 4 * 3 * T * (L * (16 * C + 2 * H * T) + 2 * C + V)
     dropped = dataclasses.replace(small, dropout=0.1)
-    assert memory.activation_bytes(dropped, 3) == memory.activation_bytes(small, 3)  # masks are computed again
+    assert memory.activation_bytes(dropped, 3) == memory.activation_bytes(small, 3)  # masks are recomputed
     assert memory.activation_bytes(small, 3, recomputed=True) == 4 * 3 * T * (L * (10 * C + H * T) + V)
     assert memory.activation_bytes(dataclasses.replace(small, kind="bigram"), 3) == 2 * 4 * 3 * T * V
 
 
-def machine(path, files):
+def host_available(path, files):
     for name, text in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(text)
@@ -155,17 +156,17 @@ MEMINFO = {"proc/meminfo": "MemTotal:  4000 kB\nMemAvailable:   3000 kB\n"}
             1570,
         ),
     ],
-    ids=["meminfo", "no limit", "version 2, of a parent"],
+    ids=["meminfo", "no limit", "limit of a parent"],
 )
-def test_the_machine_has_what_the_tightest_limit_leaves(tmp_path, files, expected):
-    assert machine(tmp_path, MEMINFO | files) == expected
+def test_host_available_is_the_tightest_limit(tmp_path, files, expected):
+    assert host_available(tmp_path, MEMINFO | files) == expected
 
 
-def test_a_machine_without_proc_has_its_physical_memory(tmp_path):
-    assert machine(tmp_path, {}) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def test_host_without_proc_has_its_physical_memory(tmp_path):
+    assert host_available(tmp_path, {}) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_device_that_says_what_it_has(monkeypatch):
+def test_available_reads_the_memory_stats_of_the_device(monkeypatch):
     def device(stats):
         return lambda: [types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)]
 
@@ -176,9 +177,9 @@ def test_a_device_that_says_what_it_has(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["data=1", "data=2,tensor=4"])
-def test_remat_leaves_the_activations_of_one_block(tiny, change, text):
+def test_estimate_with_remat_is_a_close_lower_bound(tiny, change, text):
     sizes = dict(vocab_size=64, block_size=64, n_layer=8, n_head=4, n_kv_head=4, n_embd=32, batch_size=8, dropout=0.0)
     config, mesh = change(tiny, **sizes, remat="blocks", scan_layers=True), make_mesh(Sizes.parse(text))
     with jax.set_mesh(mesh):
-        held, more = memory.compiled_bytes(lowered(config, mesh).compile())
-    assert 1.0 <= (held + more) / memory.needed(config, N, shards=memory.Shards.of(mesh)).total <= 2.0
+        arguments, further = memory.compiled_bytes(lowered(config, mesh).compile())
+    assert 1.0 <= (arguments + further) / memory.needed(config, N_TOKENS, shards=memory.Shards.of(mesh)).total <= 2.0

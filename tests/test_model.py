@@ -1,4 +1,4 @@
-"""Laws of the models behind the seam: shapes, causality, initialization, dropout."""
+"""The models: shapes, causality, initialization, dropout."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ init_params, forward, logits_and_loss = (
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("config", [GPT, BIGRAM])
-def test_logits_are_B_T_V(config):
+def test_logits_have_shape_B_T_V(config):
     params = init_params(config, KEY)
     chex.assert_shape(forward(config, params, IDX), (3, 8, 11))
     for T in (1, 5):
@@ -35,8 +35,8 @@ def test_logits_are_B_T_V(config):
 
 
 @pytest.mark.parametrize("config", [GPT, BIGRAM])
-def test_the_notes_interface(config):
-    """The notes: loss None without targets; logits (B*T, C) and targets (B*T,) with them."""
+def test_interface_of_the_lecture_notes(config):
+    """Without targets, the loss is None; with targets, logits are (B*T, C) and targets (B*T,)."""
     params = init_params(config, KEY)
     logits, loss = logits_and_loss(config, params, IDX)
     assert loss is None
@@ -50,14 +50,14 @@ def test_the_notes_interface(config):
     np.testing.assert_allclose(loss, np.mean(by_hand), rtol=1e-6)
 
 
-def test_the_bigram_reads_logits_directly_off_its_table():
+def test_bigram_logits_are_rows_of_its_table():
     params = init_params(BIGRAM, KEY)
     (table,) = jax.tree.leaves(params)
     chex.assert_shape(table, (11, 11))
     np.testing.assert_array_equal(forward(BIGRAM, params, IDX), table[IDX])
 
 
-def test_parameters_are_used_without_a_trace_of_their_initializers_and_of_one_shape_only(monkeypatch):
+def test_forward_pass_checks_shapes_without_tracing_initializers(monkeypatch):
     params = init_params(ModelConfig(**{**vars(GPT), "bias": True}), KEY)
     wrong = params | {"ln_f": {"scale": jnp.ones(1), "bias": jnp.zeros(16)}}
     features = partial(model.features, ModelConfig(**{**vars(GPT), "bias": True}))
@@ -68,7 +68,7 @@ def test_parameters_are_used_without_a_trace_of_their_initializers_and_of_one_sh
     jax.eval_shape(features, params, IDX)
 
 
-def test_biases_change_no_initial_kernel():
+def test_biases_do_not_change_initial_kernels():
     plain, with_biases = (
         dict(jax.tree_util.tree_leaves_with_path(init_params(ModelConfig(**{**vars(GPT), "bias": bias}), KEY)))
         for bias in (False, True)
@@ -81,7 +81,7 @@ def test_biases_change_no_initial_kernel():
 def test_causality_by_gradients():
     """The logits at t have zero gradient with respect to the embeddings after t, and non-zero up to it."""
     params = init_params(GPT, KEY)
-    idx = jnp.arange(8)[None]  # each token once, so that row i of wte is the input at position i alone
+    idx = jnp.arange(8)[None]  # each token once, so that row i of wte is the input at position i only
 
     def logits_at(wte, t):
         untied = {**params, "wte": {"embedding": wte}, "lm_head": {"kernel": params["wte"]["embedding"].T}}
@@ -96,12 +96,12 @@ def test_causality_by_gradients():
 
 
 @pytest.mark.parametrize("kind", ["gpt", "bigram"])
-def test_without_a_vocabulary_there_are_no_parameters(kind):
+def test_vocab_size_of_zero_is_refused(kind):
     with pytest.raises(UsageError, match="vocab_size is 0, expected at least 1"):
         model.init_params(ModelConfig(kind), jax.random.key(0))
 
 
-def test_initialization_is_nanogpts():
+def test_initialization_matches_nanogpt():
     config = ModelConfig(vocab_size=500, block_size=64, n_layer=2, n_head=4, n_embd=256, bias=True, tie_weights=False)
     params = init_params(config, KEY)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -117,7 +117,7 @@ def test_initialization_is_nanogpts():
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-def test_the_first_loss_is_near_a_uniform_guess():
+def test_initial_loss_is_near_uniform():
     _, loss = logits_and_loss(GPT, init_params(GPT, KEY), IDX, jnp.roll(IDX, -1, axis=1))
     assert abs(float(loss) - np.log(11)) < 0.1
 
@@ -137,39 +137,39 @@ def test_parameter_counts(options, count):
 
 
 def test_gpt2_has_124_million_parameters():
-    """Shapes alone, no memory: GPT-2's smallest model as published, 124,439,808 with biases."""
+    """GPT-2's smallest model as published has 124,439,808 with biases. Only shapes are computed."""
     config = ModelConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True)
     shapes = jax.eval_shape(lambda: init_params(config, KEY))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 124_439_808
 
 
-def test_dropout_needs_a_key_and_follows_it():
+def test_dropout_is_a_function_of_its_key():
     config, params = ModelConfig(**{**vars(GPT), "dropout": 0.5}), init_params(GPT, KEY)
-    calm = forward(config, params, IDX)
-    np.testing.assert_array_equal(calm, forward(GPT, params, IDX))
+    without_dropout = forward(config, params, IDX)
+    np.testing.assert_array_equal(without_dropout, forward(GPT, params, IDX))
     one, two, other = (forward(config, params, IDX, jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, two)
     assert (one != other).any()
-    assert (one != calm).any()
+    assert (one != without_dropout).any()
 
 
 def test_dropout_keeps_the_mean():
-    """A dropped activation is made up for by the others: the mean over many masks of a linear model is no mask."""
+    """Kept activations are scaled up, so that the expected output is the input."""
     x = jnp.ones((1, 10_000))
     dropped = model.Dropout(0.2).apply({}, x, rngs={"dropout": KEY})
     assert abs(float(dropped.mean()) - 1) < 0.02
     assert abs(float((dropped == 0).mean()) - 0.2) < 0.02
 
 
-def test_the_norm_is_pytorchs():
-    """(x - mean) / sqrt(var + 1e-5), the variance without Bessel's correction; Flax's own epsilon is 1e-6."""
+def test_layer_norm_matches_pytorch():
+    """(x - mean) / sqrt(var + 1e-5), the variance without Bessel's correction. Flax's default epsilon is 1e-6."""
     x = jnp.array([[1e-3, -1e-3, 3e-3, 5e-3]])
     norm = model.norm(GPT, "ln")
     got = norm.apply(norm.init(KEY, x), x)
     np.testing.assert_allclose(got, (x - x.mean()) / np.sqrt(x.var() + 1e-5), rtol=1e-5)
 
 
-def test_gelu_is_a_choice():
+def test_gelu_variants_differ_slightly():
     params = init_params(GPT, KEY)
     params = jax.tree.map(lambda x: 30 * x, params)
     exact = forward(GPT, params, IDX)
@@ -177,7 +177,7 @@ def test_gelu_is_a_choice():
     assert 0 < float(jnp.abs(exact - tanh).max()) < 0.1
 
 
-def test_the_models_can_be_mapped_and_differentiated_as_values():
+def test_model_supports_vmap_over_parameters():
     keys = jax.random.split(KEY, 4)
     many = jax.vmap(lambda key: init_params(GPT, key))(keys)
     logits = jax.vmap(lambda params: forward(GPT, params, IDX))(many)

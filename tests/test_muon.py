@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates, for the kernels inside blocks only."""
+"""Muon: orthogonalized updates, only for the kernels of blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,16 @@ def singular_values(x):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 24), (2, 16, 64)])
-def test_singular_values_come_near_one_and_directions_stay(precision, shape):
+def test_singular_values_become_about_one_and_singular_vectors_stay(precision, shape):
     x = jax.random.normal(KEY, shape)
     y = muon.orthogonal(x, 5, precision)
     values = singular_values(y)
     assert values.min() > 0.3
     assert values.max() < 1.3
-    # The nearest orthogonal matrix is U V^T of the SVD; what is found has the same singular vectors.
+    # The nearest orthogonal matrix is U V^T of the SVD; the result has the same singular vectors.
     u, _, v = np.linalg.svd(np.asarray(x), full_matrices=False)
-    turned = np.swapaxes(u, 1, 2) @ np.asarray(y) @ np.swapaxes(v, 1, 2)
-    off = turned * (1 - np.eye(shape[1]))
+    rotated = np.swapaxes(u, 1, 2) @ np.asarray(y) @ np.swapaxes(v, 1, 2)
+    off = rotated * (1 - np.eye(shape[1]))
     assert np.abs(off).max() < (1e-3 if precision == "float32" else 0.1)
 
 
@@ -44,14 +44,14 @@ def test_newton_schulz_by_hand():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_gradients_of_low_rank_do_not_explode(precision):
-    """As the first ones are; rounding errors of matmuls would grow on them."""
+def test_low_rank_gradients_do_not_explode(precision):
+    """The first gradients of a run have low rank, where rounding errors of matmuls could grow."""
     x = jax.random.normal(KEY, (1, 64, 2)) @ jax.random.normal(KEY, (1, 2, 256)) * 1e-4
     for n_steps in range(1, 9):
         assert singular_values(muon.orthogonal(x, n_steps, precision)).max() < 1.5
 
 
-def test_equal_shapes_are_done_together_and_tall_ones_turned():
+def test_equal_shapes_are_batched_and_tall_matrices_transposed():
     shapes = [(8, 8), (8, 32), (32, 8), (8, 8), (8, 12)]
     matrices = [jax.random.normal(key, s) for key, s in zip(jax.random.split(KEY, 5), shapes, strict=True)]
     together = jax.jit(lambda: muon.orthogonal_by_shape(matrices, 5, "float32"))()
@@ -60,11 +60,11 @@ def test_equal_shapes_are_done_together_and_tall_ones_turned():
         alone = jax.jit(muon.orthogonal, static_argnums=(1, 2))((x.T if tall else x)[None], 5, "float32")[0]
         np.testing.assert_allclose(y, alone.T if tall else alone, rtol=1e-4, atol=1e-5)
     jaxpr = jax.make_jaxpr(lambda m: muon.orthogonal_by_shape(m, 1, "float32"))(matrices)
-    products = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
-    assert len(products) == 9, "three products a step for each of three shapes"
+    matmuls = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert len(matmuls) == 9, "three matmuls per step for each of three shapes"
 
 
-def test_momentum_is_nesterovs():
+def test_momentum_is_nesterov():
     tx = muon.scale_by_muon(0.9, 5, "float32")
     g1, g2 = jax.random.normal(KEY, (2, 8, 16))
     _, state = tx.update({"w": g1}, tx.init({"w": g1}))
@@ -75,7 +75,7 @@ def test_momentum_is_nesterovs():
     np.testing.assert_allclose(updates["w"], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_it_trains_kernels_of_blocks_and_adamw_the_rest(tiny, change):
+def test_muon_trains_kernels_of_blocks_and_adamw_the_rest(tiny, change):
     config = change(tiny, algorithm="muon", learning_rate=1e-3, muon_learning_rate=2e-2, weight_decay=0.0)
     config = change(config, warmup_steps=0, schedule="constant", dropout=0.0, grad_clip=0.0)
     state = init_state(config)
@@ -87,6 +87,6 @@ def test_it_trains_kernels_of_blocks_and_adamw_the_rest(tiny, change):
     assert metrics.applied
     moved = jax.tree.map(lambda a, b: np.asarray(b - a), state.params, after.params)
     spectrum = singular_values(moved["h_0"]["attn"]["query"]["kernel"]) / 2e-2
-    assert 0.3 < np.median(spectrum) < 1.3, "as large as the rate of Muon says, in every direction"
+    assert 0.3 < np.median(spectrum) < 1.3, "the singular values of an update are about Muon's learning rate"
     np.testing.assert_allclose(np.abs(moved["h_0"]["ln_1"]["scale"]).max(), 1e-3, rtol=0.05)
     assert len(jax.tree.leaves(make_optimizer(config).init(state.params))) < 2 * len(jax.tree.leaves(state.params)) + 2

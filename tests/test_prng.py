@@ -8,7 +8,7 @@ from jaxgpt import prng
 SEEDS = [0, 1337, 2**31, 2**32 - 1]
 
 
-def drawn(key):
+def draw(key):
     one, many = jax.random.fold_in(key, 3), jax.random.split(key, 3)
     return (
         jax.random.bits(one, (5,), jnp.uint32),
@@ -22,13 +22,13 @@ def assert_equal(a, b):
 
 @pytest.fixture(scope="module")
 def expected():
-    return {seed: drawn(jax.random.key(seed)) for seed in SEEDS}
+    return {seed: draw(jax.random.key(seed)) for seed in SEEDS}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_by_default_a_key_is_jaxs_own(expected, seed):
-    assert_equal(drawn(prng.key(seed)), expected[seed])
-    assert_equal(jax.jit(lambda seed: drawn(prng.key(seed)))(np.uint32(seed)), expected[seed])
+def test_key_matches_jax_by_default(expected, seed):
+    assert_equal(draw(prng.key(seed)), expected[seed])
+    assert_equal(jax.jit(lambda seed: draw(prng.key(seed)))(np.uint32(seed)), expected[seed])
 
 
 @pytest.mark.parametrize(
@@ -40,10 +40,10 @@ def test_by_default_a_key_is_jaxs_own(expected, seed):
         ("jax_enable_x64", True),
     ],
 )
-def test_no_flag_of_jax_changes_the_stream(expected, set_flags, flag, value):
+def test_flags_of_jax_do_not_change_the_stream(expected, set_flags, flag, value):
     set_flags(**{flag: value})
-    assert_equal(drawn(prng.key(1337)), expected[1337])
-    assert_equal(jax.jit(lambda: drawn(prng.key(1337)))(), expected[1337])
+    assert_equal(draw(prng.key(1337)), expected[1337])
+    assert_equal(jax.jit(lambda: draw(prng.key(1337)))(), expected[1337])
 
 
 def mask(key, keep, *shape):
@@ -51,15 +51,15 @@ def mask(key, keep, *shape):
 
 
 @pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
-def test_a_mask_takes_keys_of_other_generators(kind):
+def test_mask_accepts_keys_of_other_generators(kind):
     keys = jax.random.split(jax.random.key(0, impl=kind), 2)
     one, other = mask(keys[0], 0.5, 16, 16), mask(keys[1], 0.5, 16, 16)
     assert (one != other).any()
     assert (one != mask(jax.random.fold_in(keys[0], 1), 0.5, 16, 16)).any()
 
 
-def test_a_mask_keeps_its_share_without_a_pattern():
-    """Shares, correlations of rows, columns and keys, and the spectrum, all within the noise of independent bits."""
+def test_mask_keeps_the_given_share_and_looks_independent():
+    """The share, the correlations of rows, columns and keys, and the spectrum are those of independent bits."""
     for keep in (0.5, 0.8, 0.999):
         share = mask(prng.key(1), keep, 10, 100, 1000).mean()
         assert abs(share - keep) < 5 * (keep * (1 - keep)) ** 0.5 / 1000
@@ -73,7 +73,7 @@ def test_a_mask_keeps_its_share_without_a_pattern():
     assert spectrum.max() < 10 + np.log(spectrum.size)
 
 
-def test_a_mask_is_a_function_of_the_place_alone():
+def test_mask_entries_depend_only_on_their_indices():
     whole = mask(prng.key(1), 0.7, 4, 6, 8)
     assert_equal(mask(prng.key(1), 0.7, 2, 6, 8), whole[:2])
     block = prng.keep_mask(prng.key(1), 0.7, (4,), jnp.arange(2, 5), jnp.arange(3, 8))

@@ -29,13 +29,13 @@ def test_byte_decode_inverts_encode(text):
 
 
 @given(ANY_TEXT.filter(bool))
-def test_json_gives_an_equal_tokenizer(text):
+def test_json_round_trip(text):
     for tok in (CharTokenizer.train(text), ByteTokenizer()):
         assert tokenizer.from_json(json.loads(json.dumps(tok.to_json()))) == tok
 
 
 @pytest.mark.parametrize("chars", ["\ud83d\ude00", "a\ud800\udbff\udc00\udfff😀"])
-def test_json_does_not_join_the_halves_of_a_surrogate_pair(chars):
+def test_json_keeps_surrogates_separate(chars):
     tok = CharTokenizer(chars)
     assert tokenizer.from_json(json.loads(json.dumps(tok.to_json()))) == tok
     assert tok.decode(tok.encode(chars)) == chars
@@ -48,22 +48,22 @@ def test_token_bytes_are_the_bytes_of_the_text(text):
         assert len(tok.token_bytes) == tok.vocab_size
 
 
-def test_the_notes_list_of_integers():
-    """The notes: 'encoder: take a string, output a list of integers; decoder: take a list of integers'."""
+def test_example_of_the_lecture_notes():
+    """'encoder: take a string, output a list of integers; decoder: take a list of integers'."""
     tok = CharTokenizer.train("hello")
     assert tok.encode("hello").tolist() == [1, 0, 2, 2, 3]
     assert tok.decode([1, 0, 2, 2, 3]) == "hello"
 
 
-def test_an_unknown_character_is_shown_with_its_place():
+def test_unknown_character_is_reported_with_its_position():
     with pytest.raises(UnknownCharacterError) as caught:
         CharTokenizer("abc").encode("abéc")
     assert caught.value.position == 2
-    for said in ("'é'", "U+00E9", "E WITH ACUTE", "position 2", "3 characters", "--unknown skip"):
-        assert said in str(caught.value)
+    for detail in ("'é'", "U+00E9", "E WITH ACUTE", "position 2", "3 characters", "--unknown skip"):
+        assert detail in str(caught.value)
 
 
-def test_knows_marks_what_can_be_encoded():
+def test_knows_marks_characters_that_can_be_encoded():
     assert CharTokenizer("ab").knows("a\U0010ffffb").tolist() == [True, False, True]
     assert ByteTokenizer().knows("é").all()
 
@@ -75,13 +75,13 @@ def test_ids_outside_the_vocabulary_are_refused(tok, ids):
         tok.decode(ids)
 
 
-def test_ids_are_integers():
+def test_ids_must_be_integers():
     with pytest.raises(ValueError, match="integers"):
         CharTokenizer("abc").decode([0.5])
     assert CharTokenizer("abc").decode([]) == ""
 
 
-def test_torn_bytes_decode_to_a_replacement():
+def test_incomplete_utf8_decodes_to_the_replacement_character():
     assert ByteTokenizer().decode([0xC3]) == "�"
 
 
@@ -92,13 +92,13 @@ def test_torn_bytes_decode_to_a_replacement():
         *({"kind": "char", "chars": codes} for codes in ([-1], [0x110000], ["a"], [1.0], [True])),
     ],
 )
-def test_what_is_no_tokenizer_is_refused(tree):
+def test_invalid_json_is_refused(tree):
     with pytest.raises(ValueError, match="not a tokenizer"):
         tokenizer.from_json(tree)
 
 
 @pytest.mark.parametrize("chars", ["", "aa"])
-def test_a_vocabulary_has_each_character_once(chars):
+def test_empty_and_duplicate_vocabularies_are_refused(chars):
     with pytest.raises(ValueError, match="each of them once"):
         CharTokenizer(chars)
 
@@ -111,12 +111,12 @@ def test_a_vocabulary_has_each_character_once(chars):
         (CharTokenizer("\n\rab"), "a\r\nb\r", "a\r\nb\r"),
     ],
 )
-def test_what_is_typed_has_the_line_ends_of_the_training_text(tok, typed, expected):
+def test_line_ends_become_those_of_the_training_text(tok, typed, expected):
     assert tokenizer.normalize_line_ends(tok, typed) == expected
 
 
-def test_encoding_is_vectorised():
-    """The work on a million characters is a few array operations, not a million steps: it counts the Python calls."""
+def test_encoding_is_vectorized():
+    """Encoding a million characters takes a few array operations: the test counts Python calls."""
     import sys
 
     text = "the cat sat on the mat" * 50_000

@@ -1,4 +1,4 @@
-"""Live parity with a PyTorch twin over random configurations: logits, loss and every gradient."""
+"""The model matches a PyTorch twin for random configurations: logits, loss and every gradient."""
 
 from functools import partial
 
@@ -39,11 +39,11 @@ def logits_loss_and_grads(config, params, batch):
 
 @settings(max_examples=5)
 @given(CONFIGS, st.integers(1, 3), st.integers(0, 100), st.data())
-def test_the_model_is_its_pytorch_twin(config, B, seed, data):
+def test_model_matches_its_pytorch_twin(config, B, seed, data):
     torch.manual_seed(seed)
     T = data.draw(st.integers(1, config.block_size))
     twin = Twin(config)
-    with torch.no_grad():  # far from the start, where biases are zero and scales one, which would hide a mistake
+    with torch.no_grad():  # away from the initial biases of zero and scales of one, which would hide errors
         for p in twin.parameters():
             p.add_(0.3 * torch.randn(p.shape))
     idx, targets = torch.randint(config.vocab_size, (2, B, T))
@@ -54,14 +54,14 @@ def test_the_model_is_its_pytorch_twin(config, B, seed, data):
     params = gpt2.to_params(config, gpt2_tensors(twin))
     batch = Batch(jnp.asarray(idx.numpy(), jnp.int32), jnp.asarray(targets.numpy(), jnp.int32))
     our_logits, our_loss, grads = logits_loss_and_grads(config, params, batch)
-    close(our_logits, logits.detach().numpy())
-    close(our_loss, loss.detach().numpy())
+    assert_close(our_logits, logits.detach().numpy())
+    assert_close(our_loss, loss.detach().numpy())
     grads = gpt2.to_tensors(config, jax.device_get(grads))
     for name, theirs in gpt2_tensors(twin, lambda p: p.grad).items():
-        close(grads[name], theirs, name)
+        assert_close(grads[name], theirs, name)
 
 
-def close(ours, theirs, name=""):
+def assert_close(ours, theirs, name=""):
     np.testing.assert_allclose(
         ours, theirs, rtol=1e-4, atol=2e-5 * max(float(np.abs(theirs).max()), 1e-3), err_msg=name
     )

@@ -34,14 +34,14 @@ def texts(run, *args, **kwargs):
     return ["".join(pieces) for pieces in write(*load_model(run), *args, **kwargs)]
 
 
-def test_a_text_begins_with_its_prompt_and_repeats_with_its_seed(run):
+def test_text_starts_with_its_prompt_and_is_a_function_of_the_seed(run):
     (one,) = texts(run, "café", 40, seed=3)
     assert one.startswith("café")
     assert texts(run, "café", 40, seed=3) == [one]
     assert texts(run, "café", 40, seed=4) != [one]
 
 
-def test_line_ends_of_a_prompt_and_a_stop_are_those_of_the_training_text(run):
+def test_line_ends_of_prompt_and_stop_become_those_of_the_training_text(run):
     assert texts(run, "\ufeffcafé\r\ndéjà\r", 40) == texts(run, "café\ndéjà\n", 40)
     (long,) = texts(run, "café\n", 1500)
     ahead = long.removeprefix("café\n")
@@ -49,21 +49,21 @@ def test_line_ends_of_a_prompt_and_a_stop_are_those_of_the_training_text(run):
     assert texts(run, "café\r\n", 1500, stop=["\r\n"]) == ["café\n" + ahead.partition("\n")[0]]
 
 
-def test_the_first_of_many_is_the_only_one(run):
+def test_first_of_many_samples_equals_a_single_sample(run):
     many = texts(run, "na", 40, samples=3)
     assert len(set(many)) == 3
     assert texts(run, "na", 40) == many[:1]
 
 
-def test_characters_split_between_pieces_stay_whole(run):
-    """16 tokens a piece and two bytes an é: joined pieces must decode as the whole does."""
+def test_characters_split_between_pieces_are_decoded_whole(run):
+    """An é has two bytes, which may be in different pieces."""
     from jaxgpt.sample import _texts
 
     ids = run.tokenizer.encode("é" * 20)
     pieces = [ids[:15], ids[15:16], ids[16:]]
     assert "".join(_texts(run.tokenizer, "", iter(pieces))) == "é" * 20
     assert "".join(_texts(run.tokenizer, "", iter([ids[:1]]))) == "�"
-    assert "".join(_texts(run.tokenizer, ids[:3], iter([ids[3:]]))) == "é" * 20, "nor after a prompt of bytes"
+    assert "".join(_texts(run.tokenizer, ids[:3], iter([ids[3:]]))) == "é" * 20, "a prompt may end within one"
 
 
 @pytest.mark.parametrize(
@@ -86,19 +86,19 @@ def test_bad_requests_are_refused(run, options):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"n_tokens": -1}, r"tokens is -1, expected 0 or more"),
         ({"samples": 0}, r"samples is 0, expected 1 or more"),
         ({"seed": -1}, r"seed is -1, expected 0 to 2\*\*32 - 1"),
     ],
 )
-def test_a_refusal_names_only_the_number_that_is_out_of_range(run, options, said):
-    with pytest.raises(UsageError, match=f"^{said}$"):
+def test_error_names_only_the_number_out_of_range(run, options, message):
+    with pytest.raises(UsageError, match=f"^{message}$"):
         texts(run, **{"prompt": "a", "n_tokens": 5, **options})
 
 
-def test_without_a_prompt_it_begins_with_a_line_feed_or_the_first_character(run, tmp_path, tiny, change):
+def test_default_prompt_is_a_line_feed_or_the_first_character(run, tmp_path, tiny, change):
     assert texts(run, None, 5)[0].startswith("\n")
     (tmp_path / "line.txt").write_text("the cat sat on the mat " * 40)
     config = change(tiny, kind="bigram", corpus=str(tmp_path / "line.txt"), vocab_size=0, steps=5)
@@ -106,7 +106,7 @@ def test_without_a_prompt_it_begins_with_a_line_feed_or_the_first_character(run,
     assert texts(chars, None, 5)[0].startswith(" ")
 
 
-def test_unknown_characters_of_a_prompt_are_an_error_or_skipped(run, tmp_path, tiny, change, verse):
+def test_unknown_characters_of_a_prompt_are_an_error_or_skipped(tmp_path, tiny, change, verse):
     config = change(tiny, kind="bigram", corpus=str(verse), vocab_size=0, steps=5)
     chars = fit(*start(config, "chars", tmp_path / "runs", tmp_path / "data")).run
     with pytest.raises(UnknownCharacterError, match="'Z'"):
@@ -116,20 +116,20 @@ def test_unknown_characters_of_a_prompt_are_an_error_or_skipped(run, tmp_path, t
         texts(chars, "ZZZ", 5, unknown="skip")
 
 
-def test_bytes_of_the_command_line_that_are_not_utf8_reach_a_byte_model_as_they_are(run, monkeypatch, capsys):
-    """Python hands such an argument over with surrogates: \\xff as U+DCFF."""
-    asked = []
-    monkeypatch.setattr("jaxgpt.sample.stream", lambda config, params, ids, *args, **how: asked.append(ids) or [])
+def test_non_utf8_bytes_of_a_prompt_reach_a_byte_model(run, monkeypatch, capsys):
+    """Python decodes such an argument with surrogates: \\xff becomes U+DCFF."""
+    streamed = []
+    monkeypatch.setattr("jaxgpt.sample.stream", lambda config, params, ids, *args, **kwargs: streamed.append(ids) or [])
     for prompt in (b"\xff\xfe", b"caf\xc3", "é".encode()):
         assert cli.run_command(["sample", str(run.path), "--prompt", os.fsdecode(prompt)]) == 0
-        assert asked.pop().tolist() == [list(prompt)]
+        assert streamed.pop().tolist() == [list(prompt)]
     assert capsys.readouterr().out == "\ufffd\ufffd\ncaf\ufffd\né\n"
     assert cli.run_command(["sample", str(run.path), "--prompt", "a", "--stop", os.fsdecode(b"\xff")]) == 2
     assert "stop is ['\\udcff'], expected UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tokenizer", [CharTokenizer("a\udcff"), BPETokenizer(tuple(ByteTokenizer().token_bytes))])
-def test_other_tokenizers_refuse_bytes_that_are_not_utf8(tokenizer):
+def test_other_tokenizers_refuse_non_utf8_bytes(tokenizer):
     assert (
         encode_prompt(tokenizer, b"a").tolist()
         == encode_prompt(tokenizer, "a").tolist()
@@ -139,8 +139,8 @@ def test_other_tokenizers_refuse_bytes_that_are_not_utf8(tokenizer):
         encode_prompt(tokenizer, b"a\xff")
 
 
-def ended(text, stop):
-    """`text` before the first stop to be complete, character by character."""
+def cut_at_stop(text, stop):
+    """`text` up to the first stop that is complete, found character by character."""
     for end in range(len(text) + 1):
         starts = [end - len(each) for each in stop if text[:end].endswith(each)]
         if starts:
@@ -148,21 +148,21 @@ def ended(text, stop):
     return text
 
 
-AB = st.text("ab", max_size=12)
+AB_TEXTS = st.text("ab", max_size=12)
 
 
-@given(AB, st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.sets(st.integers(0, 12)))
-def test_a_text_ends_before_a_stop_however_it_comes_in_pieces(text, stop, cuts):
+@given(AB_TEXTS, st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.sets(st.integers(0, 12)))
+def test_until_ends_before_a_stop_for_any_pieces(text, stop, cuts):
     pieces = [text[a:b] for a, b in pairwise([0, *sorted(cuts), len(text)])]
-    assert "".join(until(iter(pieces), stop)) == ended(text, stop)
+    assert "".join(until(iter(pieces), stop)) == cut_at_stop(text, stop)
 
 
-def test_only_what_a_stop_may_begin_with_waits():
+def test_until_holds_back_only_the_possible_beginning_of_a_stop():
     assert list(until(iter("one two"), ["two", "ten"])) == ["o", "n", "e", " ", "", "", ""]
     assert list(until(iter("to"), ["two"])) == ["", "to", ""]
 
 
-def test_after_a_stop_nothing_is_asked_for():
+def test_until_requests_no_piece_after_a_stop():
     def pieces():
         yield "one two"
         raise AssertionError
@@ -170,11 +170,11 @@ def test_after_a_stop_nothing_is_asked_for():
     assert "".join(until(pieces(), ["two"])) == "one "
 
 
-def test_writing_ends_before_a_stop_in_one_text_and_in_many(run, monkeypatch):
+def test_write_ends_before_a_stop(run, monkeypatch):
     prompt, n = "caf", 3 * CHUNK
     many = [text.removeprefix(prompt) for text in texts(run, prompt, n, samples=3)]
     stop = [many[0][20:22], many[1][5:8]]
-    expected = [prompt + ended(text, stop) for text in many]
+    expected = [prompt + cut_at_stop(text, stop) for text in many]
     assert len(expected[0]) < len(prompt + many[0])
     assert texts(run, prompt, n, samples=3, stop=stop) == expected
     assert texts(run, prompt, n, stop=stop) == expected[:1]
