@@ -19,7 +19,7 @@ def run(tmp_path, tiny):
     return Run.create(tmp_path, "one", tiny, META)
 
 
-def log_of(run, n_bytes=0, on_event=lambda event: None):
+def open_log(run, n_bytes=0, on_event=lambda event: None):
     return MetricsLog(run, n_bytes, lambda step: np.array([step, 7]), on_event)
 
 
@@ -33,7 +33,7 @@ def lines(run):
 
 
 def test_every_step_has_one_line_in_order(run):
-    with log_of(run) as log:
+    with open_log(run) as log:
         log.add_evaluation(0, RESULT, {"val_estimate": 2.1})
         log.add(0, chunk(1))
         log.add(5, chunk(6))
@@ -46,9 +46,9 @@ def test_every_step_has_one_line_in_order(run):
     assert lines(run)[0]["val_estimate"] == 2.1
 
 
-def test_a_chunk_is_read_when_the_next_one_is_under_way(run):
+def test_chunk_is_read_after_the_next_one_is_dispatched(run):
     events = []
-    with log_of(run, on_event=events.append) as log:
+    with open_log(run, on_event=events.append) as log:
         log.add_evaluation(0, RESULT, {})
         events.clear()
         log.add(0, chunk(1))
@@ -58,14 +58,14 @@ def test_a_chunk_is_read_when_the_next_one_is_under_way(run):
         log.flush()
         assert [event.step for event in events] == [5, 10]
     assert isinstance(events[0], Progress)
-    assert events[0].tokens_per_second is None, "the first chunk is mostly compilation"
+    assert events[0].tokens_per_second is None, "no speed yet: the first chunk is mostly compilation"
     assert events[1].tokens_per_second > 0
     assert events[1].seconds_left > 0
     assert math.isclose(events[1].loss, 1.0, rel_tol=1e-6)
 
 
-def test_a_resumed_log_goes_on_behind_the_saved_step(run):
-    with log_of(run) as log:
+def test_resumed_log_continues_after_the_saved_step(run):
+    with open_log(run) as log:
         log.add_evaluation(0, RESULT, {})
         log.add(0, chunk(1))
         log.add(5, chunk(6))
@@ -75,38 +75,38 @@ def test_a_resumed_log_goes_on_behind_the_saved_step(run):
         n_bytes = run.metrics_file.stat().st_size
         log.add(10, chunk(11))
         log.flush()
-    whole, told = run.metrics_file.read_bytes(), []
-    for torn in (whole, whole[:-3]):
+    complete, events = run.metrics_file.read_bytes(), []
+    for torn in (complete, complete[:-3]):
         run.metrics_file.write_bytes(torn)
-        with log_of(run, n_bytes, told.append) as log:
+        with open_log(run, n_bytes, events.append) as log:
             assert [scored.step for scored in log.scores] == [0, 10]
             assert math.isnan(log.scores[1].evaluation.standard_error)
             assert log.speed["tokens_per_second"] is None
             assert lines(run)[-1]["step"] == log.step == 10
             log.add(10, chunk(11))
             log.flush()
-        assert told.pop().best.step == 10, "the best of before is known"
-        assert run.metrics_file.read_bytes() == whole
-    with log_of(run) as log:
+        assert events.pop().best.step == 10, "the best score from before the resume is known"
+        assert run.metrics_file.read_bytes() == complete
+    with open_log(run) as log:
         assert log.scores == []
-    assert run.metrics_file.read_bytes() == b"", "nothing was saved, so nothing is kept"
+    assert run.metrics_file.read_bytes() == b"", "without a checkpoint, no line is kept"
 
 
-def test_every_line_is_json_that_any_program_reads(run):
-    with log_of(run) as log:
+def test_non_finite_values_are_written_as_strict_json(run):
+    with open_log(run) as log:
         log.add(0, Metrics(*(jnp.array([jnp.nan, jnp.inf]) for _ in range(3)), jnp.array([False, False])))
         log.sync()
 
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+    def reject_constant(constant):
+        raise AssertionError(f"{constant} is not JSON")
 
     for line in (run.path / "metrics.jsonl").read_text().splitlines():
-        assert json.loads(line, parse_constant=refuse)["loss"] is None
+        assert json.loads(line, parse_constant=reject_constant)["loss"] is None
 
 
-def test_a_step_that_was_skipped_is_reported_with_its_windows(run):
+def test_skipped_step_is_reported_with_its_windows(run):
     events = []
-    with log_of(run, on_event=events.append) as log:
+    with open_log(run, on_event=events.append) as log:
         log.add(0, chunk(1)._replace(applied=jnp.array([True, True, False, True, True])))
         log.sync()
     assert [line["step"] for line in lines(run) if line.get("skipped")] == [3]
@@ -115,25 +115,25 @@ def test_a_step_that_was_skipped_is_reported_with_its_windows(run):
     assert run.events()[0]["event"] == "skip"
 
 
-def test_the_row_of_skipped_steps_is_counted_across_chunks_and_resumes(run):
+def test_consecutive_skips_are_counted_across_chunks_and_resumes(run):
     bad = chunk(1)._replace(loss=jnp.full(5, jnp.nan), applied=jnp.array([True, True, False, False, False]))
-    with log_of(run) as log:
+    with open_log(run) as log:
         log.add(0, bad)
         log.sync()
     n_bytes = run.metrics_file.stat().st_size
-    with log_of(run, n_bytes) as log:
+    with open_log(run, n_bytes) as log:
         log.add(5, bad._replace(applied=jnp.array([False, True, False, False, False])))
         log.sync()
     n_bytes = run.metrics_file.stat().st_size
-    with log_of(run, n_bytes) as log:
+    with open_log(run, n_bytes) as log:
         log.add(10, bad._replace(applied=jnp.full(5, False)))
         with pytest.raises(DivergedError, match=r"step 12: loss nan.* 5 steps in a row"):
             log.sync()
-    assert lines(run)[-1]["step"] == 12, "its lines are kept for those who want to know"
+    assert lines(run)[-1]["step"] == 12, "the lines of a diverged run are kept"
 
 
-def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(run, monkeypatch):
-    with log_of(run) as log:
+def test_lines_that_a_full_disk_refuses_are_written_later(run, monkeypatch):
+    with open_log(run) as log:
         real, room = log._file, [20]
 
         class Full:
@@ -157,8 +157,8 @@ def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(run, monke
     assert [line["step"] for line in lines(run)] == list(range(1, 11))
 
 
-def test_a_run_that_is_moved_fails_to_sync_until_it_is_back(run, tmp_path):
-    with log_of(run) as log:
+def test_sync_fails_while_a_run_is_moved(run, tmp_path):
+    with open_log(run) as log:
         for path in (run.path, run.metrics_file):
             log.add(log.step, chunk(log.step + 1))
             log.flush()
@@ -174,12 +174,12 @@ def test_a_run_that_is_moved_fails_to_sync_until_it_is_back(run, tmp_path):
     assert [line["step"] for line in lines(run)] == list(range(1, 11))
 
 
-def test_two_processes_that_write_one_log_save_nothing_more(run):
-    """As on two hosts with a network file system without locks: a resume would find neither's lines."""
-    with log_of(run) as first:
+def test_sync_fails_with_a_second_writer(run):
+    """As on two hosts with a network file system without locks, where a resume would find the lines of neither."""
+    with open_log(run) as first:
         first.add(0, chunk(1))
         first.sync()
-        with log_of(run) as second:
+        with open_log(run) as second:
             second.add(0, chunk(1))
             first.add(5, chunk(6))
             for log in (first, second):
@@ -187,22 +187,22 @@ def test_two_processes_that_write_one_log_save_nothing_more(run):
                     log.sync()
 
 
-def test_all_processes_learn_that_a_sync_failed(run, monkeypatch):
+def test_failed_sync_is_shared_with_all_processes(run, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
     failed = []
     monkeypatch.setattr("jaxgpt.processes.any_process", lambda value: failed.append(value) or value)
-    with log_of(run) as log, monkeypatch.context() as patch:
+    with open_log(run) as log, monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         with pytest.raises(OSError, match="No space"):
             log.sync()
     assert failed == [True]
 
 
-def test_numbers_are_the_shortest_that_give_the_float32_back(run):
+def test_numbers_are_the_shortest_that_round_trip_float32(run):
     x = jnp.float32(1) / 3
-    with log_of(run) as log:
+    with open_log(run) as log:
         log.add(0, Metrics(*(x[None] for _ in range(3)), jnp.array([True])))
         log.sync()
     assert '"loss": 0.33333334,' in (run.path / "metrics.jsonl").read_text()

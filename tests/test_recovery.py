@@ -1,4 +1,4 @@
-"""Resuming after damage: from the newest valid checkpoint, with a warning; never from nothing."""
+"""Resuming after damage: from the newest valid checkpoint, with a warning; never from scratch."""
 
 import shutil
 from pathlib import Path
@@ -38,7 +38,8 @@ def done(trained, tmp_path):
     return Run(Path(shutil.copytree(run.path, tmp_path / "runs" / "one"))), corpus
 
 
-def harm(run, step):
+def corrupt(run, step):
+    """Flip a bit in the array data of a checkpoint; returns the path of the file."""
     data = next((run.checkpoints / str(step) / "state" / "d").iterdir())
     damaged = bytearray(data.read_bytes())
     damaged[len(damaged) // 2] ^= 4
@@ -47,15 +48,16 @@ def harm(run, step):
 
 
 def content(run):
+    """All files of a run, by path."""
     return {str(path): path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
 
 @pytest.mark.smoke
-def test_a_damaged_newest_step_is_named_set_aside_and_trained_again(done):
+def test_damaged_newest_checkpoint_is_set_aside_and_trained_again(done):
     run, corpus = done
     before = run.metrics_file.read_bytes()
     params = load_checkpoint(run, "last")[1]
-    bad, events = harm(run, 15), []
+    bad, events = corrupt(run, 15), []
     fit(run, corpus, events.append)
     (notice,) = (event for event in events if isinstance(event, Notice))
     assert str(bad) in notice.text
@@ -69,9 +71,9 @@ def test_a_damaged_newest_step_is_named_set_aside_and_trained_again(done):
     np.testing.assert_array_equal(again[1]["wte"]["embedding"], params["wte"]["embedding"])
 
 
-def test_where_no_step_is_whole_nothing_is_written_and_all_is_named(done):
+def test_without_a_valid_checkpoint_nothing_is_written(done):
     run, corpus = done
-    bad = [harm(run, step) for step in Checkpoints(run.checkpoints).steps]
+    bad = [corrupt(run, step) for step in Checkpoints(run.checkpoints).steps]
     before = content(run)
     with pytest.raises(RunError, match=r"has no valid checkpoint, and is not started over") as caught:
         fit(run, corpus)
@@ -79,16 +81,16 @@ def test_where_no_step_is_whole_nothing_is_written_and_all_is_named(done):
     assert content(run) == before
 
 
-def test_a_resume_that_is_refused_sets_nothing_aside(done, change):
+def test_refused_resume_sets_nothing_aside(done, change):
     run, corpus = done
-    harm(run, 15)
+    corrupt(run, 15)
     before = content(run)
     with pytest.raises(RunError, match="at step 10 already, beyond the 5 asked for"):
         fit(run, corpus, config=change(run.config, steps=5))
     assert content(run) == before
 
 
-def test_a_run_whose_checkpoints_are_gone_does_not_start_again_from_nothing(done, config, tmp_path):
+def test_run_without_its_checkpoints_does_not_start_over(done, tmp_path):
     run, _ = done
     shutil.rmtree(run.checkpoints)
     before = run.metrics_file.read_bytes()
@@ -99,7 +101,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again_from_nothing(done
         load_checkpoint(run)
 
 
-def test_a_file_in_place_of_a_step_is_a_damaged_step(done):
+def test_file_in_place_of_a_checkpoint_is_a_damaged_checkpoint(done):
     run, corpus = done
     shutil.rmtree(run.checkpoints / "15")
     (run.checkpoints / "15").touch()
@@ -111,25 +113,25 @@ def test_a_file_in_place_of_a_step_is_a_damaged_step(done):
     assert load_checkpoint(run, "last")[0] == 15
 
 
-def test_a_save_event_without_its_step_is_believed(config, tmp_path):
+def test_save_event_without_a_step_counts(config, tmp_path):
     run, corpus = start(config, "one", tmp_path / "runs", tmp_path / "data")
     run.events_file.write_text('{"event": "save"}\n')
     with pytest.raises(RunError, match=r"step None was saved, but .* holds no checkpoint"):
         fit(run, corpus)
 
 
-def test_a_run_killed_before_its_first_save_starts_again(config, tmp_path):
+def test_run_killed_before_its_first_save_starts_over(config, tmp_path):
     run, corpus = start(config, "one", tmp_path / "runs", tmp_path / "data")
     run.event("start", step=0)
     run.metrics_file.write_text('{"step": 0, "torn')
     assert fit(run, corpus).step == 15
 
 
-@pytest.mark.parametrize("harmed", ["flipped", "short", "missing"])
-def test_lines_that_are_not_what_was_saved_are_never_built_upon(done, harmed):
+@pytest.mark.parametrize("damage", ["flipped", "short", "missing"])
+def test_metrics_that_differ_from_the_saved_ones_are_refused(done, damage):
     run, corpus = done
     whole = run.metrics_file.read_bytes()
-    match harmed:
+    match damage:
         case "flipped":
             run.metrics_file.write_bytes(whole.replace(b"1", b"2", 1))
         case "short":
@@ -142,7 +144,7 @@ def test_lines_that_are_not_what_was_saved_are_never_built_upon(done, harmed):
     assert content(run) == before
 
 
-def test_damage_to_the_last_lines_goes_back_to_before_them(done):
+def test_damaged_last_metrics_resume_from_the_checkpoint_before(done):
     run, corpus = done
     whole = run.metrics_file.read_bytes()
     run.metrics_file.write_bytes(whole[: whole.rindex(b'{"step": 15, "val_loss"') - 10])
@@ -156,14 +158,14 @@ def test_damage_to_the_last_lines_goes_back_to_before_them(done):
     assert Checkpoints(run.checkpoints).latest == 15
 
 
-def test_a_config_that_was_changed_behind_the_runs_back_is_refused(done, change):
+def test_edited_config_is_refused(done, change):
     run, corpus = done
     edited = run.with_config(change(run.config, dropout=0.3, steps=20))
     with pytest.raises(RunError, match=r"dropout: 0.1 in the run, 0.3 asked for"):
         fit(edited, corpus)
 
 
-def test_tokens_and_vocabulary_must_be_those_of_the_checkpoint(done):
+def test_tokens_and_tokenizer_must_be_those_of_the_checkpoint(done):
     run, corpus = done
     other = corpora.Corpus(corpus.tokens, corpus.tokenizer, {**corpus.meta, "sha256": "0" * 64})
     with pytest.raises(RunError, match=f"tokens of step 15: expected SHA-256 {corpus.meta['sha256']}"):
@@ -174,7 +176,7 @@ def test_tokens_and_vocabulary_must_be_those_of_the_checkpoint(done):
         fit(run, other)
 
 
-def test_another_version_of_jax_is_reported(done):
+def test_other_version_of_jax_is_reported(done):
     run, corpus = done
     run.event("start", step=15, jax="0.0.1", backend="cpu", device="cpu")
     events = []
@@ -183,7 +185,7 @@ def test_another_version_of_jax_is_reported(done):
     assert "was 0.0.1: bits may differ from here" in notice.text
 
 
-def test_another_mesh_is_reported(done):
+def test_other_mesh_is_reported(done):
     run, corpus = done
     events = []
     fit(run, corpus, events.append, mesh=make_mesh(Sizes(data=2)))
@@ -191,8 +193,8 @@ def test_another_mesh_is_reported(done):
     assert notice.text == "mesh is data=2 and was data=1: bits may differ from here on"
 
 
-def test_after_damage_to_the_lines_every_later_save_counts(config, change, tmp_path):
-    """Steps whose lines are gone stand in no later save's way, and push no whole step out."""
+def test_checkpoints_saved_after_damage_to_the_metrics_are_kept(config, change, tmp_path):
+    """Checkpoints whose metrics are lost neither block later saves nor count for `keep`."""
     run, corpus = start(change(config, steps=30, keep=3), "one", tmp_path / "runs", tmp_path / "data")
     fit(run, corpus)
     whole = run.metrics_file.read_bytes()
@@ -215,7 +217,7 @@ def test_after_damage_to_the_lines_every_later_save_counts(config, change, tmp_p
     assert Checkpoints(run.checkpoints).latest == 30
 
 
-def test_a_checkpoint_of_another_run_is_not_written_with(done, config, change, tmp_path):
+def test_checkpoint_of_another_run_is_not_loaded(done, config, change, tmp_path):
     run, _ = done
     (tmp_path / "other.txt").write_text(("some other text of quite other letters\n" * 30)[:840])
     other = start(change(config, corpus=str(tmp_path / "other.txt")), "other", tmp_path / "runs", tmp_path / "data")

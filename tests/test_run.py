@@ -24,13 +24,13 @@ def run(tmp_path):
     return Run.create(tmp_path / "runs", "one", Config(), META)
 
 
-def test_a_new_run_holds_its_config_and_vocabulary(run):
+def test_new_run_holds_its_config_and_tokenizer(run):
     assert run.config == Config()
     assert run.tokenizer.chars == "ab"
-    assert sorted(path.name for path in run.path.parent.iterdir()) == ["one"], "no temporary folder is left"
+    assert sorted(path.name for path in run.path.parent.iterdir()) == ["one"], "no temporary folder remains"
 
 
-def test_an_existing_run_is_never_overwritten(run, tmp_path):
+def test_existing_run_is_never_overwritten(run, tmp_path):
     before = (run.path / "config.json").read_bytes()
     with pytest.raises(RunError, match="--run one --resume continues it"):
         Run.create(tmp_path / "runs", "one", Config(), META)
@@ -39,7 +39,7 @@ def test_an_existing_run_is_never_overwritten(run, tmp_path):
     assert (run.path / "config.json").read_bytes() == before
 
 
-def test_a_folder_that_is_no_run_and_a_full_disk_are_distinguished(tmp_path, monkeypatch):
+def test_create_reports_an_existing_folder_and_a_full_disk(tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()
     with pytest.raises(RunError, match="exists but is not a run directory: rename it"):
         Run.create(tmp_path, "x", Config(), META)
@@ -54,15 +54,15 @@ def test_a_folder_that_is_no_run_and_a_full_disk_are_distinguished(tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/x", ".hidden", "a b", "-x", "a\n", "x" * 101, "é"])
-def test_names_are_plain(tmp_path, name):
+def test_bad_names_are_refused(tmp_path, name):
     with pytest.raises(RunError, match="expected letters"):
         Run.create(tmp_path, name, Config(), META)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere paths are other ones")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not allow these paths")
 @pytest.mark.parametrize("folder", [b"a[b]", b"a\\b", b"\xff"])
-def test_no_run_begins_or_goes_on_where_its_checkpoints_could_not_be_read(run, tmp_path, folder):
+def test_paths_whose_checkpoints_could_not_be_read_are_refused(run, tmp_path, folder):
     folder = tmp_path / os.fsdecode(folder)
     with pytest.raises(RunError, match="could not be read; use another folder"):
         Run.require_free(folder, "one")
@@ -72,10 +72,10 @@ def test_no_run_begins_or_goes_on_where_its_checkpoints_could_not_be_read(run, t
         pass
 
 
-def test_open_by_name_or_path_and_what_there_is_otherwise(run, tmp_path):
+def test_open_by_name_or_path_and_its_errors(run, tmp_path):
     assert Run.open(tmp_path / "runs", "one") == run
     assert Run.open(tmp_path, str(run.path)) == run
-    (tmp_path / "runs" / ".two.1234.part").mkdir()  # as a kill leaves it
+    (tmp_path / "runs" / ".two.1234.part").mkdir()  # a killed process leaves such a folder
     (tmp_path / "runs" / ".two.1234.part" / "config.json").touch()
     with pytest.raises(RunError, match=r"; there are one$"):
         Run.open(tmp_path / "runs", "two")
@@ -94,23 +94,23 @@ def test_open_by_name_or_path_and_what_there_is_otherwise(run, tmp_path):
         Run.open(tmp_path, str(run.path))
 
 
-def test_a_damaged_config_is_named(run):
+def test_damaged_config_is_reported(run):
     whole = (run.path / "config.json").read_bytes()
     edited = whole.replace(b'"n_layer": 4', b'"n_layer": 5')
     assert edited != whole
-    for data, said in ((b"{", "it has no seal"), (b"\xff{}", "it has no seal"), (edited, "does not match its seal")):
+    for data, message in ((b"{", "it has no seal"), (b"\xff{}", "it has no seal"), (edited, "does not match its seal")):
         (run.path / "config.json").write_bytes(data)
-        with pytest.raises(RunError, match=rf"config\.json: .*{said}"):
+        with pytest.raises(RunError, match=rf"config\.json: .*{message}"):
             _ = Run(run.path).config
 
 
-def test_a_damaged_vocabulary_is_not_a_matter_of_prepare(run):
+def test_damaged_tokenizer_error_does_not_advise_prepare(run):
     (run.path / "tokens.json").write_bytes(b"{")
     with pytest.raises(CorpusError, match=r"it has no seal.*; restore a copy; the folder of its corpus has one$"):
         _ = Run(run.path).tokenizer
 
 
-def test_events_are_lines_with_a_time(run):
+def test_events_are_json_lines_with_a_time(run):
     run.event("start", step=3)
     run.event("end")
     lines = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
@@ -119,7 +119,7 @@ def test_events_are_lines_with_a_time(run):
     assert lines[0]["time"].endswith("Z")
 
 
-def test_a_torn_line_of_the_events_is_ignored(run):
+def test_incomplete_event_line_is_ignored(run):
     run.event("start", step=3)
     with run.events_file.open("ab") as file:
         file.write(b'{"time": "2026')
@@ -127,9 +127,9 @@ def test_a_torn_line_of_the_events_is_ignored(run):
     assert [event["event"] for event in run.events()] == ["start", "end"]
 
 
-def test_a_damaged_line_of_metrics_is_named(run):
+def test_damaged_metrics_line_is_reported(run):
     run.metrics_file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert run.metrics() == [{"step": 1, "loss": 2.0}], "the last is still being written"
+    assert run.metrics() == [{"step": 1, "loss": 2.0}], "an incomplete last line is still being written"
     for line in ('{"step": 1, "loss', "2", '{"loss": 2.0}', ""):
         run.metrics_file.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
         with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: it is damaged; .*jaxgpt train --run one --resume"):
@@ -142,13 +142,13 @@ def test_validation_losses_are_read_past_damaged_lines(run):
     assert run.val_losses() == {0: 3.0}
 
 
-def test_the_resume_command_can_be_typed(tmp_path):
+def test_resume_command_is_quoted_for_a_shell(tmp_path):
     assert Run(Path("runs/one")).resume_command == "jaxgpt train --run one --resume"
-    there = tmp_path / "my runs"
-    assert Run(there / "one").resume_command == f"jaxgpt train --run one --resume --runs-dir '{there}'"
+    folder = tmp_path / "my runs"
+    assert Run(folder / "one").resume_command == f"jaxgpt train --run one --resume --runs-dir '{folder}'"
 
 
-def test_a_link_that_leaves_the_runs_folder_is_no_run_of_it(run, tmp_path):
+def test_symlink_out_of_the_runs_folder_is_refused(run, tmp_path):
     elsewhere = Run.create(tmp_path / "elsewhere", "two", Config(), META)
     (tmp_path / "runs" / "two").symlink_to(elsewhere.path)
     (tmp_path / "runs" / "dangling").symlink_to(tmp_path / "nowhere")
@@ -161,13 +161,13 @@ def test_a_link_that_leaves_the_runs_folder_is_no_run_of_it(run, tmp_path):
     assert Run.open(tmp_path / "runs", str(elsewhere.path)) == elsewhere
 
 
-def test_a_name_is_not_a_path(run, tmp_path):
+def test_paths_are_not_names(run, tmp_path):
     for name in ("../runs/one", str(run.path), ".."):
         with pytest.raises(RunError, match=r"expected letters.*: --run NAME --runs-dir FOLDER$"):
             Run.named(tmp_path / "runs", name)
 
 
-def test_a_run_whose_process_was_killed_is_known_by_it(run):
+def test_run_of_a_killed_process_is_cut_off(run):
     assert not run.cut_off
     spawn = multiprocessing.get_context("spawn")
     held, release = spawn.Event(), spawn.Event()
@@ -181,12 +181,12 @@ def test_a_run_whose_process_was_killed_is_known_by_it(run):
     assert not facts.gather(run).running
     with pytest.raises(RunError, match="refused"), run.lock():
         raise RunError("refused")
-    assert run.cut_off, "it was not resumed"
+    assert run.cut_off, "the refused resume changed nothing"
     with run.lock():
         run.event("start", step=0, process=os.getpid(), host=platform.node())
         assert not run.cut_off
     run.event("start", step=0, process=holder.pid, host="another")
-    assert not run.cut_off, "of another machine nothing is known"
+    assert not run.cut_off, "processes of another host cannot be checked"
     run.event("start", step=0, process=holder.pid, host=platform.node())
     assert run.cut_off
     run.event("broken-off", step=5)
@@ -201,7 +201,7 @@ def _hold(path, held, release):
         release.wait(30)
 
 
-def test_one_process_holds_a_run(run):
+def test_only_one_process_holds_a_run(run):
     spawn = multiprocessing.get_context("spawn")
     held, release = spawn.Event(), spawn.Event()
     holder = spawn.Process(target=_hold, args=(run.path, held, release))

@@ -10,64 +10,66 @@ from jaxgpt.signals import stop_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_first_signal_is_noted_and_a_second_one_acts(number):
-    heard = []
-    before = signal.signal(number, lambda *_: heard.append("second"))
+def test_first_signal_is_recorded_and_second_one_takes_effect(number):
+    handled = []
+    before = signal.signal(number, lambda *_: handled.append("second"))
     try:
-        with stop_signals() as asked:
-            assert asked() == 0
+        with stop_signals() as received:
+            assert received() == 0
             os.kill(os.getpid(), number)
-            assert asked() == number
-            assert heard == []
+            assert received() == number
+            assert handled == []
             os.kill(os.getpid(), number)
-            assert heard == ["second"]
+            assert handled == ["second"]
         assert signal.getsignal(number) is not before
     finally:
         signal.signal(number, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_that_is_sent_twice_at_once_counts_once(number, monkeypatch):
-    heard, slept = [], []
-    before = signal.signal(number, lambda *_: heard.append("second"))
+def test_signal_sent_twice_at_once_counts_once(number, monkeypatch):
+    handled, slept = [], []
+    before = signal.signal(number, lambda *_: handled.append("second"))
 
-    def again(seconds):
+    def send_again(seconds):
         slept.append(seconds)
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("jaxgpt.signals.time.sleep", again)
+    monkeypatch.setattr("jaxgpt.signals.time.sleep", send_again)
     try:
-        with stop_signals() as asked:
+        with stop_signals() as received:
             os.kill(os.getpid(), number)
-            assert asked() == number
-            assert heard == []
+            assert received() == number
+            assert handled == []
     finally:
         signal.signal(number, before)
-    assert number == signal.SIGHUP or sum(slept) <= 0.05, "a person needs longer for a second Ctrl-C, which must act"
+    assert number == signal.SIGHUP or sum(slept) <= 0.05, (
+        "a second Ctrl-C by a person comes later, and must take effect"
+    )
 
 
-def test_in_another_thread_nothing_is_noted():
+def test_other_threads_record_no_signal():
     import threading
 
-    told = []
+    found = []
 
-    def ask():
-        with stop_signals() as asked:
-            told.append(asked())
+    def poll():
+        with stop_signals() as received:
+            found.append(received())
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=poll)
     thread.start()
     thread.join()
-    assert told == [0]
+    assert found == [0]
 
 
-def test_what_was_ignored_stays_ignored():
-    """As under nohup, which a run is to outlive its terminal by."""
+def test_ignored_signal_stays_ignored():
+    """As under nohup, so that a run outlives its terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stop_signals() as asked:
+        with stop_signals() as received:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert asked() == 0
+            assert received() == 0
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -78,10 +80,10 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from jaxgpt.signals import stop_signals
-with stop_signals() as asked:
+with stop_signals() as received:
     for step in range(1, 2000):
         print("step", step, flush=True)
-        if number := asked():
+        if number := received():
             print("stopped at", step, "by", int(number), flush=True)
             break
         time.sleep(0.05)
@@ -89,8 +91,8 @@ with stop_signals() as asked:
 
 
 @pytest.mark.smoke
-def test_of_several_processes_all_stop_after_the_same_step():
-    """A signal to one of two; test_processes.py sends another to all."""
+def test_all_processes_stop_after_the_same_step():
+    """The signal goes to one of two processes; test_processes.py sends one to all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -98,7 +100,7 @@ def test_of_several_processes_all_stop_after_the_same_step():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
     try:
-        for process in both:  # in the loop
+        for process in both:  # until both are in the loop
             while (line := process.stdout.readline()) != "step 3\n":
                 assert line, process.stderr.read()
         both[1].send_signal(signal.SIGTERM)

@@ -27,13 +27,13 @@ def run(config, state, begin, end):
 
 
 def fresh(config):
-    """The initial state, placed as a step leaves it: it takes the same program."""
+    """The initial state with the sharding of a state after a step, so that both use one compiled program."""
     state = init_state(config)
     return jax.device_put(state, state_shardings(one_device(), state))
 
 
 @pytest.mark.smoke
-def test_a_scan_of_steps_is_the_steps_one_by_one(tiny):
+def test_scan_matches_single_steps(tiny):
     scanned, metrics = run(tiny, fresh(tiny), 0, 5)
     state = init_state(tiny)
     for i, row in enumerate(starts(tiny, 0, 5)):
@@ -44,8 +44,8 @@ def test_a_scan_of_steps_is_the_steps_one_by_one(tiny):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), scanned.params, state.params)
 
 
-def test_64_bits_allowed_change_no_bit(tiny, change):
-    """Also where the caller's arrays are of 64 bits, and eager."""
+def test_enabling_64_bits_changes_no_bit(tiny, change):
+    """Even if the caller passes 64-bit arrays, and in eager mode."""
     config = change(tiny, algorithm="muon", accumulate=2, scan_steps=2)
     state, metrics = run(config, init_state(config), 0, 2)
     with jax.enable_x64(True):
@@ -68,11 +68,11 @@ def test_splitting_a_scan_changes_no_bit(tiny):
 
 
 @pytest.mark.optimized
-def test_the_initial_state_has_the_same_bits_however_its_program_is_optimized(tiny):
+def test_initial_state_does_not_depend_on_the_optimization_level(tiny):
     chex.assert_trees_all_equal(sharded_init(tiny, one_device()), init_state(tiny))
 
 
-def test_the_second_call_compiles_nothing(tiny):
+def test_second_call_compiles_nothing(tiny):
     state, _ = run(tiny, sharded_init(tiny, one_device()), 0, 5)
     compiled = jit_train_steps(tiny, one_device())._cache_size()
     state, _ = run(tiny, state, 5, 10)
@@ -80,23 +80,23 @@ def test_the_second_call_compiles_nothing(tiny):
     assert jit_train_steps(tiny, one_device())._cache_size() == compiled
 
 
-def test_runs_that_differ_in_what_no_step_depends_on_share_its_program(tiny, change):
+def test_runs_that_compute_the_same_step_share_a_program(tiny, change):
     tiny, mesh = change(tiny, kind="bigram"), one_device()
     other = change(tiny, corpus="b", val_fraction=0.2, steps=40, batch_size=2, sampling="random", scan_steps=10)
     other = change(other, eval_every=0, eval_start=False, eval_batches=0, keep=9, keep_every=10, max_skipped=1)
     other = change(other, on_save_error="stop")
     equal = {name for name, value in vars(tiny.train).items() if value == vars(other.train)[name]}
-    assert equal == {"seed", "accumulate"}, "one value for each setting that no step depends on"
+    assert equal == {"seed", "accumulate"}, "`other` must change every setting that no step depends on"
     assert jit_train_steps(other, mesh) is jit_train_steps(tiny, mesh)
     for name, value in dict(seed=1, accumulate=2, vocab_size=9, learning_rate=1.0, decay_steps=30).items():
         assert jit_train_steps(change(tiny, **{name: value}), mesh) is not jit_train_steps(tiny, mesh)
-    for config in (other, change(other, decay_steps=0)):  # which ends with the run
+    for config in (other, change(other, decay_steps=0)):  # 0: the schedule ends with the run
         given = abstract_state(config, mesh), TOKENS, starts(tiny, 0, 2).astype(np.int32)
         lower = jax.jit(steps.train_steps, static_argnums=0).lower
         assert lower(steps.shared(config), *given).as_text() == lower(config, *given).as_text()
 
 
-def test_the_state_is_donated(tiny):
+def test_state_is_donated(tiny):
     state = fresh(tiny)
     run(tiny, state, 0, 5)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
@@ -113,7 +113,7 @@ def test_accumulated_gradients_equal_the_full_batch(tiny, change, A):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), grads, grads_a)
 
 
-def test_micro_batches_have_dropout_masks_of_their_own(tiny, change):
+def test_micro_batches_have_their_own_dropout_masks(tiny, change):
     """Both halves of the batch are the same sequences; with one mask for both, accumulation would change nothing."""
     config = change(tiny, dropout=0.5)
     params, key = init_state(config).params, jax.random.key(0)
@@ -126,8 +126,8 @@ def test_micro_batches_have_dropout_masks_of_their_own(tiny, change):
     np.testing.assert_allclose(loss, (first + second) / 2, rtol=1e-5)
 
 
-def test_dropout_depends_on_seed_and_step_alone(tiny, change):
-    """Two states at the same step see the same mask, at another step or seed another one."""
+def test_dropout_depends_only_on_seed_and_step(tiny, change):
+    """Equal seeds and steps give the same mask; another seed or step gives another one."""
 
     def loss(config, step):
         state = init_state(tiny)
@@ -139,7 +139,7 @@ def test_dropout_depends_on_seed_and_step_alone(tiny, change):
     assert len({loss(tiny, 0), loss(tiny, 1), loss(change(tiny, seed=1), 0)}) == 3
 
 
-def test_the_gradient_norm_is_that_before_clipping(tiny, change):
+def test_gradient_norm_is_measured_before_clipping(tiny, change):
     config = change(tiny, grad_clip=1e-6, dropout=0.0)
     batch = batches.take(TOKENS, starts(config, 0, 1)[0], 8)
     _, metrics = train_step(config, init_state(config), batch)
@@ -148,15 +148,15 @@ def test_the_gradient_norm_is_that_before_clipping(tiny, change):
     np.testing.assert_allclose(metrics.grad_norm, np.sqrt(squares), rtol=1e-5)
 
 
-def test_the_initial_state_is_a_function_of_the_seed(tiny, change):
+def test_initial_state_is_a_function_of_the_seed(tiny, change):
     chex.assert_trees_all_equal(init_state(tiny), init_state(tiny))
     other = init_state(change(tiny, seed=1))
     assert (other.params["wte"]["embedding"] != init_state(tiny).params["wte"]["embedding"]).any()
     assert int(other.step) == 0
 
 
-def test_many_models_train_as_one_program(tiny, change):
-    """The step can be mapped over states: a sweep is a vmap."""
+def test_train_step_supports_vmap_over_states(tiny, change):
+    """A sweep is such a vmap."""
     config = change(tiny, dropout=0.0)
     seeds = [init_state(change(config, seed=seed)) for seed in range(2)]
     stacked = jax.tree.map(lambda *xs: np.stack(xs), *seeds)
@@ -169,7 +169,7 @@ def test_many_models_train_as_one_program(tiny, change):
 
 @pytest.mark.parametrize("algorithm", ["adamw", "muon"])
 def test_training_can_be_differentiated_where_gradients_are_zero(tiny, change, algorithm):
-    """At first, zero_init stops the gradients of all kernels but those that write to the residual stream."""
+    """With zero_init, only kernels that write to the residual stream have non-zero gradients in the first step."""
     config = change(tiny, zero_init=True, tie_weights=True, bigram_embed=True, algorithm=algorithm, muon_steps=1)
     plan = starts(config, 0, 2).astype(np.int32)
 
@@ -180,7 +180,7 @@ def test_training_can_be_differentiated_where_gradients_are_zero(tiny, change, a
     assert jnp.isfinite(jax.jit(jax.grad(after_training))(1e-3))
 
 
-def test_it_learns_a_text_that_repeats(tiny, change):
+def test_learns_a_repeating_text(tiny, change):
     config = change(tiny, dropout=0.0, steps=300, decay_steps=300, learning_rate=1e-2, warmup_steps=10)
     tokens = jnp.asarray(np.tile(np.arange(13, dtype=np.uint16), 20))
     plan = batches.chunk_starts(0, 0, 300, len(tokens), 8, 4).astype(np.int32)
@@ -193,7 +193,7 @@ def test_it_learns_a_text_that_repeats(tiny, change):
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 @pytest.mark.parametrize("algorithm", ["adamw", "muon"])
-def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tiny, change, monkeypatch, bad, algorithm):
+def test_non_finite_step_changes_only_the_step_count(tiny, change, monkeypatch, bad, algorithm):
     config = change(tiny, dropout=0.0, warmup_steps=0, learning_rate=1e-3, algorithm=algorithm)
     batch = batches.take(TOKENS, starts(config, 0, 1)[0], 8)
 
@@ -213,13 +213,13 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tiny, change, m
     assert int(after.step) == 1
     chex.assert_trees_all_equal((after.params, after.opt_state), (before.params, before.opt_state))
     monkeypatch.undo()
-    fine, metrics = train_step(config, after, batch)
+    recovered, metrics = train_step(config, after, batch)
     assert metrics.applied
-    assert (fine.params["wte"]["embedding"] != before.params["wte"]["embedding"]).any()
+    assert (recovered.params["wte"]["embedding"] != before.params["wte"]["embedding"]).any()
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "muon"])
-def test_a_parameter_whose_update_overflows_keeps_its_value(tiny, change, algorithm):
+def test_parameter_whose_update_overflows_keeps_its_value(tiny, change, algorithm):
     rates = {"learning_rate": 3e38, "muon_learning_rate": 3e38, "weight_decay": 10.0}
     config = change(tiny, dropout=0.0, warmup_steps=0, algorithm=algorithm, **rates)
     after, metrics = train_step(config, init_state(config), batches.take(TOKENS, starts(config, 0, 1)[0], 8))
@@ -230,7 +230,7 @@ def test_a_parameter_whose_update_overflows_keeps_its_value(tiny, change, algori
 @pytest.mark.parametrize(
     "options", [{}, {"position": "rope"}, {"algorithm": "muon", "schedule": "linear"}, {"accumulate": 2}]
 )
-def test_training_and_sampling_work_where_dtype_promotion_is_strict(tiny, change, options):
+def test_training_and_sampling_with_strict_dtype_promotion(tiny, change, options):
     from jaxgpt.sample import generate
 
     config, idx = change(tiny, **options), jnp.zeros((1, 8), jnp.int32)
@@ -243,24 +243,24 @@ def test_training_and_sampling_work_where_dtype_promotion_is_strict(tiny, change
     assert after == state
 
 
-def test_the_random_kernel_of_gpus_is_for_initial_states_alone(tiny, change, verse, tmp_path, monkeypatch):
-    """Also where a thread lowers the steps while the state is made."""
+def test_threefry_kernel_of_gpus_is_only_for_initial_states(tiny, change, verse, tmp_path, monkeypatch):
+    """Even though another thread lowers the steps while the state is computed."""
     from jaxgpt.cli.runs import start
     from jaxgpt.train import fit
 
     name, seen = "jax_threefry_gpu_kernel_lowering", {"init": [], "steps": []}
     init, one_step = steps.init_state, steps.train_step
 
-    def noted_init(config):
+    def recording_init(config):
         seen["init"].append(jax.config.values[name])
         return init(config)
 
-    def noted_step(*args):
+    def recording_step(*args):
         seen["steps"].append(jax.config.values[name])
         return one_step(*args)
 
-    monkeypatch.setattr(steps, "init_state", jax.jit(noted_init, static_argnums=0))
-    monkeypatch.setattr(steps, "train_step", noted_step)
+    monkeypatch.setattr(steps, "init_state", jax.jit(recording_init, static_argnums=0))
+    monkeypatch.setattr(steps, "train_step", recording_step)
     config = change(tiny, kind="bigram", corpus=str(verse), steps=5, eval_every=0)
     fit(*start(config, "cpu", tmp_path / "runs", tmp_path))
     assert seen["init"] == [False], "traced once for shapes and program"

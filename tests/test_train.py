@@ -1,4 +1,4 @@
-"""The laws of a run: equal runs are equal, ended and resumed ones too, and looking changes nothing."""
+"""fit(): equal configs give equal runs, also if interrupted and resumed, and however often they are evaluated."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from jaxgpt import evaluation, matmul, metrics_log, sharding, step
 from jaxgpt import train as loop
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.runs import resolve, start
-from jaxgpt.cli.runs import resume as take_up
+from jaxgpt.cli.runs import resume as resume_corpus
 from jaxgpt.config import DataConfig
 from jaxgpt.metrics_log import DivergedError, Evaluated, Notice, Progress
 from jaxgpt.prepare.build import prepare_corpus
@@ -41,7 +41,7 @@ def tiny(tiny_config, verse):
 
 @pytest.fixture(scope="module")
 def unbroken(tiny, tmp_path_factory):
-    """A run of `tiny` from its first step to its last, which no test changes."""
+    """An uninterrupted run of `tiny`, which no test changes."""
     folder = tmp_path_factory.mktemp("unbroken")
     return fit(*start(tiny, "unbroken", folder / "runs", folder / "data")).run
 
@@ -86,7 +86,7 @@ def stop_after(step):
 
 @pytest.fixture
 def sigterm_at():
-    """sigterm_at(step): an `on_event` that sends SIGTERM when `step` is reported, with the next chunk under way."""
+    """sigterm_at(step): an `on_event` that sends SIGTERM when `step` is reported, while the next chunk is running."""
     before = signal.signal(signal.SIGTERM, lambda *_: None)
 
     def at(step):
@@ -97,7 +97,7 @@ def sigterm_at():
 
 
 @pytest.mark.smoke
-def test_fit_tells_its_story(tiny, new_run):
+def test_fit_reports_its_events_and_scores(tiny, new_run):
     events = []
     run, corpus = new_run("one", tiny)
     done = fit(run, corpus, events.append)
@@ -110,10 +110,10 @@ def test_fit_tells_its_story(tiny, new_run):
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 21))
     recorded = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in recorded] == ["start", "save", "save", "end"]
-    assert recorded[0]["devices"] == 1, "of eight"
+    assert recorded[0]["devices"] == 1, "one of the eight devices"
 
 
-def test_the_score_of_a_new_run_is_compiled_beside_its_steps(tiny, change, new_run):
+def test_evaluation_is_compiled_ahead_of_time_without_eval_start(tiny, change, new_run):
     evaluation._loss_sums.clear_cache()
     late = change(tiny, eval_start=False, eval_batches=0)
     fit(*new_run("late", late))
@@ -127,28 +127,28 @@ def test_two_runs_of_one_config_are_equal(tiny, new_run, unbroken):
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same_whatever_the_flags_of_jax(tiny, change, new_run, set_flags):
-    """Begun with them and resumed without, and the other way round: initial weights, dropout, sums, what is sampled."""
+def test_flags_of_jax_do_not_change_a_run(tiny, change, new_run, set_flags):
+    """Started with the flags and resumed without them, and the other way round: weights, dropout, sums and samples."""
     tiny = change(tiny, dropout=0.2, accumulate=2)
     plain, corpus = new_run("plain", tiny)
     fit(plain, corpus)
-    ways = {name: new_run(name, tiny)[0] for name in ("before", "after")}
+    runs = {name: new_run(name, tiny)[0] for name in ("before", "after")}
     with pytest.raises(Stop):
-        fit(ways["after"], corpus, stop_after(10))
+        fit(runs["after"], corpus, stop_after(10))
     set_flags(**FLAGS)
     with pytest.raises(Stop):
-        fit(ways["before"], corpus, stop_after(10))
-    fit(ways["after"], corpus)
+        fit(runs["before"], corpus, stop_after(10))
+    fit(runs["after"], corpus)
     text = ["".join(pieces) for pieces in write(*load_model(plain), "the", 20, SamplingParams(top_p=0.9), samples=2)]
     set_flags(**{name: DEFAULTS[name] for name in FLAGS})
-    fit(ways["before"], corpus)
-    for run in ways.values():
+    fit(runs["before"], corpus)
+    for run in runs.values():
         assert_same_run(plain, run)
     again = write(*load_model(plain), "the", 20, SamplingParams(top_p=0.9), samples=2)
     assert text == ["".join(pieces) for pieces in again]
 
 
-def test_looking_more_often_changes_nothing_that_is_learnt(tiny, change, new_run):
+def test_more_frequent_evaluation_changes_no_step(tiny, change, new_run):
     often = fit(*new_run("often", change(tiny, eval_every=5, eval_batches=7))).run
     never = fit(*new_run("never", change(tiny, eval_every=0, eval_batches=0))).run
     steps = [[line for line in run.metrics() if "loss" in line] for run in (often, never)]
@@ -157,7 +157,7 @@ def test_looking_more_often_changes_nothing_that_is_learnt(tiny, change, new_run
 
 
 @pytest.mark.parametrize("step", [5, 10, 15])
-def test_a_run_that_died_goes_on_as_if_it_had_not(tiny, new_run, unbroken, step):
+def test_resumed_run_equals_an_unbroken_one(tiny, new_run, unbroken, step):
     broken, corpus = new_run("broken", tiny)
     with pytest.raises(Stop):
         fit(broken, corpus, stop_after(step))
@@ -166,9 +166,9 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(tiny, new_run, unbroken, step)
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_run_that_ends_before_a_score_goes_on_with_it(tiny, new_run, unbroken, monkeypatch, sigterm_at, killed):
-    """Asked to end in the chunk before it, the run does not make whoever asked wait for the score; killed in it, it has
-    lost nothing else. Even the manifests are those of a run that was not ended."""
+def test_run_that_ends_before_an_evaluation_resumes_with_it(tiny, new_run, unbroken, monkeypatch, sigterm_at, killed):
+    """A signal in the chunk before it skips the evaluation, so that the run ends soon; a run that dies during the
+    evaluation has already saved. After the resume, even the manifests are those of an unbroken run."""
     broken, corpus = new_run("broken", tiny)
 
     def die(config, corpus, state, score=loop.score):
@@ -193,7 +193,7 @@ def test_a_run_that_ends_before_a_score_goes_on_with_it(tiny, new_run, unbroken,
         assert found.about == wanted.about
 
 
-def test_lines_are_on_disk_before_the_save_that_follows_them(tiny, new_run, monkeypatch):
+def test_metrics_are_on_disk_before_each_save(tiny, new_run, monkeypatch):
     run, corpus = new_run("one", tiny)
     save, seen = Checkpoints.save, []
 
@@ -207,7 +207,7 @@ def test_lines_are_on_disk_before_the_save_that_follows_them(tiny, new_run, monk
     assert seen == [(10, 10), (20, 20)]
 
 
-def test_a_finished_run_has_nothing_left_to_do(tiny, new_run):
+def test_resuming_a_finished_run_changes_nothing(tiny, new_run):
     run, corpus = new_run("one", tiny)
     first = fit(run, corpus)
     before = (run.path / "metrics.jsonl").read_bytes()
@@ -216,25 +216,25 @@ def test_a_finished_run_has_nothing_left_to_do(tiny, new_run):
     assert again.scores == first.scores
 
 
-def test_a_corpus_on_disk_gives_the_same_run_as_one_on_the_device(tiny, new_run, unbroken, monkeypatch):
+def test_corpus_on_disk_gives_the_same_run(tiny, new_run, unbroken, monkeypatch):
     monkeypatch.setattr(batches, "DEVICE_TOKENS", 0)
     assert_same_run(unbroken, fit(*new_run("disk", tiny)).run)
 
 
-def test_a_corpus_that_cannot_be_read_any_more_ends_the_run(tiny, new_run, monkeypatch):
+def test_read_error_of_the_corpus_ends_the_run(tiny, new_run, monkeypatch):
     def torn(tokens, starts, T, gather=batches.gather):
-        if starts.min() >= 0 and monkeypatched.pop():
+        if starts.min() >= 0 and failures.pop():
             raise OSError(5, "Input/output error")
         return gather(tokens, starts, T)
 
-    monkeypatched = [True, False, False, False]  # the fourth time
+    failures = [True, False, False, False]  # popped from the end: the fourth read fails
     monkeypatch.setattr(batches, "DEVICE_TOKENS", 0)
     monkeypatch.setattr(batches, "gather", torn)
     with pytest.raises(OSError, match="Input/output error"):
         fit(*new_run("torn", tiny))
 
 
-def test_a_mixture_trains_and_goes_on_to_the_same_bits(tiny, change, tmp_path, verse):
+def test_resumed_run_on_a_mixture_is_bitwise_equal(tiny, change, tmp_path, verse):
     (tmp_path / "b.txt").write_text("a hat on a cat\n" * 30)
     config = change(tiny, corpus=f"0.7*{verse} + 0.3*{tmp_path / 'b.txt'}", vocab_size=0)
     whole, broken = (start(config, name, tmp_path / "runs", tmp_path / "data") for name in ("whole", "broken"))
@@ -242,11 +242,11 @@ def test_a_mixture_trains_and_goes_on_to_the_same_bits(tiny, change, tmp_path, v
     run, corpus = broken
     fit(run, corpus, config=change(run.config, steps=10))
     longer = change(run.config, steps=20)
-    fit(run, take_up(longer, run, tmp_path / "data"), config=longer)
+    fit(run, resume_corpus(longer, run, tmp_path / "data"), config=longer)
     assert_same_run(whole[0], run)
 
 
-def test_the_last_save_of_an_interrupted_run_is_tried_twice(tiny, new_run, change, monkeypatch, sigterm_at):
+def test_last_save_of_an_interrupted_run_is_tried_twice(tiny, new_run, change, monkeypatch, sigterm_at):
     def fail_once(checkpoints, state, about, then, save=Checkpoints.save):
         if state.step == 30 and not failed:
             failed.append(30)
@@ -261,7 +261,7 @@ def test_the_last_save_of_an_interrupted_run_is_tried_twice(tiny, new_run, chang
     assert Checkpoints(run.checkpoints).latest == 30
 
 
-def test_a_run_whose_last_save_cannot_begin_ends_with_an_error(tiny, new_run, monkeypatch):
+def test_failure_to_begin_the_last_save_is_an_error(tiny, new_run, monkeypatch):
     def fail(*args):
         raise CheckpointError("the save did not begin")
 
@@ -270,10 +270,10 @@ def test_a_run_whose_last_save_cannot_begin_ends_with_an_error(tiny, new_run, mo
         fit(*new_run("one", tiny))
 
 
-def test_a_run_that_is_moved_while_it_trains_makes_no_second_one(tiny, new_run):
+def test_run_that_is_moved_while_it_trains_ends_with_an_error(tiny, new_run):
     def move(event):
         if isinstance(event, Evaluated) and event.step == 10:
-            while Checkpoints(run.checkpoints).latest != 10:  # its save is under way
+            while Checkpoints(run.checkpoints).latest != 10:  # until its save has finished
                 time.sleep(0.01)
             run.path.rename(run.path.with_name("two"))
 
@@ -284,8 +284,8 @@ def test_a_run_that_is_moved_while_it_trains_makes_no_second_one(tiny, new_run):
     assert fit(Run(run.path.with_name("two")), corpus).step == 20
 
 
-def test_a_run_with_a_second_writer_ends_at_its_next_save(tiny, new_run, change):
-    """As on two hosts with a network file system without locks: no later save could succeed."""
+def test_run_with_a_second_writer_ends_at_its_next_save(tiny, new_run, change):
+    """As on two hosts with a network file system without locks, where no later save could succeed."""
 
     def write_too(event):
         if isinstance(event, Evaluated) and event.step == 5:
@@ -299,12 +299,12 @@ def test_a_run_with_a_second_writer_ends_at_its_next_save(tiny, new_run, change)
     assert fit(Run(run.path), corpus).step == 20
 
 
-def test_a_signal_in_the_last_chunk_finds_the_run_done(tiny, new_run, sigterm_at):
+def test_signal_in_the_last_chunk_does_not_interrupt_the_run(tiny, new_run, sigterm_at):
     done = fit(*new_run("one", tiny), sigterm_at(15))
     assert (done.step, done.interrupted_by) == (20, 0)
 
 
-def test_a_signal_in_the_first_chunk_after_a_resume_saves_that_chunk(tiny, new_run, sigterm_at):
+def test_signal_in_the_first_chunk_after_a_resume_saves_that_chunk(tiny, new_run, sigterm_at):
     run, corpus = new_run("one", tiny)
     assert fit(run, corpus, sigterm_at(5)).step == 10
     done = fit(run, corpus, lambda event: isinstance(event, Evaluated) and os.kill(os.getpid(), signal.SIGTERM))
@@ -312,7 +312,7 @@ def test_a_signal_in_the_first_chunk_after_a_resume_saves_that_chunk(tiny, new_r
     assert Checkpoints(run.checkpoints).latest == 15
 
 
-def test_an_interrupted_run_whose_end_is_moved_to_where_it_stands_is_scored_there(tiny, new_run, change, sigterm_at):
+def test_interrupted_run_is_evaluated_if_its_end_moves_to_its_last_step(tiny, new_run, change, sigterm_at):
     run, corpus = new_run("one", change(tiny, steps=40, eval_every=20, eval_start=False))
     done = fit(run, corpus, sigterm_at(5))
     assert (done.step, done.interrupted_by) == (10, signal.SIGTERM)
@@ -320,8 +320,8 @@ def test_an_interrupted_run_whose_end_is_moved_to_where_it_stands_is_scored_ther
     assert [scored.step for scored in again.scores] == [10]
 
 
-def test_a_longer_run_keeps_the_score_of_its_first_end(tiny, new_run, change):
-    """Which no eval_every asks for any more; without it, the best checkpoint may be pruned."""
+def test_extended_run_keeps_the_evaluation_at_its_first_end(tiny, new_run, change):
+    """`eval_every` no longer asks for it, but without it the best checkpoint might be removed."""
     run, corpus = new_run("one", change(tiny, steps=15))
     first = fit(run, corpus)
     longer = fit(run, corpus, config=change(run.config, steps=20))
@@ -329,7 +329,7 @@ def test_a_longer_run_keeps_the_score_of_its_first_end(tiny, new_run, change):
     assert longer.scores[:3] == first.scores
 
 
-def test_the_speed_excludes_the_compilation_of_a_shorter_chunk(tiny, new_run, change, monkeypatch):
+def test_speed_excludes_the_compilation_of_a_shorter_chunk(tiny, new_run, change, monkeypatch):
     class Slow:  # a program that takes an hour to compile
         def __init__(self, step):
             self.step = step
@@ -355,16 +355,16 @@ def test_the_speed_excludes_the_compilation_of_a_shorter_chunk(tiny, new_run, ch
     assert 0 < run.last_event("save")["trained_seconds"] < 3600
 
 
-def test_a_run_may_leave_out_the_score_of_the_untrained_model(tiny, change, new_run, unbroken):
-    """And whether it does changes nothing else: every line but that of step 0 is the same."""
+def test_eval_start_changes_only_the_line_of_step_0(tiny, change, new_run, unbroken):
+    """All other lines are the same."""
     done = fit(*new_run("one", change(tiny, eval_start=False)))
     assert [scored.step for scored in done.scores] == [10, 20]
     without, lines = (run.metrics_file.read_text().splitlines() for run in (done.run, unbroken))
     assert lines[1:] == without
 
 
-def test_auto_is_settled_when_a_run_starts(tiny, change, new_run, monkeypatch):
-    """So a run that goes on elsewhere keeps its precision."""
+def test_auto_precision_is_resolved_when_a_run_starts(tiny, change, new_run, monkeypatch):
+    """So a run that is resumed on another machine keeps its precision."""
     monkeypatch.setattr(matmul, "resolve", lambda precision: "bfloat16" if precision == "auto" else precision)
     run, _ = new_run("one", change(tiny, precision="auto"))
     assert run.config.model.precision == "bfloat16"
@@ -372,8 +372,8 @@ def test_auto_is_settled_when_a_run_starts(tiny, change, new_run, monkeypatch):
 
 
 def test_a_new_run_compiles_its_steps_once(tiny, change, new_run, caplog):
-    """Ahead and beside, for the shapes of a state that is still being made; the call with the state finds that program:
-    the loop itself, which this log is of, compiles no other."""
+    """Another thread compiles them ahead of time, for the shapes of the state. The call with the state itself uses that
+    program: the main thread, whose compilations are logged here, compiles no other."""
     jax.clear_caches()
     with jax.log_compiles(), caplog.at_level("WARNING"):
         fit(*new_run("one", change(tiny, steps=10)))
@@ -384,22 +384,22 @@ def test_a_new_run_compiles_its_steps_once(tiny, change, new_run, caplog):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """poisoned(steps): from now on, the loss of these steps (from 1) is no number."""
+    """poisoned(*steps): from now on, the loss of these steps (counted from 1) is NaN."""
 
-    def poison(*numbers):
-        honest = step.train_step
+    def poison(*steps):
+        real_train_step = step.train_step
 
         def train_step(config, state, batch, hyper=None):
             with monkeypatch.context() as patch:
-                bad = jnp.isin(state.step + 1, jnp.array(numbers))
+                bad = jnp.isin(state.step + 1, jnp.array(steps))
                 losses, here = step.model.losses, threading.get_ident()
 
                 def poisoned(*args):
-                    found = losses(*args)  # another thread may be tracing an evaluation now
+                    found = losses(*args)  # another thread may be tracing an evaluation
                     return found + jnp.log(jnp.where(bad, -1.0, 1.0)) if threading.get_ident() == here else found
 
                 patch.setattr(step.model, "losses", poisoned)
-                return honest(config, state, batch, hyper)
+                return real_train_step(config, state, batch, hyper)
 
         monkeypatch.setattr(step, "train_step", train_step)
         step._jit_train_steps.cache_clear()
@@ -409,7 +409,7 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.smoke
-def test_a_step_without_a_number_is_left_out_and_written_down(tiny, new_run, unbroken, poisoned):
+def test_non_finite_step_is_skipped_and_recorded(tiny, new_run, unbroken, poisoned):
     poisoned(13)
     events = []
     run, corpus = new_run("one", tiny)
@@ -430,8 +430,8 @@ def test_a_step_without_a_number_is_left_out_and_written_down(tiny, new_run, unb
     assert [event["step"] for event in run.events() if event["event"] == "skip"] == [13]
 
 
-def test_too_many_in_a_row_end_the_run_at_its_last_save(tiny, change, new_run, poisoned):
-    """And are counted across a resume."""
+def test_too_many_consecutive_skips_end_the_run(tiny, change, new_run, poisoned):
+    """They are counted across a resume."""
     poisoned(6, 9, 10, 11, 12)
     run, corpus = new_run("one", change(tiny, max_skipped=4))
     with pytest.raises(Stop):
@@ -445,16 +445,16 @@ def test_too_many_in_a_row_end_the_run_at_its_last_save(tiny, change, new_run, p
 
 
 @pytest.mark.smoke
-def test_debugging_names_the_step_and_the_operation(tiny, new_run, change, poisoned):
+def test_debug_nans_names_the_step_and_the_operation(tiny, new_run, change, poisoned):
     poisoned(13)
-    run, corpus = new_run("one", change(tiny, kind="bigram"))  # whose step is few operations, done one by one
+    run, corpus = new_run("one", change(tiny, kind="bigram"))  # a step of few operations, each of which is checked
     with pytest.raises(DivergedError, match=r"step 13: loss nan.*nan generated by primitive: log"):
         fit(run, corpus, debug_nans=True)
     assert Checkpoints(run.checkpoints).steps == [10]
 
 
-def test_debugging_names_the_operation_where_the_embedding_is_sharded(tiny, monkeypatch):
-    """Such a lookup is a shard_map, in which checkify fails."""
+def test_find_nan_names_the_operation_with_a_sharded_embedding(tiny, monkeypatch):
+    """Its lookup is a shard_map, in which checkify fails."""
     monkeypatch.setattr(loop, "train_steps", lambda config, state, _, ids: jnp.log(-sharding.lookup(state.params, ids)))
     losses, ids = jnp.array([1.0, jnp.nan]), jnp.zeros((2, 8), jnp.int32)
     with jax.set_mesh(sharding.make_mesh(sharding.Sizes(fsdp=2))):
@@ -463,7 +463,7 @@ def test_debugging_names_the_operation_where_the_embedding_is_sharded(tiny, monk
     assert found.startswith("step 12: loss nan, gradient norm nan: nan generated by primitive: log")
 
 
-def test_a_number_that_grows_beyond_float32_is_never_saved(tiny, change, new_run):
+def test_run_that_overflows_float32_saves_nothing(tiny, change, new_run):
     run, corpus = new_run("one", change(tiny, learning_rate=1e38, warmup_steps=0, schedule="constant"))
     with pytest.raises(DivergedError, match=r"step 6: .* 5 steps in a row"):
         fit(run, corpus)
@@ -471,30 +471,27 @@ def test_a_number_that_grows_beyond_float32_is_never_saved(tiny, change, new_run
     assert Checkpoints(run.checkpoints).steps == []
 
 
-def test_a_run_in_use_is_left_as_it_is(tiny, new_run, change):
+def test_run_in_use_is_not_changed(tiny, new_run, change):
     run, corpus = new_run("one", tiny)
     with run.lock(), pytest.raises(RunError, match="in use by another process"):
         fit(run, corpus, config=change(run.config, steps=40))
     assert Run(run.path).config == run.config
 
 
-# With processes that really end.
-
-
 @pytest.fixture
 def long(tiny, change):
-    """A run of a few seconds, with a save every tenth of it."""
+    """A run of a few seconds with ten saves."""
     return change(tiny, steps=3000, decay_steps=3000, scan_steps=50, eval_every=300, n_layer=1)
 
 
-def write_recipe_run(tmp_path, name, config):
+def create_run(tmp_path, name, config):
     corpus = prepare_corpus(config.data.corpus, data_dir=tmp_path / "data").corpus
     return Run.create(tmp_path / "runs", name, resolve(config, corpus), corpus.meta)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, change, long, number, code):
-    run = write_recipe_run(tmp_path, "one", configs.check(change(long, steps=60_000)))
+def test_interrupted_run_saves_and_prints_the_resume_command(tmp_path, change, long, number, code):
+    run = create_run(tmp_path, "one", configs.check(change(long, steps=60_000)))
     process = resume(run)
     wait_for(lambda: (run.checkpoints / "300").is_dir(), process)
     process.send_signal(number)
@@ -508,20 +505,20 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, change, long, 
 
 
 def test_a_second_signal_does_not_wait_for_a_compilation(new_run, tiny, monkeypatch):
-    go_on, compiled = threading.Event(), []
+    release, compiled = threading.Event(), []
 
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxgpt.train.jit_train_steps", lambda *_: compiled.append(go_on.wait(20)))
+    monkeypatch.setattr("jaxgpt.train.jit_train_steps", lambda *_: compiled.append(release.wait(20)))
     monkeypatch.setattr("jaxgpt.train.lower_init", lambda *_: SimpleNamespace(compile=interrupt))
     with pytest.raises(KeyboardInterrupt):
         fit(*new_run("one", tiny))
     assert compiled == []
-    go_on.set()
+    release.set()
 
 
-def test_the_speed_excludes_the_wait_for_a_slow_save(tiny, new_run, change, monkeypatch):
+def test_speed_excludes_the_wait_for_a_slow_save(tiny, new_run, change, monkeypatch):
     clock, settle = itertools.count(1.0), Checkpoints.settle
 
     def wait_an_hour(checkpoints, wait=True):
