@@ -1,6 +1,6 @@
-"""What commit f4ae66b wrote is still opened: a run, its corpus and its export, in tests/goldens/version-0.1.
+"""Files of version 0.1 still load: tests/goldens/version-0.1 holds a run, its corpus and its export.
 
-They were made in an empty folder, from a verse.txt of "the cat sat on the mat\\nthat cat has a hat\\n" 20 times:
+Commit f4ae66b wrote them in an empty folder. verse.txt was "the cat sat on the mat\\nthat cat has a hat\\n" 20 times:
 
 jaxgpt train gpt-demo --corpus verse.txt --n-layer 1 --n-embd 16 --n-head 2 --block-size 8 --batch-size 4 --steps 10 \\
     --scan-steps 5 --eval-every 5 --eval-batches 2 --warmup-steps 2 --decay-steps 20 --remat products --dropout 0.1 \\
@@ -29,24 +29,24 @@ SAVED = Path(__file__).parent / "goldens" / "version-0.1"
 
 @pytest.fixture
 def saved(tmp_path):
-    """A copy: a resumed run is written to."""
+    """A copy, because a resume writes to the run."""
     shutil.copytree(SAVED, tmp_path / "saved")
     return tmp_path / "saved"
 
 
-def test_a_saved_run_is_resumed(saved):
+def test_saved_run_resumes(saved):
     run = Run.open(saved / "runs", "small")
     before = run.metrics_file.read_bytes()
     config = replaced(run.config, steps=15)
     corpus = resume(config, run, saved / "data")
-    assert config.model.remat == "matmuls", "products in version 0.1"
+    assert config.model.remat == "matmuls", "version 0.1 called it products"
     assert fit(run, corpus, config=config).step == 15
     after = run.metrics_file.read_bytes()
     assert after.startswith(before)
     assert [line["step"] for line in run.metrics()] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15, 15]
 
 
-def test_a_saved_run_scores_as_it_did(saved):
+def test_saved_run_has_the_same_validation_loss(saved):
     run = Run.open(saved / "runs", "small")
     config, params, tokenizer = load_model(run, "last")
     corpus = resume(run.config, run, saved / "data")
@@ -56,7 +56,7 @@ def test_a_saved_run_scores_as_it_did(saved):
     )
 
 
-def test_a_saved_export_computes_the_logits_of_its_run(saved):
+def test_saved_export_has_the_logits_of_its_run(saved):
     run = Run.open(saved / "runs", "small")
     config, params, tokenizer = load_model(run, "best")
     exported_config, exported_params, exported_tokenizer = load_export(saved / "exported")

@@ -16,7 +16,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, tmp_path, monkeypatch, capsys):
+def test_notebook_runs(path, tmp_path, monkeypatch, capsys):
     pytest.importorskip("vl_convert", reason="charts need the extra report")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXGPT_NOTEBOOK", "small")
@@ -26,16 +26,16 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch, capsys):
         if cell[1]:
             continue
         tree = ast.parse("\n" * source.count("\n", 0, cell.start(2)) + cell[2])
-        shown = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        last_expression = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, str(path), "exec"), names)
-        if shown:
-            value = eval(compile(ast.Expression(shown.value), str(path), "eval"), names)
+        if last_expression:
+            value = eval(compile(ast.Expression(last_expression.value), str(path), "eval"), names)
             if draw := getattr(value, "_repr_mimebundle_", None) or getattr(value, "_repr_html_", None):
                 assert draw()
     assert "nats" in capsys.readouterr().out or path.stem == "run_as_value"
 
 
-def test_the_notebooks_are_made_from_the_python_files(tmp_path):
+def test_notebooks_match_their_python_files(tmp_path):
     subprocess.run([sys.executable, ROOT / "scripts" / "notebooks", tmp_path], check=True)
     assert {path.stem for path in tmp_path.iterdir()} == {path.stem for path in NOTEBOOKS}
     for made in tmp_path.iterdir():
@@ -44,7 +44,7 @@ def test_the_notebooks_are_made_from_the_python_files(tmp_path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_opens_in_colab_and_installs_from_the_one_repository(path):
+def test_links_and_install_command_name_the_repository(path):
     url = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]["Repository"]
     source = path.read_text("utf-8")
     name = url.removeprefix("https://github.com/")

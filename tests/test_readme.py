@@ -1,4 +1,4 @@
-"""The commands and the code of the README run, and its links and results are true."""
+"""The commands and the code of the README run; its links and results are correct."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-def test_the_two_commands_come_first():
+def test_two_commands_come_first():
     block = re.search(r"```sh\n(.*?)```", README, re.S).group(1)
     commands = [line.split("#")[0].strip() for line in block.splitlines()]
     assert commands == ["scripts/demo", "scripts/test"]
@@ -22,7 +22,7 @@ def test_the_two_commands_come_first():
 
 
 @pytest.mark.smoke
-def test_the_library_example_runs():
+def test_library_example_runs():
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(code.splitlines()) <= 32
     out = io.StringIO()
@@ -32,24 +32,24 @@ def test_the_library_example_runs():
     assert float(last) < 0.5 < float(first)
 
 
-def test_it_is_short():
+def test_readme_is_short():
     assert len(README.encode()) <= 7000
 
 
-def test_the_table_of_recipes_has_the_measured_results_and_no_others():
+def test_table_of_recipes_has_exactly_the_measured_results():
     measured = {name: recipe for name, recipe in RECIPES.items() if "not measured" not in recipe.loss}
     assert re.findall(r"^\| `([\w.-]+)` \|", README, re.MULTILINE) == list(measured)
     for name, recipe in measured.items():
         assert f"| `{name}` | {recipe.time} | {recipe.loss} |" in README.splitlines()
-        assert recipe.hardware == "2 CPU cores", "as the README states above the table"
+        assert recipe.hardware == "2 CPU cores", "the README states this above the table"
 
 
-def test_every_page_and_picture_that_it_links_to_exists():
+def test_relative_links_exist():
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", README):
         assert (ROOT / target).exists(), target
 
 
-def test_the_architecture_page_names_every_file_of_the_core_and_every_room():
+def test_architecture_page_names_every_file_of_the_core_and_every_room():
     page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     for path in (ROOT / "jaxgpt").iterdir():
         if path.suffix == ".py" and not path.stem.startswith("__"):

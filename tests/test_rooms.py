@@ -17,7 +17,7 @@ ROOMS = sorted({path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"
 
 COMMANDS = """
 import gc, os, sys
-import flax.linen, jax, optax, orbax.checkpoint, rich.progress, tyro  # once, for all that is forked from here
+import flax.linen, jax, optax, orbax.checkpoint, rich.progress, tyro  # imported once, before the forks
 
 gc.freeze()
 
@@ -60,7 +60,7 @@ for room in sys.argv[2:]:
 def copy_without(rooms, folder):
     """A copy of the package in `folder`, without some of its rooms and their lines in the table of commands."""
     copy = folder / "jaxgpt"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.pyc.*"))  # which another process is writing
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.pyc.*"))  # another process may be writing some
     table = copy / "cli" / "__init__.py"
     text = table.read_text("utf-8")
     for room in rooms:
@@ -71,12 +71,14 @@ def copy_without(rooms, folder):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_core_run_without_a_room_and_without_any(verse, tmp_path):
+def test_commands_of_the_core_run_without_each_room_and_without_all(verse, tmp_path):
     corpus = prepare_corpus(str(verse), data_dir=tmp_path / "data").folder
     for room in ROOMS:
         copy_without([room], tmp_path / room)
     copy_without(ROOMS, tmp_path / "any")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}  # a copy has no lines
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")
+    }  # coverage does not measure copies
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, corpus, *ROOMS, "any"],
         cwd=tmp_path,

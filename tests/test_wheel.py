@@ -1,4 +1,4 @@
-"""The built wheel works by itself: in an environment without the checkout, in an empty folder."""
+"""The built wheel works on its own, in an environment without the checkout and in an empty folder."""
 
 import os
 import re
@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SIZE = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 8 --batch-size 4"
 TRAIN = "--steps 4 --scan-steps 2 --eval-every 4 --eval-batches 0 --warmup-steps 1"
-TYPED = """
+RUN_COMMANDS = """
 import sys
 from jaxgpt.cli import run_command
 for line in sys.argv[1:]:
@@ -25,14 +25,14 @@ for line in sys.argv[1:]:
 """
 
 
-def kept():
-    """The environment without what leads to the checkout."""
+def clean_env():
+    """The environment variables without those that lead to the checkout."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("COV")}
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A virtual environment with the wheel, whose dependencies are those of this one, without its jaxgpt."""
+    """The bin folder of a virtual environment with the wheel, and the dependencies but not the jaxgpt of this one."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT]
     built = subprocess.run(build, capture_output=True, text=True)
@@ -45,20 +45,22 @@ def environment(tmp_path_factory):
     python = folder / "venv" / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel]
     subprocess.run(install, check=True)
-    own = subprocess.run(
+    site_packages = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         check=True,
         capture_output=True,
         text=True,
     ).stdout.strip()
-    # A path alone: the .pth files there, of which one leads to the checkout, are not read.
-    Path(own, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # Python adds this folder to the path, but does not read its .pth files, one of which leads to the checkout.
+    Path(site_packages, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python.parent
 
 
-def test_the_readme_of_an_index_page_has_absolute_links(environment):
+def test_readme_of_the_wheel_has_absolute_links(environment):
     show = "from importlib.metadata import metadata as m; print(m('jaxgpt')['Project-URL'], m('jaxgpt').get_payload())"
-    done = subprocess.run([environment / "python", "-c", show], cwd="/", env=kept(), capture_output=True, text=True)
+    done = subprocess.run(
+        [environment / "python", "-c", show], cwd="/", env=clean_env(), capture_output=True, text=True
+    )
     url, readme = done.stdout.removeprefix("Repository, ").split(" ", 1)
     links = re.findall(r"\]\(([^)#]+)", readme)
     ours = [link.partition("/main/")[2] for link in links if link.startswith((f"{url}/raw/main/", f"{url}/blob/main/"))]
@@ -68,30 +70,30 @@ def test_the_readme_of_an_index_page_has_absolute_links(environment):
 
 
 @pytest.mark.slow
-def test_the_wheel_trains_samples_reports_exports_and_serves_in_an_empty_folder(environment, tmp_path, verse):
+def test_wheel_trains_samples_reports_exports_and_serves(environment, tmp_path, verse):
     pytest.importorskip("vl_convert", reason="a report needs the extra report")
 
     def run(*command):
-        done = subprocess.run(command, cwd=tmp_path, env=kept(), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tmp_path, env=clean_env(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     jaxgpt = environment / "jaxgpt"
-    where = run(environment / "python", "-c", "import jaxgpt; print(jaxgpt.__file__)")
-    assert where.startswith(str(environment.parent)), "not the checkout"
+    imported = run(environment / "python", "-c", "import jaxgpt; print(jaxgpt.__file__)")
+    assert imported.startswith(str(environment.parent)), "the checkout is imported instead of the wheel"
     assert run(jaxgpt, "--version").startswith("jaxgpt 0.")
     lines = (
         f"train shakespeare-cpu --corpus {verse} --run one {SIZE} {TRAIN}",
         "report one",
         "export one --out exported",
     )
-    run(environment / "python", "-c", TYPED, *lines)  # in one process, which imports JAX once
+    run(environment / "python", "-c", RUN_COMMANDS, *lines)  # in one process, which imports JAX once
     assert run(jaxgpt, "sample", "one", "--prompt", "the ", "--tokens", "5").startswith("the ")
     assert "</html>" in (tmp_path / "runs" / "one" / "report.html").read_text("utf-8")
     assert (tmp_path / "exported" / "model.safetensors").exists()
     pytest.importorskip("uvicorn", reason="the playground needs the extra serve")
     command = [jaxgpt, "serve", "--port", "0"]
-    with subprocess.Popen(command, cwd=tmp_path, env=kept(), stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, cwd=tmp_path, env=clean_env(), stdout=subprocess.PIPE, text=True) as server:
         try:
             (address,) = re.findall(r"http://\S+", "".join(server.stdout.readline() for _ in range(2)))
             with urllib.request.urlopen(f"{address.rstrip('/')}/api/runs", timeout=60) as answer:
@@ -101,7 +103,7 @@ def test_the_wheel_trains_samples_reports_exports_and_serves_in_an_empty_folder(
         assert server.wait(60) in (0, 130, -signal.SIGINT)
 
 
-def test_the_lock_file_names_the_public_index_and_the_dependencies_of_today():
+def test_lock_file_names_the_public_index_and_the_current_dependencies():
     text = (ROOT / "uv.lock").read_text("utf-8")
     assert set(re.findall(r"\w+://[^/\"]*", text)) == {"https://pypi.org", "https://files.pythonhosted.org"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -116,4 +118,4 @@ def test_the_lock_file_names_the_public_index_and_the_dependencies_of_today():
     ) == sorted(
         (each.get("marker", ""), each["name"], ",".join(each.get("extras", [])), each.get("specifier", ""))
         for each in locked["metadata"]["requires-dist"]
-    ), "uv lock, as in CONTRIBUTING.md"
+    ), "write uv.lock again, as in CONTRIBUTING.md"
