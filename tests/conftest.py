@@ -1,4 +1,4 @@
-"""The strictest settings for every test: several devices, no silent rank promotion, warnings as errors."""
+"""Settings and fixtures of all tests: eight CPU devices, no implicit rank promotion, fast compilation."""
 
 import dataclasses
 import gc
@@ -19,110 +19,110 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
-import jax  # noqa: E402 (after its environment)
+import jax  # noqa: E402 (reads the environment)
 import jaxlib.version  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
-from jax._src import compiler  # noqa: E402 (compiler options for all programs that a test compiles, which JAX has no name for)
+from jax._src import compiler  # noqa: E402 (JAX has no public way to set compiler options for every program)
 
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig  # noqa: E402
 
 QUICK: dict[str, Any] = {"xla_cpu_parallel_codegen_split_count": 1, "xla_backend_optimization_level": 0}
-"""Options with which XLA compiles in half the time what is not optimized."""
-if jaxlib.version.__version_info__ < (0, 11):  # newer ones have no other
+"""XLA options that halve the compile time of unoptimized programs."""
+if jaxlib.version.__version_info__ < (0, 11):  # newer versions always use the fusion emitters
     QUICK["xla_cpu_use_fusion_emitters"] = False
-HASTY = {
+QUICK_ENV = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in QUICK.items()),
 }
-"""The same for processes."""
-PLAIN_OPTIONS = compiler.get_compile_options
+"""Environment variables that give subprocesses the same quick compilation."""
+DEFAULT_OPTIONS = compiler.get_compile_options
 
-UNCOUNTED = ["activations", "architecture", "attention", "benchmarks", "bigram_limit", "browser", "cache"]
-UNCOUNTED += ["checkpoint", "contest", "curvature", "docs", "evaluation", "generate", "goldens", "gpt2", "gradients"]
-UNCOUNTED += ["landscape", "matmul", "memory", "mesh", "model", "model_options", "muon", "notebooks", "optimizer"]
-UNCOUNTED += ["page", "program", "readme", "recovery", "start", "step", "torch_parity", "train", "twin", "write"]
-"""Modules of tests whose lines of jaxgpt others run too. Python is a third slower where coverage counts lines."""
+NO_COVERAGE = ["activations", "architecture", "attention", "benchmarks", "bigram_limit", "browser", "cache"]
+NO_COVERAGE += ["checkpoint", "contest", "curvature", "docs", "evaluation", "generate", "goldens", "gpt2", "gradients"]
+NO_COVERAGE += ["landscape", "matmul", "memory", "mesh", "model", "model_options", "muon", "notebooks", "optimizer"]
+NO_COVERAGE += ["page", "program", "readme", "recovery", "start", "step", "torch_parity", "train", "twin", "write"]
+"""Test modules that run without coverage, which slows Python by a third. Other modules cover their lines of jaxgpt."""
 
 HOSTILE = "</script><script>alert('x')</script><b>\"&amp;"
-"""Text that changes a page which takes it for markup."""
+"""Text that changes an HTML page if it is not escaped."""
 
 settings.register_profile("jaxgpt", deadline=None, max_examples=50)
 settings.load_profile("jaxgpt")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    assert jax.device_count() == 8, "the tests ask for 8 CPU devices"
+    assert jax.device_count() == 8, "the tests need 8 CPU devices"
     if hasattr(config, "workerinput"):
-        # A process takes a third longer where its lines are counted; those lines are run in the workers too.
+        # Coverage slows subprocesses by a third; the workers cover the same lines.
         os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
-    # A suite in the background of a shell, or under nohup, is born deaf to these, and so would be what it starts.
+    # A shell starts background jobs with SIGINT ignored, and nohup ignores SIGHUP. Subprocesses would inherit that.
     for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, default)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules with slow tests come first, so that no worker ends with one while the others have nothing left. In each
-    module, what is optimized comes first: else programs would be compiled again at each change."""
+    """Run modules with slow tests first, so that the workers finish at about the same time, and within a module the
+    optimized tests first: each change between optimized and quick compilation clears the caches."""
     modules = {item.path: i for i, item in enumerate(reversed(items))}
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in slow, -modules[item.path], not _as_a_user(item)))
-    gc.freeze()  # a million objects of modules, which no collection needs to look at again
-    gc.set_threshold(100_000)  # collections took 8% of the processor time
+    items.sort(key=lambda item: (item.path not in slow, -modules[item.path], not _is_optimized(item)))
+    gc.freeze()  # a million objects of imported modules, which collections need not scan again
+    gc.set_threshold(100_000)  # by default, collections take 8% of the processor time
 
 
-def _as_a_user(item: pytest.Item) -> bool:
+def _is_optimized(item: pytest.Item) -> bool:
     return item.get_closest_marker("optimized") is not None or item.config.option.markexpr == "smoke"
 
 
 def quick_options(*args: Any, **kwargs: Any) -> Any:
-    options = PLAIN_OPTIONS(*args, **kwargs)
+    options = DEFAULT_OPTIONS(*args, **kwargs)
     options.env_option_overrides = [*options.env_option_overrides, *QUICK.items()]
     return options
 
 
-@pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which compile most
+@pytest.hookimpl(tryfirst=True)  # before module fixtures, which compile most programs
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Hundreds of small programs run once each: what LLVM would win in running them, it loses in compiling them. Tests
-    marked optimized compile as a user's do, and so do smoke tests that run alone, and the processes of a test that asks
-    for `as_a_user`."""
-    as_a_user = _as_a_user(item)
-    if jax.config.values["jax_disable_most_optimizations"] == as_a_user:
-        jax.clear_caches()  # of what was compiled the other way
-        jax.config.update("jax_disable_most_optimizations", not as_a_user)
-    compiler.get_compile_options = PLAIN_OPTIONS if as_a_user else quick_options
-    for name, value in HASTY.items():
+    """Compile quickly: most programs are small and run once, so optimizing them takes longer than it saves. Tests
+    marked `optimized`, and smoke tests when only they are selected, compile with the default options. Subprocesses
+    compile quickly too, except in tests that use the fixture `optimized_subprocesses`."""
+    optimized = _is_optimized(item)
+    if jax.config.values["jax_disable_most_optimizations"] == optimized:
+        jax.clear_caches()  # programs compiled with the other options
+        jax.config.update("jax_disable_most_optimizations", not optimized)
+    compiler.get_compile_options = DEFAULT_OPTIONS if optimized else quick_options
+    for name, value in QUICK_ENV.items():
         os.environ.pop(name, None)
-        if not as_a_user:
+        if not optimized:
             os.environ[name] = value
 
 
 @pytest.fixture(autouse=True, scope="module")
-def forget() -> Iterator[None]:
-    """Let go of the programs of a module after it: together they would fill gigabytes."""
+def clear_caches() -> Iterator[None]:
+    """Free the compiled programs of each module: together they would take gigabytes."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def uncounted(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Counts no lines in UNCOUNTED modules."""
-    if request.path.stem.removeprefix("test_") not in UNCOUNTED or not hasattr(request.config, "workerinput"):
+def without_coverage(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Stop coverage in the modules of NO_COVERAGE."""
+    if request.path.stem.removeprefix("test_") not in NO_COVERAGE or not hasattr(request.config, "workerinput"):
         yield
         return
-    here, threads = sys.gettrace(), threading.gettrace()
+    trace, thread_trace = sys.gettrace(), threading.gettrace()
     sys.settrace(None)
     threading.settrace(None)
     yield
-    sys.settrace(here)
-    threading.settrace(threads)
+    sys.settrace(trace)
+    threading.settrace(thread_trace)
 
 
 @pytest.fixture
 def set_flags() -> Iterator[Callable[..., None]]:
-    """set_flags(jax_enable_x64=True): flags of JAX for all threads, as its environment variables set them, until the
-    test ends. What was compiled before is forgotten."""
+    """set_flags(jax_enable_x64=True): set JAX flags for all threads, as environment variables do, until the test ends.
+    Each call clears the compiled programs."""
     before = dict(jax.config.values)
     changed: set[str] = set()
 
@@ -137,8 +137,8 @@ def set_flags() -> Iterator[Callable[..., None]]:
 
 
 @pytest.fixture
-def as_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that this test starts optimize what they compile: it is about their bits."""
+def optimized_subprocesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Subprocesses of this test compile with the default options, because it compares their results bit for bit."""
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 
@@ -151,7 +151,7 @@ def tiny_config() -> Config:
         model=ModelConfig(
             vocab_size=13, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1, bias=True, tie_weights=False
         ),
-        optimizer=OptimizerConfig(warmup_steps=2, decay_steps=20),  # a run of another length is the same program
+        optimizer=OptimizerConfig(warmup_steps=2, decay_steps=20),  # then runs of other lengths use the same program
         train=TrainConfig(steps=20, batch_size=4, scan_steps=5, eval_every=10, eval_batches=2),
     )
 
@@ -163,7 +163,7 @@ def tiny(tiny_config: Config) -> Config:
 
 @pytest.fixture
 def change() -> Callable[..., Config]:
-    """change(config, n_layer=3, steps=5): a config with fields of any section replaced."""
+    """change(config, n_layer=3, steps=5): a copy of a config with fields of any section replaced."""
 
     def changed(config: Config, **values: object) -> Config:
         sections = {}
@@ -179,8 +179,8 @@ def change() -> Callable[..., Config]:
 
 @pytest.fixture(scope="session")
 def verse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small text of 11 different characters, which no test changes. Its name is in the config; where that is equal, a
-    module compiles a program once."""
+    """A small text of 11 different characters, which no test changes. All tests share its path, so that their configs
+    are equal and a module compiles each program once."""
     path = tmp_path_factory.mktemp("verse") / "text.txt"
     path.write_text("the cat sat on the mat\nthat cat has a hat\n" * 20)
     return path
@@ -188,7 +188,7 @@ def verse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A run of 20 steps, and the folder of its tokens; its text contains HOSTILE."""
+    """(run, data folder): a finished run of 20 steps on a text that contains HOSTILE."""
     from jaxgpt.cli.runs import start
     from jaxgpt.train import fit
 
@@ -208,7 +208,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 @pytest.fixture(scope="session")
 def shakespeare() -> Path:
-    """Tiny Shakespeare, where a copy is given."""
+    """The path of Tiny Shakespeare; skips the test if JAXGPT_DATA is not set."""
     given = os.environ.get("JAXGPT_DATA")
     if not given:
         pytest.skip("needs Tiny Shakespeare: set JAXGPT_DATA to its file, or to the folder that holds it")
@@ -218,7 +218,7 @@ def shakespeare() -> Path:
 
 @pytest.fixture
 def jaxgpt(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `jaxgpt ARGS` as a process of its own, in tmp_path."""
+    """jaxgpt(*args): run the command line in a subprocess, in tmp_path."""
 
     def run(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -234,13 +234,13 @@ def jaxgpt(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a window."""
+    """A headless Chromium; skips the test if none is installed."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser: pip install playwright")
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with playwright.sync_playwright() as driver:
         try:
             opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
         except playwright.Error as error:
-            pytest.skip(f"no Chromium starts here, apt-get install chromium brings one: {str(error).splitlines()[0]}")
+            pytest.skip(f"needs Chromium, apt-get install chromium: {str(error).splitlines()[0]}")
         yield opened
         opened.close()

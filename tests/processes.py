@@ -1,4 +1,4 @@
-"""Runs that train, or are served, in processes of their own. As a script: N COMMAND ..., a run in N processes."""
+"""Start `jaxgpt` in subprocesses. As a script, `processes.py N COMMAND ...` runs a command in N processes."""
 
 import contextlib
 import os
@@ -8,28 +8,28 @@ import subprocess
 import sys
 import time
 
-# All that a run needs, imported before the fork: a process then starts in half the time.
+# Imported before the fork, so that a process starts in half the time.
 import jaxgpt.cli.train
 import jaxgpt.train  # noqa: F401
 from jaxgpt import cli
 
 PATIENCE, GRACE = 2.0, 10.0
-"""Seconds that the other processes have to end by themselves once one has failed, as each is to say why it fails, and
-then to end when they are asked to."""
+"""Once a process has failed: seconds until the others get SIGTERM, so that each can report its own error, and seconds
+after that until they get SIGKILL."""
 
 
-def launch(words, n):
-    """Run `jaxgpt *words` in `n` processes, as the launcher of a cluster does; the exit code of the first that failed.
+def launch(args, n):
+    """Run `jaxgpt *args` in `n` processes, as the launcher of a cluster does; the exit code of the first that failed.
 
-    SIGINT and SIGTERM are forwarded, and a third one kills. Of several that ended between two polls, the code is that
-    of a killed or an interrupted one: the others lost their connections. Each process first runs what $BEGIN_WITH
-    holds, which knows its number as `process`.
+    SIGINT and SIGTERM are forwarded to all processes; the third signal is forwarded as SIGKILL. If several processes
+    end between two polls, the code is that of a killed process, else of an interrupted one: the others failed because
+    they lost their connections. Each process first runs the Python code in $BEGIN_WITH, with its id as `process`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    shared = [*words, "--coordinator", address, "--num-processes", str(n)]
-    codes, received = {}, []  # of each process its exit code, None while it runs
+    shared = [*args, "--coordinator", address, "--num-processes", str(n)]
+    codes, received = {}, []  # codes: the exit code of each pid, None while it runs
 
     def send(number):
         for pid, code in codes.items():
@@ -56,7 +56,7 @@ def launch(words, n):
         for pid in [pid for pid, code in codes.items() if code is None]:
             ended, status = os.waitpid(pid, os.WNOHANG)
             codes[pid] = os.waitstatus_to_exitcode(status) if ended else None
-        # Negative: by a signal; 130: interrupted.
+        # Killed by a signal (negative) before interrupted (130) before others.
         code = code or min(filter(None, codes.values()), key=lambda code: (code > 0, code != 130), default=0)
         failed = min(failed, time.monotonic()) if code else failed
         if pending and time.monotonic() - failed > pending[0][0]:
@@ -66,10 +66,10 @@ def launch(words, n):
 
 
 def resume(run, *flags):
-    """A process that types `jaxgpt train --run NAME --resume FLAGS` in the folder above the runs."""
-    words = ["train", "--run", run.path.name, "--resume", *map(str, flags)]
+    """Start `jaxgpt train --run NAME --resume FLAGS` in the folder above the runs."""
+    args = ["train", "--run", run.path.name, "--resume", *map(str, flags)]
     return subprocess.Popen(
-        [sys.executable, "-m", "jaxgpt", *words],
+        [sys.executable, "-m", "jaxgpt", *args],
         cwd=run.path.parents[1],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -78,20 +78,20 @@ def resume(run, *flags):
 
 
 def wait_for(condition, process, seconds=120):
-    """Return once `condition` holds, while `process` lives."""
+    """Wait until `condition()` is true; fail if `process` ends before or `seconds` pass."""
     began = time.monotonic()
     while not condition():
-        assert process.poll() is None, f"it ended early:\n{process.stdout.read()}"
-        assert time.monotonic() - began < seconds, "nothing happened"
+        assert process.poll() is None, f"the process ended early:\n{process.stdout.read()}"
+        assert time.monotonic() - began < seconds, f"the condition is still false after {seconds} s"
         time.sleep(0.02)
 
 
 @contextlib.contextmanager
-def serving(*words):
-    """A `jaxgpt serve WORDS` on a port that was free: its process and its address. It must be ended by a signal."""
-    command = [sys.executable, "-m", "jaxgpt", "serve", *map(str, words), "--port", "0"]
-    hasty = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # what it would win in running, it loses in compiling
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=hasty)
+def serving(*args):
+    """Run `jaxgpt serve ARGS` on a free port, and yield its process and address; kill it at the end."""
+    command = [sys.executable, "-m", "jaxgpt", "serve", *map(str, args), "--port", "0"]
+    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles faster
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     try:
         lines = [process.stdout.readline() for _ in range(2)]
         assert "The playground: http://" in lines[1], "".join(lines) + process.stdout.read()

@@ -97,7 +97,7 @@ def test_the_start_of_every_recipe_can_be_verified(name):
 
 @pytest.mark.slow
 @pytest.mark.smoke
-def test_a_recipe_killed_and_resumed(verse, tmp_path, monkeypatch, capsys, as_a_user):
+def test_a_recipe_killed_and_resumed(verse, tmp_path, monkeypatch, capsys, optimized_subprocesses):
     monkeypatch.chdir(tmp_path)
     small = {"n-layer": 1, "n-embd": 16, "n-head": 2, "block-size": 8, "scan-steps": 20, "eval-every": 60, "steps": 300}
     flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]
