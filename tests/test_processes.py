@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.cli import join, run_command
-from tests.faults.groups import BOUND, curve, ended, members, new, on, train, wait_for_lines
+from tests.faults.groups import BOUND, curve, members, new_run_args, resume_args, train, wait, wait_for_lines
 
 BIGRAM = ("--kind", "bigram")
 """Options of a model that compiles fast."""
@@ -21,7 +21,7 @@ BIGRAM = ("--kind", "bigram")
 
 def finish(process, code=0):
     """Wait for `process`, require its exit code, and return its output."""
-    found, out = ended(process)
+    found, out = wait(process)
     assert found == code, out
     return out
 
@@ -30,7 +30,7 @@ def finish(process, code=0):
 def unbroken(tmp_path_factory):
     """The losses of an uninterrupted run in one process."""
     folder = tmp_path_factory.mktemp("unbroken")
-    finish(train(folder, new(folder, "one")))
+    finish(train(folder, new_run_args(folder, "one")))
     return curve(folder, "one")
 
 
@@ -43,7 +43,7 @@ def begin_with(monkeypatch):
 @pytest.mark.slow
 def test_several_processes_match_one(tmp_path, unbroken, begin_with):
     begin_with("from jaxgpt import data\ndata.DEVICE_TOKENS = 0")  # each process reads its shards from disk
-    out = finish(train(tmp_path, [*new(tmp_path, "many"), "--mesh", "auto"], 4))
+    out = finish(train(tmp_path, [*new_run_args(tmp_path, "many"), "--mesh", "auto"], 4))
     assert out.count("validation loss") == 7  # only process 0 prints
     np.testing.assert_allclose(curve(tmp_path, "many"), unbroken, atol=BOUND, rtol=0)
 
@@ -53,17 +53,17 @@ def test_resume_with_other_process_and_device_counts(tmp_path, unbroken):
     """Two processes that shard batch and state, one of them killed; then one process, killed; then two to the end."""
     for processes, devices, mesh in ((2, 2, "data=2,fsdp=2"), (1, 1, "auto")):
         before = len(curve(tmp_path, "two"))
-        process = train(tmp_path, [*on(tmp_path, "two"), "--mesh", mesh], processes, devices)
+        process = train(tmp_path, [*resume_args(tmp_path, "two"), "--mesh", mesh], processes, devices)
         wait_for_lines(tmp_path, "two", before + 30, process)
         os.kill(members(process)[-1], signal.SIGKILL)
         finish(process, 137 if processes > 1 else -9)
-    out = finish(train(tmp_path, [*on(tmp_path, "two"), "--mesh", "fsdp=2"], 2, 1))
+    out = finish(train(tmp_path, [*resume_args(tmp_path, "two"), "--mesh", "fsdp=2"], 2, 1))
     np.testing.assert_allclose(curve(tmp_path, "two"), unbroken, atol=BOUND, rtol=0)
     assert out.count("step    120  validation loss") == 1  # only process 0 prints
 
 
 def test_signal_to_the_group_saves_and_ends_it(tmp_path):
-    process = train(tmp_path, [*new(tmp_path, "four"), *BIGRAM, "--steps", "100000", "--mesh", "data=4"], 4)
+    process = train(tmp_path, [*new_run_args(tmp_path, "four"), *BIGRAM, "--steps", "100000", "--mesh", "data=4"], 4)
     wait_for_lines(tmp_path, "four", 30, process)
     process.send_signal(signal.SIGINT)
     out = finish(process, 130)
@@ -84,7 +84,7 @@ def test_signal_during_preparation_ends_the_waiting_processes(tmp_path, begin_wi
 
         runs.start = slowly
     """)
-    process = train(tmp_path, new(tmp_path, "two"), 2)
+    process = train(tmp_path, new_run_args(tmp_path, "two"), 2)
     while process.stdout.readline() != "preparing\n":
         assert process.poll() is None
     time.sleep(2)  # until the other process waits for process 0
@@ -104,7 +104,7 @@ def test_unexpected_error_in_one_process_is_reported_and_ends_all(tmp_path, begi
 
         train.due = torn
     """)
-    out = finish(train(tmp_path, [*new(tmp_path, "two"), *BIGRAM], 2), 1)
+    out = finish(train(tmp_path, [*new_run_args(tmp_path, "two"), *BIGRAM], 2), 1)
     assert "in torn\n" in out
     assert "ValueError: nobody foresaw this" in out
     last = json.loads((tmp_path / "runs" / "two" / "events.jsonl").read_text().splitlines()[-1])
@@ -137,7 +137,7 @@ def test_failed_save_in_one_process_fails_in_all(tmp_path, begin_with):
 
         Checkpoints.save, Checkpoints.settle = save_on_full_disk, make_room
     """)
-    out = " ".join(finish(train(tmp_path, [*new(tmp_path, "two"), *BIGRAM], 2)).split())
+    out = " ".join(finish(train(tmp_path, [*new_run_args(tmp_path, "two"), *BIGRAM], 2)).split())
     for step, process, reason in ((40, 1, "File too large"), (60, 0, "File too large"), (80, 0, "No such file")):
         assert re.search(rf"step {step} was not saved in \S+: process {process}: {reason}", out), out
     assert (tmp_path / "runs" / "two" / "checkpoints" / "120").is_dir()

@@ -1,4 +1,4 @@
-"""What nobody should type: `scripts/faults` and the tests give it to the command line, which must refuse each."""
+"""Bad command lines, each of which `jaxgpt` must refuse; used by `scripts/faults` and by the tests."""
 
 import shutil
 import subprocess
@@ -82,18 +82,18 @@ BAD_SAMPLES = [
 ]
 
 
-def in_a_process(words: list[str], folder: Path) -> tuple[int, str]:
-    """Exit code and complaint of `jaxgpt *words`, typed in `folder`."""
-    command = [sys.executable, "-m", "jaxgpt", *words]
+def run_in_subprocess(args: list[str], folder: Path) -> tuple[int, str]:
+    """Run `jaxgpt *args` in `folder`: the exit code and stderr."""
+    command = [sys.executable, "-m", "jaxgpt", *args]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
-        return -1, "it was still at it after a minute"
+        return -1, "still running after a minute"
     return done.returncode, done.stderr
 
 
-def inputs(folder: Path, call: Callable[[list[str], Path], tuple[int, str]] = in_a_process) -> Count:
-    """Give the command line what it must refuse; each must end with 2, one line that names it, and nothing written."""
+def bad_inputs(folder: Path, call: Callable[[list[str], Path], tuple[int, str]] = run_in_subprocess) -> Count:
+    """Run bad command lines: each must exit with 2 and an error without a traceback, and change no file."""
     count = Count()
     run = new_run(folder, "one", short(SMALL))
     process = spawn(run)
@@ -111,7 +111,7 @@ def inputs(folder: Path, call: Callable[[list[str], Path], tuple[int, str]] = in
     with (folder / "prepared" / "tokens-00000.bin").open("r+b") as file:
         file.write(b"\xff\xff")
     train = ["train", "gpt-demo", "--run", "new", "--corpus", "verse.txt"]
-    bad = [
+    command_lines = [
         *([*train, *flags] for flags in BAD_SETTINGS),
         *(["train", "gpt-demo", "--corpus", "verse.txt", "--run", name] for name in BAD_NAMES),
         *(["train", "--resume", "--run", name] for name in [*BAD_NAMES, "link", "foreign", "nothing"]),
@@ -136,18 +136,18 @@ def inputs(folder: Path, call: Callable[[list[str], Path], tuple[int, str]] = in
         ["import-gpt2", "nothing at all", "--run", "new"],
         ["verify-resume", "gpt-dmo"],
     ]
-    before = content(folder)
-    for words in bad:
-        code, said = call(words, folder)
-        changed = sorted(content(folder).items() ^ before.items())
-        clean = code == 2 and "Traceback" not in said and said.strip() and not changed
-        wrote = f", changed {changed[:3]}" if changed else ""
-        count.expect(bool(clean), f"jaxgpt {' '.join(words)}: exit {code}{wrote}\n{said[-600:]}")
+    before = modification_times(folder)
+    for args in command_lines:
+        code, output = call(args, folder)
+        changed = sorted(modification_times(folder).items() ^ before.items())
+        clean = code == 2 and "Traceback" not in output and output.strip() and not changed
+        changes = f", changed {changed[:3]}" if changed else ""
+        count.expect(bool(clean), f"jaxgpt {' '.join(args)}: exit code {code}{changes}\n{output[-600:]}")
     return count
 
 
-def content(folder: Path) -> dict[str, float]:
-    """Every file below `folder` and when it was changed; the diary and the lock of a run aside."""
+def modification_times(folder: Path) -> dict[str, float]:
+    """Every file below `folder`, except locks, and when it was changed."""
     return {
         str(path): path.lstat().st_mtime_ns
         for path in folder.rglob("*")

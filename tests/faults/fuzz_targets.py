@@ -1,8 +1,8 @@
-"""The readers of files that come from elsewhere, each as a function of bytes that ends well or is a finding.
+"""Fuzz targets: the readers of untrusted files, each as a function of bytes.
 
-For any bytes a reader returns a valid object or raises the error that it documents. Whatever else comes out of a target
-is a fault of its reader: `scripts/fuzz` looks for such inputs, `test_fuzz_targets.py` replays those that were found.
-An input for a reader of several files is the name of one (or the text of one), a zero byte, and the file.
+For any bytes, a reader must return a valid object or raise the error that it documents. If a target raises, its reader
+has a bug. `scripts/fuzz` looks for such inputs; `test_fuzz_targets.py` replays those found before. For a reader of
+several files, an input is the name (or the text) of one of them, a zero byte, and the file.
 """
 
 import atexit
@@ -34,7 +34,7 @@ TEXT = "the cat sat\n"
 
 @dataclass(frozen=True)
 class Target:
-    """A reader: what is run on bytes, and the inputs to begin with."""
+    """A reader: the function to run on bytes, and the seed inputs."""
 
     run: Callable[[bytes], None]
     seeds: Callable[[], list[bytes]]
@@ -54,7 +54,7 @@ def seeds_config() -> list[bytes]:
 
 
 def run_meta(data: bytes) -> None:
-    """tokens.json below its seal, which would refuse every change."""
+    """tokens.json without its seal, which would refuse every mutation."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
@@ -66,10 +66,10 @@ def run_meta(data: bytes) -> None:
         corpora.folders_of(meta, TINY)
         tok = tokenizer.from_json(meta["tokenizer"])
     except ValueError as error:
-        _require_plain(error)
+        _refuse_unicode_error(error)
         return
     names = [] if "parts" in meta else [shard["file"] for shard in meta["shards"]]
-    assert all(name == Path(name).name for name in names), "a shard would lie outside its folder"
+    assert all(name == Path(name).name for name in names), "the file of a shard is outside its folder"
     assert tokenizer.from_json(tok.to_json()) == tok
     assert len(tok.token_bytes) == tok.vocab_size
     tok.decode(np.arange(tok.vocab_size))
@@ -90,7 +90,7 @@ def seeds_meta() -> list[bytes]:
 
 
 def run_gpt2_folder(data: bytes) -> None:
-    """config.json, model.safetensors, its header alone, or the index of shards, in a folder that is else sound."""
+    """config.json, model.safetensors, its header alone, or the index of shards, in a folder that is otherwise valid."""
     name, _, content = data.partition(b"\0")
     folder = _folders().get(name.decode("latin-1"))
     if folder is None:
@@ -125,12 +125,12 @@ def seeds_gpt2_folder() -> list[bytes]:
 
 
 def run_vocabulary(data: bytes) -> None:
-    """merges.txt, a zero byte, vocab.json."""
+    """merges.txt, a zero byte and vocab.json."""
     merges, _, ids = data.decode("utf-8", "replace").partition("\0")
     try:
         tok = vocabulary.parse(merges, ids)
     except ValueError as error:
-        _require_plain(error)
+        _refuse_unicode_error(error)
         return
     assert tok.decode(tok.encode(TEXT)) == TEXT
 
@@ -181,17 +181,17 @@ def seeds_seal() -> list[bytes]:
 
 
 def mutated(data: bytes, seed: int) -> bytes:
-    """`data` with a value of its JSON replaced, left out or put in; bytes without JSON have one byte changed.
+    """`data` with values of its JSON replaced, removed or inserted; if it is not JSON, with a few bytes changed.
 
-    Mutating bytes alone seldom gives JSON; a number or a list where a string should be is what finds a fault.
+    Byte mutations rarely give valid JSON. Bugs are found by values of another type, such as a list instead of a string.
     """
     rng = random.Random(seed)
-    front, zero, content = data.rpartition(b"\0")
+    prefix, zero, content = data.rpartition(b"\0")
     try:
         root = [json.loads(content)]
     except (ValueError, RecursionError):
-        place = rng.randrange(len(data) + 1)
-        return data[:place] + rng.randbytes(rng.randrange(3)) + data[place + rng.randrange(2) :]
+        at = rng.randrange(len(data) + 1)
+        return data[:at] + rng.randbytes(rng.randrange(3)) + data[at + rng.randrange(2) :]
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         parent: Any = root
         while True:
@@ -199,22 +199,22 @@ def mutated(data: bytes, seed: int) -> bytes:
             if not isinstance(parent[key], dict | list) or not parent[key] or rng.random() < 0.3:
                 break
             parent = parent[key]
-        act = rng.random()
-        if act < 0.7:
-            parent[key] = _odd(rng, parent[key])
-        elif parent is not root and act < 0.8:
+        choice = rng.random()
+        if choice < 0.7:
+            parent[key] = _odd_value(rng, parent[key])
+        elif parent is not root and choice < 0.8:
             del parent[key]
         elif isinstance(parent, dict):
-            parent[rng.choice([str(_odd(rng, "")), str(key) + "_", *parent])] = _odd(rng, parent[key])
+            parent[rng.choice([str(_odd_value(rng, "")), str(key) + "_", *parent])] = _odd_value(rng, parent[key])
         elif parent is not root:
             parent.insert(rng.randrange(len(parent) + 1), rng.choice(parent))
     try:
-        return front + zero + json.dumps(root[0], ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
-    except (ValueError, RecursionError):  # a number too long to write, or too deep a nesting
+        return prefix + zero + json.dumps(root[0], ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    except (ValueError, RecursionError):  # a number with too many digits, or nesting too deep to write
         return data
 
 
-def _odd(rng: random.Random, value: Any) -> Any:
+def _odd_value(rng: random.Random, value: Any) -> Any:
     deep: Any = []
     for _ in range(rng.choice((5, 200, 900))):
         deep = [deep]
@@ -227,7 +227,7 @@ def _odd(rng: random.Random, value: Any) -> Any:
 
 
 def nested(depth: int) -> list[bytes]:
-    """Inputs of JSON that is nested so deep: one for each place where a reader looks at a value, or shows it."""
+    """JSON inputs nested to `depth`: one for each place where a reader examines or prints a value."""
     deep = b"[" * depth + b"]" * depth
     return [
         deep,
@@ -247,8 +247,8 @@ def nested(depth: int) -> list[bytes]:
     ]
 
 
-def _require_plain(error: ValueError) -> None:
-    """A UnicodeError is a ValueError too, but not one that a reader documents."""
+def _refuse_unicode_error(error: ValueError) -> None:
+    """Raise UnicodeErrors: readers document ValueError, but must not leak this subclass."""
     if isinstance(error, UnicodeError):
         raise error
 
@@ -259,7 +259,7 @@ def _tiny_bpe() -> BPETokenizer:
 
 @functools.cache
 def _scratch() -> Path:
-    """A folder that goes with this process."""
+    """A temporary folder, deleted when this process exits."""
     folder = tempfile.mkdtemp(prefix="jaxgpt-fuzz-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -267,18 +267,18 @@ def _scratch() -> Path:
 
 @functools.cache
 def _folders() -> dict[str, Path]:
-    """A GPT-2 folder for each file that is replaced, which is then the one of its folder that is not sound."""
+    """For each file that an input replaces, a GPT-2 folder in which all other files are valid."""
     found = {}
     for name in ("config.json", "model.safetensors", "header", "model.safetensors.index.json"):
         found[name] = Path(shutil.copytree(TINY, _scratch() / name.replace(".", "-")))
-    sharded = found["model.safetensors.index.json"]  # an index is read only where there is no whole file
+    sharded = found["model.safetensors.index.json"]  # the index is read only if there is no model.safetensors
     (sharded / "model.safetensors").rename(sharded / "shard.safetensors")
     return found
 
 
 @functools.cache
 def _tensors() -> tuple[bytes, bytes]:
-    """The header of the tiny model's tensors, and what follows it."""
+    """The JSON header of the tiny model's safetensors file, and the tensor data after it."""
     data = (TINY / "model.safetensors").read_bytes()
     end = 8 + struct.unpack("<Q", data[:8])[0]
     return data[8:end], data[end:]

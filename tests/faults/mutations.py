@@ -1,14 +1,14 @@
-"""One-line faults, each of which the tests named beside it must catch: `scripts/mutate` plants them one at a time.
+"""One-line faults; for each, one of the tests beside it must fail. `scripts/mutate` plants them one at a time.
 
-They stand for the kinds of mistake that the suite promises to notice: a wrong mask, a shifted target, a random key used
-twice, a hash that is not compared, a lock that is not taken, an off-by-one in a window.
+They represent the kinds of mistakes that the suite must catch: a wrong mask, a shifted target, a reused random key, a
+hash that is not compared, a lock that is not taken, an off-by-one in a window.
 """
 
 from typing import NamedTuple
 
 
 class Mutation(NamedTuple):
-    """A fault: in `file` (below jaxgpt/), `old`, which stands there once, becomes `new`."""
+    """A fault: in `file` (below jaxgpt/), the only occurrence of `old` becomes `new`."""
 
     name: str
     file: str
@@ -35,7 +35,7 @@ MUTATIONS = [
         "test_attention.py test_model_options.py",
     ),
     Mutation(
-        "fused attention drops other weights backward",
+        "the dropout mask of fused attention differs in the backward pass",
         "flash.py",
         "* scale, drop(weights, rows, columns)",
         "* scale, drop(weights, columns, rows)",
@@ -56,28 +56,28 @@ MUTATIONS = [
         "test_attention.py test_goldens.py",
     ),
     Mutation(
-        "rotary embedding turns the wrong way in one half",
+        "rotary embedding rotates one half in the wrong direction",
         "attention.py",
         "a * sin + b * cos",
         "a * sin - b * cos",
         "test_attention.py test_model_options.py",
     ),
     Mutation(
-        "cached decoding rotates every token as the first",
+        "cached decoding rotates every token as if it were the first",
         "model.py",
         "first = 0 if start is None else start",
         "first = 0",
         "test_cache.py",
     ),
     Mutation(
-        "the ring of the cache is written one slot further",
+        "the ring cache is written one slot too far",
         "attention.py",
         "start % S, axis=2",
         "(start + 1) % S, axis=2",
         "test_cache.py",
     ),
     Mutation(
-        "cached attention reads slots that nothing was written to",
+        "cached attention reads empty slots",
         "attention.py",
         "& (positions >= 0)[None]",
         "& (positions >= -S)[None]",
@@ -98,14 +98,14 @@ MUTATIONS = [
         "test_prng.py",
     ),
     Mutation(
-        "dropout does not rescale what it keeps",
+        "dropout does not rescale the kept values",
         "prng.py",
         "x / jnp.asarray(self.keep, x.dtype)",
         "x",
         "test_model.py test_step.py test_model_options.py",
     ),
     Mutation(
-        "residual projections start too large",
+        "residual projections are initialized too large",
         "model.py",
         "0.02 * (2 * config.n_layer) ** -0.5",
         "0.02 * config.n_layer**-0.5",
@@ -119,7 +119,7 @@ MUTATIONS = [
         "test_model_options.py",
     ),
     Mutation(
-        "the first token gets the embedding of a pair",
+        "the first token gets a bigram embedding",
         "model.py",
         "jnp.where(positions[None, :, None] > 0, embedded, 0)",
         "embedded",
@@ -170,15 +170,21 @@ MUTATIONS = [
     ),
     Mutation("a non-finite update is applied", "step.py", "applied & jnp.isfinite(new)", "applied", "test_step.py"),
     Mutation(
-        "moments take the gradients of a step that is not applied",
+        "moments include the gradients of a skipped step",
         "optimizer.py",
         "jnp.where(applied, beta1 * m + (1 - beta1) * g, m)",
         "beta1 * m + (1 - beta1) * g",
         "test_step.py",
     ),
-    Mutation("GELU's slope lacks the density", "activations.py", "phi + wide * density", "phi", "test_activations.py"),
     Mutation(
-        "LayerNorm's gradient keeps its mean",
+        "the gradient of GELU lacks the density term",
+        "activations.py",
+        "phi + wide * density",
+        "phi",
+        "test_activations.py",
+    ),
+    Mutation(
+        "the gradient of LayerNorm keeps its mean",
         "activations.py",
         "d - d.mean(-1, keepdims=True)",
         "d",
@@ -191,7 +197,9 @@ MUTATIONS = [
         "probabilities",
         "test_loss.py",
     ),
-    Mutation("of rows with equal ids one gradient counts", "sharding.py", "a[1] + b[1]", "b[1]", "test_lookup.py"),
+    Mutation(
+        "of rows with equal ids, only one gradient counts", "sharding.py", "a[1] + b[1]", "b[1]", "test_lookup.py"
+    ),
     Mutation("a non-finite loss is applied", "step.py", "jnp.isfinite(loss) & ", "", "test_step.py"),
     Mutation(
         "embeddings do not decay",
@@ -208,7 +216,7 @@ MUTATIONS = [
         "test_optimizer.py",
     ),
     Mutation(
-        "the cosine goes up again after its end",
+        "the cosine schedule rises again after its end",
         "optimizer.py",
         "jnp.minimum(n, length).astype",
         "n.astype",
@@ -251,7 +259,7 @@ MUTATIONS = [
         "test_data.py",
     ),
     Mutation(
-        "estimates draw from the stream of the training batches",
+        "loss estimates use the RNG stream of the training batches",
         "data.py",
         '"estimate": ESTIMATE}',
         '"estimate": RANDOM}',
@@ -265,7 +273,7 @@ MUTATIONS = [
         "test_evaluation.py",
     ),
     Mutation(
-        "the standard error is of n windows, not n - 1",
+        "the standard error divides by n instead of n - 1",
         "evaluation.py",
         "(n * (n - 1))",
         "(n * n)",
@@ -273,7 +281,7 @@ MUTATIONS = [
     ),
     # Sampling.
     Mutation(
-        "each token of a text is drawn with the same key",
+        "all tokens of a text are sampled with the same key",
         "sample.py",
         "next_tokens(draw, logits, keys)",
         "next_tokens(draw, logits, state.keys)",
@@ -287,28 +295,28 @@ MUTATIONS = [
         "test_generate.py",
     ),
     Mutation(
-        "top-k keeps one more",
+        "top-k keeps one token too many",
         "sample.py",
         "lax.top_k(logits, k)[0]",
         "lax.top_k(logits, k + 1)[0]",
         "test_filters.py",
     ),
     Mutation(
-        "top-p leaves out the token that reaches p",
+        "top-p drops the token that reaches p",
         "sample.py",
         "jnp.ones_like(ordered[..., :1], bool), before < p",
         "jnp.ones_like(ordered[..., :1], bool), before < p / 2",
         "test_filters.py",
     ),
     Mutation(
-        "padded ids are drawn",
+        "padding ids are sampled",
         "sample.py",
         "logits = logits[:, : sampling.n_ids or None]",
         "pass",
         "test_generate.py test_write.py",
     ),
     Mutation(
-        "a text ends after its stop",
+        "a text includes its stop string",
         "sample.py",
         "yield held[: min(found)[1]]",
         "yield held[: min(found)[0]]",
@@ -329,25 +337,25 @@ MUTATIONS = [
         "{*steps[-self._keep :]}",
         "test_checkpoint.py",
     ),
-    Mutation("a sealed file may be edited", "files.py", "if digest !=", "if False and digest !=", "test_files.py"),
+    Mutation(
+        "an edited sealed file is accepted", "files.py", "if digest !=", "if False and digest !=", "test_files.py"
+    ),
     Mutation("the run directory is not locked", "run.py", "lock.acquire()", "pass", "test_run.py"),
     Mutation(
-        "metrics beyond the checkpoint are kept at a resume",
+        "a resume keeps the metrics after its checkpoint",
         "metrics_log.py",
         "self._file.truncate(n_bytes)",
         "pass",
         "test_metrics_log.py test_train.py",
     ),
     Mutation(
-        "a resume does not look at the metrics before its checkpoint",
+        "a resume does not verify the metrics before its checkpoint",
         "start.py",
         "            require_metrics(run, manifest)\n",
         "",
         "test_recovery.py",
     ),
-    Mutation(
-        "a resume may change what is computed", "start.py", "    if refused:", "    if False:", "test_recovery.py"
-    ),
+    Mutation("a resume may change any setting", "start.py", "    if refused:", "    if False:", "test_recovery.py"),
     Mutation(
         "an interrupted run is not saved",
         "train.py",
@@ -364,7 +372,7 @@ MUTATIONS = [
     ),
     # Rooms.
     Mutation(
-        "the gradient of softmax forgets its mean",
+        "the gradient of softmax lacks the mean",
         "lecture/backprop.py",
         "p * (d_out - (p * d_out).sum(axis=-1, keepdims=True))",
         "p * d_out",
@@ -378,7 +386,7 @@ MUTATIONS = [
         "serve/test_refusals.py serve/test_app.py",
     ),
     Mutation(
-        "an export's epsilon is wrong",
+        "an export has a wrong epsilon",
         "huggingface/gpt2.py",
         '"layer_norm_epsilon": 1e-5,\n        "attn',
         '"layer_norm_epsilon": 1e-6,\n        "attn',

@@ -1,4 +1,4 @@
-"""No file makes a reader hang, swell, or raise what it does not document: seeds, mutations, and every old finding."""
+"""No file makes a reader hang, use too much memory, or raise an undocumented error: seeds, mutations, old findings."""
 
 import gzip
 import importlib.util
@@ -33,14 +33,14 @@ def test_old_findings_stay_fixed(path):
 
 
 @READERS
-def test_seeds(reader):
+def test_readers_handle_their_seeds(reader):
     for data in TARGETS[reader].seeds():
         TARGETS[reader].run(data)
 
 
 @READERS
 @given(data=st.data())
-def test_mutations(reader, data):
+def test_readers_handle_mutated_seeds(reader, data):
     content = data.draw(st.sampled_from(TARGETS[reader].seeds()))
     for seed in data.draw(st.lists(st.integers(0, 2**32), min_size=1, max_size=4)):
         content = mutated(content, seed)
@@ -49,14 +49,14 @@ def test_mutations(reader, data):
 
 @READERS
 @given(st.binary(max_size=64))
-def test_any_bytes(reader, data):
-    for front in (b"", b"header\0", b"a.jsonl.gz\0"):
-        TARGETS[reader].run(front + data)
+def test_readers_handle_any_bytes(reader, data):
+    for prefix in (b"", b"header\0", b"a.jsonl.gz\0"):
+        TARGETS[reader].run(prefix + data)
 
 
 @READERS
-def test_nesting_of_any_depth(reader):
-    """Reading and writing overflow the stack a few levels apart, just below what this test leaves of it."""
+def test_readers_handle_nesting_of_any_depth(reader):
+    """Reading and writing overflow the stack at depths a few levels apart, near the recursion limit."""
     left = sys.getrecursionlimit() - len(inspect.stack(0))
     for depth in (*range(left - 30, left + 1), 3000, 9000, 100_000):
         for data in nested(depth):
@@ -65,13 +65,13 @@ def test_nesting_of_any_depth(reader):
 
 @pytest.fixture
 def peak():
-    """The most bytes that Python and NumPy have held since."""
+    """peak(): the most bytes that Python and NumPy have held during this test."""
     tracemalloc.start()
     yield lambda: tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
 
-def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path, peak):
+def test_a_gzip_bomb_is_refused_before_it_fills_memory(tmp_path, peak):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b" " * 2**20) * 200)
     with pytest.raises(SourceError, match=r"a\.jsonl\.gz unpacks to more than 67,108,864 bytes"):
@@ -79,14 +79,14 @@ def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path, peak):
     assert peak() < 2**27
 
 
-def test_what_shrinks_well_is_no_bomb(tmp_path):
+def test_a_highly_compressible_text_is_not_refused(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "the cat"}\n' * 100_000))
     assert len("".join(documents.pieces(path, "text"))) == 9 * 100_000 - 2
 
 
-def folder_of(tmp_path, header, size=0, **config):
-    """A GPT-2 folder with that header over so many zero bytes, and values of its config replaced."""
+def write_folder(tmp_path, header, size=0, **config):
+    """Write a GPT-2 folder: `header`, `size` zero bytes of tensor data, and a config with replaced values."""
     text = json.dumps(header).encode()
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
@@ -97,8 +97,8 @@ def folder_of(tmp_path, header, size=0, **config):
 
 
 @pytest.mark.parametrize("name", ["n_layer", "vocab_size", "n_positions", "n_embd"])
-def test_no_number_of_a_config_costs_memory(tmp_path, peak, name):
-    folder = folder_of(tmp_path, {}, **{name: 2**31 - 4})
+def test_a_huge_number_in_a_config_allocates_no_memory(tmp_path, peak, name):
+    folder = write_folder(tmp_path, {}, **{name: 2**31 - 4})
     with pytest.raises(InteropError, match=r"do not fit|n_layer is"):
         gpt2.load(folder)
     assert peak() < 2**24
@@ -106,27 +106,27 @@ def test_no_number_of_a_config_costs_memory(tmp_path, peak, name):
 
 @pytest.mark.parametrize("name", ["wte.weight", "h.0.attn.bias", "../../a"])
 @pytest.mark.parametrize("kind", ["F32", "U8", "F8_E4M3"])
-def test_a_tensor_is_read_only_if_it_is_one_of_the_table(tmp_path, peak, name, kind):
+def test_a_tensor_that_does_not_match_the_model_is_not_read(tmp_path, peak, name, kind):
     length = 2**28
     shape = [length // 4] if kind == "F32" else [length]
     header = {name: {"dtype": kind, "shape": shape, "data_offsets": [0, length]}}
     with pytest.raises(InteropError, match=r"do not fit|n_layer is|expected F32, BF16, F16"):
-        gpt2.load(folder_of(tmp_path, header, length))
+        gpt2.load(write_folder(tmp_path, header, length))
     assert peak() < 2**24
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_a_header_claims_no_more_than_its_file_holds(tmp_path):
+def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
     header = {"wte.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
     with pytest.raises(InteropError, match="cannot be read"):
-        gpt2.load(folder_of(tmp_path, header, 16))
+        gpt2.load(write_folder(tmp_path, header, 16))
 
 
 def test_two_names_for_one_tensor_are_refused(tmp_path):
     one = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     header = {"wte.weight": one, "transformer.wte.weight": one | {"data_offsets": [4, 8]}}
     with pytest.raises(InteropError, match=r"holds 'wte\.weight' a second time"):
-        gpt2.load(folder_of(tmp_path, header, 8))
+        gpt2.load(write_folder(tmp_path, header, 8))
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F16"])
@@ -139,18 +139,18 @@ def test_half_precision_is_read_as_float32(tmp_path, kind):
             size = 2 * int(np.prod(value["shape"]))
             value |= {"dtype": kind, "data_offsets": [offset, offset + size]}
             offset += size
-    _, params = gpt2.load(folder_of(tmp_path, header, offset))
+    _, params = gpt2.load(write_folder(tmp_path, header, offset))
     assert params["wte"]["embedding"].dtype == np.float32
 
 
 @pytest.mark.parametrize(
     "name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "a" * 300, "\ud800"]
 )
-def test_an_index_names_no_file_outside_its_folder(tmp_path, name):
+def test_an_index_that_names_a_file_outside_its_folder_is_refused(tmp_path, name):
     folder = tmp_path / "gpt2"
     folder.mkdir()
     (tmp_path / "outside.safetensors").write_bytes((TINY / "model.safetensors").read_bytes())
-    folder_of(folder, {})
+    write_folder(folder, {})
     (folder / "model.safetensors").unlink()
     for value in (name, name + ".safetensors", [name], {name: name}):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": value}}))
@@ -159,7 +159,7 @@ def test_an_index_names_no_file_outside_its_folder(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_short_search_guided_by_coverage(tmp_path):
+def test_a_short_fuzzing_run_has_no_findings(tmp_path):
     if importlib.util.find_spec("atheris") is None:
         pytest.skip("needs Atheris: pip install --group fuzz (Linux)")
     command = [sys.executable, ROOT / "scripts" / "fuzz", "--seconds", "1", "--keep", tmp_path, *TARGETS]
@@ -168,8 +168,8 @@ def test_a_short_search_guided_by_coverage(tmp_path):
     assert len(re.findall(r"coverage +[1-9].* no finding\n", done.stdout)) == len(TARGETS), done.stdout
 
 
-def test_a_finding_is_kept_by_its_hash(tmp_path):
-    """The search itself, on a reader with a fault put into it."""
+def test_a_finding_is_kept_in_the_folder_of_its_reader(tmp_path):
+    """Fuzz a reader in which `json.loads` always fails."""
     if importlib.util.find_spec("atheris") is None:
         pytest.skip("needs Atheris: pip install --group fuzz (Linux)")
     (tmp_path / "sitecustomize.py").write_text("import json\njson.loads = lambda *_: 1 // 0\n")
@@ -182,7 +182,7 @@ def test_a_finding_is_kept_by_its_hash(tmp_path):
 
 
 @pytest.mark.smoke
-def test_an_unknown_reader_is_named():
+def test_an_unknown_reader_is_refused_by_name():
     command = [sys.executable, ROOT / "scripts" / "fuzz", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Faults done to real runs, and what came of each: `scripts/faults` and the tests count the same things."""
+"""Kill and damage real runs, and count how many faults are handled; used by `scripts/faults` and the tests."""
 
 import errno
 import itertools
@@ -23,15 +23,15 @@ ROOT = Path(__file__).parents[2]
 SMALL = Config(
     data=DataConfig(corpus="verse.txt"),
     model=ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1),
-    optimizer=OptimizerConfig(warmup_steps=2, decay_steps=200),  # a run of another length is the same program
+    optimizer=OptimizerConfig(warmup_steps=2, decay_steps=200),  # then runs of other lengths use the same program
     train=TrainConfig(steps=100, batch_size=4, scan_steps=5, eval_every=5, eval_batches=2),
 )
-"""Saves every five steps, which take less time than the save: a save is under way nearly always."""
+"""Saves every five steps, which take less time than a save, so that a save is nearly always in progress."""
 
 
 @dataclass
 class Count:
-    """How many faults there were, how many of them were met as promised, and what was not."""
+    """The number of faults tried, the number handled as promised, failures and notes."""
 
     tried: int = 0
     failures: list[str] = field(default_factory=list)
@@ -39,20 +39,20 @@ class Count:
 
     good: int = 0
 
-    def expect(self, ok: bool, what: str) -> None:
-        """Count a fault that was met as promised, if `ok`."""
+    def expect(self, ok: bool, failure: str) -> None:
+        """Count a fault, which was handled as promised if `ok`."""
         self.tried += 1
         self.good += ok
-        self.require(ok, what)
+        self.require(ok, failure)
 
-    def require(self, ok: bool, what: str) -> None:
-        """Note what is no fault, and must be so all the same."""
+    def require(self, ok: bool, failure: str) -> None:
+        """Note a failure unless `ok`, without counting a fault."""
         if not ok:
-            self.failures.append(what)
+            self.failures.append(failure)
 
 
 def new_run(folder: Path, name: str, config: Config = SMALL) -> Run:
-    """A run that has not begun, of a small text in `folder`."""
+    """Create a run on a small text in `folder`, without training it."""
     verse = folder / "verse.txt"
     if not verse.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def new_run(folder: Path, name: str, config: Config = SMALL) -> Run:
 
 
 def spawn(run: Run, target: object = child.resume) -> multiprocessing.process.BaseProcess:
-    """A process that resumes `run`, forked from one that has only imported what it needs."""
+    """Start a process that resumes `run`, forked from a server that has imported the package."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.child"])
@@ -75,17 +75,16 @@ def spawn(run: Run, target: object = child.resume) -> multiprocessing.process.Ba
 
 
 def kills(folder: Path, trials: int, seed: int) -> Count:
-    """Kill a run at random moments, most of them in a save, until it is done; look at it after each; begin another.
+    """Kill runs at random moments, mostly during a save, and check and resume them after each kill until they finish.
 
-    A trial is met as promised if every step that had been there before the kill and need not have made room is there
-    and whole, what has a step's name is whole, and, when the run has come to its end, it is the unbroken one bit for
-    bit.
+    A trial passes if the newest saved step is not lost, every checkpoint verifies, and no line of metrics is missing. A
+    finished run must equal an uninterrupted run bit for bit.
     """
-    count, dice, in_save = Count(), random.Random(seed), 0
-    unbroken = new_run(folder, "unbroken")
-    done = spawn(unbroken)
+    count, rng, in_save = Count(), random.Random(seed), 0
+    uninterrupted = new_run(folder, "uninterrupted")
+    done = spawn(uninterrupted)
     done.join()
-    count.require(done.exitcode == 0, f"the unbroken run ended with {done.exitcode}")
+    count.require(done.exitcode == 0, f"the uninterrupted run exited with {done.exitcode}")
     for number in itertools.count():
         run = new_run(folder, f"killed-{number}")
         while True:
@@ -93,29 +92,29 @@ def kills(folder: Path, trials: int, seed: int) -> Count:
             before = checkpoints.latest
             while process.is_alive() and checkpoints.latest == before:
                 time.sleep(0.01)
-            time.sleep(dice.uniform(0, 0.5))
-            if count.tried >= trials:  # enough: this one may end by itself
+            time.sleep(rng.uniform(0, 0.5))
+            if count.tried >= trials:  # enough kills: let this run finish
                 process.join()
             newest = checkpoints.latest or 0
             process.kill()
             process.join()
             if process.exitcode == 0:
-                difference = compare(unbroken, run).difference
-                count.require(difference is None, f"{run.path.name}, at its end: {difference}")
+                difference = compare(uninterrupted, run).difference
+                count.require(difference is None, f"{run.path.name}, finished: {difference}")
                 break
             in_save += any(run.checkpoints.glob(".*.part*"))
-            problem = f"ended with {process.exitcode} by itself" if process.exitcode != -9 else wrong(run, newest)
+            problem = f"exited with {process.exitcode}" if process.exitcode != -9 else find_damage(run, newest)
             count.expect(problem is None, f"{run.path.name}, killed after step {newest}: {problem}")
-            if count.tried > trials:  # it ended by itself, and would again
+            if count.tried > trials:  # it exited with an error, and would again
                 break
         if count.tried >= trials:
             break
-    count.notes.append(f"{in_save} in a save; {number + 1} runs to their ends, each equal to the unbroken one")
+    count.notes.append(f"{in_save} during a save; {number + 1} runs finished, each equal to the uninterrupted run")
     return count
 
 
-def wrong(run: Run, newest: int) -> str | None:
-    """What a kill has harmed, None if nothing. `newest` was saved before it."""
+def find_damage(run: Run, newest: int) -> str | None:
+    """The damage that a kill did to `run`, None if there is none; step `newest` was saved before the kill."""
     checkpoints = Checkpoints(run.checkpoints)
     if (checkpoints.latest or 0) < newest:
         return f"step {newest} is gone, the newest is {checkpoints.latest}"
@@ -127,23 +126,23 @@ def wrong(run: Run, newest: int) -> str | None:
         if run.metrics_file.stat().st_size < n_bytes:
             return f"lines up to step {step} are missing"
     steps = [line["step"] for line in run.metrics() if "loss" in line]
-    return None if steps == list(range(1, len(steps) + 1)) else "a line is missing or there twice"
+    return None if steps == list(range(1, len(steps) + 1)) else "a line is missing or duplicated"
 
 
-# Files that change behind the program's back.
+# Damaged files.
 
 
 def corruptions(folder: Path, trials: int, seed: int) -> Count:
-    """Flip a bit of, shorten, or delete a file of a finished run, each file in turn, then at random; see if it is told.
+    """Damage the files of a finished run, each in every way, then flip random bits; count how often it is detected.
 
-    A checkpoint's harm must be named and the step before it taken; harm to the run's own files must be refused, and
-    what was prepared from a text refused or prepared again, to the same bytes.
+    A damaged checkpoint must be named, and the step before it restored. Damaged files of the run must be refused. A
+    damaged corpus must be refused or prepared again, with the same bytes.
     """
-    count, dice = Count(), random.Random(seed)
+    count, rng = Count(), random.Random(seed)
     run = new_run(folder, "whole", short(SMALL))
     process = spawn(run)
     process.join()
-    count.require(process.exitcode == 0, f"the run ended with {process.exitcode}")
+    count.require(process.exitcode == 0, f"the run exited with {process.exitcode}")
     newest = str(Checkpoints(run.checkpoints).latest)
     data = next((folder / "data").iterdir())
     os.truncate(run.metrics_file, Checkpoints(run.checkpoints).manifest(int(newest)).about["metrics"]["bytes"])
@@ -151,65 +150,66 @@ def corruptions(folder: Path, trials: int, seed: int) -> Count:
     files += [run.path / name for name in ("config.json", "tokens.json", "metrics.jsonl")]
     files += [data / name for name in ("tokens.json", "tokens-00000.bin")]
     plan = [
-        (path, harm)
-        for path, harm in itertools.product(files, (flip, shorten, lengthen, delete))
-        if (path.name, harm) != ("metrics.jsonl", lengthen)  # what is beyond the last save is dropped, and no harm
+        (path, damage)
+        for path, damage in itertools.product(files, (flip, shorten, lengthen, delete))
+        if (path.name, damage) != ("metrics.jsonl", lengthen)  # a resume drops lines after the last save
     ]
-    plan = [*plan, *((dice.choice(files), flip) for _ in range(max(0, trials - len(plan))))]
-    for path, harm in plan:
+    plan = [*plan, *((rng.choice(files), flip) for _ in range(max(0, trials - len(plan))))]
+    for path, damage in plan:
         whole = path.read_bytes()
-        harm(path, dice)
-        said = told(run, folder / "data", int(newest))
+        damage(path, rng)
+        report = report_of_resume(run, folder / "data", int(newest))
         if path.exists() and path.read_bytes() == whole:
-            said = f"{path.name} was made again, the same"  # a prepared corpus, of the text it came from
-        count.expect(path.name in said, f"{harm.__name__} of {path.relative_to(folder)}: {said or 'nothing was said'}")
+            report = f"{path.name} was prepared again from the text, with the same bytes"
+        count.expect(path.name in report, f"{damage.__name__} {path.relative_to(folder)}: {report or 'not detected'}")
         path.write_bytes(whole)
-    count.require(told(run, folder / "data", int(newest)) == "", "a whole run is not found whole")
+    count.require(report_of_resume(run, folder / "data", int(newest)) == "", "an undamaged run is reported as damaged")
     return count
 
 
 def short(config: Config) -> Config:
+    """`config` with 20 steps and two saves."""
     train = TrainConfig(**{**vars(config.train), "steps": 20, "eval_every": 10})
     return Config(config.data, config.model, config.optimizer, train)
 
 
-def told(run: Run, data_dir: Path, newest: int) -> str:
-    """What a resume says that is wrong with `run`; it does all but train."""
+def report_of_resume(run: Run, data_dir: Path, newest: int) -> str:
+    """The warnings or the error of a resume that does all but train; empty if it reports nothing."""
     from jaxgpt.cli.runs import corpus_of
     from jaxgpt.start import find_newest, require_resumable
 
-    run, said = Run(run.path), []
+    run, warnings = Run(run.path), []
     aside = run.checkpoints / f"{newest}.damaged"
     try:
         require_resumable(run, run.config, run.config)
         corpus = corpus_of(run, data_dir)
         found = find_newest(
-            run, run.config, corpus, Checkpoints(run.checkpoints), lambda event: said.append(event.text)
+            run, run.config, corpus, Checkpoints(run.checkpoints), lambda event: warnings.append(event.text)
         )
-        back = found is not None and (found.step < newest) == bool(said)
+        expected = found is not None and (found.step < newest) == bool(warnings)
         if aside.exists():
             aside.rename(run.checkpoints / str(newest))
-        return "; ".join(said) if back else f"it went on from {found}"
+        return "; ".join(warnings) if expected else f"resumed from {found}"
     except (RunError, ValueError) as error:
         return str(error)
 
 
-def flip(path: Path, dice: random.Random) -> None:
+def flip(path: Path, rng: random.Random) -> None:
     data = bytearray(path.read_bytes() or b"\0")
-    data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
 
 
-def shorten(path: Path, dice: random.Random) -> None:
+def shorten(path: Path, rng: random.Random) -> None:
     data = path.read_bytes()
-    path.write_bytes(data[: dice.randrange(len(data))] if data else b"x")
+    path.write_bytes(data[: rng.randrange(len(data))] if data else b"x")
 
 
-def lengthen(path: Path, dice: random.Random) -> None:
+def lengthen(path: Path, rng: random.Random) -> None:
     path.write_bytes(path.read_bytes() + b"x")
 
 
-def delete(path: Path, dice: random.Random) -> None:
+def delete(path: Path, rng: random.Random) -> None:
     path.unlink()
 
 
@@ -217,10 +217,10 @@ def delete(path: Path, dice: random.Random) -> None:
 
 
 def soak(folder: Path, steps: int = 2000, every: int = 20) -> Count:
-    """Many steps and saves in one process: its memory and its open files must not grow after the first quarter.
+    """Many steps and saves in one process: memory and open files must not grow after the first quarter.
 
-    Memory comes and goes by some 20 MiB (buffers of a save under way, arenas of its threads), so the model is large
-    enough for a leak to stand out: half a state a save is more than that, by the medians of the quarters.
+    Memory varies by some 20 MiB (buffers of the current save, arenas of its threads). The model is so large that a leak
+    of half a state per save is more than that, in the medians of the quarters.
     """
     count = Count()
     model = replace(SMALL.model, n_embd=256)
@@ -232,7 +232,7 @@ def soak(folder: Path, steps: int = 2000, every: int = 20) -> Count:
             seen.append(sample)
         time.sleep(0.05)
     process.join()
-    count.expect(process.exitcode == 0, f"it ended with {process.exitcode}")
+    count.expect(process.exitcode == 0, f"the run exited with {process.exitcode}")
     saves = sum(event["event"] == "save" for event in run.events())
     count.expect(saves == steps // every, f"{saves} saves, expected {steps // every}")
     quarters = [[s for s in seen if steps * i // 4 < s[0] <= steps * (i + 1) // 4] for i in range(4)]
@@ -240,8 +240,8 @@ def soak(folder: Path, steps: int = 2000, every: int = 20) -> Count:
     files = [max(n for _, _, n in quarter) for quarter in quarters]
     grown = memory[3] - memory[1]
     leak = n_params(run.config.model) * 12 / 2 * (saves / 2) / 2**20
-    told = f"resident memory grew by {grown:.1f} MiB between the second and the last quarter, expected below {leak:.0f}"
-    count.expect(grown < leak, told)
+    failure = f"resident memory grew by {grown:.1f} MiB from the second to the last quarter, expected below {leak:.0f}"
+    count.expect(grown < leak, failure)
     count.expect(files[3] <= files[1] + 2, f"open files by quarter: {files}")
     by_quarter = ", ".join(f"{x:.0f}" for x in memory)
     count.notes.append(f"{steps:,} steps, {saves} saves; MiB by quarter {by_quarter}; open files {files}")
