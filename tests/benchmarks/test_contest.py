@@ -1,4 +1,4 @@
-"""Contestants in processes of their own."""
+"""Contestants take turns, each in its own process."""
 
 from scripts.benchmarks import contest
 from scripts.benchmarks.contest import Contest, WorkerError, alternate
@@ -16,7 +16,7 @@ contest.answer_rounds(Counter)
 """
 
 
-def test_all_take_turns():
+def test_alternate_asks_each_contestant_once_per_round():
     asked = []
 
     def ask(name):
@@ -29,7 +29,7 @@ def test_all_take_turns():
     assert failed == {}
 
 
-def test_one_that_fails_drops_out_and_the_others_continue():
+def test_a_failed_contestant_drops_out_and_the_others_continue():
     asked = []
 
     def ask(name):
@@ -58,7 +58,7 @@ def test_a_worker_answers_until_its_input_ends():
     assert process.returncode == 0
 
 
-def test_a_measured_process_sees_none_of_jaxs_settings(monkeypatch):
+def test_a_worker_inherits_no_jax_settings(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
     found = contest.environment("cpu")
     assert {name for name in found if name.startswith("JAX_")} == {"JAX_PLATFORMS"}
@@ -66,5 +66,5 @@ def test_a_measured_process_sees_none_of_jaxs_settings(monkeypatch):
     assert contest.environment("gpu")["JAX_PLATFORMS"] == "cuda"
 
 
-def test_nothing_heavy_is_imported_by_the_process_that_asks():
+def test_the_parent_process_imports_no_heavy_package():
     assert not {"torch", "jax", "numpy"} & set(vars(contest))

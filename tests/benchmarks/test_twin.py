@@ -1,3 +1,5 @@
+"""The PyTorch twin: the same model, optimizer and schedule as jaxgpt, so that benchmarks compare the same work."""
+
 import dataclasses
 import json
 
@@ -22,13 +24,13 @@ from scripts.benchmarks import twin  # noqa: E402 (after the skip)
 
 @pytest.fixture
 def small(tiny, change):
-    """Without dropout, whose random numbers differ between the two."""
+    """Without dropout, because JAX and PyTorch draw different random numbers."""
     return change(tiny, dropout=0.0, learning_rate=1e-2, steps=8, decay_steps=8, weight_decay=0.3, grad_clip=0.5)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_steps_of_the_twin_are_ours(small, change, accumulate):
-    """Same weights, same batches: the same weights after them. So both sides of a benchmark do the same work."""
+def test_training_steps_agree(small, change, accumulate):
+    """Equal weights and batches give equal losses and weights."""
     small = change(small, accumulate=accumulate)
     tokens = np.random.default_rng(0).integers(13, size=500).astype(np.uint16)
     training = twin.Training(small, tokens)
@@ -42,13 +44,13 @@ def test_steps_of_the_twin_are_ours(small, change, accumulate):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), after, state.params)
 
 
-def test_the_schedule_is_ours(tiny, change):
+def test_schedules_agree(tiny, change):
     config = change(tiny, steps=50, decay_steps=50, warmup_steps=7, learning_rate=3e-3, min_learning_rate=1e-4)
     ours = [float(learning_rate(config)(step)) for step in range(60)]
     assert [twin.learning_rate(config, step) for step in range(60)] == pytest.approx(ours, rel=1e-5)
 
 
-def test_its_settings_are_those_of_nanogpt_on_a_cpu():
+def test_the_cpu_recipe_has_the_settings_of_nanogpt():
     """nanoGPT's README: train.py config/train_shakespeare_char.py --device=cpu --compile=False --block_size=64 ..."""
     config = recipe("shakespeare-cpu").config
     model, opt, train = config.model, config.optimizer, config.train
@@ -60,7 +62,7 @@ def test_its_settings_are_those_of_nanogpt_on_a_cpu():
     assert opt.decay_steps in (0, 2000)
 
 
-def test_it_starts_as_gpt2_does():
+def test_initial_weights_have_the_same_distribution():
     config = ModelConfig(vocab_size=65, n_layer=3, bias=True)
     torch.manual_seed(0)
     ours = jax.device_get(model.init_params(config, jax.random.key(0)))
@@ -70,8 +72,8 @@ def test_it_starts_as_gpt2_does():
         assert theirs[name].mean() == pytest.approx(mine.mean(), abs=2e-3), name
 
 
-def test_a_run_from_text_to_score(verse, tmp_path):
-    """The program trains, saves, and scores the whole split just as jaxgpt scores the weights that it saved."""
+def test_the_program_trains_saves_and_scores(verse, tmp_path):
+    """Its validation loss equals that of jaxgpt for the weights that it saved."""
     from safetensors.numpy import load_file
 
     out = tmp_path / "twin.json"
@@ -88,19 +90,19 @@ def test_a_run_from_text_to_score(verse, tmp_path):
     assert done["loss"] == pytest.approx(evaluate(config, params, val, tokenizer).loss, abs=1e-5)
 
 
-def test_sampling_takes_the_likeliest_where_only_one_is_kept(small):
+def test_top_1_sampling_is_greedy(small):
     torch.manual_seed(0)
     model = twin.Twin(small.model).eval()
     idx = torch.zeros((2, 1), dtype=torch.long)
-    written = twin.sample(model, idx, 12, top_k=1)  # beyond block_size
+    written = twin.sample(model, idx, 12, top_k=1)  # longer than block_size
     for t in range(12):
-        window = written[:, : t + 1][:, -model.block_size :].clone()  # no tensor of inference mode
+        window = written[:, : t + 1][:, -model.block_size :].clone()  # a normal tensor, not one of inference mode
         assert torch.equal(written[:, t + 1], model(window)[:, -1].argmax(-1))
     several = twin.sample(model, idx, 12, top_k=5)
     assert not torch.equal(written, several)
 
 
-def test_dropout_is_for_training_alone(tiny):
+def test_dropout_is_off_in_eval_mode(tiny):
     torch.manual_seed(0)
     model, idx = twin.Twin(dataclasses.replace(tiny.model, dropout=0.5)), torch.zeros((2, 8), dtype=torch.long)
     assert not torch.equal(model(idx), model(idx))
@@ -108,7 +110,7 @@ def test_dropout_is_for_training_alone(tiny):
     assert torch.equal(model(idx), model(idx))
 
 
-def test_bfloat16_computes_the_same_but_for_rounding(small):
+def test_bfloat16_equals_float32_up_to_rounding(small):
     tokens = np.random.default_rng(0).integers(13, size=500).astype(np.uint16)
     exact, rounded = (twin.Training(small, tokens, twin.WAYS[way]).step() for way in ("float32", "bfloat16"))
     assert rounded.item() != exact.item()
