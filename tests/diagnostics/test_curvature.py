@@ -35,7 +35,7 @@ EIGENVALUES = np.array([-3.0, -1.0, 0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0,
 
 
 def test_lanczos_finds_every_eigenvalue_and_the_top_eigenvector():
-    found = spectrum(quadratic, PARAMS, matrix(EIGENVALUES), KEY, steps=50, probes=2)  # of 12 dimensions
+    found = spectrum(quadratic, PARAMS, matrix(EIGENVALUES), KEY, steps=50, probes=2)  # more steps than dimensions
     assert found.values.shape == (2, P)
     for values, top in zip(found.values, found.top, strict=True):
         np.testing.assert_allclose(values, EIGENVALUES, atol=2e-4)
@@ -43,7 +43,7 @@ def test_lanczos_finds_every_eigenvalue_and_the_top_eigenvector():
     np.testing.assert_allclose(found.weights.sum(axis=1), 1, rtol=1e-4)
 
 
-def test_a_few_steps_bracket_the_ends_within_their_errors():
+def test_a_few_lanczos_steps_bound_the_extreme_eigenvalues():
     (values,), _, (errors,), _ = spectrum(quadratic, PARAMS, matrix(EIGENVALUES), KEY, steps=6)
     assert EIGENVALUES[0] <= values[0] + 1e-4
     assert values[-1] <= EIGENVALUES[-1] + 1e-4
@@ -53,7 +53,7 @@ def test_a_few_steps_bracket_the_ends_within_their_errors():
 
 
 def test_repeated_eigenvalues_give_no_spurious_ones():
-    """The Krylov space has three dimensions: Ritz values of later steps must have no weight and lie within."""
+    """The Krylov space has three dimensions: Ritz values of later steps have no weight and stay within the spectrum."""
     few = np.repeat([2.0, 5.0, 9.0], 4)
     (values,), (weights,), _, _ = spectrum(quadratic, PARAMS, matrix(few), KEY, steps=50)
     np.testing.assert_allclose(values[np.array([0, -1])], [2, 9], rtol=1e-4)
@@ -62,7 +62,7 @@ def test_repeated_eigenvalues_give_no_spurious_ones():
 
 
 def test_the_top_eigenvector_is_found_after_a_breakdown():
-    """If all eigenvalues are equal, the first step is the last that finds something."""
+    """If all eigenvalues are equal, Lanczos breaks down after its first step."""
     (values,), _, _, (top,) = spectrum(quadratic, PARAMS, 3 * jnp.eye(P), KEY, steps=4)
     np.testing.assert_allclose(values, 3, rtol=1e-5)
     np.testing.assert_allclose(jnp.linalg.norm(top), 1, rtol=1e-5)
@@ -74,7 +74,7 @@ def test_the_trace_is_exact_for_a_diagonal_matrix_and_unbiased_for_others():
     np.testing.assert_allclose(trace(quadratic, PARAMS, jnp.diag(jnp.arange(12.0)), KEY, 3), [66.0] * 3, rtol=1e-5)
     full = matrix(EIGENVALUES)
     samples = trace(quadratic, PARAMS, full, KEY, 2000)
-    deviation = np.sqrt(2 * (np.square(full).sum() - np.square(jnp.diag(full)).sum()))  # Hutchinson's own
+    deviation = np.sqrt(2 * (np.square(full).sum() - np.square(jnp.diag(full)).sum()))  # of Hutchinson's estimator
     np.testing.assert_allclose(samples.std(), deviation, rtol=0.1)
     assert abs(samples.mean() - EIGENVALUES.sum()) < 4 * deviation / np.sqrt(2000)
 
@@ -110,7 +110,7 @@ def gpt():
     return config, params, Batch(ids[:, :-1], ids[:, 1:])
 
 
-def test_hessian_vector_products_are_differences_of_gradients_in_every_leaf(gpt):
+def test_hvp_equals_finite_differences_of_gradients_in_every_leaf(gpt):
     config, params, batch = gpt
     loss = mean_loss(config, chunk=2)
     v = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(0, 0.1, x.shape).astype(np.float32), params)
@@ -122,14 +122,14 @@ def test_hessian_vector_products_are_differences_of_gradients_in_every_leaf(gpt)
         np.testing.assert_allclose(h, (a - b) / 2e-2, atol=0.01 * np.abs(h).max())
 
 
-def test_the_loss_of_diagnoses_has_no_bf16_matmuls(gpt):
+def test_mean_loss_has_no_bf16_matmuls(gpt):
     config, params, batch = gpt
-    as_it_trains = partial(model.losses, config)
-    assert "bf16" in str(jax.make_jaxpr(as_it_trains)(params, batch.inputs, batch.targets))
+    training_losses = partial(model.losses, config)
+    assert "bf16" in str(jax.make_jaxpr(training_losses)(params, batch.inputs, batch.targets))
     assert "bf16" not in str(jax.make_jaxpr(partial(derivatives.hvp, mean_loss(config)))(params, batch, params))
 
 
-def test_the_errors_of_eigenvalues_cover_rounding():
+def test_eigenvalue_errors_include_rounding():
     n, rng = 200, np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(n, n)))[0]
     symmetric = jnp.asarray(basis * [*rng.normal(0, 0.1, n - 4), -3, 8, 12, 20] @ basis.T, jnp.float32)

@@ -1,4 +1,4 @@
-"""The diagnoses of a run as `jaxgpt diagnose` makes, prints and draws them."""
+"""`jaxgpt diagnose`: what it computes, prints, draws and refuses."""
 
 import json
 import re
@@ -19,15 +19,15 @@ from jaxgpt.display import charts
 from jaxgpt.tokenizer import ByteTokenizer
 
 SMALL = ("--block-size", 8, "--steps", 5, "--scan-steps", 5, "--eval-every", 0, "--batch-size", 4, "--eval-batches", 0)
-LITTLE = ("--windows", 8, "--batch", 4, "--steps", 3)
+FAST = ("--windows", 8, "--batch", 4, "--steps", 3)
 TEXT = "the cat sat on a $mat$\n"
-HAS = [name for name in DIAGNOSES if name != "attention"]
+BIGRAM_DIAGNOSES = [name for name in DIAGNOSES if name != "attention"]
 LETTERS = [bytes([byte]) for byte in b"abcdefghijklm"]
 
 
 @pytest.fixture(scope="module")
 def call(tmp_path_factory):
-    """Run a command in a folder with a run of a bigram, which compiles fast: (exit code, folder)."""
+    """call(*args): run a command in a folder with a trained bigram, which compiles fast: (exit code, folder)."""
     folder = tmp_path_factory.mktemp("diagnose")
     (folder / "text.txt").write_text("the cat sat on the mat\nthat $cat$ has a hat\n" * 20)
     with pytest.MonkeyPatch.context() as patch:
@@ -44,55 +44,55 @@ def call(tmp_path_factory):
 
 
 def test_all_diagnoses_are_printed_drawn_and_written(call, capsys):
-    code, folder = call("diagnose", "one", *LITTLE, "--text", TEXT, "--plots", "new/pics", "--json", "all.json")
+    code, folder = call("diagnose", "one", *FAST, "--text", TEXT, "--plots", "new/pics", "--json", "all.json")
     out = capsys.readouterr().out
     assert code == 0
     printed = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert printed == HAS
+    assert printed == BIGRAM_DIAGNOSES
     drawn = {path.stem: path.read_bytes() for path in (folder / "new/pics").iterdir()}
     assert set(drawn) == {"curvature", "landscape", "lens"}
     for picture in drawn.values():
         assert picture.startswith(b"\x89PNG")
         assert len(picture) < 120_000
     written = json.loads((folder / "all.json").read_text())
-    assert set(written) == {"run", "step", "effort", *HAS}
+    assert set(written) == {"run", "step", "effort", *BIGRAM_DIAGNOSES}
     assert len(written["tokens"]["losses"]) == len(TEXT) - 1
     assert f"{max(written['tokens']['losses']):.2f}  '" in out
-    assert f"on the loss of {TEXT[:9]!r}\n" in out, "of the first window, of 8 tokens and a target"
+    assert f"on the loss of {TEXT[:9]!r}\n" in out, "the first window: 8 tokens and a target"
     lowest = int(np.argmin(written["landscape"]["path"]))
     assert f"the lowest loss is {written['landscape']['path'][lowest]:.3f}" in out
     assert f"at {written['landscape']['shares'][lowest]:.2f} of the way" in out
-    # The middles of the plane and of the line, and share 1 of the path, have the same parameters and the same batch.
+    # The middles of the plane and of the line, and share 1 of the path, are the same parameters on the same batch.
     middle = written["landscape"]["losses"][1][1]
     np.testing.assert_allclose(np.interp(1, written["landscape"]["shares"], written["landscape"]["path"]), middle, 1e-4)
     np.testing.assert_allclose(written["curvature"]["losses"][10], middle, rtol=1e-5)
     typed = TEXT.replace("\n", "\r\n")  # CRLF becomes LF, as in the training text
-    assert call("diagnose", "one", *LITTLE, "--text", typed, "--only", "tokens", "noise", "--json", "some.json")[0] == 0
+    assert call("diagnose", "one", *FAST, "--text", typed, "--only", "tokens", "noise", "--json", "some.json")[0] == 0
     again = json.loads((folder / "some.json").read_text())
-    assert {name: written[name] for name in again} == again, "the same numbers, alone or among others"
+    assert {name: written[name] for name in again} == again, "a diagnosis gives the same numbers alone and with others"
 
 
 def test_uniform_attention_has_the_greatest_entropy(tiny, change, tmp_path):
-    """With queries of zero each token attends to n tokens evenly: entropy log n, distance (n - 1) / 2."""
+    """If queries are zero, each token attends to n tokens equally: entropy log n, mean distance (n - 1) / 2."""
     config, tokens = change(tiny, window=3, precision="bfloat16"), np.arange(40) % 13
     params = jax.jit(lambda key: model.init_params(config.model, key))(jax.random.key(0))
     params = jax.tree_util.tree_map_with_path(lambda path, p: 0 * p if "query" in str(path) else p, params)
     subject = Subject(config, params, tokens, tokens[:20], LETTERS)
     found = DIAGNOSES["attention"](subject, Effort(batch=2))
-    seen = np.minimum(np.arange(8) + 1, 3)
+    n_visible = np.minimum(np.arange(8) + 1, 3)
     assert found.maps.shape == (1, 2, 8, 8)
-    np.testing.assert_allclose(found.uniform, np.log(seen).mean(), rtol=1e-6)
-    np.testing.assert_allclose(found.entropy, np.full((1, 2), np.log(seen).mean()), rtol=1e-5)
-    np.testing.assert_allclose(found.distance, np.full((1, 2), (seen - 1).mean() / 2), rtol=1e-5)
+    np.testing.assert_allclose(found.uniform, np.log(n_visible).mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.entropy, np.full((1, 2), np.log(n_visible).mean()), rtol=1e-5)
+    np.testing.assert_allclose(found.distance, np.full((1, 2), (n_visible - 1).mean() / 2), rtol=1e-5)
     first, block = view.lines("attention", found, subject)
     assert first.split()[0] == "attention"
-    assert f"{np.log(seen).mean():.2f}/{(seen - 1).mean() / 2:.0f}" in block
+    assert f"{np.log(n_visible).mean():.2f}/{(n_visible - 1).mean() / 2:.0f}" in block
     charts.save(plots.CHARTS["attention"](found, subject), tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_only_windows_that_raise_the_loss_are_listed_as_such(tiny):
-    """The gradients of an untrained model are so alike that every window lowers it."""
+def test_influence_lists_windows_by_the_sign_of_their_effect(tiny):
+    """In an untrained model, every window may lower the loss; then none is listed as raising it."""
     subject = Subject(tiny, {}, np.arange(40) % 13, np.arange(20) % 13, LETTERS)
     for dots, expected in (([4.0, 3.0, 2.0, 1.0], ["+4", "+3", "+2"]), ([0.0, -2.0, 1.0, -3.0], ["+1", "-3", "-2"])):
         found = diagnose.Influence(np.array(dots), np.arange(4))
@@ -100,18 +100,18 @@ def test_only_windows_that_raise_the_loss_are_listed_as_such(tiny):
 
 
 def test_a_text_of_one_character_can_be_diagnosed_and_reported(call, capsys):
-    """Its loss is 0 for all parameters, so it has no curvature."""
+    """Its loss is 0 for all parameters, so the curvature is 0."""
     (call("recipes")[1] / "one.txt").write_text("a" * 200)
     assert call("train", "bigram", "--corpus", "one.txt", "--run", "flat", *SMALL)[0] == 0
-    code, folder = call("diagnose", "flat", "--only", "curvature", *LITTLE, "--plots", "flat")
+    code, folder = call("diagnose", "flat", "--only", "curvature", *FAST, "--plots", "flat")
     assert code == 0, capsys.readouterr().err
     assert (folder / "flat" / "curvature.png").stat().st_size > 0
     assert call("report", "flat", "--out", "flat.html")[0] == 0, capsys.readouterr().err
     assert "Loss by token" in (folder / "flat.html").read_text()
 
 
-def test_the_legend_of_a_landscape_names_its_losses(tiny):
-    """Where no round number is between them, its ends."""
+def test_the_legend_of_a_landscape_shows_its_losses(tiny):
+    """If no round number lies between the lowest and the highest loss, the legend shows these two."""
     losses, line = np.full((3, 3), 2.28), np.arange(3.0)
     losses[0, 0] = 3.86
     spec = plots.landscape(diagnose.Landscape(line, losses, line, line), Subject(tiny, {}, line, line, LETTERS))
@@ -119,7 +119,7 @@ def test_the_legend_of_a_landscape_names_its_losses(tiny):
     assert re.findall(r">([\d.]+)</text>", legend) == ["2.28", "3.86"]
 
 
-def test_one_filter_norm_is_not_the_corner_of_the_plane(tiny):
+def test_losses_at_one_filter_norm_exclude_the_corners(tiny):
     x = np.linspace(-1, 1, 3)
     found = diagnose.Landscape(x, 2 + x[:, None] + x**2, np.array([0.0, 1.0]), np.array([4.0, 2.0]))
     line, _ = view.lines("landscape", found, Subject(tiny, {}, x, x, LETTERS))
@@ -127,7 +127,7 @@ def test_one_filter_norm_is_not_the_corner_of_the_plane(tiny):
 
 
 def test_the_tokens_of_a_lens_do_not_overlap(tiny):
-    ids, pixels = np.arange(2), 7.2  # the width of a character of 12 pixels
+    ids, pixels = np.arange(2), 7.2  # the width of a character at 12 pixels
     for token_bytes, widest in (([b"a", b"b"], 1), ([b"a", b"\xf0\x9f"], 6)):
         found = Lens(np.zeros((2, 1, 2)), np.zeros((2, 1, 2)), np.tile(ids, (2, 1, 1)), np.ones((2, 1, 2)))
         spec = plots.lens(found, Subject(tiny, {}, ids, ids, token_bytes))
@@ -135,7 +135,7 @@ def test_the_tokens_of_a_lens_do_not_overlap(tiny):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["one", "--text", "t"], "the text has 1 tokens, expected at least 2"),
         (["one", "--text", "the zebra"], "'z' at position 4 of --text is not among"),
@@ -146,10 +146,10 @@ def test_the_tokens_of_a_lens_do_not_overlap(tiny):
         (["two"], "no run 'two'"),
     ],
 )
-def test_bad_usage_is_refused_before_any_work(call, capsys, monkeypatch, args, said):
+def test_bad_usage_is_refused_before_any_work(call, capsys, monkeypatch, args, message):
     monkeypatch.setattr("jaxgpt.start.load_checkpoint", None)
     assert call("diagnose", *args)[0] == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_too_many_lanczos_steps_are_refused_with_the_number_that_fits(monkeypatch):

@@ -1,4 +1,4 @@
-"""Per-example gradients, the noise scale and influence against closed forms."""
+"""Per-example gradients, noise scale and influence, compared with closed forms."""
 
 import itertools
 
@@ -26,8 +26,8 @@ measured = jax.jit(noise_scale, static_argnums=(0, 3))
 def by_hand(inputs, targets):
     """The gradient of a bigram's mean loss: softmax minus the one-hot target, in the row of the input."""
     gradient, p = np.zeros((V, V)), np.exp(TABLE) / np.exp(TABLE).sum(axis=1, keepdims=True)
-    for read, came in zip(inputs, targets, strict=True):
-        gradient[read] += (p[read] - np.eye(V)[came]) / T
+    for token, target in zip(inputs, targets, strict=True):
+        gradient[token] += (p[token] - np.eye(V)[target]) / T
     return gradient
 
 
@@ -51,7 +51,7 @@ def test_per_example_keeps_only_what_take_returns():
     found = each(mean_loss(BIGRAM), PARAMS, BATCH, size, 2)
     np.testing.assert_allclose(found, np.linalg.norm(BY_HAND, axis=(1, 2)), rtol=1e-5)
     kept = jax.eval_shape(lambda: per_example(mean_loss(BIGRAM), PARAMS, BATCH))
-    assert table(kept).shape == (5, V, V), "by default the gradients are"
+    assert table(kept).shape == (5, V, V), "by default, whole gradients are kept"
 
 
 def test_influence_is_the_dot_product_of_gradients():
@@ -61,7 +61,7 @@ def test_influence_is_the_dot_product_of_gradients():
 
 
 def test_a_step_on_a_window_lowers_the_loss_of_another_by_their_influence(tiny):
-    """To first order in the learning rate, for a GPT, by finite differences."""
+    """To first order in the learning rate, by finite differences, for a GPT."""
     loss, ids = jax.jit(mean_loss(tiny.model)), RNG.integers(0, 13, (2, 9))
     train, val = Batch(ids[:1, :-1], ids[:1, 1:]), Batch(ids[1:, :-1], ids[1:, 1:])
 
@@ -85,7 +85,7 @@ POPULATION = np.random.default_rng(0).normal((1.0, -0.5, 0.2), 1.0, (4, 3)).asty
 
 
 def test_the_estimates_of_signal_and_noise_are_unbiased():
-    """Over all samples of three from a population of four, their means are the population's, to rounding."""
+    """Averaged over all samples of three from a population of four, they equal the values of the population."""
     samples = jnp.asarray(POPULATION)[np.array(list(itertools.product(range(4), repeat=3)))]  # (64, 3, 3)
     found = jax.jit(jax.vmap(lambda sample: noise_scale(linear, jnp.zeros(3), sample)))(samples)
     np.testing.assert_allclose(found.signal.mean(), (POPULATION.mean(axis=0) ** 2).sum(), rtol=1e-4)

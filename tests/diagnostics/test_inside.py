@@ -1,4 +1,4 @@
-"""Attention maps, the logit lens, the statistics of attention and the losses of tokens."""
+"""Attention maps, the logit lens and the losses of tokens."""
 
 import dataclasses
 from functools import partial
@@ -54,7 +54,7 @@ def test_the_mean_of_token_scores_is_the_loss_of_evaluate():
 
 def test_each_token_is_scored_by_the_context_before_it():
     found = token_scores(CONFIG, PARAMS, IDS, k=11, stride=1)
-    for t in (1, 5, 8, 9, 20, 28):  # from the start on, then with a full context
+    for t in (1, 5, 8, 9, 20, 28):  # with a growing context, then with a full one
         first = max(0, t - 8)
         window = jnp.asarray(IDS[first : first + 8])[None]
         chances = jax.nn.softmax(forward(CONFIG, PARAMS, window)[0, t - 1 - first])
@@ -77,32 +77,32 @@ def test_token_scores_of_a_short_text_and_bad_arguments():
 
 
 def noisy(config):
-    """Random parameters without zeros."""
+    """Random parameters, none of them zero."""
     shapes, rng = jax.eval_shape(partial(model.init_params, config), jax.random.key(0)), np.random.default_rng(0)
     return jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape) + (x.ndim == 1)).astype(np.float32), shapes)
 
 
 @pytest.fixture(scope="module", params=[SMALL, MODERN], ids=["gpt2", "modern"])
-def seen(request):
+def outputs(request):
     """(config, params, attention maps, lens, logits)."""
     config, params = request.param, noisy(request.param)
 
     @jax.jit
-    def look(params):
-        return tuple(look(config, params, IDX) for look in (inside.attention_maps, inside.logit_lens, model.forward))
+    def compute(params):
+        return tuple(f(config, params, IDX) for f in (inside.attention_maps, inside.logit_lens, model.forward))
 
-    return config, params, *look(params)
+    return config, params, *compute(params)
 
 
-def test_maps_are_causal_and_rows_sum_to_one(seen):
-    config, _, maps, _, _ = seen
+def test_maps_are_causal_and_rows_sum_to_one(outputs):
+    config, _, maps, _, _ = outputs
     assert maps.shape == (2, 3, 4, 8, 8)
     np.testing.assert_allclose(maps.sum(-1), np.ones((2, 3, 4, 8)), rtol=1e-5)
     np.testing.assert_array_equal(maps > 0, np.broadcast_to(attention.causal_mask(8, config.window), maps.shape))
 
 
 def test_maps_are_the_weights_of_the_values_in_forward():
-    """One block of GPT-2 by hand, with the maps in place of queries and keys, equals `forward`."""
+    """One block of GPT-2, computed by hand with the maps instead of queries and keys, equals `forward`."""
     config = dataclasses.replace(SMALL, n_layer=1)
     params = jax.tree.map(np.asarray, noisy(config))
     block, (maps,) = params["h_0"], np.asarray(maps_of(config, params, IDX))
@@ -121,7 +121,7 @@ def test_maps_are_the_weights_of_the_values_in_forward():
 
 
 def test_maps_do_not_depend_on_the_attention_kernel(monkeypatch):
-    """Not even on blocked attention, which never holds all weights."""
+    """With blocked attention, which never holds all weights, the maps are the same."""
     config = dataclasses.replace(SMALL, n_layer=1)
     expected = maps_of(config, noisy(config), IDX)
     monkeypatch.setattr(kernels, "kernel", lambda *_: "blocked")
@@ -130,8 +130,8 @@ def test_maps_do_not_depend_on_the_attention_kernel(monkeypatch):
     )
 
 
-def test_the_logit_lens_ends_with_the_logits_and_skips_the_blocks_above(seen):
-    config, params, _, lens, logits = seen
+def test_the_logit_lens_ends_with_the_logits_and_skips_the_blocks_above(outputs):
+    config, params, _, lens, logits = outputs
     assert lens.shape == (3, 3, 8, 11)
     np.testing.assert_allclose(lens[-1], logits, rtol=1e-5, atol=1e-5)
     first = {name: value for name, value in model.unstacked(params).items() if name != "h_1"}

@@ -11,7 +11,7 @@ from jaxgpt.display.baselines import ngram_losses, published
 
 def test_ngram_losses_equal_those_counted_by_hand():
     rng = np.random.default_rng(0)
-    train, val, V = rng.integers(0, 5, 200), rng.integers(0, 6, 50), 7  # one id is never seen, one only in validation
+    train, val, V = rng.integers(0, 5, 200), rng.integers(0, 6, 50), 7  # one id never occurs, one only in validation
     single, pairs = Counter(train.tolist()), Counter(itertools.pairwise(train.tolist()))
     before = Counter(train[:-1].tolist())
 
@@ -27,7 +27,7 @@ def test_ngram_losses_equal_those_counted_by_hand():
 
 
 def test_a_large_split_is_counted_in_stretches_from_end_to_end(monkeypatch):
-    """The parts of a mixture follow each other, so the first tokens would represent only one of them."""
+    """The corpora of a mixture are concatenated, so the first tokens would come from only one of them."""
     monkeypatch.setattr(baselines, "COUNTED", 128)
     rng = np.random.default_rng(0)
     halves = [np.concatenate([rng.integers(0, 2, n), rng.integers(2, 4, n)]) for n in (4000, 500)]

@@ -46,7 +46,7 @@ def test_a_png_is_small_and_valid(tmp_path):
         kinds, pixels, at = [*kinds, kind], pixels + (body if kind == b"IDAT" else b""), at + 12 + size
     assert (kinds[0], kinds[-1]) == (b"IHDR", b"IEND")
     width, height = struct.unpack(">II", data[16:24])
-    assert width == 600, "two pixels for each of the width"
+    assert width == 600, "a PNG has two pixels per unit of width"
     assert len(zlib.decompress(pixels)) == height * (1 + 4 * width)
 
 

@@ -1,4 +1,4 @@
-"""Every hand-written gradient against `jax.grad`, and against PyTorch on the notes' own snippets."""
+"""Every hand-derived gradient against `jax.grad`, and against PyTorch on the snippets of the lecture notes."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from jaxgpt.loss import cross_entropy
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "goldens" / "document_snippets.npz"))
 SCALES = {"unscaled": 1.0, "scaled": 16**-0.5}
 SEEDS = st.integers(0, 2**31 - 1)
-SHAPES = st.sampled_from([(1, 1, 1, 1), (2, 4, 3, 5)])  # few, since each is compiled
-few = settings(max_examples=15)
+SHAPES = st.sampled_from([(1, 1, 1, 1), (2, 4, 3, 5)])  # few, because each shape compiles
+few_examples = settings(max_examples=15)
 
 
 def close(ours, theirs, rtol=1e-5):
@@ -29,8 +29,8 @@ def normal(seed, *shapes):
     return [jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes]
 
 
-def pulled_back(function, d_out, *inputs):
-    """The gradients of sum(function(*inputs) * d_out) by JAX."""
+def vjp(function, d_out, *inputs):
+    """The gradients of sum(function(*inputs) * d_out), by jax.vjp."""
     return jax.vjp(function, *inputs)[1](d_out)
 
 
@@ -38,18 +38,18 @@ def head(x, key, query, value, scale):
     return attention(x @ query, x @ key, x @ value, causal_mask(x.shape[1])[None], scale=scale)
 
 
-# Each is compiled once per shape, however many examples there are.
+# Jitted, so that each compiles once per shape, not once per example.
 bigram_by_hand, head_by_hand = jax.jit(backprop.bigram), jax.jit(backprop.head)
 bigram_by_jax = jax.jit(jax.grad(lambda table, idx, targets: cross_entropy(table[idx], targets)))
-head_by_jax = jax.jit(lambda d_out, scale, *inputs: pulled_back(lambda *x: head(*x, scale), d_out, *inputs))
+head_by_jax = jax.jit(lambda d_out, scale, *inputs: vjp(lambda *x: head(*x, scale), d_out, *inputs))
 
 
-@few
+@few_examples
 @given(SEEDS, SHAPES)
 def test_matmul(seed, shape):
     _, n, k, m = shape
     a, b, d_out = normal(seed, (2, n, k), (2, k, m), (2, n, m))
-    for ours, theirs in zip(backprop.matmul(a, b, d_out), pulled_back(jnp.matmul, d_out, a, b), strict=True):
+    for ours, theirs in zip(backprop.matmul(a, b, d_out), vjp(jnp.matmul, d_out, a, b), strict=True):
         assert ours.shape == theirs.shape
         close(ours, theirs)
 
@@ -61,16 +61,16 @@ def test_matmul_matches_the_rule_in_the_notes():
     close(d_b, GOLDEN["mm_dB"])
 
 
-@few
+@few_examples
 @given(SEEDS, SHAPES)
 def test_softmax(seed, shape):
     _, n, _, t = shape
     x, d_out = normal(seed, (n, t), (n, t))
-    (theirs,) = pulled_back(jax.nn.softmax, d_out, x)
+    (theirs,) = vjp(jax.nn.softmax, d_out, x)
     close(backprop.softmax(jax.nn.softmax(x), d_out), theirs)
 
 
-@few
+@few_examples
 @given(SEEDS, SHAPES)
 def test_cross_entropy(seed, shape):
     _, n, _, v = shape
@@ -81,7 +81,7 @@ def test_cross_entropy(seed, shape):
     np.testing.assert_allclose(ours.sum(axis=-1), np.zeros(n), atol=1e-6)
 
 
-@few
+@few_examples
 @given(SEEDS, SHAPES)
 def test_bigram(seed, shape):
     b, t, _, v = shape
@@ -102,9 +102,9 @@ def test_the_gradient_of_a_bigram_row_vanishes_exactly_at_the_observed_frequenci
     counted = jnp.full((V, V), -jnp.inf)
     counted = counted.at[0, jnp.array([1, 2])].set(jnp.log(jnp.array([3.0, 1.0])))
     counted = counted.at[1, 0].set(0.0).at[2, 3].set(0.0).at[3].set(0.0)
-    at_rest = backprop.bigram(counted, idx, targets)
-    np.testing.assert_allclose(at_rest, jnp.zeros((V, V)), atol=1e-7)
-    np.testing.assert_allclose(backprop.bigram(counted + 5.0, idx, targets), at_rest, atol=1e-7)
+    at_frequencies = backprop.bigram(counted, idx, targets)
+    np.testing.assert_allclose(at_frequencies, jnp.zeros((V, V)), atol=1e-7)
+    np.testing.assert_allclose(backprop.bigram(counted + 5.0, idx, targets), at_frequencies, atol=1e-7)
 
     table = counted.at[0].set(0.0)
     grad = backprop.bigram(table, idx, targets)
@@ -113,7 +113,7 @@ def test_the_gradient_of_a_bigram_row_vanishes_exactly_at_the_observed_frequenci
     np.testing.assert_allclose(grad[0], 4 / 7 * (np.full(V, 0.25) - np.array([0, 0.75, 0.25, 0])), atol=1e-7)
 
 
-@few
+@few_examples
 @given(SEEDS, SHAPES, st.sampled_from([1.0, 0.5]))
 def test_head(seed, shape, scale):
     b, t, c, d = shape

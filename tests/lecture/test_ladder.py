@@ -1,4 +1,4 @@
-"""The rungs as functions; training and scores against plain loops, exact counts and the lecture's own losses."""
+"""The rungs of the ladder: their scores against plain loops, exact counts and the lecture's losses; the command."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ NETWORKS = [rung.name for rung in ladder.RUNGS if rung.kind == "transformer"]
 V = 5
 
 
-def small(name, **changes):
+def small_rung(name, **changes):
     """The rung at a size that compiles quickly."""
     return replace(
         RUNGS[name], **{"channels": 8, "block_size": 4, "batch_size": 4, "n_layer": 1, "steps": 40} | changes
@@ -64,7 +64,7 @@ def test_score_against_a_plain_loop(kind):
     assert len(losses) == 40
     np.testing.assert_allclose(ladder.score(rung, params, val), np.mean(losses), rtol=1e-6)
     np.testing.assert_allclose(ladder.score(rung, params, val, B=2), np.mean(losses), rtol=1e-6)
-    # Seven more tokens do not fill another window, but are scored too.
+    # Seven more tokens do not fill another window; they are scored too.
     longer = np.append(val, val[:7])
     losses = [np.log(np.exp(logits[now]).sum()) - logits[now, after] for now, after in pairwise(longer)]
     np.testing.assert_allclose(ladder.score(rung, params, longer), np.mean(losses), rtol=1e-6)
@@ -100,15 +100,15 @@ def test_the_trained_bigram_approaches_the_conditional_entropy():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_rung_attends_to_its_past_only(name):
-    rung = small(name)
+def test_a_rung_attends_only_to_the_past(name):
+    rung = small_rung(name)
     T, params = rung.block_size, init_params(rung, V, jax.random.key(0))
     idx = jnp.array([[0, 1, 2, 3]])
 
-    def logits(moves):
-        """Logits with moves (T, C) added to the token embeddings of the positions."""
-        own = params | {"tokens": params["tokens"][idx[0]] + moves}
-        return forward(rung, own, jnp.arange(T)[None])[0]
+    def logits(offsets):
+        """Logits with offsets (T, C) added to the token embeddings, by position."""
+        shifted = params | {"tokens": params["tokens"][idx[0]] + offsets}
+        return forward(rung, shifted, jnp.arange(T)[None])[0]
 
     jacobian = np.asarray(jax.jacobian(logits)(jnp.zeros((T, rung.channels))))  # (T, V, T, C)
     np.testing.assert_array_equal(np.abs(jacobian).sum(axis=(1, 3)) > 0, np.tri(T, dtype=bool))
@@ -117,7 +117,7 @@ def test_a_rung_attends_to_its_past_only(name):
 
 
 def test_dropout_needs_a_key():
-    rung = small("dropout and scale", dropout=0.5)
+    rung = small_rung("dropout and scale", dropout=0.5)
     params, idx = init_params(rung, V, jax.random.key(0)), jnp.array([[0, 1, 2, 3]])
     plain = forward(rung, params, idx)
     one, same, other = (forward(rung, params, idx, jax.random.key(seed)) for seed in (1, 1, 2))
@@ -177,7 +177,7 @@ def test_initial_parameters_are_distributed_as_in_pytorch(name):
 
 def climb(seed=3, **changes):
     ids = chain(600)
-    rung = small("feed-forward", learning_rate=1e-2, **changes)
+    rung = small_rung("feed-forward", learning_rate=1e-2, **changes)
     (result,) = ladder.climb((rung,), ids[:500], ids[500:], CharTokenizer("abcde"), seed, sample=12)
     return result
 
@@ -190,7 +190,7 @@ def test_learning_lowers_the_loss_and_depends_on_the_seed_alone():
     assert len(after.sample) == 12
 
 
-FEW = ("uniform", "bigram counts", "bigram", "dropout and scale")
+RUNG_NAMES = ("uniform", "bigram counts", "bigram", "dropout and scale")
 
 
 @pytest.fixture
@@ -198,8 +198,8 @@ def lecture(tmp_path, monkeypatch, capsys):
     """Run the command on small rungs: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(ladder, "RUNGS", tuple(small(name) for name in FEW))
-    monkeypatch.setattr(ladder, "FULL", small("dropout and scale", about="in full"))
+    monkeypatch.setattr(ladder, "RUNGS", tuple(small_rung(name) for name in RUNG_NAMES))
+    monkeypatch.setattr(ladder, "FULL", small_rung("dropout and scale", about="in full"))
 
     def run(*args):
         code = cli.run_command(["lecture", *map(str, args)])
@@ -208,21 +208,21 @@ def lecture(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_command_trains_draws_and_writes(lecture, verse, tmp_path):
+def test_the_command_prints_draws_and_writes(lecture, verse, tmp_path):
     code, out, _ = lecture("--corpus", verse, "--steps", 2, "--plot", "lecture.png", "--json", "lecture.json")
     assert code == 0, out
-    assert all(out.count(name) >= 2 for name in FEW)
+    assert all(out.count(name) >= 2 for name in RUNG_NAMES)
     assert " 2.5 " in out
     assert "* at 6 layers, 384 channels, context 256" in out
     assert (tmp_path / "lecture.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "lecture.json").read_text("utf-8"))
-    assert [each["rung"]["name"] for each in written["rungs"]] == list(FEW)
+    assert [each["rung"]["name"] for each in written["rungs"]] == list(RUNG_NAMES)
     assert all(each["rung"]["steps"] == 2 for each in written["rungs"] if each["rung"]["kind"] == "transformer")
     assert written["rungs"][0]["loss"] == pytest.approx(np.log(11), abs=1e-6)
     assert written["seed"] == 1337
 
 
-def test_the_command_in_full_writes_nothing_but_the_corpus(lecture, verse, tmp_path):
+def test_the_command_with_full_writes_only_the_corpus(lecture, verse, tmp_path):
     code, out, _ = lecture("--corpus", verse, "--steps", 1, "--full")
     assert code == 0
     assert "in full" in out
@@ -230,7 +230,7 @@ def test_the_command_in_full_writes_nothing_but_the_corpus(lecture, verse, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--steps", "-1"], "steps is -1"),
         (["--seed", "-1"], "seed is -1"),
@@ -240,10 +240,10 @@ def test_the_command_in_full_writes_nothing_but_the_corpus(lecture, verse, tmp_p
         (["--corpus", "nowhere"], "no corpus, file or folder 'nowhere'"),
     ],
 )
-def test_bad_options_are_refused_before_anything_is_done(lecture, tmp_path, args, said):
+def test_bad_options_are_refused_before_any_work(lecture, tmp_path, args, message):
     code, out, err = lecture(*(["--corpus", "python-docs"] if "--corpus" not in args else []), *args)
     assert code == 2
-    assert said in err
+    assert message in err
     assert out == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -251,7 +251,7 @@ def test_bad_options_are_refused_before_anything_is_done(lecture, tmp_path, args
 @pytest.mark.slow
 @pytest.mark.optimized
 def test_each_rung_up_to_layer_norm_comes_within_0_05_of_the_lecture(shakespeare):
-    """In 4,000 of its 5,000 steps."""
+    """Rungs of 5,000 steps train only 4,000 here."""
     text = shakespeare.read_text("utf-8")
     tokenizer = CharTokenizer.train(text)
     assert len(text) == sources.SHAKESPEARE_BYTES

@@ -11,7 +11,7 @@ LOSSES = (4.1744, 3.3473, 2.4819, 2.491, 2.392, 2.268, 2.226, 2.072, 2.069, 1.80
 RESULTS = [Result(rung, loss, 65, 1.0, "two\nlines [b]") for rung, loss in zip(RUNGS, LOSSES, strict=True)]
 
 
-def test_the_chart_has_every_loss_and_figure_in_its_row():
+def test_the_chart_has_every_loss_and_every_loss_of_the_lecture():
     spec = view.chart(RESULTS)
     rows = [(row["what"], row["loss"]) for row in spec["layer"][0]["data"]["values"]]
     assert sorted(rows) == sorted(
@@ -34,6 +34,6 @@ def test_the_table_fits_a_terminal(capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_a_line_as_each_rung_finishes():
+def test_the_line_of_a_finished_rung():
     assert view.line(RESULTS[2]) == "bigram counts      loss 2.4819    1.0s  two↵lines [b]"
     assert len(view.line(replace(RESULTS[2], sample="x" * 100))) < 100
