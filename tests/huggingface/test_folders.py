@@ -1,3 +1,5 @@
+"""Importing GPT-2 folders as runs, exporting runs, and finding or downloading folders."""
+
 import dataclasses
 import json
 import os
@@ -29,7 +31,7 @@ IDX = jnp.arange(24).reshape(1, 24)
 
 @pytest.fixture
 def imported(tmp_path):
-    """The tiny GPT-2 (its 96 ids are line feed and printable ASCII), ready for a third of the embedded corpus."""
+    """A run of the tiny GPT-2, whose 96 ids are line feed and printable ASCII, on the embedded corpus."""
     config = Config(
         DataConfig(tokenizer="ascii", unknown="skip"),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=10),
@@ -44,7 +46,7 @@ def logits(loaded):
 
 
 def test_a_fine_tuned_model_is_exported_and_imported_again(imported, tmp_path):
-    """Import, sample, fine-tuning on the embedded corpus, export, re-import: equal logits throughout."""
+    """Import, sample, fine-tune on the embedded corpus, export, import: logits survive each conversion."""
     theirs = model.forward(*gpt2.load(TINY), IDX)
     np.testing.assert_array_equal(logits(load_model(imported)), theirs)
     (text,) = ("".join(pieces) for pieces in write(*load_model(imported), "def ", 20))
@@ -72,8 +74,8 @@ def test_an_export_has_all_files_and_a_model_card(imported, tmp_path):
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["README.md", "config.json", "model.safetensors", "tokens.json"]
     card = (tmp_path / "out" / "README.md").read_text()
-    for said in (imported.corpus_meta["sha256"], "hf-gpt2-tiny", "jaxgpt train", "--tokenizer ascii", "not evaluated"):
-        assert said in card
+    for text in (imported.corpus_meta["sha256"], "hf-gpt2-tiny", "jaxgpt train", "--tokenizer ascii", "not evaluated"):
+        assert text in card
     with pytest.raises(UsageError, match="leave out --checkpoint last"):
         sample.run([str(tmp_path / "out"), "--checkpoint", "last"])
     with pytest.raises(InteropError, match="exists; give a new folder"):
@@ -98,13 +100,13 @@ def test_paths_that_are_not_utf8_can_be_trained_on_and_exported_to(tmp_path, cha
     assert "bad\\udcff.txt" in (out / "README.md").read_text("utf-8")
 
 
-def test_a_gpt2_that_is_no_export_is_refused_with_the_command_that_makes_a_run_of_it():
+def test_sample_refuses_a_plain_gpt2_folder_and_suggests_import_gpt2():
     with pytest.raises(CorpusError, match=r"tokens\.json cannot be read: .*: jaxgpt import-gpt2 \S+ --run NAME"):
         sample.run([str(TINY)])
 
 
 @pytest.mark.parametrize("line", ['{"step": 0, "val_loss": 1.0', '{"step": 0, "val_loss": null}'])
-def test_damaged_metrics_and_a_loss_that_is_nan_do_not_stop_an_export(imported, tmp_path, line):
+def test_export_ignores_damaged_metrics_and_nan_losses(imported, tmp_path, line):
     imported.metrics_file.write_text(line + "\n")
     folders.export_run(imported, tmp_path / "out")
     assert "not evaluated" in (tmp_path / "out" / "README.md").read_text()
@@ -121,7 +123,7 @@ def test_an_imported_export_keeps_its_vocabulary(imported, tmp_path):
 
 @pytest.fixture
 def with_vocabulary(tmp_path):
-    """A Hugging Face folder with a vocabulary of its own, and the tokenizer of their library."""
+    """(folder, tokenizer): a Hugging Face GPT-2 with its own vocabulary, and the `tokenizers` object that wrote it."""
     theirs = pytest.importorskip("tokenizers").ByteLevelBPETokenizer()
     theirs.train_from_iterator(["the cat sat on the mat\n"], 270, special_tokens=["<|endoftext|>"], show_progress=False)
     folder = tmp_path / "own"
@@ -143,7 +145,7 @@ def test_an_import_uses_the_vocabulary_of_its_folder(with_vocabulary, verse, tmp
     folders.export_run(run, tmp_path / "out")
     assert folders.load_export(tmp_path / "out")[2] == run.tokenizer
 
-    (folder / "tokenizer.json").rename(folder / "vocab.txt")  # as if of a kind that is not supported
+    (folder / "tokenizer.json").rename(folder / "vocab.txt")  # a kind of vocabulary that is not supported
     with pytest.raises(CorpusError, match=r"cannot be used: .*name a tokenizer, such as --tokenizer byte"):
         folders.import_run(folder, config, "other", *where)
     assert folders.import_run(folder, change(config, tokenizer="byte"), "bytes", *where).config.data.tokenizer == "byte"
@@ -169,10 +171,10 @@ def test_a_vocabulary_larger_than_the_model_is_refused(imported, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("no such", "no folder 'no such'"), ("~m", "no folder '~m'"), ("../x/y/z", "no folder")]
+    ("name", "message"), [("no such", "no folder 'no such'"), ("~m", "no folder '~m'"), ("../x/y/z", "no folder")]
 )
-def test_what_is_neither_a_folder_nor_a_model_name_is_refused(name, said):
-    with pytest.raises(InteropError, match=said):
+def test_find_refuses_names_of_neither_folders_nor_models(name, message):
+    with pytest.raises(InteropError, match=message):
         folders.find(name)
 
 
@@ -185,18 +187,18 @@ def test_without_a_network_the_error_names_the_files_to_fetch(monkeypatch):
     )
 
 
-def test_only_the_files_that_are_read_are_downloaded(monkeypatch, tmp_path):
+def test_find_downloads_only_needed_files(monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub", reason="needs the extra: pip install 'jaxgpt[hf]'")
-    asked = {}
+    download_args = {}
     monkeypatch.setattr(
-        hub, "snapshot_download", lambda name, **kwargs: asked.update(kwargs, name=name) or str(tmp_path)
+        hub, "snapshot_download", lambda name, **kwargs: download_args.update(kwargs, name=name) or str(tmp_path)
     )
     assert folders.find("gpt2") == tmp_path
-    assert asked["name"] == "gpt2"
-    assert "model.safetensors" in asked["allow_patterns"]
+    assert download_args["name"] == "gpt2"
+    assert "model.safetensors" in download_args["allow_patterns"]
 
 
-def test_an_error_of_the_hub_may_have_no_message(monkeypatch):
+def test_a_hub_error_without_a_message_is_reported(monkeypatch):
     hub = pytest.importorskip("huggingface_hub", reason="needs the extra: pip install 'jaxgpt[hf]'")
 
     def silent(*args, **kwargs):
@@ -249,8 +251,8 @@ def test_a_kill_during_import_leaves_no_run(tmp_path, monkeypatch):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_an_export_to_where_nothing_can_be_written_is_refused_with_the_option(tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "open", lambda *_: pytest.fail("before the run is read"))
+def test_an_export_to_an_unwritable_path_is_refused_with_the_option(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "open", lambda *_: pytest.fail("the run was opened before the path was checked"))
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="file cannot be written to: Not a directory; name another folder: --out"):
         run_export(["tiny", "--out", str(tmp_path / "file" / "x")])

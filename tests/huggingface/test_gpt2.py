@@ -1,3 +1,5 @@
+"""GPT-2 weights and configs in the format of Hugging Face: reading, writing, and what is refused."""
+
 import json
 import re
 import shutil
@@ -24,7 +26,7 @@ GOLDEN = dict(np.load(GOLDENS / "hf-gpt2-tiny.npz"))
 
 
 def noisy(config):
-    """Parameters none of which is zero."""
+    """Random parameters, none of them zero."""
     shapes = jax.eval_shape(partial(model.init_params, config), jax.random.key(0))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape) + (x.ndim == 1), x.dtype), shapes)
@@ -71,12 +73,12 @@ def test_a_saved_and_loaded_model_gives_equal_logits(tmp_path, options):
     again, back = gpt2.load(tmp_path)
     assert again == ModelConfig(**{**vars(config), "bias": True, "scan_layers": False})
     idx = jnp.arange(8)[None]
-    separate = ModelConfig(**{**vars(config), "scan_layers": False})  # a loop over blocks may round otherwise
+    separate = ModelConfig(**{**vars(config), "scan_layers": False})  # a scan over blocks may round differently
     logits = model.forward(separate, model.unstacked(params), idx)
     np.testing.assert_array_equal(model.forward(again, back, idx), logits)
 
 
-def test_params_come_back_bit_for_bit():
+def test_params_survive_conversion_bit_for_bit():
     config, params = gpt2.load(TINY)
     back = gpt2.to_params(config, gpt2.to_tensors(config, params))
     jax.tree.map(np.testing.assert_array_equal, params, back)
@@ -92,12 +94,12 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(folder):
     edit_tensors(folder, change)
     with pytest.raises(InteropError) as caught:
         gpt2.load(folder)
-    for said in (
+    for message in (
         "missing ln_f.weight",
         "unknown 'ln_f.gamma' (32,)",
         "wpe.weight: expected shape (32, 32), found (5, 32)",
     ):
-        assert said in str(caught.value)
+        assert message in str(caught.value)
 
 
 def test_names_without_prefix_masks_and_a_tied_head_stored_twice_are_accepted(folder):
@@ -137,14 +139,14 @@ def test_shards_are_read_through_their_index(folder):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder), gpt2.load(TINY))
-    for evil in ("../model.safetensors", "/etc/passwd", "missing.safetensors", 3):
-        index.write_text(json.dumps({"weight_map": {names[0]: evil}}))
+    for bad in ("../model.safetensors", "/etc/passwd", "missing.safetensors", 3):
+        index.write_text(json.dumps({"weight_map": {names[0]: bad}}))
         with pytest.raises(InteropError, match="has no file"):
             gpt2.load(folder)
 
 
 def test_an_index_beside_a_whole_file_is_ignored(folder):
-    """As transformers does, whose save_pretrained leaves the index of earlier shards in the folder."""
+    """As in transformers, whose save_pretrained leaves the index of earlier shards in the folder."""
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "model-1-of-2.safetensors"}}')
     jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder), gpt2.load(TINY))
 
@@ -160,7 +162,7 @@ def test_positions_can_be_cropped():
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama', expected 'gpt2'"),
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
@@ -174,14 +176,14 @@ def test_positions_can_be_cropped():
         ({"n_layer": 3}, "missing h.2.attn.c_attn.weight"),
     ],
 )
-def test_models_that_are_not_our_gpt2_are_refused(folder, values, said):
+def test_unsupported_configs_are_refused(folder, values, message):
     edit_config(folder, **values)
-    with pytest.raises(InteropError, match=said):
+    with pytest.raises(InteropError, match=message):
         gpt2.load(folder)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("config.json", None, "cannot be read"),
         ("config.json", "{", "is not JSON"),
@@ -190,11 +192,11 @@ def test_models_that_are_not_our_gpt2_are_refused(folder, values, said):
         ("model.safetensors", "{}", "cannot be read"),
     ],
 )
-def test_damage_is_named(folder, name, text, said):
+def test_damaged_files_are_named(folder, name, text, message):
     (folder / name).unlink()
     if text is not None:
         (folder / name).write_text(text)
-    with pytest.raises(InteropError, match=said):
+    with pytest.raises(InteropError, match=message):
         gpt2.load(folder)
 
 
@@ -206,7 +208,7 @@ def test_a_byte_order_mark_is_accepted(folder, encoding):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("pytorch_model.bin", r"is a pickle, .*this converts pytorch_model\.bin: python -c 'from sys"),
         ("pytorch_model-00001-of-00002.bin", "this converts"),
@@ -214,13 +216,13 @@ def test_a_byte_order_mark_is_accepted(folder, encoding):
     ],
 )
 @pytest.mark.parametrize("config", ["with config.json", "without"])
-def test_pickles_are_refused_with_the_command_that_converts_them(folder, name, said, config):
+def test_pickles_are_refused_with_the_command_that_converts_them(folder, name, message, config):
     (folder / "model.safetensors").rename(folder / name)
     if config == "without":
         (folder / "config.json").unlink()
-    with pytest.raises(InteropError, match=said):
+    with pytest.raises(InteropError, match=message):
         gpt2.load(folder)
-    with pytest.raises(InteropError, match=f"no folder .*{said}"):
+    with pytest.raises(InteropError, match=f"no folder .*{message}"):
         folders.find(str(folder / name))
 
 
@@ -265,7 +267,7 @@ def test_a_model_with_features_that_gpt2_lacks_cannot_be_exported(tmp_path, opti
     assert list(tmp_path.iterdir()) == []
 
 
-def test_transformers_loads_what_we_write(tmp_path):
+def test_transformers_loads_saved_models(tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs PyTorch: pip install --group bench")
     torch = pytest.importorskip("torch")
     for options in ({}, {"tie_weights": False, "gelu": "exact"}, {"bias": False}):

@@ -51,7 +51,7 @@ def matmul_flops(jaxpr):
             for axis in contracted:
                 terms *= eqn.invars[0].aval.shape[axis]
             total += 2 * terms
-        inner = (getattr(value, "jaxpr", value) for value in eqn.params.values())  # closed, or of a checkpoint
+        inner = (getattr(value, "jaxpr", value) for value in eqn.params.values())  # a ClosedJaxpr, or remat's Jaxpr
         total += sum(matmul_flops(each) for each in inner if hasattr(each, "eqns"))
     return total
 
@@ -69,7 +69,7 @@ def test_flops_equal_those_of_the_matmuls_in_the_traced_forward_pass(change):
 
 @pytest.mark.parametrize("T", [512, 4096])
 def test_flops_are_those_of_blocks_with_a_window(T):
-    """Each block of 128 queries, or of a sixteenth of the context, takes its keys and those of the window before it."""
+    """Each block of 128 queries, or of a sixteenth of the context, attends to its keys and to the window before it."""
     config = dataclasses.replace(SMALL, block_size=T, window=48)
     params = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
     traced = jax.make_jaxpr(lambda params, idx: model.forward(config, params, idx))(

@@ -1,3 +1,5 @@
+"""Facts of a run, gathered from its config, metrics and events."""
+
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -30,7 +32,7 @@ def run(tmp_path, tiny):
     return Run.create(tmp_path, "one", tiny, META)
 
 
-def written(run, *lines, events=()):
+def gather_from(run, *lines, events=()):
     run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for event in events:
         run.event(**event)
@@ -55,7 +57,7 @@ def test_the_tokens_held_out_are_those_of_the_split(run, tiny, change):
 
 
 def test_facts_of_a_run(run):
-    found = written(
+    found = gather_from(
         run,
         scored(0, 3.0),
         {"step": 1, "loss": 2.5, **LINE},
@@ -72,19 +74,19 @@ def test_facts_of_a_run(run):
     assert (found.step, found.best.loss, found.loss, found.running, found.seconds) == (2, 2.0, [(1, 2.5)], False, 3.5)
     assert found.recipe in found.command
     assert ("n_embd", 128, 16) in found.changes
-    flops = 2 * 16 * (12 * 16) + 4 * 8 * 16 + 2 * 13 * 16  # of a block's kernels, its attention, and the head
+    flops = 2 * 16 * (12 * 16) + 4 * 8 * 16 + 2 * 13 * 16  # the kernels of the block, its attention, the head
     assert found.utilization == pytest.approx(3 * flops * 1e6 / (2 * 989e12))
-    moved = [*found.events, {"event": "start", "step": 20, "device": "NVIDIA A100-SXM4-80GB", "devices": 1}]
-    assert dataclasses.replace(found, events=moved).utilization == found.utilization, "it has no speed there yet"
+    events = [*found.events, {"event": "start", "step": 20, "device": "NVIDIA A100-SXM4-80GB", "devices": 1}]
+    assert dataclasses.replace(found, events=events).utilization == found.utilization, "no speed on the A100 yet"
 
 
 @pytest.mark.parametrize(
-    ("losses", "where"),
+    ("losses", "overfits_from"),
     [([3, 2, 1], None), ([3, 1, 2], 1), ([3, 1, 1.005], None), ([3], None), ([2, 2.5, 3], 0)],
 )
-def test_a_run_overfits_if_the_last_score_is_worse_by_more_than_its_error(run, losses, where):
-    found = written(run, *(scored(step, loss) for step, loss in enumerate(losses)))
-    assert found.overfits_from == where
+def test_a_run_overfits_if_the_last_score_is_worse_by_more_than_its_error(run, losses, overfits_from):
+    found = gather_from(run, *(scored(step, loss) for step, loss in enumerate(losses)))
+    assert found.overfits_from == overfits_from
 
 
 @given(st.integers(0, 2**32), st.integers(1, 500), st.integers(6, 80))
@@ -99,8 +101,8 @@ def test_a_thinned_curve_keeps_its_ends_and_extremes(seed, length, n):
     assert {min(values), max(values)} <= {value for _, value in kept}
 
 
-class Slow:
-    """Checkpoints whose saves block the loop for 100 s, and end when they are waited for."""
+class SlowCheckpoints:
+    """Fake checkpoints: a save blocks the loop for 100 s, and is recorded when `settle` waits for it."""
 
     def __init__(self, now):
         self.now, self.record = now, lambda: None
@@ -115,7 +117,7 @@ class Slow:
 
 
 def test_speed_between_saves_counts_the_steps_between_them(run, tiny, monkeypatch):
-    """Chunks of 5 steps take 7 s, 5 s, 10 s and 20 s, evaluations 50 s; the first chunk does not count."""
+    """Chunks of 5 steps take 7 s, 5 s, 10 s and 20 s, evaluations 50 s. The first chunk is not timed."""
     now, losses = [0.0], jnp.ones(5)
     monkeypatch.setattr(metrics_log, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     chunk = Metrics(losses, losses, losses, losses > 0)
@@ -128,7 +130,7 @@ def test_speed_between_saves_counts_the_steps_between_them(run, tiny, monkeypatc
 
     corpus = SimpleNamespace(meta=META)
     with log:
-        slow = Slow(now)
+        slow = SlowCheckpoints(now)
         score(0)
         for begin, seconds in ((0, 7), (5, 5), (10, 10), (15, 20)):
             log.add(begin, chunk)
@@ -161,13 +163,14 @@ def timed(*events):
 
 
 @pytest.mark.parametrize(
-    ("last", "runs_on"),
+    ("last", "running"),
     [("start", True), ("end", False), ("broken-off", False), ("import", False)],
 )
-def test_events_of_loggers_do_not_make_a_run_running(run, last, runs_on):
+def test_events_of_loggers_do_not_make_a_run_running(run, last, running):
     events = [] if last == "start" else [{"name": last, "step": 9}]
-    found = written(run, events=[{"name": "start", "step": 0}, *events, {"name": "log-failed", "step": 0, "text": "x"}])
-    assert found.running == runs_on
+    events = [{"name": "start", "step": 0}, *events, {"name": "log-failed", "step": 0, "text": "x"}]
+    found = gather_from(run, events=events)
+    assert found.running == running
 
 
 def test_a_process_that_was_killed_counts_up_to_its_last_save(run):

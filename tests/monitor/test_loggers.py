@@ -1,3 +1,5 @@
+"""Loggers get the metrics of a run; a logger that fails does not end the run."""
+
 import math
 import sys
 from types import SimpleNamespace
@@ -51,7 +53,7 @@ def test_tensorboard_reads_the_metrics(run):
         assert dict(values[name]) == pytest.approx({step: numbers[name] for step, numbers in LOGGED if name in numbers})
 
 
-def test_a_logger_that_is_named_twice_is_opened_once(run, monkeypatch):
+def test_a_logger_named_twice_is_opened_once(run, monkeypatch):
     opened = []
     monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda run: opened.append(run) or (print, lambda: None))
     log(run, "tensorboard", "tensorboard")
@@ -59,10 +61,10 @@ def test_a_logger_that_is_named_twice_is_opened_once(run, monkeypatch):
 
 
 def test_wandb_resumes_the_run_by_its_id(run, tmp_path, tiny, monkeypatch):
-    sent, begun = [], []
+    sent, init_args = [], []
 
     def init(**kwargs):
-        begun.append(kwargs)
+        init_args.append(kwargs)
         return SimpleNamespace(
             log=lambda values, step: sent.append((step, values)), finish=lambda: sent.append("finished")
         )
@@ -73,14 +75,14 @@ def test_wandb_resumes_the_run_by_its_id(run, tmp_path, tiny, monkeypatch):
     run.with_config(run.config)
     log(run, "wandb")
     log(Run.create(tmp_path / "elsewhere", "one", tiny, META), "wandb")
-    assert begun[0]["id"] == begun[1]["id"] != begun[2]["id"]
+    assert init_args[0]["id"] == init_args[1]["id"] != init_args[2]["id"]
     assert sent == [*LOGGED, "finished"] * 3
-    assert begun[0]["name"] == "one"
-    assert begun[0]["config"]["model"]["n_embd"] == 16
-    assert begun[0]["resume"] == "allow"
+    assert init_args[0]["name"] == "one"
+    assert init_args[0]["config"]["model"]["n_embd"] == 16
+    assert init_args[0]["resume"] == "allow"
 
 
-def test_trackio(run, monkeypatch):
+def test_trackio_gets_the_metrics(run, monkeypatch):
     sent = []
     fake = SimpleNamespace(
         init=lambda **kwargs: sent.append(kwargs["name"]),

@@ -1,3 +1,5 @@
+"""Runs in notebooks: `jaxgpt.load`, and samples during training."""
+
 import pytest
 
 import jaxgpt
@@ -30,22 +32,22 @@ def test_a_loaded_run_has_a_summary_samples_and_a_chart(trained, tmp_path):
         jaxgpt.load("nobody", runs_dir=run.path.parent)
 
 
-def test_samples_while_training_change_no_bit_of_it(trained, tmp_path):
+def test_samples_during_training_do_not_change_the_metrics(trained, tmp_path):
     run, data_dir = trained
-    seen, numbers = [], []
+    seen, metrics = [], []
     for name, write in (("plain", None), ("watched", sampler(run.config.model, run.tokenizer))):
         again, corpus = start(run.config, name, tmp_path, data_dir)
         seen.clear()
         fit(again, corpus, seen.append, sample=write)
-        numbers.append(again.metrics_file.read_bytes())
-    assert numbers[0] == numbers[1]
+        metrics.append(again.metrics_file.read_bytes())
+    assert metrics[0] == metrics[1]
     kinds = [(type(event), event.step) for event in seen if isinstance(event, Evaluated | Sampled)]
-    assert kinds == [(Evaluated, 0), (Evaluated, 10), (Sampled, 10), (Evaluated, 20)], "between the ends only"
+    assert kinds == [(Evaluated, 0), (Evaluated, 10), (Sampled, 10), (Evaluated, 20)], "none at step 0 or the end"
     (text,) = [event.text for event in seen if isinstance(event, Sampled)]
     assert text
 
 
-def test_a_sample_without_memory_is_empty(trained, monkeypatch):
+def test_a_sample_that_runs_out_of_memory_is_empty(trained, monkeypatch):
     def full(*args):
         raise MemoryError
 

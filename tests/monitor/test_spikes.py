@@ -1,3 +1,5 @@
+"""Spikes of the training loss: when a warning is given, and that it is recorded."""
+
 import math
 
 import numpy as np
@@ -14,7 +16,7 @@ def spikes_in(losses):
 
 
 def falling(n, seed=0):
-    """A loss that falls as losses do, with noise."""
+    """Losses (n,) that decay exponentially to 2.0, with noise."""
     return 2.0 + 2.5 * np.exp(-np.arange(n) / 200) + np.random.default_rng(seed).normal(0, 0.08, n)
 
 
@@ -36,7 +38,7 @@ def test_the_mean_before_a_spike_is_reported():
     assert math.isclose(spikes.add(5.0), 2.05)
 
 
-def test_the_first_losses_and_nans_are_no_spikes():
+def test_the_first_losses_and_non_finite_losses_are_not_spikes():
     assert spikes_in([1.0] * 49 + [100.0]) == []
     assert spikes_in([2.0, 2.1] * 50 + [math.nan, math.inf, 2.0]) == []
 

@@ -1,3 +1,5 @@
+"""The display of training on terminals, in plain files and in closed pipes."""
+
 import io
 import math
 from dataclasses import replace
@@ -22,7 +24,7 @@ def show(is_terminal, *events, width=100, encoding="utf-8", used=lambda speed: N
     return out.buffer.getvalue().decode(encoding)
 
 
-def test_plain_lines_where_the_output_is_not_a_terminal(monkeypatch):
+def test_plain_lines_if_the_output_is_not_a_terminal(monkeypatch):
     monkeypatch.setattr(terminal, "PLAIN_SECONDS", 0.0)
     out = show(
         False,
@@ -55,7 +57,7 @@ def test_a_closed_pipe_does_not_end_the_run():
         display(Evaluated(50, RESULT))
 
 
-def test_a_terminal_that_is_closed_does_not_end_the_run():
+def test_a_closed_terminal_does_not_end_the_run():
     tried = []
 
     class Gone(io.StringIO):
@@ -69,10 +71,10 @@ def test_a_terminal_that_is_closed_does_not_end_the_run():
         display(Evaluated(50, RESULT))
     console.print("done")
     assert any("50/100" in text for text in tried)
-    assert tried[-1] == "done\n", "what could not be shown is not kept, as it would grow for the rest of the run"
+    assert tried[-1] == "done\n", "output that failed to print is not kept: it would grow for the rest of the run"
 
 
-def test_a_live_line_on_a_terminal():
+def test_a_terminal_has_a_live_line():
     out = show(True, Progress(50, 100, 2.5, 12_345.6, 75.0), Evaluated(50, RESULT))
     assert "50/100" in out
     assert "loss 2.5000  12,346 tokens/s  1m15s left" in out
@@ -83,7 +85,7 @@ CURVE = [Progress(10 * (i + 1), 100, 4.0 - i / 2, 1e4, 75.0) for i in range(5)]
 
 
 def last_drawn(out):
-    """The last lines drawn on a terminal."""
+    """The lines of the last frame drawn on a terminal, without escape codes."""
     return out.replace("\x1b[?25h", "").split("\x1b[2K")[-1].replace("\x1b[2m", "").strip("\n").splitlines()
 
 
@@ -104,7 +106,7 @@ def test_no_line_is_wider_than_the_terminal(width):
     assert "loss 2.0" in lines[0] or width < 30
 
 
-def test_an_ascii_terminal_has_a_curve_of_ascii():
+def test_an_ascii_terminal_has_an_ascii_curve():
     assert "loss #*+-_  4.00 to 2.00" in show(True, *CURVE, encoding="ascii")
 
 
@@ -123,10 +125,10 @@ def test_a_resumed_run_shows_the_best_loss_before_it():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0, "0s"), (59.7, "1m00s"), (75, "1m15s"), (3599.4, "59m59s"), (3700, "1h01m")]
+    ("seconds", "text"), [(0, "0s"), (59.7, "1m00s"), (75, "1m15s"), (3599.4, "59m59s"), (3700, "1h01m")]
 )
-def test_durations(seconds, said):
-    assert duration(seconds) == said
+def test_durations(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_the_loss_of_a_single_window_has_no_error():

@@ -1,4 +1,4 @@
-"""Plans for chips that are not attached: by the compiler for TPUs where it is installed, and for virtual devices."""
+"""Plans for chips that are not attached: by the TPU compiler if it is installed, for virtual devices, and estimates."""
 
 import importlib.util
 import math
@@ -41,11 +41,11 @@ def bytes_sent(step):
     ("name", "text"),
     [
         ("124m", "data=32,fsdp=4,tensor=2"),
-        ("1.5b", "data=32,fsdp=4,tensor=2"),  # whose 25 heads tensor does not divide
+        ("1.5b", "data=32,fsdp=4,tensor=2"),  # tensor does not divide its 25 heads
     ],
 )
 def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
-    """Communication is counted by hand: 12 C² elements of kernels in each of L blocks, and the head of V C."""
+    """Communication is counted by hand: each of L blocks has kernels of 12 C² elements, the head has V C."""
     config, sizes = recipes[name], Sizes.parse(text)
     C, V, L = config.model.n_embd, config.model.vocab_size, config.model.n_layer
     chip, devices = plan.topology("v5e:16x16")
@@ -55,20 +55,20 @@ def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
     assert step.fits
     assert "tpu_custom_call" in found.kernels  # splash attention
     assert set(found.matmuls) == {"bf16 x bf16"}
-    # A chip holds its shards of parameters and moments, and the tokens.
+    # A chip holds its shards of the parameters and of two moments, and the tokens.
     shards = sizes.fsdp * sizes.tensor
     assert step.arguments - 2 * DEVICE_TOKENS == pytest.approx(3 * 4 * (12 * L * C**2 + V * C) / shards, rel=0.05)
-    # Kernels are gathered as bfloat16: for each pass, and those of attention once more; the head's once.
+    # Kernels are gathered as bfloat16: once per pass, those of attention once more; the head is gathered once.
     gathered = 2 * ((2 + 4 / 12) * 12 * L * C**2 + V * C) / sizes.tensor
-    divided = config.model.n_head % sizes.tensor == 0  # else some kernels of attention are gathered whole
+    divided = config.model.n_head % sizes.tensor == 0  # else some attention kernels are gathered whole
     found_gathered = step.collectives["all-gather", sizes.fsdp][1]
     assert found_gathered == pytest.approx(gathered, rel=0.1) if divided else gathered < found_gathered < 1.3 * gathered
-    # Gradients are scattered as float32, once, in whole tiles; only their shards are summed over the copies.
+    # Gradients are reduce-scattered as float32, once, in whole tiles; only shards are summed over the replicas.
     gradients = 4 * (12 * L * C**2 + V * C) / sizes.tensor
     assert bytes_of(step, "reduce-scatter") == pytest.approx(gradients, rel=0.1)
     summed = sum(size for (kind, n), (_, size) in step.collectives.items() if kind == "all-reduce" and n > sizes.tensor)
     assert summed < 1.5 * gradients / sizes.fsdp + 2**24
-    # The second step compiles nothing: the state has the same formats as result and as argument.
+    # The second step compiles nothing: the state has the same layout as input and as output.
     (state, *_), _ = compiled.input_formats
     assert jax.tree.leaves(state) == jax.tree.leaves(compiled.output_formats[0])
     # The estimate is close.
@@ -77,7 +77,7 @@ def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
     assert bytes_sent(guess) == pytest.approx(bytes_sent(step), rel=0.2)
 
 
-def test_the_plans_on_the_pages_use_all_chips():
+def test_the_plans_of_the_docs_use_all_chips():
     root = Path(__file__).parents[2]
     pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     lines = [line for page in pages for line in re.findall(r"^jaxgpt plan (.*)", page.read_text("utf-8"), re.M)]
@@ -104,28 +104,28 @@ def test_topologies_that_the_compiler_cannot_target_are_refused():
 
 @tpu
 @pytest.mark.parametrize(("name", "chips"), [("v5e:1x1", 1), ("v5e:2x1", 2), ("v5e:2x2", 4), ("v5p:2x2x2", 8)])
-def test_a_topology_may_be_a_part_of_a_host(name, chips):
+def test_a_topology_may_be_smaller_than_a_host(name, chips):
     assert len(plan.topology(name)[1]) == chips
 
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """A fake TPU compiler: a list of the coordinates of the devices that it finds."""
+    """A fake TPU compiler. The list holds the coordinates of the devices to find; each call appends its arguments."""
     from jax.experimental import topologies
 
     found = []
 
-    def describe(**asked):
+    def describe(**kwargs):
         if not found:
             raise RuntimeError("INVALID_ARGUMENT")
-        found.append(asked)
+        found.append(kwargs)
         return types.SimpleNamespace(devices=[types.SimpleNamespace(coords=list(at)) for at in found[:-1]])
 
     monkeypatch.setattr(topologies, "get_topology_desc", describe)
     return found
 
 
-def test_chips_of_two_devices_are_only_estimated(compiler):
+def test_chips_with_two_devices_can_only_be_estimated(compiler):
     compiler += [(0, 0, 0), (0, 0, 0), (1, 0, 0), (1, 0, 0)]
     with pytest.raises(PlanError, match=r"found 4 on 2 chips; v4 can only be estimated, --chips 2 --chip v4"):
         plan.topology("v4:2x1x1")
@@ -134,13 +134,13 @@ def test_chips_of_two_devices_are_only_estimated(compiler):
 @pytest.mark.parametrize(
     ("name", "bounds"), [("v5e:1x1", (1, 1, 1)), ("v5e:2x1", (2, 1, 1)), ("v5e:16x16", (2, 2, 1)), ("v5e:3", None)]
 )
-def test_the_compiler_gets_hosts_with_fewer_chips(compiler, name, bounds):
+def test_the_compiler_gets_smaller_hosts_for_small_topologies(compiler, name, bounds):
     compiler += [(0, 0, 0)]
     plan.topology(name)
     assert compiler[-1].get("chips_per_host_bounds") == bounds
 
 
-def test_the_install_hint_is_only_for_a_missing_compiler(compiler, monkeypatch):
+def test_only_a_missing_compiler_gets_the_install_hint(compiler, monkeypatch):
     for installed, hint in ((True, "expected an arrangement as in v5p:4x4x4$"), (False, r"pip install 'jaxgpt\[tpu\]")):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=installed: found or None)
         with pytest.raises(PlanError, match=f"--topology v5p:3: INVALID_ARGUMENT; {hint}"):
@@ -148,15 +148,15 @@ def test_the_install_hint_is_only_for_a_missing_compiler(compiler, monkeypatch):
 
 
 def test_programs_for_absent_chips_are_not_cached(tiny, monkeypatch):
-    """The next process could not read them."""
+    """Another process could not read such cache entries."""
     name, seen = "jax_persistent_cache_min_compile_time_secs", []
     before = jax.config.values[name]
 
-    def look(*_):
+    def fail(*_):
         seen.append(jax.config.values[name])
         raise RuntimeError("seen")
 
-    monkeypatch.setattr(jax.stages.Lowered, "compile", look)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
     with pytest.raises(PlanError, match="the compiler failed: seen"):
         plan.plan(tiny, *plan.topology("cpu:1"), Sizes())
     assert seen == [math.inf]
@@ -165,7 +165,7 @@ def test_programs_for_absent_chips_are_not_cached(tiny, monkeypatch):
 
 @pytest.fixture
 def shallow(tiny, change):
-    """A config that every mesh here divides, wide enough that kernels dominate communication."""
+    """A config divisible by every mesh here, so wide that the kernels dominate communication."""
     sizes = dict(vocab_size=512, block_size=64, n_layer=2, n_head=4, n_embd=128, dropout=0.0, batch_size=16)
     return change(tiny, **sizes, scan_layers=True, remat="blocks", bias=False, tie_weights=True)
 
@@ -176,7 +176,7 @@ def shallow(tiny, change):
         ("data=4,fsdp=2", {}),
         ("data=2,fsdp=2,tensor=2", {}),
         ("data=4,fsdp=2", {"vocab_size": 128, "bigram_embed": True}),
-        ("data=4,context=2", {"block_size": 512}),  # of two blocks of queries on each chip
+        ("data=4,context=2", {"block_size": 512}),  # two blocks of queries on each chip
     ],
 )
 def test_the_estimate_agrees_with_the_program_for_virtual_devices(shallow, change, text, changes):
@@ -187,14 +187,14 @@ def test_the_estimate_agrees_with_the_program_for_virtual_devices(shallow, chang
     assert found.config == shallow
     guess = estimate(shallow, CHIPS["h100"], Sizes.parse(text))
     assert guess.memory - 2 * DEVICE_TOKENS == pytest.approx(found.memory - 2 * DEVICE_TOKENS, rel=0.4)
-    # XLA reduces as many bytes on CPUs, but by all-reduce where TPUs reduce-scatter.
+    # On CPUs, XLA reduces as many bytes, but with all-reduce instead of reduce-scatter.
     for kinds in (("all-gather",), ("all-reduce", "reduce-scatter")):
         reduced = [sum(bytes_of(step, kind) for kind in kinds) for step in (guess, found)]
         assert reduced[0] == pytest.approx(reduced[1], rel=0.3)
 
 
 def test_the_estimate_counts_the_shards_of_every_parameter(shallow, change):
-    """The embeddings of positions and of pairs are not split by tensor."""
+    """The position and bigram embeddings are not sharded over `tensor`."""
     config, sizes = change(shallow, bigram_embed=True, vocab_size=128), Sizes.parse("data=2,fsdp=2,tensor=2")
     state = abstract_state(config, make_mesh(sizes))
     shards = [4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)]
@@ -209,7 +209,7 @@ def test_the_estimate_counts_the_moments_of_the_optimizer(shallow, change, algor
     params, moments = (sum(4 * leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.opt_state))
     step = estimate(config, CHIPS["v5e"], Sizes())
     assert step.arguments - 2 * DEVICE_TOKENS == pytest.approx(params + moments, abs=100)
-    read, written = params + params + moments, params + moments  # it also reads the gradients
+    read, written = params + params + moments, params + moments  # the update also reads the gradients
     assert step.seconds["update"] == pytest.approx((read + written) / CHIPS["v5e"].memory_rate, rel=1e-4)
     _, why = choose(config, 1, None)
     assert why.startswith(f"parameters, gradients and moments take {(2 * params + moments) / 1e9:.2g} GB")
@@ -217,16 +217,16 @@ def test_the_estimate_counts_the_moments_of_the_optimizer(shallow, change, algor
 
 @pytest.mark.parametrize(("remat", "algorithm"), [("none", "adamw"), ("matmuls", "muon"), ("blocks", "adamw")])
 def test_flops_and_state_are_those_of_the_program(shallow, change, remat, algorithm):
-    """Recomputed FLOPs, too. Without a loop over the blocks, XLA for CPUs would recompute none."""
+    """Including recomputed FLOPs. Without a scan over blocks, XLA recomputes nothing on CPUs."""
     config = change(shallow, remat=remat, algorithm=algorithm)
     found = plan.plan(config, *plan.topology("cpu:1"), Sizes())
     assert found.step.computed == sum(each.flops for each in hlo.matmuls(found.compiled.as_text()))
     guess = estimate(config, CHIPS["h100"], Sizes())
-    assert guess.arguments == pytest.approx(found.step.arguments, abs=200), "all but starts and counts of steps"
+    assert guess.arguments == pytest.approx(found.step.arguments, abs=200), "all but window starts and step counts"
 
 
 def test_a_window_saves_flops_unless_chips_share_the_context(shallow, change):
-    """Their blocks of queries take the keys of the whole context."""
+    """Chips that share the context compute the scores of all keys."""
     whole = change(shallow, block_size=512)
     window = change(whole, window=64)
     for sizes, saves in ((Sizes(data=2), True), (Sizes(context=2), False)):
@@ -254,15 +254,15 @@ def test_short_times_are_not_rounded_to_zero(capsys):
     assert [view.ms(seconds, 1) for seconds in (0.1424, 0.0053, 36.082)] == ["142.4", "5.3", "36,082.0"]
 
 
-def test_float32_is_counted_at_the_rate_of_its_matmuls(recipes, change):
+def test_float32_is_estimated_at_the_rate_of_its_matmuls(recipes, change):
     config, sizes = change(recipes["1.5b"], precision="float32"), Sizes(fsdp=8)
     for name, slower, kind in (("h100", 989 / 494.7, "TF32"), ("a100", 2, "TF32"), ("v5p", 1, "bfloat16")):
         steps = [estimate(each, CHIPS[name], sizes) for each in (config, recipes["1.5b"])]
         times = [step.seconds["matmuls"] for step in steps]
         assert times[0] == pytest.approx(slower * times[1])
         assert steps[0].utilization[0] == pytest.approx(steps[0].flops / steps[0].bounds[1] / CHIPS[name].float32)
-        said = ["\n".join(view.costs(step, "")) for step in steps]
-        assert [f"float32 matmuls at the rate of {kind}" in text for text in said] == [True, False]
+        texts = ["\n".join(view.costs(step, "")) for step in steps]
+        assert [f"float32 matmuls at the rate of {kind}" in text for text in texts] == [True, False]
 
 
 def test_impossible_plans_are_refused(shallow, change):
@@ -295,15 +295,15 @@ def test_impossible_plans_are_refused(shallow, change):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("--chip h100", "--chip has no effect without --chips"),
         ("--chips 4 --topology v5e:2x2", "--topology has no effect with --chips"),
         ("--sweep --mesh data=4", "--mesh has no effect with --sweep"),
     ],
 )
-def test_an_option_without_effect_is_refused(flags, said):
-    with pytest.raises(UsageError, match=said):
+def test_an_option_without_effect_is_refused(flags, message):
+    with pytest.raises(UsageError, match=message):
         cli.run(["gpt2-124m", *flags.split()])
 
 

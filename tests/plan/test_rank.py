@@ -1,4 +1,4 @@
-"""The ranking of meshes and batch sizes, which steps fit, and the suggestions if none does."""
+"""The ranking of meshes and batch sizes, which steps fit, and suggestions if a step does not fit."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from jaxgpt.plan.estimate import estimate
 from jaxgpt.sharding import Sizes
 
 
-def test_the_ranking_is_by_time_and_keeps_what_divides(recipes):
+def test_the_ranking_is_by_time_and_has_only_divisible_batches(recipes):
     config, chip = recipes["124m"], CHIPS["v5p"]
     found = plan.ranked(config, chip, 24)
     assert all(step.sizes.devices == 24 for step in found)
@@ -26,7 +26,7 @@ def test_the_ranking_is_by_time_and_keeps_what_divides(recipes):
         assert estimate(step.config, chip, step.sizes) == step
 
 
-def test_a_sweep_tries_batches_too(recipes, change, capsys):
+def test_a_sweep_also_tries_batch_sizes(recipes, change, capsys):
     alone = plan.ranked(change(recipes["1.5b"], batch_size=6), CHIPS["v5p"], 1, sweep=True)
     assert sorted({step.config.train.batch_size for step in alone}) == [3, 6, 12, 24]
     config, chip = change(recipes["1.5b"], batch_size=12), CHIPS["v5e"]
@@ -44,7 +44,7 @@ def test_a_sweep_tries_batches_too(recipes, change, capsys):
     assert len(batches[1]) > 1
 
 
-def test_a_sweep_compiles_the_best_of_all_batches(monkeypatch, capsys):
+def test_a_sweep_compiles_the_best_of_all_batch_sizes(monkeypatch, capsys):
     tried = []
 
     def refuse(config, chip, devices, sizes):
@@ -67,7 +67,7 @@ def test_more_chips_are_faster_until_communication_dominates(recipes, change):
     assert steps[0].utilization[0] > steps[2].utilization[0]
     one, two = (estimate(config, CHIPS["v5e"], Sizes(data=4 * n, fsdp=64)) for n in (1, 2))
     assert one.network == 0
-    # Between two pods, each chip sends its share of half of the summed shard, twice.
+    # Between two pods, each chip sends twice its share of half of the summed shard.
     assert two.network == pytest.approx(2 * 4 * 1.6e9 / 64 / 4 / 2, rel=0.05)
 
 
@@ -75,9 +75,9 @@ def test_the_command_ranks_by_estimate(capsys):
     assert cli.run(["gpt2-1.5b", "--chips", "256", "--chip", "v5e"]) == 0
     one = capsys.readouterr().out.splitlines()
     assert len(one) == 2 + cli.SHOWN
-    assert cli.run(["gpt2-1.5b", "--chips", "1", "256", "4096"]) == 1  # one chip does not hold it
+    assert cli.run(["gpt2-1.5b", "--chips", "1", "256", "4096"]) == 1  # one chip has too little memory
     several = capsys.readouterr().out.splitlines()
-    assert cli.run(["gpt2-1.5b", "--chips", "256", "1"]) == 1, "nor in another order"
+    assert cli.run(["gpt2-1.5b", "--chips", "256", "1"]) == 1, "whatever the order"
     capsys.readouterr()
     assert [line.split(" | ")[0] for line in several[2:]] == ["| 1", "| 256", "| 4096"]
     assert several[3] == one[2]
@@ -86,52 +86,52 @@ def test_the_command_ranks_by_estimate(capsys):
 
 
 def test_following_the_suggestions_leads_to_a_step_that_fits(recipes, change):
-    """Starts with 1.5B parameters whole on each chip, and no remat."""
+    """The first step has 1.5B parameters unsharded on each chip, and no remat."""
     config, sizes, tried = change(recipes["1.5b"], remat="none", batch_size=16384), Sizes(data=256), []
     for _ in range(12):
         step = estimate(config, CHIPS["v5e"], sizes)
         if step.fits:
             break
         tried.append(step.memory)
-        said = plans.verdict(step)
-        assert said.startswith("it does not fit, by " if step.memory > step.chip.memory else "it may not fit: ")
-        name, value = re.search(r"--(\S+) (\S+)", said).groups()
+        verdict = plans.verdict(step)
+        assert verdict.startswith("it does not fit, by " if step.memory > step.chip.memory else "it may not fit: ")
+        name, value = re.search(r"--(\S+) (\S+)", verdict).groups()
         if name == "mesh":
             sizes = Sizes.parse(value)
         else:
             config = change(config, **{name: int(value) if value.isdecimal() else value})
     assert step.fits
     assert len(tried) >= 3
-    assert tried == sorted(tried, reverse=True)  # each helped
+    assert tried == sorted(tried, reverse=True)  # each suggestion saves memory
 
 
 @pytest.mark.parametrize(
-    ("sizes", "changes", "said"),
+    ("sizes", "changes", "suggestion"),
     [
-        # fsdp = 7 does not divide 1600 channels, fsdp = 8 does, with one chip more
+        # 1600 channels are not divisible by fsdp = 7, but by fsdp = 8, which needs one more chip
         (Sizes(data=7), dict(batch_size=504), "--mesh fsdp=8 of 8 chips"),
-        # as it was: the state goes over as few chips as divide both copies and channels
+        # on the same chips, with the smallest fsdp that divides both the replicas and the channels
         (Sizes(data=14), dict(batch_size=504, accumulate=36), "--mesh data=7,fsdp=2"),
-        # fsdp = 2 to 4 divides no 15 sequences of a micro-batch or no 1600 channels, and 64 micro-batches no 480
+        # fsdp = 2 to 4 does not divide the 15 sequences of a micro-batch or the 1600 channels; 64 does not divide 480
         (Sizes(), dict(batch_size=480, accumulate=32), "--accumulate 40"),
-        # of 3 micro-batches of 8 sequences; 6 of 4 are twice as many, but 4 of 6 do too
+        # 3 micro-batches of 8 sequences: twice as many would be 6 of 4, but 4 of 6 are enough
         (Sizes(fsdp=2), dict(batch_size=24, accumulate=3), "--accumulate 4"),
-        # each chip has one sequence, and 1025 tokens are not split in two
+        # each chip has one sequence, and 1025 tokens are not divisible by 2
         (Sizes(fsdp=2), dict(batch_size=2, block_size=1025), "use more chips"),
         (Sizes(fsdp=2), dict(batch_size=2), "over more chips, --mesh fsdp=2,context=2 of 4 chips"),
     ],
 )
-def test_a_suggestion_can_run(recipes, change, sizes, changes, said):
+def test_a_suggestion_can_run(recipes, change, sizes, changes, suggestion):
     config = change(recipes["1.5b"], **changes)
     memory = 16 * 2**30 if sizes.fsdp == 1 else 20 * 2**30
     step = estimate(config, CHIPS["v5e"], sizes)
     step = dataclasses.replace(step, chip=dataclasses.replace(CHIPS["v5e"], memory=memory), temporaries=2 * memory)
     assert not step.fits
-    assert plans.verdict(step).endswith(said)
+    assert plans.verdict(step).endswith(suggestion)
 
 
-def test_a_suggestion_leaves_pods_whole(recipes, change):
-    """Over two pods of three chips, data = 6 keeps its factor of 2, and the state goes over three chips."""
+def test_a_suggestion_splits_no_pod(recipes, change):
+    """Two pods of three chips: data = 6 becomes data = 2 between the pods and fsdp = 3 within each."""
     config = change(recipes["1.5b"], batch_size=1536, n_embd=1536, n_head=24)
     chip = dataclasses.replace(CHIPS["v5e"], pod=3)
     step = estimate(config, chip, Sizes(data=6))
@@ -139,8 +139,8 @@ def test_a_suggestion_leaves_pods_whole(recipes, change):
     assert plans.verdict(step).endswith("--mesh data=2,fsdp=3")
 
 
-def test_an_estimate_is_trusted_up_to_four_fifths_of_the_memory(recipes, change):
-    """With one or two sequences per chip, the compiler needs at most a quarter more: test_plan.py."""
+def test_a_step_fits_up_to_four_fifths_of_the_memory(recipes, change):
+    """With one or two sequences per chip, the compiler needs at most a quarter more than estimated (test_plan.py)."""
     config, sizes = recipes["1.5b"], Sizes(data=64, fsdp=4)
     step = estimate(config, CHIPS["v5e"], sizes)
     assert step.fits
