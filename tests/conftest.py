@@ -138,7 +138,7 @@ def set_flags() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def optimized_subprocesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Subprocesses of this test compile with the default options, because it compares their results bit for bit."""
+    """Subprocesses of this test compile with the default options, as those of a user do."""
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 
