@@ -173,7 +173,7 @@ def test_a_vocabulary_larger_than_the_model_is_refused(imported, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"), [("no such", "no folder 'no such'"), ("~m", "no folder '~m'"), ("../x/y/z", "no folder")]
 )
-def test_find_refuses_names_of_neither_folders_nor_models(name, message):
+def test_find_refuses_a_name_that_is_neither_a_folder_nor_a_model(name, message):
     with pytest.raises(InteropError, match=message):
         folders.find(name)
 

@@ -68,7 +68,7 @@ def test_flops_equal_those_of_the_matmuls_in_the_traced_forward_pass(change):
 
 
 @pytest.mark.parametrize("T", [512, 4096])
-def test_flops_are_those_of_blocks_with_a_window(T):
+def test_flops_with_a_window_are_those_of_blocked_attention(T):
     """Each block of 128 queries, or of a sixteenth of the context, attends to its keys and to the window before it."""
     config = dataclasses.replace(SMALL, block_size=T, window=48)
     params = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))

@@ -44,7 +44,7 @@ def test_a_new_run_has_no_curves(run):
     assert (found.step, found.best, found.loss, found.running, found.seconds) == (0, None, [], True, None)
 
 
-def test_the_tokens_held_out_are_those_of_the_split(run, tiny, change):
+def test_held_out_tokens_are_the_size_of_the_validation_split(run, tiny, change):
     ids, found = np.zeros(997, np.uint16), facts.gather(run)
     parts = [Corpus(ids[:n], None, {"count": n}) for n in (600, 397)]
     plain = Corpus(ids, None, {"count": 997})
@@ -173,7 +173,7 @@ def test_events_of_loggers_do_not_make_a_run_running(run, last, running):
     assert found.running == running
 
 
-def test_a_process_that_was_killed_counts_up_to_its_last_save(run):
+def test_the_time_of_a_killed_process_ends_at_its_last_save(run):
     killed = timed((0, "start", {"step": 0}), (9, "save", {"step": 90}))
     resumed = timed(
         (30, "version", {"step": 90, "text": "x"}), (30, "start", {"step": 90}), (31, "end", {"seconds": 61.5})

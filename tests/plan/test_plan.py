@@ -216,7 +216,7 @@ def test_the_estimate_counts_the_moments_of_the_optimizer(shallow, change, algor
 
 
 @pytest.mark.parametrize(("remat", "algorithm"), [("none", "adamw"), ("matmuls", "muon"), ("blocks", "adamw")])
-def test_flops_and_state_are_those_of_the_program(shallow, change, remat, algorithm):
+def test_estimated_flops_and_state_equal_those_of_the_program(shallow, change, remat, algorithm):
     """Including recomputed FLOPs. Without a scan over blocks, XLA recomputes nothing on CPUs."""
     config = change(shallow, remat=remat, algorithm=algorithm)
     found = plan.plan(config, *plan.topology("cpu:1"), Sizes())
