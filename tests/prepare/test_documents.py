@@ -21,25 +21,27 @@ def write(path, column, values):
     if path.suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
-        # No escapes, so that the line ends that JSON lets stand in a string do stand there.
+        # Unescaped, so that strings contain the line separators that JSON allows in them.
         data = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
         path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
 
-KINDS = pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson", "a.jsonlines.gz", "a.JSON", "a.parquet"])
+ALL_FORMATS = pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.ndjson", "a.jsonlines.gz", "a.JSON", "a.parquet"]
+)
 
 
 @pytest.mark.smoke
-@KINDS
+@ALL_FORMATS
 def test_documents_are_joined_by_a_blank_line(tmp_path, name):
     source = read(str(write(tmp_path / name, "text", DOCUMENTS)))
     assert source.text == "\n\n".join(DOCUMENTS)
     assert source.name == "a"
 
 
-@KINDS
-def test_another_column_and_line_ends(tmp_path, name):
+@ALL_FORMATS
+def test_another_column_and_normalized_line_ends(tmp_path, name):
     write(tmp_path / name, "body", ["a\r\nb", "c"])
     source = read(str(tmp_path / name), "body")
     assert source.text == "a\nb\n\nc"
@@ -47,18 +49,18 @@ def test_another_column_and_line_ends(tmp_path, name):
         read(str(tmp_path / name))
 
 
-@KINDS
-@pytest.mark.parametrize(("value", "said"), [(None, "None"), (3, "3")])
-def test_a_value_that_is_no_string_is_named_with_its_place(tmp_path, name, value, said):
+@ALL_FORMATS
+@pytest.mark.parametrize(("value", "shown"), [(None, "None"), (3, "3")])
+def test_non_string_value_is_reported_with_its_row(tmp_path, name, value, shown):
     values = [value] * 2 if name.endswith("parquet") and value else ["a", value]
     write(tmp_path / name, "text", values)
-    place = f"(row|line) {values.index(value) + 1}"
-    with pytest.raises(SourceError, match=rf"{place}: column 'text' holds {said}, expected a string"):
+    where = f"(row|line) {values.index(value) + 1}"
+    with pytest.raises(SourceError, match=rf"{where}: column 'text' holds {shown}, expected a string"):
         read(str(tmp_path / name))
 
 
-@KINDS
-def test_a_column_of_an_object_is_named_after_a_dot(tmp_path, name):
+@ALL_FORMATS
+def test_dotted_column_selects_a_field_of_an_object(tmp_path, name):
     write(tmp_path / name, "meta", [{"text": "a", "more": {"title": "A"}}, {"text": "b", "more": {"title": "B"}}])
     assert read(str(tmp_path / name), "meta.text").text == "a\n\nb"
     assert read(str(tmp_path / name), "meta.more.title").text == "A\n\nB"
@@ -72,33 +74,33 @@ def test_a_column_of_an_object_is_named_after_a_dot(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_a_column_of_an_object_whose_own_name_has_a_dot(tmp_path, name):
+def test_dotted_column_where_the_objects_name_has_a_dot(tmp_path, name):
     write(tmp_path / name, "a.b", [{"c.d": {"text": "one"}}])
     assert read(str(tmp_path / name), "a.b.c.d.text").text == "one"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_of_many_columns_the_first_are_named(tmp_path, name):
+def test_missing_column_error_lists_the_first_20_columns(tmp_path, name):
     write(tmp_path / name, "x", [{f"c{i}": "a" for i in range(2000)}])
     with pytest.raises(SourceError, match=r"it has id, x\.c0, x\.c1, [^:]* x\.c18 and 1,981 more: --column NAME$"):
         read(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz", "a.parquet"])
-def test_a_pointer_of_git_lfs_is_no_text(tmp_path, name):
+def test_git_lfs_pointer_is_refused(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(SourceError, match=rf"{name} is a pointer of Git LFS, .*: git lfs pull"):
         read(str(tmp_path))
 
 
-def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path):
+def test_duplicate_parquet_column_is_refused(tmp_path):
     values = [pyarrow.array(["a"]), pyarrow.array(["b"])]
     parquet.write_table(pyarrow.Table.from_arrays(values, names=["text", "text"]), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match="has 2 columns named 'text', expected one"):
         read(str(tmp_path / "a.parquet"))
 
 
-def test_a_parquet_column_of_lists_is_named_as_it_is_given(tmp_path):
+def test_parquet_column_of_lists_is_reported_by_its_name(tmp_path):
     parquet.write_table(pyarrow.table({"id": [1], "tags": [["a", "b"]]}), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match="has no column 'text'; it has id, tags: --column"):
         read(str(tmp_path / "a.parquet"))
@@ -117,7 +119,7 @@ def test_a_parquet_column_of_lists_is_named_as_it_is_given(tmp_path):
         ('"a"\n', None),
     ],
 )
-def test_a_json_file_is_documents_if_it_is_json_lines(tmp_path, data, text):
+def test_json_file_holds_documents_only_if_it_is_json_lines(tmp_path, data, text):
     (tmp_path / "a.json").write_text(data)
     source = read(str(tmp_path / "a.json"))
     assert source.text == (text or data)
@@ -126,7 +128,7 @@ def test_a_json_file_is_documents_if_it_is_json_lines(tmp_path, data, text):
         read(str(tmp_path / "a.json"))
 
 
-def test_an_array_on_one_line_is_not_read_whole_to_see_that_it_is_one(tmp_path, monkeypatch):
+def test_json_array_on_one_line_is_recognized_without_reading_it_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 10)
     monkeypatch.setattr(documents, "_lines", None)
     (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}] * 100))
@@ -134,7 +136,7 @@ def test_an_array_on_one_line_is_not_read_whole_to_see_that_it_is_one(tmp_path, 
 
 
 @pytest.mark.parametrize("value", [[{"role": "user", "content": "hi"}], [("user", "hi")]], ids=["list", "map"])
-def test_a_parquet_column_of_objects_in_a_list_or_of_maps_is_named_as_it_is_given(tmp_path, value):
+def test_parquet_column_of_object_lists_or_maps_is_reported_by_its_name(tmp_path, value):
     kind = pyarrow.map_(pyarrow.string(), pyarrow.string()) if isinstance(value[0], tuple) else None
     parquet.write_table(pyarrow.table({"turns": pyarrow.array([value], kind)}), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match="has no column 'text'; it has turns: --column"):
@@ -144,16 +146,16 @@ def test_a_parquet_column_of_objects_in_a_list_or_of_maps_is_named_as_it_is_give
 
 
 @given(st.lists(st.text(st.characters())))
-def test_json_lines_give_back_any_strings(tmp_path_factory, strings):
+def test_json_lines_round_trip_any_strings(tmp_path_factory, strings):
     path = tmp_path_factory.mktemp("a") / "a.jsonl"
     path.write_text("\n\n".join(json.dumps({"text": document}) for document in strings))
-    read = documents.normalized(documents.pieces(path, "text"))
+    pieces = documents.normalized(documents.pieces(path, "text"))
     text = "\n\n".join(strings).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    assert "".join(read) == text
+    assert "".join(pieces) == text
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ('{"text": "b"', r"line 3 is not JSON \(Expecting ',' delimiter\), expected an object such as {\"text\": "),
         ("[" * 100_000, r"line 3 is not JSON \(maximum recursion|line 3 is not JSON \(Stack overflow"),
@@ -162,15 +164,15 @@ def test_json_lines_give_back_any_strings(tmp_path_factory, strings):
         ("{}", "line 3 has no column 'text'; it has none"),
     ],
 )
-def test_a_bad_line_is_named_by_its_number(tmp_path, line, said):
+def test_invalid_json_line_is_reported_by_its_number(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n' + line + "\n")
-    with pytest.raises(SourceError, match=said):
+    with pytest.raises(SourceError, match=message):
         read(str(tmp_path / "a.jsonl"))
 
 
-@KINDS
+@ALL_FORMATS
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-1] + b"\xff"])
-def test_damage_is_named(tmp_path, name, damage):
+def test_damaged_file_is_reported_by_name(tmp_path, name, damage):
     path = write(tmp_path / name, "text", DOCUMENTS)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(SourceError, match=name):
@@ -181,13 +183,13 @@ def test_damage_is_named(tmp_path, name, damage):
     ("value", "kind"),
     [(2**60, pyarrow.timestamp("ms")), (1, pyarrow.timestamp("ns")), (2**30, pyarrow.date32())],
 )
-def test_a_column_of_dates_that_python_has_not_is_refused(tmp_path, value, kind):
+def test_dates_that_python_cannot_represent_are_refused(tmp_path, value, kind):
     parquet.write_table(pyarrow.table({"text": pyarrow.array([value], kind)}), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match=r"a\.parquet"):
         read(str(tmp_path / "a.parquet"))
 
 
-def test_a_folder_may_hold_shards(tmp_path):
+def test_folder_of_shards_is_read_in_order(tmp_path):
     for name, text in (("1.parquet", "A"), ("0.jsonl", "B")):
         write(tmp_path / name, "body", [text, "x"])
     (tmp_path / "2.txt").write_text("C")
@@ -195,15 +197,15 @@ def test_a_folder_may_hold_shards(tmp_path):
     assert source.text == "B\n\nx\nA\n\nx\nC"
 
 
-def test_without_pyarrow_it_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_pyarrow_error_says_what_to_install(tmp_path, monkeypatch):
     write(tmp_path / "a.parquet", "text", DOCUMENTS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r"a\.parquet, a Parquet file, needs pyarrow.*pip install pyarrow"):
         read(str(tmp_path / "a.parquet"))
 
 
-@pytest.mark.parametrize("compliant", [True, False])  # list.element, or list.item as pyarrow wrote before
-def test_a_parquet_column_of_lists_is_named_without_its_items(tmp_path, compliant):
+@pytest.mark.parametrize("compliant", [True, False])  # list.element, or list.item as older pyarrow wrote
+def test_parquet_column_of_lists_is_listed_without_its_element(tmp_path, compliant):
     table = pyarrow.table({"tags": [["a"]]})
     parquet.write_table(table, tmp_path / "a.parquet", use_compliant_nested_type=compliant)
     with pytest.raises(SourceError, match="it has tags: --column"):
@@ -211,5 +213,5 @@ def test_a_parquet_column_of_lists_is_named_without_its_items(tmp_path, complian
 
 
 @pytest.mark.parametrize("url", ["https://host/x.jsonl#part", "https://host/x.jsonl?download=1#part"])
-def test_the_name_of_a_file_at_a_url_has_no_fragment(url):
+def test_file_name_of_a_url_has_no_query_or_fragment(url):
     assert documents.name_of(url) == "x.jsonl"

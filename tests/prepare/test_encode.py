@@ -1,4 +1,4 @@
-"""A text of any size becomes the ids that it would become in memory."""
+"""A corpus that is encoded in parts, into shards, has the ids of the whole text encoded in memory."""
 
 import contextlib
 import gzip
@@ -29,7 +29,7 @@ LINES = "".join(f"{i} the cat sat on the mat, that cat has a hat\n" for i in ran
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small_shards(monkeypatch):
     """Parts and shards so small that a short text has many."""
     monkeypatch.setattr(encode, "PART", 40)
     monkeypatch.setattr(encode, "LONGEST_WORD", 80)
@@ -38,14 +38,14 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("spec", ["char", "byte", "bpe:300"])
-def test_shards_hold_what_the_text_encodes_to(tmp_path, small, spec):
+def test_shards_hold_the_ids_of_the_text(tmp_path, small_shards, spec):
     path = tmp_path / "a.txt"
     path.write_text(LINES.replace("\n", "\r\n"), newline="")
     done = prepare_corpus(str(path), spec, data_dir=tmp_path / "data")
     names = sorted(path.name for path in done.folder.iterdir())
     assert len(names) > 3
     assert names == [*(f"tokens-{i:05}.bin" for i in range(len(names) - 1)), "tokens.json"]
-    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]  # nothing half-done is left
+    assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]  # no partial folder is left
     found = load(done.folder)
     np.testing.assert_array_equal(np.asarray(found.tokens), found.tokenizer.encode(LINES))
     assert found.meta["sha256"] == hashlib.sha256(np.asarray(found.tokens).tobytes()).hexdigest()
@@ -55,7 +55,7 @@ def test_shards_hold_what_the_text_encodes_to(tmp_path, small, spec):
     assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
 
 
-def test_an_unknown_character_is_named_by_its_file_line_and_column(tmp_path, small):
+def test_unknown_character_is_reported_by_file_line_and_column(tmp_path, small_shards):
     (tmp_path / "texts").mkdir()
     for path in (tmp_path / "a.txt", tmp_path / "texts" / "b.txt"):
         path.write_text(LINES + "é")
@@ -63,31 +63,36 @@ def test_an_unknown_character_is_named_by_its_file_line_and_column(tmp_path, sma
     for corpus, path in (("a.txt", "a.txt"), ("texts", "texts/b.txt")):
         with pytest.raises(UnknownCharacterError) as caught:
             prepare_corpus(str(tmp_path / corpus), "ascii", data_dir=tmp_path / "data")
-        place = f"line 301, column 1 of the text in {tmp_path / path}"
-        assert f"'é' (U+00E9, LATIN SMALL LETTER E WITH ACUTE) at {place} is not among the 96" in str(caught.value)
+        where = f"line 301, column 1 of the text in {tmp_path / path}"
+        assert f"'é' (U+00E9, LATIN SMALL LETTER E WITH ACUTE) at {where} is not among the 96" in str(caught.value)
     done = prepare_corpus(str(tmp_path / "a.txt"), "ascii", unknown="skip", data_dir=tmp_path / "data")
     assert done.corpus.meta["skipped_characters"] == 1
     assert done.corpus.tokenizer.decode(np.asarray(done.corpus.tokens)) == LINES
 
 
-def test_shards_end_where_they_are_full_and_the_last_with_the_text(tmp_path, small):
+def test_shard_sizes(tmp_path, small_shards):
+    """A shard ends with the part that fills it, the last one with the text."""
     for n, counts in ((80, [80]), (600, [600]), (720, [720]), (721, [720, 1]), (1500, [720, 720, 60])):
         (tmp_path / "a.txt").write_text("a" * n)
         done = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
         assert [shard["count"] for shard in done.corpus.meta["shards"]] == counts
 
 
-def test_nothing_stays_of_an_attempt_that_failed(tmp_path, small):
+def test_failed_preparation_leaves_no_files(tmp_path, small_shards):
     (tmp_path / "a.txt").write_text("a" * 1500 + "é")
     with pytest.raises(UnknownCharacterError):
         prepare_corpus(str(tmp_path / "a.txt"), "ascii", data_dir=tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
-def test_what_a_killed_process_left_is_replaced(tmp_path, small):
+def test_files_of_a_killed_process_are_replaced(tmp_path, small_shards):
     (tmp_path / "a.txt").write_text(LINES)
-    kept = mock.patch.object(build.shutil, "rmtree")
-    with kept, mock.patch.object(build, "folder_of", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    no_cleanup = mock.patch.object(build.shutil, "rmtree")
+    with (
+        no_cleanup,
+        mock.patch.object(build, "folder_of", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
         prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
     (work,) = (tmp_path / "data").iterdir()
     assert len(list(work.glob("tokens-*.bin"))) > 3
@@ -102,8 +107,8 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def interrupted(at, corpus, spec, **how):
-    """`prepare_corpus`, interrupted when the `at`-th file or folder is made to last; None then."""
+def interrupted(at, corpus, spec, **kwargs):
+    """Run `prepare_corpus`, but interrupt it at its `at`-th call of `files.sync`, and then return None."""
     n = 0
 
     def counted(path):
@@ -113,11 +118,11 @@ def interrupted(at, corpus, spec, **how):
             raise KeyboardInterrupt
 
     with mock.patch.object(files, "sync", counted), contextlib.suppress(KeyboardInterrupt):
-        return prepare_corpus(corpus, spec, **how)
+        return prepare_corpus(corpus, spec, **kwargs)
 
 
 @pytest.mark.parametrize(("spec", "unknown"), [("bpe:300", "skip"), ("ascii", "skip"), ("char", "error")])
-def test_an_interrupted_preparation_continues_with_the_same_result(tmp_path, small, capsys, spec, unknown):
+def test_interrupted_preparation_resumes_to_the_same_files(tmp_path, small_shards, capsys, spec, unknown):
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "a.txt").write_text(LINES[:2000].replace("mat", "mät \x1c\u2028") + "x" * 1000, newline="")
@@ -130,6 +135,7 @@ def test_an_interrupted_preparation_continues_with_the_same_result(tmp_path, sma
 
     expected = contents(prepare("whole").folder)
     assert len(expected) > 4
+    # The least n that interrupts nothing: a preparation calls `files.sync` n - 1 times.
     n = next(n for n in range(1, 100) if prepare(f"once-{n}", n) and capsys.readouterr())
     assert n > 3 * (len(expected) - 2)
     capsys.readouterr()
@@ -145,7 +151,7 @@ def test_an_interrupted_preparation_continues_with_the_same_result(tmp_path, sma
     assert capsys.readouterr().err.count("the same command will continue from") == i
 
 
-def test_a_text_that_changed_meanwhile_is_noticed(tmp_path, small, capsys):
+def test_preparation_starts_over_only_if_text_already_encoded_has_changed(tmp_path, small_shards, capsys):
     path = tmp_path / "a.txt"
     for n, text in enumerate(["b" + LINES[1:], LINES[:1000], LINES[:-1] + "!", LINES[:1500]]):
         path.write_text(LINES)
@@ -157,7 +163,7 @@ def test_a_text_that_changed_meanwhile_is_noticed(tmp_path, small, capsys):
         assert contents(done.folder) == contents(prepare_corpus(str(path), "byte", data_dir=tmp_path / "new").folder)
 
 
-def test_a_damaged_record_is_noticed(tmp_path, small, capsys):
+def test_preparation_starts_over_if_its_progress_file_is_damaged(tmp_path, small_shards, capsys):
     (tmp_path / "a.txt").write_text(LINES)
     assert interrupted(8, str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data") is None
     (record,) = (tmp_path / "data").glob(".*.part/progress.json")
@@ -168,36 +174,38 @@ def test_a_damaged_record_is_noticed(tmp_path, small, capsys):
 
 
 @pytest.fixture
-def when_waiting(monkeypatch):
-    """when_waiting(action): what happens as soon as somebody waits for a lock."""
+def on_lock_wait(monkeypatch):
+    """on_lock_wait(action): call `action` whenever a thread waits for a lock without a timeout."""
     acquire = filelock.FileLock.acquire
 
-    def when(action):
-        def wrapped(self, timeout=None, **how):
+    def install(action):
+        def wrapped(self, timeout=None, **kwargs):
             if timeout == -1:
                 action()
-            return acquire(self, timeout, **how)
+            return acquire(self, timeout, **kwargs)
 
         monkeypatch.setattr(filelock.FileLock, "acquire", wrapped)
 
-    return when
+    return install
 
 
-def test_who_finds_a_text_being_prepared_waits_and_reads_it(tmp_path, small, monkeypatch, when_waiting, capsys):
+def test_second_preparation_waits_for_the_first_and_reuses_its_files(
+    tmp_path, small_shards, monkeypatch, on_lock_wait, capsys
+):
     path, rename = tmp_path / "a.txt", build._rename
     path.write_text(LINES)
-    held, waiting = threading.Event(), threading.Event()
-    when_waiting(waiting.set)
+    renaming, waiting = threading.Event(), threading.Event()
+    on_lock_wait(waiting.set)
 
     def slow(*args):
-        held.set()
+        renaming.set()
         assert waiting.wait(60)
         rename(*args)
 
     monkeypatch.setattr(build, "_rename", slow)
     with ThreadPoolExecutor(1) as other:
         first = other.submit(prepare_corpus, str(path), "byte", data_dir=tmp_path / "data")
-        assert held.wait(60)
+        assert renaming.wait(60)
         second = prepare_corpus(str(path), "byte", data_dir=tmp_path / "data")
     assert (first.result().reused, second.reused) == (False, True)
     assert second.corpus.meta == first.result().corpus.meta
@@ -206,7 +214,7 @@ def test_who_finds_a_text_being_prepared_waits_and_reads_it(tmp_path, small, mon
     assert ".lock" not in [path.name for path in second.folder.iterdir()]
 
 
-def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, small):
+def test_full_disk_is_reported_and_leaves_no_files(tmp_path, small_shards):
     (tmp_path / "a.txt").write_text(LINES)
     full = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
     with (
@@ -220,8 +228,8 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, small):
 
 
 @pytest.mark.parametrize("text", [LINES, LINES[:60]])
-def test_a_prepared_text_is_read_without_a_lock_or_a_write(tmp_path, small, monkeypatch, text):
-    """Also where it is elsewhere now; its tokens.json names the first place."""
+def test_prepared_text_is_reused_without_a_lock_or_a_write(tmp_path, small_shards, monkeypatch, text):
+    """Also a copy of the text in another folder, although tokens.json has the path of the first."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text(text)
@@ -237,7 +245,7 @@ def test_a_prepared_text_is_read_without_a_lock_or_a_write(tmp_path, small, monk
     assert {path: path.stat().st_mtime_ns for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]} == before
 
 
-def test_a_folder_with_what_commands_write_in_it_is_found_again(tmp_path, small, monkeypatch):
+def test_folders_written_by_jaxgpt_are_no_part_of_a_corpus(tmp_path, small_shards, monkeypatch):
     """`jaxgpt train --corpus .` writes into ./data and ./runs, `sweep` into ./sweeps, and `export` anywhere."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(LINES)
@@ -259,14 +267,14 @@ def test_a_folder_with_what_commands_write_in_it_is_found_again(tmp_path, small,
 
 
 @pytest.mark.parametrize("name", ["a" * 251, "猫" * 83], ids=["ascii", "wide"])
-def test_the_name_of_a_text_may_be_as_long_as_its_file_system_allows(tmp_path, name):
+def test_file_name_of_the_greatest_length(tmp_path, name):
     (tmp_path / f"{name}.txt").write_text(LINES)
     done = prepare_corpus(str(tmp_path / f"{name}.txt"), data_dir=tmp_path / "data")
     assert name.startswith(done.corpus.meta["source"])
     assert prepare_corpus(str(tmp_path / f"{name}.txt"), data_dir=tmp_path / "data").reused
 
 
-def test_texts_that_differ_in_what_is_skipped_share_their_tokens(tmp_path, small):
+def test_texts_that_differ_only_in_skipped_characters_share_their_tokens(tmp_path, small_shards):
     done = []
     for mark in "éü":
         (tmp_path / "a.txt").write_text(LINES + mark)
@@ -274,11 +282,11 @@ def test_texts_that_differ_in_what_is_skipped_share_their_tokens(tmp_path, small
     assert done[0].folder == done[1].folder
     assert done[0].corpus.meta["source_sha256"] != done[1].corpus.meta["source_sha256"]
     (tmp_path / "a.txt").write_text(LINES + "é")
-    with pytest.raises(UnknownCharacterError):  # though it lies prepared without it
+    with pytest.raises(UnknownCharacterError):  # although a corpus without it is already prepared
         prepare_corpus(str(tmp_path / "a.txt"), "ascii", data_dir=tmp_path / "data")
 
 
-def test_a_folder_of_other_tokens_is_not_taken_for_those_of_a_text(tmp_path):
+def test_folder_with_tokens_of_another_text_is_not_reused(tmp_path):
     (tmp_path / "a.txt").write_text(LINES)
     first = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
     (tmp_path / "a.txt").write_text(LINES + "more")
@@ -291,31 +299,31 @@ def test_a_folder_of_other_tokens_is_not_taken_for_those_of_a_text(tmp_path):
     assert again.corpus.meta == first.corpus.meta
 
 
-def test_a_folder_that_another_process_made_meanwhile_is_whole_when_it_goes(tmp_path, small, monkeypatch):
+def test_concurrently_prepared_folder_is_replaced_without_a_gap(tmp_path, small_shards, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text(LINES)
-    rename, remove, whole = build._rename, shutil.rmtree, []
+    rename, remove, counts = build._rename, shutil.rmtree, []
 
-    def later(work, folder):
+    def rename_after_another_process(work, folder):
         monkeypatch.setattr(build, "_rename", rename)
         prepare_corpus(str(tmp_path / "two" / "a.txt"), "byte", data_dir=tmp_path / "data")
 
-        def removed(path, **how):
-            remove(path, **how)
-            whole.append(load(folder).meta["count"])
+        def remove_and_load(path, **kwargs):
+            remove(path, **kwargs)
+            counts.append(load(folder).meta["count"])
 
-        monkeypatch.setattr(shutil, "rmtree", removed)
+        monkeypatch.setattr(shutil, "rmtree", remove_and_load)
         rename(work, folder)
 
-    monkeypatch.setattr(build, "_rename", later)
+    monkeypatch.setattr(build, "_rename", rename_after_another_process)
     done = prepare_corpus(str(tmp_path / "one" / "a.txt"), "byte", data_dir=tmp_path / "data")
-    assert whole
+    assert counts
     assert load(done.folder).meta["origin"] == str(tmp_path / "one" / "a.txt")
     assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
 
 
-def test_damaged_shards_are_replaced(tmp_path, small):
+def test_damaged_shards_are_replaced(tmp_path, small_shards):
     (tmp_path / "a.txt").write_text(LINES)
     first = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
     (first.folder / "tokens-00001.bin").write_bytes(b"damage")
@@ -329,7 +337,7 @@ LIMITED = """
 import os, re, resource, sys
 from pathlib import Path
 from jaxgpt.prepare import build
-os.cpu_count = lambda: 2  # each core has parts of its own
+os.cpu_count = lambda: 2  # each core holds parts in memory
 data = 1024 * int(re.search(r"VmData:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 limit = data + int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -339,8 +347,8 @@ print(len(done.corpus.tokens), len(done.corpus.meta["shards"]))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not limit a process's own memory")
-def test_a_text_larger_than_the_memory_is_prepared(tmp_path):
-    """In shards of a user's size, of which not two fit in it."""
+def test_text_larger_than_memory_is_prepared(tmp_path):
+    """With the SHARD that users have: two shards do not fit into the limit."""
     size, limit = 192 * 2**20, 96 * 2**20
     assert 2 * encode.SHARD * np.dtype(np.uint16).itemsize > limit
     with (tmp_path / "a.txt").open("wb") as file:
@@ -352,7 +360,7 @@ def test_a_text_larger_than_the_memory_is_prepared(tmp_path):
     assert done.stdout.split() == [str(size), "6"], done.stderr
 
 
-def test_a_mixture_has_its_parts_and_one_vocabulary(tmp_path):
+def test_parts_of_a_mixture_share_one_vocabulary(tmp_path):
     for name, text in (("a", "abc\n" * 50), ("b", "bcd\n" * 70)):
         (tmp_path / f"{name}.txt").write_text(text)
     spec = f"0.75*{tmp_path}/a.txt + 0.25*{tmp_path}/b.txt"
@@ -398,7 +406,7 @@ class TestStores:
         yield
         self.files.store.clear()
 
-    def test_texts_are_read_where_they_lie(self, tmp_path):
+    def test_texts_are_read_from_the_store(self, tmp_path):
         rows = "".join(json.dumps({"text": line}) + "\n" for line in LINES.splitlines())
         self.files.pipe({"/texts/a.jsonl": rows.encode(), "/texts/b.txt": b"the end\r\n"})
         one = prepare_corpus("memory://texts/a.jsonl", data_dir=tmp_path / "data").corpus
@@ -410,14 +418,14 @@ class TestStores:
         with pytest.raises(SourceError, match=r"no corpus, file or folder 'memory://texts/c\.txt'"):
             prepare_corpus("memory://texts/c.txt", data_dir=tmp_path / "data")
 
-    def test_a_query_hides_no_extension(self, tmp_path):
+    def test_query_does_not_hide_the_file_extension(self, tmp_path):
         self.files.pipe("/texts/a.jsonl.gz?sig=a/b", gzip.compress(b'{"text": "the cat"}\n{"text": "sat"}'))
         found = prepare_corpus("memory://texts/a.jsonl.gz?sig=a/b", data_dir=tmp_path / "data").corpus
         assert found.tokenizer.decode(found.tokens) == "the cat\n\nsat"
         assert found.meta["source"] == "a"
 
     @pytest.mark.parametrize("query", ["", "?raw=true"])
-    def test_an_answer_to_any_name_is_no_prepared_folder(self, tmp_path, monkeypatch, query):
+    def test_store_that_answers_to_any_name_is_not_a_prepared_folder(self, tmp_path, monkeypatch, query):
         self.files.pipe(f"/texts/a.txt{query}", LINES.encode())
         strip = type(self.files)._strip_protocol
         answered = staticmethod(lambda path: f"/texts/a.txt{query}" if "a.txt" in path else strip(path))
@@ -425,7 +433,7 @@ class TestStores:
         found = prepare_corpus(f"memory://texts/a.txt{query}", data_dir=tmp_path / "data").corpus
         assert found.tokenizer.decode(found.tokens) == LINES
 
-    def test_a_prepared_folder_is_fetched_once_and_checked(self, tmp_path, small):
+    def test_prepared_folder_is_fetched_once_and_verified(self, tmp_path, small_shards):
         (tmp_path / "a.txt").write_text(LINES)
         folder = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
         self.files.put(f"{folder}/", "/prepared/", recursive=True)
@@ -434,7 +442,7 @@ class TestStores:
         np.testing.assert_array_equal(np.asarray(found.tokens), np.asarray(load(folder).tokens))
         shards = [name for name in self.files.ls("/prepared", detail=False) if name.endswith(".bin")]
         for name in shards[1:]:
-            self.files.rm(name)  # they are in the cache
+            self.files.rm(name)  # the cache has them
         with mock.patch.object(filelock, "FileLock", None), mock.patch.object(files, "write_atomically", None):
             assert prepare_corpus("memory://prepared").corpus.meta == found.meta
         (cached,) = (tmp_path / "cache" / "jaxgpt" / "corpora").iterdir()
@@ -451,7 +459,7 @@ class TestStores:
             prepare_corpus("memory://prepared")
         assert not [path.name for path in cached.iterdir() if path.name.endswith(".part")]
 
-    def test_the_vocabulary_of_a_prepared_folder_is_that_of_its_copy(self, tmp_path):
+    def test_tokenizer_of_a_fetched_folder_is_its_local_copy(self, tmp_path):
         (tmp_path / "a.txt").write_text(LINES)
         folder = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
         self.files.put(f"{folder}/", "/prepared/", recursive=True)
@@ -461,7 +469,7 @@ class TestStores:
                 prepare_corpus(corpus, "byte", data_dir=tmp_path / "data")
             prepare_corpus(corpus, str(copy), data_dir=tmp_path / "data")
 
-    def test_a_run_finds_the_copy_of_a_prepared_folder_without_the_store(self, tmp_path):
+    def test_run_finds_the_copy_of_a_prepared_folder_without_the_store(self, tmp_path):
         (tmp_path / "a.txt").write_text(LINES)
         folder = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
         self.files.put(f"{folder}/", "/prepared/", recursive=True)
@@ -470,7 +478,7 @@ class TestStores:
         assert find_prepared("memory://prepared", meta, tmp_path / "none").meta == meta
         assert find_prepared("memory://prepared", meta | {"sha256": "0" * 64}, tmp_path / "none") is None
 
-    def test_a_copy_of_any_name_is_inside_the_cache(self, tmp_path):
+    def test_source_name_cannot_put_the_copy_outside_the_cache(self, tmp_path):
         (tmp_path / "a.txt").write_text(LINES)
         folder = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data").folder
         self.files.put(f"{folder}/", "/prepared/", recursive=True)
@@ -480,29 +488,29 @@ class TestStores:
         (cached,) = (tmp_path / "cache" / "jaxgpt" / "corpora").iterdir()
         assert cached.name.startswith("escaped-char-")
 
-    @pytest.mark.parametrize("given", [{"parts": []}, {"parts": [PART, PART]}, {}, {"parts": [], "shards": None}])
-    def test_no_shard_is_written_outside_the_cache(self, tmp_path, given):
+    @pytest.mark.parametrize("changes", [{"parts": []}, {"parts": [PART, PART]}, {}, {"parts": [], "shards": None}])
+    def test_no_shard_is_written_outside_the_cache(self, tmp_path, changes):
         (tmp_path / "a.txt").write_text(LINES)
         meta = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data").corpus.meta
-        evil = meta | {"shards": [meta["shards"][0] | {"file": "../../../escaped.txt"}]} | given
+        evil = meta | {"shards": [meta["shards"][0] | {"file": "../../../escaped.txt"}]} | changes
         data = np.frombuffer(LINES.encode(), np.uint8).astype(np.uint16).tobytes()
         self.files.pipe("/store/evil/tokens.json", files.seal(evil).encode())
-        for place in ("/store/evil/../../../escaped.txt", "/escaped.txt"):
-            self.files.pipe(place, data)
+        for path in ("/store/evil/../../../escaped.txt", "/escaped.txt"):
+            self.files.pipe(path, data)
         with pytest.raises(CorpusError, match=r"memory://store/evil/tokens\.json: (its|it is|it has)"):
             prepare_corpus("memory://store/evil", "byte")
         assert not (tmp_path / "cache").exists()
         assert not (tmp_path / "escaped.txt").exists()
 
     @pytest.mark.parametrize("name", ["gs://bucket/x", "1*gs://bucket/x + 1*python-docs"])
-    def test_a_store_without_its_package_says_what_to_install(self, tmp_path, monkeypatch, name):
+    def test_missing_store_package_error_says_what_to_install(self, tmp_path, monkeypatch, name):
         monkeypatch.setitem(sys.modules, "gcsfs", None)
         with pytest.raises(SourceError, match=r"gs://bucket/x is unavailable: .*gcsfs.*; pip install what it names"):
             prepare_corpus(name, data_dir=tmp_path / "data")
 
     @pytest.mark.parametrize("call", ["isfile", "_open"])
     @pytest.mark.parametrize("name", ["/texts/a.txt", "/texts/tokens.json"])
-    def test_a_stores_own_errors_are_clear_ones(self, tmp_path, monkeypatch, name, call):
+    def test_errors_of_a_store_become_source_errors(self, tmp_path, monkeypatch, name, call):
         def expired(*args, **kwargs):
             raise RuntimeError("the token has expired")
 
@@ -511,7 +519,7 @@ class TestStores:
         with pytest.raises(SourceError, match=r"memory://.* is unavailable: the token has expired"):
             prepare_corpus("memory://texts", data_dir=tmp_path / "data")
 
-    def test_without_the_extra_it_says_what_to_install(self, monkeypatch):
+    def test_missing_extra_error_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "upath", None)
         with pytest.raises(sources.MissingExtraError, match=r"memory://a, in a store, needs .*jaxgpt\[data\]"):
             prepare_corpus("memory://a")

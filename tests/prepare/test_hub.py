@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face Hub, from a web server that is laid out like it."""
+"""Datasets of the Hugging Face Hub, from a local web server that imitates it."""
 
 import hashlib
 import http.server
@@ -27,7 +27,7 @@ WEB = "HuggingFaceFW/fineweb/main"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Files root/ORG/NAME/REVISION/PATH, by the part of the Hub's interface that HfFileSystem uses."""
+    """Serves the files root/ORG/NAME/REVISION/PATH through the part of the Hub's API that HfFileSystem uses."""
 
     protocol_version = "HTTP/1.1"
 
@@ -80,7 +80,7 @@ def server(tmp_path, monkeypatch):
         thread = threading.Thread(target=httpd.serve_forever)
         thread.start()
         httpd.url = f"http://127.0.0.1:{httpd.server_port}"
-        # Both are read from the environment at the import, perhaps in a test that is offline.
+        # huggingface_hub reads both from the environment when it is imported, perhaps by an offline test.
         monkeypatch.setattr(hub.constants, "ENDPOINT", httpd.url)
         monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(
@@ -106,7 +106,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def web(write, tmp_path):
-    """A dataset with the layout of FineWeb: three files; their texts."""
+    """A dataset of three files, laid out as FineWeb; the value is its text."""
     texts = [[f"document {i} of file {name}: the cat\r\nsat" for i in range(120)] for name in "abc"]
     for i, each in enumerate(texts):
         write(f"{WEB}/sample/10BT/00{i}_00000.parquet", each)
@@ -114,13 +114,13 @@ def web(write, tmp_path):
     return "\n".join("\n\n".join(each) for each in texts).replace("\r", "")
 
 
-@pytest.fixture
-def forget():
-    """forget(): as a new process, which lists the files of a dataset again."""
+@pytest.fixture(autouse=True)  # so that the library is imported before a test changes its constants
+def clear_listings():
+    """clear_listings(): forget the files of every dataset, as a new process would."""
     return hub.HfFileSystem.clear_instance_cache
 
 
-def test_a_dataset_has_a_short_name_and_is_read_where_it_lies(server, web, forget, tmp_path):
+def test_named_dataset_is_read_without_a_local_copy(server, web, clear_listings, tmp_path):
     done = prepare_corpus("fineweb", "byte", data_dir=tmp_path / "data")
     meta = done.corpus.meta
     assert done.corpus.tokenizer.decode(done.corpus.tokens) == web
@@ -128,10 +128,10 @@ def test_a_dataset_has_a_short_name_and_is_read_where_it_lies(server, web, forge
     assert meta["origin"] == "3 files in hf://datasets/HuggingFaceFW/fineweb/sample/10BT"
     assert meta["notes"] == ["turned 360 CR or CRLF line ends into LF"]
     assert [path.name for path in tmp_path.rglob("*.parquet") if "hub" not in path.parts] == []
-    forget()
+    clear_listings()
     server.fetched.clear()
     assert prepare_corpus("fineweb", "byte", data_dir=tmp_path / "data").reused
-    assert server.fetched == [], "the hashes of the files show that it is the same"
+    assert server.fetched == [], "the hashes of the files show that nothing has changed"
 
 
 def test_the_command_reads_from_the_endpoint_in_the_environment(server, web, tmp_path):
@@ -142,22 +142,22 @@ def test_the_command_reads_from_the_endpoint_in_the_environment(server, web, tmp
     assert "README.md: left out, a dataset is read from its JSON Lines and Parquet" in done.stdout
 
 
-def test_another_column_or_another_file_is_another_corpus(server, write, forget, tmp_path):
+def test_corpus_is_not_reused_if_a_file_or_the_column_changes(server, write, clear_listings, tmp_path):
     write(f"{WEB}/data/0.parquet", ["a cat"] * 20)
-    url, how = "hf://datasets/HuggingFaceFW/fineweb/data", {"data_dir": tmp_path / "data"}
-    first = prepare_corpus(url, "byte", **how)
+    url, kwargs = "hf://datasets/HuggingFaceFW/fineweb/data", {"data_dir": tmp_path / "data"}
+    first = prepare_corpus(url, "byte", **kwargs)
     for text in ("a bat", "a cat"):
-        forget()
+        clear_listings()
         write(f"{WEB}/data/0.parquet", [text] * 20)
-        again = prepare_corpus(url, "byte", **how)
+        again = prepare_corpus(url, "byte", **kwargs)
         assert again.reused == (text == "a cat")
         assert again.corpus.tokenizer.decode(again.corpus.tokens) == "\n\n".join([text] * 20)
     assert again.folder == first.folder
     with pytest.raises(SourceError, match="column 'id' holds 0, expected a string"):
-        prepare_corpus(url, "byte", column="id", **how)
+        prepare_corpus(url, "byte", column="id", **kwargs)
 
 
-def test_the_revision_of_converted_parquet_files_can_be_named(server, write, tmp_path):
+def test_revision_of_converted_parquet_files_is_read(server, write, tmp_path):
     write("org/script/refs/convert/parquet/default/train/0000.parquet", ["the cat"] * 9)
     done = prepare_corpus(
         "hf://datasets/org/script@refs/convert/parquet/default/train", "byte", data_dir=tmp_path / "data"
@@ -166,8 +166,8 @@ def test_the_revision_of_converted_parquet_files_can_be_named(server, write, tmp
 
 
 @pytest.fixture
-def interrupted(tmp_path, monkeypatch, forget):
-    """interrupted(n): prepare fineweb in small shards, which is interrupted after n of them."""
+def interrupted(tmp_path, monkeypatch, clear_listings):
+    """interrupted(n, data_dir): prepare fineweb in small shards and interrupt that after n of them."""
     monkeypatch.setattr(encode, "PART", 40)
     monkeypatch.setattr(encode, "SHARD", 1400)
     write = files.write_atomically
@@ -182,7 +182,7 @@ def interrupted(tmp_path, monkeypatch, forget):
 
         with mock.patch.object(files, "write_atomically", written), pytest.raises(KeyboardInterrupt):
             prepare_corpus("fineweb", "byte", data_dir=data_dir)
-        forget()
+        clear_listings()
 
     return prepare
 
@@ -200,7 +200,7 @@ def test_an_interrupted_preparation_fetches_only_the_files_that_are_left(server,
     assert "starts over" not in capsys.readouterr().err
 
 
-def test_a_dataset_that_changed_meanwhile_is_noticed(server, web, write, interrupted, tmp_path, capsys):
+def test_preparation_starts_over_if_the_dataset_has_changed(server, web, write, interrupted, tmp_path, capsys):
     interrupted(2, tmp_path / "data")
     write(f"{WEB}/sample/10BT/002_00000.parquet", ["another cat"])
     done = prepare_corpus("fineweb", "byte", data_dir=tmp_path / "data")
@@ -209,7 +209,7 @@ def test_a_dataset_that_changed_meanwhile_is_noticed(server, web, write, interru
 
 
 @pytest.mark.parametrize(
-    ("corpus", "said"),
+    ("corpus", "message"),
     [
         ("hf://datasets/org/none", r"hf://datasets/org/none is unavailable: .*repository not found"),
         ("hf://datasets/HuggingFaceFW/fineweb/nothing", "fineweb/nothing is unavailable"),
@@ -217,20 +217,20 @@ def test_a_dataset_that_changed_meanwhile_is_noticed(server, web, write, interru
         ("fineweb", r"fineweb/sample/10BT is unavailable: (?s:.*)Access to HuggingFaceFW/fineweb is restricted"),
     ],
 )
-def test_a_dataset_that_is_unavailable_is_named(server, web, forget, tmp_path, corpus, said):
+def test_unavailable_dataset_is_reported(server, web, clear_listings, tmp_path, corpus, message):
     server.gated.add("HuggingFaceFW/fineweb")
-    with pytest.raises(SourceError, match=rf"{said}(?s:.*); check the name and the network, .*: hf auth login"):
+    with pytest.raises(SourceError, match=rf"{message}(?s:.*); check the name and the network, .*: hf auth login"):
         prepare_corpus(corpus, "byte", data_dir=tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
-def test_without_a_network_it_is_named(tmp_path, monkeypatch):
+def test_unreachable_hub_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(SourceError, match=r"openwebtext is unavailable: .*; check the name and the network"):
         prepare_corpus("openwebtext", "byte", data_dir=tmp_path / "data")
 
 
-def test_without_the_library_it_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_library_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "hf", raising=False)
     with pytest.raises(SourceError, match=r"huggingface_hub.*; pip install what it names, beside 'jaxgpt\[data\]'"):

@@ -11,7 +11,7 @@ TEXT = "the cat sat on the mat, that cat's hat été 中文\n" * 9
 
 
 def trained(special):
-    """A byte-level BPE as Hugging Face's own trainer makes it: its special tokens have the first ids."""
+    """A byte-level BPE by Hugging Face's trainer, which gives the first ids to special tokens."""
     theirs = ByteLevelBPETokenizer()
     theirs.train_from_iterator([TEXT], vocab_size=280 + len(special), special_tokens=special, show_progress=False)
     return theirs
@@ -19,7 +19,7 @@ def trained(special):
 
 @pytest.mark.parametrize("special", [[], ["<|endoftext|>"], ["<s>", "[PAD]"]])
 @pytest.mark.parametrize("form", ["tokenizer.json", "two files"])
-def test_a_folders_own_vocabulary_gives_the_ids_of_its_library(tmp_path, special, form):
+def test_vocabulary_of_a_folder_gives_the_ids_of_its_library(tmp_path, special, form):
     theirs = trained(special)
     theirs.add_special_tokens(["<|late|>"])
     if form == "tokenizer.json":
@@ -44,7 +44,7 @@ def test_files_saved_with_a_byte_order_mark_or_crlf_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"),
+    ("edit", "message"),
     [
         ({"normalizer": {"type": "NFC"}}, "the normalizer is .*NFC"),
         ({"pre_tokenizer": {"type": "Metaspace"}}, "type is 'Metaspace', expected 'ByteLevel'"),
@@ -59,15 +59,15 @@ def test_files_saved_with_a_byte_order_mark_or_crlf_are_read(tmp_path):
         ({"model": {"vocab": {"a": "b"}, "merges": []}}, "no JSON object|not a JSON object"),
     ],
 )
-def test_a_vocabulary_that_gives_text_other_ids_is_refused(tmp_path, edit, said):
+def test_tokenizer_that_would_give_other_ids_is_refused(tmp_path, edit, message):
     path = tmp_path / "tokenizer.json"
     trained([]).save(str(path))
     path.write_text(json.dumps(json.loads(path.read_text()) | edit))
-    with pytest.raises(CorpusError, match=f"the vocabulary of .* cannot be used: .*{said}"):
+    with pytest.raises(CorpusError, match=f"the vocabulary of .* cannot be used: .*{message}"):
         vocabularies.read_tokenizer(tmp_path)
 
 
-def test_vocabularies_of_other_kinds_and_halves_are_refused(tmp_path):
+def test_unsupported_vocabulary_files_are_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("[UNK]\nthe\n")
     with pytest.raises(CorpusError, match=r"expected tokenizer\.json, or vocab\.json and merges\.txt"):
         vocabularies.read_tokenizer(tmp_path)
@@ -76,7 +76,7 @@ def test_vocabularies_of_other_kinds_and_halves_are_refused(tmp_path):
     with pytest.raises(ValueError, match="add_prefix_space is true"):
         vocabularies.read_vocabulary(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    (tmp_path / "added_tokens.json").write_text('{"the": 280}')  # text with that word would become other ids
+    (tmp_path / "added_tokens.json").write_text('{"the": 280}')  # its library gives text with "the" other ids
     with pytest.raises(ValueError, match="do not agree"):
         vocabularies.read_vocabulary(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
@@ -84,14 +84,14 @@ def test_vocabularies_of_other_kinds_and_halves_are_refused(tmp_path):
         vocabularies.read_vocabulary(tmp_path)
 
 
-def test_for_a_file_of_a_hugging_face_folder_the_folder_is_asked_for(tmp_path):
+def test_file_of_a_hugging_face_folder_is_refused_with_a_hint(tmp_path):
     trained([]).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CorpusError, match=r"tokenizer\.json: it has no seal.*, or the folder of a Hugging Face model$"):
         vocabularies.read_tokenizer(tmp_path / "tokenizer.json")
 
 
-def test_merges_that_the_merges_before_them_never_reach_are_refused(tmp_path):
-    """With "ab" merged first, "a" and "bc" never meet: their library leaves "ab", "c"; tiktoken would make "abc"."""
+def test_unreachable_merges_are_refused(tmp_path):
+    """After "ab" is merged, "a" and "bc" never meet: tokenizers gives "ab", "c", but tiktoken would give "abc"."""
     letters = sorted(vocabularies.byte_of_letter())
     words = [*letters, "ab", "bc", "abc"]
     (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))

@@ -46,7 +46,7 @@ def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, notes
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (b"", "holds no text"),
         (b" \n\t", "holds no text"),
@@ -73,14 +73,14 @@ def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, notes
         (b"%PDF-1.7\n%\xe2\xe3", "PDF"),
     ],
 )
-def test_what_is_no_text_is_refused_with_the_reason(tmp_path, data, said):
+def test_non_text_file_is_refused_with_the_reason(tmp_path, data, message):
     (tmp_path / "a.txt").write_bytes(data)
-    with pytest.raises(SourceError, match=said):
+    with pytest.raises(SourceError, match=message):
         read(str(tmp_path / "a.txt"))
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
-def test_a_tar_archive_is_refused_as_one(tmp_path, name):
+def test_tar_archive_is_refused(tmp_path, name):
     (tmp_path / "b.txt").write_text("text")
     with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as archive:
         archive.add(tmp_path / "b.txt", "b.txt")
@@ -88,7 +88,7 @@ def test_a_tar_archive_is_refused_as_one(tmp_path, name):
         read(str(tmp_path / name))
 
 
-def test_a_name_that_begins_with_a_tilde_is_a_path_unless_it_is_a_users_home(tmp_path, monkeypatch):
+def test_leading_tilde_is_expanded_only_to_a_home_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
@@ -100,7 +100,7 @@ def test_a_name_that_begins_with_a_tilde_is_a_path_unless_it_is_a_users_home(tmp
     assert absolute("~/b.txt") == str(tmp_path / "home" / "b.txt")
 
 
-def test_a_folder_is_its_files_in_order_without_the_hidden_ones(tmp_path):
+def test_folder_is_read_in_order_without_hidden_files(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / ".git").mkdir()
     for name, text in {
@@ -117,7 +117,7 @@ def test_a_folder_is_its_files_in_order_without_the_hidden_ones(tmp_path):
     assert source.notes == ("turned 1 CR or CRLF line ends into LF",)
 
 
-def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
+def test_linked_folders_are_followed_without_loops(tmp_path):
     folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere" / "deep"
     (folder / "sub").mkdir(parents=True)
     elsewhere.mkdir(parents=True)
@@ -142,7 +142,7 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     assert read(str(tmp_path / "link")).text == source.text, "a corpus may be a link itself"
 
 
-def test_a_named_corpus_is_taken_before_a_local_one_and_says_so(tmp_path, monkeypatch, capsys):
+def test_named_corpus_hides_a_local_file_with_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "python-docs").write_text("mine")
     assert "CPython" in read("python-docs").origin
@@ -156,7 +156,7 @@ def test_a_named_corpus_is_taken_before_a_local_one_and_says_so(tmp_path, monkey
     assert capsys.readouterr().err == ""
 
 
-def test_a_pipe_is_read_once_and_its_text_as_often_as_is_wanted(tmp_path):
+def test_text_of_a_pipe_can_be_read_repeatedly(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     end, begin = os.pipe()
     os.write(begin, data := b"the\r\ncat")
@@ -173,7 +173,7 @@ def test_a_pipe_is_read_once_and_its_text_as_often_as_is_wanted(tmp_path):
     os.close(end)
 
 
-def test_a_folder_of_many_changed_files_has_one_note_of_each_kind(tmp_path):
+def test_folder_has_one_note_for_each_kind_of_change(tmp_path):
     for i in range(1200):
         (tmp_path / f"{i:04}.txt").write_bytes(b"a\r\nb\r\n")
     for name in "yz":
@@ -185,7 +185,7 @@ def test_a_folder_of_many_changed_files_has_one_note_of_each_kind(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_where_a_character_is_in_a_folder(tmp_path, monkeypatch, size):
+def test_position_of_a_character_in_a_folder(tmp_path, monkeypatch, size):
     monkeypatch.setattr("jaxgpt.prepare.documents.PIECE", size)
     for name, text in {"a.txt": "one\r\ntwo", "b.txt": "\n\n", "c/d.txt": "thrée\nfour\n"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -193,7 +193,7 @@ def test_where_a_character_is_in_a_folder(tmp_path, monkeypatch, size):
     source = sources.open_text(str(tmp_path))
     text = "".join(source.pieces())
     assert text == "one\ntwo\n\n\n\nthrée\nfour\n"
-    for sought, place in {
+    for sought, position in {
         "o": "line 1, column 1 of the text in {}/a.txt",
         "\n": "line 1, column 4 of the text in {}/a.txt",
         "w": "line 2, column 2 of the text in {}/a.txt",
@@ -202,13 +202,13 @@ def test_where_a_character_is_in_a_folder(tmp_path, monkeypatch, size):
         "é": "line 1, column 4 of the text in {}/c/d.txt",
         "u": "line 2, column 3 of the text in {}/c/d.txt",
     }.items():
-        assert source.where(text.index(sought)) == place.format(tmp_path)
+        assert source.where(text.index(sought)) == position.format(tmp_path)
     (tmp_path / "one.txt").write_text("first\nsecond")
     one = sources.open_text(str(tmp_path / "one.txt"))
     assert one.where(8) == f"line 2, column 3 of the text in {tmp_path}/one.txt"
 
 
-def test_a_folder_without_texts_is_refused_with_the_reason(tmp_path):
+def test_folder_without_texts_is_refused(tmp_path):
     (tmp_path / "data" / "a-char").mkdir(parents=True)
     (tmp_path / "data" / "a-char" / "tokens.json").write_text('{\n  "format": 2,')
     (tmp_path / "data" / ".hidden").write_text("text")
@@ -216,22 +216,23 @@ def test_a_folder_without_texts_is_refused_with_the_reason(tmp_path):
         sources.open_text(str(tmp_path / "data"))
 
 
-def test_a_folder_with_a_bad_file_names_the_file(tmp_path):
+def test_non_text_file_in_a_folder_is_named(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     with pytest.raises(SourceError, match=r"image\.png is a PNG image; expected UTF-8"):
         read(str(tmp_path))
 
 
-def test_no_such_corpus_names_those_that_exist():
+def test_unknown_corpus_error_lists_the_named_ones():
     for name in ("no-such-corpus", "0.7*a.txt+0.3*b.txt", "/dev/null"):
         with pytest.raises(SourceError, match=r"python-docs, .*'0\.7\*a\.txt \+ 0\.3\*b\.txt'"):
             read(name)
 
 
 @pytest.mark.parametrize(
-    ("error", "said"), [(PermissionError(13, "Permission denied"), "Permission denied"), (TimeoutError(), "TimeoutErr")]
+    ("error", "message"),
+    [(PermissionError(13, "Permission denied"), "Permission denied"), (TimeoutError(), "TimeoutErr")],
 )
-def test_an_unreadable_file_is_a_clear_error(tmp_path, monkeypatch, error, said):
+def test_unreadable_file_is_reported(tmp_path, monkeypatch, error, message):
     from pathlib import Path
 
     def denied(self, *mode):
@@ -239,7 +240,7 @@ def test_an_unreadable_file_is_a_clear_error(tmp_path, monkeypatch, error, said)
 
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.setattr(Path, "open", denied)
-    with pytest.raises(SourceError, match=rf"a\.txt cannot be read: {said}"):
+    with pytest.raises(SourceError, match=rf"a\.txt cannot be read: {message}"):
         read(str(tmp_path / "a.txt"))
 
 
@@ -251,7 +252,7 @@ def test_a_file_whose_start_cannot_be_read_is_closed():
 
 @pytest.fixture
 def server(tmp_path):
-    """A web server on this machine that serves tmp_path / 'www'."""
+    """The address of a web server that serves tmp_path / 'www'."""
     (tmp_path / "www").mkdir()
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -267,7 +268,7 @@ def server(tmp_path):
             super().end_headers()
 
         def send_header(self, name, value):
-            """With a query, the size of the answer is not known before its end."""
+            """With a query, the response has no Content-Length."""
             if name != "Content-Length" or "?" not in self.path:
                 super().send_header(name, value)
 
@@ -279,7 +280,7 @@ def server(tmp_path):
         thread.join()
 
 
-def test_a_text_at_a_url_is_read(tmp_path, server):
+def test_url_is_read(tmp_path, server):
     (tmp_path / "www" / "a.txt").write_text("to be\nor not")
     assert "".join(sources.open_text(f"{server}/a.txt").pieces()) == "to be\nor not"
     with pytest.raises(SourceError, match=r"b\.txt is unavailable: 404, message='File not found'"):
@@ -297,7 +298,7 @@ def test_a_large_text_and_parquet_need_no_range_requests(tmp_path, server):
         assert "".join(sources.open_text(f"{server}/{name}").pieces()) == "\n\n".join([text] * n)
 
 
-def test_gzip_whose_size_or_encoding_the_server_misses(tmp_path, server, monkeypatch):
+def test_gzip_from_a_server_without_its_size_or_with_an_encoding(tmp_path, server, monkeypatch):
     monkeypatch.setattr(documents, "ALWAYS_ALLOWED", 100)
     text = "".join(f"{i * i} to be or not\n" for i in range(2000))
     (tmp_path / "www" / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
@@ -308,9 +309,9 @@ def test_gzip_whose_size_or_encoding_the_server_misses(tmp_path, server, monkeyp
         sources.open_text(f"{server}/b.txt.gz?encoding")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is a matter of Linux")
-def test_no_room_for_a_temporary_copy_is_named(tmp_path, server, monkeypatch):
-    """Of a pipe, or of Parquet on the web."""
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
+def test_no_space_for_a_temporary_copy_is_reported(tmp_path, server, monkeypatch):
+    """Copies are made of pipes, and of Parquet on the web."""
     opened = []
 
     def full():
@@ -329,8 +330,8 @@ def test_no_room_for_a_temporary_copy_is_named(tmp_path, server, monkeypatch):
     os.close(end)
 
 
-def test_a_page_of_html_at_a_url_is_refused(tmp_path, server):
-    """Such as the list of a folder."""
+def test_html_page_at_a_url_is_refused(tmp_path, server):
+    """As a server sends for a folder."""
     (tmp_path / "www" / "texts").mkdir()
     (tmp_path / "www" / "a.html").write_text('\n<!doctype html><a href="b.html">b</a>')
     for name in ("texts", "texts/", "a.html"):
@@ -342,21 +343,21 @@ class TestDownload:
     DATA = b"To be, or not to be"
     SHA = hashlib.sha256(DATA).hexdigest()
 
-    def test_a_checked_file_arrives(self, tmp_path, server):
+    def test_file_with_the_expected_hash_is_kept(self, tmp_path, server):
         (tmp_path / "www" / "a.txt").write_bytes(self.DATA)
         target = tmp_path / "cache" / "a.txt"
         assert sources.download(f"{server}/a.txt", target, 100, self.SHA) == target
         assert target.read_bytes() == self.DATA
-        assert list(target.parent.iterdir()) == [target], "nothing half-written is left"
+        assert list(target.parent.iterdir()) == [target], "no partial file is left"
 
-    @pytest.mark.parametrize(("data", "limit", "said"), [(DATA + b"x", 100, "SHA-256"), (DATA, 10, "SHA-256")])
-    def test_what_is_not_expected_is_not_kept(self, tmp_path, server, data, limit, said):
+    @pytest.mark.parametrize(("data", "limit", "message"), [(DATA + b"x", 100, "SHA-256"), (DATA, 10, "SHA-256")])
+    def test_file_with_another_hash_is_not_kept(self, tmp_path, server, data, limit, message):
         (tmp_path / "www" / "a.txt").write_bytes(data)
-        with pytest.raises(SourceError, match=rf"{said} {self.SHA} expected.*; fetch it elsewhere and put it at"):
+        with pytest.raises(SourceError, match=rf"{message} {self.SHA} expected.*; fetch it elsewhere and put it at"):
             sources.download(f"{server}/a.txt", tmp_path / "cache" / "a.txt", limit, self.SHA)
         assert not (tmp_path / "cache").exists()
 
-    def test_a_server_that_speaks_no_http_is_a_clear_error(self, tmp_path):
+    def test_server_without_http_is_reported(self, tmp_path):
         def answer():
             with listener.accept()[0] as peer:
                 peer.recv(1000)
@@ -369,13 +370,13 @@ class TestDownload:
                 sources.download(f"http://127.0.0.1:{listener.getsockname()[1]}/", tmp_path / "a", 100, self.SHA)
             thread.join()
 
-    def test_a_cache_that_cannot_be_written_is_named(self, tmp_path, server):
+    def test_unwritable_cache_is_reported(self, tmp_path, server):
         (tmp_path / "www" / "a.txt").write_bytes(self.DATA)
         (tmp_path / "cache").touch()
         with pytest.raises(SourceError, match=r"cannot be fetched to .*cache/a\.txt .*fetch it elsewhere"):
             sources.download(f"{server}/a.txt", tmp_path / "cache" / "a.txt", 100, self.SHA)
 
-    def test_without_a_network_it_says_where_to_put_the_file(self, tmp_path):
+    def test_unreachable_server_error_says_where_to_put_the_file(self, tmp_path):
         target = tmp_path / "a.txt"
         with pytest.raises(SourceError) as caught:
             sources.download("http://127.0.0.1:1/a.txt", target, 100, self.SHA)
@@ -385,7 +386,7 @@ class TestDownload:
 
 class TestShakespeare:
     @pytest.fixture(autouse=True)
-    def elsewhere(self, tmp_path, monkeypatch):
+    def isolated(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.delenv("JAXGPT_DATA", raising=False)
@@ -403,12 +404,12 @@ class TestShakespeare:
         with pytest.raises(SourceError, match="not the expected file"):
             read("shakespeare")
 
-    def test_a_wrong_path_is_refused(self, monkeypatch):
+    def test_missing_path_is_refused(self, monkeypatch):
         monkeypatch.setenv("JAXGPT_DATA", "/no/such/place")
         with pytest.raises(SourceError, match="JAXGPT_DATA is /no/such/place"):
             read("shakespeare")
 
-    def test_without_a_cache_folder_it_is_put_into_data(self, tmp_path, server, monkeypatch):
+    def test_download_goes_into_data_without_a_cache_folder(self, tmp_path, server, monkeypatch):
         data = b"To be, or not to be"
         (tmp_path / "www" / "input.txt").write_bytes(data)
         monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server}/input.txt")
@@ -416,7 +417,7 @@ class TestShakespeare:
         monkeypatch.setattr(places, "cache_dir", lambda: None)
         assert read("shakespeare").origin == "data/tinyshakespeare.txt"
 
-    def test_else_it_is_downloaded_into_the_cache(self, tmp_path, server, monkeypatch):
+    def test_download_goes_into_the_cache(self, tmp_path, server, monkeypatch):
         data = b"To be, or not to be"
         (tmp_path / "www" / "input.txt").write_bytes(data)
         monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server}/input.txt")
@@ -426,7 +427,7 @@ class TestShakespeare:
         assert read("shakespeare").text == data.decode(), "the second time it comes from the cache"
 
 
-def test_a_tokens_json_of_ours_is_no_text(tmp_path):
+def test_tokens_json_is_not_a_text(tmp_path):
     (tmp_path / "tokens.json").write_text('{\n  "format": 2,')
     with pytest.raises(SourceError, match=r"tokens.json describes a prepared corpus.*: give the folder"):
         sources.open_text(str(tmp_path / "tokens.json"))

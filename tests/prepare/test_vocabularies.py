@@ -21,7 +21,7 @@ class TestLearning:
     def test_the_first_merge_is_the_most_frequent_pair(self):
         assert learn_bpe(["aab aab aab cab"], 257).tokens[256] == b"ab"
 
-    def test_it_is_a_function_of_the_text(self):
+    def test_result_depends_on_the_text_alone(self):
         assert learn_bpe([TEXT], 300) == learn_bpe(list(TEXT), 300)
         assert learn_bpe([TEXT[5:]], 300) != learn_bpe([TEXT], 300)
 
@@ -32,27 +32,27 @@ class TestLearning:
         assert tok.tokens == learn_bpe(list(TEXT), 300).tokens[:size]
         assert set(tok.tokens[:256]) == set(ByteTokenizer().token_bytes)
 
-    def test_a_short_text_has_no_more_pairs(self):
+    def test_vocabulary_of_a_short_text_is_smaller(self):
         assert learn_bpe(["ab"], 300).vocab_size == 257
 
-    def test_endless_words_make_neither_endless_tokens_nor_endless_work(self):
+    def test_very_long_words_are_cut(self):
         began = time.perf_counter()
         assert max(map(len, learn_bpe(["x" * 400_000], 400).tokens)) <= MAX_TOKEN_BYTES
-        assert time.perf_counter() - began < 10, "it takes half a second, and minutes where words are not cut"
+        assert time.perf_counter() - began < 10, "it takes half a second; if words were not cut, minutes"
 
-    def test_half_a_surrogate_pair_teaches_nothing_and_stops_nothing(self):
+    def test_lone_surrogates_are_ignored(self):
         assert learn_bpe(["\ud800".join("abab")], 300).tokens[256:] == learn_bpe(["abab"], 300).tokens[256:]
 
-    def test_ctrl_c_ends_it(self):
-        reached = threading.Event()
+    def test_signal_interrupts_learning(self):
+        handled = threading.Event()
 
         def interrupt(*_):
-            reached.set()
+            handled.set()
             raise InterruptedError
 
         def endless():
             os.kill(os.getpid(), signal.SIGINT)
-            assert reached.wait(10), "the signal is handled only after the learning"
+            assert handled.wait(10), "the signal was not handled during learning"
             while True:
                 yield "the cat "
 
@@ -64,14 +64,14 @@ class TestLearning:
             signal.signal(signal.SIGINT, before)
 
     @pytest.mark.parametrize("size", [255, 0, MAX_TOKENS + 1])
-    def test_sizes_out_of_range(self, size):
+    def test_size_out_of_range_is_refused(self, size):
         with pytest.raises(UsageError, match=rf"vocabulary of {size}, expected 256 to 1048576"):
             learn_bpe(["abc"], size)
 
 
 @pytest.fixture
 def files(tmp_path):
-    """A small vocabulary in GPT-2's two files, written by another library."""
+    """A small vocabulary in GPT-2's two files, written by Hugging Face's tokenizers."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.train_from_iterator(
@@ -91,35 +91,35 @@ def expected():
 
 
 @pytest.mark.smoke
-def test_parsing_gives_back_the_vocabulary_that_was_written(files, expected):
+def test_parsed_vocabulary_equals_the_one_that_was_written(files, expected):
     tok = parse(*(path.read_text() for path in files))
     assert tok == expected
     assert tok.vocab_size == 281
     assert tok.decode([280]) == "<|endoftext|>"
 
 
-def test_files_that_do_not_agree_are_refused(files):
+def test_inconsistent_files_are_refused(files):
     merges, vocabulary = (path.read_text() for path in files)
     swapped = merges.splitlines()
     swapped[1:3] = swapped[2:0:-1]
     for wrong in ("\n".join(swapped), merges.rsplit("\n", 2)[0], merges + "a b\n"):
         with pytest.raises(ValueError, match="do not agree"):
             parse(wrong, vocabulary)
-    holed = json.loads(vocabulary) | {"<|endoftext|>": 281}
+    gap = json.loads(vocabulary) | {"<|endoftext|>": 281}
     with pytest.raises(ValueError, match="do not agree"):
-        parse(merges, json.dumps(holed))
+        parse(merges, json.dumps(gap))
 
 
-def test_gpt2_is_that_of_tiktoken(expected, monkeypatch):
+def test_load_gpt2_returns_tiktokens_vocabulary(expected, monkeypatch):
     ranks = {token: rank for rank, token in enumerate(expected.tokens)}
-    known = tiktoken.Encoding(
+    encoding = tiktoken.Encoding(
         "gpt2", pat_str=PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 280}
     )
-    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": known}.__getitem__)
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": encoding}.__getitem__)
     assert load_gpt2() == expected
 
 
-def test_without_a_network_it_says_what_to_fetch(monkeypatch):
+def test_unreachable_download_error_says_what_to_fetch(monkeypatch):
     def unreachable(name):
         raise ConnectionError("no network")
 
@@ -128,7 +128,7 @@ def test_without_a_network_it_says_what_to_fetch(monkeypatch):
         load_gpt2()
 
 
-def test_without_tiktoken_it_says_what_to_install(monkeypatch):
+def test_missing_tiktoken_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(UsageError, match=r"GPT-2's vocabulary needs tiktoken.*pip install tiktoken"):
         load_gpt2()
