@@ -43,13 +43,13 @@ ENTRY %main.1 (p: f32[64]) -> f32[8] {{
     assert hlo.collectives(text) == {("reduce-scatter", 8): (1, 256)}
 
 
-def test_a_program_on_one_device_sends_nothing():
+def test_program_on_one_device_has_no_collectives():
     text = jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8))).compile().as_text()
     assert hlo.collectives(text) == {}
 
 
 def test_collectives_of_tpu_programs_are_counted():
-    """A loop without a trip count, scattered sums, a gather in pieces among matmuls, and groups of one."""
+    """A loop without a trip count, a fused reduce-scatter, an all-gather in two fusions, and groups of one device."""
     text = """
 %all-reduce-scatter.1 (input: f32[64,8]) -> f32[16,8] {
   %input = f32[64,8]{1,0} parameter(0)
@@ -148,12 +148,12 @@ def test_kernels_are_recognized_by_kind_and_target(kind, target, names):
     assert "m" not in found, "it is inside a fusion"
     assert "s" not in found, "it is in the function of a reduction"
     assert found["t"].kernel == "XLA reduce"
-    done = {matmul.kernel: matmul for matmul in hlo.matmuls(text)}
-    assert done[names[0]].flops == 2 * 8 * 4 * 2
-    assert done[names[0]].shapes == "bf16[8,4] x bf16[4,2]"
+    by_kernel = {matmul.kernel: matmul for matmul in hlo.matmuls(text)}
+    assert by_kernel[names[0]].flops == 2 * 8 * 4 * 2
+    assert by_kernel[names[0]].shapes == "bf16[8,4] x bf16[4,2]"
     counted = target in ("__cublas$gemm", "__onednn$matmul")
-    assert (names[1] in done) == counted
-    assert not counted or done[names[1]].flops == 2 * 8 * 4 * 2
+    assert (names[1] in by_kernel) == counted
+    assert not counted or by_kernel[names[1]].flops == 2 * 8 * 4 * 2
 
 
 def test_only_the_slice_of_a_sliced_array_is_memory_traffic():
@@ -180,7 +180,7 @@ ENTRY %main (x: f32[1000,64], i: s32[], r: f32[1,64]) -> f32[1000,64] {
     assert found["s"].bytes == 2 * row + 2 * 4
 
 
-def test_loops_count_every_iteration_and_branches_all():
+def test_matmuls_of_every_iteration_and_of_all_branches_are_counted():
     def function(x):
         x = jax.lax.scan(lambda x, _: (x @ x, None), x, None, length=5)[0]
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)

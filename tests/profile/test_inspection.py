@@ -20,17 +20,17 @@ PLAIN = Config(
 """Wide for its context, so that matmuls are most of its work."""
 
 
-def of(**model):
+def with_model(**model):
     return dataclasses.replace(PLAIN, model=dataclasses.replace(PLAIN.model, **model))
 
 
 def test_the_roof_is_the_larger_of_compute_and_memory_time():
     machine = Machine(flops=100.0, bandwidth=10.0)
     assert machine.ridge == 10.0
-    works = [Part("mlp", False, 2000, 100, 40.0), Part("mlp", True, 500, 100, 20.0), Part("wpe", True, 1, 100, 0.0)]
-    assert [part.least(machine) for part in works] == [20.0, 10.0, 10.0]
-    rows = roofline.rows(works, machine)
-    assert [row["pass"] for row in rows] == ["forward", "backward"], "a part that the profile did not see has no row"
+    parts = [Part("mlp", False, 2000, 100, 40.0), Part("mlp", True, 500, 100, 20.0), Part("wpe", True, 1, 100, 0.0)]
+    assert [part.least(machine) for part in parts] == [20.0, 10.0, 10.0]
+    rows = roofline.rows(parts, machine)
+    assert [row["pass"] for row in rows] == ["forward", "backward"], "a part without measured time has no row"
     assert [row["bound by"] for row in rows] == ["compute", "memory"]
     assert [row["of the roof, %"] for row in rows] == [50.0, 50.0]
     assert [row["FLOP/byte"] for row in rows] == [20.0, 5.0]
@@ -52,18 +52,18 @@ def test_an_instruction_belongs_to_the_module_that_it_was_traced_in(origin, part
     assert roofline.part_of(origin, {"h_*", "attn", "c_proj"}) == part
 
 
-def test_the_machine_is_measured_by_its_best_rounds():
+def test_measuring_the_machine_causes_no_page_faults():
     resource = pytest.importorskip("resource")
     assert min(roofline.measure_machine("float32", n=64, streamed=2**22, seconds=0.0, rounds=1)) > 1e6
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     roofline.measure_machine("float32", n=64, streamed=2**22, seconds=0.0, rounds=40)
     pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert pages < 4 * 4 * 2**22 / 4096, "memory is measured, not the allocation of pages"
+    assert pages < 4 * 4 * 2**22 / 4096, "bandwidth is measured, not the allocation of pages"
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_the_table_of_parameters_is_the_tree(stacked):
-    config = of(n_layer=3, bias=True, tie_weights=False, scan_layers=stacked).model
+def test_table_of_parameters_matches_the_tree(stacked):
+    config = with_model(n_layer=3, bias=True, tie_weights=False, scan_layers=stacked).model
     *rows, whole = inspection.parameter_rows(config)
     params = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
     assert whole["count"] == cost.n_params(config) == sum(x.size for x in jax.tree.leaves(params))
@@ -76,62 +76,66 @@ def test_the_table_of_parameters_is_the_tree(stacked):
 
 
 @pytest.fixture(scope="module")
-def found():
+def plain_programs():
     return programs(PLAIN)
 
 
 @pytest.fixture(scope="module")
-def inspected(found, tmp_path_factory):
+def inspected(plain_programs, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roofline, "measure_machine", lambda precision: Machine(1e9, 1e8))
-        patch.setattr(inspection, "programs", lambda config: found)
+        patch.setattr(inspection, "programs", lambda config: plain_programs)
         return inspection.inspect(PLAIN, "small", trace_folder=tmp_path_factory.mktemp("trace"))
 
 
-def test_the_optimized_program_has_the_matmuls_of_the_formula(found):
-    """Whatever computes them: none is lost, none is done twice."""
-    for name, program in found.items():
+def test_the_optimized_program_has_the_matmuls_of_the_formula(plain_programs):
+    """With any kernels: no matmul is missing, and none is computed twice."""
+    for name, program in plain_programs.items():
         matmuls, passes = hlo.matmuls(program.text), 3 if name in ("gradient", "step") else 1
-        assert sum(each.flops for each in matmuls) == program.formula_flops == passes * found["forward"].formula_flops
+        assert (
+            sum(each.flops for each in matmuls)
+            == program.formula_flops
+            == passes * plain_programs["forward"].formula_flops
+        )
         assert all(each.kernel and "?" not in each.shapes for each in matmuls)
 
 
-def test_flops_and_bytes_are_those_that_xla_counts(found):
-    for program in found.values():
+def test_flops_and_bytes_match_the_counts_of_xla(plain_programs):
+    for program in plain_programs.values():
         assert 1 < xla_counts(program.lowered)["flops"] / program.formula_flops * 1e6 < 1.1
         each, counts = hlo.instructions(program.text).values(), xla_counts(program.compiled)
         assert sum(i.runs * i.flops for i in each) / 1e6 == pytest.approx(counts["flops"], rel=0.01)
         assert sum(i.runs * i.bytes for i in each) / 1e6 == pytest.approx(counts["bytes accessed"], rel=0.03)
 
 
-def test_bytes_are_those_of_the_arrays(found):
+def test_compulsory_bytes_are_those_of_the_arrays(plain_programs):
     B, T, V, n = 8, 16, 64, cost.n_params(PLAIN.model)
-    assert found["forward"].bytes == 4 * (n + B * T + B * T * V)
-    assert found["loss"].bytes == 4 * (n + 2 * B * T + 1)
-    assert found["gradient"].bytes == 4 * (n + 2 * B * T + 1 + n)
-    rows = {row["figure"]: row["step"] for row in inspection.program_rows(found)}
+    assert plain_programs["forward"].bytes == 4 * (n + B * T + B * T * V)
+    assert plain_programs["loss"].bytes == 4 * (n + 2 * B * T + 1)
+    assert plain_programs["gradient"].bytes == 4 * (n + 2 * B * T + 1 + n)
+    rows = {row["figure"]: row["step"] for row in inspection.program_rows(plain_programs)}
     assert rows["bytes, XLA"] > rows["bytes, XLA, optimized"] > rows["bytes, compulsory"]
     state = 4 * 3 * n
     assert rows["memory, arguments"] == pytest.approx((state + 4 * 2 * B * T) / 1e6, rel=1e-3)
     assert rows["memory, donated"] == pytest.approx(-state / 1e6, rel=1e-3), "the state is donated"
 
 
-def test_matmuls_that_are_computed_again_are_counted(change):
-    config = change(of(remat="blocks", n_layer=2, scan_layers=True, n_embd=16), algorithm="muon")
+def test_recomputed_matmuls_are_counted(change):
+    config = change(with_model(remat="blocks", n_layer=2, scan_layers=True, n_embd=16), algorithm="muon")
     found = programs(config)
     gradient, step = (sum(each.flops for each in hlo.matmuls(found[name].text)) for name in ("gradient", "step"))
     assert gradient > found["gradient"].formula_flops, "remat"
     assert step > gradient, "Muon"
 
 
-def rows(report, title):
+def table(report, title):
     (only,) = [each["rows"] for each in report["tables"] if each["title"].startswith(title)]
     return only
 
 
-def test_the_parts_are_the_whole_step(found, inspected):
+def test_parts_add_up_to_the_whole_step(plain_programs, inspected):
     parts = inspected["roofline"]["parts"]
-    text = found["step"].text
+    text = plain_programs["step"].text
     assert sum(part["bytes"] for part in parts) == sum(i.runs * i.bytes for i in hlo.instructions(text).values())
     C, tokens = 128, 8 * 16
     for backward in (False, True):
@@ -144,17 +148,17 @@ def test_the_parts_are_the_whole_step(found, inspected):
 
 
 def test_a_config_is_inspected_from_end_to_end(inspected):
-    assert rows(inspected, "Parameters")[-1]["count"] == cost.n_params(PLAIN.model)
-    assert all(row["measured, ms"] > 0 for row in rows(inspected, "Roofline"))
-    said = " ".join(inspected["notes"])
-    assert "attention: reference" in said
-    assert "the ridge is at 10.0 FLOP/byte" in said
-    assert "a step of 128 tokens takes" in said
-    assert "1 programs dispatched per step" in said
+    assert table(inspected, "Parameters")[-1]["count"] == cost.n_params(PLAIN.model)
+    assert all(row["measured, ms"] > 0 for row in table(inspected, "Roofline"))
+    notes = " ".join(inspected["notes"])
+    assert "attention: reference" in notes
+    assert "the ridge is at 10.0 FLOP/byte" in notes
+    assert "a step of 128 tokens takes" in notes
+    assert "1 programs dispatched per step" in notes
     assert "**Roofline, part by part**" in report.markdown(json.loads(json.dumps(inspected)))
-    longest = rows(inspected, "Operations of a step")
+    longest = table(inspected, "Operations of a step")
     assert longest[0]["ms a step"] >= longest[-1]["ms a step"] > 0
-    assert any(row["computed by"] for row in longest), "they are known by the program's own text"
+    assert any(row["computed by"] for row in longest), "the kernels come from the HLO of the program"
 
 
 def test_the_chart_has_a_point_for_each_pass_of_each_part(inspected, tmp_path):
@@ -180,7 +184,7 @@ def test_jaxprs_and_hlo_are_printed(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         ([], "which recipe or run?"),
         (
@@ -194,11 +198,11 @@ def test_jaxprs_and_hlo_are_printed(capsys, tmp_path, monkeypatch):
         (["gpt-demo", "--hlo", "step", "--no-measure"], "--measure has no effect with --jaxpr and --hlo"),
     ],
 )
-def test_bad_input_compiles_nothing(args, said, capsys, tmp_path, monkeypatch):
+def test_bad_input_compiles_nothing(args, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inspection, "programs", None)
     assert cli.run_command(["inspect", *args]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -226,11 +230,11 @@ def test_a_run_is_inspected_by_its_name(tmp_path, monkeypatch, verse):
         tmp_path / "runs",
         tmp_path / "data",
     )
-    asked = []
-    monkeypatch.setattr(inspection, "inspect", lambda config, name, **given: asked.append(config) or EMPTY)
+    configs = []
+    monkeypatch.setattr(inspection, "inspect", lambda config, name, **kwargs: configs.append(config) or EMPTY)
     monkeypatch.chdir(tmp_path)
     assert cli.run_command(["inspect", "mine"]) == 0
     assert cli.run_command(["inspect", "mine", "--runs-dir", str(tmp_path / "runs"), "--no-measure"]) == 0
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.run_command(["inspect", "mine", "--runs-dir=~/runs"]) == 0
-    assert asked == [run.config] * 3
+    assert configs == [run.config] * 3

@@ -36,7 +36,7 @@ DONE = {
 STEPS = {"eager": [1.0, 2.0], "jit": [4.0, 8.0], "scan of 10": [5.0, 9.0], "cache, full": [5.0, 10.0]}
 
 
-def test_the_tables_hold_what_was_measured():
+def test_tables_show_the_measurements():
     first, then = ({row["variant"]: row for row in rows} for rows in ledger.rows(DONE, STEPS))
     assert first["jit"]["in all, s"] == 10.0
     assert (first["jit"]["compile, s"], first["eager"]["compile, s"]) == (8.0, None)
@@ -44,7 +44,7 @@ def test_the_tables_hold_what_was_measured():
     assert then["eager"]["speed, of jit's"]["median"] == 0.25
     assert (then["eager"]["pays after, steps"], then["jit"]["speed, of jit's"]) == (None, None)
     assert then["jit"]["pays after, steps"] == round((10.0 - 4.5) / (1 / 1.5 - 1 / 6))
-    assert then["cache, full"]["pays after, steps"] == 0, "it began sooner, and is faster"
+    assert then["cache, full"]["pays after, steps"] == 0, "it starts sooner and is faster"
     assert (then["jit"]["dispatches"], then["scan of 10"]["dispatches"]) == (1, 0.1)
 
 
@@ -56,11 +56,11 @@ def test_variants_are_chosen_by_name():
 
 
 def test_each_variant_differs_from_jit_in_one_thing(tiny, change):
-    asked = change(tiny, precision="auto", remat="blocks", accumulate=2)
-    jit = dataclasses.asdict(ledger.varied(asked, VARIANTS["jit"]))
+    config = change(tiny, precision="auto", remat="blocks", accumulate=2)
+    jit = dataclasses.asdict(ledger.varied(config, VARIANTS["jit"]))
     assert (jit["model"]["precision"], jit["model"]["remat"], jit["train"]["accumulate"]) == ("float32", "none", 2)
     for name, variant in VARIANTS.items():
-        found = dataclasses.asdict(ledger.varied(asked, variant))
+        found = dataclasses.asdict(ledger.varied(config, variant))
         changed = {
             key: value
             for section, fields in found.items()
@@ -80,42 +80,42 @@ def test_each_variant_differs_from_jit_in_one_thing(tiny, change):
 
 
 VARIED = ("eager", "jit", "scan of 10", "cache, empty", "cache, full")
-TABLE = Config(
+BIGRAM = Config(
     model=ModelConfig(kind="bigram", vocab_size=13, block_size=8),
     optimizer=OptimizerConfig(warmup_steps=2, grad_clip=0.0),
     train=TrainConfig(steps=20, batch_size=2, scan_steps=5, eval_every=0),
 )
-"""A bigram: few operations, which are compiled one by one."""
+"""A bigram, whose few operations compile quickly one by one."""
 
 
 @pytest.fixture(scope="module")
-def found():
-    """A real report, and the settings of the compile cache before and after."""
+def bigram_report():
+    """A real report. Measuring must restore the settings of the compile cache."""
     names = [name for name in jax.config.values if "cache" in name]
     before = {name: jax.config.values[name] for name in names}
-    found = ledger.measure(TABLE, "bigram", choose(VARIED), rounds=2, seconds=0.01)
+    report = ledger.measure(BIGRAM, "bigram", choose(VARIED), rounds=2, seconds=0.01)
     assert {name: jax.config.values[name] for name in names} == before
-    return found
+    return report
 
 
-def test_every_variant_takes_the_same_step(found):
-    losses = [each["loss"] for each in found["figures"].values()]
+def test_every_variant_takes_the_same_step(bigram_report):
+    losses = [each["loss"] for each in bigram_report["figures"].values()]
     assert losses == pytest.approx([losses[0]] * len(VARIED), abs=1e-6)
     assert 2.0 < losses[0] < 3.0
 
 
-def test_a_scan_dispatches_one_program_for_all_its_steps(found):
-    each = {name: figures["dispatches"] for name, figures in found["figures"].items()}
+def test_a_scan_dispatches_one_program_for_all_its_steps(bigram_report):
+    each = {name: figures["dispatches"] for name, figures in bigram_report["figures"].items()}
     assert (each["jit"], each["scan of 10"]) == (1.0, 0.1)
-    alone = ledger.Runner(TABLE, VARIANTS["op by op"]).figures
-    assert alone["loss"] == pytest.approx(found["figures"]["jit"]["loss"], abs=1e-6)
+    alone = ledger.Runner(BIGRAM, VARIANTS["op by op"]).figures
+    assert alone["loss"] == pytest.approx(bigram_report["figures"]["jit"]["loss"], abs=1e-6)
     assert 30 < each["eager"] < alone["dispatches"]
 
 
-def test_each_variant_reports_its_own_stages_and_programs(found):
-    each = found["figures"]
+def test_each_variant_reports_its_own_stages_and_programs(bigram_report):
+    each = bigram_report["figures"]
     assert each["jit"]["programs"] == each["scan of 10"]["programs"] == 1
-    assert each["eager"]["programs"] > 20, "programs of other variants are not reused"
+    assert each["eager"]["programs"] > 20, "a variant does not reuse the programs of others"
     for name in ("jit", "scan of 10"):
         assert list(each[name]["stages"]) == list(ledger.STAGES)
         assert min(each[name]["stages"].values()) > 0
@@ -124,15 +124,15 @@ def test_each_variant_reports_its_own_stages_and_programs(found):
     assert each["cache, full"]["stages"]["compile"] < each["cache, empty"]["stages"]["compile"]
 
 
-def test_the_report_is_complete(found):
-    first, then = (each["rows"] for each in found["tables"])
+def test_the_report_is_complete(bigram_report):
+    first, then = (each["rows"] for each in bigram_report["tables"])
     assert (
         [row["variant"] for row in first]
         == [row["variant"] for row in then]
         == sorted(VARIED, key=list(VARIANTS).index)
     )
     assert all(row["steady, ms"]["n"] == 2 for row in then)
-    assert "until the first is done**" in report.markdown(json.loads(json.dumps(found)))
+    assert "until the first is done**" in report.markdown(json.loads(json.dumps(bigram_report)))
 
 
 def test_the_chart_shows_every_stage(tmp_path):
@@ -146,7 +146,7 @@ def test_the_chart_shows_every_stage(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         ([], "which recipe?"),
         (["nonsense"], "no recipe 'nonsense'"),
@@ -160,31 +160,31 @@ def test_the_chart_shows_every_stage(tmp_path):
         (["gpt-demo", "--scan-steps", "20"], "compare jit with scan of 10, scan of 50 (--variants)"),
     ],
 )
-def test_bad_input_starts_nothing(args, said, capsys, tmp_path, monkeypatch):
+def test_bad_input_starts_nothing(args, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ledger, "measure", None)
-    more = ["--vocab-size", "13"] if args else []
-    assert cli.run_command(["ledger", *args, *more]) == 2
-    assert said in capsys.readouterr().err
+    vocabulary = ["--vocab-size", "13"] if args else []
+    assert cli.run_command(["ledger", *args, *vocabulary]) == 2
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_writes_tables_a_plot_and_json(capsys, tmp_path, monkeypatch, found):
-    asked = []
-    monkeypatch.setattr(ledger, "measure", lambda *given: asked.extend(given) or found)
+def test_the_command_writes_tables_a_plot_and_json(capsys, tmp_path, monkeypatch, bigram_report):
+    arguments = []
+    monkeypatch.setattr(ledger, "measure", lambda *args: arguments.extend(args) or bigram_report)
     monkeypatch.chdir(tmp_path)
-    line = ["ledger", "gpt-demo", "--vocab-size", "13", "--variants", "jit", "eager", "--plot", "a.svg"]
-    assert cli.run_command(line) == 0
+    command = ["ledger", "gpt-demo", "--vocab-size", "13", "--variants", "jit", "eager", "--plot", "a.svg"]
+    assert cli.run_command(command) == 0
     assert capsys.readouterr().out.startswith("## the ledger of bigram")
-    assert json.loads((tmp_path / "ledger-gpt-demo.json").read_text()) == json.loads(json.dumps(found))
+    assert json.loads((tmp_path / "ledger-gpt-demo.json").read_text()) == json.loads(json.dumps(bigram_report))
     assert (tmp_path / "a.svg").exists()
     config = recipe("gpt-demo").config
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=13))
-    assert asked == [config, "gpt-demo", choose(["eager", "jit"]), 5, 0.5]
+    assert arguments == [config, "gpt-demo", choose(["eager", "jit"]), 5, 0.5]
 
 
 @pytest.mark.parametrize("name", ["jit", "scan of 10"])
-def test_a_variant_pays_when_its_total_time_is_below_eagers(name):
+def test_variant_pays_off_once_its_total_time_is_below_that_of_eager(name):
     then = {row["variant"]: row for row in ledger.rows(DONE, STEPS)[1]}
     pays = then[name]["pays after, steps"]
     start, step = ({each: of(each) for each in ("eager", name)} for of in (first_call, median_step))

@@ -37,7 +37,7 @@ device cpu; cores 2; cpu flags avx2, amx_bf16
 """
 
 
-def test_the_json_is_enough_for_the_markdown(tmp_path):
+def test_markdown_of_a_report_survives_a_json_round_trip(tmp_path):
     assert report.markdown(REPORT) == MARKDOWN
     report.save(REPORT, tmp_path / "bench.json")
     assert report.markdown(json.loads((tmp_path / "bench.json").read_text())) == MARKDOWN

@@ -18,7 +18,7 @@ def test_the_load_of_other_programs_is_reported():
     assert "unknown" in disturbance([])
 
 
-def test_work_is_repeated_until_the_time_is_over_and_at_least_once():
+def test_repeat_runs_at_least_once_and_until_the_time_is_over():
     done = []
     assert timing.repeat(lambda: done.append(1) or 2, 0.0, lambda: done.append("wait"))[0] == 2
     assert done == [1, "wait"]

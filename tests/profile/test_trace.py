@@ -36,7 +36,7 @@ def test_a_dispatch_inside_another_is_not_counted():
     assert trace.dispatches([]) == 0
 
 
-def test_a_real_trace(tmp_path):
+def test_trace_of_real_calls(tmp_path):
     """Three calls of a program are three dispatches, and three runs of each of its instructions."""
     double = jax.jit(lambda x: (x @ x).sum())
     x = jax.numpy.ones((64, 64))
