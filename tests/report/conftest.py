@@ -4,6 +4,6 @@ from jaxgpt.report.looks import look
 
 
 @pytest.fixture(scope="session")
-def seen(trained):
+def trained_looks(trained):
     """The looks at the run of `trained`."""
     return look(*trained)

@@ -11,19 +11,19 @@ from jaxgpt.start import load_checkpoint
 from jaxgpt.tokenizer import ByteTokenizer
 
 
-def test_all_sections_are_available(trained, seen):
+def test_all_sections_are_available(trained, trained_looks):
     run, data_dir = trained
-    assert seen.missing == {}
-    assert seen.step == 20
-    assert [sample.step for sample in seen.samples] == looks.steps(run) == [0, 10, 20]
-    assert len({sample.prompt for sample in seen.samples}) == 1
-    assert len({sample.text for sample in seen.samples}) == 3, "each by its own weights"
-    assert seen.ngrams.bigram < seen.ngrams.unigram < seen.ngrams.uniform
+    assert trained_looks.missing == {}
+    assert trained_looks.step == 20
+    assert [sample.step for sample in trained_looks.samples] == looks.steps(run) == [0, 10, 20]
+    assert len({sample.prompt for sample in trained_looks.samples}) == 1
+    assert len({sample.text for sample in trained_looks.samples}) == 3, "the text of each checkpoint is another"
+    assert trained_looks.ngrams.bigram < trained_looks.ngrams.unigram < trained_looks.ngrams.uniform
     _, val = corpus_of(run, data_dir).split(DataConfig())
     text = run.tokenizer.decode(val)
-    assert "".join(seen.passage.tokens) in text
-    assert "".join(seen.attention.tokens) in text
-    assert seen.attention.weights.shape == (1, 2, 8, 8)
+    assert "".join(trained_looks.passage.tokens) in text
+    assert "".join(trained_looks.attention.tokens) in text
+    assert trained_looks.attention.weights.shape == (1, 2, 8, 8)
 
 
 def test_each_token_of_the_passage_has_at_least_half_a_window_of_context(trained, monkeypatch):
@@ -47,8 +47,8 @@ def test_each_token_of_the_passage_has_at_least_half_a_window_of_context(trained
             assert np.exp(-loss) == pytest.approx(chances[0], rel=1e-4)
 
 
-def test_a_prompt_has_whole_characters(trained, monkeypatch):
-    """Of bytes, a split may begin within a character, and 16 of them end within one."""
+def test_prompt_has_whole_characters(trained, monkeypatch):
+    """With a byte tokenizer, the split and its first 16 tokens may begin or end within a character."""
     run, prompts = trained[0], []
     monkeypatch.setattr(looks, "write", lambda *args, **more: prompts.append(args[3]) or [iter(["", ""])])
     monkeypatch.setitem(vars(run), "tokenizer", ByteTokenizer())

@@ -21,7 +21,7 @@ from tests.conftest import HOSTILE
 
 
 class Elements(html.parser.HTMLParser):
-    """The elements of a page as a browser would have them: (name, attributes), and the text in each script."""
+    """The elements of a page as a browser parses them: (name, attributes), and the text of each script."""
 
     def __init__(self, text):
         super().__init__()
@@ -45,45 +45,43 @@ class Elements(html.parser.HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def made(trained, seen):
-    return reporter.Report([facts.gather(trained[0])], [seen])
+def report(trained, trained_looks):
+    return reporter.Report([facts.gather(trained[0])], [trained_looks])
 
 
 @pytest.fixture(scope="module")
-def written(made):
-    return page.page(made.runs, made.looks, charts.charts(made.runs, made.looks))
+def html_page(report):
+    return page.page(report.runs, report.looks, charts.charts(report.runs, report.looks))
 
 
-def test_the_page_loads_no_other_file(written):
-    assert len(written.encode()) < 2e6
-    elements = Elements(written)
+def test_the_page_loads_no_other_file(html_page):
+    assert len(html_page.encode()) < 2e6
+    elements = Elements(html_page)
     for tag, attrs in elements.found:
         assert tag not in ("link", "img", "iframe", "object", "base", "form")
         assert not {"src", "href", "srcset"} & attrs.keys()
         assert not [name for name in attrs if name.startswith("on")]
-    assert "http" not in re.sub(r"<script.*?</script>", "", written, flags=re.S).replace("http-equiv", "")
+    assert "http" not in re.sub(r"<script.*?</script>", "", html_page, flags=re.S).replace("http-equiv", "")
 
 
-def test_no_text_becomes_markup(made, written):
-    assert "</scr" in "".join(made.looks[0].passage.tokens)
-    elements = Elements(written)
+def test_text_does_not_become_markup(report, html_page):
+    assert "</scr" in "".join(report.looks[0].passage.tokens)
+    elements = Elements(html_page)
     running = [text for attrs, text in elements.scripts if attrs.get("type") != "application/json"]
-    assert len(running) == 2, "only ours"
+    assert len(running) == 2, "only the scripts of the page"
     (policy,) = [attrs["content"] for tag, attrs in elements.found if attrs.get("http-equiv")]
     assert "unsafe-eval" not in policy
     for text in running:
         assert f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
     blocks = {attrs["id"]: json.loads(text) for attrs, text in elements.scripts if "id" in attrs}
     assert blocks.keys() == {"charts", "passage-data", "attention-data"}
-    assert blocks["passage-data"]["tokens"] == made.looks[0].passage.tokens
-    assert len([tag for tag, _ in elements.found if tag == "b"]) == len(made.looks[0].samples), (
-        "its own, not the text's"
-    )
+    assert blocks["passage-data"]["tokens"] == report.looks[0].passage.tokens
+    assert len([tag for tag, _ in elements.found if tag == "b"]) == len(report.looks[0].samples), "none from the text"
 
 
-def test_a_run_name_does_not_become_markup(made):
-    named = replace(made.runs[0], name=HOSTILE, events=[{"event": "spike", "step": 1, "text": HOSTILE}])
-    for runs, looks in (([named], made.looks), ([named, made.runs[0]], made.looks * 2)):
+def test_a_run_name_does_not_become_markup(report):
+    named = replace(report.runs[0], name=HOSTILE, events=[{"event": "spike", "step": 1, "text": HOSTILE}])
+    for runs, looks in (([named], report.looks), ([named, report.runs[0]], report.looks * 2)):
         text = page.page(runs, looks, charts.charts(runs, looks))
         assert sum(attrs.get("type") is None for attrs, _ in Elements(text).scripts) == 2
         assert "<script>alert" not in text
@@ -103,15 +101,15 @@ def test_any_text_is_escaped(value):
     assert json.loads(inside) == {"x": value}
 
 
-def test_every_chart_is_drawn(made, tmp_path, capfd):
-    paths = made.draw(tmp_path / "figures")
+def test_every_chart_is_drawn(report, tmp_path, capfd):
+    paths = report.draw(tmp_path / "figures")
     names = {path.stem for path in paths}
     assert names == {"outcome", "loss", "learning_rate", "grad_norm", "attention", "speed"}
     for path in paths:
         data = path.read_bytes()
         assert data.startswith(b"\x89PNG" if path.suffix == ".png" else b"<svg")
         assert b"var(--" not in data, "a file has no CSS variables"
-    assert {name for spec in charts.charts(made.runs, made.looks).values() for name in used(spec)} <= COLOURS.keys()
+    assert {name for spec in charts.charts(report.runs, report.looks).values() for name in used(spec)} <= COLOURS.keys()
 
 
 def used(spec):
@@ -167,8 +165,8 @@ def test_attention_is_packed_row_by_row():
             assert data[row + s] == pytest.approx(255 * weights[layer, head, t, s], abs=0.51)
 
 
-def test_several_runs_on_one_page(made):
-    runs, looks = [made.runs[0], replace(made.runs[0], name="again")], [*made.looks, *made.looks]
+def test_several_runs_on_one_page(report):
+    runs, looks = [report.runs[0], replace(report.runs[0], name="again")], [*report.looks, *report.looks]
     specs = charts.charts(runs, looks)
     text = page.page(runs, looks, specs)
     assert "They differ in no setting." in text
@@ -186,18 +184,18 @@ def layer(spec, mark):
     return found["data"]["values"] if found else []
 
 
-def test_published_figures_are_shown_only_for_their_corpus(made):
-    corpus = made.runs[0].corpus | {"source": "shakespeare"}
-    one = replace(made.runs[0], corpus=corpus)
-    other = replace(made.runs[0], name="other", corpus=corpus | {"sha256": "another", "source": "verse"})
-    for runs, there in (([one], True), ([one, replace(one, name="again")], True), ([one, other], False)):
-        rows = charts.outcome(runs, made.looks * 2)["layer"][0]["data"]["values"]
-        assert ("published" in {row["kind"] for row in rows}) == there
+def test_published_figures_are_shown_only_for_their_corpus(report):
+    corpus = report.runs[0].corpus | {"source": "shakespeare"}
+    one = replace(report.runs[0], corpus=corpus)
+    other = replace(report.runs[0], name="other", corpus=corpus | {"sha256": "another", "source": "verse"})
+    for runs, published in (([one], True), ([one, replace(one, name="again")], True), ([one, other], False)):
+        rows = charts.outcome(runs, report.looks * 2)["layer"][0]["data"]["values"]
+        assert ("published" in {row["kind"] for row in rows}) == published
 
 
-def test_runs_on_different_tokens_are_compared_in_bits_per_byte(made):
+def test_runs_on_different_tokens_are_compared_in_bits_per_byte(report):
     """A loss per token is lower for tokens of a byte than for words, though they take more bits."""
-    (run,) = made.runs
+    (run,) = report.runs
     score = facts.Score(9, 0.5, 0.01, 0.9, 0.8, 100)
     for other in (
         replace(run, name="words", corpus=run.corpus | {"sha256": "another"}),
@@ -205,27 +203,29 @@ def test_runs_on_different_tokens_are_compared_in_bits_per_byte(made):
     ):
         runs = [replace(run, scores=[score]), replace(other, scores=[replace(score, loss=2.0, bits_per_byte=0.6)])]
         assert not charts.same_tokens(runs)
-        specs = charts.charts(runs, made.looks * 2)
+        specs = charts.charts(runs, report.looks * 2)
         rows = layer(specs["outcome"], "point")
         assert sorted((row["what"], row["loss"]) for row in rows) == [("hostile", 0.8), ("words", 0.6)]
         assert rows[0]["high"] - rows[0]["loss"] == pytest.approx(0.01 * 0.6 / 2.0)
-        text = page.page(runs, made.looks * 2, specs)
+        text = page.page(runs, report.looks * 2, specs)
         assert "<li>words: 0.6000 bits per byte</li>" in text
-    assert charts.same_tokens([run, replace(run, config=replaced(run.config, val_tokens=0))]), "which limits nothing"
+    assert charts.same_tokens([run, replace(run, config=replaced(run.config, val_tokens=0))]), (
+        "val_tokens=0 sets no limit"
+    )
 
 
-def test_the_tokens_held_out_are_counted(made):
-    """A share of 0.4% is not 0%."""
-    (run,) = made.runs
+def test_validation_tokens_are_counted(report):
+    """A share of 0.4% is not rounded to 0%."""
+    (run,) = report.runs
     few = replace(run, config=replaced(run.config, val_fraction=0.004))
     (row,) = [lines[0] for name, lines, _ in page.configuration(few) if name == "tokens"]
     n = run.corpus["count"]
     assert row.endswith(f"{n - int(n * 0.996):,} of them for validation")
 
 
-def test_the_outcome_is_also_in_words(made, written):
-    text = html.unescape(written)
-    for row in charts.charts(made.runs, made.looks)["outcome"]["layer"][0]["data"]["values"]:
+def test_outcome_is_also_given_as_text(report, html_page):
+    text = html.unescape(html_page)
+    for row in charts.charts(report.runs, report.looks)["outcome"]["layer"][0]["data"]["values"]:
         assert f"<li>{row['what']}: {row['loss']:.4f} nats per token</li>" in text
     assert "bigram counts: " in text
 
@@ -241,8 +241,8 @@ EVENTS = [
 EVENTS = [{"time": "2026-01-01T00:00:00Z", **event} for event in EVENTS]
 
 
-def test_resumes_spikes_and_failures_are_marked_on_the_curve(made):
-    (run,), looks = made.runs, made.looks
+def test_resumes_spikes_and_failures_are_marked_on_the_curve(report):
+    (run,), looks = report.runs, report.looks
     run = replace(run, events=EVENTS)
     spec = charts.loss([run], charts.baselines([run], looks))
     rows = [(row["step"], row["kind"], row["text"]) for row in layer(spec, "point")]
@@ -261,11 +261,11 @@ def labels(spec):
     return re.findall(r"<text[^>]*>([^<]+)</text>", render(spec, ".svg").decode())
 
 
-def test_the_labels_of_an_axis_differ(made):
+def test_the_labels_of_an_axis_differ(report):
     """Steps are whole, and a learning rate that hardly changes has enough digits."""
     rates = [(step, 1.05e-3 - 1e-6 * step) for step in range(1, 50)]
     norms = [(step, 0.3001 + 1e-4 * step) for step in range(1, 49)]
-    run = replace(made.runs[0], learning_rate=rates, grad_norm=norms, loss=[(1, 3.0)], scores=[], events=[])
+    run = replace(report.runs[0], learning_rate=rates, grad_norm=norms, loss=[(1, 3.0)], scores=[], events=[])
     for spec in (curves.curves([run], "learning_rate"), curves.curves([run], "grad_norm"), curves.loss([run])):
         found = labels(spec)
         assert len(found) == len(set(found)), found
@@ -276,22 +276,22 @@ def test_the_labels_of_an_axis_differ(made):
 
 
 @pytest.mark.parametrize(("spike", "top"), [(5.0, 5), (1e4, 6)])
-def test_a_spike_does_not_flatten_the_curve(made, spike, top):
+def test_a_spike_does_not_flatten_the_curve(report, spike, top):
     losses = [(1, 4.0), (2, 3.0), (3, spike), (4, 2.5), (5, 2.0)]
-    spec = curves.loss([replace(made.runs[0], loss=losses, scores=[], events=[])])
+    spec = curves.loss([replace(report.runs[0], loss=losses, scores=[], events=[])])
     values = [float(text) for text in labels(spec) if re.fullmatch(r"\d+\.\d+", text)]
     assert max(values) <= top
     assert len(values) > 4
 
 
-def test_a_curve_of_one_point_is_drawn(made):
-    run = replace(made.runs[0], learning_rate=[(1, 0.1)], loss=[(1, 3.0)], scores=[], events=[])
+def test_a_curve_of_one_point_is_drawn(report):
+    run = replace(report.runs[0], learning_rate=[(1, 0.1)], loss=[(1, 3.0)], scores=[], events=[])
     for spec in (curves.curves([run], "learning_rate"), curves.loss([run])):
         assert b"mark-symbol" in render(spec, ".svg"), "a line of one point is invisible"
 
 
-def test_many_runs_are_told_apart(made):
-    runs = [replace(made.runs[0], name=f"shakespeare-cpu-dropout-{i}", events=[]) for i in range(8)]
+def test_many_runs_have_distinct_lines_and_a_legend_that_fits(report):
+    runs = [replace(report.runs[0], name=f"shakespeare-cpu-dropout-{i}", events=[]) for i in range(8)]
     spec = curves.loss(runs)
     at = layer_of(spec, "line")["encoding"]
     looks = set(zip(at["color"]["scale"]["range"], map(str, at["strokeDash"]["scale"]["range"]), strict=True))
@@ -303,52 +303,52 @@ def test_many_runs_are_told_apart(made):
     assert float(legend[1]) < 700, "the width of a chart without its axis"
 
 
-def test_only_the_newest_of_many_events_are_listed(made):
+def test_only_the_newest_of_many_events_are_listed(report):
     def listed(run):
-        text = page.page([run], made.looks, {})
+        text = page.page([run], report.looks, {})
         return text.partition("<h2>Events</h2>")[2].partition("</section>")[0]
 
     spikes = [{"event": "spike", "step": i, "text": ""} for i in range(700)]
-    text = listed(replace(made.runs[0], events=[*spikes, *({"event": "save", "step": 700},) * 400]))
+    text = listed(replace(report.runs[0], events=[*spikes, *({"event": "save", "step": 700},) * 400]))
     assert "1,100 events, 700 besides starts, saves and ends; the last 500 are listed" in text
     assert text.count("<tr>") == 501
-    assert "listed</summary>" not in listed(made.runs[0])
+    assert "listed</summary>" not in listed(report.runs[0])
 
 
-def test_the_time_of_a_killed_run_is_a_lower_bound(made):
+def test_the_time_of_a_killed_run_is_a_lower_bound(report):
     saved = [{"event": name, "time": f"2026-01-01T00:0{i}:00Z", "step": i} for i, name in enumerate(["start", "save"])]
-    killed, (looks,) = replace(made.runs[0], events=saved), made.looks
-    specs = charts.charts(made.runs, made.looks)
+    killed, (looks,) = replace(report.runs[0], events=saved), report.looks
+    specs = charts.charts(report.runs, report.looks)
     assert "<dt>time</dt><dd>at least 1m00s" in page.page([killed], [looks], specs)
-    assert "<dt>time</dt>" in page.page(made.runs, [looks], specs)
+    assert "<dt>time</dt>" in page.page(report.runs, [looks], specs)
     assert "<td>at least 1m00s</td>" in page.page([killed, replace(killed, name="b")], [looks] * 2, specs)
 
 
-def test_only_new_weights_are_examined_again(trained, made, monkeypatch):
+def test_weights_are_examined_again_only_if_they_are_new(trained, report, monkeypatch):
     run, data_dir = trained
-    asked = []
-    monkeypatch.setattr(reporter, "look", lambda run, data_dir: asked.append(run) or made.looks[0])
+    examined = []
+    monkeypatch.setattr(reporter, "look", lambda run, data_dir: examined.append(run) or report.looks[0])
     again = reporter.Reporter([run], data_dir)
     again.make()
     again.make()
     monkeypatch.setattr(reporter, "steps", lambda run: [1])
     again.make()
-    assert len(asked) == 2
-    best = facts.Score(10**6, -1.0, None, 0.0, 0.0, 1)  # a step is saved before it is evaluated
-    monkeypatch.setattr(reporter, "gather", lambda *given: replace(made.runs[0], scores=[best]))
+    assert len(examined) == 2
+    best = facts.Score(10**6, -1.0, None, 0.0, 0.0, 1)  # of a step that was saved before it was evaluated
+    monkeypatch.setattr(reporter, "gather", lambda *args: replace(report.runs[0], scores=[best]))
     again.make()
     again.make()
-    assert len(asked) == 3, "once more after the evaluation of the saved step"
+    assert len(examined) == 3, "once more after the saved step was evaluated"
 
 
 @pytest.fixture
-def quick(made, monkeypatch):
-    """Commands use the looks of `made` instead of new ones."""
-    monkeypatch.setattr(reporter, "look", lambda run, data_dir: made.looks[0])
+def stub_looks(report, monkeypatch):
+    """Commands take the looks of `report` instead of examining the weights."""
+    monkeypatch.setattr(reporter, "look", lambda run, data_dir: report.looks[0])
     monkeypatch.setattr("jaxgpt.report.cli.use_compile_cache", lambda: None)
 
 
-def test_the_command_writes_a_page_and_no_other_file(quick, trained, tmp_path, capsys):
+def test_the_command_writes_a_page_and_no_other_file(stub_looks, trained, tmp_path, capsys):
     run, data_dir = trained
     out = tmp_path / "new" / "page.html"
     where = ["--runs-dir", str(run.path.parent), "--data-dir", str(data_dir)]
@@ -368,36 +368,36 @@ def test_the_command_writes_a_page_and_no_other_file(quick, trained, tmp_path, c
     assert cli.run_command(["report", *where]) == 2
 
 
-def test_a_page_reloads_itself_only_while_its_run_trains(quick, trained, tmp_path, monkeypatch):
+def test_a_page_reloads_itself_only_while_its_run_trains(stub_looks, trained, tmp_path, monkeypatch):
     from jaxgpt.report import cli as command
 
     run, data_dir = trained
     out, pages = tmp_path / "page.html", []
     ends = iter([True, True, False])
-    monkeypatch.setattr(reporter.Report, "running", property(lambda made: next(ends)))
+    monkeypatch.setattr(reporter.Report, "running", property(lambda report: next(ends)))
     monkeypatch.setattr(command.time, "sleep", lambda seconds: pages.append((seconds, out.read_text())))
-    words = ["--watch", "--every", "7", "--out", str(out), "--data-dir", str(data_dir)]
-    assert cli.run_command(["report", str(run.path), *words]) == 0
+    options = ["--watch", "--every", "7", "--out", str(out), "--data-dir", str(data_dir)]
+    assert cli.run_command(["report", str(run.path), *options]) == 0
     assert [('content="7"' in text, seconds) for seconds, text in pages] == [(True, 7), (True, 7), (False, 0)]
 
 
-def test_an_interrupted_watch_leaves_a_page_that_does_not_reload_itself(quick, trained, tmp_path, monkeypatch):
+def test_an_interrupted_watch_leaves_a_page_that_does_not_reload_itself(stub_looks, trained, tmp_path, monkeypatch):
     run, data_dir = trained
-    out, make, there = tmp_path / "page.html", reporter.Reporter.make, []
+    out, make, reloading = tmp_path / "page.html", reporter.Reporter.make, []
 
     def interrupted(self):
-        there.append(out.exists() and 'content="30"' in out.read_text())
-        if len(there) > 1:
+        reloading.append(out.exists() and 'content="30"' in out.read_text())
+        if len(reloading) > 1:
             raise KeyboardInterrupt
         return make(self)
 
     monkeypatch.setattr(reporter.Report, "running", True)
     monkeypatch.setattr("jaxgpt.report.cli.time.sleep", lambda seconds: None)
     monkeypatch.setattr(reporter.Reporter, "make", interrupted)
-    words = ["--watch", "--out", str(out), "--data-dir", str(data_dir)]
-    assert cli.run_command(["report", str(run.path), *words]) == 0
-    assert there == [False, True]
+    options = ["--watch", "--out", str(out), "--data-dir", str(data_dir)]
+    assert cli.run_command(["report", str(run.path), *options]) == 0
+    assert reloading == [False, True]
     assert 'content="30"' not in out.read_text()
     out.unlink()
-    assert cli.run_command(["report", str(run.path), *words]) == 130, "there is no page yet"
+    assert cli.run_command(["report", str(run.path), *options]) == 130, "there is no page yet"
     assert not out.exists()
