@@ -1,4 +1,4 @@
-"""The command: a family of runs, and the law fitted to them."""
+"""The command scaling-fit: a family of runs, and the law fitted to them."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from jaxgpt.sweep import program
 TRUE = law.Law(E=1.1, A=40.0, B=60.0, a=0.42, b=0.31)
 
 
-def test_the_family_spans_its_sizes_and_its_amounts():
+def test_family_combines_every_size_with_every_number_of_tokens():
     base = configs.replaced(family.BASE, vocab_size=103)
     sizes = [family.parse_size(text) for text in ScalingFit().sizes]
     members = family.family(base, sizes, (125_000, 250_000, 500_000, 1_000_000))
@@ -53,8 +53,8 @@ def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeyp
     found = json.loads((tmp_path / "sweeps/scaling/law.json").read_text())
     assert law.Law(**found["law"]) == pytest.approx(TRUE, rel=1e-5)
     assert (tmp_path / "sweeps/scaling/law.png").read_bytes().startswith(b"\x89PNG")
-    with monkeypatch.context() as bare:
-        bare.setitem(sys.modules, "vl_convert", None)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "vl_convert", None)
         assert run_command(["scaling-fit", "--corpus", str(verse), "--flops", "1e13", "--name", "bare"]) == 0
     assert "no plots were drawn: a chart needs vl-convert-python, which is not installed" in capsys.readouterr().out
     assert run_command(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32"]) == 2

@@ -66,7 +66,7 @@ def test_too_few_or_bad_runs_are_refused():
     ("losses", "expected"),
     [
         (1.5 + 20 / N**0.35 + (1e5 / D) ** 3.2, ["b"]),  # steeper than any exponent of the fit
-        (40 / N**0.42 + 60 / D**0.31, ["E"]),  # without an end
+        (40 / N**0.42 + 60 / D**0.31, ["E"]),  # without an irreducible loss
     ],
     ids=["steep", "endless"],
 )
@@ -76,8 +76,8 @@ def test_a_coefficient_that_the_runs_do_not_determine_is_marked(losses, expected
     assert marked == expected
 
 
-def test_an_optimum_that_no_run_is_near_is_marked():
-    """A budget within those of the runs may be spent best on more tokens than any run had."""
+def test_optimum_beyond_the_runs_is_marked():
+    """The optimum of a budget within those of the runs may need more tokens than any run had."""
     found = fit(points(TRUE.loss(N, D)), resamples=2)
     near, far = list(lines_of(found, points(N), [1e11, 1e12]))[-2:]
     assert TRUE.optimum(1e11)[1] < 2e6 < TRUE.optimum(1e12)[1]

@@ -40,25 +40,27 @@ def outcome(rate, losses):
 
 
 def test_the_difference_is_paired_by_seed_and_has_a_t_interval():
-    """Behind by 0.1 and by 0.3: with one degree of freedom Student's t is Cauchy's, whose quantile is a tangent."""
+    """Differences 0.1 and 0.3. With one degree of freedom, Student's t is Cauchy's, whose quantile is a tangent."""
     best, other = outcome(1, (1.0, 2.0)), outcome(2, (1.1, 2.3))
     for settings, pairs in ((2, 1), (8, 28)):
         mean, n, interval = difference(best, other, settings)
-        around = 0.1 * math.tan(math.pi * (0.5 - 0.05 / pairs / 2))
+        margin = 0.1 * math.tan(math.pi * (0.5 - 0.05 / pairs / 2))
         assert (mean, n) == (pytest.approx(0.2), 2)
-        assert interval == pytest.approx((0.2 - around, 0.2 + around))
+        assert interval == pytest.approx((0.2 - margin, 0.2 + margin))
     mean, _, interval = difference(best, outcome(3, (2.0, 1.0)))
     assert mean == 0.0
     assert interval == pytest.approx((-math.tan(math.pi * 0.475), math.tan(math.pi * 0.475)))
-    assert difference(best, outcome(4, (1.5, 2.5)))[2] == pytest.approx((0.5, 0.5)), "by as much in every seed"
+    assert difference(best, outcome(4, (1.5, 2.5)))[2] == pytest.approx((0.5, 0.5)), (
+        "the same difference with every seed"
+    )
 
 
-def test_an_interval_imports_one_distribution_not_all(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.stats", None)  # half a second
+def test_interval_does_not_import_scipy_stats(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)  # its import takes half a second
     assert difference(outcome(1, (1.0, 2.0)), outcome(2, (1.1, 2.3)))[2]
 
 
-def test_the_newest_scores_are_one_line():
+def test_progress_is_one_line():
     found = [score(1e-3, 0, 500, 2.5), score(1e-3, 1, 500, None, done=True)]
     assert progress(found, 3) == "2 of 3 members: step 500, validation losses 2.5000 to 2.5000, 1 diverged"
     assert progress(found[1:], 3).endswith("validation losses none is finite, 1 diverged")
@@ -80,7 +82,7 @@ def test_the_interval_is_corrected_for_the_choice_of_the_best():
 
 
 @pytest.mark.parametrize(
-    ("losses", "said"),
+    ("losses", "message"),
     [
         ([(2.0, 2.2), (2.1, 2.3)], "the next, learning_rate 1, is 0.1000 higher (95% interval 0.1000 to 0.1000: "),
         ([(2.0, 2.2), (2.1, 2.5)], "0.2000 higher (95% interval -1.0706 to 1.4706: Student's t, 2 seeds paired); 0 is"),
@@ -96,14 +98,14 @@ def test_the_interval_is_corrected_for_the_choice_of_the_best():
         ([(2.0, None), (None, 1.0)], "every setting diverged with at least one seed"),
     ],
 )
-def test_the_verdict_claims_no_more_than_the_seeds_show(losses, said):
+def test_the_verdict_claims_no_more_than_the_seeds_show(losses, message):
     scores = [score(i, seed, 1, loss, True) for i, each in enumerate(losses) for seed, loss in enumerate(each)]
     found = verdict(outcomes(scores))
-    assert said in found
+    assert message in found
     assert "sure" not in found
 
 
-def test_settings_that_differ_little_are_told_apart():
+def test_close_settings_have_distinct_names_and_curves():
     settings = [{"beta2": beta} for beta in (0.9999991, 0.9999995, 1e-5, 2.0)]
     assert [describe(each) for each in settings] == ["beta2 0.9999991", "beta2 0.9999995", "beta2 1e-05", "beta2 2"]
     found = outcomes([Score(0, each, 0, step, 3.0, *(None,) * 4, False, True) for each in settings for step in (1, 2)])
@@ -111,10 +113,10 @@ def test_settings_that_differ_little_are_told_apart():
     assert len(set(scale["domain"])) == 4, "each has a curve"
 
 
-def test_a_switch_is_drawn_as_two_names_and_a_number_on_an_axis():
+def test_axis_of_a_boolean_is_ordinal_and_of_a_number_quantitative():
     settings = [{"bias": bias, "n_layer": n} for bias in (True, False) for n in (1, 2)]
     found = outcomes([Score(i, each, 0, 1, 3.0 + i, *(None,) * 4, False, True) for i, each in enumerate(settings)])
     bias, n_layer = charts(found)["settings.png"]["hconcat"]
     kinds = [panel["layer"][2]["encoding"]["x"]["type"] for panel in (bias, n_layer)]
     assert kinds == ["ordinal", "quantitative"]
-    assert n_layer["layer"][2]["encoding"]["x"]["axis"]["values"] == [1, 2], "no layer and a half"
+    assert n_layer["layer"][2]["encoding"]["x"]["axis"]["values"] == [1, 2], "no ticks between whole numbers"

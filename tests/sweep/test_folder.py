@@ -1,4 +1,4 @@
-"""The command: an interrupted sweep resumes to the same results; its best setting is a recipe."""
+"""The command sweep: an interrupted one resumes to the same results; its best setting is a recipe."""
 
 import json
 import sys
@@ -15,12 +15,19 @@ from jaxgpt.sweep.results import SweepFolder
 def sweep(tmp_path, verse, monkeypatch):
     """sweep(NAME, more...): two learning rates and two seeds of a bigram, two members at a time."""
     monkeypatch.chdir(tmp_path)
-    few = ["--steps=20", "--scan-steps=10", "--eval-every=10", "--batch-size=4", "--block-size=8", "--eval-batches=0"]
+    options = [
+        "--steps=20",
+        "--scan-steps=10",
+        "--eval-every=10",
+        "--batch-size=4",
+        "--block-size=8",
+        "--eval-batches=0",
+    ]
 
     def run(name, *more):
         rates = () if "--lr" in more else ("--lr", "1e-3,1e-1")
-        words = ["sweep", "bigram", "--name", name, "--corpus", str(verse), "--seeds", "2", *rates, "--at-once", "2"]
-        return run_command([*words, *few, *more])
+        command = ["sweep", "bigram", "--name", name, "--corpus", str(verse), "--seeds", "2", *rates, "--at-once", "2"]
+        return run_command([*command, *options, *more])
 
     return run
 
@@ -38,29 +45,29 @@ def test_an_interrupted_sweep_resumes_to_the_same_results(sweep, tmp_path, monke
 
     add, calls = SweepFolder.add, []
 
-    def cut_off(folder, scores):
+    def interrupt_sixth(folder, scores):
         calls.append([score.member for score in scores])
         if len(calls) == 6:
             raise KeyboardInterrupt
         return add(folder, scores)
 
-    monkeypatch.setattr(SweepFolder, "add", cut_off)
+    monkeypatch.setattr(SweepFolder, "add", interrupt_sixth)
     assert sweep("cut") == 130
     assert "2 of 4 members are done and kept; the same command again trains the others" in capsys.readouterr().out
-    monkeypatch.setattr(SweepFolder, "add", lambda *given: calls.append([0]) or add(*given))
+    monkeypatch.setattr(SweepFolder, "add", lambda *args: calls.append([0]) or add(*args))
     assert len((tmp_path / "sweeps/cut/results.jsonl").read_bytes().splitlines()) == 10
     assert sweep("cut") == 0
     assert len(calls) == 6 + 3, "the first two members were not trained again"
     assert (tmp_path / "sweeps/cut/results.jsonl").read_bytes() == whole
     assert sweep("cut") == 0
-    assert len(calls) == 6 + 3, "nor is any member of a finished sweep"
+    assert len(calls) == 6 + 3, "no member of a finished sweep is trained again"
     capsys.readouterr()
 
     # Other settings are refused, and the results stay.
     assert sweep("cut", "--lr", "1e-3,1e-2", "--beta2", "0.9") == 2
-    said = capsys.readouterr().err
-    assert "values.learning_rate: [0.001, 0.1] there, [0.001, 0.01] given" in said
-    assert "config.optimizer.beta2: 0.99 there, 0.9 given" in said
+    error = capsys.readouterr().err
+    assert "values.learning_rate: [0.001, 0.1] there, [0.001, 0.01] given" in error
+    assert "config.optimizer.beta2: 0.99 there, 0.9 given" in error
     assert (tmp_path / "sweeps/cut/results.jsonl").read_bytes() == whole
 
     # The best is a recipe, and its run reaches the loss of its member.
@@ -68,8 +75,8 @@ def test_an_interrupted_sweep_resumes_to_the_same_results(sweep, tmp_path, monke
     assert recipe(str(best)).config.optimizer.learning_rate == 0.1
     assert run_command(["train", str(best), "--run", "cut-best"]) == 0
     last = [line for line in Run(tmp_path / "runs/cut-best").metrics() if "val_loss" in line][-1]
-    (mine,) = [line for line in lines if line["member"] == 2 and line["done"]]
-    assert last["val_loss"] == pytest.approx(mine["val_loss"], abs=1e-5)
+    (member,) = [line for line in lines if line["member"] == 2 and line["done"]]
+    assert last["val_loss"] == pytest.approx(member["val_loss"], abs=1e-5)
     for plot in ("settings.png", "curves.png"):
         assert (best.parent / plot).read_bytes().startswith(b"\x89PNG")
 
@@ -108,7 +115,7 @@ def test_a_refused_sweep_leaves_nothing_behind(sweep, tmp_path, capsys):
     assert sweep("file") == 2
     assert "sweeps/file exists but is not a sweep" in capsys.readouterr().err
     (tmp_path / "sweeps/killed").mkdir()
-    for name in (".lock", ".sweep.json.0a1b2c3d.part"):  # a kill in the first write
+    for name in (".lock", ".sweep.json.0a1b2c3d.part"):  # left by a kill during the first write
         (tmp_path / "sweeps/killed" / name).write_text("")
     with SweepFolder.locked(tmp_path / "sweeps/killed", {}) as folder:
         assert not folder.finished
@@ -136,5 +143,5 @@ def test_a_sweep_resumes_with_its_options_in_any_order(sweep, tmp_path, capsys):
     results.write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))  # the first two of four members
     assert sweep(*shared, *decays, *betas) == 0
     assert results.read_bytes() == whole
-    trained = "jaxgpt train sweeps/order/best.json --run order-best --data-dir texts"
-    assert trained in " ".join(capsys.readouterr().out.split())
+    command = "jaxgpt train sweeps/order/best.json --run order-best --data-dir texts"
+    assert command in " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""Axes of a sweep become configs, or are refused with a hint of what to type."""
+"""Axes of a sweep give configs, or are refused with a hint."""
 
 import itertools
 
@@ -38,7 +38,7 @@ def test_the_final_learning_rate_follows_the_peak():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("n_embd", "expected n_embd=VALUE,VALUE"),
         ("n_embed=64", "did you mean n_embd"),
@@ -55,8 +55,8 @@ def test_the_final_learning_rate_follows_the_peak():
         ("schedule=a:b:3", "values of type Literal"),
     ],
 )
-def test_an_invalid_axis_is_refused(text, said):
-    with pytest.raises(UsageError, match=said):
+def test_an_invalid_axis_is_refused(text, message):
+    with pytest.raises(UsageError, match=message):
         grid.parse(text)
 
 

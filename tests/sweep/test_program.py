@@ -14,7 +14,7 @@ from jaxgpt.sweep.program import Program, split
 from jaxgpt.train import fit
 
 BOUND = 2e-5
-"""Nats, after 20 steps: float32 sums in another order."""
+"""In nats after 20 steps: float32 sums are taken in another order."""
 CHANGES = (
     dict(seed=1),
     dict(
@@ -23,7 +23,7 @@ CHANGES = (
     ),
     dict(learning_rate=3e-3, dropout=0.3, init_scale=2.0),
 )  # fmt: skip
-RUINED = dict(learning_rate=3e38, weight_decay=0.5)
+DIVERGING = dict(learning_rate=3e38, weight_decay=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,12 @@ def runs(base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def configs(runs):
     found = [run.config for run, _ in runs[0]]
-    return [*found, replaced(found[0], seed=5), replaced(found[0], **RUINED)]
+    return [*found, replaced(found[0], seed=5), replaced(found[0], **DIVERGING)]
 
 
 @pytest.fixture(scope="module")
-def swept(configs, runs):
-    """The scores of the three, of a fourth, and of a fifth that diverges, by member; a sixth is padding."""
+def member_scores(configs, runs):
+    """The scores of five members: the three runs, a fourth, and a fifth that diverges. A sixth is padding."""
     events = list(sweep.run([Member(config, {}) for config in configs], runs[1], jax.devices()[:2]))
     scores = [score for each in events if isinstance(each, list) for score in each]
     return [[score for score in scores if score.member == i] for i in range(len(configs))]
@@ -68,22 +68,22 @@ def test_initial_parameters_are_exactly_those_of_the_runs(configs):
         jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), states, alone)
 
 
-def test_each_member_is_the_run_of_its_config(runs, swept):
-    for (run, summary), mine in zip(runs[0], swept, strict=False):
-        assert [score.step for score in mine] == [scored.step for scored in summary.scores] == [0, 10, 20]
-        for score, scored in zip(mine, summary.scores, strict=True):
+def test_each_member_matches_the_run_of_its_config(runs, member_scores):
+    for (run, summary), scores in zip(runs[0], member_scores, strict=False):
+        assert [score.step for score in scores] == [scored.step for scored in summary.scores] == [0, 10, 20]
+        for score, scored in zip(scores, summary.scores, strict=True):
             assert score.val_loss == pytest.approx(scored.evaluation.loss, abs=BOUND)
             assert score.val_standard_error == pytest.approx(scored.evaluation.standard_error, rel=1e-3)
         losses = [line["loss"] for line in run.metrics() if "loss" in line]
-        assert mine[1].train_loss == pytest.approx(np.mean(losses[5:10]), abs=BOUND)
-        assert [score.done for score in mine] == [False, False, True]
-    finals = [mine[-1].val_loss for mine in swept[:-1]]
-    apart = min(abs(a - b) for i, a in enumerate(finals) for b in finals[:i])
-    assert apart > 100 * BOUND, "the members learn too much alike for the bound to show anything"
+        assert scores[1].train_loss == pytest.approx(np.mean(losses[5:10]), abs=BOUND)
+        assert [score.done for score in scores] == [False, False, True]
+    finals = [scores[-1].val_loss for scores in member_scores[:-1]]
+    closest = min(abs(a - b) for i, a in enumerate(finals) for b in finals[:i])
+    assert closest > 100 * BOUND, "the members differ too little for BOUND to show anything"
 
 
-def test_a_member_that_diverges_is_reported(swept):
-    first, second = swept[-1]
+def test_a_member_that_diverges_is_reported(member_scores):
+    first, second = member_scores[-1]
     assert first.val_loss
     assert not first.diverged
     assert second.val_loss is None
@@ -92,12 +92,12 @@ def test_a_member_that_diverges_is_reported(swept):
     assert second.step == 10, "after max_skipped steps, reported at the next score"
 
 
-def test_members_side_by_side_match_members_in_turn(configs, runs, swept, monkeypatch):
-    """On a CPU, vmap as on accelerators; here with windows gathered on the host."""
+def test_members_side_by_side_match_members_in_turn(configs, runs, member_scores, monkeypatch):
+    """With vmap, as on accelerators, and with windows that are gathered on the host."""
     monkeypatch.setattr(sweep, "DEVICE_TOKENS", 1)
     monkeypatch.setattr(Program, "one_by_one", False)
     members = [Member(replaced(config, eval_start=False), {}) for config in configs[:2]]
     events = list(sweep.run(members, runs[1], jax.devices()[:1]))
-    for score, mine in zip(events[-1], swept, strict=False):
-        assert score.member == mine[-1].member
-        assert score.val_loss == pytest.approx(mine[-1].val_loss, abs=BOUND)
+    for score, in_turn in zip(events[-1], member_scores, strict=False):
+        assert score.member == in_turn[-1].member
+        assert score.val_loss == pytest.approx(in_turn[-1].val_loss, abs=BOUND)

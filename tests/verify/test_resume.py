@@ -57,11 +57,11 @@ def test_one_bit_of_one_array_is_found_and_named(pair):
     assert difference.endswith("1 of its 16 numbers differ")
 
 
-@pytest.mark.parametrize("harm", ["lost", "twice", "torn", "other"])
-def test_a_line_that_differs_is_found(pair, harm):
+@pytest.mark.parametrize("damage", ["lost", "twice", "torn", "other"])
+def test_different_line_is_found(pair, damage):
     a, b = pair
     lines = b.metrics_file.read_bytes().splitlines(keepends=True)
-    match harm:
+    match damage:
         case "lost":
             del lines[7]
         case "twice":
@@ -72,11 +72,11 @@ def test_a_line_that_differs_is_found(pair, harm):
             lines[7] = lines[7].replace(b"loss", b"lost")
     assert lines != b.metrics_file.read_bytes().splitlines(keepends=True)
     b.metrics_file.write_bytes(b"".join(lines))
-    number = 23 if harm == "torn" else 8 if harm != "twice" else 9
+    number = 23 if damage == "torn" else 8 if damage != "twice" else 9
     assert compare(a, b).difference.startswith(f"metrics.jsonl, line {number}: ")
 
 
-def test_equal_runs_that_both_lost_a_step_are_not_accepted(pair):
+def test_two_runs_that_lack_the_same_step_are_not_accepted(pair):
     for run in pair:
         lines = run.metrics_file.read_bytes().splitlines(keepends=True)
         run.metrics_file.write_bytes(b"".join(lines[:7] + lines[8:]))
@@ -87,17 +87,17 @@ def test_equal_runs_that_both_lost_a_step_are_not_accepted(pair):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_start_of_every_recipe_can_be_verified(name):
+def test_every_recipe_scales_down_to_a_valid_config(name):
     config = RECIPES[name].config
-    part = check(scaled_down(config))
-    assert part.optimizer.decay_steps == config.train.steps
-    assert part.model == config.model
-    assert part.train.scan_steps < part.train.eval_every < part.train.steps <= config.train.steps
+    small = check(scaled_down(config))
+    assert small.optimizer.decay_steps == config.train.steps
+    assert small.model == config.model
+    assert small.train.scan_steps < small.train.eval_every < small.train.steps <= config.train.steps
 
 
 @pytest.mark.slow
 @pytest.mark.smoke
-def test_a_recipe_killed_and_resumed(verse, tmp_path, monkeypatch, capsys, optimized_subprocesses):
+def test_killed_and_resumed_recipe_is_identical(verse, tmp_path, monkeypatch, capsys, optimized_subprocesses):
     monkeypatch.chdir(tmp_path)
     small = {"n-layer": 1, "n-embd": 16, "n-head": 2, "block-size": 8, "scan-steps": 20, "eval-every": 60, "steps": 300}
     flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]
@@ -109,20 +109,20 @@ def test_a_recipe_killed_and_resumed(verse, tmp_path, monkeypatch, capsys, optim
 
 
 class Stopped(Exception):
-    """In place of a SIGKILL."""
+    """Raised in place of a SIGKILL."""
 
 
 @pytest.fixture
-def trained(monkeypatch, tmp_path):
-    """trained(STOP, ...) replaces the training processes: each trains in this process until STOP(event), or if None to
-    the end."""
+def train_until(monkeypatch, tmp_path):
+    """train_until(STOP, ...) replaces the training processes. Each then trains in this process, until STOP(event) is
+    true, or to the end if STOP is None."""
 
-    def planned(*stops):
-        left = iter(stops)
+    def install(*stops):
+        remaining = iter(stops)
 
         @contextlib.contextmanager
         def train(run, data_dir):
-            yield Process(run, data_dir, next(left))
+            yield Process(run, data_dir, next(remaining))
 
         monkeypatch.setattr(verify, "train", train)
 
@@ -134,10 +134,10 @@ def trained(monkeypatch, tmp_path):
 
         def poll(self):
             if self.returncode is None:
-                self.returncode = self.trains()
+                self.returncode = self.run_fit()
             return None if self.returncode else 0
 
-        def trains(self):
+        def run_fit(self):
             def watch(event):
                 if self.stop and self.stop(event):
                     raise Stopped
@@ -153,7 +153,7 @@ def trained(monkeypatch, tmp_path):
 
         wait = poll
 
-    return planned
+    return install
 
 
 def after_the_save(event):
@@ -165,62 +165,62 @@ def between_saves(event):
 
 
 FLAGS = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 8 --batch-size 4 --steps 30 --scan-steps 5 --eval-every 10"
-FLAGS += " --eval-batches 0 --kills 1 --kill-seed 1"  # which waits for step 13
+FLAGS += " --eval-batches 0 --kills 1 --kill-seed 1"  # this seed draws step 13
 
 
 @pytest.mark.parametrize(
-    ("stops", "code", "said"),
+    ("stops", "code", "message"),
     [
         ([None, after_the_save, None, None], 1, "NOT SHOWN: only 0 of 1 kills"),
         ([None, after_the_save, between_saves, None], 0, "IDENTICAL after 1 kills"),
     ],
 )
-def test_a_kill_after_which_nothing_is_computed_again_does_not_count(
-    trained, verse, tmp_path, monkeypatch, capsys, stops, code, said
+def test_kill_does_not_count_if_no_step_is_computed_again(
+    train_until, verse, tmp_path, monkeypatch, capsys, stops, code, message
 ):
     monkeypatch.chdir(tmp_path)
-    trained(*stops)
+    train_until(*stops)
     assert run_command(["verify-resume", "gpt-demo", "--corpus", str(verse), *FLAGS.split()]) == code
     out = capsys.readouterr().out
-    assert said in out
+    assert message in out
     assert "killed at step 20; back to step 20: no step is computed again" in out
     assert ("killed at step 25; back to step 20\n" in out) == (between_saves in stops)
 
 
-def test_a_kill_counts_if_the_next_process_computes_steps_again():
+def test_kill_counts_if_the_next_process_computes_steps_again():
     assert counts(30, 20)
     assert not counts(20, 20)
     assert not counts(15, 0), "nothing was resumed"
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--kills", "0"], "kills is 0, expected 1 or more"),
         (["--eval-every", "0"], "eval_every is 0, expected 1 to 299"),
         (["--eval-every", "300"], "eval_every is 300, expected 1 to 299"),
     ],
 )
-def test_options_that_would_test_nothing_are_refused(flags, said, verse, capsys):
+def test_options_that_would_test_nothing_are_refused(flags, message, verse, capsys):
     assert run_command(["verify-resume", "gpt-demo", "--corpus", str(verse), *flags]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture
-def pairs(tiny, change, verse):
-    """A config that compiles in no time."""
+def bigram_config(tiny, change, verse):
+    """A config that compiles quickly."""
     return change(tiny, corpus=str(verse), vocab_size=0, kind="bigram")
 
 
-def test_a_training_process_that_fails_is_reported(pairs, tmp_path, monkeypatch):
+def test_a_training_process_that_fails_is_reported(bigram_config, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "nowhere")
     with pytest.raises(RuntimeError, match=r"(?s)failed with exit code 1.*nowhere"):
-        verify_resume(pairs, tmp_path / "runs", tmp_path / "data", 1, 0, print)
+        verify_resume(bigram_config, tmp_path / "runs", tmp_path / "data", 1, 0, print)
 
 
-def test_a_training_process_that_is_killed_from_elsewhere_is_reported(pairs, tmp_path):
-    """As by a system that is out of memory; else the run that ended early would be compared."""
-    run, _ = start(pairs, "one", tmp_path / "runs", tmp_path / "data")
+def test_training_process_killed_from_elsewhere_is_reported(bigram_config, tmp_path):
+    """As by a system that is out of memory. Otherwise the incomplete run would be compared."""
+    run, _ = start(bigram_config, "one", tmp_path / "runs", tmp_path / "data")
 
     def killed():
         with verify.train(run, tmp_path / "data") as process:
