@@ -7,7 +7,7 @@ JSON = {"content-type": "application/json"}
 
 
 class Call:
-    """One request to an ASGI application. It may `leave` after its first bytes, as a closed tab does."""
+    """One request to an ASGI application. With `leave`, the client disconnects after the first tokens."""
 
     def __init__(self, app, method, path, body=b"", headers=None, leave=False):
         headers = {"host": "127.0.0.1:8000"} | (headers or {})
@@ -21,13 +21,13 @@ class Call:
             "root_path": "",
         }
         self.app, self.scope, self.leave = app, scope | {"client": ("127.0.0.1", 1), "asgi": {"version": "3.0"}}, leave
-        self.body, self.sent, self.gone, self.status, self.data = body, False, asyncio.Event(), 0, b""
+        self.body, self.sent, self.disconnected, self.status, self.data = body, False, asyncio.Event(), 0, b""
 
     async def receive(self):
         if not self.sent:
             self.sent = True
             return {"type": "http.request", "body": self.body, "more_body": False}
-        await self.gone.wait()
+        await self.disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message):
@@ -37,7 +37,7 @@ class Call:
         else:
             self.data += message.get("body", b"")
             if self.leave and b"event: tokens" in self.data:
-                self.gone.set()
+                self.disconnected.set()
 
     async def run(self):
         await asyncio.wait_for(self.app(self.scope, self.receive, self.send), 60)
@@ -57,6 +57,7 @@ class Call:
         return [each["id"] for name, tree in self.events if name == "tokens" for each in tree["tokens"]]
 
 
-def call(app, method, path, tree=None, headers=None, **how):
+def call(app, method, path, tree=None, headers=None, **kwargs):
     body = tree if isinstance(tree, bytes) else json.dumps(tree).encode() if tree is not None else b""
-    return asyncio.run(Call(app, method, path, body, (JSON if method == "POST" else {}) | (headers or {}), **how).run())
+    headers = (JSON if method == "POST" else {}) | (headers or {})
+    return asyncio.run(Call(app, method, path, body, headers, **kwargs).run())

@@ -30,9 +30,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     text, runs, data = (folder / name for name in ("text.txt", "runs", "data"))
     text.write_text("the cat sat on the mat\nthat cat has a hat\n" * 40)
-    words = ["train", "gpt-demo", "--corpus", text, "--run", "cat", *SMALL.split(), "--runs-dir", runs]
+    command = ["train", "gpt-demo", "--corpus", text, "--run", "cat", *SMALL.split(), "--runs-dir", runs]
     with contextlib.redirect_stdout(io.StringIO()):
-        assert cli.run_command([str(word) for word in [*words, "--data-dir", data]]) == 0
+        assert cli.run_command([str(word) for word in [*command, "--data-dir", data]]) == 0
     bigram = ModelConfig("bigram", vocab_size=11, block_size=32)
     config = Config(DataConfig(corpus=str(text)), bigram, train=TrainConfig(batch_size=1))
     start(config, "pairs", runs, data, model.init_params(bigram, jax.random.key(0)))
@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """Two runs that were never trained, and one that is broken."""
+    """Two untrained runs, and one that cannot be read."""
     folder = tmp_path_factory.mktemp("serve")
     (folder / "text.txt").write_text("the cat sat on the mat\nthat cat has a hat\n" * 20)
     one = ModelConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=16)

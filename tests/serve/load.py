@@ -25,44 +25,44 @@ class Tally:
     """Seconds from each request to its first token."""
     by_seed: dict[int, set[tuple[int, ...]]] = field(default_factory=dict)
     """The different texts for each seed: one, if requests do not influence each other."""
-    faults: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
     """Number of each error."""
 
     def __str__(self) -> str:
         wait = statistics.median(self.waits) if self.waits else float("nan")
         found = f"{self.texts} texts, {self.tokens / self.seconds:,.0f} tokens/s, first token after {1e3 * wait:.0f} ms"
-        return found + "".join(f", {n} x {what}" for what, n in self.faults.items())
+        return found + "".join(f", {n} x {error}" for error, n in self.errors.items())
 
 
-def press(
+def run_clients(
     address: str, run: str, clients: int, seconds: float, tokens: int = 200, prompt: str = "\n", token: str = ""
 ) -> Tally:
-    """Let `clients` request text after text, each with one of four seeds, for `seconds`."""
+    """Let a number of clients request one text after another for `seconds`, each with one of four seeds."""
     tally, lock, began = Tally(), threading.Lock(), time.perf_counter()
 
     def client(number: int) -> None:
         seed = number
         while time.perf_counter() - began < seconds:
             seed += 1
-            asked = {"run": run, "prompt": prompt, "tokens": tokens, "seed": seed % 4}
+            request = {"run": run, "prompt": prompt, "tokens": tokens, "seed": seed % 4}
             start, wait = time.perf_counter(), 0.0
             ids: list[int] = []
-            fault = ""
+            problem = ""
             try:
-                for name, tree in write(address, asked, token):
+                for name, tree in write(address, request, token):
                     wait = wait or (time.perf_counter() - start) * (name == "tokens")
                     ids += [each["id"] for each in tree.get("tokens", [])]
-                    fault = tree.get("error", "")
+                    problem = tree.get("error", "")
             except (OSError, http.client.HTTPException, ValueError) as error:
-                fault = f"{type(error).__name__}: {error}"
-            if not fault and len(ids) != tokens:
-                fault = f"{len(ids)} of {tokens} tokens"
+                problem = f"{type(error).__name__}: {error}"
+            if not problem and len(ids) != tokens:
+                problem = f"{len(ids)} of {tokens} tokens"
             with lock:
-                tally.texts += not fault
+                tally.texts += not problem
                 tally.tokens += len(ids)
-                tally.faults += Counter([fault] if fault else [])
+                tally.errors += Counter([problem] if problem else [])
                 tally.waits.append(wait)
-                if not fault:
+                if not problem:
                     tally.by_seed.setdefault(seed % 4, set()).add(tuple(ids))
 
     threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
@@ -74,36 +74,36 @@ def press(
     return tally
 
 
-def write(address: str, asked: dict[str, Any], token: str = "") -> Any:
+def write(address: str, request: dict[str, Any], token: str = "") -> Any:
     """The events of one text, (name, data), as they arrive. Raises ValueError if the server refuses."""
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=120)
     try:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        connection.request("POST", "/api/write", json.dumps(asked), headers)
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise ValueError(f"{answer.status}: {json.loads(answer.read())['error']}")
+        connection.request("POST", "/api/write", json.dumps(request), headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise ValueError(f"{response.status}: {json.loads(response.read())['error']}")
         name = ""
-        for line in answer:
-            kind, _, said = line.decode().rstrip("\n").partition(": ")
+        for line in response:
+            kind, _, value = line.decode().rstrip("\n").partition(": ")
             if kind == "event":
-                name = said
+                name = value
             elif kind == "data":
-                yield name, json.loads(said)
+                yield name, json.loads(value)
     finally:
         connection.close()
 
 
 def first_run(address: str) -> str:
     """The most recently saved run that can be sampled; raises ValueError if there is none."""
-    with urlopen(f"{address}api/runs", timeout=120) as answer:
-        runs = [run["name"] for run in json.load(answer)["runs"] if "problem" not in run]
+    with urlopen(f"{address}api/runs", timeout=120) as response:
+        runs = [run["name"] for run in json.load(response)["runs"] if "problem" not in run]
     if not runs:
         raise ValueError("no run can be sampled: jaxgpt train gpt-demo makes one that can")
     return str(runs[0])
 
 
-def resident(process: int) -> int:
+def resident_bytes(process: int) -> int:
     """Resident memory of a process in bytes, on Linux."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):

@@ -26,11 +26,11 @@ from tests.serve.client import JSON, Call, call
 from tests.serve.conftest import LIMITS
 
 
-def test_a_text_equals_that_of_the_writer_and_can_be_continued_from_any_token(app, library):
+def test_text_equals_that_of_the_writer_and_continues_from_any_token(app, library):
     """The writer's text equals that of `generate`: tests/serve/test_writer.py."""
     config, params, tokenizer = load_model(library.run("one"))
-    asked = {"run": "one", "prompt": "the cat", "tokens": 30, "temperature": 0.9, "top_k": 5, "seed": 3}
-    answer = call(app, "POST", "/api/write", asked)
+    request = {"run": "one", "prompt": "the cat", "tokens": 30, "temperature": 0.9, "top_k": 5, "seed": 3}
+    answer = call(app, "POST", "/api/write", request)
     assert answer.status == 200
     (first, started), *_, (last, ended) = answer.events
     assert (first, last, ended) == ("start", "end", {"text": "", "error": ""})
@@ -46,7 +46,7 @@ def test_a_text_equals_that_of_the_writer_and_can_be_continued_from_any_token(ap
     for each in tokens:
         assert {other["id"]: other["p"] for other in each["likely"]}.get(each["id"], each["p"]) == each["p"]
         assert sum(other["p"] for other in each["likely"]) <= 1.001
-    again = call(app, "POST", "/api/write", asked | {"prompt": [*ids, *answer.ids[:4]], "tokens": 3})
+    again = call(app, "POST", "/api/write", request | {"prompt": [*ids, *answer.ids[:4]], "tokens": 3})
     assert "".join(text for _, text in again.events[0][1]["prompt"]) == "the cat" + tokenizer.decode(answer.ids[:4])
 
 
@@ -56,12 +56,12 @@ def test_line_ends_of_a_prompt_become_those_of_the_training_text(library):
         assert job.ids == job.run.tokenizer.encode("the\ncat").tolist()
 
 
-def test_a_look(app):
-    looked = call(app, "POST", "/api/look", {"run": "one", "ids": [1, 2, 3]}).tree
-    ((head, other),) = looked["attention"]
+def test_look_has_attention_and_likely_tokens(app):
+    look = call(app, "POST", "/api/look", {"run": "one", "ids": [1, 2, 3]}).tree
+    ((head, other),) = look["attention"]
     assert len(head) == len(other) == 3
     assert sum(head) == pytest.approx(1, abs=1e-4)
-    assert looked["likely"][0]["p"] >= looked["likely"][1]["p"]
+    assert look["likely"][0]["p"] >= look["likely"][1]["p"]
     assert call(app, "POST", "/api/look", {"run": "pairs", "ids": [1, 2, 3]}).tree["attention"] == []
 
 
@@ -71,13 +71,13 @@ def test_parts_of_characters_are_shown_as_bytes():
     assert whole == {"id": 97, "text": "a", "p": 0.25}
 
 
-def test_small_probabilities_keep_their_surprise():
+def test_small_probabilities_are_not_rounded_to_zero():
     """At temperature 2, GPT-2 often draws tokens below 1e-6."""
     found = described(ByteTokenizer(), np.arange(3), np.array([1.234567e-7, 1e-30, np.nan], np.float32))
     assert [each["p"] for each in found] == [1.23457e-7, 1e-30, 0]
 
 
-def test_a_run_that_is_created_again_is_listed_as_it_is_now(library, app):
+def test_recreated_run_is_listed_anew(library, app):
     """The new run has a smaller vocabulary, without a line feed."""
     shutil.copytree(library.folder / "pairs", library.folder / "anew")
     before = library.run("anew")
@@ -98,7 +98,7 @@ def summary_of(app, name):
 
 
 def test_a_run_is_served_from_any_folder(library, tmp_path):
-    """As `jaxgpt sample ./FOLDER`, also from one whose name no new run may have."""
+    """Also from a folder whose name is not allowed for a new run."""
     shutil.copytree(library.folder / "pairs", tmp_path / "a copy")
     one = Library.at(str(tmp_path / "a copy"), library.folder)
     assert one.names == ["a copy"]
@@ -112,7 +112,7 @@ def test_without_a_name_all_runs_of_runs_dir_are_served(library, tmp_path):
         Library.at(None, tmp_path / "none")
 
 
-def test_runs_health_and_the_page(app):
+def test_endpoints_of_runs_health_and_page(app):
     runs = {run["name"]: run for run in call(app, "GET", "/api/runs").tree["runs"]}
     assert runs.keys() == {"one", "pairs", "broken"}
     assert "config.json: it has no seal" in runs["broken"]["problem"]
@@ -135,41 +135,41 @@ def test_the_default_number_of_tokens_is_within_the_limit(library):
     assert to_write(b'{"run": "one", "prompt": "the"}', library, scheduler.limits).tokens == 5
 
 
-def test_one_request_too_many_is_refused_and_a_client_that_disconnects_makes_room(app, scheduler):
+def test_request_above_the_limit_is_refused_until_a_client_disconnects(app, scheduler):
     """Three endless requests reach the limit; a fourth is refused until one client disconnects."""
-    asked = json.dumps({"run": "one", "prompt": "a", "tokens": 10**6}).encode()
+    request = json.dumps({"run": "one", "prompt": "a", "tokens": 10**6}).encode()
 
-    async def story():
-        calls = [Call(app, "POST", "/api/write", asked, JSON) for _ in range(3)]
+    async def scenario():
+        calls = [Call(app, "POST", "/api/write", request, JSON) for _ in range(3)]
         tasks = [asyncio.create_task(each.run()) for each in calls]
         while not all(b"event: tokens" in each.data for each in calls[:2]):
             await asyncio.sleep(0.01)
         assert scheduler.state["requests"] == 3
-        assert b"event: tokens" not in calls[2].data, "two rows: the third waits"
-        refused = await Call(app, "POST", "/api/write", asked, JSON).run()
+        assert b"event: tokens" not in calls[2].data, "there are two rows, so the third waits"
+        refused = await Call(app, "POST", "/api/write", request, JSON).run()
         assert (refused.status, refused.headers["retry-after"]) == (429, "1")
-        calls[2].gone.set()  # disconnects while it waits
-        calls[0].gone.set()
+        calls[2].disconnected.set()  # disconnects while it waits for a row
+        calls[0].disconnected.set()
         await tasks[0]
         await tasks[2]
-        await left(1)
-        last = await Call(app, "POST", "/api/write", asked, JSON, leave=True).run()
+        await wait_for_open_requests(1)
+        last = await Call(app, "POST", "/api/write", request, JSON, leave=True).run()
         assert last.status == 200
-        calls[1].gone.set()
+        calls[1].disconnected.set()
         await tasks[1]
-        await left(0)
+        await wait_for_open_requests(0)
 
-    async def left(n):
+    async def wait_for_open_requests(n):
         began = time.monotonic()
         while scheduler.state["requests"] != n:
             assert time.monotonic() - began < 10, "a disconnected client still counts"
             await asyncio.sleep(0.01)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_disconnect_is_noticed_between_two_pieces_that_wait_already():
-    """Otherwise asyncio warns of every write to a closed connection."""
+def test_disconnect_is_noticed_between_two_queued_pieces():
+    """Otherwise, asyncio warns of every write to a closed connection."""
 
     async def main():
         job, messages, noticed = Job(SimpleNamespace(tokenizer=ByteTokenizer()), [65]), asyncio.Queue(), []
@@ -185,7 +185,7 @@ def test_a_disconnect_is_noticed_between_two_pieces_that_wait_already():
     asyncio.run(main())
 
 
-def test_a_client_that_disconnects_before_its_look_no_longer_counts(library):
+def test_client_that_disconnects_before_its_look_no_longer_counts(library):
     loaded = threading.Event()
 
     def load(run):
@@ -193,50 +193,50 @@ def test_a_client_that_disconnects_before_its_look_no_longer_counts(library):
         raise RuntimeError
 
     scheduler = Scheduler(load, LIMITS)
-    asked = Call(application(library, scheduler), "POST", "/api/look", b'{"run": "one", "ids": [1]}', JSON)
+    request = Call(application(library, scheduler), "POST", "/api/look", b'{"run": "one", "ids": [1]}', JSON)
 
-    async def story():
+    async def scenario():
         scheduler.submit(Job(library.run("one"), [1]))  # keeps the JAX thread busy
-        task = asyncio.create_task(asked.run())
+        task = asyncio.create_task(request.run())
         while scheduler.state["requests"] < 2:
             await asyncio.sleep(0.01)
-        asked.gone.set()
+        request.disconnected.set()
         await task
-        assert asked.status == 400
+        assert request.status == 400
         assert scheduler.state["requests"] == 1
 
     try:
-        asyncio.run(story())
+        asyncio.run(scenario())
     finally:
         loaded.set()
         scheduler.stop()
         scheduler.join()
 
 
-def test_a_failure_is_reported_and_the_next_request_loads_the_run_again(library):
-    """A model that fails, or fails to load, ends its texts with the reason."""
-    broken = []
+def test_failure_is_reported_and_the_next_request_loads_the_run_again(library):
+    """The first load fails, the second gives a broken model, and the third works."""
+    loads = []
 
     def load(run):
-        broken.append(run)
-        if len(broken) == 1:
+        loads.append(run)
+        if len(loads) == 1:
             raise RuntimeError("no memory")
         config, params, tokenizer = load_model(run)
         writer = Writer(config, params, tokenizer.vocab_size, 2)
-        if len(broken) == 2:
+        if len(loads) == 2:
             writer.decoder = config, {}
         return writer
 
     scheduler = Scheduler(load, LIMITS)
     try:
         app = application(library, scheduler)
-        asked = {"run": "one", "prompt": "a", "tokens": 2}
-        for said in ("one failed: no memory", "one failed: ", '"error": ""'):
-            answer = call(app, "POST", "/api/write", asked)
-            assert (answer.status, answer.events[-1][0], said in answer.data.decode()) == (200, "end", True)
+        request = {"run": "one", "prompt": "a", "tokens": 2}
+        for message in ("one failed: no memory", "one failed: ", '"error": ""'):
+            answer = call(app, "POST", "/api/write", request)
+            assert (answer.status, answer.events[-1][0], message in answer.data.decode()) == (200, "end", True)
         assert scheduler.state["requests"] == 0
     finally:
         scheduler.stop()
         scheduler.join()
-    assert call(app, "POST", "/api/write", asked).status == 503
+    assert call(app, "POST", "/api/write", request).status == 503
     assert call(app, "GET", "/health").status == 503

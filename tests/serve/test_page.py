@@ -1,6 +1,6 @@
-"""The page in a browser, on the real server: every thing that a person does there, and what they see.
+"""The page of the playground in a browser, with the real server or with a fake one.
 
-$JAXGPT_SCREENSHOTS names a folder that keeps what was seen; $JAXGPT_RUNS two runs or more to show in place of small
+$JAXGPT_SCREENSHOTS names a folder for screenshots, $JAXGPT_RUNS a folder of two or more runs to show instead of small
 ones: JAXGPT_RUNS=runs JAXGPT_SCREENSHOTS=docs/images scripts/test tests/serve/test_page.py
 """
 
@@ -47,61 +47,62 @@ CONTRAST = """() => {
   const found = [];
   for (const element of document.querySelectorAll("body *")) {
     const text = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
-    const sign = getComputedStyle(element, "::before"), signed = !["none", "normal", '""'].includes(sign.content);
-    if (!text && !signed) continue;
+    const before = getComputedStyle(element, "::before"), marked = !["none", "normal", '""'].includes(before.content);
+    if (!text && !marked) continue;
     if (!element.checkVisibility() || element.closest("dialog, :disabled, .heard, option, template")) continue;
-    const under = behind(element), ink = over(under, (signed ? sign : getComputedStyle(element)).color);
+    const under = behind(element), ink = over(under, (marked ? before : getComputedStyle(element)).color);
     const [a, b] = [light(ink), light(under)].sort((x, y) => y - x);
     found.push([(a + 0.05) / (b + 0.05), element.outerHTML.slice(0, 80)]);
   }
   return found.sort((x, y) => x[0] - y[0]).slice(0, 3);
 }"""
+"""The least contrasts of visible text with its background, each with the element's HTML."""
 
 
 @pytest.fixture(scope="module")
-def keep(tmp_path_factory):
-    """Where pictures go."""
-    return Path(os.environ.get("JAXGPT_SCREENSHOTS") or tmp_path_factory.mktemp("pictures"))
+def screenshots(tmp_path_factory):
+    """The folder of the screenshots."""
+    return Path(os.environ.get("JAXGPT_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
 
 
-def legible(page):
-    """The least contrast on the page is that of WCAG 2's level AA."""
+def assert_legible(page):
+    """Every text on the page has the contrast of level AA of WCAG 2."""
     worst = page.evaluate(CONTRAST)
     assert worst[0][0] >= 4.5, worst
 
 
-def wide_enough(page):
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
+def assert_fits_width(page):
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
 
 
-def until(page, expression):
-    """Wait for what `page.wait_for_function` would have to evaluate inside the page, which its policy forbids."""
+def wait_until(page, expression):
+    """Poll `expression` until it is true. The page's security policy forbids `page.wait_for_function`."""
     for _ in range(1200):
         if page.evaluate(expression):
             return
         page.wait_for_timeout(50)
-    raise AssertionError(f"never: {expression}")
+    raise AssertionError(f"this never became true: {expression}")
 
 
 @pytest.mark.slow
-def test_the_page_does_what_a_person_asks(browser, runs, keep):
+def test_page_with_the_real_server(browser, runs, screenshots):
     shown = Path(os.environ.get("JAXGPT_RUNS") or runs)
     names = [path.parent.name for path in shown.glob("*/config.json")]
     with serving(shown, "--max-tokens", 10**5) as (process, address):
         context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme="light")
         page = context.new_page()
         page.set_default_timeout(60_000)
-        complaints = []
+        errors = []
         page.on(
-            "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
+            "console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None
         )
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
         page.wait_for_selector(".pane h2")
         assert page.input_value("#tokens") == "200"
-        legible(page)
+        assert_legible(page)
 
-        # Type and stream, by the keyboard alone.
+        # Type a prompt and stream a text, by the keyboard alone.
         run = "demo" if "demo" in names else "cat"
         page.select_option("#run", run)
         page.focus("#prompt")
@@ -114,9 +115,9 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         assert page.locator(".text span.mine").count() == 4
         if run == "cat":
             assert "the cat sat on the mat" in text
-        legible(page)
+        assert_legible(page)
 
-        # A token is clicked: what else, and what was looked at.
+        # Click a token: its alternatives and its attention are shown.
         page.locator(".text span").nth(120).click()
         page.wait_for_selector(".heads input")
         assert page.locator(".likely button").count() >= 8
@@ -127,20 +128,20 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
             "[...document.querySelectorAll('.text span')].map((s) => +s.style.getPropertyValue('--a'))"
         )
         assert max(weights[:120]) == 1
-        assert max(weights[120:]) == 0, "nothing looks ahead"
+        assert max(weights[120:]) == 0, "no token attends to later ones"
         page.locator(".heads input").nth(2).focus()
         page.keyboard.press("ArrowRight")
         assert page.inner_text(".most").startswith("Layer 1, head 3")
-        legible(page)
+        assert_legible(page)
         page.mouse.move(0, 0)
-        page.screenshot(path=keep / "playground.png")
-        assert (keep / "playground.png").stat().st_size < 250_000
+        page.screenshot(path=screenshots / "playground.png")
+        assert (screenshots / "playground.png").stat().st_size < 250_000
         page.emulate_media(color_scheme="dark")
-        legible(page)
-        page.screenshot(path=keep / "playground-dark.png")
+        assert_legible(page)
+        page.screenshot(path=screenshots / "playground-dark.png")
         page.emulate_media(color_scheme="light")
 
-        # By the keyboard: to the token before, and on from another token.
+        # By the keyboard: move to the token before, choose another one in its place, and continue from it.
         page.focus(".text")
         page.keyboard.press("ArrowLeft")
         page.wait_for_selector(".text span:nth-child(120)[aria-selected=true]")
@@ -157,63 +158,63 @@ def test_the_page_does_what_a_person_asks(browser, runs, keep):
         assert len(after) == 320
         assert "chosen" in page.locator(".text span").nth(119).get_attribute("class")
         page.click(".on")
-        until(page, "document.querySelectorAll('.text span').length === 520")
+        wait_until(page, "document.querySelectorAll('.text span').length === 520")
         page.wait_for_selector(f"#status:text-is('Sampled 200 tokens from {run}.')")
 
-        # Another run, and two side by side; stopped on the way.
+        # Choose another run, sample from two side by side, and stop in the middle.
         page.select_option("#run", other_run := next(name for name in names if name != run))
         assert page.inner_text("h2") == other_run
         assert page.locator(".text span").count() == 0
         page.select_option("#beside", run)
         page.fill("#tokens", "100000")
         page.click("#write")
-        until(page, "[...document.querySelectorAll('.text')].every((text) => text.childElementCount > 20)")
+        wait_until(page, "[...document.querySelectorAll('.text')].every((text) => text.childElementCount > 20)")
         page.click("#stop")
         page.wait_for_selector("#stop:disabled")
-        until(page, "fetch('health').then((a) => a.json()).then((told) => told.requests === 0)")
+        wait_until(page, "fetch('health').then((a) => a.json()).then((health) => health.requests === 0)")
         page.fill("#tokens", "120")
         page.click("#write")
-        until(page, "/Sampled 120 .* Sampled 120 /.test(document.querySelector('#status').textContent)")
-        page.screenshot(path=keep / "playground-two.png")
+        wait_until(page, "/Sampled 120 .* Sampled 120 /.test(document.querySelector('#status').textContent)")
+        page.screenshot(path=screenshots / "playground-two.png")
 
-        # What cannot be done is told, and the page goes on.
+        # The page reports a prompt that is refused.
         page.fill("#prompt", "Ω")
         page.click("#write")
         page.wait_for_selector(".fault:has-text('not in the vocabulary')")
-        assert [each for each in complaints if "400" not in each] == []
+        assert [each for each in errors if "400" not in each] == []
 
-        phone = browser.new_context(
+        phone_context = browser.new_context(
             viewport={"width": 390, "height": 844}, color_scheme="dark", has_touch=True, is_mobile=True
         )
-        small, held = phone.new_page(), []
-        small.route("**/api/runs", lambda route: held.append(route))
-        small.goto(address)
+        phone, held = phone_context.new_page(), []
+        phone.route("**/api/runs", lambda route: held.append(route))
+        phone.goto(address)
         while not held:
-            small.wait_for_timeout(10)
-        assert small.is_disabled("#write")  # while it does not know the runs
+            phone.wait_for_timeout(10)
+        assert phone.is_disabled("#write")  # until the list of runs arrives
         held.pop().continue_()
-        small.fill("#prompt", "the ")
-        small.tap("#write")
-        small.wait_for_selector("#status:has-text('Sampled')")
-        small.locator(".text span").nth(30).tap()
-        small.wait_for_selector(".heads input" if small.inner_text("h2") == run else ".likely button")
-        wide_enough(small)
-        legible(small)
-        small.screenshot(path=keep / "playground-phone.png", full_page=True)
+        phone.fill("#prompt", "the ")
+        phone.tap("#write")
+        phone.wait_for_selector("#status:has-text('Sampled')")
+        phone.locator(".text span").nth(30).tap()
+        phone.wait_for_selector(".heads input" if phone.inner_text("h2") == run else ".likely button")
+        assert_fits_width(phone)
+        assert_legible(phone)
+        phone.screenshot(path=screenshots / "playground-phone.png", full_page=True)
 
-        # A signal ends the server while a page reads; the page tells.
+        # A signal stops the server while the page receives a text; the page reports it.
         page.fill("#prompt", "the ")
         page.fill("#tokens", "100000")
         page.click("#write")
-        until(page, "[...document.querySelectorAll('.text')].every((text) => text.childElementCount > 20)")
+        wait_until(page, "[...document.querySelectorAll('.text')].every((text) => text.childElementCount > 20)")
         process.send_signal(signal.SIGINT)
         page.wait_for_selector(".fault:has-text('the server is stopping')")
         assert process.wait(20) == 0
-        for each in (context, phone):
+        for each in (context, phone_context):
             each.close()
 
 
-def test_a_server_with_a_token_lets_in_who_knows_it(browser, runs):
+def test_server_with_a_token_refuses_a_wrong_one(browser, runs):
     import uvicorn
 
     scheduler = Scheduler(lambda name: pytest.fail("nothing is requested"), Limits())
@@ -254,34 +255,34 @@ RUNS = {
 LIKELY = [{"id": 2, "text": "a", "p": 0.9}, {"id": 3, "text": "", "shown": r"\xc3", "p": 0.1}]
 
 
-def text(prompt, token="a", n=9, p=0.5, tail=""):
+def text_events(prompt, token="a", n=9, p=0.5, tail=""):
     """The events of a text, all at once."""
     tokens = [{"id": 2, "text": token, "p": p, "likely": LIKELY}]
-    told = [("start", {"prompt": [[1, each] for each in prompt]})]
-    told += [("tokens", {"from": 0, "tokens": tokens})] * n + [("end", {"text": tail, "error": ""})]
-    return "".join(f"event: {name}\ndata: {json.dumps(tree)}\n\n" for name, tree in told)
+    events = [("start", {"prompt": [[1, each] for each in prompt]})]
+    events += [("tokens", {"from": 0, "tokens": tokens})] * n + [("end", {"text": tail, "error": ""})]
+    return "".join(f"event: {name}\ndata: {json.dumps(tree)}\n\n" for name, tree in events)
 
 
 @pytest.fixture
-def faked(browser):
-    """faked(write, **how): a page whose server answers with `write(asked)`, None for never; all that it asked for is in
-    `page.asked`, as (path, headers, JSON). A token that is not "ab+cd%" is refused where `token` is given."""
+def fake_page(browser):
+    """fake_page(write): a page whose server answers /api/write with `write(JSON)`, or never if that is None. All its
+    requests are in `page.requests`, as (path, headers, JSON). With `token`, any token but "ab+cd%" is refused."""
     contexts = []
 
-    def opened(write=lambda asked: None, address="/", token=False, **how):
-        contexts.append(context := browser.new_context(**how))
+    def open_page(write=lambda request: None, address="/", token=False, **kwargs):
+        contexts.append(context := browser.new_context(**kwargs))
         page = context.new_page()
         page.set_default_timeout(10_000)
-        page.asked = []
+        page.requests = []
 
         def fulfil(route):
             path = urlsplit(route.request.url).path
             if path in FILES:
                 return route.fulfill(path=SERVE / FILES[path])
-            page.asked.append((path, route.request.headers, json.loads(route.request.post_data or "null")))
-            if token and page.asked[-1][1].get("authorization") != "Bearer ab+cd%":
+            page.requests.append((path, route.request.headers, json.loads(route.request.post_data or "null")))
+            if token and page.requests[-1][1].get("authorization") != "Bearer ab+cd%":
                 return route.fulfill(status=401, body="{}")
-            body = {"/api/runs": json.dumps(RUNS)}.get(path) or (path == "/api/write" and write(page.asked[-1][2]))
+            body = {"/api/runs": json.dumps(RUNS)}.get(path) or (path == "/api/write" and write(page.requests[-1][2]))
             return body and route.fulfill(body=body)
 
         page.route("**/*", fulfil)
@@ -290,7 +291,7 @@ def faked(browser):
             page.wait_for_selector(".pane h2")
         return page
 
-    yield opened
+    yield open_page
     for context in contexts:
         context.close()
 
@@ -299,58 +300,60 @@ def spans(page):
     return page.evaluate("[...document.querySelectorAll('.text span')].map((span) => span.textContent)")
 
 
-def test_a_text_that_was_left_says_no_more(faked):
-    """Though all of it has come at once: not into the text in its place, nor after Stop, nor to another run."""
-    page = faked(lambda asked: text(asked["prompt"], asked["prompt"].lower(), 500))
+def test_abandoned_text_shows_no_more_tokens(fake_page):
+    """All its events arrived at once, but none is shown in the next text, after Stop, or under another run."""
+    page = fake_page(lambda request: text_events(request["prompt"], request["prompt"].lower(), 500))
     for prompt in "AB":
         page.fill("#prompt", prompt)
         page.click("#write")
-        until(page, "document.querySelectorAll('.text span').length > 3")
+        wait_until(page, "document.querySelectorAll('.text span').length > 3")
     page.wait_for_timeout(100)
     assert set(spans(page)) == {"B", "b"}
     page.click("#stop")
-    until(page, "document.querySelector('#status').textContent.startsWith('Sampled')")
+    wait_until(page, "document.querySelector('#status').textContent.startsWith('Sampled')")
     stopped = spans(page)
     page.wait_for_timeout(100)
     assert spans(page) == stopped
     page.click("#write")
-    until(page, "document.querySelectorAll('.text span').length > 3")
+    wait_until(page, "document.querySelectorAll('.text span').length > 3")
     page.select_option("#run", "dog")
     page.wait_for_timeout(100)
     assert (page.inner_text("h2"), spans(page), page.text_content(".heard")) == ("dog", [], "")
     assert (page.inner_text("#status"), page.is_disabled("#stop")) == ("", True)
 
 
-def test_an_empty_prompt_and_on_from_a_text_that_ends_inside_a_character(faked):
-    page = faked(lambda asked: text("saa"[: len(asked["prompt"])], "a", 2, tail="\ufffd"))
+def test_empty_prompt_and_continuing_a_text_that_ends_inside_a_character(fake_page):
+    page = fake_page(lambda request: text_events("saa"[: len(request["prompt"])], "a", 2, tail="\ufffd"))
     page.click("#write")
     page.wait_for_selector("#status:text-is('Sampled 2 tokens from cat.')")
-    assert page.asked[-1][2]["prompt"] == "s", "what the run begins with where nothing is said"
+    assert page.requests[-1][2]["prompt"] == "s", "the start of the run stands in for an empty prompt"
     assert page.text_content(".text") == page.text_content(".heard") == "saa\ufffd"
     page.click(".on")
-    until(page, "document.querySelectorAll('.text span').length === 5")
-    assert page.asked[-1][2]["prompt"] == [1, 2, 2]
+    wait_until(page, "document.querySelectorAll('.text span').length === 5")
+    assert page.requests[-1][2]["prompt"] == [1, 2, 2]
     assert spans(page) == ["s", "a", "a", "a", "a"]
 
 
-def test_a_look_that_is_not_waited_for_is_given_up(faked):
-    page = faked(lambda asked: text("s"))
-    given_up = []
-    page.on("requestfailed", lambda request: given_up.append(request.post_data_json["ids"]))
+def test_superseded_look_is_aborted(fake_page):
+    page = fake_page(lambda request: text_events("s"))
+    aborted = []
+    page.on("requestfailed", lambda request: aborted.append(request.post_data_json["ids"]))
     page.click("#write")
     page.wait_for_selector("#status:has-text('tokens from cat')")
     for n in (3, 5):
         page.locator(".text span").nth(n).click()
-        until(page, f"document.querySelector('[aria-selected=true]') === document.querySelectorAll('.text span')[{n}]")
+        wait_until(
+            page, f"document.querySelector('[aria-selected=true]') === document.querySelectorAll('.text span')[{n}]"
+        )
     assert page.locator(".likely code").all_inner_texts() == ["a", r"\xc3"]
     page.click(".shut")
     page.wait_for_timeout(50)
-    assert [len(ids) for ids in given_up] == [3, 5]
+    assert [len(ids) for ids in aborted] == [3, 5]
     assert page.is_hidden(".fault")
 
 
-def test_a_refused_look_leaves_neither_its_error_nor_the_attention_of_another_token(faked):
-    page = faked(lambda asked: text("s"))
+def test_next_look_replaces_the_error_or_attention_of_the_last(fake_page):
+    page = fake_page(lambda request: text_events("s"))
 
     def answer(route):
         n, refused = len(route.request.post_data_json["ids"]), {"error": "too large"}
@@ -362,42 +365,42 @@ def test_a_refused_look_leaves_neither_its_error_nor_the_attention_of_another_to
     page.wait_for_selector("#status:has-text('tokens from cat')")
     for n, fault in ((3, ""), (5, "too large"), (4, "")):
         page.locator(".text span").nth(n).click()
-        until(page, f"document.querySelector('.pane .fault').textContent === {fault!r}")
-        until(page, f"document.querySelector('.attention') {'=' if fault else '!'}== null")
+        wait_until(page, f"document.querySelector('.pane .fault').textContent === {fault!r}")
+        wait_until(page, f"document.querySelector('.attention') {'=' if fault else '!'}== null")
         assert page.is_hidden(".looked") == bool(fault)
 
 
-def test_settings_are_there_after_a_window_has_grown(faked):
-    page = faked(viewport={"width": 390, "height": 800})
+def test_settings_are_visible_after_the_window_grows(fake_page):
+    page = fake_page(viewport={"width": 390, "height": 800})
     assert page.is_hidden("#tokens")
     page.set_viewport_size({"width": 1200, "height": 800})
     page.wait_for_selector("#tokens", state="visible")
 
 
-def test_a_number_out_of_range_is_shown_where_the_settings_are_folded(faked):
-    page = faked(viewport={"width": 390, "height": 800})
+def test_folded_settings_open_for_a_number_out_of_range(fake_page):
+    page = fake_page(viewport={"width": 390, "height": 800})
     page.evaluate("document.querySelector('#tokens').value = 0")
     page.click("#write")
     page.wait_for_selector("#tokens:focus", state="visible")
 
 
-def test_a_prompt_is_not_cut(faked):
-    """The server refuses one above the limit, and names it."""
-    page = faked(lambda asked: text("s"))
+def test_long_prompt_is_not_truncated(fake_page):
+    """The server refuses a prompt above the limit, and names the limit."""
+    page = fake_page(lambda request: text_events("s"))
     page.focus("#prompt")
     page.keyboard.insert_text("😀" * 100)
     page.click("#write")
     page.wait_for_selector("#status:has-text('tokens from cat')")
-    assert page.asked[-1][2]["prompt"] == "😀" * 100
+    assert page.requests[-1][2]["prompt"] == "😀" * 100
 
 
-def test_a_token_that_completes_a_character_is_shown_as_the_server_decodes_it(faked):
-    page = faked(lambda asked: text("s" if asked["prompt"] == "s" else ["s", "é"]))
+def test_a_token_that_completes_a_character_is_shown_as_the_server_decodes_it(fake_page):
+    page = fake_page(lambda request: text_events("s" if request["prompt"] == "s" else ["s", "é"]))
     page.click("#write")
     page.wait_for_selector("#status:has-text('tokens from cat')")
     page.locator(".text span").nth(1).click()
     page.locator(".likely button").nth(1).click()
-    until(page, "document.querySelectorAll('.text span').length === 11")
+    wait_until(page, "document.querySelectorAll('.text span').length === 11")
     assert spans(page)[:3] == ["s", "é", "a"]
     chosen = page.locator(".text span").nth(1)
     assert (chosen.get_attribute("class"), chosen.get_attribute("aria-label")) == ("chosen", "é, 10%")
@@ -406,53 +409,53 @@ def test_a_token_that_completes_a_character_is_shown_as_the_server_decodes_it(fa
 @pytest.mark.parametrize(
     ("token", "name"), [("\n\n ", "newline newline space"), ("constructor", "constructor"), ("", "part of a character")]
 )
-def test_a_screen_reader_is_given_a_name_for_each_token(faked, token, name):
-    page = faked(lambda asked: text("s", token))
+def test_each_token_has_a_name_for_screen_readers(fake_page, token, name):
+    page = fake_page(lambda request: text_events("s", token))
     page.click("#write")
     page.wait_for_selector("#status:has-text('tokens from cat')")
     assert page.locator(".text span").nth(1).get_attribute("aria-label") == f"{name}, 50%"
 
 
-def test_a_large_surprise_is_counted_in_full(faked):
-    page = faked(lambda asked: text("s", p=2.0**-40))
+def test_very_small_probabilities_count_in_bits_per_token(fake_page):
+    page = fake_page(lambda request: text_events("s", p=2.0**-40))
     page.click("#write")
     page.wait_for_selector("#status:has-text('tokens from cat')")
     assert page.inner_text(".sum").endswith("40.00 bits/token")
 
 
-def test_a_long_name_and_a_long_token_fit_a_phone(faked, monkeypatch):
+def test_a_long_name_and_a_long_token_fit_a_phone(fake_page, monkeypatch):
     monkeypatch.setitem(RUNS["runs"][0], "name", "n" * 100)
-    page = faked(lambda asked: text("s", "-" * 100), viewport={"width": 390, "height": 800})
+    page = fake_page(lambda request: text_events("s", "-" * 100), viewport={"width": 390, "height": 800})
     page.click("#write")
     page.wait_for_selector("#status:has-text('tokens from n')")
-    wide_enough(page)
+    assert_fits_width(page)
     page.evaluate("document.querySelectorAll('.text span')[1].click()")
     page.wait_for_selector("h3 code")
-    wide_enough(page)
+    assert_fits_width(page)
 
 
-def test_a_text_is_written_in_the_direction_of_its_script(faked):
-    page = faked(lambda asked: text(asked["prompt"]))
+def test_text_has_the_direction_of_its_script(fake_page):
+    page = fake_page(lambda request: text_events(request["prompt"]))
     for prompt, direction in (("a", "ltr"), ("\u05e9\u05dc\u05d5\u05dd", "rtl")):
         page.fill("#prompt", prompt)
         page.click("#write")
-        until(page, f"document.querySelector('.text').textContent.startsWith({prompt!r})")
+        wait_until(page, f"document.querySelector('.text').textContent.startsWith({prompt!r})")
         assert page.evaluate("getComputedStyle(document.querySelector('#prompt')).direction") == direction
         whole, first = (page.locator(each).first.bounding_box() for each in (".text", ".text span"))
         assert (first["x"] > whole["x"] + whole["width"] / 2) == (direction == "rtl")
 
 
-def test_a_line_feed_that_surprised_is_legible(faked):
-    page = faked(lambda asked: text("s", "\n", p=0))
+def test_improbable_line_feed_is_legible(fake_page):
+    page = fake_page(lambda request: text_events("s", "\n", p=0))
     page.click("#write")
     page.wait_for_selector("#status:has-text('tokens from cat')")
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        legible(page)
+        assert_legible(page)
 
 
-def test_a_token_is_taken_as_it_is_and_a_wrong_one_is_reported(faked):
-    page = faked(token=True)
+def test_token_is_used_unchanged_and_a_wrong_one_is_reported(fake_page):
+    page = fake_page(token=True)
     page.wait_for_selector("dialog[open]")
     assert page.is_hidden("dialog .fault")
     page.fill("#token", "ab cd")
@@ -461,15 +464,15 @@ def test_a_token_is_taken_as_it_is_and_a_wrong_one_is_reported(faked):
     page.fill("#token", "ab+cd%")
     page.keyboard.press("Enter")
     page.wait_for_selector(".pane h2")
-    for handed in ("ab+cd%", "ab%2Bcd%25"):
-        page = faked(token=True, address=f"/#token={handed}")
+    for encoded in ("ab+cd%", "ab%2Bcd%25"):
+        page = fake_page(token=True, address=f"/#token={encoded}")
         page.wait_for_selector(".pane h2")
         assert "token" not in page.url
 
 
-def test_a_token_may_be_given_to_a_page_that_asks_for_it(faked):
-    """To open the page's own address with a token changes the fragment and loads nothing."""
-    page = faked(token=True)
+def test_token_in_the_fragment_is_taken_by_an_open_page(fake_page):
+    """Opening the same address with a token changes only the fragment and loads nothing."""
+    page = fake_page(token=True)
     page.wait_for_selector("dialog[open]")
     page.goto("http://playground.test/#token=ab+cd%")
     page.wait_for_selector(".pane h2")

@@ -11,7 +11,7 @@ from jaxgpt.serve import limits, requests
 from jaxgpt.serve.app import application
 from tests.serve.client import JSON, Call, call
 
-BAD = [
+BAD_REQUESTS = [
     (b"", 400, "not JSON"),
     (b"\xff", 400, "not JSON"),
     (b"[" * 10**5, 400, "not JSON"),
@@ -42,52 +42,54 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("tree", "status", "said"), BAD)
-def test_bad_requests_are_refused_with_the_reason(app, scheduler, tree, status, said):
+@pytest.mark.parametrize(("tree", "status", "message"), BAD_REQUESTS)
+def test_bad_requests_are_refused_with_the_reason(app, scheduler, tree, status, message):
     answer = call(app, "POST", "/api/write", tree)
-    assert (answer.status, said in answer.tree["error"]) == (status, True), answer.tree
+    assert (answer.status, message in answer.tree["error"]) == (status, True), answer.tree
     assert scheduler.state["requests"] == 0
 
 
 def test_looks_at_too_few_or_too_many_ids_are_refused(app):
-    for ids, status, said in (([], 400, "at least one"), ([0] * 9, 413, "at most 8")):
+    for ids, status, message in (([], 400, "at least one"), ([0] * 9, 413, "at most 8")):
         answer = call(app, "POST", "/api/look", {"run": "one", "ids": ids})
         assert answer.status == status
-        assert said in answer.tree["error"]
+        assert message in answer.tree["error"]
 
 
 def test_looks_whose_attention_maps_are_too_large_are_refused(app, monkeypatch):
-    asked = {"run": "one", "ids": [1, 2, 3]}  # padded to block_size 8; 1 layer of 2 heads
-    for most, status in ((3 * 2 * 8 * 8, 200), (3 * 2 * 8 * 8 - 1, 400)):
-        monkeypatch.setattr(requests, "MAX_MAPS", most)
-        answer = call(app, "POST", "/api/look", asked)
+    request = {"run": "one", "ids": [1, 2, 3]}  # padded to block_size 8; 1 layer of 2 heads
+    for limit, status in ((3 * 2 * 8 * 8, 200), (3 * 2 * 8 * 8 - 1, 400)):
+        monkeypatch.setattr(requests, "MAX_MAPS", limit)
+        answer = call(app, "POST", "/api/look", request)
         assert answer.status == status
     assert answer.tree["error"] == "the attention maps of 3 tokens are too large: choose an earlier token"
 
 
-def test_paths_methods_and_types(app):
+def test_unknown_paths_methods_and_content_types_are_refused(app):
     assert call(app, "GET", "/nowhere").tree == {"error": "Not Found"}
     assert call(app, "GET", "/api/write").status == 405
     assert call(app, "GET", "/api/runs/").status == 404, "no redirect to a host that the client named"
-    assert call(app, "POST", "/api/write", {}, {"content-type": "text/plain"}).status == 415, "a form cannot ask"
+    assert call(app, "POST", "/api/write", {}, {"content-type": "text/plain"}).status == 415, (
+        "an HTML form cannot send requests"
+    )
 
 
 def test_host_origin_and_token_are_checked(library, scheduler):
     app = application(library, scheduler, hosts={"Study"}, token="a-token-of-some-length")
-    right = {"authorization": "Bearer a-token-of-some-length"}
-    assert call(app, "GET", "/api/runs", headers=right).status == 200
+    authorized = {"authorization": "Bearer a-token-of-some-length"}
+    assert call(app, "GET", "/api/runs", headers=authorized).status == 200
     for host in ("localhost:1", "[::1]:8000", "10.0.0.7", "study:80"):
         assert call(app, "GET", "/health", headers={"host": host}).status == 200, host
     for host in ("evil.example", "127.0.0.1.evil.example:80", "", None, "[::1", "localhost:x", "a b"):
         answer = call(app, "GET", "/", headers={"host": host})
         assert answer.status == 403, host
-    for shown in (None, "Bearer ", "Bearer a-token-of-some-lengtH", "Basic a-token-of-some-length", "Bearer ä"):
-        answer = call(app, "GET", "/api/runs", headers={"authorization": shown})
-        assert answer.status == 401, shown
+    for value in (None, "Bearer ", "Bearer a-token-of-some-lengtH", "Basic a-token-of-some-length", "Bearer ä"):
+        answer = call(app, "GET", "/api/runs", headers={"authorization": value})
+        assert answer.status == 401, value
         assert answer.headers["www-authenticate"] == "Bearer"
     assert call(app, "GET", "/").status == 200, "the page asks for the token"
     for origin in ("http://127.0.0.1:8000", "http://127.0.0.1:9000", "null", "http://["):
-        answer = call(app, "GET", "/api/runs", headers=right | {"origin": origin})
+        answer = call(app, "GET", "/api/runs", headers=authorized | {"origin": origin})
         assert answer.status == (200 if origin == "http://127.0.0.1:8000" else 403), origin
         assert not any(name.startswith("access-control") for name in answer.headers)
 
@@ -107,13 +109,13 @@ values = st.recursive(
 )
 
 
-def mostly(good, other=values):
-    """A plausible value; one time in four anything."""
-    return st.integers(0, 3).flatmap(lambda which: good if which else other)
+def mostly(plausible, other=values):
+    """Values of `plausible`, but of `other` one time in four."""
+    return st.integers(0, 3).flatmap(lambda which: plausible if which else other)
 
 
 ids = st.lists(mostly(st.integers(0, 11)), max_size=9)
-plausible = st.fixed_dictionaries(
+fields = st.fixed_dictionaries(
     {"run": mostly(st.sampled_from(["one", "one", "pairs", "broken"]))},
     optional={
         "tokens": mostly(st.integers(0, 9)),
@@ -124,19 +126,19 @@ plausible = st.fixed_dictionaries(
         "seed": mostly(st.integers(0, 2**32)),
     },
 )
-asks = st.one_of(
+plausible_requests = st.one_of(
     st.tuples(
         st.just("/api/write"),
         st.builds(
             dict.__or__,
-            plausible,
+            fields,
             st.fixed_dictionaries({"prompt": mostly(st.text("the cat", min_size=1, max_size=20) | ids)}),
         ),
     ),
     st.tuples(
         st.just("/api/look"), st.fixed_dictionaries({"run": st.sampled_from(["one", "pairs"]), "ids": mostly(ids)})
     ),
-).map(lambda asked: (asked[0], json.dumps(asked[1]).encode()))
+).map(lambda request: (request[0], json.dumps(request[1]).encode()))
 noise = st.tuples(
     st.sampled_from(["/api/write", "/api/look", "/api/runs", "/health", "/"]),
     values.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=60),
@@ -144,32 +146,34 @@ noise = st.tuples(
 
 
 TOKEN = "a-token-of-some-length"
-RIGHT = {"host": "127.0.0.1:8000", "authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
+VALID_HEADERS = {"host": "127.0.0.1:8000", "authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
 ODD = ["[::1", "localhost:x", "http://[", "null", "http://127.0.0.1:8000", "evil.example", "text/plain; a=b", "Bearer "]
-said = st.text(st.characters(max_codepoint=255), max_size=20) | st.sampled_from(ODD)
-headers = st.dictionaries(st.sampled_from(["host", "origin", "content-type", "authorization"]), st.none() | said)
+header_values = st.text(st.characters(max_codepoint=255), max_size=20) | st.sampled_from(ODD)
+headers = st.dictionaries(
+    st.sampled_from(["host", "origin", "content-type", "authorization"]), st.none() | header_values
+)
 
 
 @settings(max_examples=100)
 @given(
-    ask=asks | noise,
+    path_and_body=plausible_requests | noise,
     method=st.sampled_from(["POST", "POST", "POST", "GET", "PUT"]),
     leave=st.booleans(),
     headers=mostly(st.just({}), headers),
 )
-def test_no_request_breaks_the_application(library, scheduler, ask, method, leave, headers):
-    path, body = ask
+def test_no_request_breaks_the_application(library, scheduler, path_and_body, method, leave, headers):
+    path, body = path_and_body
     try:
-        asked = json.loads(body)
+        tree = json.loads(body)
     except (ValueError, RecursionError):
-        asked = None
-    if isinstance(asked, dict) and type(asked.get("tokens")) is int and asked["tokens"] > 9:
-        asked["tokens"] = 9
-        body = json.dumps(asked).encode()
-    headers = RIGHT | headers
+        tree = None
+    if isinstance(tree, dict) and type(tree.get("tokens")) is int and tree["tokens"] > 9:
+        tree["tokens"] = 9
+        body = json.dumps(tree).encode()
+    headers = VALID_HEADERS | headers
     answer = call(application(library, scheduler, token=TOKEN), method, path, body, headers, leave=leave)
     assert answer.status in (200, 400, 401, 403, 404, 405, 413, 415)
-    if path.startswith("/api") and headers["authorization"] != RIGHT["authorization"]:
+    if path.startswith("/api") and headers["authorization"] != VALID_HEADERS["authorization"]:
         assert answer.status in (401, 403)
     if answer.status != 200 and method != "HEAD":
         assert answer.tree["error"]

@@ -32,12 +32,12 @@ def scheduling(load):
         scheduler.join()
 
 
-def test_a_cancelled_job_loads_nothing():
-    loads, ended, go_on = [], queue.Queue(), threading.Event()
+def test_cancelled_jobs_load_no_model():
+    loads, ended, finish_loading = [], queue.Queue(), threading.Event()
 
     def load(run):
         loads.append(run)
-        go_on.wait(10)
+        finish_loading.wait(10)
         return Model()
 
     with scheduling(load) as scheduler:
@@ -47,13 +47,13 @@ def test_a_cancelled_job_loads_nothing():
         for job in jobs[1:]:
             scheduler.cancel(job)
         assert scheduler.state["requests"] == 1
-        go_on.set()
+        finish_loading.set()
         assert ended.get(timeout=10) == End()
         assert scheduler.state["requests"] == 0
     assert loads == [RUN]
 
 
-def test_a_run_created_again_is_another_and_few_models_are_kept():
+def test_recreated_run_is_another_model_and_models_are_limited():
     loads, ended = [], queue.Queue()
 
     def load(run):
@@ -65,13 +65,13 @@ def test_a_run_created_again_is_another_and_few_models_are_kept():
         return ended.get(timeout=10)
 
     with scheduling(load) as scheduler:
-        *runs, last = [Served(Path("one"), made) for made in range(MODELS + 1)]
+        *runs, last = [Served(Path("one"), created) for created in range(MODELS + 1)]
         jobs = [Job(run, [0], 9) for run in runs]
         for job in jobs:
             scheduler.submit(job)
-        for made in range(MODELS):
-            assert look(scheduler, Served(Path("one"), made)) == End()
-        assert loads == runs, "each once"
+        for created in range(MODELS):
+            assert look(scheduler, Served(Path("one"), created)) == End()
+        assert loads == runs, "each is loaded once"
         assert look(scheduler, last) == End(f"{MODELS} other models are in use, which is the limit: try again soon")
         scheduler.cancel(jobs[1])
         assert look(scheduler, last) == End()

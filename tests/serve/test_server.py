@@ -17,17 +17,17 @@ from tests.processes import serving
 from tests.serve import load
 
 
-def test_many_clients_lose_nothing_and_a_signal_stops_the_server_while_they_read(runs):
+def test_many_clients_get_complete_texts_and_a_signal_stops_the_server(runs):
     with serving("cat", "--runs-dir", runs, "--max-tokens", 10**6) as (process, address):
         where = urlsplit(address)
         silent = [socket.create_connection((where.hostname, where.port)) for _ in range(200)]
-        load.press(address, "cat", 32, 1, tokens=40)  # compiles, and fills caches
-        before = load.resident(process.pid)
-        tally = load.press(address, "cat", 32, 1, tokens=40)
-        assert not tally.faults
+        load.run_clients(address, "cat", 32, 1, tokens=40)  # compile, and fill caches
+        before = load.resident_bytes(process.pid)
+        tally = load.run_clients(address, "cat", 32, 1, tokens=40)
+        assert not tally.errors
         assert tally.texts >= 32
         assert {seed: len(texts) for seed, texts in tally.by_seed.items()} == {0: 1, 1: 1, 2: 1, 3: 1}
-        assert load.resident(process.pid) < before + 4 * 2**20, "a text that is kept takes about 30 KiB"
+        assert load.resident_bytes(process.pid) < before + 4 * 2**20, "a text that is kept takes about 30 KiB"
         for client in silent:
             client.close()
         reading = [load.write(address, {"run": "cat", "prompt": "the", "tokens": 10**6}) for _ in range(3)]
@@ -43,10 +43,10 @@ def test_many_clients_lose_nothing_and_a_signal_stops_the_server_while_they_read
 
 
 @pytest.mark.parametrize(
-    ("growth", "code", "fault", "result"),
+    ("growth", "code", "error", "result"),
     [(0, 0, "", 0), (17 * 2**20, 0, "", 1), (0, 1, "", 1), (0, 0, "broken", 1)],
 )
-def test_serve_load_fails_if_the_server_leaks_exits_badly_or_loses_a_text(monkeypatch, growth, code, fault, result):
+def test_serve_load_fails_if_the_server_leaks_exits_badly_or_loses_a_text(monkeypatch, growth, code, error, result):
     """With a stand-in for a server of two runs."""
     path = str(Path(__file__).parents[2] / "scripts" / "serve_load")
     loader = importlib.machinery.SourceFileLoader("serve_load", path)
@@ -57,7 +57,7 @@ def test_serve_load_fails_if_the_server_leaks_exits_badly_or_loses_a_text(monkey
         pid = 0
         stdout = io.StringIO("new, old\nThe playground: http://localhost:1/\n")
 
-        def __init__(self, *words, **how):
+        def __init__(self, *args, **kwargs):
             pass
 
         def terminate(self):
@@ -66,22 +66,22 @@ def test_serve_load_fails_if_the_server_leaks_exits_badly_or_loses_a_text(monkey
         def wait(self, seconds):
             return code
 
-    def press(address, run, clients, seconds, tokens):
+    def run_clients(address, run, clients, seconds, tokens):
         assert run == "old"
         time.sleep(0.05)
-        return load.Tally(1, 1, 1.0, [0.1], {1: {(1,)}}, load.Counter([fault] if fault else []))
+        return load.Tally(1, 1, 1.0, [0.1], {1: {(1,)}}, load.Counter([error] if error else []))
 
     sizes = itertools.count(0, growth)
     monkeypatch.setattr(script.subprocess, "Popen", Server)
-    monkeypatch.setattr(load, "press", press)
+    monkeypatch.setattr(load, "run_clients", run_clients)
     monkeypatch.setattr(load, "first_run", {"http://localhost:1/": "old"}.get)
-    monkeypatch.setattr(load, "resident", lambda pid: next(sizes))
+    monkeypatch.setattr(load, "resident_bytes", lambda pid: next(sizes))
     monkeypatch.setattr("sys.argv", ["serve_load", "runs", "--clients", "1", "--seconds", "0.1", "--rounds", "1"])
     assert script.main() == result
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("args", "message"),
     [
         (["none"], "no run 'none' in runs"),
         (["RUNS", "--host", "0.0.0.0"], "other machines can reach 0.0.0.0: set a token"),
@@ -94,12 +94,12 @@ def test_serve_load_fails_if_the_server_leaks_exits_badly_or_loses_a_text(monkey
         (["RUNS", "--host", "192.0.2.1", "--port", "0", "--token", "x" * 16], "try --host 127.0.0.1"),  # of RFC 5737
     ],
 )
-def test_it_refuses_to_start(tmp_path, monkeypatch, capsys, words, said):
+def test_bad_options_are_refused(tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "all/one").mkdir(parents=True)
     (tmp_path / "all/one/config.json").write_text("{}")
-    assert cli.run_command(["serve", *(word.replace("RUNS", "all") for word in words)]) == 2
-    assert said in capsys.readouterr().err
+    assert cli.run_command(["serve", *(word.replace("RUNS", "all") for word in args)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_taken_port_is_refused(tmp_path, capsys):
@@ -107,6 +107,6 @@ def test_a_taken_port_is_refused(tmp_path, capsys):
     (tmp_path / "one/config.json").write_text("{}")
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert cli.run_command(["serve", str(tmp_path), "--port", str(other.getsockname()[1])]) == 2
-    said = capsys.readouterr().err
-    assert "cannot listen on" in said
-    assert "try --port 0" in said
+    error = capsys.readouterr().err
+    assert "cannot listen on" in error
+    assert "try --port 0" in error

@@ -1,4 +1,4 @@
-"""A job gets the tokens of `generate`, alone or in a batch, whatever the other jobs are and when they come and go."""
+"""A job gets the tokens of `generate`, alone or in a batch, whichever other jobs come and go."""
 
 import itertools
 from functools import partial
@@ -16,7 +16,7 @@ from jaxgpt.serve.batch import Settings
 from jaxgpt.serve.writer import End, Job, Looked, Piece, Writer
 
 GREEDY, SHARP = Settings(0.0, 0, 1.0, 0.0), Settings(1.2, 7, 0.9, 0.05)
-ASKED = [  # prompt length, tokens, settings, seed
+REQUESTS = [  # prompt length, tokens, settings, seed
     (1, 30, GREEDY, 1337),
     (3, 41, SHARP, 1),
     (8, 20, SHARP, 2),
@@ -43,12 +43,12 @@ def softmax(logits):
     return exps / exps.sum()
 
 
-def asked(i, kinds=ASKED):
-    length, *how = kinds[i % len(kinds)]
-    return Job("run", np.random.default_rng(i).integers(0, 12, length).tolist(), *how)
+def make_job(i, requests=REQUESTS):
+    length, *fields = requests[i % len(requests)]
+    return Job("run", np.random.default_rng(i).integers(0, 12, length).tolist(), *fields)
 
 
-def alone(model, job):
+def generate_alone(model, job):
     """The tokens of `generate` for this job alone, restricted to the first 12 ids."""
     sampling = SamplingParams(*job.settings, n_ids=12)
     return generate(*model, [job.ids], job.tokens, jax.random.key(job.seed), sampling)[0].tolist()
@@ -67,7 +67,7 @@ def messages(jobs, writer, cancelled=None):
         for job in done:
             job.put(End())
         jobs = [job for job in jobs if job not in done]
-    raise AssertionError("it never ends")
+    raise AssertionError("the jobs never end")
 
 
 def ids(pieces):
@@ -75,28 +75,28 @@ def ids(pieces):
 
 
 @pytest.mark.parametrize(
-    ("position", "kinds"), [("learned", 2 * ASKED), ("rope", [(2 + 3 * i, 30, SHARP, i) for i in range(4)])]
+    ("position", "requests"), [("learned", 2 * REQUESTS), ("rope", [(2 + 3 * i, 30, SHARP, i) for i in range(4)])]
 )
-def test_every_job_gets_the_tokens_of_generate_with_fewer_rows_than_jobs(models, position, kinds):
-    """With 3 rows, jobs wait, take rows that others left, and are read while others decode."""
+def test_every_job_gets_the_tokens_of_generate_with_fewer_rows_than_jobs(models, position, requests):
+    """With 3 rows, jobs wait, take the rows of finished jobs, and are read while others decode."""
     model = models[position]
-    jobs = [asked(i, kinds) for i in range(len(kinds))]
-    expected = [alone(model, job) for job in jobs]
+    jobs = [make_job(i, requests) for i in range(len(requests))]
+    expected = [generate_alone(model, job) for job in jobs]
     writer = Writer(*model, 12, 3)
     assert writer.widths == [1, 3]
     if position == "rope":
-        writer.widths = [3]  # one program less
+        writer.widths = [3]  # compiles one program less
     for pieces, text in zip(messages(jobs, writer), expected, strict=True):
         assert ids(pieces) == text
         assert pieces[-1] == End()
         assert not any(isinstance(each, End) for each in pieces[:-1])
 
 
-def test_a_cancelled_job_makes_room_and_changes_nothing_for_the_others(models):
+def test_cancelled_job_frees_its_row_and_does_not_affect_others(models):
     model = models["learned"]
     writer = Writer(*model, 12, 3)
-    jobs = [asked(1), Job("run", [1], 10**6), asked(0), asked(1)]
-    expected = [alone(model, job) if job.tokens < 100 else None for job in jobs]
+    jobs = [make_job(1), Job("run", [1], 10**6), make_job(0), make_job(1)]
+    expected = [generate_alone(model, job) if job.tokens < 100 else None for job in jobs]
     sent = messages(jobs, writer, jobs[1])
     assert not any(isinstance(each, End) for each in sent[1])
     assert 0 < len(ids(sent[1])) < 100
@@ -117,20 +117,20 @@ def test_a_turn_answers_one_look(models):
     assert writer.turn(jobs) == []
 
 
-def test_a_look_that_fails_leaves_the_texts(models, monkeypatch):
+def test_failed_look_does_not_affect_texts(models, monkeypatch):
     def fail(*args):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(batch, "look", fail)
-    look, text = messages([Job("run", [1]), asked(1)], Writer(*models["learned"], 12, 3))
+    look, text = messages([Job("run", [1]), make_job(1)], Writer(*models["learned"], 12, 3))
     assert look[0] == End("out of memory")
-    assert ids(text) == alone(models["learned"], asked(1))
+    assert ids(text) == generate_alone(models["learned"], make_job(1))
 
 
-def test_probabilities_are_those_of_forward(models):
-    """Before temperature and filters; and `first` is where the context begins."""
+def test_probabilities_match_forward(models):
+    """Before temperature and filters, in the context that begins at `first`."""
     config, params = models["learned"]
-    (sent,) = messages([job := asked(3)], Writer(config, params, 12, 3))
+    (sent,) = messages([job := make_job(3)], Writer(config, params, 12, 3))
     at = 30
     for piece in sent[:-1]:
         for n, token in enumerate(piece.drawn.token.tolist()):
@@ -174,7 +174,7 @@ def test_a_look_shows_the_attention_of_the_last_token(models):
     np.testing.assert_allclose(expected[likely], chances, rtol=1e-4)
 
 
-def test_a_look_holds_no_more_than_its_limit_counts():
+def test_memory_of_a_look_is_within_what_max_maps_counts():
     """The maps of all layers and two more copies of one layer's. `requests.MAX_MAPS` limits this."""
     L, H, T = 10, 16, 64
     config = ModelConfig(vocab_size=13, block_size=T, n_layer=L, n_head=H, n_embd=2 * H)
