@@ -99,7 +99,7 @@ def ablate(
 def trained(corpus: Corpus, change: Change, seeds: int, steps: int, n_layer: int) -> list[tuple[float, float]]:
     """(validation loss, seconds per step after the first chunk) of each seed."""
     results = [one(corpus, change, 1337 + i, steps, n_layer) for i in range(seeds)]
-    jax.clear_caches()  # the programs of thirty configs would fill gigabytes
+    jax.clear_caches()  # the programs of thirty configs would take gigabytes
     return results
 
 

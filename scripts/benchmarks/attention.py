@@ -22,13 +22,13 @@ FUSED = {"cudnn": "gpu", "flash": "gpu", "splash": "tpu"}
 def attention(
     device: Device = "cpu", shapes: tuple[str, ...] = ("baby", "small"), dropout: float = 0.2, rounds: int = 5
 ) -> Report:
-    """The attention kernels of jaxgpt: time forward and backward, error, and whether the same bits come again.
+    """The attention kernels of jaxgpt: time forward and backward, error, and whether results are repeatable.
 
     Args:
       device: where to compute
       shapes: models, by name
       dropout: of the weights, in half of the rows
-      rounds: the kernels take turns
+      rounds: measurements of each kernel, in turn
     """
     if (found := sharding.platform()) != device:
         raise UsageError(f"JAX's default device is a {found}, not a {device}: choose with --device or JAX_PLATFORMS")

@@ -1,4 +1,4 @@
-"""Contestants take turns, each in a process of its own, so that the thread pools of PyTorch and XLA never share one.
+"""Contestants take turns, each in its own process, so that the thread pools of PyTorch and XLA never share one.
 
 A contestant's process writes a line of JSON about itself once it has compiled and warmed up, and then answers each line
 of input, a number of seconds, with the work that it did in about that time.
@@ -26,7 +26,7 @@ class Contestant(Protocol):
     """Device, versions, seconds spent compiling."""
 
     def run(self) -> int:
-        """Do one piece of work, which may still be running on the device; the number of units in it."""
+        """Do one piece of work and return its number of units; the device may still be computing."""
 
     def wait(self) -> None:
         """Wait until the device is done."""
@@ -69,7 +69,7 @@ class Worker:
             self._process.stdin.write(json.dumps(seconds).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
-            pass  # it has ended: `answer` reads why
+            pass  # the process has ended: `answer` raises its error
         return self.answer()
 
     def answer(self) -> Any:

@@ -28,7 +28,7 @@ def random_tokens(vocab_size: int) -> Any:
 
 
 def jaxgpt_training(config: Any) -> Contestant:
-    """`scan_steps` steps a piece, loaded and read as `fit` does."""
+    """A piece of work is `scan_steps` steps, with batches loaded and metrics read as in `fit`."""
     import jax
 
     from jaxgpt.data import loader
@@ -64,7 +64,7 @@ def jaxgpt_training(config: Any) -> Contestant:
 
 
 def jaxgpt_sampling(config: Any, batch_size: int, n_tokens: int, temperature: float, top_k: int) -> Contestant:
-    """One `generate` of `n_tokens` for each of `batch_size` sequences a piece."""
+    """A piece of work is one `generate` of `n_tokens` for each of `batch_size` sequences."""
     import jax
 
     from jaxgpt import model
@@ -114,7 +114,7 @@ class TorchContestant:
 
 
 def twin_training(config: Any, way: str, device: str) -> Contestant:
-    """`scan_steps` steps of the twin a piece, then its last loss is read."""
+    """A piece of work is `scan_steps` steps of the twin; then its last loss is read."""
     from scripts.benchmarks import twin
 
     train = config.train
@@ -140,7 +140,7 @@ def twin_training(config: Any, way: str, device: str) -> Contestant:
 def twin_sampling(
     config: Any, batch_size: int, n_tokens: int, temperature: float, top_k: int, way: str, device: str
 ) -> Contestant:
-    """One generation of the twin a piece, without a cache, as in nanoGPT."""
+    """A piece of work is one generation of the twin, without a KV cache, as in nanoGPT."""
     from scripts.benchmarks import twin
 
     class Sampling(TorchContestant):
@@ -164,7 +164,7 @@ def twin_sampling(
 def transformers_sampling(
     config: Any, batch_size: int, n_tokens: int, temperature: float, top_k: int, way: str, device: str
 ) -> Contestant:
-    """One `GPT2LMHeadModel.generate` a piece, with its KV cache; bfloat16 is a cast of the weights."""
+    """A piece of work is one `GPT2LMHeadModel.generate` with its KV cache; for bfloat16 the weights are cast."""
     import transformers
 
     from scripts.benchmarks import twin

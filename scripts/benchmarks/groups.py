@@ -19,7 +19,7 @@ class Group:
     name: str
     arguments: tuple[str, ...]
     minutes: float
-    """About how long it takes; it is not begun where less is left, and stopped after twice as long."""
+    """About how long it takes. It does not start if less time is left, and is stopped after twice as long."""
 
 
 def _group(name: str, minutes: float, line: str) -> Group:
@@ -54,8 +54,8 @@ def run_all(device: Device = "cpu", minutes: float = 9.0, folder: Path | None = 
 
     Args:
       device: where to compute.
-      minutes: begin no group that would take longer than what is left of these.
-      folder: of the results, a folder for each group; None is bench-all-DEVICE.
+      minutes: in all; a group starts only if it fits into the rest of them.
+      folder: for the results, with a folder for each group; None is bench-all-DEVICE.
     """
     if minutes <= 0:
         raise UsageError(f"minutes is {minutes}, expected more than 0")
@@ -77,7 +77,7 @@ def run_all(device: Device = "cpu", minutes: float = 9.0, folder: Path | None = 
 
 
 def _measure(group: Group, device: Device, folder: Path, seconds: float) -> None:
-    """One group in a process of its own: its table in table.md, its figures beside; an error in error.txt."""
+    """Run one group in its own process: its table goes into table.md, its figures beside it, errors into error.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{group.name}: scripts/bench {' '.join(group.arguments)} --device {device}", file=sys.stderr, flush=True)
     words = [sys.executable, str(ROOT / "scripts" / "bench"), *group.arguments, "--device", device]

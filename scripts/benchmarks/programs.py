@@ -25,7 +25,7 @@ TWINS: dict[str, tuple[str, Way]] = {
     "cpu": ("shakespeare-cpu", "float32"),
     "gpu": ("shakespeare-gpu", "bfloat16+compile"),
 }
-"""nanoGPT's own settings, and the way in which it computes by default."""
+"""The recipe with nanoGPT's settings, and the way in which nanoGPT computes by default."""
 SPEEDRUN_NOTES = (
     "jaxgpt: seconds from the start of a `jaxgpt train` process to its end: imports, the text prepared, compiling, "
     "training, evaluation, saves. Loss: the last over the whole validation split, in windows of the recipe's own "
@@ -121,12 +121,12 @@ def speedrun(
     Args:
       corpus: the text: a file, or a named corpus
       device: where both sides compute
-      recipes: of jaxgpt, to be run against the twin with nanoGPT's settings
-      repeats: how many seeds, the same on both sides
+      recipes: of jaxgpt; the twin has nanoGPT's settings
+      repeats: number of seeds, the same on both sides
       seed: the first seed
       bound: the loss to reach
-      steps: fewer than the recipe's, to try this out
-      twin_steps: fewer than nanoGPT's, to try this out
+      steps: instead of the recipe's, for a quick test; 0 for the recipe's
+      twin_steps: instead of nanoGPT's, for a quick test; 0 for nanoGPT's
     """
     recipes = recipes or tuple(name for name in DEFAULTS[device] if name in RECIPES)
     for name in recipes:
@@ -203,7 +203,7 @@ def startup(corpus: str = "", device: Device = "cpu", recipe: str = "gpt-demo", 
     Args:
       corpus: the text, instead of the recipe's
       device: where to train
-      recipe: any; for one of the shape tiny, shakespeare-cpu
+      recipe: any; shakespeare-cpu has the shape tiny
       repeats: processes of each kind
     """
     turns: dict[str, int] = {}

@@ -33,7 +33,7 @@ CASES = {
 }
 """SHAPE:BATCH:TOKENS. Without a KV cache, baby:64:512 takes a quarter of an hour on two cores."""
 DRAW = {"temperature": 0.8, "top_k": 40}
-"""On every side; 40 is below the vocabulary, so that each has to find the largest."""
+"""On every side; 40 is below the vocabulary sizes, so that each side must select the largest logits."""
 HOW = (
     "Rates are of rounds in turn (A B C A B C), median (minimum to maximum); ratios are taken round by round, above 1 "
     "jaxgpt is faster. Compiling and warming up come before the first round.",
@@ -69,10 +69,10 @@ def train(
     Args:
       device: where both sides compute
       shapes: models, by name
-      rounds: how often each is asked
-      seconds: how long each works in a round, at least
+      rounds: measurements of each contestant, in turn
+      seconds: least duration of a round of one contestant
       dropout: on both sides
-      ways: of PyTorch; by default all that make sense on the device
+      ways: of PyTorch; by default all of the device
     """
     require("torch")
     configs = {shape: config_of(shape, device, dropout=dropout) for shape in shapes}
@@ -104,7 +104,7 @@ def training_entrants(config: Config, device: Device, ways: Sequence[str]) -> En
 
 
 def training_ratios(rates: Rates) -> list[dict[str, Any]]:
-    """Each of ours against the best of theirs: of all, of those in float32, and of those in its own precision."""
+    """Each variant of jaxgpt against the fastest of PyTorch: of all, in float32, and in its own precision."""
     theirs = [name for name in rates if name.startswith("torch ")]
 
     def against(name: str, precision: str) -> Series | None:
@@ -153,8 +153,8 @@ def sample(
     Args:
       device: where all compute
       cases: SHAPE:BATCH:TOKENS, such as tiny:64:512
-      rounds: how often each is asked
-      seconds: how long each works in a round, at least one generation
+      rounds: measurements of each contestant, in turn
+      seconds: least duration of a round of one contestant, of at least one generation
       ways: of PyTorch
     """
     asked = [parse_case(case) for case in cases or CASES[device]]
@@ -199,7 +199,7 @@ def parse_case(case: str) -> tuple[str, int, int]:
 def sampling_entrants(
     shape: str, device: Device, batch_size: int, n_tokens: int, library: str, ways: Sequence[str]
 ) -> Entrants:
-    """Ours in each precision, then `library` (torch or transformers) in each way."""
+    """jaxgpt in each precision, then `library` (torch or transformers) in each way."""
     common: dict[str, Any] = {"batch_size": batch_size, "n_tokens": n_tokens, **DRAW}
     found: Entrants = {}
     for precision in PRECISIONS:

@@ -1,7 +1,7 @@
 """The twin: the same GPT in PyTorch, as nanoGPT trains and samples it, to compare jaxgpt with.
 
 Model, initialization, parameter groups, schedule, batches and sampling are those of nanoGPT's model.py, train.py and
-sample.py, with fused AdamW. As a program it does nanoGPT's whole job, without evaluating on the way:
+sample.py, with fused AdamW. As a program, it trains as nanoGPT does, but evaluates only at the end:
 
     python -m scripts.benchmarks.twin --data TEXT --out FILE --steps 2000 --seed 1337
 """
