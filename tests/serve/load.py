@@ -34,9 +34,7 @@ class Tally:
         return found + "".join(f", {n} x {error}" for error, n in self.errors.items())
 
 
-def run_clients(
-    address: str, run: str, clients: int, seconds: float, tokens: int = 200, prompt: str = "\n", token: str = ""
-) -> Tally:
+def run_clients(address: str, run: str, clients: int, seconds: float, tokens: int = 200) -> Tally:
     """Let a number of clients request one text after another for `seconds`, each with one of four seeds."""
     tally, lock, began = Tally(), threading.Lock(), time.perf_counter()
 
@@ -44,12 +42,12 @@ def run_clients(
         seed = number
         while time.perf_counter() - began < seconds:
             seed += 1
-            request = {"run": run, "prompt": prompt, "tokens": tokens, "seed": seed % 4}
+            request = {"run": run, "prompt": "\n", "tokens": tokens, "seed": seed % 4}
             start, wait = time.perf_counter(), 0.0
             ids: list[int] = []
             problem = ""
             try:
-                for name, tree in write(address, request, token):
+                for name, tree in write(address, request):
                     wait = wait or (time.perf_counter() - start) * (name == "tokens")
                     ids += [each["id"] for each in tree.get("tokens", [])]
                     problem = tree.get("error", "")
@@ -74,12 +72,11 @@ def run_clients(
     return tally
 
 
-def write(address: str, request: dict[str, Any], token: str = "") -> Any:
+def write(address: str, request: dict[str, Any]) -> Any:
     """The events of one text, (name, data), as they arrive. Raises ValueError if the server refuses."""
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=120)
     try:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        connection.request("POST", "/api/write", json.dumps(request), headers)
+        connection.request("POST", "/api/write", json.dumps(request), {"Content-Type": "application/json"})
         response = connection.getresponse()
         if response.status != 200:
             raise ValueError(f"{response.status}: {json.loads(response.read())['error']}")
