@@ -41,13 +41,16 @@ class ConfigError(UsageError):
 
 
 class Section:
-    """Settings, of which those with a choice of values are checked; a ConfigError names one that is unknown."""
+    """Settings. A ConfigError names an unknown choice; NumPy scalars become Python numbers, which JSON can hold."""
 
     def __init_subclass__(cls) -> None:
         kinds = typing.get_type_hints(cls).items()
         _CHOICES[cls] = {name: kind for name, kind in kinds if typing.get_origin(kind) is Literal}
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if hasattr(value, "item"):
+                object.__setattr__(self, name, value.item())
         for name, kind in _CHOICES[type(self)].items():
             _value(kind, getattr(self, name), name)
 

@@ -198,7 +198,7 @@ class MetricsLog:
             raise DivergedError(
                 f"step {step}: {found}; {self._skipped} steps in a row were skipped, and the run ends at its last "
                 "save. --resume --debug-nans names the operation, --resume --max-skipped allows more; a new run with a "
-                "smaller --learning-rate or --grad-clip may fare better"
+                "smaller --learning-rate or --grad-clip (0 clips nothing) may fare better"
             )
 
     def _write(self, **values: Any) -> None:

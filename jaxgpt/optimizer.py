@@ -19,7 +19,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Hyperparameters(NamedTuple):
-    """The settings of a training step that may be traced: Python numbers in a run, arrays of shape () in a sweep.
+    """The settings of a training step that may be traced: numbers in a run, arrays of shape () in a sweep.
 
     The config is static. It decides what a value of 0 turns off (learning_rate, warmup_steps, grad_clip, dropout), so a
     traced value must be 0 exactly if the config's is.
@@ -42,10 +42,11 @@ class Hyperparameters(NamedTuple):
 
 
 def hyperparameters(config: Config) -> Hyperparameters:
-    """The hyperparameters of a config, as Python numbers."""
+    """The hyperparameters of a config: Python numbers, and the seed as uint32."""
     values = vars(config.optimizer) | vars(config.model) | vars(config.train)
     values["min_learning_rate"] = config.optimizer.final_learning_rate
     values["decay_steps"] = config.optimizer.decay_steps or config.train.steps
+    values["seed"] = np.uint32(config.train.seed)  # an int of 2**31 or more could not be traced
     return Hyperparameters(**{name: values[name] for name in Hyperparameters._fields})
 
 

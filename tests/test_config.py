@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +49,13 @@ def test_recipes_are_valid_and_round_trip(name, tmp_path):
     )
 )
 def test_json_round_trip(config):
+    assert configs.from_json(json.dumps(dataclasses.asdict(config))) == config
+
+
+@pytest.mark.parametrize("rate", [np.float32(0.25), np.array(0.25)])
+def test_numpy_scalars_become_python_numbers(rate):
+    config = configs.replaced(Config(), learning_rate=rate, seed=np.uint32(7), bias=np.bool_(True))
+    assert config == configs.replaced(Config(), learning_rate=0.25, seed=7, bias=True)
     assert configs.from_json(json.dumps(dataclasses.asdict(config))) == config
 
 

@@ -153,6 +153,8 @@ def test_initial_state_is_a_function_of_the_seed(tiny, change):
     other = init_state(change(tiny, seed=1))
     assert (other.params["wte"]["embedding"] != init_state(tiny).params["wte"]["embedding"]).any()
     assert int(other.step) == 0
+    config = change(tiny, seed=2**32 - 1)
+    chex.assert_trees_all_equal(init_state(config, hyperparameters(config)), init_state(config))
 
 
 def test_train_step_supports_vmap_over_states(tiny, change):

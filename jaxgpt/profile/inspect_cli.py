@@ -44,7 +44,7 @@ def run(args: list[str]) -> int:
     given = parse(Inspect, args, f"inspect {name}", ABOUT, default=default)
     printed = "with --jaxpr and --hlo, which print nothing else" if given.jaxpr or given.hlo else ""
     unmeasured = printed or ("" if given.measure else "with --no-measure")
-    unused = {"measure": printed, "out": printed, "profile": unmeasured, "roofline": unmeasured}
+    unused = {"out": printed, "profile": unmeasured, "roofline": unmeasured}
     refuse_unused(given, default, unused)
 
     from jaxgpt.cli.runs import complete

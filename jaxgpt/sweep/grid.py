@@ -44,10 +44,10 @@ def parse(text: str) -> tuple[str, list[Any]]:
     try:
         values = _range(kind, *value.split(":")) if ":" in value else [_read(kind, each) for each in value.split(",")]
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--set {text}: expected {name}=VALUE,VALUE or {name}=LOW:HIGH:HOW-MANY, values of type "
-            f"{kind.__name__}, 0 <= LOW < HIGH and at least 2 of them"
-        ) from error
+        choices = ("true", "false") if kind is bool else typing.get_args(kind)
+        more = f" or {name}=LOW:HIGH:HOW-MANY, values of type {kind.__name__}, 0 <= LOW < HIGH and at least 2 of them"
+        wanted = f", values among {', '.join(choices)}" if choices else more
+        raise UsageError(f"--set {text}: expected {name}=VALUE,VALUE{wanted}") from error
     if len(set(values)) < len(values):
         raise UsageError(f"--set {text}: {name} has the same value twice: {', '.join(map(str, values))}")
     return name, values

@@ -23,6 +23,7 @@ class Verify:
 
 
 def run(args: list[str]) -> int:
+    from jaxgpt.signals import SIGNALS
     from jaxgpt.verify.resume import scaled_down, verify_resume
 
     name, args = take_recipe(Verify, args, "which recipe? jaxgpt verify-resume gpt-demo")
@@ -35,7 +36,9 @@ def run(args: list[str]) -> int:
     given = parse(Verify, args, f"verify-resume {name}", about, default=default)
     if given.kills < 1:
         raise UsageError(f"kills is {given.kills}, expected 1 or more")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an exit cleans up; SIGTERM would not
+    for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_DFL:  # such a signal would not clean up; an exit does
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     folder = Path(tempfile.mkdtemp(prefix="jaxgpt-verify-"))
     verdict = None
     try:

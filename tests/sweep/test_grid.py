@@ -51,8 +51,8 @@ def test_the_final_learning_rate_follows_the_peak():
         ("lr=2:1:3", "LOW < HIGH"),
         ("lr=1:2:1", "at least 2 of them"),
         ("lr=1e-3,0.001", "the same value twice"),
-        ("tie_weights=yes,no", "values of type bool"),
-        ("schedule=a:b:3", "values of type Literal"),
+        ("tie_weights=yes,no", "values among true, false"),
+        ("schedule=a:b:3", "values among cosine, linear, constant"),
     ],
 )
 def test_an_invalid_axis_is_refused(text, message):
