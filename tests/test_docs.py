@@ -146,10 +146,10 @@ def options(command, *name):
 
 
 def command_lines(path):
-    """(command, words after it) of each line of a shell block that calls jaxgpt, also after a pipe or `!`."""
+    """(command, words after it) of each call of jaxgpt in a shell block, also in a pipe or after `!`."""
     for block in re.findall(r"```sh\n(.*?)```", path.read_text("utf-8"), re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = re.sub(r"^(.*[|] |!)", "", line.strip()).split(" #")[0].split()
+        for call in re.split(r"\n| [|] ", block.replace("\\\n", " ")):
+            words = call.strip().removeprefix("!").split(" #")[0].split()
             if words[:1] == ["jaxgpt"] and len(words) > 1:
                 yield words[1], words[2:]
 

@@ -158,24 +158,22 @@ def test_new_lengths_and_sampling_params_do_not_recompile(tiny, change, compiled
     assert compiled() > before, "a prompt of 33 tokens is padded to 64"
 
 
-def test_rope_context_slides(tiny, change):
-    config = change(tiny, dropout=0.0, position="rope", n_layer=1).model
+@pytest.mark.parametrize("W", [1, 3, 8])
+def test_rope_context_slides(tiny, change, W):
+    config = change(tiny, dropout=0.0, position="rope", n_layer=1, block_size=W).model
     params, ids = random_params(config), [3]
     for _ in range(30):  # with one block, a sliding cache gives the logits of the last block_size tokens
-        padded = np.zeros((1, 8), int)
-        padded[0, : len(ids[-8:])] = ids[-8:]
-        ids.append(int(forward(config, params, padded)[0, len(ids[-8:]) - 1].argmax()))
+        padded = np.zeros((1, W), int)
+        padded[0, : len(ids[-W:])] = ids[-W:]
+        ids.append(int(forward(config, params, padded)[0, len(ids[-W:]) - 1].argmax()))
     assert generate(config, params, [[3]], 30, KEY, GREEDY)[0].tolist() == ids[1:]
 
 
 @pytest.mark.parametrize("block_size", [1, 3])
 def test_shortest_block_sizes(tiny, change, block_size):
-    for position in ("learned", "rope"):
-        config = change(tiny, block_size=block_size, n_layer=1, position=position).model
-        got = generate(config, random_params(config), [[1, 2, 3, 4]], 9, KEY, GREEDY)[0].tolist()
-        if position == "learned":
-            assert got == plain_loop(config, random_params(config), [1, 2, 3, 4], 9, lambda logits, i: logits.argmax())
-        assert len(got) == 9
+    config = change(tiny, block_size=block_size, n_layer=1).model
+    got = generate(config, random_params(config), [[1, 2, 3, 4]], 9, KEY, GREEDY)[0].tolist()
+    assert got == plain_loop(config, random_params(config), [1, 2, 3, 4], 9, lambda logits, i: logits.argmax())
 
 
 def test_bigram_depends_on_the_last_token_only(tiny, change):

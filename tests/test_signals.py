@@ -12,7 +12,11 @@ from jaxgpt.signals import stop_signals
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_is_recorded_and_second_one_takes_effect(number):
     handled = []
-    before = signal.signal(number, lambda *_: handled.append("second"))
+
+    def handle(*_):
+        handled.append("second")
+
+    before = signal.signal(number, handle)
     try:
         with stop_signals() as received:
             assert received() == 0
@@ -21,7 +25,7 @@ def test_first_signal_is_recorded_and_second_one_takes_effect(number):
             assert handled == []
             os.kill(os.getpid(), number)
             assert handled == ["second"]
-        assert signal.getsignal(number) is not before
+        assert signal.getsignal(number) is handle
     finally:
         signal.signal(number, before)
 

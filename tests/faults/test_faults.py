@@ -134,7 +134,7 @@ def test_a_run_survives_a_full_disk(tmp_path):
     fill_disk(process)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 1, out
-    assert "oo large" in out, out
+    assert "File too large" in out, out
     assert "is saved, and the run ends: make room" in out
     assert trials.find_damage(run, stopped) is None
 

@@ -63,7 +63,8 @@ def new_run(folder: Path, name: str, config: Config = SMALL) -> Run:
 
 def spawn(run: Run, target: object = child.resume) -> multiprocessing.process.BaseProcess:
     """Start a process that resumes `run`, forked from a server that has imported the package."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *paths]))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.child"])
     process = context.Process(target=target, args=(str(run.path), str(run.path.parents[1] / "data")))

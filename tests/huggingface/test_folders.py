@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import jax
@@ -195,7 +196,12 @@ def test_find_downloads_only_needed_files(monkeypatch, tmp_path):
     )
     assert folders.find("gpt2") == tmp_path
     assert download_args["name"] == "gpt2"
-    assert "model.safetensors" in download_args["allow_patterns"]
+
+    def allowed(name):
+        return any(fnmatch(name, pattern) for pattern in download_args["allow_patterns"])
+
+    assert all(map(allowed, ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "merges.txt"]))
+    assert not any(map(allowed, ["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "onnx/model.onnx"]))
 
 
 def test_a_hub_error_without_a_message_is_reported(monkeypatch):

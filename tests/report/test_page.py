@@ -101,7 +101,7 @@ def test_any_text_is_escaped(value):
     assert json.loads(inside) == {"x": value}
 
 
-def test_every_chart_is_drawn(report, tmp_path, capfd):
+def test_every_chart_is_drawn(report, tmp_path):
     paths = report.draw(tmp_path / "figures")
     names = {path.stem for path in paths}
     assert names == {"outcome", "loss", "learning_rate", "grad_norm", "attention", "speed"}

@@ -16,6 +16,7 @@ from jaxgpt.metrics_log import Evaluated, Progress
 from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run
 from jaxgpt.sharding import one_device
+from jaxgpt.signals import SIGNALS
 from jaxgpt.step import abstract_state
 from jaxgpt.train import fit
 from jaxgpt.verify import resume as verify
@@ -81,9 +82,13 @@ def test_two_runs_that_lack_the_same_step_are_not_accepted(pair):
         lines = run.metrics_file.read_bytes().splitlines(keepends=True)
         run.metrics_file.write_bytes(b"".join(lines[:7] + lines[8:]))
     assert compare(*pair).difference == "metrics.jsonl does not hold each step from 1 to 20 once"
-    for run in pair:
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_last_step_must_be_saved_in_both_runs(pair, n):
+    for run in pair[:n]:
         shutil.rmtree(run.checkpoints / "20")
-    shutil.rmtree(pair[0].checkpoints / "10")
+    assert compare(*pair).difference == "step 20 is not saved in both runs"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -106,6 +111,21 @@ def test_killed_and_resumed_recipe_is_identical(verse, tmp_path, monkeypatch, ca
     assert code == 0, out
     assert "IDENTICAL after 2 kills: 306 lines of metrics" in out
     assert out.count("killed at step") == 2 + out.count("does not count")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_removes_the_temporary_folder(monkeypatch, tmp_path, number):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(verify, "verify_resume", lambda *args: os.kill(os.getpid(), number))
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_command(["verify-resume", "gpt-demo"])
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert ended.value.code == 128 + number
+    assert list(tmp_path.iterdir()) == []
 
 
 class Stopped(Exception):
