@@ -18,7 +18,7 @@ from tests.faults.trials import Count
 LAUNCHER = str(Path(__file__).parents[1] / "processes.py")
 
 BOUND = 2e-5
-"""Largest apart of losses, in nats: over 120 steps, float32 sums in another order."""
+"""Largest difference of losses, in nats: over 120 steps, float32 sums in another order."""
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 8, "dropout": 0.1}
 TIMES = {"steps": 120, "scan_steps": 10, "eval_every": 20, "eval_batches": 2, "warmup_steps": 5}
 
