@@ -5,11 +5,13 @@ Each setting is documented once, here: `jaxgpt train RECIPE --help` prints these
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import reprlib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,22 +43,18 @@ class ConfigError(UsageError):
 
 
 class Section:
-    """Settings. A ConfigError names an unknown choice; NumPy scalars become Python numbers, which JSON can hold."""
-
-    def __init_subclass__(cls) -> None:
-        kinds = typing.get_type_hints(cls).items()
-        _CHOICES[cls] = {name: kind for name, kind in kinds if typing.get_origin(kind) is Literal}
+    """Settings. A ConfigError names one of the wrong type; NumPy scalars become Python numbers, which JSON can hold."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if hasattr(value, "item"):
-                object.__setattr__(self, name, value.item())
-        for name, kind in _CHOICES[type(self)].items():
-            _value(kind, getattr(self, name), name)
+        for name, kind in _kinds(type(self)).items():
+            value = getattr(self, name)
+            if type(value) is not kind:
+                value = value.item() if hasattr(value, "item") else value
+                object.__setattr__(self, name, _value(kind, value, name))
 
 
-_CHOICES = dict[type, dict[str, Any]]()
-"""Section -> the types of its settings with a choice of values, by name."""
+_kinds: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+"""A dataclass -> the type of each field, by name."""
 
 
 @dataclass(frozen=True)
@@ -370,7 +368,7 @@ def _build(cls: type[Any], tree: Any, path: str) -> Any:
     where = path or "the config"
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: expected an object, found {shown(tree)}")
-    kinds = typing.get_type_hints(cls)
+    kinds = _kinds(cls)
     tree = {name: value for name, value in tree.items() if (f"{path}.{name}", value) not in REMOVED.items()}
     for name in tree:
         if name not in kinds:

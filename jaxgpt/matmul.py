@@ -61,12 +61,6 @@ def to_compute_dtype(x: jax.Array, precision: Precision) -> jax.Array:
     return x.astype(jnp.bfloat16) if resolve(precision) == "bfloat16" else x
 
 
-def to_output_dtype(x: jax.Array, precision: Precision) -> jax.Array:
-    """`x` in the dtype of the results of `dot`: float32, but on accelerators the compute dtype, which halves the memory
-    traffic of bfloat16."""
-    return x if sharding.platform() == "cpu" else to_compute_dtype(x, precision)
-
-
 def matmul(x: jax.Array, y: jax.Array, precision: Precision = "float32") -> jax.Array:
     """Matmul of two activations: (..., M, K) @ (..., K, N) -> (..., M, N) float32."""
     x, y = to_compute_dtype(x, precision), to_compute_dtype(y, precision)

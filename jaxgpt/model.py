@@ -249,7 +249,8 @@ class GPT(nn.Module):
             x = x + jnp.where(positions[None, :, None] > 0, embedded, 0)  # position 0 has no previous token
         if cfg.position == "learned":
             x = x + embed(cfg.block_size, C, "wpe")(positions)[None]
-        x = matmul.to_output_dtype(x, cfg.precision)
+        if sharding.platform() != "cpu":  # the dtype of the blocks' outputs, as `matmul.dot` writes them
+            x = matmul.to_compute_dtype(x, cfg.precision)
         x = dropout(self.dropout, "drop")(sharding.constrain(x, "batch", "time", None))
         block = Block
         if cfg.remat != "none" and cache is None:

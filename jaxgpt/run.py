@@ -243,7 +243,7 @@ class Run:
             by, last = "another process", self.last_event("start", "end", "broken-off")
             if last.get("event") == "start" and not self.cut_off:
                 process, host, command = (last.get(name) for name in ("process", "host", "command"))
-                by = f"process {process} on {host} since {last['time']} ({command})"
+                by = f"process {process} on {host} since {last.get('time')} ({command})"
             raise RunError(f"run {self.path.name!r} is in use by {by}") from None
         except OSError as error:
             raise RunError(f"{self.path} cannot be written to: {error.strerror}") from error

@@ -263,7 +263,8 @@ def rows(table: jax.Array, idx: jax.Array, beyond: float = jnp.nan) -> jax.Array
     differs from run to run. On one GPU, the backward pass therefore sorts the ids and sums in that order; plain `jvp`
     does not work there.
     """
-    return (_take if platform() != "gpu" or _is_sharded() else _take_in_order)(table, idx, beyond)
+    take = _take if platform() != "gpu" or _is_sharded() else _take_in_order
+    return take(table, idx.astype(jnp.int32), beyond)  # V may not fit into the ids' own dtype, such as uint8
 
 
 def _take(table: jax.Array, idx: jax.Array, beyond: float) -> jax.Array:

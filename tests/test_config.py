@@ -61,12 +61,18 @@ def test_numpy_scalars_become_python_numbers(rate):
 
 @pytest.mark.parametrize(
     ("section", "values"),
-    [(ModelConfig, {"norm": "rmsnorm"}), (ModelConfig, {"precision": "bf16"}), (OptimizerConfig, {"schedule": "wsd"})],
+    [
+        (ModelConfig, {"norm": "rmsnorm"}),  # unchecked, it would silently be LayerNorm
+        (OptimizerConfig, {"schedule": "wsd"}),
+        (ModelConfig, {"n_layer": 2.0}),
+        (ModelConfig, {"bias": 1}),
+        (OptimizerConfig, {"weight_decay": None}),
+        (DataConfig, {"corpus": 7}),
+    ],
 )
-def test_unknown_choice_is_refused_on_construction(section, values):
-    """Unchecked, it would silently select the default: `rmsnorm` was LayerNorm."""
+def test_value_of_a_wrong_type_is_refused_on_construction(section, values):
     (name,) = values
-    with pytest.raises(ConfigError, match=f"{name}: expected one of .*, found '{values[name]}'"):
+    with pytest.raises(ConfigError, match=f"{name}: expected .*, found {values[name]!r}"):
         section(**values)
     with pytest.raises(ConfigError):
         configs.replaced(Config(), **values)

@@ -33,6 +33,19 @@ def test_rows_equal_indexing(gpu, ids):
     np.testing.assert_array_equal(found, TABLE[ids])
 
 
+@pytest.mark.parametrize(("dtype", "n_rows"), [(jnp.uint8, 256), (jnp.uint8, 300), (jnp.uint16, 2**16)])
+def test_gradient_of_narrow_ids_equals_that_of_int32(gpu, dtype, n_rows):
+    """The number of rows does not fit into the dtype of the ids."""
+    table, ids = jnp.ones((n_rows, 1)), jnp.array([0, 3, 255, 3])
+
+    def gradient(ids):
+        return jax.grad(lambda table: (sharding.rows(table, ids) * jnp.arange(1.0, 5)[:, None]).sum())(table)
+
+    expected = np.zeros((n_rows, 1))
+    expected[[0, 3, 255], 0] = 1, 2 + 4, 3
+    np.testing.assert_array_equal(gradient(ids.astype(dtype)), expected)
+
+
 def test_ids_beyond_the_table_give_the_fill_value(gpu):
     ids = jnp.array([V, 1, V, V + 3])
     assert np.isnan(sharding.rows(TABLE, ids)).all(axis=1).tolist() == [True, False, True, True]
