@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jaxgpt import activations, kernels, loss, matmul, sharding
 from jaxgpt.attention import Cache, cached_attention, rotate, update_cache
@@ -382,6 +383,7 @@ def features(
 
 @partial(jax.jit, static_argnums=0)
 @matmul.in_32_bits
+@sharding.in_auto_mode(lambda params, idx, *_, **__: PartitionSpec(*sharding.spec_of(idx), None))
 def forward(config: ModelConfig, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
     """Float32 logits of the next token at every position: (B, T) ids -> (B, T, V). Arguments and errors as in
     `features`."""
@@ -390,6 +392,7 @@ def forward(config: ModelConfig, params: Params, idx: jax.Array, dropout_key: ja
 
 
 @matmul.in_32_bits
+@sharding.in_auto_mode(lambda params, idx, *_, **__: sharding.spec_of(idx))
 def losses(
     config: ModelConfig,
     params: Params,

@@ -11,8 +11,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from functools import cache, partial
-from typing import Any
+from functools import cache, partial, wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import UsageError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 AXES = ("data", "fsdp", "tensor", "context")
 DIMENSIONS = {
     "batch": ("data", "fsdp"),  # sequences
@@ -128,8 +130,12 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     """The sharding of each leaf of a train state, or of parameters. Moments are sharded like their parameters.
 
     Raises:
-      MeshError: as in `spec`, or an axis does not divide a dimension.
+      MeshError: as in `spec`, or the mesh lacks an axis, or an axis does not divide a dimension.
     """
+    if not set(AXES) <= set(mesh.axis_names):
+        raise MeshError(
+            f"the mesh has the axes {', '.join(mesh.axis_names)}, expected {', '.join(AXES)}: use sharding.make_mesh"
+        )
     params = state if isinstance(state, dict) else state.params
     shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     specs = {name: spec(name, shape) for name, shape in shapes.items()}
@@ -155,6 +161,36 @@ def platform() -> str:
     the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def in_auto_mode(out: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function of (config, *arrays) so that it also runs on a mesh of Explicit axes, the default of
+    `jax.make_mesh`, where JAX asks for the sharding of most results: the compiler shards everything inside.
+
+    Args:
+      out: maps the arrays to the PartitionSpecs of the results.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not jax.sharding.get_abstract_mesh().explicit_axes:
+                return function(*args, **kwargs)
+            config, *arrays = cast(tuple[Any, ...], args)
+            plain: Any = partial(function, config)
+            inside = jax.sharding.auto_axes(
+                lambda arrays, named: plain(*arrays, **named), out_sharding=out(*arrays, **kwargs)
+            )
+            return inside(arrays, kwargs)  # it casts positional arguments only
+
+        return call
+
+    return decorate
+
+
+def spec_of(x: jax.Array) -> PartitionSpec:
+    """The sharding of an array, traced or not, over Explicit axes."""
+    return jax.typeof(x).sharding.spec
 
 
 def num_shards(dim: str) -> int:

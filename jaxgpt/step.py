@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxgpt import matmul, model, prng
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import Batch, inputs_and_targets, take
 from jaxgpt.optimizer import Hyperparameters, hyperparameters, learning_rate, make_optimizer
-from jaxgpt.sharding import platform, replicated, state_shardings
+from jaxgpt.sharding import in_auto_mode, platform, replicated, spec_of, state_shardings
 
 # Streams of random keys, folded into the key of the seed. Batches have their own generator.
 INIT, DROPOUT = range(2)
@@ -47,6 +47,7 @@ def init_state(config: Config, hyper: Hyperparameters | None = None) -> TrainSta
 
 
 @matmul.in_32_bits
+@in_auto_mode(lambda state, *_, **__: (jax.tree.map(spec_of, state), PartitionSpec()))
 def train_step(
     config: Config, state: TrainState, batch: Batch, hyper: Hyperparameters | None = None
 ) -> tuple[TrainState, Metrics]:
@@ -79,6 +80,7 @@ def train_step(
 
 
 @matmul.in_32_bits
+@in_auto_mode(lambda state, *_, **__: (jax.tree.map(spec_of, state), PartitionSpec()))
 def train_steps(
     config: Config,
     state: TrainState,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxgpt import config as configs
 from jaxgpt import data as batches
@@ -325,19 +325,55 @@ def test_chunked_loss_on_a_mesh_matches_plain_loss(text):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_user_mesh_may_lack_axes(small, monkeypatch):
-    """As one that a user made with `jax.make_mesh`."""
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_losses_and_gradients_on_a_user_mesh(small, monkeypatch, kind):
+    """Made with `jax.make_mesh`, it may lack axes, and its axes are Explicit by default."""
     monkeypatch.setattr(loss, "LOGITS", 40)
-    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(kind,) * 2)
     params, (inputs, targets) = initial(small).params, batches.take(TOKENS, np.arange(8), 8)
 
-    def mean_loss(params):
-        return model.losses(small.model, params, inputs, targets).mean()
+    config = dataclasses.replace(small.model, dropout=0.1)
+
+    def mean_loss(params, inputs, targets):
+        return model.losses(config, params, inputs, targets, dropout_key=jax.random.key(1)).mean()
 
     found = jax.jit(jax.value_and_grad(mean_loss))
-    expected = found(params)
+    expected = found(params, inputs, targets)
     with jax.set_mesh(mesh):
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found(params), expected)
+        given = jax.device_put((inputs, targets), NamedSharding(mesh, PartitionSpec("data")))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found(params, *given), expected)
+
+
+def test_steps_on_a_mesh_of_explicit_axes_keep_the_shardings(small):
+    mesh, K = jax.make_mesh((2, 4), ("batch", "model")), 2
+    rows = batches.config_starts(small, len(TOKENS), 0, K).astype(np.int32)
+    run = jax.jit(train_steps, static_argnums=0)
+    state, metrics = run(small, initial(small), TOKENS, rows)
+
+    def sharded(x):  # the last dimension
+        spec = [None] * (x.ndim - 1) + ["model"] if x.ndim and x.shape[-1] % 4 == 0 else []
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(sharded, initial(small))
+        found, found_metrics = run(
+            small, placed, jnp.asarray(TOKENS), jax.device_put(rows, PartitionSpec(None, "batch"))
+        )
+        idx = jax.device_put(TOKENS[:32].reshape(4, 8), PartitionSpec("batch"))
+        logits = model.forward(small.model, found.params, idx)
+    assert jax.tree.map(jax.typeof, found) == jax.tree.map(jax.typeof, placed)
+    assert jax.typeof(logits).sharding.spec == PartitionSpec("batch", None, None)
+    np.testing.assert_allclose(found_metrics.loss, metrics.loss, rtol=1e-5)
+    expected = model.forward(small.model, state.params, TOKENS[:32].reshape(4, 8))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mesh_without_the_axes_of_a_run_is_refused(small):
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    with pytest.raises(
+        MeshError, match=r"axes data, model, expected data, fsdp, tensor, context: use sharding.make_mesh"
+    ):
+        abstract_state(small, mesh)
 
 
 def test_checkpoint_restores_on_another_mesh(small, tmp_path):
