@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxgpt import activations, prng
 from jaxgpt.attention import attention, causal_mask
+from jaxgpt.matmul import dot
 
 Params = dict[str, Any]
 
@@ -113,7 +114,7 @@ def _feed_forward(rung: Rung, block: Params, x: jax.Array, drop: Callable[[jax.A
 
 
 def _linear(params: Params, x: jax.Array) -> jax.Array:
-    y = x @ params["kernel"]
+    y = dot(x, params["kernel"])
     return y + params["bias"][None, None] if "bias" in params else y
 
 
