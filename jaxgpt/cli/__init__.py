@@ -34,8 +34,8 @@ COMMANDS = {  # module and line in the overview
     "plan": ("plan.cli", "Compile a recipe for chips that are not attached: memory, communication, speed."),
     "export": ("huggingface.cli", "Write a run as a folder that transformers loads."),
     "lecture": ("lecture.cli", "Train and score the lecture's models, from a uniform guess to the transformer."),
-    "ledger": ("profile.ledger_cli", "Run a step in every way that JAX can: what jit costs and saves."),
-    "inspect": ("profile.inspect_cli", "Show parameters, FLOPs and memory of a step, and what XLA makes of it."),
+    "ledger": ("profile.cli", "Run a step in every way that JAX can: what jit costs and saves."),
+    "inspect": ("profile.cli", "Show parameters, FLOPs and memory of a step, and what XLA makes of it."),
     "recipes": ("cli.list_recipes", "List the recipes."),
 }
 

@@ -1,4 +1,4 @@
-"""`jaxgpt inspect`: the parameters of a recipe or a run, and the cost of its compiled step."""
+"""`jaxgpt ledger`: what `jit` costs and saves here. `jaxgpt inspect`: parameters, and the cost of the compiled step."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,16 +8,37 @@ import tyro
 
 from jaxgpt.cli import places
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.options import Folders, parse, refuse_unused, take_recipe
+from jaxgpt.cli.options import DataDir, Folders, parse, refuse_unused, take_recipe
 from jaxgpt.cli.places import local_path
 from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import RECIPES, recipe
 
 Program = Literal["forward", "loss", "gradient", "step"]
-ABOUT = (
+ABOUT_LEDGER = (
+    "Run one training step of a recipe op by op, jitted, donated, scanned, from the compile cache, with remat and in "
+    "bfloat16: the cost of each before its first step, and per step. Takes some minutes; accepts every setting of the "
+    "recipe."
+)
+ABOUT_INSPECT = (
     "Parameters, FLOPs, memory traffic and memory of a recipe or a run, the kernels of its matmuls, and "
     "how far each part is below this machine's roofline. Accepts every setting of the recipe."
 )
+
+
+@dataclass(frozen=True)
+class Ledger:
+    config: Config
+    variants: tuple[str, ...] = ()
+    """Variants to run, such as jit eager "scan of 10"; all by default."""
+    rounds: int = 5
+    """Rounds of measurement, in which all variants take turns."""
+    seconds: float = 0.5
+    """Seconds that each variant works in a round; at least one step or scan."""
+    out: Path | None = None
+    """The JSON file to write; None is ledger-RECIPE.json in the current folder."""
+    plot: Path | None = None
+    """Draw the stages and the steps, as .png, .svg, .pdf or .json (Vega-Lite); None draws nothing."""
+    data_dir: DataDir = Path("data")
 
 
 @dataclass(frozen=True)
@@ -38,10 +59,36 @@ class Inspect:
     """Write the whole report as JSON; None writes nothing."""
 
 
-def run(args: list[str]) -> int:
+def run_ledger(args: list[str]) -> int:
+    name, args = take_recipe(Ledger, args, "which recipe? jaxgpt ledger gpt-demo")
+    given = parse(Ledger, args, f"ledger {name}", ABOUT_LEDGER, default=Ledger(recipe(name).config))
+    if given.rounds < 1:
+        raise UsageError(f"rounds is {given.rounds}, expected 1 or more")
+
+    from jaxgpt.cli.runs import complete
+    from jaxgpt.display import charts
+    from jaxgpt.profile import ledger, plots, report
+
+    ledger.require_not_varied(given.config, recipe(name).config)
+    variants = ledger.choose(given.variants)
+    name = Path(name).stem  # of a recipe that is a file
+    out = given.out or Path(f"ledger-{name}.json")
+    places.require_file(out, "--out")
+    places.require_file(given.plot, "--plot")
+    if given.plot:
+        charts.require(given.plot)
+    found = ledger.measure(complete(given.config, given.data_dir), name, variants, given.rounds, given.seconds)
+    report.save(found, out)
+    if given.plot:
+        charts.save(plots.ledger(found), given.plot)
+    print(report.markdown(found))
+    return 0
+
+
+def run_inspect(args: list[str]) -> int:
     name, args = take_recipe(Inspect, args, "which recipe or run? jaxgpt inspect gpt-demo")
     default = Inspect(_config(name, args))
-    given = parse(Inspect, args, f"inspect {name}", ABOUT, default=default)
+    given = parse(Inspect, args, f"inspect {name}", ABOUT_INSPECT, default=default)
     printed = "with --jaxpr and --hlo, which print nothing else" if given.jaxpr or given.hlo else ""
     unmeasured = printed or ("" if given.measure else "with --no-measure")
     unused = {"out": printed, "profile": unmeasured, "roofline": unmeasured}
