@@ -147,11 +147,11 @@ def refuse_unused(given: Any, default: Any, unused: Mapping[str, str]) -> None:
     """Raise a UsageError if an option without effect was given.
 
     Args:
-      unused: option to why it has no effect, as in "without --chips"; "" if it has one.
+      unused: field of the option to why it has no effect, as in "without --chips"; "" if it has one.
     """
     for name, why in unused.items():
         if why and getattr(given, name) != getattr(default, name):
-            raise UsageError(f"--{name} has no effect {why}: leave it out")
+            raise UsageError(f"--{name.replace('_', '-')} has no effect {why}: leave it out")
 
 
 def command_line(command: str, run: Run, folders: Folders, *flags: str) -> str:

@@ -61,15 +61,19 @@ class Inspect:
 
 def run_ledger(args: list[str]) -> int:
     name, args = take_recipe(Ledger, args, "which recipe? jaxgpt ledger gpt-demo")
-    given = parse(Ledger, args, f"ledger {name}", ABOUT_LEDGER, default=Ledger(recipe(name).config))
+    default = Ledger(recipe(name).config)
+    given = parse(Ledger, args, f"ledger {name}", ABOUT_LEDGER, default=default)
     if given.rounds < 1:
         raise UsageError(f"rounds is {given.rounds}, expected 1 or more")
+    varied = "on variants, which set it themselves (compare them: --variants jit {})".format
+    unused = {"precision": varied("bfloat16"), "remat": varied("'remat matmuls' 'remat blocks'")}
+    refuse_unused(given.config.model, default.config.model, unused)
+    refuse_unused(given.config.train, default.config.train, {"scan_steps": varied("'scan of 10' 'scan of 50'")})
 
     from jaxgpt.cli.runs import complete
     from jaxgpt.display import charts
     from jaxgpt.profile import ledger, plots, report
 
-    ledger.require_not_varied(given.config, recipe(name).config)
     variants = ledger.choose(given.variants)
     name = Path(name).stem  # of a recipe that is a file
     out = given.out or Path(f"ledger-{name}.json")

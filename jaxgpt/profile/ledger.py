@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgpt.cli import memory
-from jaxgpt.config import Config, UsageError, differences, replaced
+from jaxgpt.config import Config, UsageError, replaced
 from jaxgpt.data import config_starts, take
 from jaxgpt.matmul import Precision
 from jaxgpt.profile import trace
@@ -30,8 +30,6 @@ from jaxgpt.step import Metrics, TrainState, sharded_init, train_step, train_ste
 STAGES = ("trace", "lower", "compile", "first call")
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """JAX's monitoring event for a program that was compiled, or found in the compile cache."""
-VARIED = {"precision": "bfloat16", "remat": "remat matmuls, remat blocks", "scan_steps": "scan of 10, scan of 50"}
-"""Settings that variants change -> these variants."""
 
 
 class Variant(NamedTuple):
@@ -123,16 +121,6 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
 def varied(config: Config, variant: Variant) -> Config:
     """The config of a variant: float32 without remat, except for what it sets."""
     return replaced(config, precision=variant.precision, remat=variant.remat, scan_steps=variant.steps)
-
-
-def require_not_varied(config: Config, recipe: Config) -> None:
-    """Raise a UsageError, with the variants to compare instead, if `config` changes a setting that variants change."""
-    for name, value, _ in differences(config, recipe):
-        if name in VARIED:
-            raise UsageError(
-                f"--{name.replace('_', '-')} {value}: the variants set {name}, so that each differs from jit in one "
-                f"thing; leave it out, and compare jit with {VARIED[name]} (--variants)"
-            )
 
 
 def choose(names: Sequence[str]) -> dict[str, Variant]:

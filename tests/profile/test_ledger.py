@@ -155,9 +155,10 @@ def test_the_chart_shows_every_stage(tmp_path):
         (["gpt-demo", "--out", "nowhere/a.json"], "there is no folder nowhere"),
         (["gpt-demo", "--plot", "a.txt"], "ends in '.txt'"),
         (["gpt-demo", "--n-head", "3"], "try --n-embd 126"),
-        (["gpt-demo", "--precision", "bfloat16"], "--precision bfloat16: the variants set precision"),
-        (["gpt-demo", "--remat", "blocks"], "compare jit with remat matmuls, remat blocks (--variants)"),
-        (["gpt-demo", "--scan-steps", "20"], "compare jit with scan of 10, scan of 50 (--variants)"),
+        (["gpt-demo", "--precision", "bfloat16"], "--precision has no effect on variants, which set it themselves"),
+        (["gpt-demo", "--remat", "blocks"], "--variants jit 'remat matmuls' 'remat blocks'): leave it out"),
+        (["gpt-demo", "--scan-steps", "20"], "--scan-steps has no effect on variants, which set it themselves"),
+        (["gpt-demo", "--scan-steps", "20"], "--variants jit 'scan of 10' 'scan of 50'): leave it out"),
     ],
 )
 def test_bad_input_starts_nothing(args, message, capsys, tmp_path, monkeypatch):
