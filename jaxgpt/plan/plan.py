@@ -171,9 +171,10 @@ def ranked(config: Config, chip: Chip, n: int, sweep: bool = False) -> list[Step
       sweep: try a quarter, half, once, twice and four times the batch size, if whole; else only the config's own.
 
     Raises:
-      PlanError: n chips do not fill their pods equally, or exceed a pod and the rate between pods is unknown.
+      PlanError: n chips have a `pod_problem`.
     """
-    require_reachable(chip, n)
+    if wrong := pod_problem(chip, Sizes(data=n)):
+        raise PlanError(wrong)
     B, found = config.train.batch_size, list[Step]()
     batches = [B * k // 4 for k in (1, 2, 4, 8, 16) if B * k % 4 == 0] if sweep else [B]
     for batch in sorted({size for one in batches for size in (one, math.ceil(one / n) * n)}):
@@ -186,17 +187,12 @@ def ranked(config: Config, chip: Chip, n: int, sweep: bool = False) -> list[Step
                     if step.fits:
                         break
             found += [step] if step else []
-    if not found:
-        slices = chip.slices(n)
-        raise PlanError(f"{n} chips span {slices} pods of {chip.pod}: expected a multiple of {slices}")
     return sorted(found, key=lambda step: (not step.fits, step.bounds[1] / step.config.train.batch_size))
 
 
 def possible(config: Config, chip: Chip, sizes: Sizes) -> bool:
     """Whether a config can run on a mesh of such chips, memory aside."""
-    if sizes.data % chip.slices(sizes.devices) or problems(config, sizes) or config_problems(config):
-        return False
-    return sizes.devices <= chip.pod or bool(chip.network_rate)
+    return not (pod_problem(chip, sizes) or problems(config, sizes) or config_problems(config))
 
 
 def estimated(config: Config, chip: Chip, sizes: Sizes, chips: Sequence[int]) -> Step:
@@ -204,21 +200,24 @@ def estimated(config: Config, chip: Chip, sizes: Sizes, chips: Sequence[int]) ->
 
     Raises:
       MeshError: a dimension of the config is not divisible by its axis.
-      PlanError: `chips` is not the size of the mesh, or the number of pods does not divide its data axis.
+      PlanError: `chips` is not the size of the mesh, or it has a `pod_problem`.
     """
     check(config, sizes)
     if list(chips) != [sizes.devices]:
         raise PlanError(f"the mesh {sizes} has {sizes.devices} chips: give --chips {sizes.devices}")
-    require_reachable(chip, sizes.devices)
-    if sizes.data % (slices := chip.slices(sizes.devices)):
-        raise PlanError(f"the mesh {sizes} spans {slices} pods of {chip.pod}: data must be a multiple of {slices}")
+    if wrong := pod_problem(chip, sizes):
+        raise PlanError(wrong)
     return estimate(config, chip, sizes)
 
 
-def require_reachable(chip: Chip, n: int) -> None:
-    """Raise a PlanError if n chips are more than a pod, and the rate between pods is unknown."""
-    if n > chip.pod and not chip.network_rate:
-        raise PlanError(f"{n} chips exceed a pod of {chip.pod}, and the rate between pods of this chip is unknown")
+def pod_problem(chip: Chip, sizes: Sizes) -> str:
+    """Why a mesh cannot span as many pods of a chip as it needs; "" if it can."""
+    n, pods = sizes.devices, chip.slices(sizes.devices)
+    if pods > 1 and not chip.network_rate:
+        return f"{n} chips exceed a pod of {chip.pod}, and the rate between pods of this chip is unknown"
+    if sizes.data % pods:
+        return f"{n} chips span {pods} pods of {chip.pod}: data = {sizes.data} must be a multiple of {pods}"
+    return ""
 
 
 def meshes(n: int) -> Iterator[Sizes]:
