@@ -61,17 +61,11 @@ class Chunk(NamedTuple):
     names: tuple[str, ...]  # of the mapped settings
     members: tuple[int, ...]  # indices in the list of all members
     devices: int
-    size: int  # a multiple of the devices: with the finished members, and with padding
+    size: int  # with padding, a multiple of the devices
 
 
-def split(
-    configs: Sequence[Config], devices: int, at_once: int = 0, finished: frozenset[int] = frozenset()
-) -> list[Chunk]:
-    """The chunks of a sweep, with `at_once` members at most, or as many as fit in memory. Raises as `max_members`.
-
-    The `finished` members are left out. They change neither what is mapped nor the sizes and devices of the chunks, so
-    that the others are rounded as without them.
-    """
+def split(configs: Sequence[Config], devices: int, at_once: int = 0) -> list[Chunk]:
+    """The chunks of a sweep, with `at_once` members at most, or as many as fit in memory. Raises as `max_members`."""
     programs: dict[Config, list[int]] = {}
     for i, config in enumerate(configs):
         programs.setdefault(program_of(config), []).append(i)
@@ -85,9 +79,8 @@ def split(
             n_chunks = -(-len(alike) // max_members(base, used, at_once))
             size = -(-len(alike) // n_chunks // used) * used
             for first in range(0, len(alike), size):
-                together = alike[first : first + size]
-                if left := tuple(i for i in together if i not in finished):
-                    found.append(Chunk(base, names, left, used, -(-len(together) // used) * used))
+                together = tuple(alike[first : first + size])
+                found.append(Chunk(base, names, together, used, -(-len(together) // used) * used))
     return found
 
 
@@ -163,17 +156,18 @@ def run(
     at_once: int = 0,
     finished: frozenset[int] = frozenset(),
 ) -> Iterator[int | list[Score]]:
-    """Train the members that are not `finished`, chunk by chunk, sharded over `devices`. Their configs are as
-    `runs.resolve` completes them, for one corpus.
+    """Train each chunk whose members are not all `finished`, sharded over `devices`. Finished members of the others
+    train along, so that nothing is rounded differently. Configs are as `runs.resolve` completes them, for one corpus.
 
     Yields the scores of each evaluation, and after each dispatched scan its steps, summed over members. Evaluations
     come as in a run (eval_every, eval_start). There are no random-batch estimates, and no weights are kept.
     """
     programs: dict[Any, Program] = {}
-    for chunk in split([member.config for member in members], len(devices), at_once, finished):
-        key = program_of(chunk.base), chunk.devices
-        program = programs.setdefault(key, Program(chunk.base, devices[: chunk.devices]))
-        yield from train(program, chunk, members, corpus)
+    for chunk in split([member.config for member in members], len(devices), at_once):
+        if not finished.issuperset(chunk.members):
+            key = program_of(chunk.base), chunk.devices
+            program = programs.setdefault(key, Program(chunk.base, devices[: chunk.devices]))
+            yield from train(program, chunk, members, corpus)
 
 
 def train(program: Program, chunk: Chunk, members: Sequence[Member], corpus: Corpus) -> Iterator[int | list[Score]]:

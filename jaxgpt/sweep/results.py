@@ -68,8 +68,9 @@ class SweepFolder:
         return frozenset(score.member for score in self.scores if score.done)
 
     def add(self, scores: Sequence[Score]) -> None:
-        """Add scores to results.jsonl."""
-        self.scores += scores
+        """Add scores to results.jsonl; those of finished members stay as they are."""
+        finished = self.finished
+        self.scores += [score for score in scores if score.member not in finished]
         lines = "".join(json.dumps(score._asdict()) + "\n" for score in self.scores)
         files.write_atomically(self.path / "results.jsonl", lines.encode())
 

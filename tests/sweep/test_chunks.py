@@ -6,6 +6,8 @@ import pytest
 from jaxgpt.cli import memory
 from jaxgpt.cli.memory import OutOfMemoryError
 from jaxgpt.config import replaced
+from jaxgpt.sweep import program
+from jaxgpt.sweep.grid import Member
 from jaxgpt.sweep.program import program_of, split
 
 
@@ -49,13 +51,16 @@ def test_chunks_are_even_and_no_larger_than_fits(base, monkeypatch):
     assert split(bigrams, 1), "the size of the vocabulary is not yet known"
 
 
-def test_finished_members_change_no_program(base):
-    """A setting in which the others no longer differ is still mapped: a constant would be rounded differently."""
-    some = [replaced(base, seed=i, beta2=beta2) for beta2 in (0.95, 0.999) for i in (0, 1)]
-    whole, rest = split(some, 2, at_once=2), split(some, 2, 2, frozenset({0, 1}))
-    assert [each.members for each in rest] == [each.members for each in whole[1:]] == [(2, 3)]
-    assert rest[0].names == whole[1].names == ("beta2", "seed")
-    assert program_of(rest[0].base) == program_of(whole[1].base)
+def test_finished_members_change_no_chunk(base, monkeypatch):
+    """With other names, devices or sizes, the other members would be rounded differently."""
+    monkeypatch.setattr(program, "train", lambda program, chunk, *_: [chunk])
+    some = [Member(replaced(base, seed=i, beta2=beta2), {}) for beta2 in (0.95, 0.999) for i in (0, 1)]
+    whole, rest, none = (
+        list(program.run(some, None, jax.devices()[:2], 2, frozenset(done))) for done in ((), (0, 1, 2), (0, 1, 2, 3))
+    )
+    assert [chunk.members for chunk in whole] == [(0, 1), (2, 3)]
+    assert rest == whole[1:]
+    assert none == []
 
 
 def test_lengths_share_a_program_but_not_a_chunk(base):
@@ -64,11 +69,3 @@ def test_lengths_share_a_program_but_not_a_chunk(base):
     assert [each.members for each in chunks] == [(0, 2), (1,)]
     assert {each.names for each in chunks} == {("decay_steps",)}
     assert len({program_of(each.base) for each in chunks}) == 1
-
-
-def test_finished_members_change_neither_devices_nor_sizes(base):
-    """One member on one device would be rounded differently from the same member on one of two."""
-    many = [replaced(base, seed=i) for i in range(5)]
-    (whole,), (rest,) = split(many, 2), split(many, 2, finished=frozenset(range(4)))
-    assert rest.members == (4,)
-    assert (rest.devices, rest.size) == (whole.devices, whole.size) == (2, 6)

@@ -81,6 +81,20 @@ def test_an_interrupted_sweep_resumes_to_the_same_results(sweep, tmp_path, monke
         assert (best.parent / plot).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_member_that_diverged_is_not_scored_again(sweep, tmp_path):
+    """It trains along with the unfinished member of its chunk."""
+    assert sweep("mixed", "--lr", "1e-1,1e38", "--weight-decay", "1", "--seeds", "1") == 0
+    results = tmp_path / "sweeps/mixed/results.jsonl"
+    lines = results.read_bytes().splitlines(keepends=True)
+    scores = [json.loads(line) for line in lines]
+    assert [(each["member"], each["step"], each["done"]) for each in scores] == [
+        (0, 0, False), (1, 0, False), (0, 10, False), (1, 10, True), (0, 20, True),
+    ]  # fmt: skip
+    results.write_bytes(b"".join(lines[:4]))
+    assert sweep("mixed", "--lr", "1e-1,1e38", "--weight-decay", "1", "--seeds", "1") == 0
+    assert results.read_bytes() == b"".join(lines[i] for i in (1, 3, 0, 2, 4)), "the finished member comes first"
+
+
 def test_a_damaged_result_is_reported(sweep, tmp_path, capsys):
     assert sweep("hurt", "--lr", "1e-1", "--steps", "10") == 0
     for text in ("{}\n", "null\n", "{"):
