@@ -171,16 +171,15 @@ def lanczos(matvec: Callable[[jax.Array], jax.Array], start: jax.Array, steps: i
     return Lanczos(values, weights, errors, top / jnp.linalg.norm(top))
 
 
-def spectrum(loss: Loss, params: Any, batch: Any, key: jax.Array, steps: int = 32, probes: int = 1) -> Lanczos:
-    """The spectrum of the Hessian by `lanczos` from random starts, each leaf of the result (probes, ...).
+def spectrum(loss: Loss, params: Any, batch: Any, key: jax.Array, steps: int = 32) -> Lanczos:
+    """The spectrum of the Hessian by `lanczos` from a random start.
 
-    The weights at the Ritz values approximate the eigenvalue density (stochastic Lanczos quadrature: Ghorbani et al.
-    2019, arXiv:1901.10159). `top` is in the order of `ravel_pytree`. Memory: `steps` times the parameters; the starts
-    run one after another.
+    The weights at the Ritz values, averaged over keys, approximate the eigenvalue density (stochastic Lanczos
+    quadrature: Ghorbani et al. 2019, arXiv:1901.10159). `top` is in the order of `ravel_pytree`. Memory: `steps` times
+    the parameters.
     """
     flat, times = _flat_hessian(loss, params, batch)
-    start = partial(jax.random.normal, shape=flat.shape, dtype=flat.dtype)
-    return jax.lax.map(lambda key: lanczos(times, start(key), steps), jax.random.split(key, probes))
+    return lanczos(times, jax.random.normal(key, flat.shape, flat.dtype), steps)
 
 
 def trace(loss: Loss, params: Any, batch: Any, key: jax.Array, probes: int = 16) -> jax.Array:

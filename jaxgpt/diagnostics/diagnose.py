@@ -79,7 +79,7 @@ def curvature(subject: Subject, effort: Effort) -> Curvature:
     loss, params = subject.loss, subject.params
     batch, _ = subject.windows(effort.seed, BATCH, effort.batch)
     measure = jax.jit(partial(derivatives.spectrum, loss, steps=effort.steps))
-    spectrum = jax.tree.map(lambda x: x[0], measure(params, batch, _key(effort.seed, SPECTRUM)))
+    spectrum = measure(params, batch, _key(effort.seed, SPECTRUM))
     traces = jax.jit(partial(derivatives.trace, loss, probes=PROBES))(params, batch, _key(effort.seed, TRACE))
     reach = 1 / np.sqrt(max(float(spectrum.values[-1]), 1e-6))
     distances, direction = np.linspace(-reach, reach, 21, dtype=np.float32), ravel_pytree(params)[1](spectrum.top)
