@@ -139,6 +139,14 @@ def set_flags() -> Iterator[Callable[..., None]]:
 
 
 @pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The load averages of the machine so far: the last one is the current one."""
+    found = [0.5]
+    monkeypatch.setattr(os, "getloadavg", lambda: (found[-1], 0.0, 0.0), raising=False)
+    return found
+
+
+@pytest.fixture
 def optimized_subprocesses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Subprocesses of this test compile with the default options and use all cores, as those of a user do."""
     for name in QUICK_ENV:

@@ -113,9 +113,11 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: P
     Raises:
       OutOfMemoryError: a step does not fit into memory.
     """
+    device = jax.local_devices()[0]
+    machine = facts(f"{device.platform}, {device.device_kind}")
     if measured:
         memory.require(config)
-    found, device = programs(config), jax.local_devices()[0]
+    found = programs(config)
     tables = {
         f"Parameters of {name}": parameter_rows(config.model),
         "Each program: FLOPs in millions, bytes in MB": program_rows(found),
@@ -129,7 +131,7 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: P
         tables, notes = tables | more, notes + measured_notes
     return {
         "mode": f"inspecting {name}",
-        "facts": facts(f"{device.platform}, {device.device_kind}"),
+        "facts": machine,
         "failed": {},
         "tables": [{"title": title, "rows": rows} for title, rows in tables.items()],
         "notes": notes,

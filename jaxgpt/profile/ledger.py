@@ -80,6 +80,8 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
     Raises:
       OutOfMemoryError: a step does not fit into memory.
     """
+    device = jax.local_devices()[0]
+    machine = facts(f"{device.platform}, {device.device_kind}")
     memory.require(config)
     runners: dict[str, Runner] = {}
     with tempfile.TemporaryDirectory(prefix="jaxgpt-ledger-") as folder:
@@ -96,12 +98,12 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
             n, took = repeat(runners[each].run, seconds, runners[each].wait)
             steps[each].append(n / took)
     shares = [others(before, machine_seconds(), time.process_time() - own)] if before else []
-    figures, device = {each: runners[each].figures for each in variants}, jax.local_devices()[0]
+    figures = {each: runners[each].figures for each in variants}
     title = f"A training step of {name}, {config.train.batch_size * config.model.block_size:,} tokens"
     first, later = rows(figures, steps)
     return {
         "mode": f"the ledger of {name}",
-        "facts": facts(f"{device.platform}, {device.device_kind}"),
+        "facts": machine,
         "failed": {},
         "tables": [
             {"title": f"{title}: until the first is done", "rows": first},

@@ -73,6 +73,7 @@ def ablate(
     """
     if seeds < 1 or steps < 3:
         raise UsageError(f"seeds is {seeds} and steps {steps}, expected 1 or more and 3 or more")
+    machine = facts("cpu")
     use_compile_cache()
     prepared, tables = prepare_corpus(corpus, data_dir=data_dir).corpus, []
     for title, base, changes in [
@@ -93,7 +94,7 @@ def ablate(
         "change: the mean over seeds of the difference from the first row, with its standard error; below zero is "
         "better. Nothing else was tuned again, which favours the first row",
     ]
-    return {"mode": "ablation", "facts": facts("cpu"), "notes": notes, "failed": {}, "tables": tables}
+    return {"mode": "ablation", "facts": machine, "notes": notes, "failed": {}, "tables": tables}
 
 
 def trained(corpus: Corpus, change: Change, seeds: int, steps: int, n_layer: int) -> list[tuple[float, float]]:

@@ -32,7 +32,7 @@ def attention(
     """
     if (found := sharding.platform()) != device:
         raise UsageError(f"JAX's default device is a {found}, not a {device}: choose with --device or JAX_PLATFORMS")
-    tables, failed = list[dict[str, Any]](), dict[str, str]()
+    machine, tables, failed = facts(device), list[dict[str, Any]](), dict[str, str]()
     for shape in shapes:
         config = config_of(shape, device, "bfloat16")
         B, H, T = config.train.batch_size, config.model.n_head, config.model.block_size
@@ -57,7 +57,7 @@ def attention(
         "the largest entry",
         "repeatable: each round had the same bits",
     ]
-    return {"mode": "attention", "facts": facts(device), "notes": notes, "failed": failed, "tables": tables}
+    return {"mode": "attention", "facts": machine, "notes": notes, "failed": failed, "tables": tables}
 
 
 def compiled(config: ModelConfig, used: kernels.Kernel, rate: float) -> Callable[..., Any]:

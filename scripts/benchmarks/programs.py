@@ -132,6 +132,7 @@ def speedrun(
     for name in recipes:
         recipe_of(name)
     require("torch")
+    machine = facts(device)
     runs: dict[str, list[dict[str, Any]]] = {}
     names = ["torch", *(f"{name} {cache}" for name in recipes for cache in ("cold", "warm"))]
 
@@ -157,7 +158,7 @@ def speedrun(
     rows = [speedrun_row(name, found, theirs, runs[name], bound) for name, found in times.items()]
     notes = [*SPEEDRUN_NOTES, timing.disturbance(shares)]
     tables = [{"title": f"From process start to process end, {len(theirs)} seeds", "rows": rows}]
-    return _report("speedrun", device, tables, notes, failed) | {"runs": runs}
+    return _report("speedrun", machine, tables, notes, failed) | {"runs": runs}
 
 
 def run_ours(corpus: str, place: Place, name: str, cache: str, seed: int, steps: int) -> dict[str, Any]:
@@ -206,6 +207,7 @@ def startup(corpus: str = "", device: Device = "cpu", recipe: str = "gpt-demo", 
       recipe: any; shakespeare-cpu has the shape tiny
       repeats: processes of each kind
     """
+    machine = facts(device)
     turns: dict[str, int] = {}
     shares: list[float] = []
 
@@ -229,11 +231,11 @@ def startup(corpus: str = "", device: Device = "cpu", recipe: str = "gpt-demo", 
         times, failed = contest.alternate(names, repeats, run)
     rows = [{"what": name, "seconds": timing.series(found)} for name, found in times.items()]
     notes = [*STARTUP_NOTES, f"recipe: {recipe}", timing.disturbance(shares)]
-    return _report("startup", device, [{"title": "Seconds from process start", "rows": rows}], notes, failed)
+    return _report("startup", machine, [{"title": "Seconds from process start", "rows": rows}], notes, failed)
 
 
-def _report(mode: str, device: Device, tables: list[Any], notes: list[str], failed: dict[str, str]) -> Report:
-    return {"mode": mode, "facts": facts(device), "tables": tables, "notes": notes, "failed": failed}
+def _report(mode: str, machine: dict[str, Any], tables: list[Any], notes: list[str], failed: dict[str, str]) -> Report:
+    return {"mode": mode, "facts": machine, "tables": tables, "notes": notes, "failed": failed}
 
 
 def _log(line: str) -> None:

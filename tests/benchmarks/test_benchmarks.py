@@ -4,6 +4,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+import types
 from functools import partial
 
 import pytest
@@ -114,6 +115,20 @@ def test_speedrun_alternates_runs_and_compares_them(monkeypatch):
     assert "NOT QUIET" in report["notes"][-1]
     with pytest.raises(UsageError, match="no recipe 'nonsense'"):
         programs.speedrun("text", recipes=("nonsense",))
+
+
+def test_the_load_average_is_that_before_the_measurement(load, monkeypatch):
+    monkeypatch.setattr(programs, "require", lambda library: None)
+    monkeypatch.setattr(contest, "alternate", lambda *args: load.append(9.0) or ({}, {}))
+    monkeypatch.setattr(attention, "measured", lambda *args: load.append(9.0) or [])
+    monkeypatch.setattr(ablation, "trained", lambda *args: load.append(9.0) or [(2.0, 0.01)])
+    monkeypatch.setattr(ablation, "use_compile_cache", lambda: None)
+    monkeypatch.setattr(ablation, "prepare_corpus", lambda *args, **kwargs: types.SimpleNamespace(corpus=None))
+    micro = partial(attention.attention, shapes=("micro",))
+    for measure in (programs.speedrun, programs.startup, micro, ablation.ablate):
+        load[:] = [0.5]
+        assert measure()["facts"]["load average before"] == 0.5
+        assert load[-1] == 9.0
 
 
 def test_a_failed_cold_run_skips_the_warm_run(monkeypatch):

@@ -161,6 +161,13 @@ def test_a_config_is_inspected_from_end_to_end(inspected):
     assert any(row["computed by"] for row in longest), "the kernels come from the HLO of the program"
 
 
+def test_the_load_average_is_that_before_the_measurement(load, plain_programs, monkeypatch):
+    monkeypatch.setattr(inspection, "programs", lambda config: load.append(9.0) or plain_programs)
+    report = inspection.inspect(PLAIN, "small", measured=False)
+    assert load[-1] == 9.0
+    assert report["facts"]["load average before"] == 0.5
+
+
 def test_the_chart_has_a_point_for_each_pass_of_each_part(inspected, tmp_path):
     spec = plots.roofline(inspected)
     (points,) = [each["data"]["values"] for each in spec["layer"] if each["mark"]["type"] == "point"]

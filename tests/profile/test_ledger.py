@@ -124,6 +124,14 @@ def test_each_variant_reports_its_own_stages_and_programs(bigram_report):
     assert each["cache, full"]["stages"]["compile"] < each["cache, empty"]["stages"]["compile"]
 
 
+def test_the_load_average_is_that_before_the_measurement(load, monkeypatch):
+    run = ledger.Runner.run
+    monkeypatch.setattr(ledger.Runner, "run", lambda runner: load.append(9.0) or run(runner))
+    report = ledger.measure(BIGRAM, "bigram", choose(["jit"]), rounds=1, seconds=0.0)
+    assert load[-1] == 9.0
+    assert report["facts"]["load average before"] == 0.5
+
+
 def test_the_report_is_complete(bigram_report):
     first, then = (each["rows"] for each in bigram_report["tables"])
     assert (
