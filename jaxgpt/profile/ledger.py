@@ -83,12 +83,12 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
     device = jax.local_devices()[0]
     machine = facts(f"{device.platform}, {device.device_kind}")
     memory.require(config)
-    runners: dict[str, Runner] = {}
+    runners, state = dict[str, Runner](), list[TrainState]()
     with tempfile.TemporaryDirectory(prefix="jaxgpt-ledger-") as folder:
         for each, variant in sorted(variants.items(), key=lambda item: not item[1].compiled):
             jax.clear_caches()
             with compile_cache(folder if variant.cache else None):
-                runners[each] = Runner(config, variant)
+                runners[each] = Runner(config, variant, state)
     before, own = machine_seconds(), time.process_time()
     steps: Rates = {each: [] for each in variants}
     for runner in runners.values():
@@ -174,14 +174,20 @@ def break_even(extra: float, slow: float, fast: float) -> float | None:
 
 
 class Runner:
-    """Runs the step of a config as a variant does; `figures` are its costs until the first call is done."""
+    """Runs the step of a config as a variant does; `figures` are its costs until the first call is done.
 
-    def __init__(self, config: Config, variant: Variant):
+    Runners that take turns share a `state`, a list of one train state, which each new runner initializes again: one for
+    each would take much memory.
+    """
+
+    def __init__(self, config: Config, variant: Variant, state: list[TrainState]):
         self.config, self.K, self.step, self.loss = varied(config, variant), variant.steps, 0, None
         self.scope = jax.disable_jit if variant.primitives else nullcontext
         tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=1_000_000).astype(np.uint16)
         self.tokens = jax.device_put(tokens, replicated(one_device()))
-        self.state = jax.block_until_ready(sharded_init(self.config, one_device()))
+        self.state = state
+        state.clear()
+        state.append(jax.block_until_ready(sharded_init(self.config, one_device())))
 
         def one_step(state: TrainState, tokens: jax.Array, starts: Any) -> tuple[TrainState, Metrics]:
             return train_step(self.config, state, take(tokens, starts, config.model.block_size))
@@ -191,7 +197,7 @@ class Runner:
         with events() as durations:
             if variant.compiled:
                 jitted = jax.jit(self.call, donate_argnums=0 if variant.donated else ())
-                traced = jitted.trace(self.state, self.tokens, self.starts())
+                traced = jitted.trace(state[0], self.tokens, self.starts())
                 times.append(time.perf_counter())
                 lowered = traced.lower()
                 times.append(time.perf_counter())
@@ -219,7 +225,7 @@ class Runner:
     def run(self) -> int:
         """Run one step, or one scan; return the number of steps."""
         with self.scope():
-            self.state, metrics = self.call(self.state, self.tokens, self.starts())
+            self.state[0], metrics = self.call(self.state[0], self.tokens, self.starts())
         if self.loss is not None:
             jax.block_until_ready(self.loss)  # at most one call ahead of the device
         self.loss, self.step = metrics.loss, self.step + self.K

@@ -107,7 +107,7 @@ def test_every_variant_takes_the_same_step(bigram_report):
 def test_a_scan_dispatches_one_program_for_all_its_steps(bigram_report):
     each = {name: figures["dispatches"] for name, figures in bigram_report["figures"].items()}
     assert (each["jit"], each["scan of 10"]) == (1.0, 0.1)
-    alone = ledger.Runner(BIGRAM, VARIANTS["op by op"]).figures
+    alone = ledger.Runner(BIGRAM, VARIANTS["op by op"], []).figures
     assert alone["loss"] == pytest.approx(bigram_report["figures"]["jit"]["loss"], abs=1e-6)
     assert 30 < each["eager"] < alone["dispatches"]
 
@@ -122,6 +122,18 @@ def test_each_variant_reports_its_own_stages_and_programs(bigram_report):
         assert each[name]["step_bytes"] > 0
     assert each["eager"]["step_bytes"] is None
     assert each["cache, full"]["stages"]["compile"] < each["cache, empty"]["stages"]["compile"]
+
+
+def test_variants_share_one_train_state(change, monkeypatch):
+    alive, repeat = [], ledger.repeat
+
+    def count(*args):
+        alive.append(sum(array.shape == (17, 17) for array in jax.live_arrays()))
+        return repeat(*args)
+
+    monkeypatch.setattr(ledger, "repeat", count)
+    ledger.measure(change(BIGRAM, vocab_size=17), "bigram", choose(["jit", "scan of 10"]), 2, 0.0)
+    assert set(alive) == {3}, "the table and its two moments"
 
 
 def test_the_load_average_is_that_before_the_measurement(load, monkeypatch):
