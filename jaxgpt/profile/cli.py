@@ -120,9 +120,9 @@ def run_inspect(args: list[str]) -> int:
     found = inspection.inspect(config, name, measured=given.measure, trace_folder=given.profile)
     if given.out:
         report.save(found, given.out)
+    print(report.markdown(found))
     if given.roofline:
         charts.save(plots.roofline(found), given.roofline)
-    print(report.markdown(found))
     return 0
 
 

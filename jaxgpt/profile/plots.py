@@ -1,5 +1,6 @@
 """The charts of `ledger`, and the roofline of `inspect`."""
 
+from jaxgpt.config import UsageError
 from jaxgpt.display.charts import INK, PALETTE, QUIET, Spec, category, chart, columns, label, layer, quantity, ticks
 from jaxgpt.profile.ledger import STAGES
 from jaxgpt.profile.report import Report
@@ -40,10 +41,12 @@ def ledger(report: Report) -> Spec:
 
 def roofline(report: Report) -> Spec:
     """FLOP/s of each part against its FLOPs per byte, under the roof: circles forward, squares backward, diamonds
-    neither, with the numbers of the legend."""
+    neither, with the numbers of the legend. Raises a UsageError if the profile has no part."""
     found = report["roofline"]
     peak, bandwidth = found["peak_flops"] / 1e9, found["bandwidth"] / 1e9
     parts = [part for part in found["parts"] if part["flops"] and part["seconds"]]
+    if not parts:
+        raise UsageError("--roofline has nothing to draw: JAX's profiler reported no operation of the step")
     names = {name: f"{i}  {name}" for i, name in enumerate(dict.fromkeys(part["name"] for part in parts), 1)}
     points = [
         {

@@ -181,6 +181,17 @@ def test_the_chart_has_a_point_for_each_pass_of_each_part(inspected, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_profile_without_operations_is_reported_and_not_drawn(inspected, capsys, tmp_path, monkeypatch):
+    empty = {**inspected, "roofline": {**inspected["roofline"], "parts": []}}
+    monkeypatch.setattr(inspection, "inspect", lambda *args, **kwargs: empty)
+    monkeypatch.chdir(tmp_path)
+    assert cli.run_command(["inspect", "gpt-demo", "--vocab-size", "13", "--roofline", "a.png"]) == 2
+    out, err = capsys.readouterr()
+    assert "Parameters of small" in out, "the rest of the report is printed"
+    assert "--roofline has nothing to draw: JAX's profiler reported no operation" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_jaxprs_and_hlo_are_printed(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     size = ["--vocab-size", "13", "--n-layer", "1", "--n-embd", "16", "--block-size", "8", "--batch-size", "2"]
