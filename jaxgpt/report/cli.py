@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.options import Folders, parse
+from jaxgpt.cli.options import Folders, parse, refuse_unused
 from jaxgpt.config import UsageError
 
 
@@ -33,6 +33,7 @@ def run(args: list[str]) -> int:
         raise UsageError("expected the names of one or more runs: jaxgpt report RUN [RUN ...]")
     if given.every < 1:
         raise UsageError(f"every is {given.every}, expected 1 second or more")
+    refuse_unused(given, Report(()), {"every": "" if given.watch else "without --watch"})
     from jaxgpt.display import charts
     from jaxgpt.report import page
     from jaxgpt.report.reporter import Reporter, require_replaceable

@@ -366,6 +366,9 @@ def test_the_command_writes_a_page_and_no_other_file(stub_looks, trained, tmp_pa
     assert out.read_text() == "dear diary"
     assert cli.run_command(["report", "nobody", *where]) == 2
     assert cli.run_command(["report", *where]) == 2
+    capsys.readouterr()
+    assert cli.run_command(["report", "hostile", "--every", "5", *where]) == 2
+    assert "--every has no effect without --watch: leave it out" in capsys.readouterr().err
 
 
 def test_a_page_reloads_itself_only_while_its_run_trains(stub_looks, trained, tmp_path, monkeypatch):
