@@ -112,11 +112,12 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        seconds = time.perf_counter() - self._began
         if error is None:
-            self.run.event("end", step=self.step, seconds=time.perf_counter() - self._began)
+            self.run.event("end", step=self.step, seconds=seconds)
         else:
             text = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
-            self.run.event("broken-off", step=self.step, text=text)
+            self.run.event("broken-off", step=self.step, seconds=seconds, text=text)
         if self._file:
             self._file.close()
 

@@ -3,7 +3,6 @@
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from datetime import datetime
 from typing import Any
 
 from jaxgpt.config import Config, differences, replaced, unresolved
@@ -80,30 +79,11 @@ class Facts:
         return [event for event in self.events if event["event"] == "start"]
 
     @property
-    def seconds(self) -> float | None:
-        """Wall time of all processes, with compilation and evaluations; None if unknown. A process that was killed or
-        still runs counts up to its last save."""
-        return sum(seconds for seconds, _ in self._processes) or None
-
-    @property
     def took(self) -> str:
-        """`seconds` in words, a lower bound if a process did not record its end; empty if unknown."""
-        least = "" if all(ended for _, ended in self._processes) else "at least "
-        return "" if self.seconds is None else least + duration(self.seconds)
-
-    @property
-    def _processes(self) -> list[tuple[float, bool]]:
-        """(seconds, whether it recorded its end) of each process that trained."""
-        found, begun = list[tuple[float, bool]](), ""
-        for event in self.events:
-            if event["event"] == "start":
-                begun = event["time"]
-                found.append((0.0, False))
-            elif found and event["event"] in ("save", "broken-off", "end"):
-                elapsed = datetime.fromisoformat(event["time"]) - datetime.fromisoformat(begun)
-                seconds = event.get("seconds", max(0.0, elapsed.total_seconds()))
-                found[-1] = seconds, event["event"] != "save"
-        return found
+        """Wall time of the processes that recorded their end, with compilation and evaluations; empty if none did."""
+        ends = [event["seconds"] for event in self.events if "seconds" in event]
+        least = "at least " if len(ends) < len(self.starts) else ""
+        return least + duration(sum(ends)) if ends else ""
 
     @property
     def incidents(self) -> list[tuple[int, str, str]]:

@@ -99,8 +99,9 @@ def numbers(facts: Facts) -> list[tuple[str, str, str]]:
         ("perplexity", f"{math.exp(min(best.loss, 700)):.3f}", "exp of the loss, per token"),
     ]
     if facts.took:
-        speed = f"{facts.tokens_per_second:,.0f} tokens/s" if facts.tokens_per_second else "from start to end"
-        found.append(("time", facts.took, speed))
+        found.append(("time", facts.took, "from start to end"))
+    if speed := facts.tokens_per_second:
+        found.append(("speed", f"{speed:,.0f}", "tokens/s of training"))
     if (used := facts.utilization) is not None:
         found.append(("utilization", f"{used:.1%}", "of the published bfloat16 rate"))
     return found

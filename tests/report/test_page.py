@@ -316,12 +316,19 @@ def test_only_the_newest_of_many_events_are_listed(report):
 
 
 def test_the_time_of_a_killed_run_is_a_lower_bound(report):
-    saved = [{"event": name, "time": f"2026-01-01T00:0{i}:00Z", "step": i} for i, name in enumerate(["start", "save"])]
-    killed, (looks,) = replace(report.runs[0], events=saved), report.looks
+    start, end = {"event": "start", "step": 0}, {"event": "end", "step": 9, "seconds": 60.0}
+    killed, (looks,) = replace(report.runs[0], events=[start, start, end]), report.looks
     specs = charts.charts(report.runs, report.looks)
     assert "<dt>time</dt><dd>at least 1m00s" in page.page([killed], [looks], specs)
     assert "<dt>time</dt>" in page.page(report.runs, [looks], specs)
     assert "<td>at least 1m00s</td>" in page.page([killed, replace(killed, name="b")], [looks] * 2, specs)
+
+
+def test_a_run_in_training_shows_its_speed_and_no_time(report):
+    saved = [{"event": "start", "step": 0}, {"event": "save", "step": 9, "tokens_per_second": 1234.5}]
+    text = page.page([replace(report.runs[0], events=saved)], report.looks, {})
+    assert "<dt>speed</dt><dd>1,234<small>tokens/s of training</small>" in text
+    assert "<dt>time</dt>" not in text
 
 
 def test_weights_are_examined_again_only_if_they_are_new(trained, report, monkeypatch):
