@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,12 +19,18 @@ from jaxgpt.run import Run
 from jaxgpt.step import Metrics
 
 
-@dataclass(frozen=True)
-class Evaluated:
+class Evaluated(NamedTuple):
     """An evaluation on the whole validation split, after `step` steps."""
 
     step: int
     evaluation: Evaluation
+
+    @classmethod
+    def read(cls, line: dict[str, Any]) -> "Evaluated":
+        """From its line of metrics.jsonl, where null stands for NaN and infinities."""
+        found = [line[f"val_{field.name}"] for field in fields(Evaluation)]
+        values: list[Any] = [math.nan if value is None else value for value in found]
+        return cls(line["step"], Evaluation(*values))
 
     @property
     def rank(self) -> tuple[bool, float]:
@@ -211,12 +217,10 @@ class MetricsLog:
     def _update(self, line: dict[str, Any]) -> None:
         """Update `step`, `scores` and the number of skipped steps by a line, new or from before a resume."""
         self.step = line["step"]
-        if "val_loss" not in line:
+        if "val_loss" in line:
+            self.scores.append(Evaluated.read(line))
+        else:
             self._skipped = self._skipped + 1 if line.get("skipped") else 0
-            return
-        found = {field.name: line[f"val_{field.name}"] for field in fields(Evaluation)}
-        values: dict[str, Any] = {name: math.nan if value is None else value for name, value in found.items()}
-        self.scores.append(Evaluated(self.step, Evaluation(**values)))
 
     def _sync(self) -> None:
         if error := self._drain():

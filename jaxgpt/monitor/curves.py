@@ -1,5 +1,6 @@
 """Charts of one or more runs over steps: the loss, and other values of each step."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -30,13 +31,14 @@ def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> 
     """
     train, scores, best, overfits = _rows(runs, "loss"), list[Spec](), list[Spec](), list[Spec]()
     for facts in runs:
-        for score in facts.scores:
-            error = score.standard_error or 0
-            row: Spec = {"run": facts.name, "step": score.step, "value": score.loss}
-            scores.append({**row, "low": score.loss - error, "high": score.loss + error})
+        for step, each in facts.scores:
+            error = 0.0 if math.isnan(each.standard_error) else each.standard_error
+            row: Spec = {"run": facts.name, "step": step, "value": each.loss}
+            scores.append(row | {"low": each.loss - error, "high": each.loss + error})
         if facts.best:
-            row = {"run": facts.name, "step": facts.best.step, "value": facts.best.loss}
-            best.append(row | {"text": f"best, {facts.best.loss:.3f}"})
+            step, each = facts.best
+            row = {"run": facts.name, "step": step, "value": each.loss}
+            best.append(row | {"text": f"best, {each.loss:.3f}"})
             if facts.overfits_from is not None:
                 best[-1]["text"] += "; it overfits from here"
                 overfits.append(row)

@@ -2,11 +2,12 @@
 
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from jaxgpt.config import Config, differences, replaced, unresolved
 from jaxgpt.corpus import train_size
+from jaxgpt.metrics_log import Evaluated
 from jaxgpt.monitor import cost
 from jaxgpt.monitor.chips import utilization
 from jaxgpt.monitor.terminal import duration
@@ -20,18 +21,6 @@ Points = list[tuple[int, float]]
 """(step, value), by step."""
 Change = tuple[str, Any, Any]
 """(field, value in a recipe, value here)."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """An evaluation, as in metrics.jsonl: null is None."""
-
-    step: int
-    loss: float
-    standard_error: float | None
-    bits_per_char: float
-    bits_per_byte: float
-    n_tokens: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +38,7 @@ class Facts:
     events: list[dict[str, Any]]  # events.jsonl
     cut_off: bool  # whether its process was killed
     step: int
-    scores: list[Score]
+    scores: list[Evaluated]  # those of a finite loss
     loss: Points  # of training; a long curve keeps its extremes
     grad_norm: Points
     learning_rate: Points
@@ -63,15 +52,16 @@ class Facts:
         return min(n, data.val_tokens or n)
 
     @property
-    def best(self) -> Score | None:
-        return min(self.scores, key=lambda score: score.loss, default=None)
+    def best(self) -> Evaluated | None:
+        return min(self.scores, key=lambda scored: scored.rank, default=None)
 
     @property
     def overfits_from(self) -> int | None:
         """The step of the best evaluation, if the last one is worse by more than its standard error."""
-        if not self.best or self.scores[-1].loss <= self.best.loss + (self.scores[-1].standard_error or 0):
+        if not self.best:
             return None
-        return self.best.step
+        (step, best), (_, last) = self.best, self.scores[-1]
+        return step if last.loss > best.loss + last.standard_error else None
 
     @property
     def starts(self) -> list[dict[str, Any]]:
@@ -148,11 +138,7 @@ def gather(run: Run, points: int = POINTS, name: str = "") -> Facts:
         events=events,
         cut_off=run.cut_off,
         step=max((line["step"] for line in lines), default=0),
-        scores=[
-            Score(line["step"], *(line[f"val_{field.name}"] for field in fields(Score)[1:]))
-            for line in lines
-            if line.get("val_loss") is not None
-        ],
+        scores=[Evaluated.read(line) for line in lines if line.get("val_loss") is not None],
         loss=curve("loss"),
         grad_norm=curve("grad_norm"),
         learning_rate=curve("learning_rate"),

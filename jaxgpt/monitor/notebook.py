@@ -12,6 +12,7 @@ from jaxgpt.config import Config
 from jaxgpt.display import charts
 from jaxgpt.monitor.curves import loss
 from jaxgpt.monitor.facts import Facts, gather
+from jaxgpt.monitor.terminal import describe
 from jaxgpt.run import Run
 from jaxgpt.sample import SamplingParams, write
 from jaxgpt.start import load_checkpoint
@@ -79,9 +80,7 @@ class Loaded:
             ("corpus", f"{facts.corpus['source']}, {facts.corpus['count']:,} tokens"),
         ]
         if best := facts.best:
-            error = "" if best.standard_error is None else f" ± {best.standard_error:.4f}"
-            bits = f"{best.bits_per_char:.4f} bits/char, {best.bits_per_byte:.4f} bits/byte"
-            rows.append(("best", f"loss {best.loss:.4f}{error} nats/token, {bits}, at step {best.step:,}"))
+            rows.append(("best", f"{describe(best.evaluation)}, at step {best.step:,}"))
         if facts.took:
             rows.append(("trained", f"{facts.step:,} steps in {facts.took}"))
         return rows

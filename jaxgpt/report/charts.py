@@ -27,7 +27,7 @@ def charts(runs: Sequence[Facts], looks: Sequence[Looks]) -> dict[str, Spec]:
 
 def chosen(runs: Sequence[Facts], looks: Sequence[Looks]) -> int:
     """The index of the run whose weights are shown: of the runs with weights, that of the fewest bits per byte."""
-    best = [facts.best.bits_per_byte if facts.best else math.inf for facts in runs]
+    best = [facts.best.evaluation.bits_per_byte if facts.best else math.inf for facts in runs]
     return min(range(len(runs)), key=lambda i: (looks[i].passage is None, best[i]))
 
 
@@ -49,9 +49,10 @@ def outcome(runs: Sequence[Facts], looks: Sequence[Looks]) -> Spec | None:
     rows: list[Spec] = []
     same = same_tokens(runs)
     for facts in runs:
-        if best := facts.best:
+        if facts.best:
+            best = facts.best.evaluation
             loss = best.loss if same else best.bits_per_byte
-            error = (best.standard_error or 0) * loss / (best.loss or 1)
+            error = 0.0 if math.isnan(best.standard_error) else best.standard_error * loss / (best.loss or 1)
             rows.append({"what": facts.name, "loss": loss, "kind": "run", "low": loss - error, "high": loss + error})
     others = {"baseline": baselines(runs, looks), "published": published(runs[0].corpus) if same else ()}
     rows += [{"what": name, "loss": value, "kind": kind} for kind, each in others.items() for name, value in each]

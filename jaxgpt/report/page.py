@@ -85,16 +85,16 @@ def _printable(value: object) -> str:
 
 def numbers(facts: Facts) -> list[tuple[str, str, str]]:
     """(name, value, note) of the best evaluation in every unit, and of time and speed."""
-    best = facts.best
-    assert best
-    error = best.standard_error
-    relative = error / best.loss if error is not None and best.loss else None
+    assert facts.best
+    best = facts.best.evaluation
+    error = "" if math.isnan(best.standard_error) else f"± {best.standard_error:.4f} "
+    relative = best.standard_error / best.loss if best.loss else math.nan
     bits = [
-        (f"bits per {unit}", f"{value:.4f}", "" if relative is None else f"± {value * relative:.4f}")
+        (f"bits per {unit}", f"{value:.4f}", "" if math.isnan(relative) else f"± {value * relative:.4f}")
         for unit, value in (("character", best.bits_per_char), ("byte", best.bits_per_byte))
     ]
     found = [
-        ("validation loss", f"{best.loss:.4f}", "nats per token" if error is None else f"± {error:.4f} nats per token"),
+        ("validation loss", f"{best.loss:.4f}", f"{error}nats per token"),
         *bits,
         ("perplexity", f"{math.exp(min(best.loss, 700)):.3f}", "exp of the loss, per token"),
     ]
@@ -111,12 +111,13 @@ def comparison(runs: Sequence[Facts]) -> tuple[Sequence[str], list[Sequence[str]
     """A table with a row for each run, the best first."""
     names = ("run", "loss, nats per token", "bits/char", "bits/byte", "at step", "parameters", "tokens/s", "time")
     rows: list[Sequence[str]] = []
-    for facts in sorted(runs, key=lambda facts: facts.best.bits_per_byte if facts.best else math.inf):
+    for facts in sorted(runs, key=lambda facts: facts.best.evaluation.bits_per_byte if facts.best else math.inf):
         scored, at = ("not evaluated yet", "", ""), f"{facts.step:,}"
-        if best := facts.best:
-            error = f" ± {best.standard_error:.4f}" if best.standard_error is not None else ""
+        if facts.best:
+            step, best = facts.best
+            error = "" if math.isnan(best.standard_error) else f" ± {best.standard_error:.4f}"
             scored = (f"{best.loss:.4f}{error}", f"{best.bits_per_char:.4f}", f"{best.bits_per_byte:.4f}")
-            at = f"{best.step:,} of {facts.step:,}"
+            at = f"{step:,} of {facts.step:,}"
         speed = f"{facts.tokens_per_second:,.0f}" if facts.tokens_per_second else ""
         rows.append((facts.name, *scored, at, f"{facts.n_params:,}", speed, facts.took))
     return names, rows
@@ -126,7 +127,7 @@ def samples(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, Sa
     """(heading, sample) of every step of one run, or of the last step of each of several."""
     found = []
     for facts, look in zip(runs, looks, strict=True):
-        losses = {score.step: score.loss for score in facts.scores}
+        losses = {step: evaluation.loss for step, evaluation in facts.scores}
         for sample in look.samples if len(runs) == 1 else look.samples[-1:]:
             loss = f", validation loss {losses[sample.step]:.3f}" if sample.step in losses else ""
             name = "" if len(runs) == 1 else f"{facts.name}, "

@@ -33,7 +33,8 @@ class Report:
     def summary(self) -> str:
         """The step and best loss of each run, on one line."""
         return ", ".join(
-            f"{facts.name} at step {facts.step:,}" + (f", best loss {facts.best.loss:.4f}" if facts.best else "")
+            f"{facts.name} at step {facts.step:,}"
+            + (f", best loss {facts.best.evaluation.loss:.4f}" if facts.best else "")
             for facts in self.runs
         )
 

@@ -3,6 +3,7 @@ import hashlib
 import html
 import html.parser
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from jaxgpt import cli
 from jaxgpt.config import replaced
 from jaxgpt.display.charts import COLOURS, render
+from jaxgpt.evaluation import Evaluation
+from jaxgpt.metrics_log import Evaluated
 from jaxgpt.monitor import curves, facts
 from jaxgpt.report import charts, page, reporter
 from jaxgpt.report.looks import Attention
@@ -196,12 +199,12 @@ def test_published_figures_are_shown_only_for_their_corpus(report):
 def test_runs_on_different_tokens_are_compared_in_bits_per_byte(report):
     """A loss per token is lower for tokens of a byte than for words, though they take more bits."""
     (run,) = report.runs
-    score = facts.Score(9, 0.5, 0.01, 0.9, 0.8, 100)
+    one, two = (Evaluated(9, Evaluation(loss, 0.01, 0.9, bits, 100)) for loss, bits in ((0.5, 0.8), (2.0, 0.6)))
     for other in (
         replace(run, name="words", corpus=run.corpus | {"sha256": "another"}),
         replace(run, name="words", config=replaced(run.config, val_fraction=0.2)),
     ):
-        runs = [replace(run, scores=[score]), replace(other, scores=[replace(score, loss=2.0, bits_per_byte=0.6)])]
+        runs = [replace(run, scores=[one]), replace(other, scores=[two])]
         assert not charts.same_tokens(runs)
         specs = charts.charts(runs, report.looks * 2)
         rows = layer(specs["outcome"], "point")
@@ -212,6 +215,20 @@ def test_runs_on_different_tokens_are_compared_in_bits_per_byte(report):
     assert charts.same_tokens([run, replace(run, config=replaced(run.config, val_tokens=0))]), (
         "val_tokens=0 sets no limit"
     )
+
+
+def test_a_single_window_has_no_standard_error(report):
+    """The page and its charts then show the loss alone."""
+    scores = [Evaluated(step, Evaluation(loss, math.nan, loss, loss, 9)) for step, loss in ((5, 2.0), (9, 2.5))]
+    runs = [replace(report.runs[0], scores=scores)]
+    specs = charts.charts(runs, report.looks)
+    assert [(row["low"], row["high"]) for row in layer(specs["loss"], "area")] == [(2.0, 2.0), (2.5, 2.5)]
+    (row,) = [row for row in layer(specs["outcome"], "point") if row["kind"] == "run"]
+    assert row["low"] == row["loss"] == row["high"] == 2.0
+    notes = {name: note for name, _, note in page.numbers(runs[0])}
+    assert (notes["validation loss"], notes["bits per byte"]) == ("nats per token", "")
+    assert page.comparison(runs)[1][0][1] == "2.0000"
+    assert "± " not in page.page(runs, report.looks, specs)
 
 
 def test_validation_tokens_are_counted(report):
@@ -341,7 +358,7 @@ def test_weights_are_examined_again_only_if_they_are_new(trained, report, monkey
     monkeypatch.setattr(reporter, "steps", lambda run: [1])
     again.make()
     assert len(examined) == 2
-    best = facts.Score(10**6, -1.0, None, 0.0, 0.0, 1)  # of a step that was saved before it was evaluated
+    best = Evaluated(10**6, Evaluation(-1.0, math.nan, 0.0, 0.0, 1))  # of a step that was saved before it was evaluated
     monkeypatch.setattr(reporter, "gather", lambda *args: replace(report.runs[0], scores=[best]))
     again.make()
     again.make()
