@@ -82,7 +82,7 @@ def test_exact_fit_is_accepted(tiny):
 def test_refusal_states_the_numbers(tiny, change):
     message = refusal(change(tiny, n_layer=24, n_embd=2048, n_head=16, block_size=1024), 22_100_000_000)
     assert message.startswith("a training step needs at least 27.5 GB: parameters 4.8 GB, optimizer state 9.7 GB")
-    assert "activations 13.0 GB or, after them, gradients 4.8 GB, tokens 0.0 MB; 22.1 GB are free: try " in message
+    assert "activations 13.0 GB or, after them, gradients 4.8 GB, tokens 0 bytes; 22.1 GB are free: try " in message
 
 
 @pytest.mark.parametrize(

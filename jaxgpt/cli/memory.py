@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from rich.filesize import decimal as size
 
 from jaxgpt import flash
 from jaxgpt.config import Config, ModelConfig, UsageError, replaced
@@ -163,15 +164,6 @@ def compiled_bytes(compiled: Any) -> tuple[int, int] | None:
             more = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
             return stats.argument_size_in_bytes, more
     return None
-
-
-def size(n_bytes: float) -> str:
-    """Bytes as text, in decimal units.
-
-    >>> size(84_200_000_000), size(1_234_000)
-    ('84.2 GB', '1.2 MB')
-    """
-    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
 def available() -> int | None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from rich.filesize import decimal as size
 
 from jaxgpt import model, prng
 from jaxgpt.cli import memory
@@ -175,7 +176,7 @@ def require(config: Config, effort: Effort, names: Sequence[str], text: Ids) -> 
     free, vector = memory.available(), cost.FLOAT * cost.n_params(config.model)
     if "curvature" in names and free is not None and vector * (effort.steps + 6) > free:
         raise UsageError(
-            f"{effort.steps} Lanczos steps need as many vectors of {memory.size(vector)}, {memory.size(free)} is free: "
+            f"{effort.steps} Lanczos steps need as many vectors of {size(vector)}, {size(free)} is free: "
             f"try --steps {max(2, free // vector - 6)}, or leave curvature out of --only"
         )
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from jaxgpt.cli.memory import size
+from rich.filesize import decimal as size
+
 from jaxgpt.cli.mesh import divisors
 from jaxgpt.config import replaced
 from jaxgpt.monitor import cost
@@ -50,12 +51,12 @@ def costs(step: Step, how: str) -> Iterator[str]:
     """Memory, communication and time of a chip."""
     yield f"per chip, {how}:"
     held = f"state and tokens {size(step.arguments)}, temporaries {size(step.temporaries)}"
-    yield f"  {held}: {size(step.memory)}" + (f" of {size(step.chip.memory)}" if step.chip else "")
+    yield f"  {held}: {size(step.memory)}" + (f" of {size(int(step.chip.memory))}" if step.chip else "")
     for (kind, n), (times, n_bytes) in step.collectives.items():
         among = f" among {n}" if kind != "collective-permute" else ""
         yield f"  {kind}{among}: {times:,} per step, {size(n_bytes)}"
     if step.network:
-        yield f"  between pods: {size(step.network)}"
+        yield f"  between pods: {size(int(step.network))}"
     if step.chip:
         seconds = ", ".join(f"{name} {ms(value, 1)} ms" for name, value in step.seconds.items())
         more = "Muon and recomputation" if step.config.optimizer.algorithm == "muon" else "recomputation"
@@ -83,7 +84,7 @@ def verdict(step: Step) -> str:
     if step.fits:
         return "it fits"
     if step.memory > step.chip.memory:
-        return f"it does not fit, by {size(step.memory - step.chip.memory)}: {suggestion(step)}"
+        return f"it does not fit, by {size(int(step.memory - step.chip.memory))}: {suggestion(step)}"
     return (
         f"it may not fit: the estimate is {step.memory / step.chip.memory:.0%} of the memory, and only up to "
         f"{step.room:.0%} is safe: {suggestion(step)}"
