@@ -7,6 +7,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.config import shown
+
 
 class SealError(ValueError):
     """A sealed file was changed, or was never sealed."""
@@ -51,9 +53,19 @@ def unseal(data: bytes) -> dict[str, Any]:
     if digest != hashlib.sha256(whole).hexdigest().encode() + b'"\n}\n':
         raise SealError("it does not match its seal: it was damaged, or edited by hand")
     try:
-        tree: dict[str, Any] = json.loads(whole)
-    except (ValueError, RecursionError) as error:  # someone computed the seal of something else
-        raise SealError(f"it is not JSON: {error}") from error
+        return json_object(whole, "it")
+    except ValueError as error:  # someone computed the seal of something else
+        raise SealError(str(error)) from error
+
+
+def json_object(data: str | bytes, name: str) -> dict[str, Any]:
+    """The JSON object in `data`, called `name` in the ValueError that is raised for anything else."""
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{name} is {shown(tree)}, expected an object")
     return tree
 
 

@@ -44,6 +44,21 @@ def test_seal_of_invalid_json_is_refused(body):
         files.unseal(body + b',\n  "seal": "' + digest + b'"\n}\n')
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"{nope", "x is not JSON"),
+        (b"\xff", "x is not JSON"),
+        ("[" * 100_000, "x is not JSON"),
+        ("3", "x is 3, expected"),
+    ],
+)
+def test_data_without_a_json_object_is_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        files.json_object(data, "x")
+    assert files.json_object(b'\xef\xbb\xbf{"a": 1}', "x") == {"a": 1}, "a byte order mark is accepted"
+
+
 @pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace"])
 def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch, call):
     path = tmp_path / "file"

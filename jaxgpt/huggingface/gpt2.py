@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxgpt.config import ModelConfig, UsageError, shown
+from jaxgpt.files import json_object
 from jaxgpt.model import Params, unstacked
 
 Tensors = dict[str, NDArray[np.float32]]
@@ -274,11 +275,8 @@ def save(folder: Path, config: ModelConfig, params: Params) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_bytes())  # with or without a byte order mark
+        return json_object(path.read_bytes(), str(path))  # with or without a byte order mark
     except OSError as error:
         raise InteropError(f"{path} cannot be read: {error.strerror}; {advice(path.parent)}") from error
-    except (ValueError, RecursionError) as error:
-        raise InteropError(f"{path} is not JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise InteropError(f"{path} is not a JSON object")
-    return tree
+    except ValueError as error:
+        raise InteropError(str(error)) from error

@@ -1,6 +1,5 @@
 """Tokenizers by the value of --tokenizer: fixed, learned from the text, or read from files."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from jaxgpt import tokenizer
 from jaxgpt.cli.places import local_path
 from jaxgpt.config import MissingExtraError, UsageError, shown
 from jaxgpt.corpus import CorpusError, read_meta
+from jaxgpt.files import json_object
 from jaxgpt.prepare.documents import SourceError
 from jaxgpt.prepare.encode import split_words
 from jaxgpt.prepare.sources import Progress, Text
@@ -154,7 +154,7 @@ def read_vocabulary(folder: Path) -> BPETokenizer:
     """
 
     def read(name: str) -> dict[str, Any]:
-        return _object((folder / name).read_bytes(), name) if (folder / name).is_file() else {}
+        return json_object((folder / name).read_bytes(), name) if (folder / name).is_file() else {}
 
     if read("tokenizer_config.json").get("add_prefix_space"):
         raise ValueError("add_prefix_space is true, expected false")
@@ -182,7 +182,7 @@ def parse(merges: str, vocabulary: str | bytes, added: dict[str, Any] | None = N
       ValueError: the files are something else, or do not agree.
     """
     pairs = [line.split(" ") for i, line in enumerate(merges.splitlines()) if i or not line.startswith("#version")]
-    ids, merged = _object(vocabulary, "the vocabulary") | (added or {}), set(map("".join, pairs))
+    ids, merged = json_object(vocabulary, "the vocabulary") | (added or {}), set(map("".join, pairs))
     special = [word for word in ids if word not in merged and re.fullmatch(r"<[^<>]+>|\[[^][]+\]", word)]
     return _assemble(ids, pairs, special)
 
@@ -256,13 +256,3 @@ def _assemble(ids: dict[str, Any], merges: list[Any], special: list[str]) -> BPE
         if parts != [bytes(map(byte_of.__getitem__, word)) for word in pair]:
             raise ValueError(f"the merge {' '.join(pair)} is not reached by the merges before it")
     return found
-
-
-def _object(data: str | bytes, name: str) -> dict[str, Any]:
-    try:
-        tree = json.loads(data)
-    except RecursionError as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{name} is not a JSON object")
-    return tree

@@ -1,11 +1,11 @@
 """Checks JSON requests and makes a `Job` of each."""
 
-import json
 from typing import Any
 
 from starlette.exceptions import HTTPException
 
 from jaxgpt.config import UsageError, shown
+from jaxgpt.files import json_object
 from jaxgpt.run import RunError
 from jaxgpt.sample import SamplingParams, bucket, checked
 from jaxgpt.serve.batch import DEFAULT, Settings
@@ -70,11 +70,9 @@ def to_look(body: bytes, library: Library) -> Job:
 def _parse(body: bytes, known: set[str], library: Library) -> tuple[dict[str, Any], Served]:
     """The JSON object of a request, with fields among `known`, and its run."""
     try:
-        tree = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"the request is not JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise HTTPException(400, f"the request is {shown(tree)}, expected an object")
+        tree = json_object(body, "the request")
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
     if unknown := sorted(tree.keys() - known):
         raise HTTPException(400, f"no such field: {shown(unknown[0])}; expected {', '.join(sorted(known))}")
     if not isinstance(name := tree.get("run"), str):

@@ -187,7 +187,7 @@ def test_unsupported_configs_are_refused(folder, values, message):
     [
         ("config.json", None, "cannot be read"),
         ("config.json", "{", "is not JSON"),
-        ("config.json", "[]", "is not a JSON object"),
+        ("config.json", "[]", r"config\.json is \[\], expected an object"),
         ("model.safetensors", None, "has no file 'model.safetensors'"),
         ("model.safetensors", "{}", "cannot be read"),
     ],
