@@ -115,13 +115,13 @@ def _fit(given: Train, existing: Run | None) -> int:
         TrainingDisplay(console, config.train.steps, used) as display,
         loggers.logged(run, given.log if primary else (), display) as log,
     ):
-        sample = sampler(config.model, corpus.tokenizer) if display.live and jax.device_count() == 1 else None
+        sample = sampler(config.model, corpus.tokenizer) if not display.disable and jax.device_count() == 1 else None
         try:
             done = fit(run, corpus, with_spikes(run, log), config, given.debug_nans, mesh, sample)
         except CheckpointError as error:
             error.add_note(f"Resume with: {resume_command(given, run)}")
             raise
-    if not display.live and (curve := display.curve()):  # a terminal shows it already
+    if display.disable and (curve := display.curve()):  # a terminal shows it already
         console.print(curve)
     if display.notices:
         console.print(f"{display.notices} warnings: see {run.events_file}", style="bold yellow")

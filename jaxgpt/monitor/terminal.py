@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich import progress
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.text import Text
 
@@ -45,16 +44,15 @@ class RunConsole(Console):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class TrainingDisplay(Live):
-    """Shows the events of `fit`; a context manager, and the `on_event` of `fit`.
+class TrainingDisplay(progress.Progress):
+    """Shows the events of `fit`; a context manager, and the `on_event` of `fit`. Where lines cannot be redrawn it is
+    disabled, and prints plain lines.
 
     Args:
       utilization: tokens per second -> model FLOPs utilization; None if unknown.
     """
 
     def __init__(self, console: Console, steps: int, utilization: Callable[[float], float | None] = lambda speed: None):
-        self.live = console.is_terminal and not console.is_dumb_terminal
-        """Whether the terminal can redraw lines."""
         self.notices = 0
         self._utilization, self._printed = utilization, time.monotonic()
         self._losses, self._line = list[float](), ""  # of each chunk, and the curve as it was drawn last
@@ -62,14 +60,9 @@ class TrainingDisplay(Live):
         self._sample = ""
         bar = [BarColumn(bar_width=None)] if console.width >= WIDE else []
         columns = TextColumn("step"), MofNCompleteColumn(), *bar, TextColumn("{task.fields[numbers]}")
-        self._bar = progress.Progress(*columns, console=console)
-        self._task = self._bar.add_task("train", total=steps, numbers="compiling")
-        super().__init__(get_renderable=lambda: Group(self._bar, *self._below()), console=console)
-
-    def __enter__(self) -> "TrainingDisplay":
-        if self.live:
-            self.start()
-        return self
+        live = console.is_terminal and not console.is_dumb_terminal
+        super().__init__(*columns, console=console, refresh_per_second=4, disable=not live)
+        self._task = self.add_task("train", total=steps, numbers="compiling")
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -87,19 +80,20 @@ class TrainingDisplay(Live):
     def _progress(self, event: Progress) -> None:
         self._best = event.best or self._best
         self._losses.append(event.loss)
-        self._line = self.curve() if self.live else ""
+        self._line = "" if self.disable else self.curve()
         numbers = short = f"loss {event.loss:.4f}"
         if (speed := event.tokens_per_second) and event.seconds_left is not None:
             left = f"  {duration(event.seconds_left)} left"
             used = self._utilization(speed)
             share = "" if used is None else f"  {used:.0%} used"
             numbers, short = f"{short}  {speed:,.0f} tokens/s{share}{left}", short + left
-        self._bar.update(self._task, completed=event.step, numbers=numbers if self.console.width >= WIDE else short)
-        if not self.live and time.monotonic() - self._printed > PLAIN_SECONDS:
+        self.update(self._task, completed=event.step, numbers=numbers if self.console.width >= WIDE else short)
+        if self.disable and time.monotonic() - self._printed > PLAIN_SECONDS:
             self._print(f"step {event.step:>6,}/{event.steps:,}  {numbers}")
 
-    def _below(self) -> Iterator[Text]:
-        """The lines under the bar: the loss curve and the newest sample."""
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bar, and under it the loss curve and the newest sample."""
+        yield from super().get_renderables()
         if self._line:
             yield Text(self._line, no_wrap=True, overflow="crop")
         if self._sample:
