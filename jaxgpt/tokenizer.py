@@ -29,9 +29,8 @@ Ids = NDArray[np.integer[Any]]
 
 MAX_TOKENS, MAX_TOKEN_BYTES = 2**20, 256
 """Limits of a BPE vocabulary; GPT-2's longest token has 128 bytes."""
-PATTERNS = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"}
-"""Regular expressions that split text into words before BPE. "gpt2": as in GPT-2's encoder.py, in tiktoken's faster
-form (tiktoken_ext/openai_public.py)."""
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+"""Splits text into words before BPE: GPT-2's pattern, in tiktoken's faster form (tiktoken_ext/openai_public.py)."""
 
 
 class UnknownCharacterError(UsageError):
@@ -166,7 +165,6 @@ class BPETokenizer:
 
     tokens: tuple[bytes, ...] = field(repr=False)
     special: tuple[str, ...] = ()
-    pattern: str = "gpt2"
     leading: int = 0
     """Number of special tokens with the first ids; the others have the last ids."""
 
@@ -175,7 +173,6 @@ class BPETokenizer:
         missing = {bytes([byte]) for byte in range(256)} - tokens
         sizes = [len(token) for token in (*self.tokens, *self.special)]
         for wrong, problem in (
-            (self.pattern not in PATTERNS, f"split pattern {self.pattern!r}, expected {', '.join(PATTERNS)}"),
             (len(sizes) > MAX_TOKENS, f"{len(sizes):,} tokens, expected at most {MAX_TOKENS:,}"),
             (0 in sizes, "a token is empty"),
             (max(sizes, default=0) > MAX_TOKEN_BYTES, f"a token is longer than {MAX_TOKEN_BYTES} bytes"),
@@ -202,7 +199,7 @@ class BPETokenizer:
         except ImportError as error:
             raise MissingExtraError("encoding with a BPE vocabulary", "tiktoken", "data") from error
         ranks = {token: rank for rank, token in enumerate(self.tokens, self.leading)}
-        return tiktoken.Encoding("jaxgpt", pat_str=PATTERNS[self.pattern], mergeable_ranks=ranks, special_tokens={})
+        return tiktoken.Encoding("jaxgpt", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def knows(self, text: str) -> NDArray[np.bool_]:
         codes = code_points(text)
@@ -223,7 +220,7 @@ class BPETokenizer:
     def to_json(self) -> dict[str, Any]:
         """Bytes of tokens become Latin-1 characters."""
         tokens = [token.decode("latin-1") for token in self.tokens]
-        tree = {"kind": "bpe", "pattern": self.pattern, "tokens": tokens, "special": list(self.special)}
+        tree = {"kind": "bpe", "pattern": "gpt2", "tokens": tokens, "special": list(self.special)}
         return tree | ({"leading": self.leading} if self.leading else {})
 
 
@@ -243,6 +240,8 @@ def from_json(tree: Any) -> Tokenizer:
         case {"kind": "bpe", "pattern": str(pattern), "tokens": list(tokens), "special": list(special), **rest} if (
             rest.keys() <= {"leading"} and type(rest.get("leading", 0)) is int
         ):
+            if pattern != "gpt2":
+                raise ValueError(f"not a BPE vocabulary: split pattern {shown(pattern)}, expected 'gpt2'")
             if other := [value for value in (*tokens, *special) if not isinstance(value, str)]:
                 raise ValueError(f"not a BPE vocabulary: token {shown(other[0])}, expected a string")
             try:
@@ -251,7 +250,7 @@ def from_json(tree: Any) -> Tokenizer:
             except UnicodeEncodeError as error:
                 token = error.object[:40]
                 raise ValueError(f"not a BPE vocabulary: token {token!r} is not {error.encoding}") from error
-            return BPETokenizer(found, tuple(special), pattern, tree.get("leading", 0))
+            return BPETokenizer(found, tuple(special), tree.get("leading", 0))
     raise ValueError(
         f"not a tokenizer: {shown(tree)}; expected the kind 'char' with its chars, 'byte', or 'bpe' with its "
         "pattern, tokens and special tokens"

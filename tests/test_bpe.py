@@ -161,7 +161,7 @@ def test_json_round_trip(tok):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pattern": r"(a+)+$"}, "split pattern"),
+        ({"pattern": r"(a+)+$"}, r"split pattern '\(a\+\)\+\$', expected 'gpt2'"),
         ({"pattern": 3}, "not a tokenizer"),
         ({"more": 1}, "not a tokenizer"),
         ({"tokens": BYTES[:9]}, "not a tokenizer"),

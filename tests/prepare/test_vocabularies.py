@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from jaxgpt.config import UsageError
 from jaxgpt.prepare.sources import SourceError
 from jaxgpt.prepare.vocabularies import learn_bpe, load_gpt2, parse
-from jaxgpt.tokenizer import MAX_TOKEN_BYTES, MAX_TOKENS, PATTERNS, BPETokenizer, ByteTokenizer
+from jaxgpt.tokenizer import MAX_TOKEN_BYTES, MAX_TOKENS, PATTERN, BPETokenizer, ByteTokenizer
 
 TEXT = "the cat sat on the mat, that cat's hat été 中文\n" * 9
 
@@ -128,9 +128,7 @@ def test_inconsistent_files_are_refused(files):
 
 def test_load_gpt2_returns_tiktokens_vocabulary(expected, monkeypatch):
     ranks = {token: rank for rank, token in enumerate(expected.tokens)}
-    encoding = tiktoken.Encoding(
-        "gpt2", pat_str=PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 280}
-    )
+    encoding = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 280})
     monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": encoding}.__getitem__)
     assert load_gpt2() == expected
 
