@@ -70,27 +70,22 @@ def prepare_corpus(
         raise sources.SourceError(
             f"--column is {column}, but {corpus} is plain text: only JSON Lines (.jsonl) and Parquet have columns"
         )
-    if texts:
-        tok = tokenizer_for(spec, list(texts.values()), progress)
-    else:
-        name, first = next(iter(parts.items()))
-        tok, kind = first.corpus.tokenizer, first.corpus.meta["tokenizer"]["kind"]
-        if not accepts(spec, tok):
-            found = f"{kind} ({tok.vocab_size:,} ids)"
-            fix = f"give --tokenizer {quote(str(first.folder))}"
-            raise CorpusError(f"{name} was prepared with {found}, but --tokenizer is {spec}: {fix}")
+    tok = tokenizer_for(spec, list(texts.values()), progress) if texts else next(iter(parts.values())).corpus.tokenizer
     if 0 < vocab_size < tok.vocab_size:
         raise CorpusError(
             f"vocab_size is {vocab_size}, expected at least the {tok.vocab_size} ids of {corpus}, or 0 to take those"
         )
     fit = partial(_require_fit, block_size=block_size, val_fraction=val_fraction)
     for name, part in parts.items():
-        if part.corpus.tokenizer != tok:
-            rest, fix = "the rest", f"give --tokenizer {quote(str(part.folder))}"
-            other, first = next(iter(parts.items()))
-            if part.corpus.tokenizer != first.corpus.tokenizer:
-                rest, fix = other, f"prepare its text with --tokenizer {quote(str(first.folder))}"
-            raise CorpusError(f"{name} was prepared with another vocabulary than {rest}: {fix}")
+        own, (other, first) = part.corpus.tokenizer, next(iter(parts.items()))
+        if own != first.corpus.tokenizer:
+            fix = f"prepare its text with --tokenizer {quote(str(first.folder))}"
+            raise CorpusError(f"{name} was prepared with another vocabulary than {other}: {fix}")
+        if own != tok or not (texts or accepts(spec, own)):
+            found, fix = f"{own.to_json()['kind']} ({own.vocab_size:,} ids)", quote(str(part.folder))
+            raise CorpusError(
+                f"{name} was prepared with {found}, another vocabulary than --tokenizer {spec}: give --tokenizer {fix}"
+            )
         fit(part.corpus.meta)
     for name, text in texts.items():
         parts[name] = _prepare(text, tok, unknown, column, data_dir, fit, progress)
