@@ -79,15 +79,16 @@ class Text:
 
     def where(self, position: int) -> str:
         """Line and column (from 1) and file of the character at `position`; rereads the text up to there."""
-        for path, read in self.readers.items():
-            line = column = 1
-            for piece in chain(documents.normalized(read()), "\n"):
-                before = piece[:position]
-                line += before.count("\n")
-                column = len(before) - before.rfind("\n") if "\n" in before else column + len(before)
-                if len(before) < len(piece):
-                    return f"line {line}, column {column} of the text in {path}"
-                position -= len(before)
+        with store_errors(self.origin):
+            for path, read in self.readers.items():
+                line = column = 1
+                for piece in chain(documents.normalized(read()), "\n"):
+                    before = piece[:position]
+                    line += before.count("\n")
+                    column = len(before) - before.rfind("\n") if "\n" in before else column + len(before)
+                    if len(before) < len(piece):
+                        return f"line {line}, column {column} of the text in {path}"
+                    position -= len(before)
         return f"the end of {self.origin}"
 
 

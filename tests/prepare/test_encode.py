@@ -521,6 +521,21 @@ class TestStores:
         with pytest.raises(SourceError, match=r"memory://.* is unavailable: the token has expired"):
             prepare_corpus("memory://texts", data_dir=tmp_path / "data")
 
+    def test_store_that_fails_while_an_unknown_character_is_located(self, tmp_path, monkeypatch):
+        """The text is read again up to there."""
+        opened, open_file = [], type(self.files)._open
+
+        def expire(*args, **kwargs):
+            opened.append(args)
+            if len(opened) > 1:
+                raise RuntimeError("the token has expired")
+            return open_file(*args, **kwargs)
+
+        self.files.pipe("/texts/a.txt", ("the cat sat\n" * 5 + "é").encode())
+        monkeypatch.setattr(type(self.files), "_open", expire)
+        with pytest.raises(SourceError, match=r"^memory://texts/a\.txt is unavailable: the token has expired"):
+            prepare_corpus("memory://texts/a.txt", "ascii", data_dir=tmp_path / "data")
+
     def test_missing_extra_error_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "upath", None)
         with pytest.raises(sources.MissingExtraError, match=r"memory://a, in a store, needs .*jaxgpt\[data\]"):
