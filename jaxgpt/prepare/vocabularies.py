@@ -93,11 +93,12 @@ def learn_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         max_token_length=MAX_TOKEN_BYTES,
     )
-    with ThreadPoolExecutor(1) as pool:  # the main thread waits in Python, so that Ctrl-C reaches it
-        try:
-            pool.submit(model.train_from_iterator, parts(), trainer).result()
-        finally:
-            stopped.set()
+    pool = ThreadPoolExecutor(1)  # the main thread waits in Python, so that Ctrl-C reaches it
+    try:
+        pool.submit(model.train_from_iterator, parts(), trainer).result()
+    finally:
+        stopped.set()
+        pool.shutdown(wait=False)  # once it has read the text, the trainer cannot be stopped
     ids, byte_of = model.get_vocab(), byte_of_letter()
     return BPETokenizer(tuple(bytes(byte_of[letter] for letter in word) for word in sorted(ids, key=ids.__getitem__)))
 

@@ -79,6 +79,34 @@ class TestLearning:
         finally:
             signal.signal(signal.SIGINT, before)
 
+    def test_signal_interrupts_merging(self, monkeypatch):
+        """The trainer has read the text and cannot be stopped: it ends later, in its thread."""
+        may_end, ended = threading.Event(), threading.Event()
+
+        class Merging:
+            def __init__(self, model):
+                pass
+
+            def train_from_iterator(self, parts, trainer):
+                list(parts)
+                may_end.wait(0.2)  # then the main thread waits for this one
+                os.kill(os.getpid(), signal.SIGINT)
+                may_end.wait(10)
+                ended.set()
+
+        def interrupt(*_):
+            raise InterruptedError
+
+        monkeypatch.setattr("tokenizers.Tokenizer", Merging)
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            with pytest.raises(InterruptedError):
+                learn_bpe(["the cat"], 300)
+            assert not ended.is_set()
+        finally:
+            may_end.set()
+            signal.signal(signal.SIGINT, before)
+
     @pytest.mark.parametrize("size", [255, 0, MAX_TOKENS + 1])
     def test_size_out_of_range_is_refused(self, size):
         with pytest.raises(UsageError, match=rf"vocabulary of {size}, expected 256 to 1048576"):
