@@ -139,8 +139,11 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
       SourceError: `origin` is not UTF-8, or has a NUL byte, as UTF-16 and files of tokens do.
     """
     decoder, start, read, plain = codecs.getincrementaldecoder("utf-8")(), b"", 0, True
-    for chunk in itertools.chain(data, [b""]):
-        start, problem = start or chunk[: TAR + 5], ""
+    chunks = iter(data)
+    while len(start) < TAR + 5 and (chunk := next(chunks, b"")):
+        start += chunk
+    for chunk in itertools.chain([start], chunks, [b""]):
+        problem = ""
         if (nul := chunk.find(b"\0")) >= 0:
             kind, width = ("UTF-32", 4) if chunk[nul : nul + 2] == b"\0\0" else ("UTF-16", 2)
             order = "LE" if (read + nul) % width else "BE"
@@ -169,7 +172,7 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
             known = (
                 f"{what}; expected UTF-8"
                 for magic, what in BINARY.items()
-                if magic in (start[: len(magic)], start[TAR:])
+                if magic in (start[: len(magic)], start[TAR : TAR + 5])
             )
             raise SourceError(f"{origin} {next(known, problem)}")
         read += len(chunk)

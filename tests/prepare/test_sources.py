@@ -79,6 +79,22 @@ def test_non_text_file_is_refused_with_the_reason(tmp_path, data, message):
         read(str(tmp_path / "a.txt"))
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"BZh91AY&SY\0", "compressed with bzip2"),
+        (lzma.compress(b"text"), "compressed with xz"),
+        (b"a" * documents.TAR + b"ustar\0", "is a tar archive"),
+        ("the cat".encode("utf-32-le"), "iconv -f UTF-32LE"),
+        (b"caf\xe9 au lait", "byte 0xe9 at offset 3 .*iconv -f LATIN1"),
+    ],
+)
+def test_non_text_file_is_recognized_after_short_reads(data, message):
+    """As of a slow server."""
+    with pytest.raises(SourceError, match=message):
+        list(documents.utf8((data[i : i + 1] for i in range(len(data))), "a"))
+
+
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
 def test_tar_archive_is_refused(tmp_path, name):
     (tmp_path / "b.txt").write_text("text")
