@@ -524,6 +524,19 @@ def test_resume_accepts_the_corpus_of_the_run_as_a_relative_path(call, verse, ti
     assert (code, "'other.txt' asked for" in err) == (2, True)
 
 
+def test_config_of_a_run_is_a_recipe_whose_vocabulary_follows_the_text(call, verse, tiny, change, tmp_path):
+    """A vocab_size that is not the tokenizer's was chosen, as 50304 of gpt2-124m, and is kept."""
+    for name, size in (("one", 0), ("padded", 300)):
+        start(change(tiny, corpus=str(verse), vocab_size=size), name, tmp_path / "runs", tmp_path / "data")
+    code, _, err = call("train", "runs/one/config.json", *SMALL)
+    assert (code, "run 'one' exists in runs: --run one --resume" in err) == (2, True)
+    for name, size in (("one", 256), ("padded", 300)):
+        args = "--run", f"{name}-2", "--tokenizer", "byte", "--steps", 3, "--eval-every", 0, "--no-eval-start"
+        code, _, err = call("train", f"runs/{name}/config.json", *args)
+        assert code == 0, err
+        assert Run.named(tmp_path / "runs", f"{name}-2").config.model.vocab_size == size
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [(["--runs-dir=~/runs"], "/home/me/runs"), (["--runs-dir=~"], "/home/me"), (["--runs_dir", "~/x"], "/home/me/x")],

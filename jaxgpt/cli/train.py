@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Folders, command_line, parse, take_name
+from jaxgpt.cli.places import local_path
 from jaxgpt.config import Config, UsageError, replaced
 from jaxgpt.recipes import RECIPES, recipe
 from jaxgpt.run import Run
@@ -49,12 +49,24 @@ def run(args: list[str]) -> int:
     name = named or "gpt-demo"
     known = recipe(name)
     about = f"{known.about} ({known.hardware}: {known.time}; loss {known.loss}.) Recipes: {', '.join(RECIPES)}."
-    default = Train(run=Path(name).stem if name.endswith(".json") else name, config=known.config)
+    default = _from_file(name, known.config) if name.endswith(".json") else Train(run=name, config=known.config)
     given = parse(Train, args, f"train {name}", about, default=default)
     existing = Run.named(given.folders.runs_dir, given.run) if given.resume else None
     if existing:
         given = parse(Train, args, f"train {name}", about, default=replace(default, config=existing.config))
     return _fit(given, existing)
+
+
+def _from_file(name: str, config: Config) -> Train:
+    """The defaults of a recipe in a file. The config of a run gives that run's name, and vocab_size 0 if it has that of
+    the run's tokenizer, so that it follows another text."""
+    path = local_path(name)
+    if path.name != "config.json":
+        return Train(run=path.stem, config=config)
+    made = Run(path.resolve().parent)
+    if (made.path / "tokens.json").is_file() and made.tokenizer.vocab_size == config.model.vocab_size:
+        config = replaced(config, vocab_size=0)
+    return Train(run=made.path.name, config=config)
 
 
 def _fit(given: Train, existing: Run | None) -> int:
