@@ -83,19 +83,16 @@ def n_moments(config: Config) -> int:
 def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool = False) -> int:
     """Lower bound of the bytes that the forward pass of `batch_size` full contexts keeps for the backward pass.
 
-    With GPT-2's blocks, L (16 C + 2 H T) + 2 C + V floats per token:
-
-    - 16 C in a block: the inputs of norms (2 C), kernels (C, C, C, 4 C) and GELU (4 C), and q, k and v (3 C)
-    - 2 H T in a block: the attention weights before and after normalization
-    - 2 C + V after the blocks: the input and output of the last norm, and the logits
+    With GPT-2's blocks, L (16 C + 2 H T) + 2 C + V floats per token, of two bytes with bf16 matmuls: in each block the
+    inputs of norms (2 C), kernels (7 C) and GELU (4 C), q, k and v (3 C), and the attention weights before and after
+    normalization (2 H T); then the input and output of the last norm, and the logits.
 
     Not counted: the gradient of the logits, which may replace them, masks, temporaries, attention weights that can be
-    computed by blocks, what remat recomputes except in one block, and logits beyond one chunk. With bf16 matmuls a
-    float has two bytes.
+    computed by blocks, what remat recomputes except in one block, and logits beyond one chunk.
 
     Args:
-      recomputed: count only the results of matmuls, L (10 C + H T) + V. Compilers for accelerators can recompute the
-        rest from them when memory is short.
+      recomputed: count only the results of matmuls, L (10 C + H T) + V, from which XLA can recompute the rest on
+        accelerators.
     """
     C, T, V = config.n_embd, config.block_size, config.vocab_size
     if config.kind == "bigram":

@@ -47,13 +47,11 @@ def prepare_corpus(
     column: str = "text",
     progress: Progress = lambda what, share: None,
 ) -> Prepared:
-    """Tokenize a corpus into a folder of `data_dir`. If it is there already, it is reused and nothing is written.
-
-    While another process prepares the same text, this one prints that, and waits.
+    """Tokenize a corpus into a folder of `data_dir`, or reuse it; wait if another process is preparing the same text.
 
     Args:
-      corpus, column: as in `sources.open_text`, or a prepared folder, local or at a URL; or a mixture of these,
-        "0.7*a.txt + 0.3*b.txt", whose parts share a tokenizer and have a folder each.
+      corpus, column: as in `sources.open_text`; or a prepared folder, local or at a URL; or a mixture of these,
+        "0.7*a.txt + 0.3*b.txt", with one tokenizer and a folder for each.
       spec: as in `tokenizer_for`.
       unknown: "skip" drops characters outside the vocabulary and counts them in `meta`.
       block_size, val_fraction: both splits must hold a window of this size.

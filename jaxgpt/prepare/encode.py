@@ -155,12 +155,8 @@ def parallel_map(function: Callable[[str], T], parts: Iterable[str]) -> Iterator
 def split_words(pieces: Iterable[str], size: int, start: int = 0) -> Iterator[str]:
     """Cut a text into parts of about `size` characters whose BPE ids, concatenated, are the ids of the whole text.
 
-    A part ends where a word begins with white space. There the split pattern always starts a word: no word has white
-    space after another character, and of several white space characters the last goes to the word that follows. The
-    cut does not change the word before it either: the pattern looks ahead only past white space, and takes white space
-    at the end of a text whole.
-
-    A word longer than LONGEST_WORD is cut at multiples of it.
+    A part ends where a word begins with white space: there the split pattern starts a word whatever comes before, and
+    splits the text before it as if that ended there. A word longer than LONGEST_WORD is cut at multiples of it.
 
     Args:
       pieces: the text from character `start` on. If a part of the whole text ends there, the parts are those after it.
