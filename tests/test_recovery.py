@@ -224,5 +224,5 @@ def test_checkpoint_of_another_run_is_not_loaded(done, config, change, tmp_path)
     fit(*other)
     shutil.rmtree(run.checkpoints)
     shutil.copytree(other[0].checkpoints, run.checkpoints)
-    with pytest.raises(RunError, match=r"corpus: .* in the run|tokens of step"):
+    with pytest.raises(RunError, match="tokens of step"):
         load_checkpoint(run, "last")
