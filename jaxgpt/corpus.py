@@ -5,7 +5,6 @@ The shards hold token ids (uint16 or uint32); tokens.json holds their sizes and 
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -22,8 +21,6 @@ from jaxgpt.tokenizer import Ids, Tokenizer
 FORMAT = 2
 _KINDS = {"format": int, "dtype": str, "count": int, "sha256": str, "source": str, "origin": str}
 _KINDS |= {"source_sha256": str, "tokenizer": dict}
-SECRET = re.compile(r"([?&](?:X-(?:Amz|Goog)-[^=&]*|Signature|sig|(?:access_)?token)=)[^&#\s']+", re.IGNORECASE)
-"""A parameter of a URL that signs it for S3, Google Cloud Storage, CloudFront or Azure, or a token."""
 
 
 class CorpusError(UsageError):
@@ -108,15 +105,6 @@ class Corpus:
             f"{self.meta['source']}: {len(self.tokens):,} tokens, vocabulary of {self.tokenizer.vocab_size:,} "
             f"({self.meta['tokenizer']['kind']}), from {self.meta['origin']}"
         )
-
-
-def unsigned(text: str) -> str:
-    """`text` without the secrets of signed URLs, for what may be shared: a tokens.json or a run.
-
-    >>> unsigned("https://host/a.txt?id=3&X-Amz-Signature=f00")
-    'https://host/a.txt?id=3&X-Amz-Signature=...'
-    """
-    return SECRET.sub(r"\1...", text)
 
 
 def train_size(n_tokens: int, val_fraction: float) -> int:

@@ -20,7 +20,7 @@ from jaxgpt import config as configs
 from jaxgpt import machine, matmul, model, processes
 from jaxgpt.checkpoint import CheckpointError, Checkpoints, DamagedError, Manifest, best_step
 from jaxgpt.config import Config, ModelConfig, check, differences
-from jaxgpt.corpus import Corpus, unsigned
+from jaxgpt.corpus import Corpus
 from jaxgpt.metrics_log import Event, notify
 from jaxgpt.optimizer import make_optimizer
 from jaxgpt.run import Run, RunError
@@ -182,7 +182,7 @@ def environment() -> dict[str, Any]:
         "processes": jax.process_count(),
         "host": platform.node(),
         "process": os.getpid(),
-        "command": unsigned(shlex.join(["jaxgpt", *sys.argv[1:]])),
+        "command": shlex.join(["jaxgpt", *sys.argv[1:]]),
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxgpt.cli import places
 from jaxgpt.cli.places import local_path
-from jaxgpt.corpus import Corpus, CorpusError, load, mix, unsigned
+from jaxgpt.corpus import Corpus, CorpusError, load, mix
 
 HUB = {
     "fineweb": "hf://datasets/HuggingFaceFW/fineweb/sample/10BT",
@@ -108,13 +108,13 @@ def mixture(corpus: str) -> list[tuple[float, str]]:
 
 
 def absolute(corpus: str) -> str:
-    """`corpus` with absolute paths, which are valid in any working directory, and `unsigned` URLs."""
+    """`corpus` with absolute paths, which are valid in any working directory."""
     found = mixture(corpus)
     if len(found) > 1:
         shares = (np.format_float_positional(share, trim="-") for share, _ in found)
         return " + ".join(f"{share}*{absolute(part)}" for share, (_, part) in zip(shares, found, strict=True))
     if corpus in NAMED or is_url(corpus):
-        return unsigned(corpus)
+        return corpus
     path = local_path(corpus)
     return str(path.absolute() if path.is_fifo() else path.resolve())  # /dev/stdin, not the pipe it links to
 

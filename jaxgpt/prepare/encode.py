@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxgpt import files
-from jaxgpt.corpus import FORMAT, unsigned
+from jaxgpt.corpus import FORMAT
 from jaxgpt.prepare.sources import Progress, Text
 from jaxgpt.tokenizer import Ids, Tokenizer, UnknownCharacterError, drop_unknown
 
@@ -119,7 +119,7 @@ def encode(text: Text, tok: Tokenizer, unknown: str, folder: Path, progress: Pro
         "sha256": sha256.hexdigest(),
         "shards": shards,
         "source": text.name,
-        "origin": unsigned(text.origin),
+        "origin": text.origin,
         "source_sha256": digest(),
         "notes": text.notes(changes),
         "skipped_characters": done["skipped"],

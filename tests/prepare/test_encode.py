@@ -16,15 +16,13 @@ import numpy as np
 import pytest
 
 from jaxgpt import files
-from jaxgpt.cli.corpora import absolute, find_prepared
-from jaxgpt.cli.runs import corpus_of, start
+from jaxgpt.cli.corpora import find_prepared
 from jaxgpt.config import Config, DataConfig
 from jaxgpt.corpus import CorpusError, load
 from jaxgpt.prepare import build, encode, sources
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.prepare.sources import SourceError
 from jaxgpt.run import Run
-from jaxgpt.start import environment
 from jaxgpt.tokenizer import UnknownCharacterError
 
 LINES = "".join(f"{i} the cat sat on the mat, that cat has a hat\n" for i in range(300))
@@ -427,18 +425,6 @@ class TestStores:
         found = prepare_corpus("memory://texts/a.jsonl.gz?sig=a/b", data_dir=tmp_path / "data").corpus
         assert found.tokenizer.decode(found.tokens) == "the cat\n\nsat"
         assert found.meta["source"] == "a"
-
-    def test_runs_of_a_signed_url_hold_no_secret(self, tmp_path, tiny, change, monkeypatch):
-        url = "memory://texts/a.txt?id=3&X-Amz-Signature=secret&x=4"
-        self.files.pipe("/texts/a.txt?id=3&X-Amz-Signature=secret&x=4", LINES.encode())
-        run, corpus = start(change(tiny, corpus=url, vocab_size=0), "one", tmp_path / "runs", tmp_path / "data")
-        shown = url.replace("secret", "...")
-        assert corpus.meta["origin"] == run.config.data.corpus == absolute(url.replace("secret", "new")) == shown
-        monkeypatch.setattr(sys, "argv", ["jaxgpt", "train", "--corpus", f"0.5*{url} + 0.5*b.txt"])
-        assert environment()["command"] == f"jaxgpt train --corpus '0.5*{shown} + 0.5*b.txt'"
-        assert corpus_of(run, tmp_path / "data").meta == corpus.meta
-        written = [path for path in tmp_path.rglob("*") if path.is_file()]
-        assert not [path for path in written if b"secret" in path.read_bytes()]
 
     @pytest.mark.parametrize("query", ["", "?raw=true"])
     def test_store_that_answers_to_any_name_is_not_a_prepared_folder(self, tmp_path, monkeypatch, query):
