@@ -172,18 +172,17 @@ def in_auto_mode(out: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not jax.sharding.get_abstract_mesh().explicit_axes:
-                return function(*args, **kwargs)
-            config, *arrays = cast(tuple[Any, ...], args)
+        def call(config: Any, *arrays: Any, **named: Any) -> Any:
             plain: Any = partial(function, config)
+            axes = jax.sharding.get_abstract_mesh().explicit_axes
+            if not axes:
+                return plain(*arrays, **named)
             inside = jax.sharding.auto_axes(
-                lambda arrays, named: plain(*arrays, **named), out_sharding=out(*arrays, **kwargs)
+                lambda arrays, named: plain(*arrays, **named), axes=axes, out_sharding=out(*arrays, **named)
             )
-            return inside(arrays, kwargs)  # it casts positional arguments only
+            return inside(arrays, named)  # it casts positional arguments only
 
-        return call
+        return cast(Callable[P, R], wraps(function)(call))
 
     return decorate
 

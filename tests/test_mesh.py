@@ -360,7 +360,16 @@ def test_steps_on_a_mesh_of_explicit_axes_keep_the_shardings(small):
             small, placed, jnp.asarray(TOKENS), jax.device_put(rows, PartitionSpec(None, "batch"))
         )
         idx = jax.device_put(TOKENS[:32].reshape(4, 8), PartitionSpec("batch"))
-        logits = model.forward(small.model, found.params, idx)
+        logits = model.forward(config=small.model, params=found.params, idx=idx)
+        own = partial(model.losses, small.model)
+        by_shard = jax.shard_map(
+            own,
+            in_specs=(PartitionSpec(), *[PartitionSpec("batch")] * 2),
+            out_specs=PartitionSpec("batch"),
+            axis_names={"batch"},
+            check_vma=False,
+        )
+        np.testing.assert_allclose(jax.jit(by_shard)(found.params, idx, idx), own(found.params, idx, idx), rtol=1e-4)
     assert jax.tree.map(jax.typeof, found) == jax.tree.map(jax.typeof, placed)
     assert jax.typeof(logits).sharding.spec == PartitionSpec("batch", None, None)
     np.testing.assert_allclose(found_metrics.loss, metrics.loss, rtol=1e-5)

@@ -61,10 +61,10 @@ def _from_file(name: str, config: Config) -> Train:
     """The defaults of a recipe in a file. The config of a run gives that run's name, and vocab_size 0 if it has that of
     the run's tokenizer, so that it follows another text."""
     path = local_path(name)
-    if path.name != "config.json":
-        return Train(run=path.stem, config=config)
     made = Run(path.resolve().parent)
-    if (made.path / "tokens.json").is_file() and made.tokenizer.vocab_size == config.model.vocab_size:
+    if path.name != "config.json" or not (made.path / "tokens.json").is_file():
+        return Train(run=path.stem, config=config)
+    if made.tokenizer.vocab_size == config.model.vocab_size:
         config = replaced(config, vocab_size=0)
     return Train(run=made.path.name, config=config)
 

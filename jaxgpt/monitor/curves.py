@@ -31,14 +31,14 @@ def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> 
     """
     train, scores, best, overfits = _rows(runs, "loss"), list[Spec](), list[Spec](), list[Spec]()
     for facts in runs:
-        for step, each in facts.scores:
-            error = 0.0 if math.isnan(each.standard_error) else each.standard_error
-            row: Spec = {"run": facts.name, "step": step, "value": each.loss}
-            scores.append(row | {"low": each.loss - error, "high": each.loss + error})
+        for step, evaluation in facts.scores:
+            loss, error = evaluation.loss, 0.0 if math.isnan(evaluation.standard_error) else evaluation.standard_error
+            row: Spec = {"run": facts.name, "step": step, "value": loss}
+            scores.append(row | {"low": loss - error, "high": loss + error})
         if facts.best:
-            step, each = facts.best
-            row = {"run": facts.name, "step": step, "value": each.loss}
-            best.append(row | {"text": f"best, {each.loss:.3f}"})
+            step, evaluation = facts.best
+            row = {"run": facts.name, "step": step, "value": evaluation.loss}
+            best.append(row | {"text": f"best, {evaluation.loss:.3f}"})
             if facts.overfits_from is not None:
                 best[-1]["text"] += "; it overfits from here"
                 overfits.append(row)

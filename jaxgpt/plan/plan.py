@@ -171,7 +171,7 @@ def ranked(config: Config, chip: Chip, n: int, sweep: bool = False) -> list[Step
       sweep: try a quarter, half, once, twice and four times the batch size, if whole; else only the config's own.
 
     Raises:
-      PlanError: n chips have a `pod_problem`.
+      PlanError: n chips have a `pod_problem`, or no mesh of them is possible.
     """
     if wrong := pod_problem(chip, Sizes(data=n)):
         raise PlanError(wrong)
@@ -187,6 +187,8 @@ def ranked(config: Config, chip: Chip, n: int, sweep: bool = False) -> list[Step
                     if step.fits:
                         break
             found += [step] if step else []
+    if not found:
+        raise PlanError(f"no mesh of {n} chips divides this model, batch and context")
     return sorted(found, key=lambda step: (not step.fits, step.bounds[1] / step.config.train.batch_size))
 
 
@@ -216,7 +218,7 @@ def pod_problem(chip: Chip, sizes: Sizes) -> str:
     if pods > 1 and not chip.network_rate:
         return f"{n} chips exceed a pod of {chip.pod}, and the rate between pods of this chip is unknown"
     if sizes.data % pods:
-        return f"{n} chips span {pods} pods of {chip.pod}: data = {sizes.data} must be a multiple of {pods}"
+        return f"{n} chips span {pods} pods of {chip.pod}: data, a divisor of {n}, must be a multiple of {pods}"
     return ""
 
 

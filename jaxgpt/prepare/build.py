@@ -69,10 +69,6 @@ def prepare_corpus(
             f"--column is {column}, but {corpus} is plain text: only JSON Lines (.jsonl) and Parquet have columns"
         )
     tok = tokenizer_for(spec, list(texts.values()), progress) if texts else next(iter(parts.values())).corpus.tokenizer
-    if 0 < vocab_size < tok.vocab_size:
-        raise CorpusError(
-            f"vocab_size is {vocab_size}, expected at least the {tok.vocab_size} ids of {corpus}, or 0 to take those"
-        )
     fit = partial(_require_fit, block_size=block_size, val_fraction=val_fraction)
     for name, part in parts.items():
         own, (other, first) = part.corpus.tokenizer, next(iter(parts.items()))
@@ -85,6 +81,10 @@ def prepare_corpus(
                 f"{name} was prepared with {found}, another vocabulary than --tokenizer {spec}: give --tokenizer {fix}"
             )
         fit(part.corpus.meta)
+    if 0 < vocab_size < tok.vocab_size:
+        raise CorpusError(
+            f"vocab_size is {vocab_size}, expected at least the {tok.vocab_size} ids of {corpus}, or 0 to take those"
+        )
     for name, text in texts.items():
         parts[name] = _prepare(text, tok, unknown, column, data_dir, fit, progress)
     if len(names) == 1:

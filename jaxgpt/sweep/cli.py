@@ -118,7 +118,7 @@ def train(
     with SweepFolder.locked(path, identity) as folder:
         if finished := folder.finished:
             console.print(f"{len(finished)} of them are finished already")
-        steps = sum(member.config.train.steps for i, member in enumerate(members) if i not in finished)
+        steps = sum(member.config.train.steps for member in members)
         try:
             with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
                 task = bar.add_task("steps", total=steps)

@@ -156,18 +156,20 @@ def run(
     at_once: int = 0,
     finished: frozenset[int] = frozenset(),
 ) -> Iterator[int | list[Score]]:
-    """Train each chunk whose members are not all `finished`, sharded over `devices`. Finished members of the others
-    train along, so that nothing is rounded differently. Configs are as `runs.resolve` completes them, for one corpus.
+    """Train each chunk whose members are not all `finished`, sharded over `devices`. Its finished members train along,
+    so that nothing is rounded differently. Configs are as `runs.resolve` completes them, for one corpus.
 
-    Yields the scores of each evaluation, and after each dispatched scan its steps, summed over members. Evaluations
-    come as in a run (eval_every, eval_start). There are no random-batch estimates, and no weights are kept.
+    Yields the scores of each evaluation, and for each dispatched scan or skipped chunk its steps, summed over members.
+    Evaluations come as in a run (eval_every, eval_start). There are no random-batch estimates, and no weights are kept.
     """
     programs: dict[Any, Program] = {}
     for chunk in split([member.config for member in members], len(devices), at_once):
-        if not finished.issuperset(chunk.members):
-            key = program_of(chunk.base), chunk.devices
-            program = programs.setdefault(key, Program(chunk.base, devices[: chunk.devices]))
-            yield from train(program, chunk, members, corpus)
+        if finished.issuperset(chunk.members):
+            yield len(chunk.members) * chunk.base.train.steps
+            continue
+        key = program_of(chunk.base), chunk.devices
+        program = programs.setdefault(key, Program(chunk.base, devices[: chunk.devices]))
+        yield from train(program, chunk, members, corpus)
 
 
 def train(program: Program, chunk: Chunk, members: Sequence[Member], corpus: Corpus) -> Iterator[int | list[Score]]:

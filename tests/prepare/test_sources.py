@@ -90,7 +90,7 @@ def test_non_text_file_is_refused_with_the_reason(tmp_path, data, message):
     ],
 )
 def test_non_text_file_is_recognized_after_short_reads(data, message):
-    """As of a slow server."""
+    """As from a slow server."""
     with pytest.raises(SourceError, match=message):
         list(documents.utf8((data[i : i + 1] for i in range(len(data))), "a"))
 
