@@ -344,6 +344,7 @@ def test_losses_and_gradients_on_a_user_mesh(small, monkeypatch, kind):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found(params, *given), expected)
 
 
+@pytest.mark.smoke
 def test_steps_on_a_mesh_of_explicit_axes_keep_the_shardings(small):
     mesh, K = jax.make_mesh((2, 4), ("batch", "model")), 2
     rows = batches.config_starts(small, len(TOKENS), 0, K).astype(np.int32)
