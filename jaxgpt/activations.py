@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxgpt.sharding import varying_alike
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gelu(x: jax.Array, tanh: bool = False) -> jax.Array:
@@ -41,10 +43,14 @@ def _gelu_backward(tanh: bool, x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
 gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
-@jax.custom_vjp
 def layer_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     """LayerNorm (Ba et al. 2016) without a bias: (..., C) and a scale (C,) -> (..., C) float32. Epsilon is 1e-5, as in
     GPT-2 and PyTorch."""
+    return _layer_norm(*varying_alike(x, scale))
+
+
+@jax.custom_vjp
+def _layer_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     return _layer_norm_forward(x, scale)[0]
 
 
@@ -73,4 +79,4 @@ def _layer_norm_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tu
     return dx.astype(x.dtype), (g * normal).sum(tuple(range(g.ndim - 1)))
 
 
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

@@ -76,7 +76,7 @@ def dot(x: jax.Array, w: jax.Array, precision: Precision = "float32") -> jax.Arr
         out = lax.dot_general(to_compute_dtype(x, precision), to_compute_dtype(w, precision), (((2,), (0,)), ((), ())))
         return out.astype(jnp.float32) if sharding.platform() == "cpu" else out
     rows = x.reshape(-1, x.shape[-1])
-    out = rows @ w if resolve(precision) == "float32" else _dot_bfloat16(rows, w)
+    out = rows @ w if resolve(precision) == "float32" else _dot_bfloat16(*sharding.varying_alike(rows, w))
     return out.reshape(*x.shape[:-1], w.shape[-1])
 
 

@@ -192,6 +192,16 @@ def spec_of(x: jax.Array) -> PartitionSpec:
     return jax.typeof(x).sharding.spec
 
 
+def varying_alike(*arrays: jax.Array) -> Sequence[jax.Array]:
+    """The arguments of a `custom_vjp` in a user's `shard_map`: a parameter, equal on all devices, is marked as varying
+    like the activations that it meets, so that its gradient is summed over the devices."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    missing = [tuple(frozenset().union(*varying) - own) for own in varying]
+    return [lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True)]
+
+
 def num_shards(dim: str) -> int:
     """Number of shards of a dimension in the current scope: 1 without a mesh, and inside `by_rows` for its axes."""
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _axes(dim))
@@ -298,8 +308,8 @@ def rows(table: jax.Array, idx: jax.Array, beyond: float = jnp.nan) -> jax.Array
     differs from run to run. On one GPU, the backward pass therefore sorts the ids and sums in that order; plain `jvp`
     does not work there.
     """
-    take = _take if platform() != "gpu" or _is_sharded() else _take_in_order
-    return take(table, idx.astype(jnp.int32), beyond)  # V may not fit into the ids' own dtype, such as uint8
+    table, idx = varying_alike(table, idx.astype(jnp.int32))  # V may not fit into the ids' own dtype, such as uint8
+    return (_take if platform() != "gpu" or _is_sharded() else _take_in_order)(table, idx, beyond)
 
 
 def _take(table: jax.Array, idx: jax.Array, beyond: float) -> jax.Array:

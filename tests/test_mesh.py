@@ -378,6 +378,22 @@ def test_steps_on_a_mesh_of_explicit_axes_keep_the_shardings(small):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_in_a_shard_map_are_summed_over_its_devices(small, precision):
+    config = dataclasses.replace(small.model, precision=precision)
+    params, (inputs, targets) = initial(small).params, batches.take(TOKENS, np.arange(8), 8)
+
+    def gradient(params, inputs, targets):
+        return jax.grad(lambda params: model.losses(config, params, inputs, targets).sum())(params)
+
+    rows = PartitionSpec("batch")
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=PartitionSpec())
+    found, expected = jax.jit(mapped)(params, inputs, targets), gradient(params, inputs, targets)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), found, expected)
+
+
 def test_mesh_without_the_axes_of_a_run_is_refused(small):
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     with pytest.raises(
