@@ -1,3 +1,5 @@
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -173,11 +175,12 @@ def test_training_can_be_differentiated_where_gradients_are_zero(tiny, change):
     """With zero_init, only kernels that write to the residual stream have non-zero gradients in the first step. Muon
     leaves embeddings to AdamW."""
     config = change(tiny, zero_init=True, tie_weights=True, bigram_embed=True, algorithm="muon", muon_steps=1)
-    plan = starts(config, 0, 2).astype(np.int32)
+    state, plan = init_state(config), starts(config, 0, 2).astype(np.int32)
 
     def after_training(rate, scale):
-        hyper = hyperparameters(config)._replace(learning_rate=rate, init_scale=scale)
-        return steps.train_steps(config, init_state(config, hyper), jnp.asarray(TOKENS), plan, hyper)[1].loss[-1]
+        hyper = hyperparameters(config)._replace(learning_rate=rate)
+        scaled = dataclasses.replace(state, params=jax.tree.map(lambda x: scale * x, state.params))
+        return steps.train_steps(config, scaled, jnp.asarray(TOKENS), plan, hyper)[1].loss[-1]
 
     chex.assert_tree_all_finite(jax.jit(jax.grad(after_training, (0, 1)))(1e-3, 1.0))
 

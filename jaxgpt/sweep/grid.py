@@ -71,8 +71,7 @@ def members(base: Config, axes: Sequence[tuple[str, list[Any]]], seeds: int) -> 
         setting = dict(zip(names, values, strict=True))
         for seed in range(base.train.seed, base.train.seed + seeds):
             try:
-                tree = dataclasses.asdict(replaced(base, **setting, seed=seed))
-                found.append(Member(configs.check(configs.from_tree(tree), new=True), setting))  # checks types too
+                found.append(Member(configs.check(replaced(base, **setting, seed=seed), new=True), setting))
             except ConfigError as error:
                 raise ConfigError(f"with {describe(setting)}: {error}" if setting else str(error)) from error
     return found
