@@ -63,6 +63,7 @@ def test_numpy_scalars_become_python_numbers(rate):
     ("section", "values"),
     [
         (ModelConfig, {"norm": "rmsnorm"}),  # unchecked, it would silently be LayerNorm
+        (ModelConfig, {"precision": "bf16"}),
         (OptimizerConfig, {"schedule": "wsd"}),
         (ModelConfig, {"n_layer": 2.0}),
         (ModelConfig, {"bias": 1}),
@@ -74,6 +75,8 @@ def test_value_of_a_wrong_type_is_refused_on_construction(section, values):
     (name,) = values
     with pytest.raises(ConfigError, match=f"{name}: expected .*, found {values[name]!r}"):
         section(**values)
+    with pytest.raises(ConfigError):
+        configs.replaced(Config(), **values)
     with pytest.raises(ConfigError):
         configs.replaced(Config(), **values)
 
