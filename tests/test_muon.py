@@ -51,6 +51,11 @@ def test_low_rank_gradients_do_not_explode(precision):
         assert singular_values(muon.orthogonal(x, n_steps, precision)).max() < 1.5
 
 
+def test_derivative_at_a_gradient_of_zero_is_finite():
+    derivative = jax.grad(lambda x: muon.orthogonal(x, 1, "float32").sum())(jnp.zeros((1, 3, 5)))
+    assert jnp.isfinite(derivative).all()
+
+
 def test_equal_shapes_are_batched_and_tall_matrices_transposed():
     shapes = [(8, 8), (8, 32), (32, 8), (8, 8), (8, 12)]
     matrices = [jax.random.normal(key, s) for key, s in zip(jax.random.split(KEY, 5), shapes, strict=True)]

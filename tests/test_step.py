@@ -1,5 +1,3 @@
-import dataclasses
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -177,12 +175,11 @@ def test_training_can_be_differentiated_where_gradients_are_zero(tiny, change):
     config = change(tiny, zero_init=True, tie_weights=True, bigram_embed=True, algorithm="muon", muon_steps=1)
     state, plan = init_state(config), starts(config, 0, 2).astype(np.int32)
 
-    def after_training(rate, scale):
+    def after_training(rate):
         hyper = hyperparameters(config)._replace(learning_rate=rate)
-        scaled = dataclasses.replace(state, params=jax.tree.map(lambda x: scale * x, state.params))
-        return steps.train_steps(config, scaled, jnp.asarray(TOKENS), plan, hyper)[1].loss[-1]
+        return steps.train_steps(config, state, jnp.asarray(TOKENS), plan, hyper)[1].loss[-1]
 
-    chex.assert_tree_all_finite(jax.jit(jax.grad(after_training, (0, 1)))(1e-3, 1.0))
+    assert jnp.isfinite(jax.jit(jax.grad(after_training))(1e-3))
 
 
 def test_learns_a_repeating_text(tiny, change):
