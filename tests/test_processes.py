@@ -116,17 +116,22 @@ def test_unexpected_error_in_one_process_is_reported_and_ends_all(tmp_path, begi
 def test_failed_save_in_one_process_fails_in_all(tmp_path, begin_with):
     begin_with("""
         import resource
+        from jaxgpt import checkpoint
         from jaxgpt.checkpoint import Checkpoints
         save, settle, hard = Checkpoints.save, Checkpoints.settle, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        write = checkpoint.ocp.save_async
 
-        def save_on_full_disk(self, state, *rest):
+        def write_on_full_disk(path, state):
+            if (state.step, process) in ((40, 1), (60, 0)):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+            return write(path, state)
+
+        def save_without_folder(self, state, *rest):
             directory = self.directory
             if (state.step, process) == (80, 0):
                 self.directory = directory / "no" / "folder"
             save(self, state, *rest)
             self.directory = directory
-            if (state.step, process) in ((40, 1), (60, 0)):
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
 
         def make_room(self, wait=True):
             try:
@@ -135,7 +140,8 @@ def test_failed_save_in_one_process_fails_in_all(tmp_path, begin_with):
                 if wait:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-        Checkpoints.save, Checkpoints.settle = save_on_full_disk, make_room
+        Checkpoints.save, Checkpoints.settle = save_without_folder, make_room
+        checkpoint.ocp.save_async = write_on_full_disk
     """)
     out = " ".join(finish(train(tmp_path, [*new_run_args(tmp_path, "two"), *BIGRAM], 2)).split())
     for step, process, reason in ((40, 1, "File too large"), (60, 0, "File too large"), (80, 0, "No such file")):
