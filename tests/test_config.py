@@ -77,8 +77,6 @@ def test_value_of_a_wrong_type_is_refused_on_construction(section, values):
         section(**values)
     with pytest.raises(ConfigError):
         configs.replaced(Config(), **values)
-    with pytest.raises(ConfigError):
-        configs.replaced(Config(), **values)
 
 
 def test_every_field_is_documented():

@@ -80,7 +80,9 @@ def test_prepare_accepts_a_prepared_folder(prepared):
     assert again.corpus.meta == prepared.corpus.meta
     assert prepare_corpus(str(prepared.folder), str(prepared.folder)).reused
     for other in ("byte", "ascii"):
-        message = rf"was prepared with char \(11 ids\), another vocabulary than --tokenizer {other}: give --tokenizer"
+        message = (
+            rf"was prepared with char \(11 ids\), and --tokenizer {other} is another vocabulary here: give --tokenizer"
+        )
         with pytest.raises(CorpusError, match=message):
             prepare_corpus(str(prepared.folder), other)
 

@@ -32,9 +32,9 @@ def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> 
     train, scores, best, overfits = _rows(runs, "loss"), list[Spec](), list[Spec](), list[Spec]()
     for facts in runs:
         for step, evaluation in facts.scores:
-            loss, error = evaluation.loss, 0.0 if math.isnan(evaluation.standard_error) else evaluation.standard_error
-            row: Spec = {"run": facts.name, "step": step, "value": loss}
-            scores.append(row | {"low": loss - error, "high": loss + error})
+            error = 0.0 if math.isnan(evaluation.standard_error) else evaluation.standard_error
+            row: Spec = {"run": facts.name, "step": step, "value": evaluation.loss}
+            scores.append(row | {"low": evaluation.loss - error, "high": evaluation.loss + error})
         if facts.best:
             step, evaluation = facts.best
             row = {"run": facts.name, "step": step, "value": evaluation.loss}

@@ -218,7 +218,7 @@ def pod_problem(chip: Chip, sizes: Sizes) -> str:
     if pods > 1 and not chip.network_rate:
         return f"{n} chips exceed a pod of {chip.pod}, and the rate between pods of this chip is unknown"
     if sizes.data % pods:
-        return f"{n} chips span {pods} pods of {chip.pod}: data, a divisor of {n}, must be a multiple of {pods}"
+        return f"{n} chips span {pods} pods of {chip.pod}: their number, and data, must be multiples of {pods}"
     return ""
 
 

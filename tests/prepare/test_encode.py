@@ -385,11 +385,13 @@ def test_parts_of_a_mixture_share_one_vocabulary(tmp_path):
     assert same.meta["sha256"] == corpus.meta["sha256"]
     (tmp_path / "c.txt").write_text("xyz\n" * 50)
     with pytest.raises(
-        CorpusError, match=r"prepared with char \(\d+ ids\), another vocabulary than --tokenizer char: give"
+        CorpusError, match=r"prepared with char \(\d+ ids\), and --tokenizer char is another vocabulary here: give"
     ):
         prepare_corpus(f"1*{prepared[0]} + 1*{tmp_path}/c.txt", data_dir=tmp_path / "data")
     other = prepare_corpus(f"{tmp_path}/c.txt", data_dir=tmp_path / "da ta").folder
-    with pytest.raises(CorpusError, match=f"another vocabulary than --tokenizer byte: give --tokenizer '{other}'$"):
+    with pytest.raises(
+        CorpusError, match=f"and --tokenizer byte is another vocabulary here: give --tokenizer '{other}'$"
+    ):
         prepare_corpus(str(other), "byte")
     with pytest.raises(CorpusError, match=f"than {prepared[0]}: prepare its text with --tokenizer {prepared[0]}$"):
         prepare_corpus(f"1*{prepared[0]} + 1*{other}", data_dir=tmp_path / "data")
