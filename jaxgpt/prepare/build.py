@@ -77,8 +77,8 @@ def prepare_corpus(
             raise CorpusError(f"{name} was prepared with another vocabulary than {other}: {fix}")
         if own != tok or not (texts or accepts(spec, own)):
             found, fix = f"{own.to_json()['kind']} ({own.vocab_size:,} ids)", quote(str(part.folder))
-            other = f"and --tokenizer {spec} is another vocabulary here: give --tokenizer {fix}"
-            raise CorpusError(f"{name} was prepared with {found}, {other}")
+            problem = f"and --tokenizer {spec} is another vocabulary here: give --tokenizer {fix}"
+            raise CorpusError(f"{name} was prepared with {found}, {problem}")
         fit(part.corpus.meta)
     if 0 < vocab_size < tok.vocab_size:
         raise CorpusError(
