@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from jaxgpt import matmul, model, prng, sharding
 from jaxgpt.attention import Cache, init_cache
 from jaxgpt.config import ModelConfig, UsageError
-from jaxgpt.tokenizer import Ids, Tokenizer, drop_unknown, encode_prompt, normalize_line_ends
+from jaxgpt.tokenizer import Ids, Tokenizer, drop_unknown, normalize_line_ends
 
 CHUNK = 16
 """Tokens per piece of `stream`."""
@@ -265,7 +265,7 @@ def write(
     config: ModelConfig,
     params: model.Params,
     tokenizer: Tokenizer,
-    prompt: str | bytes | None,
+    prompt: str | None,
     n_tokens: int,
     sampling: SamplingParams = SamplingParams(),
     *,
@@ -277,8 +277,8 @@ def write(
     """Write `samples` texts that begin with `prompt`, each as pieces of text. A single text is streamed.
 
     Args:
-      prompt: text, or bytes that need not be UTF-8. None: a line feed, or the vocabulary's first character if it has no
-        line feed. Line ends, also in `stop`, become those of the training text.
+      prompt: None: a line feed, or the vocabulary's first character if it has no line feed. Line ends, also in `stop`,
+        become those of the training text.
       stop: a text ends before this, or the first of these, that appears after the prompt.
 
     Raises:
@@ -286,9 +286,8 @@ def write(
     """
     if prompt is None:
         prompt = "\n" if tokenizer.knows("\n").all() else tokenizer.decode([0])
-    if isinstance(prompt, str):
-        prompt = normalize_line_ends(tokenizer, prompt)
-        prompt = drop_unknown(tokenizer, prompt) if unknown == "skip" else prompt
+    prompt = normalize_line_ends(tokenizer, prompt)
+    prompt = drop_unknown(tokenizer, prompt) if unknown == "skip" else prompt
     if not prompt:
         raise UsageError("the prompt is empty, expected at least one character of the vocabulary: --prompt TEXT")
     if samples < 1:
@@ -296,29 +295,26 @@ def write(
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed is {seed}, expected 0 to 2**32 - 1")
     stop = [normalize_line_ends(tokenizer, each) for each in ([stop] if isinstance(stop, str) else stop)]
-    if not all(re.fullmatch("[^\ud800-\udfff]+", each) for each in stop):
-        raise UsageError(f"stop is {stop}, expected UTF-8 of at least one character each: --stop TEXT")
-    ids = encode_prompt(tokenizer, prompt)
-    begin = prompt if isinstance(prompt, str) else ids
+    for option, text in [("prompt", prompt), *(("stop", each) for each in stop)]:
+        if not re.fullmatch("[^\ud800-\udfff]+", text):
+            raise UsageError(f"{option} is {text!r}, expected UTF-8 of at least one character: --{option} TEXT")
+    ids = tokenizer.encode(prompt)
     sampling = dataclasses.replace(sampling, n_ids=tokenizer.vocab_size)
     inputs = np.tile(ids, (samples, 1)), n_tokens, prng.key(seed), sampling
     if samples == 1:
-        yield _texts(tokenizer, begin, (piece[0] for piece in stream(config, params, *inputs)), stop)
+        yield _texts(tokenizer, prompt, (piece[0] for piece in stream(config, params, *inputs)), stop)
     else:
         for row in np.asarray(generate(config, params, *inputs)):
-            yield _texts(tokenizer, begin, [row], stop)
+            yield _texts(tokenizer, prompt, [row], stop)
 
 
-def _texts(tokenizer: Tokenizer, prompt: str | Ids, pieces: Iterable[Ids], stop: Sequence[str] = ()) -> Iterator[str]:
+def _texts(tokenizer: Tokenizer, prompt: str, pieces: Iterable[Ids], stop: Sequence[str] = ()) -> Iterator[str]:
     """The prompt, then the decoded pieces of ids, up to a `stop`. Incomplete UTF-8 waits for the next piece."""
     token_bytes, decoder = tokenizer.token_bytes, codecs.getincrementaldecoder("utf-8")("replace")
-
-    def decoded(ids: Ids) -> str:
-        return decoder.decode(b"".join(token_bytes[i] for i in ids))
-
-    yield prompt if isinstance(prompt, str) else decoded(prompt)
+    decoded = (decoder.decode(b"".join(token_bytes[i] for i in ids)) for ids in pieces)
     rest = map(decoder.decode, [b""], [True])  # a U+FFFD if the last character is incomplete
-    yield from until(chain(map(decoded, pieces), rest), stop)
+    yield prompt
+    yield from until(chain(decoded, rest), stop)
 
 
 def until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:

@@ -266,26 +266,6 @@ def normalize_line_ends(tokenizer: Tokenizer, text: str) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str | bytes) -> Ids:
-    """The ids of a user's text with normalized line ends. A ByteTokenizer takes bytes as they are.
-
-    Raises:
-      UsageError: another tokenizer gets bytes that are not UTF-8.
-      UnknownCharacterError: as `encode`.
-    """
-    if isinstance(text, bytes):
-        if isinstance(tokenizer, ByteTokenizer):
-            return np.frombuffer(text, np.uint8).astype(np.int32)
-        try:
-            text = text.decode()
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"byte 0x{text[error.start]:02x} at offset {error.start} of the text is not UTF-8; only a run trained "
-                "with --tokenizer byte accepts it"
-            ) from error
-    return tokenizer.encode(normalize_line_ends(tokenizer, text))
-
-
 def drop_unknown(tokenizer: Tokenizer, text: str) -> str:
     """`text` without its unknown characters."""
     known = tokenizer.knows(text)

@@ -134,15 +134,6 @@ def _hint(types: dict[str, Any], args: list[str]) -> str | None:
     return None
 
 
-def typed(text: str) -> str | bytes:
-    """An argument as it was typed: bytes if it is not UTF-8, which Python decodes to surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return os.fsencode(text)
-    return text
-
-
 def refuse_unused(given: Any, default: Any, unused: Mapping[str, str]) -> None:
     """Raise a UsageError if an option without effect was given.
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import tyro
 
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.options import Checkpoint, RunName, RunsDir, parse, typed
+from jaxgpt.cli.options import Checkpoint, RunName, RunsDir, parse
 from jaxgpt.cli.places import local_path
 from jaxgpt.config import UsageError
 
@@ -49,7 +49,7 @@ def run(args: list[str]) -> int:
         config,
         params,
         tokenizer,
-        None if given.prompt is None else typed(given.prompt),
+        given.prompt,
         given.tokens,
         SamplingParams(given.temperature, given.top_k, given.top_p, given.min_p),
         stop=given.stop,

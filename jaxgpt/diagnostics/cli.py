@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jaxgpt.cli import places
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.options import Checkpoint, Folders, RunName, parse, typed
+from jaxgpt.cli.options import Checkpoint, Folders, RunName, parse
 from jaxgpt.config import UsageError
 
 Name = Literal["noise", "curvature", "landscape", "influence", "lens", "attention", "tokens"]
@@ -54,7 +54,7 @@ def run(args: list[str]) -> int:
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.run import Run
     from jaxgpt.start import load_checkpoint
-    from jaxgpt.tokenizer import UnknownCharacterError, encode_prompt
+    from jaxgpt.tokenizer import UnknownCharacterError, normalize_line_ends
 
     use_compile_cache()
     run = Run.open(given.folders.runs_dir, given.run)
@@ -68,7 +68,7 @@ def run(args: list[str]) -> int:
     text = val[: max(config.model.block_size, 384) + 1]
     if given.text is not None:
         try:
-            text = encode_prompt(corpus.tokenizer, typed(given.text))
+            text = corpus.tokenizer.encode(normalize_line_ends(corpus.tokenizer, given.text))
         except UnknownCharacterError as error:
             where = f"character {error.character!r} at position {error.position} of --text"
             raise UsageError(f"{where} is not among the {error.known}") from error
