@@ -81,7 +81,7 @@ def kills(folder: Path, trials: int, seed: int) -> Count:
     A trial passes if the newest saved step is not lost, every checkpoint verifies, and no line of metrics is missing. A
     finished run must equal an uninterrupted run bit for bit.
     """
-    count, rng, in_save = Count(), random.Random(seed), 0
+    count, rng, in_save, equal = Count(), random.Random(seed), 0, 0
     uninterrupted = new_run(folder, "uninterrupted")
     done = spawn(uninterrupted)
     done.join()
@@ -102,6 +102,7 @@ def kills(folder: Path, trials: int, seed: int) -> Count:
             if process.exitcode == 0:
                 difference = compare(uninterrupted, run).difference
                 count.require(difference is None, f"{run.path.name}, finished: {difference}")
+                equal += difference is None
                 break
             in_save += any(run.checkpoints.glob(".*.part*"))
             problem = f"exited with {process.exitcode}" if process.exitcode != -9 else find_damage(run, newest)
@@ -110,7 +111,7 @@ def kills(folder: Path, trials: int, seed: int) -> Count:
                 break
         if count.tried >= trials:
             break
-    count.notes.append(f"{in_save} during a save; {number + 1} runs finished, each equal to the uninterrupted run")
+    count.notes.append(f"{in_save} during a save; {equal} of {number + 1} runs ended equal to the uninterrupted run")
     return count
 
 

@@ -162,7 +162,7 @@ def test_request_above_the_limit_is_refused_until_a_client_disconnects(app, sche
     async def wait_for_open_requests(n):
         began = time.monotonic()
         while scheduler.state["requests"] != n:
-            assert time.monotonic() - began < 10, "a disconnected client still counts"
+            assert time.monotonic() - began < 120, "a disconnected client still counts"
             await asyncio.sleep(0.01)
 
     asyncio.run(scenario())
