@@ -124,8 +124,8 @@ def generate(
     key: jax.Array,
     sampling: SamplingParams = SamplingParams(),
 ) -> jax.Array:
-    """Continue each prompt by `n_tokens`: ids (B, P), with P at least 1 -> (B, n_tokens) int32. Python calls compiled
-    programs, so it cannot be called inside `jit` or `vmap`.
+    """Continue each prompt by `n_tokens`: ids (B, P), with P at least 1 -> (B, n_tokens) int32. The prompt, the
+    parameters and the key may be traced, as by `vmap` over several models.
 
     Token i of sequence b depends only on (key, b, i) and the tokens before it, not on the rest of the batch. Only the
     last block_size tokens of a prompt are read. Up to block_size tokens in total, the logits are those of
@@ -136,10 +136,16 @@ def generate(
       start of a new one.
 
     Raises:
-      UsageError: a prompt that is empty or not of integers, an id outside the vocabulary, or a number out of range.
+      UsageError: a prompt that is empty or not of integers, an id outside the vocabulary (unless the prompt is traced),
+        or a number out of range.
     """
-    pieces = stream(config, params, prompt, n_tokens, key, sampling, LONGEST)
-    return jax.device_put(np.concatenate([np.empty((np.shape(prompt)[0], 0), np.int32), *pieces], axis=1))
+    pieces, xp = stream(config, params, prompt, n_tokens, key, sampling, LONGEST), _numpy_for(params, prompt, key)
+    return jax.device_put(xp.concatenate([np.empty((np.shape(prompt)[0], 0), np.int32), *pieces], axis=1))
+
+
+def _numpy_for(*values: Any) -> Any:
+    """jax.numpy if an array is traced, else numpy, which compiles nothing."""
+    return jnp if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)) else np
 
 
 def stream(
@@ -152,37 +158,39 @@ def stream(
     chunk: int = CHUNK,
 ) -> Iterator[NDArray[np.int32]]:
     """`generate` in pieces (B, n), n <= chunk <= LONGEST. Errors are raised before the first piece is requested."""
-    text, draw, V, W = np.asarray(prompt), checked(sampling), config.vocab_size, config.block_size
+    text: Any = prompt if isinstance(prompt, jax.core.Tracer) else np.asarray(prompt)
+    draw, V, W, xp = checked(sampling), config.vocab_size, config.block_size, _numpy_for(params, prompt, key)
     if text.ndim != 2 or text.size == 0 or text.dtype.kind not in "iu":
         found = f"shape {text.shape} and dtype {text.dtype}"
         raise UsageError(f"the prompt has {found}, expected (B, P) integers with at least one token")
-    if not (text.min() >= 0 and text.max() < V):
+    if isinstance(text, np.ndarray) and not (text.min() >= 0 and text.max() < V):
         raise UsageError(f"the prompt has ids from {text.min()} to {text.max()}, expected ids from 0 to {V - 1}")
     if n_tokens < 0:
         raise UsageError(f"tokens is {n_tokens}, expected 0 or more")
     if not 0 <= draw.n_ids <= V:
         raise UsageError(f"n_ids is {draw.n_ids}, expected 0 (all) to {V}")
     slides = config.kind == "bigram" or config.position == "rope"
+    decode = _decode_traced if xp is jnp else _decode_donated
     config, params = for_decoding(config, params)
 
-    def pieces(text: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
+    def pieces(text: Any) -> Iterator[Any]:
         state, written = None, 0
         while written < n_tokens:
             if state is None:
                 read = text.shape[1]
                 slots = W if written else bucket(read + n_tokens - 1, W)  # the last token is not read
-                padded = np.pad(text, [(0, 0), (0, bucket(read, W) - read)])
+                padded = xp.pad(text, [(0, 0), (0, bucket(read, W) - read)])
                 state = _read(config, params, padded, np.int32(read), np.int32(written), key, draw, slots)
-                piece = np.asarray(state.token)[:, None]
+                piece = xp.asarray(state.token)[:, None]
             else:
                 n = min(chunk, n_tokens - written, n_tokens if slides else W - read)
-                state, tokens = _decode(config, params, state, np.int32(n), draw)
-                piece = np.asarray(tokens)[:, :n]
+                state, tokens = decode(config, params, state, np.int32(n), draw)
+                piece = xp.asarray(tokens)[:, :n]
                 read += n
             yield piece
             written += piece.shape[1]
             if not slides:
-                text = np.concatenate([text, piece], axis=1)[:, -max(1, W // 2) :]
+                text = xp.concatenate([text, piece], axis=1)[:, -max(1, W // 2) :]
                 state = state if read < W else None
 
     return pieces(text[:, -W:].astype(np.int32))
@@ -237,7 +245,6 @@ def _read(
     return _advance(config, params, empty, idx, draw, length)
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="state")
 @matmul.in_32_bits
 def _decode(
     config: ModelConfig, params: model.Params, state: Decoding, n: Any, draw: SamplingParams
@@ -250,6 +257,10 @@ def _decode(
         return state, lax.dynamic_update_index_in_dim(tokens, state.token, i, axis=1)
 
     return lax.fori_loop(0, n, body, (state, jnp.zeros((state.token.shape[0], LONGEST), jnp.int32)))
+
+
+_decode_donated = jax.jit(_decode, static_argnames="config", donate_argnames="state")
+_decode_traced = jax.jit(_decode, static_argnames="config")  # under `vmap`, parts of the state could not be reused
 
 
 def _advance(

@@ -186,6 +186,23 @@ def test_bigram_depends_on_the_last_token_only(tiny, change):
     assert generate(config, params, [[7, 4]], 20, KEY, GREEDY)[0].tolist() == ids[1:]
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_models_prompts_and_keys_can_be_mapped(tiny, change, position):
+    """Beyond the context, too. Donation under `vmap` would warn, and warnings are errors."""
+    config, keys = change(tiny, position=position).model, jax.random.split(KEY, 3)
+    models = jax.vmap(partial(model.init_params, config))(keys)
+    prompts = np.random.default_rng(0).integers(0, 13, (3, 2, 5))
+    written = jax.vmap(lambda *mapped: generate(config, mapped[0], mapped[1], 20, mapped[2]))
+    got = [written(models, prompts, keys), jax.jit(written)(models, prompts, keys)]
+    for i in range(3):
+        alone = generate(config, jax.tree.map(lambda x, i=i: x[i], models), prompts[i], 20, keys[i])
+        for each in got:
+            np.testing.assert_array_equal(each[i], alone)
+    fixed = jax.vmap(lambda params: generate(config, params, prompts[0], 20, KEY))(models)
+    np.testing.assert_array_equal(fixed[0], generate(config, jax.tree.map(lambda x: x[0], models), prompts[0], 20, KEY))
+
+
 def test_keys_are_folded_by_sequence_and_token_number(tiny_model):
     config, params = tiny_model
     got = generate(config, params, [[1, 2], [1, 2]], 12, KEY, SamplingParams(0.7, 5, min_p=0.01))
