@@ -14,7 +14,7 @@ from jaxgpt import matmul, model, prng
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import Batch, inputs_and_targets, take
 from jaxgpt.optimizer import Hyperparameters, hyperparameters, learning_rate, make_optimizer
-from jaxgpt.sharding import in_auto_mode, platform, replicated, spec_of, state_shardings
+from jaxgpt.sharding import in_auto_mode, platform, replicated, spec_of, state_shardings, varying_alike
 
 # Streams of random keys, folded into the key of the seed. Batches have their own generator.
 INIT, DROPOUT = range(2)
@@ -127,8 +127,9 @@ def loss_and_grads(
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, micro_batch, key)), None
 
     micro_batches = jax.tree.map(lambda x: x.reshape(A, -1, *x.shape[1:]), batch)
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, zero, (micro_batches, jnp.arange(A)))
+    start = varying_alike(jnp.zeros(()), batch.inputs, *jax.tree.leaves(params))[0]
+    zeros = jax.tree.map(lambda p: varying_alike(jnp.zeros_like(p), p)[0], params)
+    total, _ = jax.lax.scan(add, (start, zeros), (micro_batches, jnp.arange(A)))
     return jax.tree.map(lambda x: x / A, total)
 
 

@@ -20,7 +20,7 @@ from jaxgpt.data import loader
 from jaxgpt.evaluation import evaluate
 from jaxgpt.loss import token_losses
 from jaxgpt.sharding import MeshError, Sizes, make_mesh, one_device, state_shardings
-from jaxgpt.step import abstract_state, init_state, jit_train_steps, sharded_init, train_steps
+from jaxgpt.step import abstract_state, init_state, jit_train_steps, sharded_init, train_step, train_steps
 from jaxgpt.tokenizer import CharTokenizer
 
 SINGLE_AXES = ["data=8", "fsdp=8", "tensor=8", "context=8"]
@@ -392,6 +392,20 @@ def test_gradients_in_a_shard_map_are_summed_over_its_devices(small, precision):
     mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=PartitionSpec())
     found, expected = jax.jit(mapped)(params, inputs, targets), gradient(params, inputs, targets)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), found, expected)
+
+
+@pytest.mark.smoke
+def test_each_device_of_a_shard_map_can_train_its_own_model(small, change):
+    """Local SGD with micro-batches, with the checks of shard_map on."""
+    config, mesh = change(small, accumulate=2), jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    keys = jax.random.split(jax.random.key(0), 8)
+    params = jax.jit(jax.vmap(partial(model.init_params, config.model)))(keys)
+    states = jax.vmap(lambda params: dataclasses.replace(initial(small), params=params))(params)
+    data = batches.take(TOKENS, np.arange(64).reshape(8, 8), 8)
+    step = jax.vmap(partial(train_step, config))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=PartitionSpec("model"), out_specs=PartitionSpec("model"))
+    found, expected = jax.jit(mapped)(states, data), jax.jit(step)(states, data)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), found, expected)
 
 
 def test_mesh_without_the_axes_of_a_run_is_refused(small):
