@@ -140,7 +140,6 @@ Chart(view.chart(results))
 # %%
 import tempfile
 
-from jaxgpt.cli.runs import start
 from jaxgpt.config import replaced
 from jaxgpt.metrics_log import Progress
 from jaxgpt.recipes import recipe
@@ -157,7 +156,7 @@ def show(event):
         print(f"step {event.step:>4}  loss {event.loss:.3f}")
 
 
-run, corpus = start(config, "lecture", Path(tempfile.mkdtemp()), Path("data"))
+run, corpus = jaxgpt.start_run(config, "lecture", Path(tempfile.mkdtemp()), Path("data"))
 done = jaxgpt.fit(run, corpus, show)
 print(f"validation loss {done.scores[-1].evaluation.loss:.3f} nats per character")
 

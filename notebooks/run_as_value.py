@@ -183,7 +183,6 @@ import html
 import tempfile
 from pathlib import Path
 
-from jaxgpt.cli.runs import start
 from jaxgpt.config import replaced
 from jaxgpt.recipes import recipe
 from jaxgpt.report.reporter import Reporter
@@ -193,7 +192,7 @@ saved = replaced(
 )
 if SMALL:
     saved = replaced(saved, val_tokens=4096)
-run, tokens = start(saved, "value", Path(tempfile.mkdtemp()), Path("data"))
+run, tokens = jaxgpt.start_run(saved, "value", Path(tempfile.mkdtemp()), Path("data"))
 jaxgpt.fit(run, tokens)
 page = run.path / "report.html"
 Reporter([run], Path("data")).make().write(page)

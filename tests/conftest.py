@@ -199,7 +199,7 @@ def verse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """(run, data folder): a finished run of 20 steps on a text that contains HOSTILE."""
-    from jaxgpt.cli.runs import start
+    from jaxgpt.cli.runs import start_run
     from jaxgpt.train import fit
 
     folder = tmp_path_factory.mktemp("report")
@@ -211,7 +211,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
         optimizer=OptimizerConfig(warmup_steps=2, learning_rate=1e-2),
         train=TrainConfig(steps=20, batch_size=4, scan_steps=5, eval_every=10, eval_batches=0),
     )
-    run, corpus = start(config, "hostile", folder / "runs", folder / "data")
+    run, corpus = start_run(config, "hostile", folder / "runs", folder / "data")
     fit(run, corpus)
     return run, folder / "data"
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxgpt.cli.runs import start
+from jaxgpt.cli.runs import start_run
 from jaxgpt.evaluation import evaluate
 from jaxgpt.recipes import recipe
 from jaxgpt.start import load_checkpoint
@@ -27,7 +27,7 @@ def test_bigram_recipe_reaches_the_conditional_entropy_of_its_training_split(cor
         request.getfixturevalue("shakespeare")
     config = recipe("bigram").config
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=corpus))
-    run, text = start(config, "bigram", tmp_path / "runs", tmp_path / "data")
+    run, text = start_run(config, "bigram", tmp_path / "runs", tmp_path / "data")
     fit(run, text)
     train, _ = text.split(config.data)
     limit = conditional_entropy(train, text.tokenizer.vocab_size)

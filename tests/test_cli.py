@@ -17,7 +17,7 @@ from jaxgpt import cli
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.evaluate import Eval
 from jaxgpt.cli.options import parse, take_name
-from jaxgpt.cli.runs import start
+from jaxgpt.cli.runs import start_run
 from jaxgpt.cli.sample import Sample
 from jaxgpt.cli.train import Train, _print_summary, resume_command
 from jaxgpt.config import Config
@@ -513,7 +513,7 @@ def test_main_exits_with_the_code_and_overrides_jax_flags(monkeypatch):
 
 
 def test_resume_accepts_the_corpus_of_the_run_as_a_relative_path(call, verse, tiny, change, tmp_path, monkeypatch):
-    run, _ = start(change(tiny, corpus=str(verse), vocab_size=0), "one", tmp_path / "runs", tmp_path / "data")
+    run, _ = start_run(change(tiny, corpus=str(verse), vocab_size=0), "one", tmp_path / "runs", tmp_path / "data")
     given = []
     monkeypatch.setattr(
         "jaxgpt.train.fit", lambda run, *args: given.append(args[2]) or Summary(run, 0, 1, [], 0, None, 2)
@@ -527,7 +527,7 @@ def test_resume_accepts_the_corpus_of_the_run_as_a_relative_path(call, verse, ti
 def test_config_of_a_run_is_a_recipe_whose_vocabulary_follows_the_text(call, verse, tiny, change, tmp_path):
     """A vocab_size that is not the tokenizer's was chosen, as 50304 of gpt2-124m, and is kept."""
     for name, size in (("one", 0), ("padded", 300)):
-        start(change(tiny, corpus=str(verse), vocab_size=size), name, tmp_path / "runs", tmp_path / "data")
+        start_run(change(tiny, corpus=str(verse), vocab_size=size), name, tmp_path / "runs", tmp_path / "data")
     code, _, err = call("train", "runs/one/config.json", *SMALL)
     assert (code, "run 'one' exists in runs: --run one --resume" in err) == (2, True)
     for name, size in (("one", 256), ("padded", 300)):

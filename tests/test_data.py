@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import data as batches
-from jaxgpt.cli.runs import start
+from jaxgpt.cli.runs import start_run
 from jaxgpt.data import chunks, loader
 from jaxgpt.sharding import one_device
 from jaxgpt.train import fit
@@ -233,7 +233,7 @@ def test_a_run_reads_each_chunk_once_and_leaves_no_thread(tiny, change, verse, t
     read, starts = Counter(), batches.config_starts
     monkeypatch.setattr(batches, "DEVICE_TOKENS", 0)
     monkeypatch.setattr(batches, "config_starts", lambda *args: read.update([args[2:]]) or starts(*args))
-    fit(*start(change(tiny, corpus=str(verse)), "read", tmp_path / "runs", tmp_path / "data"))
+    fit(*start_run(change(tiny, corpus=str(verse)), "read", tmp_path / "runs", tmp_path / "data"))
     assert read == {chunk: 1 for chunk in chunks(tiny, 0)}
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("reader")]
 

@@ -82,7 +82,7 @@ def test_signal_during_preparation_ends_the_waiting_processes(tmp_path, begin_wi
             print("preparing", flush=True)
             time.sleep(600)
 
-        runs.start = slowly
+        runs.start_run = slowly
     """)
     process = train(tmp_path, new_run_args(tmp_path, "two"), 2)
     while process.stdout.readline() != "preparing\n":

@@ -8,7 +8,7 @@ import pytest
 
 from jaxgpt import corpus as corpora
 from jaxgpt.checkpoint import Checkpoints
-from jaxgpt.cli.runs import resume, start
+from jaxgpt.cli.runs import resume, start_run
 from jaxgpt.config import replaced
 from jaxgpt.metrics_log import Evaluated, Notice
 from jaxgpt.run import Run, RunError
@@ -25,7 +25,7 @@ def config(tiny_config, verse):
 @pytest.fixture(scope="module")
 def trained(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    run, corpus = start(config, "one", folder / "runs", folder / "data")
+    run, corpus = start_run(config, "one", folder / "runs", folder / "data")
     fit(run, corpus)
     assert Checkpoints(run.checkpoints).steps[-2:] == [10, 15]
     return run, corpus
@@ -114,14 +114,14 @@ def test_file_in_place_of_a_checkpoint_is_a_damaged_checkpoint(done):
 
 
 def test_save_event_without_a_step_counts(config, tmp_path):
-    run, corpus = start(config, "one", tmp_path / "runs", tmp_path / "data")
+    run, corpus = start_run(config, "one", tmp_path / "runs", tmp_path / "data")
     run.events_file.write_text('{"event": "save"}\n')
     with pytest.raises(RunError, match=r"step None was saved, but .* holds no checkpoint"):
         fit(run, corpus)
 
 
 def test_run_killed_before_its_first_save_starts_over(config, tmp_path):
-    run, corpus = start(config, "one", tmp_path / "runs", tmp_path / "data")
+    run, corpus = start_run(config, "one", tmp_path / "runs", tmp_path / "data")
     run.event("start", step=0)
     run.metrics_file.write_text('{"step": 0, "torn')
     assert fit(run, corpus).step == 15
@@ -195,7 +195,7 @@ def test_other_mesh_is_reported(done):
 
 def test_checkpoints_saved_after_damage_to_the_metrics_are_kept(config, change, tmp_path):
     """Checkpoints whose metrics are lost neither block later saves nor count for `keep`."""
-    run, corpus = start(change(config, steps=30, keep=3), "one", tmp_path / "runs", tmp_path / "data")
+    run, corpus = start_run(change(config, steps=30, keep=3), "one", tmp_path / "runs", tmp_path / "data")
     fit(run, corpus)
     whole = run.metrics_file.read_bytes()
     assert Checkpoints(run.checkpoints).steps[-3:] == [20, 25, 30]
@@ -220,7 +220,7 @@ def test_checkpoints_saved_after_damage_to_the_metrics_are_kept(config, change, 
 def test_checkpoint_of_another_run_is_not_loaded(done, config, change, tmp_path):
     run, _ = done
     (tmp_path / "other.txt").write_text(("some other text of quite other letters\n" * 30)[:840])
-    other = start(change(config, corpus=str(tmp_path / "other.txt")), "other", tmp_path / "runs", tmp_path / "data")
+    other = start_run(change(config, corpus=str(tmp_path / "other.txt")), "other", tmp_path / "runs", tmp_path / "data")
     fit(*other)
     shutil.rmtree(run.checkpoints)
     shutil.copytree(other[0].checkpoints, run.checkpoints)

@@ -10,7 +10,7 @@ from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.cli import evaluate, memory, run_command
 from jaxgpt.cli.corpora import folder_of, folders_of
 from jaxgpt.cli.memory import OutOfMemoryError
-from jaxgpt.cli.runs import complete, corpus_of, resume, start
+from jaxgpt.cli.runs import complete, corpus_of, resume, start_run
 from jaxgpt.config import ConfigError, DataConfig
 from jaxgpt.corpus import CorpusError
 from jaxgpt.prepare import encode
@@ -31,12 +31,12 @@ def folders(tmp_path):
 
 
 def test_vocab_size_comes_from_the_text(config, change, folders):
-    run, corpus = start(config, "one", *folders)
+    run, corpus = start_run(config, "one", *folders)
     assert run.config.model.vocab_size == corpus.tokenizer.vocab_size == 11
-    padded, _ = start(change(config, vocab_size=64), "two", *folders)
+    padded, _ = start_run(change(config, vocab_size=64), "two", *folders)
     assert padded.config.model.vocab_size == 64
     with pytest.raises(CorpusError, match="vocab_size is 5, expected at least the 11 ids"):
-        start(change(config, vocab_size=5), "three", *folders)
+        start_run(change(config, vocab_size=5), "three", *folders)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_vocab_size_comes_from_the_text(config, change, folders):
 )
 def test_refused_config_leaves_no_files(config, change, folders, changes, kind):
     with pytest.raises(kind):
-        start(change(config, **changes), "one", *folders)
+        start_run(change(config, **changes), "one", *folders)
     assert not folders[0].exists()
     assert not folders[1].exists()
 
@@ -60,16 +60,16 @@ def test_config_refused_for_its_vocabulary_leaves_no_run(config, change, folders
     config = change(config, corpus=str(tmp_path / "many.txt"), bigram_embed=True)
     for _ in range(2):  # the second time, the text is prepared already
         with pytest.raises(ConfigError, match=r"vocab_size is 4097, expected at most 4096, or --no-bigram-embed"):
-            start(config, "one", *folders)
+            start_run(config, "one", *folders)
     assert not folders[0].exists()
     with pytest.raises(ConfigError, match="--no-bigram-embed"):
         complete(config, folders[1])
-    run, _ = start(change(config, bigram_embed=False), "one", *folders)
+    run, _ = start_run(change(config, bigram_embed=False), "one", *folders)
     assert run.config.model.vocab_size == 4097
 
 
 def test_resume_may_change_steps_but_not_what_they_compute(config, change, folders):
-    run, _ = start(config, "one", *folders)
+    run, _ = start_run(config, "one", *folders)
     longer = change(run.config, steps=20)
     corpus = resume(longer, run, folders[1])
     assert Run.open(folders[0], "one").config.train.steps == 10, "nothing is written before the run is locked"
@@ -87,8 +87,8 @@ def test_rising_learning_rate_is_refused_only_for_new_runs(config, change, folde
     """Earlier versions made such runs: their minimum was 1e-4 for any peak."""
     rising = change(config, learning_rate=1e-5, min_learning_rate=1e-4)
     with pytest.raises(ConfigError, match="try --min-learning-rate None"):
-        start(rising, "one", *folders)
-    run, _ = start(change(config, learning_rate=1e-5), "one", *folders)
+        start_run(rising, "one", *folders)
+    run, _ = start_run(change(config, learning_rate=1e-5), "one", *folders)
     run = run.with_config(change(run.config, min_learning_rate=1e-4))
     assert fit(run, resume(run.config, run, folders[1])).step == 10
     assert max(line["learning_rate"] for line in run.metrics() if "learning_rate" in line) > 2e-5
@@ -96,7 +96,7 @@ def test_rising_learning_rate_is_refused_only_for_new_runs(config, change, folde
 
 def test_val_tokens_limits_training_and_eval(config, change, folders, capsys):
     config = change(config, val_tokens=30, eval_batches=0)
-    run, corpus = start(config, "one", *folders)
+    run, corpus = start_run(config, "one", *folders)
     fit(run, corpus)
     assert {line["val_n_tokens"] for line in run.metrics() if "val_n_tokens" in line} == {29}
     evaluate.run(["one", "--runs-dir", str(folders[0]), "--data-dir", str(folders[1]), "--eval-batches", "0"])
@@ -106,7 +106,7 @@ def test_val_tokens_limits_training_and_eval(config, change, folders, capsys):
 
 
 def test_resume_cannot_end_before_its_checkpoint(config, change, folders):
-    run, corpus = start(config, "one", *folders)
+    run, corpus = start_run(config, "one", *folders)
     fit(run, corpus)
     with pytest.raises(RunError, match="at step 10 already, beyond the 5 asked for"):
         fit(run, corpus, config=change(run.config, steps=5))
@@ -116,7 +116,7 @@ def test_resume_cannot_end_before_its_checkpoint(config, change, folders):
 def test_corpus_is_found_or_prepared_again_or_refused(config, change, folders, verse, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(verse.read_text())
-    run, corpus = start(change(config, corpus=str(text)), "one", *folders)
+    run, corpus = start_run(change(config, corpus=str(text)), "one", *folders)
     folder = folder_of(corpus.meta, folders[1])
     assert corpus_of(run, folders[1]).meta == corpus.meta
     for path in folder.iterdir():
@@ -133,7 +133,7 @@ def test_corpus_is_found_or_prepared_again_or_refused(config, change, folders, v
 def test_corpus_is_prepared_again_with_the_tokenizer_of_the_run(config, change, folders, verse, tmp_path):
     """The file that `tokenizer` names may be gone, or its relative path may belong to another folder."""
     prepared = prepare_corpus(str(verse), data_dir=tmp_path / "given").folder
-    run, corpus = start(change(config, tokenizer=str(prepared / "tokens.json")), "one", *folders)
+    run, corpus = start_run(change(config, tokenizer=str(prepared / "tokens.json")), "one", *folders)
     shutil.rmtree(prepared)
     shutil.rmtree(folders[1])
     assert corpus_of(run, folders[1]).meta == corpus.meta
@@ -144,7 +144,7 @@ def test_pipe_is_not_read_again(config, change, folders, verse, tmp_path, monkey
     os.mkfifo(pipe)
     with ThreadPoolExecutor(1) as writer:
         writer.submit(pipe.write_text, verse.read_text())
-        run, corpus = start(change(config, corpus=str(pipe)), "one", *folders)
+        run, corpus = start_run(change(config, corpus=str(pipe)), "one", *folders)
     monkeypatch.setattr("jaxgpt.prepare.sources._pipe", None)  # reading the pipe would wait for a writer
     assert corpus_of(run, folders[1]).meta == corpus.meta
     with pytest.raises(CorpusError, match="cannot be prepared again: a pipe is read only once; put its original"):
@@ -164,7 +164,7 @@ def test_prepared_mixture_is_found_concurrently(mixture, folders, monkeypatch):
     config, text = mixture
     monkeypatch.setattr(encode, "PART", 40)
     monkeypatch.setattr(encode, "SHARD", 100)
-    run, corpus = start(config, "one", *folders)
+    run, corpus = start_run(config, "one", *folders)
     reopened = Run.open(folders[0], "one")
     with monkeypatch.context() as patched, ThreadPoolExecutor(3) as pool:
         patched.setattr("jaxgpt.prepare.build.encode", None)  # encoding would fail
@@ -182,7 +182,7 @@ def test_prepared_mixture_is_found_concurrently(mixture, folders, monkeypatch):
 
 
 def test_only_process_0_hashes_the_tokens(config, folders, monkeypatch):
-    run, corpus = start(config, "one", *folders)
+    run, corpus = start_run(config, "one", *folders)
     monkeypatch.setattr(files, "sha256", None)
     with pytest.raises(TypeError):
         corpus_of(run, folders[1])
@@ -191,7 +191,7 @@ def test_only_process_0_hashes_the_tokens(config, folders, monkeypatch):
 
 
 def test_best_and_last_checkpoints(config, folders):
-    run, corpus = start(config, "one", *folders)
+    run, corpus = start_run(config, "one", *folders)
     with pytest.raises(RunError, match="no checkpoint yet"):
         load_checkpoint(run)
     done = fit(run, corpus)
@@ -210,26 +210,26 @@ def test_best_and_last_checkpoints(config, folders):
 def test_extended_run_equals_one_that_was_longer_from_the_start(config, change, folders):
     """The schedule still ends at the first `decay_steps`, so the learning rate does not jump."""
     config = change(config, decay_steps=0)
-    run, corpus = start(config, "short", *folders)
+    run, corpus = start_run(config, "short", *folders)
     assert run.config.optimizer.decay_steps == 10
     fit(run, corpus)
     longer = change(run.config, steps=20)
     fit(run, resume(longer, run, folders[1]), config=longer)
-    unbroken, corpus = start(change(config, steps=20, decay_steps=10), "long", *folders)
+    unbroken, corpus = start_run(change(config, steps=20, decay_steps=10), "long", *folders)
     fit(unbroken, corpus)
     assert run.metrics_file.read_bytes() == unbroken.metrics_file.read_bytes()
 
 
 def test_path_of_the_text_is_saved_as_absolute(config, change, folders, verse, monkeypatch):
     monkeypatch.chdir(verse.parent)
-    run, _ = start(change(config, corpus=verse.name), "one", *folders)
+    run, _ = start_run(change(config, corpus=verse.name), "one", *folders)
     assert run.config.data.corpus == str(verse)
 
 
 def test_corpus_with_its_own_split_is_prepared_again(config, change, folders, tmp_path):
     (tmp_path / "few.txt").write_text("abcdefghij" * 2)
     config_with_split = change(config, corpus=str(tmp_path / "few.txt"), val_fraction=0.5, block_size=8)
-    run, corpus = start(config_with_split, "one", *folders)
+    run, corpus = start_run(config_with_split, "one", *folders)
     shutil.rmtree(folders[1])
     assert corpus_of(run, folders[1]).meta == corpus.meta
 
@@ -241,13 +241,13 @@ def test_run_that_cannot_fit_is_refused_before_it_is_created(config, change, fol
     empty = memory.needed(change(config, vocab_size=0), 0).total
     monkeypatch.setattr(memory, "available", lambda: empty + 10_000)
     with pytest.raises(OutOfMemoryError, match=r"at least .* parameters .* MB are free: try --accumulate \d"):
-        start(config, "one", *folders)
+        start_run(config, "one", *folders)
     assert not folders[0].exists()
     assert folders[1].exists() != known
 
 
 def test_resume_that_no_longer_fits_is_refused(config, folders, monkeypatch, capsys):
-    run, corpus = start(config, "one", *folders)
+    run, corpus = start_run(config, "one", *folders)
     fit(run, corpus)
     monkeypatch.setattr(memory, "available", lambda: 10_000)
     before = run.metrics_file.read_bytes()

@@ -247,7 +247,7 @@ def test_training_and_sampling_with_strict_dtype_promotion(tiny, change, options
 
 def test_threefry_kernel_of_gpus_is_only_for_initial_states(tiny, change, verse, tmp_path, monkeypatch):
     """Even though another thread lowers the steps while the state is computed."""
-    from jaxgpt.cli.runs import start
+    from jaxgpt.cli.runs import start_run
     from jaxgpt.train import fit
 
     name, seen = "jax_threefry_gpu_kernel_lowering", {"init": [], "steps": []}
@@ -264,10 +264,10 @@ def test_threefry_kernel_of_gpus_is_only_for_initial_states(tiny, change, verse,
     monkeypatch.setattr(steps, "init_state", jax.jit(recording_init, static_argnums=0))
     monkeypatch.setattr(steps, "train_step", recording_step)
     config = change(tiny, kind="bigram", corpus=str(verse), steps=5, eval_every=0)
-    fit(*start(config, "cpu", tmp_path / "runs", tmp_path))
+    fit(*start_run(config, "cpu", tmp_path / "runs", tmp_path))
     assert seen["init"] == [False], "traced once for shapes and program"
     monkeypatch.setattr(steps, "platform", lambda: "gpu")
-    fit(*start(config, "gpu", tmp_path / "runs", tmp_path))
+    fit(*start_run(config, "gpu", tmp_path / "runs", tmp_path))
     assert True in seen["init"]
     assert set(seen["steps"]) == {False}
     assert not jax.config.values[name]

@@ -20,7 +20,7 @@ from jaxgpt import data as batches
 from jaxgpt import evaluation, matmul, metrics_log, sharding, step
 from jaxgpt import train as loop
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
-from jaxgpt.cli.runs import resolve, start
+from jaxgpt.cli.runs import resolve, start_run
 from jaxgpt.cli.runs import resume as resume_corpus
 from jaxgpt.config import DataConfig
 from jaxgpt.metrics_log import DivergedError, Evaluated, Notice, Progress
@@ -43,13 +43,13 @@ def tiny(tiny_config, verse):
 def unbroken(tiny, tmp_path_factory):
     """An uninterrupted run of `tiny`, which no test changes."""
     folder = tmp_path_factory.mktemp("unbroken")
-    return fit(*start(tiny, "unbroken", folder / "runs", folder / "data")).run
+    return fit(*start_run(tiny, "unbroken", folder / "runs", folder / "data")).run
 
 
 @pytest.fixture
 def new_run(tmp_path):
     def make(name, config):
-        return start(config, name, tmp_path / "runs", tmp_path / "data")
+        return start_run(config, name, tmp_path / "runs", tmp_path / "data")
 
     return make
 
@@ -237,7 +237,7 @@ def test_read_error_of_the_corpus_ends_the_run(tiny, new_run, monkeypatch):
 def test_resumed_run_on_a_mixture_is_bitwise_equal(tiny, change, tmp_path, verse):
     (tmp_path / "b.txt").write_text("a hat on a cat\n" * 30)
     config = change(tiny, corpus=f"0.7*{verse} + 0.3*{tmp_path / 'b.txt'}", vocab_size=0)
-    whole, broken = (start(config, name, tmp_path / "runs", tmp_path / "data") for name in ("whole", "broken"))
+    whole, broken = (start_run(config, name, tmp_path / "runs", tmp_path / "data") for name in ("whole", "broken"))
     fit(*whole)
     run, corpus = broken
     fit(run, corpus, config=change(run.config, steps=10))

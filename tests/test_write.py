@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import cli
-from jaxgpt.cli.runs import start
+from jaxgpt.cli.runs import start_run
 from jaxgpt.config import UsageError
 from jaxgpt.sample import CHUNK, SamplingParams, until, write
 from jaxgpt.start import load_model
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
         OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
         TrainConfig(steps=10, scan_steps=10, eval_every=10, eval_batches=0),
     )
-    run, corpus = start(config, "bytes", folder / "runs", folder / "data")
+    run, corpus = start_run(config, "bytes", folder / "runs", folder / "data")
     return fit(run, corpus).run
 
 
@@ -101,13 +101,13 @@ def test_default_prompt_is_a_line_feed_or_the_first_character(run, tmp_path, tin
     assert texts(run, None, 5)[0].startswith("\n")
     (tmp_path / "line.txt").write_text("the cat sat on the mat " * 40)
     config = change(tiny, kind="bigram", corpus=str(tmp_path / "line.txt"), vocab_size=0, steps=5)
-    chars = fit(*start(config, "chars", tmp_path / "runs", tmp_path / "data")).run
+    chars = fit(*start_run(config, "chars", tmp_path / "runs", tmp_path / "data")).run
     assert texts(chars, None, 5)[0].startswith(" ")
 
 
 def test_unknown_characters_of_a_prompt_are_an_error_or_skipped(tmp_path, tiny, change, verse):
     config = change(tiny, kind="bigram", corpus=str(verse), vocab_size=0, steps=5)
-    chars = fit(*start(config, "chars", tmp_path / "runs", tmp_path / "data")).run
+    chars = fit(*start_run(config, "chars", tmp_path / "runs", tmp_path / "data")).run
     with pytest.raises(UnknownCharacterError, match="'Z'"):
         texts(chars, "the Zoo", 5)
     assert texts(chars, "the Zoo", 5, unknown="skip")[0].startswith("the oo")

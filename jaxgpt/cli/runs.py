@@ -13,7 +13,7 @@ from jaxgpt.run import Run
 from jaxgpt.tokenizer import UnknownCharacterError
 
 
-def start(
+def start_run(
     config: Config,
     name: str,
     runs_dir: Path,
@@ -22,9 +22,11 @@ def start(
     origin: str = "",
     require_room: Callable[[Config, int], None] = memory.require,
 ) -> tuple[Run, Corpus]:
-    """Check everything, prepare the corpus, and create the run.
+    """Check everything, prepare the corpus of `config`, and create the run, for `fit` to train.
 
     Args:
+      name: of the run and of its folder in `runs_dir`.
+      data_dir: folder of all prepared corpora.
       weights, origin: as in `start.new_run`.
       require_room: raises a UsageError if the devices cannot train a config on a number of tokens. vocab_size may be 0.
 

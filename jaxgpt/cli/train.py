@@ -78,7 +78,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     from jaxgpt.cli.corpora import absolute
     from jaxgpt.cli.join import join
     from jaxgpt.cli.mesh import mesh_for
-    from jaxgpt.cli.runs import resume, start
+    from jaxgpt.cli.runs import resume, start_run
     from jaxgpt.monitor import cost, loggers
     from jaxgpt.monitor.chips import utilization
     from jaxgpt.monitor.spikes import sampler, with_spikes
@@ -105,7 +105,7 @@ def _fit(given: Train, existing: Run | None) -> int:
             config = replaced(config, corpus=run.config.data.corpus)
         corpus = processes.on_primary(lambda: resume(config, run, data_dir))
     else:
-        made = processes.on_primary(lambda: start(config, given.run, runs_dir, data_dir, require_room=require_room))
+        made = processes.on_primary(lambda: start_run(config, given.run, runs_dir, data_dir, require_room=require_room))
         run, corpus = made or (Run.named(runs_dir, given.run), None)
         config = run.config
     corpus = corpus or resume(config, run, data_dir)

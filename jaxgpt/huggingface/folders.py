@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.cli.places import local_path
-from jaxgpt.cli.runs import start
+from jaxgpt.cli.runs import start_run
 from jaxgpt.config import Config, MissingExtraError, ModelConfig, replaced
 from jaxgpt.corpus import read_meta
 from jaxgpt.huggingface import gpt2
@@ -80,7 +80,7 @@ def import_run(
         config = replaced(config, tokenizer=str(source.resolve()))
     config = replaced(config, **(vars(model) | {"dropout": dropout}))
     params = jax.tree.map(jnp.asarray, params)
-    return start(config, name, runs_dir, data_dir, params, origin=str(source.resolve()))[0]
+    return start_run(config, name, runs_dir, data_dir, params, origin=str(source.resolve()))[0]
 
 
 def export_run(run: Run, folder: Path, which: str = "best") -> int:

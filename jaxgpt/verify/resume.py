@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxgpt.checkpoint import Checkpoints
-from jaxgpt.cli.runs import start
+from jaxgpt.cli.runs import start_run
 from jaxgpt.config import Config, UsageError, check, replaced
 from jaxgpt.run import Run
 from jaxgpt.sharding import one_device
@@ -68,7 +68,7 @@ def verify_resume(
             f"eval_every is {every}, expected 1 to {steps - 1}, below the {steps} steps: without an earlier "
             "checkpoint, a killed run starts again from step 0 and nothing is resumed"
         )
-    straight, killed = (start(config, name, folder, data_dir)[0] for name in ("straight", "killed"))
+    straight, killed = (start_run(config, name, folder, data_dir)[0] for name in ("straight", "killed"))
     with train(straight, data_dir) as process:
         wait_for(1, straight, process, 1)
         began = time.perf_counter()

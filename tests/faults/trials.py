@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jaxgpt.checkpoint import Checkpoints, DamagedError
-from jaxgpt.cli.runs import start
+from jaxgpt.cli.runs import start_run
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.monitor.cost import n_params
 from jaxgpt.run import Run, RunError
@@ -58,7 +58,7 @@ def new_run(folder: Path, name: str, config: Config = SMALL) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         verse.write_text("the cat sat on the mat\nthat cat has a hat\n" * 20)
     config = Config(DataConfig(corpus=str(verse)), config.model, config.optimizer, config.train)
-    return start(config, name, folder / "runs", folder / "data")[0]
+    return start_run(config, name, folder / "runs", folder / "data")[0]
 
 
 def spawn(run: Run, target: object = child.resume) -> multiprocessing.process.BaseProcess:

@@ -3,7 +3,7 @@
 import pytest
 
 import jaxgpt
-from jaxgpt.cli.runs import start
+from jaxgpt.cli.runs import start_run
 from jaxgpt.metrics_log import Evaluated, Sampled
 from jaxgpt.monitor.spikes import sampler
 from jaxgpt.run import RunError
@@ -36,7 +36,7 @@ def test_samples_during_training_do_not_change_the_metrics(trained, tmp_path):
     run, data_dir = trained
     seen, metrics = [], []
     for name, write in (("plain", None), ("watched", sampler(run.config.model, run.tokenizer))):
-        again, corpus = start(run.config, name, tmp_path, data_dir)
+        again, corpus = start_run(run.config, name, tmp_path, data_dir)
         seen.clear()
         fit(again, corpus, seen.append, sample=write)
         metrics.append(again.metrics_file.read_bytes())

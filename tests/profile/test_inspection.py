@@ -235,9 +235,9 @@ EMPTY = {"mode": "", "facts": {}, "failed": {}, "tables": [], "notes": []}
 
 
 def test_a_run_is_inspected_by_its_name(tmp_path, monkeypatch, verse):
-    from jaxgpt.cli.runs import start
+    from jaxgpt.cli.runs import start_run
 
-    run, _ = start(
+    run, _ = start_run(
         Config(
             data=DataConfig(corpus=str(verse)),
             model=PLAIN.model,

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from jaxgpt import cli, model
-from jaxgpt.cli.runs import start
+from jaxgpt.cli.runs import start_run
 from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxgpt.serve.app import application
 from jaxgpt.serve.library import Library
@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
         assert cli.run_command([str(word) for word in [*command, "--data-dir", data]]) == 0
     bigram = ModelConfig("bigram", vocab_size=11, block_size=32)
     config = Config(DataConfig(corpus=str(text)), bigram, train=TrainConfig(batch_size=1))
-    start(config, "pairs", runs, data, model.init_params(bigram, jax.random.key(0)))
+    start_run(config, "pairs", runs, data, model.init_params(bigram, jax.random.key(0)))
     return runs
 
 
@@ -48,7 +48,7 @@ def library(tmp_path_factory):
     for name, shape in (("one", one), ("pairs", dataclasses.replace(one, kind="bigram"))):
         config = Config(DataConfig(corpus=str(folder / "text.txt")), shape, train=TrainConfig(batch_size=1))
         params = jax.tree.map(lambda x: 8 * x, jax.jit(model.init_params, static_argnums=0)(shape, jax.random.key(0)))
-        start(config, name, folder / "runs", folder / "data", params)
+        start_run(config, name, folder / "runs", folder / "data", params)
     (folder / "runs/broken").mkdir()
     (folder / "runs/broken/config.json").write_text("{}")
     return Library.at(str(folder / "runs"), folder)

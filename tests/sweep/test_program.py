@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.cli.runs import start
+from jaxgpt.cli.runs import start_run
 from jaxgpt.config import replaced
 from jaxgpt.sharding import one_device
 from jaxgpt.step import sharded_init
@@ -38,7 +38,7 @@ def runs(base, tmp_path_factory):
     """Three runs by `fit`, each with its summary; and their corpus."""
     folder, found = tmp_path_factory.mktemp("runs"), []
     for i, change in enumerate(CHANGES):
-        run, corpus = start(replaced(base, **change), f"run{i}", folder, folder / "data")
+        run, corpus = start_run(replaced(base, **change), f"run{i}", folder, folder / "data")
         found.append((run, fit(run, corpus)))
     return found, corpus
 

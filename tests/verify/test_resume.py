@@ -10,7 +10,7 @@ import pytest
 
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli import run_command
-from jaxgpt.cli.runs import resume, start
+from jaxgpt.cli.runs import resume, start_run
 from jaxgpt.config import check, replaced
 from jaxgpt.metrics_log import Evaluated, Progress
 from jaxgpt.recipes import RECIPES
@@ -27,7 +27,7 @@ from jaxgpt.verify.resume import compare, counts, scaled_down, verify_resume
 def finished(tiny_config, verse, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     config = replaced(tiny_config, corpus=str(verse), vocab_size=0, eval_batches=0, keep=9)
-    run, corpus = start(config, "a", folder / "runs", folder / "data")
+    run, corpus = start_run(config, "a", folder / "runs", folder / "data")
     fit(run, corpus)
     return run
 
@@ -240,7 +240,7 @@ def test_a_training_process_that_fails_is_reported(bigram_config, tmp_path, monk
 
 def test_training_process_killed_from_elsewhere_is_reported(bigram_config, tmp_path):
     """As by a system that is out of memory. Otherwise the incomplete run would be compared."""
-    run, _ = start(bigram_config, "one", tmp_path / "runs", tmp_path / "data")
+    run, _ = start_run(bigram_config, "one", tmp_path / "runs", tmp_path / "data")
 
     def killed():
         with verify.train(run, tmp_path / "data") as process:
