@@ -31,7 +31,7 @@ Loader = Callable[[int, int], tuple[Any, Any]]
 RANDOM, OFFSET, PERMUTATION, ESTIMATE, MIXTURE = range(5)
 STREAMS = {"random": RANDOM, "estimate": ESTIMATE}
 MIX = 1000
-"""Each part of a mixture gets its exact share of every MIX consecutive windows."""
+"""Of each block of MIX windows, every part of a mixture gets its exact share."""
 DEVICE_TOKENS = 2**28
 """Largest corpus kept on the device. Windows of a larger one are read from disk, chunk by chunk."""
 
@@ -61,7 +61,7 @@ def chunk_starts(
     """First token of each window of steps `begin` to `end` - 1, (end - begin, B). A window is T inputs and the token
     after them.
 
-    Every MIX consecutive windows are assigned to the parts of a mixture in a keyed order. With sampling "epoch",
+    Each block of MIX windows is assigned to the parts of a mixture in a keyed order. With sampling "epoch",
     the j-th window of a part is window j of a run on that part alone.
 
     Args:

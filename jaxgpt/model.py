@@ -1,6 +1,6 @@
 """GPT and the bigram model: ids -> features -> logits and losses, as pure functions of (config, params, ids).
 
-Parameters are nested dicts of arrays. Only this module and the rooms that inspect a model import Flax.
+Parameters are nested dicts of arrays. Of the core, only this module imports Flax.
 """
 
 import dataclasses

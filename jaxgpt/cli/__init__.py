@@ -1,4 +1,4 @@
-"""`jaxgpt COMMAND`. Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
+"""`jaxgpt COMMAND`. Exit codes: 0 done, 1 failed, 2 bad usage, 128 + N ended by signal N.
 
 Each command has a module whose `run` (`run_COMMAND` if it has several) takes the arguments after the command and
 returns the exit code. The module is imported only for its command, and JAX only after the arguments are parsed.

@@ -157,7 +157,7 @@ def parameter_rows(config: ModelConfig) -> Rows:
         }
         for (name, shape), n in found.items()
     ]
-    return [*rows, {"module": "in all", "count": total, "share, %": 100.0}]
+    return [*rows, {"module": "total", "count": total, "share, %": 100.0}]
 
 
 def program_rows(found: dict[str, Program]) -> Rows:
@@ -187,7 +187,7 @@ def program_figures(program: Program) -> dict[str, float | None]:
             "temporaries": stats.temp_size_in_bytes,
             "donated": -stats.alias_size_in_bytes,
         }
-        sizes["in all"] = sum(sizes.values())
+        sizes["total"] = sum(sizes.values())
         found |= {f"memory, {key}": size / 1e6 for key, size in sizes.items()}
     return found
 

@@ -67,7 +67,7 @@ NOTES = (
     "is read while the next step runs. speed: taken round by round, above 1 is faster. dispatches: programs dispatched "
     "per step, counted by JAX's profiler. step, MB: arguments, results and temporaries of the program by XLA's "
     "analysis, donated memory counted once.",
-    "pays after: steps until the total time is below eager's; 0 if the first step is done sooner too.",
+    "pays off after: steps until the total time is below eager's; 0 if the first step is earlier, too.",
 )
 
 
@@ -147,15 +147,15 @@ def rows(figures: dict[str, Any], steps: Rates) -> tuple[Rows, Rows]:
             after = break_even(extra, medians["eager"], medians[name])
             pays = "never" if after is None else round(after)
         stages = {f"{stage}, s": found["stages"].get(stage) for stage in STAGES}
-        first.append({"variant": name, **stages, "in all, s": seconds[name], "programs": found["programs"]})
+        first.append({"variant": name, **stages, "total, s": seconds[name], "programs": found["programs"]})
         later.append(
             {
                 "variant": name,
                 "steady, ms": series([1e3 / rate for rate in steps[name]]),
-                "speed, of jit's": ratio(steps[name], steps["jit"]) if "jit" in steps and name != "jit" else None,
+                "speed relative to jit": ratio(steps[name], steps["jit"]) if "jit" in steps and name != "jit" else None,
                 "dispatches": found["dispatches"],
                 "step, MB": found["step_bytes"] / 1e6 if found["step_bytes"] else None,
-                "pays after, steps": pays,
+                "pays off after, steps": pays,
             }
         )
     return first, later

@@ -20,6 +20,7 @@ from jaxgpt.config import Config, UsageError, check, replaced
 from jaxgpt.run import Run
 from jaxgpt.sharding import one_device
 from jaxgpt.step import abstract_state
+from jaxgpt.train import due
 
 
 class Verdict(NamedTuple):
@@ -43,6 +44,14 @@ def scaled_down(config: Config) -> Config:
     end = config.optimizer.decay_steps or config.train.steps
     scan = max(1, min(config.train.scan_steps, config.train.steps // 6))
     return replaced(config, decay_steps=end, steps=6 * scan, scan_steps=scan, eval_every=2 * scan)
+
+
+def kill_steps(config: Config) -> list[int]:
+    """The steps after which to kill: all after the first save whose scan does not end with a save, which could be
+    faster than the kill; if there are none, all after the first save."""
+    steps, K = config.train.steps, config.train.scan_steps
+    later = range(config.train.eval_every + 1, steps + 1)
+    return [step for step in later if not due(config, min(-(-step // K) * K, steps))] or list(later)
 
 
 def verify_resume(
@@ -77,7 +86,7 @@ def verify_resume(
         process.wait()
     report(f"straight: {steps:,} steps")
     rng, killed_at, counted = random.Random(seed), list[int](), 0
-    targets = sorted(rng.choices(range(every + 1, steps + 1), k=kills))
+    targets = sorted(rng.choices(kill_steps(config), k=kills))
     while counted < kills and len(killed_at) < 5 * kills:
         with train(killed, data_dir) as process:
             wait_for(targets[counted], killed, process, len(killed_at) + 1)
