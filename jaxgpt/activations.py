@@ -76,7 +76,7 @@ def _layer_norm_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tu
     normal, inverse = _normalized(x)
     d = g * per_channel(scale, x)
     dx = inverse * (d - d.mean(-1, keepdims=True) - normal * (d * normal).mean(-1, keepdims=True))
-    return dx.astype(x.dtype), (g * normal).sum(tuple(range(g.ndim - 1)))
+    return dx.astype(x.dtype), (g * normal).sum(tuple(range(g.ndim - 1))).astype(scale.dtype)
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

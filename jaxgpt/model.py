@@ -422,11 +422,11 @@ def extend(
     token attends to the last block_size tokens, whose keys and values above the first block depend on still earlier
     ones. Learned positions end: more tokens give NaN.
 
-    A cache of S slots is enough for S tokens in total, or for any number if S >= block_size + T - 1.
+    A cache of S slots is enough for S tokens in total, padding included, or for any number if S >= block_size + T - 1.
 
     Args:
       length: how many of the T tokens are real, 1 to T. The others are padding on the right: nothing attends to them,
-        and the next tokens overwrite them. None: all.
+        and the next tokens overwrite them. Learned positions must hold them, too. None: all.
 
     Raises:
       ValueError: T is greater than S.

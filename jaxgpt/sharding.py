@@ -265,8 +265,7 @@ def by_rows(
     return call(x, kernels, targets)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(dtype: Any, kernel: jax.Array) -> jax.Array:
+def _gather(dtype: Any, kernel: jax.Array) -> jax.Array:
     """A kernel (C, V) that is sharded along C, rounded to `dtype` and gathered: (1, C, V) on each device."""
     return lax.all_gather(kernel.astype(dtype), DIMENSIONS["channels"], tiled=True).astype(kernel.dtype)[None]
 
@@ -279,7 +278,8 @@ def _scattered(dtype: Any, _: None, g: jax.Array) -> tuple[jax.Array]:
     return (with_layout_constraint(own, Layout((0, 1))),)
 
 
-_gathered.defvjp(lambda dtype, kernel: (_gathered(dtype, kernel), None), _scattered)
+_gathered = jax.custom_vjp(_gather, nondiff_argnums=(0,))
+_gathered.defvjp(lambda dtype, kernel: (_gather(dtype, kernel), None), _scattered)
 
 
 def lookup(table: jax.Array, idx: jax.Array) -> jax.Array:

@@ -98,6 +98,8 @@ def train_steps(
       The state after K steps, and their metrics, each (K,).
     """
 
+    tokens = None if tokens is None else jnp.asarray(tokens)  # NumPy's cannot be indexed inside a scan
+
     def body(state: TrainState, windows: jax.Array) -> tuple[TrainState, Metrics]:
         batch = inputs_and_targets(windows) if tokens is None else take(tokens, windows, config.model.block_size)
         return train_step(config, state, batch, hyper)

@@ -67,3 +67,8 @@ def test_backward_pass_saves_only_the_input():
         large = [leaf for leaf in jax.tree.leaves(vjp) if leaf.size >= X.size]
         assert [leaf.dtype for leaf in large] == [jnp.bfloat16]
         assert vjp(jnp.ones_like(function(x)))[0].dtype == jnp.bfloat16
+
+
+def test_gradient_of_a_bfloat16_scale_is_bfloat16():
+    scale = SCALE.astype(jnp.bfloat16)
+    assert jax.grad(lambda scale: activations.layer_norm(X, scale).sum())(scale).dtype == jnp.bfloat16

@@ -238,7 +238,7 @@ def test_training_and_sampling_with_strict_dtype_promotion(tiny, change, options
     config, idx = change(tiny, **options), jnp.zeros((1, 8), jnp.int32)
     with jax.numpy_dtype_promotion("strict"):
         state = jax.eval_shape(lambda: init_state(config))
-        tokens, windows = jnp.asarray(TOKENS), starts(config, 0, 5).astype(np.int32)
+        tokens, windows = np.asarray(TOKENS), starts(config, 0, 5).astype(np.int32)
         after, _ = jax.eval_shape(lambda state: steps.train_steps(config, state, tokens, windows), state)
         jax.eval_shape(lambda params: model.losses(config.model, params, idx, idx), state.params)
         generate(config.model, model.init_params(config.model, jax.random.key(0)), idx, 3, jax.random.key(1))
