@@ -22,6 +22,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
         sync(partial)
         partial.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the partial file, or, on a full disk, none
+        raise
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -478,6 +479,16 @@ def test_closed_output_is_not_an_error(tmp_path, closed):
     command = f"'{sys.executable}' -m jaxgpt recipes {closed}"
     done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=60, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("args", ["recipes", "--help", "--version"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_an_error(args, unbuffered):
+    with open("/dev/full", "w") as full:
+        command, env = [sys.executable, "-m", "jaxgpt", args], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=env)
+    assert done.returncode == 1
+    assert re.fullmatch(r"jaxgpt: .*No space left on device\n", done.stderr)
 
 
 @pytest.mark.smoke

@@ -53,13 +53,22 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         signal.signal(signal.SIGINT, _interrupt)
     code = run_command(sys.argv[1:] if argv is None else argv)
     gc.freeze()  # the last collection would take half a second, for objects that end with the process
-    try:
-        sys.stdout.flush()
-    except OSError:  # a full disk or a closed pipe: make the interpreter's own last flush succeed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if (error := flush_stdout()) and not isinstance(error, BrokenPipeError):
+        code = code or _fail(f"the output cannot be written: {error.strerror}", 1)
     if code == 130 and not _one_of_several():
         os._exit(code)  # at once: the interpreter would wait for threads that compile
     sys.exit(code)
+
+
+def flush_stdout() -> OSError | None:
+    """Flush stdout. If that fails, as on a full disk, return the error and send all later output to the null device, so
+    that the interpreter's own last flush succeeds."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
 
 
 def run_command(argv: Sequence[str]) -> int:
@@ -67,18 +76,18 @@ def run_command(argv: Sequence[str]) -> int:
     if "--traceback" in argv:
         os.environ["JAXGPT_TRACEBACK"] = "1"  # for child processes too
         argv = [arg for arg in argv if arg != "--traceback"]
-    if not argv or argv[0] in ("-h", "--help"):
-        print(overview())
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        print(_versions())
-        return 0
-    command, args = argv[0], list(argv[1:])
-    if command not in COMMANDS:
+    command, args = (argv[0], list(argv[1:])) if argv else ("--help", [])
+    if command not in (*COMMANDS, "-h", "--help", "--version"):
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         return _fail(f"no command {command!r}{hint}\n{overview()}", 2)
     try:
+        if command in ("-h", "--help"):
+            print(overview())
+            return 0 if argv else 2
+        if command == "--version":
+            print(_versions())
+            return 0
         module = import_module(f"jaxgpt.{COMMANDS[command][0]}")
         run = getattr(module, f"run_{command.replace('-', '_')}", None) or module.run
         return run(args)

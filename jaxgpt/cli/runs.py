@@ -65,7 +65,8 @@ def corpus_of(run: Run, data_dir: Path) -> Corpus:
     by_hand = f"put its original tokens-*.bin and tokens.json into {folders}, or name the folder above: --data-dir"
     problem = "now gives other tokens"
     try:
-        if any(places.local_path(part).is_fifo() for _, part in corpora.mixture(name)):
+        parts = [part for _, part in corpora.mixture(name)]
+        if any(part.startswith(("/dev/stdin", "/dev/fd/")) or places.local_path(part).is_fifo() for part in parts):
             raise CorpusError("a pipe is read only once")
         found = prepared(configs.replaced(run.config, tokenizer=str(run.path / "tokens.json")), data_dir)
         if found.meta["sha256"] == wanted:

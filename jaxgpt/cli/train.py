@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from jaxgpt.cli import flush_stdout
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Folders, command_line, parse, take_name
 from jaxgpt.cli.places import local_path
@@ -54,7 +55,9 @@ def run(args: list[str]) -> int:
     existing = Run.named(given.folders.runs_dir, given.run) if given.resume else None
     if existing:
         given = parse(Train, args, f"train {name}", about, default=replace(default, config=existing.config))
-    return _fit(given, existing)
+    code = _fit(given, existing)
+    flush_stdout()  # the run is saved, whatever becomes of its output
+    return code
 
 
 def _from_file(name: str, config: Config) -> Train:

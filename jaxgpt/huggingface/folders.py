@@ -87,20 +87,26 @@ def export_run(run: Run, folder: Path, which: str = "best") -> int:
     """Write a checkpoint with its config, vocabulary and model card into a new folder, atomically. Returns its step.
 
     Raises:
-      InteropError: the folder exists, or the model is not a GPT-2.
+      InteropError: the folder exists or cannot be written, or the model is not a GPT-2.
       RunError: there is no checkpoint yet.
     """
     if folder.exists():
         raise InteropError(f"{folder} exists; give a new folder: --out OTHER-FOLDER")
+    from safetensors import SafetensorError
+
     step, params = load_checkpoint(run, which)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         gpt2.save(partial, run.config.model, jax.device_get(params))
         shutil.copyfile(run.path / "tokens.json", partial / "tokens.json")
         # the bytes of a path that is not UTF-8 are surrogates, which the card shows as escapes
         (partial / "README.md").write_text(card(run, step), "utf-8", errors="backslashreplace")
         partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise InteropError(
+            f"{folder} cannot be written: {getattr(error, 'strerror', error)}; name another folder: --out"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return step

@@ -1,5 +1,6 @@
 """`jaxgpt scaling-fit`: train a family of sizes and fit a scaling law."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class ScalingFit:
 
 def run(args: list[str]) -> int:
     given = parse(ScalingFit, args, "scaling-fit")
-    if min(given.seeds, *given.tokens, *given.flops) <= 0:
+    if not all(0 < number < math.inf for number in (given.seeds, *given.tokens, *given.flops)):
         raise UsageError("--seeds, --tokens and --flops: expected numbers above 0")
     from jaxgpt.scaling_law import family, view
     from jaxgpt.scaling_law.law import fit

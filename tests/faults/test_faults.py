@@ -203,7 +203,8 @@ def test_a_full_disk_for_stdout_does_not_end_the_run(tmp_path):
     run = trials.new_run(tmp_path, "one", trials.short(trials.SMALL))
     args = [sys.executable, "-m", "jaxgpt", "train", "--run", "one", "--resume"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(args, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+        env = os.environ | {"PYTHONUNBUFFERED": ""}  # so that the last lines fail at the end, too
+        done = subprocess.run(args, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     assert latest(run) == 20
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from jaxgpt import files, model
 from jaxgpt.cli import sample
@@ -152,12 +153,13 @@ def test_an_import_uses_the_vocabulary_of_its_folder(with_vocabulary, verse, tmp
     assert folders.import_run(folder, change(config, tokenizer="byte"), "bytes", *where).config.data.tokenizer == "byte"
 
 
-def test_a_failed_export_leaves_nothing(imported, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space"), SafetensorError("I/O error: No space")])
+def test_a_failed_export_leaves_nothing(imported, tmp_path, monkeypatch, error):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(gpt2, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(InteropError, match=r"out cannot be written: .*No space; name another folder: --out"):
         folders.export_run(imported, tmp_path / "new" / "out")
     assert list((tmp_path / "new").iterdir()) == []
 

@@ -57,6 +57,11 @@ def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeyp
         patch.setitem(sys.modules, "vl_convert", None)
         assert run_command(["scaling-fit", "--corpus", str(verse), "--flops", "1e13", "--name", "bare"]) == 0
     assert "no plots were drawn: a chart needs vl-convert-python, which is not installed" in capsys.readouterr().out
+    for flops in (["nan"], ["1e400"], ["1", "0"]):
+        assert run_command(["scaling-fit", "--corpus", str(verse), "--flops", *flops]) == 2
+        assert "expected numbers above 0" in capsys.readouterr().err
+    assert run_command(["scaling-fit", "--corpus", str(verse), "--tokens", "--flops"]) == 2
+    assert "0 amounts of --tokens" in capsys.readouterr().err
     assert run_command(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32"]) == 2
     assert run_command(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "4000"]) == 2
     assert "6 --sizes and 1 amounts of --tokens (15360, in whole scans" in capsys.readouterr().err
