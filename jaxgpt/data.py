@@ -31,7 +31,7 @@ Loader = Callable[[int, int], tuple[Any, Any]]
 RANDOM, OFFSET, PERMUTATION, ESTIMATE, MIXTURE = range(5)
 STREAMS = {"random": RANDOM, "estimate": ESTIMATE}
 MIX = 1000
-"""Of each block of MIX windows, every part of a mixture gets its exact share."""
+"""A mixture assigns windows in blocks of MIX: each part gets its share of every block, to within one window."""
 DEVICE_TOKENS = 2**28
 """Largest corpus kept on the device. Windows of a larger one are read from disk, chunk by chunk."""
 

@@ -23,7 +23,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         sync(partial)
         partial.replace(path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # not the partial file, or, on a full disk, none
+        error.filename = str(path)  # not the partial file, or, on a full disk, none
+        del error.filename2  # None would be printed
         raise
     finally:
         partial.unlink(missing_ok=True)

@@ -125,7 +125,7 @@ def generate(
     sampling: SamplingParams = SamplingParams(),
 ) -> jax.Array:
     """Continue each prompt by `n_tokens`: ids (B, P), with P at least 1 -> (B, n_tokens) int32. The prompt, the
-    parameters and the key may be traced, as by `vmap` over several models.
+    parameters and the key may be traced, as by `vmap` over several models; a `shard_map` needs `check_vma=False`.
 
     Token i of sequence b depends only on (key, b, i) and the tokens before it, not on the rest of the batch. Only the
     last block_size tokens of a prompt are read. Up to block_size tokens in total, the logits are those of
@@ -139,13 +139,16 @@ def generate(
       UsageError: a prompt that is empty or not of integers, an id outside the vocabulary (unless the prompt is traced),
         or a number out of range.
     """
-    pieces, xp = stream(config, params, prompt, n_tokens, key, sampling, LONGEST), _numpy_for(params, prompt, key)
-    return jax.device_put(xp.concatenate([np.empty((np.shape(prompt)[0], 0), np.int32), *pieces], axis=1))
+    pieces = [
+        np.empty((np.shape(prompt)[0], 0), np.int32),
+        *stream(config, params, prompt, n_tokens, key, sampling, LONGEST),
+    ]
+    return jax.device_put(_numpy_for(pieces[-1]).concatenate(pieces, axis=1))
 
 
-def _numpy_for(*values: Any) -> Any:
+def _numpy_for(x: Any) -> Any:
     """jax.numpy if an array is traced, else numpy, which compiles nothing."""
-    return jnp if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)) else np
+    return jnp if isinstance(x, jax.core.Tracer) else np
 
 
 def stream(
@@ -159,7 +162,7 @@ def stream(
 ) -> Iterator[NDArray[np.int32]]:
     """`generate` in pieces (B, n), n <= chunk <= LONGEST. Errors are raised before the first piece is requested."""
     text: Any = prompt if isinstance(prompt, jax.core.Tracer) else np.asarray(prompt)
-    draw, V, W, xp = checked(sampling), config.vocab_size, config.block_size, _numpy_for(params, prompt, key)
+    draw, V, W = checked(sampling), config.vocab_size, config.block_size
     if text.ndim != 2 or text.size == 0 or text.dtype.kind not in "iu":
         found = f"shape {text.shape} and dtype {text.dtype}"
         raise UsageError(f"the prompt has {found}, expected (B, P) integers with at least one token")
@@ -170,7 +173,6 @@ def stream(
     if not 0 <= draw.n_ids <= V:
         raise UsageError(f"n_ids is {draw.n_ids}, expected 0 (all) to {V}")
     slides = config.kind == "bigram" or config.position == "rope"
-    decode = _decode_traced if xp is jnp else _decode_donated
     config, params = for_decoding(config, params)
 
     def pieces(text: Any) -> Iterator[Any]:
@@ -179,11 +181,13 @@ def stream(
             if state is None:
                 read = text.shape[1]
                 slots = W if written else bucket(read + n_tokens - 1, W)  # the last token is not read
-                padded = xp.pad(text, [(0, 0), (0, bucket(read, W) - read)])
+                padded = _numpy_for(text).pad(text, [(0, 0), (0, bucket(read, W) - read)])
                 state = _read(config, params, padded, np.int32(read), np.int32(written), key, draw, slots)
+                xp = _numpy_for(state.token)
                 piece = xp.asarray(state.token)[:, None]
             else:
                 n = min(chunk, n_tokens - written, n_tokens if slides else W - read)
+                decode = _decode_traced if xp is jnp else _decode_donated
                 state, tokens = decode(config, params, state, np.int32(n), draw)
                 piece = xp.asarray(tokens)[:, :n]
                 read += n

@@ -193,8 +193,8 @@ def spec_of(x: jax.Array) -> PartitionSpec:
 
 
 def varying_alike(*arrays: jax.Array) -> Sequence[jax.Array]:
-    """Arrays that meet in a `custom_vjp` or a loop in a user's `shard_map`, all marked as varying over the devices over
-    which one of them does. So the gradient of a parameter that is equal on all devices is summed over them."""
+    """Arrays that meet in a `custom_vjp` or a loop in a user's `shard_map`, each marked as varying over every mesh axis
+    over which any of them varies. So the gradient of a parameter that is equal on all devices is summed over them."""
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return arrays
     varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
+from numpy.typing import ArrayLike
 
 from jaxgpt import matmul, model, prng
 from jaxgpt.config import Config, TrainConfig
@@ -84,7 +85,7 @@ def train_step(
 def train_steps(
     config: Config,
     state: TrainState,
-    tokens: jax.Array | None,
+    tokens: ArrayLike | None,
     windows: jax.Array,
     hyper: Hyperparameters | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -129,9 +130,9 @@ def loss_and_grads(
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, micro_batch, key)), None
 
     micro_batches = jax.tree.map(lambda x: x.reshape(A, -1, *x.shape[1:]), batch)
-    start = varying_alike(jnp.zeros(()), batch.inputs, *jax.tree.leaves(params))[0]
-    zeros = jax.tree.map(lambda p: varying_alike(jnp.zeros_like(p), p)[0], params)
-    total, _ = jax.lax.scan(add, (start, zeros), (micro_batches, jnp.arange(A)))
+    zero = varying_alike(jnp.zeros(()), *jax.tree.leaves((batch, params, dropout_key, dropout)))[0]
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, _ = jax.lax.scan(add, (zero, zeros), (micro_batches, jnp.arange(A)))
     return jax.tree.map(lambda x: x / A, total)
 
 

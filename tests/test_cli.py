@@ -481,11 +481,11 @@ def test_closed_output_is_not_an_error(tmp_path, closed):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("args", ["recipes", "--help", "--version"])
+@pytest.mark.parametrize("args", ["recipes", "--help", "--version", "sample --help"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_cannot_be_written_is_an_error(args, unbuffered):
     with open("/dev/full", "w") as full:
-        command, env = [sys.executable, "-m", "jaxgpt", args], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        command, env = [sys.executable, "-m", "jaxgpt", *args.split()], os.environ | {"PYTHONUNBUFFERED": unbuffered}
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=env)
     assert done.returncode == 1
     assert re.fullmatch(r"jaxgpt: .*No space left on device\n", done.stderr)

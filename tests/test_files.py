@@ -69,7 +69,7 @@ def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch, call):
 
     with monkeypatch.context() as patch:
         patch.setattr(call, raise_disk_full)
-        with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        with pytest.raises(OSError, match=f"No space left on device: '{path}'$"):
             files.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

@@ -200,7 +200,10 @@ def test_models_prompts_and_keys_can_be_mapped(tiny, change, position):
         for each in got:
             np.testing.assert_array_equal(each[i], alone)
     fixed = jax.vmap(lambda params: generate(config, params, prompts[0], 20, KEY))(models)
-    np.testing.assert_array_equal(fixed[0], generate(config, jax.tree.map(lambda x: x[0], models), prompts[0], 20, KEY))
+    first = jax.tree.map(lambda x: x[0], models)
+    alone = generate(config, first, prompts[0], 20, KEY)
+    np.testing.assert_array_equal(fixed[0], alone)
+    np.testing.assert_array_equal(jax.jit(lambda: generate(config, first, prompts[0], 20, KEY))(), alone)
 
 
 def test_keys_are_folded_by_sequence_and_token_number(tiny_model):

@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     gc.set_threshold(100_000)  # 700 new objects by default; JAX creates many that live on
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    code = run_command(sys.argv[1:] if argv is None else argv)
+    try:
+        code = run_command(sys.argv[1:] if argv is None else argv)
+    except SystemExit as ended:  # tyro has printed the help, or what it refused
+        code = int(ended.code or 0)
     gc.freeze()  # the last collection would take half a second, for objects that end with the process
     if (error := flush_stdout()) and not isinstance(error, BrokenPipeError):
         code = code or _fail(f"the output cannot be written: {error.strerror}", 1)

@@ -1,6 +1,7 @@
 """`jaxgpt diagnose`: derivatives of a run's loss, and a look inside its model."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,6 +68,8 @@ def run(args: list[str]) -> int:
     train, val = corpus.split(config.data)
     text = val[: max(config.model.block_size, 384) + 1]
     if given.text is not None:
+        if re.search("[\ud800-\udfff]", given.text):  # Python decodes other bytes to surrogates
+            raise UsageError(f"--text is {given.text!r}, expected UTF-8")
         try:
             text = corpus.tokenizer.encode(normalize_line_ends(corpus.tokenizer, given.text))
         except UnknownCharacterError as error:

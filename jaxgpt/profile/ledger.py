@@ -67,7 +67,7 @@ NOTES = (
     "is read while the next step runs. speed: taken round by round, above 1 is faster. dispatches: programs dispatched "
     "per step, counted by JAX's profiler. step, MB: arguments, results and temporaries of the program by XLA's "
     "analysis, donated memory counted once.",
-    "pays off after: steps until the total time is below eager's; 0 if the first step is earlier, too.",
+    "pays off after: steps until the total time is below eager's; 0 if the first step is done earlier, too.",
 )
 
 

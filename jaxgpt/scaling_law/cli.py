@@ -32,7 +32,7 @@ class ScalingFit:
 def run(args: list[str]) -> int:
     given = parse(ScalingFit, args, "scaling-fit")
     if not all(0 < number < math.inf for number in (given.seeds, *given.tokens, *given.flops)):
-        raise UsageError("--seeds, --tokens and --flops: expected numbers above 0")
+        raise UsageError("--seeds, --tokens and --flops: expected finite numbers above 0")
     from jaxgpt.scaling_law import family, view
     from jaxgpt.scaling_law.law import fit
 

@@ -47,8 +47,8 @@ def scaled_down(config: Config) -> Config:
 
 
 def kill_steps(config: Config) -> list[int]:
-    """The steps after which to kill: all after the first save whose scan does not end with a save, which could be
-    faster than the kill; if there are none, all after the first save."""
+    """The steps to kill after: those beyond the first save, except in scans that end with a save, which could finish
+    before the kill. If every scan ends with a save, all beyond the first."""
     steps, K = config.train.steps, config.train.scan_steps
     later = range(config.train.eval_every + 1, steps + 1)
     return [step for step in later if not due(config, min(-(-step // K) * K, steps))] or list(later)

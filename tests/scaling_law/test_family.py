@@ -59,7 +59,7 @@ def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeyp
     assert "no plots were drawn: a chart needs vl-convert-python, which is not installed" in capsys.readouterr().out
     for flops in (["nan"], ["1e400"], ["1", "0"]):
         assert run_command(["scaling-fit", "--corpus", str(verse), "--flops", *flops]) == 2
-        assert "expected numbers above 0" in capsys.readouterr().err
+        assert "expected finite numbers above 0" in capsys.readouterr().err
     assert run_command(["scaling-fit", "--corpus", str(verse), "--tokens", "--flops"]) == 2
     assert "0 amounts of --tokens" in capsys.readouterr().err
     assert run_command(["scaling-fit", "--corpus", str(verse), "--sizes", "2x16", "2x32"]) == 2

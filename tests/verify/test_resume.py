@@ -20,7 +20,7 @@ from jaxgpt.signals import SIGNALS
 from jaxgpt.step import abstract_state
 from jaxgpt.train import fit
 from jaxgpt.verify import resume as verify
-from jaxgpt.verify.resume import compare, counts, scaled_down, verify_resume
+from jaxgpt.verify.resume import compare, counts, kill_steps, scaled_down, verify_resume
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,16 @@ def test_every_recipe_scales_down_to_a_valid_config(name):
     assert small.optimizer.decay_steps == config.train.steps
     assert small.model == config.model
     assert small.train.scan_steps < small.train.eval_every < small.train.steps <= config.train.steps
+
+
+@pytest.mark.parametrize(
+    ("steps", "scan_steps", "eval_every", "expected"),
+    [(30, 5, 10, [*range(11, 16), *range(21, 26)]), (10, 3, 6, [7, 8, 9]), (10, 3, 9, [10]), (10, 5, 5, range(6, 11))],
+)
+def test_kills_are_in_scans_that_end_without_a_save_if_there_are_any(
+    tiny, change, steps, scan_steps, eval_every, expected
+):
+    assert kill_steps(change(tiny, steps=steps, scan_steps=scan_steps, eval_every=eval_every)) == list(expected)
 
 
 @pytest.mark.slow
