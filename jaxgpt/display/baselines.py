@@ -1,4 +1,4 @@
-"""Losses to compare with: of uniform guesses, of unigram and bigram counts, and published ones."""
+"""Losses to compare with: of uniform guesses, and of unigram and bigram counts."""
 
 import math
 from dataclasses import dataclass
@@ -11,14 +11,6 @@ from jaxgpt.tokenizer import Ids
 
 COUNTED, STRETCHES = 2**24, 64
 """Tokens counted or scored of a larger split, and the number of evenly spaced stretches that they come from."""
-
-PUBLISHED = {
-    ("shakespeare", "char"): (
-        ("nanoGPT, its CPU settings, by random batches", 1.88),
-        ("nanoGPT, its GPU settings, by random batches", 1.4697),
-    )
-}
-"""(corpus, tokenizer) to figures in nats per token, from the README of github.com/karpathy/nanoGPT."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +61,3 @@ def stretches(tokens: Ids) -> list[NDArray[np.int64]]:
 def _pairs(parts: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Each token that another follows in its stretch, and the token after it."""
     return np.concatenate([part[:-1] for part in parts]), np.concatenate([part[1:] for part in parts])
-
-
-def published(meta: dict[str, Any]) -> tuple[tuple[str, float], ...]:
-    """(source, nats per token) of each published loss on the corpus of a tokens.json."""
-    return PUBLISHED.get((meta["source"], meta["tokenizer"]["kind"]), ())

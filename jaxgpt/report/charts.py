@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 from jaxgpt.diagnostics.plots import attention_maps
-from jaxgpt.display.baselines import published
 from jaxgpt.display.charts import Spec, chart, dots
 from jaxgpt.monitor.curves import curves, loss
 from jaxgpt.monitor.facts import Facts
@@ -45,7 +44,7 @@ def baselines(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, 
 
 
 def outcome(runs: Sequence[Facts], looks: Sequence[Looks]) -> Spec | None:
-    """The best loss of each run beside the n-gram baselines and published figures; bits per byte if tokens differ."""
+    """The best loss of each run beside the n-gram baselines; bits per byte if tokens differ."""
     rows: list[Spec] = []
     same = same_tokens(runs)
     for facts in runs:
@@ -54,10 +53,9 @@ def outcome(runs: Sequence[Facts], looks: Sequence[Looks]) -> Spec | None:
             loss = best.loss if same else best.bits_per_byte
             error = 0.0 if math.isnan(best.standard_error) else best.standard_error * loss / (best.loss or 1)
             rows.append({"what": facts.name, "loss": loss, "kind": "run", "low": loss - error, "high": loss + error})
-    others = {"baseline": baselines(runs, looks), "published": published(runs[0].corpus) if same else ()}
-    rows += [{"what": name, "loss": value, "kind": kind} for kind, each in others.items() for name, value in each]
+    rows += [{"what": name, "loss": value, "kind": "baseline"} for name, value in baselines(runs, looks)]
     rows.sort(key=lambda row: -row["loss"])
-    return dots(rows, ["run", *others], "nats per token" if same else "bits per byte") if rows else None
+    return dots(rows, ["run", "baseline"], "nats per token" if same else "bits per byte") if rows else None
 
 
 def maps(attention: Attention) -> Spec:

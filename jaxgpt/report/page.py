@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxgpt
 from jaxgpt.config import MissingExtraError
-from jaxgpt.display.baselines import COUNTED, published
+from jaxgpt.display.baselines import COUNTED
 from jaxgpt.display.charts import Spec, script
 from jaxgpt.monitor.facts import Facts, differing, kinds
 from jaxgpt.recipes import RECIPES
@@ -51,7 +51,7 @@ def page(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec],
         missing=[f"{facts.name}, {name}: {why}" for facts, each in zip(runs, looks, strict=True)
                  for name, why in each.missing.items()],
         runs=runs, look=look, charts=charts, refresh=refresh, newest=NEWEST, temperature=TEMPERATURE, counted=COUNTED,
-        samples=samples(runs, looks), same_tokens=same_tokens(runs), recipes=RECIPES, published=published,
+        samples=samples(runs, looks), same_tokens=same_tokens(runs), recipes=RECIPES,
         differing=[(name, *values) for name, values in differing(runs)], numbers=numbers, comparison=comparison,
         configuration=configuration, settings=settings, events=events, version=jaxgpt.__version__,
         time=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),

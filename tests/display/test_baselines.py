@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.display import baselines
-from jaxgpt.display.baselines import ngram_losses, published
+from jaxgpt.display.baselines import ngram_losses
 
 
 def test_ngram_losses_equal_those_counted_by_hand():
@@ -37,9 +37,3 @@ def test_a_large_split_is_counted_in_stretches_from_end_to_end(monkeypatch):
     (first, *_, last) = baselines.stretches(np.arange(1000))
     assert (first[0], last[-1]) == (0, 999)
     assert [part.tolist() for part in baselines.stretches(np.arange(128))] == [list(range(128))]
-
-
-def test_published_figures_belong_to_their_corpus():
-    meta = {"source": "shakespeare", "tokenizer": {"kind": "char"}}
-    assert len(published(meta)) == 2
-    assert published(meta | {"source": "verse"}) == ()

@@ -187,15 +187,6 @@ def layer(spec, mark):
     return found["data"]["values"] if found else []
 
 
-def test_published_figures_are_shown_only_for_their_corpus(report):
-    corpus = report.runs[0].corpus | {"source": "shakespeare"}
-    one = replace(report.runs[0], corpus=corpus)
-    other = replace(report.runs[0], name="other", corpus=corpus | {"sha256": "another", "source": "verse"})
-    for runs, published in (([one], True), ([one, replace(one, name="again")], True), ([one, other], False)):
-        rows = charts.outcome(runs, report.looks * 2)["layer"][0]["data"]["values"]
-        assert ("published" in {row["kind"] for row in rows}) == published
-
-
 def test_runs_on_different_tokens_are_compared_in_bits_per_byte(report):
     """A loss per token is lower for tokens of a byte than for words, though they take more bits."""
     (run,) = report.runs
