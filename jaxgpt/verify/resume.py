@@ -20,7 +20,6 @@ from jaxgpt.config import Config, UsageError, check, replaced
 from jaxgpt.run import Run
 from jaxgpt.sharding import one_device
 from jaxgpt.step import abstract_state
-from jaxgpt.train import due
 
 
 class Verdict(NamedTuple):
@@ -46,12 +45,12 @@ def scaled_down(config: Config) -> Config:
     return replaced(config, decay_steps=end, steps=6 * scan, scan_steps=scan, eval_every=2 * scan)
 
 
-def kill_steps(config: Config) -> list[int]:
-    """The steps to kill after: those beyond the first save, except in scans that end with a save, which could finish
-    before the kill. If every scan ends with a save, all beyond the first."""
-    steps, K = config.train.steps, config.train.scan_steps
-    later = range(config.train.eval_every + 1, steps + 1)
-    return [step for step in later if not due(config, min(-(-step // K) * K, steps))] or list(later)
+def kill_steps(config: Config) -> range:
+    """The steps to kill after: those beyond the first save but not in the last scan, whose save could finish before the
+    kill; if there are none, all beyond the first save."""
+    steps, K, every = config.train.steps, config.train.scan_steps, config.train.eval_every
+    last = (steps - 1) // K * K
+    return range(every + 1, (last if last > every else steps) + 1)
 
 
 def verify_resume(
