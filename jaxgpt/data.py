@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 
 def window_starts(seed: int, step: int, n_tokens: int, T: int, B: int, sampling: str = "epoch") -> Starts:
     """First token of each window of one step, (B,); arguments as in `chunk_starts`."""
-    return chunk_starts(seed, step, step + 1, n_tokens, T, B, sampling)[0]
+    return chunk_starts(seed, int(step), int(step) + 1, n_tokens, T, B, sampling)[0]
 
 
 def chunk_starts(
@@ -73,6 +73,7 @@ def chunk_starts(
     Raises:
       ValueError: a part has fewer than T + 1 tokens, or sampling is unknown.
     """
+    begin, end, T, B = int(begin), int(end), int(T), int(B)  # an array of 32 bits would overflow
     parts = parts if isinstance(parts, Sequence) else [Part(int(parts), 1.0)]
     for n_tokens, _ in parts:
         _require_window(n_tokens, T)

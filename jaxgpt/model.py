@@ -245,7 +245,7 @@ class GPT(nn.Module):
             before = None if cache is None else jnp.where(cache.read > 0, sharding.rows(wte, cache.last), 0)
             x = x + factor[None, None] * previous(x, before)
         if cfg.bigram_embed:
-            pairs = previous(idx, None if cache is None else cache.last).astype(jnp.int32) * V + idx
+            pairs = previous(idx, None if cache is None else cache.last).astype(jnp.int32) * V + idx.astype(jnp.int32)
             embedded = sharding.rows(embed(V * V, C, "bigram", stddev=0.0).embedding, pairs)
             x = x + jnp.where(positions[None, :, None] > 0, embedded, 0)  # position 0 has no previous token
         if cfg.position == "learned":
@@ -404,9 +404,11 @@ def losses(
     """Loss of each target in nats: ids and targets (B, T) -> (B, T).
 
     Equals `token_losses` of `forward`, but large logits never exist all at once (`loss.losses_of`). Arguments and
-    errors as in `features`.
+    errors as in `features`; also a ValueError if the targets have another shape than the ids.
     """
     x = features(config, params, idx, dropout_key, dropout)
+    if targets.shape != idx.shape:
+        raise ValueError(f"the targets have shape {targets.shape}, expected {idx.shape}")
     if config.kind == "bigram":
         return token_losses(x, targets)
     return loss.losses_of(partial(head, config), x, head_kernel(config, params), targets, config.precision)

@@ -125,7 +125,8 @@ def generate(
     sampling: SamplingParams = SamplingParams(),
 ) -> jax.Array:
     """Continue each prompt by `n_tokens`: ids (B, P), with P at least 1 -> (B, n_tokens) int32. The prompt, the
-    parameters and the key may be traced, as by `vmap` over several models; a `shard_map` needs `check_vma=False`.
+    parameters and the key may be traced, as by `vmap` over several models, but not `sampling`; a `shard_map` needs
+    `check_vma=False`.
 
     Token i of sequence b depends only on (key, b, i) and the tokens before it, not on the rest of the batch. Only the
     last block_size tokens of a prompt are read. Up to block_size tokens in total, the logits are those of
@@ -139,11 +140,9 @@ def generate(
       UsageError: a prompt that is empty or not of integers, an id outside the vocabulary (unless the prompt is traced),
         or a number out of range.
     """
-    pieces = [
-        np.empty((np.shape(prompt)[0], 0), np.int32),
-        *stream(config, params, prompt, n_tokens, key, sampling, LONGEST),
-    ]
-    return jax.device_put(_numpy_for(pieces[-1]).concatenate(pieces, axis=1))
+    pieces = [*stream(config, params, prompt, n_tokens, key, sampling, LONGEST)]
+    pieces += [np.empty((np.shape(prompt)[0], 0), np.int32)]  # of no tokens, if none are asked for
+    return jax.device_put(_numpy_for(pieces[0]).concatenate(pieces, axis=1))
 
 
 def _numpy_for(x: Any) -> Any:

@@ -215,7 +215,7 @@ class BPETokenizer:
 
     def decode(self, ids: ArrayLike) -> str:
         table = self.token_bytes
-        return b"".join(table[i] for i in checked_ids(ids, self.vocab_size)).decode("utf-8", "replace")
+        return b"".join(table[i] for i in checked_ids(ids, self.vocab_size).flat).decode("utf-8", "replace")
 
     def to_json(self) -> dict[str, Any]:
         """Bytes of tokens become Latin-1 characters."""

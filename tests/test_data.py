@@ -109,6 +109,9 @@ def test_arguments_may_be_numpy_integers(sampling):
     seed, step, n_tokens, T, B = np.array([7, 3, 100, 8, 4])
     found = batches.window_starts(seed, step, n_tokens, T, B, sampling)
     np.testing.assert_array_equal(found, batches.window_starts(7, 3, 100, 8, 4, sampling))
+    late = 5_000_000  # whose windows count beyond 32 bits, those of a `TrainState.step` too
+    found = batches.window_starts(7, jnp.int32(late), np.int32(9999), np.int8(8), np.int16(1024), sampling)
+    np.testing.assert_array_equal(found, batches.window_starts(7, late, 9999, 8, 1024, sampling))
 
 
 def test_corpora_beyond_32_bits():

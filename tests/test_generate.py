@@ -232,6 +232,7 @@ def test_tiny_top_p_and_min_p_of_one_are_greedy(tiny_model):
     [
         ([[]], {}, "at least one token"),
         ([1, 2], {}, r"expected \(B, P\)"),
+        (5, {}, r"shape \(\) and dtype int64, expected \(B, P\)"),
         (np.zeros((0, 3)), {}, "at least one token"),
         ([[1, 99]], {}, "ids from 1 to 99, expected ids from 0 to 1"),
         ([[-1, 1]], {}, "ids from -1 to 1"),

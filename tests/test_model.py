@@ -1,5 +1,6 @@
 """The models: shapes, causality, initialization, dropout."""
 
+import re
 from functools import partial
 
 import chex
@@ -32,6 +33,15 @@ def test_logits_have_shape_B_T_V(config):
         forward(config, params, jnp.zeros((1, 9), jnp.int32))
     with pytest.raises(ValueError, match=r"shape \(8,\), expected \(B, T\)"):
         forward(config, params, IDX[0])
+
+
+@pytest.mark.parametrize("config", [GPT, BIGRAM])
+@pytest.mark.parametrize("shape", [(3, 1), (1, 8), (8,), (3, 4)])
+def test_targets_of_another_shape_are_refused(config, shape):
+    """Those that broadcast, too."""
+    params = jax.eval_shape(partial(model.init_params, config), KEY)
+    with pytest.raises(ValueError, match=rf"targets have shape {re.escape(str(shape))}, expected \(3, 8\)"):
+        jax.eval_shape(partial(model.losses, config), params, IDX, jnp.zeros(shape, jnp.int32))
 
 
 @pytest.mark.parametrize("config", [GPT, BIGRAM])

@@ -230,12 +230,18 @@ def test_parameter_whose_update_overflows_keeps_its_value(tiny, change, algorith
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"position": "rope"}, {"algorithm": "muon", "schedule": "linear"}, {"accumulate": 2}]
+    "options",
+    [
+        {},
+        {"position": "rope", "smear": True, "bigram_embed": True},
+        {"algorithm": "muon", "schedule": "linear"},
+        {"accumulate": 2},
+    ],
 )
 def test_training_and_sampling_with_strict_dtype_promotion(tiny, change, options):
     from jaxgpt.sample import generate
 
-    config, idx = change(tiny, **options), jnp.zeros((1, 8), jnp.int32)
+    config, idx = change(tiny, **options), jnp.zeros((1, 8), jnp.uint16)
     with jax.numpy_dtype_promotion("strict"):
         state = jax.eval_shape(lambda: init_state(config))
         tokens, windows = np.asarray(TOKENS), starts(config, 0, 5).astype(np.int32)

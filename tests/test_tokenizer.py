@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import tokenizer
-from jaxgpt.tokenizer import ByteTokenizer, CharTokenizer, UnknownCharacterError
+from jaxgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, UnknownCharacterError
 
 ANY_TEXT = st.text(st.characters())  # surrogates included
 
@@ -79,6 +79,14 @@ def test_ids_must_be_integers():
     with pytest.raises(ValueError, match="integers"):
         CharTokenizer("abc").decode([0.5])
     assert CharTokenizer("abc").decode([]) == ""
+
+
+@pytest.mark.parametrize(
+    "tok", [CharTokenizer("abcdef"), ByteTokenizer(), BPETokenizer((*ByteTokenizer().token_bytes, b"th"))]
+)
+def test_ids_of_any_shape_are_decoded_in_order(tok):
+    assert tok.decode(np.array([[0, 1], [2, 3]])) == tok.decode([0, 1, 2, 3])
+    assert tok.decode(3) == tok.decode([3])
 
 
 def test_incomplete_utf8_decodes_to_the_replacement_character():
