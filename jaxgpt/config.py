@@ -233,10 +233,12 @@ _AT_LEAST = {
 }
 """Lower bound -> the integer fields that have it. All are at most 2**31 - 1."""
 _BELOW = {
-    1: "dropout beta1 beta2 muon_momentum",
+    1.0: "dropout beta1 beta2 muon_momentum",
     math.inf: "softcap init_scale learning_rate weight_decay grad_clip min_learning_rate muon_learning_rate",
 }
-"""Exclusive upper bound -> the float fields that have it. All are at least 0."""
+"""Exclusive upper bound, as a float32 -> the float fields that have it. All are at least 0."""
+_ROUNDS_TO = {1.0: 1 - 2**-25, math.inf: 2.0**128 - 2**103}
+"""The least number that float32 rounds to a bound."""
 
 
 def problems(config: Config, new: bool = False) -> list[str]:
@@ -253,8 +255,8 @@ def problems(config: Config, new: bool = False) -> list[str]:
             checks.append((low <= values[name] <= 2**31 - 1, name, f"a whole number from {low} to 2**31 - 1"))
     for high, names in _BELOW.items():
         for name in names.split():
-            passed = values[name] is None or 0 <= values[name] < high
-            checks.append((passed, name, f"a number from 0 up to, not including, {high}"))
+            passed = values[name] is None or 0 <= values[name] < _ROUNDS_TO[high]
+            checks.append((passed, name, f"a number from 0 up to, not including, {high:g} in float32"))
 
     def multiple(name: str, unit: int, of: str) -> tuple[bool, str, str]:
         unit = max(1, unit)
@@ -263,7 +265,8 @@ def problems(config: Config, new: bool = False) -> list[str]:
 
     T, H, A, peak = model.block_size, model.n_head, train.accumulate, optimizer.learning_rate
     decays, end = optimizer.schedule != "constant", optimizer.decay_steps or train.steps
-    rises = new and decays and optimizer.final_learning_rate > peak
+    low_rate = optimizer.min_learning_rate
+    rises = new and decays and low_rate is not None and low_rate > peak
     too_long = decays and 1 <= end <= optimizer.warmup_steps
     heads = f"n_head ({H})"
     if model.kind == "gpt" and model.position == "rope":
@@ -277,10 +280,11 @@ def problems(config: Config, new: bool = False) -> list[str]:
         (0 <= optimizer.min_lr_ratio <= 1, "min_lr_ratio", "a number from 0 to 1"),
         (not rises, "min_learning_rate", f"at most learning_rate ({peak}): try --min-learning-rate None"),
         (optimizer.algorithm != "muon" or peak != 0, "learning_rate", "above 0 with muon, which divides by it"),
-        (0 < optimizer.eps < math.inf, "eps", "a number above 0"),
+        (0 < optimizer.eps < _ROUNDS_TO[math.inf], "eps", "a number above 0, finite in float32"),
         (not too_long, "warmup_steps", f"fewer than the {end} steps of the schedule: try --warmup-steps {end // 10}"),
         (0 <= train.seed < 2**32, "seed", "a whole number from 0 to 2**32 - 1"),
         (train.batch_size * T < 2**31, "batch_size", f"less than 2**31 tokens in windows of {T}"),
+        (train.eval_batches * train.batch_size <= 2**24, "eval_batches", "at most 2**24 sequences in all batches"),
         (train.batch_size % max(1, A) == 0, "batch_size", f"a multiple of accumulate ({A})"),
         multiple("eval_every", train.scan_steps, f"scan_steps ({train.scan_steps})"),
     ]

@@ -214,8 +214,8 @@ class BPETokenizer:
         return np.array(self._encoding.encode_ordinary(text), np.int32)
 
     def decode(self, ids: ArrayLike) -> str:
-        table = self.token_bytes
-        return b"".join(table[i] for i in checked_ids(ids, self.vocab_size).flat).decode("utf-8", "replace")
+        checked = checked_ids(ids, self.vocab_size).ravel().tolist()
+        return b"".join(self.token_bytes[i] for i in checked).decode("utf-8", "replace")
 
     def to_json(self) -> dict[str, Any]:
         """Bytes of tokens become Latin-1 characters."""

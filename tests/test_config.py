@@ -101,7 +101,14 @@ def test_every_field_is_documented():
         ({"min_learning_rate": math.nan}, "min_learning_rate is nan"),
         ({"min_lr_ratio": 1.5}, "min_lr_ratio is 1.5"),
         ({"beta2": 1.0}, "beta2"),
+        ({"beta1": 0.99999999}, "beta1 is 0.99999999, expected a number from 0 up to, not including, 1 in float32"),
+        (
+            {"learning_rate": 4e38},
+            "learning_rate is 4e+38, expected a number from 0 up to, not including, inf in float",
+        ),
         ({"eps": 0.0}, "eps"),
+        ({"eps": 1e300}, "eps is 1e+300"),
+        ({"eval_batches": 2**30}, "eval_batches is 1073741824, expected at most 2**24 sequences"),
         ({"val_fraction": 0.0}, "val_fraction"),
         ({"val_tokens": 64}, "val_tokens is 64, expected more than block_size (64), or 0"),
         ({"val_tokens": -1}, "val_tokens is -1"),
@@ -116,6 +123,23 @@ def test_invalid_setting_is_refused_by_name(change, changes, message):
     with pytest.raises(ConfigError) as caught:
         configs.check(change(Config(), **changes))
     assert message in str(caught.value)
+
+
+def test_bounds_are_those_of_float32(change):
+    below = {1.0: np.nextafter(np.float32(1), np.float32(0)), np.inf: np.finfo(np.float32).max}
+    for bound, name in ((1.0, "dropout"), (1.0, "beta2"), (np.inf, "learning_rate"), (np.inf, "eps")):
+        least = configs._ROUNDS_TO[bound]  # which float32 rounds to the bound
+        with np.errstate(over="ignore"):
+            assert np.float32(least) == bound
+        assert np.float32(np.nextafter(least, 0)) == below[bound]
+        assert configs.problems(change(Config(), **{name: float(np.nextafter(least, 0))})) == []
+        assert len(configs.problems(change(Config(), **{name: least}))) == 1
+
+
+def test_only_a_given_minimum_can_be_above_the_peak(change):
+    assert configs.problems(change(Config(), min_lr_ratio=2.0), new=True) == [
+        "min_lr_ratio is 2.0, expected a number from 0 to 1"
+    ]
 
 
 def test_rising_learning_rate_is_refused_only_in_new_runs(change):

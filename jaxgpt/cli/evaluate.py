@@ -5,7 +5,7 @@ from typing import Literal
 
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Checkpoint, Folders, RunName, parse
-from jaxgpt.config import UsageError, replaced
+from jaxgpt.config import UsageError, check, replaced
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ def run(args: list[str]) -> int:
     if given.eval_batches < 0:
         raise UsageError(f"eval_batches is {given.eval_batches}, expected 0 or more")
     run = Run.open(given.folders.runs_dir, given.run)
+    config = check(replaced(run.config, eval_batches=given.eval_batches))
     corpus = corpus_of(run, given.folders.data_dir)
     step, params = load_checkpoint(run, given.checkpoint)
     tokens = corpus.split(run.config.data)[given.split == "val"]
@@ -38,6 +39,5 @@ def run(args: list[str]) -> int:
     print(f"{run.path.name}, step {step:,}, {given.split} split, {result.n_tokens:,} tokens predicted")
     print(f"  {describe(result)}")
     if given.eval_batches:
-        config = replaced(run.config, eval_batches=given.eval_batches)
         print(f"  estimate by {given.eval_batches} random batches: {estimate(config, params, tokens, step):.4f}")
     return 0

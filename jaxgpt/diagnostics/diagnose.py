@@ -167,8 +167,9 @@ def require(config: Config, effort: Effort, names: Sequence[str], text: Ids) -> 
         not fit into memory.
     """
     for name, low in {"windows": 3, "batch": 1, "steps": 2, "seed": 0}.items():
-        if getattr(effort, name) < low:
-            raise UsageError(f"{name} is {getattr(effort, name)}, expected at least {low}: --{name} {low}")
+        if not low <= getattr(effort, name) < 2**32:
+            found = f"{name} is {getattr(effort, name)}"
+            raise UsageError(f"{found}, expected at least {low}, and below 2**32: --{name} {low}")
     if len(text) < 2:
         raise UsageError(f"the text has {len(text)} tokens, expected at least 2: --text TEXT")
     if "attention" in names and config.model.kind == "bigram":

@@ -186,8 +186,11 @@ def read_tensors(folder: Path, config: ModelConfig) -> Tensors:
         twice = config.tie_weights and shapes.get(head) == (config.vocab_size, config.n_embd)
         _require_fit(config, {name: shape for name, shape in shapes.items() if not (twice and name == head)})
         tensors = {name: tensor[:].astype(np.float32) for name, tensor in stored.items()}
-        if twice and np.array_equal(tensors[head], tensors[embedding]):
-            del tensors[head]
+        if twice and not np.array_equal(tensors.pop(head), tensors[embedding], equal_nan=True):
+            raise InteropError(
+                f"{folder}: lm_head.weight differs from wte.weight, but config.json ties them: set tie_word_embeddings "
+                "to false there to keep both"
+            )
         return tensors
 
 

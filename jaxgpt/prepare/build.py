@@ -82,7 +82,8 @@ def prepare_corpus(
         fit(part.corpus.meta)
     if 0 < vocab_size < tok.vocab_size:
         raise CorpusError(
-            f"vocab_size is {vocab_size}, expected at least the {tok.vocab_size} ids of {corpus}, or 0 to take those"
+            f"vocab_size is {vocab_size}, expected at least the {tok.vocab_size} ids of {corpus}, or 0 to take those; "
+            "an imported model needs a --tokenizer of fewer ids"
         )
     for name, text in texts.items():
         parts[name] = _prepare(text, tok, unknown, column, data_dir, fit, progress)

@@ -1,5 +1,6 @@
 """`jaxgpt ledger`: what `jit` costs and saves here. `jaxgpt inspect`: parameters, and the cost of the compiled step."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -65,6 +66,8 @@ def run_ledger(args: list[str]) -> int:
     given = parse(Ledger, args, f"ledger {name}", ABOUT_LEDGER, default=default)
     if given.rounds < 1:
         raise UsageError(f"rounds is {given.rounds}, expected 1 or more")
+    if not 0 <= given.seconds < math.inf:
+        raise UsageError(f"seconds is {given.seconds}, expected a number from 0 up")
     varied = "on variants, which set it themselves (compare them: --variants jit {})".format
     unused = {"precision": varied("bfloat16"), "remat": varied("'remat matmuls' 'remat blocks'")}
     refuse_unused(given.config.model, default.config.model, unused)

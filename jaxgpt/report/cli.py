@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from jaxgpt.cli import places
 from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import Folders, parse, refuse_unused
 from jaxgpt.config import UsageError
@@ -45,6 +46,8 @@ def run(args: list[str]) -> int:
     runs = list({run.path.resolve(): run for run in named}.values())
     out = given.out or (runs[0].path if len(runs) == 1 else given.folders.runs_dir) / "report.html"
     require_replaceable(out)
+    if given.png:
+        places.require_writable(given.png, "--png")
     use_compile_cache()
     reporter, report, watching = Reporter(runs, given.folders.data_dir), None, True
     try:

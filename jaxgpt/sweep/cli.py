@@ -48,7 +48,8 @@ def run(args: list[str]) -> int:
     name, args = take_recipe(Sweep, args, "which recipe? jaxgpt sweep gpt-demo --seeds 4 --lr 1e-3:1e-2:4")
     default = Sweep(Path(name).stem, recipe(name).config)
     given = parse(Sweep, args, f"sweep {name}", "Train seeds and settings of a recipe together.", default=default)
-    axes = sorted(grid.parse(text) for text in (*([f"lr={given.lr}"] if given.lr else []), *given.set))
+    rates = [grid.parse(f"lr={given.lr}", f"--lr {given.lr}")] if given.lr else []
+    axes = sorted([*rates, *map(grid.parse, given.set)])
     members = grid.members(given.config, axes, given.seeds)
     identity = {"program": "jaxgpt sweep 2", "values": dict(axes), "seeds": given.seeds}
     members, scores = train(given, given.config, members, identity)
@@ -57,7 +58,8 @@ def run(args: list[str]) -> int:
     from jaxgpt.sweep import view
     from jaxgpt.sweep.results import outcomes
 
-    path, console, found = given.sweeps_dir / given.name, RunConsole(), outcomes(scores)
+    # Wide, so that the table is whole also where the output is not a terminal.
+    path, console, found = given.sweeps_dir / given.name, RunConsole(width=1000), outcomes(scores)
     console.print(view.table(found))
     console.print(view.verdict(found))
     if not found[0].diverged:

@@ -142,6 +142,7 @@ def test_the_tokens_of_a_lens_do_not_overlap(tiny):
         (["one", "--text", "caf\udcc3"], r"--text is 'caf\udcc3', expected UTF-8"),
         (["one", "--only", "attention"], "a bigram has no attention"),
         (["one", "--windows", "2"], "windows is 2, expected at least 3"),
+        (["one", "--seed", "4294967296"], "seed is 4294967296, expected at least 0, and below 2**32"),
         (["one", "--json", "nowhere/x.json"], "there is no folder nowhere"),
         (["one", "--json", "/"], "/ is a folder or a device: name a file, --json FILE"),
         (["two"], "no run 'two'"),

@@ -114,6 +114,17 @@ def test_names_without_prefix_masks_and_a_tied_head_stored_twice_are_accepted(fo
     jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder), gpt2.load(TINY))
 
 
+def test_a_tied_head_stored_with_other_values_is_refused(folder):
+    """It would be lost: `transformers` uses it, and warns."""
+    edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
+    with pytest.raises(InteropError, match=r"lm_head\.weight differs from wte\.weight"):
+        gpt2.load(folder)
+    edit_config(folder, tie_word_embeddings=False)
+    np.testing.assert_array_equal(
+        gpt2.load(folder)[1]["lm_head"]["kernel"].T, gpt2.load(TINY)[1]["wte"]["embedding"] + 1
+    )
+
+
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_tied_weights_may_be_stored_under_the_name_of_the_head(folder, prefix):
     def change(tensors):

@@ -171,6 +171,7 @@ def test_the_chart_shows_every_stage(tmp_path):
         ([], "which recipe?"),
         (["nonsense"], "no recipe 'nonsense'"),
         (["gpt-demo", "--rounds", "0"], "rounds is 0, expected 1 or more"),
+        (["gpt-demo", "--seconds", "-1"], "seconds is -1.0, expected a number from 0 up"),
         (["gpt-demo", "--variants", "fast"], "no variant 'fast'"),
         (["gpt-demo", "--out", "nowhere/a.json"], "there is no folder nowhere"),
         (["gpt-demo", "--plot", "a.txt"], "ends in '.txt'"),

@@ -379,6 +379,10 @@ def test_the_command_writes_a_page_and_no_other_file(stub_looks, trained, tmp_pa
     assert cli.run_command(["report", "hostile", "--out", str(out), *where]) == 2
     assert "is not a jaxgpt report" in capsys.readouterr().err
     assert out.read_text() == "dear diary"
+    unwritten = tmp_path / "unwritten.html"
+    assert cli.run_command(["report", "hostile", "--out", str(unwritten), "--png", str(out), *where]) == 2
+    assert "Not a directory; name another folder: --png" in capsys.readouterr().err
+    assert not unwritten.exists()
     assert cli.run_command(["report", "nobody", *where]) == 2
     assert cli.run_command(["report", *where]) == 2
     capsys.readouterr()

@@ -106,6 +106,8 @@ def test_a_damaged_result_is_reported(sweep, tmp_path, capsys):
 def test_a_refused_sweep_leaves_nothing_behind(sweep, tmp_path, capsys):
     assert sweep("bad", "--set", "n_embed=1,2") == 2
     assert "did you mean n_embd?" in capsys.readouterr().err
+    assert sweep("bad", "--lr", "1e-3:1e-2") == 2
+    assert "jaxgpt: --lr 1e-3:1e-2: expected learning_rate=VALUE,VALUE" in capsys.readouterr().err
     assert sweep("bad", "--set", "vocab_size=8,32") == 2
     assert "no setting 'vocab_size'" in capsys.readouterr().err
     assert run_command(["sweep"]) == 2
@@ -148,7 +150,8 @@ def test_nothing_is_recommended_if_every_setting_diverged(sweep, tmp_path, capsy
     assert not (tmp_path / "sweeps/lost/best.json").exists()
 
 
-def test_a_sweep_resumes_with_its_options_in_any_order(sweep, tmp_path, capsys):
+def test_a_sweep_resumes_with_its_options_in_any_order(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")  # narrower than the table
     shared = ("order", "--lr", "1e-1", "--seeds", "1", "--steps", "10", "--data-dir", "texts")
     betas, decays = ("--set", "beta2=0.9,0.99"), ("--set", "weight_decay=0,0.1")
     assert sweep(*shared, *betas, *decays) == 0
@@ -158,4 +161,8 @@ def test_a_sweep_resumes_with_its_options_in_any_order(sweep, tmp_path, capsys):
     assert sweep(*shared, *decays, *betas) == 0
     assert results.read_bytes() == whole
     command = "jaxgpt train sweeps/order/best.json --run order-best --data-dir texts"
-    assert command in " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert command in " ".join(printed.split())
+    header = next(line for line in printed.splitlines() if "beta2" in line and "s.e." in line)
+    named = ["beta2", "learning_rate", "weight_decay", "seeds", "validation", "loss", "±", "s.e.", "diverged"]
+    assert header.split() == named
