@@ -265,8 +265,7 @@ def problems(config: Config, new: bool = False) -> list[str]:
 
     T, H, A, peak = model.block_size, model.n_head, train.accumulate, optimizer.learning_rate
     decays, end = optimizer.schedule != "constant", optimizer.decay_steps or train.steps
-    low_rate = optimizer.min_learning_rate
-    rises = new and decays and low_rate is not None and low_rate > peak
+    rises = new and decays and (optimizer.min_learning_rate or 0) > peak
     too_long = decays and 1 <= end <= optimizer.warmup_steps
     heads = f"n_head ({H})"
     if model.kind == "gpt" and model.position == "rope":
