@@ -109,10 +109,11 @@ def mesh(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes | N
     if sizes is None:
         sizes, why = choose(config, len(devices), int(chip.memory) if chip else None)
         if sizes.devices < len(devices):
-            raise PlanError(f"{why}: give another --batch-size or a --mesh, or rank all meshes by --sweep")
-    check(config, sizes)
+            rank = ", or rank all meshes by --sweep" if chip else ""
+            raise PlanError(f"{why}: give another --batch-size or a --mesh{rank}")
     if sizes.devices > len(devices):
         raise PlanError(f"the mesh {sizes} needs {sizes.devices} devices, the topology has {len(devices)}")
+    check(config, sizes)
     return sizes
 
 

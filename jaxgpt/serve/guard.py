@@ -41,7 +41,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str] = (), token: str = ""):
-        self.app, self.hosts, self.token = app, {"localhost", *(host.lower() for host in hosts)}, token
+        self.app, self.hosts, self.token = app, {"localhost", *(host.lower().rstrip(".") for host in hosts)}, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def guarded(message: Message) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import ipaddress
 import os
+import re
 import socket
 from typing import Any
 
@@ -25,10 +26,13 @@ def serve(options: Serve) -> None:
     """Serve until SIGINT or SIGTERM, then end all texts and return.
 
     Raises:
-      UsageError: no such run; a limit below 1; a weak token, or none although other machines can reach the host; or an
-        unavailable port.
+      UsageError: no such run; a limit below 1; an invalid host; a weak token, or none although other machines can reach
+        the host; or an unavailable port.
     """
-    host, limits = options.host, options.limits.check()
+    host, limits = options.host.strip("[]"), options.limits.check()
+    require_host("--host", host)
+    for name in options.allow_host:
+        require_host("--allow-host", name)
     library = Library.at(options.served, options.runs_dir)
     token = options.token or os.environ.get("JAXGPT_TOKEN", "")
     require_token(host, token)
@@ -69,6 +73,16 @@ def serve(options: Serve) -> None:
     finally:
         scheduler.stop()
         scheduler.join()
+
+
+def require_host(option: str, host: str) -> None:
+    """Raise a UsageError unless `host` is an IP address or a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
+            wanted = "an IP address, or a name in ASCII without scheme and port"
+            raise UsageError(f"{option} is {host!r}, expected {wanted}") from None
 
 
 def require_token(host: str, token: str) -> None:

@@ -32,28 +32,28 @@ def parse(text: str, typed: str = "") -> tuple[str, list[Any]]:
     (('learning_rate', [0.001, 0.01, 0.1]), ('dropout', [0.0, 0.1, 0.2]))
 
     Args:
-      typed: the option as the user typed it, for errors; --set by default.
+      typed: an option that stands for it, as the user typed it, for errors. By default the text is of --set.
 
     Raises:
       UsageError: malformed, or a setting that a sweep cannot vary.
     """
-    typed = typed or f"--set {text}"
+    shown = typed or f"--set {text}"
     name, _, value = text.partition("=")
     name, kinds = "learning_rate" if name == "lr" else name.replace("-", "_"), _kinds()
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"{typed}: no setting {name!r}; {hint}a sweep varies the model and training")
+        raise UsageError(f"{shown}: no setting {name!r}; {hint}a sweep varies the model and training")
     kind = kinds[name]
     try:
         values = _range(kind, *value.split(":")) if ":" in value else [_read(kind, each) for each in value.split(",")]
     except (ValueError, KeyError, TypeError) as error:
-        choices = ("true", "false") if kind is bool else typing.get_args(kind)
-        more = f" or {name}=LOW:HIGH:HOW-MANY, values of type {kind.__name__}, 0 <= LOW < HIGH and at least 2 of them"
+        choices, form = ("true", "false") if kind is bool else typing.get_args(kind), "" if typed else f"{name}="
+        more = f" or {form}LOW:HIGH:HOW-MANY, values of type {kind.__name__}, 0 <= LOW < HIGH and at least 2 of them"
         wanted = f", values among {', '.join(choices)}" if choices else more
-        raise UsageError(f"{typed}: expected {name}=VALUE,VALUE{wanted}") from error
+        raise UsageError(f"{shown}: expected {form}VALUE,VALUE{wanted}") from error
     if len(set(values)) < len(values):
-        raise UsageError(f"{typed}: {name} has the same value twice: {', '.join(map(str, values))}")
+        raise UsageError(f"{shown}: {name} has the same value twice: {', '.join(map(str, values))}")
     return name, values
 
 

@@ -261,11 +261,16 @@ def test_float32_is_estimated_at_the_rate_of_its_matmuls(recipes, change):
 
 def test_impossible_plans_are_refused(shallow, change):
     with pytest.raises(MeshError, match="tensor = 3 does not divide 128 channels"):
-        plan.mesh(shallow, None, [], Sizes(tensor=3))
+        plan.mesh(shallow, None, [None] * 3, Sizes(tensor=3))
     with pytest.raises(PlanError, match="needs 512 devices, the topology has 8"):
         plan.mesh(shallow, *plan.topology("cpu:8"), Sizes(data=16, tensor=32))
-    with pytest.raises(PlanError, match=r"255 of 256 devices stay idle.*rank all meshes by --sweep"):
-        plan.mesh(change(shallow, batch_size=13), None, [None] * 256)
+    odd = change(shallow, batch_size=13)
+    with pytest.raises(PlanError, match=r"255 of 256 devices stay idle.*rank all meshes by --sweep$"):
+        plan.mesh(odd, CHIPS["v5e"], [None] * 256)
+    with pytest.raises(PlanError, match=r"give another --batch-size or a --mesh$"):  # --sweep needs a chip's rates
+        plan.mesh(odd, None, [None] * 256)
+    with pytest.raises(PlanError, match="needs 26 devices"):  # which a batch of 26 would not change
+        plan.mesh(odd, None, [None] * 8, Sizes(data=26))
     with pytest.raises(PlanError, match=r"expected a TPU \(v5e, v5p, v6e\) and its arrangement, as in v5e:16x16, or"):
         plan.topology("tpu9:2x2")
     for name in ("h100:8", "v4:2x2x1"):

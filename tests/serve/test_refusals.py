@@ -75,10 +75,10 @@ def test_unknown_paths_methods_and_content_types_are_refused(app):
 
 
 def test_host_origin_and_token_are_checked(library, scheduler):
-    app = application(library, scheduler, hosts={"Study"}, token="a-token-of-some-length")
+    app = application(library, scheduler, hosts={"Study", "my.name."}, token="a-token-of-some-length")
     authorized = {"authorization": "Bearer a-token-of-some-length"}
     assert call(app, "GET", "/api/runs", headers=authorized).status == 200
-    for host in ("localhost:1", "[::1]:8000", "10.0.0.7", "study:80"):
+    for host in ("localhost:1", "[::1]:8000", "10.0.0.7", "study:80", "my.name", "my.name.:80"):
         assert call(app, "GET", "/health", headers={"host": host}).status == 200, host
     for host in ("evil.example", "127.0.0.1.evil.example:80", "", None, "[::1", "localhost:x", "a b"):
         answer = call(app, "GET", "/", headers={"host": host})
