@@ -50,6 +50,8 @@ class Joined:
             cut = [p[max(0, begin - b) : max(0, end - b)] for p, b in zip(self.pieces, self.begins, strict=True)]
             return joined([piece for piece in cut if len(piece)] or cut[:1])
         at = np.asarray(at)
+        if at.size and at.dtype.kind not in "iu":
+            raise IndexError(f"expected integers as indices, found {at.dtype}")
         if at.size and not (at.min() >= 0 and at.max() < len(self)):
             raise IndexError(f"indices from {at.min()} to {at.max()} of {len(self)} tokens")
         indices = at.reshape(-1)

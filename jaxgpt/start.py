@@ -43,9 +43,13 @@ def new_run(
       origin: where the weights come from, for events.jsonl.
 
     Raises:
-      UsageError: the config cannot run with this vocabulary, or the directory cannot be created.
+      UsageError: the config cannot run with this vocabulary, the weights are not of its model, or the directory cannot
+        be created.
     """
     config = resolve(config, corpus)
+    shapes = partial(jax.tree.map, lambda x: (x.shape, str(x.dtype)))
+    if weights is not None and shapes(weights) != shapes(abstract_state(config, one_device()).params):
+        raise RunError("the weights have other names, shapes or dtypes than the parameters of the config")
 
     def save_weights(run: Run) -> None:
         if weights is not None:
@@ -82,6 +86,17 @@ def require_resumable(run: Run, was: Config, now: Config) -> None:
         raise RunError(
             f"run {run.path.name!r} cannot be resumed with another\n" + "\n".join(refused) + "\n"
             f"a resume may change {', '.join(MAY_CHANGE)}; for the rest start a new run: --run OTHER-NAME"
+        )
+
+
+def require_given(run: Run, config: Config, corpus: Corpus) -> None:
+    """Raise an error unless `run` can be trained with `config`, as in `require_resumable`, on this corpus, its own."""
+    require_resumable(run, run.config, check(config))
+    own, found = run.corpus_meta, corpus.meta
+    if any(own[name] != found[name] for name in ("sha256", "tokenizer")):
+        raise RunError(
+            f"run {run.path.name!r}: expected its corpus {own['source']}, tokens of SHA-256 {own['sha256']}, found "
+            f"{found['source']}, {found['sha256']}, or another tokenizer; `start_run` returns a run with its corpus"
         )
 
 

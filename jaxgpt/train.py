@@ -24,7 +24,7 @@ from jaxgpt.metrics_log import DivergedError, Evaluated, Event, MetricsLog, Samp
 from jaxgpt.run import Run
 from jaxgpt.sharding import one_device
 from jaxgpt.signals import stop_signals
-from jaxgpt.start import environment, find_newest, identity
+from jaxgpt.start import environment, find_newest, identity, require_given
 from jaxgpt.step import Metrics, TrainState, abstract_state, jit_train_steps, lower_init, train_steps
 
 
@@ -65,7 +65,9 @@ def fit(
       sample: generates a text from parameters; called after each evaluation during training, not at step 0 or the end.
 
     Raises:
-      RunError: another process holds the run, its files do not belong together, or no checkpoint is valid.
+      ConfigError: `config` cannot run.
+      RunError: another process holds the run, it was started with another config or corpus, its files do not belong
+        together, or no checkpoint is valid.
       DivergedError: too many steps in a row were not finite; the checkpoints before them remain.
       CheckpointError: the last save failed, or, if on_save_error is "stop", any save.
     """
@@ -84,6 +86,7 @@ def fit(
     ):
         load = loader(config, train_tokens, mesh, parts, reader)
         newest = find_newest(run, config, corpus, checkpoints, on_event)
+        require_given(run, config, corpus)
         step, n_bytes = (newest.step, newest.about["metrics"]["bytes"]) if newest else (0, 0)
         shapes = abstract_state(config, mesh)
 

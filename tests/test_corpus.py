@@ -349,6 +349,8 @@ def test_joined_arrays_are_indexed_like_one(sizes, data):
         np.testing.assert_array_equal(tokens[indices.reshape(-1, 2)], whole[indices.reshape(-1, 2)])
     with pytest.raises(IndexError, match="tokens"):
         tokens[np.array([len(whole)])]
+    with pytest.raises(IndexError, match="expected integers as indices, found bool"):
+        tokens[np.array([True])]
 
 
 def test_joining_one_array_returns_it():

@@ -64,6 +64,39 @@ def assert_same_run(a, b):
     jax.tree.map(np.testing.assert_array_equal, last_state(a), last_state(b))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"eval_every": 7}, "eval_every is 7, expected a multiple"), ({"n_embd": 32}, "another\n  n_embd: 16")],
+)
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_config_that_is_refused_leaves_the_run_as_it_is(tiny, new_run, tmp_path, changes, message, trained):
+    run, corpus = new_run("kept", configs.replaced(tiny, steps=5, eval_every=5, eval_batches=0))
+    if trained:
+        fit(run, corpus)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path.name != "events.jsonl"}
+    with pytest.raises(configs.UsageError, match=message):
+        fit(run, corpus, config=configs.replaced(run.config, steps=10, **changes))
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert fit(Run(run.path), corpus).step == 5
+
+
+def test_a_new_run_is_trained_on_its_own_corpus_only(tiny, new_run, tmp_path, verse):
+    run, _ = new_run("own", tiny)
+    (tmp_path / "other.txt").write_text(verse.read_text()[::-1])
+    _, other = new_run("other", configs.replaced(tiny, corpus=str(tmp_path / "other.txt")))
+    with pytest.raises(RunError, match=f"expected its corpus text, tokens of SHA-256 {run.corpus_meta['sha256']}"):
+        fit(run, other)
+    assert not run.metrics_file.exists()
+
+
+def test_weights_of_another_model_make_no_run(tiny, new_run, tmp_path):
+    run, _ = new_run("one", tiny)
+    params = step.init_state(configs.replaced(run.config, n_embd=32)).params
+    with pytest.raises(RunError, match="other names, shapes or dtypes than the parameters"):
+        start_run(tiny, "two", tmp_path / "runs", tmp_path / "data", params)
+    assert not (tmp_path / "runs/two").exists()
+
+
 DEFAULTS = dict(jax.config.values)
 FLAGS = {
     "jax_enable_x64": True,

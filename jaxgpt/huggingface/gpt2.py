@@ -230,9 +230,9 @@ def load(folder: Path, block_size: int = 0) -> tuple[ModelConfig, Params]:
     """
     config = read_config(folder)
     params = to_params(config, read_tensors(folder, config))
-    if block_size > config.block_size:
+    if not 0 <= block_size <= config.block_size:
         raise InteropError(
-            f"block_size is {block_size}, expected at most the {config.block_size} positions of {folder}"
+            f"block_size is {block_size}, expected 0, or at most the {config.block_size} positions of {folder}"
         )
     if block_size:
         params["wpe"]["embedding"] = params["wpe"]["embedding"][:block_size]

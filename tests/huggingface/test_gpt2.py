@@ -168,8 +168,10 @@ def test_positions_can_be_cropped():
     assert config.block_size == 8
     idx = jnp.arange(8)[None]
     np.testing.assert_array_equal(model.forward(config, params, idx), model.forward(whole, whole_params, idx))
-    with pytest.raises(InteropError, match="expected at most the 32 positions"):
+    with pytest.raises(InteropError, match="expected 0, or at most the 32 positions"):
         gpt2.load(TINY, block_size=64)
+    with pytest.raises(InteropError, match="block_size is -1"):
+        gpt2.load(TINY, block_size=-1)
 
 
 @pytest.mark.parametrize(
