@@ -267,6 +267,7 @@ def problems(config: Config, new: bool = False) -> list[str]:
     decays, end = optimizer.schedule != "constant", optimizer.decay_steps or train.steps
     rises = new and decays and (optimizer.min_learning_rate or 0) > peak
     too_long = decays and 1 <= end <= optimizer.warmup_steps
+    most = 2**24 // max(1, train.batch_size)
     heads = f"n_head ({H})"
     if model.kind == "gpt" and model.position == "rope":
         H, heads = 2 * H, f"2 * n_head ({2 * H}), because position rope needs an even head size"
@@ -283,7 +284,7 @@ def problems(config: Config, new: bool = False) -> list[str]:
         (not too_long, "warmup_steps", f"fewer than the {end} steps of the schedule: try --warmup-steps {end // 10}"),
         (0 <= train.seed < 2**32, "seed", "a whole number from 0 to 2**32 - 1"),
         (train.batch_size * T < 2**31, "batch_size", f"less than 2**31 tokens in windows of {T}"),
-        (train.eval_batches * train.batch_size <= 2**24, "eval_batches", "at most 2**24 sequences in all batches"),
+        (train.eval_batches <= most, "eval_batches", f"at most {most}, for 2**24 sequences"),
         (train.batch_size % max(1, A) == 0, "batch_size", f"a multiple of accumulate ({A})"),
         multiple("eval_every", train.scan_steps, f"scan_steps ({train.scan_steps})"),
     ]

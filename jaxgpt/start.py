@@ -89,7 +89,7 @@ def require_resumable(run: Run, was: Config, now: Config) -> None:
         )
 
 
-def require_given(run: Run, config: Config, corpus: Corpus) -> None:
+def require_trainable(run: Run, config: Config, corpus: Corpus) -> None:
     """Raise an error unless `run` can be trained with `config`, as in `require_resumable`, on this corpus, its own."""
     require_resumable(run, run.config, check(config))
     own, found = run.corpus_meta, corpus.meta

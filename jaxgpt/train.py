@@ -24,7 +24,7 @@ from jaxgpt.metrics_log import DivergedError, Evaluated, Event, MetricsLog, Samp
 from jaxgpt.run import Run
 from jaxgpt.sharding import one_device
 from jaxgpt.signals import stop_signals
-from jaxgpt.start import environment, find_newest, identity, require_given
+from jaxgpt.start import environment, find_newest, identity, require_trainable
 from jaxgpt.step import Metrics, TrainState, abstract_state, jit_train_steps, lower_init, train_steps
 
 
@@ -86,7 +86,7 @@ def fit(
     ):
         load = loader(config, train_tokens, mesh, parts, reader)
         newest = find_newest(run, config, corpus, checkpoints, on_event)
-        require_given(run, config, corpus)
+        require_trainable(run, config, corpus)
         step, n_bytes = (newest.step, newest.about["metrics"]["bytes"]) if newest else (0, 0)
         shapes = abstract_state(config, mesh)
 

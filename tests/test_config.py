@@ -108,7 +108,7 @@ def test_every_field_is_documented():
         ),
         ({"eps": 0.0}, "eps"),
         ({"eps": 1e300}, "eps is 1e+300"),
-        ({"eval_batches": 2**30}, "eval_batches is 1073741824, expected at most 2**24 sequences"),
+        ({"eval_batches": 2**30}, "eval_batches is 1073741824, expected at most 1398101, for 2**24 sequences"),
         ({"val_fraction": 0.0}, "val_fraction"),
         ({"val_tokens": 64}, "val_tokens is 64, expected more than block_size (64), or 0"),
         ({"val_tokens": -1}, "val_tokens is -1"),

@@ -69,7 +69,7 @@ def assert_same_run(a, b):
     [({"eval_every": 7}, "eval_every is 7, expected a multiple"), ({"n_embd": 32}, "another\n  n_embd: 16")],
 )
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_config_that_is_refused_leaves_the_run_as_it_is(tiny, new_run, tmp_path, changes, message, trained):
+def test_a_config_that_is_refused_leaves_the_run_as_it_is(tiny, new_run, changes, message, trained):
     run, corpus = new_run("kept", configs.replaced(tiny, steps=5, eval_every=5, eval_batches=0))
     if trained:
         fit(run, corpus)

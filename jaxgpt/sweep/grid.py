@@ -32,7 +32,7 @@ def parse(text: str, typed: str = "") -> tuple[str, list[Any]]:
     (('learning_rate', [0.001, 0.01, 0.1]), ('dropout', [0.0, 0.1, 0.2]))
 
     Args:
-      typed: an option that stands for it, as the user typed it, for errors. By default the text is of --set.
+      typed: what the user typed, for errors, if it was another option than --set.
 
     Raises:
       UsageError: malformed, or a setting that a sweep cannot vary.
