@@ -1,6 +1,7 @@
 """The cross-entropy, the same for training and evaluation."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from jaxgpt.matmul import Precision, to_compute_dtype
 
 LOGITS = 2**26
 """`logits_at_once` of a device whose memory is unknown: 256 MiB of float32."""
+ABSENT_MEMORY = ContextVar("absent_memory", default=0)
+"""Bytes that a program may use on devices that are not attached, set where one is compiled for them; 0: unknown."""
 
 
 @jax.custom_vjp
@@ -89,11 +92,17 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def logits_at_once() -> int:
-    """How many logits may exist at once on a device: with their gradient, 8 bytes each, they take an eighth of its
-    memory. LOGITS on CPUs and on chips that are not attached."""
-    if sharding.platform() == "cpu" or jax.default_backend() != sharding.platform():
+    """`logits_in` the memory of a device; LOGITS on CPUs."""
+    if sharding.platform() == "cpu":
         return LOGITS
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    if jax.default_backend() != sharding.platform():
+        return logits_in(ABSENT_MEMORY.get())
+    return logits_in((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
+
+
+def logits_in(memory: int) -> int:
+    """How many logits may exist at once in a memory of so many bytes: with their gradient, 8 bytes each, they take an
+    eighth of it; LOGITS at least."""
     return max(LOGITS, memory // 64)
 
 

@@ -21,6 +21,11 @@ class Chip:
     pod: int  # chips that these links connect: a TPU pod, or one GPU machine
     network_rate: float  # bytes to other pods, its share of the host's network; 0 if unknown
 
+    @property
+    def allocated(self) -> int:
+        """Bytes that JAX allocates by default: three quarters of a GPU's memory, all of a TPU's."""
+        return int(self.memory if self.torus else self.memory * 0.75)
+
     def rate(self, precision: str) -> float:
         """FLOP/s of matmuls in `precision`, a resolved compute dtype."""
         return self.float32 if precision == "float32" else self.flops

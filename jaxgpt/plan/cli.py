@@ -16,7 +16,8 @@ SHOWN = 10
 class PlanOptions:
     config: Config
     topology: str = "v5e:16x16"
-    """Chips and their arrangement: v5e:16x16, v5p:4x4x4, v6e:8x8; cpu:8 for virtual devices."""
+    """Chips and their arrangement: v5e:16x16, v5p:4x4x4, v6e:8x8; a100:8, h100:8, h200:8, b200:8; cpu:8 for virtual
+    devices."""
     mesh: str = "auto"
     """As in train."""
     sweep: bool = False
@@ -44,7 +45,7 @@ def run(args: list[str]) -> int:
         raise UsageError(f"{name} is a {config.model.kind}: only a GPT can be planned")
     if given.chips and min(given.chips) < 1:
         raise UsageError(f"--chips {min(given.chips)}: expected 1 or more")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for TPUs needs no TPU
+    os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for TPUs and GPUs needs none
     fits = _estimate(given, config) if given.chips else _compile(given, config)
     return 0 if fits else 1
 
@@ -77,14 +78,15 @@ def _compile(given: PlanOptions, config: Config) -> bool:
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.plan import plan, view
     from jaxgpt.plan.estimate import estimate
+    from jaxgpt.plan.topology import topology
     from jaxgpt.sharding import Sizes
 
-    console, (chip, devices) = RunConsole(), plan.topology(given.topology)
+    console, (chip, devices) = RunConsole(), topology(given.topology)
     config = plan.resolved(config, "bfloat16" if chip else "float32")
     asked = None if given.mesh == "auto" else Sizes.parse(given.mesh)
     if given.sweep:
         if chip is None:
-            raise UsageError("--sweep ranks by the rates of chips, which virtual devices lack: give a TPU's --topology")
+            raise UsageError("--sweep ranks by the rates of chips, which virtual devices lack: another --topology")
         steps = plan.ranked(config, chip, len(devices), sweep=True)
         console.print(*view.table(steps[:SHOWN]), sep="\n")
         config, asked = steps[0].config, steps[0].sizes

@@ -11,7 +11,7 @@ from jaxgpt.cli.memory import n_moments
 from jaxgpt.config import Config
 from jaxgpt.data import DEVICE_TOKENS
 from jaxgpt.kernels import BLOCKED, queries_per_shard_block
-from jaxgpt.loss import LOGITS
+from jaxgpt.loss import logits_in
 from jaxgpt.monitor import cost
 from jaxgpt.monitor.chips import Chip, attended, flops_per_token
 from jaxgpt.profile.hlo import Collectives
@@ -19,7 +19,7 @@ from jaxgpt.sharding import Sizes
 
 ROOM = 0.8
 """The share of a chip's memory that an estimate may fill: compiled steps take up to a quarter more
-(tests/plan/test_plan.py), and 31% more with eight sequences per chip (docs/howto/plan.md)."""
+(tests/plan/test_plan.py), and 30% more with eight sequences per chip (docs/howto/plan.md)."""
 TILE = 16
 """Rows of a bfloat16 tile on a TPU: shards of kernels are padded to a multiple."""
 
@@ -65,7 +65,7 @@ class Step:
         attention = model.n_layer * 4 * attended(model) * model.n_embd
         unused = model.n_layer * 2 * math.prod(cost.kernels(model)["mlp/c_proj"])  # no gradient needs its result
         again = {"none": 0, "matmuls": attention, "blocks": forward - head - unused}[model.remat]
-        again += head if _loss_chunks(self.config, self.sizes) > 1 else 0
+        again += head if _loss_chunks(self.config, self.chip, self.sizes) > 1 else 0
         if model.n_head % tensor:  # every chip of the axis computes all heads
             again += attention * (tensor - 1) * (3 if model.remat == "none" else 4)
         return (3 * forward + again) * (self.tokens / self.sizes.devices) + _muon_flops(self.config, self.sizes)
@@ -178,7 +178,7 @@ def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
         sizes,
         chip,
         arguments=state + moments + DEVICE_TOKENS * (2 if V <= 2**16 else 4),
-        temporaries=state + low_precision + _activation_bytes(config, sizes, width),
+        temporaries=state + low_precision + _activation_bytes(config, chip, sizes, width),
         collectives={key: (int(n), int(size)) for key, (n, size) in sorted(counts.items())},
         network=2 * shard / copies * (slices - 1) / slices,
         room=ROOM,
@@ -195,14 +195,14 @@ def _muon_flops(config: Config, sizes: Sizes) -> float:
     return config.optimizer.muon_steps * iteration / (sizes.fsdp * sizes.tensor)
 
 
-def _activation_bytes(config: Config, sizes: Sizes, width: int) -> int:
+def _activation_bytes(config: Config, chip: Chip, sizes: Sizes, width: int) -> int:
     """Bytes of activations saved for the backward pass, and the peak of the head or of one block."""
     model, tokens, t = config.model, _micro_batch_tokens(config, sizes), sizes.tensor
     C, V, shapes = model.n_embd, model.vocab_size, cost.kernels(model).values()
     kernels, hidden = sum(k * n for k, n in shapes), sum(n for _, n in shapes) / t
     inside = width * (3 * C + 2 * hidden)  # of a block and a token: inputs of norms, results of kernels
     saved = model.n_layer * tokens * (width * C if model.remat == "blocks" else inside)
-    logits = tokens / _loss_chunks(config, sizes) * V / t
+    logits = tokens / _loss_chunks(config, chip, sizes) * V / t
     head = (cost.FLOAT + width) * logits + (2 * cost.FLOAT + width) * V * C / t
     block = 2 * inside * tokens + (2 * width + cost.FLOAT) * kernels / t
     return int(saved + max(head, block))
@@ -214,6 +214,7 @@ def _micro_batch_tokens(config: Config, sizes: Sizes) -> float:
     return sequences * config.model.block_size / sizes.context
 
 
-def _loss_chunks(config: Config, sizes: Sizes) -> int:
+def _loss_chunks(config: Config, chip: Chip | None, sizes: Sizes) -> int:
     """About how many chunks `loss.losses_of` computes."""
-    return math.ceil(_micro_batch_tokens(config, sizes) * config.model.vocab_size / sizes.tensor / LOGITS)
+    logits = _micro_batch_tokens(config, sizes) * config.model.vocab_size / sizes.tensor
+    return math.ceil(logits / logits_in(chip.allocated if chip else 0))

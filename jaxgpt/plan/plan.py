@@ -1,40 +1,33 @@
 """The training step compiled for devices that are not attached, and meshes ranked by estimate."""
 
-import importlib.util
 import math
-import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jaxgpt.cli.memory import compiled_bytes
 from jaxgpt.cli.mesh import check, choose, divisors, problems
-from jaxgpt.config import Config, UsageError, replaced
+from jaxgpt.config import Config, replaced
 from jaxgpt.config import problems as config_problems
 from jaxgpt.data import DEVICE_TOKENS
+from jaxgpt.loss import ABSENT_MEMORY
 from jaxgpt.matmul import Precision
-from jaxgpt.monitor.chips import CHIPS, Chip
+from jaxgpt.monitor.chips import Chip
 from jaxgpt.plan.estimate import Step, estimate
+from jaxgpt.plan.topology import PlanError
 from jaxgpt.profile import hlo
 from jaxgpt.sharding import Sizes, make_mesh, replicated
 from jaxgpt.step import abstract_state, jit_train_steps
 
 CACHED_FROM = "jax_persistent_cache_min_compile_time_secs"
 """JAX's setting for how long a program must take to compile to be kept in the compile cache."""
-COMPILED = ("v5e", "v5p", "v6e")
-"""Chips that a topology may have. They are one device each; a v4 is two."""
-
-
-class PlanError(UsageError):
-    """A step cannot be planned."""
+FOR_GPUS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+"""Compiler options: no GPU times kernels, and matmuls are cuBLAS's, which XLA mostly finds to be the fastest."""
 
 
 class TooLargeError(PlanError):
@@ -49,49 +42,6 @@ class Plan(NamedTuple):
     kernels: set[str]  # names of the custom kernels in the program
     matmuls: Counter[str]  # input types of the matmuls outside of these kernels
     seconds_to_compile: float
-
-
-def topology(name: str) -> tuple[Chip | None, list[Any]]:
-    """The chip and the devices of "v5e:16x16", which need not be attached, or of "cpu:8", virtual devices.
-
-    Raises:
-      PlanError: the chip is none of `COMPILED`, or the compiler is not installed or refuses the arrangement.
-    """
-    kind, _, arrangement = name.partition(":")
-    if kind == "cpu" and arrangement.isdecimal() and int(arrangement):
-        return None, _virtual(int(arrangement))
-    if kind not in COMPILED:
-        raise PlanError(
-            f"--topology {name}: expected a TPU ({', '.join(COMPILED)}) and its arrangement, as in v5e:16x16, or "
-            "cpu:8; v4 and GPUs can only be estimated, --chips 8 --chip v4"
-        )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for Google's metadata server
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used, so no other process is disturbed
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **_host_bounds(arrangement))
-    except Exception as error:
-        hint = f"expected an arrangement as in {kind}:{'x'.join('4' * CHIPS[kind].torus)}"
-        if importlib.util.find_spec("libtpu") is None:
-            hint = "pip install 'jaxgpt[tpu]' brings the compiler"
-        raise PlanError(f"--topology {name}: {error}; {hint}") from error
-    return CHIPS[kind], list(found.devices)
-
-
-def _host_bounds(arrangement: str) -> dict[str, Any]:
-    """The compiler option for the chips per host: 2 x 2, or fewer in a smaller arrangement."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(x[1-9]\d*)?", arrangement):
-        return {}
-    x, y, *_ = map(int, arrangement.split("x"))
-    return {"chips_per_host_bounds": (min(2, x), min(2, y), 1)}
-
-
-def _virtual(n: int) -> list[Any]:
-    with suppress(RuntimeError):  # JAX is already initialized
-        jax.config.update("jax_num_cpu_devices", n)
-    if len(jax.devices("cpu")) < n:
-        raise PlanError(f"--topology cpu:{n}: there are {len(jax.devices('cpu'))} devices; set JAX_NUM_CPU_DEVICES={n}")
-    return jax.devices("cpu")[:n]
 
 
 def resolved(config: Config, precision: Precision = "bfloat16") -> Config:
@@ -125,18 +75,20 @@ def plan(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes) ->
       PlanError: the compiler fails for another reason, or reports no memory.
     """
     began = time.perf_counter()
+    ABSENT_MEMORY.set(chip.allocated if chip else 0)
     compiled = compile_step(config, make_mesh(sizes, devices[: sizes.devices]))
     seconds = time.perf_counter() - began
     figures, text = compiled_bytes(compiled), compiled.as_text() or ""
     if figures is None:
         raise PlanError("the compiler reports no memory")
-    step = Step(config, sizes, chip, *figures, hlo.collectives(text))
+    network = estimate(config, chip, sizes).network if chip else 0.0
+    step = Step(config, sizes, chip, *figures, hlo.collectives(text), network)
     return Plan(step, compiled, hlo.custom_calls(text), hlo.matmul_dtypes(text), seconds)
 
 
 def compile_step(config: Config, mesh: Mesh) -> Any:
-    """The training step compiled for the devices of a mesh, with the compiler's least effort: it takes a fifth of the
-    time of training's effort, and hardly changes memory and communication.
+    """The training step compiled for the devices of a mesh, for CPUs and TPUs with the compiler's least effort: it
+    takes a fifth of the time of training's effort, and hardly changes memory and communication.
 
     Raises:
       TooLargeError, PlanError: as `plan`.
@@ -148,11 +100,13 @@ def compile_step(config: Config, mesh: Mesh) -> Any:
         lowered = jit_train_steps(config, mesh).lower(abstract_state(config, mesh), tokens, starts)
         # The name of the option changed with jax 0.11.
         old = "jax_exec_time_optimization_effort" in jax.config.values
-        effort = {"exec_time_optimization_effort": -1.0} if old else {"optimization_level": "O0"}
+        options: dict[str, Any] = {"exec_time_optimization_effort": -1.0} if old else {"optimization_level": "O0"}
+        if mesh.devices.flat[0].platform == "gpu":
+            options = FOR_GPUS
         before = jax.config.values[CACHED_FROM]
         try:
             jax.config.update(CACHED_FROM, math.inf)  # programs for absent chips cannot be read back from the cache
-            return lowered.compile(effort)
+            return lowered.compile(options)
         except Exception as error:
             why = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" in why:

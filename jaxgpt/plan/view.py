@@ -15,13 +15,19 @@ RATES = (
     "  (at published rates of matmuls, memory and links; programs reach about half of the first two. The first figure "
     "overlaps no communication, the second all of it)"
 )
+KERNELS = {
+    "tpu_custom_call": "splash attention",
+    "__cudnn$fmhaSoftmax": "cuDNN's attention",
+    "__gpu$xla.gpu.triton": "jaxgpt's attention",
+}
+"""Custom calls in the programs of TPUs and GPUs."""
 COLUMNS = ("chips", "mesh", "batch", "accumulate", "memory per chip", "ms per step", "tokens/s", "utilization")
 
 
 def compiled(topology: str, plan: Plan) -> Iterator[str]:
     """A plan compiled for a topology, the verdict last."""
     step, matmuls = plan.step, ", ".join(f"{n} of {types}" for types, n in plan.matmuls.most_common())
-    kernels = "splash attention" if "tpu_custom_call" in plan.kernels else "none"
+    kernels = ", ".join(name for call, name in KERNELS.items() if call in plan.kernels) or "none"
     yield f"{about(step, topology)}; compiled in {plan.seconds_to_compile:.0f} s"
     yield f"  matmuls in the program: {matmuls or 'none'}; custom kernels: {kernels}"
     yield from costs(step, "by the compiler")
@@ -82,7 +88,8 @@ def verdict(step: Step) -> str:
     if step.chip is None:
         return "it compiles"
     if step.fits:
-        return "it fits"
+        more = step.memory > step.chip.allocated
+        return "it fits" + (", with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: JAX takes 75% by default" if more else "")
     if step.memory > step.chip.memory:
         return f"it does not fit, by {size(int(step.memory - step.chip.memory))}: {suggestion(step)}"
     return (

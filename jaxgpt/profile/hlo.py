@@ -134,10 +134,10 @@ def matmuls(text: str) -> list[Matmul]:
 def matmul_dtypes(text: str) -> Counter[str]:
     """How many matmuls the text has of each pair of operand dtypes, as in "bf16 x bf16"."""
     return Counter(
-        " x ".join(shape.partition("[")[0] for shape in each.operands)
+        " x ".join(shape.partition("[")[0] for shape in each.operands[:2])
         for body in computations(text).values()
         for each in body
-        if each.op in ("dot", "convolution")
+        if each.op in ("dot", "convolution") or 'custom_call_target="__cublas' in each.line
     )
 
 

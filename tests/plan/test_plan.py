@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxgpt import loss, sharding
 from jaxgpt.cli import options
 from jaxgpt.cli.mesh import choose
 from jaxgpt.config import UsageError
@@ -16,7 +17,7 @@ from jaxgpt.data import DEVICE_TOKENS
 from jaxgpt.monitor.chips import CHIPS
 from jaxgpt.plan import cli, plan, view
 from jaxgpt.plan.estimate import estimate, sent
-from jaxgpt.plan.plan import PlanError
+from jaxgpt.plan.topology import PlanError, topology
 from jaxgpt.profile import hlo
 from jaxgpt.recipes import recipe
 from jaxgpt.sharding import MeshError, Sizes, make_mesh
@@ -24,6 +25,9 @@ from jaxgpt.step import abstract_state, init_state
 
 tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra: pip install 'jaxgpt[tpu]'"
+)
+gpu = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None, reason="needs the extra: pip install 'jaxgpt[cuda]'"
 )
 
 
@@ -48,7 +52,7 @@ def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
     """Communication is counted by hand: each of L blocks has kernels of 12 C² elements, the head has V C."""
     config, sizes = recipes[name], Sizes.parse(text)
     C, V, L = config.model.n_embd, config.model.vocab_size, config.model.n_layer
-    chip, devices = plan.topology("v5e:16x16")
+    chip, devices = topology("v5e:16x16")
     found = plan.plan(config, chip, devices, sizes)
     step, compiled = found.step, found.compiled
     assert step.config == config
@@ -93,10 +97,10 @@ def test_the_plans_of_the_docs_use_all_chips():
 @tpu
 def test_topologies_that_the_compiler_cannot_target_are_refused():
     with pytest.raises(PlanError, match="--topology v5e:3x999"):
-        plan.topology("v5e:3x999")
+        topology("v5e:3x999")
     for name in ("v5e:3", "v5e:16x16:2", "v5e:3x1"):
         with pytest.raises(PlanError, match="expected an arrangement as in v5e:4x4") as error:
-            plan.topology(name)
+            topology(name)
         assert "pip install" not in str(error.value)
 
 
@@ -105,7 +109,7 @@ def test_topologies_that_the_compiler_cannot_target_are_refused():
     ("name", "chips"), [("v5e:1x1", 1), ("v5e:2x1", 2), ("v5e:2x2", 4), ("v5p:2x2x2", 8), ("v6e:4x4", 16)]
 )
 def test_a_topology_has_a_device_for_each_chip_and_may_be_smaller_than_a_host(name, chips):
-    assert len(plan.topology(name)[1]) == chips
+    assert len(topology(name)[1]) == chips
 
 
 @pytest.fixture
@@ -130,15 +134,64 @@ def compiler(monkeypatch):
 )
 def test_the_compiler_gets_smaller_hosts_for_small_topologies(compiler, name, bounds):
     compiler.append("a device")
-    plan.topology(name)
+    topology(name)
     assert compiler[-1].get("chips_per_host_bounds") == bounds
 
 
-def test_only_a_missing_compiler_gets_the_install_hint(compiler, monkeypatch):
-    for installed, hint in ((True, "expected an arrangement as in v5p:4x4x4$"), (False, r"pip install 'jaxgpt\[tpu\]")):
+@pytest.mark.parametrize(
+    ("name", "arrangement", "said"),
+    [
+        ("h100:1", "1x1x1", ("major: 9 ", "core_count: 132", "device_memory_size: 80000000000", "optin: 232448")),
+        ("a100:16", "1x2x8", ("major: 8 ", "core_count: 108", "device_memory_size: 80000000000", "optin: 166912")),
+        ("b200:8", "1x1x8", ("major: 10 ", "core_count: 148", "device_memory_size: 180000000000", "optin: 232448")),
+    ],
+)
+def test_the_compiler_gets_a_description_of_gpus(compiler, name, arrangement, said):
+    compiler.append("a device")
+    chip, devices = topology(name)
+    assert (chip, devices) == (CHIPS[name.partition(":")[0]], ["a device"])
+    assert (compiler[-1]["platform"], compiler[-1]["topology"]) == ("cuda", arrangement)
+    assert all(words in compiler[-1]["target_config"] for words in said)
+
+
+@pytest.mark.parametrize(("name", "expected", "extra"), [("v5p:3", "v5p:4x4x4", "tpu"), ("h100:16", "h100:8", "cuda")])
+def test_only_a_missing_compiler_gets_the_install_hint(compiler, monkeypatch, name, expected, extra):
+    for installed, hint in (
+        (True, f"expected an arrangement as in {expected}$"),
+        (False, rf"pip install 'jaxgpt\[{extra}\]"),
+    ):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=installed: found or None)
-        with pytest.raises(PlanError, match=f"--topology v5p:3: INVALID_ARGUMENT; {hint}"):
-            plan.topology("v5p:3")
+        with pytest.raises(PlanError, match=f"--topology {name}: INVALID_ARGUMENT; {hint}"):
+            topology(name)
+
+
+@gpu
+@pytest.mark.parametrize(("name", "text"), [("h100:1", "data=1"), ("a100:8", "data=2,fsdp=4")])
+def test_a_step_with_dropout_compiles_for_gpus(shallow, change, name, text):
+    chip, devices = topology(name)
+    config = change(shallow, dropout=0.2, precision="bfloat16", n_head=2)
+    found = plan.plan(config, chip, devices, sizes := Sizes.parse(text))
+    assert found.kernels >= {"__gpu$xla.gpu.triton"}, "jaxgpt's own attention"
+    assert set(found.matmuls) == {"bf16 x bf16"}
+    assert found.step.arguments == pytest.approx(estimate(config, chip, sizes).arguments, rel=0.01)
+    reduced = {n for kind, n in found.step.collectives if kind == "all-reduce"}
+    assert reduced == ({2, 4, 8} if sizes.devices == 8 else set())
+
+
+def test_a_step_is_compiled_with_as_many_logits_at_once_as_the_chip_holds(tiny, monkeypatch):
+    """As training does, which reads the memory from the device."""
+    seen = []
+
+    def compile_step(config, mesh):
+        monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+        seen.append(loss.logits_at_once())
+        raise PlanError("seen")
+
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    for chip in (CHIPS["v5e"], CHIPS["h100"]):
+        with pytest.raises(PlanError, match="seen"):
+            plan.plan(tiny, chip, jax.devices(), Sizes())
+    assert seen == [16 * 2**30 // 64, 80e9 * 0.75 // 64]
 
 
 def test_programs_for_absent_chips_are_not_cached(tiny, monkeypatch):
@@ -152,7 +205,7 @@ def test_programs_for_absent_chips_are_not_cached(tiny, monkeypatch):
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
     with pytest.raises(PlanError, match="the compiler failed: seen"):
-        plan.plan(tiny, *plan.topology("cpu:1"), Sizes())
+        plan.plan(tiny, *topology("cpu:1"), Sizes())
     assert seen == [math.inf]
     assert jax.config.values[name] == before
 
@@ -174,7 +227,7 @@ def shallow(tiny, change):
     ],
 )
 def test_the_estimate_agrees_with_the_program_for_virtual_devices(shallow, change, text, changes):
-    chip, devices = plan.topology("cpu:8")
+    chip, devices = topology("cpu:8")
     assert chip is None
     shallow = change(shallow, n_layer=1 if changes else 2, **changes)
     found = plan.plan(shallow, chip, devices, Sizes.parse(text)).step
@@ -213,7 +266,7 @@ def test_the_estimate_counts_the_moments_of_the_optimizer(shallow, change, algor
 def test_estimated_flops_and_state_equal_those_of_the_program(shallow, change, remat, algorithm):
     """Including recomputed FLOPs. Without a scan over blocks, XLA recomputes nothing on CPUs."""
     config = change(shallow, remat=remat, algorithm=algorithm)
-    found = plan.plan(config, *plan.topology("cpu:1"), Sizes())
+    found = plan.plan(config, *topology("cpu:1"), Sizes())
     assert found.step.computed == sum(each.flops for each in hlo.matmuls(found.compiled.as_text()))
     guess = estimate(config, CHIPS["h100"], Sizes())
     assert guess.arguments == pytest.approx(found.step.arguments, abs=200), "all but window starts and step counts"
@@ -263,7 +316,7 @@ def test_impossible_plans_are_refused(shallow, change):
     with pytest.raises(MeshError, match="tensor = 3 does not divide 128 channels"):
         plan.mesh(shallow, None, [None] * 3, Sizes(tensor=3))
     with pytest.raises(PlanError, match="needs 512 devices, the topology has 8"):
-        plan.mesh(shallow, *plan.topology("cpu:8"), Sizes(data=16, tensor=32))
+        plan.mesh(shallow, *topology("cpu:8"), Sizes(data=16, tensor=32))
     odd = change(shallow, batch_size=13)
     with pytest.raises(PlanError, match=r"255 of 256 devices stay idle.*rank all meshes by --sweep$"):
         plan.mesh(odd, CHIPS["v5e"], [None] * 256)
@@ -271,13 +324,17 @@ def test_impossible_plans_are_refused(shallow, change):
         plan.mesh(odd, None, [None] * 256)
     with pytest.raises(PlanError, match="needs 26 devices"):  # which a batch of 26 would not change
         plan.mesh(odd, None, [None] * 8, Sizes(data=26))
-    with pytest.raises(PlanError, match=r"expected a TPU \(v5e, v5p, v6e\) and its arrangement, as in v5e:16x16, or"):
-        plan.topology("tpu9:2x2")
-    for name in ("h100:8", "v4:2x2x1"):
-        with pytest.raises(PlanError, match="v4 and GPUs can only be estimated, --chips 8 --chip v4"):
-            plan.topology(name)
+    with pytest.raises(
+        PlanError, match=r"expected a TPU \(v5e, v5p, v6e\) and its arrangement, as in v5e:16x16, a GPU"
+    ):
+        topology("tpu9:2x2")
+    for name in ("h100-pcie:2", "v4:2x2x1", "h100:0"):
+        with pytest.raises(PlanError, match=f"--topology {name}: .* others can only be estimated, --chips 8 --chip v4"):
+            topology(name)
+    with pytest.raises(PlanError, match="--topology h100:12: expected up to 8 GPUs, or whole machines of 8"):
+        topology("h100:12")
     with pytest.raises(PlanError, match="there are 8 devices"):
-        plan.topology("cpu:99")
+        topology("cpu:99")
     with pytest.raises(PlanError, match="no chip 'v9': expected one of v4"):
         cli.run(["gpt2-124m", "--chips", "8", "--chip", "v9"])
     with pytest.raises(PlanError, match="the rate between pods of this chip is unknown"):
@@ -313,7 +370,7 @@ def test_a_step_too_large_for_the_compiler_prints_the_estimate_and_a_suggestion(
     def refuse(*given):
         raise plan.TooLargeError("RESOURCE_EXHAUSTED: Used 20G of 16G hbm")
 
-    monkeypatch.setattr(plan, "topology", lambda name: (CHIPS["v5e"], [None] * 256))
+    monkeypatch.setattr("jaxgpt.plan.topology.topology", lambda name: (CHIPS["v5e"], [None] * 256))
     monkeypatch.setattr(plan, "plan", refuse)
     assert cli.run(["gpt2-1.5b", "--mesh", "data=256"]) == 1
     out = capsys.readouterr().out

@@ -51,7 +51,7 @@ def test_a_sweep_compiles_the_best_of_all_batch_sizes(monkeypatch, capsys):
         tried.append((config.train.batch_size, sizes))
         raise plan.TooLargeError("RESOURCE_EXHAUSTED")
 
-    monkeypatch.setattr(plan, "topology", lambda name: (CHIPS["v5e"], [None] * 256))
+    monkeypatch.setattr("jaxgpt.plan.topology.topology", lambda name: (CHIPS["v5e"], [None] * 256))
     monkeypatch.setattr(plan, "plan", refuse)
     cli.run(["gpt2-1.5b", "--sweep"])
     row = capsys.readouterr().out.splitlines()[2].split(" | ")
@@ -61,7 +61,7 @@ def test_a_sweep_compiles_the_best_of_all_batch_sizes(monkeypatch, capsys):
 
 def test_more_chips_are_faster_until_communication_dominates(recipes, change):
     config = change(recipes["1.5b"], batch_size=4096)
-    steps = [estimate(config, CHIPS["v5p"], Sizes(fsdp=n)) for n in (16, 64, 256)]
+    steps = [estimate(config, CHIPS["v5e"], Sizes(fsdp=n)) for n in (16, 64, 256)]
     assert steps[0].seconds["matmuls"] == pytest.approx(16 * steps[2].seconds["matmuls"])
     assert steps[0].bounds[1] > steps[1].bounds[1] > steps[2].bounds[1]
     assert steps[0].utilization[0] > steps[2].utilization[0]
@@ -150,3 +150,13 @@ def test_a_step_fits_up_to_four_fifths_of_the_memory(recipes, change):
         assert found.fits == fits
         assert plans.verdict(found).startswith("it fits" if fits else "it may not fit: the estimate is 90%")
     assert "too much or nearly" in list(plans.table([found]))[-1]
+
+
+def test_a_step_that_jax_leaves_no_room_for_by_default_fits_a_gpu_with_a_setting(recipes):
+    for name, needs_setting in (("h100", True), ("v5e", False)):
+        chip = CHIPS[name]
+        for share, needs in ((0.7, False), (0.8, needs_setting)):
+            step = estimate(recipes["1.5b"], chip, Sizes(fsdp=8))
+            step = dataclasses.replace(step, arguments=0, temporaries=int(chip.memory * share), room=1.0)
+            assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in plans.verdict(step)) == needs
+            assert plans.verdict(step).startswith("it fits")

@@ -94,6 +94,19 @@ ENTRY %main (p: f32[64]) -> f32[8] {
     assert hlo.matmul_dtypes(text) == {"bf16 x bf16": 1}
 
 
+def test_matmuls_of_gpu_programs_are_those_of_cublas():
+    text = """
+ENTRY %main (x: bf16[8,8], y: f32[8,8]) -> bf16[8,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %y = f32[8,8]{1,0} parameter(1)
+  %a = (bf16[8,8]{1,0}, s8[64]{0}) custom-call(%x, %x, %y), custom_call_target="__cublas$lt$matmul"
+  %b = (bf16[8,8]{1,0}, u8[0]{0}) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %c = bf16[8,8]{1,0} get-tuple-element(%a), index=0
+}
+"""
+    assert hlo.matmul_dtypes(text) == {"bf16 x bf16": 1}
+
+
 HLO = """
 %fused (p0: bf16[8,4], p1: bf16[4,2]) -> f32[8,2] {
   %p0 = bf16[8,4]{1,0} parameter(0)
