@@ -220,7 +220,9 @@ def load_checkpoint(run: Run, which: str | int = "best") -> tuple[int, model.Par
     while True:  # again if the training process prunes the checkpoint while it is read
         steps = checkpoints.steps
         if not steps:
-            raise RunError(f"run {run.path.name!r} has no checkpoint yet: let it train, or {run.resume_command}")
+            lost = run.last_event("save", "import")
+            then = "restore a copy" if lost else f"let it train, or {run.resume_command}"
+            raise RunError(f"run {run.path.name!r} has no checkpoint{'' if lost else ' yet'}: {then}")
         named = {"best": best_step(steps, run.val_losses()), "last": steps[-1]} | {str(step): step for step in steps}
         step = named.get(str(which))
         if step is None:

@@ -41,8 +41,9 @@ class Summary:
     interrupted_by: int  # the signal that ended it early; 0 if it ran to its last step
 
     @property
-    def best(self) -> Evaluated:
-        return min(self.scores, key=lambda scored: scored.rank)
+    def best(self) -> Evaluated | None:
+        """None if the run was interrupted before its first evaluation."""
+        return min(self.scores, key=lambda scored: scored.rank, default=None)
 
 
 def fit(

@@ -349,6 +349,7 @@ def test_interrupted_run_is_evaluated_if_its_end_moves_to_its_last_step(tiny, ne
     run, corpus = new_run("one", change(tiny, steps=40, eval_every=20, eval_start=False))
     done = fit(run, corpus, sigterm_at(5))
     assert (done.step, done.interrupted_by) == (10, signal.SIGTERM)
+    assert (done.scores, done.best) == ([], None)
     again = fit(run, corpus, config=change(run.config, steps=10))
     assert [scored.step for scored in again.scores] == [10]
 

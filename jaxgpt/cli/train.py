@@ -169,5 +169,5 @@ def _print_summary(console: "RunConsole", done: "Summary") -> None:
     if first.step == 0 and first is not last:
         console.print(f"  before  {describe(first.evaluation)}")
     console.print(f"  after   {describe(last.evaluation)}")
-    if best.step != last.step:
+    if best and best.step != last.step:
         console.print(f"  best    {describe(best.evaluation)}, at step {best.step:,}")

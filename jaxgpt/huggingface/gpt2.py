@@ -104,14 +104,15 @@ def _require_fit(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> N
 
 
 def to_tensors(config: ModelConfig, params: Params) -> Tensors:
-    """Hugging Face's tensors from our parameters, the inverse of `to_params`. GPT-2 always has biases: they are zeros
-    if the model has none."""
+    """Hugging Face's float32 tensors from our parameters, the inverse of `to_params`. GPT-2 always has biases: they are
+    zeros if the model has none."""
     tensors, params = Tensors(), unstacked(params)
     for row in table(replace(config, bias=True)):
         if not config.bias and row.name.endswith(".bias"):
             tensors[row.name] = np.zeros(row.shape, np.float32)
             continue
-        tensor = np.concatenate([np.asarray(reduce(getitem, path.split("/"), params)) for path in row.ours], axis=-1)
+        parts = [np.asarray(reduce(getitem, path.split("/"), params), np.float32) for path in row.ours]
+        tensor = np.concatenate(parts, axis=-1)
         tensors[row.name] = np.ascontiguousarray(tensor.T if row.transposed else tensor)
     return tensors
 

@@ -84,6 +84,8 @@ def test_params_survive_conversion_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, params, back)
     template = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, template), "exactly the parameters of the model"
+    low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    assert {x.dtype for x in gpt2.to_tensors(config, low).values()} == {np.dtype("float32")}, "as config.json says"
 
 
 def test_all_tensors_that_do_not_fit_are_listed_at_once(folder):
