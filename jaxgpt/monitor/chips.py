@@ -48,7 +48,7 @@ CHIPS = {
     "v4": Chip(275e12, 275e12, 32 * 2**30, 1200e9, 268e9, 3, 4096, 0),
     "v5e": Chip(197e12, 197e12, 16 * 2**30, 819e9, 200e9, 2, 256, 25e9 / 8),
     "v5p": Chip(459e12, 459e12, 95 * 2**30, 2765e9, 600e9, 3, 8960, 50e9 / 8),
-    "v6e": Chip(918e12, 918e12, 32 * 2**30, 1638e9, 400e9, 2, 256, 0),
+    "v6e": Chip(918e12, 918e12, 32 * 2**30, 1638e9, 400e9, 2, 256, 100e9 / 8),
     "a100": Chip(312e12, 156e12, 80e9, 2039e9, 300e9, 0, 8, 25e9),
     "h100": Chip(989e12, 494.7e12, 80e9, 3350e9, 450e9, 0, 8, 50e9),
     "h100-pcie": Chip(756e12, 378e12, 80e9, 2000e9, 300e9, 0, 2, 0),
@@ -59,7 +59,7 @@ CHIPS = {
 }
 """Sources: docs.cloud.google.com/tpu/docs/v4 and so on; www.nvidia.com/en-us/data-center/a100, h100, h200 and dgx-b200.
 Link rates are half of the published ones, which count both directions; v4 has the pod's all-reduce rate per chip.
-The network rate of v5e is the pod's divided by its chips; GPUs have one adapter each, as in a DGX."""
+The network rates of v5e and v6e are the pod's divided by its chips; GPUs have one adapter each, as in a DGX."""
 
 
 def of_kind(device_kind: str) -> Chip | None:

@@ -63,13 +63,16 @@ class Instruction:
 
     @property
     def matmul_flops(self) -> int:
-        """2 M N K of a dot, or of a custom call that names the contracted axes, as cuBLAS's and oneDNN's do."""
-        if self.op not in ("dot", "custom-call") or not SHAPE.search(self.operands[0]):
+        """2 M N K of a dot, of a convolution, as which TPUs compute one, or of a custom call that names the contracted
+        axes, as cuBLAS's and oneDNN's do."""
+        if self.op not in ("dot", "convolution", "custom-call") or not SHAPE.search(self.operands[0]):
             return 0
         sizes, dims = _dims(self.operands[0]), CONTRACTED.search(self.line)
-        if not dims and "onednn$matmul" not in self.line:
+        labels = re.search(r"dim_labels=(\w+)_", self.line)
+        if not dims and not labels and "onednn$matmul" not in self.line:
             return 0
-        axes = [int(n) for n in re.findall(r"\d+", dims[1])] if dims else [len(sizes) - 1]
+        last = labels[1].index("f") if labels else len(sizes) - 1
+        axes = [int(n) for n in re.findall(r"\d+", dims[1])] if dims else [last]
         return 2 * math.prod(_dims(self.shape)) * math.prod(sizes[axis] for axis in axes)
 
     @property
@@ -77,7 +80,7 @@ class Instruction:
         """FLOPs of its matmuls, and one for each element that anything else computes or reduces."""
         if self.body:
             return sum(inner.flops for inner in self.body)
-        if self.op in NO_FLOPS or self.op == "dot" or not SHAPE.search(self.shape):
+        if self.op in NO_FLOPS or self.op in ("dot", "convolution") or not SHAPE.search(self.shape):
             return self.matmul_flops
         return math.prod(_dims(self.operands[0] if self.op == "reduce" else self.shape))
 
@@ -162,7 +165,8 @@ def collectives(text: str) -> Collectives:
                 chains.add((kind, chain[1]))
             sizes = _sizes(each.shape)
             if each.op.endswith("-start") and kind != "all-reduce":  # its result: arguments, results, scratch space
-                size = max(sizes)
+                k = len(each.args)
+                size = max(sum(sizes[:k]), sum(sizes[k : 2 * k]))
             else:
                 size = sum(sizes) * (n if kind == "reduce-scatter" else 1)
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # TPUs: each device keeps a shard

@@ -35,7 +35,8 @@ TRACED = 5
 """Steps of a profile."""
 NOTES = (
     "by formula: matmul FLOPs by flops_per_token, three times that with the backward pass. compiled: those of the "
-    "optimized program; more with remat, chunked logits or Muon, fewer where attention is a library's kernel.",
+    "optimized program; more with remat, chunked logits or Muon, fewer where attention is a library's kernel or, from "
+    "256 tokens on, computed by blocks.",
     "XLA: all FLOPs, one for each element outside of matmuls, before and after optimization. XLA counts the body of a "
     "loop (scanned blocks, micro-batches) once, and custom calls as nothing.",
     "compulsory: arguments and results of a program, once. XLA's bytes: reads and writes of each operation before "

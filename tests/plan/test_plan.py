@@ -338,7 +338,7 @@ def test_impossible_plans_are_refused(shallow, change):
     with pytest.raises(PlanError, match="no chip 'v9': expected one of v4"):
         cli.run(["gpt2-124m", "--chips", "8", "--chip", "v9"])
     with pytest.raises(PlanError, match="the rate between pods of this chip is unknown"):
-        cli.run(["gpt2-124m", "--chips", "512", "--chip", "v6e"])
+        cli.run(["gpt2-124m", "--chips", "4", "--chip", "h100-pcie"])
     with pytest.raises(PlanError, match="257 chips span 2 pods of 256: their number, and data, must be multiples of 2"):
         cli.run(["gpt2-124m", "--chips", "257"])
     with pytest.raises(PlanError, match="no mesh of 2053 chips divides this model, batch and context"):

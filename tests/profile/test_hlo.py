@@ -94,6 +94,43 @@ ENTRY %main (p: f32[64]) -> f32[8] {
     assert hlo.matmul_dtypes(text) == {"bf16 x bf16": 1}
 
 
+def test_several_arrays_of_one_asynchronous_collective_all_count():
+    text = """
+ENTRY %main (x: f32[8,4], y: f32[16]) -> f32[2,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = f32[16]{0} parameter(1)
+  %r = ((f32[8,4]{1,0}, f32[16]{0}), (f32[2,4]{1,0}, f32[4]{0})) reduce-scatter-start(%x, %y), replica_groups=[1,4]<=[4]
+  %g = ((f32[8,4]{1,0}, f32[16]{0}), (f32[32,4]{1,0}, f32[64]{0})) all-gather-start(%x, %y), replica_groups=[1,4]<=[4]
+  %p = (f32[16]{0}, f32[16]{0}, u32[], u32[]) collective-permute-start(%y), source_target_pairs={{0,1}}
+  ROOT %a = f32[4]{0} reduce-scatter(%y), replica_groups=[1,4]<=[4]
+}
+"""
+    assert hlo.collectives(text) == {
+        ("all-gather", 4): (1, 4 * (128 + 64)),
+        ("collective-permute", 2): (1, 4 * 16),
+        ("reduce-scatter", 4): (2, 4 * (32 + 16) + 4 * 16),
+    }
+
+
+def test_matmuls_of_tpu_programs_are_convolutions():
+    text = """
+%fused (p0: bf16[8,4], p1: bf16[4,2]) -> f32[8,2] {
+  %p0 = bf16[8,4]{1,0} parameter(0)
+  %p1 = bf16[4,2]{1,0} parameter(1)
+  %t = bf16[4,8]{1,0} transpose(%p0), dimensions={1,0}
+  ROOT %c = f32[8,2]{1,0} convolution(%t, %p1), dim_labels=fb_io->bf
+}
+
+ENTRY %main (x: bf16[8,4], y: bf16[4,2]) -> f32[8,2] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %y = bf16[4,2]{1,0} parameter(1)
+  ROOT %f = f32[8,2]{1,0} fusion(%x, %y), kind=kOutput, calls=%fused
+}
+"""
+    assert [(each.runs, each.flops) for each in hlo.matmuls(text)] == [(1, 2 * 8 * 4 * 2)]
+    assert hlo.instructions(text)["f"].flops == 2 * 8 * 4 * 2
+
+
 def test_matmuls_of_gpu_programs_are_those_of_cublas():
     text = """
 ENTRY %main (x: bf16[8,8], y: f32[8,8]) -> bf16[8,8] {
