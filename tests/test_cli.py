@@ -389,6 +389,18 @@ def test_a_platform_without_devices_is_named(call, tiny, verse, tmp_path, monkey
     assert "Traceback" not in err
 
 
+def test_a_tpu_that_cannot_be_initialized_is_reported(call, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Unable to initialize backend 'tpu': INTERNAL: Failed to open libtpu.so")
+
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    monkeypatch.setattr("jaxgpt.cli.list_recipes.run", fail)
+    code, _, err = call("recipes")
+    assert code == 1
+    assert err.endswith("of JAX_PLATFORMS=tpu,cpu: unset it to use what is there, or install the plugin: pip install "
+                        "'jaxgpt[tpu]'\n")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

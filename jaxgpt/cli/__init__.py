@@ -104,17 +104,26 @@ def run_command(argv: Sequence[str]) -> int:
     except (OSError, RuntimeError) as error:
         ours = isinstance(error, OSError) or type(error).__module__.startswith("jaxgpt.")
         text = str(error) if ours else f"{type(error).__name__}: {error} (--traceback shows where)"
+        if text.startswith("RuntimeError: Unable to initialize backend"):
+            text = _no_device()
         return _fail("\n".join([text, *getattr(error, "__notes__", [])]), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Exception as error:
-        platforms = os.environ.get("JAX_PLATFORMS")
-        if isinstance(error, AssertionError) and not str(error) and platforms:  # JAX gives no message
-            hint = "unset it to use what is there, or install the plugin, as pip install 'jaxgpt[cuda]' does for CUDA"
-            return _fail(f"JAX finds no device of JAX_PLATFORMS={platforms}: {hint}", 1)
+        if isinstance(error, AssertionError) and not str(error) and "JAX_PLATFORMS" in os.environ:
+            return _fail(_no_device(), 1)  # JAX gives no message
         if not _one_of_several():
             raise
         return _fail("".join(traceback.format_exception(error)), 1)
+
+
+def _no_device() -> str:
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    plugin = "tpu" if "tpu" in platforms else "cuda"
+    return (
+        f"JAX finds no device of JAX_PLATFORMS={platforms}: unset it to use what is there, or install the plugin: "
+        f"pip install 'jaxgpt[{plugin}]'"
+    )
 
 
 def _one_of_several() -> bool:

@@ -139,7 +139,9 @@ def _fit(given: Train, existing: Run | None) -> int:
     if display.disable and (curve := display.curve()):  # a terminal shows it already
         console.print(curve)
     if display.notices:
-        console.print(f"{display.notices} warnings: see {run.events_file}", style="bold yellow")
+        console.print(
+            f"{display.notices} warning{'s' * (display.notices > 1)}: see {run.events_file}", style="bold yellow"
+        )
     if done.interrupted_by:
         again = resume_command(given, run)
         console.print(f"interrupted at step {done.step:,} of {done.steps:,}; saved. Resume with: {again}")

@@ -50,7 +50,7 @@ def influence(found: Influence, subject: Subject) -> Iterator[str]:
     for what, sign in (("lowered most by", 1), ("raised most by", -1)):
         for i in (i for i in order[::-sign][:3] if sign * found.dots[i] > 0):
             window = subject.show(subject.train[found.starts[i] : found.starts[i] + T + 1])
-            yield f"{what:<16} {found.dots[i]:+8.3f}  '{window[:64]}'"
+            yield f"{what:<16} {found.dots[i]:+8.3g}  '{window[:64]}'"
 
 
 def lens(found: Lens, subject: Subject) -> Iterator[str]:

@@ -48,6 +48,7 @@ class Export:
 def run_import_gpt2(args: list[str]) -> int:
     given = parse(ImportGPT2, args, "import-gpt2", ImportGPT2.__doc__)
     from jaxgpt.huggingface import folders
+    from jaxgpt.monitor import cost
 
     run = folders.import_run(
         folders.find(given.folder),
@@ -58,7 +59,7 @@ def run_import_gpt2(args: list[str]) -> int:
         block_size=given.block_size,
         dropout=given.dropout,
     )
-    print(f"{run.path}: {run.config.model}")
+    print(f"{run.path}: {cost.describe(run.config.model)}")
     print(f"Tokenizer: {run.config.data.tokenizer}")
     print(f"Sample from it: {command_line('sample', run, given.folders)}")
     print(f"Fine-tune it: {command_line('train', run, given.folders, '--resume')}")

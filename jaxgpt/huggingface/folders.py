@@ -49,8 +49,8 @@ def find(name: str) -> Path:
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
         reason = str(error).partition("\n")[0]
         raise InteropError(
-            f"{name!r} cannot be fetched ({reason}); fetch config.json and model.safetensors from "
-            f"https://huggingface.co/{name} into a folder, and give its path: jaxgpt import-gpt2 FOLDER"
+            f"{name!r} cannot be fetched ({reason}); fetch config.json, model.safetensors, vocab.json and merges.txt "
+            f"from https://huggingface.co/{name} into a folder, and give its path: jaxgpt import-gpt2 FOLDER"
         ) from error
 
 

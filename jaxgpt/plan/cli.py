@@ -39,10 +39,10 @@ def run(args: list[str]) -> int:
     }
     refuse_unused(given, default, unused)
     config = check(given.config)
-    if not config.model.vocab_size:
-        raise UsageError(f"the vocabulary size of {name} depends on its text: give it, --vocab-size 65")
     if config.model.kind != "gpt":
         raise UsageError(f"{name} is a {config.model.kind}: only a GPT can be planned")
+    if not config.model.vocab_size:
+        raise UsageError(f"the vocabulary size of {name} depends on its text: give it, --vocab-size 65")
     if given.chips and min(given.chips) < 1:
         raise UsageError(f"--chips {min(given.chips)}: expected 1 or more")
     os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for TPUs and GPUs needs none

@@ -60,7 +60,7 @@ def mesh(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes | N
         sizes, why = choose(config, len(devices), int(chip.memory) if chip else None)
         if sizes.devices < len(devices):
             rank = ", or rank all meshes by --sweep" if chip else ""
-            raise PlanError(f"{why}: give another --batch-size or a --mesh{rank}")
+            raise PlanError(f"{why}; or give another --batch-size or a --mesh{rank}")
     if sizes.devices > len(devices):
         raise PlanError(f"the mesh {sizes} needs {sizes.devices} devices, the topology has {len(devices)}")
     check(config, sizes)

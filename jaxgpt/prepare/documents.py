@@ -28,7 +28,7 @@ BINARY = {
     b"\0\0\xfe\xff": "is UTF-32: iconv -f UTF-32 -t UTF-8",
     b"\xff\xfe": "is UTF-16: iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "is UTF-16: iconv -f UTF-16 -t UTF-8",
-    b"\x1f\x8b": "is compressed with gzip: give it a name that ends in .gz, or unpack it: gunzip",
+    b"\x1f\x8b": "is compressed with gzip: give it a name that ends in .gz, or unpack it: gunzip, or tar -xzf",
     b"BZh": "is compressed with bzip2: bunzip2",
     b"\xfd7zXZ\0": "is compressed with xz: unxz",
     b"\x28\xb5\x2f\xfd": "is compressed with Zstandard: unzstd",

@@ -52,11 +52,15 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     mean, n, interval = difference(best, second, k)
     text += f"is {mean:.4f} higher"
     if interval is None:
-        return f"{text}; one seed gives no interval and does not show that it is worse: --seeds 4"
+        return f"{text}; one seed gives no interval and does not show that it is worse: --seeds 4 --name OTHER"
     low, high = interval
     how = f"Student's t, {n} seeds paired" + (f", Bonferroni over {math.comb(k, 2)} pairs of settings" if k > 2 else "")
     text += f" ({LEVEL:.0%} interval {low:.4f} to {high:.4f}: {how})"
-    return text if low > 0 else f"{text}; 0 is within it: these seeds do not show that it is worse, more --seeds may"
+    return (
+        text
+        if low > 0
+        else f"{text}; 0 is within it: these seeds do not show that it is worse, more --seeds under another --name may"
+    )
 
 
 def charts(outcomes: Sequence[Outcome]) -> dict[str, Spec]:

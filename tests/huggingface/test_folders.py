@@ -185,8 +185,9 @@ def test_without_a_network_the_error_names_the_files_to_fetch(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InteropError) as caught:
         folders.find("no-such-owner/no-such-model")
-    assert "fetch config.json and model.safetensors from https://huggingface.co/no-such-owner/no-such-model" in str(
-        caught.value
+    assert (
+        "model.safetensors, vocab.json and merges.txt from https://huggingface.co/no-such-owner/no-such-model"
+        in str(caught.value)
     )
 
 

@@ -92,7 +92,7 @@ def test_the_interval_is_corrected_for_the_choice_of_the_best():
         ),
         (
             [(2.0,), (2.1,)],
-            "is 0.1000 higher; one seed gives no interval and does not show that it is worse: --seeds 4",
+            "is 0.1000 higher; one seed gives no interval and does not show that it is worse: --seeds 4 --name OTHER",
         ),
         ([(2.0, 2.2), (1.0, None)], "; the next, learning_rate 1, diverged with 1 of 2 seeds"),
         ([(2.0, None), (None, 1.0)], "every setting diverged with at least one seed"),
