@@ -299,3 +299,28 @@ def test_saves_do_not_accumulate_tensorstore_metrics(tmp_path, state):
             checkpoints.save(at_step(state, step), {})
             checkpoints.settle()
     assert metrics() - before < 20
+
+
+def test_failed_last_save_is_raised_at_the_end_of_the_block(tmp_path, state, monkeypatch):
+    monkeypatch.setattr("jaxgpt.files.sync", raise_disk_full)
+    with pytest.raises(CheckpointError, match="step 5 was not saved"), Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at_step(state, 5), {})
+
+
+def test_files_and_entries_of_a_saved_step_are_synced(tmp_path, state, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at_step(state, 5), {})
+    assert {path.stat().st_ino for path in (tmp_path / "5").rglob("*")} <= set(synced)
+    assert synced[-1] == tmp_path.stat().st_ino
+
+
+def test_step_saved_again_is_verified_again(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for about in {"try": 1}, {"try": 2}, {"try": 3}:
+            checkpoints.save(at_step(state, 5), about)
+            checkpoints.settle()
+            assert checkpoints.verify(5).about == about
+            aside = checkpoints.set_aside(5)
+    assert aside.name == "5.damaged2"

@@ -202,3 +202,21 @@ def test_integer_is_accepted_as_float():
 def test_a_misspelt_recipe_gets_a_suggestion():
     with pytest.raises(ConfigError, match="did you mean 'gpt-demo'"):
         recipe("gpt-dmo")
+
+
+def test_a_schedule_of_its_own_does_not_follow_the_steps(change):
+    config = change(Config(), steps=100, decay_steps=50)
+    assert configs.unresolved(config) == config
+    assert configs.unresolved(change(config, steps=50)).optimizer.decay_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warmup_steps": 100, "decay_steps": 50}, "fewer than the 50 steps of the schedule: try --warmup-steps 5"),
+        ({"algorithm": "muon", "learning_rate": 0.0}, "learning_rate is 0.0, expected above 0 with muon"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(change, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        configs.check(change(Config(), **changes))

@@ -299,6 +299,11 @@ def damage(folder, name, change):
             "expected file tokens-00000",
         ),
         ("tokens.json", lambda meta: meta["shards"].append(NEXT_SHARD | {"count": 0}), "its shard 1 is"),
+        (
+            "tokens.json",
+            lambda meta: meta["shards"].append(NEXT_SHARD | {"count": 1}),
+            "its shards have 841 tokens, expected",
+        ),
         ("tokens.json", lambda meta: meta.update(parts=[]), r"its parts are \[\], expected a list of 2 or more"),
         (
             "tokens.json",
@@ -377,3 +382,25 @@ def test_mixtures_are_parsed():
         mixture("1*a + 1999*b")
     with pytest.raises(CorpusError, match=r"the least weight is 0\.000999001 of all, expected a thousandth"):
         mixture("1*a + 1000*b")
+
+
+def test_id_just_beyond_the_vocabulary_is_damage(prepared):
+    path = prepared.folder / "tokens-00000.bin"
+    tokens = np.fromfile(path, "<u2")
+    tokens[5] = prepared.corpus.tokenizer.vocab_size
+    tokens.tofile(path)
+    damage(prepared.folder, "tokens.json", lambda meta: meta["shards"][0].update(sha256=files.sha256(path)))
+    with pytest.raises(CorpusError, match="has id 11, expected ids below vocab_size = 11"):
+        corpora.load(prepared.folder)
+
+
+def test_joined_slice_may_begin_inside_a_piece_and_no_index_is_negative():
+    tokens = corpora.Joined([np.arange(4), np.arange(4, 12)])
+    assert np.asarray(tokens[2:10]).tolist() == list(range(2, 10))
+    with pytest.raises(IndexError, match="indices from -1 to 3 of 12 tokens"):
+        tokens[np.array([3, -1])]
+
+
+def test_hash_of_a_mixture_depends_on_its_weights(prepared):
+    one, other = (corpora.mix([(share, prepared.corpus), (1.0, prepared.corpus)]).meta for share in (1.0, 2.0))
+    assert one["sha256"] != other["sha256"]

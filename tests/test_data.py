@@ -1,6 +1,8 @@
 """Window starts as a function of seed and step, batches, mixtures, and the loaders."""
 
+import gc
 import threading
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from jaxgpt import data as batches
 from jaxgpt.cli.runs import start_run
 from jaxgpt.data import chunks, loader
-from jaxgpt.sharding import one_device
+from jaxgpt.sharding import Sizes, make_mesh, one_device
 from jaxgpt.train import fit
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -192,6 +194,7 @@ class TestMixtures:
             ((0.08525, 0.0037, 0.0001, 0.01095), [853, 37, 1, 109]),
             ((0.7, 0.2, 0.1), [700, 200, 100]),
             ((1, 1, 1), [333, 334, 333]),
+            ((0.0045, 0.9955), [5, 995]),
         ],
     )
     def test_shares_are_rounded_to_whole_windows(self, shares, counts):
@@ -267,3 +270,41 @@ def test_estimates_on_a_mixture_draw_from_its_parts_by_weight():
     parts = [batches.Part(9000, 1.0), batches.Part(1000, 3.0)]
     starts = batches.chunk_starts(0, 1, 2, parts, 8, 1000, "estimate")[0]
     assert ((starts >= 9000).sum(), starts.max() < 10_000 - 8) == (750, True)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "starts"),
+    [("epoch", [3973, 1285, 3333, 3205]), ("random", [7903, 4776, 6556, 557]), ("estimate", [1796, 8416, 2669, 911])],
+)
+def test_windows_of_existing_runs_do_not_change(sampling, starts):
+    assert batches.window_starts(1337, 500, 10_000, 64, 4, sampling).tolist() == starts
+
+
+def test_windows_of_a_mixture_are_loaded_by_its_weights(tiny):
+    parts, tokens = [batches.Part(120, 3.0), batches.Part(80, 1.0)], np.arange(200, dtype=np.uint16) % 13
+    starts = loader(tiny, tokens, one_device(), parts)(0, 5)[1]
+    np.testing.assert_array_equal(starts, batches.config_starts(tiny, parts, 0, 5))
+
+
+def test_order_of_the_parts_of_a_mixture_differs_by_seed():
+    parts = [batches.Part(100, 0.5), batches.Part(100, 0.5)]
+    one, other = (batches.chunk_starts(seed, 0, 100, parts, 8, 10) >= 100 for seed in (3, 4))
+    assert 400 < (one != other).sum() < 600
+
+
+def test_windows_that_were_used_are_not_kept(tiny, monkeypatch):
+    monkeypatch.setattr(batches, "DEVICE_TOKENS", 0)
+    with ThreadPoolExecutor(1) as pool:
+        on_disk = loader(tiny, np.arange(200, dtype=np.uint16) % 13, one_device(), pool=pool)
+        first = weakref.ref(on_disk(0, 5)[1])
+        for chunk in (5, 10), (10, 15):
+            on_disk(*chunk)
+        gc.collect()
+        assert first() is None
+
+
+def test_shards_of_windows_from_disk_hold_their_own_sequences(tiny, monkeypatch):
+    tokens = np.arange(200, dtype=np.uint16) * 7 % 13
+    on_device, mesh = loader(tiny, tokens, one_device()), make_mesh(Sizes(data=2, fsdp=2))
+    monkeypatch.setattr(batches, "DEVICE_TOKENS", 0)
+    assert_same_windows(tiny, on_device, loader(tiny, tokens, mesh))

@@ -132,3 +132,8 @@ def test_the_estimate_is_a_noisy_mean_and_a_function_of_the_step(tiny, change):
     assert one == estimate(config, PARAMS, ids, 3)
     assert one != estimate(config, PARAMS, ids, 4)
     assert abs(one - bigram_losses(ids).mean()) < 0.05
+
+
+def test_size_of_a_text_of_more_than_one_block():
+    n = 2**24 + 5
+    assert text_size(ByteTokenizer(), np.full(n, 97, np.uint8)) == (n, n)

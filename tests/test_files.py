@@ -1,6 +1,7 @@
 """Sealed JSON, atomic writes, and checks that a path can be written to."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,14 @@ def test_require_file_refuses_unwritable_paths(tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             places.require_file(path, "--out")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot sync a folder")
+def test_atomic_write_syncs_the_file_and_then_its_entry(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda file: synced.append((os.fstat(file).st_ino, file)))
+    files.write_atomically(tmp_path / "file", b"new")
+    assert [inode for inode, _ in synced] == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
+    for _, file in synced:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(file)

@@ -1,13 +1,16 @@
+import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgpt.evaluation import Evaluation
-from jaxgpt.metrics_log import DivergedError, MetricsLog, Notice, Progress
+from jaxgpt.metrics_log import DivergedError, Evaluated, MetricsLog, Notice, Progress
 from jaxgpt.run import Run
+from jaxgpt.start import digest
 from jaxgpt.step import Metrics
 from tests.test_run import META
 
@@ -206,3 +209,47 @@ def test_numbers_are_the_shortest_that_round_trip_float32(run):
         log.sync()
     assert '"loss": 0.33333334,' in (run.path / "metrics.jsonl").read_text()
     assert jnp.float32(lines(run)[0]["loss"]) == x
+
+
+def test_digest_is_that_of_the_file_after_a_resume_and_after_a_full_disk(run, monkeypatch):
+    with open_log(run) as log:
+        log.add(0, chunk(1))
+        log.sync()
+    with open_log(run, n_bytes := log.digest["bytes"]) as log:
+        real = log._file
+        with monkeypatch.context() as patch:
+            patch.setattr(log, "_file", SimpleNamespace(write=lambda data: real.write(data[:20])))
+            log.add(5, chunk(6))
+            log.flush()
+        assert n_bytes < log.digest["bytes"]
+        assert log.digest == digest(run.metrics_file.read_bytes())
+
+
+def test_entry_of_a_new_log_is_synced(run, monkeypatch):
+    synced = []
+    monkeypatch.setattr("jaxgpt.files.sync", synced.append)
+    with open_log(run):
+        assert synced == [run.path]
+
+
+def test_nan_ranks_last():
+    losses = (math.nan, 3.0, 2.0)
+    scores = [Evaluated(step, dataclasses.replace(RESULT, loss=loss)) for step, loss in enumerate(losses)]
+    assert [scored.step for scored in sorted(scores, key=lambda scored: scored.rank)] == [2, 1, 0]
+
+
+def test_speed_excludes_the_first_chunk_and_evaluations(run, monkeypatch):
+    events, now = [], [0.0]
+    monkeypatch.setattr("jaxgpt.metrics_log.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with open_log(run, on_event=events.append) as log:
+        for begin, seconds in (0, 9.0), (5, 1.0), (10, 2.0), (15, 4.0):
+            log.add(begin, chunk(begin + 1))
+            now[0] += seconds
+            log.flush()
+            if begin == 5:
+                now[0] += 100
+                log.add_evaluation(10, RESULT, {})
+        assert log.speed == {"tokens_per_second": 480 / 7, "trained_tokens": 480, "trained_seconds": 7.0}
+    progress = [event for event in events if isinstance(event, Progress)]
+    assert [event.tokens_per_second for event in progress] == [None, 160.0, 80.0, 40.0]
+    assert [event.seconds_left for event in progress] == [None, 2.0, 2.0, 0.0]

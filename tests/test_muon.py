@@ -95,3 +95,12 @@ def test_muon_trains_kernels_of_blocks_and_adamw_the_rest(tiny, change):
     assert 0.3 < np.median(spectrum) < 1.3, "the singular values of an update are about Muon's learning rate"
     np.testing.assert_allclose(np.abs(moved["h_0"]["ln_1"]["scale"]).max(), 1e-3, rtol=0.05)
     assert len(jax.tree.leaves(make_optimizer(config).init(state.params))) < 2 * len(jax.tree.leaves(state.params)) + 2
+
+
+def test_kernels_that_muon_trains_decay_too(tiny, change):
+    config = change(tiny, algorithm="muon", weight_decay=0.1, muon_learning_rate=0.02, learning_rate=1e-3)
+    params = init_state(tiny).params
+    optimizer = make_optimizer(config)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    update, kernel = (tree["h_0"]["mlp"]["c_fc"]["kernel"] for tree in (updates, params))
+    np.testing.assert_allclose(update, 0.1 * 20 * kernel, rtol=1e-5)

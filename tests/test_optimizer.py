@@ -83,3 +83,7 @@ def test_first_step_matches_adamw_by_hand(tiny, change, clip):
     expected = jax.tree.map(by_hand, params, grads, decay_mask(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9), updates, expected)
     assert all(u.any() for u in jax.tree.leaves(updates))
+
+
+def test_a_peak_of_zero_stays_zero(change):
+    assert float(learning_rate(change(Config(), learning_rate=0.0))(500)) == 0.0

@@ -79,3 +79,15 @@ def test_mask_entries_depend_only_on_their_indices():
     block = prng.keep_mask(prng.key(1), 0.7, (4,), jnp.arange(2, 5), jnp.arange(3, 8))
     assert_equal(block, whole[:, 2:5, 3:8])
     assert_equal(jax.jit(lambda keep: mask(prng.key(1), keep, 4, 6, 8))(0.7), whole)
+
+
+def test_dropout_masks_of_existing_runs_do_not_change():
+    mask = prng.keep_mask(jax.random.fold_in(prng.key(7), 1), 0.5, (2,), jnp.arange(2), jnp.arange(8))
+    assert np.packbits(np.asarray(mask)).tolist() == [119, 187, 215, 14]
+
+
+def test_prebuilt_kernel_is_used_only_inside_its_block():
+    before = jax.config.values["jax_threefry_gpu_kernel_lowering"]
+    with prng.one_kernel_on_gpus():
+        assert jax.config.values["jax_threefry_gpu_kernel_lowering"]
+    assert jax.config.values["jax_threefry_gpu_kernel_lowering"] == before

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxgpt import files
 from jaxgpt.config import Config
 from jaxgpt.corpus import CorpusError
 from jaxgpt.monitor import facts
@@ -213,3 +214,39 @@ def test_only_one_process_holds_a_run(run):
     holder.join(30)
     with run.lock():
         pass
+
+
+def test_new_run_is_synced_with_its_folder(tmp_path, monkeypatch):
+    synced, sync = [], files.sync
+    monkeypatch.setattr("jaxgpt.files.sync", lambda path: synced.append(path) or sync(path))
+    Run.create(tmp_path, "one", Config(), META)
+    assert synced[-1] == tmp_path
+
+
+def test_name_that_another_process_takes_meanwhile_is_reported(tmp_path):
+    with pytest.raises(RunError, match="--run one --resume continues it"):
+        Run.create(tmp_path, "one", Config(), META, lambda _: Run.create(tmp_path, "one", Config(), META))
+
+
+def test_command_names_the_runs_folder_unless_it_is_runs(run, tmp_path):
+    assert run.resume_command == f"jaxgpt train --run one --resume --runs-dir {tmp_path}/runs"
+    assert Run(Path("runs/one")).resume_command == "jaxgpt train --run one --resume"
+
+
+def test_process_of_another_user_is_alive(run, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    run.event("start", process="1", host=platform.node())
+    assert not run.cut_off
+    monkeypatch.setattr("os.kill", refuse)
+    run.event("start", process=1, host=platform.node())
+    assert not run.cut_off
+
+
+def test_name_is_that_of_the_runs_folder_before_a_folder_here(run, tmp_path, monkeypatch):
+    Run.create(tmp_path / "here", "one", Config(), META)
+    monkeypatch.chdir(tmp_path / "here")
+    assert Run.open(tmp_path / "runs", "one") == run
+    monkeypatch.chdir("one")
+    assert Run.open(tmp_path / "runs", "./").path.name == "one"

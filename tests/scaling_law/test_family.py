@@ -69,3 +69,16 @@ def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeyp
     assert "3 --sizes and 4 amounts" in capsys.readouterr().err
     assert run_command(["scaling-fit", "--corpus", str(verse), "--tokens", "1000", "2000", "40000", "80000"]) == 2
     assert "3 amounts of --tokens (15360, 46080, 76800, in whole" in capsys.readouterr().err
+
+
+def test_head_size_is_fixed_and_the_learning_rate_falls_with_the_width():
+    small, large = (member.config for member in family.family(family.BASE, [(1, 16), (2, 256)], [10**5]))
+    assert (small.model.n_head, large.model.n_head) == (1, 16)
+    assert (small.optimizer.learning_rate, large.optimizer.learning_rate) == (5e-3, 1.25e-3)
+
+
+def test_an_unfinished_member_is_no_point():
+    members = family.family(configs.replaced(family.BASE, vocab_size=103), [(1, 16)], [10**5])
+    score = program.Score(0, members[0].setting, 1337, 20, 3.0, 0.1, 4.0, 4.0, 3.0, diverged=False, done=False)
+    assert family.points(members, [score]) == []
+    assert len(family.points(members, [score._replace(done=True)])) == 1

@@ -1,9 +1,12 @@
 """The fit recovers a known law."""
 
+import math
+
 import numpy as np
 import pytest
 
 from jaxgpt.config import UsageError
+from jaxgpt.scaling_law import law
 from jaxgpt.scaling_law.law import Law, best, fit
 from jaxgpt.scaling_law.view import lines as lines_of
 
@@ -83,3 +86,17 @@ def test_optimum_beyond_the_runs_is_marked():
     assert TRUE.optimum(1e11)[1] < 2e6 < TRUE.optimum(1e12)[1]
     assert far.endswith(", beyond the sizes or tokens of the runs")
     assert "beyond" not in near
+
+
+def test_resampled_residuals_are_centred_and_scaled_for_the_five_coefficients(monkeypatch):
+    seen, residuals = [], np.linspace(-0.02, 0.05, 10)
+    found = Law(2.0, 0.0, 0.0, 1.0, 1.0)
+    monkeypatch.setattr(law, "best", lambda N, D, losses, starts: seen.append(losses) or found)
+    fit([(10 + i, 100 + i, 2 * float(np.exp(residual))) for i, residual in enumerate(residuals)])
+    drawn = {round(float(x), 9) for x in np.log(np.stack(seen[1:]) / 2).ravel()}
+    assert drawn == {round(float(x), 9) for x in (residuals - residuals.mean()) * math.sqrt(10 / 5)}
+
+
+def test_two_amounts_of_tokens_are_too_few():
+    with pytest.raises(UsageError, match="6 runs of 3 sizes and 2 amounts of tokens"):
+        fit([(N, D, 3.0) for N in (10, 20, 30) for D in (100, 200)])

@@ -70,3 +70,16 @@ def test_lengths_share_a_program_but_not_a_chunk(base):
     assert [each.members for each in chunks] == [(0, 2), (1,)]
     assert {each.names for each in chunks} == {("decay_steps",)}
     assert len({program_of(each.base) for each in chunks}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("learning_rate", (0.0, 1e-3)), ("warmup_steps", (0, 2)), ("grad_clip", (0.0, 1.0)), ("dropout", (0.0, 0.1))],
+)
+def test_a_zero_that_switches_something_off_makes_another_program(base, name, values):
+    assert len(split([replaced(base, **{name: value}) for value in values], 1)) == 2
+
+
+def test_no_chunk_is_larger_than_at_once_with_its_padding(base):
+    many = [replaced(base, seed=i) for i in range(9)]
+    assert [(len(each.members), each.size) for each in split(many, 2, at_once=3)] == [(2, 2)] * 4 + [(1, 2)]

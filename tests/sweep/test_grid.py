@@ -71,3 +71,7 @@ def test_a_combination_that_cannot_run_is_named():
         grid.members(Config(), [], 0)
     with pytest.raises(UsageError, match="20,000 members"):
         grid.members(Config(), [], 20_000)
+
+
+def test_a_range_of_whole_numbers_is_rounded():
+    assert grid.parse("n_layer=1:10:4") == ("n_layer", [1, 2, 5, 10])

@@ -1,13 +1,16 @@
 """Each member of a sweep trains as `jaxgpt train` would, and members do not affect each other."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
 from jaxgpt.cli.runs import start_run
 from jaxgpt.config import replaced
+from jaxgpt.evaluation import Evaluation
 from jaxgpt.sharding import one_device
-from jaxgpt.step import sharded_init
+from jaxgpt.step import Metrics, sharded_init
 from jaxgpt.sweep import program as sweep
 from jaxgpt.sweep.grid import Member
 from jaxgpt.sweep.program import Program, split
@@ -101,3 +104,23 @@ def test_members_side_by_side_match_members_in_turn(configs, runs, member_scores
     for score, in_turn in zip(events[-1], member_scores, strict=False):
         assert score.member == in_turn[-1].member
         assert score.val_loss == pytest.approx(in_turn[-1].val_loss, abs=BOUND)
+
+
+def test_a_member_ends_after_max_skipped_steps_in_a_row(configs, runs, monkeypatch):
+    applied = np.ones((2, 20), bool)
+    applied[0, [1, 2, 4, 5, 7, 8]] = False  # two in a row, three times
+    applied[1, [1, 2, 3]] = False  # three in a row, then no more
+    members = [Member(replaced(configs[0], max_skipped=3, seed=seed), {}) for seed in range(2)]
+    (chunk,), scans = split([member.config for member in members], 1), iter(np.split(applied, 4, axis=1))
+
+    def steps(tokens, state, values, windows):
+        ones, found = np.ones((2, 5), np.float32), next(scans)
+        return state, Metrics(ones, ones, ones, found)
+
+    sharding, state = Program(configs[0], jax.devices()[:1]).sharding, SimpleNamespace(params=None)
+    monkeypatch.setattr(sweep, "evaluate", lambda *_: [Evaluation(1.0, 0.1, 1.0, 1.0, 100)] * 2)
+    program = SimpleNamespace(sharding=sharding, init=lambda values: state, steps=steps)
+    events = [event for event in sweep.train(program, chunk, members, runs[1]) if isinstance(event, list)]
+    assert [(each.member, each.step, each.diverged, each.done) for event in events for each in event] == [
+        (0, 0, False, False), (1, 0, False, False), (0, 10, False, False), (1, 10, True, True), (0, 20, False, True),
+    ]  # fmt: skip
