@@ -32,8 +32,8 @@ class Evaluation:
     loss: float
     """Nats per token."""
     standard_error: float
-    """Of `loss`, as if windows were independent; NaN for a single window. Neighbours in one text are not, so it is too
-    small by a factor of 1.5 to 3 (docs/learn/concepts.md)."""
+    """Of `loss`, as if windows were independent; NaN for a single window. Neighbours in one text are not: losses of
+    other texts of the kind vary by 3 to 5 times as much (docs/learn/concepts.md)."""
     bits_per_char: float
     bits_per_byte: float
     n_tokens: int
