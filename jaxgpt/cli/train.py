@@ -76,7 +76,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     import jax
 
     from jaxgpt import processes
-    from jaxgpt.checkpoint import CheckpointError
+    from jaxgpt.checkpoint import CheckpointError, Checkpoints
     from jaxgpt.cli import memory
     from jaxgpt.cli.corpora import absolute
     from jaxgpt.cli.join import join
@@ -120,6 +120,8 @@ def _fit(given: Train, existing: Run | None) -> int:
     with jax.set_mesh(mesh):
         console.print(cost.describe(config.model))
     console.print(why)
+    if existing and Checkpoints(run.checkpoints).latest == config.train.steps:
+        console.print(f"it is at its last step, {config.train.steps:,}: --steps N trains longer")
     end = config.optimizer.decay_steps
     if config.optimizer.schedule != "constant" and config.train.steps > end:
         console.print(f"the learning rate stays at {config.optimizer.final_learning_rate:g} from step {end:,} on")
