@@ -97,7 +97,6 @@ def compile_step(config: Config, mesh: Mesh) -> Any:
     tokens = jax.ShapeDtypeStruct((DEVICE_TOKENS,), dtype, sharding=replicated(mesh))
     starts = jax.ShapeDtypeStruct((1, config.train.batch_size), jnp.int32, sharding=replicated(mesh))
     with jax.set_mesh(mesh):
-        lowered = jit_train_steps(config, mesh).lower(abstract_state(config, mesh), tokens, starts)
         # The name of the option changed with jax 0.11.
         old = "jax_exec_time_optimization_effort" in jax.config.values
         options: dict[str, Any] = {"exec_time_optimization_effort": -1.0} if old else {"optimization_level": "O0"}
@@ -106,6 +105,7 @@ def compile_step(config: Config, mesh: Mesh) -> Any:
         before = jax.config.values[CACHED_FROM]
         try:
             jax.config.update(CACHED_FROM, math.inf)  # programs for absent chips cannot be read back from the cache
+            lowered = jit_train_steps(config, mesh).lower(abstract_state(config, mesh), tokens, starts)
             return lowered.compile(options)
         except Exception as error:
             why = str(error).splitlines()[0]

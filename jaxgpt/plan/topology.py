@@ -89,7 +89,7 @@ def _gpus(kind: str, n: int) -> dict[str, Any]:
     if n % machine:
         raise PlanError(f"--topology {kind}:{n}: expected up to {machine} GPUs, or whole machines of {machine}")
     target = f"""
-        platform_name: "CUDA"  device_description_str: "{kind}"
+        platform_name: "CUDA"  device_description_str: "NVIDIA {kind.upper()}"
         dnn_version_info {{ major: 9 minor: 8 }}  runtime_version {{ major: 12 minor: 9 }}
         gpu_device_info {{
             cuda_compute_capability {{ major: {gpu.capability} }}  core_count: {gpu.processors}

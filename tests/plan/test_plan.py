@@ -152,6 +152,8 @@ def test_the_compiler_gets_a_description_of_gpus(compiler, name, arrangement, sa
     assert (chip, devices) == (CHIPS[name.partition(":")[0]], ["a device"])
     assert (compiler[-1]["platform"], compiler[-1]["topology"]) == ("cuda", arrangement)
     assert all(words in compiler[-1]["target_config"] for words in said)
+    kind = name.partition(":")[0].upper()
+    assert f'device_description_str: "NVIDIA {kind}"' in compiler[-1]["target_config"], "as Pallas looks it up"
 
 
 @pytest.mark.parametrize(("name", "expected", "extra"), [("v5p:3", "v5p:4x4x4", "tpu"), ("h100:16", "h100:8", "cuda")])
@@ -166,6 +168,7 @@ def test_only_a_missing_compiler_gets_the_install_hint(compiler, monkeypatch, na
 
 
 @gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("name", "text"), [("h100:1", "data=1"), ("a100:8", "data=2,fsdp=4")])
 def test_a_step_with_dropout_compiles_for_gpus(shallow, change, name, text):
     chip, devices = topology(name)
