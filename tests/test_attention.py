@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxgpt.attention import attention, attention_weights, causal_mask
+from jaxgpt.attention import attention, attention_weights, causal_mask, rotate
 
 
 def qkv(T=6, S=6, D=4):
@@ -53,3 +53,12 @@ def test_scale_defaults_to_inverse_square_root_of_head_size():
 def test_drop_is_applied_to_the_weights():
     q, k, v = qkv()
     np.testing.assert_array_equal(attention(q, k, v, drop=jnp.zeros_like), np.zeros((2, 6, 4)))
+
+
+def test_rope_turns_each_pair_of_channels_at_its_own_rate():
+    """Channels i and i + D/2 are the parts of a complex number, which position t turns by t * 10000^(-2i / D)."""
+    x = np.asarray(jax.random.normal(jax.random.key(0), (1, 1, 5, 8)))
+    angles = np.arange(3, 8)[:, None] * 10000.0 ** (-np.arange(4) / 4)
+    turned = (x[0, 0, :, :4] + 1j * x[0, 0, :, 4:]) * np.exp(1j * angles)
+    found = np.asarray(rotate(jnp.asarray(x), 3))[0, 0]
+    np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], axis=1), rtol=1e-4, atol=1e-5)

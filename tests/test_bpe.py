@@ -183,6 +183,11 @@ def test_invalid_bpe_json_is_refused(change, message):
         tokenizer.from_json({**BPETokenizer(BYTES).to_json(), **change})
 
 
+def test_longest_token_and_largest_vocabulary_are_accepted():
+    assert BPETokenizer((*BYTES, b"x" * 256)).vocab_size == 257
+    assert BPETokenizer(BYTES, tuple(map(str, range(2**20 - 256)))).vocab_size == 2**20
+
+
 @pytest.mark.parametrize(
     ("library", "use"),
     [("tiktoken", lambda: BPETokenizer(BYTES).encode("a")), ("tokenizers", lambda: learn_bpe(["a"], 300))],

@@ -204,6 +204,21 @@ def test_a_misspelt_recipe_gets_a_suggestion():
         recipe("gpt-dmo")
 
 
+def test_a_recipe_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "best.json"
+    path.write_text(json.dumps(dataclasses.asdict(Config())), "utf-8-sig")
+    assert recipe(str(path)).config == Config()
+
+
+@pytest.mark.parametrize(("data", "why"), [(None, "No such file"), (b"{\xff}", "can't decode byte 0xff")])
+def test_a_recipe_file_that_cannot_be_read_is_refused(tmp_path, data, why):
+    path = tmp_path / "best.json"
+    if data:
+        path.write_bytes(data)
+    with pytest.raises(ConfigError, match=f"best.json cannot be read: .*{why}.*; expected a run's config.json"):
+        recipe(str(path))
+
+
 def test_a_schedule_of_its_own_does_not_follow_the_steps(change):
     config = change(Config(), steps=100, decay_steps=50)
     assert configs.unresolved(config) == config

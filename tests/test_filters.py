@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgpt.sample import min_p, top_k, top_p
+from jaxgpt.sample import SamplingParams, checked, min_p, next_tokens, top_k, top_p
 
 LOGITS = jax.random.normal(jax.random.key(0), (3, 9))
 
@@ -73,3 +73,16 @@ def test_top_p_by_hand(p, n):
 def test_top_p_keeps_at_least_one_and_ties():
     assert np.isfinite(top_p(jnp.array([0.0, 3.0, 1.0]), 0.01)).tolist() == [False, True, False]
     assert np.isfinite(top_p(jnp.array([1.0, 3.0, 3.0]), 0.01)).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.7}, {"min_p": 0.4}])
+def test_filters_see_the_probabilities_at_the_temperature(options):
+    """At temperature 1/2 they are 0.78, 0.20 and 0.02."""
+    logits = jnp.tile(jnp.log(jnp.array([[0.6, 0.3, 0.1]])), (100, 1))
+    drawn = next_tokens(checked(SamplingParams(0.5, **options)), logits, jax.random.split(jax.random.key(0), 100))
+    assert set(drawn.tolist()) == {0}
+
+
+def test_the_most_likely_token_is_no_padded_id():
+    keys = jax.random.split(jax.random.key(0), 1)
+    assert next_tokens(checked(SamplingParams(0, n_ids=2)), jnp.array([[1.0, 2.0, 3.0]]), keys).tolist() == [1]

@@ -1,5 +1,6 @@
 """FlashAttention with dropout: run on the CPU, where Pallas interprets it, and lowered for GPUs."""
 
+import dataclasses
 from functools import partial
 
 import chex
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxgpt import flash, kernels, prng, sharding
@@ -66,6 +68,54 @@ def test_kernel_choice_on_gpu(monkeypatch):
     assert kernel(T=1024, dropped=False, deterministic=True) == "flash"
     for other in (dict(T=260), dict(window=32), dict(n_embd=96), dict(precision="float32")):
         assert kernel(**other) == "blocked"
+
+
+def test_kernel_choice_on_tpu(monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+
+    def kernel(T=256, dropped=False, **changes):
+        return kernels.kernel(ModelConfig(**dict(n_head=2, n_embd=128, precision="bfloat16") | changes), T, dropped)
+
+    assert kernel() == "splash"
+    for other in (dict(dropped=True), dict(window=32), dict(n_embd=96), dict(T=260), dict(precision="float32")):
+        assert kernel(**other) == "blocked"
+
+
+def test_cudnn_takes_heads_of_at_most_128_channels(monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    for D, expected in ((128, "cudnn"), (136, "blocked")):
+        config = ModelConfig(n_head=2, n_embd=2 * D, precision="bfloat16")
+        assert kernels.kernel(config, 1024, dropped=False) == expected
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_sharded_contexts_are_attended_to_in_blocks(monkeypatch, platform):
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    config = ModelConfig(n_head=2, n_embd=128, precision="bfloat16")
+    with jax.set_mesh(sharding.make_mesh(sharding.Sizes(context=2))):
+        assert kernels.kernel(config, 256, dropped=False) == "blocked"
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_cudnn_attends_to_the_tokens_of_the_reference(monkeypatch, window):
+    """XLA computes the attention that cuDNN is asked for."""
+    call = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *qkv, **o: call(*qkv, **o | {"implementation": "xla"}))
+    q, k, v = Q[:1, :, :8], K[:1, :2, :8], V[:1, :2, :8]
+    with jax.numpy_rank_promotion("allow"):
+        found = kernels.causal_attention(dataclasses.replace(CONFIG, window=window), q, k, v, used="cudnn")
+        expected = attention(q, kernels.repeat_kv(k, H), kernels.repeat_kv(v, H), causal_mask(8, window))
+    np.testing.assert_allclose(np.float32(found), np.float32(expected), atol=0.02)
+
+
+def test_splash_attention_matches_the_reference(monkeypatch):
+    make = splash_attention_kernel.make_splash_mha
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", partial(make, interpret=True))
+    q, k, v = (x[:1, :1] for x in (Q, K, V))
+    found = kernels.causal_attention(CONFIG, q, k, v, used="splash")
+    with jax.numpy_rank_promotion("allow"):
+        expected = attention(q, k, v, causal_mask(T))
+    np.testing.assert_allclose(np.float32(found), np.float32(expected), atol=0.02)
 
 
 @pytest.mark.smoke

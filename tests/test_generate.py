@@ -5,9 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import model
+from jaxgpt import model, sharding
 from jaxgpt.attention import init_cache
-from jaxgpt.sample import CHUNK, LONGEST, SamplingParams, cast_kernels, checked, generate, min_p, stream, top_k
+from jaxgpt.sample import (
+    CHUNK,
+    LONGEST,
+    SamplingParams,
+    cast_kernels,
+    checked,
+    for_decoding,
+    generate,
+    min_p,
+    stream,
+    top_k,
+)
 
 KEY = jax.random.key(0)
 GREEDY = SamplingParams(0)
@@ -18,7 +29,11 @@ forward = jax.jit(model.forward, static_argnums=0)
 def random_params(config):
     """Non-zero parameters with logits far from uniform, so that an error changes the tokens."""
     shapes, rng = jax.eval_shape(partial(model.init_params, config), KEY), np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.standard_normal(x.shape) + (x.ndim == 1), x.dtype), shapes)
+
+    def random(path, x):  # were biases near one, too, the last norm's would decide every token
+        return jnp.asarray(0.5 * rng.standard_normal(x.shape) + (path[-1].key == "scale"), x.dtype)
+
+    return jax.tree_util.tree_map_with_path(random, shapes)
 
 
 @pytest.fixture
@@ -64,6 +79,17 @@ def test_cache_smaller_than_block_size_suffices(tiny, change, position):
     for n in (20, 15):
         got = generate(config, params, prompts, n, KEY, GREEDY)
         np.testing.assert_array_equal(got, ids[:, 3 : 3 + n])
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_last_token_depends_on_the_first_one(tiny, change, position):
+    """A cache of 16 slots would suffice for the prompt, but not for the token after it."""
+    config = change(tiny, block_size=64, dropout=0.0, position=position).model
+    params, prompts = random_params(config), np.random.default_rng(0).integers(0, 13, (500, 16))
+    got = np.asarray(generate(config, params, prompts, 2, KEY, GREEDY))
+    read = np.pad(np.append(prompts, got[:, :1], axis=1), [(0, 0), (0, 64 - 17)])
+    logits = np.asarray(forward(config, params, read))[:, 16]
+    np.testing.assert_allclose(logits[np.arange(500), got[:, 1]], logits.max(axis=-1), atol=1e-3)
 
 
 def test_sampling_draws_from_softmax_at_temperature(tiny_model):
@@ -235,11 +261,13 @@ def test_tiny_top_p_and_min_p_of_one_are_greedy(tiny_model):
         (5, {}, r"shape \(\) and dtype int64, expected \(B, P\)"),
         (np.zeros((0, 3)), {}, "at least one token"),
         ([[1, 99]], {}, "ids from 1 to 99, expected ids from 0 to 1"),
+        ([[1, 13]], {}, "ids from 1 to 13, expected ids from 0 to 12"),
         ([[-1, 1]], {}, "ids from -1 to 1"),
         ([[0.7, 1.9]], {}, r"shape \(1, 2\) and dtype float64, expected \(B, P\) integers"),
         (np.array([[1, 2**32 + 1]]), {}, "ids from 1 to 4294967297"),
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+        ([[1]], {"temperature": float("inf")}, "temperature is inf"),
         ([[1]], {"temperature": 1e-40}, "temperature is 1e-40"),
         ([[1]], {"top_k": -1}, "top_k is -1"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0, expected a number above 0"),
@@ -280,3 +308,10 @@ def test_precast_kernels_give_the_same_tokens_and_logits(tiny, change, options):
     for idx in (prompts, prompts[:1, :1]):
         before, after = (extend(*of, init_cache(config, len(idx), 8), idx)[0] for of in ((config, params), cast))
         np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-5)  # float32 sums in another order
+
+
+def test_bigram_has_no_kernels_to_cast_on_a_gpu(tiny, change, monkeypatch):
+    config = change(tiny, kind="bigram", precision="bfloat16").model
+    params = random_params(config)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    assert for_decoding(config, params)[1] is params

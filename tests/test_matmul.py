@@ -43,6 +43,14 @@ def test_bfloat16_rounds_operands_only(K, N):
     assert np.abs(out - np.asarray(x) @ np.asarray(w)).max() > 1e-4
 
 
+def test_bfloat16_matmul_of_activations_sums_in_float32():
+    x, y = (jax.random.normal(key, shape) for key, shape in zip(KEYS, [(2, 6, 64), (2, 64, 7)], strict=False))
+    found = matmul.matmul(x, y, "bfloat16")
+    assert found.dtype == jnp.float32
+    expected = np.matmul(*(np.asarray(each.astype(jnp.bfloat16), np.float32) for each in (x, y)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (4, 8), (2, 3, 6, 12)])
 def test_transposed(shape):
     x = jnp.arange(float(np.prod(shape))).reshape(shape)

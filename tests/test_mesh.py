@@ -303,6 +303,14 @@ def test_attention_over_a_sharded_context_matches_reference(small, change):
     np.testing.assert_allclose(dropped, expected, atol=1e-5)
 
 
+def test_a_window_over_a_sharded_context_matches_reference(small, change):
+    config = change(small, block_size=512, window=50).model
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 512, 8))
+    with jax.set_mesh(parse_mesh("context=4,tensor=2")):
+        found = jax.jit(lambda *x: kernels.causal_attention(config, *x))(q, k, v)
+    np.testing.assert_allclose(found, attention(q, k, v, causal_mask(512, 50)[None, None]), atol=1e-5)
+
+
 @pytest.mark.parametrize("text", ["data=4,context=2", "data=2,fsdp=2,tensor=2", "fsdp=8"])
 def test_chunked_loss_on_a_mesh_matches_plain_loss(text):
     x, kernel = jax.random.normal(jax.random.key(0), (8, 12, 8)), jax.random.normal(jax.random.key(1), (8, 50))

@@ -171,6 +171,52 @@ def test_dropout_keeps_the_mean():
     assert abs(float((dropped == 0).mean()) - 0.2) < 0.02
 
 
+@pytest.mark.parametrize("part", [model.MultiHeadAttention, model.MLP])
+def test_outputs_of_attention_and_of_the_mlp_are_dropped(part):
+    x = jax.random.normal(KEY, (3, 8, 16))
+    variables = part(GPT).init(KEY, x)
+    dropped = part(GPT, 0.5).apply(variables, x, rngs={"dropout": KEY})
+    kept = np.asarray(dropped) != 0
+    assert 0.3 < kept.mean() < 0.7
+    unchanged = np.allclose(dropped[kept], 2 * part(GPT).apply(variables, x)[kept], rtol=1e-3, atol=1e-6)
+    assert unchanged == (part is model.MLP), "attention drops weights, too"
+
+
+def test_embeddings_are_dropped():
+    """With zero_init, blocks add nothing to them at first."""
+    config = ModelConfig(**{**vars(GPT), "dropout": 0.5, "zero_init": True, "norm": "rms"})
+    x = model.features(config, init_params(config, KEY), IDX, KEY)
+    assert 0.3 < float((x == 0).mean()) < 0.7
+
+
+def test_scanned_blocks_drop_different_values():
+    """Each of two blocks adds the same to the channels that it keeps: a channel is kept by none, by one or by both."""
+    config = ModelConfig(**{**vars(GPT), "dropout": 0.5, "bias": True, "norm": "rms", "scan_layers": True})
+
+    def constant(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jnp.full_like(x, name.endswith(("mlp/c_fc/bias", "mlp/c_proj/kernel")))
+
+    params = jax.tree_util.tree_map_with_path(constant, init_params(config, KEY))
+    tokens = np.asarray(model.features(config, params, IDX, KEY)).reshape(-1, 16)
+    assert max(len(np.unique(channels)) for channels in tokens) == 3
+
+
+def test_bigram_starts_from_a_standard_normal_table():
+    table = init_params(ModelConfig("bigram", vocab_size=300), KEY)["token_embedding_table"]["embedding"]
+    assert abs(float(jnp.std(table)) - 1) < 0.02
+
+
+def test_init_scale_multiplies_kernels_and_embeddings():
+    config = ModelConfig(**{**vars(GPT), "bias": True})
+    twice = init_params(ModelConfig(**{**vars(config), "init_scale": 2.0}), KEY)
+
+    def double(path, x):
+        return 2 * x if path[-1].key in ("kernel", "embedding") else x
+
+    chex.assert_trees_all_equal(twice, jax.tree_util.tree_map_with_path(double, init_params(config, KEY)))
+
+
 def test_layer_norm_matches_pytorch():
     """(x - mean) / sqrt(var + 1e-5), the variance without Bessel's correction. Flax's default epsilon is 1e-6."""
     x = jnp.array([[1e-3, -1e-3, 3e-3, 5e-3]])

@@ -101,6 +101,27 @@ def test_run_without_its_checkpoints_does_not_start_over(done, tmp_path):
         load_checkpoint(run)
 
 
+def test_imported_run_without_its_checkpoint_does_not_start_over(done, config, tmp_path):
+    params = load_checkpoint(done[0])[1]
+    run, corpus = start_run(config, "two", tmp_path / "runs", tmp_path / "data", params)
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(RunError, match=r"step 0 was saved, but .* holds no checkpoint"):
+        fit(run, corpus)
+    with pytest.raises(RunError, match=r"has no checkpoint: restore a copy$"):
+        load_checkpoint(run)
+
+
+def test_checkpoint_that_is_pruned_while_it_is_read_is_replaced(done, monkeypatch):
+    def restore(checkpoints, step, like, real=Checkpoints.restore_params):
+        if step == 15:
+            shutil.rmtree(run.checkpoints / "15")
+        return real(checkpoints, step, like)
+
+    run, _ = done
+    monkeypatch.setattr(Checkpoints, "restore_params", restore)
+    assert load_checkpoint(run, "last")[0] == 10
+
+
 def test_file_in_place_of_a_checkpoint_is_a_damaged_checkpoint(done):
     run, corpus = done
     shutil.rmtree(run.checkpoints / "15")
@@ -183,6 +204,16 @@ def test_other_version_of_jax_is_reported(done):
     fit(run, corpus, events.append)
     (notice,) = (event for event in events if isinstance(event, Notice))
     assert "was 0.0.1: bits may differ from here" in notice.text
+
+
+@pytest.mark.parametrize("name", ["backend", "device"])
+def test_other_device_is_reported(done, name):
+    run, corpus = done
+    run.event("start", step=15, **{name: "another"})
+    events = []
+    fit(run, corpus, events.append)
+    (notice,) = (event for event in events if isinstance(event, Notice))
+    assert notice.text == f"{name} is cpu and was another: bits may differ from here on"
 
 
 def test_other_mesh_is_reported(done):

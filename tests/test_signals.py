@@ -3,10 +3,11 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from jaxgpt.signals import stop_signals
+from jaxgpt.signals import SIGNALS, stop_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -76,6 +77,41 @@ def test_ignored_signal_stays_ignored():
             assert received() == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_handlers_are_restored_if_no_signal_comes():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with stop_signals() as received:
+        assert received() == 0
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_signal_is_recorded_if_its_terminal_is_gone(monkeypatch):
+    def write(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("jaxgpt.signals.os", SimpleNamespace(write=write))
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
+    try:
+        with stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert received() == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_handler_that_python_cannot_read_becomes_the_default_one(monkeypatch):
+    """`getsignal` returns None for a handler of a library in C."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr("jaxgpt.signals.signal.getsignal", lambda number: None)
+            with stop_signals() as received:
+                assert received() == 0
+        assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_DFL}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 ONE_OF_TWO = """

@@ -83,6 +83,14 @@ def test_resume_may_change_steps_but_not_what_they_compute(config, change, folde
     assert "steps: " not in str(caught.value)
 
 
+def test_resume_may_change_how_it_evaluates_and_saves(config, change, folders):
+    run, _ = start_run(config, "one", *folders)
+    often = dict(scan_steps=2, eval_every=2, eval_batches=1, eval_start=False)
+    assert resume(
+        change(run.config, **often, keep=9, keep_every=4, max_skipped=1, on_save_error="stop"), run, folders[1]
+    )
+
+
 def test_rising_learning_rate_is_refused_only_for_new_runs(config, change, folders):
     """Earlier versions made such runs: their minimum was 1e-4 for any peak."""
     rising = change(config, learning_rate=1e-5, min_learning_rate=1e-4)

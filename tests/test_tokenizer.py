@@ -76,8 +76,9 @@ def test_ids_outside_the_vocabulary_are_refused(tok, ids):
 
 
 def test_ids_must_be_integers():
-    with pytest.raises(ValueError, match="integers"):
-        CharTokenizer("abc").decode([0.5])
+    for ids in ([0.5], [True]):
+        with pytest.raises(ValueError, match="integers"):
+            CharTokenizer("abc").decode(ids)
     assert CharTokenizer("abc").decode([]) == ""
 
 

@@ -1,5 +1,6 @@
 """fit(): equal configs give equal runs, also if interrupted and resumed, and however often they are evaluated."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -23,7 +24,8 @@ from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.runs import resolve, start_run
 from jaxgpt.cli.runs import resume as resume_corpus
 from jaxgpt.config import DataConfig
-from jaxgpt.metrics_log import DivergedError, Evaluated, Notice, Progress
+from jaxgpt.corpus import Corpus
+from jaxgpt.metrics_log import DivergedError, Evaluated, Notice, Progress, Sampled
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.run import Run, RunError
 from jaxgpt.sample import SamplingParams, write
@@ -97,6 +99,21 @@ def test_weights_of_another_model_make_no_run(tiny, new_run, tmp_path):
     assert not (tmp_path / "runs/two").exists()
 
 
+def test_weights_of_another_dtype_make_no_run(tiny, new_run, tmp_path):
+    run, _ = new_run("one", tiny)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), step.init_state(run.config).params)
+    with pytest.raises(RunError, match="other names, shapes or dtypes than the parameters"):
+        start_run(tiny, "two", tmp_path / "runs", tmp_path / "data", params)
+
+
+def test_a_new_run_is_trained_with_its_own_tokenizer_only(tiny, new_run):
+    run, corpus = new_run("own", tiny)
+    other = Corpus(corpus.tokens, corpus.tokenizer, {**corpus.meta, "tokenizer": {"kind": "byte"}})
+    with pytest.raises(RunError, match="or another tokenizer"):
+        fit(run, other)
+    assert not run.metrics_file.exists()
+
+
 DEFAULTS = dict(jax.config.values)
 FLAGS = {
     "jax_enable_x64": True,
@@ -144,6 +161,21 @@ def test_fit_reports_its_events_and_scores(tiny, new_run):
     recorded = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in recorded] == ["start", "save", "save", "end"]
     assert recorded[0]["devices"] == 1, "one of the eight devices"
+
+
+def test_estimates_are_those_of_their_split_and_step(tiny, new_run, monkeypatch):
+    run, corpus = new_run("one", tiny)
+    train, val = corpus.split(run.config.data)
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(loop, "estimate", lambda config, params, tokens, step: (len(tokens), step))
+    estimates = loop.score(run.config, corpus, step.TrainState(jnp.int32(7), None, None))[2]
+    assert estimates == {"train_estimate": (len(train), 7), "val_estimate": (len(val), 7)}
+
+
+@pytest.mark.parametrize("eval_start", [True, False])
+def test_imported_weights_are_evaluated_at_step_0_if_asked(tiny, change, eval_start):
+    imported = SimpleNamespace(step=0, about={"config": dataclasses.asdict(tiny)})
+    assert loop.due_at_start(change(tiny, eval_start=eval_start), imported) == eval_start
 
 
 def test_evaluation_is_compiled_ahead_of_time_without_eval_start(tiny, change, new_run):
@@ -330,6 +362,42 @@ def test_run_with_a_second_writer_ends_at_its_next_save(tiny, new_run, change):
         fit(run, corpus, write_too)
     assert Checkpoints(run.checkpoints).latest == 5
     assert fit(Run(run.path), corpus).step == 20
+
+
+def test_second_writer_during_the_last_evaluation_is_reported(tiny, new_run):
+    def write_too(event):
+        if isinstance(event, Evaluated) and event.step == 20:
+            with run.metrics_file.open("ab") as log:
+                log.write(b'{"step": 21}\n')
+
+    run, corpus = new_run("one", tiny)
+    with pytest.raises(CheckpointError, match="has changed it; step 20 is saved"):
+        fit(run, corpus, write_too)
+
+
+def test_failed_save_is_reported_before_the_next_one(tiny, new_run, monkeypatch):
+    def fail_once(checkpoints, wait=True, settle=Checkpoints.settle):
+        settle(checkpoints, wait)
+        if not wait and not failed:
+            failed.append(True)
+            raise CheckpointError("the disk is full")
+
+    failed, events = [], []
+    monkeypatch.setattr(Checkpoints, "settle", fail_once)
+    fit(*new_run("one", tiny), events.append)
+    (notice,) = (event for event in events if isinstance(event, Notice))
+    assert notice.kind == "save-failed"
+    assert notice.step < 20
+
+
+def test_signal_during_an_evaluation_ends_the_run_at_its_step(tiny, new_run, sigterm_at):
+    def signal_at_10(event):
+        if isinstance(event, Evaluated) and event.step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    done = fit(*new_run("one", tiny), signal_at_10)
+    assert (done.step, done.interrupted_by) == (10, signal.SIGTERM)
+    assert [scored.step for scored in done.scores] == [0, 10]
 
 
 def test_signal_in_the_last_chunk_does_not_interrupt_the_run(tiny, new_run, sigterm_at):
@@ -565,4 +633,18 @@ def test_speed_excludes_the_wait_for_a_slow_save(tiny, new_run, change, monkeypa
     run, corpus = new_run("one", change(tiny, steps=20))
     fit(run, corpus)
     assert next(clock) > 7200
+    assert 0 < run.last_event("save")["trained_seconds"] < 3600
+
+
+def test_samples_are_written_between_chunks_and_not_timed(tiny, new_run, monkeypatch):
+    def sample(params):
+        for _ in range(3600):
+            next(clock)
+        return "the cat"
+
+    clock, events = itertools.count(1.0), []
+    monkeypatch.setattr(metrics_log, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    run, corpus = new_run("one", tiny)
+    fit(run, corpus, events.append, sample=sample)
+    assert [event.step for event in events if isinstance(event, Sampled)] == [10]
     assert 0 < run.last_event("save")["trained_seconds"] < 3600

@@ -76,6 +76,7 @@ def test_characters_split_between_pieces_are_decoded_whole(run):
         {"stop": ["a", ""]},
         {"samples": 0},
         {"seed": -1},
+        {"seed": 2**32},
         {"prompt": ""},
     ],
 )
