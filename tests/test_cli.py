@@ -85,12 +85,14 @@ def test_prepare_train_sample_eval(call, verse):
     code, _, err = call("sample", "one", "--top-p", 1.5)
     assert (code, err) == (2, "jaxgpt: top_p is 1.5, expected a number above 0, up to 1 (all)\n")
     assert call("sample", "one", "--tokens", 5, "--top-p", 0.9, "--min-p", 0.1)[0] == 0
+    assert call("sample", "one", "--tokens", 5, "--prompt", "the Zoo", "--unknown", "skip")[1].startswith("the oo")
 
     code, out, _ = call("eval", "one")
     assert code == 0
     assert after.split()[2] in out, "eval prints the loss that training ended with"
     assert "estimate by 200 random batches" in out
-    assert "train split" in call("eval", "one", "--split", "train", "--eval-batches", 0)[1]
+    assert "val split, 83 tokens predicted" in out
+    assert "train split, 755 tokens predicted" in call("eval", "one", "--split", "train", "--eval-batches", 0)[1]
 
 
 def test_a_run_is_never_overwritten_and_resumes_with_its_own_settings(call, verse, tmp_path):
@@ -282,9 +284,10 @@ def test_json_lines_with_a_learned_bpe(call, verse, tmp_path):
 def test_damaged_checkpoint_exits_with_1(call, verse, tmp_path):
     assert call("train", "gpt-demo", "--corpus", verse, "--run", "one", *SMALL)[0] == 0
     (tmp_path / "runs/one/checkpoints/20/state/_METADATA").unlink()
-    code, _, err = call("sample", "one", "--checkpoint", "last")
-    assert code == 1
-    assert "checkpoint last cannot be used: runs/one/checkpoints/20/state/_METADATA is missing" in err
+    for command in ("sample", "eval", "diagnose"):
+        code, _, err = call(command, "one", "--checkpoint", "last")
+        assert code == 1
+        assert "checkpoint last cannot be used: runs/one/checkpoints/20/state/_METADATA is missing" in err
 
 
 @pytest.mark.parametrize(("error", "message"), [(MemoryError("12 TiB"), " 12 TiB"), (MemoryError(), "")])

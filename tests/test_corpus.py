@@ -216,6 +216,15 @@ def test_too_little_text_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+def test_both_splits_of_a_prepared_text_must_hold_a_window_and_its_targets(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefghij" * 4)  # the validation split has 4 tokens
+    done = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data", block_size=3)
+    for corpus in (tmp_path / "a.txt", done.folder):
+        assert prepare_corpus(str(corpus), data_dir=tmp_path / "data", block_size=3).reused
+        with pytest.raises(CorpusError, match=r"has 4 tokens, expected at least block_size \+ 1 = 5"):
+            prepare_corpus(str(corpus), data_dir=tmp_path / "data", block_size=4)
+
+
 def test_column_is_refused_for_plain_text(verse, prepared, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()

@@ -102,6 +102,18 @@ def test_refusal_suggests_the_fewest_micro_batches(tiny, change, shape, changed,
     memory.require(suggested, N_TOKENS, free)
 
 
+def test_suggested_micro_batches_are_divisible_among_the_shards_of_a_batch(tiny, change):
+    config, shards = change(tiny, batch_size=36), memory.Shards(batch=4)
+    halved = memory.needed(change(config, accumulate=2), 0, shards=shards).total  # 18 sequences on 4 devices
+    assert refusal(config, halved, shards=shards).endswith("--accumulate 3")
+
+
+def test_the_devices_of_a_cpu_share_its_memory(tiny):
+    shards, total = memory.Shards(per_host=4), memory.needed(tiny, 0).total
+    memory.require(tiny, N_TOKENS, 4 * total, shards=shards)
+    assert "are free for all 4 devices" in refusal(tiny, 4 * total - 1, shards=shards)
+
+
 def test_refusal_if_no_number_of_micro_batches_fits(tiny):
     assert refusal(tiny, 100).endswith("try a smaller --batch-size, --block-size or model (--n-embd, --n-layer)")
     assert refusal(tiny, 100, new=False).endswith(memory.ELSEWHERE)
@@ -113,6 +125,16 @@ def test_accelerators_count_tokens_and_only_matmul_results(tiny, monkeypatch):
     assert lean.total < memory.needed(tiny, N_TOKENS).total
     memory.require(tiny, N_TOKENS, lean.total)
     refusal(tiny, lean.total - 1)
+
+
+def test_a_corpus_too_large_for_a_device_counts_by_the_windows_of_a_chunk(tiny, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    n_tokens = memory.DEVICE_TOKENS + 1
+    chunk = tiny.train.scan_steps * tiny.train.batch_size * (tiny.model.block_size + 1)
+    total = memory.needed(tiny, chunk, recomputed=True).total
+    memory.require(tiny, n_tokens, total)
+    with pytest.raises(memory.OutOfMemoryError):
+        memory.require(tiny, n_tokens, total - 1)
 
 
 def test_unknown_free_memory_refuses_nothing(tiny, monkeypatch):

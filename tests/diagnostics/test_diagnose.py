@@ -13,6 +13,7 @@ from jaxgpt.config import Config, ModelConfig, UsageError
 from jaxgpt.data import Part
 from jaxgpt.diagnostics import diagnose, plots, view
 from jaxgpt.diagnostics.cli import Effort
+from jaxgpt.diagnostics.derivatives import NoiseScale
 from jaxgpt.diagnostics.diagnose import DIAGNOSES, Subject, require
 from jaxgpt.diagnostics.inside import Lens, Scores
 from jaxgpt.display import charts
@@ -66,10 +67,18 @@ def test_all_diagnoses_are_printed_drawn_and_written(call, capsys):
     middle = written["landscape"]["losses"][1][1]
     np.testing.assert_allclose(np.interp(1, written["landscape"]["shares"], written["landscape"]["path"]), middle, 1e-4)
     np.testing.assert_allclose(written["curvature"]["losses"][10], middle, rtol=1e-5)
+    plane = np.array(written["landscape"]["losses"])
+    assert not np.allclose(plane, plane.T, rtol=1e-6), "the two directions differ"
     typed = TEXT.replace("\n", "\r\n")  # CRLF becomes LF, as in the training text
     assert call("diagnose", "one", *FAST, "--text", typed, "--only", "tokens", "noise", "--json", "some.json")[0] == 0
     again = json.loads((folder / "some.json").read_text())
     assert {name: written[name] for name in again} == again, "a diagnosis gives the same numbers alone and with others"
+
+
+def test_a_text_shorter_than_a_context_can_be_diagnosed(call):
+    code, folder = call("diagnose", "one", "--text", "cat", "--only", "lens", "--json", "short.json")
+    assert code == 0
+    assert np.shape(json.loads((folder / "short.json").read_text())["lens"]["losses"]) == (1, 1, 2)
 
 
 def test_uniform_attention_has_the_greatest_entropy(tiny, change, tmp_path):
@@ -89,6 +98,12 @@ def test_uniform_attention_has_the_greatest_entropy(tiny, change, tmp_path):
     assert f"{np.log(n_visible).mean():.2f}/{(n_visible - 1).mean() / 2:.0f}" in block
     charts.save(plots.CHARTS["attention"](found, subject), tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_negative_noise_scale_is_not_shown(tiny):
+    found = NoiseScale(*np.float32([-5, 1, -0.1, 0.5]), norms=np.ones(8))
+    first, _ = view.lines("noise", found, Subject(tiny, {}, np.arange(9), np.arange(9), LETTERS))
+    assert "the noise exceeds the gradient: more than 8 windows are needed" in first
 
 
 def test_influence_lists_windows_by_the_sign_of_their_effect(tiny):
@@ -144,6 +159,7 @@ def test_the_tokens_of_a_lens_do_not_overlap(tiny):
         (["one", "--windows", "2"], "windows is 2, expected at least 3"),
         (["one", "--seed", "4294967296"], "seed is 4294967296, expected at least 0, and below 2**32"),
         (["one", "--json", "nowhere/x.json"], "there is no folder nowhere"),
+        (["one", "--plots", "text.txt/pics"], "name another folder: --plots"),
         (["one", "--json", "/"], "/ is a folder or a device: name a file, --json FILE"),
         (["two"], "no run 'two'"),
     ],

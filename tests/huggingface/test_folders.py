@@ -114,6 +114,14 @@ def test_export_ignores_damaged_metrics_and_nan_losses(imported, tmp_path, line)
     assert "not evaluated" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_model_card_has_the_loss_of_the_exported_step(imported, tmp_path):
+    rest = {"val_n_tokens": 9, "val_bits_per_byte": 1.0}
+    lines = [{"step": step, "val_loss": loss, **rest} for step, loss in ((0, 2.0), (50, 2.5))]
+    imported.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert folders.export_run(imported, tmp_path / "out") == 0
+    assert "2.0000 nats per token" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_an_imported_export_keeps_its_vocabulary(imported, tmp_path):
     folders.export_run(imported, tmp_path / "out")
     (tmp_path / "text.txt").write_text("a hat on a cat\n" * 60)

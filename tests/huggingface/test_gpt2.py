@@ -63,7 +63,7 @@ def test_logits_and_greedy_continuation_equal_those_of_transformers():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bias": False}, {"tie_weights": False}, {"gelu": "exact"}, {"scan_layers": True}]
+    "options", [{}, {"bias": False}, {"tie_weights": False}, {"gelu": "exact"}, {"scan_layers": True}, {"n_kv_head": 2}]
 )
 def test_a_saved_and_loaded_model_gives_equal_logits(tmp_path, options):
     config = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=True)
@@ -71,7 +71,7 @@ def test_a_saved_and_loaded_model_gives_equal_logits(tmp_path, options):
     params = noisy(config)
     gpt2.save(tmp_path, config, params)
     again, back = gpt2.load(tmp_path)
-    assert again == ModelConfig(**{**vars(config), "bias": True, "scan_layers": False})
+    assert again == ModelConfig(**{**vars(config), "bias": True, "scan_layers": False, "n_kv_head": 0})
     idx = jnp.arange(8)[None]
     separate = ModelConfig(**{**vars(config), "scan_layers": False})  # a scan over blocks may round differently
     logits = model.forward(separate, model.unstacked(params), idx)
@@ -152,6 +152,7 @@ def test_shards_are_read_through_their_index(folder):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder), gpt2.load(TINY))
+    shutil.copy(TINY / "model.safetensors", folder.parent)
     for bad in ("../model.safetensors", "/etc/passwd", "missing.safetensors", 3):
         index.write_text(json.dumps({"weight_map": {names[0]: bad}}))
         with pytest.raises(InteropError, match="has no file"):
@@ -170,8 +171,9 @@ def test_positions_can_be_cropped():
     assert config.block_size == 8
     idx = jnp.arange(8)[None]
     np.testing.assert_array_equal(model.forward(config, params, idx), model.forward(whole, whole_params, idx))
+    assert gpt2.load(TINY, block_size=32)[0] == whole
     with pytest.raises(InteropError, match="expected 0, or at most the 32 positions"):
-        gpt2.load(TINY, block_size=64)
+        gpt2.load(TINY, block_size=33)
     with pytest.raises(InteropError, match="block_size is -1"):
         gpt2.load(TINY, block_size=-1)
 
@@ -189,6 +191,7 @@ def test_positions_can_be_cropped():
         ({"n_embd": None}, "n_embd is None"),
         ({"n_head": 5}, "must be divisible by n_head 5"),
         ({"n_layer": 3}, "missing h.2.attn.c_attn.weight"),
+        ({"n_layer": 10_000}, "n_layer is 10000, expected at most the number of tensors"),
     ],
 )
 def test_unsupported_configs_are_refused(folder, values, message):

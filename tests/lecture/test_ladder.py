@@ -208,6 +208,13 @@ def lecture(tmp_path, monkeypatch, capsys):
     return run
 
 
+def test_programs_of_500_steps_have_different_dropout_keys(monkeypatch):
+    keys = []
+    monkeypatch.setattr(ladder, "_train", lambda rung, state, tokens, starts, key: keys.append(key) or state)
+    ladder.learn(small_rung("dropout and scale", steps=1001), chain(100), V, 0)
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys) == 3
+
+
 def test_the_command_prints_draws_and_writes(lecture, verse, tmp_path):
     code, out, _ = lecture("--corpus", verse, "--steps", 2, "--plot", "lecture.png", "--json", "lecture.json")
     assert code == 0, out

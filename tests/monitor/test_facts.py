@@ -82,6 +82,13 @@ def test_facts_of_a_run(run):
     assert dataclasses.replace(found, events=events).utilization == found.utilization, "no speed on the A100 yet"
 
 
+def test_the_command_has_a_vocab_size_that_is_not_that_of_the_tokenizer(run, tmp_path, tiny, change):
+    n = run.tokenizer.vocab_size
+    for vocab_size, shown in ((n, False), (n + 3, True)):
+        other = Run.create(tmp_path, f"of-{vocab_size}", change(tiny, vocab_size=vocab_size), META)
+        assert ("--vocab-size" in facts.gather(other).command) == shown
+
+
 @pytest.mark.parametrize(
     ("losses", "overfits_from"),
     [([3, 2, 1], None), ([3, 1, 2], 1), ([3, 1, 1.005], None), ([3], None), ([2, 2.5, 3], 0)],
@@ -157,8 +164,10 @@ def test_a_failure_is_an_incident_with_its_step(run, tiny):
     log.flush()
     with pytest.raises(KeyError), log:
         raise KeyError("gone")
-    assert facts.gather(run).incidents == [(5, "broken-off", "KeyError: 'gone'")]
+    found = facts.gather(run)
+    assert found.incidents == [(5, "broken-off", "KeyError: 'gone'")]
     assert run.events()[-1]["seconds"] > 0
+    assert dataclasses.replace(found, events=[{"event": "broken-off"}]).incidents == []  # of a run of version 0.1
 
 
 @pytest.mark.parametrize(

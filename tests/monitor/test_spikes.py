@@ -43,6 +43,11 @@ def test_the_first_losses_and_non_finite_losses_are_not_spikes():
     assert spikes_in([2.0, 2.1] * 50 + [math.nan, math.inf, 2.0]) == []
 
 
+def test_a_constant_loss_spikes_if_it_rises_by_more_than_six_percent():
+    assert spikes_in([2.0] * 60 + [2.11]) == []
+    assert spikes_in([2.0] * 60 + [2.13]) == [60]
+
+
 def test_a_spike_is_reported_once_and_recorded(tmp_path, tiny):
     run, events = Run.create(tmp_path, "one", tiny, META), []
     watch = with_spikes(run, events.append)

@@ -69,6 +69,8 @@ def test_more_chips_are_faster_until_communication_dominates(recipes, change):
     assert one.network == 0
     # Between two pods, each chip sends twice its share of half of the summed shard.
     assert two.network == pytest.approx(2 * 4 * 1.6e9 / 64 / 4 / 2, rel=0.05)
+    within = dataclasses.replace(two, network=0).seconds["communication"]
+    assert two.seconds["communication"] == pytest.approx(within + two.network / (25e9 / 8))
 
 
 def test_the_command_ranks_by_estimate(capsys):

@@ -70,6 +70,22 @@ def test_unknown_character_is_reported_by_file_line_and_column(tmp_path, small_s
     assert done.corpus.tokenizer.decode(np.asarray(done.corpus.tokens)) == LINES
 
 
+def test_a_vocabulary_of_more_than_65536_tokens_has_wide_ids(tmp_path):
+    text = "".join(map(chr, range(2**16, 2**17 + 100)))
+    (tmp_path / "a.txt").write_text(text)
+    done = prepare_corpus(str(tmp_path / "a.txt"), data_dir=tmp_path / "data")
+    assert done.corpus.tokens[-1] == 2**16 + 99
+    assert done.corpus.tokenizer.decode(np.asarray(done.corpus.tokens)) == text
+
+
+def test_white_space_around_a_dropped_surrogate_is_encoded_as_a_whole(tmp_path, small_shards):
+    text = "ab\t\t\ud800\tcd\n" * 100
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    corpus = prepare_corpus(str(tmp_path / "a.jsonl"), "bpe:300", unknown="skip", data_dir=tmp_path / "data").corpus
+    assert b"\t\t" in corpus.tokenizer.tokens
+    np.testing.assert_array_equal(corpus.tokens, corpus.tokenizer.encode(text.replace("\ud800", "")))
+
+
 def test_shard_sizes(tmp_path, small_shards):
     """A shard ends with the part that fills it, the last one with the text."""
     for n, counts in ((80, [80]), (600, [600]), (720, [720]), (721, [720, 1]), (1500, [720, 720, 60])):
@@ -149,6 +165,13 @@ def test_interrupted_preparation_resumes_to_the_same_files(tmp_path, small_shard
     assert 1 < i < 99
     assert contents(done.folder) == expected
     assert capsys.readouterr().err.count("the same command will continue from") == i
+
+
+def test_preparation_that_skipped_characters_is_not_continued_by_one_that_reports_them(tmp_path, small_shards):
+    (tmp_path / "a.txt").write_text("é" + LINES)
+    assert interrupted(8, str(tmp_path / "a.txt"), "ascii", unknown="skip", data_dir=tmp_path / "data") is None
+    with pytest.raises(UnknownCharacterError):
+        prepare_corpus(str(tmp_path / "a.txt"), "ascii", data_dir=tmp_path / "data")
 
 
 def test_preparation_starts_over_only_if_text_already_encoded_has_changed(tmp_path, small_shards, capsys):
@@ -281,8 +304,7 @@ def test_texts_that_differ_only_in_skipped_characters_share_their_tokens(tmp_pat
         done.append(prepare_corpus(str(tmp_path / "a.txt"), "ascii", unknown="skip", data_dir=tmp_path / "data"))
     assert done[0].folder == done[1].folder
     assert done[0].corpus.meta["source_sha256"] != done[1].corpus.meta["source_sha256"]
-    (tmp_path / "a.txt").write_text(LINES + "é")
-    with pytest.raises(UnknownCharacterError):  # although a corpus without it is already prepared
+    with pytest.raises(UnknownCharacterError):  # although a corpus without the "ü" is already prepared
         prepare_corpus(str(tmp_path / "a.txt"), "ascii", data_dir=tmp_path / "data")
 
 
@@ -412,7 +434,8 @@ class TestStores:
 
     def test_texts_are_read_from_the_store(self, tmp_path):
         rows = "".join(json.dumps({"text": line}) + "\n" for line in LINES.splitlines())
-        self.files.pipe({"/texts/a.jsonl": rows.encode(), "/texts/b.txt": b"the end\r\n"})
+        texts = {"/texts/a.jsonl": rows.encode(), "/texts/b.txt": b"the end\r\n"}
+        self.files.pipe(texts | {"/texts/.git/x": b"hidden"})
         one = prepare_corpus("memory://texts/a.jsonl", data_dir=tmp_path / "data").corpus
         assert one.tokenizer.decode(one.tokens) == LINES.strip().replace("\n", "\n\n")
         assert one.meta["origin"] == "memory://texts/a.jsonl"

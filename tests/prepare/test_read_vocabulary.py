@@ -43,18 +43,31 @@ def test_files_saved_with_a_byte_order_mark_or_crlf_are_read(tmp_path):
     assert vocabularies.read_vocabulary(tmp_path) == expected
 
 
+def test_merges_without_a_version_line_are_read(tmp_path):
+    trained([]).save_model(str(tmp_path))
+    expected, merges = vocabularies.read_vocabulary(tmp_path), tmp_path / "merges.txt"
+    version, _, rest = merges.read_text("utf-8").partition("\n")
+    assert version.startswith("#version")
+    merges.write_text(rest, "utf-8")
+    assert vocabularies.read_vocabulary(tmp_path) == expected
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         ({"normalizer": {"type": "NFC"}}, "the normalizer is .*NFC"),
         ({"pre_tokenizer": {"type": "Metaspace"}}, "type is 'Metaspace', expected 'ByteLevel'"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space is True"),
+        ({"pre_tokenizer": {"type": "ByteLevel"}}, "add_prefix_space is True"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}}, "use_regex is False"),
         ({"pre_tokenizer": None}, "expected a model, a pre_tokenizer"),
         ({"added_tokens": [{"content": "  ", "id": 280, "special": False}]}, "added token .* special true"),
         ({"added_tokens": [{"content": "<x>", "id": 300, "special": True}]}, "do not agree"),
         ({"added_tokens": [{"content": "<x>", "id": "280", "special": True}]}, "not a JSON object"),
         ({"model": {"type": "Unigram"}}, "type is 'Unigram', expected 'BPE'"),
         ({"model": {"type": "BPE", "dropout": 0.1}}, "dropout is 0.1"),
+        ({"model": {"type": "BPE", "continuing_subword_prefix": "##"}}, "continuing_subword_prefix is '##'"),
+        ({"model": {"type": "BPE", "end_of_word_suffix": "</w>"}}, "end_of_word_suffix is '</w>'"),
         ({"model": {"vocab": {"a": 0}, "merges": [["a"]]}}, r"merge \['a'\], expected two tokens"),
         ({"model": {"vocab": {"a": "b"}, "merges": []}}, "no JSON object|not a JSON object"),
     ],

@@ -228,6 +228,9 @@ ENTRY %main (x: f32[1000,64], i: s32[], r: f32[1,64]) -> f32[1000,64] {
     found, row = hlo.instructions(text), 4 * 64
     assert found["f"].bytes == 3 * row + 4, "two rows and an index in, a row out"
     assert found["s"].bytes == 2 * row + 2 * 4
+    written = "".join(line for line in text.splitlines(True) if "%old =" not in line and "%new =" not in line)
+    found = hlo.instructions(written.replace("%new", "%p2"))
+    assert found["f"].bytes == 2 * row + 4, "a row and an index in, a row out"
 
 
 def test_matmuls_of_every_iteration_and_of_all_branches_are_counted():

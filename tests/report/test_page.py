@@ -197,6 +197,7 @@ def test_runs_on_different_tokens_are_compared_in_bits_per_byte(report):
     ):
         runs = [replace(run, scores=[one]), replace(other, scores=[two])]
         assert not charts.same_tokens(runs)
+        assert [name for name, *_ in page.comparison(runs)[1]] == ["words", "hostile"], "the best first"
         specs = charts.charts(runs, report.looks * 2)
         rows = layer(specs["outcome"], "point")
         assert sorted((row["what"], row["loss"]) for row in rows) == [("hostile", 0.8), ("words", 0.6)]
@@ -220,6 +221,12 @@ def test_a_single_window_has_no_standard_error(report):
     assert (notes["validation loss"], notes["bits per byte"]) == ("nats per token", "")
     assert page.comparison(runs)[1][0][1] == "2.0000"
     assert "± " not in page.page(runs, report.looks, specs)
+
+
+def test_errors_of_bits_are_in_proportion_to_that_of_the_loss(report):
+    run = replace(report.runs[0], scores=[Evaluated(9, Evaluation(2.0, 0.01, 0.8, 0.6, 100))])
+    notes = {name: note for name, _, note in page.numbers(run)}
+    assert (notes["bits per character"], notes["bits per byte"]) == ("± 0.0040", "± 0.0030")
 
 
 def test_validation_tokens_are_counted(report):

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import os
 import shutil
 import threading
 import time
@@ -103,6 +104,21 @@ def test_a_run_is_served_from_any_folder(library, tmp_path):
     one = Library.at(str(tmp_path / "a copy"), library.folder)
     assert one.names == ["a copy"]
     assert one.run("a copy").config == library.run("pairs").config
+
+
+def test_the_runs_beside_a_served_run_are_not_served(library):
+    only = Library.at(str(library.folder / "one"), library.folder)
+    for name in ("pairs", "../runs/pairs"):
+        with pytest.raises(RunError, match="only 'one' is served"):
+            only.run(name)
+
+
+def test_runs_are_listed_by_their_last_save_without_hidden_ones(library, tmp_path):
+    for i, name in enumerate(("first", "second", ".hidden"), 1):
+        shutil.copytree(library.folder / "pairs", tmp_path / name)
+        os.utime(tmp_path / name / "checkpoints", (i, i))
+    shutil.copytree(library.folder / "broken", tmp_path / "a run without checkpoints")
+    assert Library(tmp_path).names == ["second", "first", "a run without checkpoints"]
 
 
 def test_without_a_name_all_runs_of_runs_dir_are_served(library, tmp_path):

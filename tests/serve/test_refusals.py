@@ -1,6 +1,7 @@
 """The application refuses bad requests, and no request breaks it."""
 
 import asyncio
+import itertools
 import json
 
 import pytest
@@ -38,6 +39,7 @@ BAD_REQUESTS = [
     ({"run": "one", "prompt": "a", "temperature": 10**400}, 400, "expected a number"),
     ({"run": "one", "prompt": "a", "top_p": 0}, 400, "top_p is 0"),
     ({"run": "one", "prompt": "a", "seed": -1}, 400, "seed is -1"),
+    ({"run": "one", "prompt": "a", "seed": 2**32}, 400, "seed is 4294967296, expected 0 to 4294967295"),
     ({"run": "one", "prompt": "a", "colour": "red"}, 400, "no such field: 'colour'"),
 ]
 
@@ -54,6 +56,7 @@ def test_looks_at_too_few_or_too_many_ids_are_refused(app):
         answer = call(app, "POST", "/api/look", {"run": "one", "ids": ids})
         assert answer.status == status
         assert message in answer.tree["error"]
+    assert call(app, "POST", "/api/look", {"run": "one", "ids": [0] * 8}).status == 200, "a full context"
 
 
 def test_looks_whose_attention_maps_are_too_large_are_refused(app, monkeypatch):
@@ -92,6 +95,14 @@ def test_host_origin_and_token_are_checked(library, scheduler):
         answer = call(app, "GET", "/api/runs", headers=authorized | {"origin": origin})
         assert answer.status == (200 if origin == "http://127.0.0.1:8000" else 403), origin
         assert not any(name.startswith("access-control") for name in answer.headers)
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("host", ""), ("origin", "http://")])
+def test_a_host_or_origin_that_is_given_twice_is_refused(app, name, scheme):
+    for values in itertools.permutations([f"{scheme}127.0.0.1:8000", f"{scheme}evil.example"]):
+        twice = Call(app, "GET", "/api/runs", headers={name: None})
+        twice.scope["headers"] += [(name.encode(), value.encode()) for value in values]
+        assert asyncio.run(twice.run()).status == 403, values
 
 
 def test_an_incomplete_request_times_out(app, monkeypatch):

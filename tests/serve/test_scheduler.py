@@ -76,3 +76,18 @@ def test_recreated_run_is_another_model_and_models_are_limited():
         scheduler.cancel(jobs[1])
         assert look(scheduler, last) == End()
         assert (loads[-1], scheduler.state["models"]) == (last, MODELS)
+
+
+def test_the_least_recently_used_model_makes_room():
+    loads, ended = [], queue.Queue()
+
+    def load(run):
+        loads.append(run)
+        return Model()
+
+    with scheduling(load) as scheduler:
+        first, second, *others, last = [Served(Path("one"), created) for created in range(MODELS + 1)]
+        for run in (first, second, *others, first, last, first, second):
+            scheduler.submit(Job(run, [1], put=ended.put))
+            assert ended.get(timeout=10) == End()
+    assert loads == [first, second, *others, last, second]

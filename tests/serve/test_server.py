@@ -8,11 +8,14 @@ import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
 
 from jaxgpt import cli
+from jaxgpt.config import UsageError
+from jaxgpt.serve import server
 from tests.processes import serving
 from tests.serve import load
 
@@ -103,6 +106,30 @@ def test_bad_options_are_refused(tmp_path, monkeypatch, capsys, args, message):
     (tmp_path / "all/one/config.json").write_text("{}")
     assert cli.run_command(["serve", *(word.replace("RUNS", "all") for word in args)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_server_loads_the_checkpoint_asked_for_and_writes_only_ids_of_its_vocabulary(library, monkeypatch):
+    loaded = []
+
+    class Loading:
+        """Loads the run of a job at once, and serves nothing."""
+
+        def __init__(self, load, limits):
+            self.load = load
+
+        def submit(self, job):
+            self.load(job.run)
+            raise UsageError("enough")
+
+    def load_model(run, checkpoint="best"):
+        return SimpleNamespace(vocab_size=16), checkpoint, SimpleNamespace(vocab_size=11)
+
+    monkeypatch.setattr(server, "_listen", lambda host, port: None)
+    monkeypatch.setattr(server, "Scheduler", Loading)
+    monkeypatch.setattr(server, "load_model", load_model)
+    monkeypatch.setattr(server, "Writer", lambda *args: loaded.extend(args[1:]))
+    assert cli.run_command(["serve", str(library.folder / "one"), "--checkpoint", "last", "--places", "3"]) == 2
+    assert loaded == ["last", 11, 3]
 
 
 def test_a_taken_port_is_refused(tmp_path, capsys):

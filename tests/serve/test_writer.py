@@ -12,6 +12,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.diagnostics import inside
 from jaxgpt.sample import SamplingParams, checked, generate, next_tokens
 from jaxgpt.serve import batch
+from jaxgpt.serve import writer as writers
 from jaxgpt.serve.batch import Settings
 from jaxgpt.serve.writer import End, Job, Looked, Piece, Writer
 
@@ -102,6 +103,14 @@ def test_cancelled_job_frees_its_row_and_does_not_affect_others(models):
     assert 0 < len(ids(sent[1])) < 100
     for i in (0, 2, 3):
         assert ids(sent[i]) == expected[i]
+
+
+def test_the_caches_of_all_rows_fit_into_their_memory(models, monkeypatch):
+    config, params = models["learned"]
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch.empty(config, 1).cache))
+    for memory, n_rows in ((9 * size, 5), (2 * size, 2), (2 * size - 1, 1), (size - 1, 1)):
+        monkeypatch.setattr(writers, "MEMORY", memory)
+        assert len(Writer(config, params, 12, 5).rows.token) == n_rows
 
 
 def test_a_turn_answers_one_look(models):
