@@ -97,7 +97,8 @@ def _gpus(kind: str, n: int) -> dict[str, Any]:
             l2_cache_size: {gpu.cache * 2**20}  clock_rate_ghz: {gpu.clock}
             shared_memory_per_core: {gpu.shared * 2**10}  shared_memory_per_block: {48 * 2**10}
             shared_memory_per_block_optin: {(gpu.shared - 1) * 2**10}
-            threads_per_warp: 32  threads_per_block_limit: 1024  threads_per_core_limit: 2048  fpus_per_core: 128
+            threads_per_warp: 32  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+            fpus_per_core: {64 if gpu.capability == 8 else 128}
             registers_per_core_limit: 65536  registers_per_block_limit: 65536
             block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
         }}"""
