@@ -122,7 +122,7 @@ def test_resume_finds_the_named_run_in_runs_dir(call, verse, tmp_path):
         code, out, _ = call("train", "--run", "a", "--resume", *steps, *spelling)
         assert code == 0
         finished = "--runs_dir" not in spelling
-        assert ("it is at its last step, 30: --steps N trains longer" in out) == finished
+        assert ("the run is at its last step, 30: --steps N trains longer" in out) == finished
         assert "jaxgpt sample a --runs-dir 'else where'" in out
     assert (tmp_path / "runs/a/config.json").read_bytes() == before
     assert call("sample", "a", "--runs-dir", "else where", "--tokens", 3)[0] == 0

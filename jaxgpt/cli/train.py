@@ -121,7 +121,7 @@ def _fit(given: Train, existing: Run | None) -> int:
         console.print(cost.describe(config.model))
     console.print(why)
     if existing and Checkpoints(run.checkpoints).latest == config.train.steps:
-        console.print(f"it is at its last step, {config.train.steps:,}: --steps N trains longer")
+        console.print(f"the run is at its last step, {config.train.steps:,}: --steps N trains longer")
     end = config.optimizer.decay_steps
     if config.optimizer.schedule != "constant" and config.train.steps > end:
         console.print(f"the learning rate stays at {config.optimizer.final_learning_rate:g} from step {end:,} on")
