@@ -118,11 +118,12 @@ def test_the_gradient_of_a_bigram_row_vanishes_exactly_at_the_observed_frequenci
 def test_head(seed, shape, scale):
     b, t, c, d = shape
     x, key, query, value, d_out = normal(seed, (b, t, c), (c, d), (c, d), (c, d), (b, t, d))
+    key, query = key / c, query / c  # where a softmax is 0 or 1, rounding is larger than its gradient
     ours = head_by_hand(x, key, query, value, d_out, scale)
     theirs = head_by_jax(d_out, scale, x, key, query, value)
     for one, other in zip(ours, theirs, strict=True):
         assert one.shape == other.shape
-        close(one, other, rtol=1e-4)
+        close(one, other, rtol=5e-5)
 
 
 @pytest.mark.parametrize("kind", SCALES)
