@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,29 @@ def test_values_and_derivatives_match_the_reference(ours, reference, args):
     )
     mapped = jax.vmap(lambda x: ours(x, *args[1:]))(X)
     np.testing.assert_allclose(mapped, ours(*args), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("offset", "tolerance"), [(0, 2e-6), (1, 2e-6), (-10, 1e-4)])
+def test_layer_norm_of_channels_far_from_zero(offset, tolerance):
+    """It subtracts their mean, so that neither the output nor the gradient depends on it."""
+    x, g = np.random.default_rng(0).standard_normal((2, 64, 768))
+    std = np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+    normal = (x - x.mean(axis=-1, keepdims=True)) / std
+    dx = (g - g.mean(axis=-1, keepdims=True) - normal * (g * normal).mean(axis=-1, keepdims=True)) / std
+    out, vjp = jax.vjp(activations.layer_norm, jnp.asarray(x + offset, jnp.float32), jnp.ones(768))
+    for found, expected in zip(
+        (out, *vjp(jnp.asarray(g, jnp.float32))), (normal, dx, (g * normal).sum(0)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, 123.456])
+def test_layer_norm_of_equal_channels(value):
+    """Their variance, a difference of rounded numbers, may come out below zero."""
+    x = jnp.full((2, 768), value)
+    out, vjp = jax.vjp(activations.layer_norm, x, jnp.ones(768))
+    np.testing.assert_allclose(out, jnp.zeros_like(x), atol=0.02)
+    chex.assert_tree_all_finite(vjp(jnp.ones_like(out)))
 
 
 def test_gelu_far_from_zero():
