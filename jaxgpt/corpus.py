@@ -5,6 +5,7 @@ The shards hold token ids (uint16 or uint32); tokens.json holds their sizes and 
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -107,6 +108,15 @@ class Corpus:
             f"{self.meta['source']}: {len(self.tokens):,} tokens, vocabulary of {self.tokenizer.vocab_size:,} "
             f"({self.meta['tokenizer']['kind']}), from {self.meta['origin']}"
         )
+
+
+def shareable(text: str) -> str:
+    """`text` whose URLs have no user name, password, query and fragment: they may hold a key or a signature.
+
+    >>> shareable("0.7*https://me:secret@host/a.txt?sig=1 + 0.3*b.txt")
+    '0.7*https://host/a.txt + 0.3*b.txt'
+    """
+    return re.sub(r"(?<=://)(?:[^/?#\s]*@)?([^?#\s]*)(?:[?#]\S*)?", r"\1", text)
 
 
 def train_size(n_tokens: int, val_fraction: float) -> int:

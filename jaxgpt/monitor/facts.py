@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxgpt.config import Config, differences, replaced, unresolved
-from jaxgpt.corpus import train_size
+from jaxgpt.corpus import shareable, train_size
 from jaxgpt.metrics_log import Evaluated
 from jaxgpt.monitor import cost
 from jaxgpt.monitor.chips import utilization
@@ -154,13 +154,16 @@ def nearest(config: Config) -> tuple[str, list[Change]]:
 
 
 def command(config: Config) -> str:
-    """A `jaxgpt train` command that makes `config`: the nearest recipe, and a flag for each setting that differs."""
+    """A `jaxgpt train` command that makes `config`: the nearest recipe, and a flag for each setting that differs.
+
+    URLs are `shareable`.
+    """
     recipe, changes = nearest(config)
     words = ["jaxgpt", "train", recipe]
     for field, _, value in changes:
         flag = field.replace("_", "-")
         words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return shlex.join(words)
+    return shlex.join(map(shareable, words))
 
 
 def thinned(points: Points, n: int) -> Points:

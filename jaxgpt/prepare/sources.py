@@ -23,6 +23,7 @@ from jaxgpt.cli import places
 from jaxgpt.cli.corpora import HUB, NAMED, begins_with, is_prepared, is_tokens_json, is_url
 from jaxgpt.cli.places import local_path
 from jaxgpt.config import MissingExtraError, UsageError
+from jaxgpt.corpus import shareable
 from jaxgpt.prepare import documents
 from jaxgpt.prepare.documents import SourceError
 
@@ -121,7 +122,7 @@ def open_text(corpus: str, column: str = "text") -> Text:
             if path.name == "tokens.json" and is_tokens_json(path):
                 raise SourceError(f"{corpus} describes a prepared corpus: give the folder of that corpus")
             name = Path(documents.name_of(path).removesuffix(".gz")).stem
-            return _of_files(name, corpus if is_url(corpus) else str(path.resolve()), [path], column)
+            return _of_files(name, shareable(corpus) if is_url(corpus) else str(path.resolve()), [path], column)
         if path.is_fifo():
             return _pipe(path)
         if corpus.startswith("hf://"):
@@ -218,7 +219,7 @@ def _folder(folder: Path, column: str) -> Text:
             "corpus give its own folder"
         )
     name = folder.name if is_url(str(folder)) else folder.resolve().name
-    return _of_files(name, f"{len(paths)} files in {folder}", paths, column, left_out)
+    return _of_files(name, f"{len(paths)} files in {shareable(str(folder))}", paths, column, left_out)
 
 
 def _below(folder: Path, above: set[Path]) -> Iterator[Path]:

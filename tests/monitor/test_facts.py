@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import metrics_log
+from jaxgpt.config import replaced
 from jaxgpt.corpus import Corpus
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated
 from jaxgpt.monitor import facts
+from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run
 from jaxgpt.step import Metrics
 from jaxgpt.train import save
@@ -87,6 +89,13 @@ def test_the_command_has_a_vocab_size_that_is_not_that_of_the_tokenizer(run, tmp
     for vocab_size, shown in ((n, False), (n + 3, True)):
         other = Run.create(tmp_path, f"of-{vocab_size}", change(tiny, vocab_size=vocab_size), META)
         assert ("--vocab-size" in facts.gather(other).command) == shown
+
+
+def test_the_command_has_no_key_to_a_url():
+    for corpus in ("https://me:key@host/a.txt", "https://host/a.txt?sig=key", "0.5*https://host/a.txt#key + 0.5*b.txt"):
+        command = facts.command(replaced(RECIPES["gpt-demo"].config, corpus=corpus))
+        assert "https://host/a.txt" in command
+        assert "key" not in command
 
 
 @pytest.mark.parametrize(

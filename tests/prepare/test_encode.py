@@ -445,11 +445,11 @@ class TestStores:
         with pytest.raises(SourceError, match=r"no corpus, file or folder 'memory://texts/c\.txt'"):
             prepare_corpus("memory://texts/c.txt", data_dir=tmp_path / "data")
 
-    def test_query_does_not_hide_the_file_extension(self, tmp_path):
+    def test_query_does_not_hide_the_file_extension_and_is_not_recorded(self, tmp_path):
         self.files.pipe("/texts/a.jsonl.gz?sig=a/b", gzip.compress(b'{"text": "the cat"}\n{"text": "sat"}'))
         found = prepare_corpus("memory://texts/a.jsonl.gz?sig=a/b", data_dir=tmp_path / "data").corpus
         assert found.tokenizer.decode(found.tokens) == "the cat\n\nsat"
-        assert found.meta["source"] == "a"
+        assert (found.meta["source"], found.meta["origin"]) == ("a", "memory://texts/a.jsonl.gz")
 
     @pytest.mark.parametrize("query", ["", "?raw=true"])
     def test_store_that_answers_to_any_name_is_not_a_prepared_folder(self, tmp_path, monkeypatch, query):
