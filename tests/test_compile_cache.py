@@ -120,6 +120,13 @@ def test_concurrent_pruning(cache):
     assert len(list(folder.iterdir())) <= 100
 
 
+def test_processors_with_other_features_do_not_share_programs(cache, monkeypatch):
+    for flags in ("avx2", "avx2 avx512f", "avx2"):
+        monkeypatch.setattr("jaxgpt.cli.compile_cache.cpu_info", lambda flags=flags: f"cpu MHz: 2\nflags\t: {flags}\n")
+        use_compile_cache()
+    assert len(list(cache.iterdir())) == 2
+
+
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners of files need POSIX")
 def test_a_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
     tmp_path.chmod(0o700)

@@ -51,6 +51,18 @@ def test_estimate_per_device_of_a_mesh_is_a_lower_bound(tiny, change, text):
     assert 1.0 <= (arguments + further) / memory.needed(config, N_TOKENS, shards=memory.Shards.of(mesh)).total <= 2.5
 
 
+@pytest.mark.parametrize(("vocab_size", "n_bytes"), [(2**16, 2), (2**16 + 1, 4)])
+def test_tokens_are_as_wide_as_the_largest_id(tiny, change, vocab_size, n_bytes):
+    assert memory.needed(change(tiny, vocab_size=vocab_size), N_TOKENS).tokens == n_bytes * N_TOKENS
+
+
+def test_muon_has_one_moment_for_each_kernel_of_a_block(tiny, change):
+    config = change(tiny, algorithm="muon", n_layer=2)
+    state = jax.eval_shape(init_state, config)
+    found = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    assert memory.n_moments(config) == found
+
+
 def test_bytes_of_the_state_are_exact(tiny):
     state, counted = jax.eval_shape(init_state, tiny), memory.needed(tiny, N_TOKENS)
     n_bytes = [sum(4 * leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.opt_state)]
@@ -124,7 +136,14 @@ def test_accelerators_count_tokens_and_only_matmul_results(tiny, monkeypatch):
     lean = memory.needed(tiny, N_TOKENS, recomputed=True)
     assert lean.total < memory.needed(tiny, N_TOKENS).total
     memory.require(tiny, N_TOKENS, lean.total)
+    memory.require(tiny, N_TOKENS, lean.total, shards=memory.Shards(per_host=4))  # each has its own memory
     refusal(tiny, lean.total - 1)
+
+
+def test_shards_of_a_mesh():
+    shards = memory.Shards.of(make_mesh(Sizes(data=2, fsdp=2, context=2)))
+    assert shards == memory.Shards(state=2, batch=4, sequence=2, per_host=8)
+    assert memory.Shards.of(make_mesh(Sizes(fsdp=2, tensor=4))) == memory.Shards(8, 2, 4, 8)
 
 
 def test_a_corpus_too_large_for_a_device_counts_by_the_windows_of_a_chunk(tiny, monkeypatch):
@@ -150,6 +169,12 @@ def test_activations_by_hand():
     assert memory.activation_bytes(dropped, 3) == memory.activation_bytes(small, 3)  # masks are recomputed
     assert memory.activation_bytes(small, 3, recomputed=True) == 4 * 3 * T * (L * (10 * C + H * T) + V)
     assert memory.activation_bytes(dataclasses.replace(small, kind="bigram"), 3) == 2 * 4 * 3 * T * V
+    squared = dataclasses.replace(small, mlp="relu2")
+    assert memory.activation_bytes(squared, 3) == 4 * 3 * T * (L * (12 * C + 2 * H * T) + 2 * C + V)
+    low = dataclasses.replace(small, precision="bfloat16")
+    assert memory.activation_bytes(low, 3) == 2 * 3 * T * (L * 16 * C + 2 * C + V)
+    long = dataclasses.replace(small, block_size=256)
+    assert memory.activation_bytes(long, 3) == 4 * 3 * 256 * (L * 16 * C + 2 * C + V), "weights by blocks"
 
 
 def host_available(path, files):

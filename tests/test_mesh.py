@@ -240,6 +240,13 @@ def test_suggested_n_kv_head_divides_the_heads(small, change, n_head, suggested)
     assert cli_mesh.problems(changed, Sizes(tensor=4)) == configs.problems(changed) == []
 
 
+def test_hidden_channels_are_checked(small, change):
+    config = change(small, mlp="swiglu", n_embd=48)  # 8 x 16 hidden channels
+    assert cli_mesh.problems(config, Sizes(tensor=4)) == []
+    (problem,) = cli_mesh.problems(change(config, n_embd=60, n_head=12, n_kv_head=12, vocab_size=24), Sizes(tensor=12))
+    assert problem == "tensor = 12 does not divide 160 hidden channels: try a divisor of it"
+
+
 def test_sizes_parse_and_print():
     assert Sizes.parse("fsdp=4,data=8") == Sizes(data=8, fsdp=4)
     assert str(Sizes(data=8, fsdp=4)) == "data=8,fsdp=4"

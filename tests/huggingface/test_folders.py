@@ -18,7 +18,7 @@ from jaxgpt.cli import sample
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, UsageError
 from jaxgpt.corpus import CorpusError
 from jaxgpt.huggingface import folders, gpt2
-from jaxgpt.huggingface.cli import run_export
+from jaxgpt.huggingface.cli import run_export, run_import_gpt2
 from jaxgpt.huggingface.gpt2 import InteropError
 from jaxgpt.monitor.facts import command
 from jaxgpt.recipes import FINETUNE, RECIPES
@@ -115,11 +115,31 @@ def test_export_ignores_damaged_metrics_and_nan_losses(imported, tmp_path, line)
 
 
 def test_the_model_card_has_the_loss_of_the_exported_step(imported, tmp_path):
-    rest = {"val_n_tokens": 9, "val_bits_per_byte": 1.0}
+    rest = {"val_n_tokens": 9, "val_bits_per_byte": 1.5}
     lines = [{"step": step, "val_loss": loss, **rest} for step, loss in ((0, 2.0), (50, 2.5))]
     imported.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert folders.export_run(imported, tmp_path / "out") == 0
-    assert "2.0000 nats per token" in (tmp_path / "out" / "README.md").read_text()
+    card, meta = (tmp_path / "out" / "README.md").read_text(), imported.corpus_meta
+    assert "2.0000 nats per token over the whole validation split (9 tokens, 1.5000 bits per byte)" in card
+    assert f"| SHA-256 of the text | {meta['source_sha256']} |\n| SHA-256 of the tokens | {meta['sha256']} |" in card
+
+
+def test_options_of_an_import_reach_the_run(tmp_path):
+    options = ["--tokenizer", "ascii", "--unknown", "skip", "--block-size", "8", "--dropout", "0.25"]
+    where = ["--runs-dir", str(tmp_path / "runs"), "--data-dir", str(tmp_path / "data")]
+    assert run_import_gpt2([str(TINY), "--run", "short", *options, *where]) == 0
+    run = Run(tmp_path / "runs" / "short")
+    assert (run.config.model.block_size, run.config.model.dropout) == (8, 0.25)
+    assert load_checkpoint(run)[1]["wpe"]["embedding"].shape == (8, 32)
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_the_chosen_checkpoint_is_exported(imported, tmp_path, monkeypatch, which):
+    chosen = []
+    monkeypatch.setattr(folders, "load_checkpoint", lambda run, which: chosen.append(which) or load_checkpoint(run))
+    where = ["--out", str(tmp_path / "out"), "--runs-dir", str(tmp_path / "runs")]
+    assert run_export(["tiny", "--checkpoint", which, *where]) == 0
+    assert chosen == [which]
 
 
 def test_an_imported_export_keeps_its_vocabulary(imported, tmp_path):
@@ -212,6 +232,7 @@ def test_find_downloads_only_needed_files(monkeypatch, tmp_path):
         return any(fnmatch(name, pattern) for pattern in download_args["allow_patterns"])
 
     assert all(map(allowed, ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "merges.txt"]))
+    assert all(map(allowed, ["model.safetensors.index.json", "vocab.json", "tokenizer.json"]))
     assert not any(map(allowed, ["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "onnx/model.onnx"]))
 
 

@@ -78,6 +78,13 @@ def test_a_saved_and_loaded_model_gives_equal_logits(tmp_path, options):
     np.testing.assert_array_equal(model.forward(again, back, idx), logits)
 
 
+def test_an_export_keeps_the_dropout_of_the_run(tmp_path):
+    config = ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4, dropout=0.25)
+    gpt2.save(tmp_path, config, noisy(config))
+    tree = json.loads((tmp_path / "config.json").read_text())
+    assert [tree[name] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")] == [0.25] * 3
+
+
 def test_params_survive_conversion_bit_for_bit():
     config, params = gpt2.load(TINY)
     back = gpt2.to_params(config, gpt2.to_tensors(config, params))
@@ -189,6 +196,7 @@ def test_positions_can_be_cropped():
         ({"n_inner": 100}, "n_inner is 100"),
         ({"n_layer": "2"}, "n_layer is '2'"),
         ({"n_embd": None}, "n_embd is None"),
+        ({"n_head": 0}, "n_head is 0"),
         ({"n_head": 5}, "must be divisible by n_head 5"),
         ({"n_layer": 3}, "missing h.2.attn.c_attn.weight"),
         ({"n_layer": 10_000}, "n_layer is 10000, expected at most the number of tensors"),
@@ -216,6 +224,26 @@ def test_damaged_files_are_named(folder, name, text, message):
         (folder / name).write_text(text)
     with pytest.raises(InteropError, match=message):
         gpt2.load(folder)
+
+
+def test_settings_that_a_config_leaves_out_are_the_defaults_of_transformers(folder):
+    tree, kept = json.loads((folder / "config.json").read_text()), {"model_type", *gpt2.SIZES}
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in tree.items() if name in kept}))
+    assert gpt2.read_config(folder) == gpt2.read_config(TINY)
+    for name, gelu in (("gelu_pytorch_tanh", "tanh"), ("gelu", "exact")):
+        edit_config(folder, activation_function=name)
+        assert gpt2.read_config(folder).gelu == gelu
+
+
+@pytest.mark.parametrize(("dtype", "accepted"), [("float16", True), ("bfloat16", True), ("int32", False)])
+def test_tensors_of_other_floats_are_read_as_float32(folder, dtype, accepted):
+    edit_tensors(folder, lambda x: x.update({name: x[name].astype(jnp.dtype(dtype)) for name in x}))
+    if accepted:
+        embedding, exact = (gpt2.load(each)[1]["wte"]["embedding"] for each in (folder, TINY))
+        np.testing.assert_array_equal(embedding, exact.astype(jnp.dtype(dtype)).astype(np.float32))
+    else:
+        with pytest.raises(InteropError, match="is I32, expected F32, BF16, F16"):
+            gpt2.load(folder)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -275,7 +303,18 @@ def test_a_bigram_cannot_be_exported(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"position": "rope"}, {"norm": "rms"}, {"n_kv_head": 1}, {"softcap": 15.0}, {"bigram_embed": True}]
+    "options",
+    [
+        {"position": "rope"},
+        {"norm": "rms"},
+        {"mlp": "relu2"},
+        {"qk_norm": True},
+        {"n_kv_head": 1},
+        {"window": 2},
+        {"softcap": 15.0},
+        {"smear": True},
+        {"bigram_embed": True},
+    ],
 )
 def test_a_model_with_features_that_gpt2_lacks_cannot_be_exported(tmp_path, options):
     config = ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=2, n_embd=8, **options)

@@ -1,16 +1,19 @@
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from jaxgpt import cli, model
+from jaxgpt.cli import memory
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, UsageError
 from jaxgpt.display import charts
 from jaxgpt.monitor import cost
 from jaxgpt.profile import hlo, inspection, plots, report, roofline
 from jaxgpt.profile.inspection import programs, xla_counts
 from jaxgpt.profile.roofline import Machine, Part
+from jaxgpt.profile.trace import Operation, Span
 
 PLAIN = Config(
     model=ModelConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=128),
@@ -34,6 +37,57 @@ def test_the_roof_is_the_larger_of_compute_and_memory_time():
     assert [row["bound by"] for row in rows] == ["compute", "memory"]
     assert [row["of the roof, %"] for row in rows] == [50.0, 50.0]
     assert [row["FLOP/byte"] for row in rows] == [20.0, 5.0]
+    assert [(row["MFLOP"], row["MB"]) for row in rows] == [(2e-3, 1e-4), (5e-4, 1e-4)]
+    assert [row["least, ms"] for row in rows] == [20e3, 10e3]
+    assert [row["measured, ms"] for row in rows] == [40e3, 20e3]
+    assert [row["GFLOP/s"] for row in rows] == pytest.approx([50e-9, 25e-9])
+
+
+def test_parts_are_those_of_one_step_slowest_first(monkeypatch):
+    origins = {"dot.1": "jvp(GPT)/mlp/dot", "dot.2": "transpose(jvp(GPT))/mlp/dot", "add": "add"}
+    known = {name: SimpleNamespace(origin=origin, runs=2, flops=5, bytes=7) for name, origin in origins.items()}
+    monkeypatch.setattr(hlo, "instructions", lambda text: known)
+    operations = [Operation("dot.1", 4, 8.0), Operation("dot.2", 4, 12.0), Operation("gone", 4, 99.0)]
+    assert roofline.parts("", operations, 4, ["mlp"]) == [
+        Part("mlp", True, 10, 14, 3.0),
+        Part("mlp", False, 10, 14, 2.0),
+        Part("optimizer", False, 10, 14, 0.0),
+    ]
+
+
+def test_the_rates_of_the_machine_are_those_of_its_best_round(monkeypatch):
+    """A matmul counts two FLOPs for a product, and a scaled number 8 bytes."""
+    seconds = iter([2.0, 4.0, 1.0, 8.0])
+    monkeypatch.setattr(roofline, "repeat", lambda run, least: (run(), next(seconds)))
+    assert roofline.measure_machine("float32", n=4, streamed=16, rounds=2) == Machine(2 * 4**3, 8 * 16 / 4)
+
+
+def test_shares_of_matmuls_are_by_flops(monkeypatch):
+    monkeypatch.setattr(
+        hlo, "matmuls", lambda text: [hlo.Matmul("a", "dot", 2, 6_000_000), hlo.Matmul("b", "dot", 9, 2_000_000)]
+    )
+    rows = inspection.matmul_rows("")
+    assert [(row["MFLOP"], row["share, %"]) for row in rows] == [(6.0, 75.0), (2.0, 25.0)]
+
+
+def test_times_are_those_of_one_step(monkeypatch):
+    monkeypatch.setattr(inspection, "stepper", lambda config, step: lambda: 1)
+    monkeypatch.setattr(inspection, "repeat", lambda run, seconds: (4, 2.0))
+    monkeypatch.setattr(hlo, "instructions", lambda text: {})
+    monkeypatch.setattr(roofline, "measure_machine", lambda precision: Machine(1e9, 1e8))
+    spans = [Span("dot", 1e9 * i, 30e6, op="dot") for i in range(5)] + [Span("add", 1e9, 10e6, op="add")]
+    monkeypatch.setattr(inspection.trace, "capture", lambda folder, run: [spans[:5], spans[5:]])
+    monkeypatch.setattr(inspection, "machine_seconds", iter([(10.0, 100.0), (17.0, 120.0)]).__next__)
+    monkeypatch.setattr(inspection.time, "process_time", iter([50.0, 56.0]).__next__)
+    tables, notes, _ = inspection.measure(PLAIN, SimpleNamespace(text="", formula_flops=int(2e8)), None)
+    step = "a step of 128 tokens takes 500.0 ms (500.0 to 500.0), 256 tokens/s"
+    assert f"{step}: its matmuls, 0.20 GFLOP, use 40% of the machine's peak" in notes
+    assert notes[0] == "other programs took 5% of the machine (5% at most)"
+    assert notes[-1].startswith("profiled: 32.0 ms of work per step")
+    dot, add = tables["Operations of a step that took longest"]
+    assert (dot["comes from"], dot["times a step"], add["times a step"]) == ("dot", 1.0, 0.2)
+    assert [row["ms a step"] for row in (dot, add)] == pytest.approx([30.0, 2.0])
+    assert [row["share, %"] for row in (dot, add)] == pytest.approx([93.75, 6.25])
 
 
 @pytest.mark.parametrize(
@@ -118,6 +172,10 @@ def test_compulsory_bytes_are_those_of_the_arrays(plain_programs):
     state = 4 * 3 * n
     assert rows["memory, arguments"] == pytest.approx((state + 4 * 2 * B * T) / 1e6, rel=1e-3)
     assert rows["memory, donated"] == pytest.approx(-state / 1e6, rel=1e-3), "the state is donated"
+    assert rows["memory, results"] == pytest.approx(state / 1e6, rel=1e-2)
+    compiled = plain_programs["step"].compiled
+    assert rows["memory, total"] == pytest.approx(sum(memory.compiled_bytes(compiled)) / 1e6)
+    assert rows["FLOPs, XLA, optimized"] == xla_counts(compiled)["flops"]
 
 
 def test_recomputed_matmuls_are_counted(change):

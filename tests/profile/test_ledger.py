@@ -46,6 +46,8 @@ def test_tables_show_the_measurements():
     assert then["jit"]["pays off after, steps"] == round((10.0 - 4.5) / (1 / 1.5 - 1 / 6))
     assert then["cache, full"]["pays off after, steps"] == 0, "it starts earlier and is faster"
     assert (then["jit"]["dispatches"], then["scan of 10"]["dispatches"]) == (1, 0.1)
+    assert (first["eager"]["programs"], first["jit"]["programs"]) == (300, 1)
+    assert (then["eager"]["step, MB"], then["jit"]["step, MB"]) == (None, 70.0)
 
 
 def test_variants_are_chosen_by_name():
@@ -119,7 +121,7 @@ def test_each_variant_reports_its_own_stages_and_programs(bigram_report):
     for name in ("jit", "scan of 10"):
         assert list(each[name]["stages"]) == list(ledger.STAGES)
         assert min(each[name]["stages"].values()) > 0
-        assert each[name]["step_bytes"] > 0
+    assert each["jit"]["step_bytes"] > each["scan of 10"]["step_bytes"] > 2e6, "all tokens, and a state donated or not"
     assert each["eager"]["step_bytes"] is None
     assert each["cache, full"]["stages"]["compile"] < each["cache, empty"]["stages"]["compile"]
 
@@ -134,6 +136,22 @@ def test_variants_share_one_train_state(change, monkeypatch):
     monkeypatch.setattr(ledger, "repeat", count)
     ledger.measure(change(BIGRAM, vocab_size=17), "bigram", choose(["jit", "scan of 10"]), 2, 0.0)
     assert set(alive) == {3}, "the table and its two moments"
+
+
+def test_rates_are_steps_per_second_and_the_load_is_that_of_others(monkeypatch):
+    class Runner:
+        figures, wait = DONE["jit"] | {"loss": 2.5}, None
+
+        def __init__(self, config, variant, state):
+            self.run = lambda: variant.steps
+
+    monkeypatch.setattr(ledger, "Runner", Runner)
+    monkeypatch.setattr(ledger, "repeat", lambda run, seconds, wait: (3 * run(), 2.0))
+    monkeypatch.setattr(ledger, "machine_seconds", iter([(10.0, 100.0), (17.0, 120.0)]).__next__)
+    monkeypatch.setattr(ledger.time, "process_time", iter([50.0, 56.0]).__next__)
+    report = ledger.measure(BIGRAM, "bigram", choose(["jit", "scan of 10"]), rounds=2, seconds=0.1)
+    assert report["steps_per_second"] == {"jit": [1.5, 1.5], "scan of 10": [15.0, 15.0]}
+    assert report["notes"][-1] == "other programs took 5% of the machine (5% at most)"
 
 
 def test_the_load_average_is_that_before_the_measurement(load, monkeypatch):

@@ -26,6 +26,12 @@ def test_all_sections_are_available(trained, trained_looks):
     assert trained_looks.attention.weights.shape == (1, 2, 8, 8)
 
 
+def test_step_0_of_an_imported_run_is_only_shown_if_it_was_kept(trained, monkeypatch):
+    run = trained[0]
+    monkeypatch.setattr(type(run), "events", lambda self: [{"event": "import", "step": 0}])
+    assert looks.steps(run) == [10, 20]
+
+
 def test_each_token_of_the_passage_has_at_least_half_a_window_of_context(trained, monkeypatch):
     """Each loss is that of a window with at least 4 of 8 tokens before its token."""
     monkeypatch.setattr(looks, "READ", 40)

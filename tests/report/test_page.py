@@ -5,6 +5,7 @@ import html.parser
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from jaxgpt.metrics_log import Evaluated
 from jaxgpt.monitor import curves, facts
 from jaxgpt.report import charts, page, reporter
 from jaxgpt.report.looks import Attention
+from jaxgpt.run import Run
 from tests.conftest import HOSTILE
 
 
@@ -227,6 +229,72 @@ def test_errors_of_bits_are_in_proportion_to_that_of_the_loss(report):
     run = replace(report.runs[0], scores=[Evaluated(9, Evaluation(2.0, 0.01, 0.8, 0.6, 100))])
     notes = {name: note for name, _, note in page.numbers(run)}
     assert (notes["bits per character"], notes["bits per byte"]) == ("± 0.0040", "± 0.0030")
+
+
+def test_each_figure_is_in_its_place(report):
+    run = replace(
+        report.runs[0], step=12, scores=[Evaluated(9, Evaluation(2.0, 0.01, 0.8, 0.6, 100))], n_params=1234, events=[]
+    )
+    assert {name: value for name, value, _ in page.numbers(run)} == {
+        "validation loss": "2.0000",
+        "bits per character": "0.8000",
+        "bits per byte": "0.6000",
+        "perplexity": "7.389",
+    }
+    names, (row,) = page.comparison([run])
+    assert dict(zip(names, row, strict=True)) == {
+        "run": "hostile",
+        "loss, nats per token": "2.0000 ± 0.0100",
+        "bits/char": "0.8000",
+        "bits/byte": "0.6000",
+        "at step": "9 of 12",
+        "parameters": "1,234",
+        "tokens/s": "",
+        "time": "",
+    }
+    (look,) = report.looks
+    assert charts.baselines([run], [look]) == [
+        ("uniform", look.ngrams.uniform),
+        ("unigram counts", look.ngrams.unigram),
+        ("bigram counts", look.ngrams.bigram),
+    ]
+
+
+def test_the_configuration_is_that_of_the_last_process(report):
+    events = [{"event": "start", "step": 0, "device": "old"}, {"event": "start", "step": 5, "device": "new"}]
+    run = replace(report.runs[0], events=events, changes=[("seed", 1, 2)])
+    rows = {name: lines for name, lines, _ in page.configuration(run)}
+    assert rows["hardware"] == ["new"]
+    assert rows["differences"] == ["seed 2 (recipe: 1)"]
+    assert rows["SHA-256 of the tokens"] == [run.corpus["sha256"]]
+    assert rows["SHA-256 of the text"] == [run.corpus["source_sha256"]] != rows["SHA-256 of the tokens"]
+
+
+def test_the_run_with_the_fewest_bits_that_has_weights_is_shown(report):
+    scores = [[Evaluated(9, Evaluation(1.0, 0.01, bits, bits, 100))] for bits in (0.9, 0.5, 0.7)]
+    runs, (look,) = [replace(report.runs[0], scores=each) for each in scores], report.looks
+    assert charts.chosen(runs, [look] * 3) == 1
+    assert charts.chosen(runs, [look, replace(look, passage=None), look]) == 2
+
+
+def test_several_runs_show_their_last_samples(report):
+    runs, looks = [report.runs[0], replace(report.runs[0], name="again")], report.looks * 2
+    assert [sample.step for _, sample in page.samples(runs[:1], looks[:1])] == [0, 10, 20]
+    assert [sample.step for _, sample in page.samples(runs, looks)] == [20, 20]
+
+
+def test_a_report_is_running_until_its_last_run_ends(report):
+    ended, started = report.runs[0], replace(report.runs[0], events=[{"event": "start", "step": 0}])
+    assert reporter.Report([ended, started], report.looks * 2).running
+    assert not reporter.Report([ended, ended], report.looks * 2).running
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(trained, tmp_path, stub_looks):
+    run, data_dir = trained
+    other = Run(shutil.copytree(run.path, tmp_path / run.path.name))
+    names = [facts.name for facts in reporter.Reporter([run, other], data_dir).make().runs]
+    assert names == [str(run.path), str(other.path)]
+    assert reporter.Reporter([run], data_dir).make().runs[0].name == "hostile"
 
 
 def test_validation_tokens_are_counted(report):

@@ -1,10 +1,12 @@
 """verify-resume finds a changed bit, a lost line and a repeated line."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -20,7 +22,7 @@ from jaxgpt.signals import SIGNALS
 from jaxgpt.step import abstract_state
 from jaxgpt.train import fit
 from jaxgpt.verify import resume as verify
-from jaxgpt.verify.resume import compare, counts, kill_steps, scaled_down, verify_resume
+from jaxgpt.verify.resume import Verdict, compare, counts, kill_steps, scaled_down, verify_resume
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +45,41 @@ def test_equal_runs_compare_equal(pair):
     assert verdict.difference is None
     assert verdict.lines == 23
     assert verdict.checkpoints == 2
+    assert verdict.arrays == len(jax.tree.leaves(abstract_state(pair[0].config, one_device())))
+
+
+def save_changed(run, change):
+    """Save `change(state)` as the state of step 10."""
+    with Checkpoints(run.checkpoints, keep=9) as checkpoints:
+        state, manifest = checkpoints.restore(10, abstract_state(run.config, one_device())), checkpoints.manifest(10)
+        shutil.rmtree(run.checkpoints / "10")
+        checkpoints.save(change(state), manifest.about)
+
+
+def with_bias(state, change):
+    """`state` with one changed number."""
+    projection = state.params["h_0"]["attn"]["c_proj"]
+    projection["bias"] = projection["bias"].at[3].set(change(projection["bias"][3]))
+    return state
+
+
+def test_another_moment_of_the_optimizer_is_found(pair):
+    a, b = pair
+    save_changed(b, lambda state: dataclasses.replace(state, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state)))
+    assert compare(a, b).difference.startswith("step 10, opt_state/")
+
+
+def test_minus_zero_is_not_zero(pair):
+    for run, zero in zip(pair, (0.0, -0.0), strict=True):
+        save_changed(run, lambda state, zero=zero: with_bias(state, lambda x: zero))
+    assert compare(*pair).difference == (
+        "step 10, params/h_0/attn/c_proj/bias[3]: 0.0 in a, -0.0 in b; 1 of its 16 numbers differ"
+    )
 
 
 def test_one_bit_of_one_array_is_found_and_named(pair):
     a, b = pair
-    with Checkpoints(b.checkpoints, keep=9) as checkpoints:
-        state, manifest = checkpoints.restore(10, abstract_state(b.config, one_device())), checkpoints.manifest(10)
-        shutil.rmtree(b.checkpoints / "10")
-        bias = state.params["h_0"]["attn"]["c_proj"]["bias"]
-        state.params["h_0"]["attn"]["c_proj"]["bias"] = bias.at[3].set(jnp.nextafter(bias[3], 9.0))
-        checkpoints.save(state, manifest.about)
+    save_changed(b, lambda state: with_bias(state, lambda x: jnp.nextafter(x, 9.0)))
     difference = compare(a, b).difference
     assert difference.startswith("step 10, params/h_0/attn/c_proj/bias[3]: ")
     assert difference.endswith("1 of its 16 numbers differ")
@@ -119,6 +146,19 @@ def test_killed_and_resumed_recipe_is_identical(verse, tmp_path, monkeypatch, ca
     assert code == 0, out
     assert "IDENTICAL after 2 kills: 306 lines of metrics" in out
     assert out.count("killed at step") == 2 + out.count("does not count")
+
+
+def test_two_runs_that_differ_fail_the_command_and_are_kept(monkeypatch, tmp_path, capsys):
+    def differ(config, folder, data_dir, kills, seed, report):
+        (folder / f"seed {seed}").touch()
+        return Verdict(23, 2, 9, "a line", kills)
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(verify, "verify_resume", differ)
+    assert run_command(["verify-resume", "gpt-demo", "--kill-seed", "7"]) == 1
+    (folder,) = tmp_path.iterdir()
+    assert capsys.readouterr().out == f"DIFFERENT after 5 kills: a line\nthe two runs are in {folder}\n"
+    assert (folder / "seed 7").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
