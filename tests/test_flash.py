@@ -66,6 +66,8 @@ def test_kernel_choice_on_gpu(monkeypatch):
     assert kernel() == "flash"
     assert kernel(T=1024, dropped=False) == "cudnn"
     assert kernel(T=1024, dropped=False, deterministic=True) == "flash"
+    assert kernel(T=320, dropped=False, deterministic=True) == "flash", "cuDNN's gradients repeat up to 256 tokens"
+    assert kernel(precision="auto") == "flash", "a GPU of unknown capability computes in bfloat16"
     for other in (dict(T=260), dict(window=32), dict(n_embd=96), dict(precision="float32")):
         assert kernel(**other) == "blocked"
 
@@ -81,11 +83,37 @@ def test_kernel_choice_on_tpu(monkeypatch):
         assert kernel(**other) == "blocked"
 
 
-def test_cudnn_takes_heads_of_at_most_128_channels(monkeypatch):
+def test_cudnn_takes_heads_of_a_multiple_of_8_up_to_128_channels(monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
-    for D, expected in ((128, "cudnn"), (136, "blocked")):
+    for D, expected in ((128, "cudnn"), (136, "blocked"), (24, "cudnn"), (20, "blocked")):
         config = ModelConfig(n_head=2, n_embd=2 * D, precision="bfloat16")
         assert kernels.kernel(config, 1024, dropped=False) == expected
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_dropout_is_applied_on_every_platform(monkeypatch, platform):
+    """Without it, the fastest kernel would be cuDNN's or splash attention, which drop nothing."""
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    for name in ("_cudnn", "_splash"):
+        monkeypatch.delattr(kernels, name)
+    config = dataclasses.replace(CONFIG, n_head=1, n_embd=64)
+    shape = jax.ShapeDtypeStruct((B, 1, T, 64), jnp.float32)
+    program = str(jax.make_jaxpr(lambda q: kernels.causal_attention(config, q, q, q, DROP))(shape))
+    assert ("pallas_call" in program) == (platform == "gpu")
+
+
+def test_matmuls_accumulate_in_float32():
+    """XLA for CPUs always does; GPUs would sum in bfloat16, and scores of several hundred would be off by 2."""
+    program = str(jax.make_jaxpr(partial(with_gradients, attend))(Q, K, V))
+    assert "preferred_element_type=float32" in program
+    assert "preferred_element_type=bfloat16" not in program
+
+
+def test_heads_that_the_mesh_does_not_divide_are_whole_on_each_device():
+    q, k, v = (x[:, :3] for x in (Q, K, V))
+    alone = jax.jit(attend)(q, k, v)
+    with jax.set_mesh(sharding.make_mesh(sharding.Sizes(data=2, tensor=2))):
+        np.testing.assert_array_equal(jax.jit(attend)(q, k, v), alone)
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])

@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import sharding
+from jaxgpt import loss, sharding
 from jaxgpt.loss import cross_entropy, token_losses
 
 LOGITS = jax.random.normal(jax.random.key(0), (2, 3, 5)) * 4
@@ -34,6 +36,7 @@ def test_loss_of_uniform_logits_is_log_V():
 def test_huge_infinite_and_bfloat16_logits():
     assert cross_entropy(jnp.array([[[1e4, -1e4]]]), jnp.array([[1]])) == 2e4
     assert cross_entropy(jnp.array([[[-jnp.inf, 1.0, -jnp.inf]]]), jnp.array([[1]])) == 0
+    assert cross_entropy(jnp.array([[[-300.0, -400.0]]]), jnp.array([[1]])) == 100
     assert cross_entropy(LOGITS.astype(jnp.bfloat16), TARGETS).dtype == jnp.float32
 
 
@@ -56,6 +59,19 @@ def test_ids_may_have_any_integer_dtype(dtype):
     np.testing.assert_array_equal(token_losses(logits, ids.astype(dtype)), token_losses(logits, ids))
 
 
+def test_as_many_logits_at_once_as_fit_into_the_memory_of_the_device(monkeypatch):
+    """On CPUs, and where the memory is unknown, LOGITS."""
+    platform, GiB = sharding.platform(), 2**30
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    for stats, n in (
+        ({"bytes_limit": 80 * GiB, "bytes_in_use": 9 * GiB}, 80 * GiB // 64),
+        ({}, loss.LOGITS),
+        (None, loss.LOGITS),
+    ):
+        monkeypatch.setattr(jax, "local_devices", lambda stats=stats: [SimpleNamespace(memory_stats=lambda: stats)])
+        assert loss.logits_at_once() == (loss.LOGITS if platform == "cpu" else n)
+
+
 @pytest.mark.parametrize("shape", [(4,), (2, 1), (2, 3), (2, 4, 1)])
 def test_targets_of_wrong_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"expected \(2, 4\)"), jax.numpy_rank_promotion("allow"):
@@ -65,14 +81,14 @@ def test_targets_of_wrong_shape_are_refused(shape):
 def test_second_derivatives_and_vmap():
     """H v for the cross-entropy of one row is (diag p - p pT) v."""
 
-    def loss(x):
+    def one_loss(x):
         return token_losses(x, jnp.int32(3))
 
     x, v = LOGITS[0, 0], jnp.arange(5.0)
     p = jax.nn.softmax(x)
     expected = p * v - p * (p @ v)
-    np.testing.assert_allclose(jax.jvp(jax.grad(loss), (x,), (v,))[1], expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(jax.grad(lambda x: jax.grad(loss)(x) @ v)(x), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(jax.jvp(jax.grad(one_loss), (x,), (v,))[1], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda x: jax.grad(one_loss)(x) @ v)(x), expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(
         jax.vmap(jax.vmap(token_losses))(LOGITS, TARGETS), token_losses(LOGITS, TARGETS), rtol=1e-6
     )

@@ -20,7 +20,15 @@ from jaxgpt.data import loader
 from jaxgpt.evaluation import evaluate
 from jaxgpt.loss import token_losses
 from jaxgpt.sharding import MeshError, Sizes, make_mesh, one_device, state_shardings
-from jaxgpt.step import abstract_state, init_state, jit_train_steps, sharded_init, train_step, train_steps
+from jaxgpt.step import (
+    abstract_state,
+    init_state,
+    jit_train_steps,
+    loss_and_grads,
+    sharded_init,
+    train_step,
+    train_steps,
+)
 from jaxgpt.tokenizer import CharTokenizer
 
 SINGLE_AXES = ["data=8", "fsdp=8", "tensor=8", "context=8"]
@@ -200,6 +208,35 @@ def test_every_parameter_has_exactly_one_rule(small, change, options):
     assert len(sharded) >= 6 or config.model.kind == "bigram"
 
 
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_every_matrix_is_split_over_both_axes(small, change, mlp):
+    """Channels over `fsdp`, hidden channels and the vocabulary over `tensor`; embeddings of positions over `fsdp`."""
+    config = change(small, mlp=mlp, tie_weights=False)
+    shapes = jax.eval_shape(init_state, config)
+    shardings, C = state_shardings(parse_mesh("fsdp=4,tensor=2"), shapes).params, small.model.n_embd
+    for (path, leaf), each in zip(
+        jax.tree_util.tree_leaves_with_path(shapes.params), jax.tree.leaves(shardings), strict=True
+    ):
+        name, shard = jax.tree_util.keystr(path, simple=True, separator="/"), each.shard_shape(leaf.shape)
+        if "attn" in name and name.endswith("kernel"):
+            assert sorted(shard) == [C // 4, C // 2], name
+        elif leaf.ndim == 2:
+            assert shard == tuple(n // 4 if n == C else n if "wpe" in name else n // 2 for n in leaf.shape), name
+
+
+def test_a_parameter_that_the_mesh_does_not_divide_is_refused():
+    params = {"lm_head": {"kernel": jnp.zeros((4, 3))}}
+    with pytest.raises(MeshError, match=re.escape("tensor = 2 does not divide dimension 3 of 'lm_head/kernel' [4, 3]")):
+        state_shardings(parse_mesh("fsdp=2,tensor=2"), params)
+
+
+def test_one_device_belongs_to_this_process(monkeypatch):
+    """The first of `jax.devices` belongs to process 0."""
+    own = jax.devices()[3:]
+    monkeypatch.setattr(jax, "local_devices", lambda: own)
+    assert sharding.one_device.__wrapped__().devices.ravel().tolist() == own[:1]
+
+
 def test_a_parameter_without_a_rule_is_refused():
     with pytest.raises(MeshError, match=r"'h_0/attn/gate/kernel' \[4, 4\]: expected exactly one rule for it, found 0"):
         sharding.spec("h_0/attn/gate/kernel", (4, 4))
@@ -345,6 +382,21 @@ def test_chunked_loss_on_a_mesh_matches_plain_loss(text):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("text", "shape"), [("fsdp=2,context=4", (4, 6)), ("data=2,fsdp=2", (6, 4))])
+def test_windows_that_the_mesh_does_not_divide_have_the_losses_of_one_device(text, shape):
+    table, kernel = jax.random.normal(jax.random.key(0), (16, 8)), jax.random.normal(jax.random.key(1), (8, 50))
+    idx = jax.random.randint(jax.random.key(2), shape, 0, 16)
+
+    def losses(*, chunk):
+        return loss.losses_of(jnp.matmul, sharding.lookup(table, idx), kernel, idx, chunk=chunk)
+
+    expected = losses(chunk=10**6)
+    with jax.set_mesh(parse_mesh(text)):
+        chunked = jax.jit(lambda: losses(chunk=100))
+        assert "scan" in str(chunked.trace().jaxpr)
+        np.testing.assert_allclose(chunked(), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_losses_and_gradients_on_a_user_mesh(small, monkeypatch, kind):
     """Made with `jax.make_mesh`, it may lack axes, and its axes are Explicit by default."""
@@ -412,6 +464,27 @@ def test_gradients_in_a_shard_map_are_summed_over_its_devices(small, precision):
     mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=PartitionSpec())
     found, expected = jax.jit(mapped)(params, inputs, targets), gradient(params, inputs, targets)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), found, expected)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_micro_batches_in_a_shard_map_match_the_whole_batch(small, change, monkeypatch, platform):
+    """Data-parallel training with the checks of shard_map on; the embeddings of GPUs have their own backward pass."""
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    config = change(small, kind="bigram", accumulate=2)
+    params, batch = initial(config).params, batches.take(TOKENS, np.arange(16), 8)
+
+    def mean(params, batch):
+        loss, grads = loss_and_grads(config, params, batch, None)
+        return jax.lax.pmean(loss, "batch"), grads
+
+    mesh, rows = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,)), PartitionSpec("batch")
+    mapped = jax.shard_map(mean, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=PartitionSpec())
+    loss, grads = jax.jit(mapped)(params, batch)
+    expected, expected_grads = loss_and_grads(config, params, batch, None)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), grads, jax.tree.map(lambda g: 8 * g, expected_grads)
+    )
 
 
 @pytest.mark.smoke

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import attention, kernels, loss, model, prng
+from jaxgpt import attention, kernels, loss, model, prng, sharding
 from jaxgpt.config import Config, ConfigError, ModelConfig, check
 from jaxgpt.loss import token_losses
 
@@ -201,6 +201,32 @@ def test_long_contexts_never_store_all_scores():
 
         jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(*shapes).jaxpr
         assert largest_array(jaxpr) < T * T // 8
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_backward_pass_of_long_contexts_recomputes_the_scores(shards):
+    """What it saves grows with T, not with T * T."""
+    T, config = 1024, changed(n_head=1, n_embd=8, block_size=1024)
+
+    def saved(*inputs):
+        return jax.vjp(partial(kernels.causal_attention, config), *inputs)[1]
+
+    with jax.set_mesh(sharding.make_mesh(sharding.Sizes(context=shards))):
+        sizes = [x.size for x in jax.tree.leaves(jax.eval_shape(saved, *[jnp.zeros((1, 1, T, 8))] * 3))]
+    assert 3 * 8 * T <= sum(sizes) < T * T / 4
+
+
+@pytest.mark.parametrize(("T", "shards"), [(4, 1), (256, 1), (256, 2)])
+def test_attention_multiplies_in_the_precision_of_the_config(T, shards):
+    """In one go, in blocks, and over a sharded context."""
+    q, k, v = jax.random.normal(KEY, (3, 1, 4, T, 8))
+    with jax.set_mesh(sharding.make_mesh(sharding.Sizes(context=shards))):
+        exact, low = (
+            jax.jit(partial(kernels.causal_attention, changed(n_embd=32, precision=precision)))(q, k, v)
+            for precision in ("float32", "bfloat16")
+        )
+    np.testing.assert_allclose(low, exact, atol=0.03)
+    assert (low != exact).mean() > 0.5
 
 
 def test_chunked_loss_never_stores_all_logits():

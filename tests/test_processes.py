@@ -11,8 +11,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from jaxgpt.cli import join, run_command
+from jaxgpt.processes import ProcessError, any_process, broadcast, on_primary, raise_in_all
 from tests.faults.groups import BOUND, curve, members, new_run_args, resume_args, train, wait, wait_for_lines
 
 BIGRAM = ("--kind", "bigram")
@@ -38,6 +40,23 @@ def unbroken(tmp_path_factory):
 def begin_with(monkeypatch):
     """begin_with(code): each process of a group runs `code` first, in which `process` is its number."""
     return lambda code: monkeypatch.setenv("BEGIN_WITH", textwrap.dedent(code))
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """in_process(i, other): this is process i of two, and the other one gives the value `other`; the values that this
+    process gives are appended to the result."""
+    given = []
+
+    def enter(i, other):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda: i)
+        monkeypatch.setattr(
+            multihost_utils, "process_allgather", lambda own: given.append(own) or np.array([own, other])
+        )
+        return given
+
+    return enter
 
 
 @pytest.mark.slow
@@ -147,6 +166,32 @@ def test_failed_save_in_one_process_fails_in_all(tmp_path, begin_with):
     for step, process, reason in ((40, 1, "File too large"), (60, 0, "File too large"), (80, 0, "No such file")):
         assert re.search(rf"step {step} was not saved in \S+: process {process}: {reason}", out), out
     assert (tmp_path / "runs" / "two" / "checkpoints" / "120").is_dir()
+
+
+@pytest.mark.parametrize(("value", "other", "largest"), [(0, 2, 2), (3, 2, 3), (9, -1, 9)])
+def test_processes_agree_on_the_largest_value_or_on_that_of_process_0(in_process, value, other, largest):
+    in_process(1, other)
+    assert any_process(value) == largest
+    assert broadcast(value) == other
+
+
+def test_an_error_in_one_process_is_raised_in_all(in_process):
+    in_process(1, False)
+    assert on_primary(lambda: pytest.fail("only process 0 acts")) is None
+    raise_in_all(None)
+    with pytest.raises(OSError, match="of this process"):
+        raise_in_all(OSError("of this process"))
+    in_process(1, True)
+    for wait_for_others in (lambda: raise_in_all(None), lambda: on_primary(print)):
+        with pytest.raises(ProcessError, match="another process failed"):
+            wait_for_others()
+
+
+def test_any_error_of_process_0_ends_the_wait_of_the_others(in_process):
+    given = in_process(0, False)
+    with pytest.raises(ZeroDivisionError):
+        on_primary(lambda: 1 // 0)
+    assert given == [True]
 
 
 def test_collective_timeout_is_a_week_by_default(monkeypatch):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import pytest
 from jaxgpt import data as batches
 from jaxgpt import model, prng
 from jaxgpt import step as steps
-from jaxgpt.optimizer import hyperparameters
+from jaxgpt.optimizer import hyperparameters, learning_rate
 from jaxgpt.sharding import one_device, state_shardings
 from jaxgpt.step import abstract_state, init_state, jit_train_steps, sharded_init
 
@@ -137,6 +139,22 @@ def test_dropout_depends_only_on_seed_and_step(tiny, change):
 
     assert loss(tiny, 0) == loss(tiny, 0)
     assert len({loss(tiny, 0), loss(tiny, 1), loss(change(tiny, seed=1), 0)}) == 3
+
+
+def test_random_streams_of_existing_runs_do_not_change(tiny):
+    """Step n of a seed: its initial parameters and its dropout masks come from these keys."""
+    key, state = prng.key(tiny.train.seed), init_state(tiny)
+    expected = model.init_params(tiny.model, jax.random.fold_in(key, 0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.params, expected)
+    batch, dropout_key = batches.take(TOKENS, starts(tiny, 0, 1)[0], 8), jax.random.fold_in(key, 1)
+    found = train_step(tiny, dataclasses.replace(state, step=jnp.int32(3)), batch)[1].loss
+    expected = loss_and_grads(tiny, state.params, batch, jax.random.fold_in(dropout_key, 3))[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_each_step_has_its_rate_of_the_schedule(tiny):
+    _, metrics = run(tiny, fresh(tiny), 0, 5)
+    np.testing.assert_allclose(metrics.learning_rate, jax.vmap(learning_rate(tiny))(jnp.arange(5)), rtol=1e-6)
 
 
 def test_gradient_norm_is_measured_before_clipping(tiny, change):
