@@ -62,9 +62,10 @@ def causal_attention(
     """
     H, T = q.shape[1:3]
     used = used or kernel(config, T, drop is not None)
+    if used != "cudnn" or k.shape[1] % sharding.num_shards("width"):  # cuDNN shares KV heads, if each device has some
+        k, v = repeat_kv(k, H), repeat_kv(v, H)
     if used == "cudnn":
         return sharding.by_device(partial(_cudnn, window=config.window), "batch", "width")(q, k, v)
-    k, v = repeat_kv(k, H), repeat_kv(v, H)
     if used == "flash":
         return sharding.by_device(_flash, "batch", "width")(q, k, v, *_seeds(drop, *q.shape[:2]))
     if used == "splash":

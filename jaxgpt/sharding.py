@@ -251,7 +251,7 @@ def by_rows(
     The kernel is gathered once, in `dtype`. Its gradient is summed on each device, in the kernel's own dtype, before it
     is scattered. Otherwise a loop over chunks of tokens would gather and sum in every iteration.
     """
-    if not _is_sharded() or not _is_even(targets):
+    if not _is_sharded() or not is_even(targets):
         return function(x, kernel, targets)
     devices = DIMENSIONS["batch"] + DIMENSIONS["time"]
 
@@ -283,18 +283,20 @@ _gathered.defvjp(lambda dtype, kernel: (_gather(dtype, kernel), None), _scattere
 
 
 def lookup(table: jax.Array, idx: jax.Array) -> jax.Array:
-    """Rows of a table (V, C) for ids (B, T) -> (B, T, C).
+    """Rows of a table (V, C) for ids (B, T) -> (B, T, C), NaN for ids >= V.
 
     If C is sharded, each device looks up its channels for the sequences of all devices along `fsdp`, which then
     exchange the results. That sends less than gathering the table and its gradient.
     """
-    if num_shards("channels") == 1 or not _is_even(idx):
+    if num_shards("channels") == 1 or not is_even(idx):
         return rows(table, idx)
-    over, width = DIMENSIONS["channels"], DIMENSIONS["width"]
+    V, over, width = len(table), DIMENSIONS["channels"], DIMENSIONS["width"]
 
     def on_device(table: jax.Array, idx: jax.Array) -> jax.Array:
-        own = lax.all_gather(idx, over, tiled=True) - lax.axis_index(width) * table.shape[0]
+        ids = lax.all_gather(idx.astype(jnp.int32), over, tiled=True)
+        own = ids - lax.axis_index(width) * len(table)
         found = lax.psum(rows(table, jnp.where(own < 0, len(table), own), beyond=0), width)
+        found = jnp.where((ids < V)[..., None], found, jnp.nan)
         return lax.all_to_all(found, over, split_axis=0, concat_axis=2, tiled=True)
 
     specs = (PartitionSpec(width, over), ROWS)
@@ -336,7 +338,7 @@ _take_in_order = jax.custom_vjp(_take, nondiff_argnums=(2,))
 _take_in_order.defvjp(lambda table, idx, beyond: (_take(table, idx, beyond), (table, idx)), _take_backward)
 
 
-def _is_even(x: jax.Array) -> bool:
+def is_even(x: jax.Array) -> bool:
     """Whether (B, T) divides evenly over the devices, unlike the one sequence that parameters are initialized with, and
     the mesh has all of AXES, unlike a user's."""
     if not set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):

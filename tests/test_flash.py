@@ -124,14 +124,16 @@ def test_sharded_contexts_are_attended_to_in_blocks(monkeypatch, platform):
         assert kernels.kernel(config, 256, dropped=False) == "blocked"
 
 
-@pytest.mark.parametrize("window", [0, 3])
-def test_cudnn_attends_to_the_tokens_of_the_reference(monkeypatch, window):
-    """XLA computes the attention that cuDNN is asked for."""
+@pytest.mark.parametrize(("window", "tensor"), [(0, 1), (3, 1), (0, 2), (0, 4)])
+def test_cudnn_attends_to_the_tokens_of_the_reference(monkeypatch, window, tensor):
+    """XLA computes the attention that cuDNN is asked for, also where devices are more than the two KV heads."""
     call = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *qkv, **o: call(*qkv, **o | {"implementation": "xla"}))
     q, k, v = Q[:1, :, :8], K[:1, :2, :8], V[:1, :2, :8]
     with jax.numpy_rank_promotion("allow"):
-        found = kernels.causal_attention(dataclasses.replace(CONFIG, window=window), q, k, v, used="cudnn")
+        with jax.set_mesh(sharding.make_mesh(sharding.Sizes(tensor=tensor))):
+            attend = partial(kernels.causal_attention, dataclasses.replace(CONFIG, window=window), used="cudnn")
+            found = jax.jit(attend)(q, k, v)
         expected = attention(q, kernels.repeat_kv(k, H), kernels.repeat_kv(v, H), causal_mask(8, window))
     np.testing.assert_allclose(np.float32(found), np.float32(expected), atol=0.02)
 

@@ -124,3 +124,13 @@ def test_residual_stream_has_the_compute_dtype(gpu, precision):
 
     found = jax.tree.leaves(jax.eval_shape(block_outputs, jax.ShapeDtypeStruct((2, 17), jnp.int32)))
     assert [x.dtype.name for x in found] == [precision] * config.n_layer
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2", "fsdp=2,tensor=2"])
+def test_ids_beyond_a_sharded_table_give_nan(mesh):
+    idx = jnp.array([[0, 8], [7, 9]], jnp.uint8)
+    with jax.set_mesh(sharding.make_mesh(sharding.Sizes.parse(mesh))):
+        found = jax.jit(sharding.lookup)(jnp.ones((8, 4)), idx)
+        grad = jax.jit(jax.grad(lambda table: sharding.lookup(table, idx)[:, 0].sum()))(jnp.ones((8, 4)))
+    np.testing.assert_array_equal(np.isnan(found), np.broadcast_to((idx > 7)[..., None], (2, 2, 4)))
+    np.testing.assert_array_equal(grad, np.isin(np.arange(8), [0, 7])[:, None] * np.ones((8, 4)))
