@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import cli, model
+from jaxgpt import cli, model, start
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, ModelConfig, UsageError
 from jaxgpt.data import Part
 from jaxgpt.diagnostics import diagnose, plots, view
 from jaxgpt.diagnostics.cli import Effort
-from jaxgpt.diagnostics.derivatives import NoiseScale
+from jaxgpt.diagnostics.derivatives import Lanczos, NoiseScale
 from jaxgpt.diagnostics.diagnose import DIAGNOSES, Subject, require
 from jaxgpt.diagnostics.inside import Lens, Scores
 from jaxgpt.display import charts
@@ -67,6 +67,11 @@ def test_all_diagnoses_are_printed_drawn_and_written(call, capsys):
     middle = written["landscape"]["losses"][1][1]
     np.testing.assert_allclose(np.interp(1, written["landscape"]["shares"], written["landscape"]["path"]), middle, 1e-4)
     np.testing.assert_allclose(written["curvature"]["losses"][10], middle, rtol=1e-5)
+    # The parabola of the largest eigenvalue rises by half a nat; the slope is that of the loss in the middle.
+    distances, losses = written["curvature"]["distances"], written["curvature"]["losses"]
+    assert distances[-1] ** 2 * written["curvature"]["spectrum"]["values"][-1] == pytest.approx(1, rel=1e-4)
+    slope = (losses[11] - losses[9]) / (distances[11] - distances[9])
+    assert written["curvature"]["slope"] == pytest.approx(slope, abs=0.02 * abs(np.gradient(losses, distances)).max())
     plane = np.array(written["landscape"]["losses"])
     assert not np.allclose(plane, plane.T, rtol=1e-6), "the two directions differ"
     typed = TEXT.replace("\n", "\r\n")  # CRLF becomes LF, as in the training text
@@ -196,3 +201,118 @@ def test_characters_of_several_tokens_are_shown_as_characters(tiny):
     found = Scores(np.arange(7), np.zeros((7, 1), int), np.ones((7, 1)))
     assert r"'größ' -> 'e'; likelier: '·' 1.00" in "".join(view.lines("tokens", found, subject))
     assert r"'gr\xc3' -> '\xb6'" in "".join(view.lines("tokens", found, subject))
+
+
+def test_the_chosen_checkpoint_is_diagnosed(call, monkeypatch):
+    load, seen = start.load_checkpoint, []
+    monkeypatch.setattr(start, "load_checkpoint", lambda run, which: seen.append(which) or load(run, which))
+    assert call("diagnose", "one", "--only", "tokens", "--checkpoint", "last")[0] == 0
+    assert seen == ["last"]
+
+
+def test_the_seed_chooses_the_windows(call):
+    norms = []
+    for seed in (0, 1):
+        code, folder = call("diagnose", "one", "--only", "noise", *FAST, "--seed", seed, "--json", "seed.json")
+        assert code == 0
+        norms.append(json.loads((folder / "seed.json").read_text())["noise"]["norms"])
+    assert norms[0] != norms[1]
+
+
+def test_the_windows_of_a_run_on_a_mixture_are_drawn_by_its_weights(call, monkeypatch):
+    starts, seen = diagnose.chunk_starts, []
+    monkeypatch.setattr(diagnose, "chunk_starts", lambda *args: seen.append(args[3]) or starts(*args))
+    (call("recipes")[1] / "more.txt").write_text("that hat on the mat\n" * 20)
+    assert call("train", "bigram", "--corpus", "0.75*text.txt + 0.25*more.txt", "--run", "mix", *SMALL)[0] == 0
+    assert call("diagnose", "mix", "--only", "noise", *FAST)[0] == 0
+    assert [part.share for part in seen[-1]] == [0.75, 0.25]
+
+
+def test_tokens_are_scored_in_windows_that_overlap_by_half(tiny, monkeypatch):
+    monkeypatch.setattr(diagnose.inside, "token_scores", lambda config, params, text, k, stride: (k, stride))
+    for n, stride in ((20, 4), (6, 2), (2, 1)):
+        subject = Subject(tiny, {}, np.arange(20), np.arange(n), LETTERS)
+        assert DIAGNOSES["tokens"](subject, Effort()) == (5, stride)
+
+
+def test_each_figure_of_a_diagnosis_is_in_its_line(tiny):
+    subject = Subject(tiny, {}, np.arange(13), np.arange(13)[::-1], LETTERS)
+
+    def shown(name, found):
+        return [line.strip() for line in view.lines(name, found, subject)]
+
+    assert shown("noise", NoiseScale(*np.float32([120, 30, 0.5, 60]), norms=np.ones(8))) == [
+        "noise      gradient noise scale 120 ± 30 windows of 8 tokens; trained with batches of 4",
+        "squared gradient 0.5, summed variance over windows 60 (nats/token)²",
+    ]
+    spectrum = Lanczos(np.array([-0.5, 2.0]), np.ones(2) / 2, np.array([0.1, 0.2]), np.ones(2))
+    first, second = shown("curvature", diagnose.Curvature(spectrum, [1.0, 3.0, 5.0], None, None, None))
+    assert first.endswith("Hessian eigenvalues from -0.5 ± 0.1 to 2 ± 0.2, trace 3 ± 1.2, nats/token")
+    assert second.endswith("parameters; gradient descent is stable up to a learning rate of 1")
+    lens = Lens(np.array([[[4.0, 2.0]], [[1.0, 2.0]]]), np.array([[[0.5, 0.25]], [[0.0, 0.0]]]), None, None)
+    assert [line.split() for line in shown("lens", lens)] == [
+        ["lens", "depth", "0", "1"],
+        ["loss", "3.000", "1.500"],
+        ["KL", "to", "last", "0.375", "0.000"],
+    ]
+    _, line = shown("influence", diagnose.Influence(np.array([1.0]), np.array([2])))
+    assert line == "lowered most by        +1  'cdefghijk'", "a window of the training tokens"
+    scores = Scores(np.array([1.0, 5.0, 0.0]), np.array([[0], [7], [2]]), np.array([[0.9], [0.25], [0.8]]))
+    first, worst, *_ = shown("tokens", scores)
+    assert first == "tokens     mean loss 2.0000 nats over 3 tokens; the least expected:"
+    assert worst == "5.00  'ml' -> 'k'; likelier: 'h' 0.25"
+
+
+def test_non_finite_numbers_are_null_in_json():
+    assert view.plain({"x": np.array([1.0, np.inf, -np.inf, np.nan])}) == {"x": [1.0, None, None, None]}
+
+
+def test_the_map_of_a_head_has_its_queries_as_rows_and_its_keys_as_columns():
+    maps = np.tril(np.random.default_rng(0).random((2, 3, 4, 4)))
+    spec = plots.attention_maps(maps)
+    rows = spec["data"]["values"]
+    assert len(rows) == 2 * 3 * 10
+    for row in rows:
+        assert row["weight"] == pytest.approx(maps[row["block"], row["head"], row["t"], row["s"]], rel=1e-5)
+    assert (spec["facet"]["row"]["field"], spec["facet"]["column"]["field"]) == ("block", "head")
+    axes = spec["spec"]["encoding"]
+    assert (axes["x"]["field"], axes["y"]["field"], axes["color"]["field"]) == ("s", "t", "weight")
+
+
+def test_the_chart_of_curvature_has_the_parabola_of_slope_and_eigenvalue(tiny):
+    spectrum = Lanczos(np.array([-1.0, 2.0]), np.array([0.25, 0.75]), np.zeros(2), np.ones(2))
+    found = diagnose.Curvature(spectrum, [1.0], np.array([-1.0, 0.0, 1.0]), np.array([3.0, 1.0, 4.0]), 0.5)
+    sticks, lines = plots.curvature(found, Subject(tiny, {}, None, None, LETTERS))["hconcat"]
+    assert [(row["value"], row["weight"]) for row in sticks["layer"][1]["data"]["values"]] == [
+        (-1.0, 0.25),
+        (2.0, 0.75),
+    ]
+    losses = {}
+    for row in lines["layer"][0]["data"]["values"]:
+        losses.setdefault(row["line"], []).append((row["distance"], row["loss"]))
+    assert losses["loss"] == [(-1.0, 3.0), (0.0, 1.0), (1.0, 4.0)]
+    assert losses["parabola of the largest eigenvalue"] == [(-1.0, 1.5), (0.0, 1.0), (1.0, 2.5)]
+
+
+def test_the_second_direction_of_a_landscape_is_drawn_upwards(tiny):
+    losses = np.arange(9.0).reshape(3, 3)  # [y, x]
+    found = diagnose.Landscape(np.array([-1.0, 0.0, 1.0]), losses, np.arange(2.0), np.array([4.0, 3.0]))
+    heat, line = plots.landscape(found, Subject(tiny, {}, None, None, LETTERS))["hconcat"]
+    (cells,) = heat["layer"]
+    for row in cells["data"]["values"]:
+        assert row["loss"] == losses[int(row["y"]) + 1, int(row["x"]) + 1]
+    assert cells["encoding"]["y"]["sort"] == "descending"
+    assert [tuple(row.values()) for row in line["layer"][0]["data"]["values"]] == [(0.0, 4.0), (1.0, 3.0)]
+
+
+def test_the_chart_of_a_lens_has_the_guess_of_each_depth_above_the_token_read(tiny):
+    top, probability = np.array([[[0, 1]], [[2, 3]]]), np.array([[[0.1, 0.2]], [[0.3, 0.4]]])
+    text = np.array([4, 5, 6])
+    spec = plots.lens(Lens(np.zeros((2, 1, 2)), None, top, probability), Subject(tiny, {}, None, text, LETTERS))
+    cells, guesses, read = (layer["data"]["values"] for layer in spec["layer"])
+    assert [tuple(row.values()) for row in cells] == [
+        (0, 0, 0.1, "a"), (0, 1, 0.2, "b"), (1, 0, 0.3, "c"), (1, 1, 0.4, "d"),
+    ]  # fmt: skip
+    assert guesses == cells
+    assert [row["token"] for row in read] == ["e", "f"]
+    assert spec["layer"][0]["encoding"]["y"]["sort"] == "descending", "the last depth at the top"

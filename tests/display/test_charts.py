@@ -67,3 +67,17 @@ def test_a_missing_vl_convert_is_an_error_with_the_extra_to_install(tmp_path, mo
 def test_columns_repeat_scalars_and_replace_nan_by_none():
     rows = charts.columns(name="a", x=np.float32([0.1, 2]), y=[math.inf, 1.23456789])
     assert rows == [{"name": "a", "x": 0.1, "y": None}, {"name": "a", "x": 2.0, "y": 1.23457}]
+
+
+def test_dots_are_in_order_with_the_first_loss_of_each_name():
+    rows = [{"what": what, "loss": loss, "kind": kind} for what, loss, kind in (
+        ("b", 2.0, "run"), ("b", 1.5, "baseline"), ("a", 1.0, "baseline")
+    )]  # fmt: skip
+    rows[0] |= {"low": 1.5, "high": 2.5}
+    points, bars, texts = charts.dots(rows, ["run", "baseline"], "nats")["layer"]
+    assert points["encoding"]["y"]["sort"] == ["b", "a"]
+    scale = points["encoding"]["color"]["scale"]
+    assert scale == {"domain": ["run", "baseline"], "range": [charts.ACCENT, charts.QUIET]}
+    assert bars["data"]["values"] == rows[:1]
+    assert (bars["encoding"]["x"]["field"], bars["encoding"]["x2"]) == ("low", {"field": "high"})
+    assert {row["what"]: row["loss"] for row in texts["data"]["values"]} == {"b": 2.0, "a": 1.0}

@@ -7,7 +7,7 @@ import pytest
 from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.monitor import cost
-from jaxgpt.monitor.chips import flops_per_token
+from jaxgpt.monitor.chips import CHIPS, flops_per_token
 
 SMALL = ModelConfig(vocab_size=13, block_size=8, n_layer=2, n_head=2, n_embd=16)
 
@@ -67,7 +67,7 @@ def test_flops_equal_those_of_the_matmuls_in_the_traced_forward_pass(change):
     assert flops_per_token(config) * B * config.block_size == matmul_flops(traced.jaxpr)
 
 
-@pytest.mark.parametrize("T", [512, 4096])
+@pytest.mark.parametrize("T", [256, 512, 4096])
 def test_flops_with_a_window_are_those_of_blocked_attention(T):
     """Each block of 128 queries, or of a sixteenth of the context, attends to its keys and to the window before it."""
     config = dataclasses.replace(SMALL, block_size=T, window=48)
@@ -83,3 +83,11 @@ def test_training_takes_three_times_the_matmuls_of_the_forward_pass():
     idx = jax.ShapeDtypeStruct((3, SMALL.block_size), "int32")
     backward = jax.make_jaxpr(jax.grad(lambda params, idx: model.forward(SMALL, params, idx).sum()))(params, idx)
     assert 3 * flops_per_token(SMALL) * 3 * SMALL.block_size == matmul_flops(backward.jaxpr)
+
+
+def test_a_collective_among_few_chips_uses_the_links_of_few_dimensions():
+    """256 chips are a square with sides of 16, 64 chips a cube with sides of 4; a switch connects all GPUs."""
+    expected = {("v5e", 256): {1: 1, 16: 1 / 2, 32: 1, 256: 1}, ("v5p", 64): {4: 1 / 3, 16: 2 / 3, 64: 1}}
+    for (name, chips), shares in (expected | {("h100", 8): {2: 1, 8: 1}}).items():
+        chip = CHIPS[name]
+        assert {n: chip.sending_rate(n, chips) / chip.link_rate for n in shares} == pytest.approx(shares)

@@ -188,6 +188,7 @@ def test_events_of_loggers_do_not_make_a_run_running(run, last, running):
     events = [{"name": "start", "step": 0}, *events, {"name": "log-failed", "step": 0, "text": "x"}]
     found = gather_from(run, events=events)
     assert found.running == running
+    assert not dataclasses.replace(found, cut_off=True).running, "its process was killed"
 
 
 def test_the_time_counts_the_processes_that_recorded_their_end(run):
@@ -205,3 +206,19 @@ def test_the_time_counts_the_processes_that_recorded_their_end(run):
         ([start, {"event": "broken-off"}, start, end], "at least 1m02s"),  # of a run of version 0.1
     ):
         assert dataclasses.replace(found, events=events).took == took
+
+
+def test_the_error_that_decides_on_overfitting_is_that_of_the_last_score(run):
+    assert gather_from(run, scored(0, 1.0, error=5.0), scored(1, 2.0, error=0.5)).overfits_from == 0
+    assert gather_from(run, scored(0, 1.0, error=0.5), scored(1, 2.0, error=5.0)).overfits_from is None
+
+
+def test_a_first_start_after_step_0_is_a_resume():
+    """Its run was copied without its earlier events."""
+    assert facts.kinds([{"event": "start", "step": 5}, {"event": "start", "step": 9}]) == ["resume", "resume"]
+
+
+def test_the_command_turns_a_setting_on_or_off():
+    base = RECIPES["gpt-demo"].config
+    assert facts.command(replaced(base, eval_start=False)).endswith(" --no-eval-start")
+    assert facts.command(replaced(base, scan_layers=True)).endswith(" --scan-layers")

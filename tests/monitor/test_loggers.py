@@ -116,3 +116,13 @@ def test_a_missing_library_is_reported_before_anything_is_written(tmp_path, monk
     assert cli.run_command(words) == 2
     assert "jaxgpt[loggers]" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_warning_about_a_logger_has_the_step_at_which_it_failed(run, monkeypatch):
+    def fail(step, values):
+        if step == 20:
+            raise ConnectionError
+
+    monkeypatch.setitem(loggers.LOGGERS, "trackio", lambda run: (fail, lambda: None))
+    (warned,) = [event for event in log(run, "trackio") if isinstance(event, Notice) and event.kind == "log-failed"]
+    assert warned.step == 20

@@ -7,6 +7,7 @@ from jaxgpt.cli.runs import start_run
 from jaxgpt.metrics_log import Evaluated, Sampled
 from jaxgpt.monitor.spikes import sampler
 from jaxgpt.run import RunError
+from jaxgpt.sample import SamplingParams
 from jaxgpt.train import fit
 
 
@@ -53,3 +54,20 @@ def test_a_sample_that_runs_out_of_memory_is_empty(trained, monkeypatch):
 
     monkeypatch.setattr("jaxgpt.monitor.spikes.write", full)
     assert sampler(trained[0].config.model, trained[0].tokenizer)({}) == ""
+
+
+def test_an_earlier_checkpoint_of_a_run_is_loaded_by_its_step(trained):
+    run, _ = trained
+    early, best = jaxgpt.load(run.path, 10), jaxgpt.load(run.path).facts.best.step
+    assert early.step == 10
+    assert "parameters after step 10\n" in repr(early)
+    assert best == 20
+    assert "at step 20\ntrained: 20 steps in " in repr(early)
+
+
+def test_a_sample_of_a_loaded_run_follows_its_settings(trained):
+    loaded, greedy = jaxgpt.load(trained[0].path), SamplingParams(temperature=0)
+    text = loaded.sample("the ", 20, seed=1)
+    assert loaded.sample("the ", 20, seed=2) != text
+    assert loaded.sample("the ", 20, greedy, seed=1) == loaded.sample("the ", 20, greedy, seed=2) != text
+    assert loaded.sample("the ", 20, seed=1, stop=text[10:14]) == text[: text.index(text[10:14], 4)]

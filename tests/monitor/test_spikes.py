@@ -58,3 +58,8 @@ def test_a_spike_is_reported_once_and_recorded(tmp_path, tiny):
     assert (notice.kind, notice.step) == ("spike", 61)
     assert notice.text == "loss 9.0000; the loss before was about 2.0100"
     assert [(event["event"], event["step"]) for event in run.events()] == [("spike", 61)]
+
+
+def test_a_loss_is_compared_with_the_hundred_before_it_once_there_are_fifty():
+    assert spikes_in([2.0] * 50 + [9.0]) == [50]
+    assert spikes_in([9.0] * 100 + [2.0] * 100 + [3.0]) == [200]

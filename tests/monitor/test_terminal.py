@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from jaxgpt.display.text import sparkline
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated, Progress, Sampled
 from jaxgpt.monitor import terminal
@@ -122,10 +123,13 @@ def test_a_resumed_run_shows_the_best_loss_before_it():
     before = Evaluated(70, replace(RESULT, loss=1.25))
     out = show(True, *(replace(event, best=before) for event in CURVE), Evaluated(90, RESULT))
     assert last_drawn(out)[1].endswith("best 1.2500 at 70")
+    out = show(True, Evaluated(80, RESULT), *(replace(event, best=before) for event in CURVE))
+    assert last_drawn(out)[1].endswith("best 1.2500 at 70")
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0s"), (59.7, "1m00s"), (75, "1m15s"), (3599.4, "59m59s"), (3700, "1h01m")]
+    ("seconds", "text"),
+    [(0, "0s"), (59.7, "1m00s"), (75, "1m15s"), (3599.4, "59m59s"), (3600, "1h00m"), (3700, "1h01m")],
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
@@ -133,3 +137,7 @@ def test_durations(seconds, text):
 
 def test_the_loss_of_a_single_window_has_no_error():
     assert describe(replace(RESULT, standard_error=math.nan)).startswith("loss 1.5000 nats/token, ")
+
+
+def test_each_character_of_a_curve_is_the_mean_of_its_losses():
+    assert sparkline([0, 4, 2, 2, 4, 4], 3) == "▁▁█"

@@ -1,5 +1,6 @@
 """Plans for chips that are not attached: by the TPU compiler if it is installed, for virtual devices, and estimates."""
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -306,3 +307,23 @@ def test_a_step_too_large_for_the_compiler_prints_the_estimate_and_a_suggestion(
     assert "Used 20G of 16G hbm" in out
     assert "state and tokens 19.2 GB, temporaries" in out
     assert "verdict: it does not fit: split the state over more chips, --mesh data=128,fsdp=2" in out
+
+
+def test_bytes_that_a_chip_sends_for_a_collective():
+    """Of n shards, each chip passes on all but its own; an all-reduce does so twice."""
+    for kind, each in {"all-gather": 7, "reduce-scatter": 7, "all-reduce": 14, "all-to-all": 14}.items():
+        assert sent(kind, 8, 8.0) == each, kind
+    assert sent("all-to-all", 2, 8.0) == 4
+    assert sent("collective-permute", 2, 8.0) == 8
+
+
+def test_the_times_of_a_step_follow_from_its_bytes_and_rates(recipes):
+    chip, sizes = CHIPS["v5e"], Sizes(data=4, fsdp=16, tensor=4)
+    step = dataclasses.replace(estimate(recipes["1.5b"], chip, sizes), collectives={("all-gather", 16): (3, 10**9)})
+    matmuls, update, communication = step.seconds.values()
+    assert communication == pytest.approx(10**9 * (15 / 16) / (chip.link_rate / 2)), "16 of 256 chips are one side"
+    params = 1.56e9
+    assert update == pytest.approx(4 * 7 * params / 64 / chip.memory_rate, rel=0.01)
+    assert step.bounds == (matmuls + update, matmuls + update + communication)
+    slow = dataclasses.replace(step, collectives={("all-gather", 16): (3, 10**13)})
+    assert slow.bounds[0] == slow.seconds["communication"] > matmuls + update

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+from rich.filesize import decimal as size
 
 from jaxgpt.monitor.chips import CHIPS
 from jaxgpt.plan import cli, plan
@@ -162,3 +163,43 @@ def test_a_step_that_jax_leaves_no_room_for_by_default_fits_a_gpu_with_a_setting
             step = dataclasses.replace(step, arguments=0, temporaries=int(chip.memory * share), room=1.0)
             assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in plans.verdict(step)) == needs
             assert plans.verdict(step).startswith("it fits")
+
+
+def test_each_figure_of_a_plan_is_in_its_place(recipes, change):
+    """Two pods: 512 sequences of 1024 tokens in 4 micro-batches."""
+    step = estimate(change(recipes["1.5b"], accumulate=4), CHIPS["v5e"], Sizes(data=8, fsdp=64))
+    (least, most), tokens = step.bounds, 512 * 1024
+    assert least < most
+    assert plans.about(step, "v5e").endswith(
+        ", mesh data=8,fsdp=64: steps of 512 x 1024 tokens in 4 micro-batches, on 512 chips (v5e)"
+    )
+    text = "\n".join(plans.costs(step, "estimated"))
+    held = f"state and tokens {size(step.arguments)}, temporaries {size(step.temporaries)}: {size(step.memory)}"
+    assert f"  {held} of 17.2 GB\n" in text
+    assert f"  between pods: {size(int(step.network))}\n" in text
+    assert f"({step.flops:.3g} FLOPs, {step.computed / step.flops:.2f} times with recomputation)" in text
+    assert step.computed > step.flops
+    slow, fast = (step.flops / seconds / 197e12 for seconds in (most, least))
+    used = f"utilization {slow:.0%} to {fast:.0%}"
+    assert f" ms, {tokens / most:,.0f} to {tokens / least:,.0f} tokens/s, {used}\n" in text
+    for (kind, n), (times, n_bytes) in step.collectives.items():
+        among = f" among {n}" if kind != "collective-permute" else ""
+        assert f"  {kind}{among}: {times:,} per step, {size(n_bytes)}\n" in text
+    row = list(plans.table([step]))[-1].strip("| ").split(" | ")
+    assert dict(zip(plans.COLUMNS, row, strict=True)) == {
+        "chips": "512",
+        "mesh": "data=8,fsdp=64",
+        "batch": "512",
+        "accumulate": "4",
+        "memory per chip": size(step.memory),
+        "ms per step": plans.ms(most),
+        "tokens/s": f"{tokens / most:,.0f}",
+        "utilization": f"{slow:.0%}",
+    }
+
+
+def test_a_step_too_large_for_a_gpu_lacks_what_exceeds_all_of_its_memory(recipes):
+    step = estimate(recipes["1.5b"], CHIPS["h100"], Sizes(fsdp=8))
+    step = dataclasses.replace(step, arguments=5 * 10**9, temporaries=80 * 10**9)
+    assert plans.verdict(step).startswith("it does not fit, by 5.0 GB: ")
+    assert "state and tokens 5.0 GB, temporaries 80.0 GB: 85.0 GB of 80.0 GB\n" in "\n".join(plans.costs(step, ""))

@@ -498,3 +498,39 @@ def test_an_interrupted_watch_leaves_a_page_that_does_not_reload_itself(stub_loo
     out.unlink()
     assert cli.run_command(["report", str(run.path), *options]) == 130, "there is no page yet"
     assert not out.exists()
+
+
+def test_the_loss_chart_shows_the_errors_and_the_best_evaluation_also_at_step_0(report):
+    scores = [
+        Evaluated(step, Evaluation(loss, error, 1.0, 1.0, 9)) for step, loss, error in ((0, 2, 0.25), (9, 3, 0.5))
+    ]
+    spec = curves.loss([replace(report.runs[0], scores=scores, loss=[(1, 2.123456)], events=[])])
+    band = layer_of(spec, "area")
+    assert [(row["step"], row["low"], row["high"]) for row in band["data"]["values"]] == [
+        (0, 1.75, 2.25),
+        (9, 2.5, 3.5),
+    ]
+    assert (band["encoding"]["y"]["field"], band["encoding"]["y2"]) == ("low", {"field": "high"})
+    (best,) = layer(spec, "point")
+    assert (best["step"], best["value"], best["text"]) == (0, 2, "best, 2.000; it overfits from here")
+    assert [row["step"] for row in layer(spec, "rule")] == [0]
+    assert layer(spec, "line") == [{"run": "hostile", "step": 1, "value": 2.12346}]
+
+
+def test_of_incidents_at_one_place_the_first_of_each_kind_is_marked(report):
+    kinds = [("spike", 100), ("spike", 101), ("broken-off", 102)]
+    events = [{"event": kind, "step": step, "text": str(step)} for kind, step in kinds]
+    run = replace(report.runs[0], events=events, scores=[], loss=[(1, 3.0), (1000, 2.0)])
+    found = [(row["kind"], row["step"]) for row in layer(curves.loss([run]), "point")]
+    assert found == [("spike", 100), ("broken-off", 102)]
+
+
+def test_the_axis_of_a_spiked_loss_begins_with_the_first_loss(report):
+    run = replace(report.runs[0], loss=[(1, 4.0), (2, 100.0), (3, 2.0)], scores=[], events=[])
+    assert layer_of(curves.loss([run]), "line")["encoding"]["y"]["scale"]["domainMax"] == 1.5 * 4.0
+
+
+def test_the_axis_of_speed_has_zero_and_that_of_a_gradient_norm_of_zero_is_linear(report):
+    run = replace(report.runs[0], speed=[(5, 100.0), (9, 90.0)], grad_norm=[(1, 0.0), (2, 1.0)])
+    axes = {name: curves.curves([run], name)["encoding"]["y"]["scale"] for name in ("speed", "grad_norm")}
+    assert axes == {"speed": {"zero": True}, "grad_norm": {"zero": False}}

@@ -82,3 +82,16 @@ def test_an_unfinished_member_is_no_point():
     score = program.Score(0, members[0].setting, 1337, 20, 3.0, 0.1, 4.0, 4.0, 3.0, diverged=False, done=False)
     assert family.points(members, [score]) == []
     assert len(family.points(members, [score._replace(done=True)])) == 1
+
+
+def test_each_run_of_a_size_has_its_own_seed_and_warms_up_for_a_tenth_of_its_steps():
+    members = family.family(family.BASE, [(1, 16), (1, 32)], [153_600], seeds=2)
+    assert [member.config.train.seed for member in members] == [1337, 1338] * 2
+    assert [member.config.model.n_embd for member in members] == [16, 16, 32, 32]
+    assert {(each.config.train.steps, each.config.optimizer.warmup_steps) for each in members} == {(200, 20)}
+
+
+def test_the_amount_of_tokens_is_the_nearest_whole_number_of_scans():
+    scan = 12 * 64 * 20
+    members = family.family(family.BASE, [(1, 16)], [scan // 9, 14 * scan // 10, 16 * scan // 10])
+    assert [family.tokens_seen(member.config) for member in members] == [scan, scan, 2 * scan]

@@ -1,5 +1,6 @@
 """The fit recovers a known law."""
 
+import json
 import math
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 from jaxgpt.config import UsageError
 from jaxgpt.scaling_law import law
-from jaxgpt.scaling_law.law import Law, best, fit
+from jaxgpt.scaling_law.law import Fit, Law, best, fit
+from jaxgpt.scaling_law.view import law_chart
 from jaxgpt.scaling_law.view import lines as lines_of
 
 TRUE = Law(E=1.1, A=40.0, B=60.0, a=0.42, b=0.31)
@@ -100,3 +102,42 @@ def test_resampled_residuals_are_centred_and_scaled_for_the_five_coefficients(mo
 def test_two_amounts_of_tokens_are_too_few():
     with pytest.raises(UsageError, match="6 runs of 3 sizes and 2 amounts of tokens"):
         fit([(N, D, 3.0) for N in (10, 20, 30) for D in (100, 200)])
+
+
+SPREAD = Fit(TRUE, tuple(TRUE._replace(E=1 + i / 100, B=TRUE.B + i / 10) for i in range(101)), 0.005)
+"""The true law, with laws around it."""
+
+
+def test_the_written_intervals_hold_nine_tenths_of_the_laws_and_the_runs_are_named():
+    written = json.loads(SPREAD.to_json([(10, 20, 3.0)]))
+    assert written["intervals_90%"]["E"] == pytest.approx([1.05, 1.95])
+    assert written["intervals_90%"]["B"] == pytest.approx([60.5, 69.5])
+    assert written["law"] == TRUE._asdict()
+    assert written["runs"] == [{"N": 10, "D": 20, "loss": 3.0}]
+    assert written["error"] == 0.005
+
+
+def test_the_line_of_a_budget_has_the_best_size_its_interval_and_its_loss():
+    size, tokens = TRUE.optimum(1e12)
+    low, high = sorted(SPREAD.resampled[i].optimum(1e12)[0] for i in (5, 95))
+    *_, line = lines_of(SPREAD, points(N), [1e12])
+    found = f"{size:,.0f} parameters ({low:,.0f} to {high:,.0f}), {tokens:,.0f} tokens"
+    assert " ".join(line.split()).startswith(f"1e+12 {found}, loss {TRUE.loss(size, tokens):.3f}")
+
+
+def test_the_chart_of_a_law_has_its_curves_its_runs_and_the_band_of_the_least_loss():
+    runs = [(int(n), int(d), loss) for n, d, loss in points(TRUE.loss(N, D) + 0.01)]
+    curves, measured, band, least, *_ = law_chart(SPREAD, runs)["layer"]
+    for row in curves["data"]["values"][::20]:
+        size = int(row["N"].replace(",", ""))
+        assert row["loss"] == pytest.approx(TRUE.loss(size, row["flops"] / 6 / size), rel=1e-4)
+    expected = [(f"{n:,}", 6 * n * d, loss) for n, d, loss in runs]
+    found = [tuple(row.values()) for row in measured["data"]["values"]]
+    assert [name for name, *_ in found] == [name for name, *_ in expected]
+    assert [figures for _, *figures in found] == [pytest.approx(figures, rel=1e-4) for _, *figures in expected]
+    for row in band["data"]["values"]:
+        assert row["best"] == pytest.approx(TRUE.loss(*TRUE.optimum(row["flops"])), rel=1e-4)
+        low, high = (SPREAD.resampled[i].loss(*SPREAD.resampled[i].optimum(row["flops"])) for i in (5, 95))
+        assert (row["loss"], row["high"]) == pytest.approx((low, high), rel=1e-4)
+    assert (band["encoding"]["y"]["field"], band["encoding"]["y2"]) == ("loss", {"field": "high"})
+    assert least["encoding"]["y"]["field"] == "best"

@@ -47,6 +47,7 @@ def test_chunks_are_even_and_no_larger_than_fits(base, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(memory, "available", lambda: 10 * need)
     assert [len(each.members) for each in split(many, 1)] == [3] * 6
+    assert program.max_members(base, 4) == 12, "each device has its own memory"
     bigrams = [replaced(config, kind="bigram", vocab_size=0) for config in many]
     assert split(bigrams, 1), "the size of the vocabulary is not yet known"
 

@@ -9,7 +9,7 @@ import pytest
 from jaxgpt.sweep.grid import describe
 from jaxgpt.sweep.program import Score
 from jaxgpt.sweep.results import difference, outcomes
-from jaxgpt.sweep.view import charts, progress, verdict
+from jaxgpt.sweep.view import charts, progress, table, verdict
 
 
 def score(rate, seed, step, loss, done=False):
@@ -124,3 +124,60 @@ def test_axis_of_a_boolean_is_ordinal_and_of_a_number_quantitative():
 def test_a_diverged_setting_is_last_also_if_it_was_trained_first():
     found = outcomes(sorted(SCORES, key=lambda score: -score.setting["learning_rate"]))
     assert [each.setting["learning_rate"] for each in found] == [1e-2, 1e-3, 1e-1]
+
+
+def test_the_table_has_the_figures_of_each_setting_in_its_row():
+    rows = zip(*(column.cells for column in table(outcomes(SCORES)).columns), strict=True)
+    assert list(rows) == [
+        ("0.01", "3", "2.1000", "0.1155", ""),
+        ("0.001", "3", "2.2000", "0.1155", ""),
+        ("0.1", "3", "-", "-", "1"),
+    ]
+
+
+def test_the_interval_of_the_verdict_is_corrected_for_the_number_of_settings():
+    scores = [score(i, seed, 1, 2.0 + i * (1 + 2 * seed) / 10, True) for i in range(3) for seed in range(2)]
+    margin = 0.1 * math.tan(math.pi * (0.5 - 0.05 / 3 / 2))
+    assert f"is 0.2000 higher (95% interval {0.2 - margin:.4f} to {0.2 + margin:.4f}: " in verdict(outcomes(scores))
+
+
+def test_the_verdict_counts_the_seeds_of_the_setting_that_diverged():
+    scores = [score(1, seed, 1, 2.0, True) for seed in range(2)] + [score(2, i, 1, None, True) for i in range(3)]
+    assert verdict(outcomes(scores)).endswith("learning_rate 2, diverged with 3 of 3 seeds")
+
+
+def rows_of(part):
+    """The rows of bars, of lines and of points, each with the fields of its y."""
+    found = {}
+    for layer in part["layer"]:
+        encoding = layer["encoding"]
+        found[layer["mark"]["type"]] = layer["data"]["values"], encoding["y"]["field"], encoding.get("y2")
+    return found
+
+
+def test_the_chart_of_settings_has_error_bars_and_a_line_through_the_best_of_each_value():
+    """Two widths and two depths: the mean over three seeds is 3 for the best and 6 for the worst, its error 1."""
+    settings = [{"n_embd": n, "n_layer": i} for n in (16, 32) for i in (1, 2)]
+    found = outcomes(
+        Score(0, each, seed, 1, 3.0 + i + (seed - 1) * math.sqrt(3), *(None,) * 4, False, True)
+        for i, each in enumerate(settings)
+        for seed in range(3)
+    )
+    panel = charts(found)["settings.png"]["hconcat"][0]
+    (bars, low, high), (line, *_), (points, at, _) = (rows_of(panel)[mark] for mark in ("rule", "line", "point"))
+    assert (low, high, at) == ("low", {"field": "high"}, "loss")
+    expected = [(16, 3.0, 2.0, 4.0), (16, 4.0, 3.0, 5.0), (32, 5.0, 4.0, 6.0), (32, 6.0, 5.0, 7.0)]
+    assert [tuple(row.values()) for row in points] == [pytest.approx(row, rel=1e-4) for row in expected]
+    assert bars == points
+    assert {row["x"]: round(row["loss"], 4) for row in line} == {16: 3.0, 32: 5.0}
+    low, high = panel["layer"][2]["encoding"]["y"]["scale"]["domain"]
+    assert low < 3.0 < 6.0 < high
+
+
+def test_the_chart_of_curves_has_a_line_for_each_setting():
+    found = outcomes(SCORES[:12])
+    points, field, _ = rows_of(charts(found)["curves.png"])["point"]
+    assert field == "loss"
+    curves = [("learning_rate 0.01", 0, 3.1), ("learning_rate 0.01", 10, 2.1)]
+    curves += [("learning_rate 0.001", 0, 3.2), ("learning_rate 0.001", 10, 2.2)]
+    assert [(row["line"], row["x"], round(row["loss"], 4)) for row in points] == curves

@@ -110,7 +110,7 @@ def test_a_member_ends_after_max_skipped_steps_in_a_row(configs, runs, monkeypat
     applied = np.ones((2, 20), bool)
     applied[0, [1, 2, 4, 5, 7, 8]] = False  # two in a row, three times
     applied[1, [1, 2, 3]] = False  # three in a row, then no more
-    members = [Member(replaced(configs[0], max_skipped=3, seed=seed), {}) for seed in range(2)]
+    members = [Member(replaced(configs[0], max_skipped=3, seed=i), {"seed": i}) for i in range(2)]
     (chunk,), scans = split([member.config for member in members], 1), iter(np.split(applied, 4, axis=1))
 
     def steps(tokens, state, values, windows):
@@ -120,7 +120,18 @@ def test_a_member_ends_after_max_skipped_steps_in_a_row(configs, runs, monkeypat
     sharding, state = Program(configs[0], jax.devices()[:1]).sharding, SimpleNamespace(params=None)
     monkeypatch.setattr(sweep, "evaluate", lambda *_: [Evaluation(1.0, 0.1, 1.0, 1.0, 100)] * 2)
     program = SimpleNamespace(sharding=sharding, init=lambda values: state, steps=steps)
-    events = [event for event in sweep.train(program, chunk, members, runs[1]) if isinstance(event, list)]
+    seen = list(sweep.train(program, chunk, members, runs[1]))
+    events = [event for event in seen if isinstance(event, list)]
+    assert all(each.seed == each.setting["seed"] == each.member for event in events for each in event)
+    assert sum(event for event in seen if isinstance(event, int)) == 2 * 20, "the steps of both members"
     assert [(each.member, each.step, each.diverged, each.done) for event in events for each in event] == [
         (0, 0, False, False), (1, 0, False, False), (0, 10, False, False), (1, 10, True, True), (0, 20, False, True),
     ]  # fmt: skip
+
+
+def test_each_figure_of_a_score_has_its_name(base):
+    member, result = Member(replaced(base, seed=7), {"n_embd": 16}), Evaluation(2.0, 0.1, 3.0, 4.0, 100)
+    assert sweep.score(5, member, 20, result, 2.5, stopped=False)._asdict() == {
+        "member": 5, "setting": {"n_embd": 16}, "seed": 7, "step": 20, "val_loss": 2.0, "val_standard_error": 0.1,
+        "val_bits_per_char": 3.0, "val_bits_per_byte": 4.0, "train_loss": 2.5, "diverged": False, "done": True,
+    }  # fmt: skip
