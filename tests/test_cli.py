@@ -28,6 +28,7 @@ from jaxgpt.monitor import loggers
 from jaxgpt.monitor.terminal import RunConsole
 from jaxgpt.recipes import RECIPES
 from jaxgpt.run import Run
+from jaxgpt.sample import SamplingParams
 from jaxgpt.serve.library import Library
 from jaxgpt.train import Summary
 
@@ -59,7 +60,7 @@ def test_summary_shows_the_loss_before_training_only_with_step_0(steps, shown, c
     assert ("  before  loss 3.0000" in capsys.readouterr().out) == shown
 
 
-def test_prepare_train_sample_eval(call, verse):
+def test_prepare_train_sample_eval(call, verse, monkeypatch):
     code, out, _ = call("prepare", verse)
     assert code == 0
     assert "840 tokens, vocabulary of 11 (char)" in out
@@ -93,6 +94,19 @@ def test_prepare_train_sample_eval(call, verse):
     assert "estimate by 200 random batches" in out
     assert "val split, 83 tokens predicted" in out
     assert "train split, 755 tokens predicted" in call("eval", "one", "--split", "train", "--eval-batches", 0)[1]
+    monkeypatch.setattr("jaxgpt.evaluation.estimate", lambda config, *given: float(config.train.eval_batches))
+    assert "estimate by 3 random batches: 3.0000" in call("eval", "one", "--eval-batches", 3)[1]
+
+
+def test_sample_writes_with_every_option_that_it_is_given(call, monkeypatch):
+    asked = []
+    monkeypatch.setattr("jaxgpt.cli.sample._load_model", lambda *given: given)
+    monkeypatch.setattr("jaxgpt.sample.write", lambda *given, **more: asked.append((given, more)) or [])
+    filters = ("--temperature", 0.5, "--top-k", 3, "--top-p", 0.9, "--min-p", 0.1)
+    texts = ("--prompt", "the", "--tokens", 7, "--seed", 4, "--samples", 2, "--stop", "x", "--unknown", "skip")
+    assert call("sample", "one", *filters, *texts, "--checkpoint", "last", "--runs-dir", "there")[0] == 0
+    given = ("one", Path("there"), "last", "the", 7, SamplingParams(0.5, 3, 0.9, 0.1))
+    assert asked == [(given, {"stop": ("x",), "seed": 4, "samples": 2, "unknown": "skip"})]
 
 
 def test_a_run_is_never_overwritten_and_resumes_with_its_own_settings(call, verse, tmp_path):

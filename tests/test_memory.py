@@ -102,6 +102,7 @@ def test_refusal_states_the_numbers(tiny, change):
     [
         ({"batch_size": 12}, {"accumulate": 3}, "--accumulate 3"),
         ({"batch_size": 12, "accumulate": 2}, {"accumulate": 6}, "--accumulate 6"),
+        ({"batch_size": 13}, {"accumulate": 13}, "--accumulate 13"),
     ],
 )
 def test_refusal_suggests_the_fewest_micro_batches(tiny, change, shape, changed, expected):
@@ -124,6 +125,12 @@ def test_the_devices_of_a_cpu_share_its_memory(tiny):
     shards, total = memory.Shards(per_host=4), memory.needed(tiny, 0).total
     memory.require(tiny, N_TOKENS, 4 * total, shards=shards)
     assert "are free for all 4 devices" in refusal(tiny, 4 * total - 1, shards=shards)
+
+
+def test_suggested_micro_batches_fit_on_all_devices_that_share_a_memory(tiny, change):
+    config = change(tiny, batch_size=12)
+    free = 4 * memory.needed(change(config, accumulate=3), 0).total
+    assert refusal(config, free, shards=memory.Shards(per_host=4)).endswith("--accumulate 3")
 
 
 def test_refusal_if_no_number_of_micro_batches_fits(tiny):

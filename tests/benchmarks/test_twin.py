@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import numpy as np
@@ -76,11 +77,11 @@ def test_the_program_trains_saves_and_scores(verse, tmp_path):
     """Its validation loss equals that of jaxgpt for the weights that it saved."""
     from safetensors.numpy import load_file
 
-    out = tmp_path / "twin.json"
-    twin.main(["--data", str(verse), "--out", str(out), "--steps", "2", "--seed", "3"])
+    out, began = tmp_path / "twin.json", str(time.monotonic() - 100)
+    twin.main(["--data", str(verse), "--out", str(out), "--steps", "2", "--seed", "3", "--began", began])
     done, text = json.loads(out.read_text()), verse.read_text()
     assert (done["steps"], done["seed"]) == (2, 3)
-    assert 0 < done["seconds"] < 60
+    assert 100 < done["seconds"] < 160, "since it began"
     tokenizer = CharTokenizer.train(text)
     config = dataclasses.replace(recipe("shakespeare-cpu").config.model, vocab_size=tokenizer.vocab_size)
     tokens = tokenizer.encode(text)
@@ -115,3 +116,69 @@ def test_bfloat16_equals_float32_up_to_rounding(small):
     exact, rounded = (twin.Training(small, tokens, twin.WAYS[way]).step() for way in ("float32", "bfloat16"))
     assert rounded.item() != exact.item()
     assert rounded.item() == pytest.approx(exact.item(), abs=2e-2)
+
+
+def test_dropout_is_in_every_place_of_nanogpt(tiny, monkeypatch):
+    """In the embedding, in the attention weights, and twice in each block; so that both sides do the same work."""
+    attend, drawn, places = twin.F.scaled_dot_product_attention, [], []
+
+    def attention(q, k, v, is_causal, dropout_p):
+        drawn.append(dropout_p)
+        return attend(q, k, v, is_causal=is_causal, dropout_p=dropout_p)
+
+    monkeypatch.setattr(twin.F, "scaled_dot_product_attention", attention)
+    model = twin.Twin(dataclasses.replace(tiny.model, dropout=0.5))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda used, *_: places.append(used.p))
+    model(torch.zeros((2, 8), dtype=torch.long))
+    assert drawn == [0.5] * tiny.model.n_layer
+    assert places == [0.5] * (1 + 2 * tiny.model.n_layer)
+
+
+def test_the_model_is_compiled_and_uses_tf32_only_where_the_way_says_so(small, monkeypatch):
+    tokens, compiled = np.zeros(100, np.uint16), []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    found = {}
+    for name, way in twin.WAYS.items():
+        twin.Training(small, tokens, way)
+        found[name] = (len(compiled), torch.get_float32_matmul_precision())
+        compiled.clear()
+    torch.set_float32_matmul_precision("highest")
+    for name, (n, precision) in found.items():
+        assert n == name.endswith("+compile")
+        assert precision == ("highest" if name.startswith("float32") else "high")
+
+
+def test_sampling_computes_one_position_in_the_precision_of_its_way(small):
+    """Only the logits of the last token are computed; a temperature near zero chooses the largest."""
+    model, found, idx = twin.Twin(small.model).eval(), [], torch.zeros((2, 1), dtype=torch.long)
+    model.register_forward_hook(lambda module, given, out: found.append((out.shape[1], out.dtype)))
+    greedy, cold = (twin.sample(model, idx, 4, **draw) for draw in ({"top_k": 1}, {"temperature": 1e-6, "top_k": 13}))
+    assert torch.equal(greedy, cold)
+    twin.sample(model, idx, 1, way=twin.WAYS["bfloat16"])
+    assert found == [(1, torch.float32)] * 8 + [(1, torch.bfloat16)]
+
+
+def test_scores_are_without_dropout(tiny):
+    model = twin.Twin(dataclasses.replace(tiny.model, dropout=0.5))
+    tokens = np.arange(40, dtype=np.uint16) % 13
+    assert twin.score(model, tokens) == twin.score(model, tokens)
+
+
+def test_the_program_trains_with_the_settings_that_it_is_given(verse, tmp_path, monkeypatch):
+    class Given(Exception):
+        pass
+
+    def training(*given):
+        raise Given(*given)
+
+    monkeypatch.setattr(twin, "Training", training)
+    words = ["--data", str(verse), "--out", str(tmp_path / "twin.json"), "--recipe", "shakespeare-gpu", "--steps", "7"]
+    with pytest.raises(Given) as found:
+        twin.main([*words, "--seed", "3", "--way", "bfloat16+compile", "--device", "cuda"])
+    config, tokens, *how = found.value.args
+    assert how == [twin.WAYS["bfloat16+compile"], "cuda"]
+    assert (config.train.steps, config.train.seed) == (7, 3)
+    assert config.model.n_layer == recipe("shakespeare-gpu").config.model.n_layer
+    assert len(tokens) == int(0.9 * len(verse.read_text())), "the training split"

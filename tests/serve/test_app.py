@@ -256,3 +256,12 @@ def test_failure_is_reported_and_the_next_request_loads_the_run_again(library):
         scheduler.join()
     assert call(app, "POST", "/api/write", request).status == 503
     assert call(app, "GET", "/health").status == 503
+
+
+def test_tokens_tell_where_their_context_begins(app):
+    """At most block_size 8 tokens before them."""
+    answer = call(app, "POST", "/api/write", {"run": "one", "prompt": "the cat", "tokens": 20})
+    begins = [tree["from"] for name, tree in answer.events if name == "tokens"]
+    assert begins[0] == 0
+    assert begins == sorted(begins)
+    assert begins[-1] >= 7 + 20 - 1 - 8

@@ -1,6 +1,7 @@
 """The application refuses bad requests, and no request breaks it."""
 
 import asyncio
+import dataclasses
 import itertools
 import json
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxgpt.cli.sample import Sample
 from jaxgpt.serve import limits, requests
 from jaxgpt.serve.app import application
 from tests.serve.client import JSON, Call, call
@@ -49,6 +51,16 @@ def test_bad_requests_are_refused_with_the_reason(app, scheduler, tree, status, 
     answer = call(app, "POST", "/api/write", tree)
     assert (answer.status, message in answer.tree["error"]) == (status, True), answer.tree
     assert scheduler.state["requests"] == 0
+
+
+def test_the_longest_prompt_is_accepted(library):
+    body = json.dumps({"run": "one", "prompt": "a" * 50}).encode()
+    assert len(requests.to_write(body, library, limits.Limits(max_prompt=50)).ids) == 50
+
+
+def test_settings_that_a_request_leaves_out_are_those_of_sample():
+    sample, found = {each.name: each.default for each in dataclasses.fields(Sample)}, requests.defaults(limits.Limits())
+    assert {name: value for name, value in found.items() if value != sample[name]} == {"tokens": 200}
 
 
 def test_looks_at_too_few_or_too_many_ids_are_refused(app):

@@ -128,8 +128,10 @@ def test_a_server_loads_the_checkpoint_asked_for_and_writes_only_ids_of_its_voca
     monkeypatch.setattr(server, "Scheduler", Loading)
     monkeypatch.setattr(server, "load_model", load_model)
     monkeypatch.setattr(server, "Writer", lambda *args: loaded.extend(args[1:]))
-    assert cli.run_command(["serve", str(library.folder / "one"), "--checkpoint", "last", "--places", "3"]) == 2
-    assert loaded == ["last", 11, 3]
+    for checkpoint in ("last", "best"):
+        words = ["serve", str(library.folder / "one"), "--checkpoint", checkpoint, "--places", "3"]
+        assert cli.run_command(words) == 2
+    assert loaded == ["last", 11, 3, "best", 11, 3]
 
 
 def test_a_taken_port_is_refused(tmp_path, capsys):

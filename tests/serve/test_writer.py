@@ -183,6 +183,14 @@ def test_a_look_shows_the_attention_of_the_last_token(models):
     np.testing.assert_allclose(expected[likely], chances, rtol=1e-4)
 
 
+def test_a_look_gives_no_probability_to_ids_outside_the_vocabulary(models):
+    config, params = models["learned"]
+    looks = messages([Job("run", [i]) for i in range(12)], Writer(config, params, 12, 3))
+    for i, (looked, _) in enumerate(looks):
+        expected = softmax(forward(config, params, np.array([[i]]))[0, 0, :12])
+        np.testing.assert_allclose(looked.likely_p, np.sort(expected)[::-1][:8], rtol=1e-4)
+
+
 def test_memory_of_a_look_is_within_what_max_maps_counts():
     """The maps of all layers and two more copies of one layer's. `requests.MAX_MAPS` limits this."""
     L, H, T = 10, 16, 64
