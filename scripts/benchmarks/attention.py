@@ -13,6 +13,7 @@ from jaxgpt import kernels, prng, sharding
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.profile.report import Report, facts
 from jaxgpt.profile.timing import series
+from scripts.benchmarks.contest import require_round
 from scripts.benchmarks.shapes import Device, config_of, describe
 
 FUSED = {"cudnn": "gpu", "flash": "gpu", "splash": "tpu"}
@@ -32,6 +33,7 @@ def attention(
     """
     if (found := sharding.platform()) != device:
         raise UsageError(f"JAX's default device is a {found}, not a {device}: choose with --device or JAX_PLATFORMS")
+    require_round(rounds)
     machine, tables, failed = facts(device), list[dict[str, Any]](), dict[str, str]()
     for shape in shapes:
         config = config_of(shape, device, "bfloat16")
@@ -47,7 +49,8 @@ def attention(
                         calls[used] = compiled(config.model, used, rate)
                         jax.block_until_ready(calls[used](*given))
                     except Exception as error:
-                        failed[f"{used}, {shape}, dropout {rate}"] = str(error).splitlines()[0]
+                        why = str(error) or type(error).__name__
+                        failed[f"{used}, {shape}, dropout {rate}"] = why.splitlines()[0]
                         del calls[used]
             rows += [{"kernel": used, "dropout": rate} | row for used, row in measured(calls, given, exact, rounds)]
         tables.append({"title": describe(shape, config), "rows": rows})

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxgpt.config import UsageError
 from jaxgpt.profile.timing import Rates, machine_seconds, others, repeat
 
 
@@ -35,8 +36,14 @@ class Contestant(Protocol):
         """Peak memory of the device, or of the process on a CPU."""
 
 
+def require_round(rounds: int) -> None:
+    if rounds < 1:
+        raise UsageError(f"the number of rounds is {rounds}, expected 1 or more")
+
+
 def alternate(names: Sequence[str], rounds: int, ask: Callable[[str], float]) -> tuple[Rates, dict[str, str]]:
     """Ask each of `names` in turn, `rounds` times: the rates, and why contestants dropped out (by a WorkerError)."""
+    require_round(rounds)
     rates: Rates = {name: [] for name in names}
     failed: dict[str, str] = {}
     for _ in range(rounds):

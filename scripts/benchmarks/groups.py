@@ -83,11 +83,11 @@ def _measure(group: Group, device: Device, folder: Path, seconds: float) -> None
     words = [sys.executable, str(ROOT / "scripts" / "bench"), *group.arguments, "--device", device]
     try:
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=seconds)
-        error = done.stderr if done.returncode else ""
+        error = (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
     except subprocess.TimeoutExpired:
         error = f"stopped after {seconds:.0f} s"
     if error:
         (folder / "error.txt").write_text(error, "utf-8")
-        print(f"{group.name} failed: {error.strip().splitlines()[-1]}; see {folder / 'error.txt'}", file=sys.stderr)
+        print(f"{group.name} failed: {error.splitlines()[-1]}; see {folder / 'error.txt'}", file=sys.stderr)
     else:
         (folder / "table.md").write_text(done.stdout, "utf-8")

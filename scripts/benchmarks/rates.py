@@ -11,7 +11,7 @@ from typing import Any, Literal
 from jaxgpt.config import Config, UsageError
 from jaxgpt.profile.report import Report, facts
 from jaxgpt.profile.timing import Rates, Series, disturbance, ratio, series
-from scripts.benchmarks.contest import Contest
+from scripts.benchmarks.contest import Contest, require_round
 from scripts.benchmarks.shapes import (
     PRECISIONS,
     Device,
@@ -211,6 +211,7 @@ def sampling_entrants(
 
 def compare(device: Device, entrants: Entrants, rounds: int, seconds: float) -> tuple[Contest, Rates]:
     """Start all entrants and measure them in turn."""
+    require_round(rounds)
     with tempfile.TemporaryDirectory(prefix="jaxgpt-bench-") as cache, Contest(device) as contest:
         fresh = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
         for name, (spec, env) in entrants.items():

@@ -202,9 +202,12 @@ def test_attention_kernels_are_measured_against_the_reference(monkeypatch):
     monkeypatch.setattr(kernels, "blocked", lambda *given: 1.1 * correct(*given))
     assert [float(row["error"]) > 0.05 for row in measure()["tables"][0]["rows"]] == [False, True, False, True]
     monkeypatch.setattr(kernels, "blocked", lambda *given: 1 / 0)
-    assert measure()["failed"] == dict.fromkeys(
-        ["blocked, micro, dropout 0.0", "blocked, micro, dropout 0.2"], "division by zero"
-    )
+    broken = ["blocked, micro, dropout 0.0", "blocked, micro, dropout 0.2"]
+    assert measure()["failed"] == dict.fromkeys(broken, "division by zero")
+    monkeypatch.setattr(kernels, "blocked", lambda *given: next(iter(())))
+    assert measure()["failed"] == dict.fromkeys(broken, "StopIteration")
+    with pytest.raises(UsageError, match="the number of rounds is 0, expected 1 or more"):
+        measure(rounds=0)
 
 
 @pytest.mark.parametrize(("base", "changes"), [(ablation.PLAIN, ablation.ADDED), (ablation.ALL, ablation.REMOVED)])
@@ -618,6 +621,14 @@ def called(monkeypatch):
     return calls
 
 
+def test_a_group_whose_process_was_killed_has_failed(monkeypatch, tmp_path):
+    killed = subprocess.CompletedProcess([], -9, "", "\n")
+    monkeypatch.setattr(groups.subprocess, "run", lambda *args, **given: killed)
+    groups._measure(groups.GROUPS["gpu"][0], "gpu", tmp_path, 60)
+    assert (tmp_path / "error.txt").read_text() == "exit code -9"
+    assert not (tmp_path / "table.md").exists()
+
+
 def test_a_group_starts_only_if_it_fits_and_is_stopped_after_twice_its_time(called, tmp_path, monkeypatch, capsys):
     kinds = [("a", 0.5, "broken 0.5"), ("b", 2, "train 3"), ("c", 4, "sample 4"), ("d", 1, "startup 9")]
     monkeypatch.setattr(groups, "GROUPS", {"gpu": [groups._group(*kind) for kind in kinds]})
@@ -682,8 +693,11 @@ def test_compare_bytes_names_the_first_different_line():
     assert compare({"a": b"1\n2\n", "b": b""}, {"a": b"1\n3\n", "c": b""}) == [
         "b is only here",
         "c is only in the base",
-        "a, line 2:\n    base b'3'\n    here b'2'",
+        "a, line 2:\n    base b'3\\n'\n    here b'2\\n'",
     ]
+    assert compare({"a": b"1"}, {"a": b"1\n2"}) == ["a, line 1:\n    base b'1\\n'\n    here b'1'"]
+    (long,) = compare({"a": b"x" * 999 + b"1"}, {"a": b"x" * 999 + b"2"})
+    assert long == f"a, line 1:\n    base b'{'x' * 100}2'\n    here b'{'x' * 100}1'"
 
 
 @pytest.mark.parametrize("different", [None, "bigram", "gpt-demo"])
@@ -719,3 +733,10 @@ def test_compare_bytes_runs_the_package_of_its_tree_and_stops_at_a_failure(tmp_p
     with pytest.raises(SystemExit, match="exit code 1\nno such recipe"):
         tool.produce(tmp_path / "base", "resume", tmp_path / "work")
     assert trees == [str(tmp_path / "base")] * 2
+
+
+def test_compare_bytes_fails_if_a_case_writes_no_file(tmp_path, monkeypatch):
+    tool = script("compare_bytes")
+    monkeypatch.setattr(tool, "CASES", {"none": (["recipes"], ["runs/r", "verse.txt"])})
+    with pytest.raises(SystemExit, match="none wrote no runs/r"):
+        tool.produce(tool.ROOT, "none", tmp_path / "work")

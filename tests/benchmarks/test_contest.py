@@ -5,6 +5,9 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
+
+from jaxgpt.config import UsageError
 from scripts.benchmarks import contest
 from scripts.benchmarks.contest import Contest, WorkerError, alternate
 
@@ -19,6 +22,11 @@ class Counter:
 
 contest.answer_rounds(Counter)
 """
+
+
+def test_a_contest_has_a_round():
+    with pytest.raises(UsageError, match="the number of rounds is 0, expected 1 or more"):
+        alternate(["a"], 0, float)
 
 
 def test_alternate_asks_each_contestant_once_per_round():
