@@ -93,7 +93,7 @@ def blocked(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop:
     """Causal attention of (B, H, T, D), one block of queries at a time. The (T, T) weights never exist all at once, and
     most of their masked half is never computed. The backward pass recomputes them block by block."""
     T = q.shape[2]
-    if sharding.num_shards("time") > 1:
+    if sharding.num_shards("time") > 1 and T % sharding.num_shards("time") == 0:
         return _blocked_sharded(config, q, k, v, drop)
     size = queries_per_block(T)
 

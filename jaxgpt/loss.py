@@ -122,7 +122,8 @@ def losses_of(
       chunk: most logits of a chunk on each device, by default `logits_at_once()`.
     """
     (B, T), chunk = targets.shape, chunk or logits_at_once()
-    shards = sharding.num_shards("batch") * sharding.num_shards("time") if sharding.is_even(targets) else 1
+    even = sharding.is_even(targets) and sharding.is_even(kernel, "channels", "width")
+    shards = sharding.num_shards("batch") * sharding.num_shards("time") if even else 1
     rows = B * T // shards
     V = -(-kernel.shape[1] // sharding.num_shards("width"))
     n_chunks = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * V <= chunk or n == rows))

@@ -179,7 +179,8 @@ class MultiHeadAttention(nn.Module):
             keys: nn.Variable[jax.Array] = self.variable("cache", "keys")
             values: nn.Variable[jax.Array] = self.variable("cache", "values")
             keys.value, values.value = update_cache(keys.value, k, start), update_cache(values.value, v, start)
-            if not isinstance(start, int):  # an int is 0: the cache was empty, and the fast kernels apply
+            # An int is 0: the cache was empty, and the fast kernels apply, unless the context slides.
+            if not isinstance(start, int) or q.shape[2] > self.config.block_size:
                 return cached_attention(self.config, q, keys.value, values.value, start)
         return kernels.causal_attention(self.config, q, k, v, drop)
 
@@ -415,6 +416,7 @@ def losses(
 
 
 @matmul.in_32_bits
+@sharding.in_auto_mode(lambda *_, **__: PartitionSpec())
 def extend(
     config: ModelConfig, params: Params, cache: Cache, idx: jax.Array, length: jax.Array | int | None = None
 ) -> tuple[jax.Array, Cache]:
@@ -452,6 +454,11 @@ def extend(
 
 
 @partial(jax.jit, static_argnums=0)
+@sharding.in_auto_mode(
+    lambda params, idx, targets=None: (
+        sharding.spec_of(idx) if targets is None else (PartitionSpec(sharding.spec_of(idx)[0]), PartitionSpec())
+    )
+)
 def logits_and_loss(
     config: ModelConfig, params: Params, idx: jax.Array, targets: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array | None]:

@@ -251,7 +251,7 @@ def by_rows(
     The kernel is gathered once, in `dtype`. Its gradient is summed on each device, in the kernel's own dtype, before it
     is scattered. Otherwise a loop over chunks of tokens would gather and sum in every iteration.
     """
-    if not _is_sharded() or not is_even(targets):
+    if not _is_sharded() or not is_even(targets) or not is_even(kernel, "channels", "width"):
         return function(x, kernel, targets)
     devices = DIMENSIONS["batch"] + DIMENSIONS["time"]
 
@@ -262,7 +262,7 @@ def by_rows(
     kernels = jax.shard_map(partial(_gathered, dtype), in_specs=KERNEL, out_specs=whole, check_vma=False)(kernel)
     specs = (ROWS, PartitionSpec(devices), ROWS)
     call = jax.shard_map(on_device, in_specs=specs, out_specs=ROWS, axis_names=set(devices), check_vma=False)
-    return call(x, kernels, targets)
+    return jax.jit(call)(x, kernels, targets)
 
 
 def _gather(dtype: Any, kernel: jax.Array) -> jax.Array:
@@ -288,7 +288,7 @@ def lookup(table: jax.Array, idx: jax.Array) -> jax.Array:
     If C is sharded, each device looks up its channels for the sequences of all devices along `fsdp`, which then
     exchange the results. That sends less than gathering the table and its gradient.
     """
-    if num_shards("channels") == 1 or not is_even(idx):
+    if num_shards("channels") == 1 or not is_even(idx) or not is_even(table, "width", "channels"):
         return rows(table, idx)
     V, over, width = len(table), DIMENSIONS["channels"], DIMENSIONS["width"]
 
@@ -338,9 +338,9 @@ _take_in_order = jax.custom_vjp(_take, nondiff_argnums=(2,))
 _take_in_order.defvjp(lambda table, idx, beyond: (_take(table, idx, beyond), (table, idx)), _take_backward)
 
 
-def is_even(x: jax.Array) -> bool:
-    """Whether (B, T) divides evenly over the devices, unlike the one sequence that parameters are initialized with, and
-    the mesh has all of AXES, unlike a user's."""
+def is_even(x: jax.Array, *dims: str) -> bool:
+    """Whether the dimensions of `x`, by default (B, T), divide evenly over the devices, unlike the one sequence that
+    parameters are initialized with, and the mesh has all of AXES, unlike a user's."""
     if not set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
         return False
-    return all(size % num_shards(dim) == 0 for size, dim in zip(x.shape, ("batch", "time"), strict=True))
+    return all(size % num_shards(dim) == 0 for size, dim in zip(x.shape, dims or ("batch", "time"), strict=True))

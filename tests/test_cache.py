@@ -166,3 +166,11 @@ def test_learned_positions_beyond_block_size_give_nan():
 def test_more_tokens_than_slots_are_refused():
     with pytest.raises(ValueError, match="5 tokens are more than the 4 slots"):
         read(small_with(), random_params(small_with()), IDX, 5, 4)
+
+
+def test_a_long_text_read_at_once_into_an_empty_cache_slides(monkeypatch):
+    config = small_with(position="rope")
+    params = random_params(config)
+    expected = sliding_window_forward(monkeypatch, config, params, IDX)[:, -1]
+    logits, _ = model.extend(config, params, init_cache(config, *IDX.shape), IDX)
+    close(logits, expected, rtol=1e-4, atol=1e-4)

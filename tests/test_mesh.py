@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxgpt import config as configs
 from jaxgpt import data as batches
-from jaxgpt import kernels, loss, model, prng, sharding
+from jaxgpt import kernels, loss, model, prng, sample, sharding
 from jaxgpt.attention import attention, causal_mask
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.cli import mesh as cli_mesh
@@ -395,6 +395,58 @@ def test_windows_that_the_mesh_does_not_divide_have_the_losses_of_one_device(tex
         chunked = jax.jit(lambda: losses(chunk=100))
         assert "scan" in str(chunked.trace().jaxpr)
         np.testing.assert_allclose(chunked(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("text", "V", "C"), [("fsdp=2,tensor=2", 17, 8), ("fsdp=2", 16, 9), ("tensor=2", 17, 8)])
+def test_tables_and_kernels_that_the_mesh_does_not_divide_are_whole(text, V, C):
+    table, kernel = jax.random.normal(jax.random.key(0), (V, C)), jax.random.normal(jax.random.key(1), (C, V))
+    idx = jax.random.randint(jax.random.key(2), (4, 6), 0, V)
+
+    def losses(*, chunk):
+        return loss.losses_of(jnp.matmul, sharding.lookup(table, idx), kernel, idx, chunk=chunk)
+
+    expected = losses(chunk=10**6)
+    with jax.set_mesh(parse_mesh(text)):
+        np.testing.assert_allclose(jax.jit(lambda: losses(chunk=100))(), expected, rtol=1e-5)
+
+
+def test_blocked_attention_of_a_context_that_the_mesh_does_not_divide(small, change):
+    config = change(small, block_size=512).model
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 257, 8))
+    with jax.set_mesh(parse_mesh("context=4,tensor=2")):
+        found = jax.jit(lambda *x: kernels.causal_attention(config, *x))(q, k, v)
+    np.testing.assert_allclose(found, attention(q, k, v, causal_mask(257)[None, None]), atol=1e-5)
+
+
+def test_chunked_losses_without_jit_on_a_mesh(small, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS", 40)
+    params, idx = initial(small).params, TOKENS[:32].reshape(4, 8)
+    expected = model.losses(small.model, params, idx, idx)
+    with jax.set_mesh(parse_mesh("data=2")):
+        np.testing.assert_allclose(model.losses(small.model, params, idx, idx), expected, rtol=1e-5)
+
+
+def test_generate_with_sharded_weights_on_explicit_axes(small):
+    params, idx = initial(small).params, TOKENS[:32].reshape(4, 8)
+    expected = sample.generate(small.model, params, idx, 6, jax.random.key(0))
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "tensor"))):
+        columns = jax.tree.map(lambda x: PartitionSpec(*[None] * (x.ndim - 1), "tensor"), params)
+        placed = jax.tree.map(jax.device_put, params, columns)
+        np.testing.assert_array_equal(sample.generate(small.model, placed, idx, 6, jax.random.key(0)), expected)
+
+
+@pytest.mark.parametrize("spec", [(), ("data",), (None, "tensor"), ("data", "tensor")])
+def test_logits_and_loss_on_explicit_axes(small, spec):
+    params, idx = initial(small).params, TOKENS[:32].reshape(4, 8)
+    expected, mean = model.logits_and_loss(small.model, params, idx, idx)
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "tensor"))):
+        idx = jax.device_put(idx, PartitionSpec(*spec))
+        logits, found = model.logits_and_loss(small.model, params, idx, idx)
+        alone, none = model.logits_and_loss(small.model, params, idx)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, mean, rtol=1e-5)
+    np.testing.assert_allclose(alone, np.reshape(expected, alone.shape), rtol=1e-4, atol=1e-5)
+    assert none is None
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
