@@ -608,3 +608,14 @@ def test_an_interrupted_process_does_not_wait_for_its_threads(monkeypatch):
     with pytest.raises(SystemExit):
         cli.main([])
     assert ended == [130]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_the_best_step_of_a_run_is_said_to_be_lost_if_it_was_not_saved(tmp_path, saved, capsys):
+    """As the random parameters before a training that diverges."""
+    scores = [Evaluated(step, Evaluation(loss, 0.01, 1.0, 1.0, 9)) for step, loss in ((0, 3.0), (20, 9.0))]
+    for step in (0, 20) if saved else (20,):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    _print_summary(RunConsole(), Summary(Run(tmp_path), 20, 20, scores, 1.0, None, 0))
+    (best,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  best"))
+    assert best.endswith("at step 0" if saved else "at step 0, which was not saved")

@@ -100,7 +100,7 @@ def run_command(argv: Sequence[str]) -> int:
         return 1
     except MemoryError as error:
         said = f"out of memory {error}".rstrip()  # Python's own has no message
-        return _fail(f"{said}: close other programs, or try a smaller model or --batch-size", 1)
+        return _fail(f"{said}: close other programs, or try a smaller model or batch", 1)
     except (OSError, RuntimeError) as error:
         ours = isinstance(error, OSError) or type(error).__module__.startswith("jaxgpt.")
         text = str(error) if ours else f"{type(error).__name__}: {error} (--traceback shows where)"

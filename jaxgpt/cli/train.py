@@ -174,4 +174,5 @@ def _print_summary(console: "RunConsole", done: "Summary") -> None:
         console.print(f"  before  {describe(first.evaluation)}")
     console.print(f"  after   {describe(last.evaluation)}")
     if best and best.step != last.step:
-        console.print(f"  best    {describe(best.evaluation)}, at step {best.step:,}")
+        lost = "" if (done.run.checkpoints / str(best.step)).exists() else ", which was not saved"
+        console.print(f"  best    {describe(best.evaluation)}, at step {best.step:,}{lost}")

@@ -102,7 +102,7 @@ def landscape(subject: Subject, effort: Effort) -> Landscape:
     loss, params = subject.loss, subject.params
     batch, _ = subject.windows(effort.seed, BATCH, effort.batch)
     directions = [derivatives.filter_normalized(params, _key(effort.seed, k)) for k in (FIRST, SECOND)]
-    places, shares = np.linspace(-1, 1, GRID, dtype=np.float32), np.linspace(-0.2, 1.4, 33, dtype=np.float32)
+    places, shares = np.linspace(-1, 1, GRID, dtype=np.float32), np.float32(np.arange(-4, 29) / 20)  # 0 and 1 exactly
     losses = jax.jit(partial(derivatives.plane, loss))(params, batch, *directions, places, places)
     initial = init_state(subject.config).params
     way = optax.tree.sub(params, initial)

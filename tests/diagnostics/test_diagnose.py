@@ -63,6 +63,7 @@ def test_all_diagnoses_are_printed_drawn_and_written(call, capsys):
     lowest = int(np.argmin(written["landscape"]["path"]))
     assert f"the lowest loss is {written['landscape']['path'][lowest]:.3f}" in out
     assert f"at {written['landscape']['shares'][lowest]:.2f} of the way" in out
+    assert {0.0, 1.0} <= set(written["landscape"]["shares"]), "the initial and the trained parameters themselves"
     # The middles of the plane and of the line, and share 1 of the path, are the same parameters on the same batch.
     middle = written["landscape"]["losses"][1][1]
     np.testing.assert_allclose(np.interp(1, written["landscape"]["shares"], written["landscape"]["path"]), middle, 1e-4)
