@@ -122,10 +122,9 @@ def losses_of(
       chunk: most logits of a chunk on each device, by default `logits_at_once()`.
     """
     (B, T), chunk = targets.shape, chunk or logits_at_once()
-    even = sharding.is_even(targets) and sharding.is_even(kernel, "channels", "width")
-    shards = sharding.num_shards("batch") * sharding.num_shards("time") if even else 1
-    rows = B * T // shards
-    V = -(-kernel.shape[1] // sharding.num_shards("width"))
+    split = sharding.splits_rows(kernel, targets)
+    batch, time, width = (sharding.num_shards(dim) if split else 1 for dim in ("batch", "time", "width"))
+    rows, V = B * T // (batch * time), kernel.shape[1] // width
     n_chunks = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * V <= chunk or n == rows))
     if n_chunks == 1:
         return token_losses(logits(x, kernel), targets)

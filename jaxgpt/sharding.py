@@ -242,6 +242,11 @@ ROWS = PartitionSpec(DIMENSIONS["batch"], DIMENSIONS["time"])
 KERNEL = PartitionSpec(DIMENSIONS["channels"], DIMENSIONS["width"])
 
 
+def splits_rows(kernel: jax.Array, targets: jax.Array) -> bool:
+    """Whether `by_rows` gives each device its own tokens: the mesh has several devices and divides all dimensions."""
+    return _is_sharded() and _is_even(targets) and _is_even(kernel, "channels", "width")
+
+
 def by_rows(
     function: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, targets: jax.Array, dtype: Any
 ) -> jax.Array:
@@ -251,7 +256,7 @@ def by_rows(
     The kernel is gathered once, in `dtype`. Its gradient is summed on each device, in the kernel's own dtype, before it
     is scattered. Otherwise a loop over chunks of tokens would gather and sum in every iteration.
     """
-    if not _is_sharded() or not is_even(targets) or not is_even(kernel, "channels", "width"):
+    if not splits_rows(kernel, targets):
         return function(x, kernel, targets)
     devices = DIMENSIONS["batch"] + DIMENSIONS["time"]
 
@@ -288,7 +293,7 @@ def lookup(table: jax.Array, idx: jax.Array) -> jax.Array:
     If C is sharded, each device looks up its channels for the sequences of all devices along `fsdp`, which then
     exchange the results. That sends less than gathering the table and its gradient.
     """
-    if num_shards("channels") == 1 or not is_even(idx) or not is_even(table, "width", "channels"):
+    if num_shards("channels") == 1 or not _is_even(idx) or not _is_even(table, "width", "channels"):
         return rows(table, idx)
     V, over, width = len(table), DIMENSIONS["channels"], DIMENSIONS["width"]
 
@@ -338,7 +343,7 @@ _take_in_order = jax.custom_vjp(_take, nondiff_argnums=(2,))
 _take_in_order.defvjp(lambda table, idx, beyond: (_take(table, idx, beyond), (table, idx)), _take_backward)
 
 
-def is_even(x: jax.Array, *dims: str) -> bool:
+def _is_even(x: jax.Array, *dims: str) -> bool:
     """Whether the dimensions of `x`, by default (B, T), divide evenly over the devices, unlike the one sequence that
     parameters are initialized with, and the mesh has all of AXES, unlike a user's."""
     if not set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):

@@ -56,7 +56,7 @@ def test_parts_are_those_of_one_step_slowest_first(monkeypatch):
 
 
 def test_the_rates_of_the_machine_are_those_of_its_best_round(monkeypatch):
-    """A matmul counts two FLOPs for a product, and a scaled number 8 bytes."""
+    """A multiply-add is two FLOPs, and a float32 that is scaled in memory is 8 bytes: read and written."""
     seconds = iter([2.0, 4.0, 1.0, 8.0])
     monkeypatch.setattr(roofline, "repeat", lambda run, least: (run(), next(seconds)))
     assert roofline.measure_machine("float32", n=4, streamed=16, rounds=2) == Machine(2 * 4**3, 8 * 16 / 4)
