@@ -43,7 +43,8 @@ DEFAULT_OPTIONS = compiler.get_compile_options
 NO_COVERAGE = ["activations", "architecture", "attention", "benchmarks", "bigram_limit", "browser", "cache"]
 NO_COVERAGE += ["checkpoint", "contest", "curvature", "docs", "evaluation", "generate", "goldens", "gpt2", "gradients"]
 NO_COVERAGE += ["landscape", "matmul", "memory", "mesh", "model", "model_options", "muon", "notebooks", "optimizer"]
-NO_COVERAGE += ["page", "program", "readme", "recovery", "start", "step", "torch_parity", "train", "twin", "write"]
+NO_COVERAGE += ["page", "program", "programs", "readme", "recovery", "scripts", "start", "step", "torch_parity"]
+NO_COVERAGE += ["train", "twin", "write"]
 """Test modules that run without coverage, which slows Python by a third. Other modules cover their lines of jaxgpt."""
 
 HOSTILE = "</script><script>alert('x')</script><b>\"&amp;"

@@ -1,16 +1,12 @@
-"""`scripts/bench`: its arithmetic, its checks of arguments and the order of its runs, mostly with fake programs."""
+"""`scripts/bench`: rates, ratios, the settings of both sides, ablations and attention kernels."""
 
 import dataclasses
-import json
 import math
 import os
 import subprocess
 import sys
-import time
 import types
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +14,7 @@ import pytest
 
 from jaxgpt import kernels
 from jaxgpt.config import ModelConfig, OptimizerConfig, UsageError
-from scripts.benchmarks import ablation, attention, contest, contestants, groups, programs, rates, shapes
-from scripts.benchmarks.programs import Place
+from scripts.benchmarks import ablation, attention, contest, contestants, programs, rates, shapes
 from scripts.benchmarks.shapes import config_of
 
 
@@ -86,55 +81,6 @@ def test_jaxgpt_and_torch_train_on_the_tokens_that_they_count():
     assert waited
 
 
-def test_a_process_is_timed_until_it_exits(tmp_path):
-    seconds, others = Place(tmp_path, "cpu").run(["timeit", "-n", "1", "-r", "1", "import time; time.sleep(0.2)"])
-    assert seconds > 0.2
-    assert 0 <= others <= 1
-
-
-def test_a_process_is_timed_until_the_condition_holds(tmp_path):
-    path = tmp_path / "created"
-    code = f"open({str(path)!r}, 'w').close(); import time; time.sleep(60)"
-    seconds, _ = Place(tmp_path, "cpu").run(["timeit", "-n", "1", "-r", "1", code], until=path.exists)
-    assert seconds < 50
-
-
-@pytest.mark.parametrize("until", [None, lambda: False])
-def test_a_failed_process_is_reported_with_its_error(until, tmp_path):
-    with pytest.raises(contest.WorkerError, match=r"jaxgpt nonsense: exit code 2: .*"):
-        Place(tmp_path, "cpu").run(["jaxgpt", "nonsense"], until)
-
-
-def test_speedrun_alternates_runs_and_compares_them(monkeypatch):
-    """The ratio is the time of the PyTorch twin divided by that of jaxgpt; losses are compared with the bound."""
-    pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
-    ran = []
-
-    def run_jaxgpt(corpus, place, name, cache, seed, steps):
-        ran.append((f"{name} {cache}", seed))
-        seconds = (10.0, 20.0, 30.0)[seed - 7] / (2 if cache == "warm" else 1)
-        return {"seconds": seconds, "loss": (1.87, 1.88, 1.89)[seed - 7], "others": 0.0}
-
-    def run_torch(corpus, place, seed, steps):
-        ran.append(("torch", seed))
-        return {"seconds": 20.0, "loss": 1.9, "others": 0.5}
-
-    monkeypatch.setattr(programs, "run_ours", run_jaxgpt)
-    monkeypatch.setattr(programs, "run_twin", run_torch)
-    report = programs.speedrun("text", recipes=("shakespeare-cpu",), repeats=3, seed=7)
-    names = ("torch", "shakespeare-cpu cold", "shakespeare-cpu warm")
-    assert ran == [(name, seed) for seed in (7, 8, 9) for name in names]
-    torch, cold, warm = report["tables"][0]["rows"]
-    assert cold["torch / this"] == {"median": 1.0, "low": pytest.approx(2 / 3), "high": 2.0, "n": 3}
-    assert warm["torch / this"]["median"] == 2.0
-    assert (cold["within torch's time"], warm["within torch's time"]) == (False, True)
-    assert (cold["reached 1.88"], torch["reached 1.88"]) == ("2 of 3", "0 of 3")
-    assert cold["mean loss"] == "1.8800"
-    assert "NOT QUIET" in report["notes"][-1]
-    with pytest.raises(UsageError, match="no recipe 'nonsense'"):
-        programs.speedrun("text", recipes=("nonsense",))
-
-
 def test_the_load_average_is_that_before_the_measurement(load, monkeypatch):
     monkeypatch.setattr(programs, "require", lambda library: None)
     monkeypatch.setattr(contest, "alternate", lambda *args: load.append(9.0) or ({}, {}))
@@ -147,35 +93,6 @@ def test_the_load_average_is_that_before_the_measurement(load, monkeypatch):
         load[:] = [0.5]
         assert measure()["facts"]["load average before"] == 0.5
         assert load[-1] == 9.0
-
-
-def test_a_failed_cold_run_skips_the_warm_run(monkeypatch):
-    pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
-
-    def run_jaxgpt(corpus, place, name, cache, seed, steps):
-        assert cache == "cold"
-        raise contest.WorkerError("no disk")
-
-    monkeypatch.setattr(programs, "run_ours", run_jaxgpt)
-    monkeypatch.setattr(programs, "run_twin", lambda *given: {"seconds": 2.0, "loss": 1.9, "others": 0.0})
-    report = programs.speedrun("text", recipes=("shakespeare-cpu",), repeats=2)
-    assert set(report["failed"]) == {"shakespeare-cpu cold", "shakespeare-cpu warm"}
-    assert [row["run"] for row in report["tables"][0]["rows"]] == ["torch"]
-
-
-def test_startup_measures_help_cold_and_warm_in_each_round(monkeypatch):
-    ran = []
-
-    def run(place, args, until=None):
-        ran.append((place.folder.name, args[1], "--run" in args and args[args.index("--run") + 1]))
-        return (1.0 if args[1] == "--help" else 3.0), 0.0
-
-    monkeypatch.setattr(Place, "run", run)
-    report = programs.startup(repeats=2)
-    kinds = (("--help", False), ("train", "cold"), ("train", "warm"))
-    assert ran == [(turn, *kind) for turn in ("0", "1") for kind in kinds], "warm runs share the folder of cold runs"
-    rows = {row["what"]: row["seconds"]["median"] for row in report["tables"][0]["rows"]}
-    assert rows == {"help": 1.0, "first step cold": 3.0, "first step warm": 3.0}
 
 
 def test_an_ablation_row_has_means_and_standard_errors():
@@ -223,28 +140,6 @@ def test_the_ablation_covers_every_option_of_a_block():
     plain, options = ModelConfig(), {name for model, _ in ablation.ADDED.values() for name in model}
     sizes = {"kind", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights"}
     assert options == set(vars(plain)) - sizes - {"init_scale", "gelu", "remat", "scan_layers", "deterministic"}
-
-
-def test_run_all_continues_with_the_unmeasured_groups(tmp_path, monkeypatch, capsys):
-    fake_groups = [
-        groups.Group(name, tuple(line.split()), n)
-        for name, line, n in (
-            ("first", "startup --help", 1),
-            ("broken", "startup --rounds x", 1),
-            ("long", "sample --help", 5),
-        )
-    ]
-    monkeypatch.setattr(groups, "GROUPS", {"cpu": fake_groups})
-    groups.run_all("cpu", 2, tmp_path)
-    out, err = capsys.readouterr()
-    assert "usage: scripts/bench startup" in out
-    assert "not measured yet: broken, long; call scripts/bench all --device cpu again" in out
-    assert "broken failed" in err
-    assert (tmp_path / "broken" / "error.txt").read_text()
-    measured = []
-    monkeypatch.setattr(groups, "_measure", lambda group, *_: measured.append(group.name))
-    groups.run_all("cpu", 9, tmp_path)
-    assert measured == ["broken", "long"]
 
 
 @pytest.mark.parametrize(("way", "precision"), [("float32", "highest"), ("tf32", "high"), ("bfloat16", "high")])
@@ -396,124 +291,6 @@ def test_a_comparison_starts_with_empty_compile_caches_and_the_settings_of_each(
     assert "JAX_DEFAULT_MATMUL_PRECISION" not in started["jaxgpt tf32"]
 
 
-def test_a_process_has_its_own_caches_and_the_time_of_its_start(tmp_path):
-    code = "import os, sys; open(sys.argv[-1], 'w').write(os.environ['XDG_CACHE_HOME'] + ' {began}')"
-    (tmp_path / "own").mkdir()
-    before = time.monotonic()
-    words = ["timeit", "-n", "1", "-r", "1", code.replace("sys.argv[-1]", repr(str(tmp_path / "out")))]
-    seconds, _ = Place(tmp_path / "own", "cpu").run(words)
-    cache, began = (tmp_path / "out").read_text().split()
-    assert cache == str(tmp_path / "own" / "cache")
-    assert before <= float(began) <= time.monotonic() - seconds + 0.1
-
-
-def test_only_the_processor_time_of_this_process_is_not_of_others(tmp_path, monkeypatch):
-    own = []
-    monkeypatch.setattr(programs.timing, "others", lambda before, after, seconds: own.append(seconds) or 0.0)
-    busy = "import time\nwhile time.process_time() < 0.4: pass"
-    for code in (busy, "pass"):
-        Place(tmp_path, "cpu").run(["timeit", "-n", "1", "-r", "1", code])
-    assert own[0] >= 0.39
-    assert own[1] < 0.39
-
-
-def test_a_process_that_ends_before_the_condition_holds_has_failed(tmp_path):
-    with pytest.raises(contest.WorkerError, match="exit code 0"):
-        Place(tmp_path, "cpu").run(["timeit", "-n", "1", "-r", "1", "pass"], until=lambda: False)
-
-
-@pytest.fixture
-def processes(monkeypatch):
-    """The options of each process of `Place.run`, which writes three losses, the last neither first nor least."""
-    started = []
-
-    def run(place, words, until=None):
-        options = dict(pairwise(words))
-        started.append(options)
-        if "jaxgpt" in words:
-            metrics = place.metrics(options["--run"])
-            metrics.parent.mkdir(parents=True, exist_ok=True)
-            metrics.write_text("".join(f'{{"val_loss": {loss}}}\n' for loss in (4.2, 1.8, 1.9)))
-        else:
-            Path(options["--out"]).write_text('{"seconds": 5.0, "loss": 1.7}')
-        return 8.0, 0.0
-
-    monkeypatch.setattr(Place, "run", run)
-    return started
-
-
-def test_the_warm_run_finds_the_cache_of_the_cold_run_and_is_the_last_in_its_place(processes, tmp_path):
-    place = Place(tmp_path / "place", "cpu")
-    for cache in ("cold", "warm"):
-        found = programs.run_ours("text", place, "shakespeare-cpu", cache, seed=8, steps=5)
-        assert place.folder.exists() == (cache == "cold")
-        assert found == {"seed": 8, "seconds": 8.0, "loss": 1.9, "others": 0.0}
-    for options in processes:
-        assert (options["train"], options["--corpus"]) == ("shakespeare-cpu", "text")
-        assert (options["--seed"], options["--steps"]) == ("8", "5")
-    assert processes[0]["--data-dir"] != processes[1]["--data-dir"], "each prepares its text"
-
-
-@pytest.mark.parametrize(
-    ("device", "theirs"),
-    [("cpu", ("shakespeare-cpu", "float32", "cpu")), ("gpu", ("shakespeare-gpu", "bfloat16+compile", "cuda"))],
-)
-def test_the_twin_runs_as_nanogpt_does_by_default(device, theirs, processes, tmp_path):
-    found = programs.run_twin("text", Place(tmp_path / "place", device), seed=8, steps=5)
-    assert found["seconds"] == 5.0, "until its weights are saved, not until its loss is computed"
-    (options,) = processes
-    assert (options["--recipe"], options["--way"], options["--device"]) == theirs
-    assert (options["--data"], options["--seed"], options["--steps"]) == ("text", "8", "5")
-    assert options["--began"] == "{began}"
-
-
-def test_each_seed_of_a_speedrun_starts_without_caches(monkeypatch):
-    found = []
-
-    def run(corpus, place, name, cache, seed, steps):
-        found.append((place.folder, cache, steps))
-        return {"seconds": 1.0, "loss": 1.0, "others": 0.0}
-
-    monkeypatch.setattr(programs, "require", lambda library: None)
-    monkeypatch.setattr(programs, "run_ours", run)
-    monkeypatch.setattr(programs, "run_twin", lambda corpus, place, *given: run(corpus, place, "", "twin", *given))
-    programs.speedrun("text", recipes=("shakespeare-cpu", "speedrun-cpu"), repeats=2, steps=30, twin_steps=20)
-    of = {kind: [place for place, cache, _ in found if cache == kind] for kind in ("cold", "warm", "twin")}
-    assert of["cold"] == of["warm"]
-    assert len({*of["cold"], *of["twin"]}) == 6
-    assert {(cache, steps) for _, cache, steps in found} == {("cold", 30), ("warm", 30), ("twin", 20)}
-
-
-def test_a_row_of_a_speedrun_compares_every_seed():
-    runs = [{"loss": loss} for loss in (1.88, 1.9, 2.1)]
-    row = programs.speedrun_row("ours", [1.0, 3.0, 1.0], [2.0, 2.0, 2.0], runs, 1.88)
-    assert row["within torch's time"] is False
-    assert row["mean loss"] == "1.9600"
-    assert row["reached 1.88"] == "1 of 3"
-
-
-def test_the_first_step_is_over_once_its_gradient_is_in_the_metrics(monkeypatch):
-    started = []
-
-    def run(place, words, until=None):
-        if until:
-            started.append(words)
-            metrics = place.metrics(words[words.index("--run") + 1])
-            metrics.parent.mkdir(parents=True, exist_ok=True)
-            seen = [until()]
-            for line in ('{"step": 0, "val_loss": 4.2}\n', '{"step": 1, "loss": 4.1, "grad_norm": 1.0}\n'):
-                metrics.write_text(line)
-                seen.append(until())
-            assert seen == [False, False, True]
-        return 1.0, 0.0
-
-    monkeypatch.setattr(Place, "run", run)
-    programs.startup(corpus="text", recipe="shakespeare-cpu", repeats=1)
-    for words in started:
-        options = dict(pairwise(words))
-        assert (options["train"], options["--corpus"], options["--scan-steps"]) == ("shakespeare-cpu", "text", "1")
-
-
 def test_an_ablation_changes_one_option_of_its_base_at_a_time(monkeypatch):
     """Each row is compared with the first of its table; below zero is better."""
     trained = []
@@ -601,142 +378,3 @@ def test_the_error_of_attention_is_the_largest_of_its_output_and_gradients():
     found, exact = [jnp.array([1.0, 4.0]), jnp.array([3.0])], [jnp.array([2.0, 4.0]), jnp.array([2.0])]
     assert attention.error(found, exact) == 0.5
     assert attention.error(found, [found[0], exact[1]]) == 0.5
-
-
-@pytest.fixture
-def called(monkeypatch):
-    """The calls of `groups`, each of which takes the minutes that it names, with their limits in seconds."""
-    clock, calls = [0.0], []
-
-    def run(words, cwd, timeout, **given):
-        name, minutes = words[2], float(words[3])
-        calls.append((cwd.name, words[2:], timeout))
-        clock[0] += 60 * minutes
-        if 60 * minutes > timeout:
-            raise subprocess.TimeoutExpired(words, timeout)
-        return subprocess.CompletedProcess(words, int(name == "broken"), f"table of {name}", "a warning\nno disk\n")
-
-    monkeypatch.setattr(groups, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(groups.subprocess, "run", run)
-    return calls
-
-
-def test_a_group_whose_process_was_killed_has_failed(monkeypatch, tmp_path):
-    killed = subprocess.CompletedProcess([], -9, "", "\n")
-    monkeypatch.setattr(groups.subprocess, "run", lambda *args, **given: killed)
-    groups._measure(groups.GROUPS["gpu"][0], "gpu", tmp_path, 60)
-    assert (tmp_path / "error.txt").read_text() == "exit code -9"
-    assert not (tmp_path / "table.md").exists()
-
-
-def test_a_group_starts_only_if_it_fits_and_is_stopped_after_twice_its_time(called, tmp_path, monkeypatch, capsys):
-    kinds = [("a", 0.5, "broken 0.5"), ("b", 2, "train 3"), ("c", 4, "sample 4"), ("d", 1, "startup 9")]
-    monkeypatch.setattr(groups, "GROUPS", {"gpu": [groups._group(*kind) for kind in kinds]})
-    groups.run_all("gpu", 6, tmp_path)
-    assert called == [
-        ("a", ["broken", "0.5", "--device", "gpu"], 60.0),
-        ("b", ["train", "3", "--device", "gpu"], 240.0),
-        ("d", ["startup", "9", "--device", "gpu"], 120.0),
-    ]
-    out, err = capsys.readouterr()
-    assert "table of train" in out
-    assert "not measured yet: a, c, d" in out
-    assert "a failed: no disk" in err
-    assert "d failed: stopped after 120 s" in err
-    groups.run_all("gpu", 4.5, tmp_path)
-    assert [(name, seconds) for name, _, seconds in called[3:]] == [("a", 60.0), ("c", 240.0)]
-
-
-def script(name):
-    """A program of scripts/ as a module."""
-    path = Path(__file__).parents[2] / "scripts" / name
-    module = types.ModuleType(name)
-    module.__file__ = str(path)
-    exec(compile(path.read_text(), path, "exec"), vars(module))
-    return module
-
-
-def test_every_mode_has_its_function():
-    names = {name: run.__name__ for name, run in script("bench").MODES.items()}
-    assert names.pop("ablate") == "ablate"
-    assert names.pop("all") == "run_all"
-    assert all(name == function for name, function in names.items())
-
-
-def test_bench_saves_the_report_of_its_mode_and_returns_a_status(tmp_path, monkeypatch, capsys):
-    bench = script("bench")
-    monkeypatch.chdir(tmp_path)
-
-    def train(rounds: int = 5, seconds: float = 1.0) -> dict:
-        """Training."""
-        if rounds < 1:
-            raise UsageError(f"rounds is {rounds}")
-        return {"mode": "train", "facts": {}, "failed": {}, "notes": [f"{rounds} of {seconds}"], "tables": []}
-
-    def run_all() -> int:
-        """All."""
-        return 0
-
-    monkeypatch.setattr(bench, "MODES", {"train": train, "all": run_all})
-    assert bench.main("train", "--rounds", "2", "--seconds", "3.5") == 0
-    assert "- 2 of 3.5" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["bench-train.json"]
-    assert json.loads(Path("bench-train.json").read_text())["mode"] == "train"
-    assert bench.main("train", "--rounds", "0") == 2
-    assert capsys.readouterr().err == "scripts/bench: rounds is 0\n"
-    assert (bench.main("all"), bench.main("nonsense"), bench.main("--help"), bench.main()) == (0, 2, 0, 0)
-
-
-def test_compare_bytes_names_the_first_different_line():
-    compare = script("compare_bytes").compare
-    assert compare({"a": b"1\n2\n"}, {"a": b"1\n2\n"}) == []
-    assert compare({"a": b"1\n2\n", "b": b""}, {"a": b"1\n3\n", "c": b""}) == [
-        "b is only here",
-        "c is only in the base",
-        "a, line 2:\n    base b'3\\n'\n    here b'2\\n'",
-    ]
-    assert compare({"a": b"1"}, {"a": b"1\n2"}) == ["a, line 1:\n    base b'1\\n'\n    here b'1'"]
-    (long,) = compare({"a": b"x" * 999 + b"1"}, {"a": b"x" * 999 + b"2"})
-    assert long == f"a, line 1:\n    base b'{'x' * 100}2'\n    here b'{'x' * 100}1'"
-
-
-@pytest.mark.parametrize("different", [None, "bigram", "gpt-demo"])
-def test_compare_bytes_fails_if_one_of_its_cases_differs(different, monkeypatch, capsys):
-    tool, asked = script("compare_bytes"), []
-
-    def produce(tree, case, work):
-        asked.append((tree == tool.ROOT, case))
-        return {"a": b"here" if case == different and tree == tool.ROOT else b"base"}
-
-    monkeypatch.setattr(tool, "produce", produce)
-    monkeypatch.setattr(tool.subprocess, "run", lambda *words, **given: None)
-    monkeypatch.setattr(sys, "argv", ["compare_bytes", "HEAD~1", "--only", "bigram", "gpt-demo"])
-    assert tool.main() == (1 if different else 0)
-    assert asked == [(tree, case) for case in ("bigram", "gpt-demo") for tree in (True, False)]
-    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  ")]
-    assert lines == [
-        f"{case}: {'DIFFERENT' if case == different else 'equal'} (1 files)" for case in ("bigram", "gpt-demo")
-    ]
-
-
-def test_compare_bytes_runs_the_package_of_its_tree_and_stops_at_a_failure(tmp_path, monkeypatch):
-    tool, trees = script("compare_bytes"), []
-    run = subprocess.run
-
-    def fake(words, **given):
-        if given.get("shell"):
-            trees.append(given["env"]["PYTHONPATH"])
-            return subprocess.CompletedProcess(words, len(trees) - 1, "", "no such recipe")
-        return run(words, **given)
-
-    monkeypatch.setattr(tool.subprocess, "run", fake)
-    with pytest.raises(SystemExit, match="exit code 1\nno such recipe"):
-        tool.produce(tmp_path / "base", "resume", tmp_path / "work")
-    assert trees == [str(tmp_path / "base")] * 2
-
-
-def test_compare_bytes_fails_if_a_case_writes_no_file(tmp_path, monkeypatch):
-    tool = script("compare_bytes")
-    monkeypatch.setattr(tool, "CASES", {"none": (["recipes"], ["runs/r", "verse.txt"])})
-    with pytest.raises(SystemExit, match="none wrote no runs/r"):
-        tool.produce(tool.ROOT, "none", tmp_path / "work")
