@@ -4,13 +4,13 @@ import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from jaxgpt.cli import places
 from jaxgpt.cli.options import Checkpoint, Folders, RunName, RunsDir, command_line, parse
-from jaxgpt.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.recipes import FINETUNE
 
 
@@ -28,6 +28,12 @@ class ImportGPT2:
     """Keep this many positions, the first ones; 0 keeps all."""
     dropout: float = 0.0
     """Dropout rate for fine-tuning."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype of matmuls, as in train."""
+    remat: Literal["none", "matmuls", "blocks"] = "none"
+    """What the backward pass recomputes to save memory, as in train."""
+    deterministic: bool = False
+    """Avoid attention kernels with non-deterministic gradients, as in train."""
     data: DataConfig = FINETUNE.data
     optimizer: OptimizerConfig = FINETUNE.optimizer
     train: TrainConfig = FINETUNE.train
@@ -50,14 +56,14 @@ def run_import_gpt2(args: list[str]) -> int:
     from jaxgpt.huggingface import folders
     from jaxgpt.monitor import cost
 
+    free: dict[str, Any] = {name: getattr(given, name) for name in folders.FREE}
     run = folders.import_run(
         folders.find(given.folder),
-        Config(given.data, optimizer=given.optimizer, train=given.train),
+        Config(given.data, ModelConfig(**free), given.optimizer, given.train),
         given.run,
         given.folders.runs_dir,
         given.folders.data_dir,
         block_size=given.block_size,
-        dropout=given.dropout,
     )
     print(f"{run.path}: {cost.describe(run.config.model)}")
     print(f"Tokenizer: {run.config.data.tokenizer}")

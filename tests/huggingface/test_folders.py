@@ -126,10 +126,13 @@ def test_the_model_card_has_the_loss_of_the_exported_step(imported, tmp_path):
 
 def test_options_of_an_import_reach_the_run(tmp_path):
     options = ["--tokenizer", "ascii", "--unknown", "skip", "--block-size", "8", "--dropout", "0.25"]
+    options += ["--precision", "bfloat16", "--remat", "blocks", "--deterministic"]
     where = ["--runs-dir", str(tmp_path / "runs"), "--data-dir", str(tmp_path / "data")]
     assert run_import_gpt2([str(TINY), "--run", "short", *options, *where]) == 0
     run = Run(tmp_path / "runs" / "short")
-    assert (run.config.model.block_size, run.config.model.dropout) == (8, 0.25)
+    found = run.config.model
+    assert (found.block_size, found.dropout, found.precision, found.remat) == (8, 0.25, "bfloat16", "blocks")
+    assert found.deterministic
     assert load_checkpoint(run)[1]["wpe"]["embedding"].shape == (8, 32)
 
 
