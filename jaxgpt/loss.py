@@ -125,7 +125,7 @@ def losses_of(
     split = sharding.splits_rows(kernel, targets)
     batch, time, width = (sharding.num_shards(dim) if split else 1 for dim in ("batch", "time", "width"))
     rows, V = B * T // (batch * time), kernel.shape[1] // width
-    n_chunks = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * V <= chunk or n == rows))
+    n_chunks = next(n for n in range(1, max(2, rows + 1)) if rows % n == 0 and (rows // n * V <= chunk or n == rows))
     if n_chunks == 1:
         return token_losses(logits(x, kernel), targets)
 

@@ -154,7 +154,7 @@ class MultiHeadAttention(nn.Module):
         kv = cfg.n_kv_head or H
 
         def heads(x: jax.Array) -> jax.Array:
-            return x.reshape(B, T, -1, D).swapaxes(1, 2)  # (B, H or kv, T, D)
+            return x.reshape(B, T, x.shape[-1] // D, D).swapaxes(1, 2)  # (B, H or kv, T, D)
 
         sizes = {"query": C, "key": kv * D, "value": kv * D}
         q, k, v = fused_linear(x, [Linear(cfg, size, name=name) for name, size in sizes.items()])
@@ -370,10 +370,10 @@ def features(
       dropout: a traced rate in place of `config.dropout`.
 
     Raises:
-      ValueError: the ids are not (B, T), or T is longer than block_size.
+      ValueError: the ids are not (B, T) integers, or T is longer than block_size.
     """
-    if idx.ndim != 2:
-        raise ValueError(f"the ids have shape {idx.shape}, expected (B, T)")
+    if idx.ndim != 2 or not jnp.issubdtype(idx.dtype, jnp.integer):
+        raise ValueError(f"the ids have shape {idx.shape} and dtype {idx.dtype}, expected (B, T) integers")
     if idx.shape[1] > config.block_size:
         raise ValueError(f"{idx.shape[1]} tokens are longer than block_size, {config.block_size}")
     if dropout_key is None or not config.dropout:

@@ -31,8 +31,18 @@ def test_logits_have_shape_B_T_V(config):
         chex.assert_shape(jax.eval_shape(partial(model.forward, config), params, IDX[:, :T]), (3, T, 11))
     with pytest.raises(ValueError, match="9 tokens are longer than block_size, 8"):
         forward(config, params, jnp.zeros((1, 9), jnp.int32))
-    with pytest.raises(ValueError, match=r"shape \(8,\), expected \(B, T\)"):
+    with pytest.raises(ValueError, match=r"shape \(8,\) and dtype int32, expected \(B, T\) integers"):
         forward(config, params, IDX[0])
+    with pytest.raises(ValueError, match=r"shape \(3, 8\) and dtype float32, expected \(B, T\) integers"):
+        forward(config, params, IDX + 0.5)
+
+
+@pytest.mark.parametrize("config", [GPT, BIGRAM])
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0)])
+def test_an_empty_batch_has_empty_logits_and_losses(config, shape):
+    params, idx = init_params(config, KEY), jnp.zeros(shape, jnp.int32)
+    chex.assert_shape(forward(config, params, idx), (*shape, 11))
+    chex.assert_shape(model.losses(config, params, idx, idx), shape)
 
 
 @pytest.mark.parametrize("config", [GPT, BIGRAM])
