@@ -71,12 +71,14 @@ def chunk_starts(
         "random": each start uniform over all n_tokens - T, with replacement, as in nanoGPT; "estimate": another stream.
 
     Raises:
-      ValueError: a part has fewer than T + 1 tokens, or sampling is unknown.
+      ValueError: a part has fewer than T + 1 tokens, T is below 1, another number is negative, or sampling is unknown.
     """
     begin, end, T, B = int(begin), int(end), int(T), int(B)  # an array of 32 bits would overflow
     parts = parts if isinstance(parts, Sequence) else [Part(int(parts), 1.0)]
     for n_tokens, _ in parts:
         _require_window(n_tokens, T)
+    if min(seed, begin, B) < 0:
+        raise ValueError(f"seed is {seed}, the step {begin} and B {B}, expected no negative number")
     if sampling not in ("epoch", *STREAMS):
         raise ValueError(f"sampling is {sampling!r}, expected 'epoch' or 'random'")
     windows = np.arange(begin * B, end * B)
@@ -100,7 +102,7 @@ def config_starts(config: Config, parts: int | Sequence[Part], begin: int, end: 
 
 
 def _require_window(n_tokens: int, T: int) -> None:
-    if n_tokens < T + 1:
+    if not 1 <= T < n_tokens:
         raise ValueError(f"{n_tokens} tokens hold no window of {T} inputs and a target")
 
 

@@ -154,6 +154,16 @@ def test_too_few_tokens_and_unknown_sampling_are_refused():
         batches.window_starts(0, 0, 100, 8, 1, "shuffled")
 
 
+@pytest.mark.parametrize("sampling", ["epoch", "random"])
+def test_numbers_out_of_range_are_refused(sampling):
+    for seed, step, B in ((-1, 0, 4), (0, -1, 4), (0, 0, -1)):
+        with pytest.raises(ValueError, match=f"seed is {seed}, the step {step} and B {B}, expected no negative"):
+            batches.window_starts(seed, step, 100, 8, B, sampling)
+    for T in (0, -1):
+        with pytest.raises(ValueError, match=f"100 tokens hold no window of {T} inputs"):
+            batches.window_starts(0, 0, 100, T, 4, sampling)
+
+
 class TestMixtures:
     PARTS = (batches.Part(100, 0.7), batches.Part(61, 0.2), batches.Part(200, 0.1))
 
