@@ -124,6 +124,10 @@ def test_a_run_is_never_overwritten_and_resumes_with_its_own_settings(call, vers
     assert "the learning rate stays at 0 from step 20 on" in out
     assert "step 30" in out
     assert (tmp_path / "runs/one/metrics.jsonl").read_bytes().startswith(metrics)
+    for steps, code in ((30, 0), (25, 2)):  # nothing is left to train
+        found, out, _ = call("train", "--run", "one", "--resume", "--steps", steps)
+        assert found == code
+        assert "the learning rate stays" not in out
 
 
 def test_resume_finds_the_named_run_in_runs_dir(call, verse, tmp_path):

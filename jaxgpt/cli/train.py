@@ -120,10 +120,11 @@ def _fit(given: Train, existing: Run | None) -> int:
     with jax.set_mesh(mesh):
         console.print(cost.describe(config.model))
     console.print(why)
-    if existing and Checkpoints(run.checkpoints).latest == config.train.steps:
+    latest = (Checkpoints(run.checkpoints).latest if existing else 0) or 0
+    if latest == config.train.steps:
         console.print(f"the run is at its last step, {config.train.steps:,}: --steps N trains longer")
     end = config.optimizer.decay_steps
-    if config.optimizer.schedule != "constant" and config.train.steps > end:
+    if config.optimizer.schedule != "constant" and config.train.steps > max(end, latest):
         console.print(f"the learning rate stays at {config.optimizer.final_learning_rate:g} from step {end:,} on")
     with run.lock():
         pass  # before a logger joins the session of a process that trains this run
