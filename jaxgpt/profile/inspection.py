@@ -249,8 +249,8 @@ def measure(config: Config, step: Program, folder: Path | None) -> tuple[dict[st
         f"a step of {tokens:,} tokens takes {1e3 * took:.1f} ms ({1e3 * min(times):.1f} to {1e3 * max(times):.1f}), "
         f"{tokens / took:,.0f} tokens/s: its matmuls, {step.formula_flops / 1e9:.2f} GFLOP, use "
         f"{step.formula_flops / took / machine.flops:.0%} of the machine's peak",
-        f"profiled: {1e3 * work:.1f} ms of work per step, which threads share, in {len(operations)} operations and "
-        f"{trace.dispatches(lines) / TRACED:g} programs dispatched per step. A fusion belongs to the part of its last "
+        f"profiled: {1e3 * work:.1f} ms of work per step, which threads share, in {len(operations)} operations; "
+        f"programs dispatched per step: {trace.dispatches(lines) / TRACED:g}. A fusion belongs to the part of its last "
         "operation. FLOPs and bytes are those of the optimized program, every iteration of a loop included",
     ]
     if folder:

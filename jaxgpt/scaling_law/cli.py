@@ -49,7 +49,7 @@ def run(args: list[str]) -> int:
     members, scores = train(given, base, members, identity)
     points = family.points(members, scores)
     if lost := len(members) - len(points):
-        print(f"{lost} of {len(members)} runs diverged and are left out of the fit")
+        print(f"{lost} of {len(members)} runs diverged: left out of the fit")
     fitted, path = fit(points), given.sweeps_dir / given.name
     for line in view.lines(fitted, points, given.flops):
         print(line)

@@ -212,7 +212,7 @@ def test_a_config_is_inspected_from_end_to_end(inspected):
     assert "attention: reference" in notes
     assert "the ridge is at 10.0 FLOP/byte" in notes
     assert "a step of 128 tokens takes" in notes
-    assert "1 programs dispatched per step" in notes
+    assert "operations; programs dispatched per step: 1. A fusion" in notes
     assert "**Roofline, part by part**" in report.markdown(json.loads(json.dumps(inspected)))
     longest = table(inspected, "Operations of a step")
     assert longest[0]["ms a step"] >= longest[-1]["ms a step"] > 0
