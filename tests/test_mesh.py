@@ -297,7 +297,7 @@ def test_auto_shards_the_state_only_as_far_as_necessary(small, change):
     big = change(small, n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, batch_size=480)
     sizes, why = cli_mesh.choose(big, 8, 80 * 10**9)
     assert sizes == Sizes(data=8)
-    assert "2.6 GB of 80 GB a device, whole on each device" in why
+    assert "2.6 GB of 80.0 GB a device, whole on each device" in why
     sizes, why = cli_mesh.choose(big, 8, 2 * 10**9)
     assert sizes == Sizes(data=2, fsdp=4)
     assert "split over 4 devices" in why

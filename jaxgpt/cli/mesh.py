@@ -4,6 +4,7 @@ from math import lcm
 
 import jax
 from jax.sharding import Mesh
+from rich.filesize import decimal
 
 from jaxgpt.cli.memory import n_moments
 from jaxgpt.config import Config
@@ -85,8 +86,8 @@ def choose(config: Config, devices: int, memory: int | None) -> tuple[Sizes, str
     used = max(n for n in divisors(devices) if B // A % n == 0)
     valid = [n for n in divisors(used) if not problems(config, Sizes(used // n, n))]
     fsdp = next((n for n in valid if memory is None or state / n <= memory / 2), max(valid, default=1))
-    why = f"parameters, gradients and moments take {state / 1e9:.2g} GB"
-    why += f" of {memory / 1e9:.3g} GB a device" if memory else ""
+    why = f"parameters, gradients and moments take {decimal(state)}"
+    why += f" of {decimal(memory)} a device" if memory else ""
     why += f", split over {fsdp} devices" if fsdp > 1 else ", whole on each device"
     if used < devices:
         why += f"; {devices - used} of {devices} devices stay idle, as only {used} divide a micro-batch"
