@@ -23,10 +23,13 @@ def require_writable(folder: Path, option: str) -> None:
         raise UsageError(f"{folder} cannot be written to: {error.strerror}; name another folder: {option}") from error
 
 
-def require_file(path: Path | None, option: str) -> None:
-    """Raise a UsageError, which names the flag `option`, unless `path` is None or a file can be written there."""
+def require_file(path: Path | None, option: str, other: Path | None = None) -> None:
+    """Raise a UsageError, which names the flag `option`, unless `path` is None or a file can be written there that is
+    not `other`, which the command writes too."""
     if path is None:
         return
+    if other and path.resolve() == other.resolve():
+        raise UsageError(f"{path} is written already: name another file, {option} FILE")
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is a folder or a device: name a file, {option} FILE")
     if not path.parent.is_dir():

@@ -45,7 +45,7 @@ def run(args: list[str]) -> int:
     if given.steps:
         rungs = [replace(rung, steps=given.steps) for rung in rungs]
     places.require_file(given.plot, "--plot")
-    places.require_file(given.json, "--json")
+    places.require_file(given.json, "--json", given.plot)
     if given.plot:
         charts.require(given.plot)
     longest = max(rung.block_size for rung in rungs)

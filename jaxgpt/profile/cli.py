@@ -81,7 +81,7 @@ def run_ledger(args: list[str]) -> int:
     name = Path(name).stem  # of a recipe that is a file
     out = given.out or Path(f"ledger-{name}.json")
     places.require_file(out, "--out")
-    places.require_file(given.plot, "--plot")
+    places.require_file(given.plot, "--plot", out)
     if given.plot:
         charts.require(given.plot)
     found = ledger.measure(complete(given.config, given.data_dir), name, variants, given.rounds, given.seconds)
@@ -106,7 +106,7 @@ def run_inspect(args: list[str]) -> int:
     from jaxgpt.profile import inspection, plots, report
 
     places.require_file(given.out, "--out")
-    places.require_file(given.roofline, "--roofline")
+    places.require_file(given.roofline, "--roofline", given.out)
     if given.profile:
         places.require_writable(given.profile, "--profile")
     if given.roofline:
