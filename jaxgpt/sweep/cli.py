@@ -119,7 +119,7 @@ def train(
     console.print(f"{len(members)} members in {path}, over {len(devices)} x {devices[0].device_kind}")
     with SweepFolder.locked(path, identity) as folder:
         if finished := folder.finished:
-            console.print(f"{len(finished)} of them are finished already")
+            console.print(f"finished already: {len(finished)}")
         steps = sum(member.config.train.steps for member in members)
         try:
             with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -132,7 +132,7 @@ def train(
                         console.print(view.progress(event, len(members)))
         except KeyboardInterrupt:
             console.print(
-                f"{len(folder.finished)} of {len(members)} members are done and kept; the same command again trains "
+                f"done and kept: {len(folder.finished)} of {len(members)} members; the same command again trains "
                 "the others, unfinished ones from their start"
             )
             raise

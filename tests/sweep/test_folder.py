@@ -53,11 +53,12 @@ def test_an_interrupted_sweep_resumes_to_the_same_results(sweep, tmp_path, monke
 
     monkeypatch.setattr(SweepFolder, "add", interrupt_sixth)
     assert sweep("cut") == 130
-    assert "2 of 4 members are done and kept; the same command again trains the others" in capsys.readouterr().out
+    assert "done and kept: 2 of 4 members; the same command again trains the others" in capsys.readouterr().out
     monkeypatch.setattr(SweepFolder, "add", lambda *args: calls.append([0]) or add(*args))
     assert len((tmp_path / "sweeps/cut/results.jsonl").read_bytes().splitlines()) == 10
     assert sweep("cut") == 0
     assert len(calls) == 6 + 3, "the first two members were not trained again"
+    assert "finished already: 2\n" in capsys.readouterr().out
     assert (tmp_path / "sweeps/cut/results.jsonl").read_bytes() == whole
     assert sweep("cut") == 0
     assert len(calls) == 6 + 3, "no member of a finished sweep is trained again"
