@@ -39,7 +39,7 @@ class Scheduler:
           HTTPException: max_requests are open already (429), or the scheduler is stopping (503).
         """
         with self._changed:
-            if self._stopping or not self._thread.is_alive():
+            if self._stopping:
                 raise HTTPException(503, STOPPING)
             if len(self._jobs) >= self.limits.max_requests:
                 busy = f"{len(self._jobs)} requests are open, which is the limit: try again soon"
@@ -65,7 +65,7 @@ class Scheduler:
     @property
     def state(self) -> dict[str, Any]:
         """The answer to a health check."""
-        status = "stopping" if self._stopping else "ok" if self._thread.is_alive() else "failed"
+        status = "stopping" if self._stopping else "ok"
         return {"status": status, "requests": len(self._jobs), "models": len(self._writers)}
 
     def _work(self) -> None:

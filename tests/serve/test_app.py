@@ -9,6 +9,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ from jaxgpt.serve.cli import Serve
 from jaxgpt.serve.library import Library
 from jaxgpt.serve.requests import to_write
 from jaxgpt.serve.scheduler import Scheduler
-from jaxgpt.serve.writer import End, Job, Piece, Writer
+from jaxgpt.serve.writer import End, Job, Looked, Piece, Writer
 from jaxgpt.start import load_model
 from jaxgpt.tokenizer import ByteTokenizer
 from tests.serve.client import JSON, Call, call
@@ -90,6 +91,9 @@ def test_recreated_run_is_listed_anew(library, app):
     Run.create(library.folder, "anew", dataclasses.replace(before.config, model=model), meta)
     assert library.run("anew") != before
     assert (summary_of(app, "anew")["start"], summary_of(app, "anew")["vocabulary"]) == ("a", 3)
+    assert "problem" not in summary_of(app, "pairs")
+    (library.folder / "anew" / "checkpoints" / "20.unfinished").mkdir(parents=True)
+    assert summary_of(app, "anew")["problem"] == "it has no checkpoint yet"
     shutil.rmtree(library.folder / "anew")
 
 
@@ -117,8 +121,9 @@ def test_runs_are_listed_by_their_last_save_without_hidden_ones(library, tmp_pat
     for i, name in enumerate(("first", "second", ".hidden"), 1):
         shutil.copytree(library.folder / "pairs", tmp_path / name)
         os.utime(tmp_path / name / "checkpoints", (i, i))
-    shutil.copytree(library.folder / "broken", tmp_path / "a run without checkpoints")
-    assert Library(tmp_path).names == ["second", "first", "a run without checkpoints"]
+    for name in "bca":
+        shutil.copytree(library.folder / "broken", tmp_path / f"{name} without checkpoints")
+    assert Library(tmp_path).names == ["second", "first", *(f"{name} without checkpoints" for name in "abc")]
 
 
 def test_without_a_name_all_runs_of_runs_dir_are_served(library, tmp_path):
@@ -128,11 +133,13 @@ def test_without_a_name_all_runs_of_runs_dir_are_served(library, tmp_path):
         Library.at(None, tmp_path / "none")
 
 
-def test_endpoints_of_runs_health_and_page(app):
+def test_endpoints_of_runs_health_and_page(app, library):
     runs = {run["name"]: run for run in call(app, "GET", "/api/runs").tree["runs"]}
     assert runs.keys() == {"one", "pairs", "broken"}
     assert "config.json: it has no seal" in runs["broken"]["problem"]
-    assert runs["one"]["layers"] == 1
+    assert [runs["one"][name] for name in ("block_size", "layers", "heads")] == [8, 1, 2]
+    assert runs["one"]["parameters"] == sum(x.size for x in jax.tree.leaves(load_model(library.run("one"))[1]))
+    assert (runs["pairs"]["layers"], runs["pairs"]["heads"]) == (0, 0), "a bigram has no attention to show"
     assert runs["one"]["corpus"] == "text", "as tokens.json names the source"
     assert "problem" not in runs["one"]
     assert call(app, "GET", "/health").tree["status"] == "ok"
@@ -140,8 +147,12 @@ def test_endpoints_of_runs_health_and_page(app):
         page = call(app, "GET", path)
         assert page.status == 200
         assert page.headers["content-type"].startswith(kind)
-        assert "default-src 'none'" in page.headers["content-security-policy"]
+        for directive in ("default-src 'none'", "frame-ancestors 'none'"):
+            assert directive in page.headers["content-security-policy"]
         assert page.headers["x-content-type-options"] == "nosniff"
+        assert page.headers["cache-control"] == "no-store", "a text is not kept by the browser"
+        for name in ("cross-origin-opener-policy", "cross-origin-resource-policy"):
+            assert page.headers[name] == "same-origin"
 
 
 def test_the_default_number_of_tokens_is_within_the_limit(library):
@@ -201,6 +212,33 @@ def test_disconnect_is_noticed_between_two_queued_pieces():
     asyncio.run(main())
 
 
+def test_a_character_whose_bytes_are_spread_over_tokens_is_sent_whole():
+    """With its last byte; a part of one that is left at the end is sent as the sign for it."""
+
+    async def main():
+        job, messages = Job(SimpleNamespace(tokenizer=ByteTokenizer()), [0x61, 0xC3]), asyncio.Queue()
+        for ids in ([0xA9, 0xE4], [0xB8]):
+            n = len(ids)
+            messages.put_nowait(Piece(Drawn(ids, [0.5] * n, [[65]] * n, [[0.5]] * n), 0))
+        messages.put_nowait(End("stopped"))
+        events = [each.split("data: ") async for each in _events(job, job.ids, messages)]
+        return [(name, json.loads(data)) for name, data in events]
+
+    (_, started), (_, one), (_, two), (_, ended) = asyncio.run(main())
+    assert started == {"prompt": [[0x61, "a"], [0xC3, ""]]}
+    assert [[token["text"] for token in tree["tokens"]] for tree in (one, two)] == [["é", ""], [""]]
+    assert ended == {"text": "\N{REPLACEMENT CHARACTER}", "error": "stopped"}
+
+
+def test_the_attention_of_a_diverged_model_is_sent_as_zeros(library):
+    """JSON has no NaN."""
+    looked = Looked(np.full((1, 2, 1), np.nan), [0], [np.nan])
+    scheduler = SimpleNamespace(limits=LIMITS, submit=lambda job: job.put(looked), cancel=lambda job: None)
+    answer = call(application(library, scheduler), "POST", "/api/look", {"run": "one", "ids": [1]})
+    assert answer.tree["attention"] == [[[0.0], [0.0]]]
+    assert answer.tree["likely"][0]["p"] == 0
+
+
 def test_client_that_disconnects_before_its_look_no_longer_counts(library):
     loaded = threading.Event()
 
@@ -246,6 +284,9 @@ def test_failure_is_reported_and_the_next_request_loads_the_run_again(library):
     scheduler = Scheduler(load, LIMITS)
     try:
         app = application(library, scheduler)
+        looked = call(app, "POST", "/api/look", {"run": "one", "ids": [1]})
+        assert (looked.status, looked.tree) == (503, {"error": "one failed: no memory"})
+        loads.clear()
         request = {"run": "one", "prompt": "a", "tokens": 2}
         for message in ("one failed: no memory", "one failed: ", '"error": ""'):
             answer = call(app, "POST", "/api/write", request)

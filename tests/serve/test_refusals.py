@@ -4,14 +4,19 @@ import asyncio
 import dataclasses
 import itertools
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.exceptions import HTTPException
 
 from jaxgpt.cli.sample import Sample
+from jaxgpt.config import UsageError
 from jaxgpt.serve import limits, requests
 from jaxgpt.serve.app import application
+from jaxgpt.serve.library import Library
 from tests.serve.client import JSON, Call, call
 
 BAD_REQUESTS = [
@@ -19,6 +24,7 @@ BAD_REQUESTS = [
     (b"\xff", 400, "not JSON"),
     (b"[" * 10**5, 400, "not JSON"),
     (b"1" * 5000, 400, "not JSON"),
+    (b"x" * 2**20, 400, "not JSON"),
     (b"x" * (2**20 + 1), 413, "longer than"),
     ([], 400, "expected an object"),
     ({}, 400, "run is None"),
@@ -34,6 +40,7 @@ BAD_REQUESTS = [
     ({"run": "one", "prompt": [1, 11]}, 400, "whole numbers from 0 to 10"),
     ({"run": "one", "prompt": [True]}, 400, "prompt holds True"),
     ({"run": "one", "prompt": "a", "tokens": 10**6 + 1}, 400, "tokens is 1000001"),
+    ({"run": "one", "prompt": "a", "tokens": 0}, 400, "tokens is 0, expected 1 to"),
     ({"run": "one", "prompt": "a", "tokens": 2.0}, 400, "expected a whole number"),
     ({"run": "one", "prompt": "a", "temperature": float("nan")}, 400, "temperature is nan"),
     ({"run": "one", "prompt": "a", "top_k": 2**31}, 400, "top_k is 2147483648, expected 0 to 2147483647"),
@@ -71,13 +78,41 @@ def test_looks_at_too_few_or_too_many_ids_are_refused(app):
     assert call(app, "POST", "/api/look", {"run": "one", "ids": [0] * 8}).status == 200, "a full context"
 
 
-def test_looks_whose_attention_maps_are_too_large_are_refused(app, monkeypatch):
+def test_looks_whose_attention_maps_are_too_large_are_refused(app, library, monkeypatch):
     request = {"run": "one", "ids": [1, 2, 3]}  # padded to block_size 8; 1 layer of 2 heads
     for limit, status in ((3 * 2 * 8 * 8, 200), (3 * 2 * 8 * 8 - 1, 400)):
         monkeypatch.setattr(requests, "MAX_MAPS", limit)
         answer = call(app, "POST", "/api/look", request)
         assert answer.status == status
     assert answer.tree["error"] == "the attention maps of 3 tokens are too large: choose an earlier token"
+    assert requests.to_look(b'{"run": "pairs", "ids": [1, 2, 3]}', library).ids == [1, 2, 3], "a bigram has no maps"
+
+
+def test_a_run_whose_files_cannot_be_read_is_reported(library, tmp_path):
+    """They may be damaged, or gone: then a server of one run still lists it."""
+    run = shutil.copytree(library.folder / "pairs", tmp_path / "pairs")
+    served = Library.at(str(run), tmp_path)
+
+    def damage():
+        (run / "tokens.json").write_text("{}")
+        (run / "config.json").touch()  # as if it was created again: an older one is not read again
+
+    for change, message in ((damage, "tokens.json"), (lambda: shutil.rmtree(run), "No such file")):
+        change()
+        with pytest.raises(HTTPException, match=f"run 'pairs' cannot be read: .*{message}") as refused:
+            requests.to_write(b'{"run": "pairs", "prompt": "a"}', served, limits.Limits())
+        assert refused.value.status_code == 503
+        assert message in served.summary("pairs")["problem"]
+
+
+@pytest.mark.parametrize("error", [UsageError, ValueError])
+def test_a_prompt_that_the_tokenizer_cannot_encode_is_refused(error):
+    def encode(text):
+        raise error("tiktoken is missing")
+
+    with pytest.raises(HTTPException, match="the prompt cannot be encoded: tiktoken is missing") as refused:
+        requests._encoded("a", SimpleNamespace(encode=encode), 9)
+    assert refused.value.status_code == 400
 
 
 def test_unknown_paths_methods_and_content_types_are_refused(app):
@@ -87,6 +122,8 @@ def test_unknown_paths_methods_and_content_types_are_refused(app):
     assert call(app, "POST", "/api/write", {}, {"content-type": "text/plain"}).status == 415, (
         "an HTML form cannot send requests"
     )
+    for kind in ("application/json; charset=utf-8", "Application/JSON ;charset=UTF-8"):
+        assert call(app, "POST", "/api/write", {}, {"content-type": kind}).status == 400, "its kind is accepted"
 
 
 def test_host_origin_and_token_are_checked(library, scheduler):
@@ -103,6 +140,9 @@ def test_host_origin_and_token_are_checked(library, scheduler):
         assert answer.status == 401, value
         assert answer.headers["www-authenticate"] == "Bearer"
     assert call(app, "GET", "/").status == 200, "the page asks for the token"
+    browser = authorized | {"host": "Study:80", "origin": "HTTP://sTUDY:80"}
+    assert call(app, "GET", "/api/runs", headers=browser).status == 200, "names of hosts have no case"
+    assert call(app, "GET", "/api/runs", headers={"host": "study"}).status == 401
     for origin in ("http://127.0.0.1:8000", "http://127.0.0.1:9000", "null", "http://["):
         answer = call(app, "GET", "/api/runs", headers=authorized | {"origin": origin})
         assert answer.status == (200 if origin == "http://127.0.0.1:8000" else 403), origin

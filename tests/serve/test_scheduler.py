@@ -6,6 +6,9 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+from starlette.exceptions import HTTPException
+
 from jaxgpt.serve.library import Served
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.scheduler import MODELS, Scheduler
@@ -91,3 +94,24 @@ def test_the_least_recently_used_model_makes_room():
             scheduler.submit(Job(run, [1], put=ended.put))
             assert ended.get(timeout=10) == End()
     assert loads == [first, second, *others, last, second]
+
+
+def test_a_scheduler_that_stops_refuses_jobs_and_ends_those_it_has():
+    ended, loading, finish_loading = queue.Queue(), threading.Event(), threading.Event()
+
+    def load(run):
+        loading.set()
+        finish_loading.wait(10)
+        return Model()
+
+    with scheduling(load) as scheduler:
+        scheduler.submit(Job(RUN, [0], 9, put=ended.put))
+        assert loading.wait(10)
+        scheduler.stop()  # the JAX thread still loads
+        assert scheduler.state["status"] == "stopping"
+        with pytest.raises(HTTPException, match="the server is stopping") as refused:
+            scheduler.submit(Job(OTHER, [0]))
+        assert refused.value.status_code == 503
+        finish_loading.set()
+        assert ended.get(timeout=10) == End("the server is stopping")
+        assert scheduler.state["requests"] == 0
