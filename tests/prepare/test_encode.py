@@ -83,6 +83,7 @@ def test_white_space_around_a_dropped_surrogate_is_encoded_as_a_whole(tmp_path, 
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
     corpus = prepare_corpus(str(tmp_path / "a.jsonl"), "bpe:300", unknown="skip", data_dir=tmp_path / "data").corpus
     assert b"\t\t" in corpus.tokenizer.tokens
+    assert corpus.meta["skipped_characters"] == 100, "of all parts"
     np.testing.assert_array_equal(corpus.tokens, corpus.tokenizer.encode(text.replace("\ud800", "")))
 
 

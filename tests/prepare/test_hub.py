@@ -132,6 +132,8 @@ def test_named_dataset_is_read_without_a_local_copy(server, web, clear_listings,
     server.fetched.clear()
     assert prepare_corpus("fineweb", "byte", data_dir=tmp_path / "data").reused
     assert server.fetched == [], "the hashes of the files show that nothing has changed"
+    with pytest.raises(SourceError, match="column 'id' holds 0, expected a string"):
+        prepare_corpus("fineweb", "byte", column="id", data_dir=tmp_path / "data")
 
 
 def test_the_command_reads_from_the_endpoint_in_the_environment(server, web, tmp_path):

@@ -113,3 +113,24 @@ def test_unreachable_merges_are_refused(tmp_path):
     assert theirs.encode("abc").tokens == ["ab", "c"]
     with pytest.raises(ValueError, match="the merge a bc is not reached"):
         vocabularies.read_vocabulary(tmp_path)
+    without = json.dumps({word: i for i, word in enumerate([*letters, "abc"])})
+    with pytest.raises(ValueError, match="the merge ab c is not reached"):  # no merge gives "ab"
+        vocabularies.parse("#version: 0.2\nab c\n", without)
+
+
+def test_vocabulary_with_a_character_that_stands_for_no_byte_is_refused():
+    """As of a library that writes characters, not bytes."""
+    letters = sorted(vocabularies.byte_of_letter())
+    words = json.dumps({word: i for i, word in enumerate(["中", *letters[1:]])})
+    with pytest.raises(ValueError, match="character '中' does not stand for a byte in GPT-2's files"):
+        vocabularies.parse("#version: 0.2\n", words)
+
+
+def test_a_pre_tokenizer_without_use_regex_splits_as_gpt2_does(tmp_path):
+    """Older versions of the library did not write it."""
+    path = tmp_path / "tokenizer.json"
+    trained([]).save(str(path))
+    expected, tree = vocabularies.read_tokenizer(tmp_path), json.loads(path.read_text())
+    del tree["pre_tokenizer"]["use_regex"]
+    path.write_text(json.dumps(tree))
+    assert vocabularies.read_tokenizer(tmp_path) == expected

@@ -5,8 +5,11 @@ import http.server
 import lzma
 import os
 import socket
+import sysconfig
 import tarfile
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -26,6 +29,13 @@ def test_embedded_corpora_need_no_download(name):
     assert len(source.text) > 400_000
     assert "CPython 3." in source.origin
     assert source == read(name)
+
+
+def test_the_standard_library_is_read_without_tests_and_installed_packages():
+    root, paths = sysconfig.get_path("stdlib"), sources.python_stdlib().readers
+    folders = {part for path in paths for part in Path(path).relative_to(root).parts[:-1]}
+    assert "json" in folders
+    assert not folders & {"test", "tests", "site-packages", "pip"}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +70,7 @@ def test_files_are_read_as_utf8_with_plain_line_ends(tmp_path, data, text, notes
         ("中文 字".encode("utf-16-le"), "NUL byte at offset 5, "),
         (np.arange(1, 60, dtype=np.uint16).tobytes(), "offset 1, .*for tokens such as nanoGPT's train.bin"),
         (np.arange(1, 50257, dtype=np.uint16).tobytes(), "for tokens such as nanoGPT's train.bin"),
-        (b"a" * documents.PIECE + b"b\0", "NUL byte at offset 1,048,577"),
+        (b"a" * documents.PIECE + b"b\0", r"NUL byte at offset 1,048,577, .*: tr -d '\\0'"),
         (b"the cat\n" * 200 + b"\0sat", r"NUL byte at offset 1,600, .*: tr -d '\\0'"),
         (gzip.compress(b"text", mtime=0), "compressed with gzip: .*a name that ends in .gz, or .* gunzip"),
         (bz2.compress(b"text"), "compressed with bzip2"),
@@ -249,8 +259,6 @@ def test_unknown_corpus_error_lists_the_named_ones():
     [(PermissionError(13, "Permission denied"), "Permission denied"), (TimeoutError(), "TimeoutErr")],
 )
 def test_unreadable_file_is_reported(tmp_path, monkeypatch, error, message):
-    from pathlib import Path
-
     def denied(self, *mode):
         raise error
 
@@ -346,11 +354,40 @@ def test_no_space_for_a_temporary_copy_is_reported(tmp_path, server, monkeypatch
     os.close(end)
 
 
+def test_a_copy_that_fails_for_another_reason_is_not_blamed_on_the_space(tmp_path):
+    def fail(data):
+        raise OSError(5, "Input/output error")
+
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(OSError, match="Input/output error"):
+        documents.copy_to(SimpleNamespace(write=fail), tmp_path / "a.txt", tmp_path, "TMPDIR")
+
+
+def test_error_of_a_store_without_a_message_is_named():
+    message = r"^gs://bucket/a is unavailable: TimeoutError$"
+    with pytest.raises(SourceError, match=message), sources.store_errors("gs://bucket/a"):
+        raise TimeoutError
+
+
+@pytest.mark.parametrize(("spaces", "allowed"), [(50_000, True), (150_000, False)])
+def test_a_gzip_file_may_unpack_to_a_hundred_times_its_size(tmp_path, monkeypatch, spaces, allowed):
+    monkeypatch.setattr(documents, "ALWAYS_ALLOWED", 100)
+    text = "".join(hashlib.sha512(bytes([i])).hexdigest() for i in range(16)) + " " * spaces
+    (tmp_path / "a.txt.gz").write_bytes(packed := gzip.compress(text.encode()))
+    assert (len(text) < 99 * len(packed), len(text) > 25 * len(packed)) == (allowed, True)
+    if allowed:
+        assert read(str(tmp_path / "a.txt.gz")).text == text
+    else:
+        with pytest.raises(SourceError, match=rf"unpacks to more than {100 * len(packed):,} bytes; .*: gunzip"):
+            read(str(tmp_path / "a.txt.gz"))
+
+
 def test_html_page_at_a_url_is_refused(tmp_path, server):
     """As a server sends for a folder."""
     (tmp_path / "www" / "texts").mkdir()
     (tmp_path / "www" / "a.html").write_text('\n<!doctype html><a href="b.html">b</a>')
-    for name in ("texts", "texts/", "a.html"):
+    (tmp_path / "www" / "b.txt").write_text("<HTML><body>Log in")
+    for name in ("texts", "texts/", "a.html", "b.txt"):
         with pytest.raises(SourceError, match=f"{server}/{name} is a page of HTML, expected a file of UTF-8"):
             sources.open_text(f"{server}/{name}")
 
@@ -396,8 +433,7 @@ class TestDownload:
         target = tmp_path / "a.txt"
         with pytest.raises(SourceError) as caught:
             sources.download("http://127.0.0.1:1/a.txt", target, 100, self.SHA)
-        assert str(target) in str(caught.value)
-        assert self.SHA in str(caught.value)
+        assert str(caught.value).endswith(f"put it at {target} or data/a.txt, SHA-256 {self.SHA}")
 
 
 class TestShakespeare:
