@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from jaxgpt.cli.evaluate import Eval
 from jaxgpt.cli.options import parse, take_name
 from jaxgpt.cli.runs import start_run
 from jaxgpt.cli.sample import Sample
-from jaxgpt.cli.train import Train, _print_summary, resume_command
+from jaxgpt.cli.train import Train, _from_file, _print_summary, resume_command
 from jaxgpt.config import Config
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated
@@ -163,6 +164,8 @@ def test_resume_command_keeps_mesh_and_loggers():
     assert resume_command(given, Run(Path("runs/one"))) == (
         "jaxgpt train --run one --resume --mesh data=2 --log tensorboard --log wandb"
     )
+    started = Train("one", Config(), distributed=True)
+    assert resume_command(started, Run(Path("runs/one"))) == "jaxgpt train --run one --resume --distributed"
 
 
 def test_failed_save_prints_the_resume_command(call, verse, monkeypatch):
@@ -211,6 +214,8 @@ def test_a_path_may_look_like_markup(call, tmp_path):
         (["train", "gpt-demo", "--run", "../x"], "expected letters"),
         (["train", "gpt-demo", "--run"], "--run"),
         (["train", "gpt-demo", "--corpus", "nowhere"], "no corpus, file or folder 'nowhere'"),
+        (["train", "gpt-demo", "--num-processes", "2"], "need the address of process 0: --coordinator HOST:PORT"),
+        (["train", "gpt-demo", "--process-id", "1"], "need the address of process 0: --coordinator HOST:PORT"),
         (["train", "--run", "nothing", "--resume"], "no run 'nothing'"),
         (["sample", "nothing"], "no run 'nothing'"),
         (["eval", "nothing"], "no run 'nothing'"),
@@ -319,12 +324,30 @@ def test_out_of_memory_is_reported(call, monkeypatch, error, message):
     assert f"out of memory{message}: close other programs" in err
 
 
-def test_interrupt_exits_with_130(call, monkeypatch):
-    def interrupt(args):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "jaxgpt: interrupted\n"),
+        (BrokenPipeError(), 1, ""),
+        (CheckpointError("it is torn"), 1, "jaxgpt: it is torn\n"),
+    ],
+)
+def test_error_of_a_command_has_its_exit_code_and_message(call, monkeypatch, error, code, message):
+    def fail(args):
+        raise error
 
-    monkeypatch.setattr("jaxgpt.cli.list_recipes.run", interrupt)
-    assert call("recipes")[0] == 130
+    monkeypatch.setattr("jaxgpt.cli.list_recipes.run", fail)
+    assert call("recipes") == (code, "", message)
+
+
+def test_an_assertion_that_fails_is_not_taken_for_a_missing_device(call, monkeypatch):
+    def fail(args):
+        raise AssertionError("a mistake of ours")
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr("jaxgpt.cli.list_recipes.run", fail)
+    with pytest.raises(AssertionError, match="a mistake of ours"):
+        call("recipes")
 
 
 INTERRUPT_WHILE_JAX_IS_IMPORTED = """
@@ -352,6 +375,7 @@ def test_versions(call):
     code, out, _ = call("--version")
     assert code == 0
     assert out.startswith(f"jaxgpt {jaxgpt.__version__} (jax {jax.__version__}, jaxlib ")
+    assert out.endswith(f", Python {'.'.join(map(str, sys.version_info[:3]))})\n")
 
 
 @pytest.mark.parametrize("ask", ["flag before", "flag after", "variable"])
@@ -432,13 +456,14 @@ def test_a_tpu_that_cannot_be_initialized_is_reported(call, monkeypatch):
         ("inspect gpt-demo --no-measure true", "--measure takes no value: write --measure or --no-measure"),
         ("report one --watch True", "--watch takes no value: write --watch or --no-watch"),
         ("sample one --prompt -x", "a value that begins with '-' is written with '=': --prompt=-x"),
+        ("sample one --prompt '-x y'", "a value that begins with '-' is written with '=': --prompt='-x y'"),
         ("sample one --stop --", "a value that begins with '-' is written with '=': --stop=--"),
         ("prepare 1*a.txt + 1*b.txt", "a mixture is one argument, in quotes: '0.7*a.txt + 0.3*b.txt'"),
         ("diagnose one --text --help-me", "a value that begins with '-' is written with '=': --text=--help-me"),
     ],
 )
 def test_refused_options_come_with_a_hint(call, args, message):
-    code, _, err = call(*args.split())
+    code, _, err = call(*shlex.split(args))
     assert code == 2
     assert err.endswith(f"\njaxgpt: {message}\n")
 
@@ -450,6 +475,7 @@ def test_refused_options_come_with_a_hint(call, args, message):
         "sample one --prompt",
         "sample one --tokens x",
         "sample one --prompt + --tokens x",
+        "sample one --top-k -5 --tokens x",
     ],
 )
 def test_no_hint_where_none_helps(call, args):
@@ -473,6 +499,8 @@ def test_a_recipe_may_follow_the_options(args):
     assert name == "gpt-demo"
     assert "gpt-demo" not in rest
     assert len(rest) == len(args) - 1
+    in_file = [arg.replace("gpt-demo", "mine.json") for arg in args]
+    assert take_name(Train, in_file) == ("mine.json", rest)
 
 
 @pytest.mark.parametrize(
@@ -562,10 +590,11 @@ def test_resume_accepts_the_corpus_of_the_run_as_a_relative_path(call, verse, ti
     run, _ = start_run(change(tiny, corpus=str(verse), vocab_size=0), "one", tmp_path / "runs", tmp_path / "data")
     given = []
     monkeypatch.setattr(
-        "jaxgpt.train.fit", lambda run, *args: given.append(args[2]) or Summary(run, 0, 1, [], 0, None, 2)
+        "jaxgpt.train.fit", lambda run, *args: given.append(args[2:4]) or Summary(run, 0, 1, [], 0, None, 2)
     )
-    assert call("train", "--run", "one", "--resume", "--corpus", os.path.relpath(verse))[0] == 130
-    assert given == [run.config]
+    for options, debug_nans in (((), False), (("--debug-nans",), True)):
+        assert call("train", "--run", "one", "--resume", "--corpus", os.path.relpath(verse), *options)[0] == 130
+        assert given.pop() == (run.config, debug_nans)
     code, _, err = call("train", "--run", "one", "--resume", "--corpus", "other.txt")
     assert (code, "'other.txt' asked for" in err) == (2, True)
 
@@ -581,6 +610,31 @@ def test_config_of_a_run_is_a_recipe_whose_vocabulary_follows_the_text(call, ver
         code, _, err = call("train", f"runs/{name}/config.json", *args)
         assert code == 0, err
         assert Run.named(tmp_path / "runs", f"{name}-2").config.model.vocab_size == size
+
+
+@pytest.mark.parametrize(("schedule", "told"), [("cosine", True), ("constant", False)])
+def test_a_run_longer_than_its_schedule_is_told_its_last_learning_rate(
+    call, verse, tiny, change, tmp_path, monkeypatch, schedule, told
+):
+    config = change(tiny, corpus=str(verse), vocab_size=0, steps=30, decay_steps=20, schedule=schedule)
+    start_run(config, "one", tmp_path / "runs", tmp_path / "data")
+    monkeypatch.setattr("jaxgpt.train.fit", lambda run, *args: Summary(run, 0, 1, [], 0, None, 2))
+    assert ("the learning rate stays at" in call("train", "--run", "one", "--resume")[1]) == told
+
+
+@pytest.mark.parametrize("name", ["best", "config"])
+def test_a_run_is_named_after_the_file_of_its_recipe(tmp_path, name):
+    """A config.json of no run too."""
+    (tmp_path / f"{name}.json").write_text("{}")
+    assert _from_file(str(tmp_path / f"{name}.json"), Config()) == Train(name, Config())
+
+
+def test_a_command_that_fails_keeps_its_code_if_its_output_cannot_be_written(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "run_command", lambda argv: 2)
+    monkeypatch.setattr(cli, "flush_stdout", lambda: OSError(28, "No space left on device"))
+    with pytest.raises(SystemExit) as done:
+        cli.main([])
+    assert done.value.code == 2
 
 
 @pytest.mark.parametrize(

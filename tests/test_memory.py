@@ -61,6 +61,10 @@ def test_muon_has_one_moment_for_each_kernel_of_a_block(tiny, change):
     state = jax.eval_shape(init_state, config)
     found = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
     assert memory.n_moments(config) == found
+    bigram = change(config, kind="bigram")
+    assert memory.n_moments(bigram) == sum(
+        x.size for x in jax.tree.leaves(jax.eval_shape(init_state, bigram).opt_state) if x.ndim
+    )
 
 
 def test_bytes_of_the_state_are_exact(tiny):
@@ -209,8 +213,9 @@ MEMINFO = {"proc/meminfo": "MemTotal:  4000 kB\nMemAvailable:   3000 kB\n"}
             },
             1570,
         ),
+        ({"proc/self/cgroup": "0::/a\n", "cgroup/a/memory.max": "9\n", "cgroup/a/memory.current": "10\n"}, 0),
     ],
-    ids=["meminfo", "no limit", "limit of a parent"],
+    ids=["meminfo", "no limit", "limit of a parent", "above the limit"],
 )
 def test_host_available_is_the_tightest_limit(tmp_path, files, expected):
     assert host_available(tmp_path, MEMINFO | files) == expected
@@ -224,9 +229,20 @@ def test_available_reads_the_memory_stats_of_the_device(monkeypatch):
     def device(stats):
         return lambda: [types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)]
 
-    monkeypatch.setattr(jax, "local_devices", device({"bytes_limit": 1000, "bytes_in_use": 300}))
-    assert memory.available() == 700
-    monkeypatch.setattr(jax, "local_devices", device(None))
+    def unsupported():
+        raise NotImplementedError
+
+    for stats, free in (
+        ({"bytes_limit": 1000, "bytes_in_use": 300}, 700),
+        ({"bytes_limit": 1000}, 1000),
+        ({"bytes_limit": 1000, "bytes_in_use": 1200}, 0),
+        ({"bytes_in_use": 300}, None),
+        (None, None),
+    ):
+        monkeypatch.setattr(jax, "local_devices", device(stats))
+        assert memory.available() == free
+    without = types.SimpleNamespace(platform="gpu", memory_stats=unsupported)
+    monkeypatch.setattr(jax, "local_devices", lambda: [without])
     assert memory.available() is None
 
 

@@ -318,7 +318,7 @@ def test_auto_shards_the_state_only_as_far_as_necessary(small, change):
     assert "252 of 256 devices stay idle, as only 4 divide a micro-batch" in why
 
 
-def test_choice_of_mesh_is_explained(small, monkeypatch):
+def test_choice_of_mesh_is_explained(small, change, monkeypatch):
     line = cli_mesh.mesh_for(small, None)[1]
     assert line == "on cpu: the 8 devices of one CPU share its cores; --mesh data=8 takes them all"
     monkeypatch.setattr(jax, "process_count", lambda: 8)  # a cluster, whose devices share no cores
@@ -326,9 +326,16 @@ def test_choice_of_mesh_is_explained(small, monkeypatch):
     assert re.fullmatch(r"on 8 of 8 x cpu as data=8: parameters, .*, whole on each device", line)
     with pytest.raises(MeshError, match=r"leaves 4 of the 8 devices .*: start fewer, or name a mesh of 8 devices"):
         cli_mesh.mesh_for(small, Sizes(data=4))
+    with pytest.raises(MeshError, match=r"name a mesh of 8 devices; parameters, .*; 4 of 8 devices stay idle"):
+        cli_mesh.mesh_for(change(small, batch_size=12), None)
     monkeypatch.undo()
+    with pytest.raises(MeshError, match=r"the mesh context=3 does not fit:\n  context = 3 does not divide 8 tokens"):
+        cli_mesh.mesh_for(small, Sizes(context=3))
     with pytest.raises(MeshError, match="needs 16 devices, and there are 8: --mesh auto takes those"):
         cli_mesh.mesh_for(small, Sizes(data=8, context=2))
+    only = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: only)
+    assert cli_mesh.mesh_for(small, None)[1] == "on cpu", "there is no choice to explain"
 
 
 def test_attention_over_a_sharded_context_matches_reference(small, change):
