@@ -375,7 +375,7 @@ def test_joining_one_array_returns_it():
 def test_mixtures_are_parsed():
     assert mixture("0.7*a + .3*b c") == [(0.7, "a"), (0.3, "b c")]
     assert mixture("2*/C + D/a  +  1*b + c.txt") == [(2, "/C + D/a"), (1, "b + c.txt")]
-    for one in ("a.txt", "a + b.txt", "0.5*a.txt", "2*a + b", "a + 2*b"):
+    for one in ("a.txt", "a + b.txt", "0.5*a.txt", "2*a + b", "a + 2*b", "a + 2*b + 1*c"):
         assert mixture(one) == [(1.0, one)]
     with pytest.raises(CorpusError, match="parts that differ, each with a weight above 0"):
         mixture("0*a + 1*b")
@@ -387,6 +387,7 @@ def test_mixtures_are_parsed():
     for shares in ([2e6, 4e3], [5e-5, 1e-6], [0.123456789, 0.1]):  # a config stores this text, and it is parsed again
         text = absolute(f"{shares[0]:.12f}*/x/a + {shares[1]:.12f}*/x/b")
         assert mixture(text) == [(shares[0], "/x/a"), (shares[1], "/x/b")]
+    assert mixture("1*a + 999*b") == [(1, "a"), (999, "b")]
     with pytest.raises(CorpusError, match=r"the least weight is 0\.0005 of all"):
         mixture("1*a + 1999*b")
     with pytest.raises(CorpusError, match=r"the least weight is 0\.000999001 of all, expected a thousandth"):

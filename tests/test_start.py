@@ -35,6 +35,8 @@ def test_vocab_size_comes_from_the_text(config, change, folders):
     assert run.config.model.vocab_size == corpus.tokenizer.vocab_size == 11
     padded, _ = start_run(change(config, vocab_size=64), "two", *folders)
     assert padded.config.model.vocab_size == 64
+    exact, _ = start_run(change(config, vocab_size=11), "exact", *folders)
+    assert exact.config.model.vocab_size == 11
     with pytest.raises(CorpusError, match="vocab_size is 5, expected at least the 11 ids"):
         start_run(change(config, vocab_size=5), "three", *folders)
 

@@ -84,6 +84,9 @@ def test_missing_column_error_lists_the_first_20_columns(tmp_path, name):
     write(tmp_path / name, "x", [{f"c{i}": "a" for i in range(2000)}])
     with pytest.raises(SourceError, match=r"it has id, x\.c0, x\.c1, [^:]* x\.c18 and 1,981 more: --column NAME$"):
         read(str(tmp_path / name))
+    write(tmp_path / name, "x", [{f"c{i}": "a" for i in range(19)}])
+    with pytest.raises(SourceError, match=r"x\.c18: --column NAME$"):
+        read(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz", "a.parquet"])
@@ -112,7 +115,7 @@ def test_parquet_column_of_lists_is_reported_by_its_name(tmp_path):
     ("data", "text"),
     [
         ('{"text": "a"}', "a"),
-        ('\n{"id": 1, "text": "a"}\n\n{"text": "b"}\n', "a\n\nb"),
+        ('\n{"id": 1, "text": "a"}\n\n \t\n{"text": "b"}\n', "a\n\nb"),
         ('{"name": "a program"}', None),
         ('{\n  "text": "a"\n}\n', None),
         ('[{"text": "a"}]\n', None),
@@ -160,8 +163,10 @@ def test_json_lines_round_trip_any_strings(tmp_path_factory, strings):
         ('{"text": "b"', r"line 3 is not JSON \(Expecting ',' delimiter\), expected an object such as {\"text\": "),
         ("[" * 100_000, r"line 3 is not JSON \(maximum recursion|line 3 is not JSON \(Stack overflow"),
         ('"b"', 'line 3 holds "b", expected an object'),
+        (f'"{"b" * 999}"', 'line 3 holds "b{39}, expected an object'),
         ('{"txt": "b"}', "line 3 has no column 'text'; it has txt"),
         ("{}", "line 3 has no column 'text'; it has none"),
+        ('{"meta": {}}', "line 3 has no column 'text'; it has meta"),
     ],
 )
 def test_invalid_json_line_is_reported_by_its_number(tmp_path, line, message):
