@@ -137,19 +137,15 @@ def ranked(config: Config, chip: Chip, n: int, sweep: bool = False) -> list[Step
             step = None
             for accumulate in divisors(batch):
                 changed = replaced(config, batch_size=batch, accumulate=accumulate)
-                if possible(changed, chip, sizes):
-                    step = estimate(changed, chip, sizes)
-                    if step.fits:
-                        break
+                if pod_problem(chip, sizes) or problems(changed, sizes) or config_problems(changed):
+                    continue  # it cannot run
+                step = estimate(changed, chip, sizes)
+                if step.fits:
+                    break
             found += [step] if step else []
     if not found:
         raise PlanError(f"no mesh of {n} chips divides this model, batch and context")
     return sorted(found, key=lambda step: (not step.fits, step.bounds[1] / step.config.train.batch_size))
-
-
-def possible(config: Config, chip: Chip, sizes: Sizes) -> bool:
-    """Whether a config can run on a mesh of such chips, memory aside."""
-    return not (pod_problem(chip, sizes) or problems(config, sizes) or config_problems(config))
 
 
 def estimated(config: Config, chip: Chip, sizes: Sizes, chips: Sequence[int]) -> Step:

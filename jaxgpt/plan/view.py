@@ -1,15 +1,12 @@
 """A plan as lines of text."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from rich.filesize import decimal as size
 
-from jaxgpt.cli.mesh import divisors
-from jaxgpt.config import replaced
 from jaxgpt.monitor import cost
 from jaxgpt.plan.estimate import Step, estimate
-from jaxgpt.plan.plan import Plan, possible
+from jaxgpt.plan.plan import Plan
 
 RATES = (
     "  (at published rates of matmuls, memory and links; programs reach about half of the first two. The first figure "
@@ -99,29 +96,9 @@ def verdict(step: Step) -> str:
 
 
 def suggestion(step: Step) -> str:
-    """The cheapest change that can run and takes less memory."""
-    config, sizes, chip = step.config, step.sizes, step.chip
-    assert chip is not None
-    meshes = []
-    if step.arguments > chip.memory / 2:
-        meshes = [replace(sizes, data=sizes.data // n, fsdp=sizes.fsdp * n) for n in divisors(sizes.data)[1:]]
-        if step.arguments > step.room * chip.memory:  # then nothing else helps
-            over = sizes.data * sizes.fsdp
-            meshes += [replace(sizes, data=1, fsdp=n) for n in range(over + 1, 4 * over + 1)]
-    if more := next((one for one in meshes if possible(config, chip, one)), None):
-        chips = f" of {more.devices} chips" if more.devices > sizes.devices else ""
-        return f"split the state over more chips, --mesh {more}{chips}"
-    if config.model.remat != "blocks":
-        return "recompute blocks in the backward pass, --remat blocks"
-    for accumulate in divisors(config.train.batch_size):
-        if accumulate > config.train.accumulate and possible(replaced(config, accumulate=accumulate), chip, sizes):
-            return f"smaller micro-batches, --accumulate {accumulate}"
-    if not config.model.scan_layers:
-        return "scan over the blocks, --scan-layers"
-    more = replace(sizes, context=2 * sizes.context)
-    if possible(config, chip, more):
-        return f"split each context over more chips, --mesh {more} of {more.devices} chips"
-    return "use more chips"
+    """What may take less memory."""
+    remat = "" if step.config.model.remat == "blocks" else " --remat blocks,"
+    return f"try another --mesh or a larger --accumulate (--sweep ranks them),{remat} or more chips"
 
 
 def table(steps: list[Step]) -> Iterator[str]:

@@ -307,7 +307,10 @@ def test_a_step_too_large_for_the_compiler_prints_the_estimate_and_a_suggestion(
     out = capsys.readouterr().out
     assert "Used 20G of 16G hbm" in out
     assert "state and tokens 19.2 GB, temporaries" in out
-    assert "verdict: it does not fit: split the state over more chips, --mesh data=128,fsdp=2" in out
+    assert (
+        "verdict: it does not fit: try another --mesh or a larger --accumulate (--sweep ranks them), or more chips"
+        in out
+    )
 
 
 def test_bytes_that_a_chip_sends_for_a_collective():
