@@ -4,7 +4,6 @@ import math
 import re
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from jaxgpt.monitor.chips import flops_per_token
 from jaxgpt.profile import hlo, roofline, trace
 from jaxgpt.profile.report import Report, Rows, facts
 from jaxgpt.profile.roofline import Machine
-from jaxgpt.profile.timing import disturbance, machine_seconds, others, repeat
+from jaxgpt.profile.timing import repeat
 from jaxgpt.sharding import one_device, replicated
 from jaxgpt.step import DROPOUT, init_state, loss_and_grads, sharded_init, stream_key, train_step
 
@@ -227,7 +226,6 @@ def stepper(config: Config, step: Program) -> Callable[[], int]:
 def measure(config: Config, step: Program, folder: Path | None) -> tuple[dict[str, Rows], list[str], dict[str, Any]]:
     """The roofline of each part and the longest operations: tables, notes, and raw figures. The profile is kept in
     `folder`."""
-    before, own = machine_seconds(), time.process_time()
     precision, run = matmul.resolve(config.model.precision), stepper(config, step)
     first = roofline.measure_machine(precision)
     times = [took / n for n, took in (repeat(run, 0.3) for _ in range(5))]
@@ -235,14 +233,12 @@ def measure(config: Config, step: Program, folder: Path | None) -> tuple[dict[st
         lines = trace.capture(folder or Path(scratch), lambda: [run() for _ in range(TRACED)])
     last = roofline.measure_machine(precision)  # the machine may have been slower at either end
     machine = Machine(*map(max, zip(first, last, strict=True)))
-    busy = [others(before, machine_seconds(), time.process_time() - own)] if before else []
     operations = trace.operations(lines)
     modules = [name for row in parameter_rows(config.model) for name in row["module"].split("/")[:-1]]
     parts = roofline.parts(step.text, operations, TRACED, modules)
     took, tokens = statistics.median(times), config.train.batch_size * config.model.block_size
     work = sum(each.seconds for each in operations) / TRACED
     notes = [
-        disturbance(busy),
         f"measured here, by JAX: {machine.flops / 1e9:,.0f} GFLOP/s in {precision} matmuls of {roofline.N} x "
         f"{roofline.N}, {machine.bandwidth / 1e9:.1f} GB/s through an array of {4 * roofline.STREAMED / 1e6:,.0f} MB; "
         f"the ridge is at {machine.ridge:.1f} FLOP/byte. A part above its roof has its arrays in caches",

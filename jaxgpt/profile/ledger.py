@@ -23,7 +23,7 @@ from jaxgpt.data import config_starts, take
 from jaxgpt.matmul import Precision
 from jaxgpt.profile import trace
 from jaxgpt.profile.report import Report, Rows, facts
-from jaxgpt.profile.timing import Rates, disturbance, machine_seconds, others, ratio, repeat, series
+from jaxgpt.profile.timing import Rates, ratio, repeat, series
 from jaxgpt.sharding import one_device, replicated
 from jaxgpt.step import Metrics, TrainState, sharded_init, train_step, train_steps
 
@@ -89,7 +89,6 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
             jax.clear_caches()
             with compile_cache(folder if variant.cache else None):
                 runners[each] = Runner(config, variant, state)
-    before, own = machine_seconds(), time.process_time()
     steps: Rates = {each: [] for each in variants}
     for runner in runners.values():
         runner.run()  # the variants without jit may compile again
@@ -97,7 +96,6 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
         for each in variants:
             n, took = repeat(runners[each].run, seconds, runners[each].wait)
             steps[each].append(n / took)
-    shares = [others(before, machine_seconds(), time.process_time() - own)] if before else []
     figures = {each: runners[each].figures for each in variants}
     title = f"A training step of {name}, {config.train.batch_size * config.model.block_size:,} tokens"
     first, later = rows(figures, steps)
@@ -113,7 +111,6 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
             "; ".join(f"{each}: {variant.about}" for each, variant in variants.items()),
             *NOTES,
             "loss of the first step: " + ", ".join(f"{each} {found['loss']:.6f}" for each, found in figures.items()),
-            disturbance(shares),
         ],
         "figures": figures,
         "steps_per_second": steps,

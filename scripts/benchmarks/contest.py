@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxgpt.config import UsageError
-from jaxgpt.profile.timing import Rates, machine_seconds, others, repeat
+from jaxgpt.profile.timing import Rates, repeat
+from scripts.benchmarks.load import machine_seconds, others
 
 
 class WorkerError(RuntimeError):

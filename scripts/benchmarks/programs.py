@@ -16,7 +16,7 @@ from jaxgpt.profile import timing
 from jaxgpt.profile.report import Report, facts
 from jaxgpt.recipes import RECIPES
 from jaxgpt.recipes import recipe as recipe_of
-from scripts.benchmarks import contest
+from scripts.benchmarks import contest, load
 from scripts.benchmarks.rates import Way, require
 from scripts.benchmarks.shapes import Device
 
@@ -58,7 +58,7 @@ class Place:
         """
         caches = {"XDG_CACHE_HOME": "cache", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
         env = contest.environment(self.device) | {name: str(self.folder / below) for name, below in caches.items()}
-        before, own, began = timing.machine_seconds(), _children_seconds(), time.monotonic()
+        before, own, began = load.machine_seconds(), _children_seconds(), time.monotonic()
         words = [word.replace("{began}", repr(began)) for word in words]
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen([sys.executable, "-m", *words], env=env, stdout=output, stderr=output)
@@ -79,7 +79,7 @@ class Place:
             last = output.read().decode(errors="replace").strip().splitlines()[-1:] or [""]
         if not met and (until or process.returncode):
             raise contest.WorkerError(f"{' '.join(words)}: exit code {process.returncode}: {last[0][:300]}")
-        return seconds, timing.others(before, timing.machine_seconds(), _children_seconds() - own)
+        return seconds, load.others(before, load.machine_seconds(), _children_seconds() - own)
 
     def train(self, name: str, words: Sequence[str], until: Callable[[], bool] | None = None) -> tuple[float, float]:
         """`jaxgpt train WORDS` as run `name`, with a corpora folder of its own, so that each prepares its text."""
@@ -156,7 +156,7 @@ def speedrun(
     shares = [done["others"] for each in runs.values() for done in each]
     theirs = times.get("torch", [])
     rows = [speedrun_row(name, found, theirs, runs[name], bound) for name, found in times.items()]
-    notes = [*SPEEDRUN_NOTES, timing.disturbance(shares)]
+    notes = [*SPEEDRUN_NOTES, load.disturbance(shares)]
     tables = [{"title": f"From process start to process end, {len(theirs)} seeds", "rows": rows}]
     return _report("speedrun", machine, tables, notes, failed) | {"runs": runs}
 
@@ -230,7 +230,7 @@ def startup(corpus: str = "", device: Device = "cpu", recipe: str = "gpt-demo", 
         names = ["help", "first step cold", "first step warm"]
         times, failed = contest.alternate(names, repeats, run)
     rows = [{"what": name, "seconds": timing.series(found)} for name, found in times.items()]
-    notes = [*STARTUP_NOTES, f"recipe: {recipe}", timing.disturbance(shares)]
+    notes = [*STARTUP_NOTES, f"recipe: {recipe}", load.disturbance(shares)]
     return _report("startup", machine, [{"title": "Seconds from process start", "rows": rows}], notes, failed)
 
 

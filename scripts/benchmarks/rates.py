@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from jaxgpt.config import Config, UsageError
 from jaxgpt.profile.report import Report, facts
-from jaxgpt.profile.timing import Rates, Series, disturbance, ratio, series
+from jaxgpt.profile.timing import Rates, Series, ratio, series
 from scripts.benchmarks.contest import Contest, require_round
+from scripts.benchmarks.load import disturbance
 from scripts.benchmarks.shapes import (
     PRECISIONS,
     Device,

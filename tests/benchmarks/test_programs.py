@@ -102,7 +102,7 @@ def test_a_process_has_its_own_caches_and_the_time_of_its_start(tmp_path):
 
 def test_only_the_processor_time_of_this_process_is_not_of_others(tmp_path, monkeypatch):
     own = []
-    monkeypatch.setattr(programs.timing, "others", lambda before, after, seconds: own.append(seconds) or 0.0)
+    monkeypatch.setattr(programs.load, "others", lambda before, after, seconds: own.append(seconds) or 0.0)
     busy = "import time\nwhile time.process_time() < 0.4: pass"
     for code in (busy, "pass"):
         Place(tmp_path, "cpu").run(["timeit", "-n", "1", "-r", "1", code])
