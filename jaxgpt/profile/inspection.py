@@ -113,8 +113,7 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: P
     Raises:
       OutOfMemoryError: a step does not fit into memory.
     """
-    device = jax.local_devices()[0]
-    machine = facts(f"{device.platform}, {device.device_kind}")
+    machine = facts()
     if measured:
         memory.require(config)
     found = programs(config)

@@ -80,8 +80,7 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
     Raises:
       OutOfMemoryError: a step does not fit into memory.
     """
-    device = jax.local_devices()[0]
-    machine = facts(f"{device.platform}, {device.device_kind}")
+    machine = facts()
     memory.require(config)
     runners, state = dict[str, Runner](), list[TrainState]()
     with tempfile.TemporaryDirectory(prefix="jaxgpt-ledger-") as folder:

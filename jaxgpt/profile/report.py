@@ -4,12 +4,8 @@ A report is a dict of "mode" (its title), "facts" (the machine), "tables", "note
 measured, and why), and raw figures. A table is {"title", "rows"}, a row {column: value}.
 """
 
-import importlib.metadata
 import io
 import json
-import os
-import platform
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +13,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxgpt import files, machine
+from jaxgpt import files, start
+from jaxgpt.profile.timing import load_average
 
 Report = dict[str, Any]
 Rows = list[dict[str, Any]]
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
-"""CPU flags that decide how fast matmuls are."""
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
-def facts(device: str) -> dict[str, Any]:
-    """The machine and the installed libraries, without importing any of them."""
-    flags = set((re.search(r"^(?:flags|Features)\s*:\s*(.+)$", machine.cpu_info(), re.M) or ["", ""])[1].split())
-    installed = {each.name.lower(): each.version for each in importlib.metadata.distributions() if each.name}
-    return {
-        "device": device,
-        "cpu": machine.cpu_name(),
-        "cores": machine.cores(),
-        "cpu flags": [flag for flag in FLAGS if flag in flags],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{name: installed.get(name) for name in LIBRARIES},
-        **{name: os.environ.get(name) for name in ("XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")},
-        "load average before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    }
+def facts() -> dict[str, Any]:
+    """The machine and the versions, as events.jsonl records them, and the load of the machine until now."""
+    recorded, names = start.environment(), ("device", "backend", "cpu", "cores", "python", "jax", "jaxgpt")
+    return {**{name: recorded[name] for name in names}, "load average before": load_average()}
 
 
 def save(report: Report, path: Path) -> None:

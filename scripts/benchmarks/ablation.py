@@ -17,10 +17,11 @@ from jaxgpt.corpus import Corpus
 from jaxgpt.data import chunks, loader
 from jaxgpt.evaluation import evaluate
 from jaxgpt.prepare.build import prepare_corpus
-from jaxgpt.profile.report import Report, facts
+from jaxgpt.profile.report import Report
 from jaxgpt.recipes import MODERN, MUON
 from jaxgpt.sharding import one_device
 from jaxgpt.step import jit_train_steps, sharded_init
+from scripts.benchmarks.machine import facts
 
 Change = tuple[dict[str, Any], dict[str, Any]]
 """Fields of the model, and of the optimizer."""

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from jaxgpt import kernels, prng, sharding
 from jaxgpt.config import ModelConfig, UsageError
-from jaxgpt.profile.report import Report, facts
+from jaxgpt.profile.report import Report
 from jaxgpt.profile.timing import series
 from scripts.benchmarks.contest import require_round
+from scripts.benchmarks.machine import facts
 from scripts.benchmarks.shapes import Device, config_of, describe
 
 FUSED = {"cudnn": "gpu", "flash": "gpu", "splash": "tpu"}

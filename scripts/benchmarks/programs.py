@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.profile import timing
-from jaxgpt.profile.report import Report, facts
+from jaxgpt.profile.report import Report
 from jaxgpt.recipes import RECIPES
 from jaxgpt.recipes import recipe as recipe_of
 from scripts.benchmarks import contest, load
+from scripts.benchmarks.machine import facts
 from scripts.benchmarks.rates import Way, require
 from scripts.benchmarks.shapes import Device
 

@@ -9,10 +9,11 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from jaxgpt.config import Config, UsageError
-from jaxgpt.profile.report import Report, facts
+from jaxgpt.profile.report import Report
 from jaxgpt.profile.timing import Rates, Series, ratio, series
 from scripts.benchmarks.contest import Contest, require_round
 from scripts.benchmarks.load import disturbance
+from scripts.benchmarks.machine import facts
 from scripts.benchmarks.shapes import (
     PRECISIONS,
     Device,

@@ -1,5 +1,6 @@
 import json
 
+from jaxgpt import start
 from jaxgpt.profile import report
 
 REPORT = {
@@ -43,8 +44,9 @@ def test_markdown_of_a_report_survives_a_json_round_trip(tmp_path):
     assert report.markdown(json.loads((tmp_path / "bench.json").read_text())) == MARKDOWN
 
 
-def test_facts_name_the_machine():
-    found = report.facts("cpu")
-    assert found["cores"] >= 1
-    assert {"cpu", "python", "jax", "torch", "cpu flags"} <= set(found)
-    assert found["jax"][0].isdigit()
+def test_facts_are_those_that_a_run_records_without_its_process(load):
+    found, recorded = report.facts(), start.environment()
+    assert found.pop("load average before") == 0.5
+    assert found == {name: recorded[name] for name in found}
+    assert {"device", "cpu", "cores", "python", "jax"} <= set(found)
+    assert not {"host", "process", "command"} & set(found)
