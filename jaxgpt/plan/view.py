@@ -23,10 +23,10 @@ COLUMNS = ("chips", "mesh", "batch", "accumulate", "memory per chip", "ms per st
 
 def compiled(topology: str, plan: Plan) -> Iterator[str]:
     """A plan compiled for a topology, the verdict last."""
-    step, matmuls = plan.step, ", ".join(f"{n} of {types}" for types, n in plan.matmuls.most_common())
+    step, matmuls = plan.step, ", ".join(plan.matmuls) or "none"
     kernels = ", ".join(name for call, name in KERNELS.items() if call in plan.kernels) or "none"
     yield f"{about(step, topology)}; compiled in {plan.seconds_to_compile:.0f} s"
-    yield f"  matmuls in the program: {matmuls or 'none'}; custom kernels: {kernels}"
+    yield f"  matmuls in the program: {matmuls}; custom kernels: {kernels}"
     yield from costs(step, "by the compiler")
     if step.chip:
         guess = estimate(step.config, step.chip, step.sizes)

@@ -134,16 +134,6 @@ def matmuls(text: str) -> list[Matmul]:
     return [Matmul(*key, runs[key], n) for key, n in flops.most_common()]
 
 
-def matmul_dtypes(text: str) -> Counter[str]:
-    """How many matmuls the text has of each pair of operand dtypes, as in "bf16 x bf16"."""
-    return Counter(
-        " x ".join(shape.partition("[")[0] for shape in each.operands[:2])
-        for body in computations(text).values()
-        for each in body
-        if each.op in ("dot", "convolution") or 'custom_call_target="__cublas' in each.line
-    )
-
-
 def custom_calls(text: str) -> set[str]:
     """Targets of the calls of code that is not XLA's own."""
     return set(TARGET.findall(text))

@@ -59,7 +59,7 @@ def test_gpt2_compiles_for_a_pod_and_fits(recipes, name, text):
     assert step.config == config
     assert step.fits
     assert "tpu_custom_call" in found.kernels  # splash attention
-    assert set(found.matmuls) == {"bf16 x bf16"}
+    assert found.matmuls == ["bf16 x bf16"]
     # A chip holds its shards of the parameters and of two moments, and the tokens.
     shards = sizes.fsdp * sizes.tensor
     assert step.arguments - 2 * DEVICE_TOKENS == pytest.approx(3 * 4 * (12 * L * C**2 + V * C) / shards, rel=0.05)
@@ -103,7 +103,7 @@ def test_a_step_with_dropout_compiles_for_gpus(shallow, change, name, text):
     config = change(shallow, dropout=0.2, precision="bfloat16", n_head=2)
     found = plan.plan(config, chip, devices, sizes := Sizes.parse(text))
     assert found.kernels >= {"__gpu$xla.gpu.triton"}, "jaxgpt's own attention"
-    assert set(found.matmuls) == {"bf16 x bf16"}
+    assert found.matmuls == ["bf16 x bf16"]
     assert found.step.arguments == pytest.approx(estimate(config, chip, sizes).arguments, rel=0.01)
     reduced = {n for kind, n in found.step.collectives if kind == "all-reduce"}
     assert reduced == ({2, 4, 8} if sizes.devices == 8 else set())
@@ -218,6 +218,7 @@ def test_the_command_plans_for_virtual_devices(capsys):
     assert cli.run(["gpt-demo", *sizes.split(), "--topology", "cpu:2", "--mesh", "data=2"]) == 0
     out = capsys.readouterr().out
     assert " parameters, mesh data=2: steps of 8 x 8 tokens in 1 micro-batches, on 2 chips (cpu:2)" in out
+    assert "  matmuls in the program: f32 x f32; custom kernels: none\n" in out
     assert "all-reduce among 2" in out
     assert "verdict: it compiles" in out
 

@@ -91,7 +91,7 @@ ENTRY %main (p: f32[64]) -> f32[8] {
         ("all-reduce", 2): (12, 12 * 20),
         ("reduce-scatter", 4): (12, 12 * 2048),
     }
-    assert hlo.matmul_dtypes(text) == {"bf16 x bf16": 1}
+    assert [(each.shapes, each.runs) for each in hlo.matmuls(text)] == [("bf16[64,8] x bf16[64,8]", 12)]
 
 
 def test_several_arrays_of_one_asynchronous_collective_all_count():
@@ -132,16 +132,18 @@ ENTRY %main (x: bf16[8,4], y: bf16[4,2]) -> f32[8,2] {
 
 
 def test_matmuls_of_gpu_programs_are_those_of_cublas():
+    dims = 'backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}'
     text = """
 ENTRY %main (x: bf16[8,8], y: f32[8,8]) -> bf16[8,8] {
   %x = bf16[8,8]{1,0} parameter(0)
   %y = f32[8,8]{1,0} parameter(1)
-  %a = (bf16[8,8]{1,0}, s8[64]{0}) custom-call(%x, %x, %y), custom_call_target="__cublas$lt$matmul"
+  %a = (bf16[8,8]{1,0}, s8[64]{0}) custom-call(%x, %x, %y), custom_call_target="__cublas$lt$matmul", DIMS
   %b = (bf16[8,8]{1,0}, u8[0]{0}) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmax"
   ROOT %c = bf16[8,8]{1,0} get-tuple-element(%a), index=0
 }
 """
-    assert hlo.matmul_dtypes(text) == {"bf16 x bf16": 1}
+    found = hlo.matmuls(text.replace("DIMS", dims))
+    assert [(each.shapes, each.kernel) for each in found] == [("bf16[8,8] x bf16[8,8]", "cuBLAS")]
 
 
 HLO = """
