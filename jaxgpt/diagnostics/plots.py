@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxgpt.diagnostics.diagnose import Attention, Curvature, Landscape, Subject
 from jaxgpt.diagnostics.inside import Lens
-from jaxgpt.display.charts import ACCENT, MONO, WARM, Spec, category, chart, columns, layer, quantity, ticks
+from jaxgpt.display.charts import ACCENT, MONO, WARM, Spec, category, chart, columns, layer, quantity
 
 SCHEME = "cividis"  # readable for the colour-blind
 SHOWN, HEADS = 48, 6
@@ -38,7 +38,7 @@ def curvature(found: Curvature, subject: Subject) -> Spec:
     low = float(max(1e-8, weights[weights > 0].min()) / 2)
     rows = columns(value=values, weight=np.maximum(weights, low), low=low)
     x = quantity("value", "eigenvalue of the Hessian, nats/token", {"grid": False, "tickCount": 7})
-    axis = {"values": ticks(low, 1), "format": "~e"}
+    axis = {"tickCount": 5, "format": "~e"}
     y = quantity("weight", "share of the spectrum", axis, type="log", domain=[low, 1], nice=False)
     sticks = [
         layer(rows, "rule", {"x": x, "y": y, "y2": {"field": "low"}}, color=ACCENT),

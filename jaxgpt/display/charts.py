@@ -88,23 +88,6 @@ def quantity(field: str, title: str | None = None, axis: Spec | None = None, **s
     return {"field": field, "type": "quantitative", "title": title, "scale": scale, "axis": axis or {}}
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """A few round values for a logarithmic axis, or both ends if there are fewer than two. None is outside of the axis,
-    where Vega draws nothing.
-
-    >>> ticks(0.6, 4.2), ticks(0.01, 900), ticks(0.2104, 0.4), ticks(5.1, 19.9), ticks(0.3001, 0.305)
-    ([1.0, 2.0], [0.01, 0.1, 1.0, 10.0, 100.0], [0.22, 0.4], [5.1, 19.0], [0.3001, 0.305])
-    """
-    powers = [10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    parts = (1, 2, 5) if high < 100 * low else (1,)
-    found = [n * power for power in powers for n in parts if low <= n * power <= high]
-    ends = []
-    for end, whole in ((low, math.ceil), (high, math.floor)):
-        unit = 10.0 ** (math.floor(math.log10(end)) - 1)
-        ends.append(float(f"{whole(end / unit) * unit:.2g}"))
-    return found if len(found) > 1 else ends if ends[0] < ends[1] else [low, high]
-
-
 def category(field: str, names: list[str], values: Any, legend: Spec | None = None) -> Spec:
     """A nominal channel: the i-th of `names` gets the i-th of `values`, which repeat."""
     scale = {"domain": names, "range": [values[i % len(values)] for i in range(len(names))]}

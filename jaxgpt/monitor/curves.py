@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from jaxgpt.display.charts import INK, QUIET, SERIES, WARM, Spec, category, chart, layer, quantity, ticks
+from jaxgpt.display.charts import INK, QUIET, SERIES, WARM, Spec, category, chart, layer, quantity
 from jaxgpt.monitor.facts import Facts
 
 DASHES = ([1, 0], [7, 3], [2, 2])
@@ -85,7 +85,7 @@ def curves(runs: Sequence[Facts], field: str) -> Spec | None:
     y["scale"]["zero"] = field == "speed"
     if field == "grad_norm" and min(values) > 0:
         y["scale"] = {"type": "log", "nice": False}
-        y["axis"] = {"values": ticks(min(values), max(values)), "format": "~g"}
+        y["axis"] = {"tickCount": 5, "format": "~g"}
     x = _steps(max(row["step"] for row in rows))
     encoding = {"x": x, "y": y, **_by_run(runs, legend=False), "tooltip": _tooltip(".4~g")}
     mark = {"type": "line", "strokeWidth": 1.5, "point": field == "speed" or _has_single_point(rows)}

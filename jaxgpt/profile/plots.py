@@ -1,7 +1,7 @@
 """The charts of `ledger`, and the roofline of `inspect`."""
 
 from jaxgpt.config import UsageError
-from jaxgpt.display.charts import INK, PALETTE, QUIET, Spec, category, chart, columns, label, layer, quantity, ticks
+from jaxgpt.display.charts import INK, PALETTE, QUIET, Spec, category, chart, columns, label, layer, quantity
 from jaxgpt.profile.ledger import STAGES
 from jaxgpt.profile.report import Report
 from jaxgpt.profile.roofline import pass_of
@@ -26,7 +26,7 @@ def ledger(report: Report) -> Spec:
     }
     y |= {"axis": {"labels": False, "ticks": False, "domain": False}}
     ends = [min(row["low"] for row in steady) / 1.3, max(row["high"] for row in steady) * 1.3]
-    axis = {"values": ticks(*ends), "labelExpr": "format(datum.value, ',~g')"}
+    axis = {"tickCount": 5, "format": ",~g"}
     x = quantity(
         "low", "ms of each step after it: median, minimum to maximum", axis, type="log", domain=ends, nice=False
     )
@@ -63,7 +63,7 @@ def roofline(report: Report) -> Spec:
     bottom = min(low * bandwidth, *(point["rate"] for point in points)) / 1.3
 
     def log(field: str, title: str, *ends: float) -> Spec:
-        axis = {"labelExpr": "format(datum.value, ',~g')", "values": ticks(*ends)}
+        axis = {"tickCount": 5, "format": ",~g"}
         return quantity(field, title, axis, type="log", domain=list(ends), nice=False)
 
     at = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.display.charts import INK, PALETTE, Spec, category, chart, columns, label, layer, quantity, ticks
+from jaxgpt.display.charts import INK, PALETTE, Spec, category, chart, columns, label, layer, quantity
 from jaxgpt.scaling_law.law import FLOPS, HIGH, INTERVAL, LOW, Fit, Law, Point
 
 
@@ -52,7 +52,7 @@ def law_chart(fit: Fit, points: Sequence[Point]) -> Spec:
     measured = columns(N=[f"{n:,}" for n in N], flops=FLOPS * N * D, loss=losses)
     low, high = fit.interval(least)
     band = columns(flops=budgets, best=least(fit.law), loss=low, high=high)
-    x = quantity("flops", f"FLOPs, {FLOPS} N D", {"values": ticks(*ends), "format": ".0~e"}, type="log", nice=False)
+    x = quantity("flops", f"FLOPs, {FLOPS} N D", {"tickCount": 5, "format": ".0~e"}, type="log", nice=False)
     domain = [float(losses.min() - room), float(losses.max() + room)]
     y = quantity("loss", "validation loss, nats/token", domain=domain, nice=False)
     color = category("N", [f"{n:,}" for n in sizes], PALETTE, {"title": "parameters N", "orient": "right"})
