@@ -185,7 +185,7 @@ from pathlib import Path
 
 from jaxgpt.config import replaced
 from jaxgpt.recipes import recipe
-from jaxgpt.report.reporter import Reporter
+from jaxgpt.report.reporter import reports
 
 saved = replaced(
     recipe("gpt-demo").config, n_layer=LAYERS, n_embd=64, block_size=T, steps=STEPS, scan_steps=10, eval_every=0
@@ -195,7 +195,7 @@ if SMALL:
 run, tokens = jaxgpt.start_run(saved, "value", Path(tempfile.mkdtemp()), Path("data"))
 jaxgpt.fit(run, tokens)
 page = run.path / "report.html"
-Reporter([run], Path("data")).make().write(page)
+next(reports([run], Path("data"))).write(page)
 
 
 class Page:

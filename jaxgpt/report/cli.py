@@ -37,7 +37,7 @@ def run(args: list[str]) -> int:
     refuse_unused(given, Report(()), {"every": "" if given.watch else "without --watch"})
     from jaxgpt.display import charts
     from jaxgpt.report import page
-    from jaxgpt.report.reporter import Reporter, require_replaceable
+    from jaxgpt.report.reporter import reports, require_replaceable
     from jaxgpt.run import Run
 
     charts.require()
@@ -49,14 +49,15 @@ def run(args: list[str]) -> int:
     if given.png:
         places.require_writable(given.png, "--png")
     use_compile_cache()
-    reporter, report, watching = Reporter(runs, given.folders.data_dir), None, True
+    report = None
     try:
-        while watching:
-            report = reporter.make()
+        for report in reports(runs, given.folders.data_dir):
             watching = given.watch and report.running
             size = report.write(out, refresh=given.every if watching else 0)
             print(f"{out}  {size / 1e6:.2f} MB, {report.summary}", flush=True)
-            time.sleep(given.every if watching else 0)
+            if not watching:
+                break
+            time.sleep(given.every)
     except KeyboardInterrupt:
         if not report:
             raise

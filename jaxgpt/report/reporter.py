@@ -1,9 +1,9 @@
 """Reports of runs, made again while they train."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from jaxgpt import files
 from jaxgpt.cli import places
@@ -61,27 +61,25 @@ class Report:
         return paths
 
 
-class Reporter:
-    """Makes the report of `runs` any number of times, and examines weights only if they, or the best step, are new."""
+def reports(runs: Sequence[Run], data_dir: Path) -> Iterator[Report]:
+    """The report of `runs` as of now, again and again. Weights are examined only if they, or the best step, are new.
 
-    def __init__(self, runs: Sequence[Run], data_dir: Path):
-        self._runs, self._data_dir = runs, data_dir
-        self._seen: dict[Path, tuple[Any, Looks]] = {}  # with the kept steps and the best one
-        names = [run.path.resolve().name for run in runs]
-        self._names = names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+    Raises:
+      RunError, CorpusError: the files of a run are damaged.
+    """
+    names = [run.path.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.path) for run in runs]
 
-    def make(self) -> Report:
-        """The report as of now. Raises RunError or CorpusError if the files of a run are damaged."""
-        points = max(200, POINTS // len(self._runs))
-        facts = [gather(run, points, name) for run, name in zip(self._runs, self._names, strict=True)]
-        return Report(facts, [self._look(*each) for each in zip(self._runs, facts, strict=True)])
+    @lru_cache(len(runs))
+    def examined(run: Run, kept: tuple[int, ...], best: int | None) -> Looks:
+        return look(run, data_dir)
 
-    def _look(self, run: Run, facts: Facts) -> Looks:
-        now, (seen, looks) = (steps(run), facts.best and facts.best.step), self._seen.get(run.path, (None, None))
-        if looks is None or seen != now:
-            looks = look(run, self._data_dir)
-            self._seen[run.path] = now, looks
-        return looks
+    while True:
+        facts = [gather(run, max(200, POINTS // len(runs)), name) for run, name in zip(runs, names, strict=True)]
+        best = [each.best.step if each.best else None for each in facts]
+        looks = [examined(run, tuple(steps(run)), step) for run, step in zip(runs, best, strict=True)]
+        yield Report(facts, looks)
 
 
 def require_replaceable(path: Path) -> None:
