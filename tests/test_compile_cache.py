@@ -127,7 +127,6 @@ def test_processors_with_other_features_do_not_share_programs(cache, monkeypatch
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners of files need POSIX")
 def test_a_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
     tmp_path.chmod(0o700)
     assert is_private(tmp_path)

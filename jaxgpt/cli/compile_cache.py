@@ -77,5 +77,4 @@ def prune(cache: Path, max_bytes: int) -> None:
 def is_private(folder: Path) -> bool:
     """Whether `folder` is a folder, not a link, that belongs to this user and is closed to all others."""
     found = folder.lstat()
-    mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
-    return mine and stat.S_ISDIR(found.st_mode) and (os.name == "nt" or not stat.S_IMODE(found.st_mode) & 0o077)
+    return found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
