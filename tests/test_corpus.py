@@ -118,7 +118,7 @@ def test_damaged_prepared_folder_is_not_read_as_text(prepared):
     for damage_file in (shard.unlink, partial(meta.write_text, "")):
         shutil.copytree(prepared.folder, copy := prepared.folder.with_name("copy"))
         damage_file()
-        with pytest.raises(UsageError, match=r"tokens-00000\.bin (is missing|has a NUL byte)"):
+        with pytest.raises(UsageError, match=r"tokens-00000\.bin (is missing|is not UTF-8 text: byte 0x00)"):
             prepare_corpus(str(prepared.folder))
         shutil.rmtree(prepared.folder)
         copy.rename(prepared.folder)

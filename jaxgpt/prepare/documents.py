@@ -138,43 +138,26 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
     Raises:
       SourceError: `origin` is not UTF-8, or has a NUL byte, as UTF-16 and files of tokens do.
     """
-    decoder, start, read, plain = codecs.getincrementaldecoder("utf-8")(), b"", 0, True
+    decoder, start, read = codecs.getincrementaldecoder("utf-8")(), b"", 0
     chunks = iter(data)
     while len(start) < TAR + 5 and (chunk := next(chunks, b"")):
         start += chunk
     for chunk in itertools.chain([start], chunks, [b""]):
-        problem = ""
-        if (nul := chunk.find(b"\0")) >= 0:
-            kind, width = ("UTF-32", 4) if chunk[nul : nul + 2] == b"\0\0" else ("UTF-16", 2)
-            order = "LE" if (read + nul) % width else "BE"
-            fix = (
-                f"convert it (iconv -f {kind}{order} -t UTF-8), or, for tokens such as nanoGPT's train.bin, prepare "
-                "the text that they were made from"
-            )
-            if read + nul >= 1000:  # UTF-16 and tokens have one earlier
-                fix = "if it is text otherwise, drop such bytes: tr -d '\\0'"
-            problem = f"has a NUL byte at offset {read + nul:,}, so it is not UTF-8 text: {fix}"
-        else:
-            try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                at = read + len(chunk) - len(error.object) + error.start  # a character may begin in the last chunk
-                plain = plain and error.object[: error.start].isascii()  # then not one character shows that it is UTF-8
-                fix = "convert it: iconv -f LATIN1 -t UTF-8" if plain else "drop such bytes: iconv -c -f UTF-8 -t UTF-8"
-                problem = (
-                    f"is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at} ({error.reason}); if it is "
-                    f"text, {fix}"
-                )
-            else:
-                plain = plain and text.isascii()
-                yield text
-        if problem:
-            known = (
-                f"{what}; expected UTF-8"
-                for magic, what in BINARY.items()
-                if magic in (start[: len(magic)], start[TAR : TAR + 5])
-            )
-            raise SourceError(f"{origin} {next(known, problem)}")
+        try:
+            if (nul := chunk.find(b"\0")) >= 0:
+                raise UnicodeDecodeError("utf-8", chunk, nul, nul + 1, "a NUL byte")
+            text = decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            for magic, what in BINARY.items():
+                if magic in (start[: len(magic)], start[TAR : TAR + 5]):
+                    raise SourceError(f"{origin} {what}; expected UTF-8") from error
+            at = read + len(chunk) - len(error.object) + error.start  # a character may begin in the last chunk
+            raise SourceError(
+                f"{origin} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {at:,} "
+                f"({error.reason}); convert it from its encoding (iconv -f ENCODING -t UTF-8), or drop such bytes "
+                "(iconv -c -f UTF-8 -t UTF-8 | tr -d '\\0')"
+            ) from error
+        yield text
         read += len(chunk)
 
 
