@@ -238,7 +238,10 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         raise MissingExtraError(f"{path.name}, a Parquet file,", "pyarrow", "data") from error
     try:
         with _seekable(path) as raw, parquet.ParquetFile(raw) as file:
-            names = list(_leaves(file.schema_arrow))
+            table = file.schema_arrow.empty_table()
+            while any(pyarrow.types.is_struct(each.type) for each in table.schema):
+                table = table.flatten()  # names as those of `_columns`; lists and maps are not entered
+            names = table.column_names
             if column not in names:
                 raise _no_column(str(path), column, names)
             if names.count(column) > 1:
@@ -252,13 +255,6 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         if isinstance(error, OSError) and type(error) is not OSError:  # from a store or the file system, not pyarrow
             raise
         raise SourceError(f"{path} is not a Parquet file of strings, or is damaged: {error}") from error
-
-
-def _leaves(fields: Iterable[Any]) -> Iterator[str]:
-    """The columns of a Parquet file, as `_columns`: lists and maps are not entered."""
-    for field in fields:
-        inner = field.flatten()
-        yield from [field.name] if inner == [field] else _leaves(inner)
 
 
 def _seekable(path: Path) -> Any:
@@ -279,22 +275,16 @@ def _columns(row: dict[str, Any]) -> Iterator[str]:
 
 def _string(row: dict[str, Any], where: str, column: str) -> str:
     """The string in `column` of a row. meta.text is the column of that name, else the field `text` of `meta`."""
-    if not (values := list(_values(row, column))):
-        raise _no_column(where, column, _columns(row))
-    if not isinstance(values[0], str):
-        raise SourceError(f"{where}: column {column!r} holds {shown(values[0])}, expected a string")
-    return values[0]
-
-
-def _values(row: Any, column: str) -> Iterator[Any]:
-    """The values in a column of a row. The name of an object may have dots, too; each field of null is null."""
-    if row is None:
-        yield None
-    elif isinstance(row, dict):
-        yield from [row[column]] if column in row else []
-        for dot in re.finditer(r"\.", column):
-            if column[: dot.start()] in row:
-                yield from _values(row[column[: dot.start()]], column[dot.end() :])
+    value: Any = row
+    for name in [column] if column in row else column.split("."):
+        if value is None:  # each field of null is null
+            break
+        if not isinstance(value, dict) or name not in value:
+            raise _no_column(where, column, _columns(row))
+        value = value[name]
+    if not isinstance(value, str):
+        raise SourceError(f"{where}: column {column!r} holds {shown(value)}, expected a string")
+    return value
 
 
 def _no_column(where: str, column: str, names: Iterable[str]) -> SourceError:

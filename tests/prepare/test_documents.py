@@ -74,12 +74,6 @@ def test_dotted_column_selects_a_field_of_an_object(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_dotted_column_where_the_objects_name_has_a_dot(tmp_path, name):
-    write(tmp_path / name, "a.b", [{"c.d": {"text": "one"}}])
-    assert read(str(tmp_path / name), "a.b.c.d.text").text == "one"
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_missing_column_error_lists_the_first_20_columns(tmp_path, name):
     write(tmp_path / name, "x", [{f"c{i}": "a" for i in range(2000)}])
     with pytest.raises(SourceError, match=r"it has id, x\.c0, x\.c1, [^:]* x\.c18 and 1,981 more: --column NAME$"):
