@@ -16,6 +16,7 @@ from typing import Any
 import filelock
 
 from jaxgpt import files
+from jaxgpt.cli import places
 from jaxgpt.cli.corpora import NAMED, cached_folder, folder_of, is_prepared, is_url, mixture
 from jaxgpt.cli.places import local_path
 from jaxgpt.corpus import Corpus, CorpusError, load, mix, read_meta, train_size
@@ -194,8 +195,8 @@ def _already_prepared(corpus: str) -> Prepared | None:
 
 def _fetch(url: str) -> Prepared:
     """Copy a prepared folder at a URL into the cache: each file once, and only if its SHA-256 is right."""
-    with sources.store_errors(url):
-        store = sources.path_of(url)
+    with sources.store_errors(url, places.cache_dir(), "XDG_CACHE_HOME"):
+        store: Any = sources.path_of(url)
         meta = read_meta(store / "tokens.json")
         if "parts" in meta:
             raise CorpusError(
@@ -214,8 +215,7 @@ def _fetch(url: str) -> Prepared:
                     continue
                 copy = here / f".{shard['file']}.part"
                 try:
-                    with copy.open("wb") as file:
-                        documents.copy_to(file, path, here, "XDG_CACHE_HOME")
+                    store.fs.get_file(path.path, copy)
                     if (found := files.sha256(copy)) != shard["sha256"]:
                         raise CorpusError(f"{path} has SHA-256 {found}, expected {shard['sha256']}")
                     copy.replace(target)

@@ -1,7 +1,6 @@
 """Read a file as text, piece by piece: UTF-8, JSON Lines or Parquet, also gzipped, local or at a URL."""
 
 import codecs
-import errno
 import gzip
 import io
 import itertools
@@ -92,30 +91,17 @@ def stream(path: Path, decoded: bool = True) -> Any:
 
 
 def temporary_copy(path: Path) -> Any:
-    """A copy of a file or pipe, which lives until it is closed."""
+    """A copy of a file or pipe in $TMPDIR, which lives until it is closed."""
     copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
     try:
-        copy_to(copy, path, tempfile.gettempdir(), "TMPDIR")
+        with stream(path) as file:
+            shutil.copyfileobj(file, copy, PIECE)
+        copy.flush()
     except BaseException:
-        copy.close()
+        with suppress(OSError):  # on a full disk the flush of close fails again
+            copy.close()
         raise
     return copy
-
-
-def copy_to(target: Any, path: Path, folder: str | Path, variable: str) -> None:
-    """Copy the bytes of `path` to an open file in `folder`, which the environment variable sets."""
-    try:
-        with stream(path) as file:
-            shutil.copyfileobj(file, target, PIECE)
-        target.flush()
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        with suppress(OSError):  # or the caller's close would flush, and fail, again
-            target.close()
-        raise SourceError(
-            f"{path}: no space left in {folder} for a copy of it; make room, or set {variable} to another folder"
-        ) from error
 
 
 def normalized(text: Iterable[str], changes: Counter[str] | None = None) -> Iterator[str]:
@@ -252,7 +238,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
     except SourceError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # also dates out of Python's range
-        if isinstance(error, OSError) and type(error) is not OSError:  # from a store or the file system, not pyarrow
+        if isinstance(error, OSError) and (error.errno or type(error) is not OSError):  # not of pyarrow
             raise
         raise SourceError(f"{path} is not a Parquet file of strings, or is damaged: {error}") from error
 

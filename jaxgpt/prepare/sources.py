@@ -1,5 +1,6 @@
 """Sources of text: named texts, and a user's files, folders, pipes and URLs."""
 
+import errno
 import hashlib
 import http.client
 import json
@@ -7,6 +8,7 @@ import os
 import platform
 import sys
 import sysconfig
+import tempfile
 import urllib.request
 import weakref
 from collections import Counter
@@ -161,8 +163,12 @@ def path_of(corpus: str) -> Path:
 
 
 @contextmanager
-def store_errors(corpus: str) -> Iterator[None]:
-    """Turn an OSError into a SourceError; at a URL any error, because stores raise their own kinds."""
+def store_errors(corpus: str, copies: Path | None = None, variable: str = "TMPDIR") -> Iterator[None]:
+    """Turn an OSError into a SourceError; at a URL any error, because stores raise their own kinds.
+
+    Args:
+      copies: folder of copies, by default that of temporary files. An environment variable sets it.
+    """
     try:
         yield
     except Exception as error:
@@ -173,6 +179,8 @@ def store_errors(corpus: str) -> Iterator[None]:
             hint = "; pip install what it names, beside 'jaxgpt[data]'"
         elif "hf://" in corpus:
             hint = "; check the name and the network, and log in for a private or gated dataset: hf auth login"
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            hint = f"; make room in {copies or tempfile.gettempdir()}, or set {variable} to another folder"
         why = str(error) or type(error).__name__
         if error.__cause__ and why == corpus:  # fsspec hides the reason
             why = str(error.__cause__)

@@ -479,11 +479,9 @@ class TestStores:
         with pytest.raises(CorpusError, match=r"memory://prepared/tokens-00000.bin has SHA-256 .*, expected"):
             prepare_corpus("memory://prepared")
         assert not (cached / "tokens-00000.bin").exists()
-        full = mock.patch("shutil.copyfileobj", side_effect=OSError(28, "No space left on device"))
-        with (
-            full,
-            pytest.raises(SourceError, match=f"no space left in {cached} for a copy of it; .* XDG_CACHE_HOME to"),
-        ):
+        cache, full = tmp_path / "cache" / "jaxgpt", OSError(28, "No space left on device")
+        full = mock.patch.object(type(self.files), "get_file", side_effect=full)
+        with full, pytest.raises(SourceError, match=f"No space .*; make room in {cache}, or set XDG_CACHE_HOME to"):
             prepare_corpus("memory://prepared")
         assert not [path.name for path in cached.iterdir() if path.name.endswith(".part")]
 

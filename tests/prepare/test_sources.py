@@ -344,19 +344,21 @@ def test_no_space_for_a_temporary_copy_is_reported(tmp_path, server, monkeypatch
     os.close(begin)
     monkeypatch.setattr(documents.tempfile, "TemporaryFile", full)
     for corpus in (f"/dev/fd/{end}", f"{server}/a.parquet"):
-        with pytest.raises(SourceError, match=f"^{corpus}: no space left in .* for a copy of it; .* TMPDIR to another"):
+        with pytest.raises(SourceError, match=rf"^{corpus} is .*No space left.*; make room in /.*, or set TMPDIR to"):
             read(corpus)
     assert [file.closed for file in opened] == [True, True]
     os.close(end)
 
 
-def test_a_copy_that_fails_for_another_reason_is_not_blamed_on_the_space(tmp_path):
+def test_a_copy_that_fails_for_another_reason_is_not_blamed_on_the_space(tmp_path, server, monkeypatch):
     def fail(data):
         raise OSError(5, "Input/output error")
 
-    (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(OSError, match="Input/output error"):
-        documents.copy_to(SimpleNamespace(write=fail), tmp_path / "a.txt", tmp_path, "TMPDIR")
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "www" / "a.parquet")
+    spool = SimpleNamespace(write=fail, close=lambda: None)
+    monkeypatch.setattr(documents.tempfile, "TemporaryFile", lambda: spool)
+    with pytest.raises(SourceError, match=r"a\.parquet is unavailable: .*Input/output error$"):
+        read(f"{server}/a.parquet")
 
 
 def test_error_of_a_store_without_a_message_is_named():
