@@ -182,7 +182,7 @@ def host_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgr
     if found := re.search(r"^MemAvailable:\s*(\d+) kB", _read(proc / "meminfo"), re.M):
         left.append(int(found[1]) * 1024)
     else:
-        with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        with suppress(ValueError, OSError):
             left.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if found := re.search(r"^0::/(.*)$", _read(proc / "self" / "cgroup"), re.M):
         for folder in (cgroups / found[1], *(cgroups / each for each in Path(found[1]).parents)):

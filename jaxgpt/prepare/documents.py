@@ -222,8 +222,9 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         from pyarrow import parquet
     except ImportError as error:
         raise MissingExtraError(f"{path.name}, a Parquet file,", "pyarrow", "data") from error
+    opened = temporary_copy if str(path).startswith(WEB) else stream  # it is not read from beginning to end
     try:
-        with _seekable(path) as raw, parquet.ParquetFile(raw) as file:
+        with opened(path) as raw, parquet.ParquetFile(raw) as file:
             table = file.schema_arrow.empty_table()
             while any(pyarrow.types.is_struct(each.type) for each in table.schema):
                 table = table.flatten()  # names as those of `_columns`; lists and maps are not entered
@@ -241,11 +242,6 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         if isinstance(error, OSError) and (error.errno or type(error) is not OSError):  # not of pyarrow
             raise
         raise SourceError(f"{path} is not a Parquet file of strings, or is damaged: {error}") from error
-
-
-def _seekable(path: Path) -> Any:
-    """A file to be read in any order: of one on the web, a temporary copy."""
-    return temporary_copy(path) if str(path).startswith(WEB) else stream(path)
 
 
 def _columns(row: dict[str, Any]) -> Iterator[str]:
