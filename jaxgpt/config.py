@@ -201,7 +201,8 @@ class TrainConfig(Section):
     scan_steps: int = 50
     """K, training steps per compiled scan; metrics, signals and saves are handled between scans."""
     eval_every: int = 250
-    """Steps between evaluations and saves, a multiple of scan_steps; 0: only at the start and the end."""
+    """Steps between evaluations and saves, a multiple of scan_steps; 0: evaluate at the start and the end, save at the
+    end."""
     eval_start: bool = True
     """Evaluate the untrained model too."""
     eval_batches: int = 20

@@ -42,16 +42,29 @@ class Folders:
 
 
 def parse(
-    kind: type[T], args: list[str], command: str, about: str | None = None, default: Any = tyro.MISSING_NONPROP
+    kind: type[T],
+    args: list[str],
+    command: str,
+    about: str | None = None,
+    default: Any = tyro.MISSING_NONPROP,
+    recipe: str = "",
 ) -> T:
-    """Parse the arguments of a command into a `kind`. `about` describes it in the help, by default as in COMMANDS."""
-    about, config = about or COMMANDS[command][1], (tyro.conf.OmitArgPrefixes,)
+    """Parse the arguments of a command into a `kind`.
+
+    Args:
+      about: describes the command in the help; by default as in COMMANDS.
+      recipe: the one that `default` comes from.
+    """
+    about, prog, config = about or COMMANDS[command][1], f"jaxgpt {command}", (tyro.conf.OmitArgPrefixes,)
+    if recipe:
+        prog += " RECIPE"
+        about += f" RECIPE is a name or a config in a .json file; the defaults shown here are those of {recipe}."
     if shutil.get_terminal_size().columns < LEAST_WIDTH:
         os.environ["COLUMNS"] = str(LEAST_WIDTH)
     if {"-h", "--help"} & set(args):
         _rewrap(kind)
+        about = " ".join(about.split())  # a docstring has line breaks and indentation
     try:
-        prog = f"jaxgpt {command}"
         return expand_home(tyro.cli(kind, args=args, prog=prog, description=about, default=default, config=config))
     except SystemExit as refused:  # tyro has printed why
         if refused.code == 2 and (hint := _hint(_types(kind), args)):

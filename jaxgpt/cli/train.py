@@ -26,7 +26,7 @@ class Train:
     config: Config
     folders: Folders = field(default_factory=Folders)
     resume: bool = False
-    """Resume an existing run with its own settings, except those given here."""
+    """Resume an existing run with its own settings; --steps and those of evaluation and saves may be changed."""
     log: tyro.conf.UseAppendAction[tuple[Literal["tensorboard", "wandb", "trackio"], ...]] = ()
     """Send the metrics to this logger too; may be repeated."""
     debug_nans: bool = False
@@ -49,12 +49,13 @@ def run(args: list[str]) -> int:
         raise UsageError(f"a resume takes its settings from the run: leave out {named!r}, and name the run with --run")
     name = named or "gpt-demo"
     known = recipe(name)
-    about = f"{known.about} ({known.hardware}: {known.time}; loss {known.loss}.) Recipes: {', '.join(RECIPES)}."
+    measured = "" if name.endswith(".json") else f" {known.hardware}: {known.time}, loss {known.loss}."
+    about = f"{known.about}{measured} Recipes: {', '.join(RECIPES)}."
     default = _from_file(name, known.config) if name.endswith(".json") else Train(run=name, config=known.config)
-    given = parse(Train, args, f"train {name}", about, default=default)
+    given = parse(Train, args, "train", about, default, name)
     existing = Run.named(given.folders.runs_dir, given.run) if given.resume else None
     if existing:
-        given = parse(Train, args, f"train {name}", about, default=replace(default, config=existing.config))
+        given = parse(Train, args, "train", about, replace(default, config=existing.config), name)
     code = _fit(given, existing)
     flush_stdout()  # the run is saved, whatever becomes of its output
     return code

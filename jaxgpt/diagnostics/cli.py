@@ -20,9 +20,9 @@ class Effort:
     """How much a diagnosis computes."""
 
     windows: int = 256
-    """Windows of training text whose gradients noise and influence compare."""
+    """Number of windows of training text for noise and influence."""
     batch: int = 32
-    """Windows in the batch of curvature and landscape."""
+    """Number of windows in the batch for curvature and landscape."""
     steps: int = 20
     """Lanczos steps of curvature; each takes a Hessian-vector product, and memory for a copy of the parameters."""
     seed: int = 0

@@ -15,7 +15,7 @@ class Lecture:
     """Train the models of the lecture one by one, score each on the whole validation split, and sample from it."""
 
     corpus: str = "shakespeare"
-    """A named corpus, a UTF-8 file or folder, or one prepared with char; the lecture's losses are for shakespeare."""
+    """A named corpus, a UTF-8 file or folder, or a prepared one (char); the lecture's losses are for shakespeare."""
     seed: int = 1337
     """Fixes the initial parameters, the batches, the dropout and the samples."""
     steps: int = 0

@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass
 
-from jaxgpt.cli import COMMANDS
 from jaxgpt.cli.options import parse, refuse_unused, take_recipe
 from jaxgpt.config import Config, UsageError, check
 from jaxgpt.recipes import recipe
@@ -19,19 +18,19 @@ class PlanOptions:
     """Chips and their arrangement: v5e:16x16, v5p:4x4x4, v6e:8x8; a100:8, h100:8, h200:8, b200:8; cpu:8 for virtual
     devices."""
     mesh: str = "auto"
-    """As in train."""
+    """Device mesh: sizes of data, fsdp, tensor and context, as in data=64,fsdp=4; or auto."""
     sweep: bool = False
-    """Rank meshes and batch sizes, a quarter to four times, by estimate; compile the best."""
+    """Rank meshes and batch sizes, a quarter to four times that of the recipe, by estimate, and compile the best."""
     chips: tuple[int, ...] = ()
     """Only estimate, for this many chips; several numbers give a table of the best of each."""
     chip: str = "v5e"
-    """Kind of --chips: v4, v5e, v5p, v6e, a100, h100, h100-pcie, h100-nvl, h200, h200-nvl, b200."""
+    """Kind of chip for --chips: v4, v5e, v5p, v6e, a100, h100, h100-pcie, h100-nvl, h200, h200-nvl, b200."""
 
 
 def run(args: list[str]) -> int:
     name, args = take_recipe(PlanOptions, args, "which recipe? jaxgpt plan gpt2-1.5b --topology v5e:16x16", "gpt2-1.5b")
     default = PlanOptions(recipe(name).config)
-    given = parse(PlanOptions, args, f"plan {name}", COMMANDS["plan"][1], default=default)
+    given = parse(PlanOptions, args, "plan", default=default, recipe=name)
     unused = {
         "chip": "" if given.chips else "without --chips",
         "topology": "with --chips, which compiles nothing" if given.chips else "",

@@ -63,7 +63,7 @@ class Inspect:
 def run_ledger(args: list[str]) -> int:
     name, args = take_recipe(Ledger, args, "which recipe? jaxgpt ledger gpt-demo")
     default = Ledger(recipe(name).config)
-    given = parse(Ledger, args, f"ledger {name}", ABOUT_LEDGER, default=default)
+    given = parse(Ledger, args, "ledger", ABOUT_LEDGER, default, name)
     if given.rounds < 1:
         raise UsageError(f"rounds is {given.rounds}, expected 1 or more")
     if not 0 <= given.seconds < math.inf:
@@ -95,7 +95,7 @@ def run_ledger(args: list[str]) -> int:
 def run_inspect(args: list[str]) -> int:
     name, args = take_recipe(Inspect, args, "which recipe or run? jaxgpt inspect gpt-demo")
     default = Inspect(_config(name, args))
-    given = parse(Inspect, args, f"inspect {name}", ABOUT_INSPECT, default=default)
+    given = parse(Inspect, args, "inspect", ABOUT_INSPECT, default, name)
     printed = "with --jaxpr and --hlo, which print nothing else" if given.jaxpr or given.hlo else ""
     unmeasured = printed or ("" if given.measure else "with --no-measure")
     unused = {"out": printed, "profile": unmeasured, "roofline": unmeasured}

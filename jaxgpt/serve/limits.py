@@ -15,7 +15,7 @@ class Limits:
     max_tokens: int = 1000
     """Maximum number of tokens per request."""
     places: int = 32
-    """Rows in the batch of a model: how many requests it serves at once; others wait."""
+    """Batch size of a model: how many requests it serves at once; others wait."""
     max_requests: int = 64
     """Maximum number of open requests, waiting ones included; further ones get 429 Too Many Requests."""
 

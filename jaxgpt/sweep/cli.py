@@ -47,7 +47,7 @@ class Sweep:
 def run(args: list[str]) -> int:
     name, args = take_recipe(Sweep, args, "which recipe? jaxgpt sweep gpt-demo --seeds 4 --lr 1e-3:1e-2:4")
     default = Sweep(Path(name).stem, recipe(name).config)
-    given = parse(Sweep, args, f"sweep {name}", "Train seeds and settings of a recipe together.", default=default)
+    given = parse(Sweep, args, "sweep", "Train seeds and settings of a recipe together.", default, name)
     rates = [grid.parse(f"lr={given.lr}", f"--lr {given.lr}")] if given.lr else []
     axes = sorted([*rates, *map(grid.parse, given.set)])
     members = grid.members(given.config, axes, given.seeds)

@@ -33,7 +33,7 @@ def run(args: list[str]) -> int:
         "moments and resumed, and compare every line of metrics and every bit of the checkpoints. Takes any setting of "
         "the recipe. (On a GPU, cuDNN attention is not repeatable for contexts longer than 256: add --deterministic.)"
     )
-    given = parse(Verify, args, f"verify-resume {name}", about, default=default)
+    given = parse(Verify, args, "verify-resume", about, default, name)
     if given.kills < 1:
         raise UsageError(f"kills is {given.kills}, expected 1 or more")
     for number in SIGNALS:
