@@ -33,9 +33,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

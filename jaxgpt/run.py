@@ -34,7 +34,7 @@ from jaxgpt.config import Config, UsageError
 from jaxgpt.tokenizer import Tokenizer
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-UNREADABLE = re.compile(r"[\[\ud800-\udfff]" if os.name == "nt" else r"[\[\\\ud800-\udfff]")
+UNREADABLE = re.compile(r"[\[\\\ud800-\udfff]")
 """Where a path contains "[" or a backslash, Orbax saves what it cannot read back. TensorStore takes no path that is not
 UTF-8, whose other bytes are surrogates."""
 
@@ -212,7 +212,7 @@ class Run:
         """Whether the last process that trained it, on this machine, died without recording its end."""
         last = self.last_event("start", "end", "broken-off")  # only a start has a process and a host
         process, here = last.get("process"), last.get("host") == platform.node()
-        if not here or type(process) is not int or os.name != "posix":  # elsewhere, signal 0 is not a mere test
+        if not here or type(process) is not int:
             return False
         try:
             os.kill(process, 0)

@@ -218,7 +218,6 @@ def test_step_with_a_damaged_manifest_is_kept_and_later_saves_succeed(tmp_path, 
     assert Checkpoints(tmp_path).steps == [5, 7]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="limits on the size of files need POSIX")
 def test_full_disk_is_reported_in_one_line(tmp_path, state, caplog, monkeypatch):
     import resource
 

@@ -96,7 +96,7 @@ def test_generated_pages_are_up_to_date(tmp_path):
 
 
 def test_the_help_of_plan_names_every_chip():
-    assert f"Kind of --chips: {', '.join(CHIPS)}." in (DOCS / "reference" / "commands.md").read_text("utf-8")
+    assert f"Kind of chip for --chips: {', '.join(CHIPS)}." in (DOCS / "reference" / "commands.md").read_text("utf-8")
 
 
 def test_api_page_lists_exactly_the_public_names():

@@ -100,7 +100,6 @@ def test_require_file_refuses_unwritable_paths(tmp_path):
             places.require_file(path, "--out")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot sync a folder")
 def test_atomic_write_syncs_the_file_and_then_its_entry(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr("os.fsync", lambda file: synced.append((os.fstat(file).st_ino, file)))

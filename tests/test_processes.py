@@ -131,7 +131,6 @@ def test_unexpected_error_in_one_process_is_reported_and_ends_all(tmp_path, begi
     assert last["text"] == "ValueError: nobody foresaw this"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs RLIMIT_FSIZE of POSIX")
 def test_failed_save_in_one_process_fails_in_all(tmp_path, begin_with):
     begin_with("""
         import resource

@@ -140,8 +140,8 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
             at = read + len(chunk) - len(error.object) + error.start  # a character may begin in the last chunk
             raise SourceError(
                 f"{origin} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {at:,} "
-                f"({error.reason}); convert it from its encoding (iconv -f ENCODING -t UTF-8), or drop such bytes "
-                "(iconv -c -f UTF-8 -t UTF-8 | tr -d '\\0')"
+                f"({error.reason}); if it is text, convert it from its encoding (iconv -f ENCODING -t UTF-8), or drop "
+                "such bytes (iconv -c -f UTF-8 -t UTF-8 | tr -d '\\0')"
             ) from error
         yield text
         read += len(chunk)

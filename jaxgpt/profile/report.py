@@ -6,6 +6,7 @@ measured, and why), and raw figures. A table is {"title", "rows"}, a row {column
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxgpt import files, start
-from jaxgpt.profile.timing import load_average
 
 Report = dict[str, Any]
 Rows = list[dict[str, Any]]
@@ -23,7 +23,7 @@ Rows = list[dict[str, Any]]
 def facts() -> dict[str, Any]:
     """The machine and the versions, as events.jsonl records them, and the load of the machine until now."""
     recorded, names = start.environment(), ("device", "backend", "cpu", "cores", "python", "jax", "jaxgpt")
-    return {**{name: recorded[name] for name in names}, "load average before": load_average()}
+    return {**{name: recorded[name] for name in names}, "load average before": round(os.getloadavg()[0], 2)}
 
 
 def save(report: Report, path: Path) -> None:

@@ -3,7 +3,6 @@
 A machine's speed drifts. A slow round slows all contestants alike, so ratios are taken within a round.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -38,8 +37,3 @@ def repeat(run: Callable[[], int], seconds: float, wait: Callable[[], None] = la
         units += run()
     wait()
     return units, time.perf_counter() - began
-
-
-def load_average() -> float | None:
-    """Processes that ran or waited for a core, the mean of the last minute; None where the system has no count."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

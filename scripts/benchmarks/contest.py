@@ -6,6 +6,7 @@ of input, a number of seconds, with the work that it did in about that time.
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -185,11 +186,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def peak_resident_bytes() -> int:
-    """Peak memory of this process; 0 on Windows, which does not report it."""
-    if sys.platform == "win32":
-        return 0
-    import resource
-
+    """Peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 from jaxgpt import machine
-from jaxgpt.profile.timing import load_average
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
 """CPU flags that decide how fast matmuls are."""
@@ -27,5 +26,5 @@ def facts(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: installed.get(name) for name in LIBRARIES},
         **{name: os.environ.get(name) for name in ("XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")},
-        "load average before": load_average(),
+        "load average before": round(os.getloadavg()[0], 2),
     }
