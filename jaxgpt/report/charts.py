@@ -3,14 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from jaxgpt.diagnostics.plots import attention_maps
-from jaxgpt.display.charts import Spec, chart, dots
+from jaxgpt.display.charts import Spec, dots
 from jaxgpt.monitor.curves import curves, loss
 from jaxgpt.monitor.facts import Facts
-from jaxgpt.report.looks import Attention, Looks
-
-MAPPED = 30_000
-"""Most weights in a picture of attention."""
+from jaxgpt.report.looks import Looks
 
 
 def charts(runs: Sequence[Facts], looks: Sequence[Looks]) -> dict[str, Spec]:
@@ -56,10 +52,3 @@ def outcome(runs: Sequence[Facts], looks: Sequence[Looks]) -> Spec | None:
     rows += [{"what": name, "loss": value, "kind": "baseline"} for name, value in baselines(runs, looks)]
     rows.sort(key=lambda row: -row["loss"])
     return dots(rows, ["run", "baseline"], "nats per token" if same else "bits per byte") if rows else None
-
-
-def maps(attention: Attention) -> Spec:
-    """Attention maps by layer and head for a picture; the page draws its own."""
-    L, H, T, _ = attention.weights.shape
-    T = min(T, int((2 * MAPPED / (L * H)) ** 0.5))
-    return chart(hconcat=[attention_maps(attention.weights[:, :, :T, :T])])

@@ -9,7 +9,7 @@ from jaxgpt import files
 from jaxgpt.config import UsageError
 from jaxgpt.display.charts import save
 from jaxgpt.monitor.facts import POINTS, Facts, gather
-from jaxgpt.report.charts import charts, chosen, maps
+from jaxgpt.report.charts import charts
 from jaxgpt.report.looks import Looks, look, steps
 from jaxgpt.report.page import page
 from jaxgpt.run import Run
@@ -50,8 +50,6 @@ class Report:
     def draw(self, folder: Path) -> list[Path]:
         """Draw every chart into `folder`, as PNG and SVG."""
         specs = charts(self.runs, self.looks)
-        if attention := self.looks[chosen(self.runs, self.looks)].attention:
-            specs["attention"] = maps(attention)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{name}{suffix}" for name in specs for suffix in (".png", ".svg")]
         for path in paths:

@@ -109,7 +109,7 @@ def test_any_text_is_escaped(value):
 def test_every_chart_is_drawn(report, tmp_path):
     paths = report.draw(tmp_path / "figures")
     names = {path.stem for path in paths}
-    assert names == {"outcome", "loss", "learning_rate", "grad_norm", "attention", "speed"}
+    assert names == {"outcome", "loss", "learning_rate", "grad_norm", "speed"}
     for path in paths:
         data = path.read_bytes()
         assert data.startswith(b"\x89PNG" if path.suffix == ".png" else b"<svg")
