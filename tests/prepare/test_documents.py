@@ -214,3 +214,8 @@ def test_parquet_column_of_lists_is_listed_without_its_element(tmp_path, complia
 @pytest.mark.parametrize("url", ["https://host/x.jsonl#part", "https://host/x.jsonl?download=1#part"])
 def test_file_name_of_a_url_has_no_query_or_fragment(url):
     assert documents.name_of(url) == "x.jsonl"
+
+
+def test_a_character_broken_at_a_chunk_is_named_by_its_first_byte():
+    with pytest.raises(SourceError, match=r"a\.txt is not UTF-8 text: byte 0xc3 at offset 999 \(invalid continuation"):
+        list(documents.utf8([b"a" * 999 + b"\xc3", b"(b"], "a.txt"))
