@@ -243,6 +243,16 @@ def test_every_command_has_help(call, command):
     assert f"usage: jaxgpt {command}" in out
 
 
+def test_help_says_which_recipe_its_defaults_are_those_of(call, tmp_path):
+    (tmp_path / "mine.json").write_text("{}")
+    for args in (["train", "gpt-demo"], ["train", "bigram"], ["plan", "gpt2-1.5b"], ["train", "mine.json"]):
+        out = call(*args, "--help")[1]
+        assert f"usage: jaxgpt {args[0]} RECIPE" in out
+        assert f"the defaults shown here are those of {args[1]}." in " ".join(out.split())
+        assert "unknown:" not in out, "a file says nothing of its time and loss"
+    assert "those of gpt2-1.5b." in " ".join(call("plan", "--help")[1].split())
+
+
 @pytest.mark.parametrize("command", ["train", "prepare", "sweep"])
 def test_help_is_wrapped_to_the_width_of_the_terminal(call, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
@@ -612,14 +622,14 @@ def test_config_of_a_run_is_a_recipe_whose_vocabulary_follows_the_text(call, ver
         assert Run.named(tmp_path / "runs", f"{name}-2").config.model.vocab_size == size
 
 
-@pytest.mark.parametrize(("schedule", "told"), [("cosine", True), ("constant", False)])
-def test_a_run_longer_than_its_schedule_is_told_its_last_learning_rate(
-    call, verse, tiny, change, tmp_path, monkeypatch, schedule, told
+@pytest.mark.parametrize(("schedule", "expected"), [("cosine", True), ("constant", False)])
+def test_a_run_longer_than_its_schedule_names_its_last_learning_rate(
+    call, verse, tiny, change, tmp_path, monkeypatch, schedule, expected
 ):
     config = change(tiny, corpus=str(verse), vocab_size=0, steps=30, decay_steps=20, schedule=schedule)
     start_run(config, "one", tmp_path / "runs", tmp_path / "data")
     monkeypatch.setattr("jaxgpt.train.fit", lambda run, *args: Summary(run, 0, 1, [], 0, None, 2))
-    assert ("the learning rate stays at" in call("train", "--run", "one", "--resume")[1]) == told
+    assert ("the learning rate stays at" in call("train", "--run", "one", "--resume")[1]) == expected
 
 
 @pytest.mark.parametrize("name", ["best", "config"])

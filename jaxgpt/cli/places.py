@@ -29,7 +29,7 @@ def require_file(path: Path | None, option: str, other: Path | None = None) -> N
     if path is None:
         return
     if other and path.resolve() == other.resolve():
-        raise UsageError(f"{path} is written already: name another file, {option} FILE")
+        raise UsageError(f"{path} is for another result: name another file, {option} FILE")
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is a folder or a device: name a file, {option} FILE")
     if not path.parent.is_dir():

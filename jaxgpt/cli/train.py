@@ -26,7 +26,7 @@ class Train:
     config: Config
     folders: Folders = field(default_factory=Folders)
     resume: bool = False
-    """Resume an existing run with its own settings; --steps and those of evaluation and saves may be changed."""
+    """Resume an existing run with its own settings; only --steps and those of evaluation and saves may change."""
     log: tyro.conf.UseAppendAction[tuple[Literal["tensorboard", "wandb", "trackio"], ...]] = ()
     """Send the metrics to this logger too; may be repeated."""
     debug_nans: bool = False
@@ -121,7 +121,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     with jax.set_mesh(mesh):
         console.print(cost.describe(config.model))
     console.print(why)
-    latest = (Checkpoints(run.checkpoints).latest if existing else 0) or 0
+    latest = (existing and Checkpoints(run.checkpoints).latest) or 0
     if latest == config.train.steps:
         console.print(f"the run is at its last step, {config.train.steps:,}: --steps N trains longer")
     end = config.optimizer.decay_steps

@@ -56,10 +56,10 @@ def run_import_gpt2(args: list[str]) -> int:
     from jaxgpt.huggingface import folders
     from jaxgpt.monitor import cost
 
-    free: dict[str, Any] = {name: getattr(given, name) for name in folders.FREE}
+    settings: dict[str, Any] = {name: getattr(given, name) for name in folders.TRAINING_SETTINGS}
     run = folders.import_run(
         folders.find(given.folder),
-        Config(given.data, ModelConfig(**free), given.optimizer, given.train),
+        Config(given.data, ModelConfig(**settings), given.optimizer, given.train),
         given.run,
         given.folders.runs_dir,
         given.folders.data_dir,

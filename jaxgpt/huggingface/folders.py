@@ -27,8 +27,8 @@ VOCABULARIES += ["vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.
 FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 FILES += ["tokenizer_config.json", "added_tokens.json", *VOCABULARIES]
 """The files of a model to download."""
-FREE = ["dropout", "precision", "remat", "deterministic"]
-"""Settings of a model that its weights do not depend on."""
+TRAINING_SETTINGS = ["dropout", "precision", "remat", "deterministic"]
+"""How to train a model, whatever its weights: settings that no Hugging Face folder holds."""
 
 
 def find(name: str) -> Path:
@@ -68,8 +68,8 @@ def import_run(
     """A run at step 0 with the weights of a GPT-2.
 
     Args:
-      config: settings for fine-tuning; of those of the model, only FREE are used. The tokenizer "gpt2", the default,
-        means the folder's own if it has one; any other replaces it.
+      config: settings for fine-tuning; of those of the model, only TRAINING_SETTINGS are used. The tokenizer "gpt2",
+        the default, means the folder's own if it has one; any other replaces it.
       block_size: as `gpt2.load`.
 
     Raises:
@@ -78,7 +78,7 @@ def import_run(
     model, params = gpt2.load(source, block_size)
     if config.data.tokenizer == "gpt2" and any((source / each).is_file() for each in VOCABULARIES):
         config = replaced(config, tokenizer=str(source.resolve()))
-    config = replaced(config, **(vars(model) | {name: getattr(config.model, name) for name in FREE}))
+    config = replaced(config, **(vars(model) | {name: getattr(config.model, name) for name in TRAINING_SETTINGS}))
     params = jax.tree.map(jnp.asarray, params)
     return start_run(config, name, runs_dir, data_dir, params, origin=str(source.resolve()))[0]
 

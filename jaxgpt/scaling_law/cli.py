@@ -50,7 +50,7 @@ def run(args: list[str]) -> int:
     points = family.points(members, scores)
     if lost := len(members) - len(points):
         print(f"{lost} of {len(members)} runs diverged: left out of the fit")
-    print(f"fitting the law to {len(points)} runs and to resamples of them (a minute or so)", flush=True)
+    print(f"fitting the law to {len(points)} runs and to resamples of them", flush=True)
     fitted, path = fit(points), given.sweeps_dir / given.name
     for line in view.lines(fitted, points, given.flops):
         print(line)

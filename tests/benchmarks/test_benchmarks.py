@@ -201,8 +201,8 @@ def test_transformers_samples_the_same_model_with_its_cache(way, monkeypatch):
 def test_training_rows_are_per_step_and_of_the_median_round():
     config = config_of("micro", "cpu")
     assert shapes.tokens_per_step(config) == 2 * 8
-    told = types.SimpleNamespace(about={"a": {"compile_seconds": 9.0}}, peak_bytes={"a": 5_000_000})
-    (row,) = rates.training_rows(config, {"a": [32.0, 64.0, 640.0]}, told)
+    setup = types.SimpleNamespace(about={"a": {"compile_seconds": 9.0}}, peak_bytes={"a": 5_000_000})
+    (row,) = rates.training_rows(config, {"a": [32.0, 64.0, 640.0]}, setup)
     assert row["tokens/s"]["median"] == 64.0
     assert row["ms/step"] == 250.0
     assert row["GFLOP/s"] == pytest.approx(shapes.flops_per_step(config) / 0.25 / 1e9)

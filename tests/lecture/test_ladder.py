@@ -243,7 +243,7 @@ def test_the_command_with_full_writes_only_the_corpus(lecture, verse, tmp_path):
         (["--seed", "-1"], "seed is -1"),
         (["--plot", "no/such/a.png"], "no folder no/such"),
         (["--json", "no/such/a.json"], "no folder no/such"),
-        (["--plot", "a.json", "--json", "./a.json"], "a.json is written already: name another file, --json FILE"),
+        (["--plot", "a.json", "--json", "./a.json"], "a.json is for another result: name another file, --json FILE"),
         (["--plot", "a.jpeg"], "expected one of .png, .svg, .pdf"),
         (["--corpus", "nowhere"], "no corpus, file or folder 'nowhere'"),
     ],

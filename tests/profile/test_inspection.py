@@ -266,7 +266,7 @@ def test_jaxprs_and_hlo_are_printed(capsys, tmp_path, monkeypatch):
             "no run 'nonsense' in runs; jaxgpt train gpt-demo makes one; nor is there a recipe of that name",
         ),
         (["gpt-demo", "--no-measure", "--roofline", "a.png"], "--roofline has no effect with --no-measure"),
-        (["gpt-demo", "--out", "a.json", "--roofline", "a.json"], "a.json is written already: name another file"),
+        (["gpt-demo", "--out", "a.json", "--roofline", "a.json"], "a.json is for another result: name another file"),
         (["gpt-demo", "--out", "nowhere/a.json"], "there is no folder nowhere"),
         (["gpt-demo", "--n-embd", "30"], "try --n-embd 32"),
         (["gpt-demo", "--jaxpr", "loss", "--out", "a.json"], "--out has no effect with --jaxpr and --hlo"),

@@ -190,8 +190,11 @@ def test_the_chart_shows_every_stage(tmp_path):
         (["gpt-demo", "--variants", "fast"], "no variant 'fast'"),
         (["gpt-demo", "--out", "nowhere/a.json"], "there is no folder nowhere"),
         (["gpt-demo", "--plot", "a.txt"], "ends in '.txt'"),
-        (["gpt-demo", "--plot", "ledger-gpt-demo.json"], "ledger-gpt-demo.json is written already: name another file"),
-        (["gpt-demo", "--out", "./a.json", "--plot", "a.json"], "another file, --plot FILE"),
+        (["gpt-demo", "--plot", "ledger-gpt-demo.json"], "ledger-gpt-demo.json is for another result: name another"),
+        (
+            ["gpt-demo", "--out", "./a.json", "--plot", "a.json"],
+            "a.json is for another result: name another file, --plot",
+        ),
         (["gpt-demo", "--n-head", "3"], "try --n-embd 126"),
         (["gpt-demo", "--precision", "bfloat16"], "--precision has no effect on variants, which set it themselves"),
         (["gpt-demo", "--remat", "blocks"], "--variants jit 'remat matmuls' 'remat blocks'): leave it out"),
