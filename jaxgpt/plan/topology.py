@@ -14,6 +14,8 @@ from jaxgpt.monitor.chips import CHIPS, Chip
 
 TPUS = ("v5e", "v5p", "v6e")
 """They are one device each; a v4 is two."""
+MOST_VIRTUAL = 1024
+"""More virtual devices are taken for a typo: JAX takes a minute of processor time to make 8,192."""
 
 
 class Gpu(NamedTuple):
@@ -47,7 +49,7 @@ def topology(name: str) -> tuple[Chip | None, list[Any]]:
     """
     kind, _, arrangement = name.partition(":")
     n = int(arrangement) if arrangement.isdecimal() else 0
-    if kind == "cpu" and n:
+    if kind == "cpu" and 1 <= n <= MOST_VIRTUAL:
         return None, _virtual(n)
     if kind in GPUS and n:
         described, expected, extra = _gpus(kind, n), f"{kind}:8", "cuda"
@@ -56,8 +58,8 @@ def topology(name: str) -> tuple[Chip | None, list[Any]]:
     else:
         raise PlanError(
             f"--topology {name}: expected a TPU ({', '.join(TPUS)}) and its arrangement, as in v5e:16x16, a GPU "
-            f"({', '.join(GPUS)}) and their number, as in h100:8, or cpu:8; others can only be estimated, --chips 8 "
-            "--chip v4"
+            f"({', '.join(GPUS)}) and their number, as in h100:8, or cpu:8, up to cpu:{MOST_VIRTUAL}; others can only be "
+            "estimated, --chips 8 --chip v4"
         )
     try:
         return CHIPS[kind], list(topologies.get_topology_desc(**described).devices)

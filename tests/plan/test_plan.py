@@ -260,7 +260,7 @@ def test_impossible_plans_are_refused(shallow, change):
         PlanError, match=r"expected a TPU \(v5e, v5p, v6e\) and its arrangement, as in v5e:16x16, a GPU"
     ):
         topology("tpu9:2x2")
-    for name in ("h100-pcie:2", "v4:2x2x1", "h100:0"):
+    for name in ("h100-pcie:2", "v4:2x2x1", "h100:0", "cpu:0", "cpu:1025"):
         with pytest.raises(PlanError, match=f"--topology {name}: .* others can only be estimated, --chips 8 --chip v4"):
             topology(name)
     with pytest.raises(PlanError, match="--topology h100:12: expected up to 8 GPUs, or whole machines of 8"):
