@@ -102,7 +102,7 @@ class MetricsLog:
         self.step, self.scores = 0, list[Evaluated]()
         self._skipped = 0  # steps in a row
         self._tokens, self._seconds = 0, 0.0  # of training in this process: no compilation, evaluation or saving
-        self._began = time.perf_counter()
+        self._began = self._last_read = time.perf_counter()
         self._chunk_began: float | None = None  # None until the first chunk, which is not timed, has ended
         self._unread: tuple[int, Metrics] | None = None
         kept = run.metrics_file.read_bytes()[:n_bytes] if n_bytes else b""
@@ -144,11 +144,12 @@ class MetricsLog:
         self._unread = begin, metrics
 
     def add_evaluation(self, step: int, evaluation: Evaluation, estimates: dict[str, float]) -> None:
-        """Log an evaluation after `step` steps, with nanoGPT's estimates."""
+        """Log an evaluation after `step` steps, with nanoGPT's estimates, and how long it kept training waiting."""
         self.flush()
         self._write(step=step, **{f"val_{name}": value for name, value in asdict(evaluation).items()}, **estimates)
         self._drain()
         self.on_event(self.scores[-1])
+        self.run.event("evaluate", step=step, paused=time.perf_counter() - self._last_read)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -186,7 +187,7 @@ class MetricsLog:
             seconds = now - self._chunk_began
             self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
             speed, left = tokens / seconds, (config.train.steps - self.step) * seconds / len(losses)
-        self._chunk_began = now
+        self._chunk_began = self._last_read = now
         loss, grad_norm, learning_rate = (float(x[-1]) for x in metrics[:3])
         best = min(self.scores, key=lambda scored: scored.rank, default=None)
         return Progress(self.step, config.train.steps, loss, speed, left, grad_norm, learning_rate, best, losses)

@@ -159,7 +159,10 @@ def test_fit_reports_its_events_and_scores(tiny, new_run):
     assert done.scores[-1].evaluation.loss < done.scores[0].evaluation.loss
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 21))
     recorded = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in recorded] == ["start", "save", "save", "end"]
+    evaluated = [event for event in recorded if event["event"] == "evaluate"]  # before or after the save ends
+    assert [event["event"] for event in recorded if event not in evaluated] == ["start", "save", "save", "end"]
+    assert [event["step"] for event in evaluated] == [0, 10, 20]
+    assert 0 < sum(event["paused"] for event in evaluated) <= recorded[-1]["seconds"]
     assert recorded[0]["devices"] == 1, "one of the eight devices"
 
 

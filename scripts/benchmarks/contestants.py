@@ -43,7 +43,9 @@ def jaxgpt_training(config: Any) -> Contestant:
             mesh = one_device()
             self.load, self.step, self.unread = loader(config, random_tokens(config.model.vocab_size), mesh), 0, None
             self.train_steps = jit_train_steps(config, mesh)
+            began = time.perf_counter()
             self.state = jax.block_until_ready(sharded_init(config, mesh))
+            self.about["init_seconds"] = time.perf_counter() - began
             began = time.perf_counter()
             self.train_steps.lower(self.state, *self.load(0, K)).compile()
             self.about["compile_seconds"] = time.perf_counter() - began

@@ -26,19 +26,26 @@ def _group(name: str, minutes: float, line: str) -> Group:
     return Group(name, tuple(line.split()), minutes)
 
 
+QUICK = "--rounds 3 --seconds 2 --precisions bfloat16 --ways bfloat16+compile"
 GROUPS: dict[Device, list[Group]] = {
     "gpu": [
-        _group("startup-124m", 1.5, "startup --recipe gpt2-124m --repeats 1"),
+        _group("startup-124m", 1.5, "startup --recipe gpt2-124m --tokenizer byte --repeats 1"),
         _group("attention", 1, "attention"),
-        _group("train-124m", 3, "train --shapes small --rounds 3 --seconds 2 --ways bfloat16+compile"),
+        _group("train-124m", 2, f"train --shapes small {QUICK}"),
+        _group("train-baby-dropout", 1, f"train --shapes baby --dropout 0.2 {QUICK}"),
+        _group("train-baby", 1, f"train --shapes baby {QUICK}"),
         _group(
-            "train-baby-dropout",
-            1.5,
-            "train --shapes baby --dropout 0.2 --rounds 3 --seconds 2 --ways bfloat16+compile",
+            "speedrun",
+            2.5,
+            "speedrun --recipes speedrun-gpu shakespeare-gpu --repeats 1 --bound 1.4697 --stop --no-twin",
         ),
-        _group("train-baby", 1.5, "train --shapes baby --rounds 3 --seconds 2 --ways bfloat16+compile"),
-        _group("speedrun", 6, "speedrun --recipes shakespeare-gpu --repeats 1 --bound 1.4697"),
-        _group("sample", 2, "sample --cases small:1:256 baby:1:256 baby:64:256 --rounds 2 --ways bfloat16"),
+        _group("best", 3, "speedrun --recipes best-gpu --repeats 1 --bound 1.43"),
+        _group(
+            "sample",
+            2,
+            "sample --cases small:1:256 baby:1:256 baby:64:256 --rounds 2 --precisions bfloat16 --ways bfloat16",
+        ),
+        _group("train-124m-32", 2, f"train --shapes small --batch-size 32 {QUICK}"),
     ],
     "cpu": [
         _group("train", 3, "train --shapes tiny"),

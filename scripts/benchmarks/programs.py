@@ -1,8 +1,10 @@
 """Whole programs, from the start of their process to its end: the time that a user waits."""
 
 import json
+import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from jaxgpt.profile import timing
 from jaxgpt.profile.report import Report
 from jaxgpt.recipes import RECIPES
 from jaxgpt.recipes import recipe as recipe_of
+from jaxgpt.run import Run
 from scripts.benchmarks import contest, load
 from scripts.benchmarks.machine import facts
 from scripts.benchmarks.rates import Way, require
@@ -30,7 +33,9 @@ TWINS: dict[str, tuple[str, Way]] = {
 SPEEDRUN_NOTES = (
     "jaxgpt: seconds from the start of a `jaxgpt train` process to its end: imports, the text prepared, compiling, "
     "training, evaluation, saves. Loss: the last over the whole validation split, in windows of the recipe's own "
-    "block_size. cold: with an empty compile cache. warm: the same command again, with the cache that the first left.",
+    "block_size. cold: with an empty compile cache. warm: the same command again, with the cache that the first left. "
+    "pause: for which an evaluation and the save before it keep training waiting, the median without the first, which "
+    "compiles.",
     "torch: the project's twin of nanoGPT, from the start of its process to its weights on disk, without any "
     "evaluation; its loss is computed after that, over the whole validation split in windows of its block_size.",
     "Processes run one at a time and in turn, each seed a round; ratios are the twin's seconds divided by ours, round "
@@ -87,13 +92,19 @@ class Place:
         folders = ["--runs-dir", str(self.folder / "runs"), "--data-dir", str(self.folder / f"data-{name}")]
         return self.run(["jaxgpt", "train", *words, "--run", name, *folders], until)
 
-    def metrics(self, name: str) -> Path:
-        return self.folder / "runs" / name / "metrics.jsonl"
+    def opened(self, name: str) -> Run:
+        return Run(self.folder / "runs" / name)
 
     def scores(self, name: str) -> list[float]:
-        """The losses of a run over the whole validation split, the untrained model's first."""
-        lines = map(json.loads, self.metrics(name).read_text().splitlines())
-        return [line["val_loss"] for line in lines if "val_loss" in line]
+        """The losses of a run over the whole validation split so far, the untrained model's first."""
+        metrics = self.opened(name).metrics_file
+        complete = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+        return [json.loads(line)["val_loss"] for line in complete if '"val_loss"' in line]
+
+    def pause(self, name: str) -> float | None:
+        """The median time for which evaluations of a run, without the first, kept training waiting; None if unknown."""
+        found = [event["paused"] for event in self.opened(name).events() if event["event"] == "evaluate"][1:]
+        return statistics.median(found) if found else None
 
 
 def _children_seconds() -> float:
@@ -114,6 +125,8 @@ def speedrun(
     repeats: int = 5,
     seed: int = 1337,
     bound: float = 1.88,
+    stop: bool = False,
+    twin: bool = True,
     steps: int = 0,
     twin_steps: int = 0,
 ) -> Report:
@@ -126,16 +139,19 @@ def speedrun(
       repeats: number of seeds, the same on both sides
       seed: the first seed
       bound: the loss to reach
+      stop: end a run of jaxgpt at its first evaluation that reaches the bound, and count the seconds until then
+      twin: run the twin, too
       steps: instead of the recipe's, for a quick test; 0 for the recipe's
       twin_steps: instead of nanoGPT's, for a quick test; 0 for nanoGPT's
     """
     recipes = recipes or tuple(name for name in DEFAULTS[device] if name in RECIPES)
     for name in recipes:
         recipe_of(name)
-    require("torch")
+    if twin:
+        require("torch")
     machine = facts(device)
     runs: dict[str, list[dict[str, Any]]] = {}
-    names = ["torch", *(f"{name} {cache}" for name in recipes for cache in ("cold", "warm"))]
+    names = ["torch"] * twin + [f"{name} {cache}" for name in recipes for cache in ("cold", "warm")]
 
     def run(name: str) -> float:
         """The seconds of the next seed of "torch", "RECIPE cold" or "RECIPE warm"."""
@@ -147,7 +163,7 @@ def speedrun(
             if cache == "warm" and len(runs.get(cold, [])) <= turn:
                 raise contest.WorkerError("the cold run before it failed, and left no cache")
             place = Place(Path(root) / f"{name.split()[0]}-{turn}", device)
-            done = run_ours(corpus, place, name.split()[0], cache, seed + turn, steps)
+            done = run_ours(corpus, place, name.split()[0], cache, seed + turn, steps, bound if stop else None)
         runs[name].append(done)
         _log(f"{name}, seed {seed + turn}: {done['seconds']:.1f} s, loss {done['loss']:.4f}")
         return float(done["seconds"])
@@ -158,18 +174,27 @@ def speedrun(
     theirs = times.get("torch", [])
     rows = [speedrun_row(name, found, theirs, runs[name], bound) for name, found in times.items()]
     notes = [*SPEEDRUN_NOTES, load.disturbance(shares)]
-    tables = [{"title": f"From process start to process end, {len(theirs)} seeds", "rows": rows}]
+    end = f"a loss of {bound}" if stop else "process end"
+    tables = [{"title": f"From process start to {end}, {repeats} seeds", "rows": rows}]
     return _report("speedrun", machine, tables, notes, failed) | {"runs": runs}
 
 
-def run_ours(corpus: str, place: Place, name: str, cache: str, seed: int, steps: int) -> dict[str, Any]:
-    """One `jaxgpt train`. A cold run is the first in its place, and leaves its caches to the warm run after it."""
+def run_ours(
+    corpus: str, place: Place, name: str, cache: str, seed: int, steps: int, bound: float | None
+) -> dict[str, Any]:
+    """One `jaxgpt train`, to its end or until its loss reaches the bound. A cold run is the first in its place, and
+    leaves its caches to the warm run after it."""
     words = [name, *_corpus(corpus), "--seed", str(seed), *(["--steps", str(steps)] if steps else [])]
-    seconds, others = place.train(cache, words)
-    loss = place.scores(cache)[-1]
+
+    def over() -> bool:
+        return min(place.scores(cache), default=math.inf) <= (bound or 0) or bool(place.opened(cache).last_event("end"))
+
+    seconds, others = place.train(cache, words, None if bound is None else over)
+    losses, pause = place.scores(cache), place.pause(cache)
     if cache == "warm":
         shutil.rmtree(place.folder)
-    return {"seed": seed, "seconds": seconds, "loss": loss, "others": others}
+    loss = losses[-1] if bound is None else min(losses)
+    return {"seed": seed, "seconds": seconds, "loss": loss, "pause": pause, "others": others}
 
 
 def run_twin(corpus: str, place: Place, seed: int, steps: int) -> dict[str, Any]:
@@ -187,7 +212,7 @@ def speedrun_row(
     name: str, seconds: list[float], theirs: list[float], runs: list[dict[str, Any]], bound: float
 ) -> dict[str, Any]:
     losses = [each["loss"] for each in runs]
-    n = min(len(seconds), len(theirs))
+    n, pauses = min(len(seconds), len(theirs)), [each["pause"] for each in runs if each.get("pause")]
     return {
         "run": name,
         "torch / this": timing.ratio(theirs[:n], seconds[:n]) if n else None,
@@ -196,14 +221,18 @@ def speedrun_row(
         "mean loss": f"{sum(losses) / len(losses):.4f}",
         f"reached {bound}": f"{sum(loss <= bound for loss in losses)} of {len(losses)}",
         "losses": ", ".join(f"{loss:.4f}" for loss in losses),
+        "pause, s": timing.series(pauses) if pauses else None,
     }
 
 
-def startup(corpus: str = "", device: Device = "cpu", recipe: str = "gpt-demo", repeats: int = 5) -> Report:
+def startup(
+    corpus: str = "", tokenizer: str = "", device: Device = "cpu", recipe: str = "gpt-demo", repeats: int = 5
+) -> Report:
     """How long the help and the first training step take.
 
     Args:
       corpus: the text, instead of the recipe's
+      tokenizer: instead of the recipe's; that of GPT-2 must be downloaded
       device: where to train
       recipe: any; shakespeare-cpu has the shape tiny
       repeats: processes of each kind
@@ -218,8 +247,9 @@ def startup(corpus: str = "", device: Device = "cpu", recipe: str = "gpt-demo", 
         if name == "help":
             seconds, others = place.run(["jaxgpt", "--help"])
         else:
-            metrics = place.metrics(cache)
+            metrics = place.opened(cache).metrics_file
             words = [recipe, *_corpus(corpus), "--scan-steps", "1", "--eval-every", "0", "--eval-batches", "0"]
+            words += ["--tokenizer", tokenizer] if tokenizer else []
             seconds, others = place.train(
                 cache, words, lambda: metrics.exists() and b'"grad_norm"' in metrics.read_bytes()
             )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from jaxgpt.config import Config, UsageError
+from jaxgpt.config import Config, UsageError, check
+from jaxgpt.monitor.chips import utilization
 from jaxgpt.profile.report import Report
 from jaxgpt.profile.timing import Rates, Series, ratio, series
 from scripts.benchmarks.contest import Contest, require_round
@@ -17,6 +18,7 @@ from scripts.benchmarks.machine import facts
 from scripts.benchmarks.shapes import (
     PRECISIONS,
     Device,
+    Precision,
     config_of,
     describe,
     flops_per_step,
@@ -46,7 +48,8 @@ TRAIN_NOTES = (
     "jaxgpt: train_steps, the function of `jaxgpt train`, K steps in one compiled program. torch: the project's twin "
     "of nanoGPT with scaled_dot_product_attention and fused AdamW; +compile is torch.compile of the model. Both do "
     "nanoGPT's whole step: random windows, forward, backward, clipping, AdamW.",
-    "GFLOP/s: of the matmuls alone. Peak memory: of the process on a CPU, of the device's arrays on a GPU.",
+    "GFLOP/s: of the matmuls alone; MFU: as a share of the device's published bfloat16 rate. Initial state: to compile "
+    "and compute it, without a compile cache. Peak memory: of the process on a CPU, of the device's arrays on a GPU.",
 )
 SAMPLE_NOTES = (
     "Random weights, a prompt of one token, temperature 0.8, top-k 40. jaxgpt: `generate` with its KV cache; its first "
@@ -64,6 +67,8 @@ def train(
     rounds: int = 5,
     seconds: float = 4.0,
     dropout: float = 0.0,
+    batch_size: int = 0,
+    precisions: tuple[Precision, ...] = PRECISIONS,
     ways: tuple[Way, ...] = (),
 ) -> Report:
     """Training speed against the PyTorch twin.
@@ -74,14 +79,18 @@ def train(
       rounds: measurements of each contestant, in turn
       seconds: least duration of a round of one contestant
       dropout: on both sides
+      batch_size: sequences of a step; 0 for those of the shape
+      precisions: of jaxgpt
       ways: of PyTorch; by default all of the device
     """
     require("torch")
-    configs = {shape: config_of(shape, device, dropout=dropout) for shape in shapes}
+    configs = {shape: check(config_of(shape, device, dropout=dropout, batch_size=batch_size)) for shape in shapes}
     report: Report = {"mode": "train", "facts": facts(device), "failed": {}, "tables": [], "rates": {}}
     report["notes"] = [describe(shape, config) for shape, config in configs.items()] + [*HOW, *TRAIN_NOTES]
     for shape, config in configs.items():
-        contest, rates = compare(device, training_entrants(config, device, ways or WAYS[device]), rounds, seconds)
+        contest, rates = compare(
+            device, training_entrants(config, device, precisions, ways or WAYS[device]), rounds, seconds
+        )
         _add(report, contest, shape)
         report["rates"][shape] = rates
         report["tables"] += [
@@ -91,9 +100,9 @@ def train(
     return report
 
 
-def training_entrants(config: Config, device: Device, ways: Sequence[str]) -> Entrants:
+def training_entrants(config: Config, device: Device, precisions: Sequence[Precision], ways: Sequence[str]) -> Entrants:
     found: Entrants = {}
-    for precision in PRECISIONS:
+    for precision in precisions:
         tree = asdict(replace(config, model=replace(config.model, precision=precision)))
         spec = {"task": "train jaxgpt", "config": tree}
         if device == "gpu" and precision == "float32":  # XLA uses TF32 by default
@@ -129,14 +138,17 @@ def training_ratios(rates: Rates) -> list[dict[str, Any]]:
 def training_rows(config: Config, rates: Rates, contest: Contest) -> list[dict[str, Any]]:
     rows, tokens = [], tokens_per_step(config)
     for name, found in rates.items():
-        speed = series(found)
+        speed, about = series(found), contest.about[name]
+        used = utilization(config, about["device"], 1, speed["median"])
         rows.append(
             {
                 "variant": name,
                 "tokens/s": speed,
                 "ms/step": 1e3 * tokens / speed["median"],
                 "GFLOP/s": flops_per_step(config) / tokens * speed["median"] / 1e9,
-                "compiling, s": contest.about[name]["compile_seconds"],
+                "MFU, %": None if used is None else 100 * used,
+                "initial state, s": about.get("init_seconds"),
+                "compiling, s": about["compile_seconds"],
                 "peak memory, MB": contest.peak_bytes[name] / 1e6,
             }
         )
@@ -148,6 +160,7 @@ def sample(
     cases: tuple[str, ...] = (),
     rounds: int = 3,
     seconds: float = 2.0,
+    precisions: tuple[Precision, ...] = PRECISIONS,
     ways: tuple[Way, ...] = ("float32", "bfloat16"),
 ) -> Report:
     """Sampling speed against the twin and transformers.
@@ -157,6 +170,7 @@ def sample(
       cases: SHAPE:BATCH:TOKENS, such as tiny:64:512
       rounds: measurements of each contestant, in turn
       seconds: least duration of a round of one contestant, of at least one generation
+      precisions: of jaxgpt
       ways: of PyTorch
     """
     asked = [parse_case(case) for case in cases or CASES[device]]
@@ -168,7 +182,7 @@ def sample(
         within = config_of(shape, device).model.block_size - 1
         for n, library in ((n_tokens, "torch"), (min(n_tokens, within), "transformers")):
             case = f"{shape}, batch {batch_size}, {n} tokens" + (" within block_size" if library != "torch" else "")
-            entrants = sampling_entrants(shape, device, batch_size, n, library, ways)
+            entrants = sampling_entrants(shape, device, batch_size, n, library, precisions, ways)
             contest, rates = compare(device, entrants, rounds, seconds)
             _add(report, contest, case)
             other = best(rates, [name for name in rates if name.startswith(library)])
@@ -199,12 +213,18 @@ def parse_case(case: str) -> tuple[str, int, int]:
 
 
 def sampling_entrants(
-    shape: str, device: Device, batch_size: int, n_tokens: int, library: str, ways: Sequence[str]
+    shape: str,
+    device: Device,
+    batch_size: int,
+    n_tokens: int,
+    library: str,
+    precisions: Sequence[Precision],
+    ways: Sequence[str],
 ) -> Entrants:
     """jaxgpt in each precision, then `library` (torch or transformers) in each way."""
     common: dict[str, Any] = {"batch_size": batch_size, "n_tokens": n_tokens, **DRAW}
     found: Entrants = {}
-    for precision in PRECISIONS:
+    for precision in precisions:
         tree = asdict(config_of(shape, device, precision))
         found[f"jaxgpt {precision}"] = {"task": "sample jaxgpt", "config": tree, **common}, {}
     theirs = {"task": f"sample {library}", "config": asdict(config_of(shape, device)), "device": device, **common}

@@ -30,12 +30,17 @@ SHAPES = {
     "micro": Shape("for tests", _model(13, 8, 1, 2, 16), 2, 2, 2),
     "tiny": Shape("nanoGPT's Tiny Shakespeare on a CPU", _model(65, 64, 4, 4, 128), 12, 20, 50),
     "baby": Shape("nanoGPT's Tiny Shakespeare on a GPU", _model(65, 256, 6, 6, 384), 64, 1, 50),
-    "small": Shape("GPT-2 124M, one sequence at a time on a CPU", _model(50304, 1024, 12, 12, 768), 8, 1, 10),
+    "small": Shape("GPT-2 124M, one sequence at a time on a CPU", _model(50304, 1024, 12, 12, 768), 16, 1, 10),
 }
 
 
-def config_of(name: str, device: Device, precision: Precision = "float32", dropout: float = 0.0) -> Config:
+def config_of(
+    name: str, device: Device, precision: Precision = "float32", dropout: float = 0.0, batch_size: int = 0
+) -> Config:
     """A shape with nanoGPT's optimizer; `scan_steps` is the number of steps between two readings of the loss.
+
+    Args:
+      batch_size: 0 is that of the shape.
 
     Raises:
       UsageError: there is no such shape.
@@ -44,7 +49,7 @@ def config_of(name: str, device: Device, precision: Precision = "float32", dropo
         raise UsageError(f"no shape {name!r}, expected one of {', '.join(SHAPES)}")
     shape = SHAPES[name]
     steps = shape.steps_on_gpu if device == "gpu" else shape.steps_on_cpu
-    batch_size = 1 if name == "small" and device == "cpu" else shape.batch_size
+    batch_size = batch_size or (1 if name == "small" and device == "cpu" else shape.batch_size)
     train = TrainConfig(steps=2000, batch_size=batch_size, sampling="random", scan_steps=steps, eval_every=0)
     model = replace(shape.model, dropout=dropout, precision=precision)
     return Config(model=model, optimizer=OptimizerConfig(), train=train)

@@ -34,7 +34,10 @@ def test_the_best_has_the_highest_median():
 
 def test_float32_and_tf32_have_different_settings_on_a_gpu():
     config = config_of("baby", "gpu")
-    settings = {name: env for name, (_, env) in rates.training_entrants(config, "gpu", rates.WAYS["gpu"]).items()}
+    settings = {
+        name: env
+        for name, (_, env) in rates.training_entrants(config, "gpu", shapes.PRECISIONS, rates.WAYS["gpu"]).items()
+    }
     assert settings["jaxgpt float32"] != settings["jaxgpt tf32"]
     assert {"torch float32", "torch tf32", "torch bfloat16", "torch bfloat16+compile"} <= set(settings)
 
@@ -201,12 +204,14 @@ def test_transformers_samples_the_same_model_with_its_cache(way, monkeypatch):
 def test_training_rows_are_per_step_and_of_the_median_round():
     config = config_of("micro", "cpu")
     assert shapes.tokens_per_step(config) == 2 * 8
-    setup = types.SimpleNamespace(about={"a": {"compile_seconds": 9.0}}, peak_bytes={"a": 5_000_000})
+    about = {"device": "NVIDIA H200", "init_seconds": 3.0, "compile_seconds": 9.0}
+    setup = types.SimpleNamespace(about={"a": about}, peak_bytes={"a": 5_000_000})
     (row,) = rates.training_rows(config, {"a": [32.0, 64.0, 640.0]}, setup)
     assert row["tokens/s"]["median"] == 64.0
     assert row["ms/step"] == 250.0
     assert row["GFLOP/s"] == pytest.approx(shapes.flops_per_step(config) / 0.25 / 1e9)
-    assert (row["compiling, s"], row["peak memory, MB"]) == (9.0, 5.0)
+    assert row["MFU, %"] == pytest.approx(100 * row["GFLOP/s"] / 989e3)
+    assert (row["initial state, s"], row["compiling, s"], row["peak memory, MB"]) == (3.0, 9.0, 5.0)
 
 
 def test_a_step_takes_six_flops_for_each_weight_and_token():
@@ -216,7 +221,8 @@ def test_a_step_takes_six_flops_for_each_weight_and_token():
 
 
 def test_a_shape_has_the_settings_that_are_asked_for():
-    assert [config_of("small", device).train.batch_size for device in ("cpu", "gpu")] == [1, 8]
+    assert [config_of("small", device).train.batch_size for device in ("cpu", "gpu")] == [1, 16]
+    assert config_of("small", "gpu", batch_size=32).train.batch_size == 32
     assert [config_of("baby", device).train.scan_steps for device in ("cpu", "gpu")] == [1, 50]
     model = config_of("baby", "gpu", "bfloat16", dropout=0.2).model
     assert (model.precision, model.dropout) == ("bfloat16", 0.2)
@@ -253,6 +259,17 @@ def test_training_is_compared_with_equal_settings_on_both_sides(compared):
     assert "NOT QUIET" in report["notes"][-1]
 
 
+def test_only_the_precisions_that_are_asked_for_are_measured(compared):
+    chosen = {"rounds": 1, "precisions": ("bfloat16",), "ways": ("tf32",)}
+    rates.train(shapes=("micro",), batch_size=6, **chosen)
+    rates.sample(cases=("micro:3:20",), **chosen)
+    assert [list(specs) for specs, *_ in compared] == [
+        ["jaxgpt bfloat16", f"{library} tf32"] for library in ("torch", "torch", "transformers")
+    ]
+    for spec in compared[0][0].values():
+        assert spec["config"]["train"]["batch_size"] == 6
+
+
 def test_sampling_is_compared_with_equal_settings_on_both_sides(compared):
     report = rates.sample(cases=("micro:3:20",), rounds=2, seconds=0.5, ways=("float32",))
     assert [given for _, *given in compared] == [["cpu", 2, 0.5]] * 2
@@ -285,7 +302,7 @@ def test_a_comparison_starts_with_empty_compile_caches_and_the_settings_of_each(
             return {"asked": [rounds, seconds]}
 
     monkeypatch.setattr(rates, "Contest", Held)
-    entrants = rates.training_entrants(config_of("micro", "gpu"), "gpu", ("tf32",))
+    entrants = rates.training_entrants(config_of("micro", "gpu"), "gpu", shapes.PRECISIONS, ("tf32",))
     assert rates.compare("gpu", entrants, 2, 0.5)[1] == {"asked": [2, 0.5]}
     assert started["jaxgpt float32"]["JAX_DEFAULT_MATMUL_PRECISION"] == "float32", "not TF32"
     assert "JAX_DEFAULT_MATMUL_PRECISION" not in started["jaxgpt tf32"]

@@ -35,7 +35,8 @@ def test_speedrun_alternates_runs_and_compares_them(monkeypatch):
     pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
     ran = []
 
-    def run_jaxgpt(corpus, place, name, cache, seed, steps):
+    def run_jaxgpt(corpus, place, name, cache, seed, steps, bound):
+        assert bound is None
         ran.append((f"{name} {cache}", seed))
         seconds = (10.0, 20.0, 30.0)[seed - 7] / (2 if cache == "warm" else 1)
         return {"seconds": seconds, "loss": (1.87, 1.88, 1.89)[seed - 7], "others": 0.0}
@@ -63,7 +64,7 @@ def test_speedrun_alternates_runs_and_compares_them(monkeypatch):
 def test_a_failed_cold_run_skips_the_warm_run(monkeypatch):
     pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
 
-    def run_jaxgpt(corpus, place, name, cache, seed, steps):
+    def run_jaxgpt(corpus, place, name, cache, seed, steps, bound):
         assert cache == "cold"
         raise contest.WorkerError("no disk")
 
@@ -124,9 +125,11 @@ def processes(monkeypatch):
         options = dict(pairwise(words))
         started.append(options)
         if "jaxgpt" in words:
-            metrics = place.metrics(options["--run"])
-            metrics.parent.mkdir(parents=True, exist_ok=True)
-            metrics.write_text("".join(f'{{"val_loss": {loss}}}\n' for loss in (4.2, 1.8, 1.9)))
+            made = place.opened(options["--run"])
+            made.path.mkdir(parents=True, exist_ok=True)
+            made.metrics_file.write_text("".join(f'{{"val_loss": {loss}}}\n' for loss in (4.2, 1.8, 1.9)))
+            for seconds in (9.0, 0.1, 0.3, 0.2):
+                made.event("evaluate", paused=seconds)
         else:
             Path(options["--out"]).write_text('{"seconds": 5.0, "loss": 1.7}')
         return 8.0, 0.0
@@ -138,9 +141,9 @@ def processes(monkeypatch):
 def test_the_warm_run_finds_the_cache_of_the_cold_run_and_is_the_last_in_its_place(processes, tmp_path):
     place = Place(tmp_path / "place", "cpu")
     for cache in ("cold", "warm"):
-        found = programs.run_ours("text", place, "shakespeare-cpu", cache, seed=8, steps=5)
+        found = programs.run_ours("text", place, "shakespeare-cpu", cache, seed=8, steps=5, bound=None)
         assert place.folder.exists() == (cache == "cold")
-        assert found == {"seed": 8, "seconds": 8.0, "loss": 1.9, "others": 0.0}
+        assert found == {"seed": 8, "seconds": 8.0, "loss": 1.9, "pause": 0.2, "others": 0.0}
     for options in processes:
         assert (options["train"], options["--corpus"]) == ("shakespeare-cpu", "text")
         assert (options["--seed"], options["--steps"]) == ("8", "5")
@@ -163,7 +166,7 @@ def test_the_twin_runs_as_nanogpt_does_by_default(device, theirs, processes, tmp
 def test_each_seed_of_a_speedrun_starts_without_caches(monkeypatch):
     found = []
 
-    def run(corpus, place, name, cache, seed, steps):
+    def run(corpus, place, name, cache, seed, steps, bound=None):
         found.append((place.folder, cache, steps))
         return {"seconds": 1.0, "loss": 1.0, "others": 0.0}
 
@@ -175,6 +178,29 @@ def test_each_seed_of_a_speedrun_starts_without_caches(monkeypatch):
     assert of["cold"] == of["warm"]
     assert len({*of["cold"], *of["twin"]}) == 6
     assert {(cache, steps) for _, cache, steps in found} == {("cold", 30), ("warm", 30), ("twin", 20)}
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(1.8, [False, False, True, True]), (1.0, [False] * 3 + [True])])
+def test_a_run_is_over_at_its_first_evaluation_that_reaches_the_bound(bound, expected, monkeypatch, tmp_path):
+    """Or with its last step; its loss is the least so far."""
+    over = []
+
+    def run(place, words, until):
+        made, lines = place.opened("cold"), ""
+        made.path.mkdir(parents=True)
+        over.append(until())
+        for loss in (1.9, 1.75):
+            lines += f'{{"val_loss": {loss}}}\n'
+            made.metrics_file.write_text(lines + '{"val_loss": 0')  # the next line is being written
+            over.append(until())
+        made.event("end")
+        over.append(until())
+        return 8.0, 0.0
+
+    monkeypatch.setattr(Place, "run", run)
+    found = programs.run_ours("text", Place(tmp_path, "cpu"), "speedrun-cpu", "cold", seed=8, steps=0, bound=bound)
+    assert over == expected
+    assert found["loss"] == 1.75
 
 
 def test_a_row_of_a_speedrun_compares_every_seed():
@@ -191,7 +217,7 @@ def test_the_first_step_is_over_once_its_gradient_is_in_the_metrics(monkeypatch)
     def run(place, words, until=None):
         if until:
             started.append(words)
-            metrics = place.metrics(words[words.index("--run") + 1])
+            metrics = place.opened(words[words.index("--run") + 1]).metrics_file
             metrics.parent.mkdir(parents=True, exist_ok=True)
             seen = [until()]
             for line in ('{"step": 0, "val_loss": 4.2}\n', '{"step": 1, "loss": 4.1, "grad_norm": 1.0}\n'):

@@ -1,15 +1,19 @@
 """The commands `scripts/bench`, its groups, and `scripts/compare_bytes`, with fake programs."""
 
+import functools
 import json
+import runpy
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import tyro
 
 from jaxgpt.config import UsageError
-from scripts.benchmarks import groups
+from jaxgpt.recipes import RECIPES
+from scripts.benchmarks import groups, rates, shapes
 
 
 def test_run_all_continues_with_the_unmeasured_groups(tmp_path, monkeypatch, capsys):
@@ -32,6 +36,20 @@ def test_run_all_continues_with_the_unmeasured_groups(tmp_path, monkeypatch, cap
     monkeypatch.setattr(groups, "_measure", lambda group, *_: measured.append(group.name))
     groups.run_all("cpu", 9, tmp_path)
     assert measured == ["broken", "long"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_every_group_is_a_valid_call(device):
+    modes = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "bench"))["MODES"]
+    for group in groups.GROUPS[device]:
+        mode, *options = group.arguments
+        call = functools.wraps(modes[mode])(lambda **given: given)
+        given = tyro.cli(call, args=[*options, "--device", device])
+        assert given["device"] == device
+        assert set(given.get("shapes", ())) <= set(shapes.SHAPES)
+        assert {*given.get("recipes", ()), given.get("recipe", "gpt-demo")} <= set(RECIPES)
+        for case in given.get("cases", ()):
+            rates.parse_case(case)
 
 
 @pytest.fixture
