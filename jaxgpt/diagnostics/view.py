@@ -20,8 +20,8 @@ def noise(found: NoiseScale, subject: Subject) -> Iterator[str]:
     if found.signal <= 0:
         yield f"the noise exceeds the gradient: more than {len(found.norms)} windows are needed (--windows)"
     else:
-        error = f"{found.scale:,.0f} ± {found.standard_error:,.0f}"
-        yield f"gradient noise scale {error} windows of {T} tokens; trained with batches of {B}"
+        scale = " ± ".join(f"{x:,.0f}" if x >= 10 else f"{x:.2g}" for x in (found.scale, found.standard_error))
+        yield f"gradient noise scale {scale} windows of {T} tokens; trained with batches of {B}"
     yield f"squared gradient {found.signal:.3g}, summed variance over windows {found.noise:.3g} (nats/token)²"
 
 
@@ -56,13 +56,13 @@ def influence(found: Influence, subject: Subject) -> Iterator[str]:
 def lens(found: Lens, subject: Subject) -> Iterator[str]:
     yield "depth      " + "".join(f"{depth:>8}" for depth in range(len(found.losses)))
     for name, row in (("loss", found.losses), ("KL to last", found.divergence)):
-        yield f"{name:<11}" + "".join(f"{x:8.3f}" for x in row.mean(axis=(1, 2)))
+        yield f"{name:<11}" + "".join(f"{x:z8.3f}" for x in row.mean(axis=(1, 2)))
 
 
 def attention(found: Attention, subject: Subject) -> Iterator[str]:
     yield f"entropy in nats (uniform: {found.uniform:.2f}) and mean distance in tokens, by head"
     for block, (entropies, distances) in enumerate(zip(found.entropy, found.distance, strict=True)):
-        yield f"block {block:<3} " + "  ".join(f"{e:.2f}/{d:.0f}" for e, d in zip(entropies, distances, strict=True))
+        yield f"block {block:<3} " + "  ".join(f"{e:z.2f}/{d:.0f}" for e, d in zip(entropies, distances, strict=True))
 
 
 def tokens(found: Scores, subject: Subject) -> Iterator[str]:

@@ -246,16 +246,20 @@ def test_each_figure_of_a_diagnosis_is_in_its_line(tiny):
         "noise      gradient noise scale 120 ± 30 windows of 8 tokens; trained with batches of 4",
         "squared gradient 0.5, summed variance over windows 60 (nats/token)²",
     ]
+    first, _ = shown("noise", NoiseScale(*np.float32([0.36, 0.04, 0.5, 0.18]), norms=np.ones(8)))
+    assert " 0.36 ± 0.04 windows" in first, "a scale below one is not shown as 0"
     spectrum = Lanczos(np.array([-0.5, 2.0]), np.ones(2) / 2, np.array([0.1, 0.2]), np.ones(2))
     first, second = shown("curvature", diagnose.Curvature(spectrum, [1.0, 3.0, 5.0], None, None, None))
     assert first.endswith("Hessian eigenvalues from -0.5 ± 0.1 to 2 ± 0.2, trace 3 ± 1.2, nats/token")
     assert second.endswith("parameters; gradient descent is stable up to a learning rate of 1")
-    lens = Lens(np.array([[[4.0, 2.0]], [[1.0, 2.0]]]), np.array([[[0.5, 0.25]], [[0.0, 0.0]]]), None, None)
+    lens = Lens(np.array([[[4.0, 2.0]], [[1.0, 2.0]]]), np.array([[[0.5, 0.25]], [[0.0, -1e-7]]]), None, None)
     assert [line.split() for line in shown("lens", lens)] == [
         ["lens", "depth", "0", "1"],
         ["loss", "3.000", "1.500"],
         ["KL", "to", "last", "0.375", "0.000"],
     ]
+    heads = diagnose.Attention(None, np.array([[-0.0, 1.25]]), 0.0, np.array([[0.0, 3.0]]))
+    assert shown("attention", heads)[1] == "block 0   0.00/0  1.25/3"
     _, line = shown("influence", diagnose.Influence(np.array([1.0]), np.array([2])))
     assert line == "lowered most by        +1  'cdefghijk'", "a window of the training tokens"
     scores = Scores(np.array([1.0, 5.0, 0.0]), np.array([[0], [7], [2]]), np.array([[0.9], [0.25], [0.8]]))
