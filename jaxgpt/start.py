@@ -160,7 +160,10 @@ def _newest_valid(
             problems[step] = str(error)
             continue
         if step > (steps := config.train.steps):
-            raise RunError(f"run {run.path.name!r} is at step {step} already, beyond the {steps} asked for")
+            raise RunError(
+                f"run {run.path.name!r} is at step {step} already, beyond the {steps} asked for: give at least "
+                f"--steps {step}"
+            )
         for bad, problem in problems.items():
             aside = f"{problem}; step {bad} was set aside as {checkpoints.set_aside(bad)}"
             notify(run, on_event, "damage", bad, f"{aside}; resuming from step {step}")

@@ -85,7 +85,7 @@ def test_refused_resume_sets_nothing_aside(done, change):
     run, corpus = done
     corrupt(run, 15)
     before = content(run)
-    with pytest.raises(RunError, match="at step 10 already, beyond the 5 asked for"):
+    with pytest.raises(RunError, match="at step 10 already, beyond the 5 asked for: give at least --steps 10"):
         fit(run, corpus, config=change(run.config, steps=5))
     assert content(run) == before
 

@@ -118,7 +118,7 @@ def test_val_tokens_limits_training_and_eval(config, change, folders, capsys):
 def test_resume_cannot_end_before_its_checkpoint(config, change, folders):
     run, corpus = start_run(config, "one", *folders)
     fit(run, corpus)
-    with pytest.raises(RunError, match="at step 10 already, beyond the 5 asked for"):
+    with pytest.raises(RunError, match="at step 10 already, beyond the 5 asked for: give at least --steps 10"):
         fit(run, corpus, config=change(run.config, steps=5))
     assert Run(run.path).config == run.config
 

@@ -73,8 +73,9 @@ def verify_resume(
     steps, every = check(config).train.steps, config.train.eval_every
     if not 0 < every < steps:
         raise UsageError(
-            f"eval_every is {every}, expected 1 to {steps - 1}, below the {steps} steps: without an earlier "
-            "checkpoint, a killed run starts again from step 0 and nothing is resumed"
+            f"eval_every is {every}, expected 1 or more, and fewer than the {steps} steps: without an earlier "
+            "checkpoint, a killed run starts again from step 0 and nothing is resumed; give more --steps, or smaller "
+            "--scan-steps and --eval-every"
         )
     straight, killed = (start_run(config, name, folder, data_dir)[0] for name in ("straight", "killed"))
     with train(straight, data_dir) as process:
