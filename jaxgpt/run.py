@@ -246,7 +246,8 @@ class Run:
                 by = f"process {process} on {host} since {last.get('time')} ({command})"
             raise RunError(f"run {self.path.name!r} is in use by {by}") from None
         except OSError as error:
-            raise RunError(f"{self.path} cannot be written to: {error.strerror}") from error
+            copied = "a copy of it can be resumed: --runs-dir FOLDER-OF-THE-COPY"
+            raise RunError(f"{self.path} cannot be written to: {error.strerror}; {copied}") from error
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -216,6 +216,12 @@ def test_only_one_process_holds_a_run(run):
         pass
 
 
+def test_a_run_that_cannot_be_written_to_says_how_to_resume_it(run):
+    (run.path / ".lock").mkdir()  # blocks the lock even for root, who may write anywhere
+    with pytest.raises(RunError, match=r"written to: .*; a copy of it can be resumed: --runs-dir"), run.lock():
+        pass
+
+
 def test_new_run_is_synced_with_its_folder(tmp_path, monkeypatch):
     synced, sync = [], files.sync
     monkeypatch.setattr("jaxgpt.files.sync", lambda path: synced.append(path) or sync(path))

@@ -46,6 +46,7 @@ def run(args: list[str]) -> int:
     runs = list({run.path.resolve(): run for run in named}.values())
     out = given.out or (runs[0].path if len(runs) == 1 else given.folders.runs_dir) / "report.html"
     require_replaceable(out)
+    places.require_writable(out.parent, "--out")
     if given.png:
         places.require_writable(given.png, "--png")
     use_compile_cache()

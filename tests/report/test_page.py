@@ -454,6 +454,8 @@ def test_the_command_writes_a_page_and_no_other_file(stub_looks, trained, tmp_pa
     assert cli.run_command(["report", "hostile", "--out", str(out), *where]) == 2
     assert "is not a jaxgpt report" in capsys.readouterr().err
     assert out.read_text() == "dear diary"
+    assert cli.run_command(["report", "hostile", "--out", str(out / "page.html"), *where]) == 2
+    assert "Not a directory; name another folder: --out" in capsys.readouterr().err, "before the weights are examined"
     unwritten = tmp_path / "unwritten.html"
     assert cli.run_command(["report", "hostile", "--out", str(unwritten), "--png", str(out), *where]) == 2
     assert "Not a directory; name another folder: --png" in capsys.readouterr().err
