@@ -133,7 +133,7 @@ def read(model: ModelConfig, params: model.Params, val: Ids, tokenizer: Tokenize
 
 def attend(model: ModelConfig, params: model.Params, val: Ids, tokenizer: Tokenizer) -> Attention:
     """The attention maps of the first tokens of `val` (M,)."""
-    T = max(2, min(model.block_size, 64, math.isqrt(2 * WEIGHTS // (model.n_layer * model.n_head))))
+    T = min(model.block_size, 64, max(2, math.isqrt(2 * WEIGHTS // (model.n_layer * model.n_head))))
     ids, names = np.asarray(val[:T], np.int32), token_texts(tokenizer)
     maps = jax.jit(attention_maps, static_argnums=0)(model, params, jnp.asarray(ids)[None])
     return Attention([names[i] for i in ids], np.asarray(maps[:, 0], np.float32))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -51,6 +53,14 @@ def test_each_token_of_the_passage_has_at_least_half_a_window_of_context(trained
         assert chances == sorted(chances, reverse=True)
         if token == likely[0][0]:
             assert np.exp(-loss) == pytest.approx(chances[0], rel=1e-4)
+
+
+def test_attention_is_not_shown_beyond_the_context(trained, monkeypatch):
+    monkeypatch.setattr(looks, "attention_maps", lambda model, params, idx: np.ones((1, 1, 2, *idx.shape * 2)))
+    run, model = trained[0], trained[0].config.model
+    for block_size in (1, 2, 8):
+        found = looks.attend(replace(model, block_size=block_size), {}, np.zeros(9, int), run.tokenizer)
+        assert len(found.tokens) == block_size
 
 
 def test_prompt_has_whole_characters(trained, monkeypatch):
