@@ -17,7 +17,7 @@ LONGEST = 20_000
 
 def noise(found: NoiseScale, subject: Subject) -> Iterator[str]:
     T, B = subject.config.model.block_size, subject.config.train.batch_size
-    if found.signal <= 0:
+    if found.signal <= 0 or not np.isfinite(found.standard_error):
         yield f"the noise exceeds the gradient: more than {len(found.norms)} windows are needed (--windows)"
     else:
         scale = " ± ".join(f"{x:,.0f}" if x >= 10 else f"{x:.2g}" for x in (found.scale, found.standard_error))
