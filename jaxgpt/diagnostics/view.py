@@ -51,6 +51,8 @@ def influence(found: Influence, subject: Subject) -> Iterator[str]:
         for i in (i for i in order[::-sign][:3] if sign * found.dots[i] > 0):
             window = subject.show(subject.train[found.starts[i] : found.starts[i] + T + 1])
             yield f"{what:<16} {found.dots[i]:+8.3g}  '{window[:64]}'"
+    if not np.any(found.dots):
+        yield f"not changed by any of the {len(order)} windows (--windows)"
 
 
 def lens(found: Lens, subject: Subject) -> Iterator[str]:

@@ -264,6 +264,8 @@ def test_each_figure_of_a_diagnosis_is_in_its_line(tiny):
     assert shown("attention", heads)[1] == "block 0   0.00/0  1.25/3"
     _, line = shown("influence", diagnose.Influence(np.array([1.0]), np.array([2])))
     assert line == "lowered most by        +1  'cdefghijk'", "a window of the training tokens"
+    _, line = shown("influence", diagnose.Influence(np.zeros(3), np.arange(3)))
+    assert line == "not changed by any of the 3 windows (--windows)"
     scores = Scores(np.array([1.0, 5.0, 0.0]), np.array([[0], [7], [2]]), np.array([[0.9], [0.25], [0.8]]))
     first, worst, *_ = shown("tokens", scores)
     assert first == "tokens     mean loss 2.0000 nats over 3 tokens; the least expected:"
