@@ -109,7 +109,7 @@ class Run:
                 f"{path} is an export, not a run directory: jaxgpt sample {shlex.quote(str(path))} samples from "
                 f"it, jaxgpt import-gpt2 {shlex.quote(str(path))} --run NAME makes a run of it"
             )
-        return cls(path if path.name else path.resolve())
+        return cls(path.resolve() if path.name in ("", "..") else path)
 
     @staticmethod
     def exists(runs_dir: Path, name: str) -> bool:

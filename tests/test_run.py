@@ -256,3 +256,5 @@ def test_name_is_that_of_the_runs_folder_before_a_folder_here(run, tmp_path, mon
     assert Run.open(tmp_path / "runs", "one") == run
     monkeypatch.chdir("one")
     assert Run.open(tmp_path / "runs", "./").path.name == "one"
+    monkeypatch.chdir("checkpoints")
+    assert Run.open(tmp_path / "runs", "..").path.name == "one"
