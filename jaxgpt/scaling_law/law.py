@@ -104,7 +104,6 @@ def fit(points: Sequence[Point], resamples: int = 300) -> Fit:
 def best(N: Array, D: Array, losses: Array, starts: Sequence[tuple[float, float]]) -> Law:
     """The law of least Huber loss over all `starts`, exponents (a, b)."""
     from scipy.optimize import least_squares, nnls
-    from scipy.special import logsumexp
 
     # L = exp(e) + exp(A - a x) + exp(B - b y). Centred, so that a change of an exponent needs none of its factor.
     x, y = (np.log(each) - np.log(each).mean() for each in (N, D))
@@ -114,11 +113,11 @@ def best(N: Array, D: Array, losses: Array, starts: Sequence[tuple[float, float]
         return np.stack([np.full_like(x, e), A - a * x, B - b * y])
 
     def residuals(at: Array) -> Array:
-        return np.asarray(logsumexp(terms(at), axis=0) - np.log(losses))
+        return np.logaddexp.reduce(terms(at)) - np.log(losses)
 
     def jacobian(at: Array) -> Array:
         logs = terms(at)
-        e, A, B = np.exp(logs - logsumexp(logs, axis=0))  # the share of each term in L
+        e, A, B = np.exp(logs - np.logaddexp.reduce(logs))  # the share of each term in L
         return np.stack([e, A, B, -A * x, -B * y], axis=1)
 
     tries = []
