@@ -53,6 +53,7 @@ def test_the_difference_is_paired_by_seed_and_has_a_t_interval():
     assert difference(best, outcome(4, (1.5, 2.5)))[2] == pytest.approx((0.5, 0.5)), (
         "the same difference with every seed"
     )
+    assert difference(outcome(1, (1.0, 2.0, 3.0)), other)[:2] == (pytest.approx(0.2), 2), "of the seeds that both have"
 
 
 def test_interval_does_not_import_scipy_stats(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from jaxgpt.cli import run_command
 from jaxgpt.recipes import recipe
 from jaxgpt.run import Run
-from jaxgpt.sweep.results import SweepFolder
+from jaxgpt.sweep.results import SweepError, SweepFolder
 
 
 @pytest.fixture
@@ -167,3 +167,23 @@ def test_a_sweep_resumes_with_its_options_in_any_order(sweep, tmp_path, monkeypa
     header = next(line for line in printed.splitlines() if "beta2" in line and "s.e." in line)
     named = ["beta2", "learning_rate", "weight_decay", "seeds", "validation", "loss", "±", "s.e.", "diverged"]
     assert header.split() == named
+
+
+def test_a_sweep_in_use_is_refused(tmp_path):
+    with SweepFolder.locked(tmp_path, {}):
+        refused = pytest.raises(SweepError, match="is in use by another process; wait for it, or use --name OTHER")
+        with refused, SweepFolder.locked(tmp_path, {}):
+            pass
+
+
+def test_a_sweep_of_other_or_damaged_settings_is_refused(tmp_path):
+    def reopen(identity, message):
+        with pytest.raises(SweepError, match=message), SweepFolder.locked(tmp_path, identity):
+            pass
+
+    with SweepFolder.locked(tmp_path, {"tokens": "a", "values": {"beta2": [0.9]}}):
+        pass
+    reopen({"tokens": "a"}, r"values\.beta2: \[0\.9\] there, None given$")
+    reopen({"tokens": "a", "values": {"beta2": [0.9]}, "more": 1}, r"more: None there, 1 given$")
+    (tmp_path / "sweep.json").write_text("{")
+    reopen({"tokens": "a"}, r"sweep\.json: it has no seal.*; choose another folder, --name OTHER$")

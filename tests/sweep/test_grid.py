@@ -53,6 +53,8 @@ def test_the_final_learning_rate_follows_the_peak():
         ("lr=1:2", "LOW:HIGH:HOW-MANY"),
         ("lr=2:1:3", "LOW < HIGH"),
         ("lr=1:2:1", "at least 2 of them"),
+        ("lr=1:2:10001", "LOW:HIGH:HOW-MANY"),  # more than a sweep may have members
+        ("lr=1:inf:3", "LOW < HIGH"),
         ("lr=1e-3,0.001", "the same value twice"),
         ("tie_weights=yes,no", "values among true, false"),
         ("schedule=a:b:3", "values among cosine, linear, constant"),
@@ -78,3 +80,10 @@ def test_a_combination_that_cannot_run_is_named():
 
 def test_a_range_of_whole_numbers_is_rounded():
     assert grid.parse("n_layer=1:10:4") == ("n_layer", [1, 2, 5, 10])
+
+
+def test_a_sweep_may_have_the_most_members(monkeypatch):
+    monkeypatch.setattr(grid, "MAX_MEMBERS", 6)
+    assert len(grid.members(Config(), [grid.parse("n_layer=1,2")], 3)) == 6
+    with pytest.raises(UsageError, match="would have 8 members, expected 1 to 6"):
+        grid.members(Config(), [grid.parse("n_layer=1,2")], 4)
