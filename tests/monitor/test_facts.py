@@ -218,7 +218,36 @@ def test_a_first_start_after_step_0_is_a_resume():
     assert facts.kinds([{"event": "start", "step": 5}, {"event": "start", "step": 9}]) == ["resume", "resume"]
 
 
+def test_a_second_start_at_step_0_is_a_resume():
+    """The first process ended before it saved."""
+    assert facts.kinds([{"event": "start", "step": 0}, {"event": "start", "step": 0}]) == ["start", "resume"]
+
+
+def test_settings_that_differ_have_the_value_of_each_run(run, tiny):
+    runs = [dataclasses.replace(facts.gather(run), config=replaced(tiny, n_layer=n, seed=n)) for n in (1, 2, 1)]
+    assert facts.differing(runs) == [("n_layer", [1, 2, 1]), ("seed", [1, 2, 1])]
+    assert facts.differing(runs[::2]) == []
+
+
 def test_the_command_turns_a_setting_on_or_off():
     base = RECIPES["gpt-demo"].config
     assert facts.command(replaced(base, eval_start=False)).endswith(" --no-eval-start")
     assert facts.command(replaced(base, scan_layers=True)).endswith(" --scan-layers")
+
+
+def test_the_command_leaves_out_decay_steps_that_follow_the_steps():
+    base = RECIPES["gpt-demo"].config
+    for decay_steps, shown in ((base.train.steps, False), (base.train.steps + 1, True)):
+        assert ("--decay-steps" in facts.command(replaced(base, decay_steps=decay_steps))) == shown
+
+
+def test_an_evaluation_that_diverged_is_no_score(run):
+    found = gather_from(run, scored(0, 3.0), scored(5, 2.0), scored(10, None, error=None))
+    assert [step for step, _ in found.scores] == [0, 5]
+    assert (found.step, found.best.step) == (10, 5)
+
+
+def test_a_curve_has_no_more_points_than_asked_for(run):
+    run.metrics_file.write_text("".join(f'{{"step": {i}, "loss": {i % 7}}}\n' for i in range(100)))
+    assert [len(facts.gather(run, points=n).loss) <= n for n in (6, 20, 99)] == [True] * 3
+    assert len(facts.gather(run, points=100).loss) == 100
