@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxgpt import files
+from jaxgpt import files, processes
 from jaxgpt.config import Config
 from jaxgpt.corpus import CorpusError
 from jaxgpt.monitor import facts
@@ -118,6 +118,12 @@ def test_events_are_json_lines_with_a_time(run):
     assert [line["event"] for line in lines] == ["start", "end"]
     assert lines[0]["step"] == 3
     assert lines[0]["time"].endswith("Z")
+
+
+def test_only_process_0_records_events(run, monkeypatch):
+    monkeypatch.setattr(processes, "is_primary", lambda: False)
+    run.event("start", step=3)
+    assert run.events() == []
 
 
 def test_incomplete_event_line_is_ignored(run):
@@ -258,3 +264,25 @@ def test_name_is_that_of_the_runs_folder_before_a_folder_here(run, tmp_path, mon
     assert Run.open(tmp_path / "runs", "./").path.name == "one"
     monkeypatch.chdir("checkpoints")
     assert Run.open(tmp_path / "runs", "..").path.name == "one"
+
+
+def test_a_dead_process_is_not_named_as_the_one_that_uses_a_run(run, monkeypatch):
+    def gone(*_):
+        raise ProcessLookupError
+
+    with run.lock():
+        run.event("start", process=os.getpid(), host=platform.node())
+        with pytest.raises(RunError, match=f"in use by process {os.getpid()} on"), Run(run.path).lock():
+            pass
+        monkeypatch.setattr("os.kill", gone)
+        with pytest.raises(RunError, match=r"in use by another process$"), Run(run.path).lock():
+            pass
+
+
+def test_a_config_that_cannot_be_written_is_reported(run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match=r"config\.json cannot be written: No space left on device; make room$"):
+        run.with_config(Config())
