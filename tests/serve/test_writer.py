@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from jaxgpt.diagnostics import inside
 from jaxgpt.sample import SamplingParams, checked, generate, next_tokens
 from jaxgpt.serve import batch
 from jaxgpt.serve import writer as writers
-from jaxgpt.serve.batch import Settings
+from jaxgpt.serve.batch import Drawn, Settings
 from jaxgpt.serve.writer import End, Job, Looked, Piece, Writer
 
 GREEDY, SHARP = Settings(0.0, 0, 1.0, 0.0), Settings(1.2, 7, 0.9, 0.05)
@@ -113,6 +114,73 @@ def test_the_caches_of_all_rows_fit_into_their_memory(models, monkeypatch):
     for memory, n_rows in ((9 * size, 5), (2 * size, 2), (2 * size - 1, 1), (size - 1, 1)):
         monkeypatch.setattr(writers, "MEMORY", memory)
         assert len(Writer(config, params, 12, 5).rows.token) == n_rows
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of the writer in seconds, the last of a list."""
+    now = [100.0]
+    monkeypatch.setattr(writers, "time", SimpleNamespace(perf_counter=lambda: now[-1]))
+    return now
+
+
+def draw_zeros(n, N):
+    return Drawn(*4 * [np.zeros((n, N), np.int32)])
+
+
+def test_prompts_are_read_in_the_order_of_their_wait_until_it_is_time_to_decode(models, clock, monkeypatch):
+    """Each read takes two fifths of the pace."""
+    writer, read, decoded = Writer(*models["learned"], 12, 5), [], []
+
+    def read_one(unread):
+        unread[0].read = 1
+        read.append(unread[0])
+        clock.append(clock[-1] + 0.4 * writers.PACE)
+
+    monkeypatch.setattr(writer, "_read", read_one)
+    monkeypatch.setattr(writer, "_decode", decoded.extend)
+    jobs = [Job("run", [1], 9, row=row, since=since) for row, since in enumerate((4.0, 2.0, 5.0, 1.0, 3.0))]
+    writer.turn(jobs)
+    assert [job.since for job in read] == [1, 2, 3]
+    assert [job.since for job in decoded] == [2, 1, 3], "those that are read, by row"
+
+
+def test_a_decode_takes_no_longer_than_the_pace(models, clock, monkeypatch):
+    writer, asked = Writer(*models["rope"], 12, 3), []
+
+    def decode(config, params, rows, n, N, n_ids):
+        asked.append(int(n))
+        clock.append(clock[-1] + 0.3 * writers.PACE * n)
+        return rows, draw_zeros(n, N)
+
+    monkeypatch.setattr(batch, "decode", decode)
+    job = Job("run", [1], 99, row=0, read=1)
+    for _ in range(2):
+        writer._decode([job])
+    assert asked == [batch.CHUNK, 3]
+    writer.seconds = 2 * writers.PACE
+    writer._decode([job])
+    assert asked[2:] == [1]
+    assert (len(job.ids), job.tokens) == (1 + sum(asked), 99 - sum(asked))
+
+
+def test_a_job_whose_context_restarts_waits_behind_the_others(models, clock):
+    job = Job("run", list(range(8)), 9, row=0, read=8, since=1.0)
+    Writer(*models["learned"], 12, 3)._send(job, 0, draw_zeros(1, 1), 1)
+    assert (job.read, job.since) == (0, clock[-1])
+
+
+def test_prompts_that_are_read_at_once_are_short(models, monkeypatch):
+    monkeypatch.setattr(writers, "READ", 16)
+    shapes = []
+
+    def read(config, params, rows, new, n_ids):
+        shapes.append(new["idx"].shape)
+        return rows, draw_zeros(1, len(new["row"]))
+
+    monkeypatch.setattr(batch, "read", read)
+    Writer(*models["learned"], 12, 8)._read([Job("run", [1] * 8, 9, row=row) for row in range(8)])
+    assert shapes == [(2, 8)]
 
 
 def test_a_turn_answers_one_look(models):
