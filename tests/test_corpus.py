@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxgpt import corpus as corpora
 from jaxgpt import files
-from jaxgpt.cli.corpora import absolute, mixture
+from jaxgpt.cli.corpora import absolute, find_prepared, mixture
 from jaxgpt.config import DataConfig, UsageError
 from jaxgpt.corpus import CorpusError
 from jaxgpt.prepare import vocabularies
@@ -79,12 +79,21 @@ def test_prepare_accepts_a_prepared_folder(prepared):
     assert again.reused
     assert again.corpus.meta == prepared.corpus.meta
     assert prepare_corpus(str(prepared.folder), str(prepared.folder)).reused
+    (prepared.folder / "README.md").write_text("of the verse")
+    assert prepare_corpus(str(prepared.folder)).corpus.meta == prepared.corpus.meta
     for other in ("byte", "ascii"):
         message = (
             rf"was prepared with char \(11 ids\), and --tokenizer {other} is another vocabulary here: give --tokenizer"
         )
         with pytest.raises(CorpusError, match=message):
             prepare_corpus(str(prepared.folder), other)
+
+
+def test_a_named_corpus_hides_a_prepared_folder_of_its_name(prepared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepared.folder.rename("python-docs")
+    assert "CPython" in prepare_corpus("python-docs", "ascii", unknown="skip").corpus.meta["origin"]
+    assert prepare_corpus("./python-docs").corpus.meta == prepared.corpus.meta
 
 
 def test_bpe_of_a_prepared_folder_must_match_the_requested_tokenizer(verse, tmp_path):
@@ -130,6 +139,8 @@ def test_texts_with_equal_ids_do_not_share_a_folder(verse, tmp_path):
     second = prepare_corpus(str(verse), data_dir=tmp_path / "data")
     assert first.corpus.meta["sha256"] == second.corpus.meta["sha256"]
     assert first.folder != second.folder
+    assert find_prepared(str(second.folder), first.corpus.meta, tmp_path / "none") is None
+    assert find_prepared(str(first.folder), first.corpus.meta, tmp_path / "none").meta == first.corpus.meta
 
 
 def test_lone_surrogates_are_loaded_as_written(tmp_path):
@@ -333,9 +344,13 @@ def test_load_names_the_damage(prepared, name, change, message):
         corpora.load(prepared.folder)
 
 
-def test_verified_corpus_is_only_checked_for_its_size(prepared):
+def test_verified_corpus_is_only_checked_for_its_size(prepared, tmp_path):
     damage(prepared.folder, "tokens-00000.bin", lambda data: data.__setitem__(5, data[5] ^ 1))
     assert len(corpora.load(prepared.folder, verified=True).tokens) == 840
+    found = partial(find_prepared, str(prepared.folder), prepared.corpus.meta, verified=True)
+    assert len(found(prepared.folder.parent).tokens) == 840
+    with pytest.raises(CorpusError, match="is damaged"):
+        found(tmp_path / "none")  # this process may be the only one that reads the folder
     damage(prepared.folder, "tokens-00000.bin", lambda data: data.pop())
     with pytest.raises(CorpusError, match="1,679 bytes, expected 1,680"):
         corpora.load(prepared.folder, verified=True)
@@ -392,6 +407,13 @@ def test_mixtures_are_parsed():
         mixture("1*a + 1999*b")
     with pytest.raises(CorpusError, match=r"the least weight is 0\.000999001 of all, expected a thousandth"):
         mixture("1*a + 1000*b")
+
+
+def test_all_paths_of_a_text_become_one(verse, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to(verse)
+    for path in ("text.txt", "link", f"../{tmp_path.name}/text.txt"):
+        assert absolute(path) == str(verse.resolve())
 
 
 def test_id_just_beyond_the_vocabulary_is_damage(prepared):

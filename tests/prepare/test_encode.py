@@ -95,6 +95,15 @@ def test_shard_sizes(tmp_path, small_shards):
         assert [shard["count"] for shard in done.corpus.meta["shards"]] == counts
 
 
+def test_a_text_goes_on_after_a_shard_of_exactly_the_least_size(tmp_path, small_shards, monkeypatch):
+    """As one without white space, whose parts have equal sizes."""
+    monkeypatch.setattr(encode, "SHARD", 160)
+    for n, counts in ((160, [160]), (161, [160, 1]), (400, [160, 160, 80])):
+        (tmp_path / "a.txt").write_text("a" * n)
+        done = prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+        assert [shard["count"] for shard in done.corpus.meta["shards"]] == counts
+
+
 def test_failed_preparation_leaves_no_files(tmp_path, small_shards):
     (tmp_path / "a.txt").write_text("a" * 1500 + "é")
     with pytest.raises(UnknownCharacterError):
@@ -185,6 +194,19 @@ def test_preparation_starts_over_only_if_text_already_encoded_has_changed(tmp_pa
         done = prepare_corpus(str(path), "byte", data_dir=tmp_path / f"{n}")
         assert capsys.readouterr().err.count(f"{path} has changed: its preparation starts over") == (n < 2)
         assert contents(done.folder) == contents(prepare_corpus(str(path), "byte", data_dir=tmp_path / "new").folder)
+
+
+def test_preparation_starts_over_if_a_changed_text_is_read_up_to_exactly_its_position(
+    tmp_path, small_shards, monkeypatch, capsys
+):
+    monkeypatch.setattr("jaxgpt.prepare.documents.PIECE", 80)  # a shard of such a text has 720 characters
+    path = tmp_path / "a.txt"
+    path.write_text("a" * 3000)
+    assert interrupted(8, str(path), "byte", data_dir=tmp_path / "data") is None
+    path.write_text("b" + "a" * 2999)
+    done = prepare_corpus(str(path), "byte", data_dir=tmp_path / "data")
+    assert f"{path} has changed: its preparation starts over" in capsys.readouterr().err
+    assert done.corpus.tokenizer.decode(done.corpus.tokens) == path.read_text()
 
 
 def test_preparation_starts_over_if_its_progress_file_is_damaged(tmp_path, small_shards, capsys):
@@ -288,6 +310,31 @@ def test_folders_written_by_jaxgpt_are_no_part_of_a_corpus(tmp_path, small_shard
     notes = prepare_corpus(".", "byte", data_dir=tmp_path / "data").corpus.meta["notes"]
     ours = [f"data/{first.folder.name}", "exported", "runs/one", "sweeps/one"]
     assert notes == [f"{name}: left out, a folder written by jaxgpt" for name in ours]
+
+
+def test_a_text_whose_name_looks_like_a_pattern_is_reused(tmp_path):
+    path = tmp_path / "a[1].txt"
+    path.write_text(LINES)
+    assert not prepare_corpus(str(path), data_dir=tmp_path / "data").reused
+    assert prepare_corpus(str(path), data_dir=tmp_path / "data").reused
+
+
+def test_a_text_is_not_taken_for_another_whose_name_begins_with_its_own(tmp_path):
+    for name in ("a-char-b", "a"):
+        (tmp_path / f"{name}.txt").write_text(LINES)
+        done = prepare_corpus(str(tmp_path / f"{name}.txt"), data_dir=tmp_path / "data")
+        assert (done.corpus.meta["source"], done.reused) == (name, False)
+
+
+def test_columns_of_a_file_are_continued_separately(tmp_path, small_shards, capsys):
+    path, lines = tmp_path / "a.jsonl", LINES.splitlines()[:60]
+    path.write_text("".join(json.dumps({"one": line, "two": line[::-1]}) + "\n" for line in lines))
+    assert interrupted(8, str(path), "byte", data_dir=tmp_path / "data", column="one") is None
+    capsys.readouterr()
+    for column, first in (("two", lines[0][::-1]), ("one", lines[0])):
+        found = prepare_corpus(str(path), "byte", data_dir=tmp_path / "data", column=column).corpus
+        assert found.tokenizer.decode(found.tokens[: len(first)]) == first
+    assert capsys.readouterr().err == "", "neither starts over"
 
 
 @pytest.mark.parametrize("name", ["a" * 251, "猫" * 83], ids=["ascii", "wide"])
@@ -403,6 +450,8 @@ def test_parts_of_a_mixture_share_one_vocabulary(tmp_path):
         corpus.meta["sha256"]
         != prepare_corpus(spec.replace("0.75", "0.5"), data_dir=tmp_path / "data").corpus.meta["sha256"]
     )
+    assert find_prepared(spec, corpus.meta, tmp_path / "data").meta == corpus.meta
+    assert find_prepared(spec.replace("0.75", "0.5"), corpus.meta, tmp_path / "data") is None
     prepared = [str(folder) for folder in sorted((tmp_path / "data").iterdir())]
     same = prepare_corpus(f"0.75*{prepared[0]} + 0.25*{prepared[1]}", data_dir=tmp_path / "data").corpus
     assert same.meta["sha256"] == corpus.meta["sha256"]
@@ -420,7 +469,16 @@ def test_parts_of_a_mixture_share_one_vocabulary(tmp_path):
         prepare_corpus(f"1*{prepared[0]} + 1*{other}", data_dir=tmp_path / "data")
 
 
-PART = {"source": "a", "count": 6745, "sha256": ""}
+def test_a_mixture_is_reused_if_all_of_its_parts_are(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(LINES + name)
+    spec = f"1*{tmp_path}/a.txt + 1*{tmp_path}/b.txt"
+    prepare_corpus(str(tmp_path / "a.txt"), "byte", data_dir=tmp_path / "data")
+    assert not prepare_corpus(spec, "byte", data_dir=tmp_path / "data").reused
+    assert prepare_corpus(spec, "byte", data_dir=tmp_path / "data").reused
+
+
+PART = {"source": "a", "count": len(LINES) // 2, "sha256": ""}
 
 
 class TestStores:
@@ -474,6 +532,8 @@ class TestStores:
         with mock.patch.object(filelock, "FileLock", None), mock.patch.object(files, "write_atomically", None):
             assert prepare_corpus("memory://prepared").corpus.meta == found.meta
         (cached,) = (tmp_path / "cache" / "jaxgpt" / "corpora").iterdir()
+        (cached / "tokens-00000.bin").write_bytes(b"damage")
+        assert prepare_corpus("memory://prepared").corpus.meta == found.meta, "fetched again"
         (cached / "tokens-00000.bin").unlink()
         self.files.pipe(shards[0], b"damage")
         with pytest.raises(CorpusError, match=r"memory://prepared/tokens-00000.bin has SHA-256 .*, expected"):
@@ -527,6 +587,25 @@ class TestStores:
             prepare_corpus("memory://store/evil", "byte")
         assert not (tmp_path / "cache").exists()
         assert not (tmp_path / "escaped.txt").exists()
+
+    def test_a_run_on_a_mixture_is_no_prepared_folder(self, tmp_path):
+        for name in "ab":
+            (tmp_path / f"{name}.txt").write_text(LINES + name)
+        both = f"1*{tmp_path}/a.txt + 1*{tmp_path}/b.txt"
+        meta = prepare_corpus(both, "byte", data_dir=tmp_path / "data").corpus.meta
+        self.files.pipe("/runs/one/tokens.json", files.seal(meta).encode())
+        with pytest.raises(CorpusError, match=r"memory://runs/one/tokens\.json: it is of a mixture in a run, expected"):
+            prepare_corpus("memory://runs/one")
+
+    def test_the_copy_of_a_folder_describes_the_folder_that_was_asked_for(self, tmp_path):
+        """Texts with the same tokens share the folder of their copies."""
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "a.txt").write_text(LINES)
+            folder = prepare_corpus(str(tmp_path / name / "a.txt"), "byte", data_dir=tmp_path / f"of-{name}").folder
+            self.files.put(f"{folder}/", f"/{name}/", recursive=True)
+            found = prepare_corpus(f"memory://{name}", "byte").corpus
+            assert found.meta["origin"] == str(tmp_path / name / "a.txt")
 
     @pytest.mark.parametrize("name", ["gs://bucket/x", "1*gs://bucket/x + 1*python-docs"])
     def test_missing_store_package_error_says_what_to_install(self, tmp_path, monkeypatch, name):
