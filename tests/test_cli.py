@@ -17,6 +17,7 @@ import pytest
 import jaxgpt
 from jaxgpt import cli
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
+from jaxgpt.cli import memory
 from jaxgpt.cli.evaluate import Eval
 from jaxgpt.cli.options import parse, take_name
 from jaxgpt.cli.runs import start_run
@@ -24,7 +25,7 @@ from jaxgpt.cli.sample import Sample
 from jaxgpt.cli.train import Train, _from_file, _print_summary, resume_command
 from jaxgpt.config import Config
 from jaxgpt.evaluation import Evaluation
-from jaxgpt.metrics_log import Evaluated
+from jaxgpt.metrics_log import Evaluated, Progress
 from jaxgpt.monitor import loggers
 from jaxgpt.monitor.terminal import RunConsole
 from jaxgpt.recipes import RECIPES
@@ -54,11 +55,20 @@ def call(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(("steps", "shown"), [([0, 10, 20], True), ([10, 20], False)])
+@pytest.mark.parametrize(("steps", "shown"), [([0, 10, 20], True), ([10, 20], False), ([0], False)])
 def test_summary_shows_the_loss_before_training_only_with_step_0(steps, shown, capsys):
     scores = [Evaluated(step, Evaluation(3.0, 0.1, 4.0, 4.0, 100)) for step in steps]
     _print_summary(RunConsole(), Summary(Run(Path("runs/one")), 20, 20, scores, 1.0, None, 0))
     assert ("  before  loss 3.0000" in capsys.readouterr().out) == shown
+
+
+@pytest.mark.parametrize(("speed", "shown"), [(12345.6, "step 20 in 1s, 12,346 tokens/s"), (None, "step 20 in 1s")])
+def test_summary_shows_the_speed_if_it_is_known(speed, shown, capsys):
+    scores = [Evaluated(20, Evaluation(3.0, 0.1, 4.0, 4.0, 100))]
+    _print_summary(RunConsole(), Summary(Run(Path("runs/one")), 20, 20, scores, 1.0, speed, 0))
+    out = capsys.readouterr().out
+    assert f"runs/one: {shown}\n" in out
+    assert "  best  " not in out, "it is the last"
 
 
 def test_prepare_train_sample_eval(call, verse, monkeypatch):
@@ -74,6 +84,7 @@ def test_prepare_train_sample_eval(call, verse, monkeypatch):
     before, after = (next(line for line in out.splitlines() if line.startswith(f"  {w}")) for w in ("before", "after"))
     assert float(after.split()[2]) < float(before.split()[2])
     assert "jaxgpt sample one" in out
+    assert re.search(r"^loss \S+  \d\.\d\d to \d\.\d\d  best ", out, re.MULTILINE)
 
     code, out, _ = call("sample", "one", "--prompt", "the ", "--tokens", 50, "--seed", 3)
     assert code == 0
@@ -166,6 +177,10 @@ def test_resume_command_keeps_mesh_and_loggers():
     )
     started = Train("one", Config(), distributed=True)
     assert resume_command(started, Run(Path("runs/one"))) == "jaxgpt train --run one --resume --distributed"
+    joined = Train("one", Config(), coordinator="10.0.0.1:1234", num_processes=4, process_id=3)
+    assert resume_command(joined, Run(Path("runs/one"))) == (
+        "jaxgpt train --run one --resume --coordinator 10.0.0.1:1234 --num-processes 4 --process-id 0, 1, ..."
+    )
 
 
 def test_failed_save_prints_the_resume_command(call, verse, monkeypatch):
@@ -607,6 +622,35 @@ def test_resume_accepts_the_corpus_of_the_run_as_a_relative_path(call, verse, ti
         assert given.pop() == (run.config, debug_nans)
     code, _, err = call("train", "--run", "one", "--resume", "--corpus", "other.txt")
     assert (code, "'other.txt' asked for" in err) == (2, True)
+
+
+def test_train_watches_for_spikes_on_its_mesh(call, verse, tiny, change, tmp_path, monkeypatch):
+    run, _ = start_run(change(tiny, corpus=str(verse), vocab_size=0), "one", tmp_path / "runs", tmp_path / "data")
+    rooms, meshes = [], []
+
+    def fit(run, corpus, on_event, config, debug_nans, mesh, sample):
+        meshes.append(mesh.shape["data"])
+        on_event(Progress(20, 20, 9.0, None, None, losses=(2.0,) * 60 + (9.0,)))
+        return Summary(run, 0, 1, [], 0, None, 2)
+
+    monkeypatch.setattr("jaxgpt.train.fit", fit)
+    monkeypatch.setattr(memory, "require", lambda *args, new, shards: rooms.append((new, shards.batch)))
+    code, out, _ = call("train", "--run", "one", "--resume", "--mesh", "data=2")
+    assert (code, meshes, rooms) == (130, [2], [(False, 2)])
+    assert "1 warning: see runs/one/events.jsonl" in out
+    assert run.last_event("spike")["step"] == 20
+
+
+def test_only_process_0_sends_metrics_to_loggers(call, verse, tiny, change, tmp_path, monkeypatch):
+    start_run(change(tiny, corpus=str(verse), vocab_size=0), "one", tmp_path / "runs", tmp_path / "data")
+    monkeypatch.setattr("jaxgpt.train.fit", lambda run, *args: Summary(run, 0, 1, [], 0, None, 2))
+    monkeypatch.setattr(loggers, "require", lambda names: None)
+    opened = []
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda run: opened.append(run) or (None, lambda: None))
+    for primary in (False, True):
+        monkeypatch.setattr("jaxgpt.processes.is_primary", lambda primary=primary: primary)
+        assert call("train", "--run", "one", "--resume", "--log", "tensorboard")[0] == 130
+        assert len(opened) == primary
 
 
 def test_config_of_a_run_is_a_recipe_whose_vocabulary_follows_the_text(call, verse, tiny, change, tmp_path):

@@ -103,7 +103,8 @@ def test_run_without_its_checkpoints_does_not_start_over(done, tmp_path):
 
 def test_imported_run_without_its_checkpoint_does_not_start_over(done, config, tmp_path):
     params = load_checkpoint(done[0])[1]
-    run, corpus = start_run(config, "two", tmp_path / "runs", tmp_path / "data", params)
+    run, corpus = start_run(config, "two", tmp_path / "runs", tmp_path / "data", params, "elsewhere")
+    assert run.last_event("import")["origin"] == "elsewhere"
     shutil.rmtree(run.checkpoints)
     with pytest.raises(RunError, match=r"step 0 was saved, but .* holds no checkpoint"):
         fit(run, corpus)

@@ -11,12 +11,13 @@ from jaxgpt.cli import evaluate, memory, run_command
 from jaxgpt.cli.corpora import folder_of, folders_of
 from jaxgpt.cli.memory import OutOfMemoryError
 from jaxgpt.cli.runs import complete, corpus_of, resume, start_run
-from jaxgpt.config import ConfigError, DataConfig
+from jaxgpt.config import ConfigError, DataConfig, UsageError
 from jaxgpt.corpus import CorpusError
 from jaxgpt.prepare import encode
 from jaxgpt.prepare.build import prepare_corpus
 from jaxgpt.run import Run, RunError
 from jaxgpt.start import load_checkpoint
+from jaxgpt.tokenizer import UnknownCharacterError
 from jaxgpt.train import fit
 
 
@@ -55,6 +56,30 @@ def test_refused_config_leaves_no_files(config, change, folders, changes, kind):
         start_run(change(config, **changes), "one", *folders)
     assert not folders[0].exists()
     assert not folders[1].exists()
+
+
+def test_a_run_that_cannot_be_created_is_refused_before_its_text_is_prepared(config, folders, tmp_path):
+    start_run(config, "one", *folders)
+    shutil.rmtree(folders[1])
+    (tmp_path / "file").touch()
+    unwritable = tmp_path / "file", "cannot be written to: .*--runs-dir"
+    for runs_dir, message in ((folders[0], "run 'one' exists"), unwritable):
+        with pytest.raises(UsageError, match=message):
+            start_run(config, "one", runs_dir, folders[1])
+        assert not folders[1].exists()
+
+
+def test_unknown_characters_are_skipped_only_if_the_config_says_so(config, change, folders, verse, tmp_path):
+    (tmp_path / "a.txt").write_text("é" + verse.read_text())
+    config = change(config, corpus=str(tmp_path / "a.txt"), tokenizer="ascii")
+    with pytest.raises(UnknownCharacterError, match="é"):
+        start_run(config, "one", *folders)
+    assert start_run(change(config, unknown="skip"), "one", *folders)[1].meta["skipped_characters"] == 1
+
+
+def test_only_a_config_without_its_vocabulary_needs_the_text(config, change, folders):
+    assert complete(config, folders[1]).model.vocab_size == 11
+    assert complete(change(config, corpus="nowhere", vocab_size=50), folders[1]).model.vocab_size == 50
 
 
 def test_config_refused_for_its_vocabulary_leaves_no_run(config, change, folders, tmp_path):
