@@ -50,7 +50,8 @@ GROUPS: dict[Device, list[Group]] = {
     "cpu": [
         _group("train", 3, "train --shapes tiny"),
         _group("startup", 2, "startup --repeats 3"),
-        _group("speedrun", 12, "speedrun --repeats 3"),
+        _group("speedrun", 8, "speedrun --repeats 2"),
+        _group("best", 8, "speedrun --recipes best-cpu --repeats 1 --bound 1.47"),
         _group("sample", 3, "sample"),
     ],
 }

@@ -46,6 +46,7 @@ def test_every_group_is_a_valid_call(device):
         call = functools.wraps(modes[mode])(lambda **given: given)
         given = tyro.cli(call, args=[*options, "--device", device])
         assert given["device"] == device
+        assert group.minutes <= 9, "a call of the default length starts it"
         assert set(given.get("shapes", ())) <= set(shapes.SHAPES)
         assert {*given.get("recipes", ()), given.get("recipe", "gpt-demo")} <= set(RECIPES)
         for case in given.get("cases", ()):
