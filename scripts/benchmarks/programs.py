@@ -96,10 +96,12 @@ class Place:
         return Run(self.folder / "runs" / name)
 
     def scores(self, name: str) -> list[float]:
-        """The losses of a run over the whole validation split so far, the untrained model's first."""
+        """The losses of a run over the whole validation split so far, the untrained model's first; infinite if not
+        finite."""
         metrics = self.opened(name).metrics_file
         complete = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
-        return [json.loads(line)["val_loss"] for line in complete if '"val_loss"' in line]
+        losses = [json.loads(line)["val_loss"] for line in complete if '"val_loss"' in line]
+        return [math.inf if loss is None else loss for loss in losses]
 
     def pause(self, name: str) -> float | None:
         """The median time for which evaluations of a run, without the first, kept training waiting; None if unknown."""

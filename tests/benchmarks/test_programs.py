@@ -186,7 +186,7 @@ def test_a_run_is_over_at_its_first_evaluation_that_reaches_the_bound(bound, exp
     over = []
 
     def run(place, words, until):
-        made, lines = place.opened("cold"), ""
+        made, lines = place.opened("cold"), '{"val_loss": null}\n'
         made.path.mkdir(parents=True)
         over.append(until())
         for loss in (1.9, 1.75):
