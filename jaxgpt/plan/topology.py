@@ -58,8 +58,8 @@ def topology(name: str) -> tuple[Chip | None, list[Any]]:
     else:
         raise PlanError(
             f"--topology {name}: expected a TPU ({', '.join(TPUS)}) and its arrangement, as in v5e:16x16, a GPU "
-            f"({', '.join(GPUS)}) and their number, as in h100:8, or cpu:8, up to cpu:{MOST_VIRTUAL}; others can only be "
-            "estimated, --chips 8 --chip v4"
+            f"({', '.join(GPUS)}) and their number, as in h100:8, or cpu:8, up to cpu:{MOST_VIRTUAL}; others can only "
+            "be estimated, --chips 8 --chip v4"
         )
     try:
         return CHIPS[kind], list(topologies.get_topology_desc(**described).devices)
