@@ -189,7 +189,7 @@ def run_ours(
     words = [name, *_corpus(corpus), "--seed", str(seed), *(["--steps", str(steps)] if steps else [])]
 
     def over() -> bool:
-        return min(place.scores(cache), default=math.inf) <= (bound or 0) or bool(place.opened(cache).last_event("end"))
+        return min(place.scores(cache), default=math.inf) <= bound or bool(place.opened(cache).last_event("end"))
 
     seconds, others = place.train(cache, words, None if bound is None else over)
     losses, pause = place.scores(cache), place.pause(cache)

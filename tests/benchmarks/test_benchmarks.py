@@ -76,6 +76,7 @@ def test_jaxgpt_and_torch_train_on_the_tokens_that_they_count():
     ours.run()
     assert loaded == [(2, 4), (4, 6)], "after the steps that warm up"
     assert theirs.training.steps == before + 2
+    assert ours.about["init_seconds"] > 0
     assert ours.about["compile_seconds"] > 0
     assert theirs.about["compile_seconds"] == 0, "nothing is compiled"
     waited = []

@@ -203,6 +203,25 @@ def test_a_run_is_over_at_its_first_evaluation_that_reaches_the_bound(bound, exp
     assert found["loss"] == 1.75
 
 
+def test_a_speedrun_without_the_twin_may_stop_at_the_bound(monkeypatch):
+    bounds = []
+
+    def run(corpus, place, name, cache, seed, steps, bound):
+        bounds.append(bound)
+        return {"seconds": 3.0, "loss": 1.4, "pause": 0.5, "others": 0.0}
+
+    monkeypatch.setattr(programs, "run_ours", run)
+    monkeypatch.delattr(programs, "require")
+    monkeypatch.delattr(programs, "run_twin")
+    report = programs.speedrun("text", recipes=("speedrun-cpu",), repeats=2, bound=1.5, stop=True, twin=False)
+    (table,) = report["tables"]
+    assert bounds == [1.5] * 4
+    assert table["title"] == "From process start to a loss of 1.5, 2 seeds"
+    assert [row["run"] for row in table["rows"]] == ["speedrun-cpu cold", "speedrun-cpu warm"]
+    for row in table["rows"]:
+        assert (row["torch / this"], row["pause, s"]["median"], row["reached 1.5"]) == (None, 0.5, "2 of 2")
+
+
 def test_a_row_of_a_speedrun_compares_every_seed():
     runs = [{"loss": loss} for loss in (1.88, 1.9, 2.1)]
     row = programs.speedrun_row("ours", [1.0, 3.0, 1.0], [2.0, 2.0, 2.0], runs, 1.88)
@@ -227,7 +246,8 @@ def test_the_first_step_is_over_once_its_gradient_is_in_the_metrics(monkeypatch)
         return 1.0, 0.0
 
     monkeypatch.setattr(Place, "run", run)
-    programs.startup(corpus="text", recipe="shakespeare-cpu", repeats=1)
+    programs.startup(corpus="text", tokenizer="byte", recipe="shakespeare-cpu", repeats=1)
     for words in started:
         options = dict(pairwise(words))
         assert (options["train"], options["--corpus"], options["--scan-steps"]) == ("shakespeare-cpu", "text", "1")
+        assert options["--tokenizer"] == "byte"
