@@ -1,6 +1,5 @@
 """The grid of a sweep: axes of values, and a config for every combination. Does not import jax."""
 
-import dataclasses
 import difflib
 import itertools
 import math
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt.config import Config, ConfigError, UsageError, replaced
+from jaxgpt.config import Config, ConfigError, ModelConfig, OptimizerConfig, TrainConfig, UsageError, replaced
 
 MAX_MEMBERS = 10_000
 """A larger sweep is taken for a typo."""
@@ -77,7 +76,7 @@ def members(base: Config, axes: Sequence[tuple[str, list[Any]]], seeds: int) -> 
             try:
                 found.append(Member(configs.check(replaced(base, **setting, seed=seed), new=True), setting))
             except ConfigError as error:
-                raise ConfigError(f"with {describe(setting)}: {error}" if setting else str(error)) from error
+                raise ConfigError(f"with {describe(setting)}: {error}") from error
     return found
 
 
@@ -87,7 +86,7 @@ def describe(setting: dict[str, Any]) -> str:
     >>> describe({"learning_rate": 0.003, "n_embd": 64})
     'learning_rate 0.003, n_embd 64'
     """
-    return ", ".join(f"{name} {cell(value)}" for name, value in setting.items())
+    return ", ".join(f"{name} {cell(value)}" for name, value in setting.items()) or "the only setting"
 
 
 def cell(value: Any) -> str:
@@ -98,9 +97,8 @@ def cell(value: Any) -> str:
 def _kinds() -> dict[str, Any]:
     """The type of each setting that a sweep can vary. It cannot vary the data and vocabulary (losses on different texts
     are not comparable), the seed (an option of its own), or checkpoints and loss estimates (it makes none)."""
-    sections = [field.type for field in dataclasses.fields(Config) if field.name != "data"]
-    kinds = {name: kind for section in sections for name, kind in typing.get_type_hints(section).items()}
-    kinds["min_learning_rate"] = float  # None is only its default
+    model, optimizer, train = map(typing.get_type_hints, (ModelConfig, OptimizerConfig, TrainConfig))
+    kinds = model | optimizer | train | {"min_learning_rate": float}  # None is only its default
     fixed = ("vocab_size", "seed", "eval_batches", "keep", "keep_every", "on_save_error")
     return {name: kind for name, kind in kinds.items() if name not in fixed}
 

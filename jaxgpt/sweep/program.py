@@ -8,6 +8,7 @@ core keeps all cores busy.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -87,18 +88,17 @@ def split(configs: Sequence[Config], devices: int, at_once: int = 0) -> list[Chu
 def max_members(config: Config, devices: int, at_once: int = 0) -> int:
     """The most members that train together, a multiple of `devices`. An OutOfMemoryError if one per device does not
     fit."""
-    cpu = jax.default_backend() == "cpu"
+    cpu = in_turn()
     try:
-        memory.require(config, shards=memory.Shards(per_host=devices if cpu else 1))
+        memory.require(config, shards=memory.Shards(per_host=devices))
     except memory.OutOfMemoryError as error:
         if devices == 1:
             raise
         raise memory.OutOfMemoryError(f"{error}; or fewer members at once: --at-once {devices // 2}") from error
     free, need = memory.available(), memory.needed(config, 0, recomputed=not cpu).total
     share = 1 if cpu else MEMORY_SHARE * devices  # the devices of a CPU have one memory
-    fit = CPU_MEMBERS if free is None else int(share * free / max(1, need))
-    if cpu:
-        fit = min(CPU_MEMBERS, fit)
+    fit = CPU_MEMBERS if free is None else int(share * free / need)
+    fit = min(CPU_MEMBERS, fit) if cpu else fit
     return max(1, (at_once or fit) // devices) * devices
 
 
@@ -108,6 +108,11 @@ def program_of(config: Config) -> Config:
     return replaced(config, **mapped, min_lr_ratio=1, steps=1)
 
 
+def in_turn() -> bool:
+    """Whether the members of a device run in turn."""
+    return jax.default_backend() == "cpu"
+
+
 class Program:
     """Compiled functions of M members that differ in mapped settings only; arrays (M, ...) are sharded by member."""
 
@@ -115,38 +120,34 @@ class Program:
         mesh, hyper = Mesh(np.array(devices), ("member",)), hyperparameters(base)
         self.sharding = NamedSharding(mesh, P("member"))
 
-        def init(values: dict[str, jax.Array]) -> TrainState:
+        def init(shared: None, values: dict[str, jax.Array]) -> TrainState:
             return init_state(base, hyper._replace(**values))
 
         def steps(tokens: Any, state: TrainState, values: dict[str, jax.Array], windows: jax.Array) -> Any:
             return train_steps(base, state, tokens, windows, hyper._replace(**values))
 
-        def sums(windows: jax.Array, skip: jax.Array, params: model.Params) -> jax.Array:
-            return map_batches(partial(model.losses, base.model, params), windows, skip)
+        def sums(batches: tuple[jax.Array, jax.Array], params: model.Params) -> jax.Array:
+            return map_batches(partial(model.losses, base.model, params), *batches)
 
-        def mapped(function: Callable[..., Any], shared: int, own: int) -> Callable[..., Any]:
-            """`function` of one member, mapped: `shared` arguments common to all, then `own` with a leading axis M."""
+        def mapped(function: Callable[..., Any]) -> Callable[..., Any]:
+            """`function` of M members: its first argument is common to all, the others have a leading axis M."""
 
-            def on_device(*args: Any) -> Any:
+            def on_device(shared: Any, own: Any) -> Any:
                 def of_one(mine: Any) -> Any:
-                    return function(*args[:shared], *mine)
+                    return function(shared, *mine)
 
-                return jax.lax.map(of_one, args[shared:]) if self.one_by_one else jax.vmap(of_one)(args[shared:])
+                return jax.lax.map(of_one, own) if in_turn() else jax.vmap(of_one)(own)
 
-            specs = (P(),) * shared + (P("member"),) * own
-            return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P("member"), check_vma=False)
+            ours = P("member")
+            sharded = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), ours), out_specs=ours, check_vma=False)
+            return lambda shared, *own: sharded(shared, own)
 
-        self.init = jax.jit(mapped(init, 0, 1))
+        self.init = jax.jit(partial(mapped(init), None))
         """values {name: (M,)} -> states of M members."""
-        self.steps = jax.jit(mapped(steps, 1, 3), donate_argnums=1)
+        self.steps = jax.jit(mapped(steps), donate_argnums=1)
         """tokens (N,) or None, states, values, windows (M, K, ...) -> states K steps later, metrics (M, K)."""
-        self.loss_sums = jax.jit(mapped(sums, 2, 1))
-        """windows (K, B, T + 1), skip (K, B), params -> `map_batches` of M members, (M, K, B)."""
-
-    @property
-    def one_by_one(self) -> bool:
-        """Whether the members of a device run in turn."""
-        return bool(self.sharding.mesh.devices.flat[0].platform == "cpu")
+        self.loss_sums = jax.jit(mapped(sums))
+        """(windows (K, B, T + 1), skip (K, B)), params -> `map_batches` of M members, (M, K, B)."""
 
 
 def run(
@@ -159,8 +160,8 @@ def run(
     """Train each chunk whose members are not all `finished`, sharded over `devices`. Its finished members train along,
     so that nothing is rounded differently. Configs are as `runs.resolve` completes them, for one corpus.
 
-    Yields the scores of each evaluation, and for each dispatched scan or skipped chunk its steps, summed over members.
-    Evaluations come as in a run (eval_every, eval_start). There are no random-batch estimates, and no weights are kept.
+    Yields the scores of each evaluation (also those of members that are done), and for each dispatched scan or skipped
+    chunk its steps, summed over members. Evaluations come as in a run (eval_every, eval_start).
     """
     programs: dict[Any, Program] = {}
     for chunk in split([member.config for member in members], len(devices), at_once):
@@ -174,22 +175,23 @@ def run(
 
 def train(program: Program, chunk: Chunk, members: Sequence[Member], corpus: Corpus) -> Iterator[int | list[Score]]:
     """Train the members of one chunk; yields as `run`."""
-    base, n = chunk.base, len(chunk.members)
-    own = [members[i] for i in chunk.members]
-    configs = [member.config for member in own + own[-1:] * (chunk.size - n)]  # padded
+    base, M = chunk.base, chunk.size
+    padded = chunk.members + chunk.members[-1:] * M
+    configs = [members[i].config for i in padded[:M]]
     train_tokens, val_tokens = corpus.split(base.data)
     parts, whole = corpus.training_parts(base.data), len(train_tokens) <= DEVICE_TOKENS
     on_device = jax.device_put(np.asarray(train_tokens), NamedSharding(program.sharding.mesh, P())) if whole else None
     # The map needs an array (M,), also where no setting differs.
     values = jax.device_put({name: column(configs, name) for name in chunk.names or ("seed",)}, program.sharding)
     state = program.init(values)
-    skipped, stopped, active = np.zeros(n, int), np.zeros(n, bool), np.arange(n)  # skipped: consecutive steps
-    train_losses = np.full(n, np.nan)  # means over the last scan
+    skipped, stopped = np.zeros(M, int), np.zeros(M, bool)  # skipped: consecutive steps
+    train_losses = np.full(M, np.nan)  # means over the last scan
     unread: list[Metrics] = []  # of the scans since the last evaluation
 
     def scores(step: int) -> list[Score]:
         found = evaluate(program, state.params, corpus, val_tokens, chunk)
-        return [score(chunk.members[i], own[i], step, found[i], train_losses[i], bool(stopped[i])) for i in active]
+        rows = zip(chunk.members, found, train_losses, stopped.tolist(), strict=False)  # without the padding
+        return [score(i, members[i], step, *row) for i, *row in rows]
 
     if base.train.eval_start:
         yield scores(0)
@@ -199,17 +201,16 @@ def train(program: Program, chunk: Chunk, members: Sequence[Member], corpus: Cor
         state, metrics = program.steps(on_device, state, values, jax.device_put(windows, program.sharding))
         jax.block_until_ready(unread[-1:])  # at most two scans are in flight
         unread.append(metrics)
-        yield n * (end - begin)
+        yield len(chunk.members) * (end - begin)
         if due(base, end):
             scans = jax.device_get(unread)
             unread.clear()
-            for applied in np.concatenate([scan.applied[:n] for scan in scans], axis=1).T:
+            for applied in np.concatenate([scan.applied for scan in scans], axis=1).T:
                 skipped = np.where(applied, 0, skipped + 1)
                 stopped |= skipped >= base.train.max_skipped
-            train_losses = scans[-1].loss[:n].mean(axis=1, dtype=np.float64)
+            train_losses = scans[-1].loss.mean(axis=1, dtype=np.float64)
             yield scores(end)
-            active = np.flatnonzero(~stopped)
-            if not active.size:
+            if stopped.all():
                 return
 
 
@@ -218,18 +219,16 @@ def evaluate(program: Program, params: model.Params, corpus: Corpus, tokens: Ids
     config = chunk.base.model
     T = config.block_size
     starts, skip = evaluation_windows(len(tokens), T)
-    B = windows_per_batch(config, len(starts), 1 if program.one_by_one else chunk.size // chunk.devices)
-    sums = loss_sums(lambda *batches: program.loss_sums(*batches, params), tokens, T, starts, skip, B)
+    B = windows_per_batch(config, len(starts), 1 if in_turn() else chunk.size // chunk.devices)
+    sums = loss_sums(lambda *batches: program.loss_sums(batches, params), tokens, T, starts, skip, B)
     return [evaluation(each, T, tokens, corpus.tokenizer) for each in sums]
 
 
 def score(i: int, member: Member, step: int, result: Evaluation, train_loss: float, stopped: bool) -> Score:
     """The score of member `i`; `stopped` after max_skipped non-finite steps in a row."""
     diverged, train = stopped or not math.isfinite(result.loss), member.config.train
-    figures = [result.loss, result.standard_error, result.bits_per_char, result.bits_per_byte]
-    if diverged:
-        figures = [math.nan] * 4
-    loss, error, per_char, per_byte, mean = (float(x) if math.isfinite(x) else None for x in (*figures, train_loss))
+    figures = [*([math.nan] * 4 if diverged else astuple(result)[:4]), train_loss]
+    loss, error, per_char, per_byte, mean = (float(x) if math.isfinite(x) else None for x in figures)
     done = stopped or step == train.steps
     return Score(i, member.setting, train.seed, step, loss, error, per_char, per_byte, mean, diverged, done)
 

@@ -8,6 +8,7 @@ best.json        the best setting as a config: jaxgpt train FOLDER/best.json --r
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class SweepFolder:
         return frozenset(score.member for score in self.scores if score.done)
 
     def add(self, scores: Sequence[Score]) -> None:
-        """Add scores to results.jsonl; those of finished members stay as they are."""
+        """Add the scores of unfinished members to results.jsonl."""
         finished = self.finished
         self.scores += [score for score in scores if score.member not in finished]
         lines = "".join(json.dumps(score._asdict()) + "\n" for score in self.scores)
@@ -125,18 +126,18 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 def outcomes(scores: Sequence[Score]) -> list[Outcome]:
     """The outcome of each setting, from all scores of its finished members: best first, diverged ones last."""
-    by_setting: dict[str, list[Score]] = {}
+    by_setting: dict[str, list[Score]] = defaultdict(list)
     for score in scores:
-        by_setting.setdefault(json.dumps(score.setting), []).append(score)
+        by_setting[json.dumps(score.setting)].append(score)
     found = []
     for alike in by_setting.values():
-        by_step: dict[int, list[float]] = {}
+        by_step: dict[int, list[float]] = defaultdict(list)
         for score in alike:
             if score.val_loss is not None:
-                by_step.setdefault(score.step, []).append(score.val_loss)
+                by_step[score.step].append(score.val_loss)
         curve = [(step, *mean_and_error(losses)) for step, losses in sorted(by_step.items())]
         last = {score.seed: math.nan if score.val_loss is None else score.val_loss for score in alike if score.done}
-        diverged = sum(math.isnan(loss) for loss in last.values())
+        diverged = sum(map(math.isnan, last.values()))
         found.append(Outcome(alike[0].setting, last, diverged, *mean_and_error(list(last.values())), curve))
     return sorted(found, key=lambda outcome: (outcome.diverged > 0, outcome.mean))
 

@@ -27,11 +27,11 @@ def progress(scores: Sequence[Score], n: int) -> str:
 def table(outcomes: Sequence[Outcome]) -> Table:
     """A row per setting, best first."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (*(outcomes[0].setting or ["setting"]), "seeds", "validation loss", "± s.e.", "diverged"):
+    for name in (*outcomes[0].setting, "seeds", "validation loss", "± s.e.", "diverged"):
         shown.add_column(name, justify="right", no_wrap=True)
     for outcome in outcomes:
-        values = [cell(value) for value in outcome.setting.values()] or ["the only one"]
         figures = ["-" if math.isnan(x) else f"{x:.4f}" for x in (outcome.mean, outcome.standard_error)]
+        values = map(cell, outcome.setting.values())
         shown.add_row(*values, str(len(outcome.losses)), *figures, str(outcome.diverged or ""))
     return shown
 
@@ -42,7 +42,7 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     if math.isnan(best.mean):
         return "every setting diverged with at least one seed: try smaller learning rates"
     error = "" if math.isnan(best.standard_error) else f" ± {best.standard_error:.4f}"
-    text = f"best: {describe(best.setting) or 'the only setting'}: {best.mean:.4f}{error} nats/token"
+    text = f"best: {describe(best.setting)}: {best.mean:.4f}{error} nats/token"
     if k < 2:
         return text
     second = outcomes[1]
@@ -54,56 +54,41 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     if interval is None:
         return f"{text}; one seed gives no interval and does not show that it is worse: --seeds 4 --name OTHER"
     low, high = interval
-    how = f"Student's t, {n} seeds paired" + (f", Bonferroni over {math.comb(k, 2)} pairs of settings" if k > 2 else "")
-    text += f" ({LEVEL:.0%} interval {low:.4f} to {high:.4f}: {how})"
-    return (
-        text
-        if low > 0
-        else f"{text}; 0 is within it: these seeds do not show that it is worse, more --seeds under another --name may"
-    )
+    pairs = f", Bonferroni over {math.comb(k, 2)} pairs of settings" if k > 2 else ""
+    text += f" ({LEVEL:.0%} interval {low:.4f} to {high:.4f}: Student's t, {n} seeds paired{pairs})"
+    doubt = "; 0 is within it: these seeds do not show that it is worse, more --seeds under another --name may"
+    return text if low > 0 else text + doubt
 
 
 def charts(outcomes: Sequence[Outcome]) -> dict[str, Spec]:
     """The charts of `outcomes`, best first, by file name; diverged ones are left out."""
     outcomes = [outcome for outcome in outcomes if not outcome.diverged]
-    if not outcomes:
-        return {}
-    varied = [name for name in outcomes[0].setting if len({outcome.setting[name] for outcome in outcomes}) > 1]
-    found = {"settings.png": settings(outcomes, varied)} if varied else {}
-    if len(outcomes[0].curve) > 1:
-        found["curves.png"] = curves(outcomes)
-    return found
+    found = {"settings.png": settings(outcomes)} if len(outcomes) > 1 else {}
+    return found | ({"curves.png": curves(outcomes)} if outcomes and len(outcomes[0].curve) > 1 else {})
 
 
-def settings(outcomes: Sequence[Outcome], names: Sequence[str]) -> Spec:
+def settings(outcomes: Sequence[Outcome]) -> Spec:
     """A panel per setting: the mean loss of every outcome against its value, with the standard error over seeds, and a
     line through the best of each value. Losses far above the best are cut off."""
-    means = [outcome.mean for outcome in outcomes]
+    means, errors = [outcome.mean for outcome in outcomes], [outcome.standard_error for outcome in outcomes]
     low = means[0]
     high = min(means[-1], low + max(4 * (means[len(means) // 2] - low), 0.05))
     room = 0.06 * (high - low) or 0.05
     y = quantity("loss", LABEL, domain=[low - room, high + room], nice=False)
     panels = []
-    for name in names:
-        values = [outcome.setting[name] for outcome in outcomes]
-        x: Spec = {"field": "x", "type": "ordinal", "title": name}
-        if all(type(value) in (int, float) for value in values):
-            scale = "log" if min(values) > 0 and max(values) / min(values) >= 4 else "linear"
-            axis = {"values": sorted(set(values)), "format": ".4~g"}
-            x = quantity("x", name, axis, type=scale, nice=False, padding=16)
-        rows = _rows(values, means, [outcome.standard_error for outcome in outcomes])
+    for name in outcomes[0].setting:
+        rows = _rows([outcome.setting[name] for outcome in outcomes], means, errors)
         best = list({row["x"]: row for row in reversed(rows)}.values())
+        x: Spec = {"field": "x", "type": "ordinal", "title": name, "axis": {"labelAngle": 0}}
         panels.append({"width": 400, "height": 340, "layer": _layers(rows, best, x, y, {"value": ACCENT})})
     return chart(hconcat=panels)
 
 
 def curves(outcomes: Sequence[Outcome]) -> Spec:
     """Loss by step of the best settings, as many as there are colours: the mean over seeds, and its standard error."""
-    rows, names = list[Spec](), list[str]()
-    for outcome in outcomes[: len(PALETTE)]:
-        names.append(describe(outcome.setting) or "the only setting")
-        rows += _rows(*zip(*outcome.curve, strict=True), line=names[-1])
-    color = category("line", names, PALETTE, {"columns": 2, "labelLimit": 400, "title": None})
+    shown = {describe(outcome.setting): outcome.curve for outcome in outcomes[: len(PALETTE)]}
+    rows = [row for name, curve in shown.items() for row in _rows(*zip(*curve, strict=True), line=name)]
+    color = category("line", list(shown), PALETTE, {"columns": 2, "labelLimit": 400, "title": None})
     x, y = quantity("x", "step"), quantity("loss", LABEL)
     return chart(layer=_layers(rows, rows, x, y, color), width=560, height=360)
 

@@ -113,15 +113,6 @@ def test_close_settings_have_distinct_names_and_curves():
     assert len(set(scale["domain"])) == 4, "each has a curve"
 
 
-def test_axis_of_a_boolean_is_ordinal_and_of_a_number_quantitative():
-    settings = [{"bias": bias, "n_layer": n} for bias in (True, False) for n in (1, 2)]
-    found = outcomes([Score(i, each, 0, 1, 3.0 + i, *(None,) * 4, False, True) for i, each in enumerate(settings)])
-    bias, n_layer = charts(found)["settings.png"]["hconcat"]
-    kinds = [panel["layer"][2]["encoding"]["x"]["type"] for panel in (bias, n_layer)]
-    assert kinds == ["ordinal", "quantitative"]
-    assert n_layer["layer"][2]["encoding"]["x"]["axis"]["values"] == [1, 2], "no ticks between whole numbers"
-
-
 def test_a_diverged_setting_is_last_also_if_it_was_trained_first():
     found = outcomes(sorted(SCORES, key=lambda score: -score.setting["learning_rate"]))
     assert [each.setting["learning_rate"] for each in found] == [1e-2, 1e-3, 1e-1]

@@ -86,19 +86,20 @@ def test_each_member_matches_the_run_of_its_config(runs, member_scores):
 
 
 def test_a_member_that_diverges_is_reported(member_scores):
-    first, second = member_scores[-1]
+    first, second, last = member_scores[-1]
     assert first.val_loss
     assert not first.diverged
     assert second.val_loss is None
     assert second.diverged
     assert second.done
     assert second.step == 10, "after max_skipped steps, reported at the next score"
+    assert last == second._replace(step=20, train_loss=last.train_loss), "it trains along with the others"
 
 
 def test_members_side_by_side_match_members_in_turn(configs, runs, member_scores, monkeypatch):
     """With vmap, as on accelerators, and with windows that are gathered on the host."""
     monkeypatch.setattr(sweep, "DEVICE_TOKENS", 1)
-    monkeypatch.setattr(Program, "one_by_one", False)
+    monkeypatch.setattr(sweep, "in_turn", lambda: False)
     members = [Member(replaced(config, eval_start=False), {}) for config in configs[:2]]
     events = list(sweep.run(members, runs[1], jax.devices()[:1]))
     for score, in_turn in zip(events[-1], member_scores, strict=False):
@@ -126,6 +127,7 @@ def test_a_member_ends_after_max_skipped_steps_in_a_row(configs, runs, monkeypat
     assert sum(event for event in seen if isinstance(event, int)) == 2 * 20, "the steps of both members"
     assert [(each.member, each.step, each.diverged, each.done) for event in events for each in event] == [
         (0, 0, False, False), (1, 0, False, False), (0, 10, False, False), (1, 10, True, True), (0, 20, False, True),
+        (1, 20, True, True),
     ]  # fmt: skip
 
 
