@@ -117,7 +117,7 @@ assert (reaches == np.tril(np.ones((T, T), bool))).all()
 # shows the loss in nats per character. The last rung of the lecture, a GPT of 0.8 million parameters, comes after it.
 
 # %%
-from jaxgpt.lecture import ladder, view
+from jaxgpt.lecture import ladder
 from jaxgpt.monitor.notebook import Chart
 
 rungs = ladder.RUNGS[:-1]
@@ -126,10 +126,10 @@ if SMALL:
 results = []
 for result in ladder.climb(rungs, train, val, tokenizer):
     results.append(result)
-    print(view.line(result))
+    print(ladder.line(result))
 
 # %%
-Chart(view.chart(results))
+Chart(ladder.chart(results))
 
 # %% [markdown]
 # ## A GPT

@@ -31,12 +31,10 @@ class Lecture:
 
 def run(args: list[str]) -> int:
     given = parse(Lecture, args, "lecture", Lecture.__doc__)
-    from rich.console import Console
-
     from jaxgpt import files
     from jaxgpt.cli.runs import prepared
     from jaxgpt.display import charts
-    from jaxgpt.lecture import ladder, view
+    from jaxgpt.lecture import ladder
 
     use_compile_cache()
     if given.steps < 0:
@@ -52,14 +50,13 @@ def run(args: list[str]) -> int:
     config = check(replaced(Config(), corpus=given.corpus, block_size=longest, seed=given.seed))
     corpus = prepared(config, given.data_dir)
 
-    console, results = Console(highlight=False), []
-    console.print(corpus.summary, soft_wrap=True)
+    results = []
+    print(corpus.summary)
     for result in ladder.climb(rungs, *corpus.split(config.data), corpus.tokenizer, given.seed):
         results.append(result)
-        console.print(view.line(result), markup=False, soft_wrap=True)
-    console.print(view.table(results))
+        print(ladder.line(result), flush=True)
     if given.plot:
-        charts.save(view.chart(results), given.plot)
+        charts.save(ladder.chart(results), given.plot)
     if given.json:
         tree = {"corpus": corpus.summary, "seed": given.seed, "rungs": [asdict(result) for result in results]}
         files.write_atomically(given.json, (json.dumps(tree, indent=2) + "\n").encode())

@@ -1,7 +1,7 @@
-"""The ladder: train each model, compute its loss on the whole validation split, and sample from it."""
+"""The ladder: train each model, compute its loss on the whole validation split, sample from it, and show it."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,8 @@ import optax
 from jaxgpt import prng
 from jaxgpt.data import chunk_starts, evaluation_windows, take
 from jaxgpt.display import baselines
+from jaxgpt.display.charts import Spec, dots
+from jaxgpt.display.text import visible
 from jaxgpt.evaluation import loss_sums, map_batches
 from jaxgpt.lecture.model import Params, Rung, forward, init_params
 from jaxgpt.loss import cross_entropy, token_losses
@@ -45,6 +47,7 @@ FULL = replace(
     block_size=256, batch_size=64, learning_rate=3e-4, steps=5000, dropout=0.2,
 )  # fmt: skip
 """The last rung at the lecture's own size: for a GPU."""
+KINDS = ["here", "in the lecture", "in the lecture, at a larger size"]
 
 
 @dataclass(frozen=True)
@@ -140,3 +143,22 @@ def write(rung: Rung, params: Params, n: int, seed: int) -> list[int]:
 @partial(jax.jit, static_argnums=0)
 def _draw(rung: Rung, params: Params, window: jax.Array, last: int, key: jax.Array) -> jax.Array:
     return jax.random.categorical(key, forward(rung, params, window[None])[0, last])
+
+
+def line(result: Result) -> str:
+    """A rung on one line, and its figures, the lecture's loss and the beginning of its sample on another."""
+    rung, figures = result.rung, f"{result.n_params:,} parameters, {result.seconds:.1f}s"
+    published = " to ".join(f"{figure:g}" for figure in rung.lecture)
+    published += f" at {rung.lecture_size}" if rung.lecture_size else ""
+    theirs = f" (lecture: {published})" if published else ""
+    return f"{rung.name}: {rung.about}\n  loss {result.loss:.4f}{theirs}, {figures}: {visible(result.sample)[:40]}"
+
+
+def chart(results: Sequence[Result]) -> Spec:
+    """The loss of each rung beside the lecture's."""
+    rows = []
+    for result in results:
+        rows.append({"what": result.rung.name, "loss": result.loss, "kind": KINDS[0]})
+        kind = KINDS[2 if result.rung.lecture_size else 1]
+        rows += [{"what": result.rung.name, "loss": figure, "kind": kind} for figure in result.rung.lecture]
+    return dots(rows, KINDS, "loss on the validation split, nats per character")

@@ -1,6 +1,5 @@
 """Every model of the ladder as a pure function of its parameters, without Flax."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -89,28 +88,18 @@ def forward(rung: Rung, params: Params, idx: jax.Array, dropout_key: jax.Array |
         return jnp.where(kept, x / (1 - rung.dropout), 0)
 
     x = params["tokens"][idx] + params["positions"][None, : idx.shape[1]]
-    for block in params["blocks"]:
-        x = _attend(rung, block, x, drop)
-        if rung.feed_forward:
-            x = _feed_forward(rung, block, x, drop)
-    return _linear(params["head"], _norm(params.get("ln_f"), x))
-
-
-def _attend(rung: Rung, block: Params, x: jax.Array, drop: Callable[[jax.Array], jax.Array]) -> jax.Array:
     B, T, C = x.shape
-    normed = _norm(block.get("ln_1"), x)
-    q, k, v = (
-        _linear(block[name], normed).reshape(B, T, rung.n_head, -1).swapaxes(1, 2) for name in ("query", "key", "value")
-    )
-    out = attention(q, k, v, causal_mask(T)[None, None], drop=drop).swapaxes(1, 2).reshape(B, T, C)
-    return x + drop(_linear(block["proj"], out)) if rung.residual else out
-
-
-def _feed_forward(rung: Rung, block: Params, x: jax.Array, drop: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    out = jax.nn.relu(_linear(block["up"], _norm(block.get("ln_2"), x)))
-    if "down" in block:
-        out = _linear(block["down"], out)
-    return x + drop(out) if rung.residual else out
+    for block in params["blocks"]:
+        normed = _norm(block.get("ln_1"), x)
+        heads = (_linear(block[name], normed).reshape(B, T, rung.n_head, -1) for name in ("query", "key", "value"))
+        q, k, v = (each.swapaxes(1, 2) for each in heads)
+        out = attention(q, k, v, causal_mask(T)[None, None], drop=drop).swapaxes(1, 2).reshape(B, T, C)
+        x = x + drop(_linear(block["proj"], out)) if rung.residual else out
+        if rung.feed_forward:
+            out = jax.nn.relu(_linear(block["up"], _norm(block.get("ln_2"), x)))
+            out = _linear(block["down"], out) if "down" in block else out
+            x = x + drop(out) if rung.residual else out
+    return _linear(params["head"], _norm(params.get("ln_f"), x))
 
 
 def _linear(params: Params, x: jax.Array) -> jax.Array:

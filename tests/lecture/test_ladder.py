@@ -218,9 +218,9 @@ def test_programs_of_500_steps_have_different_dropout_keys(monkeypatch):
 def test_the_command_prints_draws_and_writes(lecture, verse, tmp_path):
     code, out, _ = lecture("--corpus", verse, "--steps", 2, "--plot", "lecture.png", "--json", "lecture.json")
     assert code == 0, out
-    assert all(out.count(name) >= 2 for name in RUNG_NAMES)
-    assert " 2.5 " in out
-    assert "* at 6 layers, 384 channels, context 256" in out
+    assert all(f"{name}: " in out for name in RUNG_NAMES)
+    assert " (lecture: 2.5), " in out
+    assert " (lecture: 1.48 at 6 layers, 384 channels, context 256), " in out
     assert (tmp_path / "lecture.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "lecture.json").read_text("utf-8"))
     assert [each["rung"]["name"] for each in written["rungs"]] == list(RUNG_NAMES)
