@@ -9,8 +9,6 @@ from jaxgpt.display.charts import INK, QUIET, SERIES, WARM, Spec, category, char
 from jaxgpt.monitor.facts import Facts
 
 DASHES = ([1, 0], [7, 3], [2, 2])
-MARKS = 200
-"""Most marks of one kind along the axis of steps."""
 ZOOM: Spec = {
     "name": "zoom",
     "bind": "scales",
@@ -24,28 +22,29 @@ ZOOM: Spec = {
 
 
 def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> Spec | None:
-    """Training and validation loss of every run, with its best evaluation and the step from which it overfits.
+    """Training and validation loss of every run, its best evaluation, and its resumes, spikes and failures.
 
     Args:
       baselines: (name, nats per token) of horizontal lines.
     """
-    train, scores, best, overfits = _rows(runs, "loss"), list[Spec](), list[Spec](), list[Spec]()
+    train, scores, best = _rows(runs, "loss"), list[Spec](), list[Spec]()
     for facts in runs:
         for step, evaluation in facts.scores:
             error = 0.0 if math.isnan(evaluation.standard_error) else evaluation.standard_error
             row: Spec = {"run": facts.name, "step": step, "value": evaluation.loss}
             scores.append(row | {"low": evaluation.loss - error, "high": evaluation.loss + error})
         if facts.best:
-            step, evaluation = facts.best
-            row = {"run": facts.name, "step": step, "value": evaluation.loss}
-            best.append(row | {"text": f"best, {evaluation.loss:.3f}"})
-            if facts.overfits_from is not None:
-                best[-1]["text"] += "; it overfits from here"
-                overfits.append(row)
+            step, value = facts.best.step, facts.best.evaluation.loss
+            best.append({"run": facts.name, "step": step, "value": value, "text": f"best, {value:.3f}"})
     if not train and not scores:
         return None
     last = max(row["step"] for row in [*train, *scores])
-    marks = [row for facts in runs for row in _marks(facts, last)]
+    marks: list[Spec] = [
+        {"run": facts.name, "step": step, "kind": kind, "text": text}
+        for facts in runs
+        for step, kind, text in facts.incidents
+        if step <= last  # some belong to lines that were dropped
+    ]
     rules = [{"what": what, "value": value} for what, value in baselines]
     x, y = _steps(last), quantity("value", "loss, nats per token")
     usual = [row["high"] for row in scores] + [value for facts in runs for _, value in facts.loss[:1]]
@@ -68,7 +67,6 @@ def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> 
         curve,
         layer(scores, "area", {**at, "y": {**y, "field": "low"}, "y2": {"field": "high"}}, opacity=0.18),
         layer(scores, "line", {**at, "tooltip": _tooltip(".4f")}, strokeWidth=2.5, point={"size": 45, "filled": True}),
-        layer(overfits, "rule", {"x": x}, color=WARM, strokeDash=[5, 3], strokeWidth=1.5),
         layer(best, "point", at, shape="circle", size=190, strokeWidth=2, filled=False),
         layer(best if len(runs) == 1 else [], "text", {"x": x, "y": y, "text": {"field": "text"}}, **note),
     ]
@@ -103,16 +101,6 @@ def _rows(runs: Sequence[Facts], field: str) -> list[Spec]:
 def _has_single_point(rows: list[Spec]) -> bool:
     """Whether a run has one point only, of which a line shows nothing."""
     return 1 in Counter(row["run"] for row in rows).values()
-
-
-def _marks(facts: Facts, last: int) -> list[Spec]:
-    """Resumes, spikes and failures up to the step `last`; where they would overlap, the first of each kind."""
-    rows: dict[tuple[str, int], Spec] = {}
-    for step, kind, text in facts.incidents:
-        if step <= last:
-            row = {"run": facts.name, "step": step, "kind": kind, "text": text}
-            rows.setdefault((kind, MARKS * step // max(1, last)), row)
-    return list(rows.values())
 
 
 def _steps(last: int) -> Spec:

@@ -111,11 +111,7 @@ class Facts:
 def gather(run: Run, points: int = POINTS, name: str = "") -> Facts:
     """Read the directory of `run`, keeping at most `points` of each curve; lines still being written are left out.
 
-    Args:
-      name: in place of the directory's.
-
-    Raises:
-      RunError, CorpusError: its configuration or its tokens.json is damaged.
+    Raises RunError or CorpusError if its configuration or its tokens.json is damaged. `name` replaces the directory's.
     """
     config, events = run.config, run.events()
     lines = run.metrics() if run.metrics_file.exists() else []
@@ -154,10 +150,8 @@ def nearest(config: Config) -> tuple[str, list[Change]]:
 
 
 def command(config: Config) -> str:
-    """A `jaxgpt train` command that makes `config`: the nearest recipe, and a flag for each setting that differs.
-
-    URLs are `shareable`.
-    """
+    """A `jaxgpt train` command that makes `config`: the nearest recipe, and a flag for each other setting; URLs are
+    `shareable`."""
     recipe, changes = nearest(config)
     words = ["jaxgpt", "train", recipe]
     for field, _, value in changes:

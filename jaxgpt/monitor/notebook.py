@@ -1,6 +1,5 @@
 """A run in a notebook: its metrics, weights, samples and loss chart."""
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,25 +64,17 @@ class Loaded:
         return Chart(spec)
 
     def __repr__(self) -> str:
-        return "\n".join(f"{name}: {value}" for name, value in self._summary())
-
-    def _repr_html_(self) -> str:
-        rows = (f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in self._summary())
-        return f"<table>{''.join(rows)}</table>"
-
-    def _summary(self) -> list[tuple[str, str]]:
         facts = self.facts
-        rows = [
-            ("run", str(self.run.path)),
-            ("command", facts.command),
-            ("weights", f"{facts.n_params:,} parameters after step {self.step:,}"),
-            ("corpus", f"{facts.corpus['source']}, {facts.corpus['count']:,} tokens"),
-        ]
-        if best := facts.best:
-            rows.append(("best", f"{describe(best.evaluation)}, at step {best.step:,}"))
-        if facts.took:
-            rows.append(("trained", f"{facts.step:,} steps in {facts.took}"))
-        return rows
+        best = facts.best and f"{describe(facts.best.evaluation)}, at step {facts.best.step:,}"
+        rows = {
+            "run": self.run.path,
+            "command": facts.command,
+            "weights": f"{facts.n_params:,} parameters after step {self.step:,}",
+            "corpus": f"{facts.corpus['source']}, {facts.corpus['count']:,} tokens",
+            "best": best,
+            "trained": facts.took and f"{facts.step:,} steps in {facts.took}",
+        }
+        return "\n".join(f"{name}: {value}" for name, value in rows.items() if value)
 
 
 @dataclass(frozen=True)
@@ -103,9 +94,7 @@ class Chart:
 def load(run: str | Path, checkpoint: str | int = "best", runs_dir: str | Path = "runs") -> Loaded:
     """A run by its name in `runs_dir` or by its path, with the parameters of a checkpoint: "best", "last" or a step.
 
-    Raises:
-      RunError: there is no such run, or it has no checkpoint yet.
-      CheckpointError: the checkpoint is damaged.
+    Raises RunError if there is no such run or checkpoint, CheckpointError if the checkpoint is damaged.
     """
     opened = Run.open(Path(runs_dir), str(run))
     return Loaded(opened, *load_checkpoint(opened, checkpoint))

@@ -4,6 +4,8 @@ import math
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
+
 from jaxgpt.config import ModelConfig
 from jaxgpt.metrics_log import Event, Progress, notify
 from jaxgpt.model import Params
@@ -26,16 +28,12 @@ class Spikes:
         self._high = False
 
     def add(self, loss: float) -> float | None:
-        """The mean of the losses before `loss` if it spikes, else None.
-
-        A loss that stays high is reported once. NaN and infinities are ignored.
-        """
+        """The mean of the losses before `loss` if it spikes, once while it stays high; NaN and inf are ignored."""
         if not math.isfinite(loss):
             return None
-        n, mean, was_high = len(self._recent), 0.0, self._high
-        if n >= FEWEST:
-            mean = sum(self._recent) / n
-            deviation = math.sqrt(sum((x - mean) ** 2 for x in self._recent) / (n - 1))
+        mean, was_high = 0.0, self._high
+        if len(self._recent) >= FEWEST:
+            mean, deviation = float(np.mean(self._recent)), float(np.std(self._recent, ddof=1))
             self._high = loss > mean + DEVIATIONS * max(deviation, 0.01 * abs(mean))
         self._recent.append(loss)
         return mean if self._high and not was_high else None

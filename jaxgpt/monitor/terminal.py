@@ -55,7 +55,7 @@ class TrainingDisplay(progress.Progress):
     def __init__(self, console: Console, steps: int, utilization: Callable[[float], float | None] = lambda speed: None):
         self.notices = 0
         self._utilization, self._printed = utilization, time.monotonic()
-        self._losses, self._line = list[float](), ""  # of each chunk, and the curve as it was drawn last
+        self._losses = list[float]()  # of each chunk
         self._best: Evaluated | None = None
         self._sample = ""
         bar = [BarColumn(bar_width=None)] if console.width >= WIDE else []
@@ -71,7 +71,7 @@ class TrainingDisplay(progress.Progress):
                 self._print(f"step {step:>6,}  validation {describe(evaluation)}")
             case Notice(_, step, text):
                 self.notices += 1
-                self._print(f"WARNING  step {step:,}  {text}", style="bold yellow")
+                self._print(f"WARNING  step {step:,}  {text}", "bold yellow")
             case Sampled(_, text):
                 self._sample = text
             case Progress():
@@ -80,7 +80,6 @@ class TrainingDisplay(progress.Progress):
     def _progress(self, event: Progress) -> None:
         self._best = event.best or self._best
         self._losses.append(event.loss)
-        self._line = "" if self.disable else self.curve()
         numbers = short = f"loss {event.loss:.4f}"
         if (speed := event.tokens_per_second) and event.seconds_left is not None:
             left = f"  {duration(event.seconds_left)} left"
@@ -94,10 +93,9 @@ class TrainingDisplay(progress.Progress):
     def get_renderables(self) -> Iterator[RenderableType]:
         """The bar, and under it the loss curve and the newest sample."""
         yield from super().get_renderables()
-        if self._line:
-            yield Text(self._line, no_wrap=True, overflow="crop")
-        if self._sample:
-            yield Text(visible(self._sample), style="dim", no_wrap=True, overflow="crop")
+        for line, style in ((self.curve(), ""), (visible(self._sample), "dim")):
+            if line:
+                yield Text(line, style, no_wrap=True, overflow="crop")
 
     def curve(self) -> str:
         """The training loss so far on one line; empty before the second Progress."""
@@ -110,9 +108,9 @@ class TrainingDisplay(progress.Progress):
         room = min(60, self.console.width - len(text) - 5)
         return f"loss {sparkline(self._losses, room, levels) if room > 10 else ''}{text}"
 
-    def _print(self, line: str, **style: str) -> None:
+    def _print(self, line: str, style: str | None = None) -> None:
         self._printed = time.monotonic()
-        self.console.print(line, **style)  # type: ignore[arg-type]
+        self.console.print(line, style=style)
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -130,9 +128,8 @@ def duration(seconds: float) -> str:
     >>> duration(75), duration(3700)
     ('1m15s', '1h01m')
     """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    minutes, whole = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{left:02}m"
+    return f"{minutes}m{whole:02}s" if minutes else f"{whole}s"
