@@ -138,12 +138,12 @@ surprises(after)
 print("by depth:", by_depth(after))
 
 # %%
-from jaxgpt.diagnostics import plots
+from jaxgpt.diagnostics import view
 from jaxgpt.monitor.notebook import Chart
 
 attention_maps = jax.jit(inside.attention_maps, static_argnums=0)
 maps = attention_maps(after.config.model, after.params, batch.inputs)[:4, 0, :4]  # (L, H, T, T), at most 4 each
-Chart(plots.attention_maps(maps))
+Chart(view.attention_maps(maps))
 
 # %% [markdown]
 # ## Export

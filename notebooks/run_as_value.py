@@ -169,10 +169,10 @@ print(f"predicted {rate * products[best]:.6f}, measured {improvement(params):.6f
 # How much each token (row) attends to each token before it (column), for every layer and head.
 
 # %%
-from jaxgpt.diagnostics import inside, plots
+from jaxgpt.diagnostics import inside, view
 
 maps = jax.jit(inside.attention_maps, static_argnums=0)(config, params, question.inputs)[:, 0]  # (L, H, T, T)
-Chart(plots.attention_maps(maps))
+Chart(view.attention_maps(maps))
 
 # %% [markdown]
 # A run that is saved has an interactive view: in its report, point at a token to see what each head attends to there.

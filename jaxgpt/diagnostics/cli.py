@@ -49,7 +49,7 @@ def run(args: list[str]) -> int:
     given = parse(Diagnose, args, "diagnose")
     from jaxgpt import files
     from jaxgpt.cli.runs import corpus_of
-    from jaxgpt.diagnostics import plots, view
+    from jaxgpt.diagnostics import view
     from jaxgpt.diagnostics.diagnose import DIAGNOSES, Subject, require
     from jaxgpt.display import charts
     from jaxgpt.monitor.terminal import RunConsole
@@ -87,9 +87,9 @@ def run(args: list[str]) -> int:
         found[name] = DIAGNOSES[name](subject, given.effort)
         for line in view.lines(name, found[name], subject):
             console.print(line)
-        if given.plots and name in plots.CHARTS:
+        if given.plots and name in view.CHARTS:
             given.plots.mkdir(parents=True, exist_ok=True)
-            charts.save(plots.CHARTS[name](found[name], subject), given.plots / f"{name}.png")
+            charts.save(view.CHARTS[name](found[name], subject), given.plots / f"{name}.png")
     if given.json:
         tree = {"run": run.path.name, "step": step, "effort": asdict(given.effort), **view.plain(found)}
         files.write_atomically(given.json, json.dumps(tree, allow_nan=False).encode() + b"\n")

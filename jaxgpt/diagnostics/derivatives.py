@@ -48,13 +48,8 @@ def mean_loss(config: ModelConfig, chunk: int = 16) -> Loss:
 def per_example(
     loss: Loss, params: Any, batch: Any, take: Callable[[Any], Any] = lambda gradient: gradient, chunk: int = 8
 ) -> Any:
-    """`take(gradient)` for the gradient of each of the B examples, (B, ...): `vmap(grad)` in less memory.
-
-    Args:
-      take: a function of a gradient (a tree like `params`) whose results are kept. The default keeps whole gradients, B
-        times the memory of the parameters.
-      chunk: gradients computed at once.
-    """
+    """`take(gradient)`, by default the gradient itself, for each of the B examples, (B, ...): `vmap(grad)` in the
+    memory of `chunk` gradients and of the results."""
 
     def one(example: Any) -> Any:
         return take(jax.grad(loss)(params, jax.tree.map(lambda x: x[None], example)))
@@ -96,7 +91,7 @@ def noise_scale(loss: Loss, params: Any, batch: Any, chunk: int = 8) -> NoiseSca
         return square_of_mean - noise / n, noise
 
     squares, with_mean = per_example(loss, params, batch, dots, chunk)
-    square_of_mean = optax.tree.vdot(mean, mean)
+    square_of_mean, _ = dots(mean)
     signal, noise = estimates(square_of_mean, squares.mean(), B)
     # The jackknife: the same estimates without each example in turn.
     without = (B * B * square_of_mean - 2 * B * with_mean + squares) / (B - 1) ** 2
@@ -109,10 +104,8 @@ def influence(loss: Loss, params: Any, train: Any, val: Any, chunk: int = 8) -> 
     """The dot product of the gradients of each validation and each training example, (N_val, N_train).
 
     To first order, it is how much a step of gradient descent on the training example lowers the loss of the validation
-    example, in nats per token per unit of learning rate. TracIn (Pruthi et al. 2020, arXiv:2002.08484) sums it over
-    checkpoints, weighted by learning rate. AdamW and Muon take other steps: rank examples by it, predict no losses.
-
-    Memory: the gradients of all validation examples, and of `chunk` training examples.
+    example, per unit of learning rate. TracIn (Pruthi et al. 2020, arXiv:2002.08484) sums it over checkpoints, weighted
+    by learning rate. Memory: the gradients of all validation examples, and of `chunk` training examples.
     """
     wanted = per_example(loss, params, val, lambda gradient: ravel_pytree(gradient)[0], chunk)  # (N_val, P)
 
@@ -172,11 +165,10 @@ def lanczos(matvec: Callable[[jax.Array], jax.Array], start: jax.Array, steps: i
 
 
 def spectrum(loss: Loss, params: Any, batch: Any, key: jax.Array, steps: int = 32) -> Lanczos:
-    """The spectrum of the Hessian by `lanczos` from a random start.
+    """The spectrum of the Hessian by `lanczos` from a random start; `top` is in the order of `ravel_pytree`.
 
     The weights at the Ritz values, averaged over keys, approximate the eigenvalue density (stochastic Lanczos
-    quadrature: Ghorbani et al. 2019, arXiv:1901.10159). `top` is in the order of `ravel_pytree`. Memory: `steps` times
-    the parameters.
+    quadrature: Ghorbani et al. 2019, arXiv:1901.10159). Memory: `steps` times the parameters.
     """
     flat, times = _flat_hessian(loss, params, batch)
     return lanczos(times, jax.random.normal(key, flat.shape, flat.dtype), steps)

@@ -17,7 +17,7 @@ from jaxgpt.config import Config, UsageError
 from jaxgpt.data import Batch, Part, Starts, chunk_starts, take
 from jaxgpt.diagnostics import derivatives, inside
 from jaxgpt.diagnostics.cli import Effort
-from jaxgpt.diagnostics.derivatives import Lanczos, Loss, NoiseScale, mean_loss
+from jaxgpt.diagnostics.derivatives import Lanczos, NoiseScale, mean_loss
 from jaxgpt.display.text import visible
 from jaxgpt.monitor import cost
 from jaxgpt.step import init_state
@@ -44,9 +44,9 @@ class Subject(NamedTuple):
         texts = (self.token_bytes[i] if i < len(self.token_bytes) else b"?" for i in np.atleast_1d(ids))
         return visible(b"".join(texts).decode("utf-8", "backslashreplace"))
 
-    @property
-    def loss(self) -> Loss:
-        return mean_loss(self.config.model)
+    def measure(self, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
+        """`function` of the model's mean loss, its parameters and `args`, compiled."""
+        return jax.jit(partial(function, mean_loss(self.config.model), **static))(self.params, *args)
 
     @property
     def first(self) -> Batch:
@@ -63,7 +63,7 @@ class Subject(NamedTuple):
 def noise(subject: Subject, effort: Effort) -> NoiseScale:
     """The gradient noise scale, from windows of the training tokens."""
     windows, _ = subject.windows(effort.seed, WINDOWS, effort.windows)
-    return jax.jit(partial(derivatives.noise_scale, subject.loss))(subject.params, windows)
+    return subject.measure(derivatives.noise_scale, windows)
 
 
 class Curvature(NamedTuple):
@@ -77,16 +77,15 @@ class Curvature(NamedTuple):
 def curvature(subject: Subject, effort: Effort) -> Curvature:
     """Spectrum and trace of the Hessian of a batch's loss, and the loss along the top eigenvector, as far as a parabola
     of that curvature takes to rise by half a nat."""
-    loss, params = subject.loss, subject.params
     batch, _ = subject.windows(effort.seed, BATCH, effort.batch)
-    measure = jax.jit(partial(derivatives.spectrum, loss, steps=effort.steps))
-    spectrum = measure(params, batch, _key(effort.seed, SPECTRUM))
-    traces = jax.jit(partial(derivatives.trace, loss, probes=PROBES))(params, batch, _key(effort.seed, TRACE))
+    spectrum = subject.measure(derivatives.spectrum, batch, _key(effort.seed, SPECTRUM), steps=effort.steps)
+    traces = subject.measure(derivatives.trace, batch, _key(effort.seed, TRACE), probes=PROBES)
     reach = 1 / np.sqrt(max(float(spectrum.values[-1]), 1e-6))
-    distances, direction = np.linspace(-reach, reach, 21, dtype=np.float32), ravel_pytree(params)[1](spectrum.top)
-    losses = jax.jit(partial(derivatives.along, loss))(params, batch, direction, distances)
-    slope = optax.tree.vdot(jax.jit(jax.grad(loss))(params, batch), direction)
-    return Curvature(spectrum, traces, distances, losses, slope)
+    distances = np.linspace(-reach, reach, 21, dtype=np.float32)
+    direction = ravel_pytree(subject.params)[1](spectrum.top)
+    losses = subject.measure(derivatives.along, batch, direction, distances)
+    gradient = subject.measure(lambda loss, params: jax.grad(loss)(params, batch))
+    return Curvature(spectrum, traces, distances, losses, optax.tree.vdot(gradient, direction))
 
 
 class Landscape(NamedTuple):
@@ -97,16 +96,13 @@ class Landscape(NamedTuple):
 
 
 def landscape(subject: Subject, effort: Effort) -> Landscape:
-    """The loss of a batch in a plane of two random directions, and on the line from the initial parameters, which are
-    random ones even if the run began with imported weights."""
-    loss, params = subject.loss, subject.params
+    """The loss of a batch in a plane of two random directions, and on the line from random initial parameters."""
     batch, _ = subject.windows(effort.seed, BATCH, effort.batch)
-    directions = [derivatives.filter_normalized(params, _key(effort.seed, k)) for k in (FIRST, SECOND)]
+    directions = [derivatives.filter_normalized(subject.params, _key(effort.seed, k)) for k in (FIRST, SECOND)]
     places, shares = np.linspace(-1, 1, GRID, dtype=np.float32), np.float32(np.arange(-4, 29) / 20)  # 0 and 1 exactly
-    losses = jax.jit(partial(derivatives.plane, loss))(params, batch, *directions, places, places)
-    initial = init_state(subject.config).params
-    way = optax.tree.sub(params, initial)
-    path = jax.jit(partial(derivatives.along, loss))(initial, batch, way, shares)
+    losses = subject.measure(derivatives.plane, batch, *directions, places, places)
+    begin = subject._replace(params=init_state(subject.config).params)
+    path = begin.measure(derivatives.along, batch, optax.tree.sub(subject.params, begin.params), shares)
     return Landscape(places, losses, shares, path)
 
 
@@ -118,8 +114,7 @@ class Influence(NamedTuple):
 def influence(subject: Subject, effort: Effort) -> Influence:
     """`derivatives.influence` of windows of the training tokens on the first window of the text."""
     windows, starts = subject.windows(effort.seed, WINDOWS, effort.windows)
-    measure = jax.jit(partial(derivatives.influence, subject.loss))
-    return Influence(measure(subject.params, windows, subject.first)[0], starts)
+    return Influence(subject.measure(derivatives.influence, windows, subject.first)[0], starts)
 
 
 def lens(subject: Subject, effort: Effort) -> inside.Lens:
@@ -160,12 +155,8 @@ DIAGNOSES: dict[str, Callable[[Subject, Effort], Any]] = {
 
 
 def require(config: Config, effort: Effort, names: Sequence[str], text: Ids) -> None:
-    """Check, before anything is compiled, that the diagnoses `names` can be made.
-
-    Raises:
-      UsageError: a number is out of range, the text is too short, a bigram has no attention, or the Lanczos vectors do
-        not fit into memory.
-    """
+    """Raise a UsageError, before anything is compiled, if a number is out of range, the text is too short, a bigram has
+    no attention, or the Lanczos vectors do not fit into memory."""
     for name, low in {"windows": 3, "batch": 1, "steps": 2, "seed": 0}.items():
         if not low <= getattr(effort, name) < 2**32:
             found = f"{name} is {getattr(effort, name)}"

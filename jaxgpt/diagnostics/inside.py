@@ -18,10 +18,9 @@ from jaxgpt.tokenizer import Ids
 
 
 def attention_maps(config: ModelConfig, params: model.Params, idx: jax.Array) -> jax.Array:
-    """The attention weights of query t (row) for key s (column): (B, T) ids -> (L, B, H, T, T).
+    """The attention weights of query t (row) for key s (column): (B, T) ids -> (L, B, H, T, T). Rows sum to one.
 
-    Rows sum to one; above the diagonal and outside the window they are 0. The reference attention computes them in
-    float32 without dropout, whichever kernel and precision `forward` uses. Memory: L B H T**2 floats.
+    The reference attention computes them in float32 without dropout, whichever kernel and precision `forward` uses.
 
     Raises:
       ValueError: T is longer than block_size, or the model is a bigram.
@@ -39,10 +38,7 @@ def logit_lens(config: ModelConfig, params: model.Params, idx: jax.Array) -> jax
     (L + 1, B, T, V) logits.
 
     Depth 0 is the embeddings, depth l the output of block l; the last has the logits of `forward` (nostalgebraist 2020,
-    "interpreting GPT: the logit lens"). A bigram has only depth 0.
-
-    Raises:
-      ValueError: T is longer than block_size.
+    "interpreting GPT: the logit lens"). A bigram has only depth 0. Raises ValueError if T is longer than block_size.
     """
     config = exact(config)
     if config.kind == "bigram":  # no matmuls
@@ -72,7 +68,7 @@ def _calls(config: ModelConfig, params: model.Params, idx: jax.Array, kind: Any,
 
 
 class Lens(NamedTuple):
-    """The prediction of the next token at each depth of the model; arrays (L + 1, B, T)."""
+    """The prediction of the next token at each depth; arrays (L + 1, B, T)."""
 
     losses: jax.Array  # nats
     divergence: jax.Array  # KL(last depth || this depth), nats
@@ -103,7 +99,7 @@ def token_scores(config: ModelConfig, params: model.Params, tokens: Ids, k: int 
 
     Args:
       stride: distance of the windows of block_size. 0: block_size, as in `evaluate`, whose loss is the mean of these;
-        1: each token has the block_size tokens before it as context, at block_size times the cost.
+        1: each token has the block_size tokens before it as context.
 
     Raises:
       ValueError: fewer than 2 tokens, or stride is out of range.

@@ -11,7 +11,7 @@ from jaxgpt import cli, model, start
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, ModelConfig, UsageError
 from jaxgpt.data import Part
-from jaxgpt.diagnostics import diagnose, plots, view
+from jaxgpt.diagnostics import diagnose, view
 from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.derivatives import Lanczos, NoiseScale
 from jaxgpt.diagnostics.diagnose import DIAGNOSES, Subject, require
@@ -102,7 +102,7 @@ def test_uniform_attention_has_the_greatest_entropy(tiny, change, tmp_path):
     first, block = view.lines("attention", found, subject)
     assert first.split()[0] == "attention"
     assert f"{np.log(n_visible).mean():.2f}/{(n_visible - 1).mean() / 2:.0f}" in block
-    charts.save(plots.CHARTS["attention"](found, subject), tmp_path / "a.png")
+    charts.save(view.CHARTS["attention"](found, subject), tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
@@ -135,7 +135,7 @@ def test_the_legend_of_a_landscape_shows_its_losses(tiny):
     """If no round number lies between the lowest and the highest loss, the legend shows these two."""
     losses, line = np.full((3, 3), 2.28), np.arange(3.0)
     losses[0, 0] = 3.86
-    spec = plots.landscape(diagnose.Landscape(line, losses, line, line), Subject(tiny, {}, line, line, LETTERS))
+    spec = view.landscape_chart(diagnose.Landscape(line, losses, line, line), Subject(tiny, {}, line, line, LETTERS))
     (legend,) = re.findall('role-legend-label"(.*?)</g>', charts.render(spec, ".svg").decode())
     assert re.findall(r">([\d.]+)</text>", legend) == ["2.28", "3.86"]
 
@@ -151,7 +151,7 @@ def test_the_tokens_of_a_lens_do_not_overlap(tiny):
     ids, pixels = np.arange(2), 7.2  # the width of a character at 12 pixels
     for token_bytes, widest in (([b"a", b"b"], 1), ([b"a", b"\xf0\x9f"], 6)):
         found = Lens(np.zeros((2, 1, 2)), np.zeros((2, 1, 2)), np.tile(ids, (2, 1, 1)), np.ones((2, 1, 2)))
-        spec = plots.lens(found, Subject(tiny, {}, ids, ids, token_bytes))
+        spec = view.lens_chart(found, Subject(tiny, {}, ids, ids, token_bytes))
         assert spec["width"] / 2 >= pixels * widest
 
 
@@ -278,7 +278,7 @@ def test_non_finite_numbers_are_null_in_json():
 
 def test_the_map_of_a_head_has_its_queries_as_rows_and_its_keys_as_columns():
     maps = np.tril(np.random.default_rng(0).random((2, 3, 4, 4)))
-    spec = plots.attention_maps(maps)
+    spec = view.attention_maps(maps)
     rows = spec["data"]["values"]
     assert len(rows) == 2 * 3 * 10
     for row in rows:
@@ -291,7 +291,7 @@ def test_the_map_of_a_head_has_its_queries_as_rows_and_its_keys_as_columns():
 def test_the_chart_of_curvature_has_the_parabola_of_slope_and_eigenvalue(tiny):
     spectrum = Lanczos(np.array([-1.0, 2.0]), np.array([0.25, 0.75]), np.zeros(2), np.ones(2))
     found = diagnose.Curvature(spectrum, [1.0], np.array([-1.0, 0.0, 1.0]), np.array([3.0, 1.0, 4.0]), 0.5)
-    sticks, lines = plots.curvature(found, Subject(tiny, {}, None, None, LETTERS))["hconcat"]
+    sticks, lines = view.curvature_chart(found, Subject(tiny, {}, None, None, LETTERS))["hconcat"]
     assert [(row["value"], row["weight"]) for row in sticks["layer"][1]["data"]["values"]] == [
         (-1.0, 0.25),
         (2.0, 0.75),
@@ -306,7 +306,7 @@ def test_the_chart_of_curvature_has_the_parabola_of_slope_and_eigenvalue(tiny):
 def test_the_second_direction_of_a_landscape_is_drawn_upwards(tiny):
     losses = np.arange(9.0).reshape(3, 3)  # [y, x]
     found = diagnose.Landscape(np.array([-1.0, 0.0, 1.0]), losses, np.arange(2.0), np.array([4.0, 3.0]))
-    heat, line = plots.landscape(found, Subject(tiny, {}, None, None, LETTERS))["hconcat"]
+    heat, line = view.landscape_chart(found, Subject(tiny, {}, None, None, LETTERS))["hconcat"]
     (cells,) = heat["layer"]
     for row in cells["data"]["values"]:
         assert row["loss"] == losses[int(row["y"]) + 1, int(row["x"]) + 1]
@@ -317,11 +317,11 @@ def test_the_second_direction_of_a_landscape_is_drawn_upwards(tiny):
 def test_the_chart_of_a_lens_has_the_guess_of_each_depth_above_the_token_read(tiny):
     top, probability = np.array([[[0, 1]], [[2, 3]]]), np.array([[[0.1, 0.2]], [[0.3, 0.4]]])
     text = np.array([4, 5, 6])
-    spec = plots.lens(Lens(np.zeros((2, 1, 2)), None, top, probability), Subject(tiny, {}, None, text, LETTERS))
-    cells, guesses, read = (layer["data"]["values"] for layer in spec["layer"])
+    spec = view.lens_chart(Lens(np.zeros((2, 1, 2)), None, top, probability), Subject(tiny, {}, None, text, LETTERS))
+    cells, guesses = (layer["data"]["values"] for layer in spec["layer"])
     assert [tuple(row.values()) for row in cells] == [
         (0, 0, 0.1, "a"), (0, 1, 0.2, "b"), (1, 0, 0.3, "c"), (1, 1, 0.4, "d"),
     ]  # fmt: skip
     assert guesses == cells
-    assert [row["token"] for row in read] == ["e", "f"]
+    assert spec["layer"][0]["encoding"]["x"]["axis"]["labelExpr"] == '["e", "f"][datum.value]'
     assert spec["layer"][0]["encoding"]["y"]["sort"] == "descending", "the last depth at the top"
