@@ -48,8 +48,8 @@ def run(args: list[str]) -> int:
     name, args = take_recipe(Sweep, args, "which recipe? jaxgpt sweep gpt-demo --seeds 4 --lr 1e-3:1e-2:4")
     default = Sweep(Path(name).stem, recipe(name).config)
     given = parse(Sweep, args, "sweep", "Train seeds and settings of a recipe together.", default, name)
-    rates = [grid.parse(f"lr={given.lr}", f"--lr {given.lr}")] if given.lr else []
-    axes = sorted([*rates, *map(grid.parse, given.set)])
+    rates = [f"lr={given.lr}"] if given.lr else []
+    axes = sorted(map(grid.parse, (*rates, *given.set)))
     members = grid.members(given.config, axes, given.seeds)
     identity = {"program": "jaxgpt sweep 2", "values": dict(axes), "seeds": given.seeds}
     members, scores = train(given, given.config, members, identity)
@@ -81,9 +81,6 @@ def train(
       given: the command's options name, at_once, sweeps_dir and data_dir.
       base: the config that the members have in common.
       identity: what else the results depend on.
-
-    Raises:
-      UsageError: the name or the folder cannot be used, one member does not fit, or the corpus is unavailable.
     """
     if not NAME.fullmatch(f"{given.name}-best"):  # a name that the run of the best setting can have
         raise UsageError(

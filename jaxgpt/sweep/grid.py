@@ -23,36 +23,32 @@ class Member(NamedTuple):
     setting: dict[str, Any]  # its value on each axis, without the seed
 
 
-def parse(text: str, typed: str = "") -> tuple[str, list[Any]]:
+def parse(text: str) -> tuple[str, list[Any]]:
     """(name, values) of an axis: a list such as "n_embd=64,128", or a range LOW:HIGH:HOW-MANY such as "lr=3e-4:3e-2:6",
     spaced geometrically, or evenly if LOW is 0.
 
     >>> parse("lr=1e-3:1e-1:3"), parse("dropout=0:0.2:3")
     (('learning_rate', [0.001, 0.01, 0.1]), ('dropout', [0.0, 0.1, 0.2]))
 
-    Args:
-      typed: what the user typed, for errors, if it was another option than --set.
-
     Raises:
       UsageError: malformed, or a setting that a sweep cannot vary.
     """
-    shown = typed or f"--set {text}"
     name, _, value = text.partition("=")
     name, kinds = "learning_rate" if name == "lr" else name.replace("-", "_"), _kinds()
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"{shown}: no setting {name!r}; {hint}a sweep varies the model and training")
+        raise UsageError(f"{text}: no setting {name!r}; {hint}a sweep varies the model and training")
     kind = kinds[name]
     try:
         values = _range(kind, *value.split(":")) if ":" in value else [_read(kind, each) for each in value.split(",")]
     except (ValueError, KeyError, TypeError) as error:
-        choices, form = ("true", "false") if kind is bool else typing.get_args(kind), "" if typed else f"{name}="
-        more = f" or {form}LOW:HIGH:HOW-MANY, values of type {kind.__name__}, 0 <= LOW < HIGH and at least 2 of them"
+        choices = ("true", "false") if kind is bool else typing.get_args(kind)
+        more = f" or {name}=LOW:HIGH:HOW-MANY, values of type {kind.__name__}, 0 <= LOW < HIGH and at least 2 of them"
         wanted = f", values among {', '.join(choices)}" if choices else more
-        raise UsageError(f"{shown}: expected {form}VALUE,VALUE{wanted}") from error
+        raise UsageError(f"{text}: expected {name}=VALUE,VALUE{wanted}") from error
     if len(set(values)) < len(values):
-        raise UsageError(f"{shown}: {name} has the same value twice: {', '.join(map(str, values))}")
+        raise UsageError(f"{text}: {name} has the same value twice: {', '.join(map(str, values))}")
     return name, values
 
 
@@ -60,8 +56,7 @@ def members(base: Config, axes: Sequence[tuple[str, list[Any]]], seeds: int) -> 
     """Every combination of values with `seeds` seeds, counted from the seed of `base`; seeds vary fastest.
 
     Raises:
-      UsageError: a setting has two axes, or there are too many members.
-      ConfigError: a combination cannot run; the message names it.
+      UsageError: a setting has two axes, there are too many members, or a combination, which is named, cannot run.
     """
     names = [name for name, _ in axes]
     if double := {name for name in names if names.count(name) > 1}:
@@ -76,7 +71,7 @@ def members(base: Config, axes: Sequence[tuple[str, list[Any]]], seeds: int) -> 
             try:
                 found.append(Member(configs.check(replaced(base, **setting, seed=seed), new=True), setting))
             except ConfigError as error:
-                raise ConfigError(f"with {describe(setting)}: {error}") from error
+                raise ConfigError(f"with {describe(setting)}: {error}" if setting else str(error)) from error
     return found
 
 
@@ -90,7 +85,7 @@ def describe(setting: dict[str, Any]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as text. A float keeps all of its digits, because the text identifies a setting."""
+    """A value as text, with all of its digits: the text identifies a setting."""
     return str(value).removesuffix(".0")
 
 

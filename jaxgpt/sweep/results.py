@@ -42,13 +42,8 @@ class SweepFolder:
     @classmethod
     @contextmanager
     def locked(cls, path: Path, identity: dict[str, Any]) -> Iterator["SweepFolder"]:
-        """Create the folder, or resume the sweep in it, without the scores of unfinished members.
-
-        Args:
-          identity: everything that the results depend on, as JSON.
-
-        Raises:
-          SweepError: the folder is in use, damaged, not a sweep, or a sweep of another identity.
+        """Create the folder, or resume the sweep in it, without the scores of unfinished members. A SweepError if it is
+        in use, damaged, not a sweep, or a sweep of another `identity`: everything that the results depend on, as JSON.
         """
         others = path.is_file() or (path.is_dir() and any(e.name[0] != "." for e in path.iterdir()))
         if others and not (path / "sweep.json").exists():
@@ -147,12 +142,11 @@ def difference(best: Outcome, other: Outcome, settings: int = 2) -> tuple[float,
     the same windows. Neither may have diverged.
 
     Args:
-      settings: how many settings the best was chosen from by these losses. The Bonferroni correction over all pairs
-        makes every interval hold at once.
+      settings: number of settings that the best was chosen from. The Bonferroni correction over all pairs makes every
+        interval hold at once.
 
     Returns:
-      The mean difference in nats per token, the number of seeds that both have, and Student's t interval of the mean;
-      None for a single seed.
+      The mean in nats per token, the number of seeds that both have, and Student's t interval; None for a single seed.
     """
     from scipy.special import stdtrit  # the negative of scipy.stats.t.isf, whose import takes half a second
 

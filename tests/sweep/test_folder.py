@@ -108,7 +108,8 @@ def test_a_refused_sweep_leaves_nothing_behind(sweep, tmp_path, capsys):
     assert sweep("bad", "--set", "n_embed=1,2") == 2
     assert "did you mean n_embd?" in capsys.readouterr().err
     assert sweep("bad", "--lr", "1e-3:1e-2") == 2
-    assert "jaxgpt: --lr 1e-3:1e-2: expected VALUE,VALUE or LOW:HIGH:HOW-MANY, values" in capsys.readouterr().err
+    wanted = "jaxgpt: lr=1e-3:1e-2: expected learning_rate=VALUE,VALUE or learning_rate=LOW:HIGH:HOW-MANY, values"
+    assert wanted in capsys.readouterr().err
     assert sweep("bad", "--set", "vocab_size=8,32") == 2
     assert "no setting 'vocab_size'" in capsys.readouterr().err
     assert run_command(["sweep"]) == 2
