@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,32 +21,18 @@ class NGramLosses:
     bigram: float  # from its frequency after the token before it
 
 
-def unigram(counts: NDArray[Any]) -> NDArray[np.float64]:
-    """p(b) = (n(b) + 1) / (N + V), from the counts (V,) of N tokens."""
-    return (counts + 1.0) / (counts.sum() + len(counts))
-
-
-def bigram(pairs: NDArray[Any], before: NDArray[Any], after: NDArray[Any]) -> NDArray[np.float64]:
-    """p(b | a) = (n(a b) + p(b)) / (n(a) + 1), elementwise, so no token is impossible.
-
-    Args:
-      pairs: n(a b).
-      before: n(a), of all a that a token follows.
-      after: p(b), from `unigram`.
-    """
-    return (pairs + after) / (before + 1.0)
-
-
 def ngram_losses(train: Ids, val: Ids, V: int) -> NGramLosses:
-    """Count in `train` (N,), and score all of `val` (M,) but its first token."""
+    """Count in `train` (N,), and score all of `val` (M,) but its first token. So that no token is impossible,
+    p(b) = (n(b) + 1) / (N + V) and p(b | a) = (n(a b) + p(b)) / (n(a) + 1), of counts n; n(a) if a token follows."""
     counted = stretches(train)
-    p = unigram(np.bincount(np.concatenate(counted), minlength=V))
+    counts = np.bincount(np.concatenate(counted), minlength=V)
+    p = (counts + 1.0) / (counts.sum() + V)
     (first, second), (before, after) = _pairs(counted), _pairs(stretches(val))
-    found, counts = np.unique(first * V + second, return_counts=True)
+    found, times = np.unique(first * V + second, return_counts=True)
     pairs = before * V + after
     at = np.searchsorted(found[:-1], pairs)  # without the last, so that every index is valid
-    n_pairs = np.where(found[at] == pairs, counts[at], 0)
-    given = bigram(n_pairs, np.bincount(first, minlength=V)[before], p[after])
+    n_pairs = np.where(found[at] == pairs, times[at], 0)
+    given = (n_pairs + p[after]) / (np.bincount(first, minlength=V)[before] + 1.0)
     return NGramLosses(math.log(V), float(-np.log(p[after]).mean()), float(-np.log(given).mean()))
 
 

@@ -13,7 +13,7 @@ import optax
 
 from jaxgpt import prng
 from jaxgpt.data import chunk_starts, evaluation_windows, take
-from jaxgpt.display import baselines
+from jaxgpt.display.baselines import ngram_losses
 from jaxgpt.display.charts import Spec, dots
 from jaxgpt.display.text import visible
 from jaxgpt.evaluation import loss_sums, map_batches
@@ -26,9 +26,9 @@ _RESIDUAL = Rung(
 )  # fmt: skip
 
 RUNGS = (
-    Rung("uniform", "every character equally likely: ln V", kind="uniform"),
-    Rung("unigram", "how often each character occurs", kind="unigram"),
-    Rung("bigram counts", "how often each pair occurs", kind="bigram counts"),
+    Rung("uniform", "every character equally likely: ln V", kind="counted"),
+    Rung("unigram", "how often each character occurs", kind="counted"),
+    Rung("bigram counts", "how often each pair occurs", kind="counted"),
     Rung("bigram", "a (V, V) table, trained", (2.5,), kind="bigram", learning_rate=1e-2, steps=3000),
     Rung("one head", "self-attention, 32 channels", (2.4,)),
     Rung("four heads", "of 8 channels each", (2.28,), n_head=4),
@@ -56,38 +56,30 @@ class Result:
     loss: float  # nats per character over the whole validation split
     n_params: int
     seconds: float
-    sample: str
+    sample: str  # empty if it was counted
 
 
 def climb(
     rungs: Iterable[Rung], train: Ids, val: Ids, tokenizer: Tokenizer, seed: int = 1337, sample: int = 100
 ) -> Iterator[Result]:
-    """Train and score each rung in turn, and sample `sample` characters. `train` and `val` are ids (N,)."""
+    """Train and score each rung in turn, and sample `sample` characters; those with counts in place of parameters are
+    only scored. `train` and `val` are ids (N,)."""
+    V = tokenizer.vocab_size
+    grams = ngram_losses(train, val, V)
+    counted = {"uniform": (grams.uniform, V), "unigram": (grams.unigram, V), "bigram counts": (grams.bigram, V * V)}
     for rung in rungs:
-        began = time.perf_counter()
-        params = learn(rung, train, tokenizer.vocab_size, seed)
-        loss = score(rung, params, val)
-        text = tokenizer.decode(write(rung, params, sample, seed))
-        n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+        began, text = time.perf_counter(), ""
+        if rung.kind == "counted":
+            loss, n_params = counted[rung.name]
+        else:
+            params = learn(rung, train, V, seed)
+            loss, n_params = score(rung, params, val), sum(leaf.size for leaf in jax.tree.leaves(params))
+            text = tokenizer.decode(write(rung, params, sample, seed))
         yield Result(rung, loss, n_params, time.perf_counter() - began, text)
 
 
-def count(kind: str, train: Ids, V: int) -> Params:
-    """Logits from counts in `train` (N,), smoothed as in `display.baselines`: (V,), or (V, V) for bigrams."""
-    if kind == "uniform":
-        return {"row": jnp.zeros(V)}
-    single = baselines.unigram(np.bincount(train, minlength=V))
-    if kind == "unigram":
-        return {"row": jnp.log(jnp.asarray(single, jnp.float32))}
-    pairs = np.bincount(train[:-1].astype(np.int64) * V + train[1:], minlength=V * V).reshape(V, V)
-    table = baselines.bigram(pairs, pairs.sum(axis=1, keepdims=True), single[None])
-    return {"table": jnp.log(jnp.asarray(table, jnp.float32))}
-
-
 def learn(rung: Rung, train: Ids, V: int, seed: int) -> Params:
-    """The rung's parameters: from counts, or trained with AdamW at a constant learning rate, as in the lecture."""
-    if rung.kind not in ("bigram", "transformer"):
-        return count(rung.kind, train, V)
+    """The rung's parameters, trained with AdamW at a constant learning rate, as in the lecture."""
     init_key, dropout_key = jax.random.split(prng.key(seed))
     params = init_params(rung, V, init_key)
     state = params, _adamw(rung).init(params)
@@ -151,7 +143,8 @@ def line(result: Result) -> str:
     published = " to ".join(f"{figure:g}" for figure in rung.lecture)
     published += f" at {rung.lecture_size}" if rung.lecture_size else ""
     theirs = f" (lecture: {published})" if published else ""
-    return f"{rung.name}: {rung.about}\n  loss {result.loss:.4f}{theirs}, {figures}: {visible(result.sample)[:40]}"
+    sample = f": {visible(result.sample)[:40]}" if result.sample else ""
+    return f"{rung.name}: {rung.about}\n  loss {result.loss:.4f}{theirs}, {figures}{sample}"
 
 
 def chart(results: Sequence[Result]) -> Spec:

@@ -22,7 +22,7 @@ class Rung:
     about: str
     lecture: tuple[float, ...] = ()  # the loss there, or reported by others: one figure, or both ends of a range
     lecture_size: str = ""  # of the lecture's model where it is larger
-    kind: Literal["uniform", "unigram", "bigram counts", "bigram", "transformer"] = "transformer"
+    kind: Literal["counted", "bigram", "transformer"] = "transformer"
     n_layer: int = 1
     n_head: int = 1
     feed_forward: int = 0  # hidden width in multiples of the channels; 0: none, 1: one linear layer and a ReLU
@@ -75,8 +75,6 @@ def init_params(rung: Rung, V: int, key: jax.Array) -> Params:
 @partial(jax.jit, static_argnums=0)
 def forward(rung: Rung, params: Params, idx: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
     """Logits of the next token: ids (B, T) -> (B, T, V). Dropout needs a key."""
-    if "row" in params:
-        return jnp.broadcast_to(params["row"], (*idx.shape, len(params["row"])))
     if "table" in params:
         return params["table"][idx]
     keys = None if dropout_key is None else iter(jax.random.split(dropout_key, 3 * rung.n_layer))

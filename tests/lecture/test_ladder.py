@@ -45,49 +45,30 @@ def conditional_entropy(tokens):
     return -(pairs[pairs > 0] * np.log(conditional[pairs > 0])).sum() / pairs.sum()
 
 
-def test_counts_against_a_count_by_hand():
-    ids = np.array([0, 1, 0, 1, 2, 0], np.uint16)  # 0 three times, 1 twice, 2 once
-    np.testing.assert_allclose(np.exp(ladder.count("unigram", ids, 4)["row"]), np.array([4, 3, 2, 1]) / 10, rtol=1e-6)
-    follows = np.array([[0, 2, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
-    expected = (follows + np.array([[4, 3, 2, 1]]) / 10) / np.array([[3], [3], [2], [1]])
-    np.testing.assert_allclose(np.exp(ladder.count("bigram counts", ids, 4)["table"]), expected, rtol=1e-6)
-    np.testing.assert_array_equal(ladder.count("uniform", ids, 4)["row"], np.zeros(4))
+def test_score_against_a_plain_loop():
+    val, rung = chain(41, seed=1), replace(RUNGS["bigram"], block_size=8)
+    params = init_params(rung, V, jax.random.key(0))
+    logits = np.asarray(params["table"], np.float64)
+    longer = np.append(val, val[:7])  # seven more tokens do not fill another window; they are scored too
+    for ids, B in ((val, 256), (val, 2), (longer, 256)):
+        losses = [np.log(np.exp(logits[now]).sum()) - logits[now, after] for now, after in pairwise(ids)]
+        np.testing.assert_allclose(ladder.score(rung, params, ids, B), np.mean(losses), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["uniform", "unigram", "bigram counts"])
-def test_score_against_a_plain_loop(kind):
-    train, val = chain(300), chain(41, seed=1)
-    rung = replace(RUNGS[kind], block_size=8)
-    params = ladder.count(kind, train, V)
-    logits = np.asarray(params["table"] if "table" in params else np.tile(params["row"], (V, 1)), np.float64)
-    losses = [np.log(np.exp(logits[now]).sum()) - logits[now, after] for now, after in pairwise(val)]
-    assert len(losses) == 40
-    np.testing.assert_allclose(ladder.score(rung, params, val), np.mean(losses), rtol=1e-6)
-    np.testing.assert_allclose(ladder.score(rung, params, val, B=2), np.mean(losses), rtol=1e-6)
-    # Seven more tokens do not fill another window; they are scored too.
-    longer = np.append(val, val[:7])
-    losses = [np.log(np.exp(logits[now]).sum()) - logits[now, after] for now, after in pairwise(longer)]
-    np.testing.assert_allclose(ladder.score(rung, params, longer), np.mean(losses), rtol=1e-6)
-
-
-def test_counted_rungs_match_the_baselines_of_the_report():
+def test_counted_rungs_have_the_baselines_of_the_report():
     train, val = chain(300), chain(47, seed=1)
     found = ngram_losses(train, val, V)
-    for kind, expected in (("uniform", found.uniform), ("unigram", found.unigram), ("bigram counts", found.bigram)):
-        assert ladder.score(RUNGS[kind], ladder.count(kind, train, V), val) == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_uniform_loss_is_ln_V():
-    assert ladder.score(RUNGS["uniform"], ladder.count("uniform", chain(9), V), chain(41)) == pytest.approx(np.log(V))
+    results = list(ladder.climb(ladder.RUNGS[:3], train, val, CharTokenizer("abcde")))
+    assert [result.loss for result in results] == [found.uniform, found.unigram, found.bigram]
+    assert [result.n_params for result in results] == [5, 5, 25]
+    assert found.uniform == pytest.approx(np.log(V))
 
 
 def test_the_loss_of_the_counted_bigram_is_near_the_conditional_entropy():
     train = chain(20_001)
-    loss, limit = (
-        ladder.score(RUNGS["bigram counts"], ladder.count("bigram counts", train, V), train),
-        conditional_entropy(train),
-    )
-    assert limit - 1e-6 < loss < limit + 1e-3
+    (result,) = ladder.climb([RUNGS["bigram counts"]], train, train, CharTokenizer("abcde"))
+    limit = conditional_entropy(train)
+    assert limit - 1e-6 < result.loss < limit + 1e-3
 
 
 def test_the_trained_bigram_approaches_the_conditional_entropy():
