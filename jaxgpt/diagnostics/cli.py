@@ -80,11 +80,12 @@ def run(args: list[str]) -> int:
     require(config, given.effort, names, text)
     step, params = load_checkpoint(run, given.checkpoint)
 
-    subject = Subject(config, params, train, text, corpus.tokenizer.token_bytes, corpus.training_parts(config.data))
+    token_bytes, parts = corpus.tokenizer.token_bytes, corpus.training_parts(config.data)
+    subject = Subject(config, params, train, text, token_bytes, parts, given.effort)
     console, found = RunConsole(), dict[str, Any]()
     console.print(f"{run.path.name}, step {step:,}, without dropout, in float32")
     for name in names:
-        found[name] = DIAGNOSES[name](subject, given.effort)
+        found[name] = DIAGNOSES[name](subject)
         for line in view.lines(name, found[name], subject):
             console.print(line)
         if given.plots and name in view.CHARTS:

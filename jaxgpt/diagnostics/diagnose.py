@@ -1,4 +1,4 @@
-"""The diagnoses of a trained model: functions of (subject, effort) that return a NamedTuple of arrays."""
+"""The diagnoses of a trained model: functions of a subject that return a NamedTuple of arrays."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,6 +38,7 @@ class Subject(NamedTuple):
     text: Ids
     token_bytes: Sequence[bytes]  # of each token id
     parts: Sequence[Part] = ()  # of a mixture
+    effort: Effort = Effort()
 
     def show(self, ids: Any) -> str:
         """Tokens on one line; "?" for the padding of the vocabulary."""
@@ -53,16 +54,19 @@ class Subject(NamedTuple):
         """The first window of the text, as a batch of one; all of a text that is shorter."""
         return take(self.text, np.zeros(1, np.int64), min(self.config.model.block_size, len(self.text) - 1))
 
-    def windows(self, seed: int, purpose: int, n: int) -> tuple[Batch, Starts]:
+    def windows(self, purpose: int, n: int) -> tuple[Batch, Starts]:
         """`n` random windows of the training tokens, of a mixture by its weights, and where they start."""
-        T = self.config.model.block_size
-        starts = chunk_starts(seed, purpose, purpose + 1, self.parts or len(self.train), T, n, "estimate")[0]
+        T, seed, parts = self.config.model.block_size, self.effort.seed, self.parts or len(self.train)
+        starts = chunk_starts(seed, purpose, purpose + 1, parts, T, n, "estimate")[0]
         return take(self.train, starts, T), starts
 
+    def key(self, purpose: int) -> jax.Array:
+        return jax.random.fold_in(prng.key(self.effort.seed), purpose)
 
-def noise(subject: Subject, effort: Effort) -> NoiseScale:
+
+def noise(subject: Subject) -> NoiseScale:
     """The gradient noise scale, from windows of the training tokens."""
-    windows, _ = subject.windows(effort.seed, WINDOWS, effort.windows)
+    windows, _ = subject.windows(WINDOWS, subject.effort.windows)
     return subject.measure(derivatives.noise_scale, windows)
 
 
@@ -74,12 +78,12 @@ class Curvature(NamedTuple):
     slope: Any  # () of the loss along the eigenvector
 
 
-def curvature(subject: Subject, effort: Effort) -> Curvature:
+def curvature(subject: Subject) -> Curvature:
     """Spectrum and trace of the Hessian of a batch's loss, and the loss along the top eigenvector, as far as a parabola
     of that curvature takes to rise by half a nat."""
-    batch, _ = subject.windows(effort.seed, BATCH, effort.batch)
-    spectrum = subject.measure(derivatives.spectrum, batch, _key(effort.seed, SPECTRUM), steps=effort.steps)
-    traces = subject.measure(derivatives.trace, batch, _key(effort.seed, TRACE), probes=PROBES)
+    batch, _ = subject.windows(BATCH, subject.effort.batch)
+    spectrum = subject.measure(derivatives.spectrum, batch, subject.key(SPECTRUM), steps=subject.effort.steps)
+    traces = subject.measure(derivatives.trace, batch, subject.key(TRACE), probes=PROBES)
     reach = 1 / np.sqrt(max(float(spectrum.values[-1]), 1e-6))
     distances = np.linspace(-reach, reach, 21, dtype=np.float32)
     direction = ravel_pytree(subject.params)[1](spectrum.top)
@@ -95,10 +99,10 @@ class Landscape(NamedTuple):
     path: Any  # (N,) the losses at these shares
 
 
-def landscape(subject: Subject, effort: Effort) -> Landscape:
+def landscape(subject: Subject) -> Landscape:
     """The loss of a batch in a plane of two random directions, and on the line from random initial parameters."""
-    batch, _ = subject.windows(effort.seed, BATCH, effort.batch)
-    directions = [derivatives.filter_normalized(subject.params, _key(effort.seed, k)) for k in (FIRST, SECOND)]
+    batch, _ = subject.windows(BATCH, subject.effort.batch)
+    directions = [derivatives.filter_normalized(subject.params, subject.key(k)) for k in (FIRST, SECOND)]
     places, shares = np.linspace(-1, 1, GRID, dtype=np.float32), np.float32(np.arange(-4, 29) / 20)  # 0 and 1 exactly
     losses = subject.measure(derivatives.plane, batch, *directions, places, places)
     begin = subject._replace(params=init_state(subject.config).params)
@@ -111,13 +115,13 @@ class Influence(NamedTuple):
     starts: Any  # (windows,) position of each in the training tokens
 
 
-def influence(subject: Subject, effort: Effort) -> Influence:
+def influence(subject: Subject) -> Influence:
     """`derivatives.influence` of windows of the training tokens on the first window of the text."""
-    windows, starts = subject.windows(effort.seed, WINDOWS, effort.windows)
+    windows, starts = subject.windows(WINDOWS, subject.effort.windows)
     return Influence(subject.measure(derivatives.influence, windows, subject.first)[0], starts)
 
 
-def lens(subject: Subject, effort: Effort) -> inside.Lens:
+def lens(subject: Subject) -> inside.Lens:
     """`inside.lens` of the first window of the text, (L + 1, 1, T) each."""
     return jax.jit(partial(inside.lens, subject.config.model))(subject.params, subject.first)
 
@@ -131,7 +135,7 @@ class Attention(NamedTuple):
     distance: Any  # (L, H) mean distance to the key, in tokens
 
 
-def attention(subject: Subject, effort: Effort) -> Attention:
+def attention(subject: Subject) -> Attention:
     """`inside.attention_maps` of the first window of the text, with their entropy and distance."""
     config, idx = subject.config.model, subject.first.inputs
     maps = jax.jit(partial(inside.attention_maps, config))(subject.params, idx)[:, 0]
@@ -141,7 +145,7 @@ def attention(subject: Subject, effort: Effort) -> Attention:
     return Attention(maps, jax.scipy.special.entr(maps).sum(axis=-1).mean(axis=-1), uniform, distance.mean(axis=-1))
 
 
-def tokens(subject: Subject, effort: Effort) -> inside.Scores:
+def tokens(subject: Subject) -> inside.Scores:
     """`inside.token_scores` of the text, in windows that overlap by half: beyond the first window, each token has at
     least half a context before it."""
     config = subject.config.model
@@ -149,7 +153,7 @@ def tokens(subject: Subject, effort: Effort) -> inside.Scores:
     return inside.token_scores(config, subject.params, subject.text, min(5, config.vocab_size), half)
 
 
-DIAGNOSES: dict[str, Callable[[Subject, Effort], Any]] = {
+DIAGNOSES: dict[str, Callable[[Subject], Any]] = {
     each.__name__: each for each in (noise, curvature, landscape, influence, lens, attention, tokens)
 }
 
@@ -171,7 +175,3 @@ def require(config: Config, effort: Effort, names: Sequence[str], text: Ids) -> 
             f"{effort.steps} Lanczos steps need as many vectors of {size(vector)}, {size(free)} is free: "
             f"try --steps {max(2, free // vector - 6)}, or leave curvature out of --only"
         )
-
-
-def _key(seed: int, purpose: int) -> jax.Array:
-    return jax.random.fold_in(prng.key(seed), purpose)

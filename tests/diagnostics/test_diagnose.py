@@ -93,7 +93,7 @@ def test_uniform_attention_has_the_greatest_entropy(tiny, change, tmp_path):
     params = jax.jit(lambda key: model.init_params(config.model, key))(jax.random.key(0))
     params = jax.tree_util.tree_map_with_path(lambda path, p: 0 * p if "query" in str(path) else p, params)
     subject = Subject(config, params, tokens, tokens[:20], LETTERS)
-    found = DIAGNOSES["attention"](subject, Effort(batch=2))
+    found = DIAGNOSES["attention"](subject)
     n_visible = np.minimum(np.arange(8) + 1, 3)
     assert found.maps.shape == (1, 2, 8, 8)
     np.testing.assert_allclose(found.uniform, np.log(n_visible).mean(), rtol=1e-6)
@@ -191,7 +191,7 @@ def test_the_windows_of_a_mixture_are_drawn_by_weight():
     config = Config(model=ModelConfig(block_size=8, vocab_size=2))
     tokens = np.repeat([0, 1], [9000, 1000]).astype(np.uint16)
     parts = [Part(9000, 1.0), Part(1000, 3.0)]
-    windows, _ = Subject(config, {}, tokens, tokens, [], parts).windows(0, diagnose.WINDOWS, 400)
+    windows, _ = Subject(config, {}, tokens, tokens, [], parts).windows(diagnose.WINDOWS, 400)
     assert 0.7 < windows.inputs.mean() < 0.8
 
 
@@ -233,7 +233,7 @@ def test_tokens_are_scored_in_windows_that_overlap_by_half(tiny, monkeypatch):
     monkeypatch.setattr(diagnose.inside, "token_scores", lambda config, params, text, k, stride: (k, stride))
     for n, stride in ((20, 4), (6, 2), (2, 1)):
         subject = Subject(tiny, {}, np.arange(20), np.arange(n), LETTERS)
-        assert DIAGNOSES["tokens"](subject, Effort()) == (5, stride)
+        assert DIAGNOSES["tokens"](subject) == (5, stride)
 
 
 def test_each_figure_of_a_diagnosis_is_in_its_line(tiny):
