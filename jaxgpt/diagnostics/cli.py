@@ -47,6 +47,8 @@ class Diagnose:
 
 def run(args: list[str]) -> int:
     given = parse(Diagnose, args, "diagnose")
+    import jax
+
     from jaxgpt import files
     from jaxgpt.cli.runs import corpus_of
     from jaxgpt.diagnostics import view
@@ -85,7 +87,7 @@ def run(args: list[str]) -> int:
     console, found = RunConsole(), dict[str, Any]()
     console.print(f"{run.path.name}, step {step:,}, without dropout, in float32")
     for name in names:
-        found[name] = DIAGNOSES[name](subject)
+        found[name] = jax.device_get(DIAGNOSES[name](subject))
         for line in view.lines(name, found[name], subject):
             console.print(line)
         if given.plots and name in view.CHARTS:

@@ -31,17 +31,17 @@ def noise(found: NoiseScale, subject: Subject) -> Iterator[str]:
 
 
 def curvature(found: Curvature, subject: Subject) -> Iterator[str]:
-    values, errors, traces = found.spectrum.values, found.spectrum.errors, np.asarray(found.traces)
+    values, errors, traces = found.spectrum.values, found.spectrum.errors, found.traces
     yield (
         f"Hessian eigenvalues from {values[0]:.3g} ± {errors[0]:.1g} to {values[-1]:.3g} ± {errors[-1]:.1g}, trace "
-        f"{traces.mean():.3g} ± {traces.std(ddof=1) / math.sqrt(len(traces)):.2g}, nats/token"
+        f"{np.mean(traces):.3g} ± {np.std(traces, ddof=1) / math.sqrt(len(traces)):.2g}, nats/token"
     )
     stable = f"; gradient descent is stable up to a learning rate of {2 / values[-1]:.2g}" if values[-1] > 0 else ""
     yield f"over {cost.n_params(subject.config.model):,} parameters{stable}"
 
 
 def landscape(found: Landscape, subject: Subject) -> Iterator[str]:
-    losses, (first, here) = np.asarray(found.losses), np.interp([0, 1], found.shares, found.path)
+    losses, (first, here) = found.losses, np.interp([0, 1], found.shares, found.path)
     middle, least = len(losses) // 2, int(np.argmin(found.path))
     edge = np.concatenate([losses[[0, -1], middle], losses[middle, [0, -1]]])
     yield f"loss {here:.3f} here, {edge.min():.3f} to {edge.max():.3f} at one filter norm along random directions"
@@ -50,7 +50,7 @@ def landscape(found: Landscape, subject: Subject) -> Iterator[str]:
 
 
 def influence(found: Influence, subject: Subject) -> Iterator[str]:
-    order, T = np.argsort(np.asarray(found.dots)), subject.config.model.block_size
+    order, T = np.argsort(found.dots), subject.config.model.block_size
     yield f"of training windows on the loss of '{subject.show(subject.text[: T + 1])[:64]}'"
     for what, sign in (("lowered most by", 1), ("raised most by", -1)):
         for i in (i for i in order[::-sign][:3] if sign * found.dots[i] > 0):
@@ -117,7 +117,7 @@ def attention_maps(maps: Any) -> Spec:
     }
     encoding = {"x": x, "y": y, "color": _shade("weight", "weight", domain=[0, 1], type="sqrt")}
     return {
-        "data": {"values": columns(block=block, head=head, t=t, s=s, weight=np.asarray(maps)[block, head, t, s])},
+        "data": {"values": columns(block=block, head=head, t=t, s=s, weight=maps[block, head, t, s])},
         "facet": facets,
         "spec": {"width": 110, "height": 110, "mark": "rect", "encoding": encoding},
         "spacing": 6,
@@ -126,8 +126,8 @@ def attention_maps(maps: Any) -> Spec:
 
 def curvature_chart(found: Curvature, subject: Subject) -> Spec:
     """The Ritz values with their weights, and the loss along the top eigenvector beside the predicted parabola."""
-    values, weights = np.asarray(found.spectrum.values), np.asarray(found.spectrum.weights)
-    low = float(max(1e-8, weights[weights > 0].min()) / 2)
+    values, weights = found.spectrum.values, found.spectrum.weights
+    low = max(1e-8, float(weights[weights > 0].min())) / 2
     rows = columns(value=values, weight=np.maximum(weights, low), low=low)
     x = quantity("value", "eigenvalue of the Hessian, nats/token", {"grid": False, "tickCount": 7})
     axis = {"tickCount": 5, "format": "~e"}
@@ -136,22 +136,21 @@ def curvature_chart(found: Curvature, subject: Subject) -> Spec:
         layer(rows, "rule", {"x": x, "y": y, "y2": {"field": "low"}}, color=ACCENT),
         layer(rows, "point", {"x": x, "y": y}, filled=True, color=ACCENT, opacity=1),
     ]
-    distance, losses = np.asarray(found.distances), np.asarray(found.losses)
+    distance, losses = found.distances, found.losses
     parabola = losses[len(losses) // 2] + found.slope * distance + 0.5 * values[-1] * distance**2
-    lines = {"loss": losses, "parabola of the largest eigenvalue": parabola}
-    curves = [row for name, loss in lines.items() for row in columns(line=name, distance=distance, loss=loss)]
+    lines = ["loss", "parabola of the largest eigenvalue"]
+    curves = columns(line=np.array(lines)[:, None], distance=distance, loss=[losses, parabola])
     encoding = {
         "x": quantity("distance", "distance along its eigenvector", {"grid": False, "tickCount": 7}),
         "y": quantity("loss", "loss of the batch, nats/token"),
-        "color": category("line", list(lines), (ACCENT, WARM), {"title": None, "labelLimit": 300}),
+        "color": category("line", lines, (ACCENT, WARM), {"title": None, "labelLimit": 300}),
     }
     return chart(hconcat=[_panel(sticks), _panel([layer(curves, "line", encoding)])])
 
 
 def landscape_chart(found: Landscape, subject: Subject) -> Spec:
     """The plane as a heatmap, and the line from the initial parameters."""
-    ys, xs = np.meshgrid(found.places, found.places, indexing="ij")
-    cells = columns(x=xs, y=ys, loss=np.asarray(found.losses))
+    cells = columns(x=found.places, y=found.places[:, None], loss=found.losses)
     x, y = (
         {"field": name, "type": "ordinal", "title": f"{order} direction, filter norms", "axis": {"format": ".2f"}}
         for name, order in (("x", "first"), ("y", "second"))
@@ -166,14 +165,14 @@ def landscape_chart(found: Landscape, subject: Subject) -> Spec:
 def lens_chart(found: Lens, subject: Subject) -> Spec:
     """The most likely next token after each token, by depth."""
 
-    def label(token: Any) -> str:
-        return subject.show(token).replace(" ", "␣")[:6]
+    def labels(tokens: Any) -> list[str]:
+        return [subject.show(token).replace(" ", "␣")[:6] for token in tokens]
 
     depths, N = len(found.losses), min(24, found.top.shape[2])
-    depth, t = np.divmod(np.arange(depths * N), N)
-    top, probability = (np.asarray(x)[depth, 0, t] for x in (found.top, found.probability))
-    guesses, read = ([label(token) for token in tokens] for tokens in (top, subject.text[:N]))
-    cells, width = columns(depth=depth, t=t, probability=probability, text=guesses), max(map(len, guesses + read))
+    guesses, read = [labels(tokens) for tokens in found.top[:, 0, :N]], labels(subject.text[:N])
+    depth = np.arange(depths)[:, None]
+    cells = columns(depth=depth, t=np.arange(N), probability=found.probability[:, 0, :N], text=guesses)
+    width = max(len(label) for row in (*guesses, read) for label in row)
     axis = {"labelExpr": f"{json.dumps(read)}[datum.value]", "labelAngle": 0, "labelFont": MONO}
     x = {"field": "t", "type": "ordinal", "title": "the token read", "axis": axis}
     y = {"field": "depth", "type": "ordinal", "sort": "descending", "title": "blocks before the head"}
@@ -188,7 +187,7 @@ def lens_chart(found: Lens, subject: Subject) -> Spec:
 
 def attention_chart(found: Attention, subject: Subject) -> Spec:
     T = min(SHOWN, found.maps.shape[-1])
-    return chart(hconcat=[attention_maps(np.asarray(found.maps)[:HEADS, :HEADS, :T, :T])])
+    return chart(hconcat=[attention_maps(found.maps[:HEADS, :HEADS, :T, :T])])
 
 
 CHARTS: dict[str, Callable[[Any, Subject], Spec]] = {
