@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.display.charts import INK, PALETTE, Spec, category, chart, columns, label, layer, quantity
+from jaxgpt.display.charts import INK, PALETTE, Spec, category, chart, columns, layer, quantity
 from jaxgpt.scaling_law.law import FLOPS, HIGH, INTERVAL, LOW, Fit, Law, Point
 
 
@@ -62,6 +62,5 @@ def law_chart(fit: Fit, points: Sequence[Point]) -> Spec:
         layer(measured, "point", {"x": x, "y": y, "color": color}, filled=True, size=60, opacity=1),
         layer(band, "area", {"x": x, "y": y, "y2": {"field": "high"}}, color=INK, opacity=0.15, clip=True),
         layer(band, "line", {"x": x, "y": {**y, "field": "best"}}, color=INK, strokeDash=[6, 3], clip=True),
-        label(text, 480, 6),
     ]
-    return chart(layer=layers, width=480, height=340)
+    return chart(layer=layers, title=text, width=480, height=340)

@@ -96,8 +96,6 @@ def train(
     unset = jax.config.values["jax_num_cpu_devices"] < 0
     if unset and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", min(machine.cores(), len(members)))
-    from rich.progress import Progress
-
     from jaxgpt.cli import runs
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.sweep import program, view
@@ -117,16 +115,10 @@ def train(
     with SweepFolder.locked(path, identity) as folder:
         if finished := folder.finished:
             console.print(f"finished already: {len(finished)}")
-        steps = sum(member.config.train.steps for member in members)
         try:
-            with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-                task = bar.add_task("steps", total=steps)
-                for event in program.run(members, corpus, devices, given.at_once, finished):
-                    if isinstance(event, int):
-                        bar.advance(task, event)
-                    else:
-                        folder.add(event)
-                        console.print(view.progress(event, len(members)))
+            for scores in program.run(members, corpus, devices, given.at_once, finished):
+                folder.add(scores)
+                console.print(view.progress(scores, len(members)))
         except KeyboardInterrupt:
             console.print(
                 f"done and kept: {len(folder.finished)} of {len(members)} members; the same command again trains "

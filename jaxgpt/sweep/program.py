@@ -156,24 +156,22 @@ def run(
     devices: Sequence[Any],
     at_once: int = 0,
     finished: frozenset[int] = frozenset(),
-) -> Iterator[int | list[Score]]:
+) -> Iterator[list[Score]]:
     """Train each chunk whose members are not all `finished`, sharded over `devices`. Its finished members train along,
     so that nothing is rounded differently. Configs are as `runs.resolve` completes them, for one corpus.
 
-    Yields the scores of each evaluation (also those of members that are done), and for each dispatched scan or skipped
-    chunk its steps, summed over members. Evaluations come as in a run (eval_every, eval_start).
+    Yields the scores of each evaluation, also those of members that are done. Evaluations come as in a run (eval_every,
+    eval_start).
     """
     programs: dict[Any, Program] = {}
     for chunk in split([member.config for member in members], len(devices), at_once):
-        if finished.issuperset(chunk.members):
-            yield len(chunk.members) * chunk.base.train.steps
-            continue
-        key = program_of(chunk.base), chunk.devices
-        program = programs.setdefault(key, Program(chunk.base, devices[: chunk.devices]))
-        yield from train(program, chunk, members, corpus)
+        if not finished.issuperset(chunk.members):
+            key = program_of(chunk.base), chunk.devices
+            program = programs.setdefault(key, Program(chunk.base, devices[: chunk.devices]))
+            yield from train(program, chunk, members, corpus)
 
 
-def train(program: Program, chunk: Chunk, members: Sequence[Member], corpus: Corpus) -> Iterator[int | list[Score]]:
+def train(program: Program, chunk: Chunk, members: Sequence[Member], corpus: Corpus) -> Iterator[list[Score]]:
     """Train the members of one chunk; yields as `run`."""
     base, M = chunk.base, chunk.size
     padded = chunk.members + chunk.members[-1:] * M
@@ -201,7 +199,6 @@ def train(program: Program, chunk: Chunk, members: Sequence[Member], corpus: Cor
         state, metrics = program.steps(on_device, state, values, jax.device_put(windows, program.sharding))
         jax.block_until_ready(unread[-1:])  # at most two scans are in flight
         unread.append(metrics)
-        yield len(chunk.members) * (end - begin)
         if due(base, end):
             scans = jax.device_get(unread)
             unread.clear()
