@@ -19,8 +19,6 @@ POINTS = 3000
 
 Points = list[tuple[int, float]]
 """(step, value), by step."""
-Change = tuple[str, Any, Any]
-"""(field, value in a recipe, value here)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Facts:
     name: str
     config: Config
     recipe: str  # the one with the fewest `changes`
-    changes: list[Change]
+    changes: list[tuple[str, Any, Any]]  # (field, value in the recipe, value here)
     command: str  # trains a run of this config
     resume: str  # the command that resumes this run
     corpus: dict[str, Any]  # tokens.json
@@ -142,7 +140,7 @@ def gather(run: Run, points: int = POINTS, name: str = "") -> Facts:
     )
 
 
-def nearest(config: Config) -> tuple[str, list[Change]]:
+def nearest(config: Config) -> tuple[str, list[tuple[str, Any, Any]]]:
     """The recipe from which `config` differs in the fewest settings, and these settings."""
     config = unresolved(config)
     changes = {name: differences(recipe.config, config) for name, recipe in RECIPES.items()}

@@ -20,35 +20,25 @@ TOKENS = 60
 """Tokens of a sample."""
 
 
-class Spikes:
-    """Watches the losses of consecutive steps."""
-
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=WINDOW)
-        self._high = False
-
-    def add(self, loss: float) -> float | None:
-        """The mean of the losses before `loss` if it spikes, once while it stays high; NaN and inf are ignored."""
-        if not math.isfinite(loss):
-            return None
-        mean, was_high = 0.0, self._high
-        if len(self._recent) >= FEWEST:
-            mean, deviation = float(np.mean(self._recent)), float(np.std(self._recent, ddof=1))
-            self._high = loss > mean + DEVIATIONS * max(deviation, 0.01 * abs(mean))
-        self._recent.append(loss)
-        return mean if self._high and not was_high else None
-
-
 def with_spikes(run: Run, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
-    """`on_event`, with a Notice of each spike of the training loss, also in events.jsonl."""
-    spikes = Spikes()
+    """`on_event`, with a Notice of each spike of the training loss, also in events.jsonl: one while it stays high.
+    Non-finite losses are ignored."""
+    recent, high = deque[float](maxlen=WINDOW), False
 
     def watch(event: Event) -> None:
+        nonlocal high
         on_event(event)
-        if isinstance(event, Progress):
-            for step, loss in enumerate(event.losses, event.step - len(event.losses) + 1):
-                if (mean := spikes.add(loss)) is not None:
+        losses = event.losses if isinstance(event, Progress) else ()
+        for step, loss in enumerate(losses, event.step - len(losses) + 1):
+            if not math.isfinite(loss):
+                continue
+            was_high = high
+            if len(recent) >= FEWEST:
+                mean, deviation = np.mean(recent), np.std(recent, ddof=1)
+                high = bool(loss > mean + DEVIATIONS * max(deviation, 0.01 * abs(mean)))
+                if high and not was_high:
                     notify(run, on_event, "spike", step, f"loss {loss:.4f}; the loss before was about {mean:.4f}")
+            recent.append(loss)
 
     return watch
 

@@ -1,18 +1,25 @@
 """Spikes of the training loss: when a warning is given, and that it is recorded."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 
 from jaxgpt.metrics_log import Notice, Progress
-from jaxgpt.monitor.spikes import Spikes, with_spikes
+from jaxgpt.monitor.spikes import with_spikes
 from jaxgpt.run import Run
 from tests.test_run import META
 
 
+def notices_of(losses):
+    events, run = [], SimpleNamespace(event=lambda kind, **values: None)
+    losses = tuple(losses)
+    with_spikes(run, events.append)(Progress(len(losses), len(losses), losses[-1], None, None, losses=losses))
+    return events[1:]
+
+
 def spikes_in(losses):
-    spikes = Spikes()
-    return [i for i, loss in enumerate(losses) if spikes.add(loss) is not None]
+    return [notice.step - 1 for notice in notices_of(losses)]
 
 
 def falling(n, seed=0):
@@ -32,10 +39,8 @@ def test_each_spike_is_reported_once():
 
 
 def test_the_mean_before_a_spike_is_reported():
-    spikes = Spikes()
-    for loss in [2.0, 2.1] * 40:
-        assert spikes.add(loss) is None
-    assert math.isclose(spikes.add(5.0), 2.05)
+    (notice,) = notices_of([2.0, 2.1] * 40 + [5.0])
+    assert notice.text == "loss 5.0000; the loss before was about 2.0500"
 
 
 def test_the_first_losses_and_non_finite_losses_are_not_spikes():
