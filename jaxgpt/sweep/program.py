@@ -225,9 +225,9 @@ def score(i: int, member: Member, step: int, result: Evaluation, train_loss: flo
     """The score of member `i`; `stopped` after max_skipped non-finite steps in a row."""
     diverged, train = stopped or not math.isfinite(result.loss), member.config.train
     figures = [*([math.nan] * 4 if diverged else astuple(result)[:4]), train_loss]
-    loss, error, per_char, per_byte, mean = (float(x) if math.isfinite(x) else None for x in figures)
+    known = [float(x) if math.isfinite(x) else None for x in figures]
     done = stopped or step == train.steps
-    return Score(i, member.setting, train.seed, step, loss, error, per_char, per_byte, mean, diverged, done)
+    return Score._make((i, member.setting, train.seed, step, *known, diverged, done))
 
 
 def column(configs: Sequence[Config], name: str) -> NDArray[Any]:
