@@ -9,16 +9,6 @@ from jaxgpt.display.charts import INK, QUIET, SERIES, WARM, Spec, category, char
 from jaxgpt.monitor.facts import Facts
 
 DASHES = ([1, 0], [7, 3], [2, 2])
-ZOOM: Spec = {
-    "name": "zoom",
-    "bind": "scales",
-    "select": {
-        "type": "interval",
-        "zoom": "wheel![event.shiftKey]",
-        "translate": "[pointerdown[event.shiftKey], window:pointerup] > window:pointermove!",
-    },
-}
-"""With Shift held, the wheel zooms and the pointer drags; without it, the page scrolls."""
 
 
 def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> Spec | None:
@@ -57,14 +47,12 @@ def loss(runs: Sequence[Facts], baselines: Sequence[tuple[str, float]] = ()) -> 
     name: Spec = {"y": y, "x": {"value": {"expr": "width"}}, "text": {"field": "what"}}
     thin = {**at, "color": {"value": QUIET}} if len(runs) == 1 else at
     note = {"align": "right", "dx": -8, "dy": -16, "color": INK, "fontWeight": 600}
-    curve = layer(train, "line", thin, strokeWidth=1, opacity=0.55, point=_has_single_point(train), clip=True)
-    curve["params"] = [ZOOM]
     layers = [
         layer(rules, "rule", {"y": y}, strokeDash=[2, 4], color=QUIET),
         layer(rules, "text", name, align="right", dy=-6, color=QUIET, fontSize=11),
         layer(marks, "rule", mark, opacity=0.4),
         layer(marks, "point", {**mark, "y": {"value": 6}}, shape="triangle-down", filled=True, size=90, opacity=0.9),
-        curve,
+        layer(train, "line", thin, strokeWidth=1, opacity=0.55, point=_has_single_point(train), clip=True),
         layer(scores, "area", {**at, "y": {**y, "field": "low"}, "y2": {"field": "high"}}, opacity=0.18),
         layer(scores, "line", {**at, "tooltip": _tooltip(".4f")}, strokeWidth=2.5, point={"size": 45, "filled": True}),
         layer(best, "point", at, shape="circle", size=190, strokeWidth=2, filled=False),
@@ -87,7 +75,7 @@ def curves(runs: Sequence[Facts], field: str) -> Spec | None:
     x = _steps(max(row["step"] for row in rows))
     encoding = {"x": x, "y": y, **_by_run(runs, legend=False), "tooltip": _tooltip(".4~g")}
     mark = {"type": "line", "strokeWidth": 1.5, "point": field == "speed" or _has_single_point(rows)}
-    return chart(data={"values": rows}, params=[ZOOM], mark=mark, encoding=encoding, height=170)
+    return chart(data={"values": rows}, mark=mark, encoding=encoding, height=170)
 
 
 def _rows(runs: Sequence[Facts], field: str) -> list[Spec]:
