@@ -8,7 +8,6 @@ log L is minimized from several starts. Here by Gauss-Newton: L-BFGS takes tens 
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,8 +103,7 @@ class Law(NamedTuple):
         return N, flops / FLOPS / N
 
 
-@dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """A law, its residuals, and bootstrap resamples of it."""
 
     law: Law

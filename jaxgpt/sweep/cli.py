@@ -58,8 +58,7 @@ def run(args: list[str]) -> int:
     from jaxgpt.sweep import view
     from jaxgpt.sweep.results import outcomes
 
-    # Wide, so that the table is whole also where the output is not a terminal.
-    path, console, found = given.sweeps_dir / given.name, RunConsole(width=1000), outcomes(scores)
+    path, console, found = given.sweeps_dir / given.name, RunConsole(), outcomes(scores)
     console.print(view.table(found))
     console.print(view.verdict(found))
     if not found[0].diverged:

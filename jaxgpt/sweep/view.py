@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from jaxgpt.display.charts import ACCENT, PALETTE, Spec, category, chart, columns, layer, quantity
 from jaxgpt.sweep.grid import cell, describe
@@ -24,16 +22,15 @@ def progress(scores: Sequence[Score], n: int) -> str:
     return f"{len(scores)} of {n} members: step {scores[0].step:,}, validation losses {extremes}{diverged}"
 
 
-def table(outcomes: Sequence[Outcome]) -> Table:
-    """A row per setting, best first."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (*outcomes[0].setting, "seeds", "validation loss", "± s.e.", "diverged"):
-        shown.add_column(name, justify="right", no_wrap=True)
+def table(outcomes: Sequence[Outcome]) -> str:
+    """A line per setting, best first."""
+    rows = [[*outcomes[0].setting, "seeds", "validation loss", "± s.e.", "diverged"]]
     for outcome in outcomes:
         figures = ["-" if math.isnan(x) else f"{x:.4f}" for x in (outcome.mean, outcome.standard_error)]
         values = map(cell, outcome.setting.values())
-        shown.add_row(*values, str(len(outcome.losses)), *figures, str(outcome.diverged or ""))
-    return shown
+        rows.append([*values, str(len(outcome.losses)), *figures, str(outcome.diverged or "")])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("   ".join(map(str.rjust, row, widths)) for row in rows)
 
 
 def verdict(outcomes: Sequence[Outcome]) -> str:

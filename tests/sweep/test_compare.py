@@ -119,12 +119,14 @@ def test_a_diverged_setting_is_last_also_if_it_was_trained_first():
 
 
 def test_the_table_has_the_figures_of_each_setting_in_its_row():
-    rows = zip(*(column.cells for column in table(outcomes(SCORES)).columns), strict=True)
-    assert list(rows) == [
-        ("0.01", "3", "2.1000", "0.1155", ""),
-        ("0.001", "3", "2.2000", "0.1155", ""),
-        ("0.1", "3", "-", "-", "1"),
+    header, *rows = table(outcomes(SCORES)).splitlines()
+    assert header == "learning_rate   seeds   validation loss   ± s.e.   diverged"
+    assert [row.split() for row in rows] == [
+        ["0.01", "3", "2.1000", "0.1155"],
+        ["0.001", "3", "2.2000", "0.1155"],
+        ["0.1", "3", "-", "-", "1"],
     ]
+    assert {len(row) for row in rows} == {len(header)}, "aligned"
 
 
 def test_the_interval_of_the_verdict_is_corrected_for_the_number_of_settings():
