@@ -33,8 +33,8 @@ def parse(text: str) -> tuple[str, list[Any]]:
     Raises:
       UsageError: malformed, or a setting that a sweep cannot vary.
     """
-    name, _, value = text.partition("=")
-    name, kinds = "learning_rate" if name == "lr" else name.replace("-", "_"), _kinds()
+    given, _, value = text.partition("=")
+    name, kinds = "learning_rate" if given == "lr" else given.replace("-", "_"), _kinds()
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -44,9 +44,9 @@ def parse(text: str) -> tuple[str, list[Any]]:
         values = _range(kind, *value.split(":")) if ":" in value else [_read(kind, each) for each in value.split(",")]
     except (ValueError, KeyError, TypeError) as error:
         choices = ("true", "false") if kind is bool else typing.get_args(kind)
-        more = f" or {name}=LOW:HIGH:HOW-MANY, values of type {kind.__name__}, 0 <= LOW < HIGH and at least 2 of them"
+        more = f" or {given}=LOW:HIGH:HOW-MANY, values of type {kind.__name__}, 0 <= LOW < HIGH and at least 2 of them"
         wanted = f", values among {', '.join(choices)}" if choices else more
-        raise UsageError(f"{text}: expected {name}=VALUE,VALUE{wanted}") from error
+        raise UsageError(f"{text}: expected {given}=VALUE,VALUE{wanted}") from error
     if len(set(values)) < len(values):
         raise UsageError(f"{text}: {name} has the same value twice: {', '.join(map(str, values))}")
     return name, values

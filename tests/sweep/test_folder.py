@@ -108,7 +108,7 @@ def test_a_refused_sweep_leaves_nothing_behind(sweep, tmp_path, capsys):
     assert sweep("bad", "--set", "n_embed=1,2") == 2
     assert "did you mean n_embd?" in capsys.readouterr().err
     assert sweep("bad", "--lr", "1e-3:1e-2") == 2
-    wanted = "jaxgpt: lr=1e-3:1e-2: expected learning_rate=VALUE,VALUE or learning_rate=LOW:HIGH:HOW-MANY, values"
+    wanted = "jaxgpt: lr=1e-3:1e-2: expected lr=VALUE,VALUE or lr=LOW:HIGH:HOW-MANY, values"
     assert wanted in capsys.readouterr().err
     assert sweep("bad", "--set", "vocab_size=8,32") == 2
     assert "no setting 'vocab_size'" in capsys.readouterr().err
