@@ -1,18 +1,14 @@
 """A report of measurements: saved as JSON, printed as Markdown.
 
-A report is a dict of "mode" (its title), "facts" (the machine), "tables", "notes", "failed" (what could not be
+A report is a dict of "mode" (its title), "facts" (the machine), "tables", "notes", perhaps "failed" (what could not be
 measured, and why), and raw figures. A table is {"title", "rows"}, a row {column: value}.
 """
 
-import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from jaxgpt import files, start
 
@@ -34,7 +30,7 @@ def save(report: Report, path: Path) -> None:
 def markdown(report: Report) -> str:
     parts = [f"## {report['mode']}"]
     parts += [f"**{each['title']}**\n\n{table(each['rows'])}" for each in report["tables"] if each["rows"]]
-    parts += [f"{name} was not measured: {why}" for name, why in report["failed"].items()]
+    parts += [f"{name} was not measured: {why}" for name, why in report.get("failed", {}).items()]
     parts += ["\n".join(f"- {note}" for note in report["notes"])] if report["notes"] else []
     parts.append("; ".join(f"{name} {cell(value)}" for name, value in report["facts"].items() if value))
     return "\n\n".join(parts) + "\n"
@@ -42,16 +38,14 @@ def markdown(report: Report) -> str:
 
 def table(rows: Rows) -> str:
     """Rows as a Markdown table, aligned to be read on a terminal too; numbers to the right."""
-    made = Table(box=box.MARKDOWN)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    for name in names:
-        words = all(isinstance(row.get(name), str | None) for row in rows)
-        made.add_column(name, justify="left" if words else "right", no_wrap=True)
-    for row in rows:
-        made.add_row(*(cell(row.get(name)) for name in names))
-    console = Console(file=io.StringIO(), width=10_000, markup=False, highlight=False)
-    console.print(made)
-    return "\n".join(line for line in console.file.getvalue().splitlines() if line.strip())  # type: ignore[attr-defined]
+    columns = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        cells = [name, *map(cell, values)]
+        align = str.ljust if all(isinstance(value, str | None) for value in values) else str.rjust
+        columns.append([align(each, max(map(len, cells))) for each in cells])
+    names, *lines = [f"| {' | '.join(line)} |" for line in zip(*columns, strict=True)]
+    return "\n".join([names, re.sub(r"[^|]", "-", names), *lines])
 
 
 def cell(value: Any) -> str:
