@@ -1,8 +1,7 @@
 """Random keys whose stream depends only on the seed, and dropout masks."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -60,19 +59,3 @@ def _mix(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
-
-
-@contextmanager
-def one_kernel_on_gpus() -> Iterator[None]:
-    """Lower threefry to one prebuilt GPU kernel, with the same bits, in all threads.
-
-    For initial states: XLA took 192 s to compile that of GPT-2 124M, 4 s with the kernel (one H200). Not for training
-    steps: those with dropout were 19% slower.
-    """
-    name = "jax_threefry_gpu_kernel_lowering"
-    before = jax.config.values[name]
-    jax.config.update(name, True)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)

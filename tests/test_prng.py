@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import prng
+from jaxgpt.machine import jax_settings
 
 SEEDS = [0, 1337, 2**31, 2**32 - 1]
 
@@ -88,6 +89,6 @@ def test_dropout_masks_of_existing_runs_do_not_change():
 
 def test_prebuilt_kernel_is_used_only_inside_its_block():
     before = jax.config.values["jax_threefry_gpu_kernel_lowering"]
-    with prng.one_kernel_on_gpus():
+    with jax_settings(jax_threefry_gpu_kernel_lowering=True):
         assert jax.config.values["jax_threefry_gpu_kernel_lowering"]
     assert jax.config.values["jax_threefry_gpu_kernel_lowering"] == before

@@ -16,6 +16,7 @@ from jaxgpt.config import Config, replaced
 from jaxgpt.config import problems as config_problems
 from jaxgpt.data import DEVICE_TOKENS
 from jaxgpt.loss import ABSENT_MEMORY
+from jaxgpt.machine import jax_settings
 from jaxgpt.matmul import Precision
 from jaxgpt.monitor.chips import Chip
 from jaxgpt.plan.estimate import Step, estimate
@@ -24,8 +25,6 @@ from jaxgpt.profile import hlo
 from jaxgpt.sharding import Sizes, make_mesh, replicated
 from jaxgpt.step import abstract_state, jit_train_steps
 
-CACHED_FROM = "jax_persistent_cache_min_compile_time_secs"
-"""JAX's setting for how long a program must take to compile to be kept in the compile cache."""
 FOR_GPUS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 """Compiler options: no GPU times kernels, and matmuls are cuBLAS's, which XLA mostly finds to be the fastest."""
 
@@ -97,15 +96,14 @@ def compile_step(config: Config, mesh: Mesh) -> Any:
     dtype = jnp.uint16 if config.model.vocab_size <= 2**16 else jnp.uint32
     tokens = jax.ShapeDtypeStruct((DEVICE_TOKENS,), dtype, sharding=replicated(mesh))
     starts = jax.ShapeDtypeStruct((1, config.train.batch_size), jnp.int32, sharding=replicated(mesh))
-    with jax.set_mesh(mesh):
+    # Programs for absent chips cannot be read back from the compile cache.
+    with jax.set_mesh(mesh), jax_settings(jax_persistent_cache_min_compile_time_secs=math.inf):
         # The name of the option changed with jax 0.11.
         old = "jax_exec_time_optimization_effort" in jax.config.values
         options: dict[str, Any] = {"exec_time_optimization_effort": -1.0} if old else {"optimization_level": "O0"}
         if mesh.devices.flat[0].platform == "gpu":
             options = FOR_GPUS
-        before = jax.config.values[CACHED_FROM]
         try:
-            jax.config.update(CACHED_FROM, math.inf)  # programs for absent chips cannot be read back from the cache
             lowered = jit_train_steps(config, mesh).lower(abstract_state(config, mesh), tokens, starts)
             return lowered.compile(options)
         except Exception as error:
@@ -113,8 +111,6 @@ def compile_step(config: Config, mesh: Mesh) -> Any:
             if "RESOURCE_EXHAUSTED" in why:
                 raise TooLargeError(why) from error
             raise PlanError(f"the compiler failed: {why}") from error
-        finally:
-            jax.config.update(CACHED_FROM, before)
 
 
 def ranked(config: Config, chip: Chip, n: int, sweep: bool = False) -> list[Step]:

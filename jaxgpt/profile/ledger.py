@@ -6,8 +6,8 @@ has compiled; then all take turns (`timing`).
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, UsageError, replaced
 from jaxgpt.data import config_starts, take
+from jaxgpt.machine import jax_settings
 from jaxgpt.matmul import Precision
 from jaxgpt.profile import trace
 from jaxgpt.profile.report import Report, Rows, facts
@@ -86,8 +87,14 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
     with tempfile.TemporaryDirectory(prefix="jaxgpt-ledger-") as folder:
         for each, variant in sorted(variants.items(), key=lambda item: not item[1].compiled):
             jax.clear_caches()
-            with compile_cache(folder if variant.cache else None):
+            with jax_settings(
+                jax_enable_compilation_cache=variant.cache,
+                jax_compilation_cache_dir=folder if variant.cache else None,
+                jax_persistent_cache_min_compile_time_secs=0.0,
+            ):
+                compilation_cache.reset_cache()
                 runners[each] = Runner(config, variant, state)
+    compilation_cache.reset_cache()
     steps: Rates = {each: [] for each in variants}
     for runner in runners.values():
         runner.run()  # the variants without jit may compile again
@@ -101,7 +108,6 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
     return {
         "mode": f"the ledger of {name}",
         "facts": machine,
-        "failed": {},
         "tables": [
             {"title": f"{title}: until the first is done", "rows": first},
             {"title": f"{title}: each one after it", "rows": later},
@@ -137,11 +143,11 @@ def rows(figures: dict[str, Any], steps: Rates) -> tuple[Rows, Rows]:
     medians = {name: 1 / series(rates)["median"] for name, rates in steps.items()}
     first, later = [], []
     for name, found in figures.items():
-        pays = None
+        pays: int | str | None = None
         if "eager" in figures and name != "eager":
-            extra = seconds[name] - seconds["eager"] - (VARIANTS[name].steps - 1) * medians[name]  # of its first step
-            after = break_even(extra, medians["eager"], medians[name])
-            pays = "never" if after is None else round(after)
+            lost = seconds[name] - seconds["eager"] - (VARIANTS[name].steps - 1) * medians[name]  # by its first step
+            won = medians["eager"] - medians[name]  # by each step
+            pays = round(max(0.0, lost) / won) if won > 0 else "never"
         stages = {f"{stage}, s": found["stages"].get(stage) for stage in STAGES}
         first.append({"variant": name, **stages, "total, s": seconds[name], "programs": found["programs"]})
         later.append(
@@ -155,18 +161,6 @@ def rows(figures: dict[str, Any], steps: Rates) -> tuple[Rows, Rows]:
             }
         )
     return first, later
-
-
-def break_even(extra: float, slow: float, fast: float) -> float | None:
-    """Steps after which steps of `fast` seconds have won back `extra` seconds at the start, against steps of `slow`
-    seconds; 0 if there is nothing to win back, None if they never do.
-
-    >>> break_even(3.0, 0.5, 0.2), break_even(-1.0, 0.5, 0.2), break_even(3.0, 0.2, 0.5), break_even(-1.0, 0.2, 0.5)
-    (10.0, 0.0, None, None)
-    """
-    if extra <= 0:
-        return 0.0 if fast <= slow else None
-    return extra / (slow - fast) if slow > fast else None
 
 
 class Runner:
@@ -189,8 +183,14 @@ class Runner:
             return train_step(self.config, state, take(tokens, starts, config.model.block_size))
 
         self.call: Any = partial(train_steps, self.config) if self.K > 1 else one_step
-        times, size = [time.perf_counter()], None
-        with events() as durations:
+        times, size, timed = [time.perf_counter()], None, list[str]()
+
+        def listen(event: str, duration_secs: float, **_: str | int) -> None:
+            timed.append(event)
+
+        with ExitStack() as stack:
+            jax.monitoring.register_event_duration_secs_listener(listen)
+            stack.callback(jax.monitoring.unregister_event_duration_listener, listen)
             if variant.compiled:
                 jitted = jax.jit(self.call, donate_argnums=0 if variant.donated else ())
                 traced = jitted.trace(state[0], self.tokens, self.starts())
@@ -207,7 +207,7 @@ class Runner:
         stages = [after - before for before, after in pairwise(times)]
         self.figures: dict[str, Any] = {
             "stages": dict(zip(STAGES[-len(stages) :], stages, strict=True)),
-            "programs": durations.count(COMPILED),
+            "programs": timed.count(COMPILED),
             "loss": loss,
             "step_bytes": sum(size) if size else None,
             "dispatches": self.dispatches(),
@@ -237,38 +237,3 @@ class Runner:
         with tempfile.TemporaryDirectory(prefix="jaxgpt-ledger-") as folder:
             lines = trace.capture(Path(folder), lambda: repeat(self.run, 0.0, self.wait))
         return trace.dispatches(lines) / self.K or None
-
-
-@contextmanager
-def compile_cache(folder: str | None) -> Iterator[None]:
-    """Keep compiled programs in `folder`, or keep none."""
-    settings: dict[str, Any] = {
-        "jax_enable_compilation_cache": folder is not None,
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-
-@contextmanager
-def events() -> Iterator[list[str]]:
-    """Lists the names of JAX's monitoring events that have a duration, as they come."""
-    names: list[str] = []
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        names.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)

@@ -8,18 +8,8 @@ from jaxgpt import cli
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, TrainConfig, UsageError
 from jaxgpt.display import charts
 from jaxgpt.profile import ledger, plots, report
-from jaxgpt.profile.ledger import VARIANTS, break_even, choose
+from jaxgpt.profile.ledger import VARIANTS, choose
 from jaxgpt.recipes import recipe
-
-
-def test_total_times_are_equal_at_break_even():
-    extra, slow, fast = 7.0, 0.9, 0.2
-    n = break_even(extra, slow, fast)
-    assert n * slow == pytest.approx(extra + n * fast)
-    assert break_even(0.0, slow, fast) == 0
-    assert break_even(extra, fast, slow) is None
-    assert break_even(extra, fast, fast) is None
-    assert break_even(-extra, fast, slow) is None
 
 
 def figures(*stages, **given):
@@ -237,6 +227,14 @@ def test_variant_pays_off_once_its_total_time_is_below_that_of_eager(name):
         return start["eager"] + later * step["eager"] - start[name] - (later - in_first) * step[name]
 
     assert ahead(pays - 1) < 0 < ahead(pays + 1)
+
+
+@pytest.mark.parametrize("first", [3.0, 6.0])
+def test_a_variant_that_is_slower_than_eager_never_pays_off(first):
+    """Whether its first step is done earlier or later."""
+    done = {"eager": figures(4.5), "jit": figures(0.0, 0.0, first, 0.0)}
+    for rate in (1.0, 2.0):
+        assert ledger.rows(done, {"eager": [2.0], "jit": [rate]})[1][1]["pays off after, steps"] == "never"
 
 
 def first_call(name):
