@@ -4,7 +4,7 @@ import math
 import re
 import statistics
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -117,25 +117,20 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: P
     if measured:
         memory.require(config)
     found = programs(config)
+    step = found["step"]
     tables = {
         f"Parameters of {name}": parameter_rows(config.model),
         "Each program: FLOPs in millions, bytes in MB": program_rows(found),
-        "Matmuls of a step, with the kernel of each": matmul_rows(found["step"].text),
+        "Matmuls of a step, with the kernel of each": matmul_rows(step.text),
     }
-    calls = sorted(hlo.custom_calls(found["step"].text))
-    notes = [cost.describe(config.model), *NOTES, f"custom calls: {', '.join(calls) or 'none'}"]
-    figures: dict[str, Any] = {}
+    calls = ", ".join(sorted(hlo.custom_calls(step.text)))
+    notes, figures = [cost.describe(config.model), *NOTES, f"custom calls: {calls or 'none'}"], dict[str, Any]()
     if measured:
-        more, measured_notes, figures = measure(config, found["step"], trace_folder)
-        tables, notes = tables | more, notes + measured_notes
-    return {
-        "mode": f"inspecting {name}",
-        "facts": machine,
-        "failed": {},
-        "tables": [{"title": title, "rows": rows} for title, rows in tables.items()],
-        "notes": notes,
-        "roofline": figures,
-    }
+        longest, more, figures = measure(config, step, trace_folder)
+        tables |= {"Roofline, part by part": figures["rows"], "Operations of a step that took longest": longest}
+        notes += more
+    titled = [{"title": title, "rows": rows} for title, rows in tables.items()]
+    return {"mode": f"inspecting {name}", "facts": machine, "tables": titled, "notes": notes, "roofline": figures}
 
 
 def parameter_rows(config: ModelConfig) -> Rows:
@@ -160,35 +155,32 @@ def parameter_rows(config: ModelConfig) -> Rows:
 
 
 def program_rows(found: dict[str, Program]) -> Rows:
-    """A row for each figure, with a column for each program."""
-    figures = {name: program_figures(program) for name, program in found.items()}
-    keys = dict.fromkeys(key for each in figures.values() for key in each)
-    return [{"figure": key, **{name: each.get(key) for name, each in figures.items()}} for key in keys]
-
-
-def program_figures(program: Program) -> dict[str, float | None]:
-    """Figures by formula, of its HLO, and by XLA's analyses where the backend has them."""
-    before, after = xla_counts(program.lowered), xla_counts(program.compiled)
-    found = {
-        "FLOPs of matmuls, by formula": program.formula_flops / 1e6,
-        "FLOPs of matmuls, compiled": sum(each.flops for each in hlo.matmuls(program.text)) / 1e6,
-        "FLOPs, XLA": before.get("flops"),
-        "FLOPs, XLA, optimized": after.get("flops"),
-        "exp, log, roots": before.get("transcendentals"),
-        "bytes, compulsory": program.bytes / 1e6,
-        "bytes, XLA": before.get("bytes accessed"),
-        "bytes, XLA, optimized": after.get("bytes accessed"),
-    }
-    if stats := program.compiled.memory_analysis():
-        sizes = {
-            "arguments": stats.argument_size_in_bytes,
-            "results": stats.output_size_in_bytes,
-            "temporaries": stats.temp_size_in_bytes,
-            "donated": -stats.alias_size_in_bytes,
+    """A row for each figure, with a column for each program: by formula, of its HLO, and by XLA's analyses where the
+    backend has them."""
+    rows = defaultdict[str, dict[str, float | None]](dict)
+    for name, program in found.items():
+        before, after = xla_counts(program.lowered), xla_counts(program.compiled)
+        figures = {
+            "FLOPs of matmuls, by formula": program.formula_flops / 1e6,
+            "FLOPs of matmuls, compiled": sum(each.flops for each in hlo.matmuls(program.text)) / 1e6,
+            "FLOPs, XLA": before.get("flops"),
+            "FLOPs, XLA, optimized": after.get("flops"),
+            "exp, log, roots": before.get("transcendentals"),
+            "bytes, compulsory": program.bytes / 1e6,
+            "bytes, XLA": before.get("bytes accessed"),
+            "bytes, XLA, optimized": after.get("bytes accessed"),
         }
-        sizes["total"] = sum(sizes.values())
-        found |= {f"memory, {key}": size / 1e6 for key, size in sizes.items()}
-    return found
+        if stats := program.compiled.memory_analysis():
+            figures |= {
+                "memory, arguments": (arguments := stats.argument_size_in_bytes / 1e6),
+                "memory, results": (results := stats.output_size_in_bytes / 1e6),
+                "memory, temporaries": (temporaries := stats.temp_size_in_bytes / 1e6),
+                "memory, donated": (donated := -stats.alias_size_in_bytes / 1e6),
+                "memory, total": arguments + results + temporaries + donated,
+            }
+        for figure, value in figures.items():
+            rows[figure][name] = value
+    return [{"figure": figure, **values} for figure, values in rows.items()]
 
 
 def matmul_rows(text: str) -> Rows:
@@ -222,9 +214,9 @@ def stepper(config: Config, step: Program) -> Callable[[], int]:
     return run
 
 
-def measure(config: Config, step: Program, folder: Path | None) -> tuple[dict[str, Rows], list[str], dict[str, Any]]:
-    """The roofline of each part and the longest operations: tables, notes, and raw figures. The profile is kept in
-    `folder`."""
+def measure(config: Config, step: Program, folder: Path | None) -> tuple[Rows, list[str], dict[str, Any]]:
+    """The longest operations, notes, and the roofline: rates of the machine, and a row for each part. The profile is
+    kept in `folder`."""
     precision, run = matmul.resolve(config.model.precision), stepper(config, step)
     first = roofline.measure_machine(precision)
     times = [took / n for n, took in (repeat(run, 0.3) for _ in range(5))]
@@ -232,51 +224,47 @@ def measure(config: Config, step: Program, folder: Path | None) -> tuple[dict[st
         lines = trace.capture(folder or Path(scratch), lambda: [run() for _ in range(TRACED)])
     last = roofline.measure_machine(precision)  # the machine may have been slower at either end
     machine = Machine(*map(max, zip(first, last, strict=True)))
-    operations = trace.operations(lines)
+    peak, bandwidth = machine.flops / 1e9, machine.bandwidth / 1e9
+    ran, known = trace.operations(lines), hlo.instructions(step.text)
     modules = [name for row in parameter_rows(config.model) for name in row["module"].split("/")[:-1]]
-    parts = roofline.parts(step.text, operations, TRACED, modules)
     took, tokens = statistics.median(times), config.train.batch_size * config.model.block_size
-    work = sum(each.seconds for each in operations) / TRACED
     notes = [
-        f"measured here, by JAX: {machine.flops / 1e9:,.0f} GFLOP/s in {precision} matmuls of {roofline.N} x "
-        f"{roofline.N}, {machine.bandwidth / 1e9:.1f} GB/s through an array of {4 * roofline.STREAMED / 1e6:,.0f} MB; "
-        f"the ridge is at {machine.ridge:.1f} FLOP/byte. A part above its roof has its arrays in caches",
+        f"measured here, by JAX: {peak:,.0f} GFLOP/s in {precision} matmuls of {roofline.N} x {roofline.N}, "
+        f"{bandwidth:.1f} GB/s through an array of {4 * roofline.STREAMED / 1e6:,.0f} MB; the ridge is at "
+        f"{machine.ridge:.1f} FLOP/byte. A part above its roof has its arrays in caches",
         f"a step of {tokens:,} tokens takes {1e3 * took:.1f} ms ({1e3 * min(times):.1f} to {1e3 * max(times):.1f}), "
         f"{tokens / took:,.0f} tokens/s: its matmuls, {step.formula_flops / 1e9:.2f} GFLOP, use "
         f"{step.formula_flops / took / machine.flops:.0%} of the machine's peak",
-        f"profiled: {1e3 * work:.1f} ms of work per step, which threads share, in {len(operations)} operations; "
-        f"programs dispatched per step: {trace.dispatches(lines) / TRACED:g}. A fusion belongs to the part of its last "
-        "operation. FLOPs and bytes are those of the optimized program, every iteration of a loop included",
+        f"profiled: {1e3 * sum(each.seconds for each in ran) / TRACED:.1f} ms of work per step, which threads share, "
+        f"in {len(ran)} operations; programs dispatched per step: {trace.dispatches(lines) / TRACED:g}. A fusion "
+        "belongs to the part of its last operation. FLOPs and bytes are those of the optimized program, every "
+        "iteration of a loop included",
     ]
     if folder:
         notes.append(
             f"the profile of {TRACED} steps is in {folder}: open its .trace.json.gz in https://ui.perfetto.dev, or run "
             f"tensorboard --logdir {folder} with XProf's plug-in"
         )
-    tables = {
-        "Roofline, part by part": roofline.rows(parts, machine),
-        "Operations of a step that took longest": operation_rows(operations, step.text),
-    }
-    figures = {"peak_flops": machine.flops, "bandwidth": machine.bandwidth, "parts": [each._asdict() for each in parts]}
-    return tables, notes, figures
+    rows = roofline.rows(known, ran, TRACED, modules, machine)
+    return operation_rows(known, ran), notes, {"peak, GFLOP/s": peak, "bandwidth, GB/s": bandwidth, "rows": rows}
 
 
-def operation_rows(operations: list[trace.Operation], text: str) -> Rows:
+def operation_rows(known: dict[str, hlo.Instruction], ran: list[trace.Operation]) -> Rows:
     """The operations that took longest, those of all blocks in one row."""
-    known, total = hlo.instructions(text), sum(each.seconds for each in operations) or 1.0
-    found: dict[tuple[str, str | None], tuple[int, float]] = {}
-    for each in operations:
+    total = sum(each.seconds for each in ran) or 1.0
+    runs, seconds = Counter[tuple[str, str | None]](), defaultdict[tuple[str, str | None], float](float)
+    for each in ran:
         instruction = known.get(each.name)
         key = (instruction.origin or each.name, instruction.kernel) if instruction else (each.name, None)
-        runs, seconds = found.get(key, (0, 0.0))
-        found[key] = runs + each.runs, seconds + each.seconds
+        runs[key] += each.runs
+        seconds[key] += each.seconds
     return [
         {
-            "comes from": origin,
-            "computed by": kernel,
-            "times a step": runs / TRACED,
-            "ms a step": 1e3 * seconds / TRACED,
-            "share, %": 100 * seconds / total,
+            "comes from": key[0],
+            "computed by": key[1],
+            "times a step": runs[key] / TRACED,
+            "ms a step": 1e3 * took / TRACED,
+            "share, %": 100 * took / total,
         }
-        for (origin, kernel), (runs, seconds) in sorted(found.items(), key=lambda item: -item[1][1])[:SHOWN]
+        for key, took in sorted(seconds.items(), key=lambda item: -item[1])[:SHOWN]
     ]

@@ -3,19 +3,21 @@
 A part with F FLOPs and M bytes of memory traffic takes at least max(F / peak, M / bandwidth) (Williams, Waterman and
 Patterson, "Roofline", 2009). Above F / M = peak / bandwidth, the ridge, compute is the limit; below, memory is.
 
-The parts are the Flax modules named in the compiled step: FLOPs and bytes come from its HLO, times from a profile.
+A part is the forward or the backward pass of one Flax module named in the compiled step, in all blocks, or the
+optimizer. FLOPs and bytes come from the step's HLO, times from a profile.
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxgpt import prng
 from jaxgpt.profile import hlo
+from jaxgpt.profile.report import Rows
 from jaxgpt.profile.timing import repeat
 from jaxgpt.profile.trace import Operation
 
@@ -37,79 +39,54 @@ class Machine(NamedTuple):
         return self.flops / self.bandwidth
 
 
-class Part(NamedTuple):
-    """The forward or the backward pass of one module, in all blocks, or the optimizer; all of one step."""
-
-    name: str
-    backward: bool
-    flops: int
-    bytes: int
-    seconds: float
-
-    def least(self, machine: Machine) -> float:
-        """Its least possible seconds."""
-        return max(self.flops / machine.flops, self.bytes / machine.bandwidth)
-
-
-def parts(text: str, operations: Iterable[Operation], steps: int, modules: Iterable[str]) -> list[Part]:
-    """The parts of a compiled step, slowest first.
+def rows(
+    known: dict[str, hlo.Instruction], ran: Iterable[Operation], steps: int, modules: Iterable[str], machine: Machine
+) -> Rows:
+    """A row for each part of a compiled step that has run, with the figures of one step, slowest first.
 
     Args:
-      text: the optimized HLO of the step.
-      operations: the profile of `steps` steps.
+      known: the instructions of the step.
+      ran: the profile of `steps` steps.
       modules: the names of the modules in the paths of parameters.
     """
-    flops, moved = Counter[tuple[str, bool]](), Counter[tuple[str, bool]]()
-    seconds = defaultdict[tuple[str, bool], float](float)
-    names, known = set(modules), hlo.instructions(text)
-    for each in known.values():
-        key = part_of(each.origin, names)
-        flops[key] += each.runs * each.flops
-        moved[key] += each.runs * each.bytes
-    for operation in operations:
-        if ran := known.get(operation.name):
-            seconds[part_of(ran.origin, names)] += operation.seconds / steps
-    found = [Part(*key, flops[key], moved[key], seconds[key]) for key in moved if moved[key]]
-    return sorted(found, key=lambda part: -part.seconds)
-
-
-def part_of(origin: str, modules: set[str]) -> tuple[str, bool]:
-    """The part of an instruction by its `hlo.Instruction.origin`, and whether it is in the backward pass.
-
-    >>> part_of("transpose(jvp(GPT))/h_*/mlp/c_fc/dot_general", {"h_*", "mlp", "c_fc"})
-    ('h_*/mlp/c_fc', True)
-    >>> part_of("sqrt", set()), part_of("", set())
-    (('optimizer', False), ('unnamed', False))
-    """
-    path = "/".join(name for name in re.sub(r"(^|/)h/", r"\1h_*/", origin).split("/") if name in modules)
-    backward = "transpose(" in origin or "rematted" in origin
-    if path or backward or "jvp(" in origin:
-        return path or OUTSIDE, backward
-    return "optimizer" if origin else "unnamed", False
-
-
-def pass_of(name: str, backward: bool) -> str | None:
-    """The pass of a part; None if it is in neither."""
-    return "backward" if backward else None if name in ("optimizer", "unnamed") else "forward"
-
-
-def rows(found: Iterable[Part], machine: Machine) -> list[dict[str, Any]]:
+    names, seconds = set(modules), {each.name: each.seconds / steps for each in ran}
+    parts = defaultdict[tuple[str, str | None], list[float]](lambda: [0, 0, 0.0])
+    for name, each in known.items():
+        more = each.runs * each.flops, each.runs * each.bytes, seconds.get(name, 0.0)
+        part = part_of(each.origin, names)
+        parts[part] = [sum(pair) for pair in zip(parts[part], more, strict=True)]
     return [
         {
-            "part": part.name,
-            "pass": pass_of(part.name, part.backward),
-            "MFLOP": part.flops / 1e6,
-            "MB": part.bytes / 1e6,
-            "FLOP/byte": part.flops / part.bytes,
-            "bound by": "compute" if part.flops / part.bytes > machine.ridge else "memory",
-            "least, ms": 1e3 * part.least(machine),
-            "measured, ms": 1e3 * part.seconds,
-            "GFLOP/s": part.flops / part.seconds / 1e9,
-            "of the roof, %": 100 * part.least(machine) / part.seconds,
+            "part": name,
+            "pass": direction,
+            "MFLOP": flops / 1e6,
+            "MB": moved / 1e6,
+            "FLOP/byte": flops / moved,
+            "bound by": "compute" if flops / moved > machine.ridge else "memory",
+            "least, ms": 1e3 * (least := max(flops / machine.flops, moved / machine.bandwidth)),
+            "measured, ms": 1e3 * took,
+            "GFLOP/s": flops / took / 1e9,
+            "of the roof, %": 100 * least / took,
         }
-        for part in found
-        if part.seconds
+        for (name, direction), (flops, moved, took) in sorted(parts.items(), key=lambda item: -item[1][2])
+        if moved and took
     ]
+
+
+def part_of(origin: str, modules: set[str]) -> tuple[str, str | None]:
+    """The part of an instruction by its `hlo.Instruction.origin`, and its pass; None if it is in neither.
+
+    >>> part_of("transpose(jvp(GPT))/h_*/mlp/c_fc/dot_general", {"h_*", "mlp", "c_fc"})
+    ('h_*/mlp/c_fc', 'backward')
+    >>> part_of("sqrt", set()), part_of("", set())
+    (('optimizer', None), ('unnamed', None))
+    """
+    path = "/".join(name for name in re.sub(r"(^|/)h/", r"\1h_*/", origin).split("/") if name in modules)
+    if "transpose(" in origin or "rematted" in origin:
+        return path or OUTSIDE, "backward"
+    if path or "jvp(" in origin:
+        return path or OUTSIDE, "forward"
+    return "optimizer" if origin else "unnamed", None
 
 
 def measure_machine(dtype: str, n: int = N, streamed: int = STREAMED, seconds: float = 0.4, rounds: int = 3) -> Machine:

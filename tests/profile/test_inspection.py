@@ -12,7 +12,7 @@ from jaxgpt.display import charts
 from jaxgpt.monitor import cost
 from jaxgpt.profile import hlo, inspection, plots, report, roofline
 from jaxgpt.profile.inspection import programs, xla_counts
-from jaxgpt.profile.roofline import Machine, Part
+from jaxgpt.profile.roofline import Machine
 from jaxgpt.profile.trace import Operation, Span
 
 PLAIN = Config(
@@ -27,12 +27,20 @@ def with_model(**model):
     return dataclasses.replace(PLAIN, model=dataclasses.replace(PLAIN.model, **model))
 
 
+def instruction(origin, flops, moved):
+    return SimpleNamespace(origin=origin, runs=2, flops=flops // 2, bytes=moved // 2)
+
+
 def test_the_roof_is_the_larger_of_compute_and_memory_time():
     machine = Machine(flops=100.0, bandwidth=10.0)
     assert machine.ridge == 10.0
-    parts = [Part("mlp", False, 2000, 100, 40.0), Part("mlp", True, 500, 100, 20.0), Part("wpe", True, 1, 100, 0.0)]
-    assert [part.least(machine) for part in parts] == [20.0, 10.0, 10.0]
-    rows = roofline.rows(parts, machine)
+    known = {
+        "dot.1": instruction("jvp(GPT)/mlp/dot", 2000, 100),
+        "dot.2": instruction("transpose(jvp(GPT))/mlp/dot", 500, 100),
+        "gather": instruction("jvp(GPT)/wpe/gather", 2, 100),
+    }
+    ran = [Operation("dot.1", 1, 40.0), Operation("dot.2", 1, 20.0), Operation("gather", 1, 0.0)]
+    rows = roofline.rows(known, ran, 1, ["mlp", "wpe"], machine)
     assert [row["pass"] for row in rows] == ["forward", "backward"], "a part without measured time has no row"
     assert [row["bound by"] for row in rows] == ["compute", "memory"]
     assert [row["of the roof, %"] for row in rows] == [50.0, 50.0]
@@ -43,15 +51,17 @@ def test_the_roof_is_the_larger_of_compute_and_memory_time():
     assert [row["GFLOP/s"] for row in rows] == pytest.approx([50e-9, 25e-9])
 
 
-def test_parts_are_those_of_one_step_slowest_first(monkeypatch):
+def test_parts_are_those_of_one_step_slowest_first():
     origins = {"dot.1": "jvp(GPT)/mlp/dot", "dot.2": "transpose(jvp(GPT))/mlp/dot", "add": "add"}
-    known = {name: SimpleNamespace(origin=origin, runs=2, flops=5, bytes=7) for name, origin in origins.items()}
-    monkeypatch.setattr(hlo, "instructions", lambda text: known)
-    operations = [Operation("dot.1", 4, 8.0), Operation("dot.2", 4, 12.0), Operation("gone", 4, 99.0)]
-    assert roofline.parts("", operations, 4, ["mlp"]) == [
-        Part("mlp", True, 10, 14, 3.0),
-        Part("mlp", False, 10, 14, 2.0),
-        Part("optimizer", False, 10, 14, 0.0),
+    known = {name: instruction(origin, 10, 14) for name, origin in origins.items()}
+    seconds = {"dot.1": 8.0, "dot.2": 12.0, "gone": 99.0, "add": 4.0}
+    ran = [Operation(name, 4, took) for name, took in seconds.items()]
+    rows = roofline.rows(known, ran, 4, ["mlp"], Machine(1.0, 1.0))
+    found = [tuple(row[name] for name in ("part", "pass", "MFLOP", "MB", "measured, ms")) for row in rows]
+    assert found == [
+        ("mlp", "backward", 10e-6, 14e-6, 3e3),
+        ("mlp", "forward", 10e-6, 14e-6, 2e3),
+        ("optimizer", None, 10e-6, 14e-6, 1e3),
     ]
 
 
@@ -77,11 +87,10 @@ def test_times_are_those_of_one_step(monkeypatch):
     monkeypatch.setattr(roofline, "measure_machine", lambda precision: Machine(1e9, 1e8))
     spans = [Span("dot", 1e9 * i, 30e6, op="dot") for i in range(5)] + [Span("add", 1e9, 10e6, op="add")]
     monkeypatch.setattr(inspection.trace, "capture", lambda folder, run: [spans[:5], spans[5:]])
-    tables, notes, _ = inspection.measure(PLAIN, SimpleNamespace(text="", formula_flops=int(2e8)), None)
+    (dot, add), notes, _ = inspection.measure(PLAIN, SimpleNamespace(text="", formula_flops=int(2e8)), None)
     step = "a step of 128 tokens takes 500.0 ms (500.0 to 500.0), 256 tokens/s"
     assert f"{step}: its matmuls, 0.20 GFLOP, use 40% of the machine's peak" in notes
     assert notes[-1].startswith("profiled: 32.0 ms of work per step")
-    dot, add = tables["Operations of a step that took longest"]
     assert (dot["comes from"], dot["times a step"], add["times a step"]) == ("dot", 1.0, 0.2)
     assert [row["ms a step"] for row in (dot, add)] == pytest.approx([30.0, 2.0])
     assert [row["share, %"] for row in (dot, add)] == pytest.approx([93.75, 6.25])
@@ -90,13 +99,13 @@ def test_times_are_those_of_one_step(monkeypatch):
 @pytest.mark.parametrize(
     ("origin", "part"),
     [
-        ("jvp(GPT)/h_*/attn/dot_general", ("h_*/attn", False)),
-        ("while/body/transpose(jvp(GPT))/while/body/h/attn/c_proj/transpose", ("h_*/attn/c_proj", True)),
-        ("checkpoint/rematted_computation/h_*/attn/mul", ("h_*/attn", True)),
-        ("transpose(jvp(GPT))/jit(_take)/scatter-add", (roofline.OUTSIDE, True)),
-        ("jvp()/exp", (roofline.OUTSIDE, False)),
-        ("jit(_where)/select_n", ("optimizer", False)),
-        ("", ("unnamed", False)),
+        ("jvp(GPT)/h_*/attn/dot_general", ("h_*/attn", "forward")),
+        ("while/body/transpose(jvp(GPT))/while/body/h/attn/c_proj/transpose", ("h_*/attn/c_proj", "backward")),
+        ("checkpoint/rematted_computation/h_*/attn/mul", ("h_*/attn", "backward")),
+        ("transpose(jvp(GPT))/jit(_take)/scatter-add", (roofline.OUTSIDE, "backward")),
+        ("jvp()/exp", (roofline.OUTSIDE, "forward")),
+        ("jit(_where)/select_n", ("optimizer", None)),
+        ("", ("unnamed", None)),
     ],
 )
 def test_an_instruction_belongs_to_the_module_that_it_was_traced_in(origin, part):
@@ -189,17 +198,21 @@ def table(report, title):
 
 
 def test_parts_add_up_to_the_whole_step(plain_programs, inspected):
-    parts = inspected["roofline"]["parts"]
-    text = plain_programs["step"].text
-    assert sum(part["bytes"] for part in parts) == sum(i.runs * i.bytes for i in hlo.instructions(text).values())
+    known = hlo.instructions(plain_programs["step"].text)
+    modules = [name for row in table(inspected, "Parameters") for name in row["module"].split("/")]
+    ran = [Operation(name, 1, 1.0) for name in known]  # so that every part has a row
+    parts = roofline.rows(known, ran, 1, modules, Machine(1e9, 1e8))
+    assert sum(part["MB"] for part in parts) == pytest.approx(sum(i.runs * i.bytes for i in known.values()) / 1e6)
     C, tokens = 128, 8 * 16
-    for backward in (False, True):
-        (up,) = [each for each in parts if each["name"] == "h_*/mlp/c_fc" and each["backward"] == backward]
-        assert up["flops"] == pytest.approx((1 + backward) * 2 * tokens * 4 * C * C, rel=0.1)
-    (update,) = [part for part in parts if part["name"] == "optimizer"]
+    for i, direction in enumerate(("forward", "backward"), 1):
+        (up,) = [each for each in parts if (each["part"], each["pass"]) == ("h_*/mlp/c_fc", direction)]
+        assert up["MFLOP"] * 1e6 == pytest.approx(i * 2 * tokens * 4 * C * C, rel=0.1)
+    (update,) = [part for part in parts if part["part"] == "optimizer"]
     n = 4 * cost.n_params(PLAIN.model)
-    assert update["bytes"] >= 7 * n * 0.9, "reads p, m, v, g; writes p, m, v"
-    assert sum(part["seconds"] for part in parts if part["name"] != "unnamed") > 0
+    assert update["MB"] * 1e6 >= 7 * n * 0.9, "reads p, m, v, g; writes p, m, v"
+    measured = inspected["roofline"]["rows"]
+    assert sum(part["measured, ms"] for part in measured if part["part"] != "unnamed") > 0
+    assert {(part["part"], part["pass"]) for part in measured} <= {(part["part"], part["pass"]) for part in parts}
 
 
 def test_a_config_is_inspected_from_end_to_end(inspected):
@@ -226,18 +239,18 @@ def test_the_load_average_is_that_before_the_measurement(load, plain_programs, m
 def test_the_chart_has_a_point_for_each_pass_of_each_part(inspected, tmp_path):
     spec = plots.roofline(inspected)
     (points,) = [each["data"]["values"] for each in spec["layer"] if each["mark"]["type"] == "point"]
-    parts = [part for part in inspected["roofline"]["parts"] if part["flops"] and part["seconds"]]
-    assert [row["intensity"] for row in points] == [part["flops"] / part["bytes"] for part in parts]
+    parts = [part for part in table(inspected, "Roofline") if part["MFLOP"]]
+    assert [row["FLOP/byte"] for row in points] == [part["FLOP/byte"] for part in parts]
     assert {row["pass"] for row in points if row["part"].endswith("optimizer")} == {"neither"}
     (roof,) = [each["data"]["values"] for each in spec["layer"] if each["mark"]["type"] == "line"]
-    assert [row["rate"] for row in roof[1:]] == [1.0, 1.0], "GFLOP/s"
-    assert roof[1]["intensity"] == 10.0
+    assert [row["GFLOP/s"] for row in roof[1:]] == [1.0, 1.0]
+    assert roof[1]["FLOP/byte"] == 10.0
     charts.save(spec, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_profile_without_operations_is_reported_and_not_drawn(inspected, capsys, tmp_path, monkeypatch):
-    empty = {**inspected, "roofline": {**inspected["roofline"], "parts": []}}
+    empty = {**inspected, "roofline": {**inspected["roofline"], "rows": []}}
     monkeypatch.setattr(inspection, "inspect", lambda *args, **kwargs: empty)
     monkeypatch.chdir(tmp_path)
     assert cli.run_command(["inspect", "gpt-demo", "--vocab-size", "13", "--roofline", "a.png"]) == 2
