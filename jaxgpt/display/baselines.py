@@ -1,7 +1,6 @@
 """Losses to compare with: of uniform guesses, and of unigram and bigram counts."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,18 +11,10 @@ COUNTED, STRETCHES = 2**24, 64
 """Tokens counted or scored of a larger split, and the number of evenly spaced stretches that they come from."""
 
 
-@dataclass(frozen=True)
-class NGramLosses:
-    """Losses on the validation split, in nats per token."""
-
-    uniform: float  # log V
-    unigram: float  # from the frequency of each token in the training split
-    bigram: float  # from its frequency after the token before it
-
-
-def ngram_losses(train: Ids, val: Ids, V: int) -> NGramLosses:
-    """Count in `train` (N,), and score all of `val` (M,) but its first token. So that no token is impossible,
-    p(b) = (n(b) + 1) / (N + V) and p(b | a) = (n(a b) + p(b)) / (n(a) + 1), of counts n; n(a) if a token follows."""
+def ngram_losses(train: Ids, val: Ids, V: int) -> dict[str, float]:
+    """The nats per token of each baseline: counted in `train` (N,), scored on all of `val` (M,) but its first token. So
+    that no token is impossible, p(b) = (n(b) + 1) / (N + V) and p(b | a) = (n(a b) + p(b)) / (n(a) + 1), of counts n,
+    n(a) if a token follows."""
     counted = stretches(train)
     counts = np.bincount(np.concatenate(counted), minlength=V)
     p = (counts + 1.0) / (counts.sum() + V)
@@ -33,7 +24,8 @@ def ngram_losses(train: Ids, val: Ids, V: int) -> NGramLosses:
     at = np.searchsorted(found[:-1], pairs)  # without the last, so that every index is valid
     n_pairs = np.where(found[at] == pairs, times[at], 0)
     given = (n_pairs + p[after]) / (np.bincount(first, minlength=V)[before] + 1.0)
-    return NGramLosses(math.log(V), float(-np.log(p[after]).mean()), float(-np.log(given).mean()))
+    losses = {"unigram counts": -np.log(p[after]).mean(), "bigram counts": -np.log(given).mean()}
+    return {"uniform": math.log(V), **{name: float(loss) for name, loss in losses.items()}}
 
 
 def stretches(tokens: Ids) -> list[NDArray[np.int64]]:

@@ -65,8 +65,8 @@ def climb(
     """Train and score each rung in turn, and sample `sample` characters; those with counts in place of parameters are
     only scored. `train` and `val` are ids (N,)."""
     V = tokenizer.vocab_size
-    grams = ngram_losses(train, val, V)
-    counted = {"uniform": (grams.uniform, V), "unigram": (grams.unigram, V), "bigram counts": (grams.bigram, V * V)}
+    uniform, unigram, bigram = ngram_losses(train, val, V).values()
+    counted = {"uniform": (uniform, V), "unigram": (unigram, V), "bigram counts": (bigram, V * V)}
     for rung in rungs:
         began, text = time.perf_counter(), ""
         if rung.kind == "counted":

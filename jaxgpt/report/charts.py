@@ -33,10 +33,7 @@ def same_tokens(runs: Sequence[Facts]) -> bool:
 
 def baselines(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, float]]:
     """(name, nats per token) of the n-gram baselines, if all runs have the same tokens."""
-    known = next((look.ngrams for look in looks if look.ngrams), None)
-    if not known or not same_tokens(runs):
-        return []
-    return [("uniform", known.uniform), ("unigram counts", known.unigram), ("bigram counts", known.bigram)]
+    return list(looks[0].ngrams.items()) if same_tokens(runs) else []
 
 
 def outcome(runs: Sequence[Facts], looks: Sequence[Looks]) -> Spec | None:

@@ -1,10 +1,11 @@
 """What a report shows of a run's weights: samples, the loss of each token of a passage, and attention."""
 
+import base64
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.runs import corpus_of
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.diagnostics.inside import attention_maps, token_scores
-from jaxgpt.display.baselines import NGramLosses, ngram_losses
+from jaxgpt.display.baselines import ngram_losses
 from jaxgpt.display.text import token_texts
 from jaxgpt.run import Run
 from jaxgpt.sample import SamplingParams, write
@@ -32,28 +33,10 @@ WEIGHTS = 2**18
 """Most attention weights in a report: of a large model it shows fewer tokens."""
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     step: int
     prompt: str
     text: str  # after the prompt
-
-
-@dataclass(frozen=True)
-class Passage:
-    """Consecutive tokens of the validation split."""
-
-    tokens: list[str]
-    losses: list[float]  # nats
-    likely: list[list[tuple[str, float]]]  # the most likely tokens at each position, with their probabilities
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The attention maps of a text."""
-
-    tokens: list[str]
-    weights: NDArray[np.float32]  # (L, H, T, T)
 
 
 @dataclass
@@ -62,9 +45,9 @@ class Looks:
 
     step: int | None = None  # of the weights
     samples: list[Sample] = field(default_factory=list)
-    ngrams: NGramLosses | None = None
-    passage: Passage | None = None
-    attention: Attention | None = None
+    ngrams: dict[str, float] = field(default_factory=dict)  # nats per token of each baseline
+    passage: dict[str, Any] | None = None
+    attention: dict[str, Any] | None = None
     missing: dict[str, str] = field(default_factory=dict)  # section -> why it is unavailable
 
 
@@ -117,23 +100,32 @@ def samples(run: Run, val: Ids | None) -> list[Sample]:
     return found
 
 
-def read(model: ModelConfig, params: model.Params, val: Ids, tokenizer: Tokenizer) -> Passage:
-    """The first READ tokens of `val` (M,) after half a context, each scored with at least that much context."""
+def read(model: ModelConfig, params: model.Params, val: Ids, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The first READ tokens of `val` (M,) after half a context, each scored with at least that much context: the texts
+    of the "tokens", their "losses" in nats, and the "likely" tokens in each place with their probabilities."""
     half = max(1, model.block_size // 2)
     text = np.asarray(val[: half + READ])
     half = min(half, len(text) - 1)
     k, names = min(ALTERNATIVES, tokenizer.vocab_size), token_texts(tokenizer)
     scores = token_scores(model, params, text, k, half)
     likely = [
-        [(names[i], float(p)) for i, p in zip(*pair, strict=True) if i < len(names)]  # ids may be padded
+        [(names[i], round(float(p), 6)) for i, p in zip(*pair, strict=True) if i < len(names)]  # ids may be padded
         for pair in zip(scores.ids[half - 1 :], scores.probabilities[half - 1 :], strict=True)
     ]
-    return Passage([names[i] for i in text[half:]], scores.losses[half - 1 :].tolist(), likely)
+    losses = [round(loss, 5) for loss in scores.losses[half - 1 :].tolist()]
+    return {"tokens": [names[i] for i in text[half:]], "losses": losses, "likely": likely}
 
 
-def attend(model: ModelConfig, params: model.Params, val: Ids, tokenizer: Tokenizer) -> Attention:
-    """The attention maps of the first tokens of `val` (M,)."""
+def attend(model: ModelConfig, params: model.Params, val: Ids, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The attention maps of the first tokens of `val` (M,), `packed`."""
     T = min(model.block_size, 64, max(2, math.isqrt(2 * WEIGHTS // (model.n_layer * model.n_head))))
     ids, names = np.asarray(val[:T], np.int32), token_texts(tokenizer)
     maps = jax.jit(attention_maps, static_argnums=0)(model, params, jnp.asarray(ids)[None])
-    return Attention([names[i] for i in ids], np.asarray(maps[:, 0], np.float32))
+    return packed([names[i] for i in ids], np.asarray(maps[:, 0], np.float32))
+
+
+def packed(tokens: list[str], weights: NDArray[np.floating]) -> dict[str, Any]:
+    """Attention (L, H, T, T) as page.js reads it: a byte for each weight up to the diagonal, by layer, head and row."""
+    L, H, T, _ = weights.shape
+    data = np.rint(255 * weights).astype(np.uint8)[:, :, *np.tril_indices(T)].tobytes()
+    return {"layers": L, "heads": H, "size": T, "tokens": tokens, "weights": base64.b64encode(data).decode()}

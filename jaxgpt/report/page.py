@@ -9,8 +9,6 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-import numpy as np
-
 import jaxgpt
 from jaxgpt.config import MissingExtraError
 from jaxgpt.display.baselines import COUNTED
@@ -18,7 +16,7 @@ from jaxgpt.display.charts import Spec, script
 from jaxgpt.monitor.facts import Facts, differing, kinds
 from jaxgpt.recipes import RECIPES
 from jaxgpt.report.charts import chosen, same_tokens
-from jaxgpt.report.looks import TEMPERATURE, Attention, Looks, Sample
+from jaxgpt.report.looks import TEMPERATURE, Looks, Sample
 
 NEWEST = 500
 """Most events that are listed: the last ones."""
@@ -34,28 +32,19 @@ def page(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec],
       charts: from `charts.charts`.
       refresh: seconds until the page reloads itself; 0: never.
     """
-    which = chosen(runs, looks)
-    look, values, scripts = looks[which], dict[str, Any](), (script(), _file("page.js"))
-    if look.passage:
-        top = (look.ngrams.uniform if look.ngrams else max(look.passage.losses)) or 1.0  # 0 for a single character
-        likely = [[(token, round(p, 4)) for token, p in each] for each in look.passage.likely]
-        losses = [round(loss, 3) for loss in look.passage.losses]
-        values["passage"] = {"tokens": look.passage.tokens, "losses": losses, "likely": likely}
-        values |= {"top": top, "shades": [f"{min(1.0, loss / top):.2f}" for loss in losses]}
-    if look.attention:
-        values["attention"] = packed(look.attention)
+    which, scripts = chosen(runs, looks), (script(), _file("page.js"))
     return environment().get_template("page.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(facts.name for facts in runs)}",
         allowed=" ".join(map(_source_hash, scripts)),
         of_run=f": {runs[which].name}" if len(runs) > 1 else "",
         missing=[f"{facts.name}, {name}: {why}" for facts, each in zip(runs, looks, strict=True)
                  for name, why in each.missing.items()],
-        runs=runs, look=look, charts=charts, refresh=refresh, newest=NEWEST, temperature=TEMPERATURE, counted=COUNTED,
-        samples=samples(runs, looks), same_tokens=same_tokens(runs), recipes=RECIPES,
-        differing=[(name, *values) for name, values in differing(runs)], numbers=numbers, comparison=comparison,
+        runs=runs, look=looks[which], charts=charts, refresh=refresh, newest=NEWEST, temperature=TEMPERATURE,
+        samples=samples(runs, looks), same_tokens=same_tokens(runs), recipes=RECIPES, counted=COUNTED,
+        differing=[(name, *each) for name, each in differing(runs)], numbers=numbers, comparison=comparison,
         configuration=configuration, settings=settings, events=events, version=jaxgpt.__version__,
         time=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        css=_file("page.css"), scripts=scripts, **values,
+        css=_file("page.css"), scripts=scripts,
     )  # fmt: skip
 
 
@@ -86,25 +75,21 @@ def _printable(value: object) -> str:
 def numbers(facts: Facts) -> list[tuple[str, str, str]]:
     """(name, value, note) of the best evaluation in every unit, and of time and speed."""
     assert facts.best
-    best = facts.best.evaluation
-    error = "" if math.isnan(best.standard_error) else f"± {best.standard_error:.4f} "
-    relative = best.standard_error / best.loss if best.loss else math.nan
-    bits = [
-        (f"bits per {unit}", f"{value:.4f}", "" if math.isnan(relative) else f"± {value * relative:.4f}")
-        for unit, value in (("character", best.bits_per_char), ("byte", best.bits_per_byte))
-    ]
-    found = [
-        ("validation loss", f"{best.loss:.4f}", f"{error}nats per token"),
-        *bits,
+    best, speed, used = facts.best.evaluation, facts.tokens_per_second, facts.utilization
+    error = best.standard_error / best.loss if best.loss else math.nan
+    units = (
+        ("validation loss", best.loss, "nats per token"),
+        ("bits per character", best.bits_per_char, ""),
+        ("bits per byte", best.bits_per_byte, ""),
+    )
+    rows = [
+        *((name, f"{x:.4f}", ("" if math.isnan(error) else f"± {x * error:.4f} ") + unit) for name, x, unit in units),
         ("perplexity", f"{math.exp(min(best.loss, 700)):.3f}", "exp of the loss, per token"),
+        ("time", facts.took, "from start to end"),
+        ("speed", f"{speed:,.0f}" if speed else "", "tokens/s of training"),
+        ("utilization", "" if used is None else f"{used:.1%}", "of the published bfloat16 rate"),
     ]
-    if facts.took:
-        found.append(("time", facts.took, "from start to end"))
-    if speed := facts.tokens_per_second:
-        found.append(("speed", f"{speed:,.0f}", "tokens/s of training"))
-    if (used := facts.utilization) is not None:
-        found.append(("utilization", f"{used:.1%}", "of the published bfloat16 rate"))
-    return found
+    return [(name, value, note.strip()) for name, value, note in rows if value]
 
 
 def comparison(runs: Sequence[Facts]) -> tuple[Sequence[str], list[Sequence[str]]]:
@@ -168,24 +153,14 @@ def settings(facts: Facts) -> list[tuple[str, Any]]:
     return [(f"{section}.{name}", value) for section, values in sections for name, value in vars(values).items()]
 
 
-def events(facts: Facts) -> list[dict[str, Any]]:
-    """Time, step, kind and details of each event, and whether its kind is usual."""
+def events(facts: Facts) -> list[tuple[Any, ...]]:
+    """Time, step, kind and details of each event."""
     rows = []
     for event, kind in zip(facts.events, kinds(facts.events), strict=True):
         speed = event.get("tokens_per_second")
         details = event.get("text") or event.get("origin") or (f"{speed:,.0f} tokens/s so far" if speed else "")
-        usual = kind in ("start", "save", "end", "import")
-        times = {"time": event.get("time", ""), "step": event.get("step", "")}
-        rows.append({**times, "kind": kind, "details": details, "usual": usual})
+        rows.append((event.get("time", ""), event.get("step", ""), kind, details))
     return rows
-
-
-def packed(attention: Attention) -> dict[str, Any]:
-    """Attention as page.js reads it: a byte for each weight up to the diagonal, by layer, head and row."""
-    L, H, T, _ = attention.weights.shape
-    data = np.rint(255 * attention.weights).astype(np.uint8)[:, :, *np.tril_indices(T)].tobytes()
-    weights = base64.b64encode(data).decode()
-    return {"layers": L, "heads": H, "size": T, "tokens": attention.tokens, "weights": weights}
 
 
 def _source_hash(script: str) -> str:

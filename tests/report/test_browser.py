@@ -13,7 +13,7 @@ import pytest
 
 from jaxgpt.monitor import facts
 from jaxgpt.report import reporter
-from jaxgpt.report.looks import Attention
+from jaxgpt.report.looks import packed
 from tests.report.test_page import EVENTS
 
 WINDOWS = {
@@ -96,7 +96,7 @@ def test_several_runs_are_shown_and_printed_uncut(browser, trained, trained_look
     runs = [replace(run, name=f"a_run_whose_name_is_longer_than_most_{i}") for i in range(4)]
     configs = [replace(run.config, train=replace(run.config.train, seed=i)) for i in range(4)]
     runs = [replace(run, config=config) for run, config in zip(runs, configs, strict=True)]
-    looks = replace(trained_looks, attention=Attention(list("abcd"), np.full((2, 18, 4, 4), 0.25)))
+    looks = replace(trained_looks, attention=packed(list("abcd"), np.full((2, 18, 4, 4), 0.25)))
     reporter.Report(runs, [looks] * 4).write(tmp_path / "report.html")
     viewport = {"width": 718, "height": 1000}  # A4 without its margins
     page = open_page(browser, tmp_path / "report.html", messages, viewport=viewport)

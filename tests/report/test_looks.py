@@ -20,12 +20,13 @@ def test_all_sections_are_available(trained, trained_looks):
     assert [sample.step for sample in trained_looks.samples] == looks.steps(run) == [0, 10, 20]
     assert len({sample.prompt for sample in trained_looks.samples}) == 1
     assert len({sample.text for sample in trained_looks.samples}) == 3, "the text of each checkpoint is another"
-    assert trained_looks.ngrams.bigram < trained_looks.ngrams.unigram < trained_looks.ngrams.uniform
+    uniform, unigram, bigram = trained_looks.ngrams.values()
+    assert bigram < unigram < uniform
     _, val = corpus_of(run, data_dir).split(DataConfig())
     text = run.tokenizer.decode(val)
-    assert "".join(trained_looks.passage.tokens) in text
-    assert "".join(trained_looks.attention.tokens) in text
-    assert trained_looks.attention.weights.shape == (1, 2, 8, 8)
+    assert "".join(trained_looks.passage["tokens"]) in text
+    assert "".join(trained_looks.attention["tokens"]) in text
+    assert [trained_looks.attention[name] for name in ("layers", "heads", "size")] == [1, 2, 8]
 
 
 def test_step_0_of_an_imported_run_is_only_shown_if_it_was_kept(trained, monkeypatch):
@@ -43,12 +44,12 @@ def test_each_token_of_the_passage_has_at_least_half_a_window_of_context(trained
     found = looks.read(config, params, val, run.tokenizer)
     first, texts = 4, token_texts(run.tokenizer)
     ids = val[first : first + 40]
-    assert found.tokens == [texts[i] for i in ids]
+    assert found["tokens"] == [texts[i] for i in ids]
     windows = np.stack([val[i : i + 9] for i in range(40)]).astype(np.int32)
     alone = jax.jit(model.losses, static_argnums=0)(config, params, windows[:, :-1], windows[:, 1:])
-    for i, loss in enumerate(found.losses, first):
+    for i, loss in enumerate(found["losses"], first):
         assert min(abs(loss - alone[i - 1 - t, t]) for t in range(3, 8) if i > t) < 1e-4
-    for token, loss, likely in zip(found.tokens, found.losses, found.likely, strict=True):
+    for token, loss, likely in zip(*found.values(), strict=True):
         chances = [p for _, p in likely]
         assert chances == sorted(chances, reverse=True)
         if token == likely[0][0]:
@@ -56,11 +57,11 @@ def test_each_token_of_the_passage_has_at_least_half_a_window_of_context(trained
 
 
 def test_attention_is_not_shown_beyond_the_context(trained, monkeypatch):
-    monkeypatch.setattr(looks, "attention_maps", lambda model, params, idx: np.ones((1, 1, 2, *idx.shape * 2)))
+    monkeypatch.setattr(looks, "attention_maps", lambda model, params, idx: np.ones((1, 1, 2, *idx.shape[1:] * 2)))
     run, model = trained[0], trained[0].config.model
     for block_size in (1, 2, 8):
         found = looks.attend(replace(model, block_size=block_size), {}, np.zeros(9, int), run.tokenizer)
-        assert len(found.tokens) == block_size
+        assert len(found["tokens"]) == block_size
 
 
 def test_prompt_has_whole_characters(trained, monkeypatch):
@@ -100,5 +101,5 @@ def test_missing_weights_are_reported(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(looks, "load_checkpoint", damaged)
     found = looks.look(run, data_dir)
     assert found.missing == {"weights": "it is damaged"}
-    assert found.ngrams is not None
+    assert found.ngrams
     assert found.passage is None

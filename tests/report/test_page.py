@@ -20,7 +20,7 @@ from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated
 from jaxgpt.monitor import curves, facts
 from jaxgpt.report import charts, page, reporter
-from jaxgpt.report.looks import Attention
+from jaxgpt.report.looks import packed
 from jaxgpt.run import Run
 from tests.conftest import HOSTILE
 
@@ -70,7 +70,7 @@ def test_the_page_loads_no_other_file(html_page):
 
 
 def test_text_does_not_become_markup(report, html_page):
-    assert "</scr" in "".join(report.looks[0].passage.tokens)
+    assert "</scr" in "".join(report.looks[0].passage["tokens"])
     elements = Elements(html_page)
     running = [text for attrs, text in elements.scripts if attrs.get("type") != "application/json"]
     assert len(running) == 2, "only the scripts of the page"
@@ -80,7 +80,7 @@ def test_text_does_not_become_markup(report, html_page):
         assert f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
     blocks = {attrs["id"]: json.loads(text) for attrs, text in elements.scripts if "id" in attrs}
     assert blocks.keys() == {"charts", "passage-data", "attention-data"}
-    assert blocks["passage-data"]["tokens"] == report.looks[0].passage.tokens
+    assert blocks["passage-data"]["tokens"] == report.looks[0].passage["tokens"]
     assert len([tag for tag, _ in elements.found if tag == "b"]) == len(report.looks[0].samples), "none from the text"
 
 
@@ -162,7 +162,7 @@ def test_text_has_enough_contrast_in_both_themes():
 def test_attention_is_packed_row_by_row():
     L, H, T = 2, 3, 5
     weights = np.random.default_rng(0).random((L, H, T, T))
-    data = base64.b64decode(page.packed(Attention(list("abcde"), weights))["weights"])
+    data = base64.b64decode(packed(list("abcde"), weights)["weights"])
     assert len(data) == L * H * T * (T + 1) // 2
     for layer, head, t in np.ndindex(L, H, T):  # as page.js counts
         row = (layer * H + head) * (T * (T + 1) // 2) + t * (t + 1) // 2
@@ -253,11 +253,8 @@ def test_each_figure_is_in_its_place(report):
         "time": "",
     }
     (look,) = report.looks
-    assert charts.baselines([run], [look]) == [
-        ("uniform", look.ngrams.uniform),
-        ("unigram counts", look.ngrams.unigram),
-        ("bigram counts", look.ngrams.bigram),
-    ]
+    assert charts.baselines([run], [look]) == list(look.ngrams.items())
+    assert list(look.ngrams) == ["uniform", "unigram counts", "bigram counts"]
 
 
 def test_the_configuration_is_that_of_the_last_process(report):
