@@ -69,7 +69,7 @@ def test_without_a_home_folder_nothing_is_cached(no_home, tmp_path, monkeypatch,
     before = jax.config.jax_compilation_cache_dir
     use_compile_cache()
     assert jax.config.jax_compilation_cache_dir == before
-    assert capsys.readouterr().err == ("jaxgpt: compiled programs are not cached: no home folder; set XDG_CACHE_HOME\n")
+    assert capsys.readouterr().err == ("jaxgpt: compiled programs are not kept: no home folder; set XDG_CACHE_HOME\n")
     assert list(tmp_path.iterdir()) == []
 
 

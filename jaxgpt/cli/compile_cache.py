@@ -24,21 +24,16 @@ def use_compile_cache() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    if not (cache := cache_dir()):
-        print("jaxgpt: compiled programs are not cached: no home folder; set XDG_CACHE_HOME", file=sys.stderr)
-        return
     # A home folder may be shared by machines whose processors have different features.
     features = [line for line in cpu_info().splitlines() if line.lower().startswith(("flags", "features"))]
     features = features or [platform.machine(), platform.processor()]
-    folder = cache / f"compiled-{hashlib.sha256(''.join(features).encode()).hexdigest()[:8]}"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not is_private(folder):
-            raise PermissionError(None, "others may write to it, or own it: chmod 700 it, or remove it")
+        folder = private_cache(f"compiled-{hashlib.sha256(''.join(features).encode()).hexdigest()[:8]}")
     except OSError as error:
-        print(f"jaxgpt: compiled programs are not kept in {folder}: {error.strerror}", file=sys.stderr)
+        where = f" in {error.filename}" if error.filename else ""
+        print(f"jaxgpt: compiled programs are not kept{where}: {error.strerror}", file=sys.stderr)
         return
-    prune(cache, MAX_BYTES)
+    prune(folder.parent, MAX_BYTES)
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -47,10 +42,22 @@ def use_compile_cache() -> None:
 
     def showwarning(message: Any, *args: Any, **kwargs: Any) -> None:
         if "persistent compilation cache entry" in str(message):  # a full disk or a kill cut it off
-            prune(cache, 0)  # JAX replaces no entry, and would warn at every start
+            prune(folder.parent, 0)  # JAX replaces no entry, and would warn at every start
         show(message, *args, **kwargs)
 
     warnings.showwarning = showwarning
+
+
+def private_cache(name: str) -> Path:
+    """A folder in the user's cache, made if missing. Raises OSError if there is none that only the user can write to.
+    What is in compiled-*/ is removed when it is old."""
+    if not (cache := cache_dir()):
+        raise FileNotFoundError(None, "no home folder; set XDG_CACHE_HOME")
+    folder = cache / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not is_private(folder):
+        raise PermissionError(None, "others may write to it, or own it: chmod 700 it, or remove it", str(folder))
+    return folder
 
 
 def prune(cache: Path, max_bytes: int) -> None:

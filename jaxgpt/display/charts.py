@@ -3,7 +3,7 @@
 import json
 import math
 import re
-import zlib
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt import files
+from jaxgpt.cli.compile_cache import private_cache
 from jaxgpt.config import MissingExtraError, UsageError
 
 VERSION = "6.4"
@@ -107,9 +108,8 @@ def dots(rows: list[Spec], kinds: list[str], title: str) -> Spec:
     y: Spec = {"field": "what", "type": "nominal", "sort": names, "title": None}
     y["axis"] = {"labelLimit": 220, "ticks": False, "domain": False, "grid": True}
     x = quantity("loss", title, {"tickCount": 6}, padding=50)
-    present = {row["kind"] for row in rows}
-    colours = {kind: c for kind, c in zip(kinds, (ACCENT, QUIET, WARM), strict=False) if kind in present}
-    color = category("kind", list(colours), list(colours.values()), {"title": None, "labelLimit": 300})
+    present = [kind for kind in kinds if kind in {row["kind"] for row in rows}]
+    color = category("kind", present, (ACCENT, QUIET, WARM), {"title": None, "labelLimit": 300})
     at = {"x": x, "y": y, "color": color}
     tooltip = [{"field": "what", "title": "what"}, {"field": "loss", "format": ".4f", "title": title}]
     first = list({row["what"]: row for row in reversed(rows)}.values())
@@ -140,13 +140,9 @@ def require(path: Path | None = None) -> Any:
 
 
 def save(spec: Spec, path: Path, width: int = 760) -> None:
-    """Write a chart to `path`, atomically. Raises as `require`, and UsageError if it cannot be written."""
+    """Write a chart to `path`, atomically. Raises as `require`, and OSError if it cannot be written."""
     require(path)
-    drawn = render(spec, path.suffix, width)
-    try:
-        files.write_atomically(path, drawn)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    files.write_atomically(path, render(spec, path.suffix, width))
 
 
 def render(spec: Spec, suffix: str, width: int = 760) -> bytes:
@@ -159,26 +155,24 @@ def render(spec: Spec, suffix: str, width: int = 760) -> bytes:
         coloured["width"] = width
     convert = require()
     if suffix == ".png":
-        return _compressed(bytes(convert.vegalite_to_png(coloured, vl_version=VERSION, scale=2)))
+        return bytes(convert.vegalite_to_png(coloured, vl_version=VERSION, scale=2))
     if suffix == ".pdf":
         return bytes(convert.vegalite_to_pdf(coloured, vl_version=VERSION))
     return str(convert.vegalite_to_svg(coloured, vl_version=VERSION)).encode()
 
 
-def _compressed(png: bytes) -> bytes:
-    """The same picture at zlib's highest level: a third of the size that vl-convert writes."""
-    head, pixels, at = png[:33], b"", 33  # signature and IHDR
-    while (kind := png[at + 4 : at + 8]) != b"IEND":
-        size = int.from_bytes(png[at : at + 4])
-        if kind == b"IDAT":
-            pixels += png[at + 8 : at + 8 + size]
-        at += 12 + size
-    data = b"IDAT" + zlib.compress(zlib.decompress(pixels), 9)
-    return head + (len(data) - 4).to_bytes(4) + data + zlib.crc32(data).to_bytes(4) + png[at:]
-
-
 @cache
 def script() -> str:
-    """Vega as one script, which defines `vegaEmbed` in a page."""
-    bundle: str = require().javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VERSION)
-    return re.sub("</(script)", r"<\\/\1", bundle, flags=re.I)  # must not close its own element
+    """Vega as one script, which defines `vegaEmbed` in a page. The user's cache keeps it: vl-convert takes 3 s."""
+    convert = require()
+
+    def bundled() -> str:
+        bundle = convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VERSION)
+        return re.sub("</(script)", r"<\\/\1", bundle, flags=re.I)  # must not close its own element
+
+    with suppress(OSError):
+        kept = private_cache("compiled-vega") / f"{VERSION}-{convert.__version__}.js"
+        if not kept.exists():
+            files.write_atomically(kept, bundled().encode())
+        return kept.read_text("utf-8")
+    return bundled()

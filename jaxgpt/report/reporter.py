@@ -38,13 +38,10 @@ class Report:
         )
 
     def write(self, path: Path, refresh: int = 0) -> int:
-        """Write the page atomically; its size in bytes. Raises UsageError if it cannot be written."""
+        """Write the page atomically; its size in bytes."""
         data = page(self.runs, self.looks, charts(self.runs, self.looks), refresh).encode()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_atomically(path, data)
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror}; name another file: --out") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(path, data)
         return len(data)
 
     def draw(self, folder: Path) -> list[Path]:
