@@ -52,16 +52,22 @@ def run(args: list[str]) -> int:
 def _estimate(given: PlanOptions, config: Config) -> bool:
     """Print the estimate for --chips and --mesh, or a ranking of meshes; return whether the step, or the best
     of each number of chips, fits."""
+    from jaxgpt.cli.mesh import check
     from jaxgpt.monitor.chips import CHIPS
     from jaxgpt.monitor.terminal import RunConsole
     from jaxgpt.plan import plan, view
+    from jaxgpt.plan.estimate import estimate
     from jaxgpt.sharding import Sizes
 
     if given.chip not in CHIPS:
         raise plan.PlanError(f"no chip {given.chip!r}: expected one of {', '.join(CHIPS)}")
     chip, config = CHIPS[given.chip], plan.resolved(config)
     if given.mesh != "auto":
-        bests = [plan.estimated(config, chip, Sizes.parse(given.mesh), given.chips)]
+        check(config, sizes := Sizes.parse(given.mesh))
+        if given.chips != (sizes.devices,):
+            raise plan.PlanError(f"the mesh {sizes} has {sizes.devices} chips: give --chips {sizes.devices}")
+        plan.require_pods(chip, sizes)
+        bests = [estimate(config, chip, sizes)]
         lines = view.estimated(given.chip, bests[0])
     else:
         shown = SHOWN if len(given.chips) == 1 else 1

@@ -107,14 +107,9 @@ class Step:
 def sent(kind: str, n: int, size: float) -> float:
     """Bytes that each of n chips sends, both ways round a ring, for an array of `size` bytes, as counted by
     `hlo.collectives`: https://jax-ml.github.io/scaling-book/sharding."""
-    match kind:
-        case "all-reduce":
-            return 2 * size * (n - 1) / n
-        case "all-to-all":
-            return size * max(1, n / 4) * (n - 1) / n
-        case "collective-permute":
-            return size
-    return size * (n - 1) / n
+    ring = (n - 1) / n
+    factors = {"all-reduce": 2 * ring, "all-to-all": max(1, n / 4) * ring, "collective-permute": 1}
+    return size * factors.get(kind, ring)
 
 
 def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:

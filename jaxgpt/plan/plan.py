@@ -3,7 +3,6 @@
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,18 +122,23 @@ def ranked(config: Config, chip: Chip, n: int, sweep: bool = False) -> list[Step
       sweep: try a quarter, half, once, twice and four times the batch size, if whole; else only the config's own.
 
     Raises:
-      PlanError: n chips have a `pod_problem`, or no mesh of them is possible.
+      PlanError: as `require_pods`, or no mesh of n chips is possible.
     """
-    if wrong := pod_problem(chip, Sizes(data=n)):
-        raise PlanError(wrong)
+    require_pods(chip, Sizes(data=n))
     B, found = config.train.batch_size, list[Step]()
     batches = [B * k // 4 for k in (1, 2, 4, 8, 16) if B * k % 4 == 0] if sweep else [B]
+    meshes = [
+        Sizes(n // context // tensor // fsdp, fsdp, tensor, context)
+        for context in divisors(n)
+        for tensor in divisors(n // context)
+        for fsdp in divisors(n // context // tensor)
+    ]
     for batch in sorted({size for one in batches for size in (one, math.ceil(one / n) * n)}):
-        for sizes in meshes(n):
+        for sizes in meshes:
             step = None
             for accumulate in divisors(batch):
                 changed = replaced(config, batch_size=batch, accumulate=accumulate)
-                if pod_problem(chip, sizes) or problems(changed, sizes) or config_problems(changed):
+                if sizes.data % chip.slices(n) or problems(changed, sizes) or config_problems(changed):
                     continue  # it cannot run
                 step = estimate(changed, chip, sizes)
                 if step.fits:
@@ -145,34 +149,12 @@ def ranked(config: Config, chip: Chip, n: int, sweep: bool = False) -> list[Step
     return sorted(found, key=lambda step: (not step.fits, step.bounds[1] / step.config.train.batch_size))
 
 
-def estimated(config: Config, chip: Chip, sizes: Sizes, chips: Sequence[int]) -> Step:
-    """The step on a given mesh.
-
-    Raises:
-      MeshError: a dimension of the config is not divisible by its axis.
-      PlanError: `chips` is not the size of the mesh, or it has a `pod_problem`.
-    """
-    check(config, sizes)
-    if list(chips) != [sizes.devices]:
-        raise PlanError(f"the mesh {sizes} has {sizes.devices} chips: give --chips {sizes.devices}")
-    if wrong := pod_problem(chip, sizes):
-        raise PlanError(wrong)
-    return estimate(config, chip, sizes)
-
-
-def pod_problem(chip: Chip, sizes: Sizes) -> str:
-    """Why a mesh cannot span as many pods of a chip as it needs; "" if it can."""
+def require_pods(chip: Chip, sizes: Sizes) -> None:
+    """Raise a PlanError if a mesh cannot span as many pods of a chip as it needs."""
     n, pods = sizes.devices, chip.slices(sizes.devices)
     if pods > 1 and not chip.network_rate:
-        return f"{n} chips exceed a pod of {chip.pod}, and the rate between pods of this chip is unknown"
+        raise PlanError(f"{n} chips exceed a pod of {chip.pod}, and the rate between pods of this chip is unknown")
     if sizes.data % pods:
-        return f"{n} chips span {pods} pods of {chip.pod}: their number, and data, must be multiples of {pods}"
-    return ""
-
-
-def meshes(n: int) -> Iterator[Sizes]:
-    """All meshes of n devices."""
-    for context in divisors(n):
-        for tensor in divisors(n // context):
-            for fsdp in divisors(n // context // tensor):
-                yield Sizes(n // context // tensor // fsdp, fsdp, tensor, context)
+        raise PlanError(
+            f"{n} chips span {pods} pods of {chip.pod}: their number, and data, must be multiples of {pods}"
+        )

@@ -50,7 +50,11 @@ def topology(name: str) -> tuple[Chip | None, list[Any]]:
     kind, _, arrangement = name.partition(":")
     n = int(arrangement) if arrangement.isdecimal() else 0
     if kind == "cpu" and 1 <= n <= MOST_VIRTUAL:
-        return None, _virtual(n)
+        with suppress(RuntimeError):  # JAX is already initialized
+            jax.config.update("jax_num_cpu_devices", n)
+        if len(devices := jax.devices("cpu")) < n:
+            raise PlanError(f"--topology {name}: there are {len(devices)} devices; set JAX_NUM_CPU_DEVICES={n}")
+        return None, devices[:n]
     if kind in GPUS and n:
         described, expected, extra = _gpus(kind, n), f"{kind}:8", "cuda"
     elif kind in TPUS:
@@ -106,11 +110,3 @@ def _gpus(kind: str, n: int) -> dict[str, Any]:
         }}"""
     arrangement = f"1x{-(-n // machine)}x{machine}"
     return {"platform": "cuda", "topology_name": "", "target_config": target, "topology": arrangement}
-
-
-def _virtual(n: int) -> list[Any]:
-    with suppress(RuntimeError):  # JAX is already initialized
-        jax.config.update("jax_num_cpu_devices", n)
-    if len(jax.devices("cpu")) < n:
-        raise PlanError(f"--topology cpu:{n}: there are {len(jax.devices('cpu'))} devices; set JAX_NUM_CPU_DEVICES={n}")
-    return jax.devices("cpu")[:n]

@@ -8,10 +8,6 @@ from jaxgpt.monitor import cost
 from jaxgpt.plan.estimate import Step, estimate
 from jaxgpt.plan.plan import Plan
 
-RATES = (
-    "  (at published rates of matmuls, memory and links; programs reach about half of the first two. The first figure "
-    "overlaps no communication, the second all of it)"
-)
 KERNELS = {
     "tpu_custom_call": "splash attention",
     "__cudnn$fmhaSoftmax": "cuDNN's attention",
@@ -67,12 +63,10 @@ def costs(step: Step, how: str) -> Iterator[str]:
         (least, most), (slow, fast) = step.bounds, step.utilization
         yield (
             f"  a step in {ms(most)} to {ms(least)} ms, {step.tokens / most:,.0f} to "
-            f"{step.tokens / least:,.0f} tokens/s, utilization {slow:.0%} to {fast:.0%}"
+            f"{step.tokens / least:,.0f} tokens/s, utilization {slow:.0%} to {fast:.0%}\n"
+            "  (at published rates of matmuls, memory and links; programs reach about half of the first two. The first "
+            "figure overlaps no communication, the second all of it)"
         )
-        yield RATES
-        if step.config.model.precision == "float32":
-            kind = "bfloat16" if step.chip.torus else "TF32"
-            yield f"  (float32 matmuls at the rate of {kind}, which is JAX's default there)"
 
 
 def ms(seconds: float, digits: int = 0) -> str:
@@ -106,8 +100,7 @@ def table(steps: list[Step]) -> Iterator[str]:
     yield f"| {' | '.join(COLUMNS)} |"
     yield "| --- " * len(COLUMNS) + "|"
     for step in steps:
-        train, (_, most) = step.config.train, step.bounds
-        memory = size(step.memory) + ("" if step.fits else ", too much or nearly")
-        rate, slow = f"{step.tokens / most:,.0f}", f"{step.utilization[0]:.0%}"
-        cells = (step.sizes.devices, step.sizes, train.batch_size, train.accumulate, memory)
-        yield "| " + " | ".join(map(str, (*cells, ms(most), rate, slow))) + " |"
+        train, (_, most), memory = step.config.train, step.bounds, size(step.memory)
+        memory += "" if step.fits else ", too much or nearly"
+        cells = [step.sizes.devices, step.sizes, train.batch_size, train.accumulate, memory, ms(most)]
+        yield f"| {' | '.join(map(str, cells))} | {step.tokens / most:,.0f} | {step.utilization[0]:.0%} |"

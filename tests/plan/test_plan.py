@@ -235,13 +235,11 @@ def test_short_times_are_not_rounded_to_zero(capsys):
 
 def test_float32_is_estimated_at_the_rate_of_its_matmuls(recipes, change):
     config, sizes = change(recipes["1.5b"], precision="float32"), Sizes(fsdp=8)
-    for name, slower, kind in (("h100", 989 / 494.7, "TF32"), ("a100", 2, "TF32"), ("v5p", 1, "bfloat16")):
+    for name, slower in (("h100", 989 / 494.7), ("a100", 2), ("v5p", 1)):  # in TF32 on GPUs, in bfloat16 on TPUs
         steps = [estimate(each, CHIPS[name], sizes) for each in (config, recipes["1.5b"])]
         times = [step.seconds["matmuls"] for step in steps]
         assert times[0] == pytest.approx(slower * times[1])
         assert steps[0].utilization[0] == pytest.approx(steps[0].flops / steps[0].bounds[1] / CHIPS[name].float32)
-        texts = ["\n".join(view.costs(step, "")) for step in steps]
-        assert [f"float32 matmuls at the rate of {kind}" in text for text in texts] == [True, False]
 
 
 def test_impossible_plans_are_refused(shallow, change):
