@@ -1,6 +1,5 @@
 """`jaxgpt ledger`: what `jit` costs and saves here. `jaxgpt inspect`: parameters, and the cost of the compiled step."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -33,8 +32,6 @@ class Ledger:
     """Variants to run, such as jit eager "scan of 10"; all by default."""
     rounds: int = 5
     """Rounds of measurement, in which all variants take turns."""
-    seconds: float = 0.5
-    """Seconds that each variant works in a round; at least one step or scan."""
     out: Path | None = None
     """The JSON file to write; None is ledger-RECIPE.json in the current folder."""
     plot: Path | None = None
@@ -66,8 +63,6 @@ def run_ledger(args: list[str]) -> int:
     given = parse(Ledger, args, "ledger", ABOUT_LEDGER, default, name)
     if given.rounds < 1:
         raise UsageError(f"rounds is {given.rounds}, expected 1 or more")
-    if not 0 <= given.seconds < math.inf:
-        raise UsageError(f"seconds is {given.seconds}, expected a number from 0 up")
     varied = "on variants, which set it themselves (compare them: --variants jit {})".format
     unused = {"precision": varied("bfloat16"), "remat": varied("'remat matmuls' 'remat blocks'")}
     refuse_unused(given.config.model, default.config.model, unused)
@@ -84,7 +79,7 @@ def run_ledger(args: list[str]) -> int:
     places.require_file(given.plot, "--plot", out)
     if given.plot:
         charts.require(given.plot)
-    found = ledger.measure(complete(given.config, given.data_dir), name, variants, given.rounds, given.seconds)
+    found = ledger.measure(complete(given.config, given.data_dir), name, variants, given.rounds)
     report.save(found, out)
     if given.plot:
         charts.save(plots.ledger(found), given.plot)

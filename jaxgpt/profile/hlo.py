@@ -142,7 +142,7 @@ def custom_calls(text: str) -> set[str]:
 def collectives(text: str) -> Collectives:
     """What a device sends in one run of a program. The bytes are those of whole arrays: the result of a gather, the
     argument of a scatter."""
-    counts, sent, chains = Counter[tuple[str, int]](), Counter[tuple[str, int]](), set[tuple[str, str]]()
+    found, chains = Collectives(), set[tuple[str, str]]()
     for name, body in computations(text).items():
         for each in body:
             kind, n = each.op.removesuffix("-start"), _group_size(each.line)
@@ -161,9 +161,9 @@ def collectives(text: str) -> Collectives:
                 size = sum(sizes) * (n if kind == "reduce-scatter" else 1)
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # TPUs: each device keeps a shard
                 kind = "reduce-scatter"
-            counts[kind, n] += each.runs
-            sent[kind, n] += each.runs * size
-    return {key: (counts[key], sent[key]) for key in sorted(counts)}
+            times, n_bytes = found.get((kind, n), (0, 0))
+            found[kind, n] = times + each.runs, n_bytes + each.runs * size
+    return dict(sorted(found.items()))
 
 
 def computations(text: str) -> dict[str, list[Instruction]]:
@@ -250,7 +250,5 @@ def _size(shape: str) -> int:
 
 def _sizes(shape: str) -> list[int]:
     """Bytes of each array in a shape."""
-    return [
-        (BITS.get(dtype) or int(dtype[1:])) * math.prod(int(n) for n in dims.split(",") if n) // 8
-        for dtype, dims in SHAPE.findall(shape)
-    ]
+    arrays = [(dtype, map(int, dims.split(",") if dims else [])) for dtype, dims in SHAPE.findall(shape)]
+    return [(BITS.get(dtype) or int(dtype[1:])) * math.prod(dims) // 8 for dtype, dims in arrays]

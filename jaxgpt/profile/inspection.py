@@ -1,6 +1,5 @@
 """The four programs of training (forward, loss, gradient and step), and the report of `jaxgpt inspect` on them."""
 
-import math
 import re
 import statistics
 import tempfile
@@ -133,25 +132,29 @@ def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: P
     return {"mode": f"inspecting {name}", "facts": machine, "tables": titled, "notes": notes, "roofline": figures}
 
 
+def shares(rows: Rows, column: str) -> Rows:
+    """Each row with its share of the sum of a column."""
+    total = sum(row[column] for row in rows) or 1
+    return [row | {"share, %": 100 * row[column] / total} for row in rows]
+
+
 def parameter_rows(config: ModelConfig) -> Rows:
     """A row for each parameter, those of all blocks in one, and the total."""
     unrolled = replace(config, scan_layers=False)
     params = jax.eval_shape(lambda: model.init_params(unrolled, prng.key(0)))
-    found = Counter[tuple[str, tuple[int, ...]]]()  # how many parameters have this name and shape
+    found = Counter[tuple[str, tuple[int, ...]]]()  # elements of the parameters of this name and shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        found[re.sub(r"^h_\d+/", "h_*/", "/".join(key.key for key in path)), leaf.shape] += 1
-    total = cost.n_params(config)
+        found[re.sub(r"^h_\d+/", "h_*/", "/".join(key.key for key in path)), leaf.shape] += leaf.size
     rows: Rows = [
         {
             "module": name,
             "shape": " x ".join(map(str, shape)),
-            "blocks": n if name.startswith("h_*") else None,
-            "count": n * math.prod(shape),
-            "share, %": 100 * n * math.prod(shape) / total,
+            "blocks": config.n_layer if name.startswith("h_*") else None,
+            "count": count,
         }
-        for (name, shape), n in found.items()
+        for (name, shape), count in found.items()
     ]
-    return [*rows, {"module": "total", "count": total, "share, %": 100.0}]
+    return [*shares(rows, "count"), {"module": "total", "count": cost.n_params(config), "share, %": 100.0}]
 
 
 def program_rows(found: dict[str, Program]) -> Rows:
@@ -185,18 +188,11 @@ def program_rows(found: dict[str, Program]) -> Rows:
 
 def matmul_rows(text: str) -> Rows:
     """The matmuls of a program that take most FLOPs, by shape and kernel."""
-    found = hlo.matmuls(text)
-    total = sum(each.flops for each in found)
-    return [
-        {
-            "operands": each.shapes,
-            "computed by": each.kernel,
-            "times": each.runs,
-            "MFLOP": each.flops / 1e6,
-            "share, %": 100 * each.flops / total,
-        }
-        for each in found[:SHOWN]
+    rows: Rows = [
+        {"operands": each.shapes, "computed by": each.kernel, "times": each.runs, "MFLOP": each.flops / 1e6}
+        for each in hlo.matmuls(text)
     ]
+    return shares(rows, "MFLOP")[:SHOWN]
 
 
 def stepper(config: Config, step: Program) -> Callable[[], int]:
@@ -241,30 +237,20 @@ def measure(config: Config, step: Program, folder: Path | None) -> tuple[Rows, l
         "iteration of a loop included",
     ]
     if folder:
-        notes.append(
-            f"the profile of {TRACED} steps is in {folder}: open its .trace.json.gz in https://ui.perfetto.dev, or run "
-            f"tensorboard --logdir {folder} with XProf's plug-in"
-        )
+        viewers = f"https://ui.perfetto.dev, or tensorboard --logdir {folder} with XProf's plug-in"
+        notes.append(f"the profile of {TRACED} steps is in {folder}: open its .trace.json.gz in {viewers}")
     rows = roofline.rows(known, ran, TRACED, modules, machine)
     return operation_rows(known, ran), notes, {"peak, GFLOP/s": peak, "bandwidth, GB/s": bandwidth, "rows": rows}
 
 
 def operation_rows(known: dict[str, hlo.Instruction], ran: list[trace.Operation]) -> Rows:
     """The operations that took longest, those of all blocks in one row."""
-    total = sum(each.seconds for each in ran) or 1.0
-    runs, seconds = Counter[tuple[str, str | None]](), defaultdict[tuple[str, str | None], float](float)
+    found: dict[tuple[str, str | None], dict[str, Any]] = {}
     for each in ran:
         instruction = known.get(each.name)
-        key = (instruction.origin or each.name, instruction.kernel) if instruction else (each.name, None)
-        runs[key] += each.runs
-        seconds[key] += each.seconds
-    return [
-        {
-            "comes from": key[0],
-            "computed by": key[1],
-            "times a step": runs[key] / TRACED,
-            "ms a step": 1e3 * took / TRACED,
-            "share, %": 100 * took / total,
-        }
-        for key, took in sorted(seconds.items(), key=lambda item: -item[1])[:SHOWN]
-    ]
+        origin, kernel = (instruction.origin, instruction.kernel) if instruction else ("", None)
+        new = {"comes from": origin or each.name, "computed by": kernel, "times a step": 0.0, "ms a step": 0.0}
+        row = found.setdefault((origin or each.name, kernel), new)
+        row["times a step"] += each.runs / TRACED
+        row["ms a step"] += 1e3 * each.seconds / TRACED
+    return shares(sorted(found.values(), key=lambda row: -row["ms a step"]), "ms a step")[:SHOWN]

@@ -72,7 +72,7 @@ NOTES = (
 )
 
 
-def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int, seconds: float) -> Report:
+def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int, seconds: float = 0.5) -> Report:
     """A report on the step of `config`, its vocab_size known, called `name`, on the first device.
 
     Args:
