@@ -43,7 +43,6 @@ class Sample(NamedTuple):
 class Looks:
     """What a report shows of a run's tokens and weights, as far as they are available."""
 
-    step: int | None = None  # of the weights
     samples: list[Sample] = field(default_factory=list)
     ngrams: dict[str, float] = field(default_factory=dict)  # nats per token of each baseline
     passage: dict[str, Any] | None = None
@@ -69,9 +68,9 @@ def look(run: Run, data_dir: Path) -> Looks:
         train, val = corpus.split(run.config.data)
         looks.ngrams = ngram_losses(train, val, tokenizer.vocab_size)
     if weights:
-        looks.step, params = weights
         looks.samples = attempt("samples", lambda: samples(run, val)) or []
     if weights and val is not None:
+        _, params = weights
         looks.passage = attempt("passage", lambda: read(model, params, val, tokenizer))
         if model.kind == "gpt":
             looks.attention = attempt("attention", lambda: attend(model, params, val, tokenizer))

@@ -97,14 +97,13 @@ def comparison(runs: Sequence[Facts]) -> tuple[Sequence[str], list[Sequence[str]
     names = ("run", "loss, nats per token", "bits/char", "bits/byte", "at step", "parameters", "tokens/s", "time")
     rows: list[Sequence[str]] = []
     for facts in sorted(runs, key=lambda facts: facts.best.evaluation.bits_per_byte if facts.best else math.inf):
-        scored, at = ("not evaluated yet", "", ""), f"{facts.step:,}"
+        scored, speed = ("not evaluated yet", "", "", f"{facts.step:,}"), facts.tokens_per_second
         if facts.best:
             step, best = facts.best
-            error = "" if math.isnan(best.standard_error) else f" ± {best.standard_error:.4f}"
-            scored = (f"{best.loss:.4f}{error}", f"{best.bits_per_char:.4f}", f"{best.bits_per_byte:.4f}")
-            at = f"{step:,} of {facts.step:,}"
-        speed = f"{facts.tokens_per_second:,.0f}" if facts.tokens_per_second else ""
-        rows.append((facts.name, *scored, at, f"{facts.n_params:,}", speed, facts.took))
+            loss = f"{best.loss:.4f}" + ("" if math.isnan(best.standard_error) else f" ± {best.standard_error:.4f}")
+            bits = f"{best.bits_per_char:.4f}", f"{best.bits_per_byte:.4f}"
+            scored = (loss, *bits, f"{step:,} of {facts.step:,}")
+        rows.append((facts.name, *scored, f"{facts.n_params:,}", f"{speed:,.0f}" if speed else "", facts.took))
     return names, rows
 
 
@@ -123,24 +122,23 @@ def samples(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, Sa
 def configuration(facts: Facts) -> list[tuple[str, list[Any], bool]]:
     """(name, lines, whether they are code) of the recipe, commands, data, versions and hardware."""
     corpus, start = facts.corpus, facts.starts[-1] if facts.starts else {}
-    kind = corpus["tokenizer"]["kind"]
-    versions = (("jaxgpt", "jaxgpt"), ("JAX", "jax"), ("Python", "python"))
-    device = start.get("device", "")
+    kind, device = corpus["tokenizer"]["kind"], start.get("device", "")
     if start.get("backend") == "cpu" and "cpu" in start:
         device = f"{start['cpu']}, {start['cores']} cores"
     elif start.get("devices", 1) > 1:
         device = f"{start['devices']} x {device}"
-    changes = ", ".join(f"{field} {value} (recipe: {was})" for field, was, value in facts.changes)
+    changes = [f"{field} {value} (recipe: {was})" for field, was, value in facts.changes]
+    versions = [f"{name} {start[name.lower()]}" for name in ("jaxgpt", "JAX", "Python") if name.lower() in start]
     rows: list[tuple[str, list[Any], bool]] = [
         ("recipe", [f"{facts.recipe}: {RECIPES[facts.recipe].about}"], False),
-        ("differences", [changes or "none"], False),
+        ("differences", [", ".join(changes) or "none"], False),
         ("command", [facts.command], True),
         ("as typed", [start["command"] for start in facts.starts if "command" in start], True),
         ("text", [f"{corpus['source']}, from {corpus['origin']}"], False),
         ("tokens", [f"{corpus['count']:,}, {kind}, {facts.held_out:,} of them for validation"], False),
         ("SHA-256 of the tokens", [corpus["sha256"]], True),
         ("SHA-256 of the text", [corpus["source_sha256"]], True),
-        ("versions", [" · ".join(f"{name} {start[key]}" for name, key in versions if key in start)], False),
+        ("versions", [" · ".join(versions)], False),
         ("hardware", [device], False),
         ("processes", [start.get("processes")], False),
     ]
