@@ -7,9 +7,6 @@ from jaxgpt.cli.options import parse, refuse_unused, take_recipe
 from jaxgpt.config import Config, UsageError, check
 from jaxgpt.recipes import recipe
 
-SHOWN = 10
-"""Rows of a ranking."""
-
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -45,63 +42,8 @@ def run(args: list[str]) -> int:
     if given.chips and min(given.chips) < 1:
         raise UsageError(f"--chips {min(given.chips)}: expected 1 or more")
     os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for TPUs and GPUs needs none
-    fits = _estimate(given, config) if given.chips else _compile(given, config)
-    return 0 if fits else 1
+    from jaxgpt.plan import view
 
-
-def _estimate(given: PlanOptions, config: Config) -> bool:
-    """Print the estimate for --chips and --mesh, or a ranking of meshes; return whether the step, or the best
-    of each number of chips, fits."""
-    from jaxgpt.cli.mesh import check
-    from jaxgpt.monitor.chips import CHIPS
-    from jaxgpt.monitor.terminal import RunConsole
-    from jaxgpt.plan import plan, view
-    from jaxgpt.plan.estimate import estimate
-    from jaxgpt.sharding import Sizes
-
-    if given.chip not in CHIPS:
-        raise plan.PlanError(f"no chip {given.chip!r}: expected one of {', '.join(CHIPS)}")
-    chip, config = CHIPS[given.chip], plan.resolved(config)
-    if given.mesh != "auto":
-        check(config, sizes := Sizes.parse(given.mesh))
-        if given.chips != (sizes.devices,):
-            raise plan.PlanError(f"the mesh {sizes} has {sizes.devices} chips: give --chips {sizes.devices}")
-        plan.require_pods(chip, sizes)
-        bests = [estimate(config, chip, sizes)]
-        lines = view.estimated(given.chip, bests[0])
-    else:
-        shown = SHOWN if len(given.chips) == 1 else 1
-        rankings = [plan.ranked(config, chip, n, given.sweep)[:shown] for n in given.chips]
-        bests, lines = [steps[0] for steps in rankings], view.table([step for steps in rankings for step in steps])
-    RunConsole().print(*lines, sep="\n")
-    return all(step.fits for step in bests)
-
-
-def _compile(given: PlanOptions, config: Config) -> bool:
-    """Print the step compiled for --topology, with --sweep on the best mesh of a ranking, or its estimate if it is too
-    large for the compiler; return whether it fits."""
-    from jaxgpt.monitor.terminal import RunConsole
-    from jaxgpt.plan import plan, view
-    from jaxgpt.plan.estimate import estimate
-    from jaxgpt.plan.topology import topology
-    from jaxgpt.sharding import Sizes
-
-    console, (chip, devices) = RunConsole(), topology(given.topology)
-    config = plan.resolved(config, "bfloat16" if chip else "float32")
-    asked = None if given.mesh == "auto" else Sizes.parse(given.mesh)
-    if given.sweep:
-        if chip is None:
-            raise UsageError("--sweep ranks by the rates of chips, which virtual devices lack: another --topology")
-        steps = plan.ranked(config, chip, len(devices), sweep=True)
-        console.print(*view.table(steps[:SHOWN]), sep="\n")
-        config, asked = steps[0].config, steps[0].sizes
-    sizes = plan.mesh(config, chip, devices, asked)
-    try:
-        found = plan.plan(config, chip, devices, sizes)
-        fits, lines = found.step.fits, view.compiled(given.topology, found)
-    except plan.TooLargeError as error:
-        if chip is None:
-            raise
-        fits, lines = False, view.estimated(given.topology, estimate(config, chip, sizes), str(error))
-    console.print(*lines, sep="\n")
-    return fits
+    if given.chips:
+        return 0 if view.print_estimates(config, given.chip, given.chips, given.mesh, given.sweep) else 1
+    return 0 if view.print_plan(config, given.topology, given.mesh, given.sweep) else 1

@@ -1,13 +1,21 @@
-"""A plan as lines of text."""
+"""Plans, estimates and rankings, printed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.filesize import decimal as size
 
+from jaxgpt.cli.mesh import check
+from jaxgpt.config import Config, UsageError
 from jaxgpt.monitor import cost
+from jaxgpt.monitor.chips import CHIPS
+from jaxgpt.monitor.terminal import RunConsole
+from jaxgpt.plan import plan
 from jaxgpt.plan.estimate import Step, estimate
-from jaxgpt.plan.plan import Plan
+from jaxgpt.plan.topology import PlanError, topology
+from jaxgpt.sharding import Sizes
 
+SHOWN = 10
+"""Rows of a ranking."""
 KERNELS = {
     "tpu_custom_call": "splash attention",
     "__cudnn$fmhaSoftmax": "cuDNN's attention",
@@ -17,11 +25,56 @@ KERNELS = {
 COLUMNS = ("chips", "mesh", "batch", "accumulate", "memory per chip", "ms per step", "tokens/s", "utilization")
 
 
-def compiled(topology: str, plan: Plan) -> Iterator[str]:
+def print_estimates(config: Config, kind: str, chips: Sequence[int], mesh: str, sweep: bool) -> bool:
+    """Print the estimate for a mesh of chips of a kind or, if it is "auto", a ranking of meshes, for several numbers of
+    chips the best of each; return whether the step, or each best, fits."""
+    if kind not in CHIPS:
+        raise PlanError(f"no chip {kind!r}: expected one of {', '.join(CHIPS)}")
+    chip, config = CHIPS[kind], plan.resolved(config)
+    if mesh != "auto":
+        check(config, sizes := Sizes.parse(mesh))
+        if list(chips) != [sizes.devices]:
+            raise PlanError(f"the mesh {sizes} has {sizes.devices} chips: give --chips {sizes.devices}")
+        plan.require_pods(chip, sizes)
+        bests = [estimate(config, chip, sizes)]
+        lines = estimated(kind, bests[0])
+    else:
+        shown = SHOWN if len(chips) == 1 else 1
+        rankings = [plan.ranked(config, chip, n, sweep)[:shown] for n in chips]
+        bests, lines = [steps[0] for steps in rankings], table([step for steps in rankings for step in steps])
+    RunConsole().print(*lines, sep="\n")
+    return all(step.fits for step in bests)
+
+
+def print_plan(config: Config, name: str, mesh: str, sweep: bool) -> bool:
+    """Print the step compiled for a topology, with `sweep` on the best mesh of a ranking, or its estimate if it is too
+    large for the compiler; return whether it fits."""
+    console, (chip, devices) = RunConsole(), topology(name)
+    config = plan.resolved(config, "bfloat16" if chip else "float32")
+    asked = None if mesh == "auto" else Sizes.parse(mesh)
+    if sweep:
+        if chip is None:
+            raise UsageError("--sweep ranks by the rates of chips, which virtual devices lack: another --topology")
+        steps = plan.ranked(config, chip, len(devices), sweep=True)
+        console.print(*table(steps[:SHOWN]), sep="\n")
+        config, asked = steps[0].config, steps[0].sizes
+    sizes = plan.mesh(config, chip, devices, asked)
+    try:
+        found = plan.plan(config, chip, devices, sizes)
+        fits, lines = found.step.fits, compiled(name, found)
+    except plan.TooLargeError as error:
+        if chip is None:
+            raise
+        fits, lines = False, estimated(name, estimate(config, chip, sizes), str(error))
+    console.print(*lines, sep="\n")
+    return fits
+
+
+def compiled(name: str, found: plan.Plan) -> Iterator[str]:
     """A plan compiled for a topology, the verdict last."""
-    step, matmuls = plan.step, ", ".join(plan.matmuls) or "none"
-    kernels = ", ".join(name for call, name in KERNELS.items() if call in plan.kernels) or "none"
-    yield f"{about(step, topology)}; compiled in {plan.seconds_to_compile:.0f} s"
+    step, matmuls = found.step, ", ".join(found.matmuls) or "none"
+    kernels = ", ".join(name for call, name in KERNELS.items() if call in found.kernels) or "none"
+    yield f"{about(step, name)}; compiled in {found.seconds_to_compile:.0f} s"
     yield f"  matmuls in the program: {matmuls}; custom kernels: {kernels}"
     yield from costs(step, "by the compiler")
     if step.chip:

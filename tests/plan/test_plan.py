@@ -300,7 +300,7 @@ def test_a_step_too_large_for_the_compiler_prints_the_estimate_and_a_suggestion(
     def refuse(*given):
         raise plan.TooLargeError("RESOURCE_EXHAUSTED: Used 20G of 16G hbm")
 
-    monkeypatch.setattr("jaxgpt.plan.topology.topology", lambda name: (CHIPS["v5e"], [None] * 256))
+    monkeypatch.setattr("jaxgpt.plan.view.topology", lambda name: (CHIPS["v5e"], [None] * 256))
     monkeypatch.setattr(plan, "plan", refuse)
     assert cli.run(["gpt2-1.5b", "--mesh", "data=256"]) == 1
     out = capsys.readouterr().out

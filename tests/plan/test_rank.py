@@ -51,7 +51,7 @@ def test_a_sweep_compiles_the_best_of_all_batch_sizes(monkeypatch, capsys):
         tried.append((config.train.batch_size, sizes))
         raise plan.TooLargeError("RESOURCE_EXHAUSTED")
 
-    monkeypatch.setattr("jaxgpt.plan.topology.topology", lambda name: (CHIPS["v5e"], [None] * 256))
+    monkeypatch.setattr("jaxgpt.plan.view.topology", lambda name: (CHIPS["v5e"], [None] * 256))
     monkeypatch.setattr(plan, "plan", refuse)
     cli.run(["gpt2-1.5b", "--sweep"])
     row = capsys.readouterr().out.splitlines()[2].split(" | ")
@@ -76,7 +76,7 @@ def test_more_chips_are_faster_until_communication_dominates(recipes, change):
 def test_the_command_ranks_by_estimate(capsys):
     assert cli.run(["gpt2-1.5b", "--chips", "256", "--chip", "v5e"]) == 0
     one = capsys.readouterr().out.splitlines()
-    assert len(one) == 2 + cli.SHOWN
+    assert len(one) == 2 + plans.SHOWN
     assert cli.run(["gpt2-1.5b", "--chips", "1", "256", "4096"]) == 1  # one chip has too little memory
     several = capsys.readouterr().out.splitlines()
     assert cli.run(["gpt2-1.5b", "--chips", "256", "1"]) == 1, "whatever the order"
