@@ -14,6 +14,7 @@ from jaxgpt.kernels import BLOCKED, queries_per_shard_block
 from jaxgpt.loss import logits_in
 from jaxgpt.monitor import cost
 from jaxgpt.monitor.chips import Chip, attended, flops_per_token
+from jaxgpt.monitor.cost import FLOAT
 from jaxgpt.profile.hlo import Collectives
 from jaxgpt.sharding import Sizes
 
@@ -76,7 +77,7 @@ class Step:
         assert self.chip is not None
         # The optimizer reads gradients, parameters and moments, and writes the last two.
         numbers = 3 * cost.n_params(self.config.model) + 2 * n_moments(self.config)
-        updated = cost.FLOAT * numbers // (self.sizes.fsdp * self.sizes.tensor)
+        updated = FLOAT * numbers // (self.sizes.fsdp * self.sizes.tensor)
         communication = sum(
             sent(kind, n, size) / self.chip.sending_rate(n, self.sizes.devices)
             for (kind, n), (_, size) in self.collectives.items()
@@ -117,7 +118,7 @@ def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
     model, f, t = config.model, sizes.fsdp, sizes.tensor
     slices = chip.slices(sizes.devices)
     copies = max(1, sizes.data // slices) * sizes.context
-    width = cost.FLOAT if model.precision == "float32" else cost.FLOAT // 2  # bytes of a number in the compute dtype
+    width = FLOAT if model.precision == "float32" else FLOAT // 2  # bytes of a number in the compute dtype
     counts: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0])  # as Collectives
 
     def send(kind: str, n: int, times: float, size: float) -> None:
@@ -127,8 +128,9 @@ def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
 
     C, V, L, A = model.n_embd, model.vocab_size, model.n_layer, config.train.accumulate
     shapes = cost.kernels(model)
-    n_kernels, kernels = len(shapes), sum(k * n for k, n in shapes.values())  # of a block, and their elements
-    table = V * C
+    kernels = sum(k * n for k, n in shapes.values())  # elements of those of a block
+    # The number of kernels in all micro-batches, and elements on a `tensor` shard of the average one and of the head.
+    n_kernels, kernel, head = A * L * len(shapes), kernels / len(shapes) / t, V * C / t
     rows = C / f  # of a shard
     padded = math.ceil(rows / TILE) * TILE / rows if chip.torus and f > 1 else 1
     # Elements on a chip of the embeddings of positions and pairs, which tensor does not split.
@@ -137,37 +139,36 @@ def estimate(config: Config, chip: Chip, sizes: Sizes) -> Step:
     # Block kernels are gathered for both passes, those of attention again for remat; the head's once.
     attention = sum(k * n for name, (k, n) in shapes.items() if "c_" not in name or "attn" in name)
     gathers = 2 + (attention / kernels if model.remat == "blocks" else 0)
-    send("all-gather", f, gathers * A * L * n_kernels, width * kernels / n_kernels / t)
-    send("all-gather", f, A, width * table / t)
-    send("reduce-scatter", f, A * L * n_kernels, cost.FLOAT * kernels / n_kernels / t * padded)
-    send("reduce-scatter", f, A, cost.FLOAT * table / t)
+    send("all-gather", f, gathers * n_kernels, width * kernel)
+    send("all-gather", f, A, width * head)
+    send("reduce-scatter", f, n_kernels, FLOAT * kernel * padded)
+    send("reduce-scatter", f, A, FLOAT * head)
     # Padded shards then move to their own chips, over as many hops as the padding adds.
-    hops = math.ceil(f * (1 - 1 / padded))
-    send("collective-permute", 2, hops * A * L * n_kernels, cost.FLOAT * kernels / n_kernels / (f * t) * padded)
-    send("all-reduce", copies, A * L * n_kernels, cost.FLOAT * kernels / n_kernels / (f * t))
-    send("all-reduce", copies, 2 * A, cost.FLOAT * table / (f * t))
-    send("all-reduce", copies, A * bool(whole), cost.FLOAT * whole)
-    send("all-to-all", f, 2 * A, cost.FLOAT * activations)
+    send("collective-permute", 2, math.ceil(f * (1 - 1 / padded)) * n_kernels, FLOAT * kernel / f * padded)
+    send("all-reduce", copies, n_kernels, FLOAT * kernel / f)
+    send("all-reduce", copies, 2 * A, FLOAT * head / f)
+    send("all-reduce", copies, A * bool(whole), FLOAT * whole)
+    send("all-to-all", f, 2 * A, FLOAT * activations)
     # Sums after attention and MLP: forward, backward, and again for remat.
     passes = 3 if model.remat == "blocks" else 2
     send("all-reduce", t, A * L * 2 * passes, width * activations)
-    send("all-reduce", t, 2 * A, cost.FLOAT * activations)
+    send("all-reduce", t, 2 * A, FLOAT * activations)
     if model.n_head % t:
         send("all-gather", t, A * L * 3 * passes, width * activations)
     # Keys and values of all tokens.
     kv = width * activations * sizes.context * (model.n_kv_head or model.n_head) / model.n_head / t
     send("all-gather", sizes.context, A * L * 2 * (passes - 1), kv)
     # The float32 sums of their gradients, for every head; blocked attention has them after each block of queries.
-    queries, sums = model.block_size // sizes.context, cost.FLOAT * activations * sizes.context / t
+    queries, sums = model.block_size // sizes.context, FLOAT * activations * sizes.context / t
     if model.block_size >= BLOCKED:
         send("all-reduce", sizes.context, A * L * 2 * (queries // queries_per_shard_block(queries)), sums)
     else:
         send("reduce-scatter", sizes.context, A * L * 2, sums)
     repeated = whole - whole // t  # beyond a share of it
-    state = cost.FLOAT * (cost.n_params(model) // (f * t) + repeated)  # of the parameters, or their gradients
-    moments = cost.FLOAT * (n_moments(config) // (f * t) + 2 * repeated)
-    low_precision = width * state // cost.FLOAT if width < cost.FLOAT else 0  # the parameters in bfloat16
-    shard = A * cost.FLOAT * ((kernels * L + 2 * table) / (f * t) + whole)
+    state = FLOAT * (cost.n_params(model) // (f * t) + repeated)  # of the parameters, or their gradients
+    moments = FLOAT * (n_moments(config) // (f * t) + 2 * repeated)
+    low_precision = width * state // FLOAT if width < FLOAT else 0  # the parameters in bfloat16
+    shard = A * FLOAT * ((kernels * L / t + 2 * head) / f + whole)
     return Step(
         config,
         sizes,
@@ -198,8 +199,8 @@ def _activation_bytes(config: Config, chip: Chip, sizes: Sizes, width: int) -> i
     inside = width * (3 * C + 2 * hidden)  # of a block and a token: inputs of norms, results of kernels
     saved = model.n_layer * tokens * (width * C if model.remat == "blocks" else inside)
     logits = tokens / _loss_chunks(config, chip, sizes) * V / t
-    head = (cost.FLOAT + width) * logits + (2 * cost.FLOAT + width) * V * C / t
-    block = 2 * inside * tokens + (2 * width + cost.FLOAT) * kernels / t
+    head = (FLOAT + width) * logits + (2 * FLOAT + width) * V * C / t
+    block = 2 * inside * tokens + (2 * width + FLOAT) * kernels / t
     return int(saved + max(head, block))
 
 
