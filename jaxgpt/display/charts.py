@@ -124,12 +124,8 @@ def dots(rows: list[Spec], kinds: list[str], title: str) -> Spec:
 
 
 def require(path: Path | None = None) -> Any:
-    """The module vl_convert, to be asked for before any work is done for a chart, which is written to `path`.
-
-    Raises:
-      MissingExtraError: vl-convert is not installed.
-      UsageError: the suffix of `path` is not one of FORMATS.
-    """
+    """The module vl_convert, to be asked for before any work is done for a chart, which is written to `path`. Raises
+    MissingExtraError if it is not installed, and UsageError if the suffix of `path` is not one of FORMATS."""
     try:
         import vl_convert
     except ImportError as error:
@@ -139,20 +135,20 @@ def require(path: Path | None = None) -> Any:
     return vl_convert
 
 
-def save(spec: Spec, path: Path, width: int = 760) -> None:
+def save(spec: Spec, path: Path) -> None:
     """Write a chart to `path`, atomically. Raises as `require`, and OSError if it cannot be written."""
     require(path)
-    files.write_atomically(path, render(spec, path.suffix, width))
+    files.write_atomically(path, render(spec, path.suffix))
 
 
-def render(spec: Spec, suffix: str, width: int = 760) -> bytes:
-    """A chart in one of FORMATS: .json is its specification, a PNG has two pixels for each of `width`."""
+def render(spec: Spec, suffix: str) -> bytes:
+    """A chart in one of FORMATS: .json is its specification, a PNG has two pixels for each of its width."""
     if suffix == ".json":
         return json.dumps(spec, allow_nan=False).encode() + b"\n"
     text = re.sub(r"var\(--([\w-]+)\)", lambda name: COLOURS[name[1]], json.dumps(spec, allow_nan=False))
     coloured: Spec = json.loads(text) | {"background": "white"}
     if coloured.get("width") == "container":
-        coloured["width"] = width
+        coloured["width"] = 760
     convert = require()
     if suffix == ".png":
         return bytes(convert.vegalite_to_png(coloured, vl_version=VERSION, scale=2))

@@ -48,12 +48,8 @@ def resolved(config: Config, precision: Precision = "bfloat16") -> Config:
 
 
 def mesh(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes | None = None) -> Sizes:
-    """`sizes`, checked; None for the mesh of "auto".
-
-    Raises:
-      MeshError: a dimension of the config is not divisible by its axis.
-      PlanError: the mesh needs more devices than there are, or "auto" cannot use them all.
-    """
+    """`sizes`, checked; None for the mesh of "auto". Raises MeshError if an axis does not divide its dimension of the
+    config, and PlanError if there are too few devices, or "auto" cannot use them all."""
     if sizes is None:
         sizes, why = choose(config, len(devices), int(chip.memory) if chip else None)
         if sizes.devices < len(devices):
@@ -68,9 +64,8 @@ def mesh(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes | N
 def plan(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes) -> Plan:
     """Compile one step of a `resolved` config for `devices`, on a mesh that `mesh` has checked.
 
-    Raises:
-      TooLargeError: the step does not fit; with the compiler's message.
-      PlanError: the compiler fails for another reason, or reports no memory.
+    Raises TooLargeError, with the compiler's message, if the step does not fit, and PlanError if the compiler fails for
+    another reason, or reports no memory.
     """
     began = time.perf_counter()
     ABSENT_MEMORY.set(chip.allocated if chip else 0)
@@ -87,11 +82,7 @@ def plan(config: Config, chip: Chip | None, devices: list[Any], sizes: Sizes) ->
 
 def compile_step(config: Config, mesh: Mesh) -> Any:
     """The training step compiled for the devices of a mesh, for CPUs and TPUs with the compiler's least effort: it
-    takes a fifth of the time of training's effort, and hardly changes memory and communication.
-
-    Raises:
-      TooLargeError, PlanError: as `plan`.
-    """
+    takes a fifth of the time of training's effort, and hardly changes memory and communication. Raises as `plan`."""
     dtype = jnp.uint16 if config.model.vocab_size <= 2**16 else jnp.uint32
     tokens = jax.ShapeDtypeStruct((DEVICE_TOKENS,), dtype, sharding=replicated(mesh))
     starts = jax.ShapeDtypeStruct((1, config.train.batch_size), jnp.int32, sharding=replicated(mesh))
@@ -116,13 +107,9 @@ def ranked(config: Config, chip: Chip, n: int, sweep: bool = False) -> list[Step
     """The step on n chips with each mesh that divides it and each batch size, most tokens per second first, if
     communication is not overlapped; steps that do not fit come last.
 
-    A batch size that n does not divide is tried as it is and rounded up. Micro-batches are as few as fit.
-
-    Args:
-      sweep: try a quarter, half, once, twice and four times the batch size, if whole; else only the config's own.
-
-    Raises:
-      PlanError: as `require_pods`, or no mesh of n chips is possible.
+    The batch size is the config's own or, in a `sweep`, a quarter to four times that; one that n does not divide is
+    tried as it is and rounded up. Micro-batches are as few as fit. Raises PlanError as `require_pods`, or if no mesh is
+    possible.
     """
     require_pods(chip, Sizes(data=n))
     B, found = config.train.batch_size, list[Step]()

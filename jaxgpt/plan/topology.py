@@ -43,10 +43,7 @@ class PlanError(UsageError):
 
 def topology(name: str) -> tuple[Chip | None, list[Any]]:
     """The chip and the devices of "v5e:16x16" or "h100:8", which need not be attached, or of "cpu:8", virtual devices.
-
-    Raises:
-      PlanError: the chip is none of `TPUS` and `GPUS`, or the compiler is not installed or refuses the arrangement.
-    """
+    Raises PlanError if the chip is none of `TPUS` and `GPUS`, or the compiler is not installed or refuses it."""
     kind, _, arrangement = name.partition(":")
     n = int(arrangement) if arrangement.isdecimal() else 0
     if kind == "cpu" and 1 <= n <= MOST_VIRTUAL:

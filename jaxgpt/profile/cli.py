@@ -14,19 +14,14 @@ from jaxgpt.config import Config, UsageError
 from jaxgpt.recipes import RECIPES, recipe
 
 Program = Literal["forward", "loss", "gradient", "step"]
-ABOUT_LEDGER = (
-    "Run one training step of a recipe op by op, jitted, donated, scanned, from the compile cache, with remat and in "
-    "bfloat16: the cost of each before its first step, and per step. Takes some minutes; accepts every setting of the "
-    "recipe."
-)
-ABOUT_INSPECT = (
-    "Parameters, FLOPs, memory traffic and memory of a recipe or a run, the kernels of its matmuls, and "
-    "how far each part is below this machine's roofline. Accepts every setting of the recipe."
-)
 
 
 @dataclass(frozen=True)
 class Ledger:
+    """Run one training step of a recipe op by op, jitted, donated, scanned, from the compile cache, with remat and in
+    bfloat16: the cost of each before its first step, and per step. Takes some minutes; accepts every setting of the
+    recipe."""
+
     config: Config
     variants: tuple[str, ...] = ()
     """Variants to run, such as jit eager "scan of 10"; all by default."""
@@ -41,6 +36,9 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Inspect:
+    """Parameters, FLOPs, memory traffic and memory of a recipe or a run, the kernels of its matmuls, and how far each
+    part is below this machine's roofline. Accepts every setting of the recipe."""
+
     config: Config
     folders: Folders = field(default_factory=Folders)
     jaxpr: tuple[Program, ...] = ()
@@ -60,7 +58,7 @@ class Inspect:
 def run_ledger(args: list[str]) -> int:
     name, args = take_recipe(Ledger, args, "which recipe? jaxgpt ledger gpt-demo")
     default = Ledger(recipe(name).config)
-    given = parse(Ledger, args, "ledger", ABOUT_LEDGER, default, name)
+    given = parse(Ledger, args, "ledger", Ledger.__doc__, default, name)
     if given.rounds < 1:
         raise UsageError(f"rounds is {given.rounds}, expected 1 or more")
     varied = "on variants, which set it themselves (compare them: --variants jit {})".format
@@ -90,7 +88,7 @@ def run_ledger(args: list[str]) -> int:
 def run_inspect(args: list[str]) -> int:
     name, args = take_recipe(Inspect, args, "which recipe or run? jaxgpt inspect gpt-demo")
     default = Inspect(_config(name, args))
-    given = parse(Inspect, args, "inspect", ABOUT_INSPECT, default, name)
+    given = parse(Inspect, args, "inspect", Inspect.__doc__, default, name)
     printed = "with --jaxpr and --hlo, which print nothing else" if given.jaxpr or given.hlo else ""
     unmeasured = printed or ("" if given.measure else "with --no-measure")
     unused = {"out": printed, "profile": unmeasured, "roofline": unmeasured}

@@ -32,13 +32,11 @@ SHOWN = 12
 TRACED = 5
 """Steps of a profile."""
 NOTES = (
-    "by formula: matmul FLOPs by flops_per_token, three times that with the backward pass. compiled: those of the "
-    "optimized program; more with remat, chunked logits or Muon, fewer where attention is a library's kernel or, from "
-    "256 tokens on, computed by blocks.",
-    "XLA: all FLOPs, one for each element outside of matmuls, before and after optimization. XLA counts the body of a "
-    "loop (scanned blocks, micro-batches) once, and custom calls as nothing.",
+    "by formula: flops_per_token, three times that with the backward pass. compiled: of the optimized program; more "
+    "with remat, chunked logits or Muon, fewer where a library's kernel or, from 256 tokens, blocks compute attention.",
+    "XLA: all FLOPs, before and after optimization; the body of a loop counts once, custom calls as nothing.",
     "compulsory: arguments and results of a program, once. XLA's bytes: reads and writes of each operation before "
-    "optimization, and of each fusion after it, whose inner results stay in registers or caches.",
+    "optimization, and of each fusion after it.",
     "gradient minus loss: the cost of the backward pass. memory: donated arguments count once.",
 )
 
@@ -103,15 +101,9 @@ def xla_counts(stage: Any) -> dict[str, float]:
 
 
 def inspect(config: Config, name: str, *, measured: bool = True, trace_folder: Path | None = None) -> Report:
-    """A report on `config`, its vocab_size known, called `name`, on the first device.
-
-    Args:
-      measured: also profile some steps, and time the machine and the step.
-      trace_folder: where to keep the profile.
-
-    Raises:
-      OutOfMemoryError: a step does not fit into memory.
-    """
+    """A report on `config`, its vocab_size known, called `name`, on the first device. If `measured`, some steps are
+    profiled, into `trace_folder` if there is one, and the machine and the step are timed. Raises OutOfMemoryError if
+    these steps do not fit into memory."""
     machine = facts()
     if measured:
         memory.require(config)

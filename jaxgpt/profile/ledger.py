@@ -62,25 +62,17 @@ VARIANTS = {
 NOTES = (
     "all variants compute in float32 without remat, except those named after bfloat16 or remat.",
     "trace, lower, compile: Python to jaxpr, jaxpr to HLO, HLO to machine code. first call: the rest of the time until "
-    "the first step, or the first scan, is done. programs: compiled by then; the eager variants compile in their first "
-    "call, each operation once for each shape.",
-    "steady: steps of all variants in turn (A B C A B C), median with minimum and maximum of the rounds; a step's loss "
-    "is read while the next step runs. speed: taken round by round, above 1 is faster. dispatches: programs dispatched "
-    "per step, counted by JAX's profiler. step, MB: arguments, results and temporaries of the program by XLA's "
-    "analysis, donated memory counted once.",
+    "the first step, or scan, is done. programs: compiled by then.",
+    "steady: all variants in turn, median (minimum to maximum) of the rounds; a step's loss is read while the next "
+    "one runs. speed: round by round, above 1 is faster. dispatches: programs per step, by JAX's profiler. step, MB: "
+    "arguments, results and temporaries by XLA's analysis, donated memory once.",
     "pays off after: steps until the total time is below eager's; 0 if the first step is done earlier, too.",
 )
 
 
 def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int, seconds: float = 0.5) -> Report:
-    """A report on the step of `config`, its vocab_size known, called `name`, on the first device.
-
-    Args:
-      seconds: how long each variant works in a round, at least.
-
-    Raises:
-      OutOfMemoryError: a step does not fit into memory.
-    """
+    """A report on the step of `config`, its vocab_size known, called `name`, on the first device; each variant works at
+    least `seconds` in each round. Raises OutOfMemoryError if a step does not fit into memory."""
     machine = facts()
     memory.require(config)
     runners, state = dict[str, Runner](), list[TrainState]()

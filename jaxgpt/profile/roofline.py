@@ -9,7 +9,7 @@ optimizer. FLOPs and bytes come from the step's HLO, times from a profile.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -108,11 +108,8 @@ def measure_machine(dtype: str, n: int = N, streamed: int = STREAMED, seconds: f
         array[0] = jax.block_until_ready(scale(array[0]))
         return 8 * streamed
 
-    def rate(run: Callable[[], int]) -> float:
-        units, took = repeat(run, seconds)
-        return units / took
-
     multiply()  # compiles
     stream()
-    rates = [(rate(multiply), rate(stream)) for _ in range(rounds)]
+    both = (multiply, stream)
+    rates = [[units / took for units, took in (repeat(run, seconds) for run in both)] for _ in range(rounds)]
     return Machine(*map(max, zip(*rates, strict=True)))

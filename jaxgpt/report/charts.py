@@ -10,11 +10,7 @@ from jaxgpt.report.looks import Looks
 
 
 def charts(runs: Sequence[Facts], looks: Sequence[Looks]) -> dict[str, Spec]:
-    """Every chart that there is data for, by its name.
-
-    Args:
-      looks: of each run, in the same order.
-    """
+    """Every chart that there is data for, by its name. The looks are those at each run, in the same order."""
     found = {"outcome": outcome(runs, looks), "loss": loss(runs, baselines(runs, looks))}
     found |= {name: curves(runs, name) for name in ("learning_rate", "grad_norm", "speed")}
     return {name: spec for name, spec in found.items() if spec}

@@ -25,13 +25,8 @@ CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 
 
 def page(runs: Sequence[Facts], looks: Sequence[Looks], charts: dict[str, Spec], refresh: int = 0) -> str:
-    """The HTML of a report.
-
-    Args:
-      looks: of each run, in the same order.
-      charts: from `charts.charts`.
-      refresh: seconds until the page reloads itself; 0: never.
-    """
+    """The HTML of a report, with the looks at each run and `charts.charts`; it reloads itself after `refresh` seconds,
+    if not 0."""
     which, scripts = chosen(runs, looks), (script(), _file("page.js"))
     return environment().get_template("page.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(facts.name for facts in runs)}",

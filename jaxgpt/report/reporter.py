@@ -56,18 +56,11 @@ class Report:
 
 def reports(runs: Sequence[Run], data_dir: Path) -> Iterator[Report]:
     """The report of `runs` as of now, again and again. Weights are examined only if they, or the best step, are new.
-
-    Raises:
-      RunError, CorpusError: the files of a run are damaged.
-    """
+    Raises RunError or CorpusError if the files of a run are damaged."""
     names = [run.path.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
-
-    @lru_cache(len(runs))
-    def examined(run: Run, kept: tuple[int, ...], best: int | None) -> Looks:
-        return look(run, data_dir)
-
+    examined = lru_cache(len(runs))(lambda run, kept, best: look(run, data_dir))
     while True:
         facts = [gather(run, max(200, POINTS // len(runs)), name) for run, name in zip(runs, names, strict=True)]
         best = [each.best.step if each.best else None for each in facts]

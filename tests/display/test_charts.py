@@ -24,18 +24,18 @@ SPEC = charts.chart(
 
 def test_the_suffix_of_a_file_chooses_its_format(tmp_path):
     for suffix in charts.FORMATS:
-        charts.save(SPEC, tmp_path / f"a{suffix}", width=300)
+        charts.save(SPEC, tmp_path / f"a{suffix}")
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     assert json.loads((tmp_path / "a.json").read_text()) == SPEC
     svg = (tmp_path / "a.svg").read_bytes()
-    assert ET.fromstring(svg).get("width") == "300"
+    assert ET.fromstring(svg).get("width") == "760"
     assert charts.COLOURS["accent"].encode() in svg
     assert b"var(--" not in svg, "a file has no CSS variables"
     assert {path.name for path in tmp_path.iterdir()} == {f"a{suffix}" for suffix in charts.FORMATS}
 
 
 def test_a_png_is_valid(tmp_path):
-    charts.save(SPEC, tmp_path / "a.png", width=300)
+    charts.save(SPEC, tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     at, kinds, pixels = 8, [], b""
     while at < len(data):
@@ -45,7 +45,7 @@ def test_a_png_is_valid(tmp_path):
         kinds, pixels, at = [*kinds, kind], pixels + (body if kind == b"IDAT" else b""), at + 12 + size
     assert (kinds[0], kinds[-1]) == (b"IHDR", b"IEND")
     width, height = struct.unpack(">II", data[16:24])
-    assert width == 600, "a PNG has two pixels per unit of width"
+    assert width == 1520, "a PNG has two pixels per unit of width"
     assert len(zlib.decompress(pixels)) == height * (1 + 4 * width)
 
 
