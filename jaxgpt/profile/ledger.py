@@ -24,7 +24,7 @@ from jaxgpt.machine import jax_settings
 from jaxgpt.matmul import Precision
 from jaxgpt.profile import trace
 from jaxgpt.profile.report import Report, Rows, facts
-from jaxgpt.profile.timing import Rates, ratio, repeat, series
+from jaxgpt.profile.timing import ratio, repeat, series
 from jaxgpt.sharding import one_device, replicated
 from jaxgpt.step import Metrics, TrainState, sharded_init, train_step, train_steps
 
@@ -87,16 +87,15 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
                 compilation_cache.reset_cache()
                 runners[each] = Runner(config, variant, state)
     compilation_cache.reset_cache()
-    steps: Rates = {each: [] for each in variants}
     for runner in runners.values():
         runner.run()  # the variants without jit may compile again
     for _ in range(rounds):
         for each in variants:
             n, took = repeat(runners[each].run, seconds, runners[each].wait)
-            steps[each].append(n / took)
+            runners[each].figures["steps_per_second"].append(n / took)
     figures = {each: runners[each].figures for each in variants}
     title = f"A training step of {name}, {config.train.batch_size * config.model.block_size:,} tokens"
-    first, later = rows(figures, steps)
+    first, later = rows(figures)
     return {
         "mode": f"the ledger of {name}",
         "facts": machine,
@@ -110,7 +109,6 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
             "loss of the first step: " + ", ".join(f"{each} {found['loss']:.6f}" for each, found in figures.items()),
         ],
         "figures": figures,
-        "steps_per_second": steps,
     }
 
 
@@ -129,24 +127,25 @@ def choose(names: Sequence[str]) -> dict[str, Variant]:
     return {name: variant for name, variant in VARIANTS.items() if name in (*names, *filled)}
 
 
-def rows(figures: dict[str, Any], steps: Rates) -> tuple[Rows, Rows]:
+def rows(figures: dict[str, Any]) -> tuple[Rows, Rows]:
     """Two tables of a row for each variant: its cost until the first step is done, and that of later steps."""
-    seconds = {name: sum(found["stages"].values()) for name, found in figures.items()}
-    medians = {name: 1 / series(rates)["median"] for name, rates in steps.items()}
     first, later = [], []
+    total = {name: sum(found["stages"].values()) for name, found in figures.items()}
+    rates = {name: found["steps_per_second"] for name, found in figures.items()}
+    medians = {name: 1 / series(each)["median"] for name, each in rates.items()}
     for name, found in figures.items():
         pays: int | str | None = None
         if "eager" in figures and name != "eager":
-            lost = seconds[name] - seconds["eager"] - (VARIANTS[name].steps - 1) * medians[name]  # by its first step
-            won = medians["eager"] - medians[name]  # by each step
+            lost = total[name] - total["eager"] - (VARIANTS[name].steps - 1) * medians[name]  # by its first step
+            won = medians["eager"] - medians[name]  # by each later step
             pays = round(max(0.0, lost) / won) if won > 0 else "never"
         stages = {f"{stage}, s": found["stages"].get(stage) for stage in STAGES}
-        first.append({"variant": name, **stages, "total, s": seconds[name], "programs": found["programs"]})
+        first.append({"variant": name, **stages, "total, s": total[name], "programs": found["programs"]})
         later.append(
             {
                 "variant": name,
-                "steady, ms": series([1e3 / rate for rate in steps[name]]),
-                "speed relative to jit": ratio(steps[name], steps["jit"]) if "jit" in steps and name != "jit" else None,
+                "steady, ms": series([1e3 / rate for rate in rates[name]]),
+                "speed relative to jit": ratio(rates[name], rates["jit"]) if "jit" in rates and name != "jit" else None,
                 "dispatches": found["dispatches"],
                 "step, MB": found["step_bytes"] / 1e6 if found["step_bytes"] else None,
                 "pays off after, steps": pays,
@@ -203,6 +202,7 @@ class Runner:
             "loss": loss,
             "step_bytes": sum(size) if size else None,
             "dispatches": self.dispatches(),
+            "steps_per_second": [],  # in each round
         }
 
     def starts(self) -> Any:

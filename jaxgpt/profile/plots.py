@@ -2,20 +2,19 @@
 
 from jaxgpt.config import UsageError
 from jaxgpt.display.charts import INK, PALETTE, QUIET, Spec, category, chart, columns, label, layer, quantity
-from jaxgpt.profile.ledger import STAGES
+from jaxgpt.profile.ledger import STAGES, rows
 from jaxgpt.profile.report import Report
-from jaxgpt.profile.timing import series
 
 
 def ledger(report: Report) -> Spec:
     """For each variant: its stages until the first step is done, and the time of later steps with its range."""
-    figures, rates = report["figures"], report["steps_per_second"]
+    figures = report["figures"]
     first = [
         {"variant": name, "stage": stage, "order": i, "seconds": seconds}
         for name, found in figures.items()
         for i, (stage, seconds) in enumerate(found["stages"].items())
     ]
-    steady = [{"variant": name, **series([1e3 / rate for rate in found])} for name, found in rates.items()]
+    steady = [{"variant": row["variant"], **row["steady, ms"]} for row in rows(figures)[1]]
     y: Spec = {"field": "variant", "type": "nominal", "sort": list(figures), "title": None}
     bars = {
         "x": quantity("seconds", "seconds until the first step is done", zero=True),

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 EXECUTE = re.compile(r"Executable::Execute(?!Prepare)")
 """Names of the events in which XLA's runtimes dispatch a compiled program."""
 
@@ -37,8 +39,6 @@ def capture(folder: Path, run: Callable[[], Any]) -> list[list[Span]]:
 
     Python calls are left out: they would be most of the trace, and slow `run` down.
     """
-    import jax
-
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with jax.profiler.trace(str(folder), profiler_options=options):
