@@ -51,8 +51,6 @@ class Inspect:
     """Keep the profile of five steps in this folder, for XProf or Perfetto."""
     roofline: Path | None = None
     """Draw the parts under the roofline, as .png, .svg, .pdf or .json (Vega-Lite); None draws nothing."""
-    out: Path | None = None
-    """Write the whole report as JSON; None writes nothing."""
 
 
 def run_ledger(args: list[str]) -> int:
@@ -91,15 +89,13 @@ def run_inspect(args: list[str]) -> int:
     given = parse(Inspect, args, "inspect", Inspect.__doc__, default, name)
     printed = "with --jaxpr and --hlo, which print nothing else" if given.jaxpr or given.hlo else ""
     unmeasured = printed or ("" if given.measure else "with --no-measure")
-    unused = {"out": printed, "profile": unmeasured, "roofline": unmeasured}
-    refuse_unused(given, default, unused)
+    refuse_unused(given, default, {"profile": unmeasured, "roofline": unmeasured})
 
     from jaxgpt.cli.runs import complete
     from jaxgpt.display import charts
     from jaxgpt.profile import inspection, plots, report
 
-    places.require_file(given.out, "--out")
-    places.require_file(given.roofline, "--roofline", given.out)
+    places.require_file(given.roofline, "--roofline")
     if given.profile:
         places.require_writable(given.profile, "--profile")
     if given.roofline:
@@ -114,8 +110,6 @@ def run_inspect(args: list[str]) -> int:
             print(programs[each].text)
         return 0
     found = inspection.inspect(config, name, measured=given.measure, trace_folder=given.profile)
-    if given.out:
-        report.save(found, given.out)
     print(report.markdown(found))
     if given.roofline:
         charts.save(plots.roofline(found), given.roofline)

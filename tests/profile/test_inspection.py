@@ -279,10 +279,9 @@ def test_jaxprs_and_hlo_are_printed(capsys, tmp_path, monkeypatch):
             "no run 'nonsense' in runs; jaxgpt train gpt-demo makes one; nor is there a recipe of that name",
         ),
         (["gpt-demo", "--no-measure", "--roofline", "a.png"], "--roofline has no effect with --no-measure"),
-        (["gpt-demo", "--out", "a.json", "--roofline", "a.json"], "a.json is for another result: name another file"),
-        (["gpt-demo", "--out", "nowhere/a.json"], "there is no folder nowhere"),
+        (["gpt-demo", "--roofline", "nowhere/a.png"], "there is no folder nowhere"),
         (["gpt-demo", "--n-embd", "30"], "try --n-embd 32"),
-        (["gpt-demo", "--jaxpr", "loss", "--out", "a.json"], "--out has no effect with --jaxpr and --hlo"),
+        (["gpt-demo", "--jaxpr", "loss", "--roofline", "a.png"], "--roofline has no effect with --jaxpr and --hlo"),
     ],
 )
 def test_bad_input_compiles_nothing(args, message, capsys, tmp_path, monkeypatch):
