@@ -2,7 +2,6 @@
 
 import re
 import statistics
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -208,8 +207,7 @@ def measure(config: Config, step: Program, folder: Path | None) -> tuple[Rows, l
     precision, run = matmul.resolve(config.model.precision), stepper(config, step)
     first = roofline.measure_machine(precision)
     times = [took / n for n, took in (repeat(run, 0.3) for _ in range(5))]
-    with tempfile.TemporaryDirectory(prefix="jaxgpt-inspect-") as scratch:
-        lines = trace.capture(folder or Path(scratch), lambda: [run() for _ in range(TRACED)])
+    lines = trace.capture(folder, lambda: [run() for _ in range(TRACED)])
     last = roofline.measure_machine(precision)  # the machine may have been slower at either end
     machine = Machine(*map(max, zip(first, last, strict=True)))
     peak, bandwidth = machine.flops / 1e9, machine.bandwidth / 1e9

@@ -1,10 +1,11 @@
 """The HLO instructions and programs that a device ran, from a trace by JAX's profiler.
 
-The trace stays on disk for XProf and TensorBoard (`tensorboard --logdir FOLDER`) and for https://ui.perfetto.dev, which
+A trace in a folder is for XProf and TensorBoard (`tensorboard --logdir FOLDER`) and for https://ui.perfetto.dev, which
 opens its .trace.json.gz.
 """
 
 import re
+import tempfile
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -34,17 +35,19 @@ class Operation(NamedTuple):
     seconds: float  # without the instructions inside it
 
 
-def capture(folder: Path, run: Callable[[], Any]) -> list[list[Span]]:
-    """Trace `run()`, which waits for the device, into `folder`; return the spans of each thread or stream.
+def capture(folder: Path | None, run: Callable[[], Any]) -> list[list[Span]]:
+    """Trace `run()`, which waits for the device, and return the spans of each thread or stream; `folder` keeps it.
 
     Python calls are left out: they would be most of the trace, and slow `run` down.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
-    with jax.profiler.trace(str(folder), profiler_options=options):
-        run()
-    newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime_ns)
-    profile = jax.profiler.ProfileData.from_file(str(newest))  # planes, lines and events are views of it
+    with tempfile.TemporaryDirectory(prefix="jaxgpt-trace-") as scratch:
+        folder = folder or Path(scratch)
+        with jax.profiler.trace(str(folder), profiler_options=options):
+            run()
+        newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime_ns)
+        profile = jax.profiler.ProfileData.from_file(str(newest))  # planes, lines and events are views of it
     with warnings.catch_warnings():
         # From Python 3.12 on, the binding's types warn; where warnings are errors, the process aborts (jaxlib 0.12.0).
         warnings.simplefilter("ignore", DeprecationWarning)
