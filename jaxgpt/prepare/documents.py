@@ -11,7 +11,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +73,18 @@ def name_of(path: Path) -> str:
     return re.split("[?#]", str(path))[0].rstrip("/").rpartition("/")[2] if "://" in str(path) else path.name
 
 
-def stream(path: Path, decoded: bool = True) -> Any:
+@contextmanager
+def stream(path: Path, decoded: bool = True) -> Iterator[Any]:
     """A file to be read from beginning to end: on the web with one request, as not every server supports ranges.
 
     Args:
       decoded: undo a Content-Encoding.
     """
     options: Any = {"block_size": 0, "auto_decompress": decoded} if str(path).startswith(WEB) else {}
-    file: Any = path.open("rb", **options)
-    try:
+    with path.open("rb", **options) as file:
         if isinstance(file, io.BufferedReader) and file.peek(len(POINTER)).startswith(POINTER):
             raise SourceError(f"{path} is a pointer of Git LFS, expected the file that it stands for: git lfs pull")
-    except BaseException:
-        file.close()
-        raise
-    return file
+        yield file
 
 
 def temporary_copy(path: Path) -> Any:
@@ -122,12 +119,14 @@ def utf8(data: Iterable[bytes], origin: str) -> Iterator[str]:
     """Decode UTF-8.
 
     Raises:
-      SourceError: `origin` is not UTF-8, or has a NUL byte, as UTF-16 and files of tokens do.
+      SourceError: `origin` is not UTF-8, or has a NUL byte, as UTF-16 and files of tokens do; or it is a web page.
     """
     decoder, start, read = codecs.getincrementaldecoder("utf-8")(), b"", 0
     chunks = iter(data)
     while len(start) < TAR + 5 and (chunk := next(chunks, b"")):
         start += chunk
+    if origin.startswith(WEB) and start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise SourceError(f"{origin} is a page of HTML, as of a folder, expected a file of UTF-8, .jsonl or .parquet")
     for chunk in itertools.chain([start], chunks, [b""]):
         try:
             if (nul := chunk.find(b"\0")) >= 0:

@@ -112,9 +112,7 @@ def open_text(corpus: str, column: str = "text") -> Text:
         return {"python-docs": python_docs, "python-stdlib": python_stdlib, "shakespeare": shakespeare}[corpus]()
     with store_errors(corpus):
         path = path_of(corpus)
-        if corpus.startswith(documents.WEB):
-            _require_no_page(path)
-        elif path.is_dir():
+        if not corpus.startswith(documents.WEB) and path.is_dir():
             if not is_url(corpus) and _written_by_jaxgpt(path):
                 raise SourceError(
                     f"{corpus} was written by jaxgpt; expected texts, or a prepared folder such as data/NAME"
@@ -127,23 +125,13 @@ def open_text(corpus: str, column: str = "text") -> Text:
             return _of_files(name, shareable(corpus) if is_url(corpus) else str(path.resolve()), [path], column)
         if path.is_fifo():
             return _pipe(path)
-        if corpus.startswith("hf://"):
-            path.stat()  # raises with the reason, such as that there is no such dataset
+        if corpus.startswith(("hf://", *documents.WEB)):
+            path.stat()  # raises with the reason, such as that there is no such file or dataset
     raise SourceError(
         f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, and any file or folder of "
         "UTF-8, .jsonl or .parquet can be given by its path; a mixture is written '0.7*a.txt + 0.3*b.txt', with spaces "
         "around + and none around *"
     )
-
-
-def _require_no_page(path: Path) -> None:
-    """Raise a SourceError for a page on the web, which may be the list of a folder."""
-    with documents.stream(path) as file:
-        start = file.read(1024).lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html")):
-        raise SourceError(
-            f"{path} is a page of HTML, expected a file of UTF-8, .jsonl or .parquet; download a folder to read it"
-        )
 
 
 def path_of(corpus: str) -> Path:
