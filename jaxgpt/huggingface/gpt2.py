@@ -7,7 +7,6 @@ dtypes are checked before any tensor is read, nothing is executed, and an index 
 import json
 import os
 import re
-import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -92,15 +91,13 @@ def _require_fit(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> N
     if config.n_layer > len(found):  # before a table of n_layer blocks is made
         raise InteropError(f"n_layer is {config.n_layer}, expected at most the number of tensors, {len(found)}")
     expected = {row.name: row.shape for row in table(config)}
-    wrong = [f"  missing {name}" for name in expected if name not in found]
-    wrong += [f"  unknown {shown(name)} {found[name]}" for name in found if name not in expected]
-    wrong += [
-        f"  {name}: expected shape {shape}, found {found[name]}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
+    wrong = [
+        f"  {shown(name)}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
+        for name in {**expected, **found}
+        if expected.get(name) != found.get(name)
     ]
     if wrong:
-        raise InteropError("the tensors do not fit the model:\n" + "\n".join(wrong[:100]))
+        raise InteropError("the shapes of the tensors do not fit the model:\n" + "\n".join(wrong[:100]))
 
 
 def to_tensors(config: ModelConfig, params: Params) -> Tensors:
@@ -212,11 +209,9 @@ def advice(folder: Path) -> str:
     """The end of an error: what a GPT-2 folder holds, or how to convert the pickle in this one."""
     if not (pickles := sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)):
         return "a GPT-2 folder holds config.json and model.safetensors"
-    code = "from sys import argv; from transformers import GPT2LMHeadModel as M; "
-    code += "M.from_pretrained(argv[1]).save_pretrained(argv[1])"
     return (
-        f"{pickles[0]} is a pickle, which can run code and is never loaded. With torch and transformers, this converts "
-        f"pytorch_model.bin: {shlex.join(['python', '-c', code, str(folder)])}; others: docs/howto/checkpoints.md"
+        f"{pickles[0]} is a pickle, which can run code and is never loaded; docs/howto/checkpoints.md has the commands "
+        "that convert it"
     )
 
 
