@@ -161,7 +161,7 @@ def holds_documents(path: Path, column: str) -> bool:
         row = json.loads(next(lines))
     except (ValueError, RecursionError):
         return False
-    return column in _columns(row) or next(lines, None) is not None
+    return not row.keys().isdisjoint((column, column.split(".")[0])) or next(lines, None) is not None
 
 
 def _text(path: Path) -> Iterator[str]:
@@ -226,7 +226,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         with opened(path) as raw, parquet.ParquetFile(raw) as file:
             table = file.schema_arrow.empty_table()
             while any(pyarrow.types.is_struct(each.type) for each in table.schema):
-                table = table.flatten()  # names as those of `_columns`; lists and maps are not entered
+                table = table.flatten()  # a field of an object is OBJECT.FIELD; lists and maps are not entered
             names = table.column_names
             if column not in names:
                 raise _no_column(str(path), column, names)
@@ -243,17 +243,6 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         raise SourceError(f"{path} is not a Parquet file of strings, or is damaged: {error}") from error
 
 
-def _columns(row: dict[str, Any]) -> Iterator[str]:
-    """The columns of a row; a field of an object is OBJECT.FIELD. Not recursive, because a row may be deep."""
-    waiting = list(row.items())
-    while waiting:
-        name, value = waiting.pop(0)
-        if isinstance(value, dict) and value:
-            waiting[:0] = [(f"{name}.{inner}", each) for inner, each in value.items()]
-        else:
-            yield name
-
-
 def _string(row: dict[str, Any], where: str, column: str) -> str:
     """The string in `column` of a row. meta.text is the column of that name, else the field `text` of `meta`."""
     value: Any = row
@@ -261,7 +250,7 @@ def _string(row: dict[str, Any], where: str, column: str) -> str:
         if value is None:  # each field of null is null
             break
         if not isinstance(value, dict) or name not in value:
-            raise _no_column(where, column, _columns(row))
+            raise _no_column(where, column, row)
         value = value[name]
     if not isinstance(value, str):
         raise SourceError(f"{where}: column {column!r} holds {shown(value)}, expected a string")

@@ -17,7 +17,10 @@ DOCUMENTS = ["The cat\nsat.", "", "é \u2028 中 \x85 🙂", "on the mat\n"]
 
 
 def write(path, column, values):
-    rows = [{"id": i, column: value} for i, value in enumerate(values)]
+    return write_rows(path, [{"id": i, column: value} for i, value in enumerate(values)])
+
+
+def write_rows(path, rows):
     if path.suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
@@ -64,7 +67,8 @@ def test_dotted_column_selects_a_field_of_an_object(tmp_path, name):
     write(tmp_path / name, "meta", [{"text": "a", "more": {"title": "A"}}, {"text": "b", "more": {"title": "B"}}])
     assert read(str(tmp_path / name), "meta.text").text == "a\n\nb"
     assert read(str(tmp_path / name), "meta.more.title").text == "A\n\nB"
-    with pytest.raises(SourceError, match=r"no column 'meta.body'; it has id, meta\.text, meta\.more\.title: --column"):
+    columns = r"meta\.text, meta\.more\.title" if name.endswith("parquet") else "meta"
+    with pytest.raises(SourceError, match=rf"no column 'meta.body'; it has id, {columns}: --column"):
         read(str(tmp_path / name), "meta.body")
     write(tmp_path / name, "meta.text", ["a dot in the name", "b"])
     assert read(str(tmp_path / name), "meta.text").text == "a dot in the name\n\nb"
@@ -75,12 +79,10 @@ def test_dotted_column_selects_a_field_of_an_object(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_missing_column_error_lists_the_first_20_columns(tmp_path, name):
-    write(tmp_path / name, "x", [{f"c{i}": "a" for i in range(2000)}])
-    with pytest.raises(SourceError, match=r"it has id, x\.c0, x\.c1, [^:]* x\.c18 and 1,981 more: --column NAME$"):
-        read(str(tmp_path / name))
-    write(tmp_path / name, "x", [{f"c{i}": "a" for i in range(19)}])
-    with pytest.raises(SourceError, match=r"x\.c18: --column NAME$"):
-        read(str(tmp_path / name))
+    for n, columns in ((2000, "c0, c1, [^:]* c18 and 1,981 more"), (19, "c0, c1, [^:]* c18")):
+        write_rows(tmp_path / name, [{"id": 0} | {f"c{i}": "a" for i in range(n)}])
+        with pytest.raises(SourceError, match=f"it has id, {columns}: --column NAME$"):
+            read(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz", "a.parquet"])
