@@ -81,17 +81,15 @@ class Text:
         return [*self.left_out, *(change.format(count) for change, count in changes.items() if count)]
 
     def where(self, position: int) -> str:
-        """Line and column (from 1) and file of the character at `position`; rereads the text up to there."""
+        """Line (from 1) and file of the character at `position`; rereads the text up to there."""
         with store_errors(self.origin):
             for path, read in self.readers.items():
-                line = column = 1
+                line = 1
                 for piece in chain(documents.normalized(read()), "\n"):
-                    before = piece[:position]
-                    line += before.count("\n")
-                    column = len(before) - before.rfind("\n") if "\n" in before else column + len(before)
-                    if len(before) < len(piece):
-                        return f"line {line}, column {column} of the text in {path}"
-                    position -= len(before)
+                    line += piece[:position].count("\n")
+                    if position < len(piece):
+                        return f"line {line} of the text in {path}"
+                    position -= len(piece)
         return f"the end of {self.origin}"
 
 

@@ -55,7 +55,7 @@ def test_shards_hold_the_ids_of_the_text(tmp_path, small_shards, spec):
     assert [folder.name for folder in (tmp_path / "data").iterdir()] == [done.folder.name]
 
 
-def test_unknown_character_is_reported_by_file_line_and_column(tmp_path, small_shards):
+def test_unknown_character_is_reported_by_file_and_line(tmp_path, small_shards):
     (tmp_path / "texts").mkdir()
     for path in (tmp_path / "a.txt", tmp_path / "texts" / "b.txt"):
         path.write_text(LINES + "é")
@@ -63,7 +63,7 @@ def test_unknown_character_is_reported_by_file_line_and_column(tmp_path, small_s
     for corpus, path in (("a.txt", "a.txt"), ("texts", "texts/b.txt")):
         with pytest.raises(UnknownCharacterError) as caught:
             prepare_corpus(str(tmp_path / corpus), "ascii", data_dir=tmp_path / "data")
-        where = f"line 301, column 1 of the text in {tmp_path / path}"
+        where = f"line 301 of the text in {tmp_path / path}"
         assert f"'é' (U+00E9, LATIN SMALL LETTER E WITH ACUTE) at {where} is not among the 96" in str(caught.value)
     done = prepare_corpus(str(tmp_path / "a.txt"), "ascii", unknown="skip", data_dir=tmp_path / "data")
     assert done.corpus.meta["skipped_characters"] == 1

@@ -216,18 +216,18 @@ def test_position_of_a_character_in_a_folder(tmp_path, monkeypatch, size):
     text = "".join(source.pieces())
     assert text == "one\ntwo\n\n\n\nthrée\nfour\n"
     for sought, position in {
-        "o": "line 1, column 1 of the text in {}/a.txt",
-        "\n": "line 1, column 4 of the text in {}/a.txt",
-        "w": "line 2, column 2 of the text in {}/a.txt",
-        "\n\n": "line 2, column 4 of the text in {}/a.txt",
-        "\n\n\n": "line 2, column 4 of the text in {}/a.txt",
-        "é": "line 1, column 4 of the text in {}/c/d.txt",
-        "u": "line 2, column 3 of the text in {}/c/d.txt",
+        "o": "line 1 of the text in {}/a.txt",
+        "\n": "line 1 of the text in {}/a.txt",
+        "w": "line 2 of the text in {}/a.txt",
+        "\n\n": "line 2 of the text in {}/a.txt",
+        "\n\n\n": "line 2 of the text in {}/a.txt",
+        "é": "line 1 of the text in {}/c/d.txt",
+        "u": "line 2 of the text in {}/c/d.txt",
     }.items():
         assert source.where(text.index(sought)) == position.format(tmp_path)
     (tmp_path / "one.txt").write_text("first\nsecond")
     one = sources.open_text(str(tmp_path / "one.txt"))
-    assert one.where(8) == f"line 2, column 3 of the text in {tmp_path}/one.txt"
+    assert one.where(8) == f"line 2 of the text in {tmp_path}/one.txt"
 
 
 def test_folder_without_texts_is_refused(tmp_path):
