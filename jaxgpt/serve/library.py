@@ -11,16 +11,9 @@ from jaxgpt.monitor import cost
 from jaxgpt.run import Run, RunError
 
 
-@dataclass(frozen=True)
-class Served(Run):
-    """A run and when it was created: one that is created again under the same name is a different one."""
-
-    created: int  # modification time of config.json, in ns
-
-
 @lru_cache(256)
-def _opened(path: Path, created: int) -> Served:
-    run = Served(path, created)
+def _opened(path: Path) -> Run:
+    run = Run(path)
     _ = run.config, run.tokenizer  # cached: read both before the files can change
     return run
 
@@ -59,23 +52,22 @@ class Library:
             saved[path.parent.name] = checkpoints.stat().st_mtime if checkpoints.is_dir() else 0.0
         return sorted(saved, key=lambda name: (-saved[name], name))
 
-    def run(self, name: str) -> Served:
-        """A run by its name.
+    def run(self, name: str) -> Run:
+        """A run by its name, as it was when it was first asked for.
 
         Raises:
           RunError: there is no such run.
-          UsageError, OSError, ValueError: its files cannot be read.
+          UsageError: its files cannot be read.
         """
         if self.only and name != self.only:
             raise RunError(f"no run {name!r}: only {self.only!r} is served")
-        path = self.folder / name if self.only else Run.named(self.folder, name).path
-        return _opened(path, (path / "config.json").stat().st_mtime_ns)
+        return _opened(self.folder / name if self.only else Run.named(self.folder, name).path)
 
     def summary(self, name: str) -> dict[str, Any]:
         """What the page shows of a run, with a `problem` if it cannot be used."""
         try:
             run = self.run(name)
-        except (UsageError, OSError, ValueError) as error:
+        except UsageError as error:
             return {"name": name, "problem": str(error)}
         model, is_gpt = run.config.model, run.config.model.kind == "gpt"
         saved = any(path.name.isdigit() for path in run.checkpoints.glob("*"))

@@ -6,10 +6,10 @@ from starlette.exceptions import HTTPException
 
 from jaxgpt.config import UsageError, shown
 from jaxgpt.files import json_object
-from jaxgpt.run import RunError
+from jaxgpt.run import Run, RunError
 from jaxgpt.sample import SamplingParams, bucket, checked
 from jaxgpt.serve.batch import DEFAULT, Settings
-from jaxgpt.serve.library import Library, Served
+from jaxgpt.serve.library import Library
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.writer import Job
 from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError, normalize_line_ends
@@ -67,7 +67,7 @@ def to_look(body: bytes, library: Library) -> Job:
     return Job(run, ids)
 
 
-def _parse(body: bytes, known: set[str], library: Library) -> tuple[dict[str, Any], Served]:
+def _parse(body: bytes, known: set[str], library: Library) -> tuple[dict[str, Any], Run]:
     """The JSON object of a request, with fields among `known`, and its run."""
     try:
         tree = json_object(body, "the request")
@@ -81,7 +81,7 @@ def _parse(body: bytes, known: set[str], library: Library) -> tuple[dict[str, An
         return tree, library.run(name)
     except RunError as error:
         raise HTTPException(404, str(error)) from error
-    except (UsageError, OSError, ValueError) as error:
+    except UsageError as error:
         raise HTTPException(503, f"run {shown(name)} cannot be read: {error}") from error
 
 
@@ -101,7 +101,7 @@ def _encoded(prompt: Any, tokenizer: Tokenizer, most: int) -> list[int]:
     return ids
 
 
-def _ids(name: str, given: Any, run: Served, most: int) -> list[int]:
+def _ids(name: str, given: Any, run: Run, most: int) -> list[int]:
     V = run.tokenizer.vocab_size
     if not isinstance(given, list) or not given:
         raise HTTPException(400, f"{name} is {shown(given)}, expected a list of at least one id")

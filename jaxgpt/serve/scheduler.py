@@ -7,7 +7,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from jaxgpt.config import UsageError
-from jaxgpt.serve.library import Served
+from jaxgpt.run import Run
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.writer import End, Job, Writer
 
@@ -23,11 +23,11 @@ class Scheduler:
       load: makes the writer of a run; slow, and may raise.
     """
 
-    def __init__(self, load: Callable[[Served], Writer], limits: Limits):
+    def __init__(self, load: Callable[[Run], Writer], limits: Limits):
         self.load, self.limits = load, limits
         self._changed = threading.Condition()
         self._jobs: dict[Job, None] = {}  # not ended: an ordered set
-        self._writers: dict[Served, Writer] = {}  # the last used comes last
+        self._writers: dict[Run, Writer] = {}  # the last used comes last
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="jax", daemon=True)
         self._thread.start()
@@ -89,7 +89,7 @@ class Scheduler:
         with self._changed:
             return list(self._jobs)
 
-    def _turn(self, run: Served, jobs: list[Job]) -> None:
+    def _turn(self, run: Run, jobs: list[Job]) -> None:
         error = ""
         try:
             writer = self._writers.pop(run, None) or self._load_writer(run)
@@ -101,7 +101,7 @@ class Scheduler:
         for job in jobs:
             self._end(job, error)
 
-    def _load_writer(self, run: Served) -> Writer:
+    def _load_writer(self, run: Run) -> Writer:
         """A new writer, in place of an idle one if there are too many."""
         if len(self._writers) == MODELS:
             in_use = {job.run for job in self._open()}

@@ -11,9 +11,10 @@ from typing import Any
 import uvicorn
 
 from jaxgpt.config import UsageError
+from jaxgpt.run import Run
 from jaxgpt.serve.app import application
 from jaxgpt.serve.cli import Serve
-from jaxgpt.serve.library import Library, Served
+from jaxgpt.serve.library import Library
 from jaxgpt.serve.scheduler import Scheduler
 from jaxgpt.serve.writer import Job, Writer
 from jaxgpt.start import load_model
@@ -38,7 +39,7 @@ def serve(options: Serve) -> None:
     require_token(host, token)
     listening = _listen(host, options.port)
 
-    def load(run: Served) -> Writer:
+    def load(run: Run) -> Writer:
         config, params, tokenizer = load_model(run, options.checkpoint)
         return Writer(config, params, tokenizer.vocab_size, limits.places)
 

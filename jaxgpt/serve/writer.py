@@ -10,10 +10,10 @@ import numpy as np
 
 from jaxgpt import model
 from jaxgpt.config import ModelConfig
+from jaxgpt.run import Run
 from jaxgpt.sample import bucket, for_decoding
 from jaxgpt.serve import batch
 from jaxgpt.serve.batch import CHUNK, Drawn, Settings
-from jaxgpt.serve.library import Served
 
 READ = 512
 """About how many prompt tokens are read at once."""
@@ -46,7 +46,7 @@ class End(NamedTuple):
 class Job:
     """A request and its progress: generate `tokens` more tokens, or if 0, look at the last of `ids`."""
 
-    run: Served
+    run: Run
     ids: list[int]  # the prompt, at least one token, then the generated tokens
     tokens: int = 0  # still to generate
     settings: Settings = batch.DEFAULT

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from starlette.exceptions import HTTPException
 
-from jaxgpt.serve.library import Served
+from jaxgpt.run import Run
 from jaxgpt.serve.limits import Limits
 from jaxgpt.serve.scheduler import MODELS, Scheduler
 from jaxgpt.serve.writer import End, Job
 
-RUN, OTHER = Served(Path("one"), 1), Served(Path("other"), 1)
+RUN, OTHER = Run(Path("one")), Run(Path("other"))
 
 
 class Model:
@@ -56,7 +56,7 @@ def test_cancelled_jobs_load_no_model():
     assert loads == [RUN]
 
 
-def test_recreated_run_is_another_model_and_models_are_limited():
+def test_each_run_is_loaded_once_and_models_are_limited():
     loads, ended = [], queue.Queue()
 
     def load(run):
@@ -68,12 +68,12 @@ def test_recreated_run_is_another_model_and_models_are_limited():
         return ended.get(timeout=10)
 
     with scheduling(load) as scheduler:
-        *runs, last = [Served(Path("one"), created) for created in range(MODELS + 1)]
+        *runs, last = [Run(Path(f"{i}")) for i in range(MODELS + 1)]
         jobs = [Job(run, [0], 9) for run in runs]
         for job in jobs:
             scheduler.submit(job)
-        for created in range(MODELS):
-            assert look(scheduler, Served(Path("one"), created)) == End()
+        for i in range(MODELS):
+            assert look(scheduler, Run(Path(f"{i}"))) == End()
         assert loads == runs, "each is loaded once"
         assert look(scheduler, last) == End(f"{MODELS} other models are in use, which is the limit: try again soon")
         scheduler.cancel(jobs[1])
@@ -89,7 +89,7 @@ def test_the_least_recently_used_model_makes_room():
         return Model()
 
     with scheduling(load) as scheduler:
-        first, second, *others, last = [Served(Path("one"), created) for created in range(MODELS + 1)]
+        first, second, *others, last = [Run(Path(f"{i}")) for i in range(MODELS + 1)]
         for run in (first, second, *others, first, last, first, second):
             scheduler.submit(Job(run, [1], put=ended.put))
             assert ended.get(timeout=10) == End()
