@@ -6,12 +6,12 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from glob import escape
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 
@@ -27,8 +27,7 @@ from jaxgpt.prepare.vocabularies import accepts, tokenizer_for
 from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A prepared corpus, its folder (of a mixture `data_dir`), and whether it was prepared before."""
 
     corpus: Corpus
@@ -63,13 +62,14 @@ def prepare_corpus(
     """
     names = mixture(corpus)
     parts = {name: part for _, name in names if (part := _already_prepared(name))}
-    texts = {name: sources.open_text(name, column) for _, name in names if name not in parts}
+    opened = {name: sources.open_text(name, column) for _, name in names if name not in parts}
+    texts = {name: replace(text, progress=progress) for name, text in opened.items()}
     paths = (sources.path_of(path) for text in texts.values() for path in text.readers)
     if column != "text" and texts and not any(documents.holds_documents(path, column) for path in paths):
         raise sources.SourceError(
             f"--column is {column}, but {corpus} is plain text: only JSON Lines (.jsonl) and Parquet have columns"
         )
-    tok = tokenizer_for(spec, list(texts.values()), progress) if texts else next(iter(parts.values())).corpus.tokenizer
+    tok = tokenizer_for(spec, texts.values()) if texts else next(iter(parts.values())).corpus.tokenizer
     fit = partial(_require_fit, block_size=block_size, val_fraction=val_fraction)
     for name, part in parts.items():
         own, (other, first) = part.corpus.tokenizer, next(iter(parts.items()))
@@ -87,7 +87,7 @@ def prepare_corpus(
             "an imported model needs a --tokenizer of fewer ids"
         )
     for name, text in texts.items():
-        parts[name] = _prepare(text, tok, unknown, column, data_dir, fit, progress)
+        parts[name] = _prepare(text, tok, unknown, column, data_dir, fit)
     if len(names) == 1:
         return parts[corpus]
     whole = mix([(share, parts[name].corpus) for share, name in names])
@@ -106,24 +106,18 @@ def _require_fit(meta: dict[str, Any], block_size: int, val_fraction: float) -> 
 
 
 def _prepare(
-    text: Text,
-    tok: Tokenizer,
-    unknown: str,
-    column: str,
-    data_dir: Path,
-    fit: Callable[[dict[str, Any]], None],
-    progress: Progress,
+    text: Text, tok: Tokenizer, unknown: str, column: str, data_dir: Path, fit: Callable[[dict[str, Any]], None]
 ) -> Prepared:
     """Find the corpus of a text in `data_dir`, or encode it there."""
     about = json.dumps([text.origin, unknown, column, tok.to_json()])
     work = data_dir / f".{text.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.part"
     new = [folder for folder in (work, *work.parents) if not folder.exists()]
-    while not (found := _find(text, tok, unknown, data_dir, progress)):
+    while not (found := _find(text, tok, unknown, data_dir)):
         lock = filelock.FileLock(work / LOCK, timeout=0)
         try:
             work.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-            meta = encode(text, tok, unknown, work, progress)
+            meta = encode(text, tok, unknown, work)
             fit(meta)
             files.write_atomically(work / "tokens.json", files.seal(meta).encode())
             folder = folder_of(meta, data_dir)
@@ -169,7 +163,7 @@ def _rename(work: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _find(text: Text, tok: Tokenizer, unknown: str, data_dir: Path, progress: Progress) -> Prepared | None:
+def _find(text: Text, tok: Tokenizer, unknown: str, data_dir: Path) -> Prepared | None:
     """The corpus of a text if it was prepared with this tokenizer and is intact. Locks and writes nothing."""
     plain, sha256 = tok.to_json(), text.version
     for path in sorted(data_dir.glob(f"{escape(text.name)}-{plain['kind']}-*/tokens.json")):
@@ -177,7 +171,7 @@ def _find(text: Text, tok: Tokenizer, unknown: str, data_dir: Path, progress: Pr
             meta = read_meta(path)
             same = meta["tokenizer"] == plain and (unknown == "skip" or not meta.get("skipped_characters"))
             if same and meta["source"] == text.name and folder_of(meta, data_dir) == path.parent:
-                sha256 = sha256 or text.sha256(partial(progress, "reading"))
+                sha256 = sha256 or text.sha256()
                 if meta["source_sha256"] == sha256:
                     return Prepared(load(path.parent), path.parent, True)
     return None

@@ -6,7 +6,6 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ import numpy as np
 
 from jaxgpt import files
 from jaxgpt.corpus import FORMAT
-from jaxgpt.prepare.sources import Progress, Text
+from jaxgpt.prepare.sources import Text
 from jaxgpt.tokenizer import Ids, Tokenizer, UnknownCharacterError, drop_unknown
 
 PART = 2**18
@@ -38,7 +37,7 @@ class InterruptionError(Exception):
     """An interrupted preparation cannot be continued: its record is damaged, or the text has changed."""
 
 
-def encode(text: Text, tok: Tokenizer, unknown: str, folder: Path, progress: Progress) -> dict[str, Any]:
+def encode(text: Text, tok: Tokenizer, unknown: str, folder: Path) -> dict[str, Any]:
     """Encode a text into shards in `folder`, and return the contents of its tokens.json.
 
     PROGRESS records each full shard. A call that finds it continues from there, with the same result as an
@@ -65,7 +64,7 @@ def encode(text: Text, tok: Tokenizer, unknown: str, folder: Path, progress: Pro
     def rest() -> Iterator[str]:
         """The text from `start` on."""
         at = begins[0][1]
-        for file, piece in text.numbered(partial(progress, "encoding"), changes, begins[0][0]):
+        for file, piece in text.numbered("encoding", changes, begins[0][0]):
             if text.version and file > begins[-1][0]:
                 begins.append([file, at, dict(changes)])
             before = piece[: max(0, start - at)]

@@ -51,14 +51,17 @@ class Text:
     """A note on each file that is not read."""
     version: str = ""
     """SHA-256 of the hashes of a dataset's files on the Hugging Face Hub; it replaces the SHA-256 of the text."""
+    progress: Progress = lambda what, share: None
 
-    def pieces(self, progress: Callable[[float], None] = lambda share: None) -> Iterator[str]:
-        """The text, `documents.normalized`, piece by piece; a SourceError if it has only white space."""
-        return (piece for _, piece in self.numbered(progress, Counter()))
+    def pieces(self, what: str) -> Iterator[str]:
+        """The text, `documents.normalized`, piece by piece; a SourceError if it has only white space.
 
-    def numbered(
-        self, progress: Callable[[float], None], changes: Counter[str], first: int = 0
-    ) -> Iterator[tuple[int, str]]:
+        Args:
+          what: describes the work to `progress`.
+        """
+        return (piece for _, piece in self.numbered(what, Counter()))
+
+    def numbered(self, what: str, changes: Counter[str], first: int = 0) -> Iterator[tuple[int, str]]:
         """As `pieces`, from file number `first` on, each with its file number; `changes` as in `notes`."""
         blank, n = not first, 0
         with store_errors(self.origin):
@@ -66,13 +69,13 @@ class Text:
                 for piece in chain("\n" * bool(i), documents.normalized(read(), changes)):
                     blank, n = blank and not piece.strip(), n + len(piece)
                     yield i, piece
-                    progress(i / len(self.readers) if self.version else min(1.0, n / max(1, self.size)))
+                    self.progress(what, i / len(self.readers) if self.version else min(1.0, n / max(1, self.size)))
         if blank:
             raise SourceError(f"{self.origin} holds no text")
 
-    def sha256(self, progress: Callable[[float], None]) -> str:
+    def sha256(self) -> str:
         digest = hashlib.sha256()
-        for piece in self.pieces(progress):
+        for piece in self.pieces("reading"):
             digest.update(piece.encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
@@ -243,9 +246,8 @@ def _pipe(path: Path) -> Text:
         spool.seek(0)
         return documents.utf8(iter(lambda: spool.read(documents.PIECE), b""), str(path))
 
-    text = Text("pipe", str(path), {str(path): read}, spool.tell())
-    weakref.finalize(text, spool.close)
-    return text
+    weakref.finalize(read, spool.close)
+    return Text("pipe", str(path), {str(path): read}, spool.tell())
 
 
 def python_docs() -> Text:

@@ -1,9 +1,8 @@
 """Tokenizers by the value of --tokenizer: fixed, learned from the text, or read from files."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from threading import Event
@@ -16,14 +15,14 @@ from jaxgpt.corpus import CorpusError, read_meta
 from jaxgpt.files import json_object
 from jaxgpt.prepare.documents import SourceError
 from jaxgpt.prepare.encode import split_words
-from jaxgpt.prepare.sources import Progress, Text
+from jaxgpt.prepare.sources import Text
 from jaxgpt.tokenizer import MAX_TOKEN_BYTES, MAX_TOKENS, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 
 LEARNED = re.compile("bpe:([0-9]{1,7})")
 GPT2_SIZE = 50_257
 
 
-def tokenizer_for(spec: str, texts: Sequence[Text], progress: Progress) -> Tokenizer:
+def tokenizer_for(spec: str, texts: Iterable[Text]) -> Tokenizer:
     """The tokenizer for texts.
 
     Args:
@@ -33,7 +32,7 @@ def tokenizer_for(spec: str, texts: Sequence[Text], progress: Progress) -> Token
     Raises:
       UsageError: `spec` is not a tokenizer, or it is unavailable.
     """
-    pieces = chain.from_iterable(text.pieces(partial(progress, "learning a vocabulary")) for text in texts)
+    pieces = chain.from_iterable(text.pieces("learning a vocabulary") for text in texts)
     if spec == "char":
         return CharTokenizer.train(pieces)
     if spec == "ascii":
@@ -56,7 +55,7 @@ def accepts(spec: str, found: Tokenizer) -> bool:
         return isinstance(found, BPETokenizer) and found.vocab_size == GPT2_SIZE
     if learned := LEARNED.fullmatch(spec):
         return isinstance(found, BPETokenizer) and found.vocab_size <= int(learned[1])
-    return found == tokenizer_for(spec, [], lambda what, share: None)
+    return found == tokenizer_for(spec, [])
 
 
 def learn_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:

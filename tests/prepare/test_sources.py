@@ -188,7 +188,7 @@ def test_text_of_a_pipe_can_be_read_repeatedly(tmp_path):
     for path in (f"/dev/fd/{end}", str(tmp_path / "fifo")):
         text = sources.open_text(path)
         for _ in range(2):
-            assert "".join(text.pieces()) == "the\ncat"
+            assert "".join(text.pieces("")) == "the\ncat"
         assert (text.name, text.origin, text.size) == ("pipe", path, len(data))
         assert absolute(path) == path
     writer.join()
@@ -213,7 +213,7 @@ def test_position_of_a_character_in_a_folder(tmp_path, monkeypatch, size):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text.encode())
     source = sources.open_text(str(tmp_path))
-    text = "".join(source.pieces())
+    text = "".join(source.pieces(""))
     assert text == "one\ntwo\n\n\n\nthrée\nfour\n"
     for sought, position in {
         "o": "line 1 of the text in {}/a.txt",
@@ -302,7 +302,7 @@ def server(tmp_path):
 
 def test_url_is_read(tmp_path, server):
     (tmp_path / "www" / "a.txt").write_text("to be\nor not")
-    assert "".join(sources.open_text(f"{server}/a.txt").pieces()) == "to be\nor not"
+    assert "".join(sources.open_text(f"{server}/a.txt").pieces("")) == "to be\nor not"
     with pytest.raises(SourceError, match=r"b\.txt is unavailable: 404, message='File not found'"):
         sources.open_text(f"{server}/b.txt")
     with pytest.raises(SourceError, match=r"c\.txt is unavailable: Cannot connect to host 127\.0\.0\.1:1 "):
@@ -315,7 +315,7 @@ def test_a_large_text_and_parquet_need_no_range_requests(tmp_path, server):
     (tmp_path / "www" / "a.txt.gz").write_bytes(gzip.compress(text.encode(), 1))
     parquet.write_table(pyarrow.table({"text": [text] * 2}), tmp_path / "www" / "a.parquet")
     for name, n in (("a.txt", 1), ("a.txt?made", 1), ("a.txt.gz", 1), ("a.parquet", 2), ("a.parquet?made", 2)):
-        assert "".join(sources.open_text(f"{server}/{name}").pieces()) == "\n\n".join([text] * n)
+        assert "".join(sources.open_text(f"{server}/{name}").pieces("")) == "\n\n".join([text] * n)
 
 
 def test_gzip_from_a_server_without_its_size_or_with_an_encoding(tmp_path, server, monkeypatch):
@@ -323,7 +323,7 @@ def test_gzip_from_a_server_without_its_size_or_with_an_encoding(tmp_path, serve
     text = "".join(f"{i * i} to be or not\n" for i in range(2000))
     (tmp_path / "www" / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
     for query in ("?size", "?encoding"):
-        assert "".join(sources.open_text(f"{server}/a.txt.gz{query}").pieces()) == text
+        assert "".join(sources.open_text(f"{server}/a.txt.gz{query}").pieces("")) == text
     (tmp_path / "www" / "b.txt.gz").write_bytes(gzip.compress(b"<!doctype html>Log in"))
     with pytest.raises(SourceError, match="is a page of HTML"):
         read(f"{server}/b.txt.gz?encoding")

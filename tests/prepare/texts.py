@@ -20,5 +20,5 @@ class Read(NamedTuple):
 
 def read(corpus: str, column: str = "text") -> Read:
     text, changes = open_text(corpus, column), Counter[str]()
-    pieces = "".join(piece for _, piece in text.numbered(lambda share: None, changes))
+    pieces = "".join(piece for _, piece in text.numbered("", changes))
     return Read(text.name, pieces, text.origin, tuple(text.notes(changes)))
