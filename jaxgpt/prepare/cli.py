@@ -28,12 +28,12 @@ class Prepare:
 def run(args: list[str]) -> int:
     given = parse(Prepare, args, "prepare")
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.progress import Progress
 
     from jaxgpt.prepare.build import prepare_corpus
 
-    columns, console = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn()), Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1.0)
         done = prepare_corpus(
             given.corpus,

@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import platform
-import sys
 import sysconfig
 import tempfile
 import urllib.request
@@ -105,9 +104,6 @@ def open_text(corpus: str, column: str = "text") -> Text:
     if not corpus:
         raise SourceError("the corpus has no name; give a named corpus, a file or a folder")
     if corpus in NAMED:
-        if os.path.exists(corpus):
-            hint = f"to read the file or folder of that name, give ./{corpus}"
-            print(f"jaxgpt: {corpus} is the named corpus; {hint}", file=sys.stderr)
         if corpus in HUB:
             return replace(open_text(HUB[corpus], column), name=corpus)
         return {"python-docs": python_docs, "python-stdlib": python_stdlib, "shakespeare": shakespeare}[corpus]()
@@ -180,8 +176,6 @@ def _of_files(
     name: str, origin: str, paths: Sequence[Path], column: str = "text", left_out: Sequence[str] = ()
 ) -> Text:
     readers = {str(path): partial(documents.pieces, path, column) for path in paths}
-    if len(os.fsencode(name)) > 230:  # the names of its folders have 23 bytes more, and at most 255
-        name = os.fsencode(name)[:230].decode(errors="ignore")
     size, version = sum(path.stat().st_size for path in paths), ""
     if on_hub := [cast(Any, path) for path in paths if str(path).startswith("hf://datasets/")]:
         hashes = json.dumps([column, *([str(path), path.fs.info(path.path)["blob_id"]] for path in on_hub)])

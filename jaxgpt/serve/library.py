@@ -43,14 +43,11 @@ class Library:
 
     @property
     def names(self) -> list[str]:
-        """All runs, most recently saved first."""
+        """All runs, the newest first."""
         if self.only:
             return [self.only]
-        saved = {}
-        for path in self.folder.glob("[!.]*/config.json"):
-            checkpoints = path.parent / "checkpoints"
-            saved[path.parent.name] = checkpoints.stat().st_mtime if checkpoints.is_dir() else 0.0
-        return sorted(saved, key=lambda name: (-saved[name], name))
+        configs = sorted(self.folder.glob("[!.]*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        return [path.parent.name for path in configs]
 
     def run(self, name: str) -> Run:
         """A run by its name, as it was when it was first asked for.

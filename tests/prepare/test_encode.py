@@ -337,14 +337,6 @@ def test_columns_of_a_file_are_continued_separately(tmp_path, small_shards, caps
     assert capsys.readouterr().err == "", "neither starts over"
 
 
-@pytest.mark.parametrize("name", ["a" * 251, "猫" * 83], ids=["ascii", "wide"])
-def test_file_name_of_the_greatest_length(tmp_path, name):
-    (tmp_path / f"{name}.txt").write_text(LINES)
-    done = prepare_corpus(str(tmp_path / f"{name}.txt"), data_dir=tmp_path / "data")
-    assert name.startswith(done.corpus.meta["source"])
-    assert prepare_corpus(str(tmp_path / f"{name}.txt"), data_dir=tmp_path / "data").reused
-
-
 def test_texts_that_differ_only_in_skipped_characters_share_their_tokens(tmp_path, small_shards):
     done = []
     for mark in "éü":

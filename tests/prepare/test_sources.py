@@ -164,18 +164,12 @@ def test_linked_folders_are_followed_without_loops(tmp_path):
     assert read(str(tmp_path / "link")).text == source.text, "a corpus may be a link itself"
 
 
-def test_named_corpus_hides_a_local_file_with_a_warning(tmp_path, monkeypatch, capsys):
+def test_named_corpus_hides_a_local_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "python-docs").write_text("mine")
     assert "CPython" in read("python-docs").origin
-    assert (
-        "python-docs is the named corpus; to read the file or folder of that name, give ./" in capsys.readouterr().err
-    )
     assert read("./python-docs").text == "mine"
     assert absolute("./python-docs") == str(tmp_path / "python-docs")
-    (tmp_path / "python-docs").unlink()
-    read("python-docs")
-    assert capsys.readouterr().err == ""
 
 
 def test_text_of_a_pipe_can_be_read_repeatedly(tmp_path):

@@ -113,13 +113,11 @@ def test_the_runs_beside_a_served_run_are_not_served(library):
             only.run(name)
 
 
-def test_runs_are_listed_by_their_last_save_without_hidden_ones(library, tmp_path):
-    for i, name in enumerate(("first", "second", ".hidden"), 1):
+def test_the_newest_runs_are_listed_first_and_hidden_ones_are_not(library, tmp_path):
+    for i, name in enumerate(("b", "c", "a", ".hidden"), 1):
         shutil.copytree(library.folder / "pairs", tmp_path / name)
-        os.utime(tmp_path / name / "checkpoints", (i, i))
-    for name in "bca":
-        shutil.copytree(library.folder / "broken", tmp_path / f"{name} without checkpoints")
-    assert Library(tmp_path).names == ["second", "first", *(f"{name} without checkpoints" for name in "abc")]
+        os.utime(tmp_path / name / "config.json", (i, i))
+    assert Library(tmp_path).names == ["a", "c", "b"]
 
 
 def test_without_a_name_all_runs_of_runs_dir_are_served(library, tmp_path):
