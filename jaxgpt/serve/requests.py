@@ -38,16 +38,15 @@ def to_write(body: bytes, library: Library, limits: Limits) -> Job:
         ids = _ids("prompt", prompt, run, limits.max_prompt)
     else:
         ids = _encoded(prompt, run.tokenizer, limits.max_prompt)
-    given = {name: _number(name, tree.get(name, default), type(default)) for name, default in optional.items()}
-    ranges = {
-        "tokens": (1, limits.max_tokens),
-        "seed": (0, 2**32 - 1),
-        "temperature": (0, 1000),
-        "top_k": (0, 2**31 - 1),
-    }
+    ranges = {"tokens": (1, limits.max_tokens), "seed": (0, 2**32 - 1)}
+    ranges |= {"temperature": (0, 1000), "top_k": (0, 2**31 - 1), "top_p": (0, 1), "min_p": (0, 1)}
+    given = dict[str, Any]()
     for name, (low, high) in ranges.items():
-        if not low <= given[name] <= high:
-            raise HTTPException(400, f"{name} is {given[name]}, expected {low} to {high}")
+        value, kind = tree.get(name, optional[name]), type(optional[name])
+        if type(value) not in (int, kind) or not low <= value <= high:  # an int is accepted as a float
+            number = "whole number" if kind is int else "number"
+            raise HTTPException(400, f"{name} is {shown(value)}, expected a {number} from {low} to {high}")
+        given[name] = kind(value)
     settings = Settings(*(given[name] for name in Settings._fields))
     try:
         checked(SamplingParams(*settings))
@@ -111,10 +110,3 @@ def _ids(name: str, given: Any, run: Run, most: int) -> list[int]:
         if type(each) is not int or not 0 <= each < V:
             raise HTTPException(400, f"{name} holds {shown(each)}, expected whole numbers from 0 to {V - 1}")
     return given
-
-
-def _number(name: str, given: Any, kind: type) -> Any:
-    """`given` as a number of the type `kind`; an int is accepted as a float."""
-    if type(given) not in (int, kind) or not abs(given) < 2**1023:
-        raise HTTPException(400, f"{name} is {shown(given)}, expected a {'whole number' if kind is int else 'number'}")
-    return kind(given)

@@ -40,15 +40,23 @@ BAD_REQUESTS = [
     ({"run": "one", "prompt": [1, 11]}, 400, "whole numbers from 0 to 10"),
     ({"run": "one", "prompt": [True]}, 400, "prompt holds True"),
     ({"run": "one", "prompt": "a", "tokens": 10**6 + 1}, 400, "tokens is 1000001"),
-    ({"run": "one", "prompt": "a", "tokens": 0}, 400, "tokens is 0, expected 1 to"),
+    ({"run": "one", "prompt": "a", "tokens": 0}, 400, "tokens is 0, expected a whole number from 1 to"),
     ({"run": "one", "prompt": "a", "tokens": 2.0}, 400, "expected a whole number"),
     ({"run": "one", "prompt": "a", "temperature": float("nan")}, 400, "temperature is nan"),
-    ({"run": "one", "prompt": "a", "top_k": 2**31}, 400, "top_k is 2147483648, expected 0 to 2147483647"),
-    ({"run": "one", "prompt": "a", "temperature": 1e300}, 400, "expected 0 to 1000"),
+    (
+        {"run": "one", "prompt": "a", "top_k": 2**31},
+        400,
+        "top_k is 2147483648, expected a whole number from 0 to 2147483647",
+    ),
+    ({"run": "one", "prompt": "a", "temperature": 1e300}, 400, "expected a number from 0 to 1000"),
     ({"run": "one", "prompt": "a", "temperature": 10**400}, 400, "expected a number"),
     ({"run": "one", "prompt": "a", "top_p": 0}, 400, "top_p is 0"),
     ({"run": "one", "prompt": "a", "seed": -1}, 400, "seed is -1"),
-    ({"run": "one", "prompt": "a", "seed": 2**32}, 400, "seed is 4294967296, expected 0 to 4294967295"),
+    (
+        {"run": "one", "prompt": "a", "seed": 2**32},
+        400,
+        "seed is 4294967296, expected a whole number from 0 to 4294967295",
+    ),
     ({"run": "one", "prompt": "a", "colour": "red"}, 400, "no such field: 'colour'"),
 ]
 
