@@ -27,7 +27,7 @@ DTYPES = ("F32", "BF16", "F16")
 """Accepted dtypes; all are read as float32."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of PyTorch files, which are never read."""
-NOT_GPT2 = ["position", "norm", "mlp", "qk_norm", "n_kv_head", "window", "softcap", "smear", "bigram_embed"]
+NOT_GPT2 = ["kind", "position", "norm", "mlp", "qk_norm", "n_kv_head", "window", "softcap", "smear", "bigram_embed"]
 """Options of our model that GPT-2 does not have."""
 SIZES = dict(vocab_size="vocab_size", n_positions="block_size", n_embd="n_embd", n_layer="n_layer", n_head="n_head")
 """Fields of `config.json` to those of `ModelConfig`."""
@@ -54,20 +54,23 @@ def table(config: ModelConfig) -> list[Row]:
         Row("wpe.weight", ("wpe/embedding",), (config.block_size, C)),
     ]
 
-    def add(name: str, ours: tuple[str, ...], shape: tuple[int, ...], weight: str) -> None:
+    def add(name: str, *shape: int) -> None:
+        """A layer; our names are the same, but h_0/ for h.0., and `c_attn` is our query, key and value."""
+        path = name.replace(".", "_", 1).replace(".", "/")
+        ours = [path.replace("c_attn", each) for each in ("query", "key", "value")] if "c_attn" in path else [path]
+        weight = "kernel" if len(shape) > 1 else "scale"
         rows.append(Row(f"{name}.weight", tuple(f"{each}/{weight}" for each in ours), shape))
         if config.bias:
             rows.append(Row(f"{name}.bias", tuple(f"{each}/bias" for each in ours), shape[-1:]))
 
     for i in range(config.n_layer):
-        add(f"h.{i}.ln_1", (f"h_{i}/ln_1",), (C,), "scale")
-        add(f"h.{i}.ln_2", (f"h_{i}/ln_2",), (C,), "scale")
-        query_key_value = tuple(f"h_{i}/attn/{name}" for name in ("query", "key", "value"))
-        add(f"h.{i}.attn.c_attn", query_key_value, (C, 3 * C), "kernel")
-        add(f"h.{i}.attn.c_proj", (f"h_{i}/attn/c_proj",), (C, C), "kernel")
-        add(f"h.{i}.mlp.c_fc", (f"h_{i}/mlp/c_fc",), (C, 4 * C), "kernel")
-        add(f"h.{i}.mlp.c_proj", (f"h_{i}/mlp/c_proj",), (4 * C, C), "kernel")
-    add("ln_f", ("ln_f",), (C,), "scale")
+        add(f"h.{i}.ln_1", C)
+        add(f"h.{i}.ln_2", C)
+        add(f"h.{i}.attn.c_attn", C, 3 * C)
+        add(f"h.{i}.attn.c_proj", C, C)
+        add(f"h.{i}.mlp.c_fc", C, 4 * C)
+        add(f"h.{i}.mlp.c_proj", 4 * C, C)
+    add("ln_f", C)
     if not config.tie_weights:
         rows.append(Row("lm_head.weight", ("lm_head/kernel",), (V, C), transposed=True))
     return rows
@@ -244,8 +247,6 @@ def save(folder: Path, config: ModelConfig, params: Params) -> None:
     """
     from safetensors.numpy import save_file
 
-    if config.kind != "gpt":
-        raise InteropError(f"a {config.kind} is not a GPT-2: only models of kind 'gpt' can be exported")
     default = ModelConfig(n_kv_head=config.n_head if config.n_kv_head == config.n_head else 0)
     extra = [f"{name} {getattr(config, name)}" for name in NOT_GPT2 if getattr(config, name) != getattr(default, name)]
     if extra:

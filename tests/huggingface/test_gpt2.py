@@ -297,7 +297,7 @@ def test_the_converter_of_the_docs_reads_nanogpts_checkpoints(folder, tmp_path, 
 
 def test_a_bigram_cannot_be_exported(tmp_path):
     config = ModelConfig(kind="bigram", vocab_size=5)
-    with pytest.raises(InteropError, match="a bigram is not a GPT-2"):
+    with pytest.raises(InteropError, match="GPT-2 does not have kind bigram"):
         gpt2.save(tmp_path, config, noisy(config))
     assert list(tmp_path.iterdir()) == []
 
