@@ -92,7 +92,7 @@ def write(address: str, request: dict[str, Any]) -> Any:
 
 
 def first_run(address: str) -> str:
-    """The most recently saved run that can be sampled; raises ValueError if there is none."""
+    """The newest run that can be sampled; raises ValueError if there is none."""
     with urlopen(f"{address}api/runs", timeout=120) as response:
         runs = [run["name"] for run in json.load(response)["runs"] if "problem" not in run]
     if not runs:
