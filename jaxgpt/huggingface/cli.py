@@ -63,7 +63,7 @@ def run_import_gpt2(args: list[str]) -> int:
         given.run,
         given.folders.runs_dir,
         given.folders.data_dir,
-        block_size=given.block_size,
+        given.block_size,
     )
     print(f"{run.path}: {cost.describe(run.config.model)}")
     print(f"Tokenizer: {run.config.data.tokenizer}")

@@ -56,15 +56,7 @@ def find(name: str) -> Path:
         ) from error
 
 
-def import_run(
-    source: Path,
-    config: Config,
-    name: str,
-    runs_dir: Path,
-    data_dir: Path,
-    *,
-    block_size: int = 0,
-) -> Run:
+def import_run(source: Path, config: Config, name: str, runs_dir: Path, data_dir: Path, block_size: int = 0) -> Run:
     """A run at step 0 with the weights of a GPT-2.
 
     Args:
