@@ -92,7 +92,8 @@ def _has_single_point(rows: list[Spec]) -> bool:
 
 
 def _steps(last: int) -> Spec:
-    axis = {"tickCount": 8, "labelExpr": "datum.value % 1 ? '' : format(datum.value, ',d')"}  # whole steps
+    whole = "datum.value % 1 ? '' : format(datum.value, ',d')"
+    axis = {"tickCount": 8, "labelSeparation": 6, "labelExpr": whole}
     return quantity("step", "step", axis, domain=[0, last], nice=False, padding=8)
 
 

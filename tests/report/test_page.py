@@ -386,8 +386,9 @@ def test_only_the_newest_of_many_events_are_listed(report):
         return text.partition("<h2>Events</h2>")[2].partition("</section>")[0]
 
     spikes = [{"event": "spike", "step": i, "text": ""} for i in range(700)]
-    text = listed(replace(report.runs[0], events=[*spikes, *({"event": "save", "step": 700},) * 400]))
-    assert "1,100 events, 700 besides starts, saves and ends; the last 500 are listed" in text
+    usual = [{"event": kind, "step": 700} for kind in ("save", "evaluate")] * 200
+    text = listed(replace(report.runs[0], events=spikes + usual))
+    assert "1,100 events, 700 besides starts, saves, evaluations and ends; the last 500 are listed" in text
     assert text.count("<tr>") == 501
     assert "listed</summary>" not in listed(report.runs[0])
 
