@@ -12,13 +12,19 @@ import jax.numpy as jnp
 from jaxgpt import kernels, prng, sharding
 from jaxgpt.config import ModelConfig, UsageError
 from jaxgpt.profile.report import Report
-from jaxgpt.profile.timing import series
-from scripts.benchmarks.contest import require_round
+from jaxgpt.profile.timing import Series, series
+from scripts.benchmarks.contest import WorkerError, alternate
 from scripts.benchmarks.machine import facts
-from scripts.benchmarks.shapes import Device, config_of, describe
+from scripts.benchmarks.shapes import Device, config_of
 
 FUSED = {"cudnn": "gpu", "flash": "gpu", "splash": "tpu"}
 """Kernel -> the only device that it runs on."""
+NOTES = (
+    "ms: forward and backward in bfloat16, median of the rounds (least to greatest)",
+    "error: largest difference from the reference in float32, of the output and the three gradients, as a share of "
+    "the largest entry",
+    "repeatable: each round had the same bits",
+)
 
 
 def attention(
@@ -34,34 +40,28 @@ def attention(
     """
     if (found := sharding.platform()) != device:
         raise UsageError(f"JAX's default device is a {found}, not a {device}: choose with --device or JAX_PLATFORMS")
-    require_round(rounds)
-    machine, tables, failed = facts(device), list[dict[str, Any]](), dict[str, str]()
+    report: Report = {"mode": "attention", "facts": facts(device), "notes": NOTES, "failed": {}, "tables": []}
     for shape in shapes:
-        config = config_of(shape, device, "bfloat16")
+        config = config_of(shape, device, precision="bfloat16")
         B, H, T = config.train.batch_size, config.model.n_head, config.model.block_size
         given = jax.random.normal(jax.random.key(0), (4, B, H, T, config.model.n_embd // H)).astype(jnp.bfloat16)
-        rows = []
-        for rate in (0.0, dropout):
-            exact = compiled(replace(config.model, precision="float32"), "reference", rate)(*given)
-            calls = {}
-            for used in get_args(kernels.Kernel):
-                if FUSED.get(used, device) == device and not (rate and used == "cudnn"):
-                    try:
-                        calls[used] = compiled(config.model, used, rate)
-                        jax.block_until_ready(calls[used](*given))
-                    except Exception as error:
-                        why = str(error) or type(error).__name__
-                        failed[f"{used}, {shape}, dropout {rate}"] = why.splitlines()[0]
-                        del calls[used]
-            rows += [{"kernel": used, "dropout": rate} | row for used, row in measured(calls, given, exact, rounds)]
-        tables.append({"title": describe(shape, config), "rows": rows})
-    notes = [
-        "ms: forward and backward in bfloat16, median of the rounds (least to greatest)",
-        "error: largest difference from the reference in float32, of the output and the three gradients, as a share of "
-        "the largest entry",
-        "repeatable: each round had the same bits",
-    ]
-    return {"mode": "attention", "facts": machine, "notes": notes, "failed": failed, "tables": tables}
+        cases = {
+            f"{used}, {shape}, dropout {rate}": (used, rate)
+            for rate in (0.0, dropout)
+            for used in get_args(kernels.Kernel)
+            if FUSED.get(used, device) == device and not (rate and used == "cudnn")
+        }
+        calls = {case: compiled(config.model, used, rate) for case, (used, rate) in cases.items()}
+        results, failed = measured(calls, given, rounds)
+        rows, float32 = [], replace(config.model, precision="float32")
+        for case, (out, ms, same) in results.items():
+            used, rate = cases[case]
+            exact = compiled(float32, "reference", rate)(*given)
+            row = {"kernel": used, "dropout": rate, "ms": ms, "error": f"{error(out, exact):.4f}"}
+            rows.append(row | {"repeatable": same})
+        report["tables"].append({"title": f"{shape}, batch {B}", "rows": rows})
+        report["failed"] |= failed
+    return report
 
 
 def compiled(config: ModelConfig, used: kernels.Kernel, rate: float) -> Callable[..., Any]:
@@ -75,20 +75,27 @@ def compiled(config: ModelConfig, used: kernels.Kernel, rate: float) -> Callable
     return jax.jit(run)
 
 
-def measured(calls: dict[Any, Any], given: jax.Array, exact: Any, rounds: int) -> list[tuple[str, dict[str, Any]]]:
-    """A row of each call."""
-    times, first = {used: list[float]() for used in calls}, {used: call(*given) for used, call in calls.items()}
-    same = dict.fromkeys(calls, True)
-    for _ in range(rounds):
-        for used, call in calls.items():
-            began = time.perf_counter()
-            found = jax.block_until_ready(call(*given))
-            times[used].append(1000 * (time.perf_counter() - began))
-            same[used] &= all(bool((a == b).all()) for a, b in zip(found, first[used], strict=True))
-    return [
-        (used, {"ms": series(times[used]), "error": f"{error(first[used], exact):.4f}", "repeatable": same[used]})
-        for used in calls
-    ]
+def measured(
+    calls: dict[str, Callable[..., Any]], given: jax.Array, rounds: int
+) -> tuple[dict[str, tuple[Any, Series, bool]], dict[str, str]]:
+    """(its result, milliseconds, whether each round had the same bits) of each call, and why others failed."""
+    first, same = dict[str, Any](), dict.fromkeys(calls, True)
+
+    def ask(name: str) -> float:
+        began = time.perf_counter()
+        found = jax.block_until_ready(calls[name](*given))
+        seconds = time.perf_counter() - began
+        same[name] &= all(bool((a == b).all()) for a, b in zip(found, first.setdefault(name, found), strict=True))
+        return 1000 * seconds
+
+    def start(name: str) -> None:
+        try:
+            ask(name)
+        except Exception as error:
+            raise WorkerError((str(error) or type(error).__name__).splitlines()[0]) from error
+
+    times, failed = alternate(list(calls), rounds, ask, start)
+    return {name: (first[name], series(ms), same[name]) for name, ms in times.items()}, failed
 
 
 def error(found: Any, exact: Any) -> float:

@@ -1,33 +1,77 @@
 """The contestants of `rates`, each in its own process: `python -m scripts.benchmarks.contestants SPEC`.
 
-So the thread pools of PyTorch and of XLA never share a process. jaxgpt's side calls the functions of `jaxgpt train` and
-`jaxgpt sample`; PyTorch's is the twin and transformers' GPT-2. Units of work are tokens.
+jaxgpt's side calls the functions of `jaxgpt train` and `jaxgpt sample`; PyTorch's is the twin and transformers' GPT-2.
+Units of work are tokens. Each function below imports its own libraries only.
 """
 
 import json
+import os
+import resource
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgpt.config import from_tree
-from scripts.benchmarks.contest import Contestant, JaxContestant, answer_rounds, peak_resident_bytes
+from jaxgpt.config import Config, from_tree
+from jaxgpt.profile.timing import repeat
+
+DRAW = {"temperature": 0.8, "top_k": 40}
+"""On every side; 40 is below the vocabulary sizes, so that each side must select the largest logits."""
 
 
-def build(task: str, config: Any, **settings: Any) -> Contestant:
-    """A contestant; only its own libraries are imported."""
-    make = {"train jaxgpt": jaxgpt_training, "sample jaxgpt": jaxgpt_sampling}
-    make |= {"train torch": twin_training, "sample torch": twin_sampling}
-    make |= {"sample transformers": transformers_sampling}
-    return make[task](from_tree(config), **settings)
+class Contestant(NamedTuple):
+    about: dict[str, Any]  # device, and seconds spent compiling
+    run: Callable[[], int]  # does one piece of work, and returns its tokens; the device may still be computing
+    wait: Callable[[], Any]  # waits until the device is done
+    peak_bytes: Callable[[], int]  # of the device, or of the process on a CPU
 
 
-def random_tokens(vocab_size: int) -> Any:
-    return np.random.default_rng(0).integers(vocab_size, size=1_000_000).astype(np.uint16)
+def answer_rounds(make: Callable[[], Contestant]) -> None:
+    """The main function of a contestant's process: writes a line of JSON about itself once it has compiled and warmed
+    up, then answers each line of input, a number of seconds, with the work that it did in about that time.
+
+    Libraries print to stderr, so that stdout holds answers only.
+    """
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        contestant = make()
+        print(json.dumps(contestant.about), file=answers, flush=True)
+        for line in sys.stdin:
+            computed = time.process_time()
+            units, seconds = repeat(contestant.run, float(line), contestant.wait)
+            done = {"units": units, "seconds": seconds, "cpu_seconds": time.process_time() - computed}
+            print(json.dumps(done | {"peak_bytes": contestant.peak_bytes()}), file=answers, flush=True)
 
 
-def jaxgpt_training(config: Any) -> Contestant:
+def peak_resident_bytes() -> int:
+    """Peak memory of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def random_tokens(config: Config) -> Any:
+    return np.random.default_rng(0).integers(config.model.vocab_size, size=1_000_000).astype(np.uint16)
+
+
+def tokens_per_scan(config: Config) -> int:
+    return config.train.scan_steps * config.train.batch_size * config.model.block_size
+
+
+def of_jax(run: Callable[[], int], wait: Callable[[], Any], **about: Any) -> Contestant:
+    """A contestant on JAX's first device."""
+    import jax
+
+    device = jax.local_devices()[0]
+
+    def peak_bytes() -> int:
+        return int((device.memory_stats() or {}).get("peak_bytes_in_use", 0)) or peak_resident_bytes()
+
+    return Contestant({"device": device.device_kind, **about}, run, wait, peak_bytes)
+
+
+def train_jaxgpt(config: Config) -> Contestant:
     """A piece of work is `scan_steps` steps, with batches loaded and metrics read as in `fit`."""
     import jax
 
@@ -35,163 +79,125 @@ def jaxgpt_training(config: Any) -> Contestant:
     from jaxgpt.sharding import one_device
     from jaxgpt.step import jit_train_steps, sharded_init
 
-    K = config.train.scan_steps
+    mesh, K, step, unread = one_device(), config.train.scan_steps, 0, None
+    load, train_steps = loader(config, random_tokens(config), mesh), jit_train_steps(config, mesh)
+    began = time.perf_counter()
+    state = jax.block_until_ready(sharded_init(config, mesh))
+    initialized = time.perf_counter()
+    train_steps.lower(state, *load(0, K)).compile()
+    compiled = time.perf_counter()
 
-    class Training(JaxContestant):
-        def __init__(self) -> None:
-            super().__init__()
-            mesh = one_device()
-            self.load, self.step, self.unread = loader(config, random_tokens(config.model.vocab_size), mesh), 0, None
-            self.train_steps = jit_train_steps(config, mesh)
-            began = time.perf_counter()
-            self.state = jax.block_until_ready(sharded_init(config, mesh))
-            self.about["init_seconds"] = time.perf_counter() - began
-            began = time.perf_counter()
-            self.train_steps.lower(self.state, *self.load(0, K)).compile()
-            self.about["compile_seconds"] = time.perf_counter() - began
-            self.run()
-            self.wait()
+    def run() -> int:
+        nonlocal state, step, unread
+        state, metrics = train_steps(state, *load(step, step + K))
+        if unread:
+            jax.device_get(unread)
+        unread, step = metrics, step + K
+        return tokens_per_scan(config)
 
-        def run(self) -> int:
-            self.state, metrics = self.train_steps(self.state, *self.load(self.step, self.step + K))
-            if self.unread:
-                jax.device_get(self.unread)
-            self.unread, self.step = metrics, self.step + K
-            return K * config.train.batch_size * config.model.block_size
+    def wait() -> None:
+        jax.block_until_ready(state)
 
-        def wait(self) -> None:
-            jax.block_until_ready(self.state)
-
-    return Training()
+    repeat(run, 0.0, wait)
+    return of_jax(run, wait, init_seconds=initialized - began, compile_seconds=compiled - initialized)
 
 
-def jaxgpt_sampling(config: Any, batch_size: int, n_tokens: int, temperature: float, top_k: int) -> Contestant:
+def sample_jaxgpt(config: Config, batch_size: int, n_tokens: int) -> Contestant:
     """A piece of work is one `generate` of `n_tokens` for each of `batch_size` sequences."""
     import jax
 
     from jaxgpt import model
     from jaxgpt.sample import SamplingParams, generate
 
-    class Sampling(JaxContestant):
-        def __init__(self) -> None:
-            super().__init__()
-            self.params = jax.jit(model.init_params, static_argnums=0)(config.model, jax.random.key(0))
-            self.prompt, self.key = np.zeros((batch_size, 1), np.int32), jax.random.key(1)
-            jax.block_until_ready(self.params)
-            began = time.perf_counter()
-            self.run()
-            self.about["first_seconds"] = time.perf_counter() - began
+    params = jax.jit(model.init_params, static_argnums=0)(config.model, jax.random.key(0))
+    prompt, key = np.zeros((batch_size, 1), np.int32), jax.random.key(1)
+    jax.block_until_ready(params)
 
-        def run(self) -> int:
-            draw = SamplingParams(temperature, top_k)
-            return np.asarray(generate(config.model, self.params, self.prompt, n_tokens, self.key, draw)).size
+    def run() -> int:
+        return np.asarray(generate(config.model, params, prompt, n_tokens, key, SamplingParams(**DRAW))).size
 
-    return Sampling()
+    return of_jax(run, lambda: None, compile_seconds=repeat(run, 0.0)[1])
 
 
-class TorchContestant:
-    def __init__(self, device: str, way: Any) -> None:
-        from scripts.benchmarks.twin import torch
+def of_torch(way: Any, device: str) -> tuple[str, dict[str, Any], Callable[[], Any], Callable[[], int]]:
+    """PyTorch's name of the device, what a contestant on it reports, and its `wait` and `peak_bytes`."""
+    from scripts.benchmarks.twin import set_matmul_precision, torch
 
-        self.torch, self.device = torch, "cuda" if device == "gpu" else "cpu"
-        name = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
-        self.about: dict[str, Any] = {"device": name, "threads": torch.get_num_threads()}
-        torch.manual_seed(0)
-        torch.set_float32_matmul_precision("high" if way.tf32 else "highest")
-
-    def wait(self) -> None:
-        if self.device == "cuda":
-            self.torch.cuda.synchronize()
-
-    def peak_bytes(self) -> int:
-        return self.torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_resident_bytes()
-
-    def first(self, run: Any) -> float:
-        """Seconds that `run()` takes."""
-        self.wait()
-        began = time.perf_counter()
-        run()
-        self.wait()
-        return time.perf_counter() - began
+    torch.manual_seed(0)
+    set_matmul_precision(way)
+    if device == "gpu":
+        about = {"device": torch.cuda.get_device_name()}
+        return "cuda", about, torch.cuda.synchronize, torch.cuda.max_memory_allocated
+    return "cpu", {"device": "cpu"}, lambda: None, peak_resident_bytes
 
 
-def twin_training(config: Any, way: str, device: str) -> Contestant:
+def train_torch(config: Config, way: Any, device: str) -> Contestant:
     """A piece of work is `scan_steps` steps of the twin; then its last loss is read."""
     from scripts.benchmarks import twin
 
-    train = config.train
+    place, about, wait, peak_bytes = of_torch(way, device)
+    training = twin.Training(config, random_tokens(config), way, place)
 
-    class Training(TorchContestant):
-        def __init__(self) -> None:
-            super().__init__(device, twin.WAYS[way])
-            tokens = random_tokens(config.model.vocab_size)
-            self.training = twin.Training(config, tokens, twin.WAYS[way], self.device)
-            first = self.first(self.training.step)  # with torch.compile, the first forward and backward pass compile
-            self.about["compile_seconds"] = first if twin.WAYS[way].compiled else 0.0
-            self.run()
+    def run() -> int:
+        for _ in range(config.train.scan_steps):
+            loss = training.step()
+        loss.item()
+        return tokens_per_scan(config)
 
-        def run(self) -> int:
-            for _ in range(train.scan_steps):
-                loss = self.training.step()
-            loss.item()
-            return train.scan_steps * train.batch_size * config.model.block_size
-
-    return Training()
+    wait()
+    began = time.perf_counter()
+    training.step()
+    wait()
+    if way.endswith("+compile"):  # in the first forward and backward pass
+        about["compile_seconds"] = time.perf_counter() - began
+    run()
+    return Contestant(about, run, wait, peak_bytes)
 
 
-def twin_sampling(
-    config: Any, batch_size: int, n_tokens: int, temperature: float, top_k: int, way: str, device: str
-) -> Contestant:
+def sample_torch(config: Config, batch_size: int, n_tokens: int, way: Any, device: str) -> Contestant:
     """A piece of work is one generation of the twin, without a KV cache, as in nanoGPT."""
     from scripts.benchmarks import twin
 
-    class Sampling(TorchContestant):
-        def __init__(self) -> None:
-            super().__init__(device, twin.WAYS[way])
-            self.twin = twin.Twin(config.model).to(self.device).eval()
-            self.prompt = self.torch.zeros((batch_size, 1), dtype=self.torch.long, device=self.device)
-            self.about["first_seconds"] = self.first(lambda: self.sample(min(8, n_tokens)))  # nothing here compiles
+    place, about, wait, peak_bytes = of_torch(way, device)
+    model = twin.Twin(config.model).to(place).eval()
+    prompt = twin.torch.zeros((batch_size, 1), dtype=twin.torch.long, device=place)
 
-        def sample(self, n: int) -> Any:
-            return twin.sample(self.twin, self.prompt, n, temperature, top_k, twin.WAYS[way])
+    def run(n: int = n_tokens) -> int:
+        ids = twin.sample(model, prompt, n, way=way, **DRAW)
+        wait()
+        return int(ids[:, 1:].numel())
 
-        def run(self) -> int:
-            self.sample(n_tokens)
-            self.wait()
-            return batch_size * n_tokens
-
-    return Sampling()
+    run(min(8, n_tokens))  # warms up: nothing compiles
+    return Contestant(about, run, wait, peak_bytes)
 
 
-def transformers_sampling(
-    config: Any, batch_size: int, n_tokens: int, temperature: float, top_k: int, way: str, device: str
-) -> Contestant:
+def sample_transformers(config: Config, batch_size: int, n_tokens: int, way: Any, device: str) -> Contestant:
     """A piece of work is one `GPT2LMHeadModel.generate` with its KV cache; for bfloat16 the weights are cast."""
+    import torch
     import transformers
 
-    from scripts.benchmarks import twin
-
-    m = config.model
+    place, about, wait, peak_bytes = of_torch(way, device)
+    m, prompt = config.model, torch.zeros((batch_size, 1), dtype=torch.long, device=place)
     sizes = {"vocab_size": m.vocab_size, "n_positions": m.block_size, "n_embd": m.n_embd}
     gpt2 = transformers.GPT2Config(**sizes, n_layer=m.n_layer, n_head=m.n_head, bos_token_id=None, eos_token_id=None)
+    dtype = torch.bfloat16 if way.startswith("bfloat16") else torch.float32
+    model = transformers.GPT2LMHeadModel(gpt2).to(device=place, dtype=dtype).eval()
+    how = {"min_new_tokens": n_tokens, "max_new_tokens": n_tokens, "pad_token_id": 0, "do_sample": True} | DRAW
 
-    class Sampling(TorchContestant):
-        def __init__(self) -> None:
-            super().__init__(device, twin.WAYS[way])
-            dtype = self.torch.bfloat16 if twin.WAYS[way].bfloat16 else self.torch.float32
-            self.gpt2 = transformers.GPT2LMHeadModel(gpt2).to(device=self.device, dtype=dtype).eval()
-            self.prompt = self.torch.zeros((batch_size, 1), dtype=self.torch.long, device=self.device)
-            self.about["first_seconds"] = self.first(self.run)
+    def run() -> int:
+        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=True, **how)
+        wait()
+        return int(ids[:, 1:].numel())
 
-        def run(self) -> int:
-            lengths = {"min_new_tokens": n_tokens, "max_new_tokens": n_tokens, "pad_token_id": 0}
-            draw = {"do_sample": True, "temperature": temperature, "top_k": top_k, "use_cache": True}
-            mask = self.torch.ones_like(self.prompt)
-            ids = self.gpt2.generate(self.prompt, attention_mask=mask, **lengths, **draw)
-            self.wait()
-            return int(ids.shape[0] * (ids.shape[1] - 1))
+    run()
+    return Contestant(about, run, wait, peak_bytes)
 
-    return Sampling()
+
+def build(task: str, config: Any, **settings: Any) -> Contestant:
+    """A contestant; `task` is "train" or "sample" and one of the libraries above."""
+    make = {"train jaxgpt": train_jaxgpt, "train torch": train_torch, "sample jaxgpt": sample_jaxgpt}
+    make |= {"sample torch": sample_torch, "sample transformers": sample_transformers}
+    return make[task](from_tree(config), **settings)
 
 
 if __name__ == "__main__":

@@ -3,30 +3,18 @@
 import importlib.util
 import json
 import statistics
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
-from jaxgpt.config import Config, UsageError, check
+from jaxgpt.config import Config, UsageError, check, replaced
 from jaxgpt.monitor.chips import utilization
 from jaxgpt.profile.report import Report
-from jaxgpt.profile.timing import Rates, Series, ratio, series
-from scripts.benchmarks.contest import Contest, require_round
-from scripts.benchmarks.load import disturbance
-from scripts.benchmarks.machine import facts
-from scripts.benchmarks.shapes import (
-    PRECISIONS,
-    Device,
-    Precision,
-    config_of,
-    describe,
-    flops_per_step,
-    tokens_per_step,
-)
+from jaxgpt.profile.timing import Rates, ratio, series
+from scripts.benchmarks.contest import Entrants, compare
+from scripts.benchmarks.machine import disturbance, facts
+from scripts.benchmarks.shapes import Device, Precision, Way, config_of
 
-Way = Literal["float32", "float32+compile", "tf32", "tf32+compile", "bfloat16", "bfloat16+compile"]
-"""How the twin runs (`twin.WAYS`)."""
 WAYS: dict[str, tuple[Way, ...]] = {
     "cpu": ("float32", "float32+compile", "bfloat16", "bfloat16+compile"),
     "gpu": ("float32", "tf32", "tf32+compile", "bfloat16", "bfloat16+compile"),
@@ -36,29 +24,21 @@ CASES = {
     "gpu": ("tiny:1:512", "tiny:64:512", "baby:1:512", "baby:64:512"),
 }
 """SHAPE:BATCH:TOKENS. Without a KV cache, baby:64:512 takes a quarter of an hour on two cores."""
-DRAW = {"temperature": 0.8, "top_k": 40}
-"""On every side; 40 is below the vocabulary sizes, so that each side must select the largest logits."""
 HOW = (
-    "Rates are of rounds in turn (A B C A B C), median (minimum to maximum); ratios are taken round by round, above 1 "
-    "jaxgpt is faster. Compiling and warming up come before the first round.",
-    "float32: true float32, not TF32, on a GPU too; tf32: float32 numbers multiplied by TF32 units; bfloat16: bf16 "
-    "matmuls with float32 sums, parameters and AdamW in float32 (PyTorch: autocast; transformers: weights cast)",
+    "Rates: median (minimum to maximum) of rounds in turn, after compiling and warming up. Ratios are taken round by "
+    "round; above 1 jaxgpt is faster. Peak memory: of the process on a CPU, of the device's arrays on a GPU.",
+    "float32: true float32, on a GPU too; tf32: TF32 matmuls; bfloat16: bf16 matmuls, with parameters and AdamW in "
+    "float32 (transformers: weights cast).",
 )
-TRAIN_NOTES = (
-    "jaxgpt: train_steps, the function of `jaxgpt train`, K steps in one compiled program. torch: the project's twin "
-    "of nanoGPT with scaled_dot_product_attention and fused AdamW; +compile is torch.compile of the model. Both do "
-    "nanoGPT's whole step: random windows, forward, backward, clipping, AdamW.",
-    "GFLOP/s: of the matmuls alone; MFU: as a share of the device's published bfloat16 rate. Initial state: to compile "
-    "and compute it, without a compile cache. Peak memory: of the process on a CPU, of the device's arrays on a GPU.",
+TRAIN_NOTE = (
+    "Both sides do nanoGPT's whole step: random windows, forward, backward, clipping, AdamW. MFU: matmul FLOPs as a "
+    "share of the device's published bfloat16 rate. Initial state: to compile and compute it."
 )
-SAMPLE_NOTES = (
-    "Random weights, a prompt of one token, temperature 0.8, top-k 40. jaxgpt: `generate` with its KV cache; its first "
-    "call compiles and does not count. torch: nanoGPT's generate in the twin, the whole window through the model for "
-    "each token, as nanoGPT has no cache. transformers: GPT2LMHeadModel.generate with its KV cache.",
-    "GPT-2 in transformers stops at n_positions, so it is compared in rows of its own, within block_size.",
+SAMPLE_NOTE = (
+    "Random weights, a prompt of one token. jaxgpt and transformers have a KV cache; the twin has none, as nanoGPT. "
+    "transformers stops at block_size, so it is compared in rows of its own."
 )
-Entrants = dict[str, tuple[dict[str, Any], dict[str, str]]]
-"""Name -> (arguments of `contestants.build`, variables of its process)."""
+Cases = dict[str, tuple[Config, Entrants]]
 
 
 def train(
@@ -68,7 +48,7 @@ def train(
     seconds: float = 4.0,
     dropout: float = 0.0,
     batch_size: int = 0,
-    precisions: tuple[Precision, ...] = PRECISIONS,
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16"),
     ways: tuple[Way, ...] = (),
 ) -> Report:
     """Training speed against the PyTorch twin.
@@ -84,75 +64,13 @@ def train(
       ways: of PyTorch; by default all of the device
     """
     require("torch")
-    configs = {shape: check(config_of(shape, device, dropout=dropout, batch_size=batch_size)) for shape in shapes}
-    report: Report = {"mode": "train", "facts": facts(device), "failed": {}, "tables": [], "rates": {}}
-    report["notes"] = [describe(shape, config) for shape, config in configs.items()] + [*HOW, *TRAIN_NOTES]
-    for shape, config in configs.items():
-        contest, rates = compare(
-            device, training_entrants(config, device, precisions, ways or WAYS[device]), rounds, seconds
-        )
-        _add(report, contest, shape)
-        report["rates"][shape] = rates
-        report["tables"] += [
-            {"title": f"{shape}: tokens per second, jaxgpt / torch", "rows": training_ratios(rates)},
-            {"title": f"{shape}: each", "rows": training_rows(config, rates, contest)},
-        ]
-    return report
-
-
-def training_entrants(config: Config, device: Device, precisions: Sequence[Precision], ways: Sequence[str]) -> Entrants:
-    found: Entrants = {}
-    for precision in precisions:
-        tree = asdict(replace(config, model=replace(config.model, precision=precision)))
-        spec = {"task": "train jaxgpt", "config": tree}
-        if device == "gpu" and precision == "float32":  # XLA uses TF32 by default
-            found["jaxgpt tf32"] = spec, {}
-            found["jaxgpt float32"] = spec, {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}
-        else:
-            found[f"jaxgpt {precision}"] = spec, {}
-    theirs = {"task": "train torch", "config": asdict(config), "device": device}
-    return found | {f"torch {way}": ({**theirs, "way": way}, {}) for way in ways}
-
-
-def training_ratios(rates: Rates) -> list[dict[str, Any]]:
-    """Each variant of jaxgpt against the fastest of PyTorch: of all, in float32, and in its own precision."""
-    theirs = [name for name in rates if name.startswith("torch ")]
-
-    def against(name: str, precision: str) -> Series | None:
-        other = best(rates, [each for each in theirs if each.split()[1].startswith(precision)])
-        return ratio(rates[name], rates[other]) if other else None
-
-    return [
-        {
-            "jaxgpt": name.removeprefix("jaxgpt "),
-            "/ best torch": against(name, ""),
-            "/ best float32 torch": against(name, "float32"),
-            "/ best torch of its precision": against(name, name.split()[1]),
-            "the best torch": (best(rates, theirs) or "-").removeprefix("torch "),
-        }
-        for name in rates
-        if name.startswith("jaxgpt ")
-    ]
-
-
-def training_rows(config: Config, rates: Rates, contest: Contest) -> list[dict[str, Any]]:
-    rows, tokens = [], tokens_per_step(config)
-    for name, found in rates.items():
-        speed, about = series(found), contest.about[name]
-        used = utilization(config, about["device"], 1, speed["median"])
-        rows.append(
-            {
-                "variant": name,
-                "tokens/s": speed,
-                "ms/step": 1e3 * tokens / speed["median"],
-                "GFLOP/s": flops_per_step(config) / tokens * speed["median"] / 1e9,
-                "MFU, %": None if used is None else 100 * used,
-                "initial state, s": about.get("init_seconds"),
-                "compiling, s": about["compile_seconds"],
-                "peak memory, MB": contest.peak_bytes[name] / 1e6,
-            }
-        )
-    return rows
+    cases: Cases = {}
+    changes = {"dropout": dropout} | ({"batch_size": batch_size} if batch_size else {})
+    for shape in shapes:
+        config = check(config_of(shape, device, **changes))
+        sides = entrants("train", "torch", config, device, precisions, ways or WAYS[device])
+        cases[f"{shape}, batch {config.train.batch_size}"] = config, sides
+    return measure("train", device, cases, rounds, seconds, TRAIN_NOTE)
 
 
 def sample(
@@ -160,7 +78,7 @@ def sample(
     cases: tuple[str, ...] = (),
     rounds: int = 3,
     seconds: float = 2.0,
-    precisions: tuple[Precision, ...] = PRECISIONS,
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16"),
     ways: tuple[Way, ...] = ("float32", "bfloat16"),
 ) -> Report:
     """Sampling speed against the twin and transformers.
@@ -175,76 +93,97 @@ def sample(
     """
     asked = [parse_case(case) for case in cases or CASES[device]]
     require("torch", "transformers")
-    ratios: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
-    report: Report = {"mode": "sample", "facts": facts(device), "failed": {}, "notes": [*HOW, *SAMPLE_NOTES]}
+    compared: Cases = {}
     for shape, batch_size, n_tokens in asked:
-        within = config_of(shape, device).model.block_size - 1
-        for n, library in ((n_tokens, "torch"), (min(n_tokens, within), "transformers")):
-            case = f"{shape}, batch {batch_size}, {n} tokens" + (" within block_size" if library != "torch" else "")
-            entrants = sampling_entrants(shape, device, batch_size, n, library, precisions, ways)
-            contest, rates = compare(device, entrants, rounds, seconds)
-            _add(report, contest, case)
-            other = best(rates, [name for name in rates if name.startswith(library)])
-            for name, found in rates.items():
-                ours, about = name.startswith("jaxgpt"), contest.about[name]
-                if ours and other:
-                    against = {"ratio": ratio(found, rates[other]), "against": other}
-                    ratios.append({"case": case, "variant": name, **against})
-                figures = {"tokens/s": series(found), "first call, s": about["first_seconds"] if ours else None}
-                memory = {"peak memory, MB": contest.peak_bytes[name] / 1e6}
-                rows.append({"case": case, "variant": name} | figures | memory)
-    titles = {"Tokens per second, jaxgpt / others": ratios, "Each": rows}
-    return report | {"tables": [{"title": title, "rows": each} for title, each in titles.items()]}
+        config = config_of(shape, device)
+        within = min(n_tokens, config.model.block_size - 1)
+        for n, library, where in ((n_tokens, "torch", ""), (within, "transformers", " within block_size")):
+            sizes = {"batch_size": batch_size, "n_tokens": n}
+            sides = entrants("sample", library, config, device, precisions, ways, **sizes)
+            compared[f"{shape}, batch {batch_size}, {n} tokens{where}"] = config, sides
+    return measure("sample", device, compared, rounds, seconds, SAMPLE_NOTE)
 
 
 def parse_case(case: str) -> tuple[str, int, int]:
-    """(shape, batch size, tokens) of SHAPE:BATCH:TOKENS, or SHAPE:BATCH for 512 tokens.
+    """(shape, batch size, tokens) of SHAPE:BATCH:TOKENS.
 
     Raises:
       UsageError: it has another form.
     """
     shape, *numbers = case.split(":")
-    if not 1 <= len(numbers) <= 2 or not all(number.isdecimal() and int(number) for number in numbers):
+    if len(numbers) != 2 or not all(number.isdecimal() and int(number) for number in numbers):
         raise UsageError(f"case {case!r}, expected SHAPE:BATCH:TOKENS such as tiny:64:512")
-    batch_size, n_tokens = [*map(int, numbers), 512][:2]
     config_of(shape, "cpu")
-    return shape, batch_size, n_tokens
+    return shape, int(numbers[0]), int(numbers[1])
 
 
-def sampling_entrants(
-    shape: str,
-    device: Device,
-    batch_size: int,
-    n_tokens: int,
+def entrants(
+    mode: str,
     library: str,
+    config: Config,
+    device: Device,
     precisions: Sequence[Precision],
-    ways: Sequence[str],
+    ways: Sequence[Way],
+    **sizes: int,
 ) -> Entrants:
     """jaxgpt in each precision, then `library` (torch or transformers) in each way."""
-    common: dict[str, Any] = {"batch_size": batch_size, "n_tokens": n_tokens, **DRAW}
+
+    def spec(side: str, config: Config, **how: str) -> list[str]:
+        tree = {"task": f"{mode} {side}", "config": asdict(config), **how, **sizes}
+        return ["-m", "scripts.benchmarks.contestants", json.dumps(tree)]
+
     found: Entrants = {}
     for precision in precisions:
-        tree = asdict(config_of(shape, device, precision))
-        found[f"jaxgpt {precision}"] = {"task": "sample jaxgpt", "config": tree, **common}, {}
-    theirs = {"task": f"sample {library}", "config": asdict(config_of(shape, device)), "device": device, **common}
-    return found | {f"{library} {way}": ({**theirs, "way": way}, {}) for way in ways}
+        ours = spec("jaxgpt", replaced(config, precision=precision))
+        if device == "gpu" and precision == "float32":  # XLA uses TF32 by default
+            found["jaxgpt tf32"] = ours, {}
+            found["jaxgpt float32"] = ours, {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}
+        else:
+            found[f"jaxgpt {precision}"] = ours, {}
+    return found | {f"{library} {way}": (spec(library, config, device=device, way=way), {}) for way in ways}
 
 
-def compare(device: Device, entrants: Entrants, rounds: int, seconds: float) -> tuple[Contest, Rates]:
-    """Start all entrants and measure them in turn."""
-    require_round(rounds)
-    with tempfile.TemporaryDirectory(prefix="jaxgpt-bench-") as cache, Contest(device) as contest:
-        fresh = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
-        for name, (spec, env) in entrants.items():
-            contest.enter(name, ["-m", "scripts.benchmarks.contestants", json.dumps(spec)], fresh | env)
-        return contest, contest.measure(rounds, seconds)
+def measure(mode: str, device: Device, cases: Cases, rounds: int, seconds: float, note: str) -> Report:
+    """Compare the entrants of each case, one case after another."""
+    report: Report = {"mode": mode, "facts": facts(device), "failed": {}, "notes": [*HOW, note], "rates": {}}
+    ratios: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for case, (config, sides) in cases.items():
+        found, failed, shares = compare(device, sides, rounds, seconds)
+        report["failed"] |= {f"{case}, {name}": why for name, why in failed.items()}
+        report["notes"].append(f"{case}: {disturbance(shares)}")
+        report["facts"]["device"] = ", ".join({device: 0} | {about["device"]: 0 for about in found.values()})
+        report["rates"][case] = rates = {name: about["rates"] for name, about in found.items()}
+        ratios += [{"case": case, **row} for row in against_torch(rates)]
+        for name, about in found.items():
+            speed = series(about["rates"])
+            row = {"case": case, "variant": name, "tokens/s": speed, "compiling, s": about.get("compile_seconds")}
+            if mode == "train":
+                used = utilization(config, about["device"], 1, speed["median"])
+                row["ms/step"] = 1e3 * config.train.batch_size * config.model.block_size / speed["median"]
+                row["MFU, %"] = None if used is None else 100 * used
+                row["initial state, s"] = about.get("init_seconds")
+            rows.append(row | {"peak memory, MB": about["peak_bytes"] / 1e6})
+    titles = {"Tokens per second, jaxgpt / others": ratios, "Each": rows}
+    return report | {"tables": [{"title": title, "rows": each} for title, each in titles.items()]}
 
 
-def best(rates: Rates, names: Sequence[str]) -> str | None:
-    """The one of `names` with the highest median rate; None if none was measured."""
-    measured = [name for name in names if rates.get(name)]
-    return max(measured, key=lambda name: statistics.median(rates[name]), default=None)
+def against_torch(rates: Rates) -> list[dict[str, Any]]:
+    """Each variant of jaxgpt against the fastest of PyTorch: of all, and in its own precision."""
+    rows = []
+    for name in rates:
+        if name.startswith("jaxgpt "):
+            theirs = [other for other in rates if not other.startswith("jaxgpt ")]
+            alike = [other for other in theirs if other.split()[1].startswith(name.split()[1])]
+            best, same = fastest(rates, theirs), fastest(rates, alike)
+            row = {"variant": name, "/ the best": ratio(rates[name], rates[best]) if best else None, "the best": best}
+            rows.append(row | {"/ the best of its precision": ratio(rates[name], rates[same]) if same else None})
+    return rows
+
+
+def fastest(rates: Rates, names: Sequence[str]) -> str | None:
+    """The one of `names` with the highest median rate; None without any."""
+    return max(names, key=lambda name: statistics.median(rates[name]), default=None)
 
 
 def require(*libraries: str) -> None:
@@ -255,10 +194,3 @@ def require(*libraries: str) -> None:
     for library in libraries:
         if importlib.util.find_spec(library) is None:
             raise UsageError(f"this measurement needs {library}, which is not installed: pip install --group bench")
-
-
-def _add(report: Report, contest: Contest, case: str) -> None:
-    """Device, failures and disturbances of a contest."""
-    report["facts"] |= contest.facts()
-    report["failed"] |= {f"{case}, {name}": why for name, why in contest.failed.items()}
-    report["notes"].append(f"{case}: {disturbance(contest.others)}")

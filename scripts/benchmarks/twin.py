@@ -6,23 +6,25 @@ sample.py, with fused AdamW. As a program, it trains as nanoGPT does, but evalua
     python -m scripts.benchmarks.twin --data TEXT --out FILE --steps 2000 --seed 1337
 """
 
-import argparse
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import tyro
 from numpy.typing import NDArray
 
-from jaxgpt.config import Config, ModelConfig, UsageError
+from jaxgpt.config import Config, ModelConfig, UsageError, replaced
 from jaxgpt.prepare.build import prepare_corpus
-from jaxgpt.recipes import RECIPES, recipe
+from jaxgpt.recipes import recipe as recipe_of
 from jaxgpt.tokenizer import Ids
+from scripts.benchmarks.shapes import Way
 
 try:
     import torch
@@ -32,28 +34,6 @@ except ImportError as error:
     raise UsageError("the PyTorch twin needs torch, which is not installed: pip install --group bench") from error
 
 
-@dataclass(frozen=True)
-class Way:
-    """How PyTorch computes."""
-
-    bfloat16: bool = False
-    """bf16 matmuls under autocast; parameters and updates in float32."""
-    compiled: bool = False
-    """torch.compile of the model."""
-    tf32: bool = False
-    """set_float32_matmul_precision("high"), as nanoGPT does on CUDA; else "highest"."""
-
-
-WAYS = {
-    "float32": Way(),
-    "float32+compile": Way(compiled=True),
-    "tf32": Way(tf32=True),
-    "tf32+compile": Way(tf32=True, compiled=True),
-    "bfloat16": Way(bfloat16=True, tf32=True),
-    "bfloat16+compile": Way(bfloat16=True, tf32=True, compiled=True),
-}
-
-
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -61,21 +41,16 @@ class Block(nn.Module):
         self.approximate = "tanh" if config.gelu == "tanh" else "none"
         self.ln_1 = nn.LayerNorm(C, bias=config.bias)
         self.ln_2 = nn.LayerNorm(C, bias=config.bias)
-        self.attn = nn.ModuleDict(
-            {"c_attn": nn.Linear(C, 3 * C, bias=config.bias), "c_proj": nn.Linear(C, C, bias=config.bias)}
-        )
-        self.mlp = nn.ModuleDict(
-            {"c_fc": nn.Linear(C, 4 * C, bias=config.bias), "c_proj": nn.Linear(4 * C, C, bias=config.bias)}
-        )
+        linear = partial(nn.Linear, bias=config.bias)
+        self.attn = nn.ModuleDict({"c_attn": linear(C, 3 * C), "c_proj": linear(C, C)})
+        self.mlp = nn.ModuleDict({"c_fc": linear(C, 4 * C), "c_proj": linear(4 * C, C)})
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
-        q, k, v = (
-            part.view(B, T, self.H, C // self.H).transpose(1, 2)
-            for part in self.attn["c_attn"](self.ln_1(x)).split(C, dim=2)
-        )
+        qkv = self.attn["c_attn"](self.ln_1(x)).split(C, dim=2)
+        q, k, v = (part.view(B, T, self.H, C // self.H).transpose(1, 2) for part in qkv)
         p = self.p if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
         x = x + self.drop(self.attn["c_proj"](out.transpose(1, 2).reshape(B, T, C)))
@@ -138,12 +113,12 @@ def learning_rate(config: Config, step: int) -> float:
 class Training:
     """nanoGPT's training loop, a step at a time, on `tokens` (N,) in memory."""
 
-    def __init__(self, config: Config, tokens: Ids, way: Way = WAYS["float32"], device: str = "cpu"):
+    def __init__(self, config: Config, tokens: Ids, way: Way = "float32", device: str = "cpu"):
         torch.manual_seed(config.train.seed)
-        torch.set_float32_matmul_precision("high" if way.tf32 else "highest")
+        set_matmul_precision(way)
         self.config, self.tokens, self.device, self.steps = config, tokens, device, 0
         self.twin = Twin(config.model).to(device)
-        self.forward = torch.compile(self.twin) if way.compiled else self.twin
+        self.forward = torch.compile(self.twin) if way.endswith("+compile") else self.twin
         self.autocast = autocast(way, device)
         opt, parameters = config.optimizer, list(self.twin.parameters())
         groups = [
@@ -162,10 +137,7 @@ class Training:
         x, y = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         if self.device == "cpu":
             return x, y
-        return (
-            x.pin_memory().to(self.device, non_blocking=True),
-            y.pin_memory().to(self.device, non_blocking=True),
-        )
+        return x.pin_memory().to(self.device, non_blocking=True), y.pin_memory().to(self.device, non_blocking=True)
 
     def step(self) -> torch.Tensor:
         """One step: forward, backward, clipping, AdamW. Returns its loss without waiting for the device."""
@@ -189,13 +161,18 @@ class Training:
         return total
 
 
+def set_matmul_precision(way: Way) -> None:
+    """TF32 but in the float32 ways, as nanoGPT sets it on CUDA."""
+    torch.set_float32_matmul_precision("highest" if way.startswith("float32") else "high")
+
+
 def autocast(way: Way, device: str) -> AbstractContextManager[object]:
-    return torch.autocast(device, dtype=torch.bfloat16) if way.bfloat16 else nullcontext()
+    return torch.autocast(device, dtype=torch.bfloat16) if way.startswith("bfloat16") else nullcontext()
 
 
 @torch.inference_mode()
 def sample(
-    twin: Twin, idx: torch.Tensor, n_tokens: int, temperature: float = 0.8, top_k: int = 40, way: Way = WAYS["float32"]
+    twin: Twin, idx: torch.Tensor, n_tokens: int, temperature: float = 0.8, top_k: int = 40, way: Way = "float32"
 ) -> torch.Tensor:
     """nanoGPT's `generate`, which runs the whole window for each token: (B, P) ids -> (B, P + n_tokens)."""
     for _ in range(n_tokens):
@@ -207,48 +184,34 @@ def sample(
     return idx
 
 
-@torch.inference_mode()
-def score(twin: Twin, tokens: Ids, batch_size: int = 128) -> float:
-    """Nats per token over all N - 1 predictions in `tokens` (N,), as `jaxgpt.evaluation.evaluate`.
+def main(
+    data: str,
+    out: Path,
+    recipe: str = "shakespeare-cpu",
+    steps: int = 0,
+    seed: int = 1337,
+    way: Way = "float32",
+    device: Literal["cpu", "cuda"] = "cpu",
+    began: float = 0.0,
+) -> None:
+    """Train from a text to weights on disk, record the time, then let jaxgpt score them on the whole validation split.
 
-    Windows of block_size in a row; the last one ends at the last token and skips what was scored before.
+    Args:
+      data: the text: a file, or a named corpus
+      out: JSON; the weights go beside it, as .safetensors
+      recipe: its settings are nanoGPT's
+      steps: of the optimizer; 0 for the recipe's
+      seed: of weights and batches
+      way: how PyTorch computes
+      device: where PyTorch computes
+      began: time.monotonic() before this process was started; 0 for now
     """
-    twin.eval()
-    T, N, device = twin.block_size, len(tokens), next(twin.parameters()).device
-    starts = np.arange(0, N - 1, T)
-    skip = np.maximum(starts - (N - 1 - T), 0)
-    total = 0.0
-    for some in range(0, len(starts), batch_size):
-        now, left_out = (starts - skip)[some : some + batch_size], skip[some : some + batch_size]
-        windows = torch.from_numpy(tokens[now[:, None] + np.arange(T + 1)].astype(np.int64)).to(device)
-        losses = F.cross_entropy(twin(windows[:, :-1]).transpose(1, 2), windows[:, 1:], reduction="none")
-        counted = torch.from_numpy(np.arange(T) >= left_out[:, None]).to(device)
-        total += float(losses.double()[counted].sum())
-    return total / (N - 1)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train from a text to weights on disk, record the time, then score the validation split."""
-    began = time.monotonic()
-    parser = argparse.ArgumentParser(prog="python -m scripts.benchmarks.twin", description="Train the PyTorch twin.")
-    parser.add_argument("--data", required=True, help="the text: a file, or a named corpus")
-    parser.add_argument("--out", type=Path, required=True, help="JSON; the weights go beside it, as .safetensors")
-    parser.add_argument("--recipe", choices=RECIPES, default="shakespeare-cpu", help="its settings are nanoGPT's")
-    parser.add_argument("--steps", type=int, help="optimizer steps; by default the recipe's")
-    parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--way", choices=WAYS, default="float32")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--began", type=float, default=began, help="time.monotonic() before this process was started")
-    given = parser.parse_args(argv)
-    config = recipe(given.recipe).config
-    text = prepare_corpus(given.data, data_dir=given.out.parent / "data").corpus
+    began = began or time.monotonic()
+    config = recipe_of(recipe).config
+    text = prepare_corpus(data, data_dir=out.parent / "data").corpus
     train_tokens, val_tokens = text.split(config.data)
-    config = replace(
-        config,
-        model=replace(config.model, vocab_size=text.tokenizer.vocab_size),
-        train=replace(config.train, steps=given.steps or config.train.steps, seed=given.seed),
-    )
-    training = Training(config, train_tokens, WAYS[given.way], given.device)
+    config = replaced(config, vocab_size=text.tokenizer.vocab_size, steps=steps or config.train.steps, seed=seed)
+    training = Training(config, train_tokens, way, device)
     for step in range(config.train.steps):
         loss = training.step()
         if step % 100 == 0:
@@ -256,12 +219,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from safetensors.numpy import save_file
 
-    save_file(gpt2_tensors(training.twin), given.out.with_suffix(".safetensors"))
-    seconds = time.monotonic() - given.began
-    done = {"seconds": seconds, "steps": config.train.steps, "seed": given.seed, "way": given.way}
-    done |= {"loss": score(training.twin, val_tokens), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    given.out.write_text(json.dumps(done) + "\n")
+    weights = gpt2_tensors(training.twin)
+    save_file(weights, out.with_suffix(".safetensors"))
+    seconds = time.monotonic() - began
+
+    import jax
+
+    from jaxgpt.evaluation import evaluate
+    from jaxgpt.huggingface.gpt2 import to_params
+
+    jax.config.update("jax_platforms", "cpu")  # not beside PyTorch's CUDA libraries
+    model = replaced(config, precision="float32").model
+    loss = evaluate(model, to_params(model, weights), val_tokens, text.tokenizer).loss
+    out.write_text(json.dumps({"seed": seed, "seconds": seconds, "loss": loss}) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

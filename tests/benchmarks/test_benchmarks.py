@@ -1,55 +1,55 @@
 """`scripts/bench`: rates, ratios, the settings of both sides, ablations and attention kernels."""
 
 import dataclasses
+import json
 import math
-import os
 import subprocess
 import sys
 import types
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgpt import kernels
-from jaxgpt.config import ModelConfig, OptimizerConfig, UsageError
-from scripts.benchmarks import ablation, attention, contest, contestants, programs, rates, shapes
+from jaxgpt.config import ModelConfig, UsageError, differences
+from scripts.benchmarks import ablation, attention, contestants, programs, rates
 from scripts.benchmarks.shapes import config_of
 
 
-def test_training_ratios_compare_with_the_fastest_torch_variants():
+def test_ratios_are_against_the_fastest_torch_variants():
     found = {"jaxgpt float32": [6.0], "torch float32": [1.0], "torch float32+compile": [2.0], "torch bfloat16": [3.0]}
-    (row,) = rates.training_ratios(found)
-    assert [value["median"] for value in row.values() if isinstance(value, dict)] == [2.0, 3.0, 3.0]
-    assert row["the best torch"] == "bfloat16"
-    assert rates.training_ratios({"jaxgpt float32": [6.0]})[0]["/ best torch"] is None
+    (row,) = rates.against_torch(found)
+    assert (row["/ the best"]["median"], row["the best"]) == (2.0, "torch bfloat16")
+    assert row["/ the best of its precision"]["median"] == 3.0
+    assert rates.against_torch({"jaxgpt float32": [6.0]})[0]["/ the best"] is None
 
 
-def test_the_best_has_the_highest_median():
+def test_the_fastest_has_the_highest_median():
     found = {"a": [1.0, 9.0, 1.0], "b": [2.0, 2.0, 2.0], "c": [8.0, 8.0, 8.0]}
-    assert rates.best(found, ["a", "b", "gone"]) == "b"
-    assert rates.best(found, ["gone"]) is None
+    assert rates.fastest(found, ["a", "b"]) == "b"
+    assert rates.fastest(found, []) is None
 
 
-def test_float32_and_tf32_have_different_settings_on_a_gpu():
+@pytest.mark.parametrize("mode", ["train", "sample"])
+def test_float32_and_tf32_have_different_settings_on_a_gpu(mode):
     config = config_of("baby", "gpu")
-    settings = {
-        name: env
-        for name, (_, env) in rates.training_entrants(config, "gpu", shapes.PRECISIONS, rates.WAYS["gpu"]).items()
-    }
-    assert settings["jaxgpt float32"] != settings["jaxgpt tf32"]
+    found = rates.entrants(mode, "torch", config, "gpu", ("float32", "bfloat16"), rates.WAYS["gpu"])
+    settings = {name: env for name, (_, env) in found.items()}
+    assert settings["jaxgpt float32"] == {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}
+    assert settings["jaxgpt tf32"] == settings["jaxgpt bfloat16"] == {}
     assert {"torch float32", "torch tf32", "torch bfloat16", "torch bfloat16+compile"} <= set(settings)
 
 
-@pytest.mark.parametrize("case", ["tiny", "tiny:", "tiny:0:5", "tiny:x", "tiny:1:2:3", "huge:1:5"])
+@pytest.mark.parametrize("case", ["tiny", "tiny:", "tiny:64", "tiny:0:5", "tiny:1:x", "tiny:1:2:3", "huge:1:5"])
 def test_malformed_cases_are_refused(case):
     with pytest.raises(UsageError, match=r"expected|no shape"):
         rates.parse_case(case)
 
 
 def test_parse_case():
-    assert rates.parse_case("tiny:64") == ("tiny", 64, 512)
     assert rates.parse_case("baby:1:7") == ("baby", 1, 7)
 
 
@@ -62,34 +62,57 @@ def test_without_pytorch_the_error_names_the_package(monkeypatch):
     assert "UsageError: the PyTorch twin needs torch" in done.stderr
 
 
-def test_jaxgpt_and_torch_train_on_the_tokens_that_they_count():
-    pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
-    tree = dataclasses.asdict(config_of("micro", "cpu"))
-    ours = contestants.build("train jaxgpt", tree)
-    theirs = contestants.build("train torch", tree, way="float32", device="cpu")
-    load, loaded, before = ours.load, [], theirs.training.steps
-    ours.load = lambda begin, end: loaded.append((begin, end)) or load(begin, end)
-    for contestant in (ours, theirs):
-        assert contestant.run() == 2 * 2 * 8, "2 steps of 2 windows of 8 tokens"
-        contestant.wait()
-        assert contestant.peak_bytes() > 1e7
-    ours.run()
-    assert loaded == [(2, 4), (4, 6)], "after the steps that warm up"
-    assert theirs.training.steps == before + 2
-    assert ours.about["init_seconds"] > 0
-    assert ours.about["compile_seconds"] > 0
-    assert theirs.about["compile_seconds"] == 0, "nothing is compiled"
-    waited = []
-    ours.state = types.SimpleNamespace(block_until_ready=lambda: waited.append(True))
+def test_jaxgpt_trains_on_the_tokens_that_it_counts(monkeypatch):
+    from jaxgpt import data
+
+    load, loaded, waited = data.loader, [], []
+
+    def loader(*given):
+        read = load(*given)
+        return lambda begin, end: loaded.append((begin, end)) or read(begin, end)
+
+    monkeypatch.setattr(data, "loader", loader)
+    ours = contestants.build("train jaxgpt", dataclasses.asdict(config_of("micro", "cpu")))
+    assert [ours.run(), ours.run()] == [2 * 2 * 8] * 2, "2 steps of 2 windows of 8 tokens"
+    assert loaded == [(0, 2), (0, 2), (2, 4), (4, 6)], "after compiling and the steps that warm up"
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
     ours.wait()
-    assert waited
+    assert len(waited) == 1
+    assert ours.peak_bytes() > 1e7
+    assert min(ours.about["init_seconds"], ours.about["compile_seconds"]) > 0
+
+
+def test_torch_trains_on_the_tokens_that_it_counts(monkeypatch):
+    pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
+    from scripts.benchmarks import twin
+
+    steps, step = [], twin.Training.step
+    monkeypatch.setattr(twin.Training, "step", lambda training: steps.append(training.steps) or step(training))
+    theirs = contestants.build(
+        "train torch", dataclasses.asdict(config_of("micro", "cpu")), way="float32", device="cpu"
+    )
+    assert steps == [0, 1, 2], "one that may compile, and a scan"
+    assert theirs.run() == 2 * 2 * 8
+    assert len(steps) == 5
+    assert theirs.about == {"device": "cpu"}, "nothing is compiled"
+    assert theirs.peak_bytes() > 1e7
+
+
+def test_the_peak_memory_of_a_device_is_not_what_it_holds_now(monkeypatch):
+    stats = {"bytes_in_use": 3, "peak_bytes_in_use": 7}
+    device = types.SimpleNamespace(memory_stats=lambda: stats, device_kind="chip")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    ours = contestants.of_jax(int, int)
+    assert ours.peak_bytes() == 7
+    stats.clear()
+    assert 1e6 < ours.peak_bytes() < 1e11, "of the process"
 
 
 def test_the_load_average_is_that_before_the_measurement(load, monkeypatch):
     monkeypatch.setattr(programs, "require", lambda library: None)
-    monkeypatch.setattr(contest, "alternate", lambda *args: load.append(9.0) or ({}, {}))
-    monkeypatch.setattr(attention, "measured", lambda *args: load.append(9.0) or [])
-    monkeypatch.setattr(ablation, "trained", lambda *args: load.append(9.0) or [(2.0, 0.01)])
+    monkeypatch.setattr(programs, "alternate", lambda *args: load.append(9.0) or ({}, {}))
+    monkeypatch.setattr(attention, "measured", lambda *args: load.append(9.0) or ({}, {}))
+    monkeypatch.setattr(ablation, "trained", lambda *args: load.append(9.0) or [2.0])
     monkeypatch.setattr(ablation, "use_compile_cache", lambda: None)
     monkeypatch.setattr(ablation, "prepare_corpus", lambda *args, **kwargs: types.SimpleNamespace(corpus=None))
     micro = partial(attention.attention, shapes=("micro",))
@@ -100,10 +123,9 @@ def test_the_load_average_is_that_before_the_measurement(load, monkeypatch):
 
 
 def test_an_ablation_row_has_means_and_standard_errors():
-    baseline = [(2.0, 0.010), (2.2, 0.012)]
-    results = [(1.9, 0.020), (2.0, 0.022)]
-    row = ablation.row("muon", results, baseline)
-    assert row == {"option": "muon", "loss": "1.9500 ± 0.0500", "change": "-0.1500 ± 0.0500", "ms/step": 21.0}
+    baseline = [2.0, 2.2]
+    row = ablation.row("muon", [1.9, 2.0], baseline)
+    assert row == {"option": "muon", "loss": "1.9500 ± 0.0500", "change": "-0.1500 ± 0.0500"}
     assert ablation.row("(nothing)", baseline, baseline)["change"] == ""
     assert math.isnan(ablation.standard_error([1.0]))
     with pytest.raises(UsageError, match="seeds is 0"):
@@ -131,34 +153,23 @@ def test_attention_kernels_are_measured_against_the_reference(monkeypatch):
         measure(rounds=0)
 
 
-@pytest.mark.parametrize(("base", "changes"), [(ablation.PLAIN, ablation.ADDED), (ablation.ALL, ablation.REMOVED)])
-def test_every_ablation_changes_something(base, changes):
-    model, optimizer = base
-    for name, (more, others) in changes.items():
-        assert {**model, **more} != model or {**optimizer, **others} != optimizer, name
-        dataclasses.replace(ModelConfig(), **{**model, **more})
-        dataclasses.replace(OptimizerConfig(), **{**optimizer, **others})
-
-
 def test_the_ablation_covers_every_option_of_a_block():
-    plain, options = ModelConfig(), {name for model, _ in ablation.ADDED.values() for name in model}
+    options = {name for change in ablation.ADDED.values() for name in change} & set(vars(ModelConfig()))
     sizes = {"kind", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights"}
-    assert options == set(vars(plain)) - sizes - {"init_scale", "gelu", "remat", "scan_layers", "deterministic"}
+    assert options == set(vars(ModelConfig())) - sizes - {"init_scale", "gelu", "remat", "scan_layers", "deterministic"}
 
 
 @pytest.mark.parametrize(("way", "precision"), [("float32", "highest"), ("tf32", "high"), ("bfloat16", "high")])
 def test_torch_uses_tf32_only_where_its_way_says_so(way, precision):
     torch = pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
-    from scripts.benchmarks import twin
-
-    contestants.TorchContestant("cpu", twin.WAYS[way])
+    contestants.of_torch(way, "cpu")
     found = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     assert found == precision
 
 
 def test_every_side_samples_the_same_number_of_tokens_with_the_same_settings(monkeypatch):
-    pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install --group bench")
     from jaxgpt import sample
     from scripts.benchmarks import twin
 
@@ -170,17 +181,17 @@ def test_every_side_samples_the_same_number_of_tokens_with_the_same_settings(mon
 
     def theirs(model, prompt, n_tokens, temperature, top_k, way):
         asked.append((tuple(prompt.shape), n_tokens, temperature, top_k))
-        assert way == twin.WAYS["bfloat16"]
+        assert way == "bfloat16"
+        return torch.zeros((len(prompt), 1 + n_tokens))
 
     monkeypatch.setattr(sample, "generate", ours)
     monkeypatch.setattr(twin, "sample", theirs)
     tree = dataclasses.asdict(config_of("micro", "cpu"))
-    settings = {"batch_size": 3, "n_tokens": 5, "temperature": 0.7, "top_k": 4}
     for task, more in {"sample jaxgpt": {}, "sample torch": {"way": "bfloat16", "device": "cpu"}}.items():
-        contestant = contestants.build(task, tree, **settings, **more)
+        contestant = contestants.build(task, tree, batch_size=3, n_tokens=5, **more)
         asked.clear()
         assert contestant.run() == 3 * 5
-        assert asked == [((3, 1), 5, 0.7, 4)]
+        assert asked == [((3, 1), 5, 0.8, 40)]
 
 
 @pytest.mark.parametrize("way", ["float32", "bfloat16"])
@@ -194,38 +205,19 @@ def test_transformers_samples_the_same_model_with_its_cache(way, monkeypatch):
         return torch.zeros((len(prompt), 1 + given["max_new_tokens"]))
 
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "generate", generate)
-    settings = {"batch_size": 3, "n_tokens": 5, "temperature": 0.7, "top_k": 4, "way": way, "device": "cpu"}
+    settings = {"batch_size": 3, "n_tokens": 5, "way": way, "device": "cpu"}
     contestant = contestants.build("sample transformers", dataclasses.asdict(config_of("micro", "cpu")), **settings)
     assert contestant.run() == 3 * 5
-    assert (asked["temperature"], asked["top_k"], asked["do_sample"], asked["use_cache"]) == (0.7, 4, True, True)
+    assert (asked["temperature"], asked["top_k"], asked["do_sample"], asked["use_cache"]) == (0.8, 40, True, True)
     assert (asked["dtype"], asked["sizes"]) == (getattr(torch, way), (1, 2, 16))
     assert asked["min_new_tokens"] == 5, "no text ends early"
-
-
-def test_training_rows_are_per_step_and_of_the_median_round():
-    config = config_of("micro", "cpu")
-    assert shapes.tokens_per_step(config) == 2 * 8
-    about = {"device": "NVIDIA H200", "init_seconds": 3.0, "compile_seconds": 9.0}
-    setup = types.SimpleNamespace(about={"a": about}, peak_bytes={"a": 5_000_000})
-    (row,) = rates.training_rows(config, {"a": [32.0, 64.0, 640.0]}, setup)
-    assert row["tokens/s"]["median"] == 64.0
-    assert row["ms/step"] == 250.0
-    assert row["GFLOP/s"] == pytest.approx(shapes.flops_per_step(config) / 0.25 / 1e9)
-    assert row["MFU, %"] == pytest.approx(100 * row["GFLOP/s"] / 989e3)
-    assert (row["initial state, s"], row["compiling, s"], row["peak memory, MB"]) == (3.0, 9.0, 5.0)
-
-
-def test_a_step_takes_six_flops_for_each_weight_and_token():
-    """Two in the forward pass, four in the backward pass; attention adds a sixth to those of GPT-2 124M."""
-    config = config_of("small", "gpu")
-    assert shapes.flops_per_step(config) == pytest.approx(6 * 124e6 * shapes.tokens_per_step(config) * 7 / 6, rel=0.05)
 
 
 def test_a_shape_has_the_settings_that_are_asked_for():
     assert [config_of("small", device).train.batch_size for device in ("cpu", "gpu")] == [1, 16]
     assert config_of("small", "gpu", batch_size=32).train.batch_size == 32
     assert [config_of("baby", device).train.scan_steps for device in ("cpu", "gpu")] == [1, 50]
-    model = config_of("baby", "gpu", "bfloat16", dropout=0.2).model
+    model = config_of("baby", "gpu", precision="bfloat16", dropout=0.2).model
     assert (model.precision, model.dropout) == ("bfloat16", 0.2)
 
 
@@ -235,11 +227,10 @@ def compared(monkeypatch):
     calls = []
 
     def compare(device, entrants, rounds, seconds):
-        calls.append(({name: spec for name, (spec, _) in entrants.items()}, device, rounds, seconds))
-        about = {name: {"compile_seconds": 1.0, "first_seconds": 1.0, "device": device} for name in entrants}
-        held = types.SimpleNamespace(about=about, peak_bytes=dict.fromkeys(entrants, 1), others=[0.5])
-        held.facts, held.failed = (lambda: {"device": device}), {"gone": "no memory"}
-        return held, {name: [12.0 if name.startswith("jaxgpt") else 6.0] for name in entrants}
+        calls.append(({name: json.loads(words[-1]) for name, (words, _) in entrants.items()}, device, rounds, seconds))
+        about = {"compile_seconds": 9.0, "init_seconds": 3.0, "device": "NVIDIA H200", "peak_bytes": 5_000_000}
+        found = {name: about | {"rates": [12.0 if name.startswith("jaxgpt") else 6.0]} for name in entrants}
+        return found, {"gone": "no memory"}, [0.5]
 
     monkeypatch.setattr(rates, "compare", compare)
     monkeypatch.setattr(rates, "require", lambda *libraries: None)
@@ -256,8 +247,18 @@ def test_training_is_compared_with_equal_settings_on_both_sides(compared):
     del configs[2]["model"]["precision"]
     assert configs[0] == configs[1] == configs[2]
     assert configs[0]["model"]["dropout"] == 0.1
-    assert report["failed"] == {"micro, gone": "no memory"}
+    assert [name.endswith(", gone") for name in report["failed"]] == [True]
     assert "NOT QUIET" in report["notes"][-1]
+    assert report["facts"]["device"] == "cpu, NVIDIA H200"
+
+
+def test_rows_of_training_are_per_step(compared):
+    """A step takes six FLOPs for each weight and token; attention adds a sixth to those of GPT-2 124M."""
+    report = rates.train("gpu", shapes=("small",), precisions=("bfloat16",), ways=("bfloat16",))
+    row, _ = report["tables"][1]["rows"]
+    assert (row["tokens/s"]["median"], row["ms/step"]) == (12.0, 1000 * 16 * 1024 / 12)
+    assert row["MFU, %"] == pytest.approx(100 * 6 * 124e6 * 7 / 6 * 12 / 989e12, rel=0.05)
+    assert (row["initial state, s"], row["compiling, s"], row["peak memory, MB"]) == (3.0, 9.0, 5.0)
 
 
 def test_only_the_precisions_that_are_asked_for_are_measured(compared):
@@ -279,10 +280,10 @@ def test_sampling_is_compared_with_equal_settings_on_both_sides(compared):
         first, second, theirs = specs.values()
         assert second["config"]["model"].pop("precision") == "bfloat16"
         assert first["config"]["model"].pop("precision") == theirs["config"]["model"].pop("precision") == "float32"
-        same = ("config", "batch_size", "n_tokens", "temperature", "top_k")
+        same = ("config", "batch_size", "n_tokens")
         assert [first[name] for name in same] == [second[name] for name in same] == [theirs[name] for name in same]
     ratios, each = (table["rows"] for table in report["tables"])
-    assert [(row["variant"], row["ratio"]["median"], row["against"]) for row in ratios] == [
+    assert [(row["variant"], row["/ the best"]["median"], row["the best"]) for row in ratios] == [
         (f"jaxgpt {precision}", 2.0, f"{library} float32")
         for library in ("torch", "transformers")
         for precision in ("float32", "bfloat16")
@@ -290,82 +291,58 @@ def test_sampling_is_compared_with_equal_settings_on_both_sides(compared):
     assert len(each) == 6
 
 
-def test_a_comparison_starts_with_empty_compile_caches_and_the_settings_of_each(monkeypatch):
-    started = {}
-
-    class Held(contest.Contest):
-        def enter(self, name, arguments, env):
-            assert not os.listdir(env["TORCHINDUCTOR_CACHE_DIR"])
-            assert not os.listdir(env["TRITON_CACHE_DIR"])
-            started[name] = env
-
-        def measure(self, rounds, seconds):
-            return {"asked": [rounds, seconds]}
-
-    monkeypatch.setattr(rates, "Contest", Held)
-    entrants = rates.training_entrants(config_of("micro", "gpu"), "gpu", shapes.PRECISIONS, ("tf32",))
-    assert rates.compare("gpu", entrants, 2, 0.5)[1] == {"asked": [2, 0.5]}
-    assert started["jaxgpt float32"]["JAX_DEFAULT_MATMUL_PRECISION"] == "float32", "not TF32"
-    assert "JAX_DEFAULT_MATMUL_PRECISION" not in started["jaxgpt tf32"]
-
-
 def test_an_ablation_changes_one_option_of_its_base_at_a_time(monkeypatch):
     """Each row is compared with the first of its table; below zero is better."""
     trained = []
 
-    def run(corpus, change, seeds, steps, layers):
-        assert (corpus, seeds, steps, layers) == ("the corpus", 2, 30, 1)
-        trained.append(change)
-        loss = 2.0 if change in (ablation.PLAIN, ablation.ALL) else 1.9
-        return [(loss, 0.01)] * 2
+    def run(corpus, fields, seeds, steps):
+        assert (corpus, seeds, steps) == ("the corpus", 2, 30)
+        trained.append(ablation.short_run(fields, steps))
+        return [2.0 if fields in (ablation.PLAIN, ablation.ALL) else 1.9] * 2
 
     monkeypatch.setattr(ablation, "trained", run)
     monkeypatch.setattr(ablation, "use_compile_cache", lambda: None)
     monkeypatch.setattr(ablation, "prepare_corpus", lambda *given, **more: types.SimpleNamespace(corpus="the corpus"))
-    report = ablation.ablate(seeds=2, steps=30, layers=1)
-    bases = [(ablation.PLAIN, ablation.ADDED), (ablation.ALL, ablation.REMOVED)]
-    assert trained == [
-        (base[0] | model, base[1] | optimizer)
-        for base, changes in bases
-        for model, optimizer in [({}, {}), *changes.values()]
-    ]
+    report = ablation.ablate(seeds=2, steps=30)
+    plain, modern = (ablation.short_run(fields, 30) for fields in (ablation.PLAIN, ablation.ALL))
+    n = 1 + len(ablation.ADDED)
+    assert (trained[0], trained[n]) == (plain, modern)
+    assert (len(trained), plain in trained[1:], modern in trained[n + 1 :]) == (n + 10, False, False)
+    for name, config in zip(ablation.LEFT_OUT, trained[n + 1 :], strict=True):
+        fields = set(ablation.ADDED[name])
+        assert {field for field, _, _ in differences(config, modern)} <= fields, "nothing else changes"
+        assert not fields & {field for field, _, _ in differences(config, plain)}
     for table in report["tables"]:
         assert [row["change"] for row in table["rows"][1:]] == ["-0.1000 ± 0.0000"] * (len(table["rows"]) - 1)
 
 
 def test_an_ablation_trains_each_seed_and_scores_the_validation_split(monkeypatch):
-    """The time of a step is the least after the first chunk, which may compile or find its program."""
-    clock, configs = [0.0], []
-
-    def train_steps(state, seconds):
-        state.seconds = seconds
-        return state, None
-
-    def wait(state):
-        clock[0] += state.seconds
+    configs = []
 
     def score(model, params, tokens, tokenizer):
-        return types.SimpleNamespace(loss=len(configs) if tokens == "val" else math.nan)
+        assert (params, tokens) == ("after", "val")
+        return types.SimpleNamespace(loss=len(configs))
 
     def feed(config, tokens, mesh):
         configs.append(config)
         assert tokens == "train"
-        return lambda begin, end: [{0: 3.0, 3: 6.0, 6: 9.0}[begin]]
+        return lambda begin, end: [begin, end]
 
-    monkeypatch.setattr(ablation, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(ablation.jax, "block_until_ready", wait)
+    def train_steps(state, begin, end):
+        assert (state, begin, end) == ("before", 0, 9)
+        return types.SimpleNamespace(params="after"), None
+
     monkeypatch.setattr(ablation, "loader", feed)
-    monkeypatch.setattr(ablation, "sharded_init", lambda config, mesh: types.SimpleNamespace(params=None))
+    monkeypatch.setattr(ablation, "sharded_init", lambda config, mesh: "before")
     monkeypatch.setattr(ablation, "jit_train_steps", lambda config, mesh: train_steps)
     monkeypatch.setattr(ablation, "evaluate", score)
     tokenizer = types.SimpleNamespace(vocab_size=13)
     corpus = types.SimpleNamespace(tokenizer=tokenizer, split=lambda data: ("train", "val"))
-    results = ablation.trained(corpus, ablation.PLAIN, seeds=2, steps=9, n_layer=3)
-    assert results == [(1, 2.0), (2, 2.0)]
+    assert ablation.trained(corpus, ablation.PLAIN, seeds=2, steps=9) == [1, 2]
     assert [config.train.seed for config in configs] == [1337, 1338]
     for config in configs:
-        assert (config.model.n_layer, config.model.tie_weights, config.optimizer.schedule) == (3, False, "linear")
-        assert config.optimizer.warmup_steps == 3
+        assert (config.model.n_layer, config.model.tie_weights, config.optimizer.schedule) == (2, False, "linear")
+        assert (config.model.vocab_size, config.optimizer.warmup_steps) == (13, 3)
 
 
 def test_attention_is_timed_until_the_device_is_done_and_must_repeat_in_every_round(monkeypatch):
@@ -378,9 +355,10 @@ def test_attention_is_timed_until_the_device_is_done_and_must_repeat_in_every_ro
     monkeypatch.setattr(attention, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(attention.jax, "block_until_ready", wait)
     calls = {"steady": lambda x: (x,), "changing": lambda x: (x * next(found),)}
-    steady, changing = attention.measured(calls, jnp.ones((1, 3)), (jnp.ones(3),), rounds=3)
-    assert (steady[1]["ms"]["median"], changing[1]["ms"]["n"]) == (pytest.approx(2.0), 3)
-    assert (steady[1]["repeatable"], changing[1]["repeatable"]) == (True, False)
+    results, failed = attention.measured(calls, jnp.ones((1, 3)), rounds=3)
+    (_, steady, repeated), (_, changing, changed) = results.values()
+    assert (steady["median"], changing["n"]) == (pytest.approx(2.0), 3)
+    assert (repeated, changed, failed) == (True, False, {})
 
 
 def test_attention_drops_the_share_of_weights_that_is_asked_for():

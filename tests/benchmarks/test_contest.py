@@ -1,32 +1,27 @@
 """Contestants take turns, each in its own process."""
 
+import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 
 from jaxgpt.config import UsageError
 from scripts.benchmarks import contest
-from scripts.benchmarks.contest import Contest, WorkerError, alternate
+from scripts.benchmarks.contest import WorkerError, alternate, compare, environment, worker
 
 COUNTER = """
-from scripts.benchmarks import contest
+from scripts.benchmarks.contestants import Contestant, answer_rounds, peak_resident_bytes
 
-class Counter:
-    about = {"device": "cpu"}
-    run = staticmethod(lambda: print("no answer") or 3)
-    wait = staticmethod(lambda: None)
-    peak_bytes = staticmethod(contest.peak_resident_bytes)
-
-contest.answer_rounds(Counter)
+answer_rounds(lambda: Contestant({"device": "cpu"}, lambda: print("no answer") or 3, lambda: None, peak_resident_bytes))
 """
 
 
-def test_a_contest_has_a_round():
+@pytest.mark.parametrize("measure", [lambda: alternate(["a"], 0, float), lambda: compare("cpu", {}, 0, 1.0)])
+def test_a_contest_has_a_round(measure):
     with pytest.raises(UsageError, match="the number of rounds is 0, expected 1 or more"):
-        alternate(["a"], 0, float)
+        measure()
 
 
 def test_alternate_asks_each_contestant_once_per_round():
@@ -42,7 +37,7 @@ def test_alternate_asks_each_contestant_once_per_round():
     assert failed == {}
 
 
-def test_a_failed_contestant_drops_out_and_the_others_continue():
+def test_a_failed_contestant_drops_out_and_the_others_continue(capsys):
     asked = []
 
     def ask(name):
@@ -55,29 +50,33 @@ def test_a_failed_contestant_drops_out_and_the_others_continue():
     assert "".join(asked) == "abcabcac"
     assert failed == {"b": "no more memory"}
     assert rates == {"a": [1.0] * 3, "c": [1.0] * 3}
+    assert capsys.readouterr().err == "b: failed, no more memory\n"
 
 
-def test_a_worker_answers_until_its_input_ends():
-    with Contest("cpu", log=lambda line: None) as held:
-        held.enter("counter", ["-c", COUNTER])
-        held.enter("broken", ["-c", "raise SystemExit('no such device')"])
-        assert held.failed == {"broken": "exit code 1: no such device"}
-        assert held.facts() == {"device": "cpu"}
-        (rates,) = held.measure(rounds=2, seconds=0.01).values()
-        assert len(rates) == 2
-        assert min(rates) > 0
-        assert held.peak_bytes["counter"] > 1e6
-        process = held.workers["counter"]._process
-    assert process.returncode == 0
+def test_contestants_are_compared_and_those_that_fail_are_reported():
+    late = "print('{}', flush=True); input(); 1 / 0"
+    programs = {"counter": COUNTER, "broken": "raise SystemExit('no such device')", "late": late}
+    entrants = {name: (["-c", code], {}) for name, code in programs.items()}
+    found, failed, others = compare("cpu", entrants, rounds=2, seconds=0.01)
+    assert list(found) == ["counter"]
+    assert found["counter"]["device"] == "cpu"
+    assert len(found["counter"]["rates"]) == 2
+    assert min(found["counter"]["rates"]) > 0
+    assert found["counter"]["peak_bytes"] > 1e6
+    assert failed == {
+        "broken": "exit code 1: no such device",
+        "late": "exit code 1: ZeroDivisionError: division by zero",
+    }
+    assert len(others) == 2
 
 
-def test_a_worker_inherits_no_jax_settings(monkeypatch):
+def test_a_process_inherits_no_jax_settings(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
-    found = contest.environment("cpu")
+    found = environment("cpu")
     assert {name for name in found if name.startswith("JAX_")} == {"JAX_PLATFORMS"}
     assert found["CUDA_VISIBLE_DEVICES"] == ""
-    assert contest.environment("gpu")["JAX_PLATFORMS"] == "cuda"
-    assert contest.environment("gpu")["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false", "idle workers share its memory"
+    assert environment("gpu")["JAX_PLATFORMS"] == "cuda"
+    assert environment("gpu")["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false", "idle workers share its memory"
 
 
 def test_the_parent_process_imports_no_heavy_package():
@@ -87,52 +86,40 @@ def test_the_parent_process_imports_no_heavy_package():
 
 def test_a_rate_is_the_work_of_a_round_divided_by_the_seconds_that_it_took(monkeypatch):
     """The processor time of a contestant is not the load of other programs."""
-    done = {"units": 6, "seconds": 2.0, "cpu_seconds": 3.0, "peak_bytes": 5}
-    readings = iter([(0.0, 0.0), (4.0, 10.0)])
-    monkeypatch.setattr(contest, "machine_seconds", lambda: next(readings))
-    held = Contest("cpu", log=lambda line: None)
-    held.workers["a"] = types.SimpleNamespace(ask=lambda seconds: done)
-    assert held.measure(rounds=1, seconds=1.0) == {"a": [3.0]}
-    assert held.others == [0.1]
-    assert held.peak_bytes == {"a": 5}
-
-
-def test_a_contestant_that_fails_in_a_round_is_reported():
-    with Contest("cpu", log=lambda line: None) as held:
-        held.enter("broken", ["-c", "print('{}', flush=True); input(); 1 / 0"])
-        assert held.measure(rounds=2, seconds=0.0) == {}
-        assert held.failed == {"broken": "exit code 1: ZeroDivisionError: division by zero"}
-        assert not held.workers
+    done = '{"units": 6, "seconds": 2.0, "cpu_seconds": 3.0, "peak_bytes": 5}'
+    own = []
+    monkeypatch.setattr(contest, "others", lambda before, seconds: own.append(seconds) or 0.1)
+    code = f"print('{{}}', flush=True)\nwhile input() == '1.5': print('{done}', flush=True)"
+    found, _, others = compare("cpu", {"a": (["-c", code], {})}, rounds=2, seconds=1.5)
+    assert found == {"a": {"rates": [3.0, 3.0], "peak_bytes": 5}}
+    assert (own, others) == ([3.0, 3.0], [0.1, 0.1])
 
 
 def test_a_round_includes_the_wait_for_the_device_and_only_its_own_processor_time():
     begin = "import time\nwhile time.process_time() < 0.1: pass\n"
     slow = begin + COUNTER.replace("lambda: None", "lambda: time.sleep(0.1)")
-    with Contest("cpu", log=lambda line: None) as held:
-        held.enter("slow", ["-c", slow])
-        done = held.workers["slow"].ask(0.0)
+    with worker(["-c", slow], environment("cpu")) as answer:
+        assert answer() == {"device": "cpu"}
+        done = answer("0.0\n")
     assert done["seconds"] > 0.1
     assert done["cpu_seconds"] < 0.1
 
 
-def test_a_contestant_has_the_variables_of_its_own():
-    code = "import json, os; print(json.dumps({'device': os.environ['JAX_DEFAULT_MATMUL_PRECISION']}), flush=True)"
-    with Contest("cpu", log=lambda line: None) as held:
-        held.enter("float32", ["-c", code], {"JAX_DEFAULT_MATMUL_PRECISION": "float32"})
-        assert held.about == {"float32": {"device": "float32"}}
+def test_contestants_start_with_empty_compile_caches_and_their_own_variables():
+    keys = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    about = f"{{'caches': [os.listdir(os.environ[key]) for key in {keys}], 'precision': os.environ['PRECISION']}}"
+    code = f"import json, os; print(json.dumps({about}), flush=True)\n"
+    code += "while input(): print(json.dumps(dict(units=1, seconds=1, cpu_seconds=0, peak_bytes=0)), flush=True)"
+    found, failed, _ = compare("cpu", {"a": (["-c", code], {"PRECISION": "float32"})}, rounds=1, seconds=1.0)
+    assert failed == {}
+    assert found["a"] == {"caches": [[], []], "precision": "float32", "rates": [1.0], "peak_bytes": 0}
 
 
 def test_an_interrupted_contest_does_not_wait_for_its_contestants():
-    held = Contest("cpu", log=lambda line: None)
-    held.enter("busy", ["-c", "import time; print('{}', flush=True); time.sleep(5)"])
-    held.__exit__(KeyboardInterrupt)
-    assert held.workers["busy"]._process.returncode != 0
-
-
-def test_the_peak_memory_of_a_device_is_not_what_it_holds_now():
-    contestant = object.__new__(contest.JaxContestant)
-    stats = {"bytes_in_use": 3, "peak_bytes_in_use": 7}
-    contestant.device = types.SimpleNamespace(memory_stats=lambda: stats)
-    assert contestant.peak_bytes() == 7
-    stats.clear()
-    assert 1e6 < contestant.peak_bytes() < 1e11, "of the process"
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    held = worker(["-c", code], environment("cpu"))
+    process = held.__enter__()()
+    interrupt = KeyboardInterrupt()
+    assert not held.__exit__(KeyboardInterrupt, interrupt, None)
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
