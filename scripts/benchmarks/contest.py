@@ -95,13 +95,13 @@ def worker(arguments: Sequence[str], env: Mapping[str, str]) -> Iterator[Callabl
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(words, bufsize=0, stdin=pipe, stdout=pipe, stderr=errors, env=env) as process,
     ):
-        assert process.stdin
-        assert process.stdout
+        stdin: Any = process.stdin
+        stdout: Any = process.stdout
 
         def answer(line: str = "") -> Any:
             with suppress(OSError):  # the process has ended: its error is raised below
-                process.stdin.write(line.encode())
-            if found := process.stdout.readline():
+                stdin.write(line.encode())
+            if found := stdout.readline():
                 return json.loads(found)
             raise WorkerError(failure(process.wait(), errors))
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxgpt.config import Config, from_tree
 from jaxgpt.profile.timing import repeat
 
-DRAW = {"temperature": 0.8, "top_k": 40}
+DRAW: dict[str, Any] = {"temperature": 0.8, "top_k": 40}
 """On every side; 40 is below the vocabulary sizes, so that each side must select the largest logits."""
 
 
@@ -195,9 +195,14 @@ def sample_transformers(config: Config, batch_size: int, n_tokens: int, way: Any
 
 def build(task: str, config: Any, **settings: Any) -> Contestant:
     """A contestant; `task` is "train" or "sample" and one of the libraries above."""
-    make = {"train jaxgpt": train_jaxgpt, "train torch": train_torch, "sample jaxgpt": sample_jaxgpt}
-    make |= {"sample torch": sample_torch, "sample transformers": sample_transformers}
-    return make[task](from_tree(config), **settings)
+    tasks: dict[str, Callable[..., Contestant]] = {
+        "train jaxgpt": train_jaxgpt,
+        "train torch": train_torch,
+        "sample jaxgpt": sample_jaxgpt,
+        "sample torch": sample_torch,
+        "sample transformers": sample_transformers,
+    }
+    return tasks[task](from_tree(config), **settings)
 
 
 if __name__ == "__main__":

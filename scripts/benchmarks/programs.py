@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def timed(
             process.wait()
         finally:
             process.kill()
+        log(f"{' '.join(words[:3])}: {seconds:.2f} s")
         if not met and (until or process.returncode):
             raise WorkerError(f"{' '.join(words)}: {failure(process.returncode, output)}")
     return {"seconds": seconds, "others": others(before, children_seconds() - own)}
@@ -128,7 +130,7 @@ def speedrun(
         else:
             done = run_ours(corpus, Run(folder / "runs" / cache), device, side, seed, bound if stop else None)
         runs[name].append(done)
-        log(f"{name}, seed {seed}: {done['seconds']:.1f} s, loss {done['loss']:.4f}")
+        log(f"{name}, seed {seed}: loss {done['loss']:.4f}")
         return float(done["seconds"])
 
     with tempfile.TemporaryDirectory(prefix="jaxgpt-bench-") as root:
@@ -158,11 +160,11 @@ def run_ours(corpus: str, run: Run, device: Device, recipe: str, seed: int, boun
     """One `jaxgpt train`, to its end or until its loss reaches the bound. A cold run is the first in its folder, and
     leaves its caches to the warm run after it."""
 
-    def over() -> bool:
+    def over(bound: float) -> bool:
         return min(run.val_losses().values(), default=math.inf) <= bound or bool(run.last_event("end"))
 
     words = [recipe, "--corpus", corpus, "--seed", str(seed)]
-    done = train(run, device, words, None if bound is None else over)
+    done = train(run, device, words, None if bound is None else partial(over, bound))
     losses = [line["val_loss"] for line in run.metrics() if "val_loss" in line]
     losses = [math.inf if loss is None else loss for loss in losses]
     pauses = [event["paused"] for event in run.events() if event["event"] == "evaluate"][1:]
@@ -192,26 +194,25 @@ def startup(tokenizer: str = "", device: Device = "cpu", recipe: str = "gpt-demo
     """
     report: Report = {"mode": "startup", "facts": facts(device)}
     turns: dict[str, int] = defaultdict(int)
-    shares = []
 
-    def run(name: str) -> float:
+    def run(name: str) -> dict[str, Any]:
         folder = Path(root, str(turns[name]))
         turns[name] += 1
         if name == "help":
-            done = timed(["jaxgpt", "--help"], folder, device)
-        else:
-            run = Run(folder / "runs" / name.split()[-1])
-            words = [recipe, "--scan-steps", "1", "--eval-every", "0", "--eval-batches", "0"]
-            words += ["--tokenizer", tokenizer] if tokenizer else []
-            file = run.metrics_file
-            done = train(run, device, words, lambda: file.exists() and b'"grad_norm"' in file.read_bytes())
-        shares.append(done["others"])
-        log(f"{name}: {done['seconds']:.2f} s")
-        return float(done["seconds"])
+            return timed(["jaxgpt", "--help"], folder, device)
+        words = [recipe, "--scan-steps", "1", "--eval-every", "0", "--eval-batches", "0"]
+        words += ["--tokenizer", tokenizer] if tokenizer else []
+        run = Run(folder / "runs" / name.split()[-1])
+        file = run.metrics_file
+        return train(run, device, words, lambda: file.exists() and b'"grad_norm"' in file.read_bytes())
 
     with tempfile.TemporaryDirectory(prefix="jaxgpt-bench-") as root:
-        times, failed = alternate(["help", "first step cold", "first step warm"], repeats, run)
-    rows = [{"what": name, "seconds": series(found)} for name, found in times.items()]
-    notes = [*STARTUP_NOTES, f"recipe: {recipe}", disturbance(shares)]
+        runs, failed = alternate(["help", "first step cold", "first step warm"], repeats, run)
+    rows = [{"what": name, "seconds": series([done["seconds"] for done in each])} for name, each in runs.items()]
+    notes = [
+        *STARTUP_NOTES,
+        f"recipe: {recipe}",
+        disturbance([done["others"] for each in runs.values() for done in each]),
+    ]
     tables = [{"title": "Seconds from process start", "rows": rows}]
     return report | {"tables": tables, "notes": notes, "failed": failed}

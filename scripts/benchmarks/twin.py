@@ -201,9 +201,6 @@ def main(
       out: JSON; the weights go beside it, as .safetensors
       recipe: its settings are nanoGPT's
       steps: of the optimizer; 0 for the recipe's
-      seed: of weights and batches
-      way: how PyTorch computes
-      device: where PyTorch computes
       began: time.monotonic() before this process was started; 0 for now
     """
     began = began or time.monotonic()
