@@ -48,7 +48,7 @@ def test_estimate_per_device_of_a_mesh_is_a_lower_bound(tiny, change, text):
     config, mesh = change(tiny, **sizes, scan_layers=True), make_mesh(Sizes.parse(text))
     with jax.set_mesh(mesh):
         arguments, further = memory.compiled_bytes(lowered(config, mesh).compile())
-    assert 1.0 <= (arguments + further) / memory.needed(config, N_TOKENS, shards=memory.Shards.of(mesh)).total <= 2.5
+    assert 1.0 <= (arguments + further) / memory.needed(config, N_TOKENS, Sizes(**mesh.shape)).total <= 2.5
 
 
 @pytest.mark.parametrize(("vocab_size", "n_bytes"), [(2**16, 2), (2**16 + 1, 4)])
@@ -76,22 +76,28 @@ def test_bytes_of_the_state_are_exact(tiny):
 
 def test_gradients_add_to_activations_only_with_micro_batches(tiny, change):
     one, two = memory.needed(tiny, 0), memory.needed(change(tiny, accumulate=2), 0)
-    assert one.total == 3 * one.parameters + max(one.gradients, one.activations)
-    assert two.total == 3 * two.parameters + two.gradients + two.activations
+    assert one.total == 3 * one.parameters + max(one.parameters, one.activations)
+    assert two.total == 4 * two.parameters + two.activations
     assert two.activations == one.activations // 2
 
 
-def refusal(config, free, **kwargs):
+def require(config, free, sizes=memory.ONE_DEVICE, **kwargs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "available", lambda: free)
+        memory.require(config, N_TOKENS, sizes, **kwargs)
+
+
+def refusal(config, free, *args, **kwargs):
     """The message with which `memory.require` refuses."""
     with pytest.raises(memory.OutOfMemoryError) as caught:
-        memory.require(config, N_TOKENS, free, **kwargs)
+        require(config, free, *args, **kwargs)
     assert isinstance(caught.value, UsageError)
     return str(caught.value)
 
 
 def test_exact_fit_is_accepted(tiny):
     total = memory.needed(tiny, 0).total  # on a CPU, the corpus is memory-mapped
-    memory.require(tiny, N_TOKENS, total)
+    require(tiny, total)
     refusal(tiny, total - 1)
 
 
@@ -116,25 +122,27 @@ def test_refusal_suggests_the_fewest_micro_batches(tiny, change, shape, changed,
     assert message.endswith(expected)
     options = re.findall(r"--([a-z-]+) (\d+)", message)
     suggested = check(change(config, **{name.replace("-", "_"): int(value) for name, value in options}))
-    memory.require(suggested, N_TOKENS, free)
+    require(suggested, free)
 
 
 def test_suggested_micro_batches_are_divisible_among_the_shards_of_a_batch(tiny, change):
-    config, shards = change(tiny, batch_size=36), memory.Shards(batch=4)
-    halved = memory.needed(change(config, accumulate=2), 0, shards=shards).total  # 18 sequences on 4 devices
-    assert refusal(config, halved, shards=shards).endswith("--accumulate 3")
+    config, sizes = change(tiny, batch_size=36), Sizes(data=4)
+    halved = memory.needed(change(config, accumulate=2), 0, sizes).total  # 18 sequences on 4 devices
+    assert refusal(config, 4 * halved, sizes).endswith("--accumulate 3")
 
 
 def test_the_devices_of_a_cpu_share_its_memory(tiny):
-    shards, total = memory.Shards(per_host=4), memory.needed(tiny, 0).total
-    memory.require(tiny, N_TOKENS, 4 * total, shards=shards)
-    assert "are free for all 4 devices" in refusal(tiny, 4 * total - 1, shards=shards)
+    sizes = Sizes(fsdp=2, context=2)
+    total, each = memory.needed(tiny, 0).total, memory.needed(tiny, 0, sizes).total
+    for needed, how in ((4 * total, {"copies": 4}), (4 * each, {"sizes": sizes})):
+        require(tiny, needed, **how)
+        assert "are free for all 4 devices" in refusal(tiny, needed - 1, **how)
 
 
 def test_suggested_micro_batches_fit_on_all_devices_that_share_a_memory(tiny, change):
     config = change(tiny, batch_size=12)
     free = 4 * memory.needed(change(config, accumulate=3), 0).total
-    assert refusal(config, free, shards=memory.Shards(per_host=4)).endswith("--accumulate 3")
+    assert refusal(config, free, copies=4).endswith("--accumulate 3")
 
 
 def test_refusal_if_no_number_of_micro_batches_fits(tiny):
@@ -146,15 +154,23 @@ def test_accelerators_count_tokens_and_only_matmul_results(tiny, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     lean = memory.needed(tiny, N_TOKENS, recomputed=True)
     assert lean.total < memory.needed(tiny, N_TOKENS).total
-    memory.require(tiny, N_TOKENS, lean.total)
-    memory.require(tiny, N_TOKENS, lean.total, shards=memory.Shards(per_host=4))  # each has its own memory
+    require(tiny, lean.total)
+    require(tiny, lean.total, copies=4)  # each has its own memory
     refusal(tiny, lean.total - 1)
 
 
-def test_shards_of_a_mesh():
-    shards = memory.Shards.of(make_mesh(Sizes(data=2, fsdp=2, context=2)))
-    assert shards == memory.Shards(state=2, batch=4, sequence=2, per_host=8)
-    assert memory.Shards.of(make_mesh(Sizes(fsdp=2, tensor=4))) == memory.Shards(8, 2, 4, 8)
+def test_shards_of_a_mesh(tiny, change):
+    config = change(tiny, batch_size=32)
+    one, eighth = memory.needed(config, N_TOKENS), memory.needed(change(config, batch_size=4), N_TOKENS)
+    for sizes, state, whole in (
+        (Sizes(data=2, fsdp=2, context=2), 2, memory.needed(change(config, batch_size=8), 0).activations // 2),
+        (Sizes(fsdp=2, tensor=4), 8, memory.needed(change(config, batch_size=16), 0).activations // 4),
+        (Sizes(data=8), 1, eighth.activations),
+    ):
+        found = memory.needed(config, N_TOKENS, sizes)
+        state_bytes = (one.parameters // state, one.optimizer_state // state, one.tokens)
+        assert (found.parameters, found.optimizer_state, found.tokens) == state_bytes
+        assert found.activations == whole
 
 
 def test_a_corpus_too_large_for_a_device_counts_by_the_windows_of_a_chunk(tiny, monkeypatch):
@@ -162,9 +178,11 @@ def test_a_corpus_too_large_for_a_device_counts_by_the_windows_of_a_chunk(tiny, 
     n_tokens = memory.DEVICE_TOKENS + 1
     chunk = tiny.train.scan_steps * tiny.train.batch_size * (tiny.model.block_size + 1)
     total = memory.needed(tiny, chunk, recomputed=True).total
-    memory.require(tiny, n_tokens, total)
+    monkeypatch.setattr(memory, "available", lambda: total)
+    memory.require(tiny, n_tokens)
+    monkeypatch.setattr(memory, "available", lambda: total - 1)
     with pytest.raises(memory.OutOfMemoryError):
-        memory.require(tiny, n_tokens, total - 1)
+        memory.require(tiny, n_tokens)
 
 
 def test_unknown_free_memory_refuses_nothing(tiny, monkeypatch):
@@ -252,4 +270,4 @@ def test_estimate_with_remat_is_a_close_lower_bound(tiny, change, text):
     config, mesh = change(tiny, **sizes, remat="blocks", scan_layers=True), make_mesh(Sizes.parse(text))
     with jax.set_mesh(mesh):
         arguments, further = memory.compiled_bytes(lowered(config, mesh).compile())
-    assert 1.0 <= (arguments + further) / memory.needed(config, N_TOKENS, shards=memory.Shards.of(mesh)).total <= 2.0
+    assert 1.0 <= (arguments + further) / memory.needed(config, N_TOKENS, Sizes(**mesh.shape)).total <= 2.0

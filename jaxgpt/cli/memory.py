@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 from rich.filesize import decimal as size
 
 from jaxgpt import flash
@@ -19,25 +18,9 @@ from jaxgpt.data import DEVICE_TOKENS
 from jaxgpt.kernels import BLOCKED
 from jaxgpt.loss import logits_at_once
 from jaxgpt.monitor import cost
+from jaxgpt.sharding import Sizes
 
-
-class Shards(NamedTuple):
-    """Number of shards of the train state, of the batch, and of the activations of a sequence, on a mesh."""
-
-    state: int = 1
-    batch: int = 1
-    sequence: int = 1
-    per_host: int = 1
-    """Devices of this process; CPU devices share its memory."""
-
-    @classmethod
-    def of(cls, mesh: Mesh) -> "Shards":
-        n = mesh.shape
-        local = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
-        return cls(n["fsdp"] * n["tensor"], n["data"] * n["fsdp"], n["tensor"] * n["context"], local)
-
-
-ONE_DEVICE = Shards()
+ONE_DEVICE = Sizes()
 ELSEWHERE = "a run that has begun cannot be made smaller; resume it where there is more memory"
 
 
@@ -48,28 +31,27 @@ class OutOfMemoryError(UsageError):
 class Memory(NamedTuple):
     """Lower bounds of the bytes of a training step on each device."""
 
-    parameters: int
-    gradients: int
+    parameters: int  # and as much for the gradients
     optimizer_state: int  # two moments of AdamW, one of Muon
     activations: int  # of one micro-batch
     tokens: int  # of the corpus on the device
     total: int  # at the peak
 
 
-def needed(config: Config, n_tokens: int, *, recomputed: bool = False, shards: Shards = ONE_DEVICE) -> Memory:
-    """The memory of a step of `config`, whose vocab_size is set, with `n_tokens` on the device.
+def needed(config: Config, n_tokens: int, sizes: Sizes = ONE_DEVICE, *, recomputed: bool = False) -> Memory:
+    """The memory of a step of `config`, whose vocab_size is set, with `n_tokens` on each device of a mesh of `sizes`.
 
     All gradients exist at once, because whether a step is applied depends on all of them. During the backward pass they
     replace activations, so the larger of both counts; with several micro-batches, their sum is held beside activations.
     """
-    model, train = config.model, config.train
-    parameters = gradients = cost.FLOAT * cost.n_params(model) // shards.state
-    micro_batch = max(1, train.batch_size // train.accumulate // shards.batch)
-    activations = activation_bytes(model, micro_batch, recomputed=recomputed) // shards.sequence
+    model, train, state_shards = config.model, config.train, sizes.fsdp * sizes.tensor
+    parameters = gradients = cost.FLOAT * cost.n_params(model) // state_shards
+    micro_batch = max(1, train.batch_size // train.accumulate // (sizes.data * sizes.fsdp))
+    activations = activation_bytes(model, micro_batch, recomputed=recomputed) // (sizes.tensor * sizes.context)
     tokens = n_tokens * (2 if model.vocab_size <= 2**16 else 4)
     peak = gradients + activations if train.accumulate > 1 else max(gradients, activations)
-    moments = cost.FLOAT * n_moments(config) // shards.state
-    return Memory(parameters, gradients, moments, activations, tokens, parameters + moments + peak + tokens)
+    moments = cost.FLOAT * n_moments(config) // state_shards
+    return Memory(parameters, moments, activations, tokens, parameters + moments + peak + tokens)
 
 
 def n_moments(config: Config) -> int:
@@ -101,47 +83,41 @@ def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool =
     columns = {name: n for name, (_, n) in cost.kernels(config).items()}
     fused = low and (not config.dropout or flash.supports(T, C // config.n_head))
     weights = 0 if fused or T >= BLOCKED else config.n_head * T
-    if recomputed:
-        block = sum(columns.values()) + C + weights  # results of the kernels, and the weighted values
-    else:
-        inputs = 5 * C + sum(columns[name] for name in ("query", "key", "value"))  # of norms and kernels; q, k, v
-        hidden = (1 if config.mlp == "relu2" else 2) * columns["c_fc"]
-        block = inputs + hidden + 2 * weights
+    last = min(V, logits_at_once() // (batch_size * T) + 1)
+    block = sum(columns.values()) + C + weights  # results of the kernels, and the weighted values
+    if not recomputed:
+        block += 2 * C + weights + (columns["c_fc"] if config.mlp == "gelu" else 0)  # outputs of norms, and of GELU
+        last += 2 * C
     kept = {"blocks": C, "matmuls": sum(columns.values())}.get(config.remat, block)  # of the other blocks
-    logits = min(V, logits_at_once() // (batch_size * T) + 1)
-    floats = (config.n_layer - 1) * kept + block + (0 if recomputed else 2 * C) + logits
-    return (cost.FLOAT // 2 if low else cost.FLOAT) * batch_size * T * floats
+    return (cost.FLOAT // 2 if low else cost.FLOAT) * batch_size * T * ((config.n_layer - 1) * kept + block + last)
 
 
-def require(
-    config: Config, n_tokens: int = 0, free: int | None = None, *, new: bool = True, shards: Shards = ONE_DEVICE
-) -> None:
-    """Check, before anything is compiled or allocated, that a step of `config` can fit.
+def require(config: Config, n_tokens: int = 0, sizes: Sizes = ONE_DEVICE, *, copies: int = 1, new: bool = True) -> None:
+    """Check, before anything is compiled or allocated, that a step of `config` fits on a mesh of `sizes`.
 
     Args:
       n_tokens: size of the training split. It does not count on a CPU, where the file is memory-mapped.
-      free: bytes; None for `available()`.
+      copies: steps that run at once, each on a mesh of its own.
       new: whether the settings of the run can still be changed.
 
     Raises:
       OutOfMemoryError: it cannot fit. The message has the numbers and the setting to change.
     """
-    free = available() if free is None else free
-    on_cpu = jax.default_backend() == "cpu"
-    sharing = shards.per_host if on_cpu else 1  # devices that share the free memory
+    free, on_cpu = available(), jax.default_backend() == "cpu"
+    sharing = copies * sizes.devices // jax.process_count() if on_cpu else 1  # devices that share the free memory
 
     def estimate(config: Config) -> Memory:
         train = config.train
         windows = train.scan_steps * train.batch_size * (config.model.block_size + 1)  # of one chunk
         on_device = n_tokens if n_tokens <= DEVICE_TOKENS else windows
-        return needed(config, 0 if on_cpu else on_device, recomputed=not on_cpu, shards=shards)
+        return needed(config, 0 if on_cpu else on_device, sizes, recomputed=not on_cpu)
 
     memory = estimate(config)
     if free is None or memory.total * sharing <= free:
         return
     advice, B = "a smaller --batch-size, --block-size or model (--n-embd, --n-layer)", config.train.batch_size
     for A in range(config.train.accumulate + 1, B + 1):  # smaller micro-batches train the same
-        valid = B % A == 0 and B // A % shards.batch == 0
+        valid = B % A == 0 and B // A % (sizes.data * sizes.fsdp) == 0
         if valid and estimate(replaced(config, accumulate=A)).total * sharing <= free:
             advice = f"--accumulate {A}"
             break
@@ -149,7 +125,7 @@ def require(
     raise OutOfMemoryError(
         f"a training step needs at least {size(memory.total)}: parameters {size(memory.parameters)}, optimizer state "
         f"{size(memory.optimizer_state)}, activations {size(memory.activations)} {then} gradients "
-        f"{size(memory.gradients)}, tokens {size(memory.tokens)}; {size(free)} are free"
+        f"{size(memory.parameters)}, tokens {size(memory.tokens)}; {size(free)} are free"
         f"{f' for all {sharing} devices' if sharing > 1 else ''}: {f'try {advice}' if new else ELSEWHERE}"
     )
 
@@ -175,22 +151,19 @@ def available() -> int | None:
     return None
 
 
-def host_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes of memory that this process can still take, without swap: the least of MemAvailable (without /proc, the
-    physical memory) and of what its cgroup (version 2) and the cgroups above it leave."""
-    left = []
+def host_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that this process can still take, without swap: the least of the physical memory, MemAvailable,
+    and what its cgroup (version 2) and the cgroups above it leave."""
+    left = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     if found := re.search(r"^MemAvailable:\s*(\d+) kB", _read(proc / "meminfo"), re.M):
         left.append(int(found[1]) * 1024)
-    else:
-        with suppress(ValueError, OSError):
-            left.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if found := re.search(r"^0::/(.*)$", _read(proc / "self" / "cgroup"), re.M):
         for folder in (cgroups / found[1], *(cgroups / each for each in Path(found[1]).parents)):
             limit, used = _read(folder / "memory.max").strip(), _read(folder / "memory.current").strip()
             if limit.isdigit() and used.isdigit():  # "max" is no limit
                 cached = re.findall(r"^(?:in)?active_file (\d+)$", _read(folder / "memory.stat"), re.M)  # is free
                 left.append(int(limit) - int(used) + sum(map(int, cached)))
-    return max(0, min(left)) if left else None
+    return max(0, min(left))
 
 
 def _read(path: Path) -> str:

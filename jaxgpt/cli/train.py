@@ -100,7 +100,8 @@ def _fit(given: Train, existing: Run | None) -> int:
     runs_dir, data_dir = given.folders.runs_dir, given.folders.data_dir
 
     def require_room(config: Config, n_tokens: int) -> None:
-        memory.require(config, n_tokens, new=not existing, shards=memory.Shards.of(mesh_for(config, sizes)[0]))
+        mesh, _ = mesh_for(config, sizes)
+        memory.require(config, n_tokens, Sizes(**mesh.shape), new=not existing)
 
     config = given.config
     if existing:

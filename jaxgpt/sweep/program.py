@@ -90,7 +90,7 @@ def max_members(config: Config, devices: int, at_once: int = 0) -> int:
     fit."""
     cpu = in_turn()
     try:
-        memory.require(config, shards=memory.Shards(per_host=devices))
+        memory.require(config, copies=devices)
     except memory.OutOfMemoryError as error:
         if devices == 1:
             raise
