@@ -55,7 +55,7 @@ def new_run(
         if weights is not None:
             state = TrainState(jnp.int32(0), weights, make_optimizer(config).init(weights))
             with Checkpoints(run.checkpoints, config.train.keep) as checkpoints:
-                checkpoints.save(state, identity(config, corpus.meta) | {"metrics": digest(b"")})
+                checkpoints.save(state, identity(run) | {"metrics": digest(b"")})
             run.event("import", step=0, origin=origin)
 
     return Run.create(runs_dir, name, config, corpus.meta, save_weights)
@@ -100,24 +100,24 @@ def require_trainable(run: Run, config: Config, corpus: Corpus) -> None:
         )
 
 
-def identity(config: Config, corpus_meta: dict[str, Any]) -> dict[str, Any]:
+def identity(run: Run) -> dict[str, Any]:
     """What a checkpoint records of its run, besides the `digest` of metrics.jsonl; a resume compares it."""
-    tokenizer = digest(json.dumps(corpus_meta["tokenizer"], sort_keys=True).encode())["sha256"]
-    return {"config": asdict(config), "tokens": corpus_meta["sha256"], "tokenizer": tokenizer}
+    tokenizer = digest(json.dumps(run.corpus_meta["tokenizer"], sort_keys=True).encode())["sha256"]
+    return {"config": asdict(run.config), "tokens": run.corpus_meta["sha256"], "tokenizer": tokenizer}
 
 
 def digest(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def require_own(run: Run, config: Config, corpus_meta: dict[str, Any], manifest: Manifest) -> None:
-    """Raise a RunError unless a checkpoint belongs to this config, corpus and tokenizer."""
-    saved, now = manifest.about, identity(config, corpus_meta)
+def require_own(run: Run, config: Config, manifest: Manifest) -> None:
+    """Raise a RunError unless a checkpoint belongs to `run`, and was saved with settings that `config` may follow."""
+    saved, now = manifest.about, identity(run)
     for name in ("tokens", "tokenizer"):
         if saved.get(name) != now[name]:
             raise RunError(
-                f"run {run.path.name!r}, {name} of step {manifest.step}: expected SHA-256 {saved.get(name)}, found "
-                f"{now[name]} in {corpus_meta['source']}; give the folder of the right corpus: --data-dir"
+                f"run {run.path.name!r}, {name} of step {manifest.step}: expected SHA-256 {now[name]}, found "
+                f"{saved.get(name)}: the checkpoint is of another run; restore a copy"
             )
     require_resumable(run, configs.from_tree(saved["config"]), config)
 
@@ -131,7 +131,7 @@ def require_metrics(run: Run, manifest: Manifest) -> None:
 
 
 def find_newest(
-    run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, on_event: Callable[[Event], None]
+    run: Run, config: Config, checkpoints: Checkpoints, on_event: Callable[[Event], None]
 ) -> Manifest | None:
     """The manifest of the newest valid checkpoint, the same in all processes; None if nothing was saved yet.
 
@@ -142,19 +142,19 @@ def find_newest(
     Raises:
       RunError: every checkpoint is damaged or gone; one has another config, corpus or tokenizer, or too many steps.
     """
-    newest = processes.on_primary(partial(_newest_valid, run, config, corpus, checkpoints, on_event))
+    newest = processes.on_primary(partial(_newest_valid, run, config, checkpoints, on_event))
     step = processes.broadcast(newest.step if newest else -1)
     return checkpoints.manifest(step) if step >= 0 else None
 
 
 def _newest_valid(
-    run: Run, config: Config, corpus: Corpus, checkpoints: Checkpoints, on_event: Callable[[Event], None]
+    run: Run, config: Config, checkpoints: Checkpoints, on_event: Callable[[Event], None]
 ) -> Manifest | None:
     problems = dict[int, str]()
     for step in reversed(checkpoints.steps):
         try:
             manifest = checkpoints.verify(step)
-            require_own(run, config, corpus.meta, manifest)
+            require_own(run, config, manifest)
             require_metrics(run, manifest)
         except DamagedError as error:
             problems[step] = str(error)
@@ -231,7 +231,7 @@ def load_checkpoint(run: Run, which: str | int = "best") -> tuple[int, model.Par
         if step is None:
             raise RunError(f"checkpoint is {which!r}, expected 'best', 'last' or a step: {', '.join(map(str, steps))}")
         try:
-            require_own(run, run.config, run.corpus_meta, checkpoints.verify(step))
+            require_own(run, run.config, checkpoints.verify(step))
             return step, checkpoints.restore_params(step, like)
         except CheckpointError as error:
             if step in checkpoints.steps:

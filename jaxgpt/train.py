@@ -76,7 +76,8 @@ def fit(
     train_tokens, val_tokens = corpus.split(config.data)
     parts = corpus.training_parts(config.data)
     checkpoints = Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every)
-    # Each thread has its own current mesh. Not in the `with` below, which would wait for it after a second signal.
+    # Compiles ahead: calls of the same functions then use its programs. Each thread has its own current mesh. Not in
+    # the `with` below, which would wait for it after a second signal.
     compiler = ThreadPoolExecutor(1, "compiler", jax.set_mesh, (mesh,))
 
     with (
@@ -86,8 +87,8 @@ def fit(
         ThreadPoolExecutor(1, "reader") as reader,
     ):
         load = loader(config, train_tokens, mesh, parts, reader)
-        newest = find_newest(run, config, corpus, checkpoints, on_event)
         require_trainable(run, config, corpus)
+        newest = find_newest(run, config, checkpoints, on_event)
         step, n_bytes = (newest.step, newest.about["metrics"]["bytes"]) if newest else (0, 0)
         shapes = abstract_state(config, mesh)
 
@@ -104,7 +105,7 @@ def fit(
                 _, end = next(chunks(config, 0))
                 programs[end] = compiler.submit(compile_steps, 0, end)
                 if not config.train.eval_start:
-                    evaluator = compiler.submit(evaluation.compiled, config.model, shapes.params, len(val_tokens))
+                    evaluator = compiler.submit(evaluation.compile_ahead, config.model, shapes.params, len(val_tokens))
             state = init.compile()()
         if config != run.config:
             run = processes.on_primary(partial(run.with_config, config)) or Run(run.path)
@@ -135,21 +136,23 @@ def fit(
                 last = end == config.train.steps
                 stop = 0 if last else stop_signal()
                 if stop or due(config, end):
-                    save(corpus, log, checkpoints, state)  # first: a signal may leave no time for the evaluation
+                    save(log, checkpoints, state)  # first: a signal may leave no time for the evaluation
                     if not stop:
-                        log.add_evaluation(*score(config, corpus, state, evaluator.result() if evaluator else None))
+                        if evaluator:
+                            evaluator.result()
+                        log.add_evaluation(*score(config, corpus, state))
                         if sample and not last:
                             on_event(Sampled(end, sample(state.params)))
                             log.restart_clock()
                         stop = 0 if last else stop_signal()
                 if stop:
                     break
-            finish(corpus, log, checkpoints, state)
+            finish(log, checkpoints, state)
     seconds, speed = time.perf_counter() - began, log.speed["tokens_per_second"]
     return Summary(run, log.step, config.train.steps, log.scores, seconds, speed, stop)
 
 
-def save(corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: TrainState, stop: bool = False) -> None:
+def save(log: MetricsLog, checkpoints: Checkpoints, state: TrainState, stop: bool = False) -> None:
     """Wait for the last save, sync metrics.jsonl to disk, then start to save `state`; `stop` as in `save_errors`."""
     log.flush()  # the chunk under way, whose time excludes the wait
     with save_errors(log, checkpoints):
@@ -157,11 +160,11 @@ def save(corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: Train
     with save_errors(log, checkpoints, stop):
         log.sync()
         record = partial(log.run.event, "save", step=int(state.step), **log.speed)
-        checkpoints.save(state, identity(log.run.config, corpus.meta) | {"metrics": log.digest}, record)
+        checkpoints.save(state, identity(log.run) | {"metrics": log.digest}, record)
     log.restart_clock()
 
 
-def finish(corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: TrainState) -> None:
+def finish(log: MetricsLog, checkpoints: Checkpoints, state: TrainState) -> None:
     """Wait until `state`, the last one, and its metrics are on disk. If its save failed, try once more.
 
     Raises:
@@ -170,7 +173,7 @@ def finish(corpus: Corpus, log: MetricsLog, checkpoints: Checkpoints, state: Tra
     with save_errors(log, checkpoints):
         checkpoints.settle()
     if not processes.broadcast(int(state.step) in checkpoints.steps):
-        save(corpus, log, checkpoints, state, stop=True)
+        save(log, checkpoints, state, stop=True)
     with save_errors(log, checkpoints, stop=True):
         checkpoints.settle()
         log.sync()
@@ -199,13 +202,11 @@ def save_errors(log: MetricsLog, checkpoints: Checkpoints, stop: bool = False) -
             raise CheckpointError(text) from error
 
 
-def score(
-    config: Config, corpus: Corpus, state: TrainState, program: Any = None
-) -> tuple[int, Evaluation, dict[str, float]]:
-    """The step of `state`, its evaluation on the validation split (`program` as in `evaluate`), and estimates."""
+def score(config: Config, corpus: Corpus, state: TrainState) -> tuple[int, Evaluation, dict[str, float]]:
+    """The step of `state`, its evaluation on the validation split, and estimates."""
     train, val = corpus.split(config.data)
     step, estimates = int(state.step), dict[str, float]()
-    exact = evaluate(config.model, state.params, val, corpus.tokenizer, program=program)
+    exact = evaluate(config.model, state.params, val, corpus.tokenizer)
     if config.train.eval_batches:
         for name, tokens in (("train_estimate", train), ("val_estimate", val)):
             estimates[name] = estimate(config, state.params, tokens, step)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from jaxgpt import config as configs
 from jaxgpt import data as batches
-from jaxgpt import evaluation, matmul, metrics_log, sharding, step
+from jaxgpt import matmul, metrics_log, sharding, step
 from jaxgpt import train as loop
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.runs import resolve, start_run
@@ -179,15 +179,6 @@ def test_estimates_are_those_of_their_split_and_step(tiny, new_run, monkeypatch)
 def test_imported_weights_are_evaluated_at_step_0_if_asked(tiny, change, eval_start):
     imported = SimpleNamespace(step=0, about={"config": dataclasses.asdict(tiny)})
     assert loop.due_at_start(change(tiny, eval_start=eval_start), imported) == eval_start
-
-
-def test_evaluation_is_compiled_ahead_of_time_without_eval_start(tiny, change, new_run):
-    evaluation._loss_sums.clear_cache()
-    late = change(tiny, eval_start=False, eval_batches=0)
-    fit(*new_run("late", late))
-    assert evaluation._loss_sums._cache_size() == 0
-    fit(*new_run("early", change(late, eval_start=True)))
-    assert evaluation._loss_sums._cache_size() == 1
 
 
 def test_two_runs_of_one_config_are_equal(tiny, new_run, unbroken):
@@ -476,14 +467,16 @@ def test_auto_precision_is_resolved_when_a_run_starts(tiny, change, new_run, mon
     assert new_run("two", tiny)[0].config.model.precision == "float32"
 
 
-def test_a_new_run_compiles_its_steps_once(tiny, change, new_run, caplog):
-    """Another thread compiles them ahead of time, for the shapes of the state. The call with the state itself uses that
-    program: the main thread, whose compilations are logged here, compiles no other."""
+@pytest.mark.parametrize("eval_start", [True, False])
+def test_a_new_run_compiles_its_programs_once(tiny, change, new_run, caplog, eval_start):
+    """Another thread compiles them ahead of time, for the shapes of the state: the steps, and the evaluation if steps
+    come first. Calls with the state itself use those programs: the main thread, whose compilations are logged here,
+    compiles no other."""
     jax.clear_caches()
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        fit(*new_run("one", change(tiny, steps=10)))
+        fit(*new_run("one", change(tiny, steps=10, eval_start=eval_start, eval_batches=0)))
     compiled = [record.getMessage().split()[1] for record in caplog.records if "Compiling" in record.getMessage()]
-    assert "jit(_loss_sums)" in compiled
+    assert ("jit(_loss_sums)" in compiled) == eval_start
     assert "jit(train_steps)" not in compiled
 
 

@@ -184,10 +184,8 @@ def report_of_resume(run: Run, data_dir: Path, newest: int) -> str:
     aside = run.checkpoints / f"{newest}.damaged"
     try:
         require_resumable(run, run.config, run.config)
-        corpus = corpus_of(run, data_dir)
-        found = find_newest(
-            run, run.config, corpus, Checkpoints(run.checkpoints), lambda event: warnings.append(event.text)
-        )
+        corpus_of(run, data_dir)
+        found = find_newest(run, run.config, Checkpoints(run.checkpoints), lambda event: warnings.append(event.text))
         expected = found is not None and (found.step < newest) == bool(warnings)
         if aside.exists():
             aside.rename(run.checkpoints / str(newest))

@@ -146,7 +146,6 @@ def test_speed_between_saves_counts_the_steps_between_them(run, tiny, monkeypatc
         now[0] += 50
         log.add_evaluation(step, Evaluation(2.0, 0.1, 3.0, 3.0, 100), {})
 
-    corpus = SimpleNamespace(meta=META)
     with log:
         slow = SlowCheckpoints(now)
         score(0)
@@ -157,7 +156,7 @@ def test_speed_between_saves_counts_the_steps_between_them(run, tiny, monkeypatc
             log.flush()
             if begin in (5, 15):
                 score(begin + 5)
-                save(corpus, log, slow, SimpleNamespace(step=begin + 5))
+                save(log, slow, SimpleNamespace(step=begin + 5))
         slow.settle()
     per_step = 4 * 8
     assert facts.gather(run).speed == [(10, per_step * 5 / 5), (20, per_step * 10 / 30)]
