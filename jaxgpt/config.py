@@ -6,7 +6,6 @@ Each setting is documented once, here: `jaxgpt train RECIPE --help` prints these
 import dataclasses
 import difflib
 import functools
-import json
 import math
 import reprlib
 import types
@@ -332,21 +331,6 @@ def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
         theirs = vars(getattr(b, section))
         found += [(name, value, theirs[name]) for name, value in vars(ours).items() if value != theirs[name]]
     return found
-
-
-def from_json(text: str) -> Config:
-    """The inverse of `json.dumps(dataclasses.asdict(config))`. The seal of a run's config.json is ignored.
-
-    Raises:
-      ConfigError: the text is not JSON, or `from_tree` raises.
-    """
-    try:
-        tree = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the config is not JSON: {error}") from error
-    if isinstance(tree, dict):
-        tree.pop("seal", None)
-    return from_tree(tree)
 
 
 # Saved configs of older versions:

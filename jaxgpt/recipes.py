@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import Config, ConfigError, from_json, replaced, unresolved
+from jaxgpt.config import Config, ConfigError, from_tree, replaced, unresolved
+from jaxgpt.files import json_object
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,10 @@ def recipe(name: str) -> Recipe:
     """
     if name.endswith(".json"):
         try:
-            config = unresolved(from_json(Path(os.path.expanduser(name)).read_text("utf-8-sig")))
-        except (OSError, UnicodeDecodeError, ConfigError) as error:
+            tree = json_object(Path(os.path.expanduser(name)).read_bytes(), "the config")
+            tree.pop("seal", None)  # of a run's config.json
+            config = unresolved(from_tree(tree))
+        except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
                 f"the recipe {name} cannot be read: {why}; expected a run's config.json or the best.json of a sweep"

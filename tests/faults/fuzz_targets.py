@@ -42,10 +42,10 @@ class Target:
 
 def run_config(data: bytes) -> None:
     try:
-        config = configs.from_json(data.decode("utf-8", "replace"))
-    except configs.ConfigError:
+        config = configs.from_tree(files.json_object(data, "the config"))
+    except ValueError:
         return
-    assert configs.from_json(json.dumps(asdict(config))) == config
+    assert configs.from_tree(json.loads(json.dumps(asdict(config)))) == config
 
 
 def seeds_config() -> list[bytes]:
