@@ -10,7 +10,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,6 +26,12 @@ _short.maxstring = 80
 def shown(value: Any) -> str:
     """The repr of a value from a file, shortened for a message however long or deeply nested the value is."""
     return _short.repr(value)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A question that suggests the closest of `names`, to append to a message; empty if none is close."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 class MissingExtraError(UsageError):
@@ -361,9 +367,7 @@ def _build(cls: type[Any], tree: Any, path: str) -> Any:
     tree = {name: value for name, value in tree.items() if (f"{path}.{name}", value) not in REMOVED.items()}
     for name in tree:
         if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{where}: unknown field {shown(name)}{hint}")
+            raise ConfigError(f"{where}: unknown field {shown(name)}{did_you_mean(name, kinds)}")
     tree = {name: value for name, value in BEFORE.items() if name in kinds} | tree
     return cls(**{name: _value(kinds[name], value, f"{path}.{name}".lstrip(".")) for name, value in tree.items()})
 

@@ -1,12 +1,11 @@
 """Named configurations, each with its hardware, wall time and final loss: measured, unless it says otherwise."""
 
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import Config, ConfigError, from_tree, replaced, unresolved
+from jaxgpt.config import Config, ConfigError, did_you_mean, from_tree, replaced, unresolved
 from jaxgpt.files import json_object
 
 
@@ -148,13 +147,11 @@ def recipe(name: str) -> Recipe:
             tree.pop("seal", None)  # of a run's config.json
             config = unresolved(from_tree(tree))
         except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
-                f"the recipe {name} cannot be read: {why}; expected a run's config.json or the best.json of a sweep"
+                f"the recipe {name} cannot be read: {getattr(error, 'strerror', error)}; expected a run's config.json "
+                "or the best.json of a sweep"
             ) from error
         return Recipe(config, f"The settings in {name}.", "unknown", "unknown", "unknown")
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"no recipe {name!r}; {hint}recipes are {', '.join(RECIPES)}")
+        raise ConfigError(f"no recipe {name!r}{did_you_mean(name, RECIPES)}; recipes are {', '.join(RECIPES)}")
     return RECIPES[name]

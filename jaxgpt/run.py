@@ -133,7 +133,7 @@ class Run:
         try:
             return configs.from_tree(files.unseal((self.path / "config.json").read_bytes()))
         except (configs.ConfigError, files.SealError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
+            reason = getattr(error, "strerror", error)
             raise RunError(f"{self.path / 'config.json'}: {reason}; restore a copy of the file") from error
 
     @cached_property
@@ -156,10 +156,11 @@ class Run:
     def events_file(self) -> Path:
         return self.path / "events.jsonl"
 
-    def command(self, command: str, *flags: str) -> str:
+    def command(self, command: str, *flags: str, data_dir: Path = Path("data")) -> str:
         """The `jaxgpt COMMAND` line for this run, to type in the same working directory."""
         named = ["--run", self.path.name] if command == "train" else [self.path.name]
-        where = [] if self.path.parent == Path("runs") else ["--runs-dir", str(self.path.parent)]
+        where = [] if data_dir == Path("data") else ["--data-dir", str(data_dir)]
+        where += [] if self.path.parent == Path("runs") else ["--runs-dir", str(self.path.parent)]
         return shlex.join(["jaxgpt", command, *named, *flags, *where])
 
     @property

@@ -4,7 +4,6 @@ Each command has a module whose `run` (`run_COMMAND` if it has several) takes th
 returns the exit code. The module is imported only for its command, and JAX only after the arguments are parsed.
 """
 
-import difflib
 import gc
 import io
 import os
@@ -17,7 +16,7 @@ from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
-from jaxgpt.config import UsageError
+from jaxgpt.config import UsageError, did_you_mean
 
 COMMANDS = {  # module and line in the overview
     "prepare": ("prepare.cli", "Turn a text into shards of tokens and tokens.json."),
@@ -81,9 +80,7 @@ def run_command(argv: Sequence[str]) -> int:
         argv = [arg for arg in argv if arg != "--traceback"]
     command, args = (argv[0], list(argv[1:])) if argv else ("--help", [])
     if command not in (*COMMANDS, "-h", "--help", "--version"):
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        return _fail(f"no command {command!r}{hint}\n{overview()}", 2)
+        return _fail(f"no command {command!r}{did_you_mean(command, COMMANDS)}\n{overview()}", 2)
     try:
         if command in ("-h", "--help"):
             print(overview())

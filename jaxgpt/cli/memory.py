@@ -65,16 +65,13 @@ def n_moments(config: Config) -> int:
 def activation_bytes(config: ModelConfig, batch_size: int, *, recomputed: bool = False) -> int:
     """Lower bound of the bytes that the forward pass of `batch_size` full contexts keeps for the backward pass.
 
-    With GPT-2's blocks, L (16 C + 2 H T) + 2 C + V floats per token, of two bytes with bf16 matmuls: in each block the
-    inputs of norms (2 C), kernels (7 C) and GELU (4 C), q, k and v (3 C), and the attention weights before and after
-    normalization (2 H T); then the input and output of the last norm, and the logits.
+    With GPT-2's blocks, L (10 C + H T) + V floats per token, of two bytes with bf16 matmuls: in each block the results
+    of kernels (9 C), the weighted values and the attention weights; then the logits. Unless `recomputed`, as XLA does
+    on accelerators, also L (6 C + H T) + 2 C: the outputs of norms (2 C) and GELU (4 C), the attention weights before
+    normalization; then the input and output of the last norm.
 
     Not counted: the gradient of the logits, which may replace them, masks, temporaries, attention weights that can be
     computed by blocks, what remat recomputes except in one block, and logits beyond one chunk.
-
-    Args:
-      recomputed: count only the results of matmuls, L (10 C + H T) + V, from which XLA can recompute the rest on
-        accelerators.
     """
     C, T, V = config.n_embd, config.block_size, config.vocab_size
     if config.kind == "bigram":

@@ -1,4 +1,4 @@
-"""Options that commands share, their parsing, and the command line to type next."""
+"""Options that commands share, and their parsing."""
 
 import ast
 import inspect
@@ -18,7 +18,6 @@ from jaxgpt.cli import COMMANDS
 from jaxgpt.cli.places import local_path
 from jaxgpt.config import UsageError
 from jaxgpt.recipes import RECIPES
-from jaxgpt.run import Run
 
 RunName = Annotated[
     str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Name of a run, or its folder: ./NAME.")
@@ -156,10 +155,3 @@ def refuse_unused(given: Any, default: Any, unused: Mapping[str, str]) -> None:
     for name, why in unused.items():
         if why and getattr(given, name) != getattr(default, name):
             raise UsageError(f"--{name.replace('_', '-')} has no effect {why}: leave it out")
-
-
-def command_line(command: str, run: Run, folders: Folders, *flags: str) -> str:
-    """The command line of `command` for `run`, to be typed in the current working directory."""
-    if command == "train" and folders.data_dir != Path("data"):
-        flags = (*flags, "--data-dir", str(folders.data_dir))
-    return run.command(command, *flags)

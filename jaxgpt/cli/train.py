@@ -8,7 +8,7 @@ import tyro
 
 from jaxgpt.cli import flush_stdout
 from jaxgpt.cli.compile_cache import use_compile_cache
-from jaxgpt.cli.options import Folders, command_line, parse, take_name
+from jaxgpt.cli.options import Folders, parse, take_name
 from jaxgpt.cli.places import local_path
 from jaxgpt.config import Config, UsageError, replaced
 from jaxgpt.recipes import RECIPES, recipe
@@ -152,7 +152,7 @@ def _fit(given: Train, existing: Run | None) -> int:
         console.print(f"interrupted at step {done.step:,} of {done.steps:,}; saved. Resume with: {again}")
         return 128 + done.interrupted_by
     _print_summary(console, done)
-    console.print(f"Sample from it: {command_line('sample', run, given.folders)}")
+    console.print(f"Sample from it: {run.command('sample')}")
     return 0
 
 
@@ -161,7 +161,7 @@ def resume_command(given: Train, run: Run) -> str:
     flags = [] if given.mesh == "auto" else ["--mesh", given.mesh]
     flags += ["--distributed"] * given.distributed
     flags += [word for logger in given.log for word in ("--log", logger)]
-    command = command_line("train", run, given.folders, "--resume", *flags)
+    command = run.command("train", "--resume", *flags, data_dir=given.folders.data_dir)
     if given.coordinator:
         command += f" --coordinator {given.coordinator} --num-processes {given.num_processes} --process-id 0, 1, ..."
     return command

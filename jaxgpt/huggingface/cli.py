@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxgpt.cli import places
-from jaxgpt.cli.options import Checkpoint, Folders, RunName, RunsDir, command_line, parse
+from jaxgpt.cli.options import Checkpoint, Folders, RunName, RunsDir, parse
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.recipes import FINETUNE
 
@@ -67,8 +67,8 @@ def run_import_gpt2(args: list[str]) -> int:
     )
     print(f"{run.path}: {cost.describe(run.config.model)}")
     print(f"Tokenizer: {run.config.data.tokenizer}")
-    print(f"Sample from it: {command_line('sample', run, given.folders)}")
-    print(f"Fine-tune it: {command_line('train', run, given.folders, '--resume')}")
+    print(f"Sample from it: {run.command('sample')}")
+    print(f"Fine-tune it: {run.command('train', '--resume', data_dir=given.folders.data_dir)}")
     return 0
 
 
