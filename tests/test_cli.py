@@ -343,7 +343,7 @@ def test_out_of_memory_is_reported(call, monkeypatch, error, message):
     def exhaust(args):
         raise error
 
-    monkeypatch.setattr("jaxgpt.cli.list_recipes.run", exhaust)
+    monkeypatch.setattr("jaxgpt.cli.train.run_recipes", exhaust)
     code, _, err = call("recipes")
     assert code == 1
     assert f"out of memory{message}: close other programs" in err
@@ -361,7 +361,7 @@ def test_error_of_a_command_has_its_exit_code_and_message(call, monkeypatch, err
     def fail(args):
         raise error
 
-    monkeypatch.setattr("jaxgpt.cli.list_recipes.run", fail)
+    monkeypatch.setattr("jaxgpt.cli.train.run_recipes", fail)
     assert call("recipes") == (code, "", message)
 
 
@@ -370,7 +370,7 @@ def test_an_assertion_that_fails_is_not_taken_for_a_missing_device(call, monkeyp
         raise AssertionError("a mistake of ours")
 
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setattr("jaxgpt.cli.list_recipes.run", fail)
+    monkeypatch.setattr("jaxgpt.cli.train.run_recipes", fail)
     with pytest.raises(AssertionError, match="a mistake of ours"):
         call("recipes")
 
@@ -409,7 +409,7 @@ def test_traceback_is_printed_on_request(call, monkeypatch, ask):
         assert args == ["--x"]
         raise RuntimeError("INTERNAL: of a library")
 
-    monkeypatch.setattr("jaxgpt.cli.list_recipes.run", fail)
+    monkeypatch.setattr("jaxgpt.cli.train.run_recipes", fail)
     monkeypatch.setenv("JAXGPT_TRACEBACK", "0")
     code, _, err = call("recipes", "--x")
     assert (code, err) == (1, "jaxgpt: RuntimeError: INTERNAL: of a library (--traceback shows where)\n")
@@ -466,7 +466,7 @@ def test_a_tpu_that_cannot_be_initialized_is_reported(call, monkeypatch):
         raise RuntimeError("Unable to initialize backend 'tpu': INTERNAL: Failed to open libtpu.so")
 
     monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
-    monkeypatch.setattr("jaxgpt.cli.list_recipes.run", fail)
+    monkeypatch.setattr("jaxgpt.cli.train.run_recipes", fail)
     code, _, err = call("recipes")
     assert code == 1
     assert err.endswith("of JAX_PLATFORMS=tpu,cpu: unset it to use what is there, or install the plugin: pip install "
@@ -634,7 +634,7 @@ def test_train_watches_for_spikes_on_its_mesh(call, verse, tiny, change, tmp_pat
         return Summary(run, 0, 1, [], 0, None, 2)
 
     monkeypatch.setattr("jaxgpt.train.fit", fit)
-    monkeypatch.setattr(memory, "require", lambda *args, new, shards: rooms.append((new, shards.batch)))
+    monkeypatch.setattr(memory, "require", lambda config, n_tokens, sizes, new: rooms.append((new, sizes.data)))
     code, out, _ = call("train", "--run", "one", "--resume", "--mesh", "data=2")
     assert (code, meshes, rooms) == (130, [2], [(False, 2)])
     assert "1 warning: see runs/one/events.jsonl" in out

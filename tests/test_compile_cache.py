@@ -9,7 +9,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxgpt.cli.compile_cache import is_private, prune, use_compile_cache
+from jaxgpt.cli.compile_cache import private_cache, prune, use_compile_cache
 
 
 @pytest.fixture
@@ -41,7 +41,8 @@ def test_folder_writable_by_others_and_symlink_are_not_used(cache, capsys):
     folder.rmdir()
     (cache / "elsewhere").mkdir(mode=0o700)
     folder.symlink_to(cache / "elsewhere")
-    assert not is_private(folder)
+    with pytest.raises(PermissionError):
+        private_cache(folder.name)
 
 
 def test_failure_to_create_the_cache_is_only_a_warning(cache, capsys):
@@ -127,11 +128,11 @@ def test_processors_with_other_features_do_not_share_programs(cache, monkeypatch
     assert len(list(cache.iterdir())) == 2
 
 
-def test_a_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
-    tmp_path.chmod(0o700)
-    assert is_private(tmp_path)
-    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
-    assert not is_private(tmp_path)
+def test_a_folder_of_another_user_is_not_used(cache, monkeypatch):
+    assert private_cache("mine") == cache / "mine"
+    monkeypatch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
+    with pytest.raises(PermissionError):
+        private_cache("mine")
 
 
 def test_truncated_entry_is_written_again(cache):

@@ -35,7 +35,7 @@ COMMANDS = {  # module and line in the overview
     "lecture": ("lecture.cli", "Train and score the lecture's models, from a uniform guess to the transformer."),
     "ledger": ("profile.cli", "Run a step in every way that JAX can: what jit costs and saves."),
     "inspect": ("profile.cli", "Show parameters, FLOPs and memory of a step, and what XLA makes of it."),
-    "recipes": ("cli.list_recipes", "List the recipes."),
+    "recipes": ("cli.train", "List the recipes."),
 }
 
 

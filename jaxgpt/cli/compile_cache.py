@@ -55,7 +55,8 @@ def private_cache(name: str) -> Path:
         raise FileNotFoundError(None, "no home folder; set XDG_CACHE_HOME")
     folder = cache / name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not is_private(folder):
+    found = folder.lstat()  # not of what a link names
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
         raise PermissionError(None, "others may write to it, or own it: chmod 700 it, or remove it", str(folder))
     return folder
 
@@ -79,9 +80,3 @@ def prune(cache: Path, max_bytes: int) -> None:
         with suppress(OSError):
             path.unlink()
         excess -= size
-
-
-def is_private(folder: Path) -> bool:
-    """Whether `folder` is a folder, not a link, that belongs to this user and is closed to all others."""
-    found = folder.lstat()
-    return found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077

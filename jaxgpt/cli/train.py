@@ -1,4 +1,4 @@
-"""`jaxgpt train`: train a recipe, or resume a run."""
+"""`jaxgpt train`: train a recipe, or resume a run. `jaxgpt recipes`: list the recipes."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -43,7 +43,7 @@ class Train:
     """Index of this process, from 0."""
 
 
-def run(args: list[str]) -> int:
+def run_train(args: list[str]) -> int:
     named, args = take_name(Train, args)
     if named and "--resume" in args:
         raise UsageError(f"a resume takes its settings from the run: leave out {named!r}, and name the run with --run")
@@ -59,6 +59,18 @@ def run(args: list[str]) -> int:
     code = _fit(given, existing)
     flush_stdout()  # the run is saved, whatever becomes of its output
     return code
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """No options."""
+
+
+def run_recipes(args: list[str]) -> int:
+    parse(Recipes, args, "recipes")
+    for name, known in RECIPES.items():
+        print(f"jaxgpt train {name}\n  {known.about}\n  {known.hardware}: {known.time}; loss {known.loss}")
+    return 0
 
 
 def _from_file(name: str, config: Config) -> Train:
