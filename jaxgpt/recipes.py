@@ -153,5 +153,5 @@ def recipe(name: str) -> Recipe:
             ) from error
         return Recipe(config, f"The settings in {name}.", "unknown", "unknown", "unknown")
     if name not in RECIPES:
-        raise ConfigError(f"no recipe {name!r}{did_you_mean(name, RECIPES)}; recipes are {', '.join(RECIPES)}")
+        raise ConfigError(f"no recipe {name!r}{did_you_mean(name, RECIPES)} (recipes: {', '.join(RECIPES)})")
     return RECIPES[name]

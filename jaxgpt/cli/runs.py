@@ -27,8 +27,7 @@ def start_run(
     Args:
       name: of the run and of its folder in `runs_dir`.
       data_dir: folder of all prepared corpora.
-      weights: initial parameters, saved as step 0; None for random ones.
-      origin: where the weights come from, for events.jsonl.
+      weights, origin: as in `start.new_run`.
       require_room: raises a UsageError if the devices cannot train a config on a number of tokens. vocab_size may be 0.
 
     Raises:

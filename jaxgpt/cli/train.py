@@ -134,7 +134,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     with jax.set_mesh(mesh):
         console.print(cost.describe(config.model))
     console.print(why)
-    latest = (existing and Checkpoints(run.checkpoints).latest) or 0
+    latest = Checkpoints(run.checkpoints).latest or 0
     if latest == config.train.steps:
         console.print(f"the run is at its last step, {config.train.steps:,}: --steps N trains longer")
     end = config.optimizer.decay_steps
