@@ -41,7 +41,12 @@ class Evaluation:
 
 
 def evaluate(
-    config: ModelConfig, params: model.Params, tokens: Ids, tokenizer: Tokenizer, batch_size: int | None = None
+    config: ModelConfig,
+    params: model.Params,
+    tokens: Ids,
+    tokenizer: Tokenizer,
+    batch_size: int | None = None,
+    program: Callable[..., jax.Array] | None = None,
 ) -> Evaluation:
     """Loss over `tokens` (N,) in windows of block_size; each of the N - 1 predictions counts once.
 
@@ -49,6 +54,7 @@ def evaluate(
 
     Args:
       batch_size: windows per batch; None chooses. Results agree up to float32 reassociation.
+      program: from `compiled`, for N tokens and no batch_size.
 
     Raises:
       ValueError: fewer than block_size + 1 tokens.
@@ -56,16 +62,16 @@ def evaluate(
     T = config.block_size
     starts, skip = evaluation_windows(len(tokens), T)
     B = batch_size or windows_per_batch(config, len(starts))
-    losses = loss_sums(partial(_loss_sums, config, params), tokens, T, starts, skip, B)
-    return evaluation(losses, T, tokens, tokenizer)
+    losses = partial(program or partial(_loss_sums, config), params)
+    return evaluation(loss_sums(losses, tokens, T, starts, skip, B), T, tokens, tokenizer)
 
 
-def compile_ahead(config: ModelConfig, params: model.Params, n_tokens: int) -> None:
-    """Compile the program that `evaluate` will use for `n_tokens` and arrays like `params` (arrays or shapes)."""
+def compiled(config: ModelConfig, params: model.Params, n_tokens: int) -> Callable[..., jax.Array]:
+    """The program of `evaluate` for `n_tokens` and `params` (arrays or shapes), compiled ahead of time."""
     T, K = config.block_size, batches_per_call()
     B = windows_per_batch(config, len(evaluation_windows(n_tokens, T)[0]))
     windows, skip = jax.ShapeDtypeStruct((K, B, T + 1), jnp.int32), jax.ShapeDtypeStruct((K, B), jnp.int32)
-    _loss_sums.lower(config, params, windows, skip).compile()
+    return _loss_sums.lower(config, params, windows, skip).compile()
 
 
 def evaluation(sums: NDArray[np.float64], T: int, tokens: Ids, tokenizer: Tokenizer) -> Evaluation:

@@ -76,8 +76,7 @@ def fit(
     train_tokens, val_tokens = corpus.split(config.data)
     parts = corpus.training_parts(config.data)
     checkpoints = Checkpoints(run.checkpoints, config.train.keep, config.train.keep_every)
-    # Compiles ahead: calls of the same functions then use its programs. Each thread has its own current mesh. Not in
-    # the `with` below, which would wait for it after a second signal.
+    # Each thread has its own current mesh. Not in the `with` below, which would wait for it after a second signal.
     compiler = ThreadPoolExecutor(1, "compiler", jax.set_mesh, (mesh,))
 
     with (
@@ -105,7 +104,7 @@ def fit(
                 _, end = next(chunks(config, 0))
                 programs[end] = compiler.submit(compile_steps, 0, end)
                 if not config.train.eval_start:
-                    evaluator = compiler.submit(evaluation.compile_ahead, config.model, shapes.params, len(val_tokens))
+                    evaluator = compiler.submit(evaluation.compiled, config.model, shapes.params, len(val_tokens))
             state = init.compile()()
         if config != run.config:
             run = processes.on_primary(partial(run.with_config, config)) or Run(run.path)
@@ -138,9 +137,7 @@ def fit(
                 if stop or due(config, end):
                     save(log, checkpoints, state)  # first: a signal may leave no time for the evaluation
                     if not stop:
-                        if evaluator:
-                            evaluator.result()
-                        log.add_evaluation(*score(config, corpus, state))
+                        log.add_evaluation(*score(config, corpus, state, evaluator.result() if evaluator else None))
                         if sample and not last:
                             on_event(Sampled(end, sample(state.params)))
                             log.restart_clock()
@@ -202,11 +199,13 @@ def save_errors(log: MetricsLog, checkpoints: Checkpoints, stop: bool = False) -
             raise CheckpointError(text) from error
 
 
-def score(config: Config, corpus: Corpus, state: TrainState) -> tuple[int, Evaluation, dict[str, float]]:
-    """The step of `state`, its evaluation on the validation split, and estimates."""
+def score(
+    config: Config, corpus: Corpus, state: TrainState, program: Any = None
+) -> tuple[int, Evaluation, dict[str, float]]:
+    """The step of `state`, its evaluation on the validation split (`program` as in `evaluate`), and estimates."""
     train, val = corpus.split(config.data)
     step, estimates = int(state.step), dict[str, float]()
-    exact = evaluate(config.model, state.params, val, corpus.tokenizer)
+    exact = evaluate(config.model, state.params, val, corpus.tokenizer, program=program)
     if config.train.eval_batches:
         for name, tokens in (("train_estimate", train), ("val_estimate", val)):
             estimates[name] = estimate(config, state.params, tokens, step)

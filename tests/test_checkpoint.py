@@ -287,6 +287,22 @@ def test_failure_to_create_the_folder_leaves_no_thread(tmp_path, state):
     assert not {thread for thread in threading.enumerate() if thread.is_alive() and not thread.daemon} - before
 
 
+def test_saves_do_not_accumulate_tensorstore_metrics(tmp_path, state):
+    """TensorStore leaks those that Orbax collects: some twenty lists per save."""
+
+    def metrics():
+        gc.collect()
+        lists = (x for x in gc.get_objects() if type(x) is list and len(x) == 1 and type(x[0]) is dict)
+        return sum("value" in x[0] or "count" in x[0] for x in lists)
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        before = metrics()
+        for step in range(5):
+            checkpoints.save(at_step(state, step), {})
+            checkpoints.settle()
+    assert metrics() - before < 20
+
+
 def test_failed_last_save_is_raised_at_the_end_of_the_block(tmp_path, state, monkeypatch):
     monkeypatch.setattr("jaxgpt.files.sync", raise_disk_full)
     with pytest.raises(CheckpointError, match="step 5 was not saved"), Checkpoints(tmp_path, keep=1) as checkpoints:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxgpt import evaluation, model
 from jaxgpt.config import ModelConfig
-from jaxgpt.evaluation import compile_ahead, estimate, evaluate, text_size, windows_per_batch
+from jaxgpt.evaluation import estimate, evaluate, text_size, windows_per_batch
 from jaxgpt.loss import token_losses
 from jaxgpt.step import init_state
 from jaxgpt.tokenizer import ByteTokenizer, CharTokenizer
@@ -68,16 +68,8 @@ def test_result_does_not_depend_on_the_batch_size(tiny, monkeypatch, batches):
     for result in results[1:]:
         np.testing.assert_allclose(dataclasses.astuple(result), dataclasses.astuple(results[0]), rtol=1e-6)
     assert results[0] == evaluate(tiny.model, params, ids, CharTokenizer("abcdefghijklm")), "not deterministic"
-
-
-def test_program_that_was_compiled_ahead_is_used(tiny, caplog):
-    """`fit` compiles it in another thread, while it trains."""
-    params, ids = init_state(tiny).params, np.arange(300, dtype=np.uint16) % 13
-    jax.clear_caches()
-    compile_ahead(tiny.model, jax.eval_shape(lambda: params), len(ids))
-    with jax.log_compiles(), caplog.at_level("WARNING"):
-        evaluate(tiny.model, params, ids, CharTokenizer("abcdefghijklm"))
-    assert not [record for record in caplog.records if "jit(_loss_sums)" in record.getMessage()]
+    program = evaluation.compiled(tiny.model, jax.eval_shape(lambda: params), len(ids))
+    assert results[0] == evaluate(tiny.model, params, ids, CharTokenizer("abcdefghijklm"), program=program)
 
 
 @given(st.integers(1, 100_000), st.integers(1, 512), st.integers(2, 60_000), st.integers(1, 9))

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from jaxgpt import config as configs
 from jaxgpt import data as batches
-from jaxgpt import matmul, metrics_log, sharding, step
+from jaxgpt import evaluation, matmul, metrics_log, sharding, step
 from jaxgpt import train as loop
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.cli.runs import resolve, start_run
@@ -179,6 +179,15 @@ def test_estimates_are_those_of_their_split_and_step(tiny, new_run, monkeypatch)
 def test_imported_weights_are_evaluated_at_step_0_if_asked(tiny, change, eval_start):
     imported = SimpleNamespace(step=0, about={"config": dataclasses.asdict(tiny)})
     assert loop.due_at_start(change(tiny, eval_start=eval_start), imported) == eval_start
+
+
+def test_evaluation_is_compiled_ahead_of_time_without_eval_start(tiny, change, new_run):
+    evaluation._loss_sums.clear_cache()
+    late = change(tiny, eval_start=False, eval_batches=0)
+    fit(*new_run("late", late))
+    assert evaluation._loss_sums._cache_size() == 0
+    fit(*new_run("early", change(late, eval_start=True)))
+    assert evaluation._loss_sums._cache_size() == 1
 
 
 def test_two_runs_of_one_config_are_equal(tiny, new_run, unbroken):
