@@ -20,8 +20,7 @@ from jaxgpt.data import Part
 from jaxgpt.tokenizer import Ids, Tokenizer
 
 FORMAT = 2
-_KINDS = {"format": int, "dtype": str, "count": int, "sha256": str, "source": str, "origin": str}
-_KINDS |= {"source_sha256": str, "tokenizer": dict}
+_KINDS = dict(format=int, dtype=str, count=int, sha256=str, source=str, origin=str, source_sha256=str, tokenizer=dict)
 
 
 class CorpusError(UsageError):
@@ -153,25 +152,24 @@ def load(folder: Path, verified: bool = False) -> Corpus:
     if "parts" in meta:
         raise CorpusError(f"{folder}/tokens.json describes the mixture of a run, expected a prepared corpus")
     tok, dtype = tokenizer.from_json(meta["tokenizer"]), np.dtype(meta["dtype"]).newbyteorder("<")
-    return Corpus(joined([_load_shard(folder, shard, dtype, tok, verified) for shard in meta["shards"]]), tok, meta)
-
-
-def _load_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype[Any], tok: Tokenizer, verified: bool) -> Ids:
-    path, again = folder / shard["file"], "the file is damaged; remove the folder and run jaxgpt prepare again"
-    if not path.is_file():
-        raise CorpusError(f"{path} is missing; jaxgpt prepare makes it")
-    size, expected = path.stat().st_size, shard["count"] * dtype.itemsize
-    if size != expected:
-        raise CorpusError(f"{path} has {size:,} bytes, expected {expected:,}: {again}")
-    tokens = np.memmap(path, dtype, mode="r")
-    if verified:
-        return tokens
-    if (digest := files.sha256(path)) != shard["sha256"]:
-        raise CorpusError(f"{path} has SHA-256 {digest}, expected {shard['sha256']}: {again}")
-    largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
-    if largest >= tok.vocab_size:
-        raise CorpusError(f"{path} has id {largest}, expected ids below vocab_size = {tok.vocab_size}: {again}")
-    return tokens
+    again, pieces = "the file is damaged; remove the folder and run jaxgpt prepare again", []
+    for shard in meta["shards"]:
+        path = folder / shard["file"]
+        if not path.is_file():
+            raise CorpusError(f"{path} is missing; jaxgpt prepare makes it")
+        size, expected = path.stat().st_size, shard["count"] * dtype.itemsize
+        if size != expected:
+            raise CorpusError(f"{path} has {size:,} bytes, expected {expected:,}: {again}")
+        tokens = np.memmap(path, dtype, mode="r")
+        pieces.append(tokens)
+        if verified:
+            continue
+        if (digest := files.sha256(path)) != shard["sha256"]:
+            raise CorpusError(f"{path} has SHA-256 {digest}, expected {shard['sha256']}: {again}")
+        largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
+        if largest >= tok.vocab_size:
+            raise CorpusError(f"{path} has id {largest}, expected ids below vocab_size = {tok.vocab_size}: {again}")
+    return Corpus(joined(pieces), tok, meta)
 
 
 def read_meta(path: Path, hint: str = "jaxgpt prepare writes it anew") -> dict[str, Any]:

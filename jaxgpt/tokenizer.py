@@ -18,6 +18,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -126,13 +127,8 @@ class ByteTokenizer:
     [195, 169]
     """
 
-    @property
-    def vocab_size(self) -> int:
-        return 256
-
-    @property
-    def token_bytes(self) -> Sequence[bytes]:
-        return [bytes([byte]) for byte in range(256)]
+    vocab_size = 256
+    token_bytes = tuple(bytes([byte]) for byte in range(256))
 
     def knows(self, text: str) -> NDArray[np.bool_]:
         return np.ones(len(text), bool)
@@ -170,7 +166,7 @@ class BPETokenizer:
 
     def __post_init__(self) -> None:
         tokens, special = set(self.tokens), set(self.special)
-        missing = {bytes([byte]) for byte in range(256)} - tokens
+        missing = set(ByteTokenizer.token_bytes) - tokens
         sizes = [len(token) for token in (*self.tokens, *self.special)]
         for wrong, problem in (
             (len(sizes) > MAX_TOKENS, f"{len(sizes):,} tokens, expected at most {MAX_TOKENS:,}"),
@@ -269,7 +265,7 @@ def normalize_line_ends(tokenizer: Tokenizer, text: str) -> str:
 def drop_unknown(tokenizer: Tokenizer, text: str) -> str:
     """`text` without its unknown characters."""
     known = tokenizer.knows(text)
-    return text if known.all() else "".join(char for char, keep in zip(text, known, strict=True) if keep)
+    return text if known.all() else "".join(compress(text, known))
 
 
 def code_points(text: str) -> NDArray[np.uint32]:
