@@ -40,7 +40,8 @@ def _reduced(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Arra
     """(log of the sum of the exponentials, logit of the target), both (...) float32."""
     wide = logits.astype(jnp.float32)
     # A sum with one nonzero term: XLA fuses it with the other reductions, unlike a gather.
-    return jax.nn.logsumexp(wide, axis=-1), jnp.where(_one_hot(targets, logits), wide, 0).sum(-1)
+    one_hot = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
+    return jax.nn.logsumexp(wide, axis=-1), jnp.where(one_hot, wide, 0).sum(-1)
 
 
 @jax.custom_jvp
@@ -54,7 +55,8 @@ def _reduced_in_one_pass(logits: jax.Array, targets: jax.Array) -> tuple[jax.Arr
         return jnp.maximum(a[0], b[0]), total, a[2] + b[2]
 
     wide = logits.astype(jnp.float32)
-    terms = wide, jnp.ones_like(wide), jnp.where(_one_hot(targets, logits), wide, 0)
+    one_hot = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
+    terms = wide, jnp.ones_like(wide), jnp.where(one_hot, wide, 0)
     start = np.finfo(np.float32).min, np.float32(0), np.float32(0)
     largest, total, picked = lax.reduce(terms, start, merged, [logits.ndim - 1])
     return largest + jnp.log(total), picked
@@ -68,13 +70,8 @@ _reduced_in_one_pass.defjvp(
 def _token_losses_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, None]:
     logits, targets, normalizer = saved
     probabilities = jnp.exp(logits.astype(jnp.float32) - normalizer[..., None])
-    d = (probabilities - _one_hot(targets, logits).astype(jnp.float32)) * g[..., None]
+    d = (probabilities - jax.nn.one_hot(targets, logits.shape[-1], dtype=jnp.float32)) * g[..., None]
     return d.astype(logits.dtype), None
-
-
-def _one_hot(targets: jax.Array, logits: jax.Array) -> jax.Array:
-    """(..., V) bool: True at each target."""
-    return targets[..., None] == lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
 token_losses.defvjp(_token_losses_forward, _token_losses_backward)

@@ -193,7 +193,7 @@ MUTATIONS = [
     Mutation(
         "the gradient of the loss lacks the target",
         "loss.py",
-        "probabilities - _one_hot(targets, logits).astype(jnp.float32)",
+        "probabilities - jax.nn.one_hot(targets, logits.shape[-1], dtype=jnp.float32)",
         "probabilities",
         "test_loss.py",
     ),
