@@ -96,8 +96,8 @@ def init_cache(config: ModelConfig, B: int, size: int) -> Cache:
     if config.kind == "gpt":
         shape = (B, config.n_kv_head or config.n_head, size, config.n_embd // config.n_head)
         for i in range(config.n_layer):
-            keys, values = (matmul.to_compute_dtype(jnp.zeros(shape), precision) for _ in range(2))
-            blocks[f"h_{i}"] = {"attn": {"keys": keys, "values": values}}
+            slots = {name: matmul.to_compute_dtype(jnp.zeros(shape), precision) for name in ("keys", "values")}
+            blocks[f"h_{i}"] = {"attn": slots}
     return Cache(blocks, 0, jnp.zeros(B, jnp.int32))
 
 

@@ -228,9 +228,7 @@ def loader(
     from jaxgpt.sharding import replicated, window_sharding
 
     lock, pending, T = Lock(), dict[tuple[int, int], Future[Any]](), config.model.block_size
-
-    def starts_of(begin: int, end: int) -> Starts:
-        return config_starts(config, parts or len(tokens), begin, end)
+    starts_of = partial(config_starts, config, parts or len(tokens))
 
     def put(x: NDArray[Any]) -> Any:
         return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
@@ -263,9 +261,7 @@ def loader(
 
 def _raw(seed: int, purpose: int, counter: int, n: int) -> NDArray[np.int64]:
     """`n` uniform integers below 2**63; modulo m they are uniform to within m / 2**63."""
-    generator = np.random.Philox(
-        key=np.array([seed, purpose], np.uint64), counter=np.array([0, counter, 0, 0], np.uint64)
-    )
+    generator = np.random.Philox(key=[seed, purpose], counter=[0, counter, 0, 0])
     return (generator.random_raw(n) >> np.uint64(1)).astype(np.int64)
 
 

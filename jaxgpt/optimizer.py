@@ -86,7 +86,7 @@ def decay_mask(params: Params) -> Params:
 
     By name, not by `ndim` as in nanoGPT, so that stacked layers decay like separate ones.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 
 def make_optimizer(config: Config, hyper: Hyperparameters | None = None) -> optax.GradientTransformationExtraArgs:
@@ -109,7 +109,7 @@ def make_optimizer(config: Config, hyper: Hyperparameters | None = None) -> opta
         optimizer = optax.partition({"muon": muon, "adamw": optimizer}, optimizer_labels)
     if opt.grad_clip:
         optimizer = optax.chain(optax.clip_by_global_norm(hyper.grad_clip), optimizer)
-    return optax.with_extra_args_support(optimizer)
+    return optimizer
 
 
 def scale_by_adam(beta1: Any, beta2: Any, eps: Any) -> optax.GradientTransformationExtraArgs:
@@ -139,10 +139,10 @@ def optimizer_labels(params: Params) -> Params:
     """ "muon" for kernels inside blocks, "adamw" for embeddings, the head, biases and norm scales."""
 
     def label(path: tuple[Any, ...], leaf: jax.Array) -> str:
-        in_block = path[0].key == "h" or path[0].key.startswith("h_")
+        in_block = path[0].key.split("_")[0] == "h"  # h_0, h_1, ..., or h if they are stacked
         return "muon" if in_block and path[-1].key == "kernel" else "adamw"
 
-    return jax.tree_util.tree_map_with_path(label, params)
+    return jax.tree.map_with_path(label, params)
 
 
 class MuonState(NamedTuple):
@@ -160,9 +160,6 @@ def scale_by_muon(momentum: Any, n_steps: int, precision: Precision) -> optax.Gr
     ms, 22.5 with `optax.contrib.scale_by_muon`, in bfloat16; 25.0 and 27.9 in float32 (minimum of 12 rounds).
     """
 
-    def init(params: optax.Params) -> MuonState:
-        return MuonState(jax.tree.map(jnp.zeros_like, params))
-
     def update(updates: optax.Updates, state: Any, params: Any = None, *, applied: Any = True, **_: Any) -> Any:
         def average(mean: optax.Updates) -> optax.Updates:
             return jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mean, updates)
@@ -174,20 +171,20 @@ def scale_by_muon(momentum: Any, n_steps: int, precision: Precision) -> optax.Gr
         kept = jax.tree.map(partial(jnp.where, applied), mean, state.momentum)
         return jax.tree.unflatten(tree, scaled), MuonState(kept)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(lambda params: MuonState(optax.tree.zeros_like(params)), update)
 
 
 def orthogonal_by_shape(matrices: list[jax.Array], n_steps: int, precision: Precision) -> list[jax.Array]:
     """`orthogonal` of matrices (K, N) or stacks (n, K, N). Equal shapes, up to transposition, form one batch."""
     wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in matrices]
-    done: dict[int, jax.Array] = {}
     for shape in dict.fromkeys(x.shape[-2:] for x in wide):
         members = [i for i, x in enumerate(wide) if x.shape[-2:] == shape]
         stacks = [wide[i].reshape(-1, *shape) for i in members]
         batch = orthogonal(jnp.concatenate(stacks), n_steps, precision)
         pieces = jnp.split(batch, np.cumsum([len(x) for x in stacks])[:-1])
-        done |= {i: x.reshape(wide[i].shape) for i, x in zip(members, pieces, strict=True)}
-    return [done[i].mT if x.shape[-2] > x.shape[-1] else done[i] for i, x in enumerate(matrices)]
+        for i, piece in zip(members, pieces, strict=True):
+            wide[i] = piece.reshape(wide[i].shape)
+    return [y if y.shape == x.shape else y.mT for x, y in zip(matrices, wide, strict=True)]
 
 
 def orthogonal(x: jax.Array, n_steps: int, precision: Precision) -> jax.Array:

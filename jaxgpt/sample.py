@@ -220,10 +220,10 @@ def cast_kernels(config: ModelConfig, params: model.Params) -> tuple[ModelConfig
     """
 
     def cast(tree: model.Params) -> model.Params:
-        kernel = tree.get("kernel")
-        done = {} if kernel is None else {"transposed": matmul.to_compute_dtype(kernel, config.precision).T}
-        rest = {name: cast(x) if isinstance(x, dict) else x for name, x in tree.items() if name != "kernel"}
-        return done | rest
+        done = {name: cast(x) if isinstance(x, dict) else x for name, x in tree.items() if name != "kernel"}
+        if "kernel" in tree:
+            done["transposed"] = matmul.to_compute_dtype(tree["kernel"], config.precision).T
+        return done
 
     params = model.unstacked(params) | {"lm_head": {"kernel": model.head_kernel(config, params)}}
     return dataclasses.replace(config, tie_weights=False, scan_layers=False), cast(params)

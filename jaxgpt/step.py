@@ -99,7 +99,6 @@ def train_steps(
     Returns:
       The state after K steps, and their metrics, each (K,).
     """
-
     tokens = None if tokens is None else jnp.asarray(tokens)  # NumPy's cannot be indexed inside a scan
 
     def body(state: TrainState, windows: jax.Array) -> tuple[TrainState, Metrics]:
@@ -110,11 +109,7 @@ def train_steps(
 
 
 def loss_and_grads(
-    config: Config,
-    params: model.Params,
-    batch: Batch,
-    dropout_key: jax.Array | None,
-    dropout: model.Rate = None,
+    config: Config, params: model.Params, batch: Batch, dropout_key: jax.Array | None, dropout: model.Rate = None
 ) -> tuple[jax.Array, model.Params]:
     """Mean loss over the batch and its gradient, accumulated over micro-batches. Dropout as in `model.losses`."""
 
