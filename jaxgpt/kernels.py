@@ -46,12 +46,7 @@ def repeatable(used: Kernel, T: int) -> bool:
 
 
 def causal_attention(
-    config: ModelConfig,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    drop: Drop | None = None,
-    used: Kernel | None = None,
+    config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, drop: Drop | None = None, used: Kernel | None = None
 ) -> jax.Array:
     """Attention of each token to itself and its past, or to the last `config.window` tokens: queries (B, H, T, D), keys
     and values (B, kv, T, D) -> (B, H, T, D).
@@ -65,11 +60,11 @@ def causal_attention(
     if used != "cudnn" or k.shape[1] % sharding.num_shards("width"):  # cuDNN shares KV heads, if each device has some
         k, v = repeat_kv(k, H), repeat_kv(v, H)
     if used == "cudnn":
-        return sharding.by_device(partial(_cudnn, window=config.window), "batch", "width")(q, k, v)
+        return sharding.by_device(partial(_cudnn, window=config.window))(q, k, v)
     if used == "flash":
-        return sharding.by_device(_flash, "batch", "width")(q, k, v, *_seeds(drop, *q.shape[:2]))
+        return sharding.by_device(_flash)(q, k, v, *_seeds(drop, *q.shape[:2]))
     if used == "splash":
-        return sharding.by_device(_splash, "batch", "width")(q, k, v)
+        return sharding.by_device(_splash)(q, k, v)
     if used == "blocked":
         return blocked(config, q, k, v, drop)
     return _attend(config, q, k, v, jnp.arange(T), jnp.arange(T), drop)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache, partial, wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import UsageError
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 AXES = ("data", "fsdp", "tensor", "context")
 DIMENSIONS = {
     "batch": ("data", "fsdp"),  # sequences
@@ -34,8 +33,7 @@ DIMENSIONS = {
 """Sharded dimension -> the axes that shard it."""
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # Kernels are (in, out): split by columns if their outputs are sharded, by rows if their outputs are summed.
-    (r"h(_\d+)?/attn/(query|key|value)/kernel", ("fsdp", "tensor")),
-    (r"h(_\d+)?/mlp/(c_fc|c_gate)/kernel", ("fsdp", "tensor")),
+    (r"h(_\d+)?/(attn/(query|key|value)|mlp/(c_fc|c_gate))/kernel", ("fsdp", "tensor")),
     (r"h(_\d+)?/(attn|mlp)/c_proj/kernel", ("tensor", "fsdp")),
     (r"h(_\d+)?/(attn/(query|key|value)|mlp/(c_fc|c_gate))/bias", ("tensor",)),
     (r"h(_\d+)?/(attn|mlp)/c_proj/bias", (None,)),
@@ -146,8 +144,8 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         suffixes = (_name(path[i:]) for i in range(len(path)))  # a moment's path ends with its parameter's
-        name = next((suffix for suffix in suffixes if shapes.get(suffix) == leaf.shape), None)
-        return NamedSharding(mesh, specs[name] if name else PartitionSpec())
+        found = (specs[name] for name in suffixes if shapes.get(name) == leaf.shape)
+        return NamedSharding(mesh, next(found, PartitionSpec()))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
@@ -163,7 +161,7 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def in_auto_mode(out: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def in_auto_mode(out: Callable[..., Any]) -> Callable[[F], F]:
     """Decorate a function of (config, *arrays) so that it also runs on a mesh of Explicit axes, the default of
     `jax.make_mesh`, where JAX asks for the sharding of most results: the compiler shards everything inside.
 
@@ -171,18 +169,17 @@ def in_auto_mode(out: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable
       out: maps the arrays to the PartitionSpecs of the results.
     """
 
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+    def decorate(function: F) -> F:
+        @wraps(function)
         def call(config: Any, *arrays: Any, **named: Any) -> Any:
-            plain: Any = partial(function, config)
-            axes = jax.sharding.get_abstract_mesh().explicit_axes
+            plain, axes = partial(function, config), jax.sharding.get_abstract_mesh().explicit_axes
             if not axes:
                 return plain(*arrays, **named)
-            inside = jax.sharding.auto_axes(
-                lambda arrays, named: plain(*arrays, **named), axes=axes, out_sharding=out(*arrays, **named)
-            )
+            spec = out(*arrays, **named)
+            inside = jax.sharding.auto_axes(lambda arrays, named: plain(*arrays, **named), axes=axes, out_sharding=spec)
             return inside(arrays, named)  # it casts positional arguments only
 
-        return cast(Callable[P, R], wraps(function)(call))
+        return cast(F, call)
 
     return decorate
 
@@ -227,19 +224,18 @@ def _spec(x: jax.Array, dims: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*(_axes(dim) if dim and size % num_shards(dim) == 0 else None for dim, size in sizes))
 
 
-def by_device(function: Callable[..., jax.Array], *dims: str) -> Callable[..., jax.Array]:
-    """Call `function`, of arrays whose first dimensions are `dims`, on each device with its shards: for kernels that
-    the compiler cannot shard."""
+def by_device(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Call `function`, of arrays (B, heads, ...), on each device with its shards: for kernels that the compiler cannot
+    shard."""
 
     def call(*arrays: jax.Array) -> jax.Array:
-        spec = _spec(arrays[0], dims)
+        spec = _spec(arrays[0], ("batch", "width"))
         return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
     return call if _is_sharded() else function
 
 
 ROWS = PartitionSpec(DIMENSIONS["batch"], DIMENSIONS["time"])
-KERNEL = PartitionSpec(DIMENSIONS["channels"], DIMENSIONS["width"])
 
 
 def splits_rows(kernel: jax.Array, targets: jax.Array) -> bool:
@@ -258,13 +254,14 @@ def by_rows(
     """
     if not splits_rows(kernel, targets):
         return function(x, kernel, targets)
-    devices = DIMENSIONS["batch"] + DIMENSIONS["time"]
+    devices, width = DIMENSIONS["batch"] + DIMENSIONS["time"], DIMENSIONS["width"]
 
     def on_device(x: jax.Array, kernels: jax.Array, targets: jax.Array) -> jax.Array:
         return function(x, kernels[0], targets)
 
-    whole = PartitionSpec(devices, None, DIMENSIONS["width"])  # each device has its own kernel, and so its own gradient
-    kernels = jax.shard_map(partial(_gathered, dtype), in_specs=KERNEL, out_specs=whole, check_vma=False)(kernel)
+    own, whole = PartitionSpec(DIMENSIONS["channels"], width), PartitionSpec(devices, None, width)
+    # Each device has its own kernel, and so its own gradient.
+    kernels = jax.shard_map(partial(_gathered, dtype), in_specs=own, out_specs=whole, check_vma=False)(kernel)
     specs = (ROWS, PartitionSpec(devices), ROWS)
     call = jax.shard_map(on_device, in_specs=specs, out_specs=ROWS, axis_names=set(devices), check_vma=False)
     return jax.jit(call)(x, kernels, targets)
