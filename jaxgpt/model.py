@@ -33,9 +33,8 @@ def normal(stddev: float) -> nn.initializers.Initializer:
 def parameter(module: nn.Module, name: str, initializer: nn.initializers.Initializer, *shape: int) -> jax.Array:
     """`module.param`, which would trace the initializer wherever a parameter is used: a fifth of the time to trace a
     model."""
-    found: jax.Array | None = module.get_variable("params", name)
-    same = found is not None and found.shape == shape
-    return cast(jax.Array, found if same else module.param(name, initializer, shape))
+    found: Any = module.get_variable("params", name)
+    return found if np.shape(found) == shape else module.param(name, initializer, shape)
 
 
 class Linear(nn.Module):
@@ -49,7 +48,7 @@ class Linear(nn.Module):
     def weights(self, K: int) -> tuple[jax.Array, jax.Array | None]:
         """(kernel, bias or None) for inputs of K channels."""
         if self.is_transposed:
-            kernel = cast(jax.Array, self.get_variable("params", "transposed")).T
+            kernel: Any = self.get_variable("params", "transposed").T
         else:  # before the bias: Flax numbers the keys of parameters in the order of these calls
             kernel = parameter(self, "kernel", normal(self.stddev), K, self.features)
         return kernel, parameter(self, "bias", nn.initializers.zeros, self.features) if self.config.bias else None
@@ -77,13 +76,6 @@ def fused_linear(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
         out if bias is None else out + activations.per_channel(bias, out)
         for out, bias in zip(outs, biases, strict=True)
     ]
-
-
-def residual(config: ModelConfig, name: str) -> Linear:
-    """A linear layer that writes to the residual stream. Its initial kernel is divided by sqrt(2 L), because 2 L such
-    outputs add up (GPT-2)."""
-    stddev = 0.0 if config.zero_init else 0.02 * (2 * config.n_layer) ** -0.5
-    return Linear(config, config.n_embd, stddev, name=name)
 
 
 def embed(rows: int, features: int, name: str, stddev: float = 0.02) -> nn.Embed:
@@ -119,19 +111,22 @@ class Dropout(nn.Module):
     """Zero each entry of (..., T, S) with probability `rate` and scale up the others. Flax's Dropout does not accept a
     traced rate."""
 
-    rate: jax.Array | float
+    rate: Rate
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.drop()(x, *map(jnp.arange, x.shape[-2:]))
+        drop = self.drop()
+        return x if drop is None else drop(x, *map(jnp.arange, x.shape[-2:]))
 
     @nn.compact
-    def drop(self) -> Drop:
-        return Drop(self.make_rng("dropout"), 1.0 - self.rate)
+    def drop(self) -> Drop | None:
+        return None if self.rate is None else Drop(self.make_rng("dropout"), 1.0 - self.rate)
 
 
-def dropout(rate: Rate, name: str) -> Callable[[jax.Array], jax.Array]:
-    """Dropout at `rate`, or the identity."""
-    return (lambda x: x) if rate is None else Dropout(rate, name=name)
+def to_residual(config: ModelConfig, rate: Rate, x: jax.Array) -> jax.Array:
+    """The projection to the residual stream, and dropout: (..., K) -> (..., C). Its initial kernel is divided by
+    sqrt(2 L), because 2 L such outputs add up (GPT-2)."""
+    stddev = 0.0 if config.zero_init else 0.02 * (2 * config.n_layer) ** -0.5
+    return Dropout(rate, name="drop_out")(Linear(config, config.n_embd, stddev, name="c_proj")(x))
 
 
 class MultiHeadAttention(nn.Module):
@@ -142,12 +137,8 @@ class MultiHeadAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, start: jax.Array | int | None = None) -> jax.Array:
-        """(B, T, C) -> (B, T, C).
-
-        Args:
-          start: position of the first token. The keys and values of the tokens before it are in Flax's collection
-            "cache". None: 0, without a cache.
-        """
+        """(B, T, C) -> (B, T, C). `start` is the position of the first token; Flax's collection "cache" has the keys
+        and values of the tokens before it. None: 0, without a cache."""
         cfg = self.config
         B, T, C = x.shape
         H, D = cfg.n_head, C // cfg.n_head
@@ -166,9 +157,9 @@ class MultiHeadAttention(nn.Module):
         if cfg.position == "rope":
             first = 0 if start is None else start
             q, k = rotate(q, first), rotate(k, first)
-        drop = None if self.dropout is None else Dropout(self.dropout, name="drop_weights").drop()
+        drop = Dropout(self.dropout, name="drop_weights").drop()
         out = self.attend(q, k, v, start, drop).swapaxes(1, 2).reshape(B, T, C)
-        return dropout(self.dropout, "drop_out")(residual(cfg, "c_proj")(out))
+        return to_residual(cfg, self.dropout, out)
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | int | None, drop: Drop | None
@@ -201,8 +192,7 @@ class MLP(nn.Module):
         else:
             x = Linear(cfg, 4 * C, name="c_fc")(x)
             x = jnp.square(jax.nn.relu(x)) if cfg.mlp == "relu2" else activations.gelu(x, cfg.gelu == "tanh")
-        x = sharding.constrain(x, "batch", "time", "width")
-        return dropout(self.dropout, "drop_out")(residual(cfg, "c_proj")(x))
+        return to_residual(cfg, self.dropout, sharding.constrain(x, "batch", "time", "width"))
 
 
 def swiglu_width(C: int) -> int:
@@ -253,13 +243,16 @@ class GPT(nn.Module):
             x = x + embed(cfg.block_size, C, "wpe")(positions)[None]
         if sharding.platform() != "cpu":  # the dtype of the blocks' outputs, as `matmul.dot` writes them
             x = matmul.to_compute_dtype(x, cfg.precision)
-        x = dropout(self.dropout, "drop")(sharding.constrain(x, "batch", "time", None))
+        x = Dropout(self.dropout, name="drop")(sharding.constrain(x, "batch", "time", None))
         block = Block
         if cfg.remat != "none" and cache is None:
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "matmuls" else None
             block = nn.remat(Block, policy=policy)
         if cfg.scan_layers and cache is None:
-            x = self.scanned(block, x)
+            rngs: dict[Any, bool] = {"params": True, "dropout": True}
+            # One loop, whose body is compiled once.
+            loop = nn.scan(lambda block, x, _: (block(x), None), {"params": 0}, split_rngs=rngs, length=cfg.n_layer)
+            x, _ = loop(block(cfg, self.dropout, name="h"), x, None)
         else:
             for i in range(cfg.n_layer):
                 x = block(cfg, self.dropout, name=f"h_{i}")(x, start)
@@ -267,17 +260,6 @@ class GPT(nn.Module):
             unbiased = dataclasses.replace(cfg, bias=False)
             Linear(unbiased, V, 0.0 if cfg.zero_init else 0.02, name="lm_head").weights(C)
         return norm(cfg, "ln_f")(x)
-
-    def scanned(self, block: type[Block], x: jax.Array) -> jax.Array:
-        """All blocks as one loop, whose body is compiled once: (B, T, C) -> (B, T, C)."""
-
-        def body(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return block(x), None
-
-        axes: dict[Any, Any] = {"params": 0}
-        rngs: dict[Any, bool] = {"params": True, "dropout": True}
-        loop = nn.scan(body, variable_axes=axes, split_rngs=rngs, length=self.config.n_layer)
-        return loop(block(self.config, self.dropout, name="h"), x, None)[0]
 
 
 def previous(x: jax.Array, before: jax.Array | None = None) -> jax.Array:
@@ -336,16 +318,14 @@ def init_params(config: ModelConfig, key: jax.Array, init_scale: jax.Array | flo
     scale = config.init_scale if init_scale is None else init_scale
     idx = jnp.zeros((1, 1), jnp.int32)  # no parameter depends on the length
     params = module(dataclasses.replace(config, scan_layers=False)).init(key, idx, mutable=["params"])["params"]
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, x: x * scale if path[-1].key in ("kernel", "embedding") else x, params
-    )
+    params = jax.tree.map_with_path(lambda path, x: x * scale if path[-1].key in ("kernel", "embedding") else x, params)
     return stacked(params) if config.scan_layers else params
 
 
 def stacked(params: Params) -> Params:
     """Replace the parameters of blocks h_0, h_1, ... by one block h, with a leading axis of L."""
-    blocks = [params[f"h_{i}"] for i in range(sum(name.startswith("h_") for name in params))]
     rest = {name: value for name, value in params.items() if not name.startswith("h_")}
+    blocks = [params[f"h_{i}"] for i in range(len(params) - len(rest))]
     return rest | {"h": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)} if blocks else rest
 
 
