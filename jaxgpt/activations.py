@@ -49,6 +49,11 @@ def layer_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     return _layer_norm(*varying_alike(x, scale))
 
 
+@jax.custom_vjp
+def _layer_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return _layer_norm_forward(x, scale)[0]
+
+
 def _layer_norm_forward(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     wide = x.astype(jnp.float32)
     centered = wide - wide.mean(-1, keepdims=True)
@@ -75,5 +80,4 @@ def _layer_norm_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tu
     return dx.astype(x.dtype), (g * normal).sum(tuple(range(g.ndim - 1))).astype(scale.dtype)
 
 
-_layer_norm = jax.custom_vjp(lambda x, scale: _layer_norm_forward(x, scale)[0])
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

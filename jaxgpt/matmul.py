@@ -80,6 +80,11 @@ def dot(x: jax.Array, w: jax.Array, precision: Precision = "float32") -> jax.Arr
     return out.reshape(*x.shape[:-1], w.shape[-1])
 
 
+@jax.custom_vjp
+def _dot_bfloat16(x: jax.Array, w: jax.Array) -> jax.Array:
+    return _dot_forward(x, w)[0]
+
+
 def _dot_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
     low = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
     return _matmul_bfloat16(*low), (*low, jnp.zeros((), x.dtype), jnp.zeros((), w.dtype))
@@ -98,7 +103,6 @@ def _dot_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return dx.astype(like_x.dtype), dw.astype(like_w.dtype)
 
 
-_dot_bfloat16 = jax.custom_vjp(lambda x, w: _dot_forward(x, w)[0])
 _dot_bfloat16.defvjp(_dot_forward, _dot_backward)
 
 
