@@ -55,7 +55,7 @@ class TrainingDisplay(progress.Progress):
     def __init__(self, console: Console, steps: int, utilization: Callable[[float], float | None] = lambda speed: None):
         self.notices = 0
         self._utilization, self._printed = utilization, time.monotonic()
-        self._losses = list[float]()  # of each chunk
+        self._losses, self._line = list[float](), ""  # of each chunk, and the curve as it was drawn last
         self._best: Evaluated | None = None
         self._sample = ""
         bar = [BarColumn(bar_width=None)] if console.width >= WIDE else []
@@ -80,6 +80,7 @@ class TrainingDisplay(progress.Progress):
     def _progress(self, event: Progress) -> None:
         self._best = event.best or self._best
         self._losses.append(event.loss)
+        self._line = "" if self.disable else self.curve()  # not at each refresh: there may be many losses
         numbers = short = f"loss {event.loss:.4f}"
         if (speed := event.tokens_per_second) and event.seconds_left is not None:
             left = f"  {duration(event.seconds_left)} left"
@@ -93,7 +94,7 @@ class TrainingDisplay(progress.Progress):
     def get_renderables(self) -> Iterator[RenderableType]:
         """The bar, and under it the loss curve and the newest sample."""
         yield from super().get_renderables()
-        for line, style in ((self.curve(), ""), (visible(self._sample), "dim")):
+        for line, style in ((self._line, ""), (visible(self._sample), "dim")):
             if line:
                 yield Text(line, style, no_wrap=True, overflow="crop")
 

@@ -33,11 +33,12 @@ def run(args: list[str]) -> int:
     given = parse(ScalingFit, args, "scaling-fit")
     if not all(0 < number < math.inf for number in (given.seeds, *given.tokens, *given.flops)):
         raise UsageError("--seeds, --tokens and --flops: expected finite numbers above 0")
-    from jaxgpt.scaling_law import law, view
+    from jaxgpt.scaling_law import family, view
+    from jaxgpt.scaling_law.law import fit
 
-    base, shapes = replaced(law.BASE, **vars(given.data)), [law.parse_size(text) for text in given.sizes]
-    members = law.family(base, shapes, given.tokens, given.seeds)
-    sizes, amounts = set(shapes), sorted({law.tokens_seen(member.config) for member in members})
+    base, shapes = replaced(family.BASE, **vars(given.data)), [family.parse_size(text) for text in given.sizes]
+    members = family.family(base, shapes, given.tokens, given.seeds)
+    sizes, amounts = set(shapes), sorted({family.tokens_seen(member.config) for member in members})
     repeated = len(sizes) < len(given.sizes) or len(amounts) < len(given.tokens)
     if repeated or min(len(sizes), len(amounts)) < 3:
         raise UsageError(
@@ -46,11 +47,11 @@ def run(args: list[str]) -> int:
         )
     identity = {"program": "jaxgpt scaling-fit 1", "sizes": given.sizes, "amounts": given.tokens, "seeds": given.seeds}
     members, scores = train(given, base, members, identity)
-    points = law.points(members, scores)
+    points = family.points(members, scores)
     if lost := len(members) - len(points):
         print(f"{lost} of {len(members)} runs diverged: left out of the fit")
     print(f"fitting the law to {len(points)} runs and to resamples of them", flush=True)
-    fitted, path = law.fit(points), given.sweeps_dir / given.name
+    fitted, path = fit(points), given.sweeps_dir / given.name
     for line in view.lines(fitted, points, given.flops):
         print(line)
     files.write_atomically(path / "law.json", fitted.to_json(points).encode())

@@ -133,5 +133,5 @@ def save_charts(folder: Path, specs: dict[str, charts.Spec]) -> None:
         for name, spec in specs.items():
             charts.save(spec, folder / name)
             print(folder / name)
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         print(f"no plots were drawn: {error}")

@@ -85,6 +85,18 @@ def test_a_terminal_has_a_live_line():
 CURVE = [Progress(10 * (i + 1), 100, 4.0 - i / 2, 1e4, 75.0) for i in range(5)]
 
 
+def test_the_curve_is_computed_once_for_each_progress(monkeypatch):
+    """Not at each refresh of the line, ten times a second: a long run has many losses."""
+    drawn = []
+    monkeypatch.setattr(TrainingDisplay, "curve", lambda self: drawn.append(len(self._losses)) or "loss")
+    with TrainingDisplay(RunConsole(file=io.StringIO(), force_terminal=True, width=80), 100) as display:
+        for event in CURVE:
+            display(event)
+            display.refresh()
+            display.refresh()
+    assert drawn == [1, 2, 3, 4, 5]
+
+
 def last_drawn(out):
     """The lines of the last frame drawn on a terminal, without escape codes."""
     return out.replace("\x1b[?25h", "").split("\x1b[2K")[-1].replace("\x1b[2m", "").strip("\n").splitlines()

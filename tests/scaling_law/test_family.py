@@ -9,7 +9,7 @@ import pytest
 from jaxgpt import config as configs
 from jaxgpt.cli import run_command
 from jaxgpt.monitor import cost
-from jaxgpt.scaling_law import law
+from jaxgpt.scaling_law import family, law
 from jaxgpt.scaling_law.cli import ScalingFit
 from jaxgpt.sweep import program
 
@@ -17,26 +17,26 @@ TRUE = law.Law(E=1.1, A=40.0, B=60.0, a=0.42, b=0.31)
 
 
 def test_family_combines_every_size_with_every_number_of_tokens():
-    base = configs.replaced(law.BASE, vocab_size=103)
-    sizes = [law.parse_size(text) for text in ScalingFit().sizes]
-    members = law.family(base, sizes, (125_000, 250_000, 500_000, 1_000_000))
+    base = configs.replaced(family.BASE, vocab_size=103)
+    sizes = [family.parse_size(text) for text in ScalingFit().sizes]
+    members = family.family(base, sizes, (125_000, 250_000, 500_000, 1_000_000))
     counts = sorted({cost.n_params(member.config.model) for member in members})
     assert 5_000 < counts[0] < 12_000
     assert 900_000 < counts[-1] < 1_100_000
     for member, asked in zip(members, (125_000, 250_000, 500_000, 1_000_000) * 6, strict=True):
-        assert law.tokens_seen(member.config) == pytest.approx(asked, rel=0.05)
+        assert family.tokens_seen(member.config) == pytest.approx(asked, rel=0.05)
         assert member.config.optimizer.decay_steps == member.config.train.steps
     with pytest.raises(configs.UsageError, match="LAYERSxCHANNELS"):
-        law.parse_size("4x100")
+        family.parse_size("4x100")
     with pytest.raises(configs.UsageError, match="LAYERSxCHANNELS"):
-        law.parse_size("4x0")
+        family.parse_size("4x0")
 
 
 def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeypatch, capsys):
     def run(members, corpus, devices, at_once, finished):
         for i, (config, setting) in enumerate(members):
             if i not in finished:
-                loss = TRUE.loss(cost.n_params(config.model), law.tokens_seen(config)) if i != 5 else None
+                loss = TRUE.loss(cost.n_params(config.model), family.tokens_seen(config)) if i != 5 else None
                 figures = (loss, None, None, None)
                 yield [program.Score(i, setting, 1337, config.train.steps, *figures, None, loss is None, done=True)]
 
@@ -71,20 +71,20 @@ def test_scaling_fit_finds_the_law_that_its_runs_follow(tmp_path, verse, monkeyp
 
 
 def test_head_size_is_fixed_and_the_learning_rate_falls_with_the_width():
-    small, large = (member.config for member in law.family(law.BASE, [(1, 16), (2, 256)], [10**5]))
+    small, large = (member.config for member in family.family(family.BASE, [(1, 16), (2, 256)], [10**5]))
     assert (small.model.n_head, large.model.n_head) == (1, 16)
     assert (small.optimizer.learning_rate, large.optimizer.learning_rate) == (5e-3, 1.25e-3)
 
 
 def test_an_unfinished_member_is_no_point():
-    members = law.family(configs.replaced(law.BASE, vocab_size=103), [(1, 16)], [10**5])
+    members = family.family(configs.replaced(family.BASE, vocab_size=103), [(1, 16)], [10**5])
     score = program.Score(0, members[0].setting, 1337, 20, 3.0, 0.1, 4.0, 4.0, 3.0, diverged=False, done=False)
-    assert law.points(members, [score]) == []
-    assert len(law.points(members, [score._replace(done=True)])) == 1
+    assert family.points(members, [score]) == []
+    assert len(family.points(members, [score._replace(done=True)])) == 1
 
 
 def test_each_run_of_a_size_has_its_own_seed_and_warms_up_for_a_tenth_of_its_steps():
-    members = law.family(law.BASE, [(1, 16), (1, 32)], [153_600], seeds=2)
+    members = family.family(family.BASE, [(1, 16), (1, 32)], [153_600], seeds=2)
     assert [member.config.train.seed for member in members] == [1337, 1338] * 2
     assert [member.config.model.n_embd for member in members] == [16, 16, 32, 32]
     assert {(each.config.train.steps, each.config.optimizer.warmup_steps) for each in members} == {(200, 20)}
@@ -92,5 +92,5 @@ def test_each_run_of_a_size_has_its_own_seed_and_warms_up_for_a_tenth_of_its_ste
 
 def test_the_amount_of_tokens_is_the_nearest_whole_number_of_scans():
     scan = 12 * 64 * 20
-    members = law.family(law.BASE, [(1, 16)], [scan // 9, 14 * scan // 10, 16 * scan // 10])
-    assert [law.tokens_seen(member.config) for member in members] == [scan, scan, 2 * scan]
+    members = family.family(family.BASE, [(1, 16)], [scan // 9, 14 * scan // 10, 16 * scan // 10])
+    assert [family.tokens_seen(member.config) for member in members] == [scan, scan, 2 * scan]

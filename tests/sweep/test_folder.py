@@ -8,6 +8,7 @@ import pytest
 from jaxgpt.cli import run_command
 from jaxgpt.recipes import recipe
 from jaxgpt.run import Run
+from jaxgpt.sweep.cli import save_charts
 from jaxgpt.sweep.results import SweepError, SweepFolder
 
 
@@ -144,6 +145,13 @@ def test_a_sweep_without_vl_convert_has_no_plots(sweep, tmp_path, monkeypatch, c
     assert sweep("bare", "--lr", "1e-1", "--steps", "10") == 0
     assert "no plots were drawn: a chart needs vl-convert-python, which is not installed" in capsys.readouterr().out
     assert (tmp_path / "sweeps/bare/best.json").exists()
+
+
+def test_a_sweep_whose_charts_cannot_be_written_is_complete(tmp_path, capsys):
+    save_charts(tmp_path / "gone", {"settings.json": {}})
+    out = capsys.readouterr().out
+    assert out.startswith("no plots were drawn: ")
+    assert "No such file or directory" in out
 
 
 def test_nothing_is_recommended_if_every_setting_diverged(sweep, tmp_path, capsys):
