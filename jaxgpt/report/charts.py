@@ -29,7 +29,8 @@ def same_tokens(runs: Sequence[Facts]) -> bool:
 
 def baselines(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, float]]:
     """(name, nats per token) of the n-gram baselines, if all runs have the same tokens."""
-    return list(looks[0].ngrams.items()) if same_tokens(runs) else []
+    known = next((look.ngrams for look in looks if look.ngrams), {})
+    return list(known.items()) if same_tokens(runs) else []
 
 
 def outcome(runs: Sequence[Facts], looks: Sequence[Looks]) -> Spec | None:

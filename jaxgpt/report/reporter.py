@@ -38,10 +38,13 @@ class Report:
         )
 
     def write(self, path: Path, refresh: int = 0) -> int:
-        """Write the page atomically; its size in bytes."""
+        """Write the page atomically; its size in bytes. Raises UsageError if it cannot be written."""
         data = page(self.runs, self.looks, charts(self.runs, self.looks), refresh).encode()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(path, data)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_atomically(path, data)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror}; name another file: --out") from error
         return len(data)
 
     def draw(self, folder: Path) -> list[Path]:

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import cli
-from jaxgpt.config import replaced
+from jaxgpt.config import UsageError, replaced
 from jaxgpt.display.charts import COLOURS, render
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated
 from jaxgpt.monitor import curves, facts
 from jaxgpt.report import charts, page, reporter
-from jaxgpt.report.looks import packed
+from jaxgpt.report.looks import Looks, packed
 from jaxgpt.run import Run
 from tests.conftest import HOSTILE
 
@@ -254,7 +254,14 @@ def test_each_figure_is_in_its_place(report):
     }
     (look,) = report.looks
     assert charts.baselines([run], [look]) == list(look.ngrams.items())
+    assert charts.baselines([run, run], [Looks(), look]) == list(look.ngrams.items()), "one has its text"
     assert list(look.ngrams) == ["uniform", "unigram counts", "bigram counts"]
+
+
+def test_a_report_that_cannot_be_written_is_a_usage_error(report, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"file/report\.html cannot be written: .*; name another file: --out"):
+        report.write(tmp_path / "file" / "report.html")
 
 
 def test_the_configuration_is_that_of_the_last_process(report):
