@@ -1,12 +1,9 @@
-"""The CPU of this machine, and settings of JAX that hold for a while. Imports JAX only for those."""
+"""The CPU of this machine."""
 
 import os
 import platform
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 
 def cpu_info() -> str:
@@ -26,18 +23,3 @@ def cpu_name() -> str:
 def cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def jax_settings(**values: Any) -> Iterator[None]:
-    """Let `jax.config` have these values, in all threads, and then those from before."""
-    import jax
-
-    before = {name: jax.config.values[name] for name in values}
-    try:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)

@@ -1,6 +1,7 @@
 """One training step as a pure function, a scan of K steps, and their compilation for a mesh."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ from numpy.typing import ArrayLike
 from jaxgpt import matmul, model, prng
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import Batch, inputs_and_targets, take
-from jaxgpt.machine import jax_settings
 from jaxgpt.optimizer import Hyperparameters, hyperparameters, learning_rate, make_optimizer
 from jaxgpt.sharding import in_auto_mode, platform, replicated, spec_of, state_shardings, varying_alike
 
@@ -184,3 +184,16 @@ def jit_train_steps(config: Config, mesh: Mesh) -> Any:
 def _jit_train_steps(config: Config, mesh: Mesh) -> Any:
     out = _shardings(config, mesh), replicated(mesh)
     return jax.jit(partial(train_steps, config), donate_argnums=0, out_shardings=out)
+
+
+@contextmanager
+def jax_settings(**values: Any) -> Iterator[None]:
+    """Let `jax.config` have these values, in all threads, and then those from before."""
+    before = {name: jax.config.values[name] for name in values}
+    try:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

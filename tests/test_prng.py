@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import prng
-from jaxgpt.machine import jax_settings
+from jaxgpt.step import jax_settings
 
 SEEDS = [0, 1337, 2**31, 2**32 - 1]
 

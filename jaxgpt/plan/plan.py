@@ -15,14 +15,13 @@ from jaxgpt.config import Config, replaced
 from jaxgpt.config import problems as config_problems
 from jaxgpt.data import DEVICE_TOKENS
 from jaxgpt.loss import ABSENT_MEMORY
-from jaxgpt.machine import jax_settings
 from jaxgpt.matmul import Precision
 from jaxgpt.monitor.chips import Chip
 from jaxgpt.plan.estimate import Step, estimate
 from jaxgpt.plan.topology import PlanError
 from jaxgpt.profile import hlo
 from jaxgpt.sharding import Sizes, make_mesh, replicated
-from jaxgpt.step import abstract_state, jit_train_steps
+from jaxgpt.step import abstract_state, jax_settings, jit_train_steps
 
 FOR_GPUS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 """Compiler options: no GPU times kernels, and matmuls are cuBLAS's, which XLA mostly finds to be the fastest."""

@@ -19,13 +19,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, UsageError, replaced
 from jaxgpt.data import config_starts, take
-from jaxgpt.machine import jax_settings
 from jaxgpt.matmul import Precision
 from jaxgpt.profile import trace
 from jaxgpt.profile.report import Report, Rows, facts
 from jaxgpt.profile.timing import ratio, repeat, series
 from jaxgpt.sharding import one_device, replicated
-from jaxgpt.step import Metrics, TrainState, sharded_init, train_step, train_steps
+from jaxgpt.step import Metrics, TrainState, jax_settings, sharded_init, train_step, train_steps
 
 STAGES = ("trace", "lower", "compile", "first call")
 COMPILED = "/jax/core/compile/backend_compile_duration"
