@@ -287,7 +287,7 @@ def problems(config: Config, new: bool = False) -> list[str]:
         (not rises, "min_learning_rate", f"at most learning_rate ({peak}): try --min-learning-rate None"),
         (optimizer.algorithm != "muon" or peak != 0, "learning_rate", "above 0 with muon, which divides by it"),
         (0 < optimizer.eps < _ROUNDS_TO[math.inf], "eps", "a number above 0, finite in float32"),
-        (not too_long, "warmup_steps", f"fewer than the {end} steps of the schedule: try --warmup-steps {end // 10}"),
+        (not too_long, "warmup_steps", f"fewer than the steps of the schedule ({end}): try --warmup-steps {end // 10}"),
         (0 <= train.seed < 2**32, "seed", "a whole number from 0 to 2**32 - 1"),
         (train.batch_size * T < 2**31, "batch_size", f"less than 2**31 tokens in windows of {T}"),
         (train.eval_batches <= most, "eval_batches", f"at most {most}, for 2**24 sequences"),

@@ -108,6 +108,7 @@ def test_prepare_train_sample_eval(call, verse, monkeypatch):
     assert "train split, 755 tokens predicted" in call("eval", "one", "--split", "train", "--eval-batches", 0)[1]
     monkeypatch.setattr("jaxgpt.evaluation.estimate", lambda config, *given: float(config.train.eval_batches))
     assert "estimate by 3 random batches: 3.0000" in call("eval", "one", "--eval-batches", 3)[1]
+    assert "estimate by 1 random batch: 1.0000" in call("eval", "one", "--eval-batches", 1)[1]
 
 
 def test_sample_writes_with_every_option_that_it_is_given(call, monkeypatch):

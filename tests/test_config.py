@@ -112,7 +112,7 @@ def test_every_field_is_documented():
         ({"val_fraction": 0.0}, "val_fraction"),
         ({"val_tokens": 64}, "val_tokens is 64, expected more than block_size (64), or 0"),
         ({"val_tokens": -1}, "val_tokens is -1"),
-        ({"warmup_steps": 1000}, "fewer than the 1000 steps"),
+        ({"warmup_steps": 1000}, "fewer than the steps of the schedule (1000)"),
         ({"batch_size": 5, "accumulate": 2}, "a multiple of accumulate (2)"),
         ({"eval_every": 70}, "try --eval-every 50"),
         ({"seed": -1}, "seed is -1"),
@@ -229,7 +229,7 @@ def test_a_schedule_of_its_own_does_not_follow_the_steps(change):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"warmup_steps": 100, "decay_steps": 50}, "fewer than the 50 steps of the schedule: try --warmup-steps 5"),
+        ({"warmup_steps": 100, "decay_steps": 50}, "fewer than the steps of the schedule .50.: try --warmup-steps 5"),
         ({"algorithm": "muon", "learning_rate": 0.0}, "learning_rate is 0.0, expected above 0 with muon"),
     ],
 )

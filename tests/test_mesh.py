@@ -331,7 +331,7 @@ def test_choice_of_mesh_is_explained(small, change, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(MeshError, match=r"the mesh context=3 does not fit:\n  context = 3 does not divide 8 tokens"):
         cli_mesh.mesh_for(small, Sizes(context=3))
-    with pytest.raises(MeshError, match="needs 16 devices, and there are 8: --mesh auto takes those"):
+    with pytest.raises(MeshError, match="needs 16 devices, expected at most 8: try --mesh auto"):
         cli_mesh.mesh_for(small, Sizes(data=8, context=2))
     only = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: only)

@@ -22,6 +22,7 @@ class Eval:
 def run(args: list[str]) -> int:
     given = parse(Eval, args, "eval")
     from jaxgpt.cli.runs import corpus_of
+    from jaxgpt.display.text import count, fixed
     from jaxgpt.evaluation import estimate, evaluate
     from jaxgpt.monitor.terminal import describe
     from jaxgpt.run import Run
@@ -36,8 +37,9 @@ def run(args: list[str]) -> int:
     step, params = load_checkpoint(run, given.checkpoint)
     tokens = corpus.split(run.config.data)[given.split == "val"]
     result = evaluate(run.config.model, params, tokens, corpus.tokenizer)
-    print(f"{run.path.name}, step {step:,}, {given.split} split, {result.n_tokens:,} tokens predicted")
+    print(f"{run.path.name}, step {step:,}, {given.split} split, {count(result.n_tokens, 'token')} predicted")
     print(f"  {describe(result)}")
     if given.eval_batches:
-        print(f"  estimate by {given.eval_batches} random batches: {estimate(config, params, tokens, step):.4f}")
+        loss = estimate(config, params, tokens, step)
+        print(f"  estimate by {count(given.eval_batches, 'random batch')}: {fixed(loss)}")
     return 0

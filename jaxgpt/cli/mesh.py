@@ -64,7 +64,7 @@ def mesh_for(config: Config, sizes: Sizes | None) -> tuple[Mesh, str]:
         sizes, why = choose(config, n, (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
     check(config, sizes)
     if sizes.devices > n:
-        raise MeshError(f"the mesh {sizes} needs {sizes.devices} devices, and there are {n}: --mesh auto takes those")
+        raise MeshError(f"the mesh {sizes} needs {sizes.devices} devices, expected at most {n}: try --mesh auto")
     if jax.process_count() > 1 and sizes.devices != n:
         raise MeshError(
             f"the mesh {sizes} leaves {n - sizes.devices} of the {n} devices of {jax.process_count()} processes out, "

@@ -95,6 +95,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     from jaxgpt.cli.join import join
     from jaxgpt.cli.mesh import mesh_for
     from jaxgpt.cli.runs import resume, start_run
+    from jaxgpt.display.text import count
     from jaxgpt.monitor import cost, loggers
     from jaxgpt.monitor.chips import utilization
     from jaxgpt.monitor.spikes import sampler, with_spikes
@@ -156,9 +157,7 @@ def _fit(given: Train, existing: Run | None) -> int:
     if display.disable and (curve := display.curve()):  # a terminal shows it already
         console.print(curve)
     if display.notices:
-        console.print(
-            f"{display.notices} warning{'s' * (display.notices > 1)}: see {run.events_file}", style="bold yellow"
-        )
+        console.print(f"{count(display.notices, 'warning')}: see {run.events_file}", style="bold yellow")
     if done.interrupted_by:
         again = resume_command(given, run)
         console.print(f"interrupted at step {done.step:,} of {done.steps:,}; saved. Resume with: {again}")

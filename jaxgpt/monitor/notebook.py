@@ -9,6 +9,7 @@ from typing import Any
 from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.display import charts
+from jaxgpt.display.text import count
 from jaxgpt.monitor.curves import loss
 from jaxgpt.monitor.facts import Facts, gather
 from jaxgpt.monitor.terminal import describe
@@ -69,10 +70,10 @@ class Loaded:
         rows = {
             "run": self.run.path,
             "command": facts.command,
-            "weights": f"{facts.n_params:,} parameters after step {self.step:,}",
+            "weights": f"{count(facts.n_params, 'parameter')} after step {self.step:,}",
             "corpus": f"{facts.corpus['source']}, {facts.corpus['count']:,} tokens",
             "best": best,
-            "trained": facts.took and f"{facts.step:,} steps in {facts.took}",
+            "trained": facts.took and f"{count(facts.step, 'step')} in {facts.took}",
         }
         return "\n".join(f"{name}: {value}" for name, value in rows.items() if value)
 

@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.text import Text
 
-from jaxgpt.display.text import ASCII, BLOCKS, sparkline, visible
+from jaxgpt.display.text import ASCII, BLOCKS, fixed, percent, sparkline, visible
 from jaxgpt.evaluation import Evaluation
 from jaxgpt.metrics_log import Evaluated, Event, Notice, Progress, Sampled
 
@@ -81,11 +81,11 @@ class TrainingDisplay(progress.Progress):
         self._best = event.best or self._best
         self._losses.append(event.loss)
         self._line = "" if self.disable else self.curve()  # not at each refresh: there may be many losses
-        numbers = short = f"loss {event.loss:.4f}"
+        numbers = short = f"loss {fixed(event.loss)}"
         if (speed := event.tokens_per_second) and event.seconds_left is not None:
             left = f"  {duration(event.seconds_left)} left"
             used = self._utilization(speed)
-            share = "" if used is None else f"  {used:.0%} used"
+            share = "" if used is None else f"  {percent(used)} used"
             numbers, short = f"{short}  {speed:,.0f} tokens/s{share}{left}", short + left
         self.update(self._task, completed=event.step, numbers=numbers if self.console.width >= WIDE else short)
         if self.disable and time.monotonic() - self._printed > PLAIN_SECONDS:
@@ -103,9 +103,9 @@ class TrainingDisplay(progress.Progress):
         if len(self._losses) < 2:
             return ""
         levels = BLOCKS if self.console.encoding.startswith("utf") else ASCII
-        text = f"  {self._losses[0]:.2f} to {self._losses[-1]:.2f}"
+        text = f"  {fixed(self._losses[0], 2)} to {fixed(self._losses[-1], 2)}"
         if self._best:
-            text += f"  best {self._best.evaluation.loss:.4f} at {self._best.step:,}"
+            text += f"  best {fixed(self._best.evaluation.loss)} at {self._best.step:,}"
         room = min(60, self.console.width - len(text) - 5)
         return f"loss {sparkline(self._losses, room, levels) if room > 10 else ''}{text}"
 
@@ -116,10 +116,10 @@ class TrainingDisplay(progress.Progress):
 
 def describe(evaluation: Evaluation) -> str:
     """An evaluation on one line."""
-    error = "" if math.isnan(evaluation.standard_error) else f" ± {evaluation.standard_error:.4f}"
+    error = "" if math.isnan(evaluation.standard_error) else f" ± {fixed(evaluation.standard_error)}"
     return (
-        f"loss {evaluation.loss:.4f}{error} nats/token, "
-        f"{evaluation.bits_per_char:.4f} bits/char, {evaluation.bits_per_byte:.4f} bits/byte"
+        f"loss {fixed(evaluation.loss)}{error} nats/token, "
+        f"{fixed(evaluation.bits_per_char)} bits/char, {fixed(evaluation.bits_per_byte)} bits/byte"
     )
 
 

@@ -6,6 +6,7 @@ from rich.filesize import decimal as size
 
 from jaxgpt.cli.mesh import check
 from jaxgpt.config import Config, UsageError
+from jaxgpt.display.text import count, percent, span
 from jaxgpt.monitor import cost
 from jaxgpt.monitor.chips import CHIPS
 from jaxgpt.monitor.terminal import RunConsole
@@ -34,7 +35,7 @@ def print_estimates(config: Config, kind: str, chips: Sequence[int], mesh: str, 
     if mesh != "auto":
         check(config, sizes := Sizes.parse(mesh))
         if list(chips) != [sizes.devices]:
-            raise PlanError(f"the mesh {sizes} has {sizes.devices} chips: give --chips {sizes.devices}")
+            raise PlanError(f"the mesh {sizes} has {count(sizes.devices, 'chip')}: give --chips {sizes.devices}")
         plan.require_pods(chip, sizes)
         bests = [estimate(config, chip, sizes)]
         lines = estimated(kind, bests[0])
@@ -95,7 +96,7 @@ def about(step: Step, chips: str) -> str:
     model, train = step.config.model, step.config.train
     return (
         f"{cost.n_params(model):,} parameters, mesh {step.sizes}: steps of {train.batch_size} x {model.block_size} "
-        f"tokens in {train.accumulate} micro-batches, on {step.sizes.devices} chips ({chips})"
+        f"tokens in {count(train.accumulate, 'micro-batch')}, on {count(step.sizes.devices, 'chip')} ({chips})"
     )
 
 
@@ -113,12 +114,13 @@ def costs(step: Step, how: str) -> Iterator[str]:
         seconds = ", ".join(f"{name} {ms(value, 1)} ms" for name, value in step.seconds.items())
         more = "Muon and recomputation" if step.config.optimizer.algorithm == "muon" else "recomputation"
         yield f"  {seconds} ({step.flops:.3g} FLOPs, {step.computed / step.flops:.2f} times with {more})"
-        (least, most), (slow, fast) = step.bounds, step.utilization
+        bounds = step.bounds[::-1]
+        speeds = (f"{step.tokens / each:,.0f}" for each in bounds)
         yield (
-            f"  a step in {ms(most)} to {ms(least)} ms, {step.tokens / most:,.0f} to "
-            f"{step.tokens / least:,.0f} tokens/s, utilization {slow:.0%} to {fast:.0%}\n"
-            "  (at published rates of matmuls, memory and links; programs reach about half of the first two. The first "
-            "figure overlaps no communication, the second all of it)"
+            f"  a step in {span(*map(ms, bounds))} ms, {span(*speeds)} tokens/s, utilization "
+            f"{span(*map(percent, step.utilization))}\n"
+            "  (at published rates of matmuls, memory and links; programs reach about half of the first two"
+            + (". The first figure overlaps no communication, the second all of it)" if step.collectives else ")")
         )
 
 
@@ -156,4 +158,4 @@ def table(steps: list[Step]) -> Iterator[str]:
         train, (_, most), memory = step.config.train, step.bounds, size(step.memory)
         memory += "" if step.fits else ", too much or nearly"
         cells = [step.sizes.devices, step.sizes, train.batch_size, train.accumulate, memory, ms(most)]
-        yield f"| {' | '.join(map(str, cells))} | {step.tokens / most:,.0f} | {step.utilization[0]:.0%} |"
+        yield f"| {' | '.join(map(str, cells))} | {step.tokens / most:,.0f} | {percent(step.utilization[0])} |"

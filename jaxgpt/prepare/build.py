@@ -20,6 +20,7 @@ from jaxgpt.cli import places
 from jaxgpt.cli.corpora import NAMED, cached_folder, folder_of, is_prepared, is_url, mixture
 from jaxgpt.cli.places import local_path
 from jaxgpt.corpus import Corpus, CorpusError, load, mix, read_meta, train_size
+from jaxgpt.display.text import count
 from jaxgpt.prepare import documents, sources
 from jaxgpt.prepare.encode import LOCK, PROGRESS, InterruptionError, encode
 from jaxgpt.prepare.sources import Progress, Text
@@ -100,7 +101,7 @@ def _require_fit(meta: dict[str, Any], block_size: int, val_fraction: float) -> 
     for name, n in (("training", n_train), ("validation", meta["count"] - n_train)):
         if n < block_size + 1:
             raise CorpusError(
-                f"the {name} split of {meta['source']} has {n:,} tokens, expected at least "
+                f"the {name} split of {meta['source']} has {count(n, 'token')}, expected at least "
                 f"block_size + 1 = {block_size + 1}: give more text" + ", or a smaller --block-size" * (block_size > 1)
             )
 

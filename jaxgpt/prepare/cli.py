@@ -30,6 +30,7 @@ def run(args: list[str]) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from jaxgpt.display.text import count
     from jaxgpt.prepare.build import prepare_corpus
 
     console = Console(stderr=True)
@@ -47,6 +48,6 @@ def run(args: list[str]) -> int:
     for note in done.corpus.meta.get("notes", []):
         print(f"  {note}")
     if skipped := done.corpus.meta.get("skipped_characters"):
-        print(f"  skipped {skipped:,} characters outside the vocabulary")
+        print(f"  skipped {count(skipped, 'character')} outside the vocabulary")
     print(f"{'found in' if done.reused else 'written to'} {done.folder}")
     return 0

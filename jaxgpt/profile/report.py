@@ -51,8 +51,8 @@ def table(rows: Rows) -> str:
 def cell(value: Any) -> str:
     """A value as text; a series (`timing.series`) as its median with minimum and maximum.
 
-    >>> cell({"median": 1.2345, "low": 1.0, "high": 1.5, "n": 5}), cell(12345.6), cell(0.00345), cell(True), cell(None)
-    ('1.23 (1.00 to 1.50)', '12,346', '0.0034', 'yes', '-')
+    >>> cell({"median": 1.2345, "low": 1.0, "high": 1.5, "n": 5}), cell(12345.6), cell(-0.0), cell(True)
+    ('1.23 (1.00 to 1.50)', '12,346', '0', 'yes')
     """
     match value:
         case None:
@@ -63,8 +63,8 @@ def cell(value: Any) -> str:
             return cell(median) if n == 1 else f"{cell(median)} ({cell(low)} to {cell(high)})"
         case int():
             return f"{value:,}"
-        case float() if 0 < abs(value) < 0.1:
-            return f"{value:.2g}"
+        case float() if abs(value) < 0.1:
+            return f"{value:z.2g}"
         case float():
             return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
         case list() | tuple():

@@ -13,6 +13,7 @@ import jaxgpt
 from jaxgpt.config import MissingExtraError
 from jaxgpt.display.baselines import COUNTED
 from jaxgpt.display.charts import Spec, script
+from jaxgpt.display.text import count, fixed
 from jaxgpt.monitor.facts import Facts, differing, kinds
 from jaxgpt.recipes import RECIPES
 from jaxgpt.report.charts import chosen, same_tokens
@@ -55,7 +56,7 @@ def environment() -> Any:
         loader=jinja2.FunctionLoader(_file), autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    made.filters |= {"number": lambda n: f"{n:,}", "fixed": lambda x, digits: f"{x:.{digits}f}"}
+    made.filters |= {"number": lambda n: f"{n:,}", "count": count, "fixed": fixed}
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return made
 
@@ -78,8 +79,8 @@ def numbers(facts: Facts) -> list[tuple[str, str, str]]:
         ("bits per byte", best.bits_per_byte, ""),
     )
     rows = [
-        *((name, f"{x:.4f}", ("" if math.isnan(error) else f"± {x * error:.4f} ") + unit) for name, x, unit in units),
-        ("perplexity", f"{math.exp(min(best.loss, 700)):.3f}", "exp of the loss, per token"),
+        *((name, fixed(x), ("" if math.isnan(error) else f"± {fixed(x * error)} ") + unit) for name, x, unit in units),
+        ("perplexity", f"{fixed(math.exp(min(best.loss, 700)), 3)}", "exp of the loss, per token"),
         ("time", facts.took, "from start to end"),
         ("speed", f"{speed:,.0f}" if speed else "", "tokens/s of training"),
         ("utilization", "" if used is None else f"{used:.1%}", "of the published bfloat16 rate"),
@@ -95,8 +96,8 @@ def comparison(runs: Sequence[Facts]) -> tuple[Sequence[str], list[Sequence[str]
         scored, speed = ("not evaluated yet", "", "", f"{facts.step:,}"), facts.tokens_per_second
         if facts.best:
             step, best = facts.best
-            loss = f"{best.loss:.4f}" + ("" if math.isnan(best.standard_error) else f" ± {best.standard_error:.4f}")
-            bits = f"{best.bits_per_char:.4f}", f"{best.bits_per_byte:.4f}"
+            loss = fixed(best.loss) + ("" if math.isnan(best.standard_error) else f" ± {fixed(best.standard_error)}")
+            bits = fixed(best.bits_per_char), fixed(best.bits_per_byte)
             scored = (loss, *bits, f"{step:,} of {facts.step:,}")
         rows.append((facts.name, *scored, f"{facts.n_params:,}", f"{speed:,.0f}" if speed else "", facts.took))
     return names, rows
@@ -108,9 +109,9 @@ def samples(runs: Sequence[Facts], looks: Sequence[Looks]) -> list[tuple[str, Sa
     for facts, look in zip(runs, looks, strict=True):
         losses = {step: evaluation.loss for step, evaluation in facts.scores}
         for sample in look.samples if len(runs) == 1 else look.samples[-1:]:
-            loss = f", validation loss {losses[sample.step]:.3f}" if sample.step in losses else ""
+            loss = f", validation loss {fixed(losses[sample.step], 3)}" if sample.step in losses else ""
             name = "" if len(runs) == 1 else f"{facts.name}, "
-            found.append((f"{name}after {sample.step:,} steps{loss}", sample))
+            found.append((f"{name}after {count(sample.step, 'step')}{loss}", sample))
     return found
 
 
@@ -119,7 +120,7 @@ def configuration(facts: Facts) -> list[tuple[str, list[Any], bool]]:
     corpus, start = facts.corpus, facts.starts[-1] if facts.starts else {}
     kind, device = corpus["tokenizer"]["kind"], start.get("device", "")
     if start.get("backend") == "cpu" and "cpu" in start:
-        device = f"{start['cpu']}, {start['cores']} cores"
+        device = f"{start['cpu']}, {count(start['cores'], 'core')}"
     elif start.get("devices", 1) > 1:
         device = f"{start['devices']} x {device}"
     changes = [f"{field} {value} (recipe: {was})" for field, was, value in facts.changes]

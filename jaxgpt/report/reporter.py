@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxgpt import files
 from jaxgpt.config import UsageError
 from jaxgpt.display.charts import save
+from jaxgpt.display.text import fixed
 from jaxgpt.monitor.facts import POINTS, Facts, gather
 from jaxgpt.report.charts import charts
 from jaxgpt.report.looks import Looks, look, steps
@@ -33,7 +34,7 @@ class Report:
         """The step and best loss of each run, on one line."""
         return ", ".join(
             f"{facts.name} at step {facts.step:,}"
-            + (f", best loss {facts.best.evaluation.loss:.4f}" if facts.best else "")
+            + (f", best loss {fixed(facts.best.evaluation.loss)}" if facts.best else "")
             for facts in self.runs
         )
 

@@ -11,6 +11,7 @@ const SYMBOLS = { " ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d",
 const NAMES = { " ": "space", "\n": "newline", "\t": "tab", "\r": "carriage return", "": "part of a character" };
 const seen = (text) => [...text].map((each) => SYMBOLS[each] ?? each).join("") || SYMBOLS[""];
 const said = (text) => (text.trim() ? text : [...text].map((each) => NAMES[each] ?? each).join(" ") || NAMES[""]);
+const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 const percent = (p) => (p >= 0.0995 ? `${Math.round(100 * p)}%` : p >= 0.001 ? `${(100 * p).toFixed(1)}%` : "<0.1%");
 const bits = (p) => -Math.log2(Math.max(p, 1e-45));
 
@@ -89,9 +90,9 @@ class Pane {
     this.run = runs[run];
     $("h2", this.root).textContent = run;
     const { layers, heads, parameters, block_size, vocabulary, problem } = this.run;
-    const shape = layers ? `${layers} layer${layers > 1 ? "s" : ""} of ${heads} head${heads > 1 ? "s" : ""}` : "a bigram table";
+    const shape = layers ? `${count(layers, "layer")} of ${count(heads, "head")}` : "a bigram table";
     $(".facts", this.root).textContent = problem ? "" :
-      `${parameters.toLocaleString("en")} parameters, ${shape}, context ${block_size}, vocabulary ${vocabulary.toLocaleString("en")}`;
+      `${count(parameters, "parameter")}, ${shape}, context ${block_size}, vocabulary ${vocabulary.toLocaleString("en")}`;
     this.text.setAttribute("aria-label", `Tokens of ${run}. Arrow keys move, Enter shows details.`);
     this.show([]);
     this.fail(problem ?? "");
@@ -168,13 +169,13 @@ class Pane {
     this.leaving = null;
     this.heard.textContent = this.text.textContent;
     this.on.hidden = !this.spans.length;
-    this.done = failed ? "" : `Sampled ${written} tokens from ${this.run.name}.`;
+    this.done = failed ? "" : `Sampled ${count(written, "token")} from ${this.run.name}.`;
     busy();
   }
 
   account(timed, spent) {
     const speed = timed && spent > 50 ? `, ${Math.round((1000 * timed) / spent).toLocaleString("en")} tokens/s` : "";
-    if (this.priced) this.sum.textContent = `${this.priced} tokens${speed}, ${(this.bits / this.priced).toFixed(2)} bits/token`;
+    if (this.priced) this.sum.textContent = `${count(this.priced, "token")}${speed}, ${(this.bits / this.priced).toFixed(2)} bits/token`;
   }
 
   stop() {

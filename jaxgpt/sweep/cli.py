@@ -16,6 +16,7 @@ from jaxgpt.cli.compile_cache import use_compile_cache
 from jaxgpt.cli.options import DataDir, parse, take_recipe
 from jaxgpt.config import Config, UsageError, replaced
 from jaxgpt.display import charts
+from jaxgpt.display.text import count
 from jaxgpt.recipes import recipe
 from jaxgpt.run import NAME
 from jaxgpt.sweep import grid
@@ -110,7 +111,7 @@ def train(
     identity["precision"] = members[0].config.model.precision
     path, console = given.sweeps_dir / given.name, RunConsole()
     console.print(corpus.summary)
-    console.print(f"{len(members)} members in {path}, over {len(devices)} x {devices[0].device_kind}")
+    console.print(f"{count(len(members), 'member')} in {path}, over {len(devices)} x {devices[0].device_kind}")
     with SweepFolder.locked(path, identity) as folder:
         if finished := folder.finished:
             console.print(f"finished already: {len(finished)}")
@@ -120,8 +121,8 @@ def train(
                 console.print(view.progress(scores, len(members)))
         except KeyboardInterrupt:
             console.print(
-                f"done and kept: {len(folder.finished)} of {len(members)} members; the same command again trains "
-                "the others, unfinished ones from their start"
+                f"done and kept: {len(folder.finished)} of {count(len(members), 'member')}; the same command again "
+                "trains the others, unfinished ones from their start"
             )
             raise
         return members, folder.scores

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.display.charts import ACCENT, PALETTE, Spec, category, chart, columns, layer, quantity
+from jaxgpt.display.text import count, fixed, span
 from jaxgpt.sweep.grid import cell, describe
 from jaxgpt.sweep.program import Score
 from jaxgpt.sweep.results import LEVEL, Outcome, difference
@@ -17,16 +18,16 @@ LABEL = "validation loss, nats/token"
 def progress(scores: Sequence[Score], n: int) -> str:
     """The scores of an evaluation, which may be of some of the sweep's `n` members, on one line."""
     losses = [score.val_loss for score in scores if score.val_loss is not None]
-    extremes = f"{min(losses):.4f} to {max(losses):.4f}" if losses else "none is finite"
+    extremes = span(fixed(min(losses)), fixed(max(losses))) if losses else "none is finite"
     diverged = f", {len(scores) - len(losses)} diverged" if len(losses) < len(scores) else ""
-    return f"{len(scores)} of {n} members: step {scores[0].step:,}, validation losses {extremes}{diverged}"
+    return f"{len(scores)} of {count(n, 'member')}: step {scores[0].step:,}, validation losses {extremes}{diverged}"
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """A line per setting, best first."""
     rows = [[*outcomes[0].setting, "seeds", "validation loss", "± s.e.", "diverged"]]
     for outcome in outcomes:
-        figures = ["-" if math.isnan(x) else f"{x:.4f}" for x in (outcome.mean, outcome.standard_error)]
+        figures = ["-" if math.isnan(x) else fixed(x) for x in (outcome.mean, outcome.standard_error)]
         values = map(cell, outcome.setting.values())
         rows.append([*values, str(len(outcome.losses)), *figures, str(outcome.diverged or "")])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -38,21 +39,21 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     best, k = outcomes[0], len(outcomes)
     if math.isnan(best.mean):
         return "every setting diverged with at least one seed: try smaller learning rates"
-    error = "" if math.isnan(best.standard_error) else f" ± {best.standard_error:.4f}"
-    text = f"best: {describe(best.setting)}: {best.mean:.4f}{error} nats/token"
+    error = "" if math.isnan(best.standard_error) else f" ± {fixed(best.standard_error)}"
+    text = f"best: {describe(best.setting)}: {fixed(best.mean)}{error} nats/token"
     if k < 2:
         return text
     second = outcomes[1]
     text += f"; the next, {describe(second.setting)}, "
     if second.diverged:
-        return f"{text}diverged with {second.diverged} of {len(second.losses)} seeds"
+        return f"{text}diverged with {second.diverged} of {count(len(second.losses), 'seed')}"
     mean, n, interval = difference(best, second, k)
-    text += f"is {mean:.4f} higher"
+    text += f"is {fixed(mean)} higher"
     if interval is None:
         return f"{text}; one seed gives no interval and does not show that it is worse: --seeds 4 --name OTHER"
     low, high = interval
     pairs = f", Bonferroni over {math.comb(k, 2)} pairs of settings" if k > 2 else ""
-    text += f" ({LEVEL:.0%} interval {low:.4f} to {high:.4f}: Student's t, {n} seeds paired{pairs})"
+    text += f" ({LEVEL:.0%} interval {fixed(low)} to {fixed(high)}: Student's t, {n} seeds paired{pairs})"
     doubt = "; 0 is within it: these seeds do not show that it is worse, more --seeds under another --name may"
     return text if low > 0 else text + doubt
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jaxgpt.cli.options import DataDir, parse, take_recipe
 from jaxgpt.config import Config, UsageError
+from jaxgpt.display.text import count
 from jaxgpt.recipes import recipe
 
 
@@ -47,7 +48,7 @@ def run(args: list[str]) -> int:
         if not (verdict and verdict.difference):
             shutil.rmtree(folder)
     if verdict.difference:
-        print(f"DIFFERENT after {verdict.kills} kills: {verdict.difference}\nthe two runs are in {folder}")
+        print(f"DIFFERENT after {count(verdict.kills, 'kill')}: {verdict.difference}\nthe two runs are in {folder}")
         return 1
     if verdict.kills < given.kills:
         print(
@@ -56,7 +57,7 @@ def run(args: list[str]) -> int:
         )
         return 1
     print(
-        f"IDENTICAL after {verdict.kills} kills: {verdict.lines:,} lines of metrics, and {verdict.arrays} arrays of "
-        f"parameters and optimizer state at each of {verdict.checkpoints} saved steps, bit for bit"
+        f"IDENTICAL after {count(verdict.kills, 'kill')}: {verdict.lines:,} lines of metrics, and {verdict.arrays} "
+        f"arrays of parameters and optimizer state at each of {verdict.checkpoints} saved steps, bit for bit"
     )
     return 0

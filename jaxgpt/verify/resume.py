@@ -73,7 +73,7 @@ def verify_resume(
     steps, every = check(config).train.steps, config.train.eval_every
     if not 0 < every < steps:
         raise UsageError(
-            f"eval_every is {every}, expected 1 or more, and fewer than the {steps} steps: without an earlier "
+            f"eval_every is {every}, expected 1 or more, and fewer than --steps ({steps}): without an earlier "
             "checkpoint, a killed run starts again from step 0 and nothing is resumed; give more --steps, or smaller "
             "--scan-steps and --eval-every"
         )

@@ -147,6 +147,14 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
+def test_large_losses_and_small_shares_have_few_digits():
+    assert describe(replace(RESULT, loss=3.4e38)).startswith("loss 3.4000e+38 ± 0.0100 nats/token, ")
+    file = io.StringIO()
+    with TrainingDisplay(RunConsole(file=file, force_terminal=True, width=100), 100, lambda speed: 0.00312) as display:
+        display(Progress(50, 100, 3.4e38, 12_345.6, 75.0))
+    assert "loss 3.4000e+38  12,346 tokens/s  0.31% used" in file.getvalue()
+
+
 def test_the_loss_of_a_single_window_has_no_error():
     assert describe(replace(RESULT, standard_error=math.nan)).startswith("loss 1.5000 nats/token, ")
 

@@ -217,7 +217,7 @@ def test_the_command_plans_for_virtual_devices(capsys):
     sizes = "--vocab-size 64 --block-size 8 --n-layer 1 --n-head 2 --n-embd 32 --batch-size 8"
     assert cli.run(["gpt-demo", *sizes.split(), "--topology", "cpu:2", "--mesh", "data=2"]) == 0
     out = capsys.readouterr().out
-    assert " parameters, mesh data=2: steps of 8 x 8 tokens in 1 micro-batches, on 2 chips (cpu:2)" in out
+    assert " parameters, mesh data=2: steps of 8 x 8 tokens in 1 micro-batch, on 2 chips (cpu:2)" in out
     assert "  matmuls in the program: f32 x f32; custom kernels: none\n" in out
     assert "all-reduce among 2" in out
     assert "verdict: it compiles" in out
@@ -229,7 +229,12 @@ def test_short_times_are_not_rounded_to_zero(capsys):
         assert cli.run(["gpt-demo", *sizes.split(), "--chips", "2", *mesh]) == 0
         out = capsys.readouterr().out
         assert " ms" in out
-        assert not re.search(r" 0(\.0)? (ms|to|\|)", out)
+        assert not re.search(r" 0(\.0)?%? (ms|to|\|)", out)
+    assert cli.run(["gpt-demo", *sizes.split(), "--chips", "1", "--mesh", "data=1"]) == 0
+    out = capsys.readouterr().out
+    assert "in 1 micro-batch, on 1 chip (v5e)" in out
+    assert re.search(r"\n  a step in [\d.]+ ms, [\d,]+ tokens/s, utilization [\d.]+%\n", out), "nothing is communicated"
+    assert "overlaps" not in out
     assert [view.ms(seconds, 1) for seconds in (0.1424, 0.0053, 36.082)] == ["142.4", "5.3", "36,082.0"]
 
 

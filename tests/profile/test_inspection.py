@@ -88,8 +88,8 @@ def test_times_are_those_of_one_step(monkeypatch):
     spans = [Span("dot", 1e9 * i, 30e6, op="dot") for i in range(5)] + [Span("add", 1e9, 10e6, op="add")]
     monkeypatch.setattr(inspection.trace, "capture", lambda folder, run: [spans[:5], spans[5:]])
     (dot, add), notes, _ = inspection.measure(PLAIN, SimpleNamespace(text="", formula_flops=int(2e8)), None)
-    step = "a step of 128 tokens takes 500.0 ms (500.0 to 500.0), 256 tokens/s"
-    assert f"{step}: its matmuls, 0.20 GFLOP, use 40% of the machine's peak" in notes
+    step = "a step of 128 tokens takes 500 (500 to 500) ms, 256 tokens/s"
+    assert f"{step}: its matmuls, 2e+08 FLOPs, use 40% of the machine's peak" in notes
     assert notes[-1].startswith("profiled: 32.0 ms of work per step")
     assert (dot["comes from"], dot["times a step"], add["times a step"]) == ("dot", 1.0, 0.2)
     assert [row["ms a step"] for row in (dot, add)] == pytest.approx([30.0, 2.0])

@@ -63,7 +63,8 @@ def test_interval_does_not_import_scipy_stats(monkeypatch):
 
 def test_progress_is_one_line():
     found = [score(1e-3, 0, 500, 2.5), score(1e-3, 1, 500, None, done=True)]
-    assert progress(found, 3) == "2 of 3 members: step 500, validation losses 2.5000 to 2.5000, 1 diverged"
+    assert progress(found, 3) == "2 of 3 members: step 500, validation losses 2.5000, 1 diverged"
+    assert progress(found[:1], 1).startswith("1 of 1 member: ")
     assert progress(found[1:], 3).endswith("validation losses none is finite, 1 diverged")
 
 

@@ -265,9 +265,9 @@ def test_kill_counts_if_the_next_process_computes_steps_again():
     ("flags", "message"),
     [
         (["--kills", "0"], "kills is 0, expected 1 or more"),
-        (["--eval-every", "0"], "eval_every is 0, expected 1 or more, and fewer than the 300 steps"),
-        (["--eval-every", "300"], "eval_every is 300, expected 1 or more, and fewer than the 300 steps"),
-        (["--steps", "1"], "fewer than the 1 steps: without an earlier checkpoint, a killed run starts again"),
+        (["--eval-every", "0"], "eval_every is 0, expected 1 or more, and fewer than --steps (300)"),
+        (["--eval-every", "300"], "eval_every is 300, expected 1 or more, and fewer than --steps (300)"),
+        (["--steps", "1"], "fewer than --steps (1): without an earlier checkpoint, a killed run starts again"),
         (["--steps", "50"], "give more --steps, or smaller --scan-steps and --eval-every"),
     ],
 )
