@@ -55,9 +55,9 @@ def run(args: list[str]) -> int:
     for result in ladder.climb(rungs, *corpus.split(config.data), corpus.tokenizer, given.seed):
         results.append(result)
         print(ladder.line(result), flush=True)
-    if given.plot:
-        charts.save(ladder.chart(results), given.plot)
     if given.json:
         tree = {"corpus": corpus.summary, "seed": given.seed, "rungs": [asdict(result) for result in results]}
         files.write_atomically(given.json, (json.dumps(tree, indent=2) + "\n").encode())
+    if given.plot:
+        charts.save(ladder.chart(results), given.plot)
     return 0

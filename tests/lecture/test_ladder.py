@@ -210,6 +210,16 @@ def test_the_command_prints_draws_and_writes(lecture, verse, tmp_path):
     assert written["seed"] == 1337
 
 
+def test_results_are_written_even_if_the_chart_cannot_be(lecture, verse, tmp_path, monkeypatch):
+    def full(spec, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("jaxgpt.display.charts.save", full)
+    code, _, err = lecture("--corpus", verse, "--steps", 1, "--plot", "a.png", "--json", "a.json")
+    assert (code, err) == (1, "jaxgpt: a.png: No space left on device\n")
+    assert json.loads((tmp_path / "a.json").read_text("utf-8"))["rungs"]
+
+
 def test_the_command_with_full_writes_only_the_corpus(lecture, verse, tmp_path):
     code, out, _ = lecture("--corpus", verse, "--steps", 1, "--full")
     assert code == 0

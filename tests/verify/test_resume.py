@@ -240,7 +240,7 @@ FLAGS += " --eval-batches 0 --kills 1 --kill-seed 1"  # this seed draws step 13
     ("stops", "code", "message"),
     [
         ([None, after_the_save, None, None], 1, "NOT SHOWN: only 0 of 1 kills"),
-        ([None, after_the_save, between_saves, None], 0, "IDENTICAL after 1 kills"),
+        ([None, after_the_save, between_saves, None], 0, "IDENTICAL after 1 kill: "),
     ],
 )
 def test_kill_does_not_count_if_no_step_is_computed_again(
