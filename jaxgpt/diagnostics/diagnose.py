@@ -18,7 +18,7 @@ from jaxgpt.data import Batch, Part, Starts, chunk_starts, take
 from jaxgpt.diagnostics import derivatives, inside
 from jaxgpt.diagnostics.cli import Effort
 from jaxgpt.diagnostics.derivatives import Lanczos, NoiseScale, mean_loss
-from jaxgpt.display.text import visible
+from jaxgpt.display.text import count, visible
 from jaxgpt.monitor import cost
 from jaxgpt.step import init_state
 from jaxgpt.tokenizer import Ids
@@ -166,7 +166,7 @@ def require(config: Config, effort: Effort, names: Sequence[str], text: Ids) -> 
             found = f"{name} is {getattr(effort, name)}"
             raise UsageError(f"{found}, expected at least {low}, and below 2**32: --{name} {low}")
     if len(text) < 2:
-        raise UsageError(f"the text has {len(text)} tokens, expected at least 2: --text TEXT")
+        raise UsageError(f"the text has {count(len(text), 'token')}, expected at least 2: --text TEXT")
     if "attention" in names and config.model.kind == "bigram":
         raise UsageError("a bigram has no attention: leave it out of --only")
     free, vector = memory.available(), cost.FLOAT * cost.n_params(config.model)

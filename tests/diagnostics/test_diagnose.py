@@ -158,7 +158,7 @@ def test_the_tokens_of_a_lens_do_not_overlap(tiny):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["one", "--text", "t"], "the text has 1 tokens, expected at least 2"),
+        (["one", "--text", "t"], "the text has 1 token, expected at least 2"),
         (["one", "--text", "the zebra"], "'z' at position 4 of --text is not among"),
         (["one", "--text", "caf\udcc3"], r"--text is 'caf\udcc3', expected UTF-8"),
         (["one", "--only", "attention"], "a bigram has no attention"),
