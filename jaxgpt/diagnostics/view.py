@@ -11,7 +11,7 @@ from jaxgpt.diagnostics.derivatives import NoiseScale
 from jaxgpt.diagnostics.diagnose import Attention, Curvature, Influence, Landscape, Subject
 from jaxgpt.diagnostics.inside import Lens, Scores
 from jaxgpt.display.charts import ACCENT, MONO, WARM, Spec, category, chart, columns, layer, quantity
-from jaxgpt.display.text import count, fixed
+from jaxgpt.display.text import fixed
 from jaxgpt.monitor import cost
 
 LONGEST = 20_000
@@ -27,7 +27,7 @@ def noise(found: NoiseScale, subject: Subject) -> Iterator[str]:
         yield f"the noise exceeds the gradient: more than {len(found.norms)} windows are needed (--windows)"
     else:
         scale = " ± ".join(f"{x:,.0f}" if x >= 10 else f"{x:.2g}" for x in (found.scale, found.standard_error))
-        yield f"gradient noise scale {scale} windows of {count(T, 'token')}; trained with batches of {B}"
+        yield f"gradient noise scale {scale} windows of {T} tokens; trained with batches of {B}"
     yield f"squared gradient {found.signal:.3g}, summed variance over windows {found.noise:.3g} (nats/token)²"
 
 
@@ -38,7 +38,7 @@ def curvature(found: Curvature, subject: Subject) -> Iterator[str]:
         f"{np.mean(traces):.3g} ± {np.std(traces, ddof=1) / math.sqrt(len(traces)):.2g}, nats/token"
     )
     stable = f"; gradient descent is stable up to a learning rate of {2 / values[-1]:.2g}" if values[-1] > 0 else ""
-    yield f"over {count(cost.n_params(subject.config.model), 'parameter')}{stable}"
+    yield f"over {cost.n_params(subject.config.model):,} parameters{stable}"
 
 
 def landscape(found: Landscape, subject: Subject) -> Iterator[str]:
@@ -74,7 +74,7 @@ def attention(found: Attention, subject: Subject) -> Iterator[str]:
 
 
 def tokens(found: Scores, subject: Subject) -> Iterator[str]:
-    yield f"mean loss {fixed(found.losses.mean())} nats over {count(len(found.losses), 'token')}; the least expected:"
+    yield f"mean loss {fixed(found.losses.mean())} nats over {len(found.losses)} tokens; the least expected:"
     for i in np.argsort(found.losses)[::-1][:5]:
         before, token = subject.show(subject.text[max(0, i - 24) : i + 1]), subject.show(subject.text[i + 1])
         likely = zip(found.ids[i, :3], found.probabilities[i, :3], strict=True)

@@ -15,7 +15,7 @@ from jaxgpt import prng
 from jaxgpt.data import chunk_starts, evaluation_windows, take
 from jaxgpt.display.baselines import ngram_losses
 from jaxgpt.display.charts import Spec, dots
-from jaxgpt.display.text import count, fixed, visible
+from jaxgpt.display.text import fixed, visible
 from jaxgpt.evaluation import loss_sums, map_batches
 from jaxgpt.lecture.model import Params, Rung, forward, init_params
 from jaxgpt.loss import cross_entropy, token_losses
@@ -139,7 +139,7 @@ def _draw(rung: Rung, params: Params, window: jax.Array, last: int, key: jax.Arr
 
 def line(result: Result) -> str:
     """A rung on one line, and its figures, the lecture's loss and the beginning of its sample on another."""
-    rung, figures = result.rung, f"{count(result.n_params, 'parameter')}, {result.seconds:.1f}s"
+    rung, figures = result.rung, f"{result.n_params:,} parameters, {result.seconds:.1f}s"
     published = " to ".join(f"{figure:g}" for figure in rung.lecture)
     published += f" at {rung.lecture_size}" if rung.lecture_size else ""
     theirs = f" (lecture: {published})" if published else ""

@@ -7,7 +7,6 @@ import jax
 
 from jaxgpt import matmul, prng
 from jaxgpt.config import ModelConfig
-from jaxgpt.display.text import count
 from jaxgpt.kernels import kernel, repeatable
 from jaxgpt.model import init_params, swiglu_width
 
@@ -40,7 +39,7 @@ def kernels(config: ModelConfig) -> dict[str, tuple[int, int]]:
 def describe(config: ModelConfig) -> str:
     """The model's size, compute dtype and attention kernel on this device, on one line, with a warning if the gradients
     of that kernel are not repeatable."""
-    line = f"{count(n_params(config), 'parameter')}, {matmul.resolve(config.precision)} matmuls"
+    line = f"{n_params(config):,} parameters, {matmul.resolve(config.precision)} matmuls"
     if config.kind == "bigram":
         return line
     plain, dropped = (kernel(config, config.block_size, dropped) for dropped in (False, config.dropout > 0))

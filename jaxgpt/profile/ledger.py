@@ -19,7 +19,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, UsageError, replaced
 from jaxgpt.data import config_starts, take
-from jaxgpt.display.text import count
 from jaxgpt.matmul import Precision
 from jaxgpt.profile import trace
 from jaxgpt.profile.report import Report, Rows, facts
@@ -93,7 +92,7 @@ def measure(config: Config, name: str, variants: dict[str, Variant], rounds: int
             n, took = repeat(runners[each].run, seconds, runners[each].wait)
             runners[each].figures["steps_per_second"].append(n / took)
     figures = {each: runners[each].figures for each in variants}
-    title = f"A training step of {name}, {count(config.train.batch_size * config.model.block_size, 'token')}"
+    title = f"A training step of {name}, {config.train.batch_size * config.model.block_size:,} tokens"
     first, later = rows(figures)
     return {
         "mode": f"the ledger of {name}",
