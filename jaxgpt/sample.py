@@ -52,11 +52,20 @@ class SamplingParams:
 
 
 def checked(sampling: SamplingParams) -> SamplingParams:
-    """`sampling` with None for filters that are off, so that `next_tokens` leaves them out.
+    """`sampling` with None for filters that are off, so that `next_tokens` leaves them out. Traced numbers stay in, and
+    only their shape is checked.
 
     Raises:
-      UsageError: a number out of range.
+      UsageError: a number out of range, or an array of several.
     """
+    traced: dict[str, Any] = {}
+    neutral: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}
+    for name in neutral:
+        x = getattr(sampling, name)
+        if np.shape(x):
+            raise UsageError(f"{name} has shape {np.shape(x)}, expected one number: jax.vmap maps over several")
+        if isinstance(x, jax.core.Tracer):
+            traced[name], sampling = x, dataclasses.replace(sampling, **{name: neutral[name]})
     t, m = float(sampling.temperature or 0), float(sampling.min_p or 0)
     p = 1.0 if sampling.top_p is None else float(sampling.top_p)
     if t != 0 and not 1e-4 <= t < math.inf:
@@ -69,7 +78,12 @@ def checked(sampling: SamplingParams) -> SamplingParams:
         raise UsageError(f"min_p is {m}, expected a number from 0 (all) to 1")
     if t == 0:
         return SamplingParams(None, 0, None, None, sampling.n_ids)
-    return SamplingParams(t, sampling.top_k, p if p < 1 else None, m or None, sampling.n_ids)
+    if (x := traced.get("temperature")) is not None:  # 0 is replaced by a number that makes the random part negligible
+        traced["temperature"] = jnp.where(x == 0, np.float32(1e-30), x)
+    if (x := traced.get("top_p")) is not None:  # 1 must keep all tokens, though a rounded sum reaches it earlier
+        traced["top_p"] = jnp.where(x < 1, x, np.float32(math.inf))
+    known = SamplingParams(t, sampling.top_k, p if p < 1 else None, m or None, sampling.n_ids)
+    return dataclasses.replace(known, **traced)
 
 
 def next_tokens(sampling: SamplingParams, logits: jax.Array, keys: jax.Array) -> jax.Array:
@@ -125,8 +139,7 @@ def generate(
     sampling: SamplingParams = SamplingParams(),
 ) -> jax.Array:
     """Continue each prompt by `n_tokens`: ids (B, P), with P at least 1 -> (B, n_tokens) int32. The prompt, the
-    parameters and the key may be traced, as by `vmap` over several models, but not `sampling`; a `shard_map` needs
-    `check_vma=False`.
+    parameters, the key and the numbers of `sampling` may be traced, as by `vmap` over models or temperatures.
 
     Token i of sequence b depends only on (key, b, i) and the tokens before it, not on the rest of the batch. Only the
     last block_size tokens of a prompt are read. Up to block_size tokens in total, the logits are those of
@@ -138,7 +151,7 @@ def generate(
 
     Raises:
       UsageError: a prompt that is empty or not of integers, an id outside the vocabulary (unless the prompt is traced),
-        or a number out of range.
+        or a number out of range (unless it is traced).
     """
     pieces = [*stream(config, params, prompt, n_tokens, key, sampling, LONGEST)]
     pieces += [np.empty((np.shape(prompt)[0], 0), np.int32)]  # of no tokens, if none are asked for
@@ -243,6 +256,8 @@ def _read(
 ) -> Decoding:
     """Read the first `length` tokens of idx (B, T) into a new cache of `slots`, and draw token number `step`."""
     B = idx.shape[0]
+    leaves, tree = jax.tree.flatten((params, idx, step, key, draw))
+    params, idx, step, key, draw = jax.tree.unflatten(tree, sharding.varying_alike(*leaves))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     empty = Decoding(init_cache(config, B, slots), jnp.zeros(B, jnp.int32), step, keys)
     return _advance(config, params, empty, idx, draw, length)
@@ -259,7 +274,8 @@ def _decode(
         state = _advance(config, params, state, state.token[:, None], draw)
         return state, lax.dynamic_update_index_in_dim(tokens, state.token, i, axis=1)
 
-    return lax.fori_loop(0, n, body, (state, jnp.zeros((state.token.shape[0], LONGEST), jnp.int32)))
+    blank = jnp.zeros((state.token.shape[0], LONGEST), jnp.int32)
+    return lax.fori_loop(0, n, body, (state, sharding.varying_alike(blank, state.token)[0]))
 
 
 _decode_donated = jax.jit(_decode, static_argnames="config", donate_argnames="state")

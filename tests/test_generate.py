@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxgpt import model, sharding
 from jaxgpt.attention import init_cache
@@ -18,6 +19,7 @@ from jaxgpt.sample import (
     min_p,
     stream,
     top_k,
+    top_p,
 )
 
 KEY = jax.random.key(0)
@@ -232,6 +234,53 @@ def test_models_prompts_and_keys_can_be_mapped(tiny, change, position):
     np.testing.assert_array_equal(jax.jit(lambda: generate(config, first, prompts[0], 20, KEY))(), alone)
 
 
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 4, "top_p": 0.6}, {"min_p": 0.3}])
+def test_numbers_of_sampling_can_be_traced(tiny, change, position, options):
+    """At temperature 0, top_p 1 and min_p 0 too, which have other programs if they are concrete."""
+    config = change(tiny, position=position, dropout=0.0).model
+    params, temperatures = random_params(config), [0.0, 0.5, 20.0]
+
+    def write(sampling):
+        return generate(config, params, [[1, 2], [3, 4]], 20, KEY, sampling)
+
+    samplings = [SamplingParams(t, **options) for t in temperatures]
+    alone = [write(sampling) for sampling in samplings]
+    mapped = jax.vmap(lambda t: write(SamplingParams(t, **options)))(jnp.array(temperatures))
+    np.testing.assert_array_equal(mapped, alone)
+    np.testing.assert_array_equal([jax.jit(write)(sampling) for sampling in samplings], alone)
+
+
+def test_traced_top_p_of_one_keeps_tokens_after_the_rounded_sum_is_one():
+    kept = jax.jit(lambda p: top_p(jnp.array([0.0, -20.0, -20.0]), checked(SamplingParams(top_p=p)).top_p))
+    assert np.isfinite(kept(1.0)).all()
+    assert np.isfinite(kept(0.9)).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_generate_in_a_shard_map(tiny_model, axis_type):
+    config, params = tiny_model
+    mesh, prompts, keys = (
+        jax.make_mesh((8,), ("d",), axis_types=(axis_type,)),
+        np.arange(8)[:, None],
+        jax.random.split(KEY, 8),
+    )
+
+    def write(prompt, key, temperature):
+        return generate(config, params, prompt, 20, key[0], SamplingParams(temperature[0]))
+
+    for mapped in (
+        (prompts, keys[:1], jnp.ones(1)),
+        (prompts[:1], keys, jnp.ones(1)),
+        (prompts[:1], keys[:1], jnp.arange(8.0)),
+    ):
+        specs = tuple(PartitionSpec("d") if len(x) == 8 else PartitionSpec() for x in mapped)
+        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(mapped, specs, strict=True)]
+        got = jax.jit(jax.shard_map(write, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("d")))(*placed)
+        alone = [write(*(x[i % len(x)][None] for x in mapped))[0] for i in range(8)]
+        np.testing.assert_array_equal(got, alone)
+
+
 def test_keys_are_folded_by_sequence_and_token_number(tiny_model):
     config, params = tiny_model
     got = generate(config, params, [[1, 2], [1, 2]], 12, KEY, SamplingParams(0.7, 5, min_p=0.01))
@@ -269,6 +318,7 @@ def test_tiny_top_p_and_min_p_of_one_are_greedy(tiny_model):
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
         ([[1]], {"temperature": float("inf")}, "temperature is inf"),
         ([[1]], {"temperature": 1e-40}, "temperature is 1e-40"),
+        ([[1]], {"temperature": np.array([0.5, 1.0])}, r"temperature has shape \(2,\), expected one number"),
         ([[1]], {"top_k": -1}, "top_k is -1"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0, expected a number above 0"),
         ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
