@@ -57,7 +57,7 @@ def evaluate(
       program: from `compiled`, for N tokens and no batch_size.
 
     Raises:
-      ValueError: fewer than block_size + 1 tokens.
+      ValueError: fewer than block_size + 1 tokens, or an id that the tokenizer lacks.
     """
     T = config.block_size
     starts, skip = evaluation_windows(len(tokens), T)
@@ -99,7 +99,12 @@ def text_size(tokenizer: Tokenizer, tokens: Ids) -> tuple[int, int]:
     """Characters and bytes of the text of `tokens`. A character belongs to the token with its first byte."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for i in range(0, len(tokens), 2**24):
-        counts += np.bincount(np.asarray(tokens[i : i + 2**24]), minlength=tokenizer.vocab_size)
+        found = np.bincount(np.asarray(tokens[i : i + 2**24]), minlength=len(counts))
+        if len(found) > len(counts):
+            raise ValueError(
+                f"the tokens have id {len(found) - 1}, expected ids of the tokenizer: 0 to {len(counts) - 1}"
+            )
+        counts += found
     chars = np.array([sum(byte & 0xC0 != 0x80 for byte in data) for data in tokenizer.token_bytes])
     sizes = np.array([len(data) for data in tokenizer.token_bytes])
     return int(counts @ chars), int(counts @ sizes)

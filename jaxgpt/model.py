@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from jaxgpt import activations, kernels, loss, matmul, sharding
 from jaxgpt.attention import Cache, cached_attention, rotate, update_cache
-from jaxgpt.config import ModelConfig, UsageError
+from jaxgpt.config import Config, ModelConfig, UsageError, check
 from jaxgpt.loss import cross_entropy, token_losses
 from jaxgpt.prng import Drop
 
@@ -311,8 +311,9 @@ def init_params(config: ModelConfig, key: jax.Array, init_scale: jax.Array | flo
       init_scale: a traced value in place of `config.init_scale`.
 
     Raises:
-      UsageError: vocab_size is 0.
+      UsageError: vocab_size is 0, or the config cannot run (`config.check`).
     """
+    check(Config(model=config))
     if config.vocab_size < 1:
         raise UsageError("vocab_size is 0, expected at least 1: set the tokenizer's, as start.resolve does")
     scale = config.init_scale if init_scale is None else init_scale

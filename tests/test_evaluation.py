@@ -134,6 +134,11 @@ def test_the_estimate_is_a_noisy_mean_and_a_function_of_the_step(tiny, change):
     assert abs(one - bigram_losses(ids).mean()) < 0.05
 
 
+def test_a_tokenizer_with_too_few_tokens_is_refused():
+    with pytest.raises(ValueError, match="the tokens have id 5, expected ids of the tokenizer: 0 to 2"):
+        text_size(CharTokenizer("abc"), np.array([1, 5]))
+
+
 def test_size_of_a_text_of_more_than_one_block():
     n = 2**24 + 5
     assert text_size(ByteTokenizer(), np.full(n, 97, np.uint8)) == (n, n)

@@ -121,6 +121,11 @@ def test_vocab_size_of_zero_is_refused(kind):
         model.init_params(ModelConfig(kind), jax.random.key(0))
 
 
+def test_parameters_of_a_model_that_cannot_run_are_refused():
+    with pytest.raises(UsageError, match=r"n_embd is 16, expected a multiple of n_head \(3\)"):
+        model.init_params(ModelConfig(vocab_size=13, n_head=3, n_embd=16), jax.random.key(0))
+
+
 def test_initialization_matches_nanogpt():
     config = ModelConfig(vocab_size=500, block_size=64, n_layer=2, n_head=4, n_embd=256, bias=True, tie_weights=False)
     params = init_params(config, KEY)
