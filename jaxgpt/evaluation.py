@@ -101,9 +101,7 @@ def text_size(tokenizer: Tokenizer, tokens: Ids) -> tuple[int, int]:
     for i in range(0, len(tokens), 2**24):
         found = np.bincount(np.asarray(tokens[i : i + 2**24]), minlength=len(counts))
         if len(found) > len(counts):
-            raise ValueError(
-                f"the tokens have id {len(found) - 1}, expected ids of the tokenizer: 0 to {len(counts) - 1}"
-            )
+            raise ValueError(f"id {len(found) - 1} is outside the vocabulary, expected 0 to {len(counts) - 1}")
         counts += found
     chars = np.array([sum(byte & 0xC0 != 0x80 for byte in data) for data in tokenizer.token_bytes])
     sizes = np.array([len(data) for data in tokenizer.token_bytes])

@@ -59,13 +59,12 @@ def checked(sampling: SamplingParams) -> SamplingParams:
       UsageError: a number out of range, or an array of several.
     """
     traced: dict[str, Any] = {}
-    neutral: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}
-    for name in neutral:
+    for name, off in {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}.items():
         x = getattr(sampling, name)
         if np.shape(x):
             raise UsageError(f"{name} has shape {np.shape(x)}, expected one number: jax.vmap maps over several")
         if isinstance(x, jax.core.Tracer):
-            traced[name], sampling = x, dataclasses.replace(sampling, **{name: neutral[name]})
+            traced[name], sampling = x, dataclasses.replace(sampling, **{name: off})  # type: ignore[arg-type]
     t, m = float(sampling.temperature or 0), float(sampling.min_p or 0)
     p = 1.0 if sampling.top_p is None else float(sampling.top_p)
     if t != 0 and not 1e-4 <= t < math.inf:

@@ -135,7 +135,7 @@ def test_the_estimate_is_a_noisy_mean_and_a_function_of_the_step(tiny, change):
 
 
 def test_a_tokenizer_with_too_few_tokens_is_refused():
-    with pytest.raises(ValueError, match="the tokens have id 5, expected ids of the tokenizer: 0 to 2"):
+    with pytest.raises(ValueError, match="id 5 is outside the vocabulary, expected 0 to 2"):
         text_size(CharTokenizer("abc"), np.array([1, 5]))
 
 
