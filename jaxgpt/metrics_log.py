@@ -204,7 +204,7 @@ class MetricsLog:
         if self._skipped >= self.run.config.train.max_skipped:
             self._drain()
             raise DivergedError(
-                f"step {step}: {found}; steps skipped in a row: {self._skipped}, and the run ends at its last "
+                f"step {step}: {found}; {self._skipped} steps in a row were skipped, and the run ends at its last "
                 "save. --resume --debug-nans names the operation, --resume --max-skipped allows more; a new run with a "
                 "smaller --learning-rate or --grad-clip (0 clips nothing) may fare better"
             )
