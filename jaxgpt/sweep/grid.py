@@ -1,6 +1,5 @@
 """The grid of a sweep: axes of values, and a config for every combination. Does not import jax."""
 
-import difflib
 import itertools
 import math
 import typing
@@ -36,9 +35,8 @@ def parse(text: str) -> tuple[str, list[Any]]:
     given, _, value = text.partition("=")
     name, kinds = "learning_rate" if given == "lr" else given.replace("-", "_"), _kinds()
     if name not in kinds:
-        near = difflib.get_close_matches(name, kinds, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"{text}: no setting {name!r}; {hint}a sweep varies the model and training")
+        why = f"a sweep varies the model and training, and knows no setting {name!r}"
+        raise UsageError(f"{text}: {why}{configs.did_you_mean(name, kinds)}")
     kind = kinds[name]
     try:
         values = _range(kind, *value.split(":")) if ":" in value else [_read(kind, each) for each in value.split(",")]

@@ -107,7 +107,7 @@ def test_a_damaged_result_is_reported(sweep, tmp_path, capsys):
 
 def test_a_refused_sweep_leaves_nothing_behind(sweep, tmp_path, capsys):
     assert sweep("bad", "--set", "n_embed=1,2") == 2
-    assert "did you mean n_embd?" in capsys.readouterr().err
+    assert "did you mean 'n_embd'?" in capsys.readouterr().err
     assert sweep("bad", "--lr", "1e-3:1e-2") == 2
     wanted = "jaxgpt: lr=1e-3:1e-2: expected lr=VALUE,VALUE or lr=LOW:HIGH:HOW-MANY, values"
     assert wanted in capsys.readouterr().err

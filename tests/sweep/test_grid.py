@@ -41,7 +41,7 @@ def test_the_final_learning_rate_follows_the_peak():
     ("text", "message"),
     [
         ("n_embd", "expected n_embd=VALUE,VALUE"),
-        ("n_embed=64", "did you mean n_embd"),
+        ("n_embed=64", "did you mean 'n_embd'"),
         ("corpus=a,b", "no setting 'corpus'"),
         ("seed=1,2", "no setting 'seed'"),
         ("keep=1,2", "no setting 'keep'"),
