@@ -356,6 +356,7 @@ def test_out_of_memory_is_reported(call, monkeypatch, error, message):
         (KeyboardInterrupt(), 130, "jaxgpt: interrupted\n"),
         (BrokenPipeError(), 1, ""),
         (OSError(28, "No space left on device", "a.png"), 1, "jaxgpt: a.png: No space left on device\n"),
+        (OSError(39, "Directory not empty", "a", None, "b"), 1, "jaxgpt: [Errno 39] Directory not empty: 'a' -> 'b'\n"),
         (CheckpointError("it is torn"), 1, "jaxgpt: it is torn\n"),
     ],
 )

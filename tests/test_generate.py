@@ -260,11 +260,8 @@ def test_traced_top_p_of_one_keeps_tokens_after_the_rounded_sum_is_one():
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_generate_in_a_shard_map(tiny_model, axis_type):
     config, params = tiny_model
-    mesh, prompts, keys = (
-        jax.make_mesh((8,), ("d",), axis_types=(axis_type,)),
-        np.arange(8)[:, None],
-        jax.random.split(KEY, 8),
-    )
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
+    prompts, keys = np.arange(8)[:, None], jax.random.split(KEY, 8)
 
     def write(prompt, key, temperature):
         return generate(config, params, prompt, 20, key[0], SamplingParams(temperature[0]))

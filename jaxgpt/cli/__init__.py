@@ -101,7 +101,7 @@ def run_command(argv: Sequence[str]) -> int:
     except (OSError, RuntimeError) as error:
         ours = isinstance(error, OSError) or type(error).__module__.startswith("jaxgpt.")
         text = str(error) if ours else f"{type(error).__name__}: {error} (--traceback shows where)"
-        if isinstance(error, OSError) and error.filename:
+        if isinstance(error, OSError) and error.filename and not error.filename2:
             text = f"{error.filename}: {error.strerror}"
         if text.startswith("RuntimeError: Unable to initialize backend"):
             text = _no_device()

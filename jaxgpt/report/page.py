@@ -80,7 +80,7 @@ def numbers(facts: Facts) -> list[tuple[str, str, str]]:
     )
     rows = [
         *((name, fixed(x), ("" if math.isnan(error) else f"± {fixed(x * error)} ") + unit) for name, x, unit in units),
-        ("perplexity", f"{fixed(math.exp(min(best.loss, 700)), 3)}", "exp of the loss, per token"),
+        ("perplexity", fixed(math.exp(min(best.loss, 700)), 3), "exp of the loss, per token"),
         ("time", facts.took, "from start to end"),
         ("speed", f"{speed:,.0f}" if speed else "", "tokens/s of training"),
         ("utilization", "" if used is None else f"{used:.1%}", "of the published bfloat16 rate"),
