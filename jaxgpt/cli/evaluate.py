@@ -37,7 +37,7 @@ def run(args: list[str]) -> int:
     step, params = load_checkpoint(run, given.checkpoint)
     tokens = corpus.split(run.config.data)[given.split == "val"]
     result = evaluate(run.config.model, params, tokens, corpus.tokenizer)
-    print(f"{run.path.name}, step {step:,}, {given.split} split, {count(result.n_tokens, 'token')} predicted")
+    print(f"{run.path.name}, step {step:,}, {given.split} split, {result.n_tokens:,} tokens predicted")
     print(f"  {describe(result)}")
     if given.eval_batches:
         loss = estimate(config, params, tokens, step)

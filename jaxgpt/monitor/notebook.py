@@ -70,7 +70,7 @@ class Loaded:
         rows = {
             "run": self.run.path,
             "command": facts.command,
-            "weights": f"{count(facts.n_params, 'parameter')} after step {self.step:,}",
+            "weights": f"{facts.n_params:,} parameters after step {self.step:,}",
             "corpus": f"{facts.corpus['source']}, {facts.corpus['count']:,} tokens",
             "best": best,
             "trained": facts.took and f"{count(facts.step, 'step')} in {facts.took}",

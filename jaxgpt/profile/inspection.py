@@ -17,7 +17,7 @@ from jaxgpt import matmul, model, prng
 from jaxgpt.cli import memory
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.data import Batch
-from jaxgpt.display.text import count, percent
+from jaxgpt.display.text import percent
 from jaxgpt.monitor import cost
 from jaxgpt.monitor.chips import flops_per_token
 from jaxgpt.profile import hlo, roofline, trace
@@ -219,11 +219,11 @@ def measure(config: Config, step: Program, folder: Path | None) -> tuple[Rows, l
         f"measured here, by JAX: {peak:,.0f} GFLOP/s in {precision} matmuls of {roofline.N} x {roofline.N}, "
         f"{bandwidth:.1f} GB/s through an array of {4 * roofline.STREAMED / 1e6:,.0f} MB; the ridge is at "
         f"{machine.ridge:.1f} FLOP/byte. A part above its roof has its arrays in caches",
-        f"a step of {count(tokens, 'token')} takes {cell(series([1e3 * each for each in times]))} ms, "
+        f"a step of {tokens:,} tokens takes {cell(series([1e3 * each for each in times]))} ms, "
         f"{tokens / took:,.0f} tokens/s: its matmuls, {step.formula_flops:.3g} FLOPs, use "
         f"{percent(step.formula_flops / took / machine.flops)} of the machine's peak",
         f"profiled: {cell(1e3 * sum(each.seconds for each in ran) / TRACED)} ms of work per step, which threads share, "
-        f"in {count(len(ran), 'operation')}; programs dispatched per step: {trace.dispatches(lines) / TRACED:g}. A "
+        f"in {len(ran)} operations; programs dispatched per step: {trace.dispatches(lines) / TRACED:g}. A "
         "fusion belongs to the part of its last operation. FLOPs and bytes are those of the optimized program, every "
         "iteration of a loop included",
     ]
