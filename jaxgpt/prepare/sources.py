@@ -23,7 +23,7 @@ from jaxgpt import files
 from jaxgpt.cli import places
 from jaxgpt.cli.corpora import HUB, NAMED, begins_with, is_prepared, is_tokens_json, is_url
 from jaxgpt.cli.places import local_path
-from jaxgpt.config import MissingExtraError, UsageError
+from jaxgpt.config import MissingExtraError, UsageError, did_you_mean
 from jaxgpt.corpus import shareable
 from jaxgpt.prepare import documents
 from jaxgpt.prepare.documents import SourceError
@@ -125,9 +125,9 @@ def open_text(corpus: str, column: str = "text") -> Text:
         if corpus.startswith(("hf://", *documents.WEB)):
             path.stat()  # raises with the reason, such as that there is no such file or dataset
     raise SourceError(
-        f"no corpus, file or folder {corpus!r}; named corpora are {', '.join(NAMED)}, and any file or folder of "
-        "UTF-8, .jsonl or .parquet can be given by its path; a mixture is written '0.7*a.txt + 0.3*b.txt', with spaces "
-        "around + and none around *"
+        f"no corpus, file or folder {corpus!r}{did_you_mean(corpus, NAMED)} (named corpora: {', '.join(NAMED)}); any "
+        "file or folder of UTF-8, .jsonl or .parquet can be given by its path; a mixture is written "
+        "'0.7*a.txt + 0.3*b.txt', with spaces around + and none around *"
     )
 
 

@@ -64,10 +64,10 @@ def test_non_string_value_is_reported_with_its_row(tmp_path, name, value, shown)
 
 @ALL_FORMATS
 def test_dotted_column_selects_a_field_of_an_object(tmp_path, name):
-    write(tmp_path / name, "meta", [{"text": "a", "more": {"title": "A"}}, {"text": "b", "more": {"title": "B"}}])
+    write(tmp_path / name, "meta", [{"more": {"title": "A"}, "text": "a"}, {"more": {"title": "B"}, "text": "b"}])
     assert read(str(tmp_path / name), "meta.text").text == "a\n\nb"
     assert read(str(tmp_path / name), "meta.more.title").text == "A\n\nB"
-    columns = r"meta\.text, meta\.more\.title" if name.endswith("parquet") else "meta"
+    columns = r"meta\.more\.title, meta\.text" if name.endswith("parquet") else "meta"
     with pytest.raises(SourceError, match=rf"no column 'meta.body'; it has id, {columns}: --column"):
         read(str(tmp_path / name), "meta.body")
     write(tmp_path / name, "meta.text", ["a dot in the name", "b"])
