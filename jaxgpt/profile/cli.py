@@ -77,9 +77,9 @@ def run_ledger(args: list[str]) -> int:
         charts.require(given.plot)
     found = ledger.measure(complete(given.config, given.data_dir), name, variants, given.rounds)
     report.save(found, out)
+    print(report.markdown(found))
     if given.plot:
         charts.save(plots.ledger(found), given.plot)
-    print(report.markdown(found))
     return 0
 
 

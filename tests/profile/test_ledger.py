@@ -1,5 +1,7 @@
 import dataclasses
+import errno
 import json
+from unittest import mock
 
 import jax
 import pytest
@@ -215,6 +217,9 @@ def test_the_command_writes_tables_a_plot_and_json(capsys, tmp_path, monkeypatch
     config = recipe("gpt-demo").config
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=13))
     assert arguments == [config, "gpt-demo", choose(["eager", "jit"]), 5]
+    monkeypatch.setattr(charts, "save", mock.Mock(side_effect=OSError(errno.ENOSPC, "disk full", "a.svg")))
+    assert cli.run_command(command) == 1
+    assert capsys.readouterr().out.startswith("## the ledger of bigram"), "the chart is the last result"
 
 
 @pytest.mark.parametrize("name", ["jit", "scan of 10"])
